@@ -1,0 +1,434 @@
+"""Safetensors checkpoints: an index that reads no data, a reader by offset, a layout before data.
+
+The file format is safetensors' own: 8 bytes little-endian header length, a JSON header, then the
+tensors back to back. Headers come from strangers, so every claim in them is checked against the
+file's size before it is believed. Standard library only: `ortho inspect` and `--dry-run` import no
+torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ortho_cli.errors import CheckpointError
+
+# Bits an element, for every dtype that safetensors 0.8 knows.
+DTYPE_BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+MAX_HEADER = 100_000_000  # safetensors' own limit
+MAX_SIDE_FILE = 100_000_000  # index and config are read whole
+
+INDEX_SUFFIX = ".safetensors.index.json"
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npy", ".npz", ".gguf", ".ggml",
+    ".onnx", ".onnx_data", ".h5", ".msgpack", ".tflite", ".ot", ".index.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """Where a tensor lies: `nbytes` bytes from `offset` of file `shard`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: str
+    offset: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One safetensors file, as it was when its header was read."""
+
+    name: str
+    path: Path
+    size: int
+    mtime_ns: int
+    metadata: dict[str, str]
+    tensors: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """An index over all shards; no tensor data is held."""
+
+    path: Path
+    shards: tuple[Shard, ...]
+    tensors: tuple[TensorInfo, ...]
+    config: dict[str, Any] | None
+    extra_files: tuple[tuple[str, int], ...]
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds the shards."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Index a `.safetensors` file, a folder with one, or a sharded folder with its index.
+
+    Args:
+        path: file or folder. A bare file stands alone: what lies beside it is not read.
+    Returns:
+        The index; tensors sorted by name.
+    Raises:
+        CheckpointError: nothing there, nothing readable, or a header or index that does not hold
+            together.
+    """
+    if not path.exists():
+        raise CheckpointError(
+            f"`{path}` does not exist", hint="give a .safetensors file or a model folder"
+        )
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise CheckpointError(
+                f"`{path}` is a `{path.suffix or 'plain'}` file, not .safetensors",
+                hint="save it with `save_pretrained(..., safe_serialization=True)` first",
+            )
+        return _checkpoint(path, (read_shard(path),), config=None, extra_files=())
+    if not path.is_dir():
+        raise CheckpointError(
+            f"`{path}` is neither a file nor a folder",
+            hint="give a .safetensors file or a model folder",
+        )
+    names, weight_map = _find_shards(path)
+    shards = tuple(read_shard(path / name) for name in names)
+    if weight_map is not None:
+        _check_index(path, shards, weight_map)
+    config_path = path / "config.json"
+    config = read_json_object(config_path) if config_path.exists() else None
+    return _checkpoint(path, shards, config=config, extra_files=tuple(_extra_files(path)))
+
+
+def _checkpoint(
+    path: Path,
+    shards: tuple[Shard, ...],
+    *,
+    config: dict[str, Any] | None,
+    extra_files: tuple[tuple[str, int], ...],
+) -> Checkpoint:
+    found: dict[str, TensorInfo] = {}
+    for tensor in (tensor for shard in shards for tensor in shard.tensors):
+        other = found.setdefault(tensor.name, tensor)
+        if other is not tensor:
+            raise CheckpointError(
+                f"tensor `{tensor.name}` is in both `{other.shard}` and `{tensor.shard}`",
+                hint="delete the stale shard, or the copy",
+            )
+    if not found:
+        raise CheckpointError(f"`{path}` holds no tensors", hint="is this the right file?")
+    return Checkpoint(
+        path=path,
+        shards=shards,
+        tensors=tuple(found[name] for name in sorted(found)),
+        config=config,
+        extra_files=extra_files,
+    )
+
+
+def _find_shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """Name the files to read: one whole file before an index, as transformers does."""
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"], None
+    indexes = sorted(p.name for p in folder.glob("*" + INDEX_SUFFIX))
+    if len(indexes) == 1:
+        weight_map = read_index(folder / indexes[0])
+        return sorted(set(weight_map.values())), weight_map
+    files = sorted(p.name for p in folder.glob("*.safetensors"))
+    if not indexes and len(files) == 1:
+        return files, None
+    if indexes:
+        raise CheckpointError(
+            f"`{folder}` holds {len(indexes)} indexes: {', '.join(indexes)}", hint="keep one"
+        )
+    if files:
+        raise CheckpointError(
+            f"`{folder}` holds {len(files)} .safetensors files and no index: "
+            f"{', '.join(files[:4])}",
+            hint="give one of the files, or restore model.safetensors.index.json",
+        )
+    foreign = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    held = f"only {', '.join(foreign[:4])}" if foreign else "no weights"
+    raise CheckpointError(
+        f"`{folder}` holds no .safetensors file, {held}",
+        hint="save the model with `save_pretrained(..., safe_serialization=True)` first",
+    )
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Read a weight_map; every file in it is a plain name inside the index's folder and exists."""
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"`{path}` has no `weight_map`", hint="restore the index that came with the model"
+        )
+    for name, file in weight_map.items():
+        if (
+            not isinstance(file, str)
+            or file != Path(file).name
+            or not file.endswith(".safetensors")
+        ):
+            raise CheckpointError(
+                f"`{path}` sends tensor `{name}` to {file!r}, which is not a .safetensors name "
+                f"in its folder",
+                hint="shards must lie beside the index",
+            )
+    for file in sorted(set(weight_map.values())):
+        if not (path.parent / file).is_file():
+            raise CheckpointError(
+                f"`{path}` names `{file}`, which is not there", hint="download the missing shard"
+            )
+    return weight_map
+
+
+def _check_index(folder: Path, shards: tuple[Shard, ...], weight_map: dict[str, str]) -> None:
+    where = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+    for name in sorted(weight_map.keys() - where.keys()):
+        raise CheckpointError(
+            f"tensor `{name}` is in the index of `{folder}` and not in `{weight_map[name]}`",
+            hint="the shard is of another version; download it again",
+        )
+    for name in sorted(where.keys() - weight_map.keys()):
+        raise CheckpointError(
+            f"tensor `{name}` is in `{where[name]}` and not in the index of `{folder}`",
+            hint="the index is of another version; download it again",
+        )
+
+
+def _extra_files(folder: Path) -> Iterator[tuple[str, int]]:
+    """Yield every file that is not weights and not hidden, by name relative to the folder."""
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = Path(root) / name
+            if not name.startswith(".") and not name.endswith(WEIGHT_SUFFIXES) and path.is_file():
+                yield path.relative_to(folder).as_posix(), path.stat().st_size
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {twice!r} stands twice")
+    return found
+
+
+def _no_constants(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def parse_json_object(raw: bytes, *, what: str, hint: str) -> dict[str, Any]:
+    """Parse strict JSON: one object, no duplicate key, no NaN, valid UTF-8 throughout."""
+    try:
+        found = json.loads(raw, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+        json.dumps(found, ensure_ascii=False).encode()  # lone surrogates cannot be written back
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{what} is not valid JSON: {str(error) or 'nested too deeply'}", hint=hint
+        ) from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{what} is a JSON {type(found).__name__}, not an object", hint=hint)
+    return found
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that comes with a model."""
+    if (size := path.stat().st_size) > MAX_SIDE_FILE:
+        raise CheckpointError(
+            f"`{path}` has {size} bytes; at most {MAX_SIDE_FILE} are read",
+            hint="is it the right file?",
+        )
+    return parse_json_object(
+        path.read_bytes(), what=f"`{path}`", hint="restore the file that came with the model"
+    )
+
+
+def read_shard(path: Path) -> Shard:
+    """Read and check one safetensors header.
+
+    Raises:
+        CheckpointError: the header is cut, too long, not JSON, or names a dtype, shape or byte
+            range that is impossible; tensors overlap, leave holes or do not end where the file
+            ends; a tensor has no elements.
+    """
+    again = "the file is cut or damaged; download it again"
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        if status.st_size < 8:
+            raise CheckpointError(
+                f"`{path}` has {status.st_size} bytes; a header alone takes 8", hint=again
+            )
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER or length > status.st_size - 8:
+            limit = min(MAX_HEADER, status.st_size - 8)
+            raise CheckpointError(
+                f"`{path}` claims a header of {length} bytes where {limit} fit", hint=again
+            )
+        raw = file.read(length)
+    if not raw.startswith(b"{"):
+        raise CheckpointError(
+            f"the header of `{path}` starts with {raw[:1]!r}, not b'{{'", hint=again
+        )
+    header = parse_json_object(raw, what=f"the header of `{path}`", hint=again)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise CheckpointError(f"`__metadata__` of `{path}` is not a map of strings", hint=again)
+    tensors = [
+        _parse_tensor(
+            path, name, entry, data_start=8 + length, data_size=status.st_size - 8 - length
+        )
+        for name, entry in header.items()
+    ]
+    _check_coverage(path, tensors, data_start=8 + length, size=status.st_size)
+    return Shard(
+        name=path.name,
+        path=path,
+        size=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        metadata=metadata,
+        tensors=tuple(tensors),
+    )
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _parse_tensor(
+    path: Path, name: str, entry: object, *, data_start: int, data_size: int
+) -> TensorInfo:
+    def bad(what: str) -> CheckpointError:
+        return CheckpointError(
+            f"tensor `{name}` of `{path}` {what}", hint="the file is damaged or not safetensors"
+        )
+
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise bad("is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise bad(f"has dtype {dtype!r}, which is none of {', '.join(DTYPE_BITS)}")
+    if not isinstance(shape, list) or not all(map(_is_count, shape)):
+        raise bad(f"has shape {_short(shape)}, which is not a list of counts")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise bad(f"has data_offsets {_short(offsets)}, which are not two counts")
+    begin, end = offsets
+    if not begin <= end <= data_size:
+        raise bad(f"claims bytes {begin} to {end} of {data_size}")
+    if 0 in shape:
+        raise bad(f"has shape {_short(shape)}, so no elements")
+    needed = math.prod(shape) * DTYPE_BITS[dtype]
+    if needed != 8 * (end - begin):
+        raise bad(f"has {end - begin} bytes where {dtype} {_short(shape)} takes {needed // 8}")
+    return TensorInfo(
+        name=name,
+        dtype=dtype,
+        shape=tuple(shape),
+        shard=path.name,
+        offset=data_start + begin,
+        nbytes=end - begin,
+    )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _check_coverage(path: Path, tensors: list[TensorInfo], *, data_start: int, size: int) -> None:
+    position, previous = data_start, "the header"
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset != position:
+            what = "overlaps" if tensor.offset < position else "leaves a hole after"
+            raise CheckpointError(
+                f"tensor `{tensor.name}` of `{path}` {what} {previous} (starts at byte "
+                f"{tensor.offset}, not {position})",
+                hint="the file is damaged or not safetensors",
+            )
+        position, previous = tensor.offset + tensor.nbytes, f"`{tensor.name}`"
+    if position != size:
+        raise CheckpointError(
+            f"the tensors of `{path}` end at byte {position} and the file at {size}",
+            hint="the file is cut or has something appended; download it again",
+        )
+
+
+class ShardReader:
+    """Reads byte ranges of shards into buffers of the caller; threads may share it."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Open every shard and make sure each is still the file whose header was read."""
+        self._shards = {shard.name: shard for shard in checkpoint.shards}
+        self._fds: dict[str, int] = {}
+        try:
+            for shard in checkpoint.shards:
+                self._fds[shard.name] = os.open(
+                    shard.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+                )
+            self.check_unchanged()
+        except BaseException:
+            self.close()
+            raise
+
+    def read_into(self, buffer: memoryview, tensor: TensorInfo, *, start: int) -> None:
+        """Fill `buffer` with the tensor's bytes from `start` on."""
+        fill(self._fds[tensor.shard], buffer, tensor.offset + start, what=f"`{tensor.shard}`")
+
+    def check_unchanged(self) -> None:
+        """Raise if a shard was replaced, cut or written to since its header was read."""
+        for name, shard in self._shards.items():
+            now = os.fstat(self._fds[name])
+            if (now.st_size, now.st_mtime_ns) != (shard.size, shard.mtime_ns):
+                raise CheckpointError(
+                    f"`{shard.path}` changed while it was read ({shard.size} bytes before, "
+                    f"{now.st_size} now)",
+                    hint="let whatever writes it finish, then start again",
+                )
+
+    def close(self) -> None:
+        """Close every shard."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+
+def fill(fd: int, buffer: memoryview, offset: int, *, what: str) -> None:
+    """Read exactly `len(buffer)` bytes at `offset`."""
+    done = 0
+    while done < len(buffer):
+        got = os.preadv(fd, [buffer[done:]], offset + done)
+        if got == 0:
+            raise CheckpointError(
+                f"{what} ends at byte {offset + done} where {len(buffer) - done} more were "
+                f"promised",
+                hint="the file was cut while it was read",
+            )
+        done += got
+
+
+_UNSHARDED = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+def model_name(path: Path) -> str:
+    """Name a model by its file or folder: `SmolLM2/` and `SmolLM2.safetensors` are both SmolLM2."""
+    path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow a link to its blob's name
+    return _UNSHARDED.sub("", path.stem) if path.suffix == ".safetensors" else path.name

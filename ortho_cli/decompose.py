@@ -1,0 +1,488 @@
+"""The main job: walk every tensor tile by tile, split it, and write the artifact.
+
+A tensor belongs to one worker from its first tile to its last, so its bytes cannot depend on how
+many workers there are. While workers compute, the calling thread makes finished tensors durable and
+hashes base as far as it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from ortho_cli import __version__, artifact, ops
+from ortho_cli.artifact import (
+    BASE_FILE,
+    CONFIG_FILE,
+    INDEX_FILE,
+    ORTHO_FILE,
+    REPORT_FILE,
+    canonical_json,
+    module_of,
+)
+from ortho_cli.checkpoint import Checkpoint, ShardReader
+from ortho_cli.errors import Interrupted, NumericalError
+from ortho_cli.events import Advanced, EventSink, Finishing, Noted, Started, TensorDone, null_sink
+from ortho_cli.journal import WorkFolder, unwritable
+from ortho_cli.plan import (
+    Plan,
+    TensorPlan,
+    check_output,
+    check_space,
+    tile_rows,
+)
+from ortho_cli.selection import is_tied
+from ortho_cli.writer import CHUNK, DataFile, GrowingSha256, TensorStream, plan_layout
+
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+NUMPY_DTYPES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64}
+SCALES: dict[str, ops.Scales] = {"absmax": ops.absmax_scales, "mse": ops.mse_scales}
+
+# How often finished tensors are made durable: a kill costs at most this much work.
+COMMIT_SECONDS = 1.0
+
+Entry = dict[str, Any]
+
+
+def decompose(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    force: bool = False,
+    on_event: EventSink = null_sink,
+) -> Entry:
+    """Carry a plan out.
+
+    Args:
+        plan: made from `checkpoint`.
+        checkpoint: the source.
+        out: the folder to make; appears only when complete.
+        force: replace an artifact at `out`, and discard half-done work of another plan.
+        on_event: told of progress, from any thread, one call at a time.
+    Returns:
+        The report, as written to report.json.
+    Raises:
+        CheckpointError: the source changed or is shorter than its header says.
+        NumericalError: a weight that is to be split is NaN or infinite.
+        OutputExistsError: something is at `out`, or half-done work of another plan beside it.
+        ResourceError: the disk is full or closed to us.
+        Interrupted: Ctrl-C; finished tensors are kept.
+    """
+    check_output(out, checkpoint, force=force)
+    check_space(plan, out)
+    identity = {
+        "plan": plan.sha256,
+        "source": [[shard.name, shard.size, shard.mtime_ns] for shard in checkpoint.shards],
+        "version": [__version__, torch.__version__],
+        "files": {BASE_FILE: plan.base.size, ORTHO_FILE: plan.ortho.size},
+    }
+    reader = ShardReader(checkpoint)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # parallel over tensors, not inside an operation
+    try:
+        with WorkFolder(out, identity=identity, force=force) as work:
+            report = _Job(plan, checkpoint, reader, work, on_event).run()
+            work.publish()
+            return report
+    finally:
+        torch.set_num_threads(threads)
+        reader.close()
+
+
+class _Job:
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        reader: ShardReader,
+        work: WorkFolder,
+        on_event: EventSink,
+    ) -> None:
+        self._plan = plan
+        self._checkpoint = checkpoint
+        self._reader = reader
+        self._work = work
+        self._on_event = on_event
+        self._event_lock = threading.Lock()
+        self._stop = threading.Event()
+        self._local = threading.local()
+        self._base = DataFile(work, BASE_FILE, plan.base, mode=0o644)
+        # What is withheld from others should not be readable by others.
+        self._ortho = DataFile(work, ORTHO_FILE, plan.ortho, mode=0o600)
+
+    def run(self) -> Entry:
+        plan, done = self._plan, self._work.done
+        self._emit(
+            Started(
+                tensors=len(plan.tensors),
+                resumed=len(done),
+                bytes_total=plan.bytes_read,
+                bytes_done=sum(t.source.nbytes for t in plan.tensors if t.name in done),
+            )
+        )
+        self._base.write_header(plan.base.header)
+        base_sha256 = self._work_through([t for t in plan.tensors if t.name not in done])
+        self._emit(Finishing(step="digests"))
+        self._reader.check_unchanged()
+        entries = [done[tensor.name] for tensor in plan.tensors]
+        digest = artifact.source_digest(
+            (t.name, t.source.dtype, t.source.shape, done[t.name]["source_blake3"])
+            for t in plan.tensors
+        )
+        self._ortho.write_header(self._ortho_header(source_digest=digest, base_sha256=base_sha256))
+        ortho_sha256 = GrowingSha256(self._ortho.fd).up_to(plan.ortho.size)
+        report = make_report(
+            plan, entries, source_digest=digest, base_sha256=base_sha256, ortho_sha256=ortho_sha256
+        )
+        self._emit(Finishing(step="sync"))
+        self._write_side_files(report)
+        return report
+
+    def _ortho_header(self, **digests: str) -> bytes:
+        metadata = artifact.ortho_metadata(
+            plan_sha256=self._plan.sha256,
+            recipe=canonical_json(self._plan.recipe.canonical()),
+            version=__version__,
+            **digests,
+        )
+        specs = (spec for tensor in self._plan.tensors for spec in tensor.ortho)
+        header = plan_layout(specs, metadata).header
+        assert len(header) == len(self._plan.ortho.header)
+        return header
+
+    def _work_through(self, pending: list[TensorPlan]) -> str:
+        """Work on every pending tensor; return base's SHA-256."""
+        frontier = _Frontier(self._plan)
+        frontier.finish(self._work.done)
+        digest = GrowingSha256(self._base.fd)
+        with ThreadPoolExecutor(max_workers=self._plan.workers, thread_name_prefix="ortho") as pool:
+            futures: set[Future[Entry]] = {pool.submit(self._tensor, tensor) for tensor in pending}
+            finished: list[Entry] = []
+            try:
+                committed = time.monotonic()
+                while futures:
+                    ready, futures = wait(
+                        futures, timeout=COMMIT_SECONDS, return_when=FIRST_COMPLETED
+                    )
+                    fresh = [future.result() for future in ready]
+                    finished += fresh
+                    frontier.finish(entry["name"] for entry in fresh)
+                    digest.up_to(frontier.offset)
+                    if time.monotonic() - committed >= COMMIT_SECONDS:
+                        self._commit(finished)
+                        finished, committed = [], time.monotonic()
+            except BaseException as error:
+                self._stop.set()
+                pool.shutdown(cancel_futures=True)
+                finished += [
+                    f.result()
+                    for f in futures
+                    if f.done() and not f.cancelled() and f.exception() is None
+                ]
+                self._commit(finished)
+                if isinstance(error, KeyboardInterrupt):
+                    raise self._interrupted() from None
+                raise
+            self._commit(finished)
+        return digest.up_to(self._plan.base.size)
+
+    def _interrupted(self) -> Interrupted:
+        done, total = len(self._work.done), len(self._plan.tensors)
+        hint = (
+            "repeat the same command to go on from there"
+            if done
+            else "nothing was finished; nothing is left behind"
+        )
+        return Interrupted(f"interrupted with {done} of {total} tensors finished", hint=hint)
+
+    def _commit(self, entries: list[Entry]) -> None:
+        try:
+            self._work.commit(entries)
+        except OSError as error:
+            raise unwritable(self._work.folder, error) from error
+
+    def _emit(self, event: Any) -> None:
+        with self._event_lock:
+            self._on_event(event)
+
+    def _tensor(self, tensor: TensorPlan) -> Entry:
+        if not hasattr(self._local, "tile"):
+            self._local.tile, self._local.tensor = ops.Scratch(), ops.Scratch()
+        entry = self._copy(tensor) if tensor.reason is not None else self._split(tensor)
+        self._emit(TensorDone(name=tensor.name))
+        return entry
+
+    def _read(self, tensor: TensorPlan, buffer: memoryview, digest: blake3, *, start: int) -> None:
+        if self._stop.is_set():
+            raise InterruptedError  # reaches nobody: the pool is being shut down
+        self._reader.read_into(buffer, tensor.source, start=start)
+        digest.update(buffer)
+
+    def _copy(self, tensor: TensorPlan) -> Entry:
+        """Carry a tensor over unchanged, through one buffer."""
+        scratch: ops.Scratch = self._local.tile
+        scratch.reset()
+        buffer = as_bytes(scratch((CHUNK,), torch.uint8))
+        digest = blake3()
+        nbytes = tensor.source.nbytes
+        for start in range(0, nbytes, CHUNK):
+            piece = buffer[: min(CHUNK, nbytes - start)]
+            self._read(tensor, piece, digest, start=start)
+            self._base.write(tensor.name, piece, start=start)
+            self._emit(Advanced(nbytes=len(piece)))
+        hexdigest = digest.hexdigest()
+        return {
+            "name": tensor.name,
+            "source_blake3": hexdigest,
+            "blake3": {BASE_FILE: {tensor.name: hexdigest}},
+        }
+
+    def _split(self, tensor: TensorPlan) -> Entry:
+        """Split one tensor: quantize each tile, keep the k weights that lose most."""
+        scratch: ops.Scratch = self._local.tile  # valid for one tile
+        held: ops.Scratch = self._local.tensor  # valid for one tensor
+        held.reset()
+        rows, columns = tensor.source.shape
+        dtype = TORCH_DTYPES[tensor.source.dtype]
+        make_scales = SCALES[str(tensor.scale)]
+        module = module_of(tensor.name)
+        base = {
+            part: TensorStream(self._base, f"{module}.{part}")
+            for part in ("weight_packed", "weight_scale", "weight_shape")
+        }
+        digest, signal, noise = blake3(), 0.0, 0.0
+        step = tile_rows(tensor.source.shape)
+        bits = torch.int32 if dtype.itemsize == 4 else torch.int16
+        top = ops.TopK(tensor.k, stretch=step * columns, payload=bits, empty=held)
+        for row in range(0, rows, step):
+            scratch.reset()
+            shape = (min(step, rows - row), columns)
+            raw = scratch(shape, dtype)
+            self._read(tensor, as_bytes(raw), digest, start=row * columns * dtype.itemsize)
+            weight = scratch(shape, torch.float32).copy_(raw)
+            scales = make_scales(
+                weight, group_size=self._plan.group_size, dtype=dtype, empty=scratch
+            )
+            if not torch.isfinite(scales).all():
+                raise _not_finite(tensor, weight, row)
+            codes = ops.quantize(weight, scales, empty=scratch)
+            base["weight_packed"].write(as_bytes(ops.pack_int4(codes, empty=scratch)))
+            base["weight_scale"].write(as_bytes(scales))
+            residual = ops.dequantize(codes, scales, empty=scratch).sub_(weight)
+            signal += ops.squared_norm(weight)
+            noise += (tile_noise := ops.squared_norm(residual))
+            if not np.isfinite(tile_noise):
+                raise _overflow(tensor, residual, row)
+            # |r| orders like r^2 and neither underflows nor rounds: equal residuals are equal,
+            # others are not.
+            top.push(
+                residual.abs_().view(-1).numpy(),
+                raw.view(bits).view(-1).numpy(),
+                start=row * columns,
+            )
+            self._emit(Advanced(nbytes=raw.nbytes))
+        base["weight_shape"].write(as_bytes(torch.tensor([rows, columns], dtype=torch.int64)))
+        indices, kept, values = top.finish()
+        ortho = self._write_csr(tensor, indices, values)
+        kept_energy = float(np.square(kept, dtype=np.float64).sum())
+        return {
+            "name": tensor.name,
+            "source_blake3": digest.hexdigest(),
+            "signal": signal,
+            "noise": noise,
+            # Everything kept is exact; a difference of sums would leave rounding where the answer
+            # is 0.
+            "noise_kept": noise if tensor.k == tensor.source.numel else min(kept_energy, noise),
+            "blake3": {BASE_FILE: _digests(base.values()), ORTHO_FILE: ortho},
+        }
+
+    def _write_csr(self, tensor: TensorPlan, indices: Any, values: Any) -> dict[str, str]:
+        rows, columns = tensor.source.shape
+        parts = (ops.crow_indices(indices, (rows, columns)), indices % columns, values)
+        streams = []
+        for spec, part in zip(tensor.ortho, parts, strict=True):
+            stream = TensorStream(self._ortho, spec.key)
+            stream.write(np.ascontiguousarray(part, NUMPY_DTYPES.get(spec.dtype)).data)
+            streams.append(stream)
+        return _digests(streams)
+
+    def _write_side_files(self, report: Entry) -> None:
+        plan, checkpoint, work = self._plan, self._checkpoint, self._work
+        try:
+            for name, _ in plan.extra_files:
+                work.copy_file(checkpoint.folder / name, name)
+            if any(name == REPORT_FILE for name, _ in checkpoint.extra_files):
+                self._emit(
+                    Noted(
+                        message=f"the source's own {REPORT_FILE} is not copied: the artifact "
+                        f"has one"
+                    )
+                )
+            if checkpoint.config is not None:
+                work.write_file(CONFIG_FILE, _pretty(make_config(plan, checkpoint.config)))
+            size = plan.base.size - len(plan.base.header)
+            work.write_file(INDEX_FILE, _pretty(artifact.index(plan.base.regions, total_size=size)))
+            work.write_file(REPORT_FILE, _pretty(report))
+        except OSError as error:
+            raise unwritable(work.artifact, error) from error
+
+
+class _Frontier:
+    """How far base is complete from its first byte on."""
+
+    def __init__(self, plan: Plan) -> None:
+        owners = {spec.key: tensor.name for tensor in plan.tensors for spec in tensor.base}
+        self._ends = [
+            (region.offset + region.nbytes, owners[key])
+            for key, region in plan.base.regions.items()
+        ]
+        self._done: set[str] = set()
+        self._next = 0
+        self.offset = len(plan.base.header)
+
+    def finish(self, names: Iterable[str]) -> None:
+        self._done.update(names)
+        while self._next < len(self._ends) and self._ends[self._next][1] in self._done:
+            self.offset = self._ends[self._next][0]
+            self._next += 1
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Look at a tensor's bytes in place."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _digests(streams: Iterable[TensorStream]) -> dict[str, str]:
+    return {stream.key: stream.digest.hexdigest() for stream in streams}
+
+
+def _pretty(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _not_finite(tensor: TensorPlan, weight: Tensor, row: int) -> NumericalError:
+    bad = torch.nonzero(~torch.isfinite(weight))[0].tolist()
+    value = weight[bad[0], bad[1]].item()
+    return NumericalError(
+        f"tensor `{tensor.name}` of `{tensor.source.shard}` holds {value} at row "
+        f"{row + bad[0]}, column {bad[1]}",
+        hint="repair the checkpoint, or add the tensor to `ignore`",
+    )
+
+
+def _overflow(tensor: TensorPlan, residual: Tensor, row: int) -> NumericalError:
+    bad = torch.nonzero(~torch.isfinite(residual))[0].tolist()
+    return NumericalError(
+        f"tensor `{tensor.name}` overflows {tensor.source.dtype} when dequantized, at row "
+        f"{row + bad[0]}, column {bad[1]}",
+        hint="cast the checkpoint to bfloat16, or add the tensor to `ignore`",
+    )
+
+
+def make_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
+    """Add `quantization_config` to the source's config.json."""
+    split = [module_of(tensor.name) for tensor in plan.split]
+    unsplit = {
+        module_of(tensor.name)
+        for tensor in plan.tensors
+        if tensor.reason is not None
+        and len(tensor.source.shape) == 2
+        and tensor.reason != "embedding"
+    }
+    if is_tied(config):
+        unsplit.add("lm_head")  # a Linear of the model that has no tensor of its own
+    settings = artifact.quantization_config(
+        split=split, unsplit=sorted(unsplit), group_size=plan.group_size
+    )
+    return {**config, "quantization_config": settings}
+
+
+def make_report(
+    plan: Plan, entries: list[Entry], *, source_digest: str, base_sha256: str, ortho_sha256: str
+) -> dict[str, Any]:
+    """Say what was done; the same for the same input, so without times and paths.
+
+    Units: bytes; bits per weight; sqnr in dB, null where there is no error. `residual_kept` is the
+        share of the squared
+    residual at the kept positions: noise at alpha = 1 is (1 - residual_kept) of that at alpha = 0.
+    """
+    tensors = [
+        _report_tensor(tensor, entry) for tensor, entry in zip(plan.tensors, entries, strict=True)
+    ]
+    split = [
+        entry for tensor, entry in zip(plan.tensors, entries, strict=True) if tensor.reason is None
+    ]
+    signal, noise, kept = (
+        sum(entry[key] for entry in split) for key in ("signal", "noise", "noise_kept")
+    )
+    nnz = sum(tensor.k for tensor in plan.split)
+    base_bits = 8 * sum(_nbytes(tensor.base) for tensor in plan.split)
+    ortho_bits = 8 * sum(_nbytes(tensor.ortho) for tensor in plan.split)
+    return {
+        "format": artifact.FORMAT,
+        "versions": {"ortho": __version__, "torch": torch.__version__, "device": "cpu"},
+        "plan_sha256": plan.sha256,
+        "source_digest": source_digest,
+        "base_sha256": base_sha256,
+        "ortho_sha256": ortho_sha256,
+        "recipe": plan.recipe.canonical(),
+        "group_size": plan.group_size,
+        "totals": {
+            "tensors": len(plan.tensors),
+            "split_tensors": len(plan.split),
+            "weights": plan.weights,
+            "split_weights": plan.split_weights,
+            "source_bytes": plan.bytes_read,
+            "base_bytes": plan.base.size,
+            "ortho_bytes": plan.ortho.size,
+            "bits_per_weight": round(plan.bits_per_weight, 4),
+            "split_bits_per_weight_base": round(base_bits / plan.split_weights, 4),
+            "split_bits_per_weight": round((base_bits + ortho_bits) / plan.split_weights, 4),
+            "nnz": nnz,
+            "density": nnz / plan.split_weights,
+            "sqnr_db_alpha_0": ops.decibels(signal, noise),
+            "sqnr_db_alpha_1": ops.decibels(signal, noise - kept),
+            "residual_kept": _share(kept, noise),
+        },
+        "tensors": tensors,
+    }
+
+
+def _nbytes(specs: Iterable[Any]) -> int:
+    return sum(spec.nbytes for spec in specs)
+
+
+def _share(part: float, whole: float) -> float | None:
+    return round(part / whole, 6) if whole > 0 else None
+
+
+def _report_tensor(tensor: TensorPlan, entry: Entry) -> dict[str, Any]:
+    numel = tensor.source.numel
+    found: dict[str, Any] = {
+        "name": tensor.name,
+        "action": tensor.action,
+        "reason": tensor.reason,
+        "dtype": tensor.source.dtype,
+        "shape": list(tensor.source.shape),
+        "bits_per_weight": round(8 * (_nbytes(tensor.base) + _nbytes(tensor.ortho)) / numel, 4),
+    }
+    if tensor.reason is None:
+        found |= {
+            "scale": tensor.scale,
+            "nnz": tensor.k,
+            "sqnr_db_alpha_0": ops.decibels(entry["signal"], entry["noise"]),
+            "sqnr_db_alpha_1": ops.decibels(entry["signal"], entry["noise"] - entry["noise_kept"]),
+            "residual_kept": _share(entry["noise_kept"], entry["noise"]),
+        }
+    return found | {"source_blake3": entry["source_blake3"], "blake3": entry["blake3"]}

@@ -1,0 +1,91 @@
+"""Every way `ortho` can fail, one class an exit code.
+
+    OrthoError                 1   unexpected
+    ├── UsageError             2   a flag or argument is wrong
+    ├── RecipeError            3   the recipe is wrong, or does not fit the checkpoint
+    ├── CheckpointError        4   the source cannot be read or cannot be split
+    ├── CalibrationError       5   calibration data or statistics are unusable
+    ├── ArtifactError          6   an artifact is damaged or its files do not belong together
+    ├── NumericalError         7   NaN or infinity
+    ├── OutputExistsError      8   something is already where the output should go
+    ├── ResourceError          9   disk, memory or permission
+    ├── GateError             10   a figure missed what was required of it
+    └── Interrupted          130   Ctrl-C
+
+A message is one sentence in lower case that names the tensor or file and both values; `hint` says
+what to do.
+"""
+
+from __future__ import annotations
+
+
+class OrthoError(Exception):
+    """Base of every error that `ortho` raises on purpose."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        """Keep the sentence and what to do about it."""
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(OrthoError):
+    """A flag or argument is wrong."""
+
+    exit_code = 2
+
+
+class RecipeError(OrthoError):
+    """The recipe is wrong, or does not fit the checkpoint."""
+
+    exit_code = 3
+
+
+class CheckpointError(OrthoError):
+    """The source cannot be read or cannot be split."""
+
+    exit_code = 4
+
+
+class CalibrationError(OrthoError):
+    """Calibration data or statistics are unusable."""
+
+    exit_code = 5
+
+
+class ArtifactError(OrthoError):
+    """An artifact is damaged or its files do not belong together."""
+
+    exit_code = 6
+
+
+class NumericalError(OrthoError):
+    """A weight is NaN or infinite."""
+
+    exit_code = 7
+
+
+class OutputExistsError(OrthoError):
+    """Something is already where the output should go."""
+
+    exit_code = 8
+
+
+class ResourceError(OrthoError):
+    """Disk, memory or permission is missing."""
+
+    exit_code = 9
+
+
+class GateError(OrthoError):
+    """A measured figure missed what was required of it."""
+
+    exit_code = 10
+
+
+class Interrupted(OrthoError):  # noqa: N818 - the field's word for Ctrl-C, not an error in the input
+    """The user stopped the run; what is finished is kept."""
+
+    exit_code = 130

@@ -1,0 +1,52 @@
+"""What work functions tell whoever is watching; the core never prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """Work begins; `resumed` of `tensors` were finished by an earlier run."""
+
+    tensors: int
+    resumed: int
+    bytes_total: int
+    bytes_done: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advanced:
+    """`nbytes` more of the input were read and dealt with."""
+
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorDone:
+    """One tensor is written."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finishing:
+    """All tensors are written; `step` is what is left."""
+
+    step: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noted:
+    """Something the user should know and need not act on."""
+
+    message: str
+
+
+Event = Started | Advanced | TensorDone | Finishing | Noted
+EventSink = Callable[[Event], None]
+
+
+def null_sink(event: Event) -> None:
+    """Ignore every event."""

@@ -1,0 +1,263 @@
+"""A folder that appears whole or not at all, and work that survives being killed.
+
+Work for OUT goes to the hidden sibling `.OUT.ortho/`:
+
+    lock       held by the run that works here; the kernel lets go when it dies
+    journal    line 1: what is made from what; then one line a finished tensor
+    artifact/  the files being written; data files end in `.partial` until all is on disk
+    previous/  what `--force` replaces, between two renames
+
+A tensor counts as finished once its line is in the journal, and lines are written only after the
+data they speak of are synced. `publish` renames the data files, then `artifact/` to OUT: one step,
+before which OUT does not exist and after which it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ortho_cli.errors import OutputExistsError, ResourceError
+
+PARTIAL = ".partial"
+
+
+def work_folder(out: Path) -> Path:
+    """Name the hidden sibling in which OUT is made."""
+    return out.parent / f".{out.name}.ortho"
+
+
+class WorkFolder:
+    """The work on one output, as a context manager; unfinished work is kept for the next run."""
+
+    def __init__(self, out: Path, *, identity: dict[str, Any], force: bool) -> None:
+        """Begin, or go on where an equal run stopped.
+
+        Args:
+            out: where the finished folder goes.
+            identity: everything the bytes depend on, and the size of each data file under `files`;
+                only work with an equal identity is continued.
+            force: discard half-done work of another identity.
+        """
+        self.out = out
+        self.folder = work_folder(out)
+        self.artifact = self.folder / "artifact"
+        self.done: dict[str, dict[str, Any]] = {}
+        self._identity = identity
+        self._force = force
+        self._lock = -1
+        self._journal = -1
+        self._fds: dict[str, int] = {}
+
+    def __enter__(self) -> WorkFolder:
+        """Take the lock and read the journal."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            try:
+                self._open_journal()
+            except BaseException:
+                self._close()
+                raise
+        except OSError as error:
+            raise unwritable(self.out, error) from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close everything; a folder in which nothing is finished is removed."""
+        if error is not None and not self.done and not (self.folder / "previous").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._close()
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._lock, 20, 0).decode(errors="replace").strip() or "unknown"
+            os.close(self._lock)
+            self._lock = -1
+            raise OutputExistsError(
+                f"process {holder} is writing `{self.out}` right now",
+                hint="wait for it, or choose another -o",
+            ) from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+
+    def _open_journal(self) -> None:
+        path = self.folder / "journal"
+        lines = _complete_lines(path)
+        if lines and lines[0] != self._identity:
+            if not self._force:
+                raise OutputExistsError(
+                    f"`{self.folder}` holds {len(lines) - 1} finished tensors of another run: "
+                    f"{_difference(lines[0], self._identity)}",
+                    hint="repeat that run's command to finish it, or add --force to discard "
+                    "its work",
+                )
+            lines = []
+        if not lines or not self._data_is_there():
+            lines = []
+            self._restore_previous()
+            shutil.rmtree(self.artifact, ignore_errors=True)
+            path.unlink(missing_ok=True)
+        self.artifact.mkdir(exist_ok=True)
+        self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        # A last line without its newline was cut by a kill; append after the last whole one.
+        os.ftruncate(self._journal, sum(len(_encode(line)) for line in lines))
+        if not lines:
+            self._append([self._identity])
+        self.done = {line["name"]: line for line in lines[1:]}
+
+    def _data_is_there(self) -> bool:
+        """Give renamed data files their working names back; tell whether all are there in full."""
+        whole = True
+        for name, size in self._identity["files"].items():
+            final, partial = self.artifact / name, self.artifact / (name + PARTIAL)
+            if final.exists():
+                final.rename(partial)
+            whole = whole and partial.exists() and partial.stat().st_size == size
+        return whole
+
+    def _restore_previous(self) -> None:
+        previous = self.folder / "previous"
+        if previous.is_dir() and not self.out.exists():
+            previous.rename(self.out)
+
+    def open_data(self, name: str, *, size: int, mode: int) -> int:
+        """Open a data file with its bytes reserved, so that a full disk shows before the work."""
+        path = self.artifact / (name + PARTIAL)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
+            self._fds[name] = fd
+            if os.fstat(fd).st_size != size:
+                reserve(fd, size)
+        except OSError as error:
+            raise unwritable(path, error) from error
+        return fd
+
+    def commit(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Make tensors count as finished: data to disk first, then their lines."""
+        if not entries:
+            return
+        for fd in self._fds.values():
+            _sync(fd)
+        self._append(entries)
+        self.done.update((entry["name"], entry) for entry in entries)
+
+    def _append(self, entries: Sequence[dict[str, Any]]) -> None:
+        data = memoryview(b"".join(map(_encode, entries)))
+        while data:
+            data = data[os.write(self._journal, data) :]
+        _sync(self._journal)
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write a small file whole."""
+        path = self.artifact / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def copy_file(self, source: Path, name: str) -> None:
+        """Copy a file of the source, its bytes only."""
+        path = self.artifact / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def publish(self) -> None:
+        """Give data files their names, in the order they were opened, and the folder its place."""
+        for name, fd in self._fds.items():
+            os.fsync(fd)
+            (self.artifact / (name + PARTIAL)).rename(self.artifact / name)
+        _sync_folder(self.artifact)
+        previous = self.folder / "previous"
+        if self.out.exists():
+            self.out.rename(previous)
+        self.artifact.rename(self.out)
+        _sync_folder(self.out.parent)
+        self._close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _close(self) -> None:
+        for fd in (*self._fds.values(), self._journal, self._lock):
+            if fd >= 0:
+                os.close(fd)
+        self._fds, self._journal, self._lock = {}, -1, -1
+
+
+def unwritable(path: Path, error: OSError) -> ResourceError:
+    """Say why a file could not be written."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return ResourceError(
+        f"cannot write `{path}`: {reason[:1].lower() + reason[1:]}",
+        hint="free space there, or choose another -o",
+    )
+
+
+def reserve(fd: int, size: int) -> None:
+    """Set a file's size and claim its blocks where the system can."""
+    os.ftruncate(fd, size)
+    if hasattr(os, "posix_fallocate") and size:
+        os.posix_fallocate(fd, 0, size)
+
+
+def clean_leftovers(out: Path) -> None:
+    """Remove a work folder whose output was published just before the run was killed."""
+    folder = work_folder(out)
+    if out.is_dir() and folder.is_dir() and not (folder / "artifact").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _encode(line: dict[str, Any]) -> bytes:
+    return json.dumps(line, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+
+
+def _complete_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the lines that were written whole; a cut or unreadable tail is work to be done again."""
+    lines: list[dict[str, Any]] = []
+    raw = path.read_bytes() if path.exists() else b""
+    for piece in raw.split(b"\n")[:-1]:
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(piece)
+            if (
+                isinstance(line, dict)
+                and _encode(line) == piece + b"\n"
+                and (not lines or isinstance(line.get("name"), str))
+            ):
+                lines.append(line)
+                continue
+        break
+    return lines
+
+
+def _difference(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
+    keys = [key for key in mine if key != "files" and theirs.get(key) != mine[key]]
+    return " and ".join(f"another {key}" for key in keys or ["version"])
+
+
+# macOS has no fdatasync.
+_sync = getattr(os, "fdatasync", os.fsync)
+
+
+def _sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

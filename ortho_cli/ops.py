@@ -1,0 +1,353 @@
+"""The mathematics of a split: group scales, INT4 codes, packing, exact top-k, CSR, decibels.
+
+Pure functions on CPU tensors, float32 inside, no IO. Weights are `(out_features, in_features)`; a
+group is `group_size` neighbours inside one row and never crosses rows. Every function that needs
+room asks `empty(shape, dtype)` for it: the default is `torch.empty`, and the hot loop passes a
+`Scratch`, which hands out the same buffers tile after tile (fresh pages cost more than the
+arithmetic).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+CODE_MIN, CODE_MAX = -8, 7
+# compressed-tensors' convention for 4 bits: the 15 steps between -8 and 7, halved.
+HALF_RANGE = (CODE_MAX - CODE_MIN) / 2
+
+Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
+Scales = Callable[..., Tensor]
+
+
+def _torch_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+class Scratch:
+    """Buffers for one worker: the n-th request since `reset` gets the n-th buffer."""
+
+    def __init__(self) -> None:
+        """Start without a buffer."""
+        self._slots: list[Tensor] = []
+        self._views: list[dict[tuple[tuple[int, ...], torch.dtype], Tensor]] = []
+        self._next = 0
+
+    def reset(self) -> None:
+        """Forget what was handed out; the next tile reuses it."""
+        self._next = 0
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Hand out an uninitialised tensor that is valid until `reset`."""
+        slot = self._next
+        self._next += 1
+        if slot == len(self._slots):
+            self._slots.append(torch.empty(0, dtype=torch.uint8))
+            self._views.append({})
+        key = (shape, dtype)
+        view = self._views[slot].get(key)
+        if view is None:
+            nbytes = math.prod(shape) * dtype.itemsize
+            if nbytes > self._slots[slot].numel():
+                self._slots[slot] = torch.empty(nbytes, dtype=torch.uint8)
+                self._views[slot].clear()
+            view = self._slots[slot][:nbytes].view(dtype).view(shape)
+            self._views[slot][key] = view
+        return view
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(slot.numel() for slot in self._slots)
+
+
+def _smallest_scale(dtype: torch.dtype) -> float:
+    """Smallest scale worth storing; hardware keeps subnormals in float16, whose range is short."""
+    return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).smallest_normal
+
+
+def _groups(weight: Tensor, count: int) -> Tensor:
+    return weight.reshape(weight.shape[0], count, -1)
+
+
+def _absmax(groups: Tensor, empty: Empty) -> Tensor:
+    return torch.abs(groups, out=empty(tuple(groups.shape), torch.float32)).amax(-1)
+
+
+def _round_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return scales.clamp_min(_smallest_scale(dtype)).to(dtype)
+
+
+def absmax_scales(
+    weight: Tensor, *, group_size: int, dtype: torch.dtype, empty: Empty = _torch_empty
+) -> Tensor:
+    """Scale each group so that its largest magnitude lands half a step inside the INT4 range.
+
+    scale = max|w| / 7.5, rounded to `dtype` (nearest, ties to even).
+
+    Args:
+        weight: (out, in) float32; `group_size` divides in.
+        group_size: neighbours in a row that share a scale.
+        dtype: dtype the scales are stored in; the model's own.
+        empty: where temporaries come from.
+    Returns:
+        (out, in / group_size) of `dtype`, > 0. A group of zeros gets the smallest scale, never 0. A
+        group that holds NaN or infinity gets a scale that is not finite: testing the scales tests
+        the weights.
+    Source: compressed-tensors `calculate_qparams` (symmetric); it differs for groups of zeros,
+        which get an epsilon there.
+    """
+    groups = _groups(weight, weight.shape[1] // group_size)
+    return _round_scales(_absmax(groups, empty).div_(HALF_RANGE), dtype)
+
+
+# Tried in this order. 7.5/7 and 7.5/8 put the largest magnitude exactly on code 7 or -8.
+MSE_FACTORS = (
+    1.0,
+    7.5 / 7,
+    7.5 / 8,
+    1.04,
+    1.02,
+    *(round(0.98 - 0.02 * step, 2) for step in range(25)),
+)
+
+
+def mse_scales(
+    weight: Tensor, *, group_size: int, dtype: torch.dtype, empty: Empty = _torch_empty
+) -> Tensor:
+    """Search each group's scale for the smallest squared error of what will be stored.
+
+    scale = argmin over f in MSE_FACTORS of sum (w - dequantize(quantize(w, s_f)))^2,  s_f = f *
+    max|w| / 7.5.
+
+    Args:
+        weight: (out, in) float32; `group_size` divides in.
+        group_size: neighbours in a row that share a scale.
+        dtype: dtype the scales are stored in; candidates are rounded to it before they are judged.
+        empty: where temporaries come from.
+    Returns:
+        (out, in / group_size) of `dtype`, > 0; the first factor of equals wins, so the error is
+        never above absmax's. Groups with NaN or infinity keep absmax's scale, which is not finite.
+    Source: the clipping search of AWQ (arXiv:2306.00978, section 3.2), with plain squared error per
+        group.
+    """
+    count = weight.shape[1] // group_size
+    absmax = _absmax(_groups(weight, count), empty).div_(HALF_RANGE)
+    best = _round_scales(absmax, dtype)
+    best_error: Tensor | None = None
+    buffers = Scratch()
+    for factor in MSE_FACTORS:
+        buffers.reset()
+        candidate = _round_scales(absmax * factor, dtype)
+        codes = quantize(weight, candidate, empty=buffers)
+        error = dequantize(codes, candidate, empty=buffers).sub_(weight).square_()
+        error = _groups(error, count).sum(-1)
+        if best_error is None:
+            best_error = error
+            continue
+        better = error < best_error
+        best = torch.where(better, candidate, best)
+        best_error = torch.where(better, error, best_error)
+    return best
+
+
+def quantize(weight: Tensor, scales: Tensor, *, empty: Empty = _torch_empty) -> Tensor:
+    """Round each weight to its group's grid.
+
+    q = clamp(round(w / scale), -8, 7), halves to even.
+
+    Args:
+        weight: (out, in) float32, finite.
+        scales: (out, groups), any float dtype, > 0; groups divides in.
+        empty: where temporaries come from.
+    Returns:
+        (out, in) int8 in [-8, 7].
+    Source: compressed-tensors `quantize`; it divides in the model's dtype, here the division is
+        float32, so a weight is
+    rounded once.
+    """
+    groups = _groups(weight, scales.shape[1])
+    ratio = empty(tuple(groups.shape), torch.float32)
+    torch.div(groups, scales.float().unsqueeze(-1), out=ratio)
+    ratio.round_().clamp_(CODE_MIN, CODE_MAX)
+    return empty(tuple(weight.shape), torch.int8).copy_(ratio.view_as(weight))
+
+
+def dequantize(codes: Tensor, scales: Tensor, *, empty: Empty = _torch_empty) -> Tensor:
+    """Give back the weights that the base stands for, exactly as a reader of it sees them.
+
+    w = q * scale, rounded once to the dtype of the scales.
+
+    Args:
+        codes: (out, in) int8 in [-8, 7].
+        scales: (out, groups), bfloat16, float16 or float32.
+        empty: where temporaries come from.
+    Returns:
+        (out, in) float32 holding values of the scales' dtype.
+    Source: compressed-tensors `dequantize`, bit for bit.
+    """
+    shape = tuple(codes.shape)
+    product = empty(shape, torch.float32).copy_(codes)
+    _groups(product, scales.shape[1]).mul_(scales.float().unsqueeze(-1))
+    if scales.dtype == torch.float32:
+        return product
+    return product.copy_(empty(shape, scales.dtype).copy_(product))
+
+
+def pack_int4(codes: Tensor, *, empty: Empty = _torch_empty) -> Tensor:
+    """Put eight codes into each int32: column 8w+i of a row in bits 4i..4i+3 of word w, as q + 8.
+
+    Codes -8 -7 ... -1 pack to the word 0x76543210.
+
+    Args:
+        codes: (out, in) int8 in [-8, 7]; in divides by 8.
+        empty: where temporaries come from.
+    Returns:
+        (out, in / 8) int32.
+    Source: compressed-tensors `pack_to_int32`, on a little-endian machine.
+    """
+    rows, columns = codes.shape
+    nibbles = torch.add(codes, -CODE_MIN, out=empty((rows, columns), torch.int8))
+    pairs = nibbles.view(torch.int16)  # low byte: even column, high byte: odd column
+    both = torch.bitwise_right_shift(pairs, 4, out=empty((rows, columns // 2), torch.int16))
+    both.bitwise_or_(pairs)  # its low byte is now odd << 4 | even
+    return empty((rows, columns // 2), torch.uint8).copy_(both).view(torch.int32)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """Undo `pack_int4`.
+
+    Args:
+        packed: (out, in / 8) int32.
+    Returns:
+        (out, in) int8 in [-8, 7].
+    """
+    pairs = packed.contiguous().view(torch.uint8)
+    nibbles = torch.stack((pairs & 15, pairs >> 4), dim=-1)
+    return nibbles.flatten(-2).to(torch.int8).add_(CODE_MIN)
+
+
+class TopK:
+    """The k largest of a stream of saliencies, exactly k of them, in one pass.
+
+    Whatever exceeds the k-th largest so far is kept beside its payload; past 2k candidates the list
+    is cut back to k, which raises the bar. Ties keep the lower flat index: an entry that comes
+    later and equals the bar has a higher index than the k already held, so `>` is the exact test.
+    About k (1 + ln(n / k)) entries are ever kept of n.
+
+    Saliencies are float32, >= 0 and finite; the caller rules NaN out.
+    """
+
+    def __init__(
+        self, k: int, *, stretch: int, payload: torch.dtype, empty: Empty = _torch_empty
+    ) -> None:
+        """Make room for the candidates.
+
+        Args:
+            k: entries to select, 0 <= k <= length of the stream.
+            stretch: most entries of one `push`.
+            payload: dtype of what is carried along with each entry.
+            empty: where the buffers come from; they are in use until the result of `finish` is.
+        """
+        self._k = k
+        self._count = 0
+        self._bar = np.float32(-1.0 if k else np.inf)
+        room = (2 * k + stretch,)
+        self._indices: npt.NDArray[np.int64] = empty(room, torch.int64).numpy()
+        self._saliency: npt.NDArray[np.float32] = empty(room, torch.float32).numpy()
+        self._sorted: npt.NDArray[np.float32] = empty(room, torch.float32).numpy()
+        self._payload: npt.NDArray[np.generic] = empty(room, payload).numpy()
+        self._above: npt.NDArray[np.bool_] = empty((stretch,), torch.bool).numpy()
+
+    def push(
+        self, saliency: npt.NDArray[np.float32], payload: npt.NDArray[np.generic], *, start: int
+    ) -> None:
+        """Take the next stretch of the stream.
+
+        Args:
+            saliency: (n,) float32.
+            payload: (n,), carried along.
+            start: flat index of the first entry; stretches come in ascending order.
+        """
+        if not self._count and 0 < self._k < saliency.size:
+            # Of the first stretch only its own k largest can matter: put the bar just below them.
+            self._bar = np.nextafter(self._kth_largest(saliency), np.float32(-1.0))
+        found = np.flatnonzero(np.greater(saliency, self._bar, out=self._above[: saliency.size]))
+        here = slice(self._count, self._count + found.size)
+        np.add(found, start, out=self._indices[here])
+        np.take(saliency, found, out=self._saliency[here], mode="clip")
+        np.take(payload, found, out=self._payload[here], mode="clip")
+        self._count += found.size
+        if self._count > 2 * self._k:
+            self._prune()
+
+    def _kth_largest(self, saliency: npt.NDArray[np.float32]) -> Any:
+        room = self._sorted[: saliency.size]
+        room[:] = saliency
+        room.partition(saliency.size - self._k)
+        return room[saliency.size - self._k]
+
+    def _prune(self) -> None:
+        held = self._saliency[: self._count]
+        self._bar = self._kth_largest(held)
+        keep = np.flatnonzero(held >= self._bar)
+        if keep.size > self._k:
+            ties = np.flatnonzero(held[keep] == self._bar)
+            keep = np.delete(keep, ties[self._k - keep.size :])
+        for column in (self._indices, self._saliency, self._payload):
+            column[: self._k] = column[keep]
+        self._count = self._k
+
+    def finish(
+        self,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.generic]]:
+        """Close the stream.
+
+        Returns:
+            indices (k,) int64 ascending, saliency (k,) float32 and payload (k,), in the order of
+            the indices.
+        """
+        if self._count > self._k:
+            self._prune()
+        return self._indices[: self._k], self._saliency[: self._k], self._payload[: self._k]
+
+
+def crow_indices(indices: npt.NDArray[np.int64], shape: tuple[int, int]) -> npt.NDArray[np.int64]:
+    """Count the entries before each row: the `crow_indices` of a CSR matrix.
+
+    Args:
+        indices: (nnz,) flat indices, ascending.
+        shape: (out, in).
+    Returns:
+        (out + 1,) int64, from 0 to nnz, never falling.
+    """
+    rows, columns = shape
+    return np.searchsorted(indices, np.arange(rows + 1, dtype=np.int64) * columns).astype(np.int64)
+
+
+def squared_norm(values: Tensor) -> float:
+    """Sum of squares; exact enough for decibels also where float32 squares overflow or vanish.
+
+    Args:
+        values: any shape, float32, contiguous.
+    Returns:
+        A finite float >= 0, NaN or infinity only if a value is.
+    """
+    flat = values.view(-1)
+    total = float(torch.dot(flat, flat))
+    if 1e-30 < total < math.inf:
+        return total
+    return float(flat.double().square().sum())
+
+
+def decibels(signal: float, noise: float) -> float | None:
+    """10 log10(signal / noise), to 4 decimals; None where there is no noise."""
+    if noise <= 0.0:
+        return None
+    return round(10.0 * math.log10(signal / noise), 4) if signal > 0.0 else 0.0

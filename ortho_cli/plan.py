@@ -1,0 +1,389 @@
+"""The plan: what will be done to each tensor and where each byte goes.
+
+It comes from headers and the recipe alone. Every refusal that does not need a weight comes from
+here, before anything is read or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ortho_cli import __version__, artifact
+from ortho_cli.artifact import canonical_json
+from ortho_cli.checkpoint import Checkpoint, TensorInfo
+from ortho_cli.errors import (
+    CheckpointError,
+    OutputExistsError,
+    RecipeError,
+    ResourceError,
+    UsageError,
+)
+from ortho_cli.journal import clean_leftovers, work_folder
+from ortho_cli.recipe import GROUP_SIZES, Recipe, matches
+from ortho_cli.selection import select
+from ortho_cli.writer import CHUNK, Layout, TensorSpec, plan_layout
+
+TILE_ELEMENTS = (
+    1 << 19
+)  # measured: two threads run 2.8 GB/s at 256 Ki elements and half of that at 64 Ki
+NO_DIGEST = "0" * 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPlan:
+    """What happens to one source tensor."""
+
+    source: TensorInfo
+    reason: str | None  # why it is not split
+    scale: Literal["absmax", "mse"] | None
+    density: float | None
+    k: int
+    base: tuple[TensorSpec, ...]
+    ortho: tuple[TensorSpec, ...]
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return self.source.name
+
+    @property
+    def action(self) -> Literal["split", "copy"]:
+        """What happens to it."""
+        return "split" if self.reason is None else "copy"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A whole decomposition, frozen."""
+
+    recipe: Recipe
+    group_size: int
+    tensors: tuple[TensorPlan, ...]
+    base: Layout
+    ortho: Layout
+    extra_files: tuple[tuple[str, int], ...]
+    sha256: str
+    peak_bytes: int
+    workers: int
+
+    @property
+    def split(self) -> tuple[TensorPlan, ...]:
+        """The tensors that are split."""
+        return tuple(tensor for tensor in self.tensors if tensor.action == "split")
+
+    @property
+    def weights(self) -> int:
+        """Elements of all tensors."""
+        return sum(tensor.source.numel for tensor in self.tensors)
+
+    @property
+    def split_weights(self) -> int:
+        """Elements of the split tensors."""
+        return sum(tensor.source.numel for tensor in self.split)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensor data that are read."""
+        return sum(tensor.source.nbytes for tensor in self.tensors)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the artifact, without index, config and report."""
+        return self.base.size + self.ortho.size + sum(size for _, size in self.extra_files)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of both files, headers and all, for each weight of the model."""
+        return 8 * (self.base.size + self.ortho.size) / self.weights
+
+    def to_json(self) -> dict[str, Any]:
+        """Spell the plan out, byte offsets included."""
+        return {
+            "plan_sha256": self.sha256,
+            "recipe": self.recipe.canonical(),
+            "group_size": self.group_size,
+            "totals": {
+                "tensors": len(self.tensors),
+                "split_tensors": len(self.split),
+                "weights": self.weights,
+                "split_weights": self.split_weights,
+                "base_bytes": self.base.size,
+                "ortho_bytes": self.ortho.size,
+                "bits_per_weight": round(self.bits_per_weight, 4),
+                "bytes_read": self.bytes_read,
+                "bytes_written": self.bytes_written,
+                "peak_bytes": self.peak_bytes,
+                "workers": self.workers,
+            },
+            "files": [
+                {
+                    "name": artifact.BASE_FILE,
+                    "size": self.base.size,
+                    "header": len(self.base.header),
+                },
+                {
+                    "name": artifact.ORTHO_FILE,
+                    "size": self.ortho.size,
+                    "header": len(self.ortho.header),
+                },
+                *({"name": name, "size": size} for name, size in self.extra_files),
+            ],
+            "tensors": [
+                {
+                    "name": tensor.name,
+                    "action": tensor.action,
+                    "reason": tensor.reason,
+                    "dtype": tensor.source.dtype,
+                    "shape": list(tensor.source.shape),
+                    "shard": tensor.source.shard,
+                    "offset": tensor.source.offset,
+                    "nbytes": tensor.source.nbytes,
+                    "scale": tensor.scale,
+                    "density": tensor.density,
+                    "k": tensor.k,
+                    "base": _regions(tensor.base, self.base),
+                    "ortho": _regions(tensor.ortho, self.ortho),
+                }
+                for tensor in self.tensors
+            ],
+        }
+
+
+def _regions(specs: Iterable[TensorSpec], layout: Layout) -> dict[str, dict[str, Any]]:
+    return {spec.key: asdict(layout.regions[spec.key]) for spec in specs}
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, workers: int = 1) -> Plan:
+    """Decide everything that headers and the recipe decide.
+
+    Args:
+        checkpoint: the source's index.
+        recipe: validated settings.
+        workers: threads that will work; changes only the peak memory.
+    Raises:
+        RecipeError: a target or override matches nothing, group_size does not divide, siblings
+            would differ.
+        CheckpointError: the source is quantized already, or holds weights that should be split and
+            cannot be.
+    """
+    _refuse_quantized(checkpoint)
+    reasons = select(checkpoint, recipe)
+    split = [tensor for tensor in checkpoint.tensors if reasons[tensor.name] is None]
+    group_size = _group_size(split, recipe)
+    tensors = tuple(
+        _plan_tensor(tensor, reasons[tensor.name], recipe, group_size)
+        for tensor in checkpoint.tensors
+    )
+    _check_overrides(recipe, [tensor.name for tensor in split])
+    sha256 = _sha256(tensors, recipe, group_size)
+    canonical = canonical_json(recipe.canonical())
+    common = {"plan_sha256": sha256, "recipe": canonical, "version": __version__}
+    base = plan_layout(_unique(checkpoint, tensors, "base"), artifact.base_metadata(**common))
+    ortho = plan_layout(
+        _unique(checkpoint, tensors, "ortho"),
+        artifact.ortho_metadata(**common, source_digest=NO_DIGEST, base_sha256=NO_DIGEST),
+    )
+    return Plan(
+        recipe=recipe,
+        group_size=group_size,
+        tensors=tensors,
+        base=base,
+        ortho=ortho,
+        extra_files=tuple((n, s) for n, s in checkpoint.extra_files if n not in _OWN_FILES),
+        sha256=sha256,
+        peak_bytes=_peak_bytes(tensors, workers),
+        workers=workers,
+    )
+
+
+_OWN_FILES = (artifact.CONFIG_FILE, artifact.REPORT_FILE, artifact.INDEX_FILE)
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    for shard in checkpoint.shards:
+        if artifact.FORMAT in (shard.metadata.get("format"), shard.metadata.get("ortho_format")):
+            raise CheckpointError(
+                f"`{shard.path}` is the {shard.metadata.get('role')} file of an artifact already",
+                hint="decompose the model it was made from",
+            )
+    method = (checkpoint.config or {}).get("quantization_config")
+    if method is not None:
+        name = method.get("quant_method") if isinstance(method, dict) else method
+        raise CheckpointError(
+            f"`{checkpoint.path}` is quantized already (`quantization_config` says {name!r})",
+            hint="decompose the unquantized model",
+        )
+
+
+def _group_size(split: list[TensorInfo], recipe: Recipe) -> int:
+    sizes = GROUP_SIZES if recipe.base.group_size == "auto" else (int(recipe.base.group_size),)
+    for size in sizes:
+        if all(tensor.shape[1] % size == 0 for tensor in split):
+            return size
+    worst = next(tensor for tensor in split if tensor.shape[1] % sizes[-1])
+    asked = (
+        f"group_size {sizes[0]}"
+        if len(sizes) == 1
+        else f"none of the group sizes {', '.join(map(str, sizes))}"
+    )
+    verb = "does not divide" if len(sizes) == 1 else "divides"
+    known = (256, *GROUP_SIZES, 16, 8)
+    common = [size for size in known if all(tensor.shape[1] % size == 0 for tensor in split)]
+    fitting = common or [size for size in known if worst.shape[1] % size == 0]
+    scope = "every target" if common else "this tensor"
+    raise RecipeError(
+        f"{asked} {verb} in_features {worst.shape[1]} of `{worst.name}`",
+        hint=f"sizes that divide {scope}: {', '.join(map(str, fitting))}"
+        if fitting
+        else "no multiple of 8 divides it; add the tensor to `ignore`",
+    )
+
+
+def _plan_tensor(
+    tensor: TensorInfo, reason: str | None, recipe: Recipe, group_size: int
+) -> TensorPlan:
+    if reason is not None:
+        same = TensorSpec(key=tensor.name, dtype=tensor.dtype, shape=tensor.shape)
+        return TensorPlan(
+            source=tensor, reason=reason, scale=None, density=None, k=0, base=(same,), ortho=()
+        )
+    scale, density = recipe.base.scale, recipe.ortho.density
+    for override in recipe.overrides:
+        if matches(override.match, tensor.name):
+            scale = override.base.scale or scale
+            density = density if override.ortho.density is None else override.ortho.density
+    shape = (tensor.shape[0], tensor.shape[1])
+    k = round(density * tensor.numel)
+    return TensorPlan(
+        source=tensor,
+        reason=None,
+        scale=scale,
+        density=density,
+        k=k,
+        base=artifact.base_specs(
+            tensor.name, dtype=tensor.dtype, shape=shape, group_size=group_size
+        ),
+        ortho=artifact.ortho_specs(tensor.name, dtype=tensor.dtype, shape=shape, nnz=k),
+    )
+
+
+def _check_overrides(recipe: Recipe, names: list[str]) -> None:
+    for override in recipe.overrides:
+        if not any(matches(override.match, name) for name in names):
+            raise RecipeError(
+                f"override `{override.match}` matches no tensor that is split",
+                hint="`ortho inspect` lists what is split",
+            )
+
+
+def _unique(
+    checkpoint: Checkpoint, tensors: tuple[TensorPlan, ...], file: Literal["base", "ortho"]
+) -> Iterator[TensorSpec]:
+    seen: set[str] = set()
+    for tensor in tensors:
+        for spec in tensor.base if file == "base" else tensor.ortho:
+            if spec.key in seen:
+                raise CheckpointError(
+                    f"`{checkpoint.path}` holds a tensor named `{spec.key}`, which splitting "
+                    f"would write too",
+                    hint="is it quantized already? else add its weight to `ignore`",
+                )
+            seen.add(spec.key)
+            yield spec
+
+
+def _sha256(tensors: tuple[TensorPlan, ...], recipe: Recipe, group_size: int) -> str:
+    content = {
+        "format": artifact.FORMAT,
+        "version": __version__,
+        "recipe": recipe.canonical(),
+        "group_size": group_size,
+        "tensors": [
+            [t.name, t.source.dtype, t.source.shape, t.scale, t.density, t.k] for t in tensors
+        ],
+    }
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def tile_rows(shape: tuple[int, ...]) -> int:
+    """Rows of a tile: about TILE_ELEMENTS elements, at least one row."""
+    return max(1, min(shape[0], TILE_ELEMENTS // shape[1]))
+
+
+def _peak_bytes(tensors: tuple[TensorPlan, ...], workers: int) -> int:
+    """Bound the buffers of all workers: tile temporaries and candidates of the selection."""
+    most = CHUNK
+    for tensor in tensors:
+        if tensor.action == "split":
+            elements = tile_rows(tensor.source.shape) * tensor.source.shape[1]
+            temporaries = elements * (40 if tensor.scale == "mse" else 24)
+            # index, saliency and value of 2k candidates and one tile, twice while they are merged
+            candidates = 2 * (2 * tensor.k + elements) * 16
+            most = max(most, temporaries + min(candidates, 2 * tensor.source.numel * 16))
+    return workers * most
+
+
+def check_output(out: Path, checkpoint: Checkpoint, *, force: bool) -> None:
+    """Refuse an output that would lose something or mix with the source; nothing is written.
+
+    Raises:
+        OutputExistsError: OUT is there and `force` is not given, or is not an artifact.
+        UsageError: OUT is the source, or inside it.
+    """
+    source, target = checkpoint.path.resolve(), out.resolve()
+    if target == source or (source.is_dir() and source in target.parents):
+        raise UsageError(
+            f"output `{out}` is the source `{checkpoint.path}` or inside it",
+            hint="choose another -o",
+        )
+    clean_leftovers(out)
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir():
+        raise OutputExistsError(
+            f"output `{out}` is a file", hint="choose another -o; the output is a folder"
+        )
+    if not any(out.iterdir()):
+        return
+    if not artifact.is_artifact(out):
+        raise OutputExistsError(
+            f"output `{out}` exists and is no artifact",
+            hint="choose another -o; --force replaces artifacts only",
+        )
+    if not force:
+        raise OutputExistsError(
+            f"output `{out}` exists", hint="choose another -o, or replace it with --force"
+        )
+
+
+def check_space(plan: Plan, out: Path) -> None:
+    """Refuse a disk that is too small for the plan.
+
+    Raises:
+        ResourceError: says how much is needed and how much is free.
+    """
+    place = out.absolute().parent
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.W_OK):
+        raise ResourceError(
+            f"cannot write in `{place}`: permission denied", hint="choose another -o"
+        )
+    reserved = work_folder(out) / "artifact"
+    held = (
+        sum(path.stat().st_blocks * 512 for path in reserved.glob("*.partial"))
+        if reserved.is_dir()
+        else 0
+    )
+    free, needed = shutil.disk_usage(place).free, plan.bytes_written - held
+    if needed > free:
+        raise ResourceError(
+            f"`{place}` has {free / 1e9:.2f} GB free and the artifact takes {needed / 1e9:.2f} GB",
+            hint="free space, or choose another -o",
+        )

@@ -1,0 +1,321 @@
+"""Everything for eyes: tables, bars and errors, on stderr. The only module that imports rich."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from ortho_cli.errors import OrthoError
+from ortho_cli.events import Advanced, Event, Finishing, Noted, Started, TensorDone
+
+WIDE = 140  # columns where there is no terminal to ask
+
+
+def make_console() -> Console:
+    """Open stderr; colours obey NO_COLOR and vanish off a terminal."""
+    width = None if sys.stderr.isatty() else WIDE
+    return Console(stderr=True, highlight=False, width=width, soft_wrap=not sys.stderr.isatty())
+
+
+def print_json(document: object) -> None:
+    """Print one JSON document on stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def visible(text: object) -> str:
+    """Show what a stranger named: control characters and terminal escapes spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def print_error(error: OrthoError) -> None:
+    """Print the sentence, and the hint on a line of its own."""
+    console = make_console()
+    console.print(Text.assemble(("error: ", "bold red"), visible(error.message)), soft_wrap=True)
+    if error.hint:
+        console.print(Text.assemble(("hint: ", "bold"), visible(error.hint)), soft_wrap=True)
+
+
+class ProgressSink:
+    """Shows events: a bar on a terminal, notes, and each tensor with `verbose`."""
+
+    def __init__(self, verb: str, *, quiet: bool, verbose: bool) -> None:
+        """Name what is being done."""
+        self._console = make_console()
+        self._verb = verb
+        self._quiet, self._verbose = quiet, verbose
+        self._bar: Progress | None = None
+        if self._console.is_terminal and not quiet:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(verb, total=None)
+
+    def __enter__(self) -> ProgressSink:
+        """Start the bar."""
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Take the bar away."""
+        if self._bar:
+            self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if self._bar:
+            self._move(self._bar, event)
+        if isinstance(event, Started) and event.resumed:
+            self._say(
+                f"continuing: {event.resumed} of {event.tensors} tensors were finished before"
+            )
+        elif isinstance(event, TensorDone) and self._verbose:
+            self._say(event.name)
+        elif isinstance(event, Noted):
+            self._say(f"note: {event.message}")
+
+    def _move(self, bar: Progress, event: Event) -> None:
+        if isinstance(event, Started):
+            bar.update(self._task, total=event.bytes_total, completed=event.bytes_done)
+        elif isinstance(event, Advanced):
+            bar.advance(self._task, event.nbytes)
+        elif isinstance(event, Finishing):
+            bar.update(self._task, description=event.step)
+
+    def _say(self, line: str) -> None:
+        if not self._quiet:
+            self._console.print(visible(line), markup=False, soft_wrap=True)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        header_style="dim",
+    )
+    for position, column in enumerate(columns):
+        table.add_column(
+            column,
+            justify="left" if position == 0 else "right",
+            no_wrap=position > 0,
+            overflow="fold",
+        )
+    return table
+
+
+def _number(value: object, form: str = ".2f") -> str:
+    return format(value, form) if isinstance(value, int | float) else "-"
+
+
+def _decibels(value: object, *, exact: bool) -> str:
+    return "exact" if value is None and exact else _number(value)
+
+
+def print_plan(document: dict[str, Any], *, source: str, seconds_hint: bool = True) -> None:
+    """Print the surgery plan: what is split, what is not and why, sizes, memory."""
+    console, totals = make_console(), document["totals"]
+    split = [t for t in document["tensors"] if t["action"] == "split"]
+    rows = _grouped(
+        split, lambda t: (_fold(t["name"]), tuple(t["shape"]), t["dtype"], t["scale"], t["density"])
+    )
+    table = _table("split", "tensor", "count", "shape", "dtype", "scale", "density", "k each")
+    for (name, shape, dtype, scale, density), members in rows:
+        table.add_row(
+            visible(name),
+            str(len(members)),
+            _shape(shape),
+            dtype,
+            scale,
+            f"{density:.2%}",
+            f"{members[0]['k']:,}",
+        )
+    console.print(table)
+    kept = [t for t in document["tensors"] if t["action"] == "copy"]
+    if kept:
+        table = _table(
+            "\ncarried over unchanged",
+            "tensor",
+            "count",
+            "shape",
+            "dtype",
+            "share of weights",
+            "because",
+        )
+        for (name, shape, dtype, reason), members in _grouped(
+            kept, lambda t: (_fold(t["name"]), tuple(t["shape"]), t["dtype"], t["reason"])
+        ):
+            share = sum(_numel(t["shape"]) for t in members) / totals["weights"]
+            table.add_row(
+                visible(name), str(len(members)), _shape(shape), dtype, f"{share:.2%}", reason
+            )
+        console.print(table)
+    lines = [
+        f"\n{source}: {totals['split_tensors']} of {totals['tensors']} tensors split, "
+        f"{totals['split_weights'] / totals['weights']:.1%} of {totals['weights']:,} weights, "
+        f"group size {document['group_size']}",
+        f"base {size(totals['base_bytes'])} + ortho {size(totals['ortho_bytes'])} from "
+        f"{size(totals['bytes_read'])}: "
+        f"{totals['bits_per_weight']:.2f} bits a weight over the whole model",
+        f"buffers {size(totals['peak_bytes'])} over torch for {totals['workers']} workers; "
+        f"about {max(1, round(totals['bytes_read'] / 5e8 / totals['workers']))} s at 0.5 GB/s "
+        f"a worker",
+    ]
+    console.print(
+        visible(lines[0].lstrip("\n")) if not kept else "\n" + visible(lines[0].lstrip("\n")),
+        markup=False,
+        soft_wrap=True,
+    )
+    for line in lines[1:]:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _fold(name: str) -> str:
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def _grouped(
+    tensors: list[dict[str, Any]], key: Callable[[dict[str, Any]], tuple[Any, ...]]
+) -> list[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for tensor in tensors:
+        groups.setdefault(key(tensor), []).append(tensor)
+    return list(groups.items())
+
+
+def _shape(shape: tuple[int, ...] | list[int]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def _numel(shape: list[int]) -> int:
+    product = 1
+    for length in shape:
+        product *= length
+    return product
+
+
+def print_artifact(document: dict[str, Any], *, folder: str) -> None:
+    """Print an artifact tensor by tensor, then in total."""
+    console, totals = make_console(), document.get("totals", {})
+    table = _table(
+        "split",
+        "tensor",
+        "shape",
+        "bits/weight",
+        "nnz",
+        "dB at alpha 0",
+        "dB at alpha 1",
+        "residual kept",
+    )
+    for tensor in document["tensors"]:
+        if tensor["action"] == "split":
+            known = "residual_kept" in tensor
+            table.add_row(
+                visible(tensor["name"]),
+                _shape(tensor["shape"]),
+                _number(tensor["bits_per_weight"]),
+                f"{tensor['nnz']:,}" if isinstance(tensor["nnz"], int) else "-",
+                _decibels(tensor.get("sqnr_db_alpha_0"), exact=known),
+                _decibels(tensor.get("sqnr_db_alpha_1"), exact=known),
+                _number(tensor.get("residual_kept"), ".1%"),
+            )
+    console.print(table)
+    console.print()
+    for line in _artifact_lines(document, totals, folder):
+        console.print(visible(line), markup=False, soft_wrap=True)
+
+
+def _artifact_lines(document: dict[str, Any], totals: dict[str, Any], folder: str) -> list[str]:
+    files = document["files"]
+    ortho = files["ortho.safetensors"]
+    split = [t for t in document["tensors"] if t["action"] == "split"]
+    lines = [
+        f"{folder}: {len(split)} of {len(document['tensors'])} tensors split",
+        f"base {size(files['base.safetensors'])}, "
+        + (
+            f"ortho {size(ortho)}"
+            if ortho is not None
+            else "ortho absent: alpha = 0 is all there is"
+        ),
+    ]
+    if totals:
+        exact = totals["residual_kept"] is None or totals["sqnr_db_alpha_1"] is None
+        lines += [
+            f"{totals['split_bits_per_weight']:.2f} bits a split weight with ortho, "
+            f"{totals['split_bits_per_weight_base']:.2f} without; "
+            f"{totals['bits_per_weight']:.2f} over the whole model",
+            f"SQNR {_decibels(totals['sqnr_db_alpha_0'], exact=exact)} dB at alpha 0, "
+            f"{_decibels(totals['sqnr_db_alpha_1'], exact=exact)} dB at alpha 1; "
+            f"{totals['nnz']:,} weights kept hold {_number(totals['residual_kept'], '.1%')} of "
+            f"the squared residual",
+            f"source {document['source_digest'][:16]}, plan {document['plan_sha256'][:16]}, "
+            f"ortho {document['versions']['ortho']}, torch {document['versions']['torch']}",
+        ]
+    else:
+        lines.append("report.json is missing: decibels are not known")
+    verified = document.get("verified")
+    if verified:
+        against = (
+            "every digest and rule"
+            if verified["against_report"]
+            else "the pair's digest; report.json is missing"
+        )
+        lines.append(
+            f"verified: {verified['tensors']} tensors, {size(verified['bytes'])}, against {against}"
+        )
+    return lines
+
+
+def print_done(document: dict[str, Any]) -> None:
+    """Print what a finished decomposition gave."""
+    console, totals, run = make_console(), document["totals"], document["run"]
+    exact = totals["sqnr_db_alpha_1"] is None
+    for line in (
+        f"{run['output']}: {totals['split_tensors']} of {totals['tensors']} tensors split, "
+        f"{totals['split_bits_per_weight']:.2f} bits a split weight, "
+        f"{totals['bits_per_weight']:.2f} over the whole model",
+        f"base {size(totals['base_bytes'])} + ortho {size(totals['ortho_bytes'])} from "
+        f"{size(totals['source_bytes'])}; "
+        f"SQNR {_decibels(totals['sqnr_db_alpha_0'], exact=exact)} dB at alpha 0, "
+        f"{_decibels(totals['sqnr_db_alpha_1'], exact=exact)} dB at alpha 1",
+        f"{run['seconds']:.1f} s, peak memory {size(run['peak_rss_bytes'])}",
+    ):
+        console.print(visible(line), markup=False, soft_wrap=True)

@@ -1,0 +1,158 @@
+"""Writing safetensors: the layout before the data, then any tensor in any order at its place.
+
+safetensors' own writer holds the whole model in memory and orders metadata at random.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from blake3 import blake3
+
+from ortho_cli.checkpoint import DTYPE_BITS, MAX_HEADER, fill
+from ortho_cli.errors import CheckpointError
+from ortho_cli.journal import WorkFolder, unwritable
+
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """A tensor that will be written."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Region:
+    """Where a tensor of a file to be written lies, from byte 0 of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A safetensors file before its data: the header's bytes, each tensor's place, the size."""
+
+    header: bytes
+    regions: dict[str, Region]
+    size: int
+
+
+def plan_layout(specs: Iterable[TensorSpec], metadata: dict[str, str]) -> Layout:
+    """Lay tensors out before their data exist: widest dtype first, then by name.
+
+    All tensors stay aligned. The same specs and metadata give the same bytes on every run; metadata
+    keeps the order given.
+    """
+    ordered = sorted(specs, key=lambda spec: (-DTYPE_BITS[spec.dtype], spec.key))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    position = 0
+    for spec in ordered:
+        end = position + spec.nbytes
+        header[spec.key] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise CheckpointError(
+            f"the output's header takes {len(text)} bytes; safetensors reads at most {MAX_HEADER}",
+            hint="split fewer tensors at a time",
+        )
+    raw = len(text).to_bytes(8, "little") + text
+    regions, position = {}, len(raw)
+    for spec in ordered:
+        regions[spec.key] = Region(
+            dtype=spec.dtype, shape=spec.shape, offset=position, nbytes=spec.nbytes
+        )
+        position += spec.nbytes
+    return Layout(header=raw, regions=regions, size=position)
+
+
+def write_all(fd: int, data: memoryview | bytes, offset: int) -> None:
+    """Write all of `data` at `offset`."""
+    view = memoryview(data).cast("B")
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], offset + done)
+
+
+class DataFile:
+    """One of the two data files: bytes go to the place the layout gives them."""
+
+    def __init__(self, work: WorkFolder, name: str, layout: Layout, *, mode: int) -> None:
+        self.fd = work.open_data(name, size=layout.size, mode=mode)
+        self._path = work.artifact / name
+        self._layout = layout
+
+    def write(self, key: str, data: memoryview, *, start: int) -> None:
+        """Write part of a tensor, `start` bytes into it."""
+        region = self._layout.regions[key]
+        assert start + len(data) <= region.nbytes
+        self._put(data, region.offset + start)
+
+    def write_header(self, header: bytes) -> None:
+        """Write the header."""
+        self._put(memoryview(header), 0)
+
+    def _put(self, data: memoryview, offset: int) -> None:
+        try:
+            write_all(self.fd, data, offset)
+        except OSError as error:
+            raise unwritable(self._path, error) from error
+
+
+class TensorStream:
+    """Writes one tensor front to back and digests it on the way."""
+
+    def __init__(self, output: DataFile, key: str) -> None:
+        self.key = key
+        self.digest = blake3()
+        self._output = output
+        self._position = 0
+
+    def write(self, data: memoryview) -> None:
+        """Write the next bytes of the tensor."""
+        data = data.cast("B") if data.nbytes else memoryview(b"")
+        self.digest.update(data)
+        self._output.write(self.key, data, start=self._position)
+        self._position += len(data)
+
+
+class GrowingSha256:
+    """SHA-256 of a file that is still growing."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._digest = hashlib.sha256()
+        self._position = 0
+        self._buffer = memoryview(bytearray(CHUNK))
+
+    def up_to(self, offset: int) -> str:
+        """Take in the bytes before `offset`; return the digest of all so far."""
+        while self._position < offset:
+            piece = self._buffer[: min(CHUNK, offset - self._position)]
+            fill(self._fd, piece, self._position, what="the output")
+            self._digest.update(piece)
+            self._position += len(piece)
+        return self._digest.hexdigest()
