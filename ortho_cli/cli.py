@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -27,8 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 
 def _print_version(wanted: bool) -> None:
@@ -272,13 +271,13 @@ def run(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
         code = app(args=arguments, prog_name="ortho", standalone_mode=False)
+        if code == Interrupted.exit_code:  # typer turns Ctrl-C outside of the work into this
+            raise Interrupted("interrupted before any work", hint="nothing was written")
         return code if isinstance(code, int) else 0
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # Python flushes stdout once more on the way out
-        return BROKEN_PIPE
     except BaseException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(str(error), err=True)
+            return UsageError.exit_code
         failure = _as_ortho_error(error)
         if failure is None:
             raise
@@ -292,8 +291,8 @@ def _as_ortho_error(error: BaseException) -> OrthoError | None:
     """Give every expected failure its sentence; None is a bug of ours, and shows its traceback."""
     if isinstance(error, OrthoError):
         return error
-    if isinstance(error, KeyboardInterrupt | typer.Abort):
-        return Interrupted("interrupted", hint="nothing was written")
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("interrupted before any work", hint="nothing was written")
     if isinstance(error, MemoryError):
         return ResourceError("out of memory", hint="use fewer --workers or a lower density")
     if isinstance(error, OSError):
@@ -302,9 +301,6 @@ def _as_ortho_error(error: BaseException) -> OrthoError | None:
             f"`{error.filename}`: {reason}" if error.filename else reason,
             hint="check the file and its rights",
         )
-    if type(error).__name__ == "NoArgsIsHelpError":
-        sys.stderr.write(f"{error}\n")
-        return None
     shown = getattr(error, "format_message", None)
     if shown is not None:
         message = str(shown()).rstrip(".")
@@ -314,4 +310,5 @@ def _as_ortho_error(error: BaseException) -> OrthoError | None:
 
 def main() -> NoReturn:
     """Entry point of the `ortho` command."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ortho inspect X | head` ends like any filter
     sys.exit(run())

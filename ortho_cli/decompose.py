@@ -33,7 +33,7 @@ from ortho_cli.artifact import (
 from ortho_cli.checkpoint import Checkpoint, ShardReader
 from ortho_cli.errors import Interrupted, NumericalError
 from ortho_cli.events import Advanced, EventSink, Finishing, Noted, Started, TensorDone, null_sink
-from ortho_cli.journal import WorkFolder, unwritable
+from ortho_cli.journal import WorkFolder, clean_leftovers, unwritable
 from ortho_cli.plan import (
     Plan,
     TensorPlan,
@@ -79,6 +79,7 @@ def decompose(
         ResourceError: the disk is full or closed to us.
         Interrupted: Ctrl-C; finished tensors are kept.
     """
+    clean_leftovers(out)
     check_output(out, checkpoint, force=force)
     check_space(plan, out)
     identity = {

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ortho_cli.errors import OutputExistsError, ResourceError
+from ortho_cli.errors import CheckpointError, NumericalError, OutputExistsError, ResourceError
 
 PARTIAL = ".partial"
 
@@ -76,8 +76,10 @@ class WorkFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close everything; a folder in which nothing is finished is removed."""
-        if error is not None and not self.done and not (self.folder / "previous").exists():
+        """Close everything; keep the folder only if another run can go on in it."""
+        # A source that must be repaired is another source then: work on this one is of no use.
+        useless = not self.done or isinstance(error, CheckpointError | NumericalError)
+        if error is not None and useless and not (self.folder / "previous").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
         self._close()
 
@@ -188,6 +190,7 @@ class WorkFolder:
         _sync_folder(self.artifact)
         previous = self.folder / "previous"
         if self.out.exists():
+            shutil.rmtree(previous, ignore_errors=True)
             self.out.rename(previous)
         self.artifact.rename(self.out)
         _sync_folder(self.out.parent)

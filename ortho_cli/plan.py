@@ -24,7 +24,7 @@ from ortho_cli.errors import (
     ResourceError,
     UsageError,
 )
-from ortho_cli.journal import clean_leftovers, work_folder
+from ortho_cli.journal import work_folder
 from ortho_cli.recipe import GROUP_SIZES, Recipe, matches
 from ortho_cli.selection import select
 from ortho_cli.writer import CHUNK, Layout, TensorSpec, plan_layout
@@ -342,7 +342,6 @@ def check_output(out: Path, checkpoint: Checkpoint, *, force: bool) -> None:
             f"output `{out}` is the source `{checkpoint.path}` or inside it",
             hint="choose another -o",
         )
-    clean_leftovers(out)
     if not os.path.lexists(out):
         return
     if not out.is_dir():

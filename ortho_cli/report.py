@@ -160,7 +160,7 @@ def print_plan(document: dict[str, Any], *, source: str, seconds_hint: bool = Tr
     table = _table("split", "tensor", "count", "shape", "dtype", "scale", "density", "k each")
     for (name, shape, dtype, scale, density), members in rows:
         table.add_row(
-            visible(name),
+            Text(visible(name)),
             str(len(members)),
             _shape(shape),
             dtype,
@@ -185,7 +185,7 @@ def print_plan(document: dict[str, Any], *, source: str, seconds_hint: bool = Tr
         ):
             share = sum(_numel(t["shape"]) for t in members) / totals["weights"]
             table.add_row(
-                visible(name), str(len(members)), _shape(shape), dtype, f"{share:.2%}", reason
+                Text(visible(name)), str(len(members)), _shape(shape), dtype, f"{share:.2%}", reason
             )
         console.print(table)
     lines = [
@@ -249,7 +249,7 @@ def print_artifact(document: dict[str, Any], *, folder: str) -> None:
         if tensor["action"] == "split":
             known = "residual_kept" in tensor
             table.add_row(
-                visible(tensor["name"]),
+                Text(visible(tensor["name"])),
                 _shape(tensor["shape"]),
                 _number(tensor["bits_per_weight"]),
                 f"{tensor['nnz']:,}" if isinstance(tensor["nnz"], int) else "-",

@@ -1,0 +1,39 @@
+# One virtual environment in .venv, frozen by constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_FLAGS := --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo check test bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed ## install ortho and its tests into .venv
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ortho needs Python 3.11 or later; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: install ## build a small checkpoint, decompose it, inspect it
+	$(BIN)/python tests/checkpoints.py demo/tiny-llama
+	$(BIN)/ortho decompose demo/tiny-llama --force
+	$(BIN)/ortho inspect demo/tiny-llama-ortho --verify
+
+check: install ## lint, format and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+test: check ## all of check, then the tests
+	$(BIN)/pytest
+
+bench: install ## speed and memory beside the naive code and the disk (2.2 GB of scratch in demo/)
+	$(BIN)/python tests/bench_speed.py
+
+clean: ## remove .venv, caches and the demo
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

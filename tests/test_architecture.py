@@ -1,0 +1,131 @@
+"""The rules of the house, each held by reading the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "ortho_cli"
+# From the ground up; a module may import only what stands below it.
+LAYERS = [
+    ["__init__"],
+    ["errors", "events"],
+    ["recipe", "ops"],
+    ["checkpoint"],
+    ["journal"],
+    ["writer"],
+    ["artifact"],
+    ["verify", "selection"],
+    ["plan"],
+    ["decompose"],
+    ["report"],
+    ["cli"],
+    ["__main__"],
+]
+HEAVY = {"torch", "numpy", "transformers", "safetensors"}
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{module}.py").read_text())
+
+
+def imported(nodes: list[ast.stmt] | ast.Module) -> set[str]:
+    """Absolute names of what is imported: packages, and `ortho_cli.x` as `ortho_cli.x`."""
+    found: set[str] = set()
+    walk = ast.walk(nodes) if isinstance(nodes, ast.Module) else nodes
+    for node in walk:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            if node.module == "ortho_cli":
+                found |= {
+                    f"ortho_cli.{alias.name}" for alias in node.names if alias.name in MODULES
+                }
+            else:
+                found.add(str(node.module))
+    return found
+
+
+def test_every_module_has_a_layer_and_imports_only_downward() -> None:
+    level = {module: height for height, row in enumerate(LAYERS) for module in row}
+    assert sorted(level) == MODULES
+    for module in MODULES:
+        for name in imported(tree(module)):
+            if name.startswith("ortho_cli."):
+                below = name.removeprefix("ortho_cli.")
+                assert level[below] < level[module], f"{module} imports {below}"
+
+
+def test_only_report_imports_rich_and_only_cli_imports_typer() -> None:
+    for package, owner in (("rich", "report"), ("typer", "cli")):
+        users = {m for m in MODULES if package in {n.split(".")[0] for n in imported(tree(m))}}
+        assert users == {owner}
+
+
+def test_torch_is_imported_only_where_tensors_are_computed() -> None:
+    users = {m for m in MODULES if "torch" in imported(tree(m).body)}
+    assert users == {"ops", "decompose"}
+    for module in ("errors", "events", "recipe", "checkpoint", "journal", "writer", "artifact"):
+        assert not {n.split(".")[0] for n in imported(tree(module))} & HEAVY, module
+
+
+def calls(module: str) -> list[ast.Call]:
+    return [node for node in ast.walk(tree(module)) if isinstance(node, ast.Call)]
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m not in ("report", "cli", "__main__")])
+def test_core_is_silent(module: str) -> None:
+    text = (PACKAGE / f"{module}.py").read_text()
+    names = {call.func.id for call in calls(module) if isinstance(call.func, ast.Name)}
+    assert "print" not in names
+    assert "sys.stdout" not in text
+    assert "sys.stderr" not in text
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_code_comes_from_data(module: str) -> None:
+    text = (PACKAGE / f"{module}.py").read_text()
+    for word in (
+        "pickle",
+        "torch.load",
+        "eval(",
+        "exec(",
+        "subprocess",
+        "os.system",
+        "import_module",
+    ):
+        assert word not in text, word
+    assert "trust_remote_code" not in text
+
+
+def test_top_level_holds_only_what_was_agreed() -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.split()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    top = {name.split("/")[0] for name in tracked}
+    agreed = {"ortho_cli", "recipes", "tests", "pyproject.toml", "README.md", "Makefile"}
+    assert {name for name in top if not name.startswith(".")} - agreed == {
+        "LICENSE",
+        "constraints.txt",
+    }
+
+
+def test_public_functions_have_docstrings_and_modules_stay_small() -> None:
+    for module in MODULES:
+        lines = (PACKAGE / f"{module}.py").read_text().count("\n")
+        assert lines <= 520, f"{module} has {lines} lines"
+        assert ast.get_docstring(tree(module)), module
+
+
+def test_library_import_is_light() -> None:
+    code = "import sys, ortho_cli; sys.exit(bool({'torch', 'typer', 'rich'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import checkpoints
+import pytest
+import torch
+from conftest import Ortho
+from safetensors.torch import save_file
+
+from ortho_cli import __version__, errors
+from ortho_cli.journal import work_folder
+
+COMMAND = [sys.executable, "-m", "ortho_cli"]
+ALL_ERRORS = [
+    value
+    for value in vars(errors).values()
+    if isinstance(value, type) and issubclass(value, errors.OrthoError)
+]
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    command = [*COMMAND, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_exit_codes_are_the_designed_ones() -> None:
+    assert sorted(error.exit_code for error in ALL_ERRORS) == [*range(1, 11), 130]
+
+
+def test_decompose_json_is_one_document_on_stdout(pico: Path, ortho: Ortho) -> None:
+    ran = ortho("decompose", pico, "--json")
+    assert ran.code == 0
+    assert ran.json["run"]["output"] == str(pico.parent / "pico-ortho")
+    assert ran.json["totals"]["split_tensors"] == 14
+    assert ran.err == ""
+    report = json.loads((pico.parent / "pico-ortho" / "report.json").read_text())
+    assert {key: ran.json[key] for key in report} == report
+
+
+def test_decompose_for_eyes_goes_to_stderr(pico: Path, ortho: Ortho) -> None:
+    ran = ortho("decompose", pico)
+    assert (ran.code, ran.out) == (0, "")
+    assert "14 of 20 tensors split" in ran.err
+    assert "\x1b" not in ran.err
+
+
+def test_decompose_quiet_says_nothing_and_verbose_names_tensors(pico: Path, ortho: Ortho) -> None:
+    assert ortho("decompose", pico, "-q").err == ""
+    ran = ortho("decompose", pico, "--force", "-v")
+    assert "model.layers.1.mlp.down_proj.weight" in ran.err
+
+
+def test_dry_run_writes_nothing_and_prints_the_plan(pico: Path, ortho: Ortho) -> None:
+    before = sorted(pico.parent.rglob("*"))
+    ran = ortho("decompose", pico, "--dry-run", "--json")
+    assert ran.code == 0
+    plan = ran.json
+    assert plan["totals"]["split_tensors"] == 14
+    first = next(t for t in plan["tensors"] if t["action"] == "split")
+    assert first["base"]["model.layers.0.mlp.down_proj.weight_packed"]["offset"] > 0
+    ran = ortho("decompose", pico, "--dry-run")
+    assert "model.layers.*.mlp.down_proj.weight" in ran.err
+    assert sorted(pico.parent.rglob("*")) == before
+
+
+def test_inspect_json_is_the_report(pico: Path, artifact: Path, ortho: Ortho) -> None:
+    ran = ortho("inspect", artifact, "--json", "--verify")
+    report = json.loads((artifact / "report.json").read_text())
+    assert {key: ran.json[key] for key in report} == report
+    assert ran.json["verified"]["against_report"] is True
+    ran = ortho("inspect", artifact / "base.safetensors")
+    assert "dB at alpha 1" in ran.err
+    assert "residual kept" in ran.err
+
+
+def test_inspect_checkpoint_shows_what_and_why(pico: Path, ortho: Ortho) -> None:
+    ran = ortho("inspect", pico)
+    assert ran.code == 0
+    assert "embedding" in ran.err
+    assert "14 of 20 tensors split" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["decompose", "{tmp}/nothing"], 4, "does not exist"),
+        (["decompose", "{pico}", "--nonsense"], 2, "no such option"),
+        (["decompose"], 2, "missing argument"),
+        (["nonsense"], 2, "no such command"),
+        (["decompose", "{pico}", "--workers", "0"], 2, "invalid value"),
+        (["decompose", "{pico}", "--device", "cuda"], 2, "computes on the cpu"),
+        (["decompose", "{pico}", "-o", "{pico}/inside"], 2, "is the source"),
+        (["decompose", "{pico}", "--recipe", "nope"], 3, "is neither a file nor one of"),
+        (["decompose", "{pico}", "--set", "ortho.density=2"], 3, "ortho.density"),
+        (["decompose", "{pico}", "--set", "targets=[x]"], 3, "matches no tensor"),
+        (["inspect", "{pico}", "--verify"], 2, "is no artifact"),
+        (["inspect", "{artifact}", "--set", "ortho.density=0"], 2, "is an artifact"),
+        (["decompose", "{artifact}"], 4, "several|indexes|artifact"),
+        (["decompose", "{pico}"], 8, "exists"),
+        (["decompose", "{pico}", "-o", "{file}"], 8, "is a file"),
+        (["inspect", "{lone}"], 6, "has ortho.safetensors and no base"),
+    ],
+)
+def test_refusals_have_their_exit_code_one_sentence_and_a_hint(
+    pico: Path, artifact: Path, ortho: Ortho, arguments: list[str], code: int, said: str
+) -> None:
+    lone = pico.parent / "lone"
+    lone.mkdir()
+    (lone / "ortho.safetensors").write_bytes((artifact / "ortho.safetensors").read_bytes())
+    file = pico.parent / "file"
+    file.write_text("x")
+    places = {"tmp": pico.parent, "pico": pico, "artifact": artifact, "lone": lone, "file": file}
+    before = sorted(pico.parent.rglob("*"))
+    ran = ortho(*(argument.format(**places) for argument in arguments))
+    assert ran.code == code
+    assert ran.out == ""
+    lines = ran.err.splitlines()
+    assert lines[0].startswith("error: ")
+    assert any(word in lines[0].lower() for word in said.split("|"))
+    assert lines[1].startswith("hint: ")
+    assert len(lines) == 2
+    assert sorted(pico.parent.rglob("*")) == before
+
+
+def test_nan_weight_exits_7_and_names_the_tensor(tmp_path: Path, ortho: Ortho) -> None:
+    weight = torch.ones(64, 64)
+    weight[3, 9] = torch.nan
+    save_file({"a.weight": weight}, tmp_path / "m.safetensors")
+    ran = ortho("decompose", tmp_path / "m.safetensors")
+    assert ran.code == 7
+    assert "`a.weight` of `m.safetensors` holds nan at row 3, column 9" in ran.err
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_names_with_escapes_and_markup_are_shown_escaped(tmp_path: Path, ortho: Ortho) -> None:
+    name = "a\x1b[31m[bold]<script>.weight"
+    save_file({name: torch.ones(64, 64)}, tmp_path / "m.safetensors")
+    ran = ortho("inspect", tmp_path / "m.safetensors")
+    assert "\x1b" not in ran.err
+    assert r"a\x1b[31m[bold]<script>.weight" in ran.err
+    ran = ortho("decompose", tmp_path / "m.safetensors", "-v")
+    assert ran.code == 0
+    assert "\x1b" not in ran.err
+
+
+def test_default_output_lies_beside_the_model(
+    pico: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pico)
+    assert ortho("decompose", ".", "-q").code == 0
+    assert (pico.parent / "pico-ortho" / "base.safetensors").exists()
+    monkeypatch.chdir(pico.parent)
+    assert "pico-ortho` exists" in ortho("decompose", "pico/").err
+    assert ortho("decompose", "pico/model.safetensors", "-q").code == 0
+    assert (pico / "model-ortho" / "base.safetensors").exists()
+
+
+def test_version_and_schema_print_and_leave(ortho: Ortho) -> None:
+    assert ortho("--version").out == f"ortho {__version__}\n"
+    assert ortho("decompose", "--recipe-schema").json["title"] == "Recipe"
+
+
+def test_help_lists_only_what_exists(ortho: Ortho) -> None:
+    ran = ortho("--help")
+    assert ran.code == 0
+    assert "decompose" in ran.out
+    assert "inspect" in ran.out
+    assert "│" not in ran.out
+
+
+def test_no_arguments_shows_help_and_is_a_usage_error(ortho: Ortho) -> None:
+    ran = ortho()
+    assert ran.code == 2
+    assert "Usage: ortho" in ran.out + ran.err
+
+
+def test_pipe_that_closes_early_is_quiet(artifact: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    ran = subprocess.run(
+        [*COMMAND, "inspect", str(artifact), "--json"], stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    assert ran.returncode == -signal.SIGPIPE
+    assert ran.stderr == b""
+
+
+def test_terminal_shows_a_bar_and_no_color_is_obeyed(pico: Path) -> None:
+    shown = {}
+    for no_color in ("", "1"):
+        main, side = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm-256color", "NO_COLOR": no_color}
+        process = subprocess.Popen(
+            [*COMMAND, "decompose", str(pico), "--force"],
+            stdout=side,
+            stderr=side,
+            env=environment,
+        )
+        os.close(side)
+        seen = b""
+        while select.select([main], [], [], 30)[0]:
+            try:
+                piece = os.read(main, 4096)
+            except OSError:
+                break
+            seen += piece
+        os.close(main)
+        assert process.wait(30) == 0
+        shown[no_color] = seen.decode()
+    assert "decompose" in shown[""]
+    assert "━" in shown["1"] or "B/s" in shown["1"]
+    assert "\x1b[38;5;" in shown[""] or "\x1b[3" in shown[""]
+    assert "\x1b[38;5;" not in shown["1"]
+    assert "\x1b[32m" not in shown["1"]
+
+
+def test_interrupt_exits_130_and_the_same_command_finishes(tmp_path: Path) -> None:
+    one = torch.randn(512, 512)
+    tensors = {f"layers.{i}.fc.weight": one.clone() for i in range(150)}
+    checkpoints.save(tmp_path / "m", tensors)
+    process = start("decompose", tmp_path / "m", "--set", "base.scale=mse", "--workers", "1")
+    journal = work_folder(tmp_path / "m-ortho") / "journal"
+    deadline = time.monotonic() + 60
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "error: interrupted with" in said
+    assert "hint: repeat the same command" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "m-ortho").exists()
+    process = start("decompose", tmp_path / "m", "--set", "base.scale=mse")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "continuing:" in said
+
+
+def test_full_disk_exits_9(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(512, 512)}, tmp_path / "m.safetensors")
+    command = f"ulimit -f 20; exec {sys.executable} -m ortho_cli decompose {tmp_path}/m.safetensors"
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 9
+    assert "error: cannot write" in ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["decompose", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom ortho_cli import cli\n"
+        f"cli.run({arguments!r})\n"
+        "heavy = {'torch', 'numpy', 'transformers', 'rich', 'yaml', 'safetensors'}\n"
+        "sys.exit(','.join(heavy & set(sys.modules)) or 0)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_inspect_and_dry_run_import_no_torch(pico: Path, artifact: Path) -> None:
+    for arguments in (
+        ["inspect", str(pico)],
+        ["inspect", str(artifact)],
+        ["inspect", str(artifact), "--verify"],
+        ["decompose", str(pico), "--dry-run", "-o", str(pico.parent / "elsewhere")],
+    ):
+        code = (
+            "import sys\nfrom ortho_cli import cli\n"
+            f"code = cli.run({arguments!r})\n"
+            "sys.exit(code or 'torch' in sys.modules)"
+        )
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+        assert ran.returncode == 0, (arguments, ran.stderr)
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("ortho dec", "decompose"),
+        ("ortho decompose --reci", "--recipe"),
+        ("ortho decompose --recipe int", "int4-mse"),
+    ],
+)
+def test_shell_completion_completes(typed: str, expected: str) -> None:
+    words = typed.split()
+    environment = {
+        **os.environ,
+        "_ORTHO_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    code = "from ortho_cli.cli import main; main()"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert expected in ran.stdout.split()

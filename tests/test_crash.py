@@ -1,0 +1,194 @@
+"""Real SIGKILLs and SIGINTs, in processes of their own, at chosen moments."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ortho_cli import decompose as work
+from ortho_cli import recipe
+from ortho_cli.checkpoint import open_checkpoint
+from ortho_cli.errors import Interrupted, OutputExistsError
+from ortho_cli.events import Event, Finishing, TensorDone
+from ortho_cli.journal import work_folder
+from ortho_cli.plan import make_plan
+
+# The server imports torch once; each process then starts in milliseconds.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["ortho_cli.decompose", "ortho_cli.recipe"])
+
+
+def split(source: Path, out: Path, *sets: str, workers: int = 2, **options: Any) -> dict[str, Any]:
+    opened = open_checkpoint(source)
+    made = make_plan(opened, recipe.load_recipe(None, sets), workers=workers)
+    return work.decompose(made, opened, out, **options)
+
+
+def split_and_die(source: Path, out: Path, moment: str, *, force: bool = False) -> None:
+    """Decompose, committing after every tensor, and SIGKILL this process at a moment."""
+    work.COMMIT_SECONDS = 0.0
+    kind, _, number = moment.partition(" ")
+    seen = 0
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(event: Event) -> None:
+        nonlocal seen
+        seen += isinstance(event, TensorDone)
+        if kind == "tensor" and seen == int(number):
+            die()
+        time.sleep(0.02)  # let the committing thread write what is finished
+        if kind == "finishing" and isinstance(event, Finishing) and event.step == number:
+            die()
+
+    if kind == "rename":
+        original, left = Path.rename, int(number)
+
+        def rename(self: Path, target: Any) -> Path:
+            nonlocal left
+            if left == 0:
+                die()
+            left -= 1
+            return original(self, target)
+
+        Path.rename = rename  # type: ignore[method-assign]
+    split(source, out, workers=1, on_event=watch, force=force)
+
+
+def run_and_die(source: Path, out: Path, moment: str, *, force: bool = False) -> None:
+    process = SERVER.Process(
+        target=split_and_die, args=(source, out, moment), kwargs={"force": force}
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_mode, path.read_bytes())
+        for path in files
+    }
+
+
+MOMENTS = [
+    *(f"tensor {number}" for number in (1, 2, 7, 14, 19)),
+    "finishing digests",
+    "finishing sync",
+    "rename 0",  # base
+    "rename 1",  # ortho
+    "rename 2",  # the folder
+]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_kill_at_any_moment_leaves_no_output_and_the_rerun_gives_the_same_bytes(
+    pico: Path, tmp_path: Path, moment: str
+) -> None:
+    out = tmp_path / "out"
+    run_and_die(pico, out, moment)
+    assert not out.exists()
+    assert not list(tmp_path.glob("[!.]*/ortho.safetensors"))
+    split(pico, out)
+    split(pico, tmp_path / "reference")
+    assert contents(out) == contents(tmp_path / "reference")
+    assert not work_folder(out).exists()
+
+
+@pytest.mark.parametrize("moment", ["tensor 5", "rename 2", "rename 3"])
+def test_kill_while_replacing_loses_nothing(pico: Path, artifact: Path, moment: str) -> None:
+    before = contents(artifact)
+    run_and_die(pico, artifact, moment, force=True)
+    kept = artifact if artifact.exists() else work_folder(artifact) / "previous"
+    assert contents(kept) == before
+    split(pico, artifact, force=True)
+    assert contents(artifact) == before
+    assert not work_folder(artifact).exists()
+
+
+def test_kill_after_publishing_leaves_a_folder_that_the_next_run_clears(
+    pico: Path, artifact: Path
+) -> None:
+    work_folder(artifact).mkdir()
+    (work_folder(artifact) / "journal").write_text("stale")
+    with pytest.raises(OutputExistsError, match="exists"):
+        split(pico, artifact)
+    assert not work_folder(artifact).exists()
+
+
+def test_resume_repeats_no_finished_tensor(pico: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run_and_die(pico, out, "tensor 7")
+    again: list[str] = []
+    split(pico, out, on_event=lambda e: again.append(e.name) if isinstance(e, TensorDone) else None)
+    assert 0 < len(again) <= len(open_checkpoint(pico).tensors) - 5
+
+
+def test_resume_of_another_recipe_or_source_is_refused_and_force_discards(
+    pico: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run_and_die(pico, out, "tensor 7")
+    with pytest.raises(OutputExistsError, match="of another run: another plan") as caught:
+        split(pico, out, "ortho.density=0.01")
+    assert "--force" in str(caught.value.hint)
+    (pico / "model.safetensors").touch()
+    with pytest.raises(OutputExistsError, match="another source"):
+        split(pico, out)
+    split(pico, out, force=True)
+    split(pico, tmp_path / "reference")
+    assert contents(out) == contents(tmp_path / "reference")
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut", "no data", "short data", "unknown tensor"])
+def test_resume_from_damaged_work_starts_where_it_is_sure(
+    pico: Path, tmp_path: Path, damage: str
+) -> None:
+    out = tmp_path / "out"
+    run_and_die(pico, out, "tensor 9")
+    folder = work_folder(out)
+    journal = folder / "journal"
+    if damage == "garbage":
+        journal.write_bytes(b"\x00\xff{]\n" * 9)
+    elif damage == "cut":
+        journal.write_bytes(journal.read_bytes()[:-7])
+    elif damage == "no data":
+        (folder / "artifact" / "base.safetensors.partial").unlink()
+    elif damage == "short data":
+        os.truncate(folder / "artifact" / "base.safetensors.partial", 100)
+    else:
+        journal.write_bytes(journal.read_bytes() + b'{"name":"nobody"}\n')
+    split(pico, out, force=damage == "garbage")
+    split(pico, tmp_path / "reference")
+    assert contents(out) == contents(tmp_path / "reference")
+
+
+def test_interrupt_keeps_what_is_finished_and_says_how_to_go_on(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "COMMIT_SECONDS", 0.0)
+    out, seen = tmp_path / "out", 0
+
+    def interrupt(event: Event) -> None:
+        nonlocal seen
+        seen += isinstance(event, TensorDone)
+        if seen == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted) as caught:
+        split(pico, out, workers=1, on_event=interrupt)
+    assert caught.value.exit_code == 130
+    assert "tensors finished" in caught.value.message
+    assert "repeat the same command" in str(caught.value.hint)
+    assert not out.exists()
+    split(pico, out)
+    split(pico, tmp_path / "reference")
+    assert contents(out) == contents(tmp_path / "reference")

@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import numpy as np
+import pytest
+import reference
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ortho_cli import ops, recipe
+from ortho_cli.artifact import is_artifact, open_artifact
+from ortho_cli.checkpoint import open_checkpoint
+from ortho_cli.decompose import decompose
+from ortho_cli.errors import CheckpointError, NumericalError, OutputExistsError, ResourceError
+from ortho_cli.events import Advanced, Event, Finishing, Started, TensorDone
+from ortho_cli.journal import WorkFolder, work_folder
+from ortho_cli.plan import make_plan
+from ortho_cli.verify import verify
+
+
+def split(source: Path, out: Path, *sets: str, workers: int = 1, **options: Any) -> dict[str, Any]:
+    opened = open_checkpoint(source)
+    made = make_plan(opened, recipe.load_recipe(None, sets), workers=workers)
+    return decompose(made, opened, out, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def check_tensor(
+    base: dict[str, torch.Tensor],
+    ortho: dict[str, torch.Tensor],
+    name: str,
+    weight: torch.Tensor,
+    *,
+    group_size: int,
+    density: float,
+) -> None:
+    """Hold one split tensor to the slow twins, bit for bit."""
+    module = name.removesuffix(".weight")
+    wide = weight.float()
+    scales = reference.absmax_scales(wide, group_size, weight.dtype)
+    codes = reference.quantize(wide, scales)
+    assert torch.equal(base[f"{module}.weight_scale"], scales)
+    assert torch.equal(base[f"{module}.weight_packed"], reference.pack_int4(codes))
+    assert base[f"{module}.weight_shape"].tolist() == list(weight.shape)
+    residual = (wide - reference.dequantize(codes, scales)).abs()
+    indices = reference.top_k_indices(residual, round(density * weight.numel()))
+    crow, columns = reference.csr(indices, tuple(weight.shape))
+    assert ortho[f"{module}.crow_indices"].tolist() == crow
+    assert ortho[f"{module}.col_indices"].tolist() == columns
+    assert torch.equal(ortho[f"{module}.values"], weight.flatten()[indices])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
+def test_decompose_every_byte_equals_the_slow_twins(
+    tmp_path: Path, dtype: torch.dtype, density: float
+) -> None:
+    tensors = checkpoints.weights(
+        hidden=64, mlp=96, layers=1, vocab=40, kv=16, dtype=dtype, bias=True
+    )
+    # Exact ties: two rows alike, and a row of zeros.
+    up = tensors["model.layers.0.mlp.up_proj.weight"]
+    up[3], up[7] = up[2], 0
+    checkpoints.save(tmp_path / "m", tensors)
+    split(tmp_path / "m", tmp_path / "out", f"ortho.density={density}")
+    base, ortho = (load_file(tmp_path / "out" / f"{f}.safetensors") for f in ("base", "ortho"))
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.weight"):
+            check_tensor(base, ortho, name, tensor, group_size=32, density=density)
+        else:
+            assert torch.equal(base[name], tensor)
+            assert base[name].dtype == tensor.dtype
+    assert len(base) == len(tensors) + 2 * 7
+    assert len(ortho) == 3 * 7
+
+
+def test_decompose_tensor_of_many_tiles_equals_one_tile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = checkpoints.weights(hidden=128, mlp=300, layers=1, vocab=8)
+    save_file({"a.weight": weight["model.layers.0.mlp.up_proj.weight"]}, tmp_path / "m.safetensors")
+    split(tmp_path / "m.safetensors", tmp_path / "one")
+    monkeypatch.setattr("ortho_cli.plan.TILE_ELEMENTS", 1000)
+    split(tmp_path / "m.safetensors", tmp_path / "many")
+    assert contents(tmp_path / "one") == contents(tmp_path / "many")
+
+
+def test_decompose_same_bytes_for_any_workers_and_any_sharding(
+    tmp_path: Path, pico_tensors: dict[str, torch.Tensor]
+) -> None:
+    for shards in (1, 3):
+        checkpoints.save(tmp_path / f"m{shards}", pico_tensors, shards=shards)
+    first = None
+    for shards, workers in ((1, 1), (1, 2), (1, 5), (3, 2)):
+        out = tmp_path / f"out-{shards}-{workers}"
+        split(tmp_path / f"m{shards}", out, workers=workers)
+        first = first or contents(out)
+        assert contents(out) == first
+
+
+def test_decompose_folder_carries_everything_and_config_gains_one_key(
+    pico: Path, artifact: Path
+) -> None:
+    assert sorted(contents(artifact)) == [
+        "base.safetensors",
+        "config.json",
+        "extra/notes.txt",
+        "model.safetensors.index.json",
+        "ortho.safetensors",
+        "report.json",
+        "tokenizer.json",
+    ]
+    config = json.loads((artifact / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    assert config == json.loads((pico / "config.json").read_text())
+    group = settings["config_groups"]["group_0"]
+    assert group["weights"]["group_size"] == 64
+    assert settings["ignore"] == ["lm_head"]
+    assert len(group["targets"]) == 7
+    index = json.loads((artifact / "model.safetensors.index.json").read_text())
+    with safe_open(artifact / "base.safetensors", "pt") as base:
+        assert index["weight_map"] == dict.fromkeys(base.keys(), "base.safetensors")
+
+
+def test_decompose_metadata_names_format_plan_recipe_and_digests(artifact: Path) -> None:
+    report = json.loads((artifact / "report.json").read_text())
+    with safe_open(artifact / "base.safetensors", "pt") as file:
+        base = file.metadata()
+    with safe_open(artifact / "ortho.safetensors", "pt") as file:
+        ortho = file.metadata()
+    assert (base["format"], base["ortho_format"], base["role"]) == ("pt", "ortho/1", "base")
+    assert (ortho["format"], ortho["role"]) == ("ortho/1", "ortho")
+    assert base["plan_sha256"] == ortho["plan_sha256"] == report["plan_sha256"]
+    assert json.loads(base["recipe"]) == recipe.DEFAULT.canonical() == report["recipe"]
+    assert ortho["base_sha256"] == report["base_sha256"]
+    assert ortho["source_digest"] == report["source_digest"]
+    assert verify(open_artifact(artifact)).against_report
+
+
+def test_decompose_ortho_is_for_its_owner_only(artifact: Path) -> None:
+    assert stat.S_IMODE((artifact / "ortho.safetensors").stat().st_mode) == 0o600
+    assert stat.S_IMODE((artifact / "base.safetensors").stat().st_mode) & 0o400
+
+
+def test_decompose_output_holds_no_path_and_no_time(pico: Path, artifact: Path) -> None:
+    for name, content in contents(artifact).items():
+        for word in (str(pico.parent), "pytest", "2026-"):
+            assert word.encode() not in content, name
+
+
+def test_decompose_report_figures_equal_float64(
+    artifact: Path, pico_tensors: dict[str, torch.Tensor]
+) -> None:
+    report = json.loads((artifact / "report.json").read_text())
+    base, ortho = (load_file(artifact / f"{f}.safetensors") for f in ("base", "ortho"))
+    for entry in report["tensors"]:
+        if entry["action"] == "copy":
+            continue
+        module = entry["name"].removesuffix(".weight")
+        weight = pico_tensors[entry["name"]].float()
+        codes = ops.unpack_int4(base[f"{module}.weight_packed"])
+        approximation = reference.dequantize(codes, base[f"{module}.weight_scale"])
+        at_0 = reference.decibels(weight, approximation)
+        crow = ortho[f"{module}.crow_indices"].long()
+        rows = torch.repeat_interleave(torch.arange(len(crow) - 1), crow.diff())
+        columns = ortho[f"{module}.col_indices"].long()
+        full = approximation.clone()
+        full[rows, columns] = ortho[f"{module}.values"].float()
+        assert torch.equal(full[rows, columns], weight[rows, columns])
+        at_1 = reference.decibels(weight, full)
+        assert entry["sqnr_db_alpha_0"] == pytest.approx(at_0, abs=1e-3)
+        assert entry["sqnr_db_alpha_1"] == pytest.approx(at_1, abs=1e-3)
+        kept = 1 - 10 ** ((at_0 - at_1) / 10)
+        assert entry["residual_kept"] == pytest.approx(kept, abs=1e-4)
+        assert entry["nnz"] == len(columns)
+    totals = report["totals"]
+    sizes = [(artifact / f"{f}.safetensors").stat().st_size for f in ("base", "ortho")]
+    assert [totals["base_bytes"], totals["ortho_bytes"]] == sizes
+    assert totals["bits_per_weight"] == round(8 * sum(sizes) / totals["weights"], 4)
+
+
+def test_decompose_density_one_has_no_error_left(pico: Path, tmp_path: Path) -> None:
+    report = split(pico, tmp_path / "out", "ortho.density=1")
+    assert report["totals"]["sqnr_db_alpha_1"] is None
+    assert report["totals"]["residual_kept"] == 1.0
+
+
+def test_decompose_mse_scales_gain_decibels(pico: Path, tmp_path: Path) -> None:
+    plain = split(pico, tmp_path / "plain")["totals"]["sqnr_db_alpha_0"]
+    searched = split(pico, tmp_path / "mse", "base.scale=mse")["totals"]["sqnr_db_alpha_0"]
+    assert searched > plain + 0.3
+
+
+def test_decompose_events_account_for_every_byte_and_tensor(pico: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    split(pico, tmp_path / "out", workers=2, on_event=events.append)
+    started = events[0]
+    assert isinstance(started, Started)
+    moved = sum(event.nbytes for event in events if isinstance(event, Advanced))
+    assert moved == started.bytes_total
+    assert sum(isinstance(event, TensorDone) for event in events) == started.tensors
+    assert isinstance(events[-1], Finishing)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_decompose_bad_weight_is_named_and_nothing_stays(
+    tmp_path: Path, pico_tensors: dict[str, torch.Tensor], bad: float
+) -> None:
+    pico_tensors["model.layers.1.mlp.down_proj.weight"][5, 17] = bad
+    checkpoints.save(tmp_path / "m", pico_tensors)
+    with pytest.raises(NumericalError) as caught:
+        split(tmp_path / "m", tmp_path / "out", workers=2)
+    assert "`model.layers.1.mlp.down_proj.weight`" in caught.value.message
+    assert f"holds {bad} at row 5, column 17" in caught.value.message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
+def test_decompose_bad_weight_in_a_copied_tensor_is_carried_over(
+    tmp_path: Path, pico_tensors: dict[str, torch.Tensor]
+) -> None:
+    pico_tensors["model.norm.weight"][0] = np.nan
+    checkpoints.save(tmp_path / "m", pico_tensors)
+    split(tmp_path / "m", tmp_path / "out")
+    kept = load_file(tmp_path / "out" / "base.safetensors")["model.norm.weight"]
+    assert torch.isnan(kept[0])
+
+
+def test_decompose_base_that_would_overflow_float16_is_refused(tmp_path: Path) -> None:
+    weight = torch.zeros(2, 64, dtype=torch.float16)
+    weight[1, 3] = -65000.0
+    save_file({"a.weight": weight}, tmp_path / "m.safetensors")
+    with pytest.raises(NumericalError, match="overflows F16 when dequantized, at row 1, column 3"):
+        split(tmp_path / "m.safetensors", tmp_path / "out")
+
+
+def test_decompose_source_cut_while_running_is_noticed(pico: Path, tmp_path: Path) -> None:
+    def cut(event: Event) -> None:
+        if isinstance(event, TensorDone):
+            with (pico / "model.safetensors").open("r+b") as file:
+                file.truncate(5000)
+
+    with pytest.raises(CheckpointError, match=r"more were promised|changed while"):
+        split(pico, tmp_path / "out", on_event=cut)
+    assert not (tmp_path / "out").exists()
+
+
+def test_decompose_source_touched_while_running_is_noticed(pico: Path, tmp_path: Path) -> None:
+    def touch(event: Event) -> None:
+        if isinstance(event, TensorDone):
+            (pico / "model.safetensors").touch()
+
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        split(pico, tmp_path / "out", on_event=touch)
+    assert not (tmp_path / "out").exists()
+    assert not work_folder(tmp_path / "out").exists()
+
+
+def test_decompose_full_disk_is_one_sentence_and_can_be_repeated(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        with pytest.raises(ResourceError, match=r"cannot write `.*base\.safetensors.*`: file too"):
+            split(pico, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "out").exists()
+    split(pico, tmp_path / "out")
+    assert verify(open_artifact(tmp_path / "out")).tensors > 0
+
+
+def test_decompose_existing_output_is_kept_until_the_new_one_is_whole(
+    pico: Path, artifact: Path
+) -> None:
+    before = contents(artifact)
+    with pytest.raises(OutputExistsError):
+        split(pico, artifact)
+
+    def fail(event: Event) -> None:
+        if isinstance(event, Finishing):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        split(pico, artifact, "ortho.density=0.1", force=True, on_event=fail)
+    assert contents(artifact) == before
+    split(pico, artifact, "ortho.density=0.1", force=True)
+    assert contents(artifact) != before
+    assert not work_folder(artifact).exists()
+
+
+def test_decompose_second_run_into_the_same_output_says_who_holds_it(
+    pico: Path, tmp_path: Path
+) -> None:
+    import os
+
+    identity = {"plan": "x", "files": {}}
+    with (
+        WorkFolder(tmp_path / "out", identity=identity, force=False),
+        pytest.raises(OutputExistsError, match=f"process {os.getpid()} is writing"),
+    ):
+        split(pico, tmp_path / "out", force=True)
+
+
+def test_decompose_bare_file_gets_no_config(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.randn(8, 64)}, tmp_path / "m.safetensors")
+    split(tmp_path / "m.safetensors", tmp_path / "out")
+    assert sorted(contents(tmp_path / "out")) == [
+        "base.safetensors",
+        "model.safetensors.index.json",
+        "ortho.safetensors",
+        "report.json",
+    ]
+    assert is_artifact(tmp_path / "out")
+
+
+def test_decompose_scratch_stays_within_the_planned_memory(pico: Path) -> None:
+    opened = open_checkpoint(pico)
+    for scale in ("absmax", "mse"):
+        made = make_plan(opened, recipe.load_recipe(None, [f"base.scale={scale}"]))
+        assert 0 < made.peak_bytes < 20e6

@@ -1,0 +1,84 @@
+"""README and recipes are held to the code."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import Ortho
+
+from ortho_cli import cli, errors, recipe
+from ortho_cli.checkpoint import open_checkpoint
+from ortho_cli.plan import make_plan
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line.removeprefix("$ ") for block in BLOCKS for line in block.splitlines() if line[:2] == "$ "
+]
+ORTHO_COMMANDS = [command for command in COMMANDS if command.startswith("ortho ")]
+
+
+def test_readme_names_every_command_and_no_other() -> None:
+    exist = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    table = re.findall(r"^\| `ortho (\w+)", README, re.MULTILINE)
+    assert set(table) == exist
+    assert {shlex.split(command)[1] for command in ORTHO_COMMANDS} <= exist
+
+
+def test_readme_exit_codes_are_the_classes() -> None:
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)}
+    classes = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
+    assert listed == {0, *(error.exit_code for error in classes)}
+
+
+def test_readme_names_every_recipe_and_every_module() -> None:
+    for name in recipe.built_in():
+        assert f"`{name}`" in README
+    for path in (ROOT / "ortho_cli").glob("[a-z]*.py"):
+        assert f"{path.name} " in README, path.name
+
+
+def test_readme_setup_is_two_make_targets_that_exist() -> None:
+    targets = subprocess.run(
+        ["make", "-C", str(ROOT), "help"], capture_output=True, text=True, check=True
+    ).stdout
+    for target in ("help", "install", "demo", "check", "test", "bench", "clean"):
+        assert f"make {target}" in targets
+    assert COMMANDS[:2] == ["make demo", "make test"]
+
+
+@pytest.mark.parametrize("command", ORTHO_COMMANDS)
+def test_readme_commands_run_on_the_pico_checkpoint(
+    pico: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(pico.parent)
+    (pico.parent / "SmolLM2").symlink_to(pico)
+    if not command.startswith("ortho decompose SmolLM2"):
+        assert ortho("decompose", "SmolLM2", "-q").code == 0
+    ran = ortho(*shlex.split(command)[1:])
+    assert ran.code == 0, ran.err
+
+
+@pytest.mark.parametrize("name", recipe.built_in())
+def test_every_recipe_plans_the_pico_checkpoint(pico: Path, name: str) -> None:
+    assert make_plan(open_checkpoint(pico), recipe.load_recipe(name)).split
+
+
+def test_readme_recipe_example_loads(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    path = tmp_path / "example.yaml"
+    path.write_text(example)
+    recipe.load_recipe(str(path))
+
+
+def test_repository_names_no_machine() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.split():
+        content = (ROOT / name).read_bytes()
+        for word in (b"/" + b"root/", b"/" + b"work/", b"/" + b"home/"):
+            assert word not in content, name

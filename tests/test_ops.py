@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ortho_cli import ops
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# Values that meet: zeros, exact ties, halves of a step, subnormals, the ends of the range.
+AWKWARD = [0.0, -0.0, 1.0, -1.0, 0.5, 7.5, -7.5, 3.75, 1e-3, -1e-3, 6e-8, 1e-39, 300.0, -299.0]
+
+
+@st.composite
+def weights(draw: st.DrawFn, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, int]:
+    rows, groups = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    group_size = draw(st.sampled_from([8, 16, 32]))
+    seed = draw(st.integers(0, 2**16))
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, groups * group_size, generator=generator)
+    weight *= 10.0 ** draw(st.integers(-6, 3))
+    for _ in range(draw(st.integers(0, 12))):
+        row, column = draw(st.integers(0, rows - 1)), draw(st.integers(0, weight.shape[1] - 1))
+        weight[row, column] = draw(st.sampled_from(AWKWARD))
+    if draw(st.booleans()):
+        weight[draw(st.integers(0, rows - 1)), :group_size] = 0.0
+    dtype = dtype or draw(st.sampled_from(DTYPES))
+    return weight.to(dtype), group_size
+
+
+@given(weights())
+def test_absmax_scales_any_weight_equals_twin(case: tuple[torch.Tensor, int]) -> None:
+    weight, group_size = case
+    wide = weight.float()
+    scales = ops.absmax_scales(wide, group_size=group_size, dtype=weight.dtype)
+    assert torch.equal(scales, reference.absmax_scales(wide, group_size, weight.dtype))
+    assert (scales > 0).all()
+
+
+@given(weights())
+def test_quantize_and_pack_any_weight_equal_twins(case: tuple[torch.Tensor, int]) -> None:
+    weight, group_size = case
+    scales = ops.absmax_scales(weight.float(), group_size=group_size, dtype=weight.dtype)
+    codes = ops.quantize(weight.float(), scales)
+    assert torch.equal(codes, reference.quantize(weight.float(), scales))
+    packed = ops.pack_int4(codes)
+    assert torch.equal(packed, reference.pack_int4(codes))
+    assert torch.equal(ops.unpack_int4(packed), codes)
+    assert torch.equal(ops.dequantize(codes, scales), reference.dequantize(codes, scales))
+
+
+@given(weights())
+def test_scratch_reused_between_tiles_changes_nothing(case: tuple[torch.Tensor, int]) -> None:
+    weight, group_size = case
+    wide, scratch = weight.float(), ops.Scratch()
+    expected = ops.absmax_scales(wide, group_size=group_size, dtype=weight.dtype)
+    for rows in (weight.shape[0], 1, weight.shape[0]):
+        scratch.reset()
+        tile = wide[:rows]
+        scales = ops.absmax_scales(tile, group_size=group_size, dtype=weight.dtype, empty=scratch)
+        codes = ops.quantize(tile, scales, empty=scratch)
+        packed = ops.pack_int4(codes, empty=scratch)
+        assert torch.equal(scales, expected[:rows])
+        assert torch.equal(packed, ops.pack_int4(ops.quantize(tile, expected[:rows])))
+
+
+def test_pack_int4_worked_example_gives_the_documented_word() -> None:
+    codes = torch.arange(-8, 8, dtype=torch.int8).view(1, 16)
+    assert ops.pack_int4(codes)[0, 0].item() == 0x76543210
+
+
+def test_quantize_half_steps_round_to_even() -> None:
+    weight = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 7.5, -8.5]])
+    codes = ops.quantize(weight, torch.ones(1, 1))
+    assert codes.tolist() == [[0, 2, 2, 0, -2, -2, 7, -8]]
+
+
+def test_absmax_scales_float16_below_normal_range_keeps_the_weights() -> None:
+    weight = torch.full((1, 32), 3e-6).half()
+    scales = ops.absmax_scales(weight.float(), group_size=32, dtype=torch.float16)
+    back = ops.dequantize(ops.quantize(weight.float(), scales), scales)
+    assert torch.allclose(back, weight.float(), rtol=0.1)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("make", [ops.absmax_scales, ops.mse_scales])
+def test_scales_group_with_a_bad_weight_is_not_finite(make: ops.Scales, bad: float) -> None:
+    weight = torch.randn(3, 64)
+    weight[1, 40] = bad
+    scales = make(weight, group_size=32, dtype=torch.bfloat16)
+    assert torch.isfinite(scales).tolist() == [[True, True], [True, False], [True, True]]
+
+
+@settings(max_examples=60)
+@given(weights())
+def test_mse_scales_any_weight_never_worse_than_absmax(case: tuple[torch.Tensor, int]) -> None:
+    weight, group_size = case
+    wide = weight.float()
+    errors = []
+    for make in (ops.absmax_scales, ops.mse_scales):
+        scales = make(wide, group_size=group_size, dtype=weight.dtype)
+        back = ops.dequantize(ops.quantize(wide, scales), scales)
+        error = (back - wide).square().reshape(weight.shape[0], -1, group_size).sum(-1)
+        errors.append(error)
+    assert (errors[1] <= errors[0]).all()
+
+
+def test_mse_scales_gaussian_weight_is_better_by_a_decibel() -> None:
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    found = []
+    for make in (ops.absmax_scales, ops.mse_scales):
+        scales = make(weight, group_size=128, dtype=torch.float32)
+        found.append(
+            reference.decibels(weight, ops.dequantize(ops.quantize(weight, scales), scales))
+        )
+    assert found[1] - found[0] > 0.5
+
+
+@given(
+    values=st.lists(
+        st.sampled_from([0.0, 0.5, 0.5, 1.0, 2.0, 1e-30, 3.0]), min_size=1, max_size=400
+    ),
+    share=st.floats(0, 1),
+    stretch=st.integers(1, 64),
+)
+def test_top_k_any_stream_equals_full_sort(values: list[float], share: float, stretch: int) -> None:
+    saliency = np.array(values, np.float32)
+    k = round(share * saliency.size)
+    payload = np.arange(saliency.size, dtype=np.int16)
+    top = ops.TopK(k, stretch=stretch, payload=torch.int16)
+    for start in range(0, saliency.size, stretch):
+        stop = start + stretch
+        top.push(saliency[start:stop], payload[start:stop], start=start)
+    indices, kept, carried = top.finish()
+    assert indices.tolist() == reference.top_k_indices(torch.from_numpy(saliency), k)
+    assert kept.tolist() == saliency[indices].tolist()
+    assert carried.tolist() == payload[indices].tolist()
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "flat", "random"])
+def test_top_k_adversarial_order_stays_exact(order: str) -> None:
+    generator = np.random.default_rng(0)
+    saliency = np.sort(generator.random(20_000, dtype=np.float32))
+    saliency = {
+        "rising": saliency,
+        "falling": saliency[::-1].copy(),
+        "flat": np.full_like(saliency, 0.25),
+        "random": generator.permutation(saliency),
+    }[order]
+    top = ops.TopK(100, stretch=256, payload=torch.int16)
+    for start in range(0, saliency.size, 256):
+        piece = saliency[start : start + 256]
+        top.push(piece, np.zeros(piece.size, np.int16), start=start)
+    indices, _, _ = top.finish()
+    assert indices.tolist() == reference.top_k_indices(torch.from_numpy(saliency), 100)
+
+
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 9),
+    picks=st.sets(st.integers(0, 80), max_size=40),
+)
+def test_crow_indices_any_positions_equal_counting(
+    rows: int, columns: int, picks: set[int]
+) -> None:
+    indices = sorted(pick for pick in picks if pick < rows * columns)
+    crow, _ = reference.csr(indices, (rows, columns))
+    assert ops.crow_indices(np.array(indices, np.int64), (rows, columns)).tolist() == crow
+
+
+def test_squared_norm_beyond_float32_is_still_finite() -> None:
+    assert ops.squared_norm(torch.full((4,), 1e30)) == pytest.approx(4e60)
+    assert ops.squared_norm(torch.full((4,), 1e-30)) == pytest.approx(4e-60)
+    assert ops.squared_norm(torch.zeros(4)) == 0.0
+    assert math.isnan(ops.squared_norm(torch.tensor([1.0, math.nan])))
+
+
+def test_decibels_no_noise_is_none_and_no_signal_is_zero() -> None:
+    assert ops.decibels(100.0, 1.0) == 20.0
+    assert ops.decibels(1.0, 0.0) is None
+    assert ops.decibels(0.0, 1.0) == 0.0

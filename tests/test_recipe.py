@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ortho_cli import recipe
+from ortho_cli.errors import RecipeError
+
+BAD_RECIPES = {
+    "unknown key": (
+        "version: 1\northo: {densty: 0.1}",
+        "line 2: unknown key `ortho.densty`",
+        "did you mean `density`?",
+    ),
+    "unknown section": (
+        "version: 1\nbass: {}",
+        "line 2: unknown key `bass`",
+        "did you mean `base`?",
+    ),
+    "unknown in override": (
+        "version: 1\noverrides:\n  - {match: a}\n  - {match: b, ortho: {dens: 1}}",
+        "line 4: unknown key `overrides.1.ortho.dens`",
+        "did you mean `density`?",
+    ),
+    "wrong type": ("version: 1\northo:\n  density: lots", "line 3: `ortho.density`", "not 'lots'"),
+    "a boolean": ("version: 1\northo: {density: true}", "line 2: `ortho.density`", "not True"),
+    "density above 1": ("version: 1\northo: {density: 1.5}", "line 2: `ortho.density`", "not 1.5"),
+    "density below 0": (
+        "version: 1\northo: {density: -0.1}",
+        "line 2: `ortho.density`",
+        "not -0.1",
+    ),
+    "density NaN": ("version: 1\northo: {density: .nan}", "line 2: `ortho.density`", "not nan"),
+    "no version": ("ortho: {density: 0.1}", "`version` is missing", "version: 1"),
+    "version 2": ("version: 2", "line 1: `version`", "not 2"),
+    "bits 3": ("version: 1\nbase: {bits: 3}", "line 2: `base.bits`", "not 3"),
+    "group_size 12": (
+        "version: 1\nbase: {group_size: 12}",
+        "line 2: `base.group_size`",
+        "multiple of 8",
+    ),
+    "group_size text": (
+        "version: 1\nbase: {group_size: big}",
+        "line 2: `base.group_size`",
+        "not 'big'",
+    ),
+    "scale": ("version: 1\nbase: {scale: best}", "line 2: `base.scale`", "not 'best'"),
+    "regex": ("version: 1\ntargets: ['re:(']", "line 2: `targets.0`", "not a regular expression"),
+    "override without match": ("version: 1\noverrides: [{}]", "`overrides.0.match` is missing", ""),
+    "key twice": (
+        "version: 1\nbase: {}\nbase: {}",
+        "line 3 sets `base` again (first on line 2)",
+        "",
+    ),
+    "alias": ("version: 1\nignore: &a [x]\ntargets: *a", "uses YAML aliases", ""),
+    "syntax": ("version: 1\nbase: [", "is not YAML", ""),
+    "tag": ("version: 1\nbase: !!python/object/apply:os.system [ls]", "is not YAML", ""),
+    "a list": ("- 1", "is a list", "version: 1"),
+    "empty": ("", "is empty", "version: 1"),
+    "too deep": ("version: 1\nbase: " + "[" * 5000, "is not", ""),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RECIPES)
+def test_load_recipe_bad_file_names_file_line_and_near_key(tmp_path: Path, name: str) -> None:
+    text, expected, also = BAD_RECIPES[name]
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        recipe.load_recipe(str(path))
+    told = f"{caught.value.message} {caught.value.hint}"
+    assert str(path) in caught.value.message
+    assert expected in told
+    assert also in told
+    assert "\n" not in caught.value.message
+
+
+def test_load_recipe_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(b"version: 1\n\xff\xfe")
+    with pytest.raises(RecipeError, match="not UTF-8"):
+        recipe.load_recipe(str(path))
+
+
+def test_load_recipe_number_without_a_point_is_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("version: 1\northo: {density: 1e-3}\n")
+    assert recipe.load_recipe(str(path)).ortho.density == 0.001
+
+
+def test_load_recipe_sets_lie_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("version: 1\noverrides: [{match: a, ortho: {density: 0.1}}]\n")
+    sets = [
+        "ortho.density=2e-2",
+        "base.scale=mse",
+        "overrides.0.ortho.density=0.3",
+        "ignore=[x, y]",
+    ]
+    loaded = recipe.load_recipe(str(path), sets)
+    assert loaded.ortho.density == 0.02
+    assert loaded.base.scale == "mse"
+    assert loaded.overrides[0].ortho.density == 0.3
+    assert loaded.ignore == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("ortho.density", "is not key.path=value"),
+        ("=3", "is not key.path=value"),
+        ("ortho..density=1", "is not key.path=value"),
+        ("ortho.density=[", "is not YAML"),
+        ("ortho.density=2", "not 2"),
+        ("ortho.densty=0.1", "unknown key `ortho.densty`"),
+        ("version.x=1", "goes through `version`"),
+        ("overrides.0.match=a", "has no `0`"),
+    ],
+)
+def test_load_recipe_bad_set_shows_the_assignment(assignment: str, expected: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe.load_recipe(None, [assignment])
+    assert expected in caught.value.message
+    assert f"--set {assignment}" in caught.value.message
+
+
+def test_load_recipe_unknown_name_lists_what_there_is() -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe.load_recipe("int4-mes")
+    assert "int4-mse" in caught.value.message
+    assert caught.value.hint == "did you mean `int4-mse`?"
+
+
+@pytest.mark.parametrize("name", recipe.built_in())
+def test_built_in_recipe_loads_and_its_header_is_its_command(name: str) -> None:
+    recipe.load_recipe(name)
+    lines = (recipe.recipe_folder() / f"{name}.yaml").read_text().splitlines()
+    assert lines[1] == f"#   ortho decompose MODEL --recipe {name}"
+    assert len(lines) <= 40
+
+
+def test_int4_recipe_spells_out_the_defaults() -> None:
+    assert recipe.load_recipe("int4") == recipe.DEFAULT
+
+
+def test_canonical_recipe_loads_as_itself(tmp_path: Path) -> None:
+    loaded = recipe.load_recipe("attention")
+    path = tmp_path / "again.yaml"
+    path.write_text(yaml.safe_dump(loaded.canonical()))
+    assert recipe.load_recipe(str(path)) == loaded
+
+
+def test_json_schema_names_every_setting() -> None:
+    text = json.dumps(recipe.json_schema())
+    for key in ("targets", "on_unsupported", "group_size", "density", "overrides", "match"):
+        assert f'"{key}"' in text
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "expected"),
+    [
+        ("a.weight", "a.weight", True),
+        ("*.weight", "x.y.weight", True),
+        ("a.[qk].weight", "a.q.weight", True),
+        ("A.weight", "a.weight", False),
+        ("re:.*q_proj", "model.q_proj.weight", True),
+        ("re:q_proj", "model.q_proj.weight", False),
+        ("model.layers[0].weight", "model.layers[0].weight", True),
+    ],
+)
+def test_matches_exact_glob_and_regex(pattern: str, name: str, expected: bool) -> None:
+    assert recipe.matches(pattern, name) is expected

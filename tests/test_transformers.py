@@ -1,0 +1,123 @@
+"""The artifact as others read it: transformers with compressed-tensors, and no line of ours."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from safetensors.torch import load_file
+
+from ortho_cli import ops
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
+
+Loaded = tuple[Any, dict[str, Any]]
+Ortho = Callable[..., Any]
+
+
+def load(folder: Path) -> Loaded:
+    from transformers import AutoModelForCausalLM
+
+    loaded: Loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    return loaded
+
+
+def make(folder: Path, kind: str) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    size: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 96,
+        "max_position_embeddings": 64,
+    }
+    if kind == "qwen2":
+        model = transformers.Qwen2ForCausalLM(
+            transformers.Qwen2Config(**size, tie_word_embeddings=False)
+        )
+    else:
+        tied = kind == "llama-tied"
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**size, tie_word_embeddings=tied)
+        )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "qwen2"])
+def test_base_loads_whole_and_bit_exact(tmp_path: Path, ortho: Ortho, kind: str) -> None:
+    source = make(tmp_path / "m", kind)
+    assert ortho("decompose", tmp_path / "m", "-q").code == 0
+    out = tmp_path / "m-ortho"
+    model, info = load(out)
+    assert not any(info.values()), info
+    base = load_file(out / "base.safetensors")
+    weights = dict(model.named_modules())
+    report = json.loads((out / "report.json").read_text())
+    tokens = torch.arange(8)[None]
+    model(tokens)  # compressed-tensors unpacks on the first forward
+    for entry in report["tensors"]:
+        module = entry["name"].rpartition(".")[0]
+        if entry["action"] == "split":
+            codes = ops.unpack_int4(base[f"{module}.weight_packed"])
+            expected = reference.dequantize(codes, base[f"{module}.weight_scale"])
+            assert torch.equal(weights[module].weight.float(), expected), module
+        else:
+            original = source.get_parameter(entry["name"])
+            assert torch.equal(model.get_parameter(entry["name"]), original), entry["name"]
+    tied = model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert tied is (kind == "llama-tied")
+
+
+def test_base_loads_the_same_when_ortho_is_deleted(tmp_path: Path, ortho: Ortho) -> None:
+    make(tmp_path / "m", "llama-tied")
+    ortho("decompose", tmp_path / "m", "-q")
+    tokens = torch.arange(8)[None]
+    with_ortho = load(tmp_path / "m-ortho")[0](tokens).logits
+    (tmp_path / "m-ortho" / "ortho.safetensors").unlink()
+    model, info = load(tmp_path / "m-ortho")
+    assert not any(info.values())
+    assert torch.equal(model(tokens).logits, with_ortho)
+    assert ortho("inspect", tmp_path / "m-ortho", "--verify").code == 0
+
+
+def test_codes_equal_the_packing_of_compressed_tensors() -> None:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    codes = torch.randint(-8, 8, (5, 64), dtype=torch.int8)
+    assert torch.equal(ops.pack_int4(codes), pack_to_int32(codes, 4))
+
+
+@pytest.mark.slow
+def test_real_model_generates_from_base_alone(tmp_path: Path, ortho: Ortho) -> None:
+    """ORTHO_MODEL names a transformers folder, such as SmolLM2-135M."""
+    if "ORTHO_MODEL" not in os.environ:
+        pytest.skip("ORTHO_MODEL is not set")
+    from transformers import AutoTokenizer
+
+    source = Path(os.environ["ORTHO_MODEL"])
+    out = tmp_path / "out"
+    ran = ortho("decompose", source, "-o", out, "--json")
+    assert ran.code == 0
+    assert ortho("inspect", out, "--verify", "-q").code == 0
+    said = []
+    for _ in range(2):
+        model, info = load(out)
+        assert not any(info.values())
+        tokenizer = AutoTokenizer.from_pretrained(out)
+        prompt = tokenizer("The capital of France is", return_tensors="pt")
+        tokens = model.generate(prompt["input_ids"], max_new_tokens=12, do_sample=False)
+        said.append(tokenizer.decode(tokens[0]))
+        (out / "ortho.safetensors").unlink(missing_ok=True)
+    assert said[0] == said[1]
+    assert len(said[0]) > 30

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ortho_cli.artifact import describe, is_artifact, open_artifact
+from ortho_cli.checkpoint import read_shard
+from ortho_cli.decompose import decompose
+from ortho_cli.errors import ArtifactError
+from ortho_cli.plan import make_plan
+from ortho_cli.recipe import DEFAULT
+from ortho_cli.verify import verify
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0x10
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["base.safetensors", "ortho.safetensors"])
+def test_verify_any_flipped_byte_is_detected(artifact: Path, file: str) -> None:
+    path = artifact / file
+    sound = path.read_bytes()
+    generator = random.Random(0)
+    positions = [0, 8, 9, *(generator.randrange(len(sound)) for _ in range(60)), len(sound) - 1]
+    for position in positions:
+        flip(path, position)
+        with pytest.raises(ArtifactError) as caught:
+            verify(open_artifact(artifact))
+        assert caught.value.hint
+        path.write_bytes(sound)
+    assert verify(open_artifact(artifact)).against_report
+
+
+def test_verify_damage_in_a_tensor_is_named(artifact: Path) -> None:
+    for file, part in (("base", "weight_packed"), ("ortho", "values")):
+        name = f"model.layers.1.mlp.up_proj.{part}"
+        path = artifact / f"{file}.safetensors"
+        tensor = next(t for t in read_shard(path).tensors if t.name == name)
+        flip(path, tensor.offset + 1)
+        with pytest.raises(ArtifactError, match=f"tensor `{name}` of .* has BLAKE3"):
+            verify(open_artifact(artifact))
+        flip(path, tensor.offset + 1)
+
+
+def test_verify_without_report_still_holds_the_pair(artifact: Path) -> None:
+    (artifact / "report.json").unlink()
+    assert not verify(open_artifact(artifact)).against_report
+    flip(artifact / "base.safetensors", -1)
+    with pytest.raises(ArtifactError, match="has SHA-256"):
+        verify(open_artifact(artifact))
+
+
+def test_lone_base_is_valid_and_a_lone_ortho_is_not(artifact: Path) -> None:
+    ortho = (artifact / "ortho.safetensors").read_bytes()
+    (artifact / "ortho.safetensors").unlink()
+    opened = open_artifact(artifact)
+    assert verify(opened).ortho_sha256 is None
+    assert describe(opened)["files"]["ortho.safetensors"] is None
+    (artifact / "base.safetensors").unlink()
+    (artifact / "ortho.safetensors").write_bytes(ortho)
+    assert is_artifact(artifact)
+    with pytest.raises(ArtifactError, match=r"has ortho\.safetensors and no base\.safetensors"):
+        open_artifact(artifact)
+
+
+def test_ortho_of_another_base_is_refused(
+    pico: Path, artifact: Path, ortho: Callable[..., Any], tmp_path: Path
+) -> None:
+    weights = load_file(pico / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] *= 2
+    other = tmp_path / "other"
+    shutil.copytree(pico, other)
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    assert ortho("decompose", other, "-q").code == 0
+    shutil.copy(tmp_path / "other-ortho" / "ortho.safetensors", artifact / "ortho.safetensors")
+    with pytest.raises(ArtifactError, match=r"belongs to base .* beside it is base"):
+        open_artifact(artifact)
+    (artifact / "report.json").unlink()
+    with pytest.raises(ArtifactError, match="has SHA-256"):
+        verify(open_artifact(artifact))
+
+
+def rewrite_ortho(artifact: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Write a changed ortho with the sound header's metadata, and drop the report's digests."""
+    path = artifact / "ortho.safetensors"
+    metadata = read_shard(path).metadata
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata=metadata)
+    (artifact / "report.json").unlink()
+
+
+MODULE = "model.layers.0.mlp.up_proj"
+
+
+def put(part: str, position: int, value: int) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{MODULE}.{part}"][position] = value
+
+    return change
+
+
+def swap_columns(tensors: dict[str, torch.Tensor]) -> None:
+    crow = tensors[f"{MODULE}.crow_indices"]
+    row = int((crow.diff() >= 2).nonzero()[0])
+    start = int(crow[row])
+    columns = tensors[f"{MODULE}.col_indices"]
+    first, second = columns[start : start + 2].tolist()
+    columns[start], columns[start + 1] = second, first
+
+
+BROKEN: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "first pointer": (put("crow_indices", 0, 1), "does not climb from 0"),
+    "last pointer": (put("crow_indices", -1, 0), "does not climb from 0"),
+    "falling pointers": (put("crow_indices", 5, 60), "does not climb"),
+    "column too far": (put("col_indices", -1, 9999), "names column 9999 of 64"),
+    "columns out of order": (swap_columns, "does not ascend in row"),
+    "tensor missing": (lambda t: t.pop(f"{MODULE}.values"), "values` is missing"),
+    "tensor too many": (lambda t: t.update(x=torch.ones(1)), "`x` is not of any split weight"),
+    "values of another dtype": (
+        lambda t: t.update({f"{MODULE}.values": t[f"{MODULE}.values"].float()}),
+        "is F32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_verify_broken_csr_is_refused_even_without_digests(
+    pico: Path, tmp_path: Path, ortho: Callable[..., Any], name: str
+) -> None:
+    assert (
+        ortho("decompose", pico, "-o", tmp_path / "a", "-q", "--set", "ortho.density=0.05").code
+        == 0
+    )
+    change, expected = BROKEN[name]
+    rewrite_ortho(tmp_path / "a", change)
+    with pytest.raises(ArtifactError, match=expected):
+        verify(open_artifact(tmp_path / "a"))
+
+
+def test_verify_index_that_names_ortho_is_refused(artifact: Path) -> None:
+    path = artifact / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][f"{MODULE}.values"] = "ortho.safetensors"
+    path.write_text(json.dumps(index))
+    with pytest.raises(ArtifactError, match="does not send all"):
+        verify(open_artifact(artifact))
+
+
+def test_describe_without_report_knows_shapes_and_counts(artifact: Path) -> None:
+    full = {t["name"]: t for t in describe(open_artifact(artifact))["tensors"]}
+    (artifact / "report.json").unlink()
+    bare = {t["name"]: t for t in describe(open_artifact(artifact))["tensors"]}
+    assert bare.keys() == full.keys()
+    for name, tensor in bare.items():
+        for key in ("action", "dtype", "shape", "bits_per_weight", "nnz"):
+            assert tensor.get(key) == full[name].get(key), (name, key)
+
+
+def test_golden_artifact_of_version_1_still_opens() -> None:
+    golden = Path(__file__).parent / "golden"
+    opened = open_artifact(golden)
+    assert verify(opened).tensors == 8
+    assert describe(opened)["totals"]["nnz"] == 10
+
+
+def test_golden_tensors_are_what_today_would_write(tmp_path: Path) -> None:
+    """Headers name the version; the tensors of a fixed input stay the same in all of them."""
+    from ortho_cli.checkpoint import open_checkpoint
+
+    golden = Path(__file__).parent / "golden"
+    source = open_checkpoint(golden / "source" / "tiny.safetensors")
+    decompose(make_plan(source, DEFAULT), source, tmp_path / "out")
+    for file in ("base.safetensors", "ortho.safetensors"):
+        today, then = (
+            {
+                t.name: (folder / file).read_bytes()[t.offset : t.offset + t.nbytes]
+                for t in read_shard(folder / file).tensors
+            }
+            for folder in (tmp_path / "out", golden)
+        )
+        assert today == then
