@@ -93,6 +93,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: nothing there, nothing readable, or a header or index that does not hold
             together.
     """
+    try:
+        return _open(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read `{error.filename or path}`: {os.strerror(error.errno or 0).lower()}",
+            hint="give a .safetensors file or a model folder that you may read",
+        ) from error
+
+
+def _open(path: Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(
             f"`{path}` does not exist", hint="give a .safetensors file or a model folder"
@@ -111,11 +121,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
     names, weight_map = _find_shards(path)
     shards = tuple(read_shard(path / name) for name in names)
-    if weight_map is not None:
-        _check_index(path, shards, weight_map)
     config_path = path / "config.json"
     config = read_json_object(config_path) if config_path.exists() else None
-    return _checkpoint(path, shards, config=config, extra_files=tuple(_extra_files(path)))
+    found = _checkpoint(path, shards, config=config, extra_files=tuple(_extra_files(path)))
+    if weight_map is not None:
+        _check_index(path, shards, weight_map)
+    return found
 
 
 def _checkpoint(
@@ -205,6 +216,12 @@ def _check_index(folder: Path, shards: tuple[Shard, ...], weight_map: dict[str, 
         raise CheckpointError(
             f"tensor `{name}` is in the index of `{folder}` and not in `{weight_map[name]}`",
             hint="the shard is of another version; download it again",
+        )
+    for name in sorted(name for name in where if weight_map.get(name, where[name]) != where[name]):
+        raise CheckpointError(
+            f"tensor `{name}` is in `{where[name]}` and the index of `{folder}` says "
+            f"`{weight_map[name]}`",
+            hint="the index is of another version; download it again",
         )
     for name in sorted(where.keys() - weight_map.keys()):
         raise CheckpointError(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -308,7 +309,14 @@ def _as_ortho_error(error: BaseException) -> OrthoError | None:
     return None
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Stop in good order on the first Ctrl-C, and at once on the second: work survives both."""
+    signal.signal(number, lambda *_: os._exit(Interrupted.exit_code))
+    raise KeyboardInterrupt
+
+
 def main() -> NoReturn:
     """Entry point of the `ortho` command."""
+    signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ortho inspect X | head` ends like any filter
     sys.exit(run())

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ from ortho_cli.plan import (
     check_space,
     tile_rows,
 )
-from ortho_cli.selection import is_tied
+from ortho_cli.selection import IGNORED, is_tied
 from ortho_cli.writer import CHUNK, DataFile, GrowingSha256, TensorStream, plan_layout
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -52,6 +53,7 @@ SCALES: dict[str, ops.Scales] = {"absmax": ops.absmax_scales, "mse": ops.mse_sca
 COMMIT_SECONDS = 1.0
 
 Entry = dict[str, Any]
+Results = SimpleQueue[Entry | BaseException]
 
 
 def decompose(
@@ -167,36 +169,63 @@ class _Job:
         frontier = _Frontier(self._plan)
         frontier.finish(self._work.done)
         digest = GrowingSha256(self._base.fd)
-        with ThreadPoolExecutor(max_workers=self._plan.workers, thread_name_prefix="ortho") as pool:
-            futures: set[Future[Entry]] = {pool.submit(self._tensor, tensor) for tensor in pending}
-            finished: list[Entry] = []
+        finished: list[Entry] = []
+        with self._workers(pending) as results:
             try:
                 committed = time.monotonic()
-                while futures:
-                    ready, futures = wait(
-                        futures, timeout=COMMIT_SECONDS, return_when=FIRST_COMPLETED
-                    )
-                    fresh = [future.result() for future in ready]
-                    finished += fresh
-                    frontier.finish(entry["name"] for entry in fresh)
+                for _ in pending:
+                    entry = self._next(results)
+                    finished.append(entry)
+                    frontier.finish([entry["name"]])
                     digest.up_to(frontier.offset)
                     if time.monotonic() - committed >= COMMIT_SECONDS:
                         self._commit(finished)
                         finished, committed = [], time.monotonic()
             except BaseException as error:
                 self._stop.set()
-                pool.shutdown(cancel_futures=True)
-                finished += [
-                    f.result()
-                    for f in futures
-                    if f.done() and not f.cancelled() and f.exception() is None
-                ]
                 self._commit(finished)
                 if isinstance(error, KeyboardInterrupt):
                     raise self._interrupted() from None
                 raise
-            self._commit(finished)
+        self._commit(finished)
         return digest.up_to(self._plan.base.size)
+
+    @contextmanager
+    def _workers(self, pending: list[TensorPlan]) -> Iterator[Results]:
+        """Run the workers; on the way out wait until none of them can touch a file any more.
+
+        Plain threads and queues: Ctrl-C inside `concurrent.futures.wait` can leave its locks held.
+        """
+        todo: SimpleQueue[TensorPlan] = SimpleQueue()
+        results: Results = SimpleQueue()
+        for tensor in pending:
+            todo.put(tensor)
+
+        def work() -> None:
+            try:
+                while not self._stop.is_set():
+                    results.put(self._tensor(todo.get_nowait()))
+            except Empty:
+                return
+            except BaseException as error:  # noqa: BLE001 - raised again by the calling thread
+                results.put(error)
+
+        threads = [threading.Thread(target=work) for _ in range(self._plan.workers)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield results
+        finally:
+            while any(thread.is_alive() for thread in threads):
+                with suppress(KeyboardInterrupt):  # a second Ctrl-C: they stop at the next tile
+                    for thread in threads:
+                        thread.join()
+
+    def _next(self, results: Results) -> Entry:
+        result = results.get()
+        if isinstance(result, BaseException):
+            raise result
+        return result
 
     def _interrupted(self) -> Interrupted:
         done, total = len(self._work.done), len(self._plan.tensors)
@@ -226,7 +255,7 @@ class _Job:
 
     def _read(self, tensor: TensorPlan, buffer: memoryview, digest: blake3, *, start: int) -> None:
         if self._stop.is_set():
-            raise InterruptedError  # reaches nobody: the pool is being shut down
+            raise InterruptedError  # reaches nobody: the run is being stopped
         self._reader.read_into(buffer, tensor.source, start=start)
         digest.update(buffer)
 
@@ -234,12 +263,20 @@ class _Job:
         """Carry a tensor over unchanged, through one buffer."""
         scratch: ops.Scratch = self._local.tile
         scratch.reset()
-        buffer = as_bytes(scratch((CHUNK,), torch.uint8))
+        raw = scratch((CHUNK,), torch.uint8)
+        buffer = as_bytes(raw)
+        dtype = TORCH_DTYPES.get(tensor.source.dtype)
+        # A weight that is NaN ruins the model wherever it is; other buffers may mean it.
+        checked = dtype is not None and tensor.name.endswith("weight") and tensor.reason != IGNORED
+        values = raw.view(dtype or torch.uint8)
+        itemsize = values.itemsize
         digest = blake3()
         nbytes = tensor.source.nbytes
         for start in range(0, nbytes, CHUNK):
             piece = buffer[: min(CHUNK, nbytes - start)]
             self._read(tensor, piece, digest, start=start)
+            if checked and not ops.all_finite(values[: len(piece) // itemsize], empty=scratch):
+                raise _not_finite(tensor, values[: len(piece) // itemsize], start // itemsize)
             self._base.write(tensor.name, piece, start=start)
             self._emit(Advanced(nbytes=len(piece)))
         hexdigest = digest.hexdigest()
@@ -275,8 +312,8 @@ class _Job:
             scales = make_scales(
                 weight, group_size=self._plan.group_size, dtype=dtype, empty=scratch
             )
-            if not torch.isfinite(scales).all():
-                raise _not_finite(tensor, weight, row)
+            if not ops.all_finite(scales):
+                raise _not_finite(tensor, weight, row * columns)
             codes = ops.quantize(weight, scales, empty=scratch)
             base["weight_packed"].write(as_bytes(ops.pack_int4(codes, empty=scratch)))
             base["weight_scale"].write(as_bytes(scales))
@@ -284,7 +321,7 @@ class _Job:
             signal += ops.squared_norm(weight)
             noise += (tile_noise := ops.squared_norm(residual))
             if not np.isfinite(tile_noise):
-                raise _overflow(tensor, residual, row)
+                raise _overflow(tensor, residual, row * columns)
             # |r| orders like r^2 and neither underflows nor rounds: equal residuals are equal,
             # others are not.
             top.push(
@@ -372,23 +409,29 @@ def _pretty(value: object) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _not_finite(tensor: TensorPlan, weight: Tensor, row: int) -> NumericalError:
-    bad = torch.nonzero(~torch.isfinite(weight))[0].tolist()
-    value = weight[bad[0], bad[1]].item()
+def _not_finite(tensor: TensorPlan, values: Tensor, start: int) -> NumericalError:
+    value, position = _first_bad(tensor, values, start)
     return NumericalError(
-        f"tensor `{tensor.name}` of `{tensor.source.shard}` holds {value} at row "
-        f"{row + bad[0]}, column {bad[1]}",
-        hint="repair the checkpoint, or add the tensor to `ignore`",
+        f"tensor `{tensor.name}` of `{tensor.source.shard}` holds {value} at {position}",
+        hint="repair the checkpoint, or carry the tensor over as it is by adding it to `ignore`",
     )
 
 
-def _overflow(tensor: TensorPlan, residual: Tensor, row: int) -> NumericalError:
-    bad = torch.nonzero(~torch.isfinite(residual))[0].tolist()
+def _overflow(tensor: TensorPlan, residual: Tensor, start: int) -> NumericalError:
+    _, position = _first_bad(tensor, residual, start)
     return NumericalError(
-        f"tensor `{tensor.name}` overflows {tensor.source.dtype} when dequantized, at row "
-        f"{row + bad[0]}, column {bad[1]}",
+        f"tensor `{tensor.name}` of `{tensor.source.shard}` overflows {tensor.source.dtype} "
+        f"when dequantized, at {position}",
         hint="cast the checkpoint to bfloat16, or add the tensor to `ignore`",
     )
+
+
+def _first_bad(tensor: TensorPlan, values: Tensor, start: int) -> tuple[float, list[int]]:
+    """Find the first value that is not finite, and its index in the whole tensor."""
+    flat = values.reshape(-1).float()
+    first = int(torch.nonzero(~torch.isfinite(flat))[0])
+    index = np.unravel_index(start + first, tensor.source.shape)
+    return flat[first].item(), [int(i) for i in index]
 
 
 def make_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class WorkFolder:
         self._lock = -1
         self._journal = -1
         self._fds: dict[str, int] = {}
+        self._made = [parent for parent in out.absolute().parents if not parent.exists()]
 
     def __enter__(self) -> WorkFolder:
         """Take the lock and read the journal."""
@@ -81,6 +82,9 @@ class WorkFolder:
         useless = not self.done or isinstance(error, CheckpointError | NumericalError)
         if error is not None and useless and not (self.folder / "previous").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for parent in self._made:
+                    parent.rmdir()
         self._close()
 
     def _take_lock(self) -> None:

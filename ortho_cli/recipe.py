@@ -9,16 +9,18 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ortho_cli.errors import RecipeError
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 100_000
+MAX_DEPTH = 16
 GROUP_SIZES = (128, 64, 32)  # what `auto` chooses from, largest first; what vLLM's kernels take
 
 Path_ = tuple[str | int, ...]
@@ -31,8 +33,9 @@ class _Strict(BaseModel):
 def _check_pattern(pattern: str) -> str:
     if pattern.startswith("re:"):
         try:
-            re.compile(pattern[3:])
-        except re.error as error:
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):
+                re.compile(pattern[3:])
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
     if not pattern.removeprefix("re:"):
         raise ValueError("an empty pattern matches nothing")
@@ -47,6 +50,14 @@ def _check_group_size(size: int | str) -> int | str:
     return size
 
 
+def _check_integer(value: Any) -> Any:
+    if type(value) is not int:  # Literal[1] takes True and 1.0 for 1
+        raise ValueError(f"must be an integer, not {value!r}")
+    return value
+
+
+One = Annotated[Literal[1], BeforeValidator(_check_integer)]
+Four = Annotated[Literal[4], BeforeValidator(_check_integer)]
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
 GroupSize = Annotated[int | Literal["auto"], AfterValidator(_check_group_size)]
 Density = Annotated[float, Field(ge=0, le=1)]
@@ -56,7 +67,7 @@ Scale = Literal["absmax", "mse"]
 class Base(_Strict):
     """The dense stream."""
 
-    bits: Literal[4] = 4
+    bits: Four = 4
     group_size: GroupSize = Field(
         "auto",
         description="Weights that share a scale; auto: the largest of 128, 64, 32 that "
@@ -109,8 +120,8 @@ class Override(_Strict):
 class Recipe(_Strict):
     """Settings of one decomposition."""
 
-    version: Literal[1]
-    targets: list[Pattern] | None = Field(
+    version: One
+    targets: Annotated[list[Pattern], Field(min_length=1)] | None = Field(
         None,
         description="Tensors to split: exact name, glob or re:regex. Without it: every 2-D "
         "floating *.weight with "
@@ -222,12 +233,13 @@ _Loader.add_implicit_resolver(
 )
 
 
+# What PyYAML lets escape when a tag such as !!int stands before something else.
+_UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError)
+
+
 def _parse(text: str, label: str, where: dict[Path_, str]) -> dict[str, Any]:
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_Loader)):
-            raise RecipeError(
-                f"{label} uses YAML aliases", hint="write the value out; recipes are plain data"
-            )
+        _check_plain(text, label)
         node = yaml.compose(text, Loader=_Loader)
         if node is not None:
             for path, line in _walk(node, label):
@@ -240,7 +252,7 @@ def _parse(text: str, label: str, where: dict[Path_, str]) -> dict[str, Any]:
             f"{label}{at} is not YAML: {getattr(error, 'problem', None) or 'unreadable'}",
             hint="check the indentation and quotes",
         ) from None
-    except (RecursionError, ValueError) as error:
+    except (RecursionError, *_UNREADABLE) as error:
         raise RecipeError(
             f"{label} is not a recipe: {str(error)[:80]}", hint="recipes are plain, shallow data"
         ) from None
@@ -252,11 +264,26 @@ def _parse(text: str, label: str, where: dict[Path_, str]) -> dict[str, Any]:
     return data
 
 
+def _check_plain(text: str, label: str) -> None:
+    """Refuse what makes a small file large or deep, before anything is built from it."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH or isinstance(event, yaml.AliasEvent):
+            what = "uses YAML aliases" if depth <= MAX_DEPTH else "is nested too deeply"
+            raise RecipeError(f"{label} {what}", hint="recipes are plain, shallow data")
+
+
 def _walk(node: yaml.Node, label: str, path: Path_ = ()) -> Iterator[tuple[Path_, int]]:
     if isinstance(node, yaml.MappingNode):
         seen: dict[Any, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
+            if key.tag != "tag:yaml.org,2002:str":
+                raise RecipeError(
+                    f"{label} line {line} has a key that is not plain text", hint="keys are names"
+                )
             if key.value in seen:
                 raise RecipeError(
                     f"{label} line {line} sets `{key.value}` again (first on line "
@@ -284,7 +311,7 @@ def _assign(data: dict[str, Any], where: dict[Path_, str], assignment: str) -> N
         )
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError):
+    except (yaml.YAMLError, RecursionError, *_UNREADABLE):
         raise RecipeError(
             f"the value of `{label}` is not YAML", hint="quote it: --set 'ignore=[a, b]'"
         ) from None

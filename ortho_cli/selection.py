@@ -14,6 +14,7 @@ from ortho_cli.errors import CheckpointError, OrthoError, RecipeError
 from ortho_cli.recipe import Recipe, matches
 
 MIN_IN_FEATURES = 64
+IGNORED = "ignored by the recipe"
 
 # Modules that are no Linear of the decoder body, by the field's usual names for them.
 _EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^shared$|relative_attention_bias")
@@ -45,7 +46,7 @@ def select(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str | None]:
         ignored = any(matches(p, tensor.name) for p in recipe.ignore)
         unfit = None if ignored else _unsupported(tensor, conv1d)
         if ignored:
-            reason: str | None = "ignored by the recipe"
+            reason: str | None = IGNORED
         else:
             reason = unfit or _obstacle(tensor, checkpoint.config)
         if reason is None and recipe.targets is None:

@@ -137,6 +137,10 @@ BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda d: d["weight_map"].update(z="model-00001-of-00002.safetensors"),
         "tensor `z` is in the index",
     ),
+    "wrong shard": (
+        lambda d: d["weight_map"].update(a="model-00002-of-00002.safetensors"),
+        "and the index of .* says",
+    ),
     "tensor left out": (lambda d: d["weight_map"].pop("a"), "and not in the index"),
 }
 
@@ -180,6 +184,14 @@ def test_open_checkpoint_missing_path_and_wrong_suffix_are_refused(tmp_path: Pat
     (tmp_path / "model.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"not \.safetensors"):
         checkpoint.open_checkpoint(tmp_path / "model.bin")
+
+
+def test_open_checkpoint_unreadable_places_are_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"cannot read|no \.safetensors file"):
+        checkpoint.open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"cannot read .*: file name too long"):
+        checkpoint.open_checkpoint(tmp_path / ("a" * 300))
 
 
 def test_extra_files_weights_and_hidden_are_left_out(pico: Path) -> None:

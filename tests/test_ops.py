@@ -173,6 +173,16 @@ def test_crow_indices_any_positions_equal_counting(
     assert ops.crow_indices(np.array(indices, np.int64), (rows, columns)).tolist() == crow
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+def test_all_finite_finds_any_bad_value_and_no_large_one(dtype: torch.dtype, bad: float) -> None:
+    values = torch.full((3, 5), torch.finfo(dtype).max, dtype=dtype)
+    values[0] = -values[0]
+    assert ops.all_finite(values)
+    values[1, 2] = bad
+    assert not ops.all_finite(values)
+
+
 def test_squared_norm_beyond_float32_is_still_finite() -> None:
     assert ops.squared_norm(torch.full((4,), 1e30)) == pytest.approx(4e60)
     assert ops.squared_norm(torch.full((4,), 1e-30)) == pytest.approx(4e-60)

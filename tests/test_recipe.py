@@ -58,9 +58,19 @@ BAD_RECIPES = {
     "alias": ("version: 1\nignore: &a [x]\ntargets: *a", "uses YAML aliases", ""),
     "syntax": ("version: 1\nbase: [", "is not YAML", ""),
     "tag": ("version: 1\nbase: !!python/object/apply:os.system [ls]", "is not YAML", ""),
+    "version true": ("version: true", "must be an integer, not True", ""),
+    "bits 4.0": ("version: 1\nbase: {bits: 4.0}", "must be an integer, not 4.0", ""),
+    "no targets": ("version: 1\ntargets: []", "line 2: `targets`", "at least 1"),
+    "huge regex": ("version: 1\nignore: ['re:a{99999999999}']", "not a regular expression", ""),
+    "deep regex": (f"version: 1\nignore: ['re:{'(' * 5000}']", "not a regular expression", ""),
+    "complex key": ("? [a, b]\n: 1", "line 1 has a key that is not plain text", ""),
+    "merge key": ("version: 1\n<<: {base: {}}", "line 2 has a key that is not plain", ""),
+    "odd int": ("version: 1\nbase: {bits: !!int ''}", "is not a recipe", ""),
+    "odd bool": ("version: 1\nbase: {bits: !!bool abc}", "is not a recipe", ""),
+    "odd time": ("version: 1\nbase: {bits: !!timestamp abc}", "is not a recipe", ""),
     "a list": ("- 1", "is a list", "version: 1"),
     "empty": ("", "is empty", "version: 1"),
-    "too deep": ("version: 1\nbase: " + "[" * 5000, "is not", ""),
+    "too deep": ("version: 1\nbase: " + "[" * 5000, "is nested too deeply", ""),
 }
 
 
