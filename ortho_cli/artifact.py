@@ -46,8 +46,7 @@ sharding. A lone base is a valid artifact; a lone ortho is not.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,66 +144,6 @@ def index(keys: Iterable[str], *, total_size: int) -> dict[str, Any]:
     }
 
 
-def quantization_config(
-    *, split: Sequence[str], unsplit: Sequence[str], group_size: int
-) -> dict[str, Any]:
-    """Tell a reader of compressed-tensors which Linears are INT4.
-
-    Args:
-        split: modules that were split.
-        unsplit: modules with a weight that was not, and heads that have no tensor of their own.
-        group_size: weights that share a scale.
-    """
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": reader_targets(split, unsplit),
-                "weights": {
-                    "num_bits": 4,
-                    "type": "int",
-                    "symmetric": True,
-                    "strategy": "group",
-                    "group_size": group_size,
-                    "dynamic": False,
-                },
-            }
-        },
-        "ignore": sorted(unsplit),
-    }
-
-
-def reader_targets(split: Sequence[str], unsplit: Sequence[str]) -> list[str]:
-    r"""Write patterns that match every split module and no other.
-
-    `model.layers.7.mlp.up_proj` becomes `re:(.*\.)?layers\.\d+\.mlp\.up_proj$`: layer numbers are
-    folded, and the path before the first number is kept only as far as it tells split from unsplit,
-    since readers rename it (transformers prefixes vision-language models, vLLM its own). Where a
-    pattern would catch an unsplit module, exact names are listed.
-    """
-    targets: dict[str, None] = {}
-    for module in split:
-        for pattern in _patterns(module):
-            if not any(re.match(pattern, other) for other in unsplit):
-                targets["re:" + pattern] = None
-                break
-        else:
-            targets[module] = None
-    return sorted(targets)
-
-
-def _patterns(module: str) -> Iterator[str]:
-    parts = module.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-    if number is None:
-        return
-    folded = [r"\d+" if part.isdecimal() else re.escape(part) for part in parts]
-    for start in range(max(number - 1, 0), -1, -1):
-        yield (r"(.*\.)?" if start else "") + r"\.".join(folded[start:]) + "$"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
     """An artifact's headers; no tensor data is held."""
@@ -225,8 +164,13 @@ class Artifact:
         )
 
 
-def is_artifact(path: Path) -> bool:
-    """Tell whether a folder, or a file in it, was written by `ortho decompose`."""
+def is_artifact(path: Path, *, damaged: bool = False) -> bool:
+    """Tell whether a folder, or a file in it, was written by `ortho decompose`.
+
+    Args:
+        path: anything.
+        damaged: count a file that has our name and cannot be read.
+    """
     folder = path if path.is_dir() else path.parent
     names = (BASE_FILE, ORTHO_FILE) if path.is_dir() else (path.name,)
     if path.is_dir() and (folder / "model.safetensors").exists():
@@ -236,7 +180,7 @@ def is_artifact(path: Path) -> bool:
             try:
                 metadata = checkpoint.read_shard(folder / name).metadata
             except CheckpointError:
-                return name in (BASE_FILE, ORTHO_FILE)
+                return damaged and name in (BASE_FILE, ORTHO_FILE)
             if FORMAT in (metadata.get("format"), metadata.get("ortho_format")):
                 return True
     return False
@@ -262,9 +206,8 @@ def open_artifact(folder: Path) -> Artifact:
         )
     try:
         base = checkpoint.read_shard(folder / BASE_FILE)
-        ortho = (
-            checkpoint.read_shard(folder / ORTHO_FILE) if (folder / ORTHO_FILE).is_file() else None
-        )
+        ortho_path = folder / ORTHO_FILE
+        ortho = checkpoint.read_shard(ortho_path) if ortho_path.is_file() else None
         report_path = folder / REPORT_FILE
         report = checkpoint.read_json_object(report_path) if report_path.is_file() else None
     except CheckpointError as error:
@@ -291,6 +234,9 @@ def damaged(path: Path, what: str) -> ArtifactError:
 def _check_base(artifact: Artifact) -> None:
     path = artifact.base.path
     tensors = {tensor.name: tensor for tensor in artifact.base.tensors}
+    for tensor in artifact.base.tensors:
+        if not tensor.numel:
+            raise damaged(path, f"tensor `{tensor.name}` has shape {list(tensor.shape)}")
     for module in artifact.split:
         packed = tensors[f"{module}.weight_packed"]
         scale, shape = tensors.get(f"{module}.weight_scale"), tensors.get(f"{module}.weight_shape")
@@ -355,58 +301,6 @@ def _check_pair(artifact: Artifact, ortho: Shard) -> None:
                     f"tensor `{spec.key}` is {found.dtype} {list(found.shape)}, not "
                     f"{spec.dtype} {list(spec.shape)}",
                 )
-
-
-def describe(artifact: Artifact) -> dict[str, Any]:
-    """Say what an artifact holds: report.json, and which files are there.
-
-    Without report.json the tensors come from the headers, and what only decompose could measure is
-    left out.
-    """
-    present = {
-        BASE_FILE: artifact.base.size,
-        ORTHO_FILE: artifact.ortho.size if artifact.ortho else None,
-    }
-    if artifact.report is not None:
-        if (
-            not isinstance(artifact.report.get("tensors"), list)
-            or artifact.report.get("format") != FORMAT
-        ):
-            raise damaged(artifact.folder / REPORT_FILE, "it is no report of an artifact")
-        return {**artifact.report, "files": present}
-    return {"format": FORMAT, "tensors": list(_tensors_from_headers(artifact)), "files": present}
-
-
-def _tensors_from_headers(artifact: Artifact) -> Iterator[dict[str, Any]]:
-    base = {tensor.name: tensor for tensor in artifact.base.tensors}
-    ortho = {tensor.name: tensor for tensor in artifact.ortho.tensors} if artifact.ortho else {}
-    split = set(artifact.split)
-    for module in artifact.split:
-        packed, scale = base[f"{module}.weight_packed"], base[f"{module}.weight_scale"]
-        parts = [packed, scale, base[f"{module}.weight_shape"]]
-        parts += [
-            ortho[f"{module}.{part}"] for part in ("crow_indices", "col_indices", "values") if ortho
-        ]
-        values = ortho.get(f"{module}.values")
-        yield {
-            "name": f"{module}.weight",
-            "action": "split",
-            "dtype": scale.dtype,
-            "shape": [packed.shape[0], packed.shape[1] * 8],
-            "bits_per_weight": round(sum(part.nbytes for part in parts) / packed.numel, 4),
-            "nnz": values.numel if values else None,
-        }
-    for tensor in artifact.base.tensors:
-        module, _, part = tensor.name.rpartition(".")
-        if module not in split or part not in ("weight_packed", "weight_scale", "weight_shape"):
-            bits = 8 * tensor.nbytes / tensor.numel
-            yield {
-                "name": tensor.name,
-                "action": "copy",
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "bits_per_weight": bits,
-            }
 
 
 def source_digest(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:

@@ -122,7 +122,7 @@ def _open(path: Path) -> Checkpoint:
     names, weight_map = _find_shards(path)
     shards = tuple(read_shard(path / name) for name in names)
     config_path = path / "config.json"
-    config = read_json_object(config_path) if config_path.exists() else None
+    config = read_json_object(config_path, constants=True) if config_path.exists() else None
     found = _checkpoint(path, shards, config=config, extra_files=tuple(_extra_files(path)))
     if weight_map is not None:
         _check_index(path, shards, weight_map)
@@ -138,6 +138,11 @@ def _checkpoint(
 ) -> Checkpoint:
     found: dict[str, TensorInfo] = {}
     for tensor in (tensor for shard in shards for tensor in shard.tensors):
+        if not tensor.numel:
+            raise CheckpointError(
+                f"tensor `{tensor.name}` of `{path}` has shape {list(tensor.shape)}: no elements",
+                hint="remove it from the checkpoint",
+            )
         other = found.setdefault(tensor.name, tensor)
         if other is not tensor:
             raise CheckpointError(
@@ -253,10 +258,23 @@ def _no_constants(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 
 
-def parse_json_object(raw: bytes, *, what: str, hint: str) -> dict[str, Any]:
-    """Parse strict JSON: one object, no duplicate key, no NaN, valid UTF-8 throughout."""
+def parse_json_object(
+    raw: bytes, *, what: str, hint: str, constants: bool = False
+) -> dict[str, Any]:
+    """Parse strict JSON: one object, no duplicate key, valid UTF-8 throughout.
+
+    Args:
+        raw: the text.
+        what: its name in errors.
+        hint: what to do if it is bad.
+        constants: let NaN and Infinity pass, which Python writes and JSON does not know.
+    """
     try:
-        found = json.loads(raw, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+        found = json.loads(
+            raw,
+            object_pairs_hook=_no_duplicates,
+            parse_constant=float if constants else _no_constants,
+        )
         json.dumps(found, ensure_ascii=False).encode()  # lone surrogates cannot be written back
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
@@ -267,15 +285,18 @@ def parse_json_object(raw: bytes, *, what: str, hint: str) -> dict[str, Any]:
     return found
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that comes with a model."""
+def read_json_object(path: Path, *, constants: bool = False) -> dict[str, Any]:
+    """Read a JSON file that comes with a model; `constants` as in `parse_json_object`."""
     if (size := path.stat().st_size) > MAX_SIDE_FILE:
         raise CheckpointError(
             f"`{path}` has {size} bytes; at most {MAX_SIDE_FILE} are read",
             hint="is it the right file?",
         )
     return parse_json_object(
-        path.read_bytes(), what=f"`{path}`", hint="restore the file that came with the model"
+        path.read_bytes(),
+        what=f"`{path}`",
+        hint="restore the file that came with the model",
+        constants=constants,
     )
 
 
@@ -285,7 +306,7 @@ def read_shard(path: Path) -> Shard:
     Raises:
         CheckpointError: the header is cut, too long, not JSON, or names a dtype, shape or byte
             range that is impossible; tensors overlap, leave holes or do not end where the file
-            ends; a tensor has no elements.
+            ends.
     """
     again = "the file is cut or damaged; download it again"
     with path.open("rb") as file:
@@ -352,8 +373,6 @@ def _parse_tensor(
     begin, end = offsets
     if not begin <= end <= data_size:
         raise bad(f"claims bytes {begin} to {end} of {data_size}")
-    if 0 in shape:
-        raise bad(f"has shape {_short(shape)}, so no elements")
     needed = math.prod(shape) * DTYPE_BITS[dtype]
     if needed != 8 * (end - begin):
         raise bad(f"has {end - begin} bytes where {dtype} {_short(shape)} takes {needed // 8}")

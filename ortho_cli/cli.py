@@ -175,6 +175,7 @@ def inspect(
     recipe: RecipeOption = None,
     sets: SetOption = None,
     workers: WorkersOption = None,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -182,9 +183,11 @@ def inspect(
 ) -> None:
     """Show what would be split of a checkpoint, or what an artifact holds."""
     from ortho_cli import artifact, report
+    from ortho_cli import verify as reading
 
-    if not artifact.is_artifact(path):
-        if verify:
+    _check_device(device)
+    if not artifact.is_artifact(path, damaged=True):
+        if verify and path.exists():
             raise UsageError(
                 f"`{path}` is no artifact, and --verify checks artifacts", hint="leave --verify out"
             )
@@ -197,12 +200,10 @@ def inspect(
             hint="leave --recipe and --set out",
         )
     found = artifact.open_artifact(path if path.is_dir() else path.parent)
-    document = artifact.describe(found)
+    document = reading.describe(found)
     if verify:
-        from ortho_cli.verify import verify as verify_all
-
         with report.ProgressSink("verify", quiet=quiet, verbose=verbose) as sink:
-            document["verified"] = asdict(verify_all(found, on_event=sink))
+            document["verified"] = asdict(reading.verify(found, on_event=sink))
     if as_json:
         report.print_json(document)
     elif not quiet:
@@ -216,14 +217,18 @@ def _plan(
     from ortho_cli.plan import make_plan
     from ortho_cli.recipe import load_recipe
 
+    _check_device(device)
+    settings = load_recipe(recipe, sets or ())
+    checkpoint = open_checkpoint(model)
+    return checkpoint, make_plan(checkpoint, settings, workers=workers or _cores())
+
+
+def _check_device(device: str) -> None:
     if device not in ("auto", "cpu"):
         raise UsageError(
             f"--device {device} is not there; this version computes on the CPU",
             hint="leave --device out",
         )
-    settings = load_recipe(recipe, sets or ())
-    checkpoint = open_checkpoint(model)
-    return checkpoint, make_plan(checkpoint, settings, workers=workers or _cores())
 
 
 def _cores() -> int:
@@ -262,6 +267,10 @@ def _show_plan(plan: Plan, model: Path, *, as_json: bool, quiet: bool) -> None:
 
 
 def _peak_rss() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent held before exec
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -40,9 +40,11 @@ from ortho_cli.plan import (
     TensorPlan,
     check_output,
     check_space,
+    resolve_output,
     tile_rows,
 )
-from ortho_cli.selection import IGNORED, is_tied
+from ortho_cli.selection import IGNORED
+from ortho_cli.summary import make_config, make_report
 from ortho_cli.writer import CHUNK, DataFile, GrowingSha256, TensorStream, plan_layout
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -81,6 +83,7 @@ def decompose(
         ResourceError: the disk is full or closed to us.
         Interrupted: Ctrl-C; finished tensors are kept.
     """
+    out = resolve_output(out)
     clean_leftovers(out)
     check_output(out, checkpoint, force=force)
     check_space(plan, out)
@@ -94,13 +97,28 @@ def decompose(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # parallel over tensors, not inside an operation
     try:
-        with WorkFolder(out, identity=identity, force=force) as work:
+        with WorkFolder(out, identity=identity, force=force) as work, _interruptible(plan, work):
             report = _Job(plan, checkpoint, reader, work, on_event).run()
             work.publish()
             return report
     finally:
         torch.set_num_threads(threads)
         reader.close()
+
+
+@contextmanager
+def _interruptible(plan: Plan, work: WorkFolder) -> Iterator[None]:
+    """Turn Ctrl-C into an error that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        done, total = len(work.done), len(plan.tensors)
+        raise Interrupted(
+            f"interrupted with {done} of {total} tensors finished",
+            hint="repeat the same command to go on from there"
+            if done
+            else "nothing was finished; nothing is left behind",
+        ) from None
 
 
 class _Job:
@@ -181,11 +199,9 @@ class _Job:
                     if time.monotonic() - committed >= COMMIT_SECONDS:
                         self._commit(finished)
                         finished, committed = [], time.monotonic()
-            except BaseException as error:
+            except BaseException:
                 self._stop.set()
                 self._commit(finished)
-                if isinstance(error, KeyboardInterrupt):
-                    raise self._interrupted() from None
                 raise
         self._commit(finished)
         return digest.up_to(self._plan.base.size)
@@ -226,15 +242,6 @@ class _Job:
         if isinstance(result, BaseException):
             raise result
         return result
-
-    def _interrupted(self) -> Interrupted:
-        done, total = len(self._work.done), len(self._plan.tensors)
-        hint = (
-            "repeat the same command to go on from there"
-            if done
-            else "nothing was finished; nothing is left behind"
-        )
-        return Interrupted(f"interrupted with {done} of {total} tensors finished", hint=hint)
 
     def _commit(self, entries: list[Entry]) -> None:
         try:
@@ -422,7 +429,7 @@ def _overflow(tensor: TensorPlan, residual: Tensor, start: int) -> NumericalErro
     return NumericalError(
         f"tensor `{tensor.name}` of `{tensor.source.shard}` overflows {tensor.source.dtype} "
         f"when dequantized, at {position}",
-        hint="cast the checkpoint to bfloat16, or add the tensor to `ignore`",
+        hint="add the tensor to `ignore`, or cast a float16 checkpoint to bfloat16",
     )
 
 
@@ -432,101 +439,3 @@ def _first_bad(tensor: TensorPlan, values: Tensor, start: int) -> tuple[float, l
     first = int(torch.nonzero(~torch.isfinite(flat))[0])
     index = np.unravel_index(start + first, tensor.source.shape)
     return flat[first].item(), [int(i) for i in index]
-
-
-def make_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
-    """Add `quantization_config` to the source's config.json."""
-    split = [module_of(tensor.name) for tensor in plan.split]
-    unsplit = {
-        module_of(tensor.name)
-        for tensor in plan.tensors
-        if tensor.reason is not None
-        and len(tensor.source.shape) == 2
-        and tensor.reason != "embedding"
-    }
-    if is_tied(config):
-        unsplit.add("lm_head")  # a Linear of the model that has no tensor of its own
-    settings = artifact.quantization_config(
-        split=split, unsplit=sorted(unsplit), group_size=plan.group_size
-    )
-    return {**config, "quantization_config": settings}
-
-
-def make_report(
-    plan: Plan, entries: list[Entry], *, source_digest: str, base_sha256: str, ortho_sha256: str
-) -> dict[str, Any]:
-    """Say what was done; the same for the same input, so without times and paths.
-
-    Units: bytes; bits per weight; sqnr in dB, null where there is no error. `residual_kept` is the
-        share of the squared
-    residual at the kept positions: noise at alpha = 1 is (1 - residual_kept) of that at alpha = 0.
-    """
-    tensors = [
-        _report_tensor(tensor, entry) for tensor, entry in zip(plan.tensors, entries, strict=True)
-    ]
-    split = [
-        entry for tensor, entry in zip(plan.tensors, entries, strict=True) if tensor.reason is None
-    ]
-    signal, noise, kept = (
-        sum(entry[key] for entry in split) for key in ("signal", "noise", "noise_kept")
-    )
-    nnz = sum(tensor.k for tensor in plan.split)
-    base_bits = 8 * sum(_nbytes(tensor.base) for tensor in plan.split)
-    ortho_bits = 8 * sum(_nbytes(tensor.ortho) for tensor in plan.split)
-    return {
-        "format": artifact.FORMAT,
-        "versions": {"ortho": __version__, "torch": torch.__version__, "device": "cpu"},
-        "plan_sha256": plan.sha256,
-        "source_digest": source_digest,
-        "base_sha256": base_sha256,
-        "ortho_sha256": ortho_sha256,
-        "recipe": plan.recipe.canonical(),
-        "group_size": plan.group_size,
-        "totals": {
-            "tensors": len(plan.tensors),
-            "split_tensors": len(plan.split),
-            "weights": plan.weights,
-            "split_weights": plan.split_weights,
-            "source_bytes": plan.bytes_read,
-            "base_bytes": plan.base.size,
-            "ortho_bytes": plan.ortho.size,
-            "bits_per_weight": round(plan.bits_per_weight, 4),
-            "split_bits_per_weight_base": round(base_bits / plan.split_weights, 4),
-            "split_bits_per_weight": round((base_bits + ortho_bits) / plan.split_weights, 4),
-            "nnz": nnz,
-            "density": nnz / plan.split_weights,
-            "sqnr_db_alpha_0": ops.decibels(signal, noise),
-            "sqnr_db_alpha_1": ops.decibels(signal, noise - kept),
-            "residual_kept": _share(kept, noise),
-        },
-        "tensors": tensors,
-    }
-
-
-def _nbytes(specs: Iterable[Any]) -> int:
-    return sum(spec.nbytes for spec in specs)
-
-
-def _share(part: float, whole: float) -> float | None:
-    return round(part / whole, 6) if whole > 0 else None
-
-
-def _report_tensor(tensor: TensorPlan, entry: Entry) -> dict[str, Any]:
-    numel = tensor.source.numel
-    found: dict[str, Any] = {
-        "name": tensor.name,
-        "action": tensor.action,
-        "reason": tensor.reason,
-        "dtype": tensor.source.dtype,
-        "shape": list(tensor.source.shape),
-        "bits_per_weight": round(8 * (_nbytes(tensor.base) + _nbytes(tensor.ortho)) / numel, 4),
-    }
-    if tensor.reason is None:
-        found |= {
-            "scale": tensor.scale,
-            "nnz": tensor.k,
-            "sqnr_db_alpha_0": ops.decibels(entry["signal"], entry["noise"]),
-            "sqnr_db_alpha_1": ops.decibels(entry["signal"], entry["noise"] - entry["noise_kept"]),
-            "residual_kept": _share(entry["noise_kept"], entry["noise"]),
-        }
-    return found | {"source_blake3": entry["source_blake3"], "blake3": entry["blake3"]}

@@ -24,7 +24,7 @@ from ortho_cli.errors import (
     ResourceError,
     UsageError,
 )
-from ortho_cli.journal import work_folder
+from ortho_cli.journal import PARTIAL, work_folder
 from ortho_cli.recipe import GROUP_SIZES, Recipe, matches
 from ortho_cli.selection import select
 from ortho_cli.writer import CHUNK, Layout, TensorSpec, plan_layout
@@ -195,14 +195,25 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, workers: int = 1) -> Pl
         tensors=tensors,
         base=base,
         ortho=ortho,
-        extra_files=tuple((n, s) for n, s in checkpoint.extra_files if n not in _OWN_FILES),
+        extra_files=tuple((n, s) for n, s in checkpoint.extra_files if not _is_ours(n)),
         sha256=sha256,
         peak_bytes=_peak_bytes(tensors, workers),
         workers=workers,
     )
 
 
-_OWN_FILES = (artifact.CONFIG_FILE, artifact.REPORT_FILE, artifact.INDEX_FILE)
+_OUR_FILES = (
+    artifact.BASE_FILE,
+    artifact.ORTHO_FILE,
+    artifact.INDEX_FILE,
+    artifact.CONFIG_FILE,
+    artifact.REPORT_FILE,
+)
+
+
+def _is_ours(name: str) -> bool:
+    """Tell whether a file of the source would land on one that we write."""
+    return name.split("/")[0].removesuffix(PARTIAL) in _OUR_FILES
 
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -329,28 +340,53 @@ def _peak_bytes(tensors: tuple[TensorPlan, ...], workers: int) -> int:
     return workers * most
 
 
+def resolve_output(out: Path) -> Path:
+    """Follow links once, so that work folder, checks and result are on one disk.
+
+    Raises:
+        OutputExistsError: OUT is a link that leads round in a circle.
+    """
+    try:
+        return out.resolve()
+    except (RuntimeError, OSError):
+        raise OutputExistsError(
+            f"output `{out}` is a link that leads nowhere", hint="choose another -o"
+        ) from None
+
+
 def check_output(out: Path, checkpoint: Checkpoint, *, force: bool) -> None:
     """Refuse an output that would lose something or mix with the source; nothing is written.
 
     Raises:
         OutputExistsError: OUT is there and `force` is not given, or is not an artifact.
-        UsageError: OUT is the source, or inside it.
+        UsageError: OUT is the source, or inside it, or a place that cannot be renamed onto.
     """
-    source, target = checkpoint.path.resolve(), out.resolve()
+    source, target = checkpoint.path.resolve(), resolve_output(out)
     if target == source or (source.is_dir() and source in target.parents):
         raise UsageError(
             f"output `{out}` is the source `{checkpoint.path}` or inside it",
             hint="choose another -o",
         )
-    if not os.path.lexists(out):
+    if target == Path.cwd() or os.path.ismount(target):
+        what = "the current folder" if target == Path.cwd() else "a mount point"
+        raise UsageError(
+            f"output `{out}` is {what}, which cannot be replaced as a whole",
+            hint="choose a folder inside it",
+        )
+    blocked = next((p for p in target.parents if p.exists() and not p.is_dir()), None)
+    if blocked is not None:
+        raise UsageError(
+            f"output `{out}` lies under the file `{blocked}`", hint="choose another -o"
+        )
+    if not target.exists():
         return
-    if not out.is_dir():
+    if not target.is_dir():
         raise OutputExistsError(
             f"output `{out}` is a file", hint="choose another -o; the output is a folder"
         )
-    if not any(out.iterdir()):
+    if not any(target.iterdir()):
         return
-    if not artifact.is_artifact(out):
+    if not artifact.is_artifact(target):
         raise OutputExistsError(
             f"output `{out}` exists and is no artifact",
             hint="choose another -o; --force replaces artifacts only",
@@ -367,19 +403,14 @@ def check_space(plan: Plan, out: Path) -> None:
     Raises:
         ResourceError: says how much is needed and how much is free.
     """
-    place = out.absolute().parent
-    while not place.exists():
-        place = place.parent
+    target = resolve_output(out)
+    place = next(parent for parent in target.parents if parent.exists())
     if not os.access(place, os.W_OK):
         raise ResourceError(
             f"cannot write in `{place}`: permission denied", hint="choose another -o"
         )
-    reserved = work_folder(out) / "artifact"
-    held = (
-        sum(path.stat().st_blocks * 512 for path in reserved.glob("*.partial"))
-        if reserved.is_dir()
-        else 0
-    )
+    reserved = (work_folder(target) / "artifact").glob(f"*{PARTIAL}")
+    held = sum(path.stat().st_blocks * 512 for path in reserved)
     free, needed = shutil.disk_usage(place).free, plan.bytes_written - held
     if needed > free:
         raise ResourceError(

@@ -310,6 +310,10 @@ def _assign(data: dict[str, Any], where: dict[Path_, str], assignment: str) -> N
             f"`{label}` is not key.path=value", hint="for example --set ortho.density=0.01"
         )
     try:
+        _check_plain(text, f"`{label}`")
+        node = yaml.compose(text, Loader=_Loader)
+        for _ in _walk(node, f"`{label}`") if node is not None else ():
+            pass  # raises on keys that stand twice
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, RecursionError, *_UNREADABLE):
         raise RecipeError(

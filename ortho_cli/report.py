@@ -29,12 +29,19 @@ WIDE = 140  # columns where there is no terminal to ask
 def make_console() -> Console:
     """Open stderr; colours obey NO_COLOR and vanish off a terminal."""
     width = None if sys.stderr.isatty() else WIDE
-    return Console(stderr=True, highlight=False, width=width, soft_wrap=not sys.stderr.isatty())
+    return Console(
+        stderr=True,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        width=width,
+        soft_wrap=not sys.stderr.isatty(),
+    )
 
 
 def print_json(document: object) -> None:
     """Print one JSON document on stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=True) + "\n")
     sys.stdout.flush()
 
 
@@ -120,7 +127,7 @@ class ProgressSink:
 
     def _say(self, line: str) -> None:
         if not self._quiet:
-            self._console.print(visible(line), markup=False, soft_wrap=True)
+            self._console.print(visible(line), soft_wrap=True)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -132,13 +139,9 @@ def _table(title: str, *columns: str) -> Table:
         pad_edge=False,
         header_style="dim",
     )
-    for position, column in enumerate(columns):
-        table.add_column(
-            column,
-            justify="left" if position == 0 else "right",
-            no_wrap=position > 0,
-            overflow="fold",
-        )
+    table.add_column(columns[0], overflow="fold", min_width=28)
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
@@ -205,7 +208,7 @@ def print_plan(document: dict[str, Any], *, source: str, seconds_hint: bool = Tr
         soft_wrap=True,
     )
     for line in lines[1:]:
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def _fold(name: str) -> str:
@@ -233,34 +236,30 @@ def _numel(shape: list[int]) -> int:
 
 
 def print_artifact(document: dict[str, Any], *, folder: str) -> None:
-    """Print an artifact tensor by tensor, then in total."""
+    """Print an artifact tensor by tensor, then in total; what a missing ortho would add is `-`."""
     console, totals = make_console(), document.get("totals", {})
-    table = _table(
-        "split",
-        "tensor",
-        "shape",
-        "bits/weight",
-        "nnz",
-        "dB at alpha 0",
-        "dB at alpha 1",
-        "residual kept",
-    )
+    there = document["files"]["ortho.safetensors"] is not None
+    table = _table("split", "tensor", "shape", "bits", "nnz", "dB at 0", "dB at 1", "kept")
     for tensor in document["tensors"]:
         if tensor["action"] == "split":
-            known = "residual_kept" in tensor
+            measured = "residual_kept" in tensor
             table.add_row(
                 Text(visible(tensor["name"])),
                 _shape(tensor["shape"]),
                 _number(tensor["bits_per_weight"]),
-                f"{tensor['nnz']:,}" if isinstance(tensor["nnz"], int) else "-",
-                _decibels(tensor.get("sqnr_db_alpha_0"), exact=known),
-                _decibels(tensor.get("sqnr_db_alpha_1"), exact=known),
-                _number(tensor.get("residual_kept"), ".1%"),
+                f"{tensor['nnz']:,}" if there else "-",
+                _decibels(tensor.get("sqnr_db_alpha_0"), exact=measured),
+                _decibels(tensor.get("sqnr_db_alpha_1"), exact=measured) if there else "-",
+                _number(tensor.get("residual_kept"), ".1%") if there else "-",
             )
     console.print(table)
+    console.print(
+        "(bits a weight with ortho; SQNR at alpha 0 and 1; kept share of the squared residual)",
+        style="dim",
+    )
     console.print()
     for line in _artifact_lines(document, totals, folder):
-        console.print(visible(line), markup=False, soft_wrap=True)
+        console.print(visible(line), soft_wrap=True)
 
 
 def _artifact_lines(document: dict[str, Any], totals: dict[str, Any], folder: str) -> list[str]:
@@ -293,13 +292,9 @@ def _artifact_lines(document: dict[str, Any], totals: dict[str, Any], folder: st
         lines.append("report.json is missing: decibels are not known")
     verified = document.get("verified")
     if verified:
-        against = (
-            "every digest and rule"
-            if verified["against_report"]
-            else "the pair's digest; report.json is missing"
-        )
+        checked = "; ".join(f"{name} against {what}" for name, what in verified["checked"].items())
         lines.append(
-            f"verified: {verified['tensors']} tensors, {size(verified['bytes'])}, against {against}"
+            f"verified {verified['tensors']} tensors, {size(verified['bytes'])}: {checked}"
         )
     return lines
 
@@ -318,4 +313,4 @@ def print_done(document: dict[str, Any]) -> None:
         f"{_decibels(totals['sqnr_db_alpha_1'], exact=exact)} dB at alpha 1",
         f"{run['seconds']:.1f} s, peak memory {size(run['peak_rss_bytes'])}",
     ):
-        console.print(visible(line), markup=False, soft_wrap=True)
+        console.print(visible(line), soft_wrap=True)

@@ -61,21 +61,32 @@ def select(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str | None]:
         reasons[tensor.name] = reason
     if unsupported and recipe.on_unsupported == "error":
         raise _unsupported_error(checkpoint, unsupported)
-    _check_targets(checkpoint, recipe, hit)
+    _check_targets(checkpoint, recipe, hit, reasons)
     if None not in reasons.values():
         raise CheckpointError(
             f"`{checkpoint.path}` has nothing to split: {_count(reasons)}",
-            hint="name the tensors with `targets` in a recipe; `ortho inspect` lists them",
+            hint="only 2-D floating weights of Linear layers can be split",
         )
     _check_siblings(reasons)
     return reasons
 
 
-def _check_targets(checkpoint: Checkpoint, recipe: Recipe, hit: set[str]) -> None:
+def _check_targets(
+    checkpoint: Checkpoint, recipe: Recipe, hit: set[str], reasons: dict[str, str | None]
+) -> None:
     for pattern in recipe.targets or ():
-        if pattern not in hit:
+        if pattern in hit:
+            continue
+        matched = [t.name for t in checkpoint.tensors if matches(pattern, t.name)]
+        if matched:
             raise RecipeError(
-                f"target `{pattern}` matches no tensor of `{checkpoint.path}` that can be split",
+                f"target `{pattern}` matches `{matched[0]}`, which cannot be split "
+                f"({reasons[matched[0]]})",
+                hint="leave it out; `ortho inspect` lists what can be split",
+            )
+        else:
+            raise RecipeError(
+                f"target `{pattern}` matches no tensor of `{checkpoint.path}`",
                 hint=_near_names(pattern, checkpoint),
             )
 

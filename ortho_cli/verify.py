@@ -1,4 +1,4 @@
-"""Reading an artifact back, every byte of it, against every digest and rule of the format."""
+"""Reading an artifact back: what it says it holds, and every byte against digests and rules."""
 
 from __future__ import annotations
 
@@ -12,12 +12,120 @@ from typing import Any
 from blake3 import blake3
 
 from ortho_cli import checkpoint
-from ortho_cli.artifact import BASE_FILE, INDEX_FILE, ORTHO_FILE, REPORT_FILE, Artifact, damaged
+from ortho_cli.artifact import (
+    BASE_FILE,
+    FORMAT,
+    INDEX_FILE,
+    ORTHO_FILE,
+    REPORT_FILE,
+    Artifact,
+    damaged,
+)
 from ortho_cli.checkpoint import Shard, TensorInfo
 from ortho_cli.errors import ArtifactError, CheckpointError
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
 
 CHUNK = 1 << 20
+
+
+def describe(artifact: Artifact) -> dict[str, Any]:
+    """Say what an artifact holds: report.json, and which files are there.
+
+    Without report.json the tensors come from the headers, and what only decompose could measure is
+    left out.
+    """
+    present = {
+        BASE_FILE: artifact.base.size,
+        ORTHO_FILE: artifact.ortho.size if artifact.ortho else None,
+    }
+    if artifact.report is not None:
+        _check_report(artifact, artifact.report)
+        return {**artifact.report, "files": present}
+    return {"format": FORMAT, "tensors": list(_tensors_from_headers(artifact)), "files": present}
+
+
+def _tensors_from_headers(artifact: Artifact) -> Iterator[dict[str, Any]]:
+    base = {tensor.name: tensor for tensor in artifact.base.tensors}
+    ortho = {tensor.name: tensor for tensor in artifact.ortho.tensors} if artifact.ortho else {}
+    split = set(artifact.split)
+    for module in artifact.split:
+        packed, scale = base[f"{module}.weight_packed"], base[f"{module}.weight_scale"]
+        parts = [packed, scale, base[f"{module}.weight_shape"]]
+        parts += [
+            ortho[f"{module}.{part}"] for part in ("crow_indices", "col_indices", "values") if ortho
+        ]
+        values = ortho.get(f"{module}.values")
+        yield {
+            "name": f"{module}.weight",
+            "action": "split",
+            "dtype": scale.dtype,
+            "shape": [packed.shape[0], packed.shape[1] * 8],
+            "bits_per_weight": round(sum(part.nbytes for part in parts) / packed.numel, 4),
+            "nnz": values.numel if values else None,
+        }
+    for tensor in artifact.base.tensors:
+        module, _, part = tensor.name.rpartition(".")
+        if module not in split or part not in ("weight_packed", "weight_scale", "weight_shape"):
+            bits = 8 * tensor.nbytes / tensor.numel
+            yield {
+                "name": tensor.name,
+                "action": "copy",
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "bits_per_weight": bits,
+            }
+
+
+# What inspect reads of report.json, and of which type.
+_NUMBER = int | float
+_REPORT = {
+    "format": str, "plan_sha256": str, "source_digest": str, "base_sha256": str,
+    "ortho_sha256": str, "versions": dict, "recipe": dict, "totals": dict, "tensors": list,
+}  # fmt: skip
+_TOTALS = {
+    "bits_per_weight": _NUMBER, "split_bits_per_weight": _NUMBER,
+    "split_bits_per_weight_base": _NUMBER, "nnz": _NUMBER,
+    "sqnr_db_alpha_0": _NUMBER | None, "sqnr_db_alpha_1": _NUMBER | None,
+    "residual_kept": _NUMBER | None,
+}  # fmt: skip
+_MEASURED = ("sqnr_db_alpha_0", "sqnr_db_alpha_1", "residual_kept")
+
+
+def _check_report(artifact: Artifact, report: dict[str, Any]) -> None:
+    """Refuse a report that is not of this artifact, or not a report."""
+    path = artifact.folder / REPORT_FILE
+    totals, versions = report.get("totals"), report.get("versions")
+    for name, section, types in (
+        ("", report, _REPORT),
+        ("totals.", totals, _TOTALS),
+        ("versions.", versions, {"ortho": str, "torch": str}),
+    ):
+        for key, kind in types.items():
+            value = section.get(key, ...) if isinstance(section, dict) else ...
+            if not isinstance(value, kind):
+                raise damaged(path, f"`{name}{key}` is missing or of the wrong type")
+    if report["format"] != FORMAT:
+        raise damaged(path, f"it is of format {report['format']!r}, not {FORMAT!r}")
+    _check_reported_tensors(artifact, report, path)
+
+
+def _check_reported_tensors(artifact: Artifact, report: dict[str, Any], path: Path) -> None:
+    entries = [entry for entry in report["tensors"] if isinstance(entry, dict)]
+    told = {entry["name"]: entry for entry in entries if isinstance(entry.get("name"), str)}
+    held = {entry["name"]: entry for entry in _tensors_from_headers(artifact)}
+    if len(told) != len(report["tensors"]):
+        raise damaged(path, "an entry of `tensors` has no name, or another's")
+    for name in sorted(told.keys() ^ held.keys()):
+        raise damaged(path, f"tensor `{name}` is not in both the report and {BASE_FILE}")
+    for name, entry in held.items():
+        for key in ("action", "dtype", "shape", *(("nnz",) if artifact.ortho else ())):
+            if told[name].get(key) != entry.get(key):
+                raise damaged(
+                    path, f"`{key}` of `{name}` is {told[name].get(key)!r}, not {entry.get(key)!r}"
+                )
+        figures = [told[name].get("bits_per_weight", ""), *map(told[name].get, _MEASURED)]
+        if not all(isinstance(figure, _NUMBER | None) for figure in figures):
+            raise damaged(path, f"the figures of `{name}` are not numbers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,14 +136,13 @@ class Verified:
     ortho_sha256: str | None
     tensors: int
     bytes: int
-    against_report: bool
+    checked: dict[str, str]  # file -> what its bytes were held against
 
 
 def verify(artifact: Artifact, *, on_event: EventSink = null_sink) -> Verified:
     """Read every byte of an artifact and check it against every digest and rule of the format.
 
-    Without report.json only the pair's own digest is there to check against, and `against_report`
-    says so.
+    Without report.json only the pair's own digest is there to check against; `checked` says so.
 
     Raises:
         ArtifactError: names the file, and the tensor where report.json's digests tell which one is
@@ -52,6 +159,8 @@ def verify(artifact: Artifact, *, on_event: EventSink = null_sink) -> Verified:
         )
     )
     told = artifact.report or {}
+    if artifact.report is not None:
+        _check_report(artifact, artifact.report)
     for file in files:
         digests = _reported_digests(artifact, file) if artifact.report is not None else {}
         for tensor in file.tensors:
@@ -79,8 +188,16 @@ def verify(artifact: Artifact, *, on_event: EventSink = null_sink) -> Verified:
         ortho_sha256=sums.get(ORTHO_FILE),
         tensors=sum(len(file.tensors) for file in files),
         bytes=size,
-        against_report=artifact.report is not None,
+        checked={file.name: _checked(artifact, file) for file in files},
     )
+
+
+def _checked(artifact: Artifact, file: Shard) -> str:
+    if artifact.report is not None:
+        return "every digest"
+    if file is artifact.base and artifact.ortho is not None:
+        return "its digest in ortho"
+    return "its structure alone: without report.json no digest of it is known"
 
 
 def _reported_digests(artifact: Artifact, file: Shard) -> dict[str, str]:

@@ -47,7 +47,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "shape of floats": (raw_file({"w": entry(shape=[2.0])}, bytes(8)), "shape [2.0]"),
     "shape of booleans": (raw_file({"w": entry(shape=[True])}, bytes(8)), "shape [True]"),
     "huge shape": (raw_file({"w": entry(shape=[2**62, 2**62])}, bytes(8)), "has 8 bytes where"),
-    "no elements": (raw_file({"w": entry(shape=[0, 4], offsets=[0, 0])}), "so no elements"),
+    "no elements": (raw_file({"w": entry(shape=[0, 4], offsets=[0, 0])}), "[0, 4]: no elements"),
     "negative offset": (raw_file({"w": entry(offsets=[-8, 0])}, bytes(8)), "not two counts"),
     "offset of 2^62": (raw_file({"w": entry(offsets=[0, 2**62])}, bytes(8)), "claims bytes 0 to"),
     "offsets reversed": (raw_file({"w": entry(offsets=[8, 0])}, bytes(8)), "claims bytes 8 to 0"),

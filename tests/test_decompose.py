@@ -73,6 +73,7 @@ def test_decompose_every_byte_equals_the_slow_twins(
     up[3], up[7] = up[2], 0
     checkpoints.save(tmp_path / "m", tensors)
     split(tmp_path / "m", tmp_path / "out", f"ortho.density={density}")
+    assert verify(open_artifact(tmp_path / "out")).tensors
     base, ortho = (load_file(tmp_path / "out" / f"{f}.safetensors") for f in ("base", "ortho"))
     for name, tensor in tensors.items():
         if name.endswith("_proj.weight"):
@@ -144,7 +145,7 @@ def test_decompose_metadata_names_format_plan_recipe_and_digests(artifact: Path)
     assert json.loads(base["recipe"]) == recipe.DEFAULT.canonical() == report["recipe"]
     assert ortho["base_sha256"] == report["base_sha256"]
     assert ortho["source_digest"] == report["source_digest"]
-    assert verify(open_artifact(artifact)).against_report
+    assert verify(open_artifact(artifact)).checked
 
 
 def test_decompose_ortho_is_for_its_owner_only(artifact: Path) -> None:

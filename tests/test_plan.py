@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 from ortho_cli import plan, recipe
-from ortho_cli.artifact import reader_targets
 from ortho_cli.checkpoint import open_checkpoint
 from ortho_cli.errors import (
     CheckpointError,
@@ -23,6 +22,7 @@ from ortho_cli.errors import (
     ResourceError,
     UsageError,
 )
+from ortho_cli.quantization import patterns as reader_patterns
 
 
 def make(source: Path, *sets: str) -> plan.Plan:
@@ -124,7 +124,10 @@ def test_group_size_that_does_not_divide_names_tensor_and_sizes_that_do(tmp_path
     ("sets", "expected"),
     [
         (["targets=[nope.weight]"], "target `nope.weight` matches no tensor"),
-        (["targets=['re:.*embed']"], "target `re:.*embed` matches no tensor"),
+        (
+            ["targets=['re:.*embed']"],
+            "matches `model.embed_tokens.weight`, which cannot be split (embedding)",
+        ),
         (["overrides=[{match: '*lm_head*'}]"], "override `*lm_head*` matches no tensor"),
         (["ignore=['*.k_proj.weight']"], "vLLM runs them as one matrix"),
         (["ignore=['*.gate_proj.weight']"], "`model.layers.0.mlp.gate_proj.weight` not (ignored"),
@@ -319,10 +322,34 @@ def test_check_output_refuses_what_would_lose_something(pico: Path, artifact: Pa
     with pytest.raises(OutputExistsError, match="exists"):
         plan.check_output(artifact, opened, force=False)
     plan.check_output(artifact, opened, force=True)
-    dangling = pico.parent / "dangling"
-    dangling.symlink_to(pico.parent / "nowhere")
-    with pytest.raises(OutputExistsError):
-        plan.check_output(dangling, opened, force=False)
+    (other / "base.safetensors").write_text("version https://git-lfs")
+    with pytest.raises(OutputExistsError, match="is no artifact"):
+        plan.check_output(other, opened, force=True)
+    loop = pico.parent / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(OutputExistsError, match="leads nowhere"):
+        plan.check_output(loop, opened, force=False)
+    with pytest.raises(UsageError, match="lies under the file"):
+        plan.check_output(file / "out", opened, force=False)
+    with pytest.raises(UsageError, match="is a mount point"):
+        plan.check_output(Path("/proc"), opened, force=False)
+
+
+def test_check_output_current_folder_is_refused(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UsageError, match="is the current folder"):
+        plan.check_output(Path(), open_checkpoint(pico), force=False)
+
+
+def test_source_files_named_like_ours_are_not_copied_onto_them(pico: Path) -> None:
+    for name in ("base.safetensors.partial", "report.json", "sub/report.json"):
+        (pico / name).parent.mkdir(exist_ok=True)
+        (pico / name).write_text("theirs")
+    names = [name for name, _ in make(pico).extra_files]
+    assert names == ["tokenizer.json", "extra/notes.txt", "sub/report.json"]
 
 
 def matched(patterns: list[str], names: list[str]) -> set[str]:
@@ -335,19 +362,42 @@ def matched(patterns: list[str], names: list[str]) -> set[str]:
     }
 
 
-def test_reader_targets_fold_layers_and_survive_renamed_prefixes() -> None:
+def test_patterns_fold_layers_and_survive_renamed_prefixes() -> None:
     split = [f"model.layers.{i}.mlp.up_proj" for i in range(12)]
-    found = reader_targets(split, ["lm_head", "model.embed_tokens"])
+    found = reader_patterns(split, against=["lm_head", "model.embed_tokens"])
     assert found == [r"re:(.*\.)?layers\.\d+\.mlp\.up_proj$"]
     assert matched(found, ["model.language_model.layers.3.mlp.up_proj"])
     assert not matched(found, ["model.layers.3.mlp.up_proj_2", "lm_head"])
 
 
-def test_reader_targets_lengthen_or_list_names_where_folding_would_catch_too_much() -> None:
-    split = ["text.layers.0.fc", "text.layers.1.fc"]
-    unsplit = ["vision.layers.0.fc"]
-    found = reader_targets(split, unsplit)
-    assert matched(found, split + unsplit) == set(split)
-    split, unsplit = ["a.layers.0.fc", "head"], ["a.layers.1.fc"]
-    found = reader_targets(split, unsplit)
-    assert found == ["a.layers.0.fc", "head"]
+TEXT = [f"language_model.model.layers.{i}.self_attn.q_proj" for i in range(3)]
+VISION = [f"vision_tower.encoder.layers.{i}.self_attn.q_proj" for i in range(2)]
+PROJECTOR = ["multi_modal_projector.linear_1"]
+
+
+@pytest.mark.parametrize(
+    ("split", "unsplit"),
+    [
+        (TEXT, VISION + PROJECTOR),
+        (TEXT + PROJECTOR, VISION),
+        (VISION, TEXT),
+        (TEXT[1:], TEXT[:1]),
+        (["a.fc", "head"], ["b.fc"]),
+    ],
+)
+def test_patterns_tell_split_from_unsplit_whatever_readers_put_in_front(
+    split: list[str], unsplit: list[str]
+) -> None:
+    targets = reader_patterns(split, against=unsplit)
+    ignore = reader_patterns(unsplit, against=split)
+    for prefix in ("", "model."):
+        names = {name: prefix + name for name in split + unsplit if "." in name}
+        wanted = {names[name] for name in split if name in names}
+        assert matched(targets, list(names.values())) == wanted
+        assert matched(ignore, list(names.values())) == set(names.values()) - wanted
+
+
+def test_patterns_renamed_by_transformers_still_tell_the_towers_apart() -> None:
+    targets = reader_patterns(TEXT, against=VISION)
+    assert matched(targets, ["model.language_model.layers.0.self_attn.q_proj"])
+    assert not matched(targets, ["model.vision_tower.encoder.layers.0.self_attn.q_proj"])

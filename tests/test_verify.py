@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ortho_cli.artifact import describe, is_artifact, open_artifact
+from ortho_cli.artifact import is_artifact, open_artifact
 from ortho_cli.checkpoint import read_shard
 from ortho_cli.decompose import decompose
 from ortho_cli.errors import ArtifactError
 from ortho_cli.plan import make_plan
 from ortho_cli.recipe import DEFAULT
-from ortho_cli.verify import verify
+from ortho_cli.verify import describe, verify
 
 
 def flip(path: Path, position: int) -> None:
@@ -38,7 +38,7 @@ def test_verify_any_flipped_byte_is_detected(artifact: Path, file: str) -> None:
             verify(open_artifact(artifact))
         assert caught.value.hint
         path.write_bytes(sound)
-    assert verify(open_artifact(artifact)).against_report
+    assert set(verify(open_artifact(artifact)).checked.values()) == {"every digest"}
 
 
 def test_verify_damage_in_a_tensor_is_named(artifact: Path) -> None:
@@ -54,7 +54,10 @@ def test_verify_damage_in_a_tensor_is_named(artifact: Path) -> None:
 
 def test_verify_without_report_still_holds_the_pair(artifact: Path) -> None:
     (artifact / "report.json").unlink()
-    assert not verify(open_artifact(artifact)).against_report
+    assert verify(open_artifact(artifact)).checked == {
+        "base.safetensors": "its digest in ortho",
+        "ortho.safetensors": "its structure alone: without report.json no digest of it is known",
+    }
     flip(artifact / "base.safetensors", -1)
     with pytest.raises(ArtifactError, match="has SHA-256"):
         verify(open_artifact(artifact))
@@ -165,6 +168,67 @@ def test_describe_without_report_knows_shapes_and_counts(artifact: Path) -> None
     for name, tensor in bare.items():
         for key in ("action", "dtype", "shape", "bits_per_weight", "nnz"):
             assert tensor.get(key) == full[name].get(key), (name, key)
+
+
+def drop(*path: Any) -> Callable[[Any], Any]:
+    def change(report: Any) -> None:
+        for key in path[:-1]:
+            report = report[key]
+        del report[path[-1]]
+
+    return change
+
+
+def set_to(value: Any, *path: Any) -> Callable[[Any], Any]:
+    def change(report: Any) -> None:
+        for key in path[:-1]:
+            report = report[key]
+        report[path[-1]] = value
+
+    return change
+
+
+LYING: dict[str, Callable[[Any], Any]] = {
+    "no versions": drop("versions"),
+    "no plan": drop("plan_sha256"),
+    "totals a list": set_to([], "totals"),
+    "totals without nnz": drop("totals", "nnz"),
+    "tensors of numbers": set_to([1, 2], "tensors"),
+    "tensors of nothing": set_to([{}], "tensors"),
+    "a tensor left out": lambda report: report["tensors"].pop(),
+    "a tensor too many": lambda report: report["tensors"].append({"name": "ghost"}),
+    "another nnz": set_to(1, "tensors", 2, "nnz"),
+    "another shape": set_to([1, 2], "tensors", 2, "shape"),
+    "another action": set_to("copy", "tensors", 2, "action"),
+    "bits a word": set_to("4", "tensors", 2, "bits_per_weight"),
+    "decibels a list": set_to([], "tensors", 2, "sqnr_db_alpha_0"),
+    "a format to come": set_to("ortho/2", "format"),
+}
+
+
+@pytest.mark.parametrize("name", LYING)
+def test_report_that_lies_or_is_none_is_refused(
+    artifact: Path, ortho: Callable[..., Any], name: str
+) -> None:
+    path = artifact / "report.json"
+    report = json.loads(path.read_text())
+    LYING[name](report)
+    path.write_text(json.dumps(report))
+    for extra in ([], ["--verify"], ["--json"]):
+        ran = ortho("inspect", artifact, *extra)
+        assert ran.code == 6
+        assert "report.json`: " in ran.err
+
+
+def test_lone_base_shows_no_figure_of_the_ortho_that_is_gone(
+    artifact: Path, ortho: Callable[..., Any]
+) -> None:
+    (artifact / "ortho.safetensors").unlink()
+    ran = ortho("inspect", artifact, "--verify")
+    assert ran.code == 0
+    assert "ortho absent: alpha = 0 is all there is" in ran.err
+    row = next(line for line in ran.err.splitlines() if "1.mlp.up_proj" in line)
+    assert row.split()[-3:].count("-") == 2
 
 
 def test_golden_artifact_of_version_1_still_opens() -> None:

@@ -1,0 +1,78 @@
+"""What config.json tells readers of compressed-tensors: which Linears are INT4."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+
+def quantization_config(
+    *, split: Sequence[str], unsplit: Sequence[str], group_size: int
+) -> dict[str, Any]:
+    """Tell a reader of compressed-tensors which Linears are INT4.
+
+    Args:
+        split: modules that were split.
+        unsplit: modules with a weight that was not, and heads that have no tensor of their own.
+        group_size: weights that share a scale.
+    """
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": patterns(split, against=unsplit),
+                "weights": {
+                    "num_bits": 4,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "group",
+                    "group_size": group_size,
+                    "dynamic": False,
+                },
+            }
+        },
+        "ignore": patterns(unsplit, against=split),
+    }
+
+
+def patterns(modules: Sequence[str], *, against: Sequence[str]) -> list[str]:
+    r"""Write patterns that match all `modules`, under other prefixes too, and none `against`.
+
+    `model.layers.7.mlp.up_proj` becomes `re:(.*\.)?layers\.\d+\.mlp\.up_proj$`: layer numbers are
+    folded, and what stands before `layers` is left open, since readers rename it (transformers
+    prefixes vision-language models, vLLM its own). Where that would catch a module of the other
+    side, a lookahead rules out the path parts that only the other side has (`vision_tower`); then
+    numbers are spelled out; at last the name stands as it is.
+    """
+    found: dict[str, None] = {}
+    for module in modules:
+        found[next(p for p in _candidates(module, against) if not _catches(p, against))] = None
+    return sorted(found)
+
+
+def _catches(pattern: str, modules: Sequence[str]) -> bool:
+    if not pattern.startswith("re:"):
+        return pattern in modules
+    matcher = re.compile(pattern.removeprefix("re:"))
+    return any(matcher.match(module) for module in modules)
+
+
+def _candidates(module: str, against: Sequence[str]) -> Iterator[str]:
+    parts = module.split(".")
+    if len(parts) == 1:
+        yield module  # `lm_head` is what every reader expects to read
+        return
+    number = next((i for i, part in enumerate(parts) if part.isdecimal()), 1)
+    tail = parts[max(number - 1, 0) :]
+    folded = r"\.".join(r"\d+" if part.isdecimal() else re.escape(part) for part in tail)
+    spelled = r"\.".join(map(re.escape, tail))
+    for body in (folded, spelled):
+        yield f"re:(.*\\.)?{body}$"
+        matcher = re.compile(rf"(.*\.)?{body}$")
+        strangers = {p for other in against if matcher.match(other) for p in other.split(".")}
+        for stranger in sorted(strangers - set(parts)):
+            yield rf"re:(?!(.*\.)?{re.escape(stranger)}\.)(.*\.)?{body}$"
+    yield module

@@ -1,0 +1,113 @@
+"""What is said of a finished decomposition: config.json and report.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ortho_cli import __version__, artifact, ops
+from ortho_cli.artifact import module_of
+from ortho_cli.plan import Plan, TensorPlan
+from ortho_cli.quantization import quantization_config
+from ortho_cli.selection import is_tied
+from ortho_cli.writer import TensorSpec
+
+Entry = dict[str, Any]
+
+
+def make_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
+    """Add `quantization_config` to the source's config.json."""
+    split = [module_of(tensor.name) for tensor in plan.split]
+    unsplit = {
+        module_of(tensor.name)
+        for tensor in plan.tensors
+        if tensor.reason is not None
+        and len(tensor.source.shape) == 2
+        and tensor.reason != "embedding"
+    }
+    if is_tied(config):
+        unsplit.add("lm_head")  # a Linear of the model that has no tensor of its own
+    settings = quantization_config(split=split, unsplit=sorted(unsplit), group_size=plan.group_size)
+    return {**config, "quantization_config": settings}
+
+
+def make_report(
+    plan: Plan, entries: list[Entry], *, source_digest: str, base_sha256: str, ortho_sha256: str
+) -> dict[str, Any]:
+    """Say what was done; the same for the same input, so without times and paths.
+
+    Units: bytes; bits per weight; sqnr in dB, null where there is no error. `residual_kept` is the
+        share of the squared
+    residual at the kept positions: noise at alpha = 1 is (1 - residual_kept) of that at alpha = 0.
+    """
+    tensors = [
+        _report_tensor(tensor, entry) for tensor, entry in zip(plan.tensors, entries, strict=True)
+    ]
+    split = [
+        entry for tensor, entry in zip(plan.tensors, entries, strict=True) if tensor.reason is None
+    ]
+    signal, noise, kept = (
+        sum(entry[key] for entry in split) for key in ("signal", "noise", "noise_kept")
+    )
+    nnz = sum(tensor.k for tensor in plan.split)
+    base_bits = 8 * sum(_nbytes(tensor.base) for tensor in plan.split)
+    ortho_bits = 8 * sum(_nbytes(tensor.ortho) for tensor in plan.split)
+    return {
+        "format": artifact.FORMAT,
+        "versions": {"ortho": __version__, "torch": torch.__version__, "device": "cpu"},
+        "plan_sha256": plan.sha256,
+        "source_digest": source_digest,
+        "base_sha256": base_sha256,
+        "ortho_sha256": ortho_sha256,
+        "recipe": plan.recipe.canonical(),
+        "group_size": plan.group_size,
+        "totals": {
+            "tensors": len(plan.tensors),
+            "split_tensors": len(plan.split),
+            "weights": plan.weights,
+            "split_weights": plan.split_weights,
+            "source_bytes": plan.bytes_read,
+            "base_bytes": plan.base.size,
+            "ortho_bytes": plan.ortho.size,
+            "bits_per_weight": round(plan.bits_per_weight, 4),
+            "split_bits_per_weight_base": round(base_bits / plan.split_weights, 4),
+            "split_bits_per_weight": round((base_bits + ortho_bits) / plan.split_weights, 4),
+            "nnz": nnz,
+            "density": nnz / plan.split_weights,
+            "sqnr_db_alpha_0": ops.decibels(signal, noise),
+            "sqnr_db_alpha_1": ops.decibels(signal, noise - kept),
+            "residual_kept": _share(kept, noise),
+        },
+        "tensors": tensors,
+    }
+
+
+def _nbytes(specs: Iterable[TensorSpec]) -> int:
+    return sum(spec.nbytes for spec in specs)
+
+
+def _share(part: float, whole: float) -> float | None:
+    return round(part / whole, 6) if whole > 0 else None
+
+
+def _report_tensor(tensor: TensorPlan, entry: Entry) -> dict[str, Any]:
+    numel = tensor.source.numel
+    found: dict[str, Any] = {
+        "name": tensor.name,
+        "action": tensor.action,
+        "reason": tensor.reason,
+        "dtype": tensor.source.dtype,
+        "shape": list(tensor.source.shape),
+        "bits_per_weight": round(8 * (_nbytes(tensor.base) + _nbytes(tensor.ortho)) / numel, 4),
+    }
+    if tensor.reason is None:
+        found |= {
+            "scale": tensor.scale,
+            "nnz": tensor.k,
+            "sqnr_db_alpha_0": ops.decibels(entry["signal"], entry["noise"]),
+            "sqnr_db_alpha_1": ops.decibels(entry["signal"], entry["noise"] - entry["noise_kept"]),
+            "residual_kept": _share(entry["noise_kept"], entry["noise"]),
+        }
+    return found | {"source_blake3": entry["source_blake3"], "blake3": entry["blake3"]}
