@@ -8,10 +8,12 @@ hashes base as far as it is complete.
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -36,6 +38,7 @@ from ortho_cli.errors import Interrupted, NumericalError
 from ortho_cli.events import Advanced, EventSink, Finishing, Noted, Started, TensorDone, null_sink
 from ortho_cli.journal import WorkFolder, clean_leftovers, unwritable
 from ortho_cli.plan import (
+    TILE_ELEMENTS,
     Plan,
     TensorPlan,
     check_output,
@@ -52,7 +55,10 @@ NUMPY_DTYPES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64}
 SCALES: dict[str, ops.Scales] = {"absmax": ops.absmax_scales, "mse": ops.mse_scales}
 
 # How often finished tensors are made durable: a kill costs at most this much work.
-COMMIT_SECONDS = 1.0
+COMMIT_SECONDS = 0.5
+
+# Places of a tensor from which the selection's first bar is guessed.
+SAMPLE_BLOCKS = 16
 
 Entry = dict[str, Any]
 Results = SimpleQueue[Entry | BaseException]
@@ -269,21 +275,18 @@ class _Job:
     def _copy(self, tensor: TensorPlan) -> Entry:
         """Carry a tensor over unchanged, through one buffer."""
         scratch: ops.Scratch = self._local.tile
-        scratch.reset()
-        raw = scratch((CHUNK,), torch.uint8)
-        buffer = as_bytes(raw)
         dtype = TORCH_DTYPES.get(tensor.source.dtype)
         # A weight that is NaN ruins the model wherever it is; other buffers may mean it.
-        checked = dtype is not None and tensor.name.endswith("weight") and tensor.reason != IGNORED
-        values = raw.view(dtype or torch.uint8)
-        itemsize = values.itemsize
-        digest = blake3()
-        nbytes = tensor.source.nbytes
+        if not tensor.name.endswith("weight") or tensor.reason == IGNORED:
+            dtype = None
+        digest, nbytes = blake3(), tensor.source.nbytes
         for start in range(0, nbytes, CHUNK):
-            piece = buffer[: min(CHUNK, nbytes - start)]
+            scratch.reset()
+            raw = scratch((CHUNK,), torch.uint8)[: nbytes - start]
+            piece = as_bytes(raw)
             self._read(tensor, piece, digest, start=start)
-            if checked and not ops.all_finite(values[: len(piece) // itemsize], empty=scratch):
-                raise _not_finite(tensor, values[: len(piece) // itemsize], start // itemsize)
+            if dtype is not None and not ops.all_finite(raw.view(dtype), empty=scratch):
+                raise _not_finite(tensor, raw.view(dtype), start // dtype.itemsize)
             self._base.write(tensor.name, piece, start=start)
             self._emit(Advanced(nbytes=len(piece)))
         hexdigest = digest.hexdigest()
@@ -295,12 +298,53 @@ class _Job:
 
     def _split(self, tensor: TensorPlan) -> Entry:
         """Split one tensor: quantize each tile, keep the k weights that lose most."""
+        entry = self._split_above(tensor, self._guess_bar(tensor), on_event=self._emit)
+        # Fewer than k weights above a guess that was too high: once more, without one.
+        return entry or self._split_above(tensor, None, on_event=null_sink) or {}
+
+    def _guess_bar(self, tensor: TensorPlan) -> float | None:
+        """Guess from rows all over the tensor what residual the k-th largest will exceed.
+
+        A guess only saves the selection from holding what it would drop again; it is worth its
+        reading where the tensor has many tiles.
+        """
+        rows, columns = tensor.source.shape
+        block = max(1, TILE_ELEMENTS // (2 * SAMPLE_BLOCKS * columns))
+        if tensor.k == 0 or rows < 16 * SAMPLE_BLOCKS * block:
+            return None
+        scratch: ops.Scratch = self._local.tile
+        scratch.reset()
+        dtype = TORCH_DTYPES[tensor.source.dtype]
+        raw = scratch((block * SAMPLE_BLOCKS, columns), dtype)
+        for i in range(SAMPLE_BLOCKS):
+            piece = as_bytes(raw[i * block : (i + 1) * block])
+            start = i * rows // SAMPLE_BLOCKS * columns * dtype.itemsize
+            self._reader.read_into(piece, tensor.source, start=start)
+        residual = self._quantize(tensor, raw, scratch).residual.abs_().view(-1).numpy()
+        wanted = tensor.k / tensor.source.numel * residual.size
+        rank = math.ceil(1.5 * wanted + 3 * math.sqrt(wanted)) + 1  # rows differ: aim low
+        if rank >= residual.size:
+            return None
+        return float(np.partition(residual, residual.size - rank)[residual.size - rank])
+
+    def _quantize(self, tensor: TensorPlan, raw: Tensor, scratch: ops.Scratch) -> _Tile:
+        weight = scratch(tuple(raw.shape), torch.float32).copy_(raw)
+        scales = SCALES[str(tensor.scale)](
+            weight, group_size=self._plan.group_size, dtype=raw.dtype, empty=scratch
+        )
+        codes = ops.quantize(weight, scales, empty=scratch)
+        residual = ops.dequantize(codes, scales, empty=scratch).sub_(weight)
+        return _Tile(weight=weight, scales=scales, codes=codes, residual=residual)
+
+    def _split_above(
+        self, tensor: TensorPlan, bar: float | None, *, on_event: EventSink
+    ) -> Entry | None:
+        """Split one tensor in one pass; None if fewer than k residuals exceed `bar`."""
         scratch: ops.Scratch = self._local.tile  # valid for one tile
         held: ops.Scratch = self._local.tensor  # valid for one tensor
         held.reset()
         rows, columns = tensor.source.shape
         dtype = TORCH_DTYPES[tensor.source.dtype]
-        make_scales = SCALES[str(tensor.scale)]
         module = module_of(tensor.name)
         base = {
             part: TensorStream(self._base, f"{module}.{part}")
@@ -309,34 +353,36 @@ class _Job:
         digest, signal, noise = blake3(), 0.0, 0.0
         step = tile_rows(tensor.source.shape)
         bits = torch.int32 if dtype.itemsize == 4 else torch.int16
-        top = ops.TopK(tensor.k, stretch=step * columns, payload=bits, empty=held)
+        top = ops.TopK(
+            tensor.k,
+            length=rows * columns,
+            stretch=step * columns,
+            payload=bits,
+            bar=bar,
+            empty=held,
+        )
         for row in range(0, rows, step):
             scratch.reset()
-            shape = (min(step, rows - row), columns)
-            raw = scratch(shape, dtype)
+            raw = scratch((min(step, rows - row), columns), dtype)
             self._read(tensor, as_bytes(raw), digest, start=row * columns * dtype.itemsize)
-            weight = scratch(shape, torch.float32).copy_(raw)
-            scales = make_scales(
-                weight, group_size=self._plan.group_size, dtype=dtype, empty=scratch
-            )
-            if not ops.all_finite(scales):
-                raise _not_finite(tensor, weight, row * columns)
-            codes = ops.quantize(weight, scales, empty=scratch)
-            base["weight_packed"].write(as_bytes(ops.pack_int4(codes, empty=scratch)))
-            base["weight_scale"].write(as_bytes(scales))
-            residual = ops.dequantize(codes, scales, empty=scratch).sub_(weight)
-            signal += ops.squared_norm(weight)
-            noise += (tile_noise := ops.squared_norm(residual))
+            tile = self._quantize(tensor, raw, scratch)
+            if not ops.all_finite(tile.scales):
+                raise _not_finite(tensor, tile.weight, row * columns)
+            base["weight_packed"].write(as_bytes(ops.pack_int4(tile.codes, empty=scratch)))
+            base["weight_scale"].write(as_bytes(tile.scales))
+            signal += ops.squared_norm(tile.weight)
+            noise += (tile_noise := ops.squared_norm(tile.residual))
             if not np.isfinite(tile_noise):
-                raise _overflow(tensor, residual, row * columns)
-            # |r| orders like r^2 and neither underflows nor rounds: equal residuals are equal,
-            # others are not.
+                raise _overflow(tensor, tile.residual, row * columns)
+            # |r| orders like r^2 and neither underflows nor rounds.
             top.push(
-                residual.abs_().view(-1).numpy(),
+                tile.residual.abs_().view(-1).numpy(),
                 raw.view(bits).view(-1).numpy(),
                 start=row * columns,
             )
-            self._emit(Advanced(nbytes=raw.nbytes))
+            on_event(Advanced(nbytes=raw.nbytes))
+        if top.short:
+            return None
         base["weight_shape"].write(as_bytes(torch.tensor([rows, columns], dtype=torch.int64)))
         indices, kept, values = top.finish()
         ortho = self._write_csr(tensor, indices, values)
@@ -346,8 +392,7 @@ class _Job:
             "source_blake3": digest.hexdigest(),
             "signal": signal,
             "noise": noise,
-            # Everything kept is exact; a difference of sums would leave rounding where the answer
-            # is 0.
+            # Everything kept is exact; a difference of sums would not come out as 0.
             "noise_kept": noise if tensor.k == tensor.source.numel else min(kept_energy, noise),
             "blake3": {BASE_FILE: _digests(base.values()), ORTHO_FILE: ortho},
         }
@@ -381,6 +426,16 @@ class _Job:
             work.write_file(REPORT_FILE, _pretty(report))
         except OSError as error:
             raise unwritable(work.artifact, error) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tile:
+    """Some rows of a tensor, split: weight = dequantize(codes, scales) - residual."""
+
+    weight: Tensor
+    scales: Tensor
+    codes: Tensor
+    residual: Tensor
 
 
 class _Frontier:

@@ -245,21 +245,33 @@ class TopK:
     """
 
     def __init__(
-        self, k: int, *, stretch: int, payload: torch.dtype, empty: Empty = _torch_empty
+        self,
+        k: int,
+        *,
+        length: int,
+        stretch: int,
+        payload: torch.dtype,
+        bar: float | None = None,
+        empty: Empty = _torch_empty,
     ) -> None:
         """Make room for the candidates.
 
         Args:
-            k: entries to select, 0 <= k <= length of the stream.
+            k: entries to select, 0 <= k <= length.
+            length: entries of the whole stream.
             stretch: most entries of one `push`.
             payload: dtype of what is carried along with each entry.
+            bar: a guess below the k-th largest, which saves room and time; if it was too high, the
+                stream ends `short` and has to be pushed again without it.
             empty: where the buffers come from; they are in use until the result of `finish` is.
         """
         self._k = k
         self._count = 0
-        self._bar = np.float32(-1.0 if k else np.inf)
-        room = (2 * k + stretch,)
-        self._indices: npt.NDArray[np.int64] = empty(room, torch.int64).numpy()
+        self._guessed = bar is not None
+        self._bar = np.float32(np.inf if not k else -1.0 if bar is None else bar)
+        room = (min(2 * k + stretch, length),)
+        wide = torch.int32 if length < 2**31 else torch.int64
+        self._indices: npt.NDArray[np.integer[Any]] = empty(room, wide).numpy()
         self._saliency: npt.NDArray[np.float32] = empty(room, torch.float32).numpy()
         self._sorted: npt.NDArray[np.float32] = empty(room, torch.float32).numpy()
         self._payload: npt.NDArray[np.generic] = empty(room, payload).numpy()
@@ -275,12 +287,12 @@ class TopK:
             payload: (n,), carried along.
             start: flat index of the first entry; stretches come in ascending order.
         """
-        if not self._count and 0 < self._k < saliency.size:
+        if not self._count and not self._guessed and 0 < self._k < saliency.size:
             # Of the first stretch only its own k largest can matter: put the bar just below them.
             self._bar = np.nextafter(self._kth_largest(saliency), np.float32(-1.0))
         found = np.flatnonzero(np.greater(saliency, self._bar, out=self._above[: saliency.size]))
         here = slice(self._count, self._count + found.size)
-        np.add(found, start, out=self._indices[here])
+        np.add(found, start, out=self._indices[here], casting="same_kind")
         np.take(saliency, found, out=self._saliency[here], mode="clip")
         np.take(payload, found, out=self._payload[here], mode="clip")
         self._count += found.size
@@ -304,25 +316,32 @@ class TopK:
             column[: self._k] = column[keep]
         self._count = self._k
 
+    @property
+    def short(self) -> bool:
+        """Whether fewer than k entries exceeded the bar that was guessed."""
+        return self._count < self._k
+
     def finish(
         self,
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.generic]]:
+    ) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.float32], npt.NDArray[np.generic]]:
         """Close the stream.
 
         Returns:
-            indices (k,) int64 ascending, saliency (k,) float32 and payload (k,), in the order of
-            the indices.
+            indices (k,) int32 or int64 ascending; saliency (k,) float32 and payload (k,) in the
+            order of the indices.
         """
         if self._count > self._k:
             self._prune()
         return self._indices[: self._k], self._saliency[: self._k], self._payload[: self._k]
 
 
-def crow_indices(indices: npt.NDArray[np.int64], shape: tuple[int, int]) -> npt.NDArray[np.int64]:
+def crow_indices(
+    indices: npt.NDArray[np.integer[Any]], shape: tuple[int, int]
+) -> npt.NDArray[np.int64]:
     """Count the entries before each row: the `crow_indices` of a CSR matrix.
 
     Args:
-        indices: (nnz,) flat indices, ascending.
+        indices: (nnz,) integer flat indices, ascending.
         shape: (out, in).
     Returns:
         (out + 1,) int64, from 0 to nnz, never falling.

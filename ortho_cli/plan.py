@@ -32,6 +32,7 @@ from ortho_cli.writer import CHUNK, Layout, TensorSpec, plan_layout
 TILE_ELEMENTS = (
     1 << 19
 )  # measured: two threads run 2.8 GB/s at 256 Ki elements and half of that at 64 Ki
+MODULES_BYTES = 24 << 20  # what importing everything but torch was measured to take
 NO_DIGEST = "0" * 64
 
 
@@ -328,16 +329,21 @@ def tile_rows(shape: tuple[int, ...]) -> int:
 
 
 def _peak_bytes(tensors: tuple[TensorPlan, ...], workers: int) -> int:
-    """Bound the buffers of all workers: tile temporaries and candidates of the selection."""
-    most = CHUNK
-    for tensor in tensors:
-        if tensor.action == "split":
-            elements = tile_rows(tensor.source.shape) * tensor.source.shape[1]
-            temporaries = elements * (40 if tensor.scale == "mse" else 24)
-            # index, saliency and value of 2k candidates and one tile, twice while they are merged
-            candidates = 2 * (2 * tensor.k + elements) * 16
-            most = max(most, temporaries + min(candidates, 2 * tensor.source.numel * 16))
-    return workers * most
+    """Bound the buffers of all workers, each on one of the tensors that need most."""
+    needs = sorted((_buffer_bytes(tensor) for tensor in tensors), reverse=True)
+    return MODULES_BYTES + sum(needs[:workers])
+
+
+def _buffer_bytes(tensor: TensorPlan) -> int:
+    if tensor.reason is not None:
+        return 2 * CHUNK
+    numel = tensor.source.numel
+    elements = tile_rows(tensor.source.shape) * tensor.source.shape[1]
+    tile = elements * (40 if tensor.scale == "mse" else 24)
+    # Index, two saliencies and value of each candidate; while they are cut back, three copies of k.
+    value = tensor.source.nbytes // numel
+    candidates = min(2 * tensor.k + elements, numel) * (8 + (4 if numel < 2**31 else 8) + value)
+    return tile + candidates + (20 if tensor.k < numel else 8) * tensor.k
 
 
 def resolve_output(out: Path) -> Path:

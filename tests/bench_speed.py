@@ -110,9 +110,9 @@ def limit(source: Path, out: Path) -> Any:
 
 
 def _rss() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Peak of this process alone; getrusage would count the parent's."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
 
 
 def measure(
