@@ -123,6 +123,7 @@ def measure(
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, __file__, "--child", row, "--source", source, "--scratch", scratch]
     command += ["--workers", str(workers), *(f"--set={item}" for item in sets)]
+    os.sync()  # what the row before left to be written is not this row's
     ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     shutil.rmtree(out, ignore_errors=True)
     if ran.returncode:
