@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -137,6 +137,7 @@ def _table(title: str, *columns: str) -> Table:
         title_style="bold",
         box=None,
         pad_edge=False,
+        collapse_padding=True,
         header_style="dim",
     )
     table.add_column(columns[0], overflow="fold", min_width=28)
@@ -153,98 +154,86 @@ def _decibels(value: object, *, exact: bool) -> str:
     return "exact" if value is None and exact else _number(value)
 
 
-def print_plan(document: dict[str, Any], *, source: str, seconds_hint: bool = True) -> None:
+def print_plan(document: dict[str, Any], *, source: str) -> None:
     """Print the surgery plan: what is split, what is not and why, sizes, memory."""
     console, totals = make_console(), document["totals"]
     split = [t for t in document["tensors"] if t["action"] == "split"]
-    rows = _grouped(
-        split, lambda t: (_fold(t["name"]), tuple(t["shape"]), t["dtype"], t["scale"], t["density"])
-    )
-    table = _table("split", "tensor", "count", "shape", "dtype", "scale", "density", "k each")
-    for (name, shape, dtype, scale, density), members in rows:
+    kept = [t for t in document["tensors"] if t["action"] == "copy"]
+    table = _table("split", "module", "count", "shape", "dtype", "scale", "density", "k each")
+    for name, same in _grouped(split, "shape", "dtype", "scale", "density"):
+        one = same[0]
         table.add_row(
-            Text(visible(name)),
-            str(len(members)),
-            _shape(shape),
-            dtype,
-            scale,
-            f"{density:.2%}",
-            f"{members[0]['k']:,}",
+            Text(visible(name.removesuffix(".weight"))),
+            str(len(same)),
+            _shape(one["shape"]),
+            one["dtype"],
+            one["scale"],
+            f"{one['density']:.2%}",
+            f"{one['k']:,}",
         )
     console.print(table)
-    kept = [t for t in document["tensors"] if t["action"] == "copy"]
-    if kept:
-        table = _table(
-            "\ncarried over unchanged",
-            "tensor",
-            "count",
-            "shape",
-            "dtype",
-            "share of weights",
-            "because",
+    console.print()
+    table = _table(
+        "carried over unchanged", "tensor", "count", "shape", "dtype", "share", "because"
+    )
+    for name, same in _grouped(kept, "shape", "dtype", "reason"):
+        share = sum(math.prod(t["shape"]) for t in same) / totals["weights"]
+        one = same[0]
+        table.add_row(
+            Text(visible(name)),
+            str(len(same)),
+            _shape(one["shape"]),
+            one["dtype"],
+            f"{share:.2%}",
+            one["reason"],
         )
-        for (name, shape, dtype, reason), members in _grouped(
-            kept, lambda t: (_fold(t["name"]), tuple(t["shape"]), t["dtype"], t["reason"])
-        ):
-            share = sum(_numel(t["shape"]) for t in members) / totals["weights"]
-            table.add_row(
-                Text(visible(name)), str(len(members)), _shape(shape), dtype, f"{share:.2%}", reason
-            )
+    if kept:
         console.print(table)
-    lines = [
-        f"\n{source}: {totals['split_tensors']} of {totals['tensors']} tensors split, "
+        console.print()
+    seconds = max(1, round(totals["bytes_read"] / 5e8 / totals["workers"]))
+    for line in (
+        f"{source}: {totals['split_tensors']} of {totals['tensors']} tensors split, "
         f"{totals['split_weights'] / totals['weights']:.1%} of {totals['weights']:,} weights, "
         f"group size {document['group_size']}",
-        f"base {size(totals['base_bytes'])} + ortho {size(totals['ortho_bytes'])} from "
-        f"{size(totals['bytes_read'])}: "
+        f"base {size(totals['base_bytes'])} + ortho {size(totals['ortho_bytes'])} "
+        f"from {size(totals['bytes_read'])}: "
         f"{totals['bits_per_weight']:.2f} bits a weight over the whole model",
         f"buffers {size(totals['peak_bytes'])} over torch for {totals['workers']} workers; "
-        f"about {max(1, round(totals['bytes_read'] / 5e8 / totals['workers']))} s at 0.5 GB/s "
-        f"a worker",
-    ]
-    console.print(
-        visible(lines[0].lstrip("\n")) if not kept else "\n" + visible(lines[0].lstrip("\n")),
-        markup=False,
-        soft_wrap=True,
-    )
-    for line in lines[1:]:
-        console.print(line, soft_wrap=True)
+        f"about {seconds} s at 0.5 GB/s a worker",
+    ):
+        console.print(visible(line), soft_wrap=True)
 
 
 def _fold(name: str) -> str:
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
-def _grouped(
-    tensors: list[dict[str, Any]], key: Callable[[dict[str, Any]], tuple[Any, ...]]
-) -> list[tuple[tuple[Any, ...], list[dict[str, Any]]]]:
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+def _grouped(tensors: list[dict[str, Any]], *alike: str) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Put tensors together whose names differ in numbers only and whose `alike` are equal."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    names: dict[str, str] = {}
     for tensor in tensors:
-        groups.setdefault(key(tensor), []).append(tensor)
-    return list(groups.items())
+        name = _fold(tensor["name"])
+        key = repr((name, [tensor[field] for field in alike]))
+        names[key] = name
+        groups.setdefault(key, []).append(tensor)
+    return [(names[key], same) for key, same in groups.items()]
 
 
-def _shape(shape: tuple[int, ...] | list[int]) -> str:
+def _shape(shape: list[int]) -> str:
     return " x ".join(map(str, shape)) or "scalar"
-
-
-def _numel(shape: list[int]) -> int:
-    product = 1
-    for length in shape:
-        product *= length
-    return product
 
 
 def print_artifact(document: dict[str, Any], *, folder: str) -> None:
     """Print an artifact tensor by tensor, then in total; what a missing ortho would add is `-`."""
     console, totals = make_console(), document.get("totals", {})
     there = document["files"]["ortho.safetensors"] is not None
-    table = _table("split", "tensor", "shape", "bits", "nnz", "dB at 0", "dB at 1", "kept")
+    table = _table("split", "module", "shape", "bits", "nnz", "dB at 0", "dB at 1", "kept")
     for tensor in document["tensors"]:
         if tensor["action"] == "split":
             measured = "residual_kept" in tensor
             table.add_row(
-                Text(visible(tensor["name"])),
+                Text(visible(tensor["name"].removesuffix(".weight"))),
                 _shape(tensor["shape"]),
                 _number(tensor["bits_per_weight"]),
                 f"{tensor['nnz']:,}" if there else "-",

@@ -68,7 +68,7 @@ def test_dry_run_writes_nothing_and_prints_the_plan(pico: Path, ortho: Ortho) ->
     first = next(t for t in plan["tensors"] if t["action"] == "split")
     assert first["base"]["model.layers.0.mlp.down_proj.weight_packed"]["offset"] > 0
     ran = ortho("decompose", pico, "--dry-run")
-    assert "model.layers.*.mlp.down_proj.weight" in ran.err
+    assert "model.layers.*.mlp.down_proj " in ran.err
     assert sorted(pico.parent.rglob("*")) == before
 
 
@@ -146,7 +146,7 @@ def test_names_with_escapes_and_markup_are_shown_escaped(tmp_path: Path, ortho: 
     save_file({name: torch.ones(64, 64)}, tmp_path / "m.safetensors")
     ran = ortho("inspect", tmp_path / "m.safetensors")
     assert "\x1b" not in ran.err
-    assert r"a\x1b[31m[bold]<script>.weight" in ran.err
+    assert r"a\x1b[31m[bold]<script>" in ran.err
     ran = ortho("decompose", tmp_path / "m.safetensors", "-v")
     assert ran.code == 0
     assert "\x1b" not in ran.err
