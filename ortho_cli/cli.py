@@ -139,12 +139,13 @@ def decompose(
 
     A killed or interrupted run goes on where it stopped when the same command is given again.
     """
-    from ortho_cli.plan import check_output, check_space
+    from ortho_cli.plan import check_memory, check_output, check_space
 
     checkpoint, plan = _plan(model, recipe, sets, workers, device)
     target = out or _default_out(model)
     check_output(target, checkpoint, force=force)
     check_space(plan, target)
+    check_memory(plan)
     if dry_run:
         _show_plan(plan, model, as_json=as_json, quiet=quiet)
         return
@@ -303,7 +304,8 @@ def _as_ortho_error(error: BaseException) -> OrthoError | None:
         return error
     if isinstance(error, KeyboardInterrupt):
         return Interrupted("interrupted before any work", hint="nothing was written")
-    if isinstance(error, MemoryError):
+    starved = ("can't allocate memory", "can't start new thread")  # torch's and Python's words
+    if isinstance(error, MemoryError) or any(text in str(error) for text in starved):
         return ResourceError("out of memory", hint="use fewer --workers or a lower density")
     if isinstance(error, OSError):
         reason = (error.strerror or str(error)).lower()

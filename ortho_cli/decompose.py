@@ -36,7 +36,7 @@ from ortho_cli.artifact import (
 from ortho_cli.checkpoint import Checkpoint, ShardReader
 from ortho_cli.errors import Interrupted, NumericalError
 from ortho_cli.events import Advanced, EventSink, Finishing, Noted, Started, TensorDone, null_sink
-from ortho_cli.journal import WorkFolder, clean_leftovers, unwritable
+from ortho_cli.journal import WorkFolder, recover, unwritable
 from ortho_cli.plan import (
     TILE_ELEMENTS,
     Plan,
@@ -90,7 +90,7 @@ def decompose(
         Interrupted: Ctrl-C; finished tensors are kept.
     """
     out = resolve_output(out)
-    clean_leftovers(out)
+    recover(out)
     check_output(out, checkpoint, force=force)
     check_space(plan, out)
     identity = {
@@ -99,13 +99,21 @@ def decompose(
         "version": [__version__, torch.__version__],
         "files": {BASE_FILE: plan.base.size, ORTHO_FILE: plan.ortho.size},
     }
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+
+    def is_sound(entry: Entry) -> bool:
+        return entry["name"] in tensors and _is_sound(entry, tensors[entry["name"]])
+
     reader = ShardReader(checkpoint)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # parallel over tensors, not inside an operation
     try:
-        with WorkFolder(out, identity=identity, force=force) as work, _interruptible(plan, work):
+        with (
+            WorkFolder(out, identity=identity, force=force, is_sound=is_sound) as work,
+            _interruptible(plan, work),
+        ):
             report = _Job(plan, checkpoint, reader, work, on_event).run()
-            work.publish()
+            work.publish(may_replace=lambda there: force and artifact.is_artifact(there))
             return report
     finally:
         torch.set_num_threads(threads)
@@ -118,6 +126,8 @@ def _interruptible(plan: Plan, work: WorkFolder) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        if work.published:
+            raise Interrupted(f"interrupted when `{work.out}` was complete", hint="go on") from None
         done, total = len(work.done), len(plan.tensors)
         raise Interrupted(
             f"interrupted with {done} of {total} tensors finished",
@@ -150,6 +160,9 @@ class _Job:
 
     def run(self) -> Entry:
         plan, done = self._plan, self._work.done
+        for tensor in plan.tensors:
+            if tensor.name in done and not self._is_intact(done[tensor.name]):
+                del done[tensor.name]
         self._emit(
             Started(
                 tensors=len(plan.tensors),
@@ -175,6 +188,17 @@ class _Job:
         self._emit(Finishing(step="sync"))
         self._write_side_files(report)
         return report
+
+    def _is_intact(self, entry: Entry) -> bool:
+        """Tell whether the bytes of a tensor that an earlier run finished are still what it wrote."""
+        for output in (self._base, self._ortho):
+            for key, told in entry["blake3"].get(output.name, {}).items():
+                digest = blake3()
+                for piece in output.read(key):
+                    digest.update(piece)
+                if digest.hexdigest() != told:
+                    return False
+        return True
 
     def _ortho_header(self, **digests: str) -> bytes:
         metadata = artifact.ortho_metadata(
@@ -232,16 +256,20 @@ class _Job:
             except BaseException as error:  # noqa: BLE001 - raised again by the calling thread
                 results.put(error)
 
-        threads = [threading.Thread(target=work) for _ in range(self._plan.workers)]
-        for thread in threads:
-            thread.start()
+        threads: list[threading.Thread] = []
         try:
+            for _ in range(self._plan.workers):
+                thread = threading.Thread(target=work)
+                threads.append(thread)
+                thread.start()
             yield results
         finally:
+            self._stop.set()  # where all went well there is nothing left to stop
             while any(thread.is_alive() for thread in threads):
-                with suppress(KeyboardInterrupt):  # a second Ctrl-C: they stop at the next tile
+                with suppress(KeyboardInterrupt):  # they stop at the next tile
                     for thread in threads:
-                        thread.join()
+                        if thread.is_alive():
+                            thread.join()
 
     def _next(self, results: Results) -> Entry:
         result = results.get()
@@ -456,6 +484,23 @@ class _Frontier:
         while self._next < len(self._ends) and self._ends[self._next][1] in self._done:
             self.offset = self._ends[self._next][0]
             self._next += 1
+
+
+def _is_sound(entry: Entry, tensor: TensorPlan) -> bool:
+    """Tell a journal entry that we could have written from one that was tampered with."""
+    keys = {BASE_FILE: {spec.key for spec in tensor.base}}
+    if tensor.ortho:
+        keys[ORTHO_FILE] = {spec.key for spec in tensor.ortho}
+    digests = entry.get("blake3")
+    if not isinstance(digests, dict) or not all(isinstance(d, dict) for d in digests.values()):
+        return False
+    texts = [entry.get("source_blake3"), *(text for d in digests.values() for text in d.values())]
+    numbers = [entry.get(key) for key in ("signal", "noise", "noise_kept") if tensor.ortho]
+    return (
+        {name: set(d) for name, d in digests.items()} == keys
+        and all(isinstance(text, str) and len(text) == 64 for text in texts)
+        and all(isinstance(n, float) and math.isfinite(n) for n in numbers)
+    )
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -9,7 +9,8 @@ Work for OUT goes to the hidden sibling `.OUT.ortho/`:
 
 A tensor counts as finished once its line is in the journal, and lines are written only after the
 data they speak of are synced. `publish` renames the data files, then `artifact/` to OUT: one step,
-before which OUT does not exist and after which it is complete.
+before which OUT does not exist (or is the old one) and after which it is complete. `recover` puts
+things right where a run was killed between two renames.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,16 +30,99 @@ from ortho_cli.errors import CheckpointError, NumericalError, OutputExistsError,
 
 PARTIAL = ".partial"
 
+Entry = dict[str, Any]
+
 
 def work_folder(out: Path) -> Path:
     """Name the hidden sibling in which OUT is made."""
     return out.parent / f".{out.name}.ortho"
 
 
+def recover(out: Path) -> None:
+    """Undo or clear up after a run that was killed between renames; leave a running one alone."""
+    folder = work_folder(out)
+    if not folder.is_dir():
+        return
+    lock = _Lock(folder, out)
+    try:
+        lock.take()
+    except OutputExistsError:
+        return
+    try:
+        if (folder / "previous").is_dir() and not os.path.lexists(out):
+            (folder / "previous").rename(out)
+        if not (folder / "artifact").exists():
+            lock.remove_folder()
+    finally:
+        lock.release()
+
+
+class _Lock:
+    """The right to work in a folder; it goes with the process that holds it."""
+
+    def __init__(self, folder: Path, out: Path) -> None:
+        self._folder, self._out = folder, out
+        self._path = folder / "lock"
+        self._fd = -1
+
+    def take(self) -> None:
+        """Make the folder and lock it, or say who holds it."""
+        while self._fd < 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:  # whoever finished just now took the folder away
+                continue
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_current(fd):
+                    self._fd = fd
+            except BlockingIOError:
+                holder = os.pread(fd, 20, 0).decode(errors="replace").strip() or "unknown"
+                raise OutputExistsError(
+                    f"process {holder} is writing `{self._out}` right now",
+                    hint="wait for it, or choose another -o",
+                ) from None
+            finally:
+                if self._fd != fd:
+                    os.close(fd)
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def _is_current(self, fd: int) -> bool:
+        """Tell a lock file from one that was unlinked after we opened it."""
+        with contextlib.suppress(FileNotFoundError):
+            mine, there = os.fstat(fd), self._path.stat()
+            return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+        return False
+
+    def remove_folder(self) -> None:
+        """Remove the folder while it is ours; the lock goes last."""
+        for path in self._folder.iterdir():
+            if path != self._path:
+                _remove(path)
+        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
+
+    def release(self) -> None:
+        """Let go."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
 class WorkFolder:
     """The work on one output, as a context manager; unfinished work is kept for the next run."""
 
-    def __init__(self, out: Path, *, identity: dict[str, Any], force: bool) -> None:
+    def __init__(
+        self,
+        out: Path,
+        *,
+        identity: Entry,
+        force: bool,
+        is_sound: Callable[[Entry], bool] = lambda entry: True,
+    ) -> None:
         """Begin, or go on where an equal run stopped.
 
         Args:
@@ -45,14 +130,18 @@ class WorkFolder:
             identity: everything the bytes depend on, and the size of each data file under `files`;
                 only work with an equal identity is continued.
             force: discard half-done work of another identity.
+            is_sound: tells a journal entry that can be relied on; from the first other one on, work
+                is done again.
         """
         self.out = out
         self.folder = work_folder(out)
         self.artifact = self.folder / "artifact"
-        self.done: dict[str, dict[str, Any]] = {}
+        self.done: dict[str, Entry] = {}
+        self.published = False
         self._identity = identity
         self._force = force
-        self._lock = -1
+        self._is_sound = is_sound
+        self._lock = _Lock(self.folder, out)
         self._journal = -1
         self._fds: dict[str, int] = {}
         self._made = [parent for parent in out.absolute().parents if not parent.exists()]
@@ -60,8 +149,7 @@ class WorkFolder:
     def __enter__(self) -> WorkFolder:
         """Take the lock and read the journal."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self._lock.take()
             try:
                 self._open_journal()
             except BaseException:
@@ -80,27 +168,12 @@ class WorkFolder:
         """Close everything; keep the folder only if another run can go on in it."""
         # A source that must be repaired is another source then: work on this one is of no use.
         useless = not self.done or isinstance(error, CheckpointError | NumericalError)
-        if error is not None and useless and not (self.folder / "previous").exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if error is not None and useless and not self.published:
             with contextlib.suppress(OSError):
+                self._lock.remove_folder()
                 for parent in self._made:
                     parent.rmdir()
         self._close()
-
-    def _take_lock(self) -> None:
-        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._lock, 20, 0).decode(errors="replace").strip() or "unknown"
-            os.close(self._lock)
-            self._lock = -1
-            raise OutputExistsError(
-                f"process {holder} is writing `{self.out}` right now",
-                hint="wait for it, or choose another -o",
-            ) from None
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 
     def _open_journal(self) -> None:
         path = self.folder / "journal"
@@ -110,16 +183,18 @@ class WorkFolder:
                 raise OutputExistsError(
                     f"`{self.folder}` holds {len(lines) - 1} finished tensors of another run: "
                     f"{_difference(lines[0], self._identity)}",
-                    hint="repeat that run's command to finish it, or add --force to discard "
-                    "its work",
+                    hint="give that run's recipe and source to finish it, or --force to discard it",
                 )
             lines = []
+        lines[1:] = takewhile(self._is_sound, lines[1:])
         if not lines or not self._data_is_there():
             lines = []
-            self._restore_previous()
-            shutil.rmtree(self.artifact, ignore_errors=True)
+            _remove(self.artifact)
             path.unlink(missing_ok=True)
         self.artifact.mkdir(exist_ok=True)
+        for file in self.artifact.iterdir():  # side files are made again
+            if file.name.removesuffix(PARTIAL) not in self._identity["files"]:
+                _remove(file)
         self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         # A last line without its newline was cut by a kill; append after the last whole one.
         os.ftruncate(self._journal, sum(len(_encode(line)) for line in lines))
@@ -136,11 +211,6 @@ class WorkFolder:
                 final.rename(partial)
             whole = whole and partial.exists() and partial.stat().st_size == size
         return whole
-
-    def _restore_previous(self) -> None:
-        previous = self.folder / "previous"
-        if previous.is_dir() and not self.out.exists():
-            previous.rename(self.out)
 
     def open_data(self, name: str, *, size: int, mode: int) -> int:
         """Open a data file with its bytes reserved, so that a full disk shows before the work."""
@@ -182,30 +252,69 @@ class WorkFolder:
         """Copy a file of the source, its bytes only."""
         path = self.artifact / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not source.is_file():
+            raise CheckpointError(
+                f"`{source}` vanished while the model was read", hint="put it back and start again"
+            )
         shutil.copyfile(source, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
-    def publish(self) -> None:
-        """Give data files their names, in the order they were opened, and the folder its place."""
+    def publish(self, *, may_replace: Callable[[Path], bool]) -> None:
+        """Give data files their names, in the order they were opened, and the folder its place.
+
+        Args:
+            may_replace: tells whether what lies at OUT by now may be replaced.
+        """
         for name, fd in self._fds.items():
             os.fsync(fd)
             (self.artifact / (name + PARTIAL)).rename(self.artifact / name)
-        _sync_folder(self.artifact)
+        for folder, _, _ in os.walk(self.artifact):
+            _sync_folder(Path(folder))
         previous = self.folder / "previous"
-        if self.out.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            self.out.rename(previous)
-        self.artifact.rename(self.out)
+        if os.path.lexists(self.out):
+            self._make_way(previous, may_replace)
+        try:
+            self.artifact.rename(self.out)
+        except BaseException:
+            if previous.exists() and not os.path.lexists(self.out):
+                previous.rename(self.out)
+            raise
+        self.published = True
         _sync_folder(self.out.parent)
-        self._close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._lock.remove_folder()
+
+    def _make_way(self, previous: Path, may_replace: Callable[[Path], bool]) -> None:
+        with contextlib.suppress(OSError):
+            self.out.rmdir()  # an empty folder
+            return
+        if not may_replace(self.out):
+            raise OutputExistsError(
+                f"output `{self.out}` has appeared while its new content was made",
+                hint="move it away and repeat the same command: the work is kept",
+            )
+        if previous.exists():
+            raise OutputExistsError(
+                f"`{previous}` holds an older artifact",
+                hint="move it away, then repeat the command",
+            )
+        self.out.rename(previous)
 
     def _close(self) -> None:
-        for fd in (*self._fds.values(), self._journal, self._lock):
+        fds, self._fds = [*self._fds.values(), self._journal], {}
+        self._journal = -1
+        for fd in fds:
             if fd >= 0:
                 os.close(fd)
-        self._fds, self._journal, self._lock = {}, -1, -1
+        self._lock.release()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def unwritable(path: Path, error: OSError) -> ResourceError:
@@ -224,15 +333,8 @@ def reserve(fd: int, size: int) -> None:
         os.posix_fallocate(fd, 0, size)
 
 
-def clean_leftovers(out: Path) -> None:
-    """Remove a work folder whose output was published just before the run was killed."""
-    folder = work_folder(out)
-    if out.is_dir() and folder.is_dir() and not (folder / "artifact").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _encode(line: dict[str, Any]) -> bytes:
-    return json.dumps(line, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+    return json.dumps(line, separators=(",", ":")).encode() + b"\n"
 
 
 def _complete_lines(path: Path) -> list[dict[str, Any]]:

@@ -33,6 +33,8 @@ TILE_ELEMENTS = (
     1 << 19
 )  # measured: two threads run 2.8 GB/s at 256 Ki elements and half of that at 64 Ki
 MODULES_BYTES = 24 << 20  # what importing everything but torch was measured to take
+TENSOR_BYTES = 14_000  # measured, too: plan, journal and report of one tensor
+SIDE_BYTES = 2_048  # what index and report take for one tensor, about
 NO_DIGEST = "0" * 64
 
 
@@ -331,7 +333,7 @@ def tile_rows(shape: tuple[int, ...]) -> int:
 def _peak_bytes(tensors: tuple[TensorPlan, ...], workers: int) -> int:
     """Bound the buffers of all workers, each on one of the tensors that need most."""
     needs = sorted((_buffer_bytes(tensor) for tensor in tensors), reverse=True)
-    return MODULES_BYTES + sum(needs[:workers])
+    return MODULES_BYTES + TENSOR_BYTES * len(tensors) + sum(needs[:workers])
 
 
 def _buffer_bytes(tensor: TensorPlan) -> int:
@@ -372,6 +374,11 @@ def check_output(out: Path, checkpoint: Checkpoint, *, force: bool) -> None:
         raise UsageError(
             f"output `{out}` is the source `{checkpoint.path}` or inside it",
             hint="choose another -o",
+        )
+    mine = [source, *(shard.path.resolve() for shard in checkpoint.shards)]
+    if any(target in path.parents for path in mine):
+        raise UsageError(
+            f"output `{out}` holds the source `{checkpoint.path}`", hint="choose another -o"
         )
     if target == Path.cwd() or os.path.ismount(target):
         what = "the current folder" if target == Path.cwd() else "a mount point"
@@ -415,11 +422,29 @@ def check_space(plan: Plan, out: Path) -> None:
         raise ResourceError(
             f"cannot write in `{place}`: permission denied", hint="choose another -o"
         )
-    reserved = (work_folder(target) / "artifact").glob(f"*{PARTIAL}")
-    held = sum(path.stat().st_blocks * 512 for path in reserved)
-    free, needed = shutil.disk_usage(place).free, plan.bytes_written - held
+    written = (work_folder(target) / "artifact").rglob("*")
+    held = sum(path.stat().st_blocks * 512 for path in written if path.is_file())
+    free = shutil.disk_usage(place).free
+    needed = plan.bytes_written + SIDE_BYTES * (1 + len(plan.tensors)) - held
     if needed > free:
         raise ResourceError(
-            f"`{place}` has {free / 1e9:.2f} GB free and the artifact takes {needed / 1e9:.2f} GB",
+            f"`{place}` has {free / 1e6:,.1f} MB free and the artifact takes {needed / 1e6:,.1f} MB",
             hint="free space, or choose another -o",
+        )
+
+
+def check_memory(plan: Plan) -> None:
+    """Refuse a plan whose buffers do not fit into memory; where the system does not tell, go on.
+
+    Raises:
+        ResourceError: says how much is needed and how much is available.
+    """
+    told = Path("/proc/meminfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    available = next((int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable")), None)
+    if available is not None and plan.peak_bytes > available:
+        raise ResourceError(
+            f"{plan.workers} workers take {plan.peak_bytes / 1e6:,.0f} MB of memory and "
+            f"{available / 1e6:,.0f} MB are available",
+            hint="use fewer --workers, or a lower density",
         )

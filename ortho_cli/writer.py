@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +101,7 @@ class DataFile:
     """One of the two data files: bytes go to the place the layout gives them."""
 
     def __init__(self, work: WorkFolder, name: str, layout: Layout, *, mode: int) -> None:
+        self.name = name
         self.fd = work.open_data(name, size=layout.size, mode=mode)
         self._path = work.artifact / name
         self._layout = layout
@@ -110,6 +111,14 @@ class DataFile:
         region = self._layout.regions[key]
         assert start + len(data) <= region.nbytes
         self._put(data, region.offset + start)
+
+    def read(self, key: str) -> Iterator[memoryview]:
+        """Yield what is written of a tensor, piece by piece, in one buffer."""
+        region, buffer = self._layout.regions[key], memoryview(bytearray(CHUNK))
+        for start in range(0, region.nbytes, CHUNK):
+            piece = buffer[: min(CHUNK, region.nbytes - start)]
+            fill(self.fd, piece, region.offset + start, what=f"`{self._path}`")
+            yield piece
 
     def write_header(self, header: bytes) -> None:
         """Write the header."""
