@@ -428,7 +428,8 @@ def check_space(plan: Plan, out: Path) -> None:
     needed = plan.bytes_written + SIDE_BYTES * (1 + len(plan.tensors)) - held
     if needed > free:
         raise ResourceError(
-            f"`{place}` has {free / 1e6:,.1f} MB free and the artifact takes {needed / 1e6:,.1f} MB",
+            f"`{place}` has {free / 1e6:,.1f} MB free and the artifact "
+            f"takes {needed / 1e6:,.1f} MB",
             hint="free space, or choose another -o",
         )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,7 +18,7 @@ from ortho_cli import recipe
 from ortho_cli.checkpoint import open_checkpoint
 from ortho_cli.errors import Interrupted, OutputExistsError
 from ortho_cli.events import Event, Finishing, TensorDone
-from ortho_cli.journal import work_folder
+from ortho_cli.journal import WorkFolder, work_folder
 from ortho_cli.plan import make_plan
 
 # The server imports torch once; each process then starts in milliseconds.
@@ -114,6 +116,64 @@ def test_kill_while_replacing_loses_nothing(pico: Path, artifact: Path, moment: 
     assert not work_folder(artifact).exists()
 
 
+def test_failed_rename_puts_the_old_output_back(
+    pico: Path, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, original = contents(artifact), Path.rename
+
+    def rename(self: Path, target: Any) -> Path:
+        if self.name == "artifact":
+            raise OSError(5, "Input/output error")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="Input/output"):
+        split(pico, artifact, force=True)
+    assert contents(artifact) == before
+    monkeypatch.undo()
+    split(pico, artifact, force=True)
+    assert contents(artifact) == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_output_that_appears_during_the_run_is_kept(
+    pico: Path, tmp_path: Path, force: bool
+) -> None:
+    out = tmp_path / "out"
+
+    def appear(event: Event) -> None:
+        if isinstance(event, Finishing) and not out.exists():
+            out.mkdir()
+            (out / "thesis.tex").write_text("precious")
+
+    with pytest.raises(OutputExistsError, match="has appeared"):
+        split(pico, out, on_event=appear, force=force)
+    assert (out / "thesis.tex").read_text() == "precious"
+    (out / "thesis.tex").unlink()
+    split(pico, out)
+    split(pico, tmp_path / "reference")
+    assert contents(out) == contents(tmp_path / "reference")
+
+
+def test_side_file_removed_between_kill_and_rerun_is_not_in_the_output(
+    pico: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run_and_die(pico, out, "rename 0")
+    (pico / "extra" / "notes.txt").unlink()
+    split(pico, out)
+    assert not (out / "extra").exists()
+
+
+def test_lock_of_a_folder_that_was_taken_away_is_no_lock(tmp_path: Path) -> None:
+    identity = {"plan": "x", "files": {}}
+    first = WorkFolder(tmp_path / "out", identity=identity, force=False)
+    with first:
+        shutil.rmtree(first.folder)
+        with WorkFolder(tmp_path / "out", identity=identity, force=False) as second:
+            assert second.folder.exists()
+
+
 def test_kill_after_publishing_leaves_a_folder_that_the_next_run_clears(
     pico: Path, artifact: Path
 ) -> None:
@@ -148,7 +208,19 @@ def test_resume_of_another_recipe_or_source_is_refused_and_force_discards(
     assert contents(out) == contents(tmp_path / "reference")
 
 
-@pytest.mark.parametrize("damage", ["garbage", "cut", "no data", "short data", "unknown tensor"])
+TAMPERED = {
+    "unknown tensor": {"name": "nobody"},
+    "no fields": {"name": "model.layers.1.mlp.up_proj.weight"},
+    "a word for a number": {"signal": "a"},
+    "not a number": {"signal": float("nan")},
+    "no digests": {"blake3": {}},
+    "a number for a digest": {"source_blake3": 5},
+}
+
+
+@pytest.mark.parametrize(
+    "damage", ["garbage", "cut", "no data", "short data", "other data", *TAMPERED]
+)
 def test_resume_from_damaged_work_starts_where_it_is_sure(
     pico: Path, tmp_path: Path, damage: str
 ) -> None:
@@ -164,8 +236,17 @@ def test_resume_from_damaged_work_starts_where_it_is_sure(
         (folder / "artifact" / "base.safetensors.partial").unlink()
     elif damage == "short data":
         os.truncate(folder / "artifact" / "base.safetensors.partial", 100)
+    elif damage == "other data":
+        with (folder / "artifact" / "base.safetensors.partial").open("r+b") as file:
+            file.seek(file.seek(0, os.SEEK_END) - 3000)
+            file.write(b"x" * 3000)
     else:
-        journal.write_bytes(journal.read_bytes() + b'{"name":"nobody"}\n')
+        lines = journal.read_text().splitlines(keepends=True)
+        last = json.loads(lines[-1])
+        change = TAMPERED[damage]
+        entry = change if "name" in change else {**last, **change}
+        lines[-1] = json.dumps(entry, separators=(",", ":")) + "\n"
+        journal.write_text("".join(lines))
     split(pico, out, force=damage == "garbage")
     split(pico, tmp_path / "reference")
     assert contents(out) == contents(tmp_path / "reference")

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from ortho_cli import ops, recipe
 from ortho_cli.artifact import is_artifact, open_artifact
 from ortho_cli.checkpoint import open_checkpoint
-from ortho_cli.decompose import _Job, decompose
+from ortho_cli.decompose import decompose
 from ortho_cli.errors import CheckpointError, NumericalError, OutputExistsError, ResourceError
 from ortho_cli.events import Advanced, Event, Finishing, Started, TensorDone
 from ortho_cli.journal import WorkFolder, work_folder
 from ortho_cli.plan import make_plan
+from ortho_cli.split import Splitter
 from ortho_cli.verify import verify
 
 
@@ -103,16 +104,16 @@ def test_decompose_guessed_bar_too_high_or_not_selects_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hot: bool
 ) -> None:
     """The rows that the guess samples are the loudest: a second pass must put it right."""
-    for module in ("plan", "decompose"):
+    for module in ("plan", "split"):
         monkeypatch.setattr(f"ortho_cli.{module}.TILE_ELEMENTS", 1024)
     passes: list[float | None] = []
-    original = _Job._split_above
+    original = Splitter._split_above
 
-    def watched(self: _Job, tensor: Any, bar: float | None, **options: Any) -> Any:
+    def watched(self: Splitter, tensor: Any, bar: float | None, **options: Any) -> Any:
         passes.append(bar)
         return original(self, tensor, bar, **options)
 
-    monkeypatch.setattr(_Job, "_split_above", watched)
+    monkeypatch.setattr(Splitter, "_split_above", watched)
     weight = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
     if hot:
         weight[::32] *= 100

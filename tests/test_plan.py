@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -333,6 +334,24 @@ def test_check_output_refuses_what_would_lose_something(pico: Path, artifact: Pa
         plan.check_output(file / "out", opened, force=False)
     with pytest.raises(UsageError, match="is a mount point"):
         plan.check_output(Path("/proc"), opened, force=False)
+
+
+def test_check_output_that_holds_the_source_is_refused(pico: Path, artifact: Path) -> None:
+    inside = artifact / "model"
+    pico.rename(inside)
+    for source in (inside, inside / "model.safetensors"):
+        with pytest.raises(UsageError, match="holds the source"):
+            plan.check_output(artifact, open_checkpoint(source), force=True)
+
+
+def test_check_memory_refuses_what_does_not_fit(
+    pico: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make(pico)
+    plan.check_memory(made)
+    huge = dataclasses.replace(made, peak_bytes=1 << 60)
+    with pytest.raises(ResourceError, match=r"MB of memory and .* MB are available"):
+        plan.check_memory(huge)
 
 
 def test_check_output_current_folder_is_refused(

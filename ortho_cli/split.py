@@ -1,0 +1,261 @@
+"""One tensor from its first tile to its last: read, quantize, select, write, digest."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from ortho_cli import ops
+from ortho_cli.artifact import BASE_FILE, ORTHO_FILE, module_of
+from ortho_cli.checkpoint import ShardReader
+from ortho_cli.errors import NumericalError
+from ortho_cli.events import Advanced, EventSink, TensorDone, null_sink
+from ortho_cli.plan import TILE_ELEMENTS, TensorPlan, tile_rows
+from ortho_cli.selection import IGNORED
+from ortho_cli.writer import CHUNK, DataFile, TensorStream
+
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+NUMPY_DTYPES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64}
+SCALES: dict[str, ops.Scales] = {"absmax": ops.absmax_scales, "mse": ops.mse_scales}
+
+# Places of a tensor from which the selection's first bar is guessed.
+SAMPLE_BLOCKS = 16
+
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tile:
+    """Some rows of a tensor, split: weight = dequantize(codes, scales) - residual."""
+
+    weight: Tensor
+    scales: Tensor
+    codes: Tensor
+    residual: Tensor
+
+
+class Splitter:
+    """Works on one tensor after another; each worker has its own, with its own buffers."""
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        base: DataFile,
+        ortho: DataFile,
+        *,
+        group_size: int,
+        stop: threading.Event,
+        on_event: EventSink,
+    ) -> None:
+        """Say where tensors come from and go to, and what stops the work."""
+        self._reader, self._base, self._ortho = reader, base, ortho
+        self._group_size = group_size
+        self._stop = stop
+        self._on_event = on_event
+        self._tile, self._held = ops.Scratch(), ops.Scratch()
+
+    def work(self, tensor: TensorPlan) -> Entry:
+        """Carry out what the plan says of one tensor; return its journal entry."""
+        entry = self._copy(tensor) if tensor.reason is not None else self._split(tensor)
+        self._on_event(TensorDone(name=tensor.name))
+        return entry
+
+    def _read(self, tensor: TensorPlan, buffer: memoryview, digest: blake3, *, start: int) -> None:
+        if self._stop.is_set():
+            raise InterruptedError  # reaches nobody: the run is being stopped
+        self._reader.read_into(buffer, tensor.source, start=start)
+        digest.update(buffer)
+
+    def _copy(self, tensor: TensorPlan) -> Entry:
+        """Carry a tensor over unchanged, through one buffer."""
+        scratch = self._tile
+        dtype = TORCH_DTYPES.get(tensor.source.dtype)
+        # A weight that is NaN ruins the model wherever it is; other buffers may mean it.
+        if not tensor.name.endswith("weight") or tensor.reason == IGNORED:
+            dtype = None
+        digest, nbytes = blake3(), tensor.source.nbytes
+        for start in range(0, nbytes, CHUNK):
+            scratch.reset()
+            raw = scratch((CHUNK,), torch.uint8)[: nbytes - start]
+            piece = as_bytes(raw)
+            self._read(tensor, piece, digest, start=start)
+            if dtype is not None and not ops.all_finite(raw.view(dtype), empty=scratch):
+                raise _not_finite(tensor, raw.view(dtype), start // dtype.itemsize)
+            self._base.write(tensor.name, piece, start=start)
+            self._on_event(Advanced(nbytes=len(piece)))
+        hexdigest = digest.hexdigest()
+        return {
+            "name": tensor.name,
+            "source_blake3": hexdigest,
+            "blake3": {BASE_FILE: {tensor.name: hexdigest}},
+        }
+
+    def _split(self, tensor: TensorPlan) -> Entry:
+        """Split one tensor: quantize each tile, keep the k weights that lose most."""
+        entry = self._split_above(tensor, self._guess_bar(tensor), on_event=self._on_event)
+        # Fewer than k weights above a guess that was too high: once more, without one.
+        return entry or self._split_above(tensor, None, on_event=null_sink) or {}
+
+    def _guess_bar(self, tensor: TensorPlan) -> float | None:
+        """Guess from rows all over the tensor what residual the k-th largest will exceed.
+
+        A guess only saves the selection from holding what it would drop again; it is worth its
+        reading where the tensor has many tiles.
+        """
+        rows, columns = tensor.source.shape
+        block = max(1, TILE_ELEMENTS // (2 * SAMPLE_BLOCKS * columns))
+        if tensor.k == 0 or rows < 16 * SAMPLE_BLOCKS * block:
+            return None
+        scratch = self._tile
+        scratch.reset()
+        dtype = TORCH_DTYPES[tensor.source.dtype]
+        raw = scratch((block * SAMPLE_BLOCKS, columns), dtype)
+        for i in range(SAMPLE_BLOCKS):
+            piece = as_bytes(raw[i * block : (i + 1) * block])
+            start = i * rows // SAMPLE_BLOCKS * columns * dtype.itemsize
+            self._reader.read_into(piece, tensor.source, start=start)
+        residual = self._quantize(tensor, raw, scratch).residual.abs_().view(-1).numpy()
+        wanted = tensor.k / tensor.source.numel * residual.size
+        rank = math.ceil(1.5 * wanted + 3 * math.sqrt(wanted)) + 1  # rows differ: aim low
+        if rank >= residual.size:
+            return None
+        return float(np.partition(residual, residual.size - rank)[residual.size - rank])
+
+    def _quantize(self, tensor: TensorPlan, raw: Tensor, scratch: ops.Scratch) -> _Tile:
+        weight = scratch(tuple(raw.shape), torch.float32).copy_(raw)
+        scales = SCALES[str(tensor.scale)](
+            weight, group_size=self._group_size, dtype=raw.dtype, empty=scratch
+        )
+        codes = ops.quantize(weight, scales, empty=scratch)
+        residual = ops.dequantize(codes, scales, empty=scratch).sub_(weight)
+        return _Tile(weight=weight, scales=scales, codes=codes, residual=residual)
+
+    def _split_above(
+        self, tensor: TensorPlan, bar: float | None, *, on_event: EventSink
+    ) -> Entry | None:
+        """Split one tensor in one pass; None if fewer than k residuals exceed `bar`."""
+        scratch = self._tile  # valid for one tile
+        held = self._held  # valid for one tensor
+        held.reset()
+        rows, columns = tensor.source.shape
+        dtype = TORCH_DTYPES[tensor.source.dtype]
+        module = module_of(tensor.name)
+        base = {
+            part: TensorStream(self._base, f"{module}.{part}")
+            for part in ("weight_packed", "weight_scale", "weight_shape")
+        }
+        digest, signal, noise = blake3(), 0.0, 0.0
+        step = tile_rows(tensor.source.shape)
+        bits = torch.int32 if dtype.itemsize == 4 else torch.int16
+        top = ops.TopK(
+            tensor.k,
+            length=rows * columns,
+            stretch=step * columns,
+            payload=bits,
+            bar=bar,
+            empty=held,
+        )
+        for row in range(0, rows, step):
+            scratch.reset()
+            raw = scratch((min(step, rows - row), columns), dtype)
+            self._read(tensor, as_bytes(raw), digest, start=row * columns * dtype.itemsize)
+            tile = self._quantize(tensor, raw, scratch)
+            if not ops.all_finite(tile.scales):
+                raise _not_finite(tensor, tile.weight, row * columns)
+            base["weight_packed"].write(as_bytes(ops.pack_int4(tile.codes, empty=scratch)))
+            base["weight_scale"].write(as_bytes(tile.scales))
+            signal += ops.squared_norm(tile.weight)
+            noise += (tile_noise := ops.squared_norm(tile.residual))
+            if not np.isfinite(tile_noise):
+                raise _overflow(tensor, tile.residual, row * columns)
+            # |r| orders like r^2 and neither underflows nor rounds.
+            top.push(
+                tile.residual.abs_().view(-1).numpy(),
+                raw.view(bits).view(-1).numpy(),
+                start=row * columns,
+            )
+            on_event(Advanced(nbytes=raw.nbytes))
+        if top.short:
+            return None
+        base["weight_shape"].write(as_bytes(torch.tensor([rows, columns], dtype=torch.int64)))
+        indices, kept, values = top.finish()
+        ortho = self._write_csr(tensor, indices, values)
+        kept_energy = float(np.square(kept, dtype=np.float64).sum())
+        return {
+            "name": tensor.name,
+            "source_blake3": digest.hexdigest(),
+            "signal": signal,
+            "noise": noise,
+            # Everything kept is exact; a difference of sums would not come out as 0.
+            "noise_kept": noise if tensor.k == tensor.source.numel else min(kept_energy, noise),
+            "blake3": {BASE_FILE: _digests(base.values()), ORTHO_FILE: ortho},
+        }
+
+    def _write_csr(self, tensor: TensorPlan, indices: Any, values: Any) -> dict[str, str]:
+        rows, columns = tensor.source.shape
+        parts = (ops.crow_indices(indices, (rows, columns)), indices % columns, values)
+        streams = []
+        for spec, part in zip(tensor.ortho, parts, strict=True):
+            stream = TensorStream(self._ortho, spec.key)
+            stream.write(np.ascontiguousarray(part, NUMPY_DTYPES.get(spec.dtype)).data)
+            streams.append(stream)
+        return _digests(streams)
+
+
+def is_sound(entry: Entry, tensor: TensorPlan) -> bool:
+    """Tell a journal entry that we could have written from one that was tampered with."""
+    keys = {BASE_FILE: {spec.key for spec in tensor.base}}
+    if tensor.ortho:
+        keys[ORTHO_FILE] = {spec.key for spec in tensor.ortho}
+    digests = entry.get("blake3")
+    if not isinstance(digests, dict) or not all(isinstance(d, dict) for d in digests.values()):
+        return False
+    texts = [entry.get("source_blake3"), *(text for d in digests.values() for text in d.values())]
+    numbers = [entry.get(key) for key in ("signal", "noise", "noise_kept") if tensor.ortho]
+    return (
+        {name: set(d) for name, d in digests.items()} == keys
+        and all(isinstance(text, str) and len(text) == 64 for text in texts)
+        and all(isinstance(n, float) and math.isfinite(n) for n in numbers)
+    )
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Look at a tensor's bytes in place."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _digests(streams: Iterable[TensorStream]) -> dict[str, str]:
+    return {stream.key: stream.digest.hexdigest() for stream in streams}
+
+
+def _not_finite(tensor: TensorPlan, values: Tensor, start: int) -> NumericalError:
+    value, position = _first_bad(tensor, values, start)
+    return NumericalError(
+        f"tensor `{tensor.name}` of `{tensor.source.shard}` holds {value} at {position}",
+        hint="repair the checkpoint, or carry the tensor over as it is by adding it to `ignore`",
+    )
+
+
+def _overflow(tensor: TensorPlan, residual: Tensor, start: int) -> NumericalError:
+    _, position = _first_bad(tensor, residual, start)
+    return NumericalError(
+        f"tensor `{tensor.name}` of `{tensor.source.shard}` overflows {tensor.source.dtype} "
+        f"when dequantized, at {position}",
+        hint="add the tensor to `ignore`, or cast a float16 checkpoint to bfloat16",
+    )
+
+
+def _first_bad(tensor: TensorPlan, values: Tensor, start: int) -> tuple[float, list[int]]:
+    """Find the first value that is not finite, and its index in the whole tensor."""
+    flat = values.reshape(-1).float()
+    first = int(torch.nonzero(~torch.isfinite(flat))[0])
+    index = np.unravel_index(start + first, tensor.source.shape)
+    return flat[first].item(), [int(i) for i in index]
