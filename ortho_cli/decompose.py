@@ -112,7 +112,9 @@ def _interruptible(plan: Plan, work: WorkFolder) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if work.published:
-            raise Interrupted(f"interrupted when `{work.out}` was complete", hint="go on") from None
+            raise Interrupted(
+                f"interrupted when `{work.out}` was complete", hint="nothing is left to do"
+            ) from None
         done, total = len(work.done), len(plan.tensors)
         raise Interrupted(
             f"interrupted with {done} of {total} tensors finished",
@@ -284,13 +286,9 @@ class _Job:
         try:
             for name, _ in plan.extra_files:
                 work.copy_file(checkpoint.folder / name, name)
-            if any(name == REPORT_FILE for name, _ in checkpoint.extra_files):
-                self._emit(
-                    Noted(
-                        message=f"the source's own {REPORT_FILE} is not copied: the artifact "
-                        f"has one"
-                    )
-                )
+            left = {n for n, _ in checkpoint.extra_files} - {n for n, _ in plan.extra_files}
+            for name in sorted(left - {CONFIG_FILE}):
+                self._emit(Noted(message=f"`{name}` of the source is not copied: the name is ours"))
             if checkpoint.config is not None:
                 work.write_file(CONFIG_FILE, _pretty(make_config(plan, checkpoint.config)))
             size = plan.base.size - len(plan.base.header)
