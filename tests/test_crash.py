@@ -165,6 +165,26 @@ def test_side_file_removed_between_kill_and_rerun_is_not_in_the_output(
     assert not (out / "extra").exists()
 
 
+def test_commit_syncs_data_before_the_line_that_speaks_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill cannot show this, a power cut would."""
+    order: list[tuple[str, int]] = []
+    with WorkFolder(tmp_path / "out", identity={"files": {"a": 8}}, force=False) as folder:
+        journal = folder.folder / "journal"
+        data = folder.open_data("a", size=8, mode=0o644)
+
+        def sync(fd: int) -> None:
+            order.append(("data" if fd == data else "journal", journal.stat().st_size))
+
+        monkeypatch.setattr("ortho_cli.journal._sync", sync)
+        before = journal.stat().st_size
+        folder.commit([{"name": "x"}])
+        after = journal.stat().st_size
+    assert order == [("data", before), ("journal", after)]
+    assert after > before
+
+
 def test_lock_of_a_folder_that_was_taken_away_is_no_lock(tmp_path: Path) -> None:
     identity = {"plan": "x", "files": {}}
     first = WorkFolder(tmp_path / "out", identity=identity, force=False)
