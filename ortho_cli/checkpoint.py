@@ -236,12 +236,12 @@ def _check_index(folder: Path, shards: tuple[Shard, ...], weight_map: dict[str, 
 
 
 def _extra_files(folder: Path) -> Iterator[tuple[str, int]]:
-    """Yield every file that is not weights and not hidden, by name relative to the folder."""
+    """Yield every file that is not weights; hidden folders (.git, .cache) are left out."""
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             path = Path(root) / name
-            if not name.startswith(".") and not name.endswith(WEIGHT_SUFFIXES) and path.is_file():
+            if not name.endswith(WEIGHT_SUFFIXES) and path.is_file():
                 yield path.relative_to(folder).as_posix(), path.stat().st_size
 
 
