@@ -76,8 +76,15 @@ def _groups(weight: Tensor, count: int) -> Tensor:
     return weight.reshape(weight.shape[0], count, -1)
 
 
-def _absmax(groups: Tensor, empty: Empty) -> Tensor:
-    return torch.abs(groups, out=empty(tuple(groups.shape), torch.float32)).amax(-1)
+def _absmax(weight: Tensor, count: int, empty: Empty) -> Tensor:
+    """Largest magnitude of each group, float32; NaN where the group holds one."""
+    groups = _groups(weight, count)
+    if weight.dtype == torch.float32:
+        return torch.abs(groups, out=empty(tuple(groups.shape), torch.float32)).amax(-1)
+    # Without the sign, halves order like the integers they are made of, NaN above infinity.
+    bits = groups.view(torch.int16)
+    magnitude = torch.bitwise_and(bits, 0x7FFF, out=empty(tuple(groups.shape), torch.int16))
+    return magnitude.amax(-1).view(weight.dtype).float()
 
 
 def _round_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -92,7 +99,7 @@ def absmax_scales(
     scale = max|w| / 7.5, rounded to `dtype` (nearest, ties to even).
 
     Args:
-        weight: (out, in) float32; `group_size` divides in.
+        weight: (out, in) float32, bfloat16 or float16; `group_size` divides in.
         group_size: neighbours in a row that share a scale.
         dtype: dtype the scales are stored in; the model's own.
         empty: where temporaries come from.
@@ -103,8 +110,8 @@ def absmax_scales(
     Source: compressed-tensors `calculate_qparams` (symmetric); it differs for groups of zeros,
         which get an epsilon there.
     """
-    groups = _groups(weight, weight.shape[1] // group_size)
-    return _round_scales(_absmax(groups, empty).div_(HALF_RANGE), dtype)
+    count = weight.shape[1] // group_size
+    return _round_scales(_absmax(weight, count, empty).div_(HALF_RANGE), dtype)
 
 
 # Tried in this order. 7.5/7 and 7.5/8 put the largest magnitude exactly on code 7 or -8.
@@ -127,7 +134,7 @@ def mse_scales(
     max|w| / 7.5.
 
     Args:
-        weight: (out, in) float32; `group_size` divides in.
+        weight: (out, in) float32, bfloat16 or float16; `group_size` divides in.
         group_size: neighbours in a row that share a scale.
         dtype: dtype the scales are stored in; candidates are rounded to it before they are judged.
         empty: where temporaries come from.
@@ -138,7 +145,8 @@ def mse_scales(
         group.
     """
     count = weight.shape[1] // group_size
-    absmax = _absmax(_groups(weight, count), empty).div_(HALF_RANGE)
+    absmax = _absmax(weight, count, empty).div_(HALF_RANGE)
+    weight = weight.float()
     best = _round_scales(absmax, dtype)
     best_error: Tensor | None = None
     buffers = Scratch()
@@ -167,7 +175,7 @@ def quantize(weight: Tensor, scales: Tensor, *, empty: Empty = _torch_empty) -> 
         scales: (out, groups), any float dtype, > 0; groups divides in.
         empty: where temporaries come from.
     Returns:
-        (out, in) int8 in [-8, 7].
+        (out, in) float32 that hold the integers -8 to 7: the next step multiplies them.
     Source: compressed-tensors `quantize`; it divides in the model's dtype, here the division is
         float32, so a weight is
     rounded once.
@@ -175,8 +183,7 @@ def quantize(weight: Tensor, scales: Tensor, *, empty: Empty = _torch_empty) -> 
     groups = _groups(weight, scales.shape[1])
     ratio = empty(tuple(groups.shape), torch.float32)
     torch.div(groups, scales.float().unsqueeze(-1), out=ratio)
-    ratio.round_().clamp_(CODE_MIN, CODE_MAX)
-    return empty(tuple(weight.shape), torch.int8).copy_(ratio.view_as(weight))
+    return ratio.round_().clamp_(CODE_MIN, CODE_MAX).view(weight.shape)
 
 
 def dequantize(codes: Tensor, scales: Tensor, *, empty: Empty = _torch_empty) -> Tensor:
@@ -185,7 +192,7 @@ def dequantize(codes: Tensor, scales: Tensor, *, empty: Empty = _torch_empty) ->
     w = q * scale, rounded once to the dtype of the scales.
 
     Args:
-        codes: (out, in) int8 in [-8, 7].
+        codes: (out, in) in [-8, 7], int8 or float32.
         scales: (out, groups), bfloat16, float16 or float32.
         empty: where temporaries come from.
     Returns:
@@ -193,8 +200,9 @@ def dequantize(codes: Tensor, scales: Tensor, *, empty: Empty = _torch_empty) ->
     Source: compressed-tensors `dequantize`, bit for bit.
     """
     shape = tuple(codes.shape)
-    product = empty(shape, torch.float32).copy_(codes)
-    _groups(product, scales.shape[1]).mul_(scales.float().unsqueeze(-1))
+    product = empty(shape, torch.float32)
+    groups = _groups(product, scales.shape[1])
+    torch.mul(_groups(codes, scales.shape[1]), scales.float().unsqueeze(-1), out=groups)
     if scales.dtype == torch.float32:
         return product
     return product.copy_(empty(shape, scales.dtype).copy_(product))
@@ -206,14 +214,14 @@ def pack_int4(codes: Tensor, *, empty: Empty = _torch_empty) -> Tensor:
     Codes -8 -7 ... -1 pack to the word 0x76543210.
 
     Args:
-        codes: (out, in) int8 in [-8, 7]; in divides by 8.
+        codes: (out, in) integers in [-8, 7], int8 or float32; in divides by 8.
         empty: where temporaries come from.
     Returns:
         (out, in / 8) int32.
     Source: compressed-tensors `pack_to_int32`, on a little-endian machine.
     """
     rows, columns = codes.shape
-    nibbles = torch.add(codes, -CODE_MIN, out=empty((rows, columns), torch.int8))
+    nibbles = empty((rows, columns), torch.int8).copy_(codes).add_(-CODE_MIN)
     pairs = nibbles.view(torch.int16)  # low byte: even column, high byte: odd column
     both = torch.bitwise_right_shift(pairs, 4, out=empty((rows, columns // 2), torch.int16))
     both.bitwise_or_(pairs)  # its low byte is now odd << 4 | even

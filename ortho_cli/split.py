@@ -132,7 +132,7 @@ class Splitter:
     def _quantize(self, tensor: TensorPlan, raw: Tensor, scratch: ops.Scratch) -> _Tile:
         weight = scratch(tuple(raw.shape), torch.float32).copy_(raw)
         scales = SCALES[str(tensor.scale)](
-            weight, group_size=self._group_size, dtype=raw.dtype, empty=scratch
+            raw, group_size=self._group_size, dtype=raw.dtype, empty=scratch
         )
         codes = ops.quantize(weight, scales, empty=scratch)
         residual = ops.dequantize(codes, scales, empty=scratch).sub_(weight)

@@ -39,6 +39,8 @@ def test_absmax_scales_any_weight_equals_twin(case: tuple[torch.Tensor, int]) ->
     wide = weight.float()
     scales = ops.absmax_scales(wide, group_size=group_size, dtype=weight.dtype)
     assert torch.equal(scales, reference.absmax_scales(wide, group_size, weight.dtype))
+    narrow = ops.absmax_scales(weight, group_size=group_size, dtype=weight.dtype)
+    assert torch.equal(narrow, scales)
     assert (scales > 0).all()
 
 
@@ -47,11 +49,15 @@ def test_quantize_and_pack_any_weight_equal_twins(case: tuple[torch.Tensor, int]
     weight, group_size = case
     scales = ops.absmax_scales(weight.float(), group_size=group_size, dtype=weight.dtype)
     codes = ops.quantize(weight.float(), scales)
-    assert torch.equal(codes, reference.quantize(weight.float(), scales))
+    assert torch.equal(codes.to(torch.int8), reference.quantize(weight.float(), scales))
     packed = ops.pack_int4(codes)
     assert torch.equal(packed, reference.pack_int4(codes))
-    assert torch.equal(ops.unpack_int4(packed), codes)
-    assert torch.equal(ops.dequantize(codes, scales), reference.dequantize(codes, scales))
+    narrow = ops.unpack_int4(packed)
+    assert torch.equal(narrow.float(), codes)
+    assert torch.equal(ops.pack_int4(narrow), packed)
+    back = reference.dequantize(codes, scales)
+    assert torch.equal(ops.dequantize(codes, scales), back)
+    assert torch.equal(ops.dequantize(narrow, scales), back)
 
 
 @given(weights())
@@ -90,10 +96,11 @@ def test_absmax_scales_float16_below_normal_range_keeps_the_weights() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("make", [ops.absmax_scales, ops.mse_scales])
 def test_scales_group_with_a_bad_weight_is_not_finite(make: ops.Scales, bad: float) -> None:
-    weight = torch.randn(3, 64)
-    weight[1, 40] = bad
-    scales = make(weight, group_size=32, dtype=torch.bfloat16)
-    assert torch.isfinite(scales).tolist() == [[True, True], [True, False], [True, True]]
+    for dtype in DTYPES:
+        weight = torch.randn(3, 64, dtype=dtype)
+        weight[1, 40] = bad
+        scales = make(weight, group_size=32, dtype=torch.bfloat16)
+        assert torch.isfinite(scales).tolist() == [[True, True], [True, False], [True, True]]
 
 
 @settings(max_examples=60)
