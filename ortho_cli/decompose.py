@@ -210,8 +210,9 @@ class _Job:
         frontier.finish(self._work.done)
         digest = GrowingSha256(self._base.fd)
         finished: list[Entry] = []
-        with self._workers(pending) as results:
-            try:
+        results: Results = SimpleQueue()
+        try:
+            with self._workers(pending, results):
                 committed = time.monotonic()
                 for _ in pending:
                     entry = self._next(results)
@@ -221,21 +222,22 @@ class _Job:
                     if time.monotonic() - committed >= COMMIT_SECONDS:
                         self._commit(finished)
                         finished, committed = [], time.monotonic()
-            except BaseException:
-                self._stop.set()
-                self._commit(finished)
-                raise
+        except BaseException:
+            while not results.empty():  # what workers finished and nobody has taken yet
+                result = results.get()
+                finished += [] if isinstance(result, BaseException) else [result]
+            self._commit(finished)
+            raise
         self._commit(finished)
         return digest.up_to(self._plan.base.size)
 
     @contextmanager
-    def _workers(self, pending: list[TensorPlan]) -> Iterator[Results]:
+    def _workers(self, pending: list[TensorPlan], results: Results) -> Iterator[None]:
         """Run the workers; on the way out wait until none of them can touch a file any more.
 
         Plain threads and queues: Ctrl-C inside `concurrent.futures.wait` can leave its locks held.
         """
         todo: SimpleQueue[TensorPlan] = SimpleQueue()
-        results: Results = SimpleQueue()
         for tensor in pending:
             todo.put(tensor)
 
@@ -262,7 +264,7 @@ class _Job:
                 thread = threading.Thread(target=work)
                 threads.append(thread)
                 thread.start()
-            yield results
+            yield
         finally:
             self._stop.set()  # where all went well there is nothing left to stop
             while any(thread.is_alive() for thread in threads):
