@@ -263,13 +263,13 @@ def _verify_csr(artifact: Artifact, ortho: Shard, module: str) -> None:
 
     def load(part: str) -> Any:
         tensor = tensors[f"{module}.{part}"]
-        return np.frombuffer(b"".join(_pieces(ortho, tensor)), numpy_dtypes[tensor.dtype]).astype(
-            np.int64
-        )
+        return np.frombuffer(
+            b"".join(map(bytes, _pieces(ortho, tensor))), numpy_dtypes[tensor.dtype]
+        ).astype(np.int64)
 
     crow, column = load("crow_indices"), load("col_indices")
     shape = tensors[f"{module}.weight_shape"]
-    said = np.frombuffer(b"".join(_pieces(artifact.base, shape)), np.int64).tolist()
+    said = np.frombuffer(b"".join(map(bytes, _pieces(artifact.base, shape))), np.int64).tolist()
     if said != [rows, columns]:
         raise damaged(
             artifact.base.path,

@@ -254,3 +254,17 @@ def test_golden_tensors_are_what_today_would_write(tmp_path: Path) -> None:
             for folder in (tmp_path / "out", golden)
         )
         assert today == then
+
+
+def test_verify_csr_longer_than_one_piece_is_sound(
+    tmp_path: Path, ortho: Callable[..., Any]
+) -> None:
+    """Columns of 1.3 MB: they are read in pieces through one buffer."""
+    save_file({"a.weight": torch.randn(1024, 1024).bfloat16()}, tmp_path / "m.safetensors")
+    out = tmp_path / "out"
+    done = ortho(
+        "decompose", tmp_path / "m.safetensors", "-o", out, "-q", "--set", "ortho.density=0.6"
+    )
+    assert done.code == 0
+    ran = ortho("inspect", out, "--verify", "-q")
+    assert ran.code == 0, ran.err
