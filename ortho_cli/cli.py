@@ -243,19 +243,11 @@ def _cores() -> int:
 def _default_out(model: Path) -> Path:
     from ortho_cli.checkpoint import model_name
 
-    whole = Path(os.path.abspath(model))  # noqa: PTH100 - resolve() would follow a link out of the user's folder
-    return (
-        whole.parent / f"{model_name(whole)}-ortho"
-        if model.is_absolute()
-        else _relative(whole, model)
-    )
-
-
-def _relative(whole: Path, model: Path) -> Path:
-    from ortho_cli.checkpoint import model_name
-
-    named = f"{model_name(whole)}-ortho"
-    return model.parent / named if model.name not in ("", "..") else whole.parent / named
+    whole = Path(os.path.abspath(model))  # noqa: PTH100 - resolve() would leave the user's folder
+    beside = (
+        whole if model.name in ("", "..") else model
+    )  # as the user wrote it, where it names one
+    return beside.parent / f"{model_name(whole)}-ortho"
 
 
 def _show_plan(plan: Plan, model: Path, *, as_json: bool, quiet: bool) -> None:

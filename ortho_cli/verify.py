@@ -24,8 +24,7 @@ from ortho_cli.artifact import (
 from ortho_cli.checkpoint import Shard, TensorInfo
 from ortho_cli.errors import ArtifactError, CheckpointError
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
-
-CHUNK = 1 << 20
+from ortho_cli.writer import CHUNK
 
 
 def describe(artifact: Artifact) -> dict[str, Any]:
