@@ -139,12 +139,14 @@ def decompose(
 
     A killed or interrupted run goes on where it stopped when the same command is given again.
     """
-    from ortho_cli.plan import check_memory, check_output, check_space
+    from ortho_cli.artifact import is_artifact
+    from ortho_cli.output import check_output, check_space, files_of
+    from ortho_cli.plan import check_memory
 
     checkpoint, plan = _plan(model, recipe, sets, workers, device)
     target = out or _default_out(model)
-    check_output(target, checkpoint, force=force)
-    check_space(plan, target)
+    check_output(target, files_of(checkpoint), force=force, is_ours=is_artifact)
+    check_space(plan.bytes_on_disk, target)
     check_memory(plan)
     if dry_run:
         _show_plan(plan, model, as_json=as_json, quiet=quiet)

@@ -33,13 +33,8 @@ from ortho_cli.checkpoint import Checkpoint, ShardReader
 from ortho_cli.errors import Interrupted
 from ortho_cli.events import EventSink, Finishing, Noted, Started, null_sink
 from ortho_cli.journal import WorkFolder, recover, unwritable
-from ortho_cli.plan import (
-    Plan,
-    TensorPlan,
-    check_output,
-    check_space,
-    resolve_output,
-)
+from ortho_cli.output import check_output, check_space, files_of, resolve_output
+from ortho_cli.plan import Plan, TensorPlan
 from ortho_cli.split import Entry, Splitter, is_sound
 from ortho_cli.summary import make_config, make_report
 from ortho_cli.writer import DataFile, GrowingSha256, plan_layout
@@ -79,8 +74,8 @@ def decompose(
     """
     out = resolve_output(out)
     recover(out)
-    check_output(out, checkpoint, force=force)
-    check_space(plan, out)
+    check_output(out, files_of(checkpoint), force=force, is_ours=artifact.is_artifact)
+    check_space(plan.bytes_on_disk, out)
     identity = {
         "plan": plan.sha256,
         "source": [[shard.name, shard.size, shard.mtime_ns] for shard in checkpoint.shards],

@@ -8,9 +8,9 @@ Work for OUT goes to the hidden sibling `.OUT.ortho/`:
     previous/  what `--force` replaces, between two renames
 
 A tensor counts as finished once its line is in the journal, and lines are written only after the
-data they speak of are synced. `publish` renames the data files, then `artifact/` to OUT: one step,
-before which OUT does not exist (or is the old one) and after which it is complete. `recover` puts
-things right where a run was killed between two renames.
+data they speak of are synced. `publish` renames the data files, then `artifact/` (or one file of
+it) to OUT: one step, before which OUT does not exist (or is the old one) and after which it is
+complete. `recover` puts things right where a run was killed between two renames.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def recover(out: Path) -> None:
     except OutputExistsError:
         return
     try:
-        if (folder / "previous").is_dir() and not os.path.lexists(out):
+        if os.path.lexists(folder / "previous") and not os.path.lexists(out):
             (folder / "previous").rename(out)
         if not (folder / "artifact").exists():
             lock.remove_folder()
@@ -122,6 +122,7 @@ class WorkFolder:
         identity: Entry,
         force: bool,
         is_sound: Callable[[Entry], bool] = lambda entry: True,
+        file: str | None = None,
     ) -> None:
         """Begin, or go on where an equal run stopped.
 
@@ -132,12 +133,14 @@ class WorkFolder:
             force: discard half-done work of another identity.
             is_sound: tells a journal entry that can be relied on; from the first other one on, work
                 is done again.
+            file: OUT is to be this one file of `artifact/`; without it, the whole folder.
         """
         self.out = out
         self.folder = work_folder(out)
         self.artifact = self.folder / "artifact"
         self.done: dict[str, Entry] = {}
         self.published = False
+        self._result = self.artifact / file if file else self.artifact
         self._identity = identity
         self._force = force
         self._is_sound = is_sound
@@ -261,7 +264,7 @@ class WorkFolder:
             os.fsync(file.fileno())
 
     def publish(self, *, may_replace: Callable[[Path], bool]) -> None:
-        """Give data files their names, in the order they were opened, and the folder its place.
+        """Give data files their names, in the order they were opened, and the result its place.
 
         Args:
             may_replace: tells whether what lies at OUT by now may be replaced.
@@ -275,7 +278,7 @@ class WorkFolder:
         if os.path.lexists(self.out):
             self._make_way(previous, may_replace)
         try:
-            self.artifact.rename(self.out)
+            self._result.rename(self.out)
         except BaseException:
             if previous.exists() and not os.path.lexists(self.out):
                 previous.rename(self.out)

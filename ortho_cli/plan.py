@@ -7,8 +7,6 @@ here, before anything is read or written.
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,14 +15,8 @@ from typing import Any, Literal
 from ortho_cli import __version__, artifact
 from ortho_cli.artifact import canonical_json
 from ortho_cli.checkpoint import Checkpoint, TensorInfo
-from ortho_cli.errors import (
-    CheckpointError,
-    OutputExistsError,
-    RecipeError,
-    ResourceError,
-    UsageError,
-)
-from ortho_cli.journal import PARTIAL, work_folder
+from ortho_cli.errors import CheckpointError, RecipeError, ResourceError
+from ortho_cli.journal import PARTIAL
 from ortho_cli.recipe import GROUP_SIZES, Recipe, matches
 from ortho_cli.selection import select
 from ortho_cli.writer import CHUNK, Layout, TensorSpec, plan_layout
@@ -99,6 +91,11 @@ class Plan:
     def bytes_written(self) -> int:
         """Bytes of the artifact, without index, config and report."""
         return self.base.size + self.ortho.size + sum(size for _, size in self.extra_files)
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes of the artifact and of what is kept beside it while it is made."""
+        return self.bytes_written + SIDE_BYTES * (1 + len(self.tensors))
 
     @property
     def bits_per_weight(self) -> float:
@@ -346,92 +343,6 @@ def _buffer_bytes(tensor: TensorPlan) -> int:
     value = tensor.source.nbytes // numel
     candidates = min(2 * tensor.k + elements, numel) * (8 + (4 if numel < 2**31 else 8) + value)
     return tile + candidates + (20 if tensor.k < numel else 8) * tensor.k
-
-
-def resolve_output(out: Path) -> Path:
-    """Follow links once, so that work folder, checks and result are on one disk.
-
-    Raises:
-        OutputExistsError: OUT is a link that leads round in a circle.
-    """
-    try:
-        return out.resolve()
-    except (RuntimeError, OSError):
-        raise OutputExistsError(
-            f"output `{out}` is a link that leads nowhere", hint="choose another -o"
-        ) from None
-
-
-def check_output(out: Path, checkpoint: Checkpoint, *, force: bool) -> None:
-    """Refuse an output that would lose something or mix with the source; nothing is written.
-
-    Raises:
-        OutputExistsError: OUT is there and `force` is not given, or is not an artifact.
-        UsageError: OUT is the source, or inside it, or a place that cannot be renamed onto.
-    """
-    source, target = checkpoint.path.resolve(), resolve_output(out)
-    if target == source or (source.is_dir() and source in target.parents):
-        raise UsageError(
-            f"output `{out}` is the source `{checkpoint.path}` or inside it",
-            hint="choose another -o",
-        )
-    mine = [source, *(shard.path.resolve() for shard in checkpoint.shards)]
-    if any(target in path.parents for path in mine):
-        raise UsageError(
-            f"output `{out}` holds the source `{checkpoint.path}`", hint="choose another -o"
-        )
-    if target == Path.cwd() or os.path.ismount(target):
-        what = "the current folder" if target == Path.cwd() else "a mount point"
-        raise UsageError(
-            f"output `{out}` is {what}, which cannot be replaced as a whole",
-            hint="choose a folder inside it",
-        )
-    blocked = next((p for p in target.parents if p.exists() and not p.is_dir()), None)
-    if blocked is not None:
-        raise UsageError(
-            f"output `{out}` lies under the file `{blocked}`", hint="choose another -o"
-        )
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise OutputExistsError(
-            f"output `{out}` is a file", hint="choose another -o; the output is a folder"
-        )
-    if not any(target.iterdir()):
-        return
-    if not artifact.is_artifact(target):
-        raise OutputExistsError(
-            f"output `{out}` exists and is no artifact",
-            hint="choose another -o; --force replaces artifacts only",
-        )
-    if not force:
-        raise OutputExistsError(
-            f"output `{out}` exists", hint="choose another -o, or replace it with --force"
-        )
-
-
-def check_space(plan: Plan, out: Path) -> None:
-    """Refuse a disk that is too small for the plan.
-
-    Raises:
-        ResourceError: says how much is needed and how much is free.
-    """
-    target = resolve_output(out)
-    place = next(parent for parent in target.parents if parent.exists())
-    if not os.access(place, os.W_OK):
-        raise ResourceError(
-            f"cannot write in `{place}`: permission denied", hint="choose another -o"
-        )
-    written = (work_folder(target) / "artifact").rglob("*")
-    held = sum(path.stat().st_blocks * 512 for path in written if path.is_file())
-    free = shutil.disk_usage(place).free
-    needed = plan.bytes_written + SIDE_BYTES * (1 + len(plan.tensors)) - held
-    if needed > free:
-        raise ResourceError(
-            f"`{place}` has {free / 1e6:,.1f} MB free and the artifact "
-            f"takes {needed / 1e6:,.1f} MB",
-            hint="free space, or choose another -o",
-        )
 
 
 def check_memory(plan: Plan) -> None:

@@ -18,7 +18,7 @@ LAYERS = [
     ["recipe", "ops"],
     ["checkpoint"],
     ["journal"],
-    ["writer"],
+    ["writer", "output"],
     ["artifact"],
     ["verify", "selection", "quantization"],
     ["plan"],

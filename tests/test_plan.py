@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ortho_cli import plan, recipe
-from ortho_cli.checkpoint import open_checkpoint
+from ortho_cli import output, plan, recipe
+from ortho_cli.artifact import is_artifact
+from ortho_cli.checkpoint import Checkpoint, open_checkpoint
 from ortho_cli.errors import (
     CheckpointError,
     OrthoError,
@@ -292,7 +293,11 @@ def test_plan_70b_of_headers_takes_seconds_and_reads_no_data(tmp_path: Path) -> 
     free = os.statvfs(tmp_path)
     if free.f_bavail * free.f_frsize < made.bytes_written:
         with pytest.raises(ResourceError, match="MB free and the artifact takes"):
-            plan.check_space(made, tmp_path / "out")
+            output.check_space(made.bytes_on_disk, tmp_path / "out")
+
+
+def check(out: Path, source: Checkpoint, *, force: bool) -> None:
+    output.check_output(out, output.files_of(source), force=force, is_ours=is_artifact)
 
 
 def test_check_space_small_disk_is_refused_with_both_sizes(
@@ -301,39 +306,39 @@ def test_check_space_small_disk_is_refused_with_both_sizes(
     class Usage:
         free = 1_000
 
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda place: Usage)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda place: Usage)
     with pytest.raises(ResourceError, match=r"0\.0 MB free and the artifact takes 0\.\d MB"):
-        plan.check_space(make(pico), tmp_path / "out")
+        output.check_space(make(pico).bytes_on_disk, tmp_path / "out")
 
 
 def test_check_output_refuses_what_would_lose_something(pico: Path, artifact: Path) -> None:
     opened = open_checkpoint(pico)
     for out in (pico, pico / "inside"):
         with pytest.raises(UsageError, match="is the source"):
-            plan.check_output(out, opened, force=True)
+            check(out, opened, force=True)
     file = pico.parent / "file"
     file.write_text("precious")
     with pytest.raises(OutputExistsError, match="is a file"):
-        plan.check_output(file, opened, force=True)
+        check(file, opened, force=True)
     other = pico.parent / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("precious")
     with pytest.raises(OutputExistsError, match="is no artifact"):
-        plan.check_output(other, opened, force=True)
+        check(other, opened, force=True)
     with pytest.raises(OutputExistsError, match="exists"):
-        plan.check_output(artifact, opened, force=False)
-    plan.check_output(artifact, opened, force=True)
+        check(artifact, opened, force=False)
+    check(artifact, opened, force=True)
     (other / "base.safetensors").write_text("version https://git-lfs")
     with pytest.raises(OutputExistsError, match="is no artifact"):
-        plan.check_output(other, opened, force=True)
+        check(other, opened, force=True)
     loop = pico.parent / "loop"
     loop.symlink_to(loop)
     with pytest.raises(OutputExistsError, match="leads nowhere"):
-        plan.check_output(loop, opened, force=False)
+        check(loop, opened, force=False)
     with pytest.raises(UsageError, match="lies under the file"):
-        plan.check_output(file / "out", opened, force=False)
+        check(file / "out", opened, force=False)
     with pytest.raises(UsageError, match="is a mount point"):
-        plan.check_output(Path("/proc"), opened, force=False)
+        check(Path("/proc"), opened, force=False)
 
 
 def test_check_output_that_holds_the_source_is_refused(pico: Path, artifact: Path) -> None:
@@ -341,7 +346,7 @@ def test_check_output_that_holds_the_source_is_refused(pico: Path, artifact: Pat
     pico.rename(inside)
     for source in (inside, inside / "model.safetensors"):
         with pytest.raises(UsageError, match="holds the source"):
-            plan.check_output(artifact, open_checkpoint(source), force=True)
+            check(artifact, open_checkpoint(source), force=True)
 
 
 def test_check_memory_refuses_what_does_not_fit(
@@ -360,7 +365,7 @@ def test_check_output_current_folder_is_refused(
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     with pytest.raises(UsageError, match="is the current folder"):
-        plan.check_output(Path(), open_checkpoint(pico), force=False)
+        check(Path(), open_checkpoint(pico), force=False)
 
 
 def test_source_files_named_like_ours_are_not_copied_onto_them(pico: Path) -> None:
