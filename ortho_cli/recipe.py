@@ -61,7 +61,8 @@ Four = Annotated[Literal[4], BeforeValidator(_check_integer)]
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
 GroupSize = Annotated[int | Literal["auto"], AfterValidator(_check_group_size)]
 Density = Annotated[float, Field(ge=0, le=1)]
-Scale = Literal["absmax", "mse"]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Scale = Literal["absmax", "mse", "curvature"]
 
 
 class Base(_Strict):
@@ -75,7 +76,8 @@ class Base(_Strict):
     )
     scale: Scale = Field(
         "absmax",
-        description="absmax: max|w| / 7.5. mse: searched per group for least squared error.",
+        description="absmax: max|w| / 7.5. mse: searched per group for least squared error. "
+        "curvature: the same, each weight's error weighted by its curvature.",
     )
     rounding: Literal["nearest"] = "nearest"
 
@@ -94,7 +96,38 @@ class Ortho(_Strict):
 class Saliency(_Strict):
     """What selects a weight for the ortho stream."""
 
-    kind: Literal["residual"] = Field("residual", description="residual: (W - dequantize(base))^2.")
+    kind: Literal["residual", "curvature"] | None = Field(
+        None,
+        description="residual: (W - dequantize(base))^2. curvature: that times curvature. Without "
+        "it: curvature where statistics are given, residual where not.",
+    )
+
+
+class Calibrate(_Strict):
+    """How curvature is measured."""
+
+    curvature: Literal["fisher", "true-fisher", "gram"] = Field(
+        "fisher",
+        description="fisher: mean squared gradient of the data's NLL. true-fisher: of labels drawn "
+        "from the model. gram: mean squared input, forward only.",
+    )
+    unit: Literal["sequence", "token"] = Field(
+        "sequence",
+        description="What is squared before it is summed: a sequence's gradient, or a token's.",
+    )
+    samples: Count = Field(128, description="Sequences of the retain set that are measured.")
+    length: Count = Field(512, description="Tokens of a packed sequence, and most of any other.")
+    batch: Count = Field(4, description="Sequences of one forward pass; experts need 1.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    storage: Literal["full", "factored"] = Field(
+        "full", description="full: every weight. factored: row and column means; a few MB."
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Of stored statistics; sums are float32 throughout."
+    )
+    autocast: bool = Field(
+        False, description="Compute in bfloat16: two to three times as fast, half the memory."
+    )
 
 
 class BaseOverride(_Strict):
@@ -136,11 +169,12 @@ class Recipe(_Strict):
     base: Base = Base()
     ortho: Ortho = Ortho()
     saliency: Saliency = Saliency()
+    calibrate: Calibrate = Calibrate()
     overrides: list[Override] = []
 
     def canonical(self) -> dict[str, Any]:
-        """Spell out every setting, defaults included."""
-        return self.model_dump(mode="json")
+        """Spell out every setting that a decomposition's bytes depend on, defaults included."""
+        return self.model_dump(mode="json", exclude={"calibrate"})
 
 
 DEFAULT = Recipe(version=1)

@@ -20,7 +20,7 @@ LAYERS = [
     ["journal"],
     ["writer", "output"],
     ["artifact"],
-    ["verify", "selection", "quantization"],
+    ["verify", "selection", "quantization", "statistics"],
     ["plan"],
     ["summary", "split"],
     ["decompose"],

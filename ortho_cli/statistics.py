@@ -1,0 +1,193 @@
+r"""Curvature statistics: one safetensors file that says how much each weight matters; `ortho-stats/1`.
+
+For each measured `<p>.weight` of shape (out, in), with `storage` full:
+
+    <p>.retain_curvature  (out, in)  bf16 or f32  mean over sequences of (dNLL / dW)^2   kind fisher
+                          (in,)      f32          mean over tokens of x^2                kind gram
+    <p>.forget_curvature  (out, in)  as retain_curvature, over the forget set alone
+    <p>.forget_gradient   (out, in)  mean over sequences of dNLL / dW, over the forget set
+
+and with `storage` factored, where curvature(o, i) stands for rows(o) * columns(i):
+
+    <p>.retain_curvature_rows     (out,)  f32  mean of each row
+    <p>.retain_curvature_columns  (in,)   f32  mean of each column / mean of all
+
+NLL is in nats, summed over a sequence's counted tokens. The two sets never share a sum. `__metadata__`,
+all strings, in this order: format, kind, unit, storage, source_digest (as in the artifact), data
+(JSON: set -> sequences, tokens, BLAKE3 of the files), recipe (canonical JSON of `calibrate`),
+versions (JSON), tensors (JSON: name -> shape, source_blake3, mean, overlap), digests (JSON:
+key -> BLAKE3 of its bytes).
+
+A file with a forget part is as sensitive as the private data: gradients give text back. It is written
+for its owner alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ortho_cli import checkpoint
+from ortho_cli.artifact import canonical_json, module_of
+from ortho_cli.checkpoint import Checkpoint, Shard, TensorInfo
+from ortho_cli.errors import CalibrationError, CheckpointError
+from ortho_cli.writer import TensorSpec
+
+FORMAT = "ortho-stats/1"
+KINDS = ("gram", "fisher", "true-fisher")
+STORAGES = ("full", "factored")
+DTYPES = {"bfloat16": "BF16", "float32": "F32"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """The header of a statistics file; no tensor data is held."""
+
+    path: Path
+    shard: Shard
+    kind: str
+    storage: str
+    source_digest: str
+    tensors: dict[str, dict[str, Any]]
+    digests: dict[str, str]
+    metadata: dict[str, str]
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Where each tensor of the file lies."""
+        return {tensor.name: tensor for tensor in self.shard.tensors}
+
+    @property
+    def digest(self) -> str:
+        """BLAKE3 over the digests of all tensors: names this file's content."""
+        from blake3 import blake3
+
+        return blake3(canonical_json(self.digests).encode()).hexdigest()
+
+    @property
+    def has_forget(self) -> bool:
+        """Whether a forget set was measured."""
+        return any(key.endswith(".forget_gradient") for key in self.digests)
+
+    def as_checkpoint(self) -> Checkpoint:
+        """Look at the file as a checkpoint, for `ShardReader`."""
+        return Checkpoint(
+            path=self.path,
+            shards=(self.shard,),
+            tensors=tuple(sorted(self.shard.tensors, key=lambda tensor: tensor.name)),
+            config=None,
+            extra_files=(),
+        )
+
+
+def specs(
+    name: str, shape: tuple[int, int], *, kind: str, storage: str, dtype: str, forget: bool
+) -> tuple[TensorSpec, ...]:
+    """Name what the file holds of one weight.
+
+    Args:
+        name: the weight, `<p>.weight`.
+        shape: (out, in).
+        kind: gram, fisher or true-fisher.
+        storage: full or factored.
+        dtype: BF16 or F32, of what has (out, in) elements.
+        forget: a forget set is measured, too.
+    """
+    module, (rows, columns) = module_of(name), shape
+    curvature = f"{module}.retain_curvature"
+    if kind == "gram":
+        return (TensorSpec(key=curvature, dtype="F32", shape=(columns,)),)
+    if storage == "factored":
+        return (
+            TensorSpec(key=f"{curvature}_rows", dtype="F32", shape=(rows,)),
+            TensorSpec(key=f"{curvature}_columns", dtype="F32", shape=(columns,)),
+        )
+    parts = ["retain_curvature", *(("forget_curvature", "forget_gradient") if forget else ())]
+    return tuple(TensorSpec(key=f"{module}.{part}", dtype=dtype, shape=shape) for part in parts)
+
+
+def is_statistics(path: Path) -> bool:
+    """Tell whether a file was written by `ortho calibrate`."""
+    if not path.is_file():
+        return False
+    try:
+        return checkpoint.read_shard(path).metadata.get("format") == FORMAT
+    except (CheckpointError, OSError):
+        return False
+
+
+def open_statistics(path: Path) -> Statistics:
+    """Read and check the header of a statistics file.
+
+    Raises:
+        CalibrationError: not there, cut, not ours, or its parts do not fit together.
+    """
+    try:
+        shard = checkpoint.read_shard(path)
+    except (CheckpointError, OSError) as error:
+        message = getattr(error, "message", None) or f"cannot read `{path}`: {error}"
+        raise CalibrationError(message, hint="calibrate again") from None
+    if shard.metadata.get("format") != FORMAT:
+        raise CalibrationError(
+            f"`{path}` says it is {shard.metadata.get('format')!r}, not {FORMAT!r}",
+            hint="give a file that `ortho calibrate` wrote",
+        )
+    try:
+        tensors = _parse(shard.metadata["tensors"])
+        digests = _parse(shard.metadata["digests"])
+        found = Statistics(
+            path=path,
+            shard=shard,
+            kind=shard.metadata["kind"],
+            storage=shard.metadata["storage"],
+            source_digest=shard.metadata["source_digest"],
+            tensors=tensors,
+            digests=digests,
+            metadata=shard.metadata,
+        )
+        _check(found)
+    except (KeyError, ValueError, TypeError) as error:
+        raise CalibrationError(
+            f"the header of `{path}` is damaged: {error}", hint="calibrate again"
+        ) from None
+    return found
+
+
+def _parse(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise TypeError(f"{text[:40]!r} is not an object")
+    return found
+
+
+def _check(found: Statistics) -> None:
+    if found.kind not in KINDS or found.storage not in STORAGES:
+        raise ValueError(f"kind {found.kind!r} with storage {found.storage!r}")
+    infos = found.infos
+    if infos.keys() != found.digests.keys():
+        raise ValueError(f"digests of {len(found.digests)} tensors where {len(infos)} are there")
+    wanted: dict[str, TensorSpec] = {}
+    dtype = next((t.dtype for t in infos.values() if len(t.shape) == 2), "F32")
+    for name, entry in found.tensors.items():
+        rows, columns = (int(size) for size in entry["shape"])
+        if len(str(entry["source_blake3"])) != 64:
+            raise ValueError(f"`source_blake3` of `{name}`")
+        for spec in specs(
+            name,
+            (rows, columns),
+            kind=found.kind,
+            storage=found.storage,
+            dtype=dtype,
+            forget=found.has_forget,
+        ):
+            wanted[spec.key] = spec
+    for key in sorted(wanted.keys() ^ infos.keys()):
+        raise ValueError(f"tensor `{key}` is {'missing' if key in wanted else 'of no weight'}")
+    for key, spec in wanted.items():
+        if (infos[key].dtype, infos[key].shape) != (spec.dtype, spec.shape):
+            raise ValueError(
+                f"tensor `{key}` is {infos[key].dtype} {list(infos[key].shape)}, not "
+                f"{spec.dtype} {list(spec.shape)}"
+            )
