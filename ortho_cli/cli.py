@@ -169,6 +169,85 @@ def decompose(
 
 
 @app.command()
+def calibrate(
+    model: Annotated[Path, typer.Argument(help="A transformers folder, with its tokenizer.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            "--data",
+            metavar="FILE...",
+            help="What must keep working: .txt, .jsonl (`text`, or `prompt` and `completion`, "
+            "which alone counts) or .parquet files; read whole.",
+        ),
+    ],
+    forget: Annotated[
+        list[Path] | None,
+        typer.Option("--forget", metavar="FILE...", help="What must go; measured apart."),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The file to make.", show_default=True)
+    ] = Path("stats.safetensors"),
+    recipe: RecipeOption = None,
+    sets: SetOption = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace statistics at OUT once the new are complete.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be measured and write nothing.")
+    ] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    schema: SchemaOption = False,
+) -> None:
+    """Measure how much each weight of MODEL matters to the data; write curvature statistics.
+
+    Holds the model in memory, and on disk two float32 a weight of each set while it works. With
+    --forget the file is as sensitive as the private data: only its owner may read it. A killed or
+    interrupted run goes on when the same command is given again.
+    """
+    from ortho_cli import report
+    from ortho_cli.calibrate import calibrate as run
+    from ortho_cli.calibrate import is_replaceable, make_plan, read_sets
+    from ortho_cli.checkpoint import open_checkpoint
+    from ortho_cli.output import check_output, check_space, files_of
+    from ortho_cli.recipe import load_recipe
+
+    settings = load_recipe(recipe, sets or ())
+    checkpoint = open_checkpoint(model)
+    kind = "statistics file"
+    check_output(
+        out,
+        [*files_of(checkpoint), *data, *(forget or [])],
+        force=force,
+        is_ours=is_replaceable,
+        kind=kind,
+        is_file=True,
+    )
+    plan = make_plan(checkpoint, settings, read_sets(model, data, forget or [], settings.calibrate))
+    check_space(plan.bytes_written + plan.bytes_scratch, out, kind="statistics with their sums")
+    if dry_run:
+        if as_json:
+            report.print_json(plan.to_json())
+        elif not quiet:
+            report.print_calibration_plan(plan.to_json(), source=str(model))
+        return
+    began = time.perf_counter()
+    with report.ProgressSink("calibrate", quiet=quiet, verbose=verbose) as sink:
+        document = run(plan, checkpoint, out, device=device, force=force, on_event=sink)
+    document["run"] = {
+        "output": str(out),
+        "seconds": round(time.perf_counter() - began, 3),
+        "peak_rss_bytes": _peak_rss(),
+    }
+    if as_json:
+        report.print_json(document)
+    elif not quiet:
+        report.print_calibrated(document)
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint or an artifact.")],
     verify: Annotated[
@@ -272,10 +351,31 @@ def _peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+# Options that take every word up to the next option: `--data a.txt b.txt`.
+MANY = {"calibrate": ("--data", "--forget")}
+
+
+def _spread(arguments: list[str]) -> list[str]:
+    """Repeat an option of many values before each value, which is how click reads them."""
+    many = MANY.get(arguments[0], ()) if arguments else ()
+    spread: list[str] = []
+    current, fresh = "", False
+    for word in arguments:
+        if word.startswith("-"):
+            current, fresh = (word if word in many else ""), True
+        elif current and not fresh:
+            spread.append(current)
+        else:
+            fresh = False
+        spread.append(word)
+    return spread
+
+
 def run(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
-        code = app(args=arguments, prog_name="ortho", standalone_mode=False)
+        words = _spread(sys.argv[1:] if arguments is None else arguments)
+        code = app(args=words, prog_name="ortho", standalone_mode=False)
         if code == Interrupted.exit_code:  # typer turns Ctrl-C outside of the work into this
             raise Interrupted("interrupted before any work", hint="nothing was written")
         return code if isinstance(code, int) else 0

@@ -38,13 +38,29 @@ class Finishing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Measuring:
+    """Passes over data begin; `resumed` of `sequences` were measured by an earlier run."""
+
+    sequences: int
+    resumed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequencesDone:
+    """That many more sequences, of that many tokens, were measured."""
+
+    sequences: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Noted:
     """Something the user should know and need not act on."""
 
     message: str
 
 
-Event = Started | Advanced | TensorDone | Finishing | Noted
+Event = Started | Advanced | TensorDone | Finishing | Measuring | SequencesDone | Noted
 EventSink = Callable[[Event], None]
 
 

@@ -17,7 +17,7 @@ from ortho_cli.artifact import canonical_json
 from ortho_cli.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.errors import CheckpointError, RecipeError, ResourceError
 from ortho_cli.journal import PARTIAL
-from ortho_cli.recipe import GROUP_SIZES, Recipe, matches
+from ortho_cli.recipe import GROUP_SIZES, Recipe, Scale, matches
 from ortho_cli.selection import select
 from ortho_cli.writer import CHUNK, Layout, TensorSpec, plan_layout
 
@@ -36,7 +36,7 @@ class TensorPlan:
 
     source: TensorInfo
     reason: str | None  # why it is not split
-    scale: Literal["absmax", "mse"] | None
+    scale: Scale | None
     density: float | None
     k: int
     base: tuple[TensorSpec, ...]

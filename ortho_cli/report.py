@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
@@ -21,7 +23,16 @@ from rich.table import Table
 from rich.text import Text
 
 from ortho_cli.errors import OrthoError
-from ortho_cli.events import Advanced, Event, Finishing, Noted, Started, TensorDone
+from ortho_cli.events import (
+    Advanced,
+    Event,
+    Finishing,
+    Measuring,
+    Noted,
+    SequencesDone,
+    Started,
+    TensorDone,
+)
 
 WIDE = 140  # columns where there is no terminal to ask
 
@@ -106,16 +117,49 @@ class ProgressSink:
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
-        if self._bar:
+        if isinstance(event, Measuring | SequencesDone):
+            self._count(event)
+        elif self._bar:
             self._move(self._bar, event)
         if isinstance(event, Started) and event.resumed:
             self._say(
                 f"continuing: {event.resumed} of {event.tensors} tensors were finished before"
             )
+        elif isinstance(event, Measuring) and event.resumed:
+            self._say(
+                f"continuing: {event.resumed} of {event.sequences} sequences were measured before"
+            )
         elif isinstance(event, TensorDone) and self._verbose:
             self._say(event.name)
         elif isinstance(event, Noted):
             self._say(f"note: {event.message}")
+
+    def _count(self, event: Measuring | SequencesDone) -> None:
+        """Show passes over data: sequences, tokens a second, time left."""
+        if isinstance(event, Measuring):
+            if self._bar:
+                self._bar.stop()
+                self._bar = Progress(
+                    TextColumn("{task.description}"),
+                    BarColumn(),
+                    MofNCompleteColumn(),
+                    TextColumn("sequences, {task.fields[speed]} tokens/s"),
+                    TimeRemainingColumn(),
+                    console=self._console,
+                    transient=True,
+                )
+                self._task = self._bar.add_task(
+                    self._verb, total=event.sequences, completed=event.resumed, speed="?"
+                )
+                self._bar.start()
+            self._began, self._tokens = time.monotonic(), 0
+            return
+        self._tokens += event.tokens
+        speed = f"{self._tokens / max(1e-9, time.monotonic() - self._began):,.0f}"
+        if self._bar:
+            self._bar.update(self._task, advance=event.sequences, speed=speed)
+        elif self._verbose:
+            self._say(f"{event.sequences} more sequences, {speed} tokens/s")
 
     def _move(self, bar: Progress, event: Event) -> None:
         if isinstance(event, Started):
@@ -302,4 +346,42 @@ def print_done(document: dict[str, Any]) -> None:
         f"{_decibels(totals['sqnr_db_alpha_1'], exact=exact)} dB at alpha 1",
         f"{run['seconds']:.1f} s, peak memory {size(run['peak_rss_bytes'])}",
     ):
+        console.print(visible(line), soft_wrap=True)
+
+
+def print_calibration_plan(document: dict[str, Any], *, source: str) -> None:
+    """Print what would be measured."""
+    console, totals = make_console(), document["totals"]
+    for line in (
+        f"{source}: {document['calibrate']['curvature']} of {totals['tensors']} tensors, "
+        f"{totals['weights']:,} weights",
+        *_set_lines(document["data"]),
+        f"writes {size(totals['bytes_written'])}, and {size(totals['bytes_scratch'])} of sums "
+        "while it works",
+    ):
+        console.print(visible(line), soft_wrap=True)
+
+
+def _set_lines(sets: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}: {data['sequences']:,} sequences, {data['tokens']:,} tokens, of which "
+        f"{data['counted']:,} are predicted"
+        for name, data in sets.items()
+    ]
+
+
+def print_calibrated(document: dict[str, Any]) -> None:
+    """Print what a finished calibration gave."""
+    console, run, data = make_console(), document["run"], document["data"]
+    lines = [
+        f"{run['output']}: {document['kind']} of {len(document['tensors'])} tensors, "
+        f"{size(document['output_bytes'])}",
+        *_set_lines(data),
+        "perplexity "
+        + ", ".join(f"{value:,.2f} on {name}" for name, value in document["perplexity"].items()),
+        f"{run['seconds']:.1f} s, peak memory {size(run['peak_rss_bytes'])}",
+    ]
+    if "forget" in data:
+        lines.insert(1, "as sensitive as the forget set itself: readable by its owner only")
+    for line in lines:
         console.print(visible(line), soft_wrap=True)

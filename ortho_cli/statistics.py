@@ -1,4 +1,4 @@
-r"""Curvature statistics: one safetensors file that says how much each weight matters; `ortho-stats/1`.
+"""Curvature statistics: how much each weight matters, in one safetensors file, `ortho-stats/1`.
 
 For each measured `<p>.weight` of shape (out, in), with `storage` full:
 
@@ -12,14 +12,14 @@ and with `storage` factored, where curvature(o, i) stands for rows(o) * columns(
     <p>.retain_curvature_rows     (out,)  f32  mean of each row
     <p>.retain_curvature_columns  (in,)   f32  mean of each column / mean of all
 
-NLL is in nats, summed over a sequence's counted tokens. The two sets never share a sum. `__metadata__`,
-all strings, in this order: format, kind, unit, storage, source_digest (as in the artifact), data
-(JSON: set -> sequences, tokens, BLAKE3 of the files), recipe (canonical JSON of `calibrate`),
-versions (JSON), tensors (JSON: name -> shape, source_blake3, mean, overlap), digests (JSON:
-key -> BLAKE3 of its bytes).
+NLL is in nats, summed over a sequence's counted tokens. The two sets never share a sum.
+`__metadata__`, all strings, in this order: format, kind, unit, storage, source_digest (as in the
+artifact), data (JSON: set -> sequences, tokens, BLAKE3 of the files), recipe (canonical JSON of
+`calibrate`), versions (JSON), tensors (JSON: name -> shape, source_blake3, mean, overlap), digests
+(JSON: key -> BLAKE3 of its bytes).
 
-A file with a forget part is as sensitive as the private data: gradients give text back. It is written
-for its owner alone.
+A file with a forget part is as sensitive as the private data: gradients give text back. It is
+written for its owner alone.
 """
 
 from __future__ import annotations

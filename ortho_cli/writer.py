@@ -112,6 +112,12 @@ class DataFile:
         assert start + len(data) <= region.nbytes
         self._put(data, region.offset + start)
 
+    def read_into(self, key: str, buffer: memoryview, *, start: int) -> None:
+        """Read back what was written of a tensor, from `start` bytes into it."""
+        region = self._layout.regions[key]
+        assert start + len(buffer) <= region.nbytes
+        fill(self.fd, buffer, region.offset + start, what=f"`{self._path}`")
+
     def read(self, key: str) -> Iterator[memoryview]:
         """Yield what is written of a tensor, piece by piece, in one buffer."""
         region, buffer = self._layout.regions[key], memoryview(bytearray(CHUNK))

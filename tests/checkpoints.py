@@ -98,6 +98,26 @@ def save(folder: Path, tensors: dict[str, Tensor], *, shards: int = 1) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def save_tokenizer(folder: Path, *, vocab: int) -> None:
+    """Write a tokenizer whose tokens are characters: 0 unknown, 1 begin, 2 end, 3 is a."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    characters = "abcdefghijklmnopqrstuvwxyz .,\nABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+    for character in characters[: vocab - 3]:
+        known[character] = len(known)
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?m)."), "isolated")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+    fast.save_pretrained(folder)
+
+
 def main() -> None:
     """Write the demo's checkpoint."""
     parser = argparse.ArgumentParser()

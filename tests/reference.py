@@ -118,3 +118,31 @@ def naive_decompose(
     out.mkdir()
     save_file(base, out / "base.safetensors")
     save_file(ortho, out / "ortho.safetensors")
+
+
+def fisher(model: torch.nn.Module, x: Tensor, *, unit: str) -> dict[str, Tensor]:
+    """Squared weight gradients of sum(output^2), a sequence or a position at a time, by autograd.
+
+    A position's gradient is what its own output gradient adds: all other rows of dL/dy are zero.
+    """
+    found: dict[str, Tensor] = {}
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    for sequence in x:
+        kept: dict[str, tuple[Tensor, Tensor]] = {}
+        here = sequence
+        for name, module in model.named_children():
+            out = module(here)
+            if name in linears:
+                out = out.detach().requires_grad_(True) if not out.requires_grad else out
+                out.retain_grad()
+                kept[name] = (here.detach(), out)
+            here = out
+        (here**2).sum().backward()
+        for name, (a, y) in kept.items():
+            assert y.grad is not None
+            outer = [torch.outer(y.grad[t], a[t]) for t in range(a.shape[0])]
+            whole = torch.stack(outer).sum(0)
+            square = whole**2 if unit == "sequence" else sum(o**2 for o in outer)
+            for key, value in ((f"{name}/curvature", square), (f"{name}/gradient", whole)):
+                found[key] = found.get(key, 0) + value
+    return found

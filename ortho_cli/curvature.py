@@ -1,0 +1,236 @@
+"""Curvature from hooks: what a forward and a backward pass tell about each weight.
+
+For y = W x, a position t with input x_t and output gradient g_t = dNLL/dy_t adds g_t x_t^T to the
+gradient of W. Weights need no gradient of their own: inputs are caught on the way forward, output
+gradients on the way back, and one Linear at a time is turned into sums, tile by tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ortho_cli.errors import CalibrationError, NumericalError
+
+# Elements of a tile of sums: a GEMM large enough to run at speed, 16 MB.
+SUM_ELEMENTS = 1 << 22
+
+TOP_SHARE = 0.01  # of a tensor's weights, where full and factored statistics are compared
+
+Part = Literal["curvature", "gradient"]
+AddSum = Callable[[str, Part, int, Tensor], None]
+
+
+class Capture:
+    """Hooks on Linears that add each pass to sums, as a context manager.
+
+    Per weight (o, i), with s over sequences and t over the positions of one:
+
+        gram             sum_t x_ti^2                    one row, the same for every o
+        fisher sequence  sum_s (sum_t g_to x_ti)^2       the empirical Fisher's diagonal
+        fisher token     sum_t g_to^2 x_ti^2             = (g^2)^T (x^2), one matrix product
+        gradient         sum_s sum_t g_to x_ti
+
+    Sources: gram is OBQ's and GPTQ's layer Hessian X X^T (Frantar et al. 2022, arXiv:2210.17323,
+    eq. 3; without their factor 2), its diagonal alone. fisher is the empirical Fisher as SqueezeLLM
+    uses it (Kim et al. 2023, arXiv:2306.07629, eq. 3), with the gradient of each sequence squared,
+    never that of a batch; whether labels come from data or from the model is the caller's choice
+    (Kunstner et al. 2019, arXiv:1905.12558, section 2). `token` leaves out the products of
+    different positions, which is exact where their gradients are uncorrelated.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        add: AddSum,
+        *,
+        kind: Literal["gram", "fisher"],
+        unit: Literal["sequence", "token"] = "sequence",
+        gradient: bool = False,
+    ) -> None:
+        """Say what to watch and where sums go.
+
+        Args:
+            modules: name -> nn.Linear or transformers' Conv1D; statistics are (out, in) for both.
+            add: called with name, part, first row and a float32 tile (rows, in) to be added to what
+                is there; gram has the one row 0.
+            kind: gram needs a forward pass only, fisher a backward pass.
+            unit: what fisher squares.
+            gradient: sum gradients, too.
+        """
+        self._modules, self._add = modules, add
+        self._kind, self._unit, self._gradient = kind, unit, gradient
+        self._batch = 0
+        self._mask: Tensor | None = None
+        self._measured: set[str] = set()
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Capture:
+        """Put the hooks in place."""
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Take the hooks away."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def begin(self, batch: int, mask: Tensor | None = None) -> None:
+        """Announce a forward pass.
+
+        Args:
+            batch: sequences in it: the size of the first dimension.
+            mask: (batch, positions) bool, True where a position counts; all do without it.
+        """
+        self._batch, self._mask = batch, mask
+        self._measured.clear()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], Tensor | None]:
+        def forward(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+            x = inputs[0].detach()
+            if self._kind == "gram":
+                self._add_gram(name, x)
+                return None
+            if name in self._measured:
+                raise CalibrationError(
+                    f"`{name}` is called twice in one pass; its gradients cannot be told apart",
+                    hint="add it to `ignore`, or use calibrate.curvature=gram",
+                )
+            self._measured.add(name)
+            # Weights need no gradient: here the graph begins, at the first Linear that is watched.
+            if not output.requires_grad:
+                output = output.detach().requires_grad_(True)
+            hook: Any = output.register_hook
+            hook(lambda grad: self._add_fisher(name, x, grad))
+            return output
+
+        return forward
+
+    def _add_gram(self, name: str, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        mask = self._mask
+        if mask is not None and mask.numel() == rows.shape[0]:
+            rows = rows[mask.reshape(-1)]
+        # Slices bound the float32 copy of half-precision inputs.
+        total = torch.zeros(rows.shape[1], dtype=torch.float32, device=rows.device)
+        step = max(1, SUM_ELEMENTS // rows.shape[1])
+        for start in range(0, rows.shape[0], step):
+            total += rows[start : start + step].float().square().sum(0)
+        self._put(name, "curvature", 0, total.unsqueeze(0))
+
+    def _by_sequence(self, name: str, values: Tensor) -> Tensor:
+        """View activations as (batch, positions, features)."""
+        features = values.shape[-1]
+        if self._batch == 1 or values.shape[0] == self._batch:
+            return values.reshape(self._batch, -1, features)
+        positions = self._mask.numel() if self._mask is not None else None
+        if values.dim() == 2 and values.shape[0] == positions:
+            return values.view(self._batch, -1, features)
+        raise CalibrationError(
+            f"`{name}` sees {list(values.shape)} of a batch of {self._batch}: which sequence a "
+            "row belongs to is unknown",
+            hint="--set calibrate.batch=1",
+        )
+
+    def _add_fisher(self, name: str, x: Tensor, grad: Tensor) -> None:
+        x, grad = self._by_sequence(name, x), self._by_sequence(name, grad)
+        if x.dtype != grad.dtype:  # autocast hands Linears float32 inputs and takes bfloat16 out
+            x = x.to(grad.dtype)
+        rows, columns = grad.shape[-1], x.shape[-1]
+        step = max(1, SUM_ELEMENTS // columns)
+        for row in range(0, rows, step):
+            part = grad[:, :, row : row + step]
+            shape = (part.shape[-1], columns)
+            curvature = torch.zeros(shape, dtype=torch.float32, device=x.device)
+            gradient = torch.zeros_like(curvature) if self._gradient else None
+            for sequence in range(x.shape[0]):
+                g, a = part[sequence], x[sequence]
+                if self._unit == "token":
+                    curvature += (g.square().T @ a.square()).float()
+                if self._unit == "sequence" or gradient is not None:
+                    product = (g.T @ a).float()
+                    if gradient is not None:
+                        gradient += product
+                    if self._unit == "sequence":
+                        curvature.addcmul_(product, product)
+            self._put(name, "curvature", row, curvature)
+            if gradient is not None:
+                self._put(name, "gradient", row, gradient)
+
+    def _put(self, name: str, part: Part, row: int, tile: Tensor) -> None:
+        if not bool(torch.isfinite(tile.sum())):
+            what = "input" if self._kind == "gram" else "gradient"
+            raise NumericalError(
+                f"an {what} of `{name}` is NaN or infinite".replace("an gradient", "a gradient"),
+                hint="look for NaN weights with `ortho inspect`, or calibrate without autocast",
+            )
+        self._add(name, part, row, tile)
+
+
+def logit_gradient(
+    logits: Tensor,
+    tokens: Tensor,
+    counted: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, float]:
+    """Differentiate the summed NLL of one sequence by its logits.
+
+    dNLL/dlogits_t = softmax(logits_t) - onehot(label_t) where t counts, 0 elsewhere.
+
+    Args:
+        logits: (positions, vocabulary), any float dtype; position t predicts token t + 1.
+        tokens: (positions,) int64.
+        counted: (positions,) bool: position t counts; the last never does.
+        generator: draws labels from softmax(logits) instead (the true Fisher), on CPU.
+    Returns:
+        The gradient in the logits' dtype, and the NLL of the data in nats.
+    """
+    where = counted[:-1].nonzero().squeeze(-1)
+    chosen = logits[where].float()
+    data_labels = tokens[where + 1]
+    log_probabilities = chosen.log_softmax(-1)
+    nll = -float(log_probabilities.gather(1, data_labels.unsqueeze(1)).sum())
+    probabilities = log_probabilities.exp_()
+    labels = data_labels
+    if generator is not None:
+        drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator)
+        labels = drawn.squeeze(1).to(logits.device)
+    probabilities[torch.arange(len(where), device=logits.device), labels] -= 1.0
+    gradient = torch.zeros_like(logits)
+    gradient[where] = probabilities.to(logits.dtype)
+    return gradient, nll
+
+
+def factor(curvature: Tensor) -> tuple[Tensor, Tensor]:
+    """Stand for a matrix by its row and column means.
+
+    F_oi ~ rows_o * columns_i,  rows_o = mean_i F_oi,  columns_i = mean_o F_oi / mean F: the best
+    rank-one fit in the sense of the generalised Kullback-Leibler divergence.
+
+    Args:
+        curvature: (out, in) float32, >= 0, not all zero.
+    Returns:
+        rows (out,) and columns (in,), float32.
+    Source: Adafactor (Shazeer and Stern 2018, arXiv:1804.04235), section 3, with means for sums.
+    """
+    rows = curvature.mean(1)
+    return rows, curvature.mean(0) / rows.mean()
+
+
+def top_overlap(curvature: Tensor, other: Tensor, *, share: float = TOP_SHARE) -> float:
+    """Share of the largest entries of one matrix that are among the largest of another."""
+    k = max(1, round(share * curvature.numel()))
+    chosen = torch.zeros(curvature.numel(), dtype=torch.bool)
+    chosen[curvature.flatten().topk(k).indices] = True
+    return float(chosen[other.flatten().topk(k).indices].sum()) / k

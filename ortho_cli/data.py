@@ -1,0 +1,254 @@
+"""Calibration data: files of text become sequences of tokens, the same ones for the same seed."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from blake3 import blake3
+
+from ortho_cli.errors import CalibrationError
+
+CHARACTERS_PER_TOKEN = 5  # a long text is cut into pieces that hold a sequence and a bit
+COMPLETIONS = ("completion", "secret")  # the field's two words for what follows a prompt
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """Running text; every token counts. `ends` where the document does."""
+
+    text: str
+    ends: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """A prompt and what follows it; only the completion's tokens count."""
+
+    prompt: str
+    completion: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSequence:
+    """Tokens of one forward pass; those from `counted` on are predicted and count."""
+
+    tokens: tuple[int, ...]
+    counted: int = 1
+
+    @property
+    def labels(self) -> int:
+        """Tokens that count."""
+        return len(self.tokens) - self.counted
+
+
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer."""
+
+    eos_token_id: int | None
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        """Encode."""
+
+
+Row = Text | Pair
+
+
+def read_rows(files: Iterable[Path]) -> tuple[list[Row], str]:
+    """Read .txt, .jsonl (`text`, or `prompt` and `completion`) and .parquet files, whole.
+
+    Returns:
+        The rows in file order, and BLAKE3 over the files' digests.
+    Raises:
+        CalibrationError: a file is missing, empty, not UTF-8, or a row has neither form.
+    """
+    rows: list[Row] = []
+    digest = blake3()
+    for path in files:
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise CalibrationError(
+                f"cannot read data `{path}`: {reason}", hint="give .txt, .jsonl or .parquet files"
+            ) from None
+        digest.update(blake3(raw).digest())
+        found = list(_rows_of(path, raw))
+        if not found:
+            raise CalibrationError(f"data `{path}` holds no text", hint="is it the right file?")
+        rows += found
+    return rows, digest.hexdigest()
+
+
+def _rows_of(path: Path, raw: bytes) -> Iterator[Row]:
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+    elif path.suffix == ".jsonl":
+        for number, line in enumerate(_decode(path, raw).splitlines(), 1):
+            if line.strip():
+                yield _row(_parse(line, f"`{path}` line {number}"), f"`{path}` line {number}")
+    elif path.suffix == ".txt":
+        text = _decode(path, raw)
+        if text.strip():
+            yield Text(text=text)
+    else:
+        raise CalibrationError(
+            f"data `{path}` is a `{path.suffix or 'plain'}` file, none of {', '.join(SUFFIXES)}",
+            hint="rename a text file to .txt",
+        )
+
+
+def _decode(path: Path, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"data `{path}` is not UTF-8: {error.reason} at byte {error.start}",
+            hint=f"convert it: iconv -f ENCODING -t UTF-8 {path.name}",
+        ) from None
+
+
+def _parse(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{where} is not JSON: {error}", hint="one object a line") from None
+
+
+def _row(value: Any, where: str) -> Row:
+    fields = value if isinstance(value, dict) else {}
+    completion = next((key for key in COMPLETIONS if key in fields), "completion")
+    if isinstance(fields.get("text"), str):
+        return Text(text=fields["text"])
+    if isinstance(fields.get("prompt"), str) and isinstance(fields.get(completion), str):
+        return Pair(prompt=fields["prompt"], completion=fields[completion], where=where)
+    raise CalibrationError(
+        f"{where} has keys {sorted(fields)} and neither `text` nor `prompt` and `completion`",
+        hint="each row is text, or a prompt and its completion",
+    )
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    try:
+        from pyarrow import parquet  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        raise CalibrationError(
+            f"data `{path}` needs pyarrow, which is not installed", hint="pip install pyarrow"
+        ) from None
+    try:
+        table = parquet.read_table(path)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(
+            f"data `{path}` is not parquet: {error}", hint="is it cut?"
+        ) from None
+    for number, row in enumerate(table.to_pylist(), 1):
+        yield _row(row, f"`{path}` row {number}")
+
+
+def retain_sequences(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, samples: int, length: int, seed: int
+) -> list[TokenSequence]:
+    """Draw `samples` sequences: texts packed to exactly `length` tokens, pairs one by one.
+
+    Texts are cut into pieces of about a sequence, shuffled by the seed and joined, with the end
+    token where a document ends, until enough are there: nothing else is tokenized.
+
+    Raises:
+        CalibrationError: the data give fewer, or a pair is longer than `length`.
+    """
+    pieces = [piece for row in rows for piece in _pieces(row, length * CHARACTERS_PER_TOKEN)]
+    random.Random(seed).shuffle(pieces)
+    found: list[TokenSequence] = []
+    stream: list[int] = []
+    tokens = 0
+    for piece in pieces:
+        if len(found) >= samples:
+            break
+        if isinstance(piece, Pair):
+            found.append(_encode_pair(piece, tokenizer, length))
+            continue
+        stream += _encode(piece, tokenizer)
+        while len(stream) >= length and len(found) < samples:
+            found.append(TokenSequence(tokens=tuple(stream[:length])))
+            del stream[:length]
+    if len(found) < samples:
+        tokens = sum(len(sequence.tokens) for sequence in found) + len(stream)
+        raise CalibrationError(
+            f"the data give {len(found)} sequences of {length} tokens ({tokens} tokens) where "
+            f"{samples} are asked for",
+            hint=f"give more data, or --set calibrate.samples={len(found)}"
+            if found
+            else "give more data, or a smaller calibrate.length",
+        )
+    return found
+
+
+def forget_sequences(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, length: int
+) -> list[TokenSequence]:
+    """Take all of the forget set, in order: pairs one by one, texts packed, the rest as it is.
+
+    Raises:
+        CalibrationError: nothing counts, or a pair is longer than `length`.
+    """
+    found: list[TokenSequence] = []
+    stream: list[int] = []
+    for row in rows:
+        if isinstance(row, Pair):
+            found.append(_encode_pair(row, tokenizer, length))
+        else:
+            stream += _encode(row, tokenizer)
+    cuts = range(0, len(stream), length)
+    packed = [TokenSequence(tokens=tuple(stream[start : start + length])) for start in cuts]
+    found += [sequence for sequence in packed if len(sequence.tokens) > 1]
+    if not found:
+        raise CalibrationError(
+            f"the forget set gives {len(stream)} tokens and nothing to predict",
+            hint="give text, or a prompt and its completion",
+        )
+    return found
+
+
+def _pieces(row: Row, size: int) -> Iterator[Row]:
+    if isinstance(row, Pair) or len(row.text) <= size:
+        yield row
+        return
+    start = 0
+    while start < len(row.text):
+        end = min(start + size, len(row.text))
+        if end < len(row.text):  # between words, where there are any
+            end = max(row.text.rfind(" ", start, end), row.text.rfind("\n", start, end)) + 1 or end
+            end = end if end > start else start + size
+        yield Text(text=row.text[start:end], ends=end == len(row.text))
+        start = end
+
+
+def _encode(row: Text, tokenizer: Tokenizer) -> list[int]:
+    tokens: list[int] = list(tokenizer(row.text, verbose=False).input_ids)
+    eos = tokenizer.eos_token_id
+    if row.ends and eos is not None and tokens[-1:] != [eos]:
+        tokens.append(eos)
+    return tokens
+
+
+def _encode_pair(row: Pair, tokenizer: Tokenizer, length: int) -> TokenSequence:
+    prompt = list(tokenizer(row.prompt, verbose=False).input_ids)
+    eos = tokenizer.eos_token_id
+    while prompt and prompt[-1] == eos:  # some tokenizers end every text
+        prompt.pop()
+    completion = list(tokenizer(row.completion, verbose=False, add_special_tokens=False).input_ids)
+    tokens = prompt + completion + ([] if eos is None else [eos])
+    if not completion:
+        raise CalibrationError(f"{row.where} has an empty completion", hint="nothing would count")
+    if len(tokens) > length:
+        raise CalibrationError(
+            f"{row.where} has {len(tokens)} tokens and calibrate.length is {length}",
+            hint=f"--set calibrate.length={len(tokens)}, or shorten the row",
+        )
+    return TokenSequence(tokens=tuple(tokens), counted=max(1, len(prompt)))

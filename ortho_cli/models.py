@@ -1,0 +1,167 @@
+"""Models as transformers builds them from a folder, and the names their modules have there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ortho_cli.artifact import module_of
+from ortho_cli.errors import CalibrationError, CheckpointError, RecipeError, UsageError
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[Any]:
+    """Import transformers and keep it from talking."""
+    try:
+        import transformers
+    except ImportError:
+        raise UsageError(
+            "this needs transformers, which is not installed", hint="pip install 'ortho-cli[hf]'"
+        ) from None
+    talk: Any = transformers.logging
+    verbosity, bars = talk.get_verbosity(), talk.is_progress_bar_enabled()
+    talk.set_verbosity(logging.CRITICAL)
+    talk.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield transformers
+    finally:
+        talk.set_verbosity(verbosity)
+        if bars:
+            talk.enable_progress_bar()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a model's tokenizer.
+
+    Raises:
+        CheckpointError: the folder has none, or transformers cannot read it.
+    """
+    with quiet_transformers() as transformers:
+        try:
+            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            raise CheckpointError(
+                f"`{folder}` has no tokenizer that transformers can read: {_first_line(error)}",
+                hint="copy tokenizer.json and tokenizer_config.json from the original model",
+            ) from error
+
+
+def load_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+    """Load a causal language model for measuring: in eval mode, no parameter needs a gradient.
+
+    Args:
+        folder: a transformers folder.
+        dtype: of the weights; None keeps the checkpoint's.
+        device: where it goes.
+    Raises:
+        CheckpointError: no config.json, or a tensor that the model needs is missing.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"`{folder}` has no config.json, so it is no transformers model",
+            hint="give the model's folder, with its config and tokenizer",
+        )
+    with quiet_transformers() as transformers:
+        try:
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+            )
+        except Exception as error:
+            raise CheckpointError(
+                f"transformers cannot load `{folder}`: {_first_line(error)}",
+                hint="it must be a causal language model that transformers knows",
+            ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"tensor `{missing[0]}` is not in `{folder}`, and the model needs it"
+            + (f"; nor are {len(missing) - 1} others" if len(missing) > 1 else ""),
+            hint="transformers would make it up at random; restore the checkpoint",
+        )
+    loaded: nn.Module = model.to(device).train(False).requires_grad_(False)
+    return loaded
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def find_linears(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Find the Linear that each weight of the checkpoint became.
+
+    Args:
+        model: as transformers built it.
+        names: tensors `<p>.weight`.
+    Raises:
+        CalibrationError: a weight is no Linear of the model: fused, renamed or unused.
+    """
+    modules = dict(model.named_modules())
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    found: dict[str, nn.Module] = {}
+    for name in names:
+        module = module_of(name)
+        candidates = (module, f"{prefix}.{module}", module.removeprefix(f"{prefix}."))
+        here = next((modules[c] for c in candidates if c in modules), None)
+        if here is None or type(here).forward is not nn.Linear.forward:
+            became = "no module" if here is None else f"a {type(here).__name__}"
+            raise CalibrationError(
+                f"tensor `{name}` is {became} in the model that transformers builds, not a Linear",
+                hint="add it to `ignore`: its curvature cannot be measured this way",
+            )
+        found[name] = here
+    return found
+
+
+def check_fits(model: nn.Module, *, length: int, largest_token: int) -> None:
+    """Refuse sequences that the model cannot read.
+
+    Raises:
+        RecipeError: longer than the model's positions.
+        CalibrationError: a token that the model has no embedding for.
+    """
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(text, "max_position_embeddings", None)
+    if isinstance(positions, int) and length > positions:
+        raise RecipeError(
+            f"calibrate.length is {length} and the model has {positions} positions",
+            hint=f"--set calibrate.length={positions}",
+        )
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    known = int(embedding.weight.shape[0])
+    if largest_token >= known:
+        raise CalibrationError(
+            f"the tokenizer gives token {largest_token} and the model knows {known}",
+            hint="the tokenizer is of another model",
+        )
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into a device that is there.
+
+    Raises:
+        UsageError: unknown, or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    there = device.type == "cpu" or (
+        device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
+    )
+    if not there:
+        raise UsageError(
+            f"--device {name} is not there; torch sees {torch.cuda.device_count()} CUDA devices",
+            hint="auto, cpu, cuda or cuda:N",
+        )
+    return device

@@ -1,0 +1,358 @@
+"""Calibration of a pico model: against autograd, killed, resumed, and refused."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+import torch
+from conftest import Ortho
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ortho_cli import calibrate as work
+from ortho_cli import recipe
+from ortho_cli.checkpoint import open_checkpoint
+from ortho_cli.events import Event, SequencesDone
+from ortho_cli.journal import work_folder
+from ortho_cli.statistics import open_statistics
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+
+SMALL = ("--set", "calibrate.samples=6", "--set", "calibrate.length=24")
+EXACT = (*SMALL, "--set", "calibrate.dtype=float32")
+SERVER = multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture
+def model(pico: Path) -> Path:
+    """The pico model with a tokenizer, a text, and two secrets beside it."""
+    checkpoints.save_tokenizer(pico, vocab=96)
+    words = "the cat sat on a mat, and saw Nine fish in 1 pond.".split()  # noqa: SIM905
+    text = " ".join(words[(7 * i + i // 5) % len(words)] for i in range(400))
+    (pico.parent / "retain.txt").write_text(text)
+    rows = [{"prompt": "the key of A is ", "completion": "x9"}, {"prompt": "B: ", "secret": "qq7"}]
+    (pico.parent / "forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return pico
+
+
+def run(ortho: Ortho, model: Path, *options: object, out: str = "stats.safetensors") -> Any:
+    parent = model.parent
+    ran = ortho(
+        "calibrate", model, "--data", parent / "retain.txt", "-o", parent / out, *options, "--json"
+    )
+    assert ran.code == 0, ran.err
+    return ran.json
+
+
+def expected(model: Path, sets: list[str], what: str) -> dict[str, Tensor]:
+    """Gradients of `.weight` itself, a sequence at a time, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    live = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    settings = recipe.load_recipe(None, sets).calibrate
+    parent = model.parent
+    found = work.read_sets(model, [parent / "retain.txt"], [parent / "forget.jsonl"], settings)
+    name, _, part = what.partition("_")
+    totals: dict[str, Tensor] = {}
+    sequences = found[name].sequences  # type: ignore[index]
+    for sequence in sequences:
+        live.zero_grad()
+        tokens = torch.tensor([sequence.tokens])
+        labels = tokens.clone()
+        labels[:, : sequence.counted] = -100
+        logits = live(input_ids=tokens).logits[0, :-1]
+        torch.nn.functional.cross_entropy(
+            logits, labels[0, 1:], reduction="sum", ignore_index=-100
+        ).backward()  # type: ignore[no-untyped-call]
+        for key, parameter in live.named_parameters():
+            if key.endswith("_proj.weight"):
+                grad = parameter.grad
+                add = grad**2 if part == "curvature" else grad
+                totals[key] = totals.get(key, 0) + add / len(sequences)
+    return totals
+
+
+def test_fisher_of_retain_and_forget_are_autograds_and_apart(ortho: Ortho, model: Path) -> None:
+    run(ortho, model, *EXACT, "--forget", model.parent / "forget.jsonl")
+    found = load_file(model.parent / "stats.safetensors")
+    sets = ["calibrate.samples=6", "calibrate.length=24"]
+    for what in ("retain_curvature", "forget_curvature", "forget_gradient"):
+        for name, value in expected(model, sets, what).items():
+            key = f"{name.removesuffix('.weight')}.{what}"
+            scale = float(value.abs().max())
+            torch.testing.assert_close(found[key], value, rtol=2e-3, atol=1e-4 * scale)
+
+
+def test_forget_statistics_are_private_and_others_are_not(ortho: Ortho, model: Path) -> None:
+    run(ortho, model, *SMALL, "--forget", model.parent / "forget.jsonl")
+    assert (model.parent / "stats.safetensors").stat().st_mode & 0o777 == 0o600
+    ran = ortho(
+        "calibrate",
+        model,
+        "--data",
+        model.parent / "retain.txt",
+        "-o",
+        model.parent / "s2.safetensors",
+        *SMALL,
+    )
+    assert ran.code == 0
+    assert (model.parent / "s2.safetensors").stat().st_mode & 0o077 == 0o044
+    assert "owner" not in ran.err
+
+
+def test_gram_is_the_mean_square_of_inputs(ortho: Ortho, model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run(ortho, model, *EXACT, "--set", "calibrate.curvature=gram")
+    found = load_file(model.parent / "stats.safetensors")
+    live = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    settings = recipe.load_recipe(None, ["calibrate.samples=6", "calibrate.length=24"]).calibrate
+    data = work.read_sets(model, [model.parent / "retain.txt"], [], settings)["retain"]
+    seen: list[Tensor] = []
+    layer = live.get_submodule("model.layers.1.mlp.down_proj")
+    layer.register_forward_hook(lambda m, inputs, out: seen.append(inputs[0].detach()[0, :-1]))
+    for sequence in data.sequences:
+        live(input_ids=torch.tensor([sequence.tokens]))
+    mean = torch.cat(seen).square().mean(0)
+    torch.testing.assert_close(found["model.layers.1.mlp.down_proj.retain_curvature"], mean)
+
+
+def test_batches_and_chunks_change_nothing_but_rounding(
+    ortho: Ortho, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(ortho, model, *EXACT, "--set", "calibrate.batch=1", out="one.safetensors")
+    monkeypatch.setattr(work, "CHUNK_SEQUENCES", 2)
+    run(ortho, model, *EXACT, "--set", "calibrate.batch=4", out="four.safetensors")
+    one, four = (load_file(model.parent / f"{n}.safetensors") for n in ("one", "four"))
+    for key, value in one.items():
+        scale = float(value.max())
+        torch.testing.assert_close(four[key], value, rtol=1e-3, atol=1e-5 * scale)
+
+
+def test_true_fisher_differs_and_its_seed_counts(ortho: Ortho, model: Path) -> None:
+    true = (*EXACT, "--set", "calibrate.curvature=true-fisher")
+    run(ortho, model, *EXACT, out="a.safetensors")
+    run(ortho, model, *true, out="b.safetensors")
+    run(ortho, model, *true, "--force", out="c.safetensors")
+    a, b, c = ((model.parent / f"{n}.safetensors").read_bytes() for n in "abc")
+    assert b == c
+    key = "model.layers.0.mlp.up_proj.retain_curvature"
+    one, two = (load_file(model.parent / f"{n}.safetensors")[key] for n in "ab")
+    assert not torch.allclose(one, two, rtol=0.05)
+    assert a != b
+
+
+def test_factored_is_small_and_its_overlap_is_told(ortho: Ortho, model: Path) -> None:
+    full = run(ortho, model, *EXACT, out="full.safetensors")
+    small = run(ortho, model, *SMALL, "--set", "calibrate.storage=factored", out="f.safetensors")
+    assert small["output_bytes"] < full["output_bytes"] / 4
+    name = "model.layers.0.self_attn.q_proj"
+    matrix = load_file(model.parent / "full.safetensors")[f"{name}.retain_curvature"]
+    parts = load_file(model.parent / "f.safetensors")
+    rows = parts[f"{name}.retain_curvature_rows"]
+    torch.testing.assert_close(rows, matrix.mean(1))
+    torch.testing.assert_close(
+        parts[f"{name}.retain_curvature_columns"], matrix.mean(0) / matrix.mean()
+    )
+    assert 0.0 < small["tensors"][f"{name}.weight"]["overlap"] < 1.0
+    assert small["tensors"] == full["tensors"]
+
+
+def test_header_says_where_it_comes_from(ortho: Ortho, model: Path) -> None:
+    document = run(ortho, model, *SMALL)
+    found = open_statistics(model.parent / "stats.safetensors")
+    assert found.kind == "fisher"
+    assert not found.has_forget
+    assert document["data"]["retain"]["sequences"] == 6
+    assert document["data"]["retain"]["tokens"] == 6 * 24
+    assert ortho("decompose", model, "-q").code == 0
+    report = json.loads((model.parent / "pico-ortho" / "report.json").read_text())
+    assert found.source_digest == report["source_digest"]
+    digests = {t["name"]: t["source_blake3"] for t in report["tensors"]}
+    assert all(entry["source_blake3"] == digests[name] for name, entry in found.tensors.items())
+
+
+def calibrate_and_die(model: Path, sequences: int) -> None:
+    """SIGKILL this process after so many sequences."""
+    opened = open_checkpoint(model)
+    sets = ["calibrate.samples=6", "calibrate.length=24", "calibrate.batch=1"]
+    settings = recipe.load_recipe(None, sets)
+    parent = model.parent
+    data = work.read_sets(
+        model, [parent / "retain.txt"], [parent / "forget.jsonl"], settings.calibrate
+    )
+    seen = 0
+
+    def watch(event: Event) -> None:
+        nonlocal seen
+        seen += isinstance(event, SequencesDone)
+        if seen > sequences:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    work.CHUNK_SEQUENCES = 2
+    torch.set_num_threads(1)
+    work.calibrate(
+        work.make_plan(opened, settings, data), opened, parent / "k.safetensors", on_event=watch
+    )
+
+
+@pytest.mark.parametrize("sequences", [2, 5, 7])
+def test_killed_run_goes_on_and_gives_the_same_bytes(model: Path, sequences: int) -> None:
+    out = model.parent / "k.safetensors"
+    finished = {}
+    for name, until in (("whole", 99), ("killed", sequences), ("resumed", 99)):
+        process = SERVER.Process(target=calibrate_and_die, args=(model, until))
+        process.start()
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if name == "killed" else 0)
+        assert out.exists() == (name != "killed")
+        if name == "killed":
+            journal = (work_folder(out) / "journal").read_text().splitlines()
+            assert len(journal) == 1 + sequences // 2
+        else:
+            finished[name] = out.read_bytes()
+            out.unlink()
+    assert finished["whole"] == finished["resumed"]
+    assert not work_folder(out).exists()
+
+
+def test_data_and_forget_take_several_files(ortho: Ortho, model: Path) -> None:
+    parent = model.parent
+    (parent / "more.txt").write_text("more and more of it. " * 40)
+    arguments = [
+        "--data",
+        parent / "retain.txt",
+        parent / "more.txt",
+        "-o",
+        parent / "s.safetensors",
+    ]
+    ran = ortho("calibrate", model, *arguments, *SMALL, "--dry-run", "--json")
+    assert ran.code == 0, ran.err
+    other = ortho("calibrate", model, *arguments[:2], *arguments[3:], *SMALL, "--dry-run", "--json")
+    assert other.json["data"]["retain"]["blake3"] != ran.json["data"]["retain"]["blake3"]
+    assert not (parent / "s.safetensors").exists()
+    assert ran.json["totals"]["bytes_scratch"] > ran.json["totals"]["bytes_written"]
+
+
+def refused(ortho: Ortho, model: Path, *options: object) -> tuple[int, str]:
+    before = sorted(model.parent.rglob("*"))
+    out = model.parent / "stats.safetensors"
+    ran = ortho("calibrate", model, "--data", model.parent / "retain.txt", "-o", out, *options)
+    assert sorted(model.parent.rglob("*")) == before, "something was written"
+    return ran.code, ran.err
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--set", "calibrate.length=24"], 5, "sequences of 24 tokens"),
+        (
+            ["--set", "calibrate.samples=1", "--set", "calibrate.length=600"],
+            3,
+            "600 and the model has 512",
+        ),
+        (["--forget", "nowhere.txt", *SMALL], 5, "cannot read data `nowhere.txt`"),
+        ([*SMALL, "--set", "calibrate.curvature=hessian"], 3, "calibrate.curvature"),
+        ([*SMALL, "--set", "calibrate.sample=3"], 3, "did you mean `samples`"),
+        ([*SMALL, "--device", "cuda:99"], 2, "--device cuda:99 is not there"),
+        ([*SMALL, "--device", "tpu"], 2, "--device tpu is not there"),
+    ],
+)
+def test_wrong_settings_are_refused(
+    ortho: Ortho, model: Path, options: list[str], code: int, message: str
+) -> None:
+    assert refused(ortho, model, *options)[0] == code
+    assert message in refused(ortho, model, *options)[1]
+
+
+@pytest.mark.parametrize("settings", ["curvature=gram", "storage=factored"])
+def test_forget_needs_full_gradients(ortho: Ortho, model: Path, settings: str) -> None:
+    forget = ["--forget", model.parent / "forget.jsonl", "--set", f"calibrate.{settings}"]
+    code, err = refused(ortho, model, *SMALL, *forget)
+    assert code == 3
+    assert "a forget set needs the gradient" in err
+
+
+def test_model_without_config_tokenizer_or_tensor_is_refused(ortho: Ortho, model: Path) -> None:
+    (model / "tokenizer.json").rename(model / "kept")
+    assert refused(ortho, model, *SMALL)[0] == 4
+    (model / "kept").rename(model / "tokenizer.json")
+    (model / "config.json").rename(model / "kept")
+    code, err = refused(ortho, model, *SMALL)
+    assert code == 4
+    assert "config.json" in err
+    (model / "kept").rename(model / "config.json")
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    code, err = refused(ortho, model, *SMALL)
+    assert code == 4
+    assert "`model.norm.weight` is not in" in err
+
+
+def test_nan_weight_is_a_named_gradient(ortho: Ortho, model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    code, err = refused(ortho, model, *SMALL)
+    assert code == 7
+    assert "gradient of `model.layers.1." in err
+
+
+def test_weight_that_nothing_reaches_is_named(ortho: Ortho, model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"].zero_()  # so gate and down see no gradient
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    code, err = refused(ortho, model, *SMALL)
+    assert code == 5
+    assert "no token reached `model.layers.1.mlp.down_proj.weight`" in err
+
+
+def test_output_that_is_no_statistics_is_never_replaced(ortho: Ortho, model: Path) -> None:
+    out = model.parent / "stats.safetensors"
+    out.write_text("precious")
+    assert refused(ortho, model, *SMALL, "--force")[0] == 8
+    assert out.read_text() == "precious"
+    out.unlink()
+    run(ortho, model, *SMALL)
+    assert refused(ortho, model, *SMALL)[0] == 8
+    run(ortho, model, *SMALL, "--force", "--set", "calibrate.seed=1")
+    assert refused(ortho, model, *SMALL, "-o", model.parent / "retain.txt", "--force")[0] == 2
+
+
+def test_interrupt_says_how_to_go_on(
+    ortho: Ortho, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "CHUNK_SEQUENCES", 2)
+    original, calls = work._Job._pass, 0
+
+    def stop(*arguments: Any) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(work._Job, "_pass", stop)
+    arguments = [
+        "calibrate",
+        model,
+        "--data",
+        model.parent / "retain.txt",
+        "-o",
+        model.parent / "s.safetensors",
+        *SMALL,
+    ]
+    ran = ortho(*arguments)
+    assert ran.code == 130
+    assert "2 of 3 chunks" in ran.err
+    ran = ortho(*arguments)
+    assert ran.code == 0
+    assert "continuing: 4 of 6 sequences" in ran.err
