@@ -35,6 +35,7 @@ from ortho_cli.errors import CalibrationError, Interrupted, RecipeError
 from ortho_cli.events import EventSink, Finishing, Measuring, Noted, SequencesDone, null_sink
 from ortho_cli.journal import WorkFolder, recover, unwritable
 from ortho_cli.output import check_output, check_space, files_of, resolve_output
+from ortho_cli.plan import refuse_quantized
 from ortho_cli.recipe import Calibrate, Recipe
 from ortho_cli.selection import select
 from ortho_cli.sums import Sums, as_bytes
@@ -169,6 +170,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, sets: dict[Set, DataSet]) 
             f"a forget set needs the gradient of each weight, and calibrate says {what}",
             hint="--set calibrate.curvature=fisher --set calibrate.storage=full",
         )
+    refuse_quantized(checkpoint)
     reasons = select(checkpoint, recipe)
     split = tuple(tensor for tensor in checkpoint.tensors if reasons[tensor.name] is None)
     return CalibrationPlan(settings=settings, tensors=split, sets=sets)

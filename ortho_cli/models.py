@@ -38,12 +38,27 @@ def quiet_transformers() -> Iterator[Any]:
             talk.enable_progress_bar()
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse what cannot be a transformers model.
+
+    Raises:
+        CheckpointError: a file, or a folder without config.json.
+    """
+    if not (folder / "config.json").is_file():
+        what = "is a file" if folder.is_file() else "has no config.json"
+        raise CheckpointError(
+            f"`{folder}` {what}, so it is no transformers model",
+            hint="give the model's folder, with its config and tokenizer",
+        )
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Load a model's tokenizer.
 
     Raises:
         CheckpointError: the folder has none, or transformers cannot read it.
     """
+    check_folder(folder)
     with quiet_transformers() as transformers:
         try:
             return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -64,11 +79,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device)
     Raises:
         CheckpointError: no config.json, or a tensor that the model needs is missing.
     """
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"`{folder}` has no config.json, so it is no transformers model",
-            hint="give the model's folder, with its config and tokenizer",
-        )
+    check_folder(folder)
     with quiet_transformers() as transformers:
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(

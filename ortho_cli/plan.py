@@ -172,7 +172,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, workers: int = 1) -> Pl
         CheckpointError: the source is quantized already, or holds weights that should be split and
             cannot be.
     """
-    _refuse_quantized(checkpoint)
+    refuse_quantized(checkpoint)
     reasons = select(checkpoint, recipe)
     split = [tensor for tensor in checkpoint.tensors if reasons[tensor.name] is None]
     group_size = _group_size(split, recipe)
@@ -216,7 +216,12 @@ def _is_ours(name: str) -> bool:
     return name.split("/")[0].removesuffix(PARTIAL) in _OUR_FILES
 
 
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Refuse a source that is an artifact, or was quantized by anyone.
+
+    Raises:
+        CheckpointError: says by whom.
+    """
     for shard in checkpoint.shards:
         if artifact.FORMAT in (shard.metadata.get("format"), shard.metadata.get("ortho_format")):
             raise CheckpointError(

@@ -243,8 +243,12 @@ def test_data_and_forget_take_several_files(ortho: Ortho, model: Path) -> None:
 
 def refused(ortho: Ortho, model: Path, *options: object) -> tuple[int, str]:
     before = sorted(model.parent.rglob("*"))
-    out = model.parent / "stats.safetensors"
-    ran = ortho("calibrate", model, "--data", model.parent / "retain.txt", "-o", out, *options)
+    data = next(
+        p for p in (model.parent / "retain.txt", model.parent.parent / "retain.txt") if p.exists()
+    )
+    ran = ortho(
+        "calibrate", model, "--data", data, "-o", model.parent / "stats.safetensors", *options
+    )
     assert sorted(model.parent.rglob("*")) == before, "something was written"
     return ran.code, ran.err
 
@@ -295,6 +299,16 @@ def test_model_without_config_tokenizer_or_tensor_is_refused(ortho: Ortho, model
     code, err = refused(ortho, model, *SMALL)
     assert code == 4
     assert "`model.norm.weight` is not in" in err
+
+
+def test_file_or_artifact_in_place_of_a_model_is_refused(ortho: Ortho, model: Path) -> None:
+    code, err = refused(ortho, model / "model.safetensors", *SMALL)
+    assert code == 4
+    assert "is a file" in err
+    assert ortho("decompose", model, "-q").code == 0
+    code, err = refused(ortho, model.parent / "pico-ortho", *SMALL)
+    assert code == 4
+    assert "artifact already" in err
 
 
 def test_nan_weight_is_a_named_gradient(ortho: Ortho, model: Path) -> None:
