@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ortho_cli import __version__, artifact, models, statistics
 from ortho_cli.artifact import canonical_json, module_of
 from ortho_cli.checkpoint import Checkpoint, ShardReader, TensorInfo
-from ortho_cli.curvature import (
+from ortho_cli.capture import (
     TOP_SHARE,
     Capture,
     Part,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ortho_cli.curvature import SUM_ELEMENTS, Part
+from ortho_cli.capture import SUM_ELEMENTS, Part
 from ortho_cli.writer import DataFile, Layout
 
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "ortho_cli"
 LAYERS = [
     ["__init__"],
     ["errors", "events"],
-    ["recipe", "ops", "data", "curvature"],
+    ["recipe", "ops", "data", "capture"],
     ["checkpoint"],
     ["journal"],
     ["writer", "output"],

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ortho_cli import curvature
-from ortho_cli.curvature import Capture
+from ortho_cli import capture
+from ortho_cli.capture import Capture
 from ortho_cli.errors import CalibrationError, NumericalError
 
 
@@ -45,7 +45,7 @@ def measure(model: nn.Module, x: Tensor, **options: Any) -> dict[str, Tensor]:
 def test_fisher_is_the_sum_of_squared_gradients(
     monkeypatch: pytest.MonkeyPatch, unit: str, tile: int
 ) -> None:
-    monkeypatch.setattr(curvature, "SUM_ELEMENTS", tile)
+    monkeypatch.setattr(capture, "SUM_ELEMENTS", tile)
     model, x = network(), torch.randn(3, 5, 6)
     found = measure(model, x, kind="fisher", unit=unit, gradient=True)
     expected = reference.fisher(model, x, unit=unit)
@@ -121,7 +121,7 @@ def test_logit_gradient_is_autograds() -> None:
     logits = torch.randn(6, 9, requires_grad=True)
     tokens = torch.randint(0, 9, (6,))
     counted = torch.tensor([False, True, True, False, True, True])  # the last predicts nothing
-    gradient, nll = curvature.logit_gradient(logits.detach(), tokens, counted)
+    gradient, nll = capture.logit_gradient(logits.detach(), tokens, counted)
     chosen = counted[:-1].nonzero().squeeze(1)
     loss = nn.functional.cross_entropy(logits[chosen], tokens[chosen + 1], reduction="sum")
     loss.backward()  # type: ignore[no-untyped-call]
@@ -137,10 +137,10 @@ def test_logit_gradient_drawn_labels_come_from_the_model_and_the_seed() -> None:
 
     def draw(values: Tensor, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return curvature.logit_gradient(values, tokens, counted, generator=generator)[0]
+        return capture.logit_gradient(values, tokens, counted, generator=generator)[0]
 
     assert draw(logits, 0).abs().max() < 1e-6
-    assert curvature.logit_gradient(logits, tokens, counted)[0].abs().max() == pytest.approx(1.0)
+    assert capture.logit_gradient(logits, tokens, counted)[0].abs().max() == pytest.approx(1.0)
     flat = torch.zeros(500, 3)
     assert torch.equal(draw(flat, 1), draw(flat, 1))
     assert not torch.equal(draw(flat, 1), draw(flat, 2))
@@ -151,15 +151,15 @@ def test_logit_gradient_drawn_labels_come_from_the_model_and_the_seed() -> None:
 def test_factor_is_exact_for_rank_one_and_keeps_sums() -> None:
     rows, columns = torch.rand(7) + 0.1, torch.rand(5) + 0.1
     exact = rows.unsqueeze(1) * columns
-    a, b = curvature.factor(exact)
+    a, b = capture.factor(exact)
     torch.testing.assert_close(a.unsqueeze(1) * b, exact)
     any_ = torch.rand(7, 5)
-    a, b = curvature.factor(any_)
+    a, b = capture.factor(any_)
     torch.testing.assert_close((a.unsqueeze(1) * b).sum(1), any_.sum(1))
 
 
 def test_top_overlap_counts_shared_entries() -> None:
     one = torch.arange(200.0).view(10, 20)
-    assert curvature.top_overlap(one, one, share=0.1) == 1.0
-    assert curvature.top_overlap(one, -one, share=0.1) == 0.0
-    assert curvature.top_overlap(one, one.roll(10), share=0.1) == 0.5
+    assert capture.top_overlap(one, one, share=0.1) == 1.0
+    assert capture.top_overlap(one, -one, share=0.1) == 0.0
+    assert capture.top_overlap(one, one.roll(10), share=0.1) == 0.5
