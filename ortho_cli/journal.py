@@ -26,7 +26,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ortho_cli.errors import CheckpointError, NumericalError, OutputExistsError, ResourceError
+from ortho_cli.errors import (
+    CalibrationError,
+    CheckpointError,
+    NumericalError,
+    OutputExistsError,
+    ResourceError,
+)
 
 PARTIAL = ".partial"
 
@@ -170,7 +176,8 @@ class WorkFolder:
     ) -> None:
         """Close everything; keep the folder only if another run can go on in it."""
         # A source that must be repaired is another source then: work on this one is of no use.
-        useless = not self.done or isinstance(error, CheckpointError | NumericalError)
+        repaired = CheckpointError | CalibrationError | NumericalError
+        useless = not self.done or isinstance(error, repaired)
         if error is not None and useless and not self.published:
             with contextlib.suppress(OSError):
                 self._lock.remove_folder()

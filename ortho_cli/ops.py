@@ -1,4 +1,4 @@
-"""The mathematics of a split: group scales, INT4 codes, packing, exact top-k, CSR, decibels.
+"""The mathematics of a split: group scales, INT4 codes, packing, saliency, exact top-k, CSR.
 
 Pure functions on CPU tensors, float32 inside, no IO. Weights are `(out_features, in_features)`; a
 group is `group_size` neighbours inside one row and never crosses rows. Every function that needs
@@ -10,7 +10,7 @@ arithmetic).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,6 +144,44 @@ def mse_scales(
     Source: the clipping search of AWQ (arXiv:2306.00978, section 3.2), with plain squared error per
         group.
     """
+    return _search_scales(weight, None, group_size, dtype, empty)
+
+
+def curvature_scales(
+    weight: Tensor,
+    curvature: Tensor,
+    *,
+    group_size: int,
+    dtype: torch.dtype,
+    empty: Empty = _torch_empty,
+) -> Tensor:
+    """Search as `mse_scales` does, each weight's squared error multiplied by its curvature.
+
+    scale = argmin over f in MSE_FACTORS of sum h (w - dequantize(quantize(w, s_f)))^2. Inside a
+    group h counts relative to the group's largest, which changes no argmin and keeps a curvature of
+    1e-38 from vanishing in the product.
+
+    Args:
+        weight: (out, in) float32, bfloat16 or float16; `group_size` divides in.
+        curvature: (in,) or (out, in) float32, >= 0, finite.
+        group_size: neighbours in a row that share a scale.
+        dtype: dtype the scales are stored in; candidates are rounded to it before they are judged.
+        empty: where temporaries come from.
+    Returns:
+        (out, in / group_size) of `dtype`, > 0. A group whose curvature is zero throughout keeps
+        absmax's scale, and so do groups with NaN or infinity.
+    Source: `mse_scales`, with the second-order loss of OBS (Hassibi and Stork 1993), diagonal.
+    """
+    groups = _groups(curvature.view(-1, weight.shape[1]), weight.shape[1] // group_size)
+    peak = groups.amax(-1, keepdim=True)
+    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
+    relative = torch.div(groups, peak, out=empty(tuple(groups.shape), torch.float32))
+    return _search_scales(weight, relative, group_size, dtype, empty)
+
+
+def _search_scales(
+    weight: Tensor, importance: Tensor | None, group_size: int, dtype: torch.dtype, empty: Empty
+) -> Tensor:
     count = weight.shape[1] // group_size
     absmax = _absmax(weight, count, empty).div_(HALF_RANGE)
     weight = weight.float()
@@ -155,7 +193,8 @@ def mse_scales(
         candidate = _round_scales(absmax * factor, dtype)
         codes = quantize(weight, candidate, empty=buffers)
         error = dequantize(codes, candidate, empty=buffers).sub_(weight).square_()
-        error = _groups(error, count).sum(-1)
+        error = _groups(error, count)
+        error = (error if importance is None else error.mul_(importance)).sum(-1)
         if best_error is None:
             best_error = error
             continue
@@ -241,6 +280,25 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return nibbles.flatten(-2).to(torch.int8).add_(CODE_MIN)
 
 
+def saliency(residual: Tensor, root_curvature: Tensor, *, empty: Empty = _torch_empty) -> Tensor:
+    """Say how much each weight's rounding costs: |r| sqrt(h), which orders like r^2 h.
+
+    r^2 h itself leaves float32 where statistics live: r = 1e-4 and h = 1e-30 give 1e-38, the edge
+    of the normal range, below which values merge and then are zero. Its root, formed from roots, is
+    1e-19, and its own squares are summed in float64 where they must be (`squared_norm`).
+
+    Args:
+        residual: (out, in) float32, finite.
+        root_curvature: sqrt(h), (in,) or (out, in) float32, >= 0, finite.
+        empty: where the result comes from.
+    Returns:
+        (out, in) float32, >= 0.
+    Source: OBS (Hassibi and Stork 1993) with a diagonal Hessian; SpQR (arXiv:2306.03078).
+    """
+    found = torch.abs(residual, out=empty(tuple(residual.shape), torch.float32))
+    return found.mul_(root_curvature)
+
+
 class TopK:
     """The k largest of a stream of saliencies, exactly k of them, in one pass.
 
@@ -258,7 +316,7 @@ class TopK:
         *,
         length: int,
         stretch: int,
-        payload: torch.dtype,
+        payloads: Sequence[torch.dtype],
         bar: float | None = None,
         empty: Empty = _torch_empty,
     ) -> None:
@@ -268,7 +326,7 @@ class TopK:
             k: entries to select, 0 <= k <= length.
             length: entries of the whole stream.
             stretch: most entries of one `push`.
-            payload: dtype of what is carried along with each entry.
+            payloads: dtypes of what is carried along with each entry.
             bar: a guess below the k-th largest, which saves room and time; if it was too high, the
                 stream ends `short` and has to be pushed again without it.
             empty: where the buffers come from; they are in use until the result of `finish` is.
@@ -282,17 +340,23 @@ class TopK:
         self._indices: npt.NDArray[np.integer[Any]] = empty(room, wide).numpy()
         self._saliency: npt.NDArray[np.float32] = empty(room, torch.float32).numpy()
         self._sorted: npt.NDArray[np.float32] = empty(room, torch.float32).numpy()
-        self._payload: npt.NDArray[np.generic] = empty(room, payload).numpy()
+        self._payloads: list[npt.NDArray[np.generic]] = [
+            empty(room, dtype).numpy() for dtype in payloads
+        ]
         self._above: npt.NDArray[np.bool_] = empty((stretch,), torch.bool).numpy()
 
     def push(
-        self, saliency: npt.NDArray[np.float32], payload: npt.NDArray[np.generic], *, start: int
+        self,
+        saliency: npt.NDArray[np.float32],
+        payloads: Sequence[npt.NDArray[np.generic]],
+        *,
+        start: int,
     ) -> None:
         """Take the next stretch of the stream.
 
         Args:
             saliency: (n,) float32.
-            payload: (n,), carried along.
+            payloads: (n,) each, carried along.
             start: flat index of the first entry; stretches come in ascending order.
         """
         if not self._count and not self._guessed and 0 < self._k < saliency.size:
@@ -302,7 +366,8 @@ class TopK:
         here = slice(self._count, self._count + found.size)
         np.add(found, start, out=self._indices[here], casting="same_kind")
         np.take(saliency, found, out=self._saliency[here], mode="clip")
-        np.take(payload, found, out=self._payload[here], mode="clip")
+        for held, payload in zip(self._payloads, payloads, strict=True):
+            np.take(payload, found, out=held[here], mode="clip")
         self._count += found.size
         if self._count > 2 * self._k:
             self._prune()
@@ -320,7 +385,7 @@ class TopK:
         if keep.size > self._k:
             ties = np.flatnonzero(held[keep] == self._bar)
             keep = np.delete(keep, ties[self._k - keep.size :])
-        for column in (self._indices, self._saliency, self._payload):
+        for column in (self._indices, self._saliency, *self._payloads):
             column[: self._k] = column[keep]
         self._count = self._k
 
@@ -331,16 +396,19 @@ class TopK:
 
     def finish(
         self,
-    ) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.float32], npt.NDArray[np.generic]]:
+    ) -> tuple[
+        npt.NDArray[np.integer[Any]], npt.NDArray[np.float32], list[npt.NDArray[np.generic]]
+    ]:
         """Close the stream.
 
         Returns:
-            indices (k,) int32 or int64 ascending; saliency (k,) float32 and payload (k,) in the
+            indices (k,) int32 or int64 ascending; saliency (k,) float32 and payloads (k,) in the
             order of the indices.
         """
         if self._count > self._k:
             self._prune()
-        return self._indices[: self._k], self._saliency[: self._k], self._payload[: self._k]
+        payloads = [column[: self._k] for column in self._payloads]
+        return self._indices[: self._k], self._saliency[: self._k], payloads
 
 
 def crow_indices(
@@ -377,6 +445,24 @@ def all_finite(values: Tensor, *, empty: Empty = _torch_empty) -> bool:
     bits = values.view(integer)
     masked = torch.bitwise_and(bits, exponent, out=empty(tuple(bits.shape), integer))
     return int(masked.max()) < exponent
+
+
+def is_curvature(values: Tensor) -> bool:
+    """Tell whether every value is finite and >= 0, as a mean of squares is.
+
+    Args:
+        values: any shape, bfloat16, float16 or float32, contiguous, not empty.
+    """
+    integer, exponent = _EXPONENT[values.dtype]
+    low, high = torch.aminmax(values.view(integer))  # the sign bit makes an integer negative, too
+    if low >= 0 and high < exponent:
+        return True
+    return bool(((values >= 0) & torch.isfinite(values)).all())  # -0.0 is no harm
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Look at a tensor's bytes in place."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def squared_norm(values: Tensor) -> float:

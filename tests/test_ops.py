@@ -139,11 +139,11 @@ def test_top_k_any_stream_equals_full_sort(values: list[float], share: float, st
     saliency = np.array(values, np.float32)
     k = round(share * saliency.size)
     payload = np.arange(saliency.size, dtype=np.int16)
-    top = ops.TopK(k, length=saliency.size, stretch=stretch, payload=torch.int16)
+    top = ops.TopK(k, length=saliency.size, stretch=stretch, payloads=[torch.int16])
     for start in range(0, saliency.size, stretch):
         stop = start + stretch
-        top.push(saliency[start:stop], payload[start:stop], start=start)
-    indices, kept, carried = top.finish()
+        top.push(saliency[start:stop], [payload[start:stop]], start=start)
+    indices, kept, (carried,) = top.finish()
     assert indices.tolist() == reference.top_k_indices(torch.from_numpy(saliency), k)
     assert kept.tolist() == saliency[indices].tolist()
     assert carried.tolist() == payload[indices].tolist()
@@ -159,10 +159,10 @@ def test_top_k_adversarial_order_stays_exact(order: str) -> None:
         "flat": np.full_like(saliency, 0.25),
         "random": generator.permutation(saliency),
     }[order]
-    top = ops.TopK(100, length=saliency.size, stretch=256, payload=torch.int16)
+    top = ops.TopK(100, length=saliency.size, stretch=256, payloads=[])
     for start in range(0, saliency.size, 256):
         piece = saliency[start : start + 256]
-        top.push(piece, np.zeros(piece.size, np.int16), start=start)
+        top.push(piece, [], start=start)
     indices, _, _ = top.finish()
     assert indices.tolist() == reference.top_k_indices(torch.from_numpy(saliency), 100)
 
