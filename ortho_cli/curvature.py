@@ -81,12 +81,12 @@ class Curvature:
     ) -> tuple[Tensor, Tensor]:
         if self._columns is not None:
             if self._rows is None:
-                return self._columns, self._columns.sqrt()
+                return self._columns, _root(self._columns, empty)
             rows = torch.cat([self._rows[start : start + count] for start in starts])
             shape = (len(rows), len(self._columns))
             values = torch.mul(rows, self._columns, out=empty(shape, torch.float32))
-            roots = empty(shape, torch.float32)
-            return values, torch.mul(rows.sqrt(), self._columns.sqrt(), out=roots)
+            roots = _root(rows, empty), _root(self._columns, empty)
+            return values, torch.mul(*roots, out=empty(shape, torch.float32))
         assert self._full is not None
         columns, dtype = self._full.shape[1], _dtype(self._full)
         shape = (len(starts) * count, columns)
@@ -100,7 +100,7 @@ class Curvature:
         if digest is not None:
             digest.update(as_bytes(raw))
         values = raw if dtype == torch.float32 else empty(shape, torch.float32).copy_(raw)
-        return values, torch.sqrt(values, out=empty(shape, torch.float32))
+        return values, _root(values, empty)
 
     def _load(self, tensor: TensorInfo) -> Tensor:
         values = torch.empty(tensor.shape, dtype=_dtype(tensor))
@@ -132,6 +132,13 @@ class Curvature:
             f"{flat[first].item()} at {[int(i) for i in index]}; curvature is finite and >= 0",
             hint="calibrate again",
         )
+
+
+def _root(values: Tensor, empty: Empty) -> Tensor:
+    """Take square roots, each rounded as IEEE 754 says; torch's differ in the last bit."""
+    found = empty(tuple(values.shape), torch.float32)
+    np.sqrt(values.numpy(), out=found.numpy())
+    return found
 
 
 def _dtype(tensor: TensorInfo) -> torch.dtype:

@@ -117,6 +117,84 @@ def test_mse_scales_any_weight_never_worse_than_absmax(case: tuple[torch.Tensor,
     assert (errors[1] <= errors[0]).all()
 
 
+@st.composite
+def curved(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """A weight with its curvature: tiny, huge, zero, tied, of rows or of single weights."""
+    weight, group_size = draw(weights())
+    rows, columns = weight.shape
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    shape = (columns,) if draw(st.booleans()) else (rows, columns)
+    curvature = torch.exp(2 * torch.randn(shape, generator=generator))
+    curvature *= 10.0 ** draw(st.sampled_from([-38, -30, -9, 0, 20]))
+    if draw(st.booleans()):
+        curvature[...] = draw(st.sampled_from([1e-38, 1e-45, 1.0, 3e38]))
+    for _ in range(draw(st.integers(0, 6))):
+        curvature.view(-1)[draw(st.integers(0, curvature.numel() - 1))] = 0.0
+    curvature[..., : draw(st.sampled_from([0, group_size]))] = 0.0
+    return weight, curvature, group_size
+
+
+@settings(max_examples=60)
+@given(curved())
+def test_curvature_scales_any_case_have_the_least_weighted_error_of_all_factors(
+    case: tuple[torch.Tensor, torch.Tensor, int],
+) -> None:
+    weight, curvature, group_size = case
+    wide = weight.float()
+    found = ops.curvature_scales(weight, curvature, group_size=group_size, dtype=weight.dtype)
+    plain = reference.absmax_scales(wide, group_size, weight.dtype)
+    errors = torch.tensor(reference.curvature_error(wide, curvature, found, group_size))
+    smallest = 2.0**-24 if weight.dtype == torch.float16 else torch.finfo(weight.dtype).tiny
+    groups = wide.view(len(wide), -1, group_size).abs().amax(-1) / 7.5
+    for factor in ops.MSE_FACTORS:
+        candidate = (groups * factor).clamp_min(smallest).to(weight.dtype)
+        other = torch.tensor(reference.curvature_error(wide, curvature, candidate, group_size))
+        room = 1e-4 * other if groups.min() > 1e-15 else torch.inf  # squares vanish in float32
+        assert (errors <= other + room).all()
+    silent = curvature.expand(wide.shape).reshape(len(wide), -1, group_size).amax(-1) == 0
+    assert torch.equal(found[silent], plain[silent])
+
+
+@given(weights())
+def test_curvature_scales_flat_curvature_equals_mse(case: tuple[torch.Tensor, int]) -> None:
+    weight, group_size = case
+    settings_ = {"group_size": group_size, "dtype": weight.dtype}
+    expected = ops.mse_scales(weight, **settings_)
+    for flat in (1e-38, 0.25, 3e38):
+        for shape in (weight.shape, weight.shape[1:]):
+            found = ops.curvature_scales(weight, torch.full(shape, flat), **settings_)
+            assert torch.equal(found, expected)
+
+
+@given(curved())
+def test_saliency_any_case_equals_twin(case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
+    weight, curvature, _ = case
+    root = torch.from_numpy(np.sqrt(curvature.numpy()))
+    found = ops.saliency(weight.float(), root)
+    assert found.tolist() == reference.saliency(weight.float(), curvature)
+
+
+def test_saliency_where_r2h_would_vanish_or_overflow_still_orders() -> None:
+    residual = torch.tensor([[1e-4, -2e-4, 3e-4, 1e5, -2e5]])
+    curvature = torch.tensor([1e-38, 1e-38, 1e-38, 3e38, 3e38])
+    product = residual.square() * curvature
+    assert product[0, 0] == product[0, 1] == 0.0
+    assert torch.isinf(product[0, 3:]).all()
+    found = ops.saliency(residual, curvature.sqrt())[0]
+    assert torch.isfinite(found).all()
+    assert (found.diff() > 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf, -1e-7])
+def test_is_curvature_refuses_any_bad_value_and_no_good_one(dtype: torch.dtype, bad: float) -> None:
+    values = torch.full((3, 5), torch.finfo(dtype).max, dtype=dtype)
+    values[0], values[2] = 0.0, -0.0
+    assert ops.is_curvature(values)
+    values[1, 2] = bad
+    assert not ops.is_curvature(values)
+
+
 def test_mse_scales_gaussian_weight_is_better_by_a_decibel() -> None:
     weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
     found = []
