@@ -465,14 +465,19 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def squared_norm(values: Tensor) -> float:
+def squared_norm(values: Tensor, *, wide: Tensor | None = None) -> float:
     """Sum of squares; exact enough for decibels also where float32 squares overflow or vanish.
 
     Args:
         values: any shape, float32, contiguous.
+        wide: float64 room of the same shape, to sum in float64 throughout: where nearly all of a
+            sum is taken from it again, what float32 rounds off is more than what is left.
     Returns:
         A finite float >= 0, NaN or infinity only if a value is.
     """
+    if wide is not None:
+        flat = wide.copy_(values).view(-1)
+        return float(torch.dot(flat, flat))
     flat = values.view(-1)
     total = float(torch.dot(flat, flat))
     if 1e-30 < total < math.inf:

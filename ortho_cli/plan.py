@@ -391,8 +391,8 @@ def _buffer_bytes(tensor: TensorPlan, statistics: Statistics | None) -> int:
     tile = elements * {"mse": 40, "curvature": 44}.get(str(tensor.scale), 24)
     more = 0
     if statistics is not None:
-        # Curvature as read and as float32, its root, the saliency; vectors are held whole.
-        tile += elements * (4 if statistics.kind == "gram" else 16) + 16 * sum(tensor.source.shape)
+        # Curvature as read and in float32, its root, saliency, squares; vectors are held whole.
+        tile += elements * (12 if statistics.kind == "gram" else 24) + 16 * sum(tensor.source.shape)
         more = 4  # the second measure of a candidate
     # Index, two saliencies and value of each candidate; while they are cut back, three copies of k.
     value = tensor.source.nbytes // numel

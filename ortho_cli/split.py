@@ -212,7 +212,12 @@ class Splitter:
             base["weight_scale"].write(as_bytes(tile.scales))
             signal += ops.squared_norm(tile.weight)
             measures = self._measures(tile, scratch)
-            noise = [n + ops.squared_norm(m) for n, m in zip(noise, measures, strict=True)]
+            # Few weights hold most of the curvature: what is left without them needs float64.
+            wide = scratch(tuple(raw.shape), torch.float64) if curvature else None
+            noise = [
+                total + ops.squared_norm(measure, wide=wide)
+                for total, measure in zip(noise, measures, strict=True)
+            ]
             if not all(map(math.isfinite, noise)):
                 raise _overflow(tensor, measures, row * columns)
             saliency, *others = map(_flat, measures)
