@@ -152,7 +152,7 @@ def decompose(
 
     checkpoint, plan = _plan(model, stats, recipe, sets, workers, device)
     target = out or _default_out(model)
-    check_output(target, files_of(checkpoint), force=force, is_ours=is_artifact)
+    check_output(target, files_of(checkpoint, *plan.inputs), force=force, is_ours=is_artifact)
     check_space(plan.bytes_on_disk, target)
     check_memory(plan)
     if dry_run:

@@ -77,7 +77,8 @@ def decompose(
     """
     out = resolve_output(out)
     recover(out)
-    check_output(out, files_of(checkpoint), force=force, is_ours=artifact.is_artifact)
+    sources = files_of(checkpoint, *plan.inputs)
+    check_output(out, sources, force=force, is_ours=artifact.is_artifact)
     check_space(plan.bytes_on_disk, out)
     if plan.statistics is not None:
         check_model(plan.statistics, checkpoint, [tensor.source for tensor in plan.split])
@@ -97,13 +98,14 @@ def decompose(
         measured = plan.statistics is not None
         return tensor is not None and is_sound(entry, tensor, curvature=measured)
 
-    curvature = CurvatureReader(plan.statistics) if plan.statistics else None
+    curvature: CurvatureReader | None = None
     reader = ShardReader(checkpoint)
     threads, interval = torch.get_num_threads(), sys.getswitchinterval()
     torch.set_num_threads(1)  # parallel over tensors, not inside an operation
     # Workers hold the interpreter for microseconds; waiting the usual 5 ms for it costs 5 %.
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
+        curvature = CurvatureReader(plan.statistics) if plan.statistics else None
         with (
             WorkFolder(out, identity=identity, force=force, is_sound=is_known) as work,
             _interruptible(plan, work),

@@ -75,6 +75,11 @@ class Plan:
         return tuple(tensor for tensor in self.tensors if tensor.action == "split")
 
     @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Files that are read beside the checkpoint."""
+        return (self.statistics.path,) if self.statistics else ()
+
+    @property
     def weights(self) -> int:
         """Elements of all tensors."""
         return sum(tensor.source.numel for tensor in self.tensors)

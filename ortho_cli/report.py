@@ -191,11 +191,15 @@ def print_plan(document: dict[str, Any], *, source: str) -> None:
     if kept:
         console.print(table)
         console.print()
+    told = document["statistics"]
+    kind = document["recipe"]["saliency"]["kind"]
     seconds = max(1, round(totals["bytes_read"] / 5e8 / totals["workers"]))
     for line in (
         f"{source}: {totals['split_tensors']} of {totals['tensors']} tensors split, "
         f"{totals['split_weights'] / totals['weights']:.1%} of {totals['weights']:,} weights, "
         f"group size {document['group_size']}",
+        f"weights kept by {kind}"
+        + (f"; curvature is {told['kind']}, {told['storage']} storage" if told else ""),
         f"base {size(totals['base_bytes'])} + ortho {size(totals['ortho_bytes'])} "
         f"from {size(totals['bytes_read'])}: "
         f"{totals['bits_per_weight']:.2f} bits a weight over the whole model",

@@ -300,8 +300,13 @@ def _not_finite(tensor: TensorPlan, values: Tensor, start: int) -> NumericalErro
 
 
 def _overflow(tensor: TensorPlan, measures: list[Tensor], start: int) -> NumericalError:
-    worst = next(m for m in measures[::-1] if not ops.all_finite(m))
+    worst = next(m for m in measures if not ops.all_finite(m))
     _, position = _first_bad(tensor, worst, start)
+    if any(ops.all_finite(measure) for measure in measures):
+        return NumericalError(
+            f"residual times curvature of `{tensor.name}` overflows at {position}",
+            hint="calibrate again, or add the tensor to `ignore`",
+        )
     return NumericalError(
         f"tensor `{tensor.name}` of `{tensor.source.shard}` overflows {tensor.source.dtype} "
         f"when dequantized, at {position}",

@@ -435,7 +435,7 @@ def test_decompose_curvature_beyond_float32_is_refused(tmp_path: Path) -> None:
         stored["a.retain_curvature"][:] = 3e38
 
     checkpoints.save_statistics(stats, source, change=loud)
-    with pytest.raises(NumericalError, match=r"`a\.weight`"):
+    with pytest.raises(NumericalError, match=r"times curvature of `a\.weight` overflows at"):
         split(source, stats, tmp_path / "out")
 
 
@@ -508,6 +508,26 @@ def test_plan_statistics_that_nothing_uses_are_refused(pico: Path, stats: Path) 
         statistics=open_statistics(stats),
     )
     assert {t.scale for t in made.split} == {"absmax", "curvature"}
+
+
+def test_decompose_never_replaces_the_folder_that_holds_its_statistics(
+    pico: Path, artifact: Path, stats: Path, ortho: Ortho
+) -> None:
+    inside = artifact / "stats.safetensors"
+    stats.rename(inside)
+    before = contents(artifact)
+    ran = ortho("decompose", pico, "--stats", inside, "-o", artifact, "--force")
+    assert ran.code == 2
+    assert "holds the source" in ran.err
+    with pytest.raises(OrthoError, match="holds the source"):
+        split(pico, inside, artifact, force=True)
+    assert contents(artifact) == before
+
+
+def test_cli_plan_says_what_selects(pico: Path, stats: Path, ortho: Ortho) -> None:
+    assert "weights kept by residual\n" in ortho("inspect", pico).err
+    expected = "weights kept by curvature; curvature is fisher, full storage"
+    assert expected in ortho("decompose", pico, "--stats", stats, "--dry-run").err
 
 
 def test_plan_tensor_without_statistics_is_named(pico: Path, stats: Path) -> None:
