@@ -26,7 +26,8 @@ Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 Scales = Callable[..., Tensor]
 
 
-def _torch_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def torch_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Take fresh room."""
     return torch.empty(shape, dtype=dtype)
 
 
@@ -72,13 +73,14 @@ def _smallest_scale(dtype: torch.dtype) -> float:
     return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).smallest_normal
 
 
-def _groups(weight: Tensor, count: int) -> Tensor:
+def groups_of(weight: Tensor, count: int) -> Tensor:
+    """Look at a weight as (out, count, group_size)."""
     return weight.reshape(weight.shape[0], count, -1)
 
 
-def _absmax(weight: Tensor, count: int, empty: Empty) -> Tensor:
+def absmax(weight: Tensor, count: int, empty: Empty) -> Tensor:
     """Largest magnitude of each group, float32; NaN where the group holds one."""
-    groups = _groups(weight, count)
+    groups = groups_of(weight, count)
     if weight.dtype == torch.float32:
         return torch.abs(groups, out=empty(tuple(groups.shape), torch.float32)).amax(-1)
     # Without the sign, halves order like the integers they are made of, NaN above infinity.
@@ -87,12 +89,13 @@ def _absmax(weight: Tensor, count: int, empty: Empty) -> Tensor:
     return magnitude.amax(-1).view(weight.dtype).float()
 
 
-def _round_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+def round_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round scales to the dtype they are stored in, never to 0."""
     return scales.clamp_min(_smallest_scale(dtype)).to(dtype)
 
 
 def absmax_scales(
-    weight: Tensor, *, group_size: int, dtype: torch.dtype, empty: Empty = _torch_empty
+    weight: Tensor, *, group_size: int, dtype: torch.dtype, empty: Empty = torch_empty
 ) -> Tensor:
     """Scale each group so that its largest magnitude lands half a step inside the INT4 range.
 
@@ -111,100 +114,10 @@ def absmax_scales(
         which get an epsilon there.
     """
     count = weight.shape[1] // group_size
-    return _round_scales(_absmax(weight, count, empty).div_(HALF_RANGE), dtype)
+    return round_scales(absmax(weight, count, empty).div_(HALF_RANGE), dtype)
 
 
-# Tried in this order. 7.5/7 and 7.5/8 put the largest magnitude exactly on code 7 or -8.
-MSE_FACTORS = (
-    1.0,
-    7.5 / 7,
-    7.5 / 8,
-    1.04,
-    1.02,
-    *(round(0.98 - 0.02 * step, 2) for step in range(25)),
-)
-
-
-def mse_scales(
-    weight: Tensor, *, group_size: int, dtype: torch.dtype, empty: Empty = _torch_empty
-) -> Tensor:
-    """Search each group's scale for the smallest squared error of what will be stored.
-
-    scale = argmin over f in MSE_FACTORS of sum (w - dequantize(quantize(w, s_f)))^2,  s_f = f *
-    max|w| / 7.5.
-
-    Args:
-        weight: (out, in) float32, bfloat16 or float16; `group_size` divides in.
-        group_size: neighbours in a row that share a scale.
-        dtype: dtype the scales are stored in; candidates are rounded to it before they are judged.
-        empty: where temporaries come from.
-    Returns:
-        (out, in / group_size) of `dtype`, > 0; the first factor of equals wins, so the error is
-        never above absmax's. Groups with NaN or infinity keep absmax's scale, which is not finite.
-    Source: the clipping search of AWQ (arXiv:2306.00978, section 3.2), with plain squared error per
-        group.
-    """
-    return _search_scales(weight, None, group_size, dtype, empty)
-
-
-def curvature_scales(
-    weight: Tensor,
-    curvature: Tensor,
-    *,
-    group_size: int,
-    dtype: torch.dtype,
-    empty: Empty = _torch_empty,
-) -> Tensor:
-    """Search as `mse_scales` does, each weight's squared error multiplied by its curvature.
-
-    scale = argmin over f in MSE_FACTORS of sum h (w - dequantize(quantize(w, s_f)))^2. Inside a
-    group h counts relative to the group's largest, which changes no argmin and keeps a curvature of
-    1e-38 from vanishing in the product.
-
-    Args:
-        weight: (out, in) float32, bfloat16 or float16; `group_size` divides in.
-        curvature: (in,) or (out, in) float32, >= 0, finite.
-        group_size: neighbours in a row that share a scale.
-        dtype: dtype the scales are stored in; candidates are rounded to it before they are judged.
-        empty: where temporaries come from.
-    Returns:
-        (out, in / group_size) of `dtype`, > 0. A group whose curvature is zero throughout keeps
-        absmax's scale, and so do groups with NaN or infinity.
-    Source: `mse_scales`, with the second-order loss of OBS (Hassibi and Stork 1993), diagonal.
-    """
-    groups = _groups(curvature.view(-1, weight.shape[1]), weight.shape[1] // group_size)
-    peak = groups.amax(-1, keepdim=True)
-    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
-    relative = torch.div(groups, peak, out=empty(tuple(groups.shape), torch.float32))
-    return _search_scales(weight, relative, group_size, dtype, empty)
-
-
-def _search_scales(
-    weight: Tensor, importance: Tensor | None, group_size: int, dtype: torch.dtype, empty: Empty
-) -> Tensor:
-    count = weight.shape[1] // group_size
-    absmax = _absmax(weight, count, empty).div_(HALF_RANGE)
-    weight = weight.float()
-    best = _round_scales(absmax, dtype)
-    best_error: Tensor | None = None
-    buffers = Scratch()
-    for factor in MSE_FACTORS:
-        buffers.reset()
-        candidate = _round_scales(absmax * factor, dtype)
-        codes = quantize(weight, candidate, empty=buffers)
-        error = dequantize(codes, candidate, empty=buffers).sub_(weight).square_()
-        error = _groups(error, count)
-        error = (error if importance is None else error.mul_(importance)).sum(-1)
-        if best_error is None:
-            best_error = error
-            continue
-        better = error < best_error
-        best = torch.where(better, candidate, best)
-        best_error = torch.where(better, error, best_error)
-    return best
-
-
-def quantize(weight: Tensor, scales: Tensor, *, empty: Empty = _torch_empty) -> Tensor:
+def quantize(weight: Tensor, scales: Tensor, *, empty: Empty = torch_empty) -> Tensor:
     """Round each weight to its group's grid.
 
     q = clamp(round(w / scale), -8, 7), halves to even.
@@ -219,13 +132,13 @@ def quantize(weight: Tensor, scales: Tensor, *, empty: Empty = _torch_empty) -> 
         float32, so a weight is
     rounded once.
     """
-    groups = _groups(weight, scales.shape[1])
+    groups = groups_of(weight, scales.shape[1])
     ratio = empty(tuple(groups.shape), torch.float32)
     torch.div(groups, scales.float().unsqueeze(-1), out=ratio)
     return ratio.round_().clamp_(CODE_MIN, CODE_MAX).view(weight.shape)
 
 
-def dequantize(codes: Tensor, scales: Tensor, *, empty: Empty = _torch_empty) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, *, empty: Empty = torch_empty) -> Tensor:
     """Give back the weights that the base stands for, exactly as a reader of it sees them.
 
     w = q * scale, rounded once to the dtype of the scales.
@@ -240,14 +153,14 @@ def dequantize(codes: Tensor, scales: Tensor, *, empty: Empty = _torch_empty) ->
     """
     shape = tuple(codes.shape)
     product = empty(shape, torch.float32)
-    groups = _groups(product, scales.shape[1])
-    torch.mul(_groups(codes, scales.shape[1]), scales.float().unsqueeze(-1), out=groups)
+    groups = groups_of(product, scales.shape[1])
+    torch.mul(groups_of(codes, scales.shape[1]), scales.float().unsqueeze(-1), out=groups)
     if scales.dtype == torch.float32:
         return product
     return product.copy_(empty(shape, scales.dtype).copy_(product))
 
 
-def pack_int4(codes: Tensor, *, empty: Empty = _torch_empty) -> Tensor:
+def pack_int4(codes: Tensor, *, empty: Empty = torch_empty) -> Tensor:
     """Put eight codes into each int32: column 8w+i of a row in bits 4i..4i+3 of word w, as q + 8.
 
     Codes -8 -7 ... -1 pack to the word 0x76543210.
@@ -280,7 +193,7 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return nibbles.flatten(-2).to(torch.int8).add_(CODE_MIN)
 
 
-def saliency(residual: Tensor, root_curvature: Tensor, *, empty: Empty = _torch_empty) -> Tensor:
+def saliency(residual: Tensor, root_curvature: Tensor, *, empty: Empty = torch_empty) -> Tensor:
     """Say how much each weight's rounding costs: |r| sqrt(h), which orders like r^2 h.
 
     r^2 h itself leaves float32 where statistics live: r = 1e-4 and h = 1e-30 give 1e-38, the edge
@@ -318,7 +231,7 @@ class TopK:
         stretch: int,
         payloads: Sequence[torch.dtype],
         bar: float | None = None,
-        empty: Empty = _torch_empty,
+        empty: Empty = torch_empty,
     ) -> None:
         """Make room for the candidates.
 
@@ -434,7 +347,7 @@ _EXPONENT = {
 }
 
 
-def all_finite(values: Tensor, *, empty: Empty = _torch_empty) -> bool:
+def all_finite(values: Tensor, *, empty: Empty = torch_empty) -> bool:
     """Tell whether no value is NaN or infinite, ten times faster than `torch.isfinite` does.
 
     Args:

@@ -21,12 +21,13 @@ from ortho_cli.errors import NumericalError
 from ortho_cli.events import Advanced, EventSink, TensorDone, null_sink
 from ortho_cli.ops import as_bytes
 from ortho_cli.plan import TILE_ELEMENTS, TensorPlan, tile_rows
+from ortho_cli.scales import curvature_scales, mse_scales
 from ortho_cli.selection import IGNORED
 from ortho_cli.writer import CHUNK, DataFile, TensorStream
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 NUMPY_DTYPES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64}
-SCALES: dict[str, ops.Scales] = {"absmax": ops.absmax_scales, "mse": ops.mse_scales}
+SCALES: dict[str, ops.Scales] = {"absmax": ops.absmax_scales, "mse": mse_scales}
 
 # Places of a tensor from which the selection's first bar is guessed.
 SAMPLE_BLOCKS = 16
@@ -155,7 +156,7 @@ class Splitter:
         }
         if tensor.scale == "curvature":
             assert curvature is not None
-            scales = ops.curvature_scales(raw, curvature[0], **settings)
+            scales = curvature_scales(raw, curvature[0], **settings)
         else:
             scales = SCALES[str(tensor.scale)](raw, **settings)
         codes = ops.quantize(weight, scales, empty=scratch)

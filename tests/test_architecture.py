@@ -16,7 +16,7 @@ LAYERS = [
     ["__init__"],
     ["errors", "events"],
     ["recipe", "ops"],
-    ["checkpoint"],
+    ["checkpoint", "scales"],
     ["journal"],
     ["writer", "output"],
     ["artifact"],
@@ -72,7 +72,7 @@ def test_only_report_imports_rich_and_only_cli_imports_typer() -> None:
 
 def test_torch_is_imported_only_where_tensors_are_computed() -> None:
     users = {m for m in MODULES if "torch" in imported(tree(m).body)}
-    assert users == {"ops", "curvature", "summary", "split", "decompose"}
+    assert users == {"ops", "scales", "curvature", "summary", "split", "decompose"}
     for module in ("errors", "events", "recipe", "checkpoint", "journal", "writer", "artifact"):
         assert not {n.split(".")[0] for n in imported(tree(module))} & HEAVY, module
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ortho_cli import ops
+from ortho_cli.scales import MSE_FACTORS, curvature_scales, mse_scales
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Values that meet: zeros, exact ties, halves of a step, subnormals, the ends of the range.
@@ -94,7 +95,7 @@ def test_absmax_scales_float16_below_normal_range_keeps_the_weights() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("make", [ops.absmax_scales, ops.mse_scales])
+@pytest.mark.parametrize("make", [ops.absmax_scales, mse_scales])
 def test_scales_group_with_a_bad_weight_is_not_finite(make: ops.Scales, bad: float) -> None:
     for dtype in DTYPES:
         weight = torch.randn(3, 64, dtype=dtype)
@@ -109,7 +110,7 @@ def test_mse_scales_any_weight_never_worse_than_absmax(case: tuple[torch.Tensor,
     weight, group_size = case
     wide = weight.float()
     errors = []
-    for make in (ops.absmax_scales, ops.mse_scales):
+    for make in (ops.absmax_scales, mse_scales):
         scales = make(wide, group_size=group_size, dtype=weight.dtype)
         back = ops.dequantize(ops.quantize(wide, scales), scales)
         error = (back - wide).square().reshape(weight.shape[0], -1, group_size).sum(-1)
@@ -141,12 +142,12 @@ def test_curvature_scales_any_case_have_the_least_weighted_error_of_all_factors(
 ) -> None:
     weight, curvature, group_size = case
     wide = weight.float()
-    found = ops.curvature_scales(weight, curvature, group_size=group_size, dtype=weight.dtype)
+    found = curvature_scales(weight, curvature, group_size=group_size, dtype=weight.dtype)
     plain = reference.absmax_scales(wide, group_size, weight.dtype)
     errors = torch.tensor(reference.curvature_error(wide, curvature, found, group_size))
     smallest = 2.0**-24 if weight.dtype == torch.float16 else torch.finfo(weight.dtype).tiny
     groups = wide.view(len(wide), -1, group_size).abs().amax(-1) / 7.5
-    for factor in ops.MSE_FACTORS:
+    for factor in MSE_FACTORS:
         candidate = (groups * factor).clamp_min(smallest).to(weight.dtype)
         other = torch.tensor(reference.curvature_error(wide, curvature, candidate, group_size))
         room = 1e-4 * other if groups.min() > 1e-15 else torch.inf  # squares vanish in float32
@@ -159,10 +160,10 @@ def test_curvature_scales_any_case_have_the_least_weighted_error_of_all_factors(
 def test_curvature_scales_flat_curvature_equals_mse(case: tuple[torch.Tensor, int]) -> None:
     weight, group_size = case
     settings_ = {"group_size": group_size, "dtype": weight.dtype}
-    expected = ops.mse_scales(weight, **settings_)
+    expected = mse_scales(weight, **settings_)
     for flat in (1e-38, 0.25, 3e38):
         for shape in (weight.shape, weight.shape[1:]):
-            found = ops.curvature_scales(weight, torch.full(shape, flat), **settings_)
+            found = curvature_scales(weight, torch.full(shape, flat), **settings_)
             assert torch.equal(found, expected)
 
 
@@ -198,7 +199,7 @@ def test_is_curvature_refuses_any_bad_value_and_no_good_one(dtype: torch.dtype, 
 def test_mse_scales_gaussian_weight_is_better_by_a_decibel() -> None:
     weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
     found = []
-    for make in (ops.absmax_scales, ops.mse_scales):
+    for make in (ops.absmax_scales, mse_scales):
         scales = make(weight, group_size=128, dtype=torch.float32)
         found.append(
             reference.decibels(weight, ops.dequantize(ops.quantize(weight, scales), scales))

@@ -146,9 +146,12 @@ def test_load_recipe_unknown_name_lists_what_there_is() -> None:
 
 @pytest.mark.parametrize("name", recipe.built_in())
 def test_built_in_recipe_loads_and_its_header_is_its_command(name: str) -> None:
-    recipe.load_recipe(name)
+    loaded = recipe.load_recipe(name)
+    needs = "curvature" in (loaded.base.scale, loaded.saliency.kind)
     lines = (recipe.recipe_folder() / f"{name}.yaml").read_text().splitlines()
-    assert lines[1] == f"#   ortho decompose MODEL --recipe {name}"
+    assert lines[1] == f"#   ortho decompose MODEL --recipe {name}" + (
+        " --stats stats.safetensors" if needs else ""
+    )
     assert len(lines) <= 40
 
 

@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ortho_cli import decompose as work
-from ortho_cli import ops, plan, recipe
+from ortho_cli import plan, recipe
 from ortho_cli.artifact import open_artifact
 from ortho_cli.checkpoint import open_checkpoint
 from ortho_cli.errors import CalibrationError, NumericalError, OrthoError, RecipeError
 from ortho_cli.events import Advanced, Event, TensorDone
 from ortho_cli.journal import work_folder
+from ortho_cli.scales import curvature_scales
 from ortho_cli.split import Splitter
 from ortho_cli.statistics import describe, is_statistics, open_statistics
 from ortho_cli.verify import verify
@@ -82,7 +83,7 @@ def check_tensor(
     module, wide = name.removesuffix(".weight"), weight.float()
     group_size = weight.shape[1] // base[f"{module}.weight_scale"].shape[1]
     if scale == "curvature":
-        scales = ops.curvature_scales(weight, curvature, group_size=group_size, dtype=weight.dtype)
+        scales = curvature_scales(weight, curvature, group_size=group_size, dtype=weight.dtype)
     else:
         scales = reference.absmax_scales(wide, group_size, weight.dtype)
     assert torch.equal(base[f"{module}.weight_scale"], scales)
