@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ortho_cli import __version__, artifact, models, statistics
 from ortho_cli.artifact import canonical_json, module_of
-from ortho_cli.checkpoint import Checkpoint, ShardReader, TensorInfo
 from ortho_cli.capture import (
     TOP_SHARE,
     Capture,
@@ -30,6 +29,7 @@ from ortho_cli.capture import (
     logit_gradient,
     top_overlap,
 )
+from ortho_cli.checkpoint import Checkpoint, ShardReader, TensorInfo
 from ortho_cli.data import TokenSequence, forget_sequences, read_rows, retain_sequences
 from ortho_cli.errors import CalibrationError, Interrupted, RecipeError
 from ortho_cli.events import EventSink, Finishing, Measuring, Noted, SequencesDone, null_sink

@@ -75,6 +75,12 @@ SchemaOption = Annotated[
         is_eager=True,
     ),
 ]
+StatsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--stats", metavar="FILE", help="Curvature statistics, as `ortho calibrate` writes them."
+    ),
+]
 WorkersOption = Annotated[
     int | None,
     typer.Option(
@@ -115,6 +121,7 @@ def decompose(
             "--out", "-o", help="The folder to make.  [default: MODEL-ortho, beside MODEL]"
         ),
     ] = None,
+    stats: StatsOption = None,
     recipe: RecipeOption = None,
     sets: SetOption = None,
     force: Annotated[
@@ -143,9 +150,9 @@ def decompose(
     from ortho_cli.output import check_output, check_space, files_of
     from ortho_cli.plan import check_memory
 
-    checkpoint, plan = _plan(model, recipe, sets, workers, device)
+    checkpoint, plan = _plan(model, stats, recipe, sets, workers, device)
     target = out or _default_out(model)
-    check_output(target, files_of(checkpoint), force=force, is_ours=is_artifact)
+    check_output(target, files_of(checkpoint, *plan.inputs), force=force, is_ours=is_artifact)
     check_space(plan.bytes_on_disk, target)
     check_memory(plan)
     if dry_run:
@@ -249,11 +256,12 @@ def calibrate(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint or an artifact.")],
+    path: Annotated[Path, typer.Argument(help="A checkpoint, an artifact or statistics.")],
     verify: Annotated[
         bool,
         typer.Option("--verify", help="Read every byte of an artifact and check every digest."),
     ] = False,
+    stats: StatsOption = None,
     recipe: RecipeOption = None,
     sets: SetOption = None,
     workers: WorkersOption = None,
@@ -263,23 +271,33 @@ def inspect(
     verbose: VerboseOption = False,
     schema: SchemaOption = False,
 ) -> None:
-    """Show what would be split of a checkpoint, or what an artifact holds."""
+    """Show what would be split of a checkpoint, or what an artifact or statistics file holds."""
     from ortho_cli import artifact, report
     from ortho_cli import verify as reading
+    from ortho_cli.statistics import is_statistics
 
     _check_device(device)
+    if is_statistics(path):
+        if recipe or sets or stats:
+            raise UsageError(
+                f"`{path}` is a statistics file, made by the recipe that it holds",
+                hint="leave --stats, --recipe and --set out",
+            )
+        _show_statistics(path, verify=verify, as_json=as_json, quiet=quiet, verbose=verbose)
+        return
     if not artifact.is_artifact(path, damaged=True):
         if verify and path.exists():
             raise UsageError(
-                f"`{path}` is no artifact, and --verify checks artifacts", hint="leave --verify out"
+                f"`{path}` is no artifact, and --verify checks artifacts and statistics",
+                hint="leave --verify out",
             )
-        _, plan = _plan(path, recipe, sets, workers, "auto")
+        _, plan = _plan(path, stats, recipe, sets, workers, "auto")
         _show_plan(plan, path, as_json=as_json, quiet=quiet)
         return
-    if recipe or sets:
+    if recipe or sets or stats:
         raise UsageError(
             f"`{path}` is an artifact, made by the recipe that it holds",
-            hint="leave --recipe and --set out",
+            hint="leave --stats, --recipe and --set out",
         )
     found = artifact.open_artifact(path if path.is_dir() else path.parent)
     document = reading.describe(found)
@@ -292,17 +310,43 @@ def inspect(
         report.print_artifact(document, folder=str(path))
 
 
+def _show_statistics(
+    path: Path, *, verify: bool, as_json: bool, quiet: bool, verbose: bool
+) -> None:
+    from ortho_cli import report, statistics
+
+    found = statistics.open_statistics(path)
+    document = statistics.describe(found)
+    if verify:
+        with report.ProgressSink("verify", quiet=quiet, verbose=verbose) as sink:
+            document["verified"] = statistics.verify(found, on_event=sink)
+    if as_json:
+        report.print_json(document)
+    elif not quiet:
+        report.print_statistics(document, path=str(path))
+
+
 def _plan(
-    model: Path, recipe: str | None, sets: list[str] | None, workers: int | None, device: str
+    model: Path,
+    stats: Path | None,
+    recipe: str | None,
+    sets: list[str] | None,
+    workers: int | None,
+    device: str,
 ) -> tuple[Any, Plan]:
     from ortho_cli.checkpoint import open_checkpoint
     from ortho_cli.plan import make_plan
     from ortho_cli.recipe import load_recipe
+    from ortho_cli.statistics import check_model, open_statistics
 
     _check_device(device)
     settings = load_recipe(recipe, sets or ())
     checkpoint = open_checkpoint(model)
-    return checkpoint, make_plan(checkpoint, settings, workers=workers or _cores())
+    found = open_statistics(stats) if stats else None
+    plan = make_plan(checkpoint, settings, statistics=found, workers=workers or _cores())
+    if found is not None:
+        check_model(found, checkpoint, [tensor.source for tensor in plan.split])
+    return checkpoint, plan
 
 
 def _check_device(device: str) -> None:

@@ -30,12 +30,14 @@ from ortho_cli.artifact import (
     canonical_json,
 )
 from ortho_cli.checkpoint import Checkpoint, ShardReader
+from ortho_cli.curvature import CurvatureReader
 from ortho_cli.errors import Interrupted
 from ortho_cli.events import EventSink, Finishing, Noted, Started, null_sink
 from ortho_cli.journal import WorkFolder, recover, unwritable
 from ortho_cli.output import check_output, check_space, files_of, resolve_output
 from ortho_cli.plan import Plan, TensorPlan
 from ortho_cli.split import Entry, Splitter, is_sound
+from ortho_cli.statistics import check_model
 from ortho_cli.summary import make_config, make_report
 from ortho_cli.writer import DataFile, GrowingSha256, plan_layout
 
@@ -67,6 +69,7 @@ def decompose(
         The report, as written to report.json.
     Raises:
         CheckpointError: the source changed or is shorter than its header says.
+        CalibrationError: the statistics are of another model, damaged, or no curvature.
         NumericalError: a weight that is to be split is NaN or infinite.
         OutputExistsError: something is at `out`, or half-done work of another plan beside it.
         ResourceError: the disk is full or closed to us.
@@ -74,36 +77,48 @@ def decompose(
     """
     out = resolve_output(out)
     recover(out)
-    check_output(out, files_of(checkpoint), force=force, is_ours=artifact.is_artifact)
+    sources = files_of(checkpoint, *plan.inputs)
+    check_output(out, sources, force=force, is_ours=artifact.is_artifact)
     check_space(plan.bytes_on_disk, out)
-    identity = {
+    if plan.statistics is not None:
+        check_model(plan.statistics, checkpoint, [tensor.source for tensor in plan.split])
+    identity: Entry = {
         "plan": plan.sha256,
         "source": [[shard.name, shard.size, shard.mtime_ns] for shard in checkpoint.shards],
         "version": [__version__, torch.__version__],
         "files": {BASE_FILE: plan.base.size, ORTHO_FILE: plan.ortho.size},
     }
+    if plan.statistics is not None:
+        shard = plan.statistics.shard
+        identity["statistics"] = [shard.name, shard.size, shard.mtime_ns]
     tensors = {tensor.name: tensor for tensor in plan.tensors}
 
     def is_known(entry: Entry) -> bool:
-        return entry["name"] in tensors and is_sound(entry, tensors[entry["name"]])
+        tensor = tensors.get(entry["name"])
+        measured = plan.statistics is not None
+        return tensor is not None and is_sound(entry, tensor, curvature=measured)
 
+    curvature: CurvatureReader | None = None
     reader = ShardReader(checkpoint)
     threads, interval = torch.get_num_threads(), sys.getswitchinterval()
     torch.set_num_threads(1)  # parallel over tensors, not inside an operation
     # Workers hold the interpreter for microseconds; waiting the usual 5 ms for it costs 5 %.
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
+        curvature = CurvatureReader(plan.statistics) if plan.statistics else None
         with (
             WorkFolder(out, identity=identity, force=force, is_sound=is_known) as work,
             _interruptible(plan, work),
         ):
-            report = _Job(plan, checkpoint, reader, work, on_event).run()
+            report = _Job(plan, checkpoint, reader, curvature, work, on_event).run()
             work.publish(may_replace=lambda there: force and artifact.is_artifact(there))
             return report
     finally:
         torch.set_num_threads(threads)
         sys.setswitchinterval(interval)
         reader.close()
+        if curvature:
+            curvature.close()
 
 
 @contextmanager
@@ -131,12 +146,13 @@ class _Job:
         plan: Plan,
         checkpoint: Checkpoint,
         reader: ShardReader,
+        curvature: CurvatureReader | None,
         work: WorkFolder,
         on_event: EventSink,
     ) -> None:
         self._plan = plan
         self._checkpoint = checkpoint
-        self._reader = reader
+        self._reader, self._curvature = reader, curvature
         self._work = work
         self._on_event = on_event
         self._event_lock = threading.Lock()
@@ -162,6 +178,8 @@ class _Job:
         base_sha256 = self._work_through([t for t in plan.tensors if t.name not in done])
         self._emit(Finishing(step="digests"))
         self._reader.check_unchanged()
+        if self._curvature:
+            self._curvature.check_unchanged()
         entries = [done[tensor.name] for tensor in plan.tensors]
         digest = artifact.source_digest(
             (t.name, t.source.dtype, t.source.shape, done[t.name]["source_blake3"])
@@ -243,6 +261,8 @@ class _Job:
                     self._base,
                     self._ortho,
                     group_size=self._plan.group_size,
+                    curvature=self._curvature,
+                    by_curvature=self._plan.recipe.saliency.kind == "curvature",
                     stop=self._stop,
                     on_event=self._emit,
                 )

@@ -176,9 +176,8 @@ class WorkFolder:
     ) -> None:
         """Close everything; keep the folder only if another run can go on in it."""
         # A source that must be repaired is another source then: work on this one is of no use.
-        useless = not self.done or isinstance(
-            error, CalibrationError | CheckpointError | NumericalError
-        )
+        repaired = CheckpointError | CalibrationError | NumericalError
+        useless = not self.done or isinstance(error, repaired)
         if error is not None and useless and not self.published:
             with contextlib.suppress(OSError):
                 self._lock.remove_folder()

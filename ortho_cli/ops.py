@@ -1,4 +1,4 @@
-"""The mathematics of a split: group scales, INT4 codes, packing, exact top-k, CSR, decibels.
+"""The mathematics of a split: group scales, INT4 codes, packing, saliency, exact top-k, CSR.
 
 Pure functions on CPU tensors, float32 inside, no IO. Weights are `(out_features, in_features)`; a
 group is `group_size` neighbours inside one row and never crosses rows. Every function that needs
@@ -10,7 +10,7 @@ arithmetic).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 Scales = Callable[..., Tensor]
 
 
-def _torch_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def torch_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Take fresh room."""
     return torch.empty(shape, dtype=dtype)
 
 
@@ -72,13 +73,14 @@ def _smallest_scale(dtype: torch.dtype) -> float:
     return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).smallest_normal
 
 
-def _groups(weight: Tensor, count: int) -> Tensor:
+def groups_of(weight: Tensor, count: int) -> Tensor:
+    """Look at a weight as (out, count, group_size)."""
     return weight.reshape(weight.shape[0], count, -1)
 
 
-def _absmax(weight: Tensor, count: int, empty: Empty) -> Tensor:
+def absmax(weight: Tensor, count: int, empty: Empty) -> Tensor:
     """Largest magnitude of each group, float32; NaN where the group holds one."""
-    groups = _groups(weight, count)
+    groups = groups_of(weight, count)
     if weight.dtype == torch.float32:
         return torch.abs(groups, out=empty(tuple(groups.shape), torch.float32)).amax(-1)
     # Without the sign, halves order like the integers they are made of, NaN above infinity.
@@ -87,12 +89,13 @@ def _absmax(weight: Tensor, count: int, empty: Empty) -> Tensor:
     return magnitude.amax(-1).view(weight.dtype).float()
 
 
-def _round_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+def round_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round scales to the dtype they are stored in, never to 0."""
     return scales.clamp_min(_smallest_scale(dtype)).to(dtype)
 
 
 def absmax_scales(
-    weight: Tensor, *, group_size: int, dtype: torch.dtype, empty: Empty = _torch_empty
+    weight: Tensor, *, group_size: int, dtype: torch.dtype, empty: Empty = torch_empty
 ) -> Tensor:
     """Scale each group so that its largest magnitude lands half a step inside the INT4 range.
 
@@ -111,61 +114,10 @@ def absmax_scales(
         which get an epsilon there.
     """
     count = weight.shape[1] // group_size
-    return _round_scales(_absmax(weight, count, empty).div_(HALF_RANGE), dtype)
+    return round_scales(absmax(weight, count, empty).div_(HALF_RANGE), dtype)
 
 
-# Tried in this order. 7.5/7 and 7.5/8 put the largest magnitude exactly on code 7 or -8.
-MSE_FACTORS = (
-    1.0,
-    7.5 / 7,
-    7.5 / 8,
-    1.04,
-    1.02,
-    *(round(0.98 - 0.02 * step, 2) for step in range(25)),
-)
-
-
-def mse_scales(
-    weight: Tensor, *, group_size: int, dtype: torch.dtype, empty: Empty = _torch_empty
-) -> Tensor:
-    """Search each group's scale for the smallest squared error of what will be stored.
-
-    scale = argmin over f in MSE_FACTORS of sum (w - dequantize(quantize(w, s_f)))^2,  s_f = f *
-    max|w| / 7.5.
-
-    Args:
-        weight: (out, in) float32, bfloat16 or float16; `group_size` divides in.
-        group_size: neighbours in a row that share a scale.
-        dtype: dtype the scales are stored in; candidates are rounded to it before they are judged.
-        empty: where temporaries come from.
-    Returns:
-        (out, in / group_size) of `dtype`, > 0; the first factor of equals wins, so the error is
-        never above absmax's. Groups with NaN or infinity keep absmax's scale, which is not finite.
-    Source: the clipping search of AWQ (arXiv:2306.00978, section 3.2), with plain squared error per
-        group.
-    """
-    count = weight.shape[1] // group_size
-    absmax = _absmax(weight, count, empty).div_(HALF_RANGE)
-    weight = weight.float()
-    best = _round_scales(absmax, dtype)
-    best_error: Tensor | None = None
-    buffers = Scratch()
-    for factor in MSE_FACTORS:
-        buffers.reset()
-        candidate = _round_scales(absmax * factor, dtype)
-        codes = quantize(weight, candidate, empty=buffers)
-        error = dequantize(codes, candidate, empty=buffers).sub_(weight).square_()
-        error = _groups(error, count).sum(-1)
-        if best_error is None:
-            best_error = error
-            continue
-        better = error < best_error
-        best = torch.where(better, candidate, best)
-        best_error = torch.where(better, error, best_error)
-    return best
-
-
-def quantize(weight: Tensor, scales: Tensor, *, empty: Empty = _torch_empty) -> Tensor:
+def quantize(weight: Tensor, scales: Tensor, *, empty: Empty = torch_empty) -> Tensor:
     """Round each weight to its group's grid.
 
     q = clamp(round(w / scale), -8, 7), halves to even.
@@ -180,13 +132,13 @@ def quantize(weight: Tensor, scales: Tensor, *, empty: Empty = _torch_empty) -> 
         float32, so a weight is
     rounded once.
     """
-    groups = _groups(weight, scales.shape[1])
+    groups = groups_of(weight, scales.shape[1])
     ratio = empty(tuple(groups.shape), torch.float32)
     torch.div(groups, scales.float().unsqueeze(-1), out=ratio)
     return ratio.round_().clamp_(CODE_MIN, CODE_MAX).view(weight.shape)
 
 
-def dequantize(codes: Tensor, scales: Tensor, *, empty: Empty = _torch_empty) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, *, empty: Empty = torch_empty) -> Tensor:
     """Give back the weights that the base stands for, exactly as a reader of it sees them.
 
     w = q * scale, rounded once to the dtype of the scales.
@@ -201,14 +153,14 @@ def dequantize(codes: Tensor, scales: Tensor, *, empty: Empty = _torch_empty) ->
     """
     shape = tuple(codes.shape)
     product = empty(shape, torch.float32)
-    groups = _groups(product, scales.shape[1])
-    torch.mul(_groups(codes, scales.shape[1]), scales.float().unsqueeze(-1), out=groups)
+    groups = groups_of(product, scales.shape[1])
+    torch.mul(groups_of(codes, scales.shape[1]), scales.float().unsqueeze(-1), out=groups)
     if scales.dtype == torch.float32:
         return product
     return product.copy_(empty(shape, scales.dtype).copy_(product))
 
 
-def pack_int4(codes: Tensor, *, empty: Empty = _torch_empty) -> Tensor:
+def pack_int4(codes: Tensor, *, empty: Empty = torch_empty) -> Tensor:
     """Put eight codes into each int32: column 8w+i of a row in bits 4i..4i+3 of word w, as q + 8.
 
     Codes -8 -7 ... -1 pack to the word 0x76543210.
@@ -241,6 +193,25 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return nibbles.flatten(-2).to(torch.int8).add_(CODE_MIN)
 
 
+def saliency(residual: Tensor, root_curvature: Tensor, *, empty: Empty = torch_empty) -> Tensor:
+    """Say how much each weight's rounding costs: |r| sqrt(h), which orders like r^2 h.
+
+    r^2 h itself leaves float32 where statistics live: r = 1e-4 and h = 1e-30 give 1e-38, the edge
+    of the normal range, below which values merge and then are zero. Its root, formed from roots, is
+    1e-19, and its own squares are summed in float64 where they must be (`squared_norm`).
+
+    Args:
+        residual: (out, in) float32, finite.
+        root_curvature: sqrt(h), (in,) or (out, in) float32, >= 0, finite.
+        empty: where the result comes from.
+    Returns:
+        (out, in) float32, >= 0.
+    Source: OBS (Hassibi and Stork 1993) with a diagonal Hessian; SpQR (arXiv:2306.03078).
+    """
+    found = torch.abs(residual, out=empty(tuple(residual.shape), torch.float32))
+    return found.mul_(root_curvature)
+
+
 class TopK:
     """The k largest of a stream of saliencies, exactly k of them, in one pass.
 
@@ -258,9 +229,9 @@ class TopK:
         *,
         length: int,
         stretch: int,
-        payload: torch.dtype,
+        payloads: Sequence[torch.dtype],
         bar: float | None = None,
-        empty: Empty = _torch_empty,
+        empty: Empty = torch_empty,
     ) -> None:
         """Make room for the candidates.
 
@@ -268,7 +239,7 @@ class TopK:
             k: entries to select, 0 <= k <= length.
             length: entries of the whole stream.
             stretch: most entries of one `push`.
-            payload: dtype of what is carried along with each entry.
+            payloads: dtypes of what is carried along with each entry.
             bar: a guess below the k-th largest, which saves room and time; if it was too high, the
                 stream ends `short` and has to be pushed again without it.
             empty: where the buffers come from; they are in use until the result of `finish` is.
@@ -282,17 +253,23 @@ class TopK:
         self._indices: npt.NDArray[np.integer[Any]] = empty(room, wide).numpy()
         self._saliency: npt.NDArray[np.float32] = empty(room, torch.float32).numpy()
         self._sorted: npt.NDArray[np.float32] = empty(room, torch.float32).numpy()
-        self._payload: npt.NDArray[np.generic] = empty(room, payload).numpy()
+        self._payloads: list[npt.NDArray[np.generic]] = [
+            empty(room, dtype).numpy() for dtype in payloads
+        ]
         self._above: npt.NDArray[np.bool_] = empty((stretch,), torch.bool).numpy()
 
     def push(
-        self, saliency: npt.NDArray[np.float32], payload: npt.NDArray[np.generic], *, start: int
+        self,
+        saliency: npt.NDArray[np.float32],
+        payloads: Sequence[npt.NDArray[np.generic]],
+        *,
+        start: int,
     ) -> None:
         """Take the next stretch of the stream.
 
         Args:
             saliency: (n,) float32.
-            payload: (n,), carried along.
+            payloads: (n,) each, carried along.
             start: flat index of the first entry; stretches come in ascending order.
         """
         if not self._count and not self._guessed and 0 < self._k < saliency.size:
@@ -302,7 +279,8 @@ class TopK:
         here = slice(self._count, self._count + found.size)
         np.add(found, start, out=self._indices[here], casting="same_kind")
         np.take(saliency, found, out=self._saliency[here], mode="clip")
-        np.take(payload, found, out=self._payload[here], mode="clip")
+        for held, payload in zip(self._payloads, payloads, strict=True):
+            np.take(payload, found, out=held[here], mode="clip")
         self._count += found.size
         if self._count > 2 * self._k:
             self._prune()
@@ -320,7 +298,7 @@ class TopK:
         if keep.size > self._k:
             ties = np.flatnonzero(held[keep] == self._bar)
             keep = np.delete(keep, ties[self._k - keep.size :])
-        for column in (self._indices, self._saliency, self._payload):
+        for column in (self._indices, self._saliency, *self._payloads):
             column[: self._k] = column[keep]
         self._count = self._k
 
@@ -331,16 +309,19 @@ class TopK:
 
     def finish(
         self,
-    ) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.float32], npt.NDArray[np.generic]]:
+    ) -> tuple[
+        npt.NDArray[np.integer[Any]], npt.NDArray[np.float32], list[npt.NDArray[np.generic]]
+    ]:
         """Close the stream.
 
         Returns:
-            indices (k,) int32 or int64 ascending; saliency (k,) float32 and payload (k,) in the
+            indices (k,) int32 or int64 ascending; saliency (k,) float32 and payloads (k,) in the
             order of the indices.
         """
         if self._count > self._k:
             self._prune()
-        return self._indices[: self._k], self._saliency[: self._k], self._payload[: self._k]
+        payloads = [column[: self._k] for column in self._payloads]
+        return self._indices[: self._k], self._saliency[: self._k], payloads
 
 
 def crow_indices(
@@ -366,7 +347,7 @@ _EXPONENT = {
 }
 
 
-def all_finite(values: Tensor, *, empty: Empty = _torch_empty) -> bool:
+def all_finite(values: Tensor, *, empty: Empty = torch_empty) -> bool:
     """Tell whether no value is NaN or infinite, ten times faster than `torch.isfinite` does.
 
     Args:
@@ -379,14 +360,37 @@ def all_finite(values: Tensor, *, empty: Empty = _torch_empty) -> bool:
     return int(masked.max()) < exponent
 
 
-def squared_norm(values: Tensor) -> float:
+def is_curvature(values: Tensor) -> bool:
+    """Tell whether every value is finite and >= 0, as a mean of squares is.
+
+    Args:
+        values: any shape, bfloat16, float16 or float32, contiguous, not empty.
+    """
+    integer, exponent = _EXPONENT[values.dtype]
+    low, high = torch.aminmax(values.view(integer))  # the sign bit makes an integer negative, too
+    if low >= 0 and high < exponent:
+        return True
+    return bool(((values >= 0) & torch.isfinite(values)).all())  # -0.0 is no harm
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """Look at a tensor's bytes in place."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def squared_norm(values: Tensor, *, wide: Tensor | None = None) -> float:
     """Sum of squares; exact enough for decibels also where float32 squares overflow or vanish.
 
     Args:
         values: any shape, float32, contiguous.
+        wide: float64 room of the same shape, to sum in float64 throughout: where nearly all of a
+            sum is taken from it again, what float32 rounds off is more than what is left.
     Returns:
         A finite float >= 0, NaN or infinity only if a value is.
     """
+    if wide is not None:
+        flat = wide.copy_(values).view(-1)
+        return float(torch.dot(flat, flat))
     flat = values.view(-1)
     total = float(torch.dot(flat, flat))
     if 1e-30 < total < math.inf:

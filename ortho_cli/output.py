@@ -26,9 +26,9 @@ def resolve_output(out: Path) -> Path:
         ) from None
 
 
-def files_of(checkpoint: Checkpoint) -> list[Path]:
-    """Name what a checkpoint is read from: the path given first, then its shards."""
-    return [checkpoint.path, *(shard.path for shard in checkpoint.shards)]
+def files_of(checkpoint: Checkpoint, *more: Path) -> list[Path]:
+    """Name what is read: the checkpoint's path as given, its shards, and `more`."""
+    return [checkpoint.path, *(shard.path for shard in checkpoint.shards), *more]
 
 
 def check_output(

@@ -17,8 +17,9 @@ from ortho_cli.artifact import canonical_json
 from ortho_cli.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.errors import CheckpointError, RecipeError, ResourceError
 from ortho_cli.journal import PARTIAL
-from ortho_cli.recipe import GROUP_SIZES, Recipe, Scale, matches
+from ortho_cli.recipe import GROUP_SIZES, Recipe, Saliency, Scale, matches
 from ortho_cli.selection import select
+from ortho_cli.statistics import Statistics, check_weights
 from ortho_cli.writer import CHUNK, Layout, TensorSpec, plan_layout
 
 TILE_ELEMENTS = (
@@ -66,11 +67,17 @@ class Plan:
     sha256: str
     peak_bytes: int
     workers: int
+    statistics: Statistics | None
 
     @property
     def split(self) -> tuple[TensorPlan, ...]:
         """The tensors that are split."""
         return tuple(tensor for tensor in self.tensors if tensor.action == "split")
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Files that are read beside the checkpoint."""
+        return (self.statistics.path,) if self.statistics else ()
 
     @property
     def weights(self) -> int:
@@ -108,6 +115,7 @@ class Plan:
             "plan_sha256": self.sha256,
             "recipe": self.recipe.canonical(),
             "group_size": self.group_size,
+            "statistics": self.statistics.summary() if self.statistics else None,
             "totals": {
                 "tensors": len(self.tensors),
                 "split_tensors": len(self.split),
@@ -159,20 +167,29 @@ def _regions(specs: Iterable[TensorSpec], layout: Layout) -> dict[str, dict[str,
     return {spec.key: asdict(layout.regions[spec.key]) for spec in specs}
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, workers: int = 1) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    *,
+    statistics: Statistics | None = None,
+    workers: int = 1,
+) -> Plan:
     """Decide everything that headers and the recipe decide.
 
     Args:
         checkpoint: the source's index.
-        recipe: validated settings.
+        recipe: validated settings; in the plan, `saliency.kind` is what it comes to.
+        statistics: curvature of the source, for a recipe that uses it.
         workers: threads that will work; changes only the peak memory.
     Raises:
         RecipeError: a target or override matches nothing, group_size does not divide, siblings
-            would differ.
+            would differ; curvature without statistics, or statistics without a use.
+        CalibrationError: statistics lack a tensor that is split, or were measured in another shape.
         CheckpointError: the source is quantized already, or holds weights that should be split and
             cannot be.
     """
     refuse_quantized(checkpoint)
+    recipe = _resolve(recipe, statistics)
     reasons = select(checkpoint, recipe)
     split = [tensor for tensor in checkpoint.tensors if reasons[tensor.name] is None]
     group_size = _group_size(split, recipe)
@@ -181,7 +198,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, workers: int = 1) -> Pl
         for tensor in checkpoint.tensors
     )
     _check_overrides(recipe, [tensor.name for tensor in split])
-    sha256 = _sha256(tensors, recipe, group_size)
+    _check_use(recipe, tensors, statistics)
+    if statistics is not None:
+        check_weights(statistics, split)
+    sha256 = _sha256(tensors, recipe, group_size, statistics)
     canonical = canonical_json(recipe.canonical())
     common = {"plan_sha256": sha256, "recipe": canonical, "version": __version__}
     base = plan_layout(_unique(checkpoint, tensors, "base"), artifact.base_metadata(**common))
@@ -197,9 +217,34 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, workers: int = 1) -> Pl
         ortho=ortho,
         extra_files=tuple((n, s) for n, s in checkpoint.extra_files if not _is_ours(n)),
         sha256=sha256,
-        peak_bytes=_peak_bytes(tensors, workers),
+        peak_bytes=_peak_bytes(tensors, workers, statistics),
         workers=workers,
+        statistics=statistics,
     )
+
+
+def _resolve(recipe: Recipe, statistics: Statistics | None) -> Recipe:
+    """Say what selects weights where the recipe leaves it open."""
+    kind = recipe.saliency.kind or ("residual" if statistics is None else "curvature")
+    return recipe.model_copy(update={"saliency": Saliency(kind=kind)})
+
+
+def _check_use(
+    recipe: Recipe, tensors: tuple[TensorPlan, ...], statistics: Statistics | None
+) -> None:
+    """Refuse curvature without statistics, and statistics that would change nothing."""
+    uses = ["`saliency.kind`"] if recipe.saliency.kind == "curvature" else []
+    uses += [f"the scale of `{tensor.name}`" for tensor in tensors if tensor.scale == "curvature"]
+    if uses and statistics is None:
+        raise RecipeError(
+            f"{uses[0]} is curvature, and no statistics are given",
+            hint="give --stats FILE, as `ortho calibrate` writes it",
+        )
+    if statistics is not None and not uses:
+        raise RecipeError(
+            f"`{statistics.path}` is given, and `saliency.kind` is residual and no scale curvature",
+            hint="leave --stats out, or set saliency.kind or base.scale to curvature",
+        )
 
 
 _OUR_FILES = (
@@ -314,7 +359,12 @@ def _unique(
             yield spec
 
 
-def _sha256(tensors: tuple[TensorPlan, ...], recipe: Recipe, group_size: int) -> str:
+def _sha256(
+    tensors: tuple[TensorPlan, ...],
+    recipe: Recipe,
+    group_size: int,
+    statistics: Statistics | None,
+) -> str:
     content = {
         "format": artifact.FORMAT,
         "version": __version__,
@@ -324,6 +374,8 @@ def _sha256(tensors: tuple[TensorPlan, ...], recipe: Recipe, group_size: int) ->
             [t.name, t.source.dtype, t.source.shape, t.scale, t.density, t.k] for t in tensors
         ],
     }
+    if statistics is not None:
+        content["statistics"] = statistics.digest
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
@@ -332,22 +384,32 @@ def tile_rows(shape: tuple[int, ...]) -> int:
     return max(1, min(shape[0], TILE_ELEMENTS // shape[1]))
 
 
-def _peak_bytes(tensors: tuple[TensorPlan, ...], workers: int) -> int:
+def _peak_bytes(
+    tensors: tuple[TensorPlan, ...], workers: int, statistics: Statistics | None
+) -> int:
     """Bound the buffers of all workers, each on one of the tensors that need most."""
-    needs = sorted((_buffer_bytes(tensor) for tensor in tensors), reverse=True)
-    return MODULES_BYTES + TENSOR_BYTES * len(tensors) + sum(needs[:workers])
+    needs = sorted((_buffer_bytes(tensor, statistics) for tensor in tensors), reverse=True)
+    entries = len(tensors) + (0 if statistics is None else len(statistics.digests))
+    return MODULES_BYTES + TENSOR_BYTES * entries + sum(needs[:workers])
 
 
-def _buffer_bytes(tensor: TensorPlan) -> int:
+def _buffer_bytes(tensor: TensorPlan, statistics: Statistics | None) -> int:
     if tensor.reason is not None:
         return 2 * CHUNK
     numel = tensor.source.numel
     elements = tile_rows(tensor.source.shape) * tensor.source.shape[1]
-    tile = elements * (40 if tensor.scale == "mse" else 24)
+    tile = elements * {"mse": 40, "curvature": 44}.get(str(tensor.scale), 24)
+    more = 0
+    if statistics is not None:
+        # Curvature as read and in float32, its root, saliency, squares; vectors are held whole.
+        tile += elements * (12 if statistics.kind == "gram" else 24) + 16 * sum(tensor.source.shape)
+        more = 4  # the second measure of a candidate
     # Index, two saliencies and value of each candidate; while they are cut back, three copies of k.
     value = tensor.source.nbytes // numel
-    candidates = min(2 * tensor.k + elements, numel) * (8 + (4 if numel < 2**31 else 8) + value)
-    return tile + candidates + (20 if tensor.k < numel else 8) * tensor.k
+    candidates = min(2 * tensor.k + elements, numel) * (
+        8 + (4 if numel < 2**31 else 8) + value + more
+    )
+    return tile + candidates + ((20 if tensor.k < numel else 8) + 2 * more) * tensor.k
 
 
 def check_memory(plan: Plan) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -234,11 +235,15 @@ def print_plan(document: dict[str, Any], *, source: str) -> None:
     if kept:
         console.print(table)
         console.print()
+    told = document["statistics"]
+    kind = document["recipe"]["saliency"]["kind"]
     seconds = max(1, round(totals["bytes_read"] / 5e8 / totals["workers"]))
     for line in (
         f"{source}: {totals['split_tensors']} of {totals['tensors']} tensors split, "
         f"{totals['split_weights'] / totals['weights']:.1%} of {totals['weights']:,} weights, "
         f"group size {document['group_size']}",
+        f"weights kept by {kind}"
+        + (f"; curvature is {told['kind']}, {told['storage']} storage" if told else ""),
         f"base {size(totals['base_bytes'])} + ortho {size(totals['ortho_bytes'])} "
         f"from {size(totals['bytes_read'])}: "
         f"{totals['bits_per_weight']:.2f} bits a weight over the whole model",
@@ -272,7 +277,9 @@ def print_artifact(document: dict[str, Any], *, folder: str) -> None:
     """Print an artifact tensor by tensor, then in total; what a missing ortho would add is `-`."""
     console, totals = make_console(), document.get("totals", {})
     there = document["files"]["ortho.safetensors"] is not None
-    table = _table("split", "module", "shape", "bits", "nnz", "dB at 0", "dB at 1", "kept")
+    weighted = document.get("statistics") is not None
+    more = ("error at 0", "error at 1") if weighted else ()
+    table = _table("split", "module", "shape", "bits", "nnz", "dB at 0", "dB at 1", "kept", *more)
     for tensor in document["tensors"]:
         if tensor["action"] == "split":
             measured = "residual_kept" in tensor
@@ -284,15 +291,22 @@ def print_artifact(document: dict[str, Any], *, folder: str) -> None:
                 _decibels(tensor.get("sqnr_db_alpha_0"), exact=measured),
                 _decibels(tensor.get("sqnr_db_alpha_1"), exact=measured) if there else "-",
                 _number(tensor.get("residual_kept"), ".1%") if there else "-",
+                *(_curvature_errors(tensor, there=there) if weighted else ()),
             )
     console.print(table)
     console.print(
-        "(bits a weight with ortho; SQNR at alpha 0 and 1; kept share of the squared residual)",
+        "(bits a weight with ortho; SQNR at alpha 0 and 1; kept share of the squared residual"
+        + ("; sum of squared residual times curvature at alpha 0 and 1)" if weighted else ")"),
         style="dim",
     )
     console.print()
     for line in _artifact_lines(document, totals, folder):
         console.print(visible(line), soft_wrap=True)
+
+
+def _curvature_errors(figures: dict[str, Any], *, there: bool) -> tuple[str, str]:
+    at_1 = _number(figures.get("curvature_error_alpha_1"), ".3g")
+    return _number(figures.get("curvature_error_alpha_0"), ".3g"), at_1 if there else "-"
 
 
 def _artifact_lines(document: dict[str, Any], totals: dict[str, Any], folder: str) -> list[str]:
@@ -318,6 +332,7 @@ def _artifact_lines(document: dict[str, Any], totals: dict[str, Any], folder: st
             f"{_decibels(totals['sqnr_db_alpha_1'], exact=exact)} dB at alpha 1; "
             f"{totals['nnz']:,} weights kept hold {_number(totals['residual_kept'], '.1%')} of "
             f"the squared residual",
+            *_curvature_lines(document, totals, there=ortho is not None),
             f"source {document['source_digest'][:16]}, plan {document['plan_sha256'][:16]}, "
             f"ortho {document['versions']['ortho']}, torch {document['versions']['torch']}",
         ]
@@ -330,6 +345,53 @@ def _artifact_lines(document: dict[str, Any], totals: dict[str, Any], folder: st
             f"verified {verified['tensors']} tensors, {size(verified['bytes'])}: {checked}"
         )
     return lines
+
+
+def _curvature_lines(
+    document: dict[str, Any], totals: dict[str, Any], *, there: bool
+) -> Iterator[str]:
+    told = document.get("statistics")
+    if told is not None:
+        at_0, at_1 = _curvature_errors(totals, there=there)
+        yield (
+            f"error weighted by curvature ({told.get('kind')}, {told.get('storage')}): {at_0} at "
+            f"alpha 0, {at_1} at alpha 1; "
+            f"{_number(totals.get('saliency_kept'), '.1%')} of the saliency is kept"
+        )
+
+
+def print_statistics(document: dict[str, Any], *, path: str) -> None:
+    """Print what a statistics file holds, tensor by tensor and in total."""
+    console = make_console()
+    entries = document["tensors"]
+    overlap = any("overlap" in entry for entry in entries.values())
+    table = _table("measured", "module", "shape", "mean", *(("overlap",) if overlap else ()))
+    for name, entry in sorted(entries.items()):
+        more = (_number(entry.get("overlap"), ".3f"),) if overlap else ()
+        table.add_row(
+            Text(visible(name.removesuffix(".weight"))),
+            _shape(entry["shape"]),
+            _number(entry.get("mean"), ".3g"),
+            *more,
+        )
+    console.print(table)
+    console.print()
+    lines = [
+        f"{path}: {document['kind']} curvature of {len(entries)} tensors, a {document['unit']} "
+        f"squared at a time, {document['storage']} storage, {size(document['file_bytes'])}"
+    ]
+    for name, told in document["data"].items():
+        lines.append(f"{name} set: {told['sequences']:,} sequences, {told['tokens']:,} tokens")
+    lines.append(f"source {document['source_digest'][:16]}, statistics {document['digest'][:16]}")
+    if document["has_forget"]:
+        lines.append(
+            "warning: gradients of the forget set give its text back; keep this file as private "
+            "as the data"
+        )
+    if verified := document.get("verified"):
+        lines.append(f"verified {verified['tensors']} tensors, {size(verified['bytes'])}")
+    for line in lines:
+        console.print(visible(line), soft_wrap=True)
 
 
 def print_done(document: dict[str, Any]) -> None:

@@ -16,15 +16,18 @@ from torch import Tensor
 from ortho_cli import ops
 from ortho_cli.artifact import BASE_FILE, ORTHO_FILE, module_of
 from ortho_cli.checkpoint import ShardReader
+from ortho_cli.curvature import Curvature, CurvatureReader
 from ortho_cli.errors import NumericalError
 from ortho_cli.events import Advanced, EventSink, TensorDone, null_sink
+from ortho_cli.ops import as_bytes
 from ortho_cli.plan import TILE_ELEMENTS, TensorPlan, tile_rows
+from ortho_cli.scales import curvature_scales, mse_scales
 from ortho_cli.selection import IGNORED
 from ortho_cli.writer import CHUNK, DataFile, TensorStream
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 NUMPY_DTYPES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64}
-SCALES: dict[str, ops.Scales] = {"absmax": ops.absmax_scales, "mse": ops.mse_scales}
+SCALES: dict[str, ops.Scales] = {"absmax": ops.absmax_scales, "mse": mse_scales}
 
 # Places of a tensor from which the selection's first bar is guessed.
 SAMPLE_BLOCKS = 16
@@ -40,6 +43,7 @@ class _Tile:
     scales: Tensor
     codes: Tensor
     residual: Tensor
+    root: Tensor | None  # of the curvature
 
 
 class Splitter:
@@ -52,12 +56,15 @@ class Splitter:
         ortho: DataFile,
         *,
         group_size: int,
+        curvature: CurvatureReader | None = None,
+        by_curvature: bool = False,
         stop: threading.Event,
         on_event: EventSink,
     ) -> None:
-        """Say where tensors come from and go to, and what stops the work."""
+        """Say where tensors come from and go to, what selects a weight, and what stops the work."""
         self._reader, self._base, self._ortho = reader, base, ortho
         self._group_size = group_size
+        self._curvature, self._by_curvature = curvature, by_curvature
         self._stop = stop
         self._on_event = on_event
         self._tile, self._held = ops.Scratch(), ops.Scratch()
@@ -105,7 +112,7 @@ class Splitter:
         return entry or self._split_above(tensor, None, on_event=null_sink) or {}
 
     def _guess_bar(self, tensor: TensorPlan) -> float | None:
-        """Guess from rows all over the tensor what residual the k-th largest will exceed.
+        """Guess from rows all over the tensor what saliency the k-th largest will exceed.
 
         A guess only saves the selection from holding what it would drop again; it is worth its
         reading where the tensor has many tiles.
@@ -118,25 +125,55 @@ class Splitter:
         scratch.reset()
         dtype = TORCH_DTYPES[tensor.source.dtype]
         raw = scratch((block * SAMPLE_BLOCKS, columns), dtype)
-        for i in range(SAMPLE_BLOCKS):
+        starts = [i * rows // SAMPLE_BLOCKS for i in range(SAMPLE_BLOCKS)]
+        for i, start in enumerate(starts):
             piece = as_bytes(raw[i * block : (i + 1) * block])
-            start = i * rows // SAMPLE_BLOCKS * columns * dtype.itemsize
-            self._reader.read_into(piece, tensor.source, start=start)
-        residual = self._quantize(tensor, raw, scratch).residual.abs_().view(-1).numpy()
-        wanted = tensor.k / tensor.source.numel * residual.size
+            self._reader.read_into(piece, tensor.source, start=start * columns * dtype.itemsize)
+        curvature = self._open_curvature(tensor)
+        sampled = curvature.sample(starts, block, empty=scratch) if curvature else None
+        saliency = _flat(self._measures(self._quantize(tensor, raw, sampled, scratch), scratch)[0])
+        wanted = tensor.k / tensor.source.numel * saliency.size
         rank = math.ceil(1.5 * wanted + 3 * math.sqrt(wanted)) + 1  # rows differ: aim low
-        if rank >= residual.size:
+        if rank >= saliency.size:
             return None
-        return float(np.partition(residual, residual.size - rank)[residual.size - rank])
+        return float(np.partition(saliency, saliency.size - rank)[saliency.size - rank])
 
-    def _quantize(self, tensor: TensorPlan, raw: Tensor, scratch: ops.Scratch) -> _Tile:
+    def _open_curvature(self, tensor: TensorPlan) -> Curvature | None:
+        return self._curvature.open(tensor.name) if self._curvature else None
+
+    def _quantize(
+        self,
+        tensor: TensorPlan,
+        raw: Tensor,
+        curvature: tuple[Tensor, Tensor] | None,
+        scratch: ops.Scratch,
+    ) -> _Tile:
         weight = scratch(tuple(raw.shape), torch.float32).copy_(raw)
-        scales = SCALES[str(tensor.scale)](
-            raw, group_size=self._group_size, dtype=raw.dtype, empty=scratch
-        )
+        settings: dict[str, Any] = {
+            "group_size": self._group_size,
+            "dtype": raw.dtype,
+            "empty": scratch,
+        }
+        if tensor.scale == "curvature":
+            assert curvature is not None
+            scales = curvature_scales(raw, curvature[0], **settings)
+        else:
+            scales = SCALES[str(tensor.scale)](raw, **settings)
         codes = ops.quantize(weight, scales, empty=scratch)
         residual = ops.dequantize(codes, scales, empty=scratch).sub_(weight)
-        return _Tile(weight=weight, scales=scales, codes=codes, residual=residual)
+        root = curvature[1] if curvature else None
+        return _Tile(weight=weight, scales=scales, codes=codes, residual=residual, root=root)
+
+    def _measures(self, tile: _Tile, scratch: ops.Scratch) -> list[Tensor]:
+        """Measure what rounding costs, what selects first: |r|, and |r| sqrt(h) with statistics.
+
+        They order like their squares and neither underflow nor round.
+        """
+        weighted = (
+            [] if tile.root is None else [ops.saliency(tile.residual, tile.root, empty=scratch)]
+        )
+        plain = [tile.residual.abs_()]
+        return weighted + plain if self._by_curvature else plain + weighted
 
     def _split_above(
         self, tensor: TensorPlan, bar: float | None, *, on_event: EventSink
@@ -152,14 +189,15 @@ class Splitter:
             part: TensorStream(self._base, f"{module}.{part}")
             for part in ("weight_packed", "weight_scale", "weight_shape")
         }
-        digest, signal, noise = blake3(), 0.0, 0.0
+        curvature = self._open_curvature(tensor)
+        digest, signal, noise = blake3(), 0.0, [0.0, 0.0] if curvature else [0.0]
         step = tile_rows(tensor.source.shape)
         bits = torch.int32 if dtype.itemsize == 4 else torch.int16
         top = ops.TopK(
             tensor.k,
             length=rows * columns,
             stretch=step * columns,
-            payload=bits,
+            payloads=[bits, *(torch.float32 for _ in noise[1:])],
             bar=bar,
             empty=held,
         )
@@ -167,35 +205,47 @@ class Splitter:
             scratch.reset()
             raw = scratch((min(step, rows - row), columns), dtype)
             self._read(tensor, as_bytes(raw), digest, start=row * columns * dtype.itemsize)
-            tile = self._quantize(tensor, raw, scratch)
+            weights = curvature.tile(row, raw.shape[0], empty=scratch) if curvature else None
+            tile = self._quantize(tensor, raw, weights, scratch)
             if not ops.all_finite(tile.scales):
                 raise _not_finite(tensor, tile.weight, row * columns)
             base["weight_packed"].write(as_bytes(ops.pack_int4(tile.codes, empty=scratch)))
             base["weight_scale"].write(as_bytes(tile.scales))
             signal += ops.squared_norm(tile.weight)
-            noise += (tile_noise := ops.squared_norm(tile.residual))
-            if not np.isfinite(tile_noise):
-                raise _overflow(tensor, tile.residual, row * columns)
-            # |r| orders like r^2 and neither underflows nor rounds.
-            top.push(
-                tile.residual.abs_().view(-1).numpy(),
-                raw.view(bits).view(-1).numpy(),
-                start=row * columns,
-            )
+            measures = self._measures(tile, scratch)
+            # Few weights hold most of the curvature: what is left without them needs float64.
+            wide = scratch(tuple(raw.shape), torch.float64) if curvature else None
+            noise = [
+                total + ops.squared_norm(measure, wide=wide)
+                for total, measure in zip(noise, measures, strict=True)
+            ]
+            if not all(map(math.isfinite, noise)):
+                raise _overflow(tensor, measures, row * columns)
+            saliency, *others = map(_flat, measures)
+            top.push(saliency, [_flat(raw.view(bits)), *others], start=row * columns)
             on_event(Advanced(nbytes=raw.nbytes))
         if top.short:
             return None
+        if curvature:
+            curvature.finish()
+            curvature.check_source(digest.hexdigest())
         base["weight_shape"].write(as_bytes(torch.tensor([rows, columns], dtype=torch.int64)))
-        indices, kept, values = top.finish()
+        indices, first, (values, *second) = top.finish()
         ortho = self._write_csr(tensor, indices, values)
-        kept_energy = float(np.square(kept, dtype=np.float64).sum())
+        # Everything kept is exact; a difference of sums would not come out as 0.
+        kept = [
+            total if tensor.k == tensor.source.numel else min(_energy(values), total)
+            for values, total in zip((first, *second), noise, strict=True)
+        ]
+        names = ["noise", "curvature_noise"]
+        if self._by_curvature:
+            names.reverse()
         return {
             "name": tensor.name,
             "source_blake3": digest.hexdigest(),
             "signal": signal,
-            "noise": noise,
-            # Everything kept is exact; a difference of sums would not come out as 0.
-            "noise_kept": noise if tensor.k == tensor.source.numel else min(kept_energy, noise),
+            **dict(zip(names, noise, strict=False)),
+            **{f"{name}_kept": part for name, part in zip(names, kept, strict=False)},
             "blake3": {BASE_FILE: _digests(base.values()), ORTHO_FILE: ortho},
         }
 
@@ -210,8 +260,11 @@ class Splitter:
         return _digests(streams)
 
 
-def is_sound(entry: Entry, tensor: TensorPlan) -> bool:
+def is_sound(entry: Entry, tensor: TensorPlan, *, curvature: bool = False) -> bool:
     """Tell a journal entry that we could have written from one that was tampered with."""
+    measured = ["signal", "noise", "noise_kept"]
+    if curvature:
+        measured += ["curvature_noise", "curvature_noise_kept"]
     keys = {BASE_FILE: {spec.key for spec in tensor.base}}
     if tensor.ortho:
         keys[ORTHO_FILE] = {spec.key for spec in tensor.ortho}
@@ -219,7 +272,7 @@ def is_sound(entry: Entry, tensor: TensorPlan) -> bool:
     if not isinstance(digests, dict) or not all(isinstance(d, dict) for d in digests.values()):
         return False
     texts = [entry.get("source_blake3"), *(text for d in digests.values() for text in d.values())]
-    numbers = [entry.get(key) for key in ("signal", "noise", "noise_kept") if tensor.ortho]
+    numbers = [entry.get(key) for key in measured if tensor.ortho]
     return (
         {name: set(d) for name, d in digests.items()} == keys
         and all(isinstance(text, str) and len(text) == 64 for text in texts)
@@ -227,9 +280,12 @@ def is_sound(entry: Entry, tensor: TensorPlan) -> bool:
     )
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
-    """Look at a tensor's bytes in place."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+def _flat(tensor: Tensor) -> Any:
+    return tensor.view(-1).numpy()
+
+
+def _energy(values: Any) -> float:
+    return float(np.square(values, dtype=np.float64).sum())
 
 
 def _digests(streams: Iterable[TensorStream]) -> dict[str, str]:
@@ -244,8 +300,14 @@ def _not_finite(tensor: TensorPlan, values: Tensor, start: int) -> NumericalErro
     )
 
 
-def _overflow(tensor: TensorPlan, residual: Tensor, start: int) -> NumericalError:
-    _, position = _first_bad(tensor, residual, start)
+def _overflow(tensor: TensorPlan, measures: list[Tensor], start: int) -> NumericalError:
+    worst = next(m for m in measures if not ops.all_finite(m))
+    _, position = _first_bad(tensor, worst, start)
+    if any(ops.all_finite(measure) for measure in measures):
+        return NumericalError(
+            f"residual times curvature of `{tensor.name}` overflows at {position}",
+            hint="calibrate again, or add the tensor to `ignore`",
+        )
     return NumericalError(
         f"tensor `{tensor.name}` of `{tensor.source.shard}` overflows {tensor.source.dtype} "
         f"when dequantized, at {position}",

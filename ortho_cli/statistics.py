@@ -25,15 +25,18 @@ written for its owner alone.
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ortho_cli import checkpoint
 from ortho_cli.artifact import canonical_json, module_of
-from ortho_cli.checkpoint import Checkpoint, Shard, TensorInfo
+from ortho_cli.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo
 from ortho_cli.errors import CalibrationError, CheckpointError
-from ortho_cli.writer import TensorSpec
+from ortho_cli.events import Advanced, EventSink, Started, null_sink
+from ortho_cli.writer import CHUNK, TensorSpec
 
 FORMAT = "ortho-stats/1"
 KINDS = ("gram", "fisher", "true-fisher")
@@ -70,6 +73,25 @@ class Statistics:
     def has_forget(self) -> bool:
         """Whether a forget set was measured."""
         return any(key.endswith(".forget_gradient") for key in self.digests)
+
+    def summary(self) -> dict[str, Any]:
+        """Say in a report which statistics were used."""
+        return {
+            "digest": self.digest,
+            "kind": self.kind,
+            "unit": self.metadata.get("unit"),
+            "storage": self.storage,
+        }
+
+    def check_source(self, name: str, digest: str) -> None:
+        """Raise if a weight with this BLAKE3 is not the one that was measured."""
+        told = self.tensors[name]["source_blake3"]
+        if digest != told:
+            raise CalibrationError(
+                f"`{self.path}` holds statistics of another model: `{name}` has BLAKE3 "
+                f"{digest[:12]}, and {told[:12]} was measured",
+                hint="calibrate this model, or give the statistics that were made from it",
+            )
 
     def as_checkpoint(self) -> Checkpoint:
         """Look at the file as a checkpoint, for `ShardReader`."""
@@ -191,3 +213,93 @@ def _check(found: Statistics) -> None:
                 f"tensor `{key}` is {infos[key].dtype} {list(infos[key].shape)}, not "
                 f"{spec.dtype} {list(spec.shape)}"
             )
+
+
+def check_weights(found: Statistics, weights: Sequence[TensorInfo]) -> None:
+    """Make sure from headers that every weight was measured, in its shape."""
+    for weight in weights:
+        entry = found.tensors.get(weight.name)
+        if entry is None:
+            raise CalibrationError(
+                f"`{found.path}` holds no statistics of `{weight.name}`",
+                hint="calibrate this model with the same targets, or add the tensor to `ignore`",
+            )
+        if list(entry["shape"]) != list(weight.shape):
+            raise CalibrationError(
+                f"`{weight.name}` is {list(weight.shape)}, and `{found.path}` was measured where "
+                f"it is {list(entry['shape'])}",
+                hint="calibrate this model, or give the statistics that were made from it",
+            )
+
+
+def check_model(found: Statistics, source: Checkpoint, weights: Sequence[TensorInfo]) -> None:
+    """Read the smallest weight and make sure that it is the one that was measured."""
+    from blake3 import blake3
+
+    smallest = min(weights, key=lambda weight: (weight.nbytes, weight.name))
+    reader, digest = ShardReader(source), blake3()
+    buffer = memoryview(bytearray(min(CHUNK, smallest.nbytes)))
+    try:
+        for start in range(0, smallest.nbytes, CHUNK):
+            piece = buffer[: smallest.nbytes - start]
+            reader.read_into(piece, smallest, start=start)
+            digest.update(piece)
+    finally:
+        reader.close()
+    found.check_source(smallest.name, digest.hexdigest())
+
+
+def changed_tensor(found: Statistics, key: str, digest: str) -> CalibrationError:
+    """Say that a tensor of the file is not what was written."""
+    return CalibrationError(
+        f"tensor `{key}` of `{found.path}` has BLAKE3 {digest[:12]} where "
+        f"{found.digests[key][:12]} was written",
+        hint="the file is damaged; restore it, or calibrate again",
+    )
+
+
+def describe(found: Statistics) -> dict[str, Any]:
+    """Say what a statistics file holds: its metadata, parsed."""
+    parsed = {}
+    for key, text in found.metadata.items():
+        try:
+            parsed[key] = json.loads(text) if text[:1] == "{" else text
+        except ValueError:
+            raise CalibrationError(
+                f"the header of `{found.path}` is damaged: `{key}` is not JSON",
+                hint="calibrate again",
+            ) from None
+    return {
+        **parsed,
+        "digest": found.digest,
+        "has_forget": found.has_forget,
+        "file_bytes": found.shard.size,
+    }
+
+
+def verify(found: Statistics, *, on_event: EventSink = null_sink) -> dict[str, int]:
+    """Read every tensor again and hold it against its digest.
+
+    Raises:
+        CalibrationError: names the first tensor that differs.
+    """
+    from blake3 import blake3
+
+    tensors = found.shard.tensors
+    total = sum(tensor.nbytes for tensor in tensors)
+    on_event(Started(tensors=len(tensors), resumed=0, bytes_total=total, bytes_done=0))
+    buffer = memoryview(bytearray(CHUNK))
+    fd = os.open(found.path, os.O_RDONLY)
+    try:
+        for tensor in tensors:
+            digest = blake3()
+            for start in range(0, tensor.nbytes, CHUNK):
+                piece = buffer[: min(CHUNK, tensor.nbytes - start)]
+                checkpoint.fill(fd, piece, tensor.offset + start, what=f"`{found.path}`")
+                digest.update(piece)
+                on_event(Advanced(nbytes=len(piece)))
+            if digest.hexdigest() != found.digests[tensor.name]:
+                raise changed_tensor(found, tensor.name, digest.hexdigest())
+    finally:
+        os.close(fd)
+    return {"tensors": len(tensors), "bytes": total}

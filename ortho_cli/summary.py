@@ -41,9 +41,12 @@ def make_report(
     Units: bytes; bits per weight; sqnr in dB, null where there is no error. `residual_kept` is the
         share of the squared
     residual at the kept positions: noise at alpha = 1 is (1 - residual_kept) of that at alpha = 0.
+    `saliency_kept` is the same share of what selects; curvature_error is the sum of residual^2
+    times curvature, null without statistics.
     """
     tensors = [
-        _report_tensor(tensor, entry) for tensor, entry in zip(plan.tensors, entries, strict=True)
+        _report_tensor(plan, tensor, entry)
+        for tensor, entry in zip(plan.tensors, entries, strict=True)
     ]
     split = [
         entry for tensor, entry in zip(plan.tensors, entries, strict=True) if tensor.reason is None
@@ -63,6 +66,7 @@ def make_report(
         "ortho_sha256": ortho_sha256,
         "recipe": plan.recipe.canonical(),
         "group_size": plan.group_size,
+        "statistics": plan.statistics.summary() if plan.statistics else None,
         "totals": {
             "tensors": len(plan.tensors),
             "split_tensors": len(plan.split),
@@ -79,6 +83,7 @@ def make_report(
             "sqnr_db_alpha_0": ops.decibels(signal, noise),
             "sqnr_db_alpha_1": ops.decibels(signal, noise - kept),
             "residual_kept": _share(kept, noise),
+            **_saliency_figures(plan, split),
         },
         "tensors": tensors,
     }
@@ -92,7 +97,25 @@ def _share(part: float, whole: float) -> float | None:
     return round(part / whole, 6) if whole > 0 else None
 
 
-def _report_tensor(tensor: TensorPlan, entry: Entry) -> dict[str, Any]:
+def _saliency_figures(plan: Plan, entries: list[Entry]) -> dict[str, Any]:
+    """Sum up what the error costs by curvature, and what share of the saliency is kept."""
+    measure = "curvature_noise" if plan.recipe.saliency.kind == "curvature" else "noise"
+
+    def total(key: str) -> float:
+        return sum(float(entry[key]) for entry in entries)
+
+    at_0 = at_1 = None
+    if plan.statistics is not None:
+        at_0 = total("curvature_noise")
+        at_1 = max(0.0, at_0 - total("curvature_noise_kept"))
+    return {
+        "curvature_error_alpha_0": at_0,
+        "curvature_error_alpha_1": at_1,
+        "saliency_kept": _share(total(f"{measure}_kept"), total(measure)),
+    }
+
+
+def _report_tensor(plan: Plan, tensor: TensorPlan, entry: Entry) -> dict[str, Any]:
     numel = tensor.source.numel
     found: dict[str, Any] = {
         "name": tensor.name,
@@ -109,5 +132,6 @@ def _report_tensor(tensor: TensorPlan, entry: Entry) -> dict[str, Any]:
             "sqnr_db_alpha_0": ops.decibels(entry["signal"], entry["noise"]),
             "sqnr_db_alpha_1": ops.decibels(entry["signal"], entry["noise"] - entry["noise_kept"]),
             "residual_kept": _share(entry["noise_kept"], entry["noise"]),
+            **_saliency_figures(plan, [entry]),
         }
     return found | {"source_blake3": entry["source_blake3"], "blake3": entry["blake3"]}

@@ -88,6 +88,8 @@ _TOTALS = {
     "residual_kept": _NUMBER | None,
 }  # fmt: skip
 _MEASURED = ("sqnr_db_alpha_0", "sqnr_db_alpha_1", "residual_kept")
+# What the first reports do not have.
+_LATER = ("curvature_error_alpha_0", "curvature_error_alpha_1", "saliency_kept")
 
 
 def _check_report(artifact: Artifact, report: dict[str, Any]) -> None:
@@ -103,6 +105,10 @@ def _check_report(artifact: Artifact, report: dict[str, Any]) -> None:
             value = section.get(key, ...) if isinstance(section, dict) else ...
             if not isinstance(value, kind):
                 raise damaged(path, f"`{name}{key}` is missing or of the wrong type")
+    if not all(isinstance(report["totals"].get(key), _NUMBER | None) for key in _LATER):
+        raise damaged(path, f"one of {', '.join(_LATER)} is not a number")
+    if not isinstance(report.get("statistics"), dict | None):
+        raise damaged(path, "`statistics` is of the wrong type")
     if report["format"] != FORMAT:
         raise damaged(path, f"it is of format {report['format']!r}, not {FORMAT!r}")
     _check_reported_tensors(artifact, report, path)
@@ -122,7 +128,7 @@ def _check_reported_tensors(artifact: Artifact, report: dict[str, Any], path: Pa
                 raise damaged(
                     path, f"`{key}` of `{name}` is {told[name].get(key)!r}, not {entry.get(key)!r}"
                 )
-        figures = [told[name].get("bits_per_weight", ""), *map(told[name].get, _MEASURED)]
+        figures = [told[name].get("bits_per_weight", ""), *map(told[name].get, _MEASURED + _LATER)]
         if not all(isinstance(figure, _NUMBER | None) for figure in figures):
             raise damaged(path, f"the figures of `{name}` are not numbers")
 

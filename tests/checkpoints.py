@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from blake3 import blake3
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
@@ -116,6 +118,107 @@ def save_tokenizer(folder: Path, *, vocab: int) -> None:
         eos_token="</s>",
     )
     fast.save_pretrained(folder)
+
+
+def save_statistics(
+    path: Path,
+    source: Path,
+    *,
+    kind: str = "fisher",
+    storage: str = "full",
+    dtype: torch.dtype = torch.bfloat16,
+    forget: bool = False,
+    seed: int = 0,
+    change: Callable[[dict[str, Tensor]], None] = lambda tensors: None,
+    skip: tuple[str, ...] = (),
+) -> dict[str, Tensor]:
+    """Write made-up statistics of every Linear of a checkpoint, with the official writer.
+
+    Args:
+        path: the file to write.
+        source: the checkpoint; digests are of its own bytes.
+        kind: gram, fisher or true-fisher.
+        storage: full or factored.
+        dtype: of what is stored in full.
+        forget: make up a forget set, too.
+        seed: of the numbers.
+        change: edits the tensors before they are digested.
+        skip: weights that were not measured.
+    Returns:
+        The curvature of each weight, float32, (in,) or (out, in).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights_: dict[str, Tensor] = {}
+    for shard in [source] if source.is_file() else sorted(source.glob("*.safetensors")):
+        weights_.update(load_file(shard))
+    stored: dict[str, Tensor] = {}
+    told: dict[str, dict[str, object]] = {}
+    for name, weight in sorted(weights_.items()):
+        if weight.dim() == 2 and "embed" not in name and name not in skip:
+            stored.update(_measure(name, weight, generator, kind, storage, dtype, forget))
+            told[name] = {
+                "shape": list(weight.shape),
+                "source_blake3": blake3(_raw(weight)).hexdigest(),
+                "mean": 1e-9,
+                **({"overlap": 0.25} if forget else {}),
+            }
+    change(stored)
+    curvature: dict[str, Tensor] = {}
+    for name in told:
+        key = name.removesuffix("weight") + "retain_curvature"
+        if f"{key}_rows" in stored:
+            curvature[name] = stored[f"{key}_rows"][:, None] * stored[f"{key}_columns"]
+        elif key in stored:
+            curvature[name] = stored[key].float()
+    sets = {"retain": {"sequences": 8, "tokens": 4096, "blake3": ["0" * 64]}}
+    if forget:
+        sets["forget"] = {"sequences": 2, "tokens": 64, "blake3": ["1" * 64]}
+    metadata = {
+        "format": "ortho-stats/1",
+        "kind": kind,
+        "unit": "sequence",
+        "storage": storage,
+        "source_digest": "0" * 64,
+        "data": json.dumps(sets),
+        "recipe": "{}",
+        "versions": json.dumps({"ortho": "0", "torch": torch.__version__}),
+        "tensors": json.dumps(told),
+        "digests": json.dumps({k: blake3(_raw(t)).hexdigest() for k, t in stored.items()}),
+    }
+    save_file(stored, path, metadata=metadata)
+    return curvature
+
+
+def _measure(
+    name: str,
+    weight: Tensor,
+    generator: torch.Generator,
+    kind: str,
+    storage: str,
+    dtype: torch.dtype,
+    forget: bool,
+) -> dict[str, Tensor]:
+    """Make up what the file holds of one weight: heavy tails around 1e-9."""
+
+    def heavy(*shape: int) -> Tensor:
+        return torch.exp(3 * torch.randn(*shape, generator=generator)) * 1e-9
+
+    key = name.removesuffix("weight") + "retain_curvature"
+    rows, columns = weight.shape
+    if kind == "gram":
+        return {key: heavy(columns)}
+    if storage == "factored":
+        return {f"{key}_rows": heavy(rows), f"{key}_columns": heavy(columns) * 1e9}
+    found = {key: heavy(rows, columns).to(dtype)}
+    if forget:
+        found[key.replace("retain", "forget")] = heavy(rows, columns).to(dtype)
+        gradient = torch.randn(rows, columns, generator=generator).to(dtype)
+        found[key.replace("retain_curvature", "forget_gradient")] = gradient
+    return found
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -146,3 +147,30 @@ def fisher(model: torch.nn.Module, x: Tensor, *, unit: str) -> dict[str, Tensor]
             for key, value in ((f"{name}/curvature", square), (f"{name}/gradient", whole)):
                 found[key] = found.get(key, 0) + value
     return found
+
+
+def curvature_error(
+    weight: Tensor, curvature: Tensor, scales: Tensor, group_size: int
+) -> list[list[float]]:
+    """Sum of curvature times squared error of each group, element by element in float64."""
+    back = dequantize(quantize(weight, scales), scales)
+    rows, columns = weight.shape
+    wide = curvature.expand(rows, columns)
+    found = [[0.0] * (columns // group_size) for _ in range(rows)]
+    for row in range(rows):
+        for column in range(columns):
+            error = float(back[row, column]) - float(weight[row, column])
+            found[row][column // group_size] += float(wide[row, column]) * error**2
+    return found
+
+
+def saliency(residual: Tensor, curvature: Tensor) -> list[list[float]]:
+    """|r| sqrt(h), element by element, each step rounded to float32."""
+    wide = curvature.expand(residual.shape).tolist()
+    return [
+        [
+            float(np.abs(np.float32(r)) * np.sqrt(np.float32(h)))
+            for r, h in zip(row, weights, strict=True)
+        ]
+        for row, weights in zip(residual.tolist(), wide, strict=True)
+    ]

@@ -16,12 +16,12 @@ LAYERS = [
     ["__init__"],
     ["errors", "events"],
     ["recipe", "ops", "data", "capture"],
-    ["checkpoint"],
+    ["checkpoint", "scales"],
     ["journal"],
     ["writer", "output"],
     ["artifact"],
     ["verify", "selection", "quantization", "statistics"],
-    ["plan"],
+    ["plan", "curvature"],
     ["summary", "split", "models", "sums"],
     ["decompose", "calibrate"],
     ["report"],
@@ -74,6 +74,8 @@ def test_torch_is_imported_only_where_tensors_are_computed() -> None:
     users = {m for m in MODULES if "torch" in imported(tree(m).body)}
     assert users == {
         "ops",
+        "scales",
+        "capture",
         "curvature",
         "models",
         "sums",

@@ -174,7 +174,8 @@ def test_decompose_metadata_names_format_plan_recipe_and_digests(artifact: Path)
     assert (base["format"], base["ortho_format"], base["role"]) == ("pt", "ortho/1", "base")
     assert (ortho["format"], ortho["role"]) == ("ortho/1", "ortho")
     assert base["plan_sha256"] == ortho["plan_sha256"] == report["plan_sha256"]
-    assert json.loads(base["recipe"]) == recipe.DEFAULT.canonical() == report["recipe"]
+    resolved = recipe.load_recipe(None, ["saliency.kind=residual"])
+    assert json.loads(base["recipe"]) == resolved.canonical() == report["recipe"]
     assert ortho["base_sha256"] == report["base_sha256"]
     assert ortho["source_digest"] == report["source_digest"]
     assert verify(open_artifact(artifact)).checked

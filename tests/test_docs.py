@@ -7,12 +7,14 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import checkpoints
 import pytest
 from conftest import Ortho
 
 from ortho_cli import cli, errors, recipe
 from ortho_cli.checkpoint import open_checkpoint
 from ortho_cli.plan import make_plan
+from ortho_cli.statistics import open_statistics
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -66,7 +68,12 @@ def test_readme_commands_run_on_the_pico_checkpoint(
 
 @pytest.mark.parametrize("name", recipe.built_in())
 def test_every_recipe_plans_the_pico_checkpoint(pico: Path, name: str) -> None:
-    assert make_plan(open_checkpoint(pico), recipe.load_recipe(name)).split
+    settings = recipe.load_recipe(name)
+    found = None
+    if "curvature" in (settings.base.scale, settings.saliency.kind):
+        checkpoints.save_statistics(pico.parent / "stats.safetensors", pico)
+        found = open_statistics(pico.parent / "stats.safetensors")
+    assert make_plan(open_checkpoint(pico), settings, statistics=found).split
 
 
 def test_readme_recipe_example_loads(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ortho_cli import ops
+from ortho_cli.scales import MSE_FACTORS, curvature_scales, mse_scales
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Values that meet: zeros, exact ties, halves of a step, subnormals, the ends of the range.
@@ -94,7 +95,7 @@ def test_absmax_scales_float16_below_normal_range_keeps_the_weights() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("make", [ops.absmax_scales, ops.mse_scales])
+@pytest.mark.parametrize("make", [ops.absmax_scales, mse_scales])
 def test_scales_group_with_a_bad_weight_is_not_finite(make: ops.Scales, bad: float) -> None:
     for dtype in DTYPES:
         weight = torch.randn(3, 64, dtype=dtype)
@@ -109,7 +110,7 @@ def test_mse_scales_any_weight_never_worse_than_absmax(case: tuple[torch.Tensor,
     weight, group_size = case
     wide = weight.float()
     errors = []
-    for make in (ops.absmax_scales, ops.mse_scales):
+    for make in (ops.absmax_scales, mse_scales):
         scales = make(wide, group_size=group_size, dtype=weight.dtype)
         back = ops.dequantize(ops.quantize(wide, scales), scales)
         error = (back - wide).square().reshape(weight.shape[0], -1, group_size).sum(-1)
@@ -117,10 +118,88 @@ def test_mse_scales_any_weight_never_worse_than_absmax(case: tuple[torch.Tensor,
     assert (errors[1] <= errors[0]).all()
 
 
+@st.composite
+def curved(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """A weight with its curvature: tiny, huge, zero, tied, of rows or of single weights."""
+    weight, group_size = draw(weights())
+    rows, columns = weight.shape
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    shape = (columns,) if draw(st.booleans()) else (rows, columns)
+    curvature = torch.exp(2 * torch.randn(shape, generator=generator))
+    curvature *= 10.0 ** draw(st.sampled_from([-38, -30, -9, 0, 20]))
+    if draw(st.booleans()):
+        curvature[...] = draw(st.sampled_from([1e-38, 1e-45, 1.0, 3e38]))
+    for _ in range(draw(st.integers(0, 6))):
+        curvature.view(-1)[draw(st.integers(0, curvature.numel() - 1))] = 0.0
+    curvature[..., : draw(st.sampled_from([0, group_size]))] = 0.0
+    return weight, curvature, group_size
+
+
+@settings(max_examples=60)
+@given(curved())
+def test_curvature_scales_any_case_have_the_least_weighted_error_of_all_factors(
+    case: tuple[torch.Tensor, torch.Tensor, int],
+) -> None:
+    weight, curvature, group_size = case
+    wide = weight.float()
+    found = curvature_scales(weight, curvature, group_size=group_size, dtype=weight.dtype)
+    plain = reference.absmax_scales(wide, group_size, weight.dtype)
+    errors = torch.tensor(reference.curvature_error(wide, curvature, found, group_size))
+    smallest = 2.0**-24 if weight.dtype == torch.float16 else torch.finfo(weight.dtype).tiny
+    groups = wide.view(len(wide), -1, group_size).abs().amax(-1) / 7.5
+    for factor in MSE_FACTORS:
+        candidate = (groups * factor).clamp_min(smallest).to(weight.dtype)
+        other = torch.tensor(reference.curvature_error(wide, curvature, candidate, group_size))
+        room = 1e-4 * other if groups.min() > 1e-15 else torch.inf  # squares vanish in float32
+        assert (errors <= other + room).all()
+    silent = curvature.expand(wide.shape).reshape(len(wide), -1, group_size).amax(-1) == 0
+    assert torch.equal(found[silent], plain[silent])
+
+
+@given(weights())
+def test_curvature_scales_flat_curvature_equals_mse(case: tuple[torch.Tensor, int]) -> None:
+    weight, group_size = case
+    settings_ = {"group_size": group_size, "dtype": weight.dtype}
+    expected = mse_scales(weight, **settings_)
+    for flat in (1e-38, 0.25, 3e38):
+        for shape in (weight.shape, weight.shape[1:]):
+            found = curvature_scales(weight, torch.full(shape, flat), **settings_)
+            assert torch.equal(found, expected)
+
+
+@given(curved())
+def test_saliency_any_case_equals_twin(case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
+    weight, curvature, _ = case
+    root = torch.from_numpy(np.sqrt(curvature.numpy()))
+    found = ops.saliency(weight.float(), root)
+    assert found.tolist() == reference.saliency(weight.float(), curvature)
+
+
+def test_saliency_where_r2h_would_vanish_or_overflow_still_orders() -> None:
+    residual = torch.tensor([[1e-4, -2e-4, 3e-4, 1e5, -2e5]])
+    curvature = torch.tensor([1e-38, 1e-38, 1e-38, 3e38, 3e38])
+    product = residual.square() * curvature
+    assert product[0, 0] == product[0, 1] == 0.0
+    assert torch.isinf(product[0, 3:]).all()
+    found = ops.saliency(residual, curvature.sqrt())[0]
+    assert torch.isfinite(found).all()
+    assert (found.diff() > 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf, -1e-7])
+def test_is_curvature_refuses_any_bad_value_and_no_good_one(dtype: torch.dtype, bad: float) -> None:
+    values = torch.full((3, 5), torch.finfo(dtype).max, dtype=dtype)
+    values[0], values[2] = 0.0, -0.0
+    assert ops.is_curvature(values)
+    values[1, 2] = bad
+    assert not ops.is_curvature(values)
+
+
 def test_mse_scales_gaussian_weight_is_better_by_a_decibel() -> None:
     weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
     found = []
-    for make in (ops.absmax_scales, ops.mse_scales):
+    for make in (ops.absmax_scales, mse_scales):
         scales = make(weight, group_size=128, dtype=torch.float32)
         found.append(
             reference.decibels(weight, ops.dequantize(ops.quantize(weight, scales), scales))
@@ -139,11 +218,11 @@ def test_top_k_any_stream_equals_full_sort(values: list[float], share: float, st
     saliency = np.array(values, np.float32)
     k = round(share * saliency.size)
     payload = np.arange(saliency.size, dtype=np.int16)
-    top = ops.TopK(k, length=saliency.size, stretch=stretch, payload=torch.int16)
+    top = ops.TopK(k, length=saliency.size, stretch=stretch, payloads=[torch.int16])
     for start in range(0, saliency.size, stretch):
         stop = start + stretch
-        top.push(saliency[start:stop], payload[start:stop], start=start)
-    indices, kept, carried = top.finish()
+        top.push(saliency[start:stop], [payload[start:stop]], start=start)
+    indices, kept, (carried,) = top.finish()
     assert indices.tolist() == reference.top_k_indices(torch.from_numpy(saliency), k)
     assert kept.tolist() == saliency[indices].tolist()
     assert carried.tolist() == payload[indices].tolist()
@@ -159,10 +238,10 @@ def test_top_k_adversarial_order_stays_exact(order: str) -> None:
         "flat": np.full_like(saliency, 0.25),
         "random": generator.permutation(saliency),
     }[order]
-    top = ops.TopK(100, length=saliency.size, stretch=256, payload=torch.int16)
+    top = ops.TopK(100, length=saliency.size, stretch=256, payloads=[])
     for start in range(0, saliency.size, 256):
         piece = saliency[start : start + 256]
-        top.push(piece, np.zeros(piece.size, np.int16), start=start)
+        top.push(piece, [], start=start)
     indices, _, _ = top.finish()
     assert indices.tolist() == reference.top_k_indices(torch.from_numpy(saliency), 100)
 

@@ -146,15 +146,19 @@ def test_load_recipe_unknown_name_lists_what_there_is() -> None:
 
 @pytest.mark.parametrize("name", recipe.built_in())
 def test_built_in_recipe_loads_and_its_header_is_its_command(name: str) -> None:
-    recipe.load_recipe(name)
+    loaded = recipe.load_recipe(name)
+    needs = "curvature" in (loaded.base.scale, loaded.saliency.kind)
     lines = (recipe.recipe_folder() / f"{name}.yaml").read_text().splitlines()
-    assert lines[1] == f"#   ortho decompose MODEL --recipe {name}"
+    assert lines[1] == f"#   ortho decompose MODEL --recipe {name}" + (
+        " --stats stats.safetensors" if needs else ""
+    )
     assert len(lines) <= 40
 
 
 def test_int4_recipe_spells_out_the_defaults() -> None:
-    chosen = recipe.Saliency(kind="residual")  # what the default is without statistics
-    assert recipe.load_recipe("int4") == recipe.DEFAULT.model_copy(update={"saliency": chosen})
+    # Where no statistics are given: with them, the default would select by curvature.
+    assert recipe.load_recipe("int4") == recipe.load_recipe(None, ["saliency.kind=residual"])
+    assert recipe.load_recipe() == recipe.DEFAULT
 
 
 def test_canonical_recipe_loads_as_itself(tmp_path: Path) -> None:

@@ -1,0 +1,158 @@
+"""The curvature of one tensor after another, streamed from a statistics file beside the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from ortho_cli import ops
+from ortho_cli.artifact import module_of
+from ortho_cli.checkpoint import ShardReader, TensorInfo
+from ortho_cli.errors import CalibrationError, CheckpointError
+from ortho_cli.ops import Empty, as_bytes
+from ortho_cli.statistics import Statistics, changed_tensor
+
+
+class CurvatureReader:
+    """Opens the curvature of any tensor; threads may share it."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        """Open the file, which must still be the one whose header was read."""
+        self.statistics = statistics
+        self.infos = statistics.infos
+        with _ours():
+            self._reader = ShardReader(statistics.as_checkpoint())
+
+    def open(self, name: str) -> Curvature:
+        """Begin one pass over the curvature of the weight `name`."""
+        return Curvature(self, name)
+
+    def read(self, buffer: memoryview, tensor: TensorInfo, *, start: int = 0) -> None:
+        """Fill `buffer` with the tensor's bytes from `start` on."""
+        with _ours():
+            self._reader.read_into(buffer, tensor, start=start)
+
+    def check_unchanged(self) -> None:
+        """Raise if the file was written to since its header was read."""
+        with _ours():
+            self._reader.check_unchanged()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._reader.close()
+
+
+class Curvature:
+    """One pass over the curvature of one weight, in order; what has (in,) or (out,) is held."""
+
+    def __init__(self, reader: CurvatureReader, name: str) -> None:
+        """Read what is small, and check it."""
+        self._reader, self._name = reader, name
+        self._digest = blake3()
+        key = f"{module_of(name)}.retain_curvature"
+        self._full = reader.infos.get(key)
+        self._rows: Tensor | None = None
+        self._columns: Tensor | None = None
+        if self._full is None:
+            self._rows = self._load(reader.infos[f"{key}_rows"]).unsqueeze(-1)
+            self._columns = self._load(reader.infos[f"{key}_columns"])
+        elif len(self._full.shape) == 1:
+            self._columns = self._load(self._full)
+
+    def tile(self, row: int, count: int, *, empty: Empty) -> tuple[Tensor, Tensor]:
+        """Read the next rows.
+
+        Returns:
+            Curvature and its square root, float32; (in,) where rows do not differ, or (count, in).
+        """
+        return self._read([row], count, empty, self._digest)
+
+    def sample(self, rows: Sequence[int], count: int, *, empty: Empty) -> tuple[Tensor, Tensor]:
+        """Read `count` rows from each of `rows` on, outside of the pass."""
+        return self._read(rows, count, empty, None)
+
+    def _read(
+        self, starts: Sequence[int], count: int, empty: Empty, digest: blake3 | None
+    ) -> tuple[Tensor, Tensor]:
+        if self._columns is not None:
+            if self._rows is None:
+                return self._columns, _root(self._columns, empty)
+            rows = torch.cat([self._rows[start : start + count] for start in starts])
+            shape = (len(rows), len(self._columns))
+            values = torch.mul(rows, self._columns, out=empty(shape, torch.float32))
+            roots = _root(rows, empty), _root(self._columns, empty)
+            return values, torch.mul(*roots, out=empty(shape, torch.float32))
+        assert self._full is not None
+        columns, dtype = self._full.shape[1], _dtype(self._full)
+        shape = (len(starts) * count, columns)
+        raw = empty(shape, dtype)
+        for i, start in enumerate(starts):
+            piece = raw[i * count : (i + 1) * count]
+            begin = start * columns * dtype.itemsize
+            self._reader.read(as_bytes(piece), self._full, start=begin)
+            if not ops.is_curvature(piece):
+                raise self._no_curvature(self._full, piece, start * columns)
+        if digest is not None:
+            digest.update(as_bytes(raw))
+        values = raw if dtype == torch.float32 else empty(shape, torch.float32).copy_(raw)
+        return values, _root(values, empty)
+
+    def _load(self, tensor: TensorInfo) -> Tensor:
+        values = torch.empty(tensor.shape, dtype=_dtype(tensor))
+        self._reader.read(as_bytes(values), tensor)
+        if not ops.is_curvature(values):
+            raise self._no_curvature(tensor, values, 0)
+        self._compare(tensor, blake3(as_bytes(values)).hexdigest())
+        return values
+
+    def finish(self) -> None:
+        """Hold the bytes of the whole pass against the file's own digest."""
+        if self._columns is None and self._full is not None:
+            self._compare(self._full, self._digest.hexdigest())
+
+    def check_source(self, digest: str) -> None:
+        """Hold the weight that was read against the one that was measured."""
+        self._reader.statistics.check_source(self._name, digest)
+
+    def _compare(self, tensor: TensorInfo, digest: str) -> None:
+        if digest != self._reader.statistics.digests[tensor.name]:
+            raise changed_tensor(self._reader.statistics, tensor.name, digest)
+
+    def _no_curvature(self, tensor: TensorInfo, values: Tensor, start: int) -> CalibrationError:
+        flat = values.reshape(-1).float()
+        first = int(torch.nonzero(~((flat >= 0) & torch.isfinite(flat)))[0])
+        index = np.unravel_index(start + first, tensor.shape)
+        return CalibrationError(
+            f"tensor `{tensor.name}` of `{self._reader.statistics.path}` holds "
+            f"{flat[first].item()} at {[int(i) for i in index]}; curvature is finite and >= 0",
+            hint="calibrate again",
+        )
+
+
+def _root(values: Tensor, empty: Empty) -> Tensor:
+    """Take square roots, each rounded as IEEE 754 says; torch's differ in the last bit."""
+    found = empty(tuple(values.shape), torch.float32)
+    np.sqrt(values.numpy(), out=found.numpy())
+    return found
+
+
+def _dtype(tensor: TensorInfo) -> torch.dtype:
+    return torch.bfloat16 if tensor.dtype == "BF16" else torch.float32
+
+
+@contextmanager
+def _ours() -> Iterator[None]:
+    """Say of a statistics file what `ShardReader` says of a checkpoint."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CalibrationError(error.message, hint=error.hint) from None
+    except OSError as error:
+        raise CalibrationError(
+            f"cannot read `{error.filename}`: {error.strerror}", hint="give --stats a file"
+        ) from None

@@ -1,0 +1,110 @@
+"""Searched group scales: the least squared error of what will be stored, plain or by curvature.
+
+Pure functions on CPU tensors, as in `ops`, whose conventions they share.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ortho_cli.ops import (
+    HALF_RANGE,
+    Empty,
+    Scratch,
+    absmax,
+    dequantize,
+    groups_of,
+    quantize,
+    round_scales,
+    torch_empty,
+)
+
+# Tried in this order. 7.5/7 and 7.5/8 put the largest magnitude exactly on code 7 or -8.
+MSE_FACTORS = (
+    1.0,
+    7.5 / 7,
+    7.5 / 8,
+    1.04,
+    1.02,
+    *(round(0.98 - 0.02 * step, 2) for step in range(25)),
+)
+
+
+def mse_scales(
+    weight: Tensor, *, group_size: int, dtype: torch.dtype, empty: Empty = torch_empty
+) -> Tensor:
+    """Search each group's scale for the smallest squared error of what will be stored.
+
+    scale = argmin over f in MSE_FACTORS of sum (w - dequantize(quantize(w, s_f)))^2,  s_f = f *
+    max|w| / 7.5.
+
+    Args:
+        weight: (out, in) float32, bfloat16 or float16; `group_size` divides in.
+        group_size: neighbours in a row that share a scale.
+        dtype: dtype the scales are stored in; candidates are rounded to it before they are judged.
+        empty: where temporaries come from.
+    Returns:
+        (out, in / group_size) of `dtype`, > 0; the first factor of equals wins, so the error is
+        never above absmax's. Groups with NaN or infinity keep absmax's scale, which is not finite.
+    Source: the clipping search of AWQ (arXiv:2306.00978, section 3.2), with plain squared error per
+        group.
+    """
+    return _search_scales(weight, None, group_size, dtype, empty)
+
+
+def curvature_scales(
+    weight: Tensor,
+    curvature: Tensor,
+    *,
+    group_size: int,
+    dtype: torch.dtype,
+    empty: Empty = torch_empty,
+) -> Tensor:
+    """Search as `mse_scales` does, each weight's squared error multiplied by its curvature.
+
+    scale = argmin over f in MSE_FACTORS of sum h (w - dequantize(quantize(w, s_f)))^2. Inside a
+    group h counts relative to the group's largest, which changes no argmin and keeps a curvature of
+    1e-38 from vanishing in the product.
+
+    Args:
+        weight: (out, in) float32, bfloat16 or float16; `group_size` divides in.
+        curvature: (in,) or (out, in) float32, >= 0, finite.
+        group_size: neighbours in a row that share a scale.
+        dtype: dtype the scales are stored in; candidates are rounded to it before they are judged.
+        empty: where temporaries come from.
+    Returns:
+        (out, in / group_size) of `dtype`, > 0. A group whose curvature is zero throughout keeps
+        absmax's scale, and so do groups with NaN or infinity.
+    Source: `mse_scales`, with the second-order loss of OBS (Hassibi and Stork 1993), diagonal.
+    """
+    groups = groups_of(curvature.view(-1, weight.shape[1]), weight.shape[1] // group_size)
+    peak = groups.amax(-1, keepdim=True)
+    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
+    relative = torch.div(groups, peak, out=empty(tuple(groups.shape), torch.float32))
+    return _search_scales(weight, relative, group_size, dtype, empty)
+
+
+def _search_scales(
+    weight: Tensor, importance: Tensor | None, group_size: int, dtype: torch.dtype, empty: Empty
+) -> Tensor:
+    count = weight.shape[1] // group_size
+    largest = absmax(weight, count, empty).div_(HALF_RANGE)
+    weight = weight.float()
+    best = round_scales(largest, dtype)
+    best_error: Tensor | None = None
+    buffers = Scratch()
+    for factor in MSE_FACTORS:
+        buffers.reset()
+        candidate = round_scales(largest * factor, dtype)
+        codes = quantize(weight, candidate, empty=buffers)
+        error = dequantize(codes, candidate, empty=buffers).sub_(weight).square_()
+        error = groups_of(error, count)
+        error = (error if importance is None else error.mul_(importance)).sum(-1)
+        if best_error is None:
+            best_error = error
+            continue
+        better = error < best_error
+        best = torch.where(better, candidate, best)
+        best_error = torch.where(better, error, best_error)
+    return best
