@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -157,15 +158,89 @@ def decompose(
     began = time.perf_counter()
     with report.ProgressSink("decompose", quiet=quiet, verbose=verbose) as sink:
         document = run(plan, checkpoint, target, force=force, on_event=sink)
-    document["run"] = {
-        "output": str(target),
-        "seconds": round(time.perf_counter() - began, 3),
-        "peak_rss_bytes": _peak_rss(),
-    }
+    document["run"] = _run_facts(target, began)
     if as_json:
         report.print_json(document)
     elif not quiet:
         report.print_done(document)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            help="A .safetensors, .bin, .pt, .pth or .gguf file, a model folder, or an artifact.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="The folder to make.  [default: SRC-converted, or SRC-dense for an artifact, "
+            "beside SRC]",
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option("--alpha", help="For an artifact, and required there: 0 is base, 1 is all."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="bfloat16, float16 or float32, for floating tensors.  [default: each one's own]",
+        ),
+    ] = None,
+    shard_size: Annotated[
+        str, typer.Option("--shard-size", help="Most bytes of tensors in a file.")
+    ] = "5GB",
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Replace what convert made at OUT once the new one is complete; discard other "
+            "half-done work.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write any checkpoint, or an artifact at one alpha, as plain safetensors.
+
+    Reads tile by tile and needs little memory; only .bin files of before torch 1.6 are held
+    whole. Nothing in a .bin, .pt or .pth is ever run. A killed run goes on where it stopped.
+    """
+    from ortho_cli import convert as work
+    from ortho_cli import report
+    from ortho_cli.convert_plan import make_plan, parse_size
+
+    size = parse_size(shard_size)
+    with contextlib.closing(work.open_source(source, alpha=alpha)) as opened:
+        plan = make_plan(opened, dtype=dtype, shard_size=size)
+        folder = opened.folder if opened.kind == "artifact" else source
+        target = out or _default_out(folder, "converted" if alpha is None else "dense")
+        work.check_target(plan, opened, target, force=force)
+        if dry_run:
+            if as_json:
+                report.print_json(plan.to_json())
+            elif not quiet:
+                report.print_convert_plan(plan.to_json(), source=str(source))
+            return
+        began = time.perf_counter()
+        with report.ProgressSink("convert", quiet=quiet, verbose=verbose) as sink:
+            document = work.convert(plan, opened, target, force=force, on_event=sink)
+    document["run"] = _run_facts(target, began)
+    if as_json:
+        report.print_json(document)
+    elif not quiet:
+        report.print_converted(document)
 
 
 @app.command()
@@ -242,14 +317,22 @@ def _cores() -> int:
     return min(8, given)
 
 
-def _default_out(model: Path) -> Path:
+def _run_facts(target: Path, began: float) -> dict[str, Any]:
+    return {
+        "output": str(target),
+        "seconds": round(time.perf_counter() - began, 3),
+        "peak_rss_bytes": _peak_rss(),
+    }
+
+
+def _default_out(model: Path, what: str = "ortho") -> Path:
     from ortho_cli.checkpoint import model_name
 
     whole = Path(os.path.abspath(model))  # noqa: PTH100 - resolve() would leave the user's folder
     beside = (
         whole if model.name in ("", "..") else model
     )  # as the user wrote it, where it names one
-    return beside.parent / f"{model_name(whole)}-ortho"
+    return beside.parent / f"{model_name(whole)}-{what}"
 
 
 def _show_plan(plan: Plan, model: Path, *, as_json: bool, quiet: bool) -> None:
