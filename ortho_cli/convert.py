@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ortho_cli import __version__, checkpoint
+from ortho_cli import __version__, checkpoint, ops
 from ortho_cli.artifact import is_artifact
 from ortho_cli.convert_plan import ROLE, ConvertPlan, ConvertTensor
 from ortho_cli.dense import open_dense
@@ -212,6 +212,8 @@ def _round(tensor: ConvertTensor, read: Tensor, start: int) -> Tensor:
     if read.dtype == dtype:
         return read
     cast = read.to(dtype)
+    if dtype in ops.EXPONENTS and cast.numel() and ops.all_finite(cast):
+        return cast
     lost = cast.isinf() & read.isfinite()
     if bool(lost.any()):
         first = int(lost.view(-1).nonzero()[0])
