@@ -214,8 +214,9 @@ def convert(
 ) -> None:
     """Write any checkpoint, or an artifact at one alpha, as plain safetensors.
 
-    Reads tile by tile and needs little memory; only .bin files of before torch 1.6 are held
-    whole. Nothing in a .bin, .pt or .pth is ever run. A killed run goes on where it stopped.
+    Reads tile by tile and needs little memory; only a .bin of before torch 1.6 is held whole, and
+    of a GGUF one tensor at a time. Nothing in a .bin, .pt or .pth is ever run. A killed run goes on
+    where it stopped.
     """
     from ortho_cli import convert as work
     from ortho_cli import report

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from ortho_cli import __version__, checkpoint, ops
 from ortho_cli.artifact import is_artifact
+from ortho_cli.checkpoint import WEIGHT_SUFFIXES
 from ortho_cli.convert_plan import ROLE, ConvertPlan, ConvertTensor
 from ortho_cli.dense import open_dense
 from ortho_cli.errors import CheckpointError, NumericalError, UsageError
 from ortho_cli.events import Advanced, EventSink, Finishing, Noted, Started, TensorDone, null_sink
 from ortho_cli.foreign import open_foreign
+from ortho_cli.gguf_source import open_gguf
 from ortho_cli.journal import WorkFolder, interruptible, recover, unwritable
 from ortho_cli.output import check_output, check_space, resolve_output
 from ortho_cli.plan import TILE_ELEMENTS
@@ -56,7 +58,16 @@ def open_source(path: Path, *, alpha: float | None = None) -> Source:
             f"`{path}` is no artifact, and --alpha {alpha:g} is for artifacts",
             hint="leave --alpha out",
         )
-    return open_foreign(path)
+    found = _gguf_of(path)
+    return open_foreign(path) if found is None else open_gguf(found)
+
+
+def _gguf_of(path: Path) -> Path | None:
+    """Find the GGUF file meant by a path: the file, or the only weights of a folder."""
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    found = [p for p in path.iterdir() if p.name.endswith(WEIGHT_SUFFIXES)] if path.is_dir() else []
+    return found[0] if len(found) == 1 and found[0].suffix == ".gguf" else None
 
 
 def is_converted(folder: Path) -> bool:

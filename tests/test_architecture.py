@@ -24,7 +24,7 @@ LAYERS = [
     ["plan"],
     ["summary", "split"],
     ["decompose", "source"],
-    ["foreign", "dense", "convert_plan"],
+    ["foreign", "dense", "gguf_source", "convert_plan"],
     ["convert"],
     ["report"],
     ["cli"],
@@ -76,7 +76,7 @@ def test_torch_is_imported_only_where_tensors_are_computed() -> None:
     users = {m for m in MODULES if "torch" in imported(tree(m).body)}
     assert users == {
         *("ops", "summary", "split", "decompose"),
-        *("source", "foreign", "dense", "convert"),
+        *("source", "foreign", "dense", "gguf_source", "convert"),
     }
     for module in ("errors", "events", "recipe", "checkpoint", "journal", "writer", "artifact"):
         assert not {n.split(".")[0] for n in imported(tree(module))} & HEAVY, module
