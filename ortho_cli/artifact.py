@@ -74,6 +74,11 @@ def canonical_json(value: object) -> str:
     )
 
 
+def pretty_json(value: object) -> bytes:
+    """Spell a JSON file that people read."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def module_of(name: str) -> str:
     """Name the module whose `weight` this tensor is."""
     return name.removesuffix(".weight")

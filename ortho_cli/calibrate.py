@@ -34,11 +34,12 @@ from ortho_cli.data import TokenSequence, forget_sequences, read_rows, retain_se
 from ortho_cli.errors import CalibrationError, Interrupted, RecipeError
 from ortho_cli.events import EventSink, Finishing, Measuring, Noted, SequencesDone, null_sink
 from ortho_cli.journal import WorkFolder, recover, unwritable
+from ortho_cli.ops import as_bytes
 from ortho_cli.output import check_output, check_space, files_of, resolve_output
 from ortho_cli.plan import refuse_quantized
 from ortho_cli.recipe import Calibrate, Recipe
 from ortho_cli.selection import select
-from ortho_cli.sums import Sums, as_bytes
+from ortho_cli.sums import Sums
 from ortho_cli.writer import CHUNK, DataFile, Layout, TensorSpec, TensorStream, plan_layout
 
 # A kill costs at most this many sequences; each time, sums are synced to disk.

@@ -123,9 +123,10 @@ def _open(path: Path) -> Checkpoint:
     shards = tuple(read_shard(path / name) for name in names)
     config_path = path / "config.json"
     config = read_json_object(config_path, constants=True) if config_path.exists() else None
-    found = _checkpoint(path, shards, config=config, extra_files=tuple(_extra_files(path)))
+    found = _checkpoint(path, shards, config=config, extra_files=tuple(list_extra_files(path)))
     if weight_map is not None:
-        _check_index(path, shards, weight_map)
+        where = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+        check_index(path, where, weight_map)
     return found
 
 
@@ -189,7 +190,7 @@ def _find_shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     )
 
 
-def read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path, *, suffix: str = ".safetensors") -> dict[str, str]:
     """Read a weight_map; every file in it is a plain name inside the index's folder and exists."""
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -197,13 +198,9 @@ def read_index(path: Path) -> dict[str, str]:
             f"`{path}` has no `weight_map`", hint="restore the index that came with the model"
         )
     for name, file in weight_map.items():
-        if (
-            not isinstance(file, str)
-            or file != Path(file).name
-            or not file.endswith(".safetensors")
-        ):
+        if not isinstance(file, str) or file != Path(file).name or not file.endswith(suffix):
             raise CheckpointError(
-                f"`{path}` sends tensor `{name}` to {file!r}, which is not a .safetensors name "
+                f"`{path}` sends tensor `{name}` to {file!r}, which is not a {suffix} name "
                 f"in its folder",
                 hint="shards must lie beside the index",
             )
@@ -215,8 +212,8 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(folder: Path, shards: tuple[Shard, ...], weight_map: dict[str, str]) -> None:
-    where = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+def check_index(folder: Path, where: dict[str, str], weight_map: dict[str, str]) -> None:
+    """Refuse an index that does not say of every tensor where it is."""
     for name in sorted(weight_map.keys() - where.keys()):
         raise CheckpointError(
             f"tensor `{name}` is in the index of `{folder}` and not in `{weight_map[name]}`",
@@ -235,7 +232,7 @@ def _check_index(folder: Path, shards: tuple[Shard, ...], weight_map: dict[str, 
         )
 
 
-def _extra_files(folder: Path) -> Iterator[tuple[str, int]]:
+def list_extra_files(folder: Path) -> Iterator[tuple[str, int]]:
     """Yield every file that is not weights; hidden folders (.git, .cache) are left out."""
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -461,10 +458,11 @@ def fill(fd: int, buffer: memoryview, offset: int, *, what: str) -> None:
         done += got
 
 
+MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _UNSHARDED = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 def model_name(path: Path) -> str:
     """Name a model by its file or folder: `SmolLM2/` and `SmolLM2.safetensors` are both SmolLM2."""
     path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow a link to its blob's name
-    return _UNSHARDED.sub("", path.stem) if path.suffix == ".safetensors" else path.name
+    return _UNSHARDED.sub("", path.stem) if path.suffix in MODEL_SUFFIXES else path.name

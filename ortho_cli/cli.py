@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -17,6 +17,17 @@ import typer
 
 from ortho_cli import __version__
 from ortho_cli.errors import Interrupted, OrthoError, ResourceError, UsageError
+from ortho_cli.options import (
+    DeviceOption,
+    JsonOption,
+    QuietOption,
+    RecipeOption,
+    SchemaOption,
+    SetOption,
+    StatsOption,
+    VerboseOption,
+    WorkersOption,
+)
 
 if TYPE_CHECKING:
     from ortho_cli.plan import Plan
@@ -35,69 +46,6 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"ortho {__version__}")
         raise typer.Exit
-
-
-def _print_schema(wanted: bool) -> None:
-    if wanted:
-        from ortho_cli.recipe import json_schema
-
-        typer.echo(json.dumps(json_schema(), indent=2))
-        raise typer.Exit
-
-
-def _complete_recipe(incomplete: str) -> Iterator[str]:
-    folder = Path(__file__).parent / "recipes"
-    folder = folder if folder.is_dir() else Path(__file__).parent.parent / "recipes"
-    return (path.stem for path in sorted(folder.glob("*.yaml")) if path.stem.startswith(incomplete))
-
-
-RecipeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--recipe",
-        metavar="FILE-or-NAME",
-        help="YAML recipe, or one that comes with ortho.",
-        autocompletion=_complete_recipe,
-    ),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY.PATH=VALUE", help="Change one setting of the recipe; repeatable."
-    ),
-]
-SchemaOption = Annotated[
-    bool,
-    typer.Option(
-        "--recipe-schema",
-        help="Print the JSON schema of recipes.",
-        callback=_print_schema,
-        is_eager=True,
-    ),
-]
-StatsOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--stats", metavar="FILE", help="Curvature statistics, as `ortho calibrate` writes them."
-    ),
-]
-WorkersOption = Annotated[
-    int | None,
-    typer.Option(
-        "--workers",
-        min=1,
-        max=256,
-        help="Threads; the output does not depend on it.  [default: cores, <= 8]",
-    ),
-]
-DeviceOption = Annotated[
-    str, typer.Option("--device", help="auto or cpu; this version computes on the CPU.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-VerboseOption = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Name every tensor as it is finished.")
-]
 
 
 @app.callback()
@@ -164,15 +112,8 @@ def decompose(
     began = time.perf_counter()
     with report.ProgressSink("decompose", quiet=quiet, verbose=verbose) as sink:
         document = run(plan, checkpoint, target, force=force, on_event=sink)
-    document["run"] = {
-        "output": str(target),
-        "seconds": round(time.perf_counter() - began, 3),
-        "peak_rss_bytes": _peak_rss(),
-    }
-    if as_json:
-        report.print_json(document)
-    elif not quiet:
-        report.print_done(document)
+    document["run"] = _run_facts(target, began)
+    _show(document, report.print_done, as_json, quiet)
 
 
 @app.command()
@@ -235,23 +176,86 @@ def calibrate(
     plan = make_plan(checkpoint, settings, read_sets(model, data, forget or [], settings.calibrate))
     check_space(plan.bytes_written + plan.bytes_scratch, out, kind="statistics with their sums")
     if dry_run:
-        if as_json:
-            report.print_json(plan.to_json())
-        elif not quiet:
-            report.print_calibration_plan(plan.to_json(), source=str(model))
+        _show(plan.to_json(), report.print_calibration_plan, as_json, quiet, source=str(model))
         return
     began = time.perf_counter()
     with report.ProgressSink("calibrate", quiet=quiet, verbose=verbose) as sink:
         document = run(plan, checkpoint, out, device=device, force=force, on_event=sink)
-    document["run"] = {
-        "output": str(out),
-        "seconds": round(time.perf_counter() - began, 3),
-        "peak_rss_bytes": _peak_rss(),
-    }
-    if as_json:
-        report.print_json(document)
-    elif not quiet:
-        report.print_calibrated(document)
+    document["run"] = _run_facts(out, began)
+    _show(document, report.print_calibrated, as_json, quiet)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            help="A .safetensors, .bin, .pt, .pth or .gguf file, a model folder, or an artifact.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="The folder to make.  [default: SRC-converted, or SRC-dense for an artifact, "
+            "beside SRC]",
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option("--alpha", help="For an artifact, and required there: 0 is base, 1 is all."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="bfloat16, float16 or float32, for floating tensors.  [default: each one's own]",
+        ),
+    ] = None,
+    shard_size: Annotated[
+        str, typer.Option("--shard-size", help="Most bytes of tensors in a file.")
+    ] = "5GB",
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Replace what convert made at OUT once the new one is complete; discard other "
+            "half-done work.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write any checkpoint, or an artifact at one alpha, as plain safetensors.
+
+    Reads tile by tile and needs little memory; only a .bin of before torch 1.6 is held whole, and
+    of a GGUF one tensor at a time. Nothing in a .bin, .pt or .pth is ever run. A killed run goes on
+    where it stopped.
+    """
+    from ortho_cli import convert as work
+    from ortho_cli import report
+    from ortho_cli.convert_plan import make_plan, parse_size
+
+    size = parse_size(shard_size)
+    with contextlib.closing(work.open_source(source, alpha=alpha)) as opened:
+        plan = make_plan(opened, dtype=dtype, shard_size=size)
+        folder = opened.folder if opened.kind == "artifact" else source
+        target = out or _default_out(folder, "converted" if alpha is None else "dense")
+        work.check_target(plan, opened, target, force=force)
+        if dry_run:
+            _show(plan.to_json(), report.print_convert_plan, as_json, quiet, source=str(source))
+            return
+        began = time.perf_counter()
+        with report.ProgressSink("convert", quiet=quiet, verbose=verbose) as sink:
+            document = work.convert(plan, opened, target, force=force, on_event=sink)
+    document["run"] = _run_facts(target, began)
+    _show(document, report.print_converted, as_json, quiet)
 
 
 @app.command()
@@ -304,10 +308,7 @@ def inspect(
     if verify:
         with report.ProgressSink("verify", quiet=quiet, verbose=verbose) as sink:
             document["verified"] = asdict(reading.verify(found, on_event=sink))
-    if as_json:
-        report.print_json(document)
-    elif not quiet:
-        report.print_artifact(document, folder=str(path))
+    _show(document, report.print_artifact, as_json, quiet, folder=str(path))
 
 
 def _show_statistics(
@@ -365,23 +366,44 @@ def _cores() -> int:
     return min(8, given)
 
 
-def _default_out(model: Path) -> Path:
+def _show(
+    document: dict[str, Any],
+    printer: Callable[..., None],
+    as_json: bool,
+    quiet: bool,
+    **names: str,
+) -> None:
+    """Give one document to scripts, or its gist to eyes."""
+    from ortho_cli import report
+
+    if as_json:
+        report.print_json(document)
+    elif not quiet:
+        printer(document, **names)
+
+
+def _run_facts(target: Path, began: float) -> dict[str, Any]:
+    return {
+        "output": str(target),
+        "seconds": round(time.perf_counter() - began, 3),
+        "peak_rss_bytes": _peak_rss(),
+    }
+
+
+def _default_out(model: Path, what: str = "ortho") -> Path:
     from ortho_cli.checkpoint import model_name
 
     whole = Path(os.path.abspath(model))  # noqa: PTH100 - resolve() would leave the user's folder
     beside = (
         whole if model.name in ("", "..") else model
     )  # as the user wrote it, where it names one
-    return beside.parent / f"{model_name(whole)}-ortho"
+    return beside.parent / f"{model_name(whole)}-{what}"
 
 
 def _show_plan(plan: Plan, model: Path, *, as_json: bool, quiet: bool) -> None:
     from ortho_cli import report
 
-    if as_json:
-        report.print_json(plan.to_json())
-    elif not quiet:
-        report.print_plan(plan.to_json(), source=str(model))
+    _show(plan.to_json(), report.print_plan, as_json, quiet, source=str(model))
 
 
 def _peak_rss() -> int:

@@ -7,7 +7,6 @@ hashes base as far as it is complete.
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
@@ -18,7 +17,6 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
-from blake3 import blake3
 
 from ortho_cli import __version__, artifact
 from ortho_cli.artifact import (
@@ -28,12 +26,12 @@ from ortho_cli.artifact import (
     ORTHO_FILE,
     REPORT_FILE,
     canonical_json,
+    pretty_json,
 )
 from ortho_cli.checkpoint import Checkpoint, ShardReader
 from ortho_cli.curvature import CurvatureReader
-from ortho_cli.errors import Interrupted
 from ortho_cli.events import EventSink, Finishing, Noted, Started, null_sink
-from ortho_cli.journal import WorkFolder, recover, unwritable
+from ortho_cli.journal import WorkFolder, interruptible, recover, unwritable
 from ortho_cli.output import check_output, check_space, files_of, resolve_output
 from ortho_cli.plan import Plan, TensorPlan
 from ortho_cli.split import Entry, Splitter, is_sound
@@ -108,7 +106,7 @@ def decompose(
         curvature = CurvatureReader(plan.statistics) if plan.statistics else None
         with (
             WorkFolder(out, identity=identity, force=force, is_sound=is_known) as work,
-            _interruptible(plan, work),
+            interruptible(work, total=len(plan.tensors)),
         ):
             report = _Job(plan, checkpoint, reader, curvature, work, on_event).run()
             work.publish(may_replace=lambda there: force and artifact.is_artifact(there))
@@ -119,25 +117,6 @@ def decompose(
         reader.close()
         if curvature:
             curvature.close()
-
-
-@contextmanager
-def _interruptible(plan: Plan, work: WorkFolder) -> Iterator[None]:
-    """Turn Ctrl-C into an error that says how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if work.published:
-            raise Interrupted(
-                f"interrupted when `{work.out}` was complete", hint="nothing is left to do"
-            ) from None
-        done, total = len(work.done), len(plan.tensors)
-        raise Interrupted(
-            f"interrupted with {done} of {total} tensors finished",
-            hint="repeat the same command to go on from there"
-            if done
-            else "nothing was finished; nothing is left behind",
-        ) from None
 
 
 class _Job:
@@ -198,10 +177,7 @@ class _Job:
         """Tell whether a tensor that an earlier run finished still has the bytes it wrote."""
         for output in (self._base, self._ortho):
             for key, told in entry["blake3"].get(output.name, {}).items():
-                digest = blake3()
-                for piece in output.read(key):
-                    digest.update(piece)
-                if digest.hexdigest() != told:
+                if output.digest(key) != told:
                     return False
         return True
 
@@ -233,15 +209,15 @@ class _Job:
                     frontier.finish([entry["name"]])
                     digest.up_to(frontier.offset)
                     if time.monotonic() - committed >= COMMIT_SECONDS:
-                        self._commit(finished)
+                        self._work.commit(finished)
                         finished, committed = [], time.monotonic()
         except BaseException:
             while not results.empty():  # what workers finished and nobody has taken yet
                 result = results.get()
                 finished += [] if isinstance(result, BaseException) else [result]
-            self._commit(finished)
+            self._work.commit(finished)
             raise
-        self._commit(finished)
+        self._work.commit(finished)
         return digest.up_to(self._plan.base.size)
 
     @contextmanager
@@ -294,12 +270,6 @@ class _Job:
             raise result
         return result
 
-    def _commit(self, entries: list[Entry]) -> None:
-        try:
-            self._work.commit(entries)
-        except OSError as error:
-            raise unwritable(self._work.folder, error) from error
-
     def _emit(self, event: Any) -> None:
         with self._event_lock:
             self._on_event(event)
@@ -313,10 +283,12 @@ class _Job:
             for name in sorted(left - {CONFIG_FILE}):
                 self._emit(Noted(message=f"`{name}` of the source is not copied: the name is ours"))
             if checkpoint.config is not None:
-                work.write_file(CONFIG_FILE, _pretty(make_config(plan, checkpoint.config)))
+                work.write_file(CONFIG_FILE, pretty_json(make_config(plan, checkpoint.config)))
             size = plan.base.size - len(plan.base.header)
-            work.write_file(INDEX_FILE, _pretty(artifact.index(plan.base.regions, total_size=size)))
-            work.write_file(REPORT_FILE, _pretty(report))
+            work.write_file(
+                INDEX_FILE, pretty_json(artifact.index(plan.base.regions, total_size=size))
+            )
+            work.write_file(REPORT_FILE, pretty_json(report))
         except OSError as error:
             raise unwritable(work.artifact, error) from error
 
@@ -339,7 +311,3 @@ class _Frontier:
         while self._next < len(self._ends) and self._ends[self._next][1] in self._done:
             self.offset = self._ends[self._next][0]
             self._next += 1
-
-
-def _pretty(value: object) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

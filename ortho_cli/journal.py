@@ -20,21 +20,22 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ortho_cli.errors import (
-    CalibrationError,
-    CheckpointError,
-    NumericalError,
-    OutputExistsError,
-    ResourceError,
-)
+from ortho_cli import errors
+from ortho_cli.errors import Interrupted, OutputExistsError, ResourceError
 
 PARTIAL = ".partial"
+BAD_SOURCE = (
+    errors.ArtifactError,
+    errors.CalibrationError,
+    errors.CheckpointError,
+    errors.NumericalError,
+)
 
 Entry = dict[str, Any]
 
@@ -176,8 +177,7 @@ class WorkFolder:
     ) -> None:
         """Close everything; keep the folder only if another run can go on in it."""
         # A source that must be repaired is another source then: work on this one is of no use.
-        repaired = CheckpointError | CalibrationError | NumericalError
-        useless = not self.done or isinstance(error, repaired)
+        useless = not self.done or isinstance(error, BAD_SOURCE)
         if error is not None and useless and not self.published:
             with contextlib.suppress(OSError):
                 self._lock.remove_folder()
@@ -238,9 +238,12 @@ class WorkFolder:
         """Make tensors count as finished: data to disk first, then their lines."""
         if not entries:
             return
-        for fd in self._fds.values():
-            _sync(fd)
-        self._append(entries)
+        try:
+            for fd in self._fds.values():
+                _sync(fd)
+            self._append(entries)
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
         self.done.update((entry["name"], entry) for entry in entries)
 
     def _append(self, entries: Sequence[dict[str, Any]]) -> None:
@@ -263,7 +266,7 @@ class WorkFolder:
         path = self.artifact / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if not source.is_file():
-            raise CheckpointError(
+            raise errors.CheckpointError(
                 f"`{source}` vanished while the model was read", hint="put it back and start again"
             )
         shutil.copyfile(source, path)
@@ -318,6 +321,25 @@ class WorkFolder:
             if fd >= 0:
                 os.close(fd)
         self._lock.release()
+
+
+@contextlib.contextmanager
+def interruptible(work: WorkFolder, *, total: int) -> Iterator[None]:
+    """Turn Ctrl-C into an error that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if work.published:
+            raise Interrupted(
+                f"interrupted when `{work.out}` was complete", hint="nothing is left to do"
+            ) from None
+        done = len(work.done)
+        raise Interrupted(
+            f"interrupted with {done} of {total} tensors finished",
+            hint="repeat the same command to go on from there"
+            if done
+            else "nothing was finished; nothing is left behind",
+        ) from None
 
 
 def _remove(path: Path) -> None:

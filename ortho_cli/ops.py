@@ -340,7 +340,7 @@ def crow_indices(
 
 
 # Exponent bits of each dtype; all set means infinity or NaN.
-_EXPONENT = {
+EXPONENTS = {
     torch.bfloat16: (torch.int16, 0x7F80),
     torch.float16: (torch.int16, 0x7C00),
     torch.float32: (torch.int32, 0x7F800000),
@@ -354,7 +354,7 @@ def all_finite(values: Tensor, *, empty: Empty = torch_empty) -> bool:
         values: any shape, bfloat16, float16 or float32, contiguous, not empty.
         empty: where the temporary comes from.
     """
-    integer, exponent = _EXPONENT[values.dtype]
+    integer, exponent = EXPONENTS[values.dtype]
     bits = values.view(integer)
     masked = torch.bitwise_and(bits, exponent, out=empty(tuple(bits.shape), integer))
     return int(masked.max()) < exponent
@@ -366,7 +366,7 @@ def is_curvature(values: Tensor) -> bool:
     Args:
         values: any shape, bfloat16, float16 or float32, contiguous, not empty.
     """
-    integer, exponent = _EXPONENT[values.dtype]
+    integer, exponent = EXPONENTS[values.dtype]
     low, high = torch.aminmax(values.view(integer))  # the sign bit makes an integer negative, too
     if low >= 0 and high < exponent:
         return True

@@ -447,3 +447,44 @@ def print_calibrated(document: dict[str, Any]) -> None:
         lines.insert(1, "as sensitive as the forget set itself: readable by its owner only")
     for line in lines:
         console.print(visible(line), soft_wrap=True)
+
+
+def print_convert_plan(document: dict[str, Any], *, source: str) -> None:
+    """Print what would be written: tensors alike in one line, files, notes."""
+    console, totals = make_console(), document["totals"]
+    table = _table("tensors", "tensor", "count", "shape", "from", "to", "size each")
+    for name, same in _grouped(document["tensors"], "shape", "source_dtype", "dtype"):
+        one = same[0]
+        table.add_row(
+            Text(visible(name)),
+            str(len(same)),
+            _shape(one["shape"]),
+            one["source_dtype"],
+            one["dtype"],
+            size(one["nbytes"]),
+        )
+    console.print(table)
+    console.print()
+    files = [file for file in document["files"] if "header" in file]
+    lines = [f"note: {note}" for note in document["notes"]]
+    lines += [f"{file['name']}: {size(file['size'])}" for file in files[:8]]
+    lines += [f"and {len(files) - 8} more files"] if len(files) > 8 else []
+    lines.append(
+        f"{source}: {totals['tensors']} tensors, {totals['weights']:,} weights, "
+        f"{totals['cast']} tensors cast; {size(totals['bytes_written'])} would be written"
+    )
+    for line in lines:
+        console.print(visible(line), soft_wrap=True)
+
+
+def print_converted(document: dict[str, Any]) -> None:
+    """Print what a finished conversion gave."""
+    console, totals, run = make_console(), document["totals"], document["run"]
+    files = sum("header" in file for file in document["files"])
+    for line in (
+        f"{run['output']}: {totals['tensors']} tensors, {totals['weights']:,} weights in "
+        f"{files} {'file' if files == 1 else 'files'}, {size(totals['bytes_written'])}; "
+        f"{totals['cast']} tensors cast",
+        f"{run['seconds']:.1f} s, peak memory {size(run['peak_rss_bytes'])}",
+    ):
+        console.print(visible(line), soft_wrap=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ortho_cli.capture import SUM_ELEMENTS, Part
+from ortho_cli.ops import as_bytes
 from ortho_cli.writer import DataFile, Layout
 
 
@@ -56,8 +57,3 @@ class Sums:
                     self.add(name, part, row, tile)  # type: ignore[arg-type]
         self._touched.clear()
         self._chunks += 1
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """Look at a CPU tensor's bytes; in place where it is contiguous."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

@@ -126,6 +126,13 @@ class DataFile:
             fill(self.fd, piece, region.offset + start, what=f"`{self._path}`")
             yield piece
 
+    def digest(self, key: str) -> str:
+        """Take the BLAKE3 of what is written of a tensor."""
+        digest = blake3()
+        for piece in self.read(key):
+            digest.update(piece)
+        return digest.hexdigest()
+
     def write_header(self, header: bytes) -> None:
         """Write the header."""
         self._put(memoryview(header), 0)

@@ -174,3 +174,35 @@ def saliency(residual: Tensor, curvature: Tensor) -> list[list[float]]:
         ]
         for row, weights in zip(residual.tolist(), wide, strict=True)
     ]
+
+
+def fp8_weight(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+    """Code times the scale of its block, element by element, in float32."""
+    rows, columns = codes.shape
+    weight = torch.empty(rows, columns)
+    for row in range(rows):
+        for column in range(columns):
+            weight[row, column] = (
+                codes[row, column].float() * scales[row // block[0], column // block[1]]
+            )
+    return weight
+
+
+def dense(base: dict[str, Tensor], ortho: dict[str, Tensor], module: str, alpha: float) -> Tensor:
+    """W(alpha) of one split weight, whole, position by position, before the last rounding."""
+    packed, scales = base[f"{module}.weight_packed"], base[f"{module}.weight_scale"]
+    rows, columns = packed.shape[0], 8 * packed.shape[1]
+    codes = torch.empty(rows, columns, dtype=torch.int8)
+    for row in range(rows):
+        for column in range(columns):
+            codes[row, column] = (int(packed[row, column // 8]) >> (4 * (column % 8)) & 15) - 8
+    weight = dequantize(codes, scales)
+    if alpha:
+        crow, values = ortho[f"{module}.crow_indices"], ortho[f"{module}.values"].float()
+        for row in range(rows):
+            for i in range(int(crow[row]), int(crow[row + 1])):
+                column = int(ortho[f"{module}.col_indices"][i])
+                held = weight[row, column].clone()
+                blend = held + torch.tensor(alpha, dtype=torch.float32) * (values[i] - held)
+                weight[row, column] = values[i] if alpha == 1.0 else blend
+    return weight

@@ -1,0 +1,75 @@
+"""The flags that commands share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def print_schema(wanted: bool) -> None:
+    """Print the JSON schema of recipes and end."""
+    if wanted:
+        from ortho_cli.recipe import json_schema
+
+        typer.echo(json.dumps(json_schema(), indent=2))
+        raise typer.Exit
+
+
+def complete_recipe(incomplete: str) -> Iterator[str]:
+    """Complete the names of recipes that come with ortho, without importing pydantic."""
+    folder = Path(__file__).parent / "recipes"
+    folder = folder if folder.is_dir() else Path(__file__).parent.parent / "recipes"
+    return (path.stem for path in sorted(folder.glob("*.yaml")) if path.stem.startswith(incomplete))
+
+
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="FILE-or-NAME",
+        help="YAML recipe, or one that comes with ortho.",
+        autocompletion=complete_recipe,
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY.PATH=VALUE", help="Change one setting of the recipe; repeatable."
+    ),
+]
+SchemaOption = Annotated[
+    bool,
+    typer.Option(
+        "--recipe-schema",
+        help="Print the JSON schema of recipes.",
+        callback=print_schema,
+        is_eager=True,
+    ),
+]
+StatsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--stats", metavar="FILE", help="Curvature statistics, as `ortho calibrate` writes them."
+    ),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        max=256,
+        help="Threads; the output does not depend on it.  [default: cores, <= 8]",
+    ),
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="auto or cpu; this version computes on the CPU.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Name every tensor as it is finished.")
+]
