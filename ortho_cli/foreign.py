@@ -45,6 +45,7 @@ BIN_FILE = "pytorch_model.bin"
 BIN_INDEX = "pytorch_model.bin.index.json"
 NESTED = ("state_dict", "model")  # where training scripts put the weights
 FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+REMAP_BYTES = 1 << 28  # a mapped file is opened anew, at a tensor's start, after this much
 SCALE_SUFFIX = "_scale_inv"
 DEFAULT_BLOCK = (128, 128)
 
@@ -177,6 +178,7 @@ class _Bins:
         self._file: Path | None = None
         self._tensors: dict[str, Tensor] = {}
         self._flat: tuple[str, Tensor] | None = None
+        self._touched = 0  # bytes of the mapping that were read, and so count as our memory
 
     def tensor(self, file: Path, name: str, tensor: Tensor) -> SourceTensor:
         shape = tuple(tensor.shape)
@@ -188,7 +190,8 @@ class _Bins:
         )
 
     def _read(self, file: Path, name: str, start: int, rows: int) -> Tensor:
-        if self._file != file:
+        stale = start == 0 and self._touched > REMAP_BYTES and zipfile.is_zipfile(file)
+        if self._file != file or stale:
             self.close()
             self._tensors, _ = _load(file)
             self._file = file
@@ -200,10 +203,13 @@ class _Bins:
             tensor = self._flat[1]
         elif tensor.dim() < 2:
             tensor = tensor.reshape(-1, 1)
-        return tensor[start : start + rows].resolve_conj().resolve_neg().contiguous()
+        found = tensor[start : start + rows]
+        self._touched += found.nbytes
+        return found.resolve_conj().resolve_neg().contiguous()
 
     def close(self) -> None:
         self._file, self._tensors, self._flat = None, {}, None
+        self._touched = 0
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], list[str]]:

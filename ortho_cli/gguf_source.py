@@ -106,9 +106,7 @@ def _map(path: Path) -> tuple[dict[str, Any], Any, Any, dict[str, str]]:
     auto: Any = transformers
     mapping: Any = modeling_gguf_pytorch_utils
     parsed = mapping.load_gguf_checkpoint(str(path), return_tensors=False)["config"]
-    config = auto.AutoConfig.from_pretrained(
-        path.parent, gguf_file=path.name, local_files_only=True
-    )
+    config = auto.CONFIG_MAPPING[parsed["model_type"]].from_dict(dict(parsed))
     with torch.device("meta"):
         model = auto.AutoModelForCausalLM.from_config(config)
     model.tie_weights()

@@ -210,6 +210,26 @@ def test_artifact_at_alpha_is_the_slow_twins(
             assert torch.equal(bits(tensor[row, column]), bits(source[name][row, column]))
 
 
+def test_alpha_one_gives_sources_back_bit_for_bit_whatever_base_became(
+    pico: Path, pico_tensors: dict[str, Tensor], ortho: Ortho
+) -> None:
+    """On an edited base, base + (w - base) would round: here to nothing of w."""
+    source = {name: tensor.float() for name, tensor in pico_tensors.items()}
+    save_file(source, pico / "model.safetensors", metadata={"format": "pt"})
+    assert ortho("decompose", pico, "--set", "ortho.density=1.0", "-q").code == 0
+    file = pico.parent / "pico-ortho" / "base.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    base = load_file(file)
+    for name, tensor in base.items():
+        if name.endswith("weight_scale"):
+            tensor.mul_(1e6)
+    save_file(base, file, metadata=metadata)
+    assert ortho("convert", file.parent, "--alpha", "1", "-q").code == 0
+    found = weights(pico.parent / "pico-ortho-dense")
+    assert all(torch.equal(bits(found[name]), bits(source[name])) for name in source)
+
+
 def test_dense_result_is_a_folder_without_traces_of_int4(
     pico: Path, artifact: Path, ortho: Ortho
 ) -> None:

@@ -172,6 +172,31 @@ def test_views_and_transposed_tensors_are_written_as_values(tmp_path: Path, orth
     assert same(found, tensors)
 
 
+def test_mapped_file_is_opened_anew_between_tensors_and_only_there(
+    tmp_path: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ortho_cli import foreign
+
+    loads, load = [], foreign._load
+
+    def count(path: Path) -> Any:
+        loads.append(path)
+        return load(path)
+
+    monkeypatch.setattr(foreign, "REMAP_BYTES", 0)
+    monkeypatch.setattr(foreign, "_load", count)
+    monkeypatch.setattr("ortho_cli.convert.TILE_ELEMENTS", 7)
+    torch.save(small(), tmp_path / "m.bin")
+    found, _, _ = converted(ortho, tmp_path / "m.bin")
+    assert same(found, small())
+    assert len(loads) == 1 + len(small())
+    loads.clear()
+    torch.save(small(), tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    found, _, _ = converted(ortho, tmp_path / "old.bin")
+    assert same(found, small())
+    assert len(loads) == 2  # held whole: to read it again would free nothing
+
+
 def shards(folder: Path) -> dict[str, str]:
     folder.mkdir()
     tensors = small()
