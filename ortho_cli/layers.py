@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ortho_cli import kernels, ops
-from ortho_cli.errors import ArtifactError, NumericalError, RecipeError, UsageError
+from ortho_cli import kernels
+from ortho_cli.errors import ArtifactError, UsageError
 from ortho_cli.kernels import Alpha, Base, Ortho, Packed
+from ortho_cli.streams import (
+    BASE_PARTS,
+    ORTHO_PARTS,
+    check_csr,
+    check_group_size,
+    dense_weight,
+    ortho_dtypes,
+    split_weight,
+)
 
-BASE_PARTS = ("weight_packed", "weight_scale", "weight_shape")
-ORTHO_PARTS = ("crow_indices", "col_indices", "values")
-SCALES: dict[str, ops.Scales] = {"absmax": ops.absmax_scales, "mse": ops.mse_scales}
 SET_ALPHA = "set_alpha(model, 1.0) for the full model, 0.0 for base alone"
-TILE_ELEMENTS = 1 << 18
 
 
 class _Derived(NamedTuple):
@@ -74,9 +77,9 @@ class OrthoLinear(nn.Module):
             RecipeError: the group size does not fit.
         """
         super().__init__()
-        _check_group_size(in_features, group_size)
+        check_group_size(in_features, group_size)
         self.in_features, self.out_features = in_features, out_features
-        self.alpha: Alpha | None = None
+        self._alpha: Alpha | None = None
         self._cache: dict[str, _Derived] = {}
         words, groups = in_features // 8, in_features // group_size
 
@@ -97,8 +100,7 @@ class OrthoLinear(nn.Module):
         """Give the ortho buffers their sizes: those of `artifact.ortho_specs`."""
         parts: tuple[Tensor | None, ...] = (None, None, None)
         if nnz is not None:
-            pointer = torch.int32 if nnz < 2**31 else torch.int64
-            column = torch.uint16 if self.in_features <= 2**16 else torch.int32
+            pointer, column = ortho_dtypes(nnz, self.in_features)
             parts = (
                 torch.zeros(self.out_features + 1, dtype=pointer, device=device),
                 torch.zeros(nnz, dtype=column, device=device),
@@ -106,6 +108,15 @@ class OrthoLinear(nn.Module):
             )
         for name, part in zip(ORTHO_PARTS, parts, strict=True):
             self.register_buffer(name, part)
+
+    @property
+    def alpha(self) -> Alpha | None:
+        """How much of ortho is added: in [0, 1], one for each batch row, or None until set."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, alpha: Alpha | None) -> None:
+        self._alpha = None if alpha is None else kernels.check_alpha(alpha)
 
     @property
     def group_size(self) -> int:
@@ -147,77 +158,36 @@ class OrthoLinear(nn.Module):
             UsageError: the module has no 2-D floating weight, or curvature another shape.
         """
         weight = dense_weight(linear, name)
-        _check_group_size(weight.shape[1], group_size, name)
-        if not 0.0 <= density <= 1.0:
-            raise RecipeError(
-                f"density is {density}", hint="a share from 0 to 1; 0.005 keeps 0.5 %"
-            )
-        if scale not in SCALES:
-            raise RecipeError(f"scale is {scale!r}", hint=f"one of {', '.join(SCALES)}")
-        root = None if curvature is None else _root(curvature, weight, name)
-        bias = linear.bias
+        parts = split_weight(
+            weight,
+            group_size=group_size,
+            density=density,
+            scale=scale,
+            curvature=curvature,
+            name=name,
+        )
+        source, bias = linear.weight, getattr(linear, "bias", None)
+        assert isinstance(source, Tensor)
+        assert bias is None or isinstance(bias, nn.Parameter)
         module = cls(
             weight.shape[1],
             weight.shape[0],
             group_size=group_size,
             dtype=weight.dtype,
-            nnz=round(density * weight.numel()),
-            device="cpu",
+            device="meta",
         )
-        with torch.no_grad():
-            module._split(weight, scale, root, name)
-            module.to(linear.weight.device)  # type: ignore[arg-type]
-        module.bias = bias if bias is None or isinstance(bias, nn.Parameter) else None
+        for part, tensor in parts.items():
+            setattr(module, part, tensor.to(source.device))
+        module.bias = bias
         module.train(linear.training)
         return module
-
-    def _split(self, weight: Tensor, scale: str, root: Tensor | None, name: str) -> None:
-        """Quantize tile after tile; keep the weights that lose most."""
-        rows, columns = weight.shape
-        assert self.values is not None
-        bits = torch.int32 if weight.dtype.itemsize == 4 else torch.int16
-        step = max(1, TILE_ELEMENTS // columns)
-        top = ops.TopK(
-            self.values.numel(), length=weight.numel(), stretch=step * columns, payload=bits
-        )
-        for row in range(0, rows, step):
-            raw = weight[row : row + step].contiguous()
-            scales = SCALES[scale](raw, group_size=self.group_size, dtype=raw.dtype)
-            if not ops.all_finite(scales):
-                raise NumericalError(
-                    f"tensor `{name}` holds NaN or infinity in rows {row} to {row + len(raw) - 1}",
-                    hint="repair the model, or leave the layer out with `ignore`",
-                )
-            wide = raw.float()
-            codes = ops.quantize(wide, scales)
-            saliency = ops.dequantize(codes, scales).sub_(wide).abs_()
-            if root is not None:
-                saliency.mul_(root if root.ndim == 1 else root[row : row + step])
-            if not ops.all_finite(saliency):
-                raise NumericalError(
-                    f"tensor `{name}` overflows {raw.dtype} when dequantized",
-                    hint="leave the layer out with `ignore`, or cast the model to bfloat16",
-                )
-            self.weight_packed[row : row + step] = ops.pack_int4(codes)
-            self.weight_scale[row : row + step] = scales
-            top.push(
-                saliency.view(-1).numpy(), raw.view(bits).view(-1).numpy(), start=row * columns
-            )
-        indices, _, values = top.finish()
-        crow = ops.crow_indices(indices, (rows, columns))
-        assert self.crow_indices is not None
-        assert self.col_indices is not None
-        self.crow_indices.copy_(torch.from_numpy(crow))
-        column = np.ascontiguousarray(indices % columns)
-        self.col_indices.copy_(torch.from_numpy(column).to(self.col_indices.dtype))
-        self.values.copy_(torch.from_numpy(np.ascontiguousarray(values)).view(weight.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by W(alpha); alpha is read once."""
         alpha = self._need_alpha()
         zero = not bool(alpha.any()) if isinstance(alpha, Tensor) else alpha == 0.0
         base = Base(self.weight_packed, self.weight_scale)
-        if x.numel() <= kernels.PACKED_ROWS * self.in_features:
+        if x.numel() <= kernels.PACKED_ROWS * self.in_features and x.dtype != torch.float32:
             base = base._replace(prepared=self._packed())
         ortho = None if zero else self._ortho()
         return kernels.dual_linear(x, base, ortho, self.bias, alpha)
@@ -273,9 +243,8 @@ class OrthoLinear(nn.Module):
         assert crow is not None
         assert column is not None
         assert values is not None
-        # torch has few operations on uint16: widen through the bits.
-        wide = column.to(torch.int32)
-        residual = values.float()
+        wide = column.to(torch.int32)  # torch has few operations on uint16
+        residual = values.to(torch.float32, copy=True)
         stream = Ortho(crow, wide, residual)
         base = Base(self.weight_packed, self.weight_scale)
         step = max(1, kernels.TILE_ELEMENTS // self.in_features)
@@ -321,7 +290,17 @@ class OrthoLinear(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": {}}
+        buffers = dict(self._buffers)
+        column = buffers["col_indices"]
+        if column is not None and column.dtype == torch.uint16:
+            buffers["col_indices"] = column.view(torch.int16)  # torch restores no uint16
+        return {**self.__dict__, "_buffers": buffers, "_cache": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        column = self.col_indices
+        if column is not None and column.dtype == torch.int16:
+            self.col_indices = column.view(torch.uint16)
 
     def _load_from_state_dict(
         self,
@@ -391,96 +370,6 @@ class OrthoLinear(nn.Module):
         )
 
 
-def check_csr(
-    crow: Tensor, column: Tensor, values: Tensor, shape: tuple[int, int], prefix: str
-) -> None:
-    """Refuse a CSR matrix that would read outside its rows and columns.
-
-    Raises:
-        ArtifactError: names the part, prefixed.
-    """
-    rows, columns = shape
-    if tuple(crow.shape) != (rows + 1,) or column.shape != values.shape or values.ndim != 1:
-        raise ArtifactError(
-            f"`{prefix}crow_indices` {list(crow.shape)}, col_indices {list(column.shape)} and "
-            f"values {list(values.shape)} are no CSR matrix of {rows} rows",
-            hint="the stream is damaged, or of another layer",
-        )
-    if crow.is_meta or column.is_meta:
-        return
-    wide, nnz = crow.long(), values.numel()
-    if int(wide[0]) != 0 or int(wide[-1]) != nnz or bool((wide.diff() < 0).any()):
-        raise ArtifactError(
-            f"`{prefix}crow_indices` does not climb from 0 to {nnz}",
-            hint="the stream is damaged, or of another layer",
-        )
-    place = column.to(torch.int64)
-    if nnz and not 0 <= int(place.min()) <= int(place.max()) < columns:
-        raise ArtifactError(
-            f"`{prefix}col_indices` names column {int(place.max())} of {columns}",
-            hint="the stream is damaged, or of another layer",
-        )
-    starts = wide[1:-1]
-    climbs = place.diff() > 0
-    climbs[starts[(starts > 0) & (starts < nnz)] - 1] = True
-    if not bool(climbs.all()):
-        raise ArtifactError(
-            f"`{prefix}col_indices` does not ascend inside its rows",
-            hint="the stream is damaged, or of another layer",
-        )
-
-
-def dense_weight(linear: nn.Module, name: str) -> Tensor:
-    """Find the (out, in) weight of a Linear or Conv1D, on the CPU."""
-    weight = getattr(linear, "weight", None)
-    known = (torch.bfloat16, torch.float16, torch.float32)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.dtype not in known:
-        raise UsageError(
-            f"`{name}` of {type(linear).__name__} is no 2-D floating weight",
-            hint="only Linear layers in bfloat16, float16 or float32 can be split",
-        )
-    weight = weight.detach()
-    return (weight.t() if is_conv1d(linear) else weight).cpu()
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Tell transformers' Conv1D, stored (in, out), without importing transformers."""
-    return any(
-        (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
-        for kind in type(module).__mro__
-    )
-
-
-def _check_group_size(in_features: int, group_size: int, name: str = "weight") -> None:
-    if group_size <= 0 or group_size % 8 or in_features % group_size:
-        known = [size for size in (256, 128, 64, 32, 16, 8) if in_features % size == 0]
-        raise RecipeError(
-            f"group_size {group_size} does not divide in_features {in_features} of `{name}`",
-            hint=f"sizes that do: {', '.join(map(str, known))}"
-            if known
-            else "no multiple of 8 divides it; leave the layer out with `ignore`",
-        )
-
-
-def _root(curvature: Tensor, weight: Tensor, name: str) -> Tensor:
-    """sqrt(curvature), scaled by a power of two so that no product vanishes in float32."""
-    if tuple(curvature.shape) not in (tuple(weight.shape), (weight.shape[1],)):
-        raise UsageError(
-            f"curvature of `{name}` has shape {list(curvature.shape)} where the weight is "
-            f"{list(weight.shape)}",
-            hint="give (out, in) or (in,)",
-        )
-    wide = curvature.detach().cpu().float().contiguous()
-    if not ops.all_finite(wide) or bool((wide < 0).any()):
-        raise NumericalError(
-            f"curvature of `{name}` is negative, NaN or infinite somewhere",
-            hint="calibrate again; squares of gradients are neither",
-        )
-    root = wide.sqrt()
-    largest = float(root.max())
-    return root if largest == 0.0 else root * 2.0 ** -math.frexp(largest)[1]
-
-
 def _versions(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
     # Inference tensors count no versions and cannot be written to in place outside inference mode.
     return tuple(
@@ -489,8 +378,14 @@ def _versions(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
 
 
 def _moved(buffer: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """What `fn` makes of a buffer, without its cast: bits travel as integers, which no cast meets."""
-    if not buffer.is_floating_point():
-        return fn(buffer)
-    bits = {2: torch.int16, 4: torch.int32}[buffer.element_size()]
-    return fn(buffer.view(bits)).view(buffer.dtype)
+    """Apply what `fn` does of moving and nothing of its cast: bits travel as integers."""
+    integer = {2: torch.int16, 4: torch.int32}.get(buffer.element_size())
+    bits = buffer
+    if buffer.is_floating_point() and integer is not None:
+        bits = buffer.view(integer)
+    moved = fn(bits)
+    if moved is bits:
+        return buffer
+    if moved.dtype != bits.dtype:  # `type()` casts integers too
+        moved = bits.to(moved.device)
+    return moved.view(buffer.dtype)
