@@ -86,16 +86,17 @@ def _build(
         config = transformers.AutoConfig.from_pretrained(opened.folder, local_files_only=True)
         told = getattr(config, "quantization_config", None)
         swapped: dict[str, OrthoLinear] = {}
-        config.quantization_config = _settings(transformers, opened, swapped)
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            opened.folder,
-            config=config,
-            dtype="auto" if dtype is None else dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with _quantizer(opened, swapped) as settings:
+            config.quantization_config = settings
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                opened.folder,
+                config=config,
+                dtype="auto" if dtype is None else dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ArtifactError(
@@ -111,15 +112,16 @@ def _build(
                 f"such as `{first}` ({len(found)} in all)",
                 hint="decompose the source again, or use the version of transformers it came from",
             )
-    # From here on the model is an ordinary one: it may be cast and trained like any other.
-    config = model.config
-    config.quantization_config = told
+    # It may be cast and trained like any other model; saving it as one stays refused, since that
+    # would publish both streams in one file.
+    model.config.quantization_config = told
     model.is_quantized = False
     return model, swapped
 
 
-def _settings(transformers: Any, opened: Artifact, swapped: dict[str, OrthoLinear]) -> Any:
-    """Make the quantizer known to transformers, and the settings that call it up."""
+@contextmanager
+def _quantizer(opened: Artifact, swapped: dict[str, OrthoLinear]) -> Iterator[dict[str, str]]:
+    """Make the quantizer known to transformers; give the settings that call it up."""
     from transformers.quantizers.auto import (
         AUTO_QUANTIZATION_CONFIG_MAPPING,
         AUTO_QUANTIZER_MAPPING,
@@ -148,10 +150,13 @@ def _settings(transformers: Any, opened: Artifact, swapped: dict[str, OrthoLinea
         def is_trainable(self) -> bool:
             return True
 
-    # The classes know their artifact, so each load brings its own.
+    # The classes know their artifact: each load brings its own, and takes it away again.
     AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = Settings
     AUTO_QUANTIZER_MAPPING[METHOD] = Quantizer
-    return {"quant_method": METHOD}
+    try:
+        yield {"quant_method": METHOD}
+    finally:
+        del AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD], AUTO_QUANTIZER_MAPPING[METHOD]
 
 
 def swap(model: nn.Module, opened: Artifact) -> dict[str, OrthoLinear]:
