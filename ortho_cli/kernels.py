@@ -4,10 +4,10 @@
 
 Two forms of one product, chosen by what was measured (4096 x 4096, bfloat16, 2 cores):
 
-* **packed** (CPU, half-precision x, few rows): torch's INT4 kernel reads the codes as they are;
+* **packed** (CPU, bfloat16 throughout, few rows): torch's INT4 kernel reads the codes as they are;
   30 times faster than unpacking at one row, level with it near 128. It multiplies q * scale before
   that is rounded to the scales' dtype, and rounds its own result to x's, so it is within one more
-  rounding of x's dtype of the exact form.
+  rounding of x's dtype of the exact form. In float16 and float32 it is slower than tiles.
 * **tiles** (everything else, and CUDA): some rows at a time become the very weights that a reader
   of base sees, ortho is added in place, and a dense product follows. The CUDA side of this is plain
   torch, written for reference and not yet run.
@@ -72,14 +72,15 @@ def prepare(base: Base) -> Packed | None:
     Args:
         base: int32 (out, in / 8) codes with (out, groups) scales.
     Returns:
-        Codes of the same size again, and scales beside zeros; None off the CPU, for float32 scales
-        (slower than tiles there), out not a multiple of 16, group sizes other than 32 to 256.
+        Codes of the same size again, and scales beside zeros; None off the CPU, for scales other
+        than bfloat16 (slower than tiles there), out not a multiple of 16, group sizes other than 32
+        to 256.
     """
     rows, columns = base.shape
     scale = base.weight_scale
     if (
         scale.device.type != "cpu"
-        or scale.dtype == torch.float32
+        or scale.dtype != torch.bfloat16
         or rows % PACKED_MULTIPLE
         or columns // scale.shape[1] not in PACKED_GROUPS
         or not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")

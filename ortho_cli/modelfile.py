@@ -28,7 +28,7 @@ from ortho_cli.layers import OrthoLinear
 from ortho_cli.plan import NO_DIGEST, resolve_output
 from ortho_cli.quantization import quantization_config
 from ortho_cli.split import as_bytes
-from ortho_cli.streams import BASE_PARTS, ORTHO_PARTS, check_csr, is_conv1d
+from ortho_cli.streams import BASE_PARTS, ORTHO_PARTS, check_csr, is_conv1d, is_plain_linear
 from ortho_cli.writer import DataFile, GrowingSha256, Layout, TensorSpec, plan_layout
 
 NAMES = {
@@ -336,8 +336,8 @@ def _check_target(module: nn.Module, name: str, layer: OrthoLinear) -> None:
     except AttributeError:
         raise ArtifactError(f"the module has no `{name}`", hint=PLAIN) from None
     weight = getattr(target, "weight", None)
-    if not (isinstance(target, nn.Linear) or is_conv1d(target)) or not isinstance(weight, Tensor):
-        raise ArtifactError(f"`{name}` of the module is no Linear", hint=PLAIN)
+    if not is_plain_linear(target) or not isinstance(weight, Tensor):
+        raise ArtifactError(f"`{name}` of the module is no plain Linear", hint=PLAIN)
     shape = tuple(weight.shape)[:: -1 if is_conv1d(target) else 1]
     if shape != (layer.out_features, layer.in_features):
         raise ArtifactError(

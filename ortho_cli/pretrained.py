@@ -23,7 +23,7 @@ from ortho_cli.errors import ArtifactError, UsageError
 from ortho_cli.kernels import Alpha
 from ortho_cli.layers import OrthoLinear
 from ortho_cli.modelfile import empty_layer, fill_ortho
-from ortho_cli.streams import is_conv1d
+from ortho_cli.streams import is_conv1d, is_plain_linear
 
 METHOD = "ortho"
 KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys", "conversion_errors")
@@ -173,7 +173,8 @@ def swap(model: nn.Module, opened: Artifact) -> dict[str, OrthoLinear]:
         layer = empty_layer(opened, name)
         weight = getattr(old, "weight", None)
         shape = [layer.out_features, layer.in_features]
-        if old is None or not isinstance(weight, torch.Tensor) or list(weight.shape) != shape:
+        held = list(weight.shape) if isinstance(weight, torch.Tensor) else None
+        if old is None or not is_plain_linear(old) or held != shape:
             raise ArtifactError(
                 f"`{name}` was split as a Linear of {shape}, and the model has no such Linear",
                 hint="does this version of transformers know the source model?",

@@ -163,6 +163,13 @@ def is_conv1d(module: nn.Module) -> bool:
     )
 
 
+def is_plain_linear(module: nn.Module | None) -> bool:
+    """Tell a module that computes x W^T + bias and, by its own forward, no more."""
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward
+    return module is not None and is_conv1d(module)
+
+
 def check_group_size(in_features: int, group_size: int, name: str = "weight") -> None:
     """Refuse a group size that does not divide, and name those that do."""
     if group_size <= 0 or group_size % 8 or in_features % group_size:

@@ -282,6 +282,8 @@ def change(net: Net, how: str) -> Net:
         net.proj.weight = nn.Parameter(net.proj.weight.detach().clone())
     elif how == "split shape":
         net.out = nn.Linear(96, 32)
+    elif how == "own forward":
+        net.out = Odd(96, 64)
     elif how == "no linear":
         net.blocks[1] = nn.Identity()
     return net
@@ -296,6 +298,7 @@ def change(net: Net, how: str) -> Net:
         ("dtype", "narrow"),
         ("untied", "proj.weight"),
         ("split shape", "out"),
+        ("own forward", "out"),
         ("no linear", "blocks.1"),
     ],
 )
