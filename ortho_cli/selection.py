@@ -174,13 +174,23 @@ def is_tied(config: dict[str, Any] | None) -> bool:
 
 def _not_by_default(tensor: TensorInfo) -> str | None:
     """Say why a tensor that could be split is not, where the recipe has no `targets`."""
-    leaf = module_of(tensor.name).rsplit(".", 1)[-1]
+    return not_by_default(module_of(tensor.name), tensor.shape[1])
+
+
+def not_by_default(module: str, in_features: int) -> str | None:
+    """Say why a Linear of this name and width is not split unless a target asks for it."""
+    leaf = module.rsplit(".", 1)[-1]
     for pattern, reason in ((_HEAD, "output head"), (_NORM, "norm"), (_ROUTER, "router")):
         if pattern.search(leaf):
             return reason
-    if tensor.shape[1] < MIN_IN_FEATURES:
-        return f"in_features {tensor.shape[1]} < {MIN_IN_FEATURES}"
+    if in_features < MIN_IN_FEATURES:
+        return f"in_features {in_features} < {MIN_IN_FEATURES}"
     return None
+
+
+def is_embedding(module: str) -> bool:
+    """Tell an embedding by its module's name."""
+    return _EMBEDDING.search(module.rsplit(".", 1)[-1]) is not None
 
 
 def _count(reasons: dict[str, str | None]) -> str:

@@ -206,3 +206,36 @@ def dense(base: dict[str, Tensor], ortho: dict[str, Tensor], module: str, alpha:
                 blend = held + torch.tensor(alpha, dtype=torch.float32) * (values[i] - held)
                 weight[row, column] = values[i] if alpha == 1.0 else blend
     return weight
+
+
+def dual_weight(
+    packed: Tensor, scales: Tensor, kept: dict[tuple[int, int], float], alpha: float
+) -> Tensor:
+    """W(alpha) in float64, entry by entry: base, moved towards the source where one is kept."""
+    rows, words = packed.shape
+    codes = torch.empty(rows, words * 8, dtype=torch.int8)
+    for row in range(rows):
+        for column in range(words * 8):
+            word = int(packed[row, column // 8]) & 0xFFFFFFFF
+            codes[row, column] = (word >> (4 * (column % 8)) & 15) - 8
+    weight = dequantize(codes, scales).double()
+    for (row, column), source in kept.items():
+        weight[row, column] += alpha * (source - weight[row, column])
+    return weight
+
+
+def dual_linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    kept: dict[tuple[int, int], float],
+    bias: Tensor | None,
+    alphas: list[float],
+) -> Tensor:
+    """x W(alpha)^T + bias in float64, one batch row at a time, each with its own alpha."""
+    found = [
+        row.double() @ dual_weight(packed, scales, kept, alpha).T
+        for row, alpha in zip(x, alphas, strict=True)
+    ]
+    y = torch.stack(found) if found else torch.empty(*x.shape[:-1], packed.shape[0])
+    return y.double() if bias is None else y.double() + bias.double()

@@ -1,0 +1,324 @@
+"""Surgery on any torch module: choose its Linears, split them, set alpha, save and load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ortho_cli import artifact, kernels
+from ortho_cli.checkpoint import parse_json_object
+from ortho_cli.errors import (
+    ArtifactError,
+    CalibrationError,
+    CheckpointError,
+    RecipeError,
+    UsageError,
+)
+from ortho_cli.kernels import Alpha
+from ortho_cli.layers import OrthoLinear
+from ortho_cli.modelfile import identity, load_module, save_module, source_digest
+from ortho_cli.recipe import GROUP_SIZES, Recipe, matches
+from ortho_cli.selection import IGNORED, is_embedding, not_by_default
+from ortho_cli.streams import is_conv1d
+
+TWICE = "a base that is quantized again is another base; build the model anew"
+
+
+def _layers(model: nn.Module) -> dict[str, OrthoLinear]:
+    found = {n: m for n, m in model.named_modules() if isinstance(m, OrthoLinear)}
+    if not found:
+        raise UsageError(
+            f"the {type(model).__name__} holds no OrthoLinear",
+            hint="load an artifact, or decompose the model with Engine",
+        )
+    return found
+
+
+def set_alpha(model: nn.Module, alpha: Alpha) -> None:
+    """Set alpha of every OrthoLinear; all of them or, where one refuses, none.
+
+    Args:
+        model: any module that holds OrthoLinear.
+        alpha: in [0, 1]: 0 is base alone, 1 all of ortho; or a tensor with one for each batch row.
+    Raises:
+        UsageError: alpha is no such number, or the model holds no OrthoLinear.
+        ArtifactError: alpha is not 0 and a layer has no ortho stream.
+    """
+    layers = _layers(model)
+    alpha = kernels.check_alpha(alpha)
+    zero = not bool(alpha.any()) if isinstance(alpha, Tensor) else alpha == 0.0
+    for name, layer in layers.items():
+        if not zero and layer.nnz is None:
+            raise ArtifactError(
+                f"alpha is not 0 and `{name}` has no ortho stream", hint=kernels.NO_ORTHO
+            )
+    for layer in layers.values():
+        layer.alpha = alpha
+
+
+@contextmanager
+def at_alpha(model: nn.Module, alpha: Alpha) -> Iterator[None]:
+    """Set alpha for a `with` block, then give every layer back what it had."""
+    before = {name: layer.alpha for name, layer in _layers(model).items()}
+    set_alpha(model, alpha)
+    try:
+        yield
+    finally:
+        for name, layer in _layers(model).items():
+            layer.alpha = before.get(name)
+
+
+class Engine:
+    """A module whose Linears become OrthoLinear in place.
+
+        engine = Engine(model)
+        engine.convert()
+        engine.decompose(density=0.005)
+        engine.set_alpha(1.0)
+
+    `curvature` maps the names of weights (`<module>.weight`) to curvature; where it holds anything,
+    `decompose` uses it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """Look at a module; nothing is changed."""
+        self.module = module
+        self.curvature: dict[str, Tensor] = {}
+        self._chosen: tuple[str, ...] = ()
+        self._recipe: dict[str, Any] = {}
+        self._digest = ""
+
+    def convert(
+        self, targets: Sequence[str] | None = None, ignore: Sequence[str] = ()
+    ) -> dict[str, str | None]:
+        """Choose the Linears to split; nothing is changed yet.
+
+        Args:
+            targets: exact names, globs or `re:` patterns over `<module>.weight`; None for every
+                Linear with in_features >= 64 that is no head, embedding, norm or router by name.
+            ignore: patterns never to split.
+        Returns:
+            Every Linear's name: None if chosen, else the reason why not.
+        Raises:
+            UsageError: nothing is chosen, or a target matches no Linear.
+        A weight that another module holds too is never chosen: splitting it would untie the two.
+        """
+        self._refuse_split()
+        reasons: dict[str, str | None] = {}
+        owners = _owners(self.module)
+        hit: set[str] = set()
+        for name, child in self.module.named_modules():
+            if not (isinstance(child, nn.Linear) or is_conv1d(child)):
+                continue
+            wanted = [p for p in targets or () if matches(p, f"{name}.weight")]
+            hit.update(wanted)
+            if any(matches(pattern, f"{name}.weight") for pattern in ignore):
+                reasons[name] = IGNORED
+                continue
+            reason = _obstacle(name, child, owners)
+            if reason is None and targets is None:
+                reason = _by_name(name, child)
+            elif reason is None and not wanted:
+                reason = "no target matches"
+            reasons[name] = reason
+        for pattern in targets or ():
+            if pattern not in hit:
+                raise UsageError(
+                    f"target `{pattern}` matches no Linear",
+                    hint=f"they are named like `{next(iter(reasons), 'none here')}.weight`",
+                )
+        self._chosen = tuple(name for name, reason in reasons.items() if reason is None)
+        if not self._chosen:
+            listed = sorted({str(reason) for reason in reasons.values()})
+            kind = type(self.module).__name__
+            raise UsageError(
+                f"nothing to split in {kind}: {', '.join(listed) or 'no Linear'}",
+                hint="name Linears with `targets`",
+            )
+        return reasons
+
+    def decompose(
+        self,
+        *,
+        density: float = 0.005,
+        group_size: int | str = "auto",
+        scale: str = "absmax",
+        curvature: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Put an OrthoLinear in the place of every chosen Linear; all of them or none.
+
+        Args:
+            density: share of each weight's entries kept in the ortho stream.
+            group_size: weights that share a scale, or `auto`: the largest of 128, 64, 32 that
+                divides every chosen in_features.
+            scale: absmax or mse.
+            curvature: by `<module>.weight`, (out, in) or (in,); None for what `curvature` holds,
+                and if that is empty, the residual alone decides.
+        Raises:
+            UsageError: the module was decomposed before.
+            CalibrationError: a chosen Linear has no curvature.
+            RecipeError: a setting does not fit; names the tensor.
+            NumericalError: a weight is NaN or infinite; names the tensor.
+        """
+        self._refuse_split()
+        if not self._chosen:
+            self.convert()
+        given = curvature if curvature is not None else self.curvature or None
+        weights = {name: f"{name}.weight" for name in self._chosen}
+        for weight in weights.values():
+            if given is not None and weight not in given:
+                raise CalibrationError(
+                    f"there is no curvature for `{weight}`",
+                    hint="calibrate with data that reaches it, or leave it out with `ignore`",
+                )
+        size = self._group_size(group_size)
+        digest = source_digest(self.module)
+        made = {
+            name: OrthoLinear.from_linear(
+                self.module.get_submodule(name),
+                group_size=size,
+                density=density,
+                scale=scale,
+                curvature=None if given is None else given[weight],
+                name=weight,
+            )
+            for name, weight in weights.items()
+        }
+        recipe = {
+            "version": 1,
+            "targets": list(weights.values()),
+            "base": {"group_size": size, "scale": scale},
+            "ortho": {"density": float(density)},
+        }
+        self._recipe = Recipe.model_validate(recipe).canonical()
+        if given is not None:
+            self._recipe["saliency"] = {"kind": "curvature"}
+        self._digest = digest
+        self._swap(made)
+
+    def set_alpha(self, alpha: Alpha) -> None:
+        """Set alpha of every layer; as `ortho_cli.set_alpha`."""
+        set_alpha(self.module, alpha)
+
+    def save(self, folder: str | Path, *, force: bool = False) -> None:
+        """Write the module as an artifact; the folder appears whole or not at all.
+
+        Raises:
+            OutputExistsError: something is there, and it is no artifact or `force` is not given.
+            UsageError: the module is not decomposed.
+        """
+        _layers(self.module)
+        if not self._digest:
+            raise UsageError(
+                "this engine neither decomposed nor loaded the module",
+                hint="save with the engine that did",
+            )
+        save_module(
+            self.module, Path(folder), recipe=self._recipe, digest=self._digest, force=force
+        )
+
+    def load(self, folder: str | Path, *, alpha: Alpha) -> None:
+        """Read an artifact onto the module, freshly built as it was before it was decomposed.
+
+        Raises:
+            ArtifactError: the artifact is damaged; a tensor is missing, unexpected or of another
+                shape or dtype, and is named; alpha is not 0 and there is no ortho.
+            UsageError: alpha is no number in [0, 1]; the module is decomposed already.
+        """
+        self._refuse_split()
+        kernels.check_alpha(alpha)
+        opened = artifact.open_artifact(Path(folder))
+        layers = load_module(self.module, opened)
+        metadata = (opened.ortho or opened.base).metadata
+        try:
+            recipe = parse_json_object(
+                metadata.get("recipe", "").encode(), what="the recipe", hint="decompose again"
+            )
+        except CheckpointError as error:
+            raise artifact.damaged(opened.base.path, error.message) from None
+        for name, layer in layers.items():
+            bias = self.module.get_submodule(name).bias
+            assert bias is None or isinstance(bias, nn.Parameter)
+            layer.bias = bias
+            layer.train(self.module.get_submodule(name).training)
+        self._recipe = recipe
+        # Base alone does not know what it was cut from.
+        self._digest = metadata.get("source_digest", "0" * 64)
+        self._swap(layers)
+        set_alpha(self.module, alpha)
+
+    def _refuse_split(self) -> None:
+        if any(isinstance(child, OrthoLinear) for child in self.module.modules()):
+            raise UsageError("the module is decomposed already", hint=TWICE)
+
+    def _group_size(self, asked: int | str) -> int:
+        widths = {name: _in_features(self.module.get_submodule(name)) for name in self._chosen}
+        if isinstance(asked, int):
+            return asked
+        if asked != "auto":
+            raise RecipeError(f"group_size is {asked!r}", hint="`auto` or a multiple of 8")
+        for size in GROUP_SIZES:
+            if all(width % size == 0 for width in widths.values()):
+                return size
+        worst = next(name for name, width in widths.items() if width % GROUP_SIZES[-1])
+        raise RecipeError(
+            f"none of the group sizes {', '.join(map(str, GROUP_SIZES))} divides in_features "
+            f"{widths[worst]} of `{worst}.weight`",
+            hint="give a group_size, or leave it out with `ignore`",
+        )
+
+    def _swap(self, made: Mapping[str, OrthoLinear]) -> None:
+        """Replace every reference to the old modules: one module may stand in two places."""
+        by_id = {id(self.module.get_submodule(name)): new for name, new in made.items()}
+        for parent in list(self.module.modules()):
+            for name, child in parent._modules.items():
+                if id(child) in by_id:
+                    parent._modules[name] = by_id[id(child)]
+
+
+def _in_features(module: nn.Module) -> int:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0 if is_conv1d(module) else 1]
+
+
+def _owners(module: nn.Module) -> dict[tuple[Any, ...], int]:
+    """Count the modules that hold each parameter."""
+    found: dict[tuple[Any, ...], int] = {}
+    for child in module.modules():
+        for key in {_place(p) for p in child._parameters.values() if p is not None}:
+            found[key] = found.get(key, 0) + 1
+    return found
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return identity(tensor)[:2]  # a transposed view is the same weights
+
+
+def _obstacle(name: str, child: nn.Module, owners: dict[tuple[Any, ...], int]) -> str | None:
+    """Say why a Linear can never be split."""
+    weight = child._parameters.get("weight")
+    if not name:
+        return "the module itself"
+    if weight is None:
+        return "its weight is no parameter of its own"
+    if isinstance(child, nn.Linear) and type(child).forward is not nn.Linear.forward:
+        return f"{type(child).__name__} has a forward of its own"
+    if child._forward_hooks or child._forward_pre_hooks:
+        return "it has forward hooks"
+    if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"dtype {weight.dtype}"
+    if owners[_place(weight)] > 1:
+        return "tied"
+    return None
+
+
+def _by_name(name: str, child: nn.Module) -> str | None:
+    if is_embedding(name):
+        return "embedding"
+    return not_by_default(name, _in_features(child))

@@ -1,0 +1,348 @@
+"""Any module that holds OrthoLinear, to an artifact and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from torch import Tensor, nn
+
+from ortho_cli import __version__, artifact
+from ortho_cli.artifact import (
+    BASE_FILE,
+    CONFIG_FILE,
+    INDEX_FILE,
+    ORTHO_FILE,
+    Artifact,
+    canonical_json,
+)
+from ortho_cli.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo
+from ortho_cli.errors import ArtifactError, CheckpointError, OutputExistsError, UsageError
+from ortho_cli.journal import WorkFolder, recover
+from ortho_cli.layers import OrthoLinear
+from ortho_cli.ops import as_bytes
+from ortho_cli.output import resolve_output
+from ortho_cli.plan import NO_DIGEST
+from ortho_cli.quantization import quantization_config
+from ortho_cli.streams import BASE_PARTS, ORTHO_PARTS, check_csr, is_conv1d, is_plain_linear
+from ortho_cli.writer import DataFile, GrowingSha256, Layout, TensorSpec, plan_layout
+
+NAMES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16",
+    torch.uint16: "U16", torch.int32: "I32", torch.uint32: "U32", torch.int64: "I64",
+    torch.uint64: "U64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
+    torch.float64: "F64", torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+PLAIN = "build the module as it was when it was saved"
+
+
+def distinct(module: nn.Module) -> dict[str, Tensor]:
+    """Name every tensor of a module's state once, shared ones by the name that comes first."""
+    found: dict[str, Tensor] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UsageError(
+                f"state `{name}` is a {type(value).__name__}, and safetensors holds tensors only",
+                hint="a module's extra state cannot be saved",
+            )
+        key = identity(value)
+        if key not in seen:
+            found[name] = value
+        if value.numel():
+            seen.add(key)
+    return found
+
+
+def identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Tell two names of one tensor from two tensors."""
+    where = id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
+    return where, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def source_digest(module: nn.Module) -> str:
+    """Digest a module's state as `artifact.source_digest` does a checkpoint's."""
+    return artifact.source_digest(
+        (name, NAMES[t.dtype], tuple(t.shape), blake3(as_bytes(t.cpu())).hexdigest())
+        for name, t in distinct(module).items()
+    )
+
+
+def save_module(
+    module: nn.Module,
+    folder: Path,
+    *,
+    recipe: Mapping[str, Any],
+    digest: str,
+    force: bool = False,
+) -> None:
+    """Write an artifact; the folder appears whole or not at all.
+
+    Args:
+        module: holds at least one OrthoLinear; what it shares is written once.
+        folder: where to.
+        recipe: what was asked for, as JSON.
+        digest: the source's.
+        force: replace an artifact that is there.
+    Raises:
+        OutputExistsError: something is there already.
+        UsageError: a tensor has no elements, or a dtype that safetensors does not know.
+    The same module gives the same bytes.
+    """
+    out = resolve_output(folder)
+    recover(out)
+    replaceable = not out.exists() or (force and artifact.is_artifact(out))
+    if not replaceable and (not out.is_dir() or any(out.iterdir())):
+        raise OutputExistsError(
+            f"output `{folder}` exists", hint="choose another folder, or force=True"
+        )
+    base, ortho = _streams(module)
+    text = canonical_json(dict(recipe))
+    specs = [_specs(stream) for stream in (base, ortho)]
+    plan = [[s.key, s.dtype, list(s.shape)] for stream in specs for s in stream]
+    sha256 = hashlib.sha256(
+        canonical_json({"version": __version__, "recipe": recipe, "tensors": plan}).encode()
+    ).hexdigest()
+    common = {"plan_sha256": sha256, "recipe": text, "version": __version__}
+    base_layout = plan_layout(specs[0], artifact.base_metadata(**common))
+    ortho_layout = plan_layout(
+        specs[1],
+        artifact.ortho_metadata(**common, source_digest=digest, base_sha256=NO_DIGEST),
+    )
+    files = {BASE_FILE: base_layout.size} | ({ORTHO_FILE: ortho_layout.size} if ortho else {})
+    identity = {"plan": sha256, "source": digest, "version": [__version__], "files": files}
+    with WorkFolder(out, identity=identity, force=force) as work:
+        written = _write(work, BASE_FILE, base_layout, base, mode=0o644)
+        written.write_header(base_layout.header)
+        told = GrowingSha256(written.fd).up_to(base_layout.size)
+        if ortho:
+            metadata = artifact.ortho_metadata(**common, source_digest=digest, base_sha256=told)
+            # What is withheld from others should not be readable by others.
+            hidden = _write(work, ORTHO_FILE, ortho_layout, ortho, mode=0o600)
+            hidden.write_header(plan_layout(specs[1], metadata).header)
+        total = base_layout.size - len(base_layout.header)
+        listed = artifact.index(base_layout.regions, total_size=total)
+        work.write_file(INDEX_FILE, _pretty(listed))
+        settings = _config(module)
+        if settings is not None:
+            work.write_file(CONFIG_FILE, _pretty(settings))
+        work.publish(may_replace=lambda there: force and artifact.is_artifact(there))
+
+
+def _streams(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Sort a module's state into base and ortho."""
+    layers = {n: m for n, m in module.named_modules() if isinstance(m, OrthoLinear)}
+    if not layers:
+        raise UsageError("the module holds no OrthoLinear", hint="decompose it first")
+    held = {name for name, layer in layers.items() if layer.nnz is not None}
+    if held and len(held) < len(layers):
+        raise ArtifactError(
+            f"`{min(layers.keys() - held)}` has no ortho stream where others have one",
+            hint="save what was loaded from one artifact",
+        )
+    base: dict[str, Tensor] = {}
+    ortho: dict[str, Tensor] = {}
+    for name, value in distinct(module).items():
+        owner, _, part = name.rpartition(".")
+        if not value.numel() and not (owner in layers and part in ORTHO_PARTS):
+            raise UsageError(f"tensor `{name}` has no elements", hint="remove it from the module")
+        if value.dtype not in NAMES:
+            raise UsageError(
+                f"tensor `{name}` is {value.dtype}, which safetensors does not hold",
+                hint="cast it first",
+            )
+        (ortho if owner in layers and part in ORTHO_PARTS else base)[name] = value
+    return base, ortho
+
+
+def _specs(stream: Mapping[str, Tensor]) -> list[TensorSpec]:
+    return [
+        TensorSpec(key=name, dtype=NAMES[value.dtype], shape=tuple(value.shape))
+        for name, value in stream.items()
+    ]
+
+
+def _write(
+    work: WorkFolder, name: str, layout: Layout, stream: Mapping[str, Tensor], *, mode: int
+) -> DataFile:
+    file = DataFile(work, name, layout, mode=mode)
+    for key, value in stream.items():
+        if value.numel():
+            file.write(key, as_bytes(value.detach().cpu()), start=0)
+    return file
+
+
+def _config(module: nn.Module) -> dict[str, Any] | None:
+    """Make the config.json of a transformers model; None for other modules."""
+    config: Any = getattr(module, "config", None)
+    if not hasattr(config, "to_diff_dict"):
+        return None
+    layers = {n: m for n, m in module.named_modules() if isinstance(m, OrthoLinear)}
+    unsplit = [
+        name
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear) or is_conv1d(child)
+    ]
+    sizes = {layer.group_size for layer in layers.values()}
+    settings = quantization_config(
+        split=sorted(layers), unsplit=sorted(unsplit), group_size=min(sizes)
+    )
+    plain = json.loads(config.to_json_string(use_diff=True))
+    plain["architectures"] = plain.get("architectures") or [type(module).__name__]
+    return {**plain, "quantization_config": settings}
+
+
+def _pretty(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def read_tensors(shard: Shard, tensors: Iterator[TensorInfo]) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors of one file one by one, each into memory of its own.
+
+    Raises:
+        ArtifactError: the file is cut, or changes while it is read, or holds an unknown dtype.
+    """
+    index = Checkpoint(
+        path=shard.path, shards=(shard,), tensors=shard.tensors, config=None, extra_files=()
+    )
+    try:
+        reader = ShardReader(index)
+        try:
+            for info in tensors:
+                if info.dtype not in DTYPES:
+                    raise artifact.damaged(shard.path, f"`{info.name}` is of dtype {info.dtype}")
+                value = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+                if info.nbytes:
+                    reader.read_into(as_bytes(value), info, start=0)
+                yield info.name, value
+            reader.check_unchanged()
+        finally:
+            reader.close()
+    except CheckpointError as error:
+        raise ArtifactError(error.message, hint=error.hint) from None
+
+
+def empty_layer(opened: Artifact, name: str) -> OrthoLinear:
+    """Make a layer of the sizes that an artifact's headers tell, on meta, without bias or ortho."""
+    tensors = {tensor.name: tensor for tensor in opened.base.tensors}
+    packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"]
+    columns = packed.shape[1] * 8
+    return OrthoLinear(
+        columns,
+        packed.shape[0],
+        group_size=columns // scale.shape[1],
+        dtype=DTYPES[scale.dtype],
+        device="meta",
+    )
+
+
+def fill_ortho(opened: Artifact, layers: Mapping[str, OrthoLinear]) -> None:
+    """Read the ortho stream of every layer, checked; None stays where there is no such file.
+
+    Raises:
+        ArtifactError: names the tensor that is damaged.
+    """
+    for name, layer in layers.items():
+        said, mine = layer.weight_shape.tolist(), [layer.out_features, layer.in_features]
+        if said != mine:
+            raise artifact.damaged(
+                opened.base.path, f"`{name}.weight_shape` says {said}, not {mine}"
+            )
+    if opened.ortho is None:
+        return
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in read_tensors(opened.ortho, iter(opened.ortho.tensors)):
+        name, _, part = key.rpartition(".")
+        parts.setdefault(name, {})[part] = value
+        if len(parts[name]) < len(ORTHO_PARTS):
+            continue
+        layer, csr = layers[name], parts.pop(name)
+        shape = (layer.out_features, layer.in_features)
+        crow, column, values = (csr[part] for part in ORTHO_PARTS)
+        check_csr(crow, column, values, shape, f"{name}.")
+        for part, tensor in csr.items():
+            setattr(layer, part, tensor.to(layer.weight_packed.device))
+
+
+def load_module(module: nn.Module, opened: Artifact) -> dict[str, OrthoLinear]:
+    """Read all state of an artifact onto a freshly built module; return the layers to swap in.
+
+    Nothing of the module is changed before all names, shapes and dtypes are found to agree.
+
+    Raises:
+        ArtifactError: names the tensor that is missing, unexpected, or of another shape or dtype.
+    """
+    state = module.state_dict(keep_vars=True)
+    split = set(opened.split)
+    layers = {name: empty_layer(opened, name) for name in opened.split}
+    plain = {
+        info.name: info
+        for info in opened.base.tensors
+        if not (info.name.rpartition(".")[0] in split and info.name.endswith(BASE_PARTS))
+    }
+    _check_state(module, state, layers, plain)
+    packed = (info for info in opened.base.tensors if info.name not in plain)
+    for key, value in read_tensors(opened.base, packed):
+        name, _, part = key.rpartition(".")
+        setattr(layers[name], part, value.to(state[f"{name}.weight"].device))
+    fill_ortho(opened, layers)
+    with torch.no_grad():
+        for name, value in read_tensors(opened.base, iter(plain.values())):
+            state[name].copy_(value)
+    return layers
+
+
+def _check_state(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    layers: Mapping[str, OrthoLinear],
+    plain: Mapping[str, TensorInfo],
+) -> None:
+    """Refuse an artifact that does not fill the module, all of it and nothing else."""
+    for name, layer in layers.items():
+        _check_target(module, name, layer)
+    for name, info in plain.items():
+        if name not in state:
+            raise ArtifactError(f"tensor `{name}` is not of this module", hint=PLAIN)
+        mine, other = state[name], (DTYPES.get(info.dtype), info.shape)
+        if (mine.dtype, tuple(mine.shape)) != other:
+            raise ArtifactError(
+                f"tensor `{name}` is {info.dtype} {list(info.shape)} where the module has "
+                f"{mine.dtype} {list(mine.shape)}",
+                hint=PLAIN,
+            )
+        if mine.is_meta:
+            raise UsageError(f"tensor `{name}` is on the meta device", hint="call to_empty() first")
+    filled = {identity(state[name]) for name in plain}
+    replaced = {id(module.get_submodule(name)) for name in layers}
+    for name, value in state.items():
+        if name in plain or identity(value) in filled:
+            continue
+        owner, _, part = name.rpartition(".")
+        if part != "weight" or id(module.get_submodule(owner)) not in replaced:
+            raise ArtifactError(f"tensor `{name}` is not in the artifact", hint=PLAIN)
+
+
+def _check_target(module: nn.Module, name: str, layer: OrthoLinear) -> None:
+    """Refuse a layer that has no Linear of its size to replace."""
+    try:
+        target = module.get_submodule(name)
+    except AttributeError:
+        raise ArtifactError(f"the module has no `{name}`", hint=PLAIN) from None
+    weight = getattr(target, "weight", None)
+    if not is_plain_linear(target) or not isinstance(weight, Tensor):
+        raise ArtifactError(f"`{name}` of the module is no plain Linear", hint=PLAIN)
+    shape = tuple(weight.shape)[:: -1 if is_conv1d(target) else 1]
+    if shape != (layer.out_features, layer.in_features):
+        raise ArtifactError(
+            f"`{name}.weight` is {[layer.out_features, layer.in_features]} where the module has "
+            f"{list(shape)}",
+            hint=PLAIN,
+        )
