@@ -7,14 +7,15 @@ gradients on the way back, and one Linear at a time is turned into sums, tile by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ortho_cli.errors import CalibrationError, NumericalError
+from ortho_cli.errors import CalibrationError, NumericalError, UsageError
 
 # Elements of a tile of sums: a GEMM large enough to run at speed, 16 MB.
 SUM_ELEMENTS = 1 << 22
@@ -234,3 +235,56 @@ def top_overlap(curvature: Tensor, other: Tensor, *, share: float = TOP_SHARE) -
     chosen = torch.zeros(curvature.numel(), dtype=torch.bool)
     chosen[curvature.flatten().topk(k).indices] = True
     return float(chosen[other.flatten().topk(k).indices].sum()) / k
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode with no parameter that needs a gradient, and back."""
+    training = [(child, child.training) for child in module.modules()]
+    needed = [p for p in module.parameters() if p.requires_grad]
+    module.train(False).requires_grad_(False)
+    try:
+        yield
+    finally:
+        for child, mode in training:
+            child.training = mode
+        for parameter in needed:
+            parameter.requires_grad_(True)
+
+
+def measure_batch(
+    module: nn.Module,
+    batch: Any,
+    capture: Capture,
+    *,
+    kind: str,
+    loss: Callable[[Any, Any], Tensor] | None,
+) -> int:
+    """Pass one batch through and, for fisher, back; return its number of samples."""
+    inputs, labels = batch if isinstance(batch, tuple | list) else (batch, None)
+    first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
+    capture.begin(first.shape[0])
+    with torch.set_grad_enabled(kind != "gram"):
+        output = module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
+        if kind == "gram":
+            return int(first.shape[0])
+        if labels is None and loss is None:
+            raise UsageError(
+                "fisher needs labels, and the loader yields inputs alone",
+                hint="yield (inputs, labels), give a loss, or use kind='gram'",
+            )
+        total = cross_entropy(output, labels) if loss is None else loss(output, labels)
+        if not total.requires_grad:
+            raise CalibrationError(
+                "the loss does not depend on any chosen Linear", hint="choose others with convert()"
+            )
+        torch.autograd.backward([total])
+    return int(first.shape[0])
+
+
+def cross_entropy(logits: Any, labels: Tensor) -> Tensor:
+    """Sum of -log softmax(logits)[label] over all positions; logits (..., classes)."""
+    logits = getattr(logits, "logits", logits)
+    return nn.functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), reduction="sum"
+    )

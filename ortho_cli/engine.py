@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ortho_cli import artifact, kernels
+from ortho_cli.capture import Capture, frozen, measure_batch
 from ortho_cli.checkpoint import parse_json_object
 from ortho_cli.errors import (
     ArtifactError,
@@ -78,11 +79,12 @@ class Engine:
 
         engine = Engine(model)
         engine.convert()
+        engine.calibrate(loader)
         engine.decompose(density=0.005)
         engine.set_alpha(1.0)
 
-    `curvature` maps the names of weights (`<module>.weight`) to curvature; where it holds anything,
-    `decompose` uses it.
+    `curvature` maps the names of weights (`<module>.weight`) to curvature, as `calibrate`
+    leaves it; where it holds anything, `decompose` uses it.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -142,6 +144,59 @@ class Engine:
             )
         return reasons
 
+    def calibrate(
+        self,
+        loader: Iterable[Any],
+        *,
+        kind: Literal["fisher", "gram"] = "fisher",
+        unit: Literal["sequence", "token"] = "sequence",
+        loss: Callable[[Any, Any], Tensor] | None = None,
+    ) -> None:
+        """Measure curvature of every chosen Linear over batches; in memory, float32.
+
+        Args:
+            loader: yields inputs, or (inputs, labels); inputs are a tensor, or a mapping of keyword
+                arguments. The first dimension counts samples.
+            kind: fisher squares each sample's gradient; gram is the mean squared input and needs
+                neither labels nor a backward pass.
+            unit: what fisher squares: a sample's gradient, or a position's.
+            loss: of output and labels, summed over samples; None for the cross-entropy of logits
+                and integer labels.
+        Raises:
+            CalibrationError: the loader is empty, or a chosen Linear took no part.
+            NumericalError: a gradient is NaN or infinite.
+            UsageError: fisher without labels, or the module was decomposed before.
+        The result is in `curvature`, by `<module>.weight`, mean over samples. Training mode and
+        what needs a gradient are put back afterwards.
+        """
+        self._refuse_split()
+        if not self._chosen:
+            self.convert()
+        modules = {f"{name}.weight": self.module.get_submodule(name) for name in self._chosen}
+        sums: dict[str, Tensor] = {}
+
+        def add(name: str, part: str, row: int, tile: Tensor) -> None:
+            if name not in sums:
+                out = 1 if kind == "gram" else _shape(modules[name])[0]
+                sums[name] = torch.zeros(out, tile.shape[1])
+            sums[name][row : row + tile.shape[0]] += tile.cpu()
+
+        samples = 0
+        with frozen(self.module), Capture(modules, add, kind=kind, unit=unit) as capture:
+            for batch in loader:
+                samples += measure_batch(self.module, batch, capture, kind=kind, loss=loss)
+        if not samples:
+            raise CalibrationError("the loader gave no batch", hint="give data to measure")
+        for name in modules:
+            if name not in sums or not bool(sums[name].any()):
+                raise CalibrationError(
+                    f"no sample reached `{name}`: its curvature is zero everywhere",
+                    hint="give more data, or leave it out with `ignore`",
+                )
+        self.curvature = {
+            name: (total[0] if kind == "gram" else total) / samples for name, total in sums.items()
+        }
+
     def decompose(
         self,
         *,
@@ -156,7 +211,7 @@ class Engine:
             density: share of each weight's entries kept in the ortho stream.
             group_size: weights that share a scale, or `auto`: the largest of 128, 64, 32 that
                 divides every chosen in_features.
-            scale: absmax or mse.
+            scale: absmax, mse, or curvature.
             curvature: by `<module>.weight`, (out, in) or (in,); None for what `curvature` holds,
                 and if that is empty, the residual alone decides.
         Raises:
@@ -257,7 +312,7 @@ class Engine:
             raise UsageError("the module is decomposed already", hint=TWICE)
 
     def _group_size(self, asked: int | str) -> int:
-        widths = {name: _in_features(self.module.get_submodule(name)) for name in self._chosen}
+        widths = {name: _shape(self.module.get_submodule(name))[1] for name in self._chosen}
         if isinstance(asked, int):
             return asked
         if asked != "auto":
@@ -281,10 +336,12 @@ class Engine:
                     parent._modules[name] = by_id[id(child)]
 
 
-def _in_features(module: nn.Module) -> int:
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """Shape of a Linear's weight as (out, in)."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight.shape[0 if is_conv1d(module) else 1]
+    rows, columns = weight.shape
+    return (columns, rows) if is_conv1d(module) else (rows, columns)
 
 
 def _owners(module: nn.Module) -> dict[tuple[Any, ...], int]:
@@ -321,4 +378,4 @@ def _obstacle(name: str, child: nn.Module, owners: dict[tuple[Any, ...], int]) -
 def _by_name(name: str, child: nn.Module) -> str | None:
     if is_embedding(name):
         return "embedding"
-    return not_by_default(name, _in_features(child))
+    return not_by_default(name, _shape(child)[1])
