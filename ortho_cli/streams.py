@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -183,7 +181,7 @@ def check_group_size(in_features: int, group_size: int, name: str = "weight") ->
 
 
 def _root(curvature: Tensor, weight: Tensor, name: str) -> Tensor:
-    """sqrt(curvature), scaled by a power of two so that no product vanishes in float32."""
+    """Check curvature; its square root weighs residuals without underflow, as r^2 would not."""
     if tuple(curvature.shape) not in (tuple(weight.shape), (weight.shape[1],)):
         raise UsageError(
             f"curvature of `{name}` has shape {list(curvature.shape)} where the weight is "
@@ -196,6 +194,4 @@ def _root(curvature: Tensor, weight: Tensor, name: str) -> Tensor:
             f"curvature of `{name}` is negative, NaN or infinite somewhere",
             hint="calibrate again; squares of gradients are neither",
         )
-    root = wide.sqrt()
-    largest = float(root.max())
-    return root if largest == 0.0 else root * 2.0 ** -math.frexp(largest)[1]
+    return wide.sqrt()
