@@ -244,15 +244,14 @@ class Engine:
             )
             for name, weight in weights.items()
         }
-        recipe = {
+        recipe: dict[str, Any] = {
             "version": 1,
             "targets": list(weights.values()),
             "base": {"group_size": size, "scale": scale},
             "ortho": {"density": float(density)},
         }
+        recipe["saliency"] = {"kind": "residual" if given is None else "curvature"}
         self._recipe = Recipe.model_validate(recipe).canonical()
-        if given is not None:
-            self._recipe["saliency"] = {"kind": "curvature"}
         self._digest = digest
         self._swap(made)
 

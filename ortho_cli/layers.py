@@ -380,14 +380,6 @@ def _versions(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
 
 
 def _moved(buffer: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply what `fn` does of moving and nothing of its cast: bits travel as integers."""
-    integer = {2: torch.int16, 4: torch.int32}.get(buffer.element_size())
-    bits = buffer
-    if buffer.is_floating_point() and integer is not None:
-        bits = buffer.view(integer)
-    moved = fn(bits)
-    if moved is bits:
-        return buffer
-    if moved.dtype != bits.dtype:  # `type()` casts integers too
-        moved = bits.to(moved.device)
-    return moved.view(buffer.dtype)
+    """Apply what `fn` does of moving and nothing of its cast."""
+    moved = fn(buffer)
+    return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -99,15 +100,18 @@ def test_conv1d_and_strides_give_the_same_split() -> None:
         assert torch.equal(made(x), layer(source)(x))
 
 
-def test_curvature_moves_what_is_kept() -> None:
+def test_curvature_moves_what_is_kept_as_the_slow_twin_says() -> None:
     source = linear(torch.float32)
-    loud = torch.zeros(64)
-    loud[5] = 1e-30  # float32 would lose r * r * 1e-30
-    made = layer(source, density=48 / (48 * 64), curvature=loud)
-    assert kept(made)[:, 5].all()
-    full = loud.expand(48, 64)
-    same = layer(source, density=48 / (48 * 64), curvature=full)
-    assert torch.equal(kept(same), kept(made))
+    plain = layer(source, alpha=0.0)
+    residual = (source.weight - plain.weight).detach().double()
+    random = torch.Generator().manual_seed(1)
+    full = torch.exp(4 * torch.randn(48, 64, generator=random)) * 1e-30
+    for curvature in (full, full[0]):
+        made = layer(source, curvature=curvature)
+        saliency = residual.abs() * curvature.double().sqrt()
+        expected = reference.top_k_indices(saliency, round(0.1 * 64 * 48))
+        assert kept(made).flatten().nonzero().flatten().tolist() == expected
+        assert not torch.equal(kept(made), kept(plain))
 
 
 @pytest.mark.parametrize(
@@ -199,6 +203,20 @@ def test_no_cache_outlives_its_buffers(assign: bool) -> None:
         setattr(made, part, getattr(third, part))
     made.bias = third.bias
     assert torch.equal(made(x), third(x))
+
+
+def test_a_buffer_put_in_anothers_place_is_seen() -> None:
+    made, other = layer(linear()), layer(linear())
+    x = torch.randn(1, 64).bfloat16()
+    made(x)
+    assert other.values is not None
+    other.values = torch.zeros_like(other.values)
+    made.values = torch.zeros_like(other.values)
+    assert torch.equal(made(x), other(x))
+    for one in (made, other):
+        one.weight_packed = torch.zeros_like(one.weight_packed)
+    other._cache.clear()
+    assert torch.equal(made(x), other(x))
 
 
 @pytest.mark.parametrize("assign", [False, True])
