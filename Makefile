@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test bench clean
+.PHONY: help install demo check test bench quality clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ test: check ## all of check, then the tests
 
 bench: install ## speed and memory beside the naive code and the disk (2.2 GB of scratch in demo/)
 	$(BIN)/python tests/bench_speed.py
+
+quality: install ## perplexity at equal bits: make quality MODEL=folder TRAIN=a.txt HELDOUT=b.txt
+	$(BIN)/python tests/bench_quality.py $(MODEL) $(TRAIN) $(HELDOUT)
 
 clean: ## remove .venv, caches and the demo
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

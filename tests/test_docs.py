@@ -49,7 +49,7 @@ def test_readme_setup_is_two_make_targets_that_exist() -> None:
     targets = subprocess.run(
         ["make", "-C", str(ROOT), "help"], capture_output=True, text=True, check=True
     ).stdout
-    for target in ("help", "install", "demo", "check", "test", "bench", "clean"):
+    for target in ("help", "install", "demo", "check", "test", "bench", "quality", "clean"):
         assert f"make {target}" in targets
     assert COMMANDS[:2] == ["make demo", "make test"]
 
@@ -60,7 +60,13 @@ def test_readme_commands_run_on_the_pico_checkpoint(
 ) -> None:
     monkeypatch.chdir(pico.parent)
     (pico.parent / "SmolLM2").symlink_to(pico)
-    if not command.startswith("ortho decompose SmolLM2"):
+    if command.startswith("ortho calibrate"):
+        checkpoints.save_tokenizer(pico, vocab=96)
+        Path("train.txt").write_text("A cat, and 2 more of them. " * 3000)
+        Path("notes.jsonl").write_text('{"text": "one"}\n{"prompt": "two", "completion": "3"}\n')
+    elif "stats.safetensors" in command:
+        checkpoints.save_statistics(Path("stats.safetensors"), pico)
+    elif not command.startswith("ortho decompose SmolLM2"):
         assert ortho("decompose", "SmolLM2", "-q").code == 0
     ran = ortho(*shlex.split(command)[1:])
     assert ran.code == 0, ran.err
