@@ -12,8 +12,13 @@ from typing import Any
 import checkpoints
 import pytest
 import torch
+from hypothesis import settings
 
 from ortho_cli import cli
+
+# A busy machine is no fault of the code; speed has a bench of its own.
+settings.register_profile("ortho", deadline=None)
+settings.load_profile("ortho")
 
 PICO = {"hidden": 64, "mlp": 192, "layers": 2, "vocab": 96}
 
