@@ -8,6 +8,7 @@ of the last finished chunk of sequences, from which a killed run goes on with th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -38,7 +39,7 @@ from ortho_cli.ops import as_bytes
 from ortho_cli.output import check_output, check_space, files_of, resolve_output
 from ortho_cli.plan import refuse_quantized
 from ortho_cli.recipe import Calibrate, Recipe
-from ortho_cli.selection import select
+from ortho_cli.selection import conv1d_names, select
 from ortho_cli.sums import Sums
 from ortho_cli.writer import CHUNK, DataFile, Layout, TensorSpec, TensorStream, plan_layout
 
@@ -160,6 +161,8 @@ def read_sets(
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, sets: dict[Set, DataSet]) -> CalibrationPlan:
     """Decide what is measured: the weights that `decompose` splits under the same recipe.
 
+    Conv1D, which it refuses, is measured all the same, as (out, in).
+
     Raises:
         RecipeError: settings that do not go with a forget set.
         CheckpointError: weights that should be split cannot be.
@@ -172,8 +175,13 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, sets: dict[Set, DataSet]) 
             hint="--set calibrate.curvature=fisher --set calibrate.storage=full",
         )
     refuse_quantized(checkpoint)
-    reasons = select(checkpoint, recipe)
-    split = tuple(tensor for tensor in checkpoint.tensors if reasons[tensor.name] is None)
+    reasons = select(checkpoint, recipe, conv1d=True)
+    turned = conv1d_names(checkpoint)
+    split = tuple(
+        dataclasses.replace(tensor, shape=tensor.shape[::-1]) if tensor.name in turned else tensor
+        for tensor in checkpoint.tensors
+        if reasons[tensor.name] is None
+    )
     return CalibrationPlan(settings=settings, tensors=split, sets=sets)
 
 

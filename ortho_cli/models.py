@@ -14,6 +14,7 @@ from torch import nn
 
 from ortho_cli.artifact import module_of
 from ortho_cli.errors import CalibrationError, CheckpointError, RecipeError, UsageError
+from ortho_cli.streams import is_plain_linear
 
 
 @contextlib.contextmanager
@@ -121,7 +122,7 @@ def find_linears(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
         module = module_of(name)
         candidates = (module, f"{prefix}.{module}", module.removeprefix(f"{prefix}."))
         here = next((modules[c] for c in candidates if c in modules), None)
-        if here is None or type(here).forward is not nn.Linear.forward:
+        if here is None or not is_plain_linear(here):
             became = "no module" if here is None else f"a {type(here).__name__}"
             raise CalibrationError(
                 f"tensor `{name}` is {became} in the model that transformers builds, not a Linear",

@@ -30,21 +30,27 @@ _CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)$")
 FUSED_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
-def select(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str | None]:
+def select(
+    checkpoint: Checkpoint, recipe: Recipe, *, conv1d: bool = False
+) -> dict[str, str | None]:
     """Give every tensor the reason why it is not split; None means that it is.
 
+    Args:
+        checkpoint: the source's index.
+        recipe: validated settings.
+        conv1d: count Conv1D as Linears, for work that does not write base.
     Raises:
         RecipeError: a target matches nothing that can be split, or siblings would differ.
         CheckpointError: weights that should be split cannot be, or nothing is left to split.
     """
-    conv1d = _conv1d_names(checkpoint)
+    stored_in_out = frozenset() if conv1d else conv1d_names(checkpoint)
     reasons: dict[str, str | None] = {}
     unsupported: list[tuple[TensorInfo, str]] = []
     hit: set[str] = set()
     for tensor in checkpoint.tensors:
         wanted = [p for p in recipe.targets or () if matches(p, tensor.name)]
         ignored = any(matches(p, tensor.name) for p in recipe.ignore)
-        unfit = None if ignored else _unsupported(tensor, conv1d)
+        unfit = None if ignored else _unsupported(tensor, stored_in_out)
         if ignored:
             reason: str | None = IGNORED
         else:
@@ -97,7 +103,7 @@ def _near_names(pattern: str, checkpoint: Checkpoint) -> str:
     return f"its tensors are named like `{(near or names)[0]}`; `ortho inspect` lists them"
 
 
-def _conv1d_names(checkpoint: Checkpoint) -> frozenset[str]:
+def conv1d_names(checkpoint: Checkpoint) -> frozenset[str]:
     """Name the weights stored (in, out): by model type, or betrayed by a bias that long."""
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
     typed = str((checkpoint.config or {}).get("model_type")) in CONV1D_MODEL_TYPES

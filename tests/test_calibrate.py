@@ -136,6 +136,39 @@ def test_batches_and_chunks_change_nothing_but_rounding(
         torch.testing.assert_close(four[key], value, rtol=1e-3, atol=1e-5 * scale)
 
 
+def test_gpt2_conv1d_is_measured_as_out_by_in(ortho: Ortho, model: Path) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    settings = transformers.GPT2Config(
+        n_embd=64, n_layer=1, n_head=2, vocab_size=96, n_positions=64
+    )
+    gpt2 = model.parent / "gpt2"
+    transformers.GPT2LMHeadModel(settings).save_pretrained(gpt2)
+    checkpoints.save_tokenizer(gpt2, vocab=96)
+    run(ortho, gpt2, *EXACT)
+    found = load_file(model.parent / "stats.safetensors")
+    key = "transformer.h.0.attn.c_attn.retain_curvature"
+    assert found[key].shape == (192, 64)
+    assert open_statistics(model.parent / "stats.safetensors").tensors.keys() == {
+        f"transformer.h.0.{name}.weight"
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
+    live = transformers.AutoModelForCausalLM.from_pretrained(gpt2, dtype=torch.float32)
+    sets = recipe.load_recipe(None, ["calibrate.samples=6", "calibrate.length=24"]).calibrate
+    total = torch.zeros(64, 192)
+    weight = live.transformer.h[0].attn.c_attn.weight
+    for sequence in work.read_sets(gpt2, [model.parent / "retain.txt"], [], sets)[
+        "retain"
+    ].sequences:
+        live.zero_grad()
+        tokens = torch.tensor([sequence.tokens])
+        logits = live(input_ids=tokens).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum").backward()  # type: ignore[no-untyped-call]
+        total += weight.grad**2 / 6
+    torch.testing.assert_close(found[key], total.T, rtol=2e-3, atol=1e-4 * float(total.max()))
+
+
 def test_true_fisher_differs_and_its_seed_counts(ortho: Ortho, model: Path) -> None:
     true = (*EXACT, "--set", "calibrate.curvature=true-fisher")
     run(ortho, model, *EXACT, out="a.safetensors")
