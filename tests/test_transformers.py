@@ -13,6 +13,7 @@ import reference
 import torch
 from safetensors.torch import load_file
 
+import ortho_cli
 from ortho_cli import ops
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
@@ -121,3 +122,20 @@ def test_real_model_generates_from_base_alone(tmp_path: Path, ortho: Ortho) -> N
         (out / "ortho.safetensors").unlink(missing_ok=True)
     assert said[0] == said[1]
     assert len(said[0]) > 30
+
+
+@pytest.mark.slow
+def test_real_model_live_equals_dense_at_1_and_base_at_0(tmp_path: Path, ortho: Ortho) -> None:
+    """ORTHO_MODEL names a transformers folder, such as SmolLM2-135M."""
+    if "ORTHO_MODEL" not in os.environ:
+        pytest.skip("ORTHO_MODEL is not set")
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    assert ortho("decompose", os.environ["ORTHO_MODEL"], "-o", out, "-q").code == 0
+    assert ortho("convert", out, "-o", dense, "--alpha", 1, "-q").code == 0
+    live = ortho_cli.load(out, alpha=1.0)
+    tokens = torch.arange(1000, 1256)[None]
+    with torch.inference_mode():
+        for alpha, folder in ((1.0, dense), (0.0, out)):
+            ortho_cli.set_alpha(live, alpha)
+            mine, theirs = live(tokens).logits.float(), load(folder)[0](tokens).logits.float()
+            assert (mine - theirs).norm() < 0.01 * theirs.norm(), alpha
