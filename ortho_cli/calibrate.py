@@ -32,16 +32,16 @@ from ortho_cli.capture import (
 )
 from ortho_cli.checkpoint import Checkpoint, ShardReader, TensorInfo
 from ortho_cli.data import TokenSequence, forget_sequences, read_rows, retain_sequences
-from ortho_cli.errors import CalibrationError, Interrupted, RecipeError
+from ortho_cli.errors import CalibrationError, RecipeError
 from ortho_cli.events import EventSink, Finishing, Measuring, Noted, SequencesDone, null_sink
-from ortho_cli.journal import WorkFolder, recover, unwritable
+from ortho_cli.journal import WorkFolder, interruptible, recover
 from ortho_cli.ops import as_bytes
 from ortho_cli.output import check_output, check_space, files_of, resolve_output
 from ortho_cli.plan import refuse_quantized
 from ortho_cli.recipe import Calibrate, Recipe
 from ortho_cli.selection import conv1d_names, select
 from ortho_cli.sums import Sums
-from ortho_cli.writer import CHUNK, DataFile, Layout, TensorSpec, TensorStream, plan_layout
+from ortho_cli.writer import DataFile, Layout, TensorSpec, TensorStream, plan_layout
 
 # A kill costs at most this many sequences; each time, sums are synced to disk.
 CHUNK_SEQUENCES = 16
@@ -56,12 +56,17 @@ class DataSet:
     sequences: tuple[TokenSequence, ...]
     digest: str
 
+    @property
+    def counted(self) -> int:
+        """Tokens that are predicted and count."""
+        return sum(sequence.labels for sequence in self.sequences)
+
     def to_json(self) -> dict[str, Any]:
         """Say how much it is."""
         return {
             "sequences": len(self.sequences),
             "tokens": sum(len(sequence.tokens) for sequence in self.sequences),
-            "counted": sum(sequence.labels for sequence in self.sequences),
+            "counted": self.counted,
             "blake3": self.digest,
         }
 
@@ -185,11 +190,6 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, sets: dict[Set, DataSet]) 
     return CalibrationPlan(settings=settings, tensors=split, sets=sets)
 
 
-def is_replaceable(path: Path) -> bool:
-    """Tell statistics, which `--force` may replace, from anything else."""
-    return statistics.is_statistics(path)
-
-
 def calibrate(
     plan: CalibrationPlan,
     checkpoint: Checkpoint,
@@ -223,7 +223,7 @@ def calibrate(
         out,
         files_of(checkpoint),
         force=force,
-        is_ours=is_replaceable,
+        is_ours=statistics.is_statistics,
         kind="statistics file",
         is_file=True,
     )
@@ -231,7 +231,7 @@ def calibrate(
     chosen = models.resolve_device(device)
     on_event(Finishing(step="digest the model"))
     with contextlib.closing(ShardReader(checkpoint)) as reader:
-        digests = {tensor.name: _digest(reader, tensor) for tensor in checkpoint.tensors}
+        digests = {tensor.name: reader.digest(tensor) for tensor in checkpoint.tensors}
         reader.check_unchanged()
     source = artifact.source_digest(
         (tensor.name, tensor.dtype, tensor.shape, digests[tensor.name])
@@ -247,27 +247,10 @@ def calibrate(
     }
     with WorkFolder(out, identity=identity, force=force, file=out.name) as work:
         job = _Job(plan, checkpoint, work, chosen, on_event)
-        try:
+        with interruptible(work, total=job.chunks, what="chunks of sequences"):
             found = job.run(source, digests)
-            work.publish(may_replace=lambda there: force and is_replaceable(there))
-        except KeyboardInterrupt:
-            done = len(work.done)
-            raise Interrupted(
-                f"interrupted with {done} of {job.chunks} chunks of sequences measured",
-                hint="repeat the same command to go on from there"
-                if done
-                else "nothing was finished; nothing is left behind",
-            ) from None
+            work.publish(may_replace=lambda there: force and statistics.is_statistics(there))
     return found
-
-
-def _digest(reader: ShardReader, tensor: TensorInfo) -> str:
-    digest, buffer = blake3(), memoryview(bytearray(CHUNK))
-    for start in range(0, tensor.nbytes, CHUNK):
-        piece = buffer[: tensor.nbytes - start]
-        reader.read_into(piece, tensor, start=start)
-        digest.update(piece)
-    return digest.hexdigest()
 
 
 class _Job:
@@ -362,10 +345,7 @@ class _Job:
             )
         self._sums[name].finish_chunk()
         self._nll[name] += nll
-        try:
-            self._work.commit([{"name": f"{name} {number}", "nll": nll}])
-        except OSError as error:
-            raise unwritable(self._work.folder, error) from error
+        self._work.commit([{"name": f"{name} {number}", "nll": nll}])
 
     def _pass(
         self, batch: Sequence[TokenSequence], first: int, model: nn.Module, capture: Capture
@@ -437,7 +417,7 @@ class _Job:
             **{key: value for key, value in metadata.items() if key not in _JSON_KEYS},
             **{key: json.loads(metadata[key]) for key in _JSON_KEYS},
             "perplexity": {
-                name: round(math.exp(nll / max(1, plan.sets[name].to_json()["counted"])), 4)
+                name: round(math.exp(nll / max(1, plan.sets[name].counted)), 4)
                 for name, nll in self._nll.items()
             },
         }
@@ -470,7 +450,7 @@ class _Job:
         module = module_of(tensor.name)
         for name, sums in self._sums.items():
             data = self._plan.sets[name]
-            count = data.to_json()["counted"] if gram else len(data.sequences)
+            count = data.counted if gram else len(data.sequences)
             for part in self._plan.parts(name):
                 mean = torch.empty(1 if gram else tensor.shape[0], tensor.shape[1])
                 sums.current.read_into(f"{tensor.name}/{part}", as_bytes(mean), start=0)

@@ -170,9 +170,9 @@ class Capture:
 
     def _put(self, name: str, part: Part, row: int, tile: Tensor) -> None:
         if not bool(torch.isfinite(tile.sum())):
-            what = "input" if self._kind == "gram" else "gradient"
+            what = "an input" if self._kind == "gram" else "a gradient"
             raise NumericalError(
-                f"an {what} of `{name}` is NaN or infinite".replace("an gradient", "a gradient"),
+                f"{what} of `{name}` is NaN or infinite",
                 hint="look for NaN weights with `ortho inspect`, or calibrate without autocast",
             )
         self._add(name, part, row, tile)

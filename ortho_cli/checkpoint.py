@@ -28,6 +28,7 @@ DTYPE_BITS = {
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # safetensors' own limit
+PIECE = 1 << 20
 MAX_SIDE_FILE = 100_000_000  # index and config are read whole
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -426,6 +427,23 @@ class ShardReader:
     def read_into(self, buffer: memoryview, tensor: TensorInfo, *, start: int) -> None:
         """Fill `buffer` with the tensor's bytes from `start` on."""
         fill(self._fds[tensor.shard], buffer, tensor.offset + start, what=f"`{tensor.shard}`")
+
+    def pieces(self, tensor: TensorInfo) -> Iterator[memoryview]:
+        """Yield a tensor's bytes piece by piece, in one buffer."""
+        buffer = memoryview(bytearray(min(PIECE, tensor.nbytes)))
+        for start in range(0, tensor.nbytes, PIECE):
+            piece = buffer[: tensor.nbytes - start]
+            self.read_into(piece, tensor, start=start)
+            yield piece
+
+    def digest(self, tensor: TensorInfo) -> str:
+        """Take the BLAKE3 of a tensor's bytes."""
+        from blake3 import blake3
+
+        digest = blake3()
+        for piece in self.pieces(tensor):
+            digest.update(piece)
+        return digest.hexdigest()
 
     def check_unchanged(self) -> None:
         """Raise if a shard was replaced, cut or written to since its header was read."""

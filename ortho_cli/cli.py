@@ -157,10 +157,11 @@ def calibrate(
     """
     from ortho_cli import report
     from ortho_cli.calibrate import calibrate as run
-    from ortho_cli.calibrate import is_replaceable, make_plan, read_sets
+    from ortho_cli.calibrate import make_plan, read_sets
     from ortho_cli.checkpoint import open_checkpoint
     from ortho_cli.output import check_output, check_space, files_of
     from ortho_cli.recipe import load_recipe
+    from ortho_cli.statistics import is_statistics
 
     settings = load_recipe(recipe, sets or ())
     checkpoint = open_checkpoint(model)
@@ -169,7 +170,7 @@ def calibrate(
         out,
         [*files_of(checkpoint), *data, *(forget or [])],
         force=force,
-        is_ours=is_replaceable,
+        is_ours=is_statistics,
         kind=kind,
         is_file=True,
     )
@@ -321,10 +322,7 @@ def _show_statistics(
     if verify:
         with report.ProgressSink("verify", quiet=quiet, verbose=verbose) as sink:
             document["verified"] = statistics.verify(found, on_event=sink)
-    if as_json:
-        report.print_json(document)
-    elif not quiet:
-        report.print_statistics(document, path=str(path))
+    _show(document, report.print_statistics, as_json, quiet, path=str(path))
 
 
 def _plan(

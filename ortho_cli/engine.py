@@ -52,7 +52,7 @@ def set_alpha(model: nn.Module, alpha: Alpha) -> None:
     """
     layers = _layers(model)
     alpha = kernels.check_alpha(alpha)
-    zero = not bool(alpha.any()) if isinstance(alpha, Tensor) else alpha == 0.0
+    zero = kernels.is_zero(alpha)
     for name, layer in layers.items():
         if not zero and layer.nnz is None:
             raise ArtifactError(

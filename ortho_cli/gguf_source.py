@@ -7,10 +7,8 @@ map and its un-permuting of weights are used, one tensor in memory at a time. Ne
 
 from __future__ import annotations
 
-import contextlib
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from ortho_cli.checkpoint import model_name
 from ortho_cli.errors import CheckpointError, UsageError
+from ortho_cli.models import quiet_transformers
 from ortho_cli.source import Source, SourceTensor, mark
 
 # What transformers writes about the place a tokenizer came from.
@@ -35,7 +34,7 @@ def open_gguf(path: Path) -> Source:
     """
     try:
         import gguf
-        import transformers
+        import transformers  # noqa: F401 - to name it where it is missing
     except ImportError as error:
         raise UsageError(
             f"`{path}` is a GGUF file, and the package `{error.name}` that reads it is missing",
@@ -43,7 +42,7 @@ def open_gguf(path: Path) -> Source:
         ) from None
     first = mark(path)
     try:
-        with _quiet(transformers):
+        with quiet_transformers():
             reader = gguf.GGUFReader(path)
             config, model, processor, names = _map(path)
             tokenizer, notes = _tokenizer(path)
@@ -83,18 +82,6 @@ def open_gguf(path: Path) -> Source:
         notes=tuple(notes),
         aliases=aliases,
     )
-
-
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Keep transformers' own messages off the terminal."""
-    logging = transformers.utils.logging
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _map(path: Path) -> tuple[dict[str, Any], Any, Any, dict[str, str]]:

@@ -324,7 +324,7 @@ class WorkFolder:
 
 
 @contextlib.contextmanager
-def interruptible(work: WorkFolder, *, total: int) -> Iterator[None]:
+def interruptible(work: WorkFolder, *, total: int, what: str = "tensors") -> Iterator[None]:
     """Turn Ctrl-C into an error that says how to go on."""
     try:
         yield
@@ -335,7 +335,7 @@ def interruptible(work: WorkFolder, *, total: int) -> Iterator[None]:
             ) from None
         done = len(work.done)
         raise Interrupted(
-            f"interrupted with {done} of {total} tensors finished",
+            f"interrupted with {done} of {total} {what} finished",
             hint="repeat the same command to go on from there"
             if done
             else "nothing was finished; nothing is left behind",

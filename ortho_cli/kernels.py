@@ -119,6 +119,11 @@ def check_alpha(alpha: Any) -> Alpha:
     return value
 
 
+def is_zero(alpha: Alpha) -> bool:
+    """Whether nothing of ortho is wanted, by any batch row."""
+    return not bool(alpha.any()) if isinstance(alpha, Tensor) else alpha == 0.0
+
+
 def dual_linear(
     x: Tensor, base: Base, ortho: Ortho | None, bias: Tensor | None, alpha: Alpha
 ) -> Tensor:

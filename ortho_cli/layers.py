@@ -185,13 +185,12 @@ class OrthoLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by W(alpha); alpha is read once."""
         alpha = self._need_alpha()
-        zero = not bool(alpha.any()) if isinstance(alpha, Tensor) else alpha == 0.0
         base = Base(self.weight_packed, self.weight_scale)
         if x.numel() <= kernels.PACKED_ROWS * self.in_features and (
             x.dtype == torch.bfloat16 or torch.is_autocast_enabled(x.device.type)
         ):
             base = base._replace(prepared=self._packed())
-        ortho = None if zero else self._ortho()
+        ortho = None if kernels.is_zero(alpha) else self._ortho()
         return kernels.dual_linear(x, base, ortho, self.bias, alpha)
 
     def _need_alpha(self) -> Alpha:

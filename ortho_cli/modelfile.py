@@ -20,6 +20,7 @@ from ortho_cli.artifact import (
     ORTHO_FILE,
     Artifact,
     canonical_json,
+    pretty_json,
 )
 from ortho_cli.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo
 from ortho_cli.errors import ArtifactError, CheckpointError, OutputExistsError, UsageError
@@ -29,17 +30,10 @@ from ortho_cli.ops import as_bytes
 from ortho_cli.output import resolve_output
 from ortho_cli.plan import NO_DIGEST
 from ortho_cli.quantization import quantization_config
+from ortho_cli.source import DTYPE_NAMES, TORCH_DTYPES
 from ortho_cli.streams import BASE_PARTS, ORTHO_PARTS, check_csr, is_conv1d, is_plain_linear
 from ortho_cli.writer import DataFile, GrowingSha256, Layout, TensorSpec, plan_layout
 
-NAMES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16",
-    torch.uint16: "U16", torch.int32: "I32", torch.uint32: "U32", torch.int64: "I64",
-    torch.uint64: "U64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
-    torch.float64: "F64", torch.complex64: "C64", torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-DTYPES = {name: dtype for dtype, name in NAMES.items()}
 PLAIN = "build the module as it was when it was saved"
 
 
@@ -70,7 +64,7 @@ def identity(tensor: Tensor) -> tuple[Any, ...]:
 def source_digest(module: nn.Module) -> str:
     """Digest a module's state as `artifact.source_digest` does a checkpoint's."""
     return artifact.source_digest(
-        (name, NAMES[t.dtype], tuple(t.shape), blake3(as_bytes(t.cpu())).hexdigest())
+        (name, DTYPE_NAMES[t.dtype], tuple(t.shape), blake3(as_bytes(t.cpu())).hexdigest())
         for name, t in distinct(module).items()
     )
 
@@ -129,10 +123,10 @@ def save_module(
             hidden.write_header(plan_layout(specs[1], metadata).header)
         total = base_layout.size - len(base_layout.header)
         listed = artifact.index(base_layout.regions, total_size=total)
-        work.write_file(INDEX_FILE, _pretty(listed))
+        work.write_file(INDEX_FILE, pretty_json(listed))
         settings = _config(module)
         if settings is not None:
-            work.write_file(CONFIG_FILE, _pretty(settings))
+            work.write_file(CONFIG_FILE, pretty_json(settings))
         work.publish(may_replace=lambda there: force and artifact.is_artifact(there))
 
 
@@ -153,7 +147,7 @@ def _streams(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         owner, _, part = name.rpartition(".")
         if not value.numel() and not (owner in layers and part in ORTHO_PARTS):
             raise UsageError(f"tensor `{name}` has no elements", hint="remove it from the module")
-        if value.dtype not in NAMES:
+        if value.dtype not in DTYPE_NAMES:
             raise UsageError(
                 f"tensor `{name}` is {value.dtype}, which safetensors does not hold",
                 hint="cast it first",
@@ -164,7 +158,7 @@ def _streams(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def _specs(stream: Mapping[str, Tensor]) -> list[TensorSpec]:
     return [
-        TensorSpec(key=name, dtype=NAMES[value.dtype], shape=tuple(value.shape))
+        TensorSpec(key=name, dtype=DTYPE_NAMES[value.dtype], shape=tuple(value.shape))
         for name, value in stream.items()
     ]
 
@@ -199,10 +193,6 @@ def _config(module: nn.Module) -> dict[str, Any] | None:
     return {**plain, "quantization_config": settings}
 
 
-def _pretty(value: object) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
 def read_tensors(shard: Shard, tensors: Iterator[TensorInfo]) -> Iterator[tuple[str, Tensor]]:
     """Read tensors of one file one by one, each into memory of its own.
 
@@ -216,9 +206,9 @@ def read_tensors(shard: Shard, tensors: Iterator[TensorInfo]) -> Iterator[tuple[
         reader = ShardReader(index)
         try:
             for info in tensors:
-                if info.dtype not in DTYPES:
+                if info.dtype not in TORCH_DTYPES:
                     raise artifact.damaged(shard.path, f"`{info.name}` is of dtype {info.dtype}")
-                value = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+                value = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
                 if info.nbytes:
                     reader.read_into(as_bytes(value), info, start=0)
                 yield info.name, value
@@ -238,7 +228,7 @@ def empty_layer(opened: Artifact, name: str) -> OrthoLinear:
         columns,
         packed.shape[0],
         group_size=columns // scale.shape[1],
-        dtype=DTYPES[scale.dtype],
+        dtype=TORCH_DTYPES[scale.dtype],
         device="meta",
     )
 
@@ -311,7 +301,7 @@ def _check_state(
     for name, info in plain.items():
         if name not in state:
             raise ArtifactError(f"tensor `{name}` is not of this module", hint=PLAIN)
-        mine, other = state[name], (DTYPES.get(info.dtype), info.shape)
+        mine, other = state[name], (TORCH_DTYPES.get(info.dtype), info.shape)
         if (mine.dtype, tuple(mine.shape)) != other:
             raise ArtifactError(
                 f"tensor `{name}` is {info.dtype} {list(info.shape)} where the module has "

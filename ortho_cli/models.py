@@ -24,7 +24,7 @@ def quiet_transformers() -> Iterator[Any]:
         import transformers
     except ImportError:
         raise UsageError(
-            "this needs transformers, which is not installed", hint="pip install 'ortho-cli[hf]'"
+            "transformers is not installed", hint="pip install 'ortho-cli[hf]'"
         ) from None
     talk: Any = transformers.logging
     verbosity, bars = talk.get_verbosity(), talk.is_progress_bar_enabled()

@@ -7,7 +7,6 @@ ortho stream is read afterwards, by the project's own reader. transformers is im
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +18,11 @@ from torch import nn
 from ortho_cli import artifact, kernels
 from ortho_cli.artifact import CONFIG_FILE, Artifact
 from ortho_cli.engine import set_alpha
-from ortho_cli.errors import ArtifactError, UsageError
+from ortho_cli.errors import ArtifactError
 from ortho_cli.kernels import Alpha
 from ortho_cli.layers import OrthoLinear
 from ortho_cli.modelfile import empty_layer, fill_ortho
+from ortho_cli.models import quiet_transformers
 from ortho_cli.streams import is_conv1d, is_plain_linear
 
 METHOD = "ortho"
@@ -57,18 +57,11 @@ def load(
             f"`{folder}` has no {CONFIG_FILE}, so transformers cannot build its model",
             hint="build the module yourself and use Engine(module).load(folder, alpha=...)",
         )
-    zero = not bool(alpha.any()) if isinstance(alpha, torch.Tensor) else alpha == 0.0
-    if opened.ortho is None and not zero:
+    if opened.ortho is None and not kernels.is_zero(alpha):
         raise ArtifactError(
             f"`{folder}` has no {artifact.ORTHO_FILE} and alpha is not 0", hint=kernels.NO_ORTHO
         )
-    try:
-        import transformers
-    except ImportError:
-        raise UsageError(
-            "transformers is not installed", hint="pip install 'transformers>=5.0'"
-        ) from None
-    with _quiet(transformers):
+    with quiet_transformers() as transformers:
         model, layers = _build(transformers, opened, dtype)
     fill_ortho(opened, layers)
     if device is not None:
@@ -204,19 +197,3 @@ def _find(name: str, modules: Mapping[str, nn.Module]) -> str:
             return found[0]
     found = [other for other in modules if other.endswith("." + name)]
     return found[0] if len(found) == 1 else name
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Keep transformers' bars, log lines and warnings off the screen."""
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()

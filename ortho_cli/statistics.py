@@ -24,19 +24,21 @@ written for its owner alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from ortho_cli import checkpoint
 from ortho_cli.artifact import canonical_json, module_of
 from ortho_cli.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo
 from ortho_cli.errors import CalibrationError, CheckpointError
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
-from ortho_cli.writer import CHUNK, TensorSpec
+from ortho_cli.writer import TensorSpec
 
 FORMAT = "ortho-stats/1"
 KINDS = ("gram", "fisher", "true-fisher")
@@ -65,8 +67,6 @@ class Statistics:
     @property
     def digest(self) -> str:
         """BLAKE3 over the digests of all tensors: names this file's content."""
-        from blake3 import blake3
-
         return blake3(canonical_json(self.digests).encode()).hexdigest()
 
     @property
@@ -234,19 +234,9 @@ def check_weights(found: Statistics, weights: Sequence[TensorInfo]) -> None:
 
 def check_model(found: Statistics, source: Checkpoint, weights: Sequence[TensorInfo]) -> None:
     """Read the smallest weight and make sure that it is the one that was measured."""
-    from blake3 import blake3
-
     smallest = min(weights, key=lambda weight: (weight.nbytes, weight.name))
-    reader, digest = ShardReader(source), blake3()
-    buffer = memoryview(bytearray(min(CHUNK, smallest.nbytes)))
-    try:
-        for start in range(0, smallest.nbytes, CHUNK):
-            piece = buffer[: smallest.nbytes - start]
-            reader.read_into(piece, smallest, start=start)
-            digest.update(piece)
-    finally:
-        reader.close()
-    found.check_source(smallest.name, digest.hexdigest())
+    with contextlib.closing(ShardReader(source)) as reader:
+        found.check_source(smallest.name, reader.digest(smallest))
 
 
 def changed_tensor(found: Statistics, key: str, digest: str) -> CalibrationError:
@@ -283,23 +273,15 @@ def verify(found: Statistics, *, on_event: EventSink = null_sink) -> dict[str, i
     Raises:
         CalibrationError: names the first tensor that differs.
     """
-    from blake3 import blake3
-
     tensors = found.shard.tensors
     total = sum(tensor.nbytes for tensor in tensors)
     on_event(Started(tensors=len(tensors), resumed=0, bytes_total=total, bytes_done=0))
-    buffer = memoryview(bytearray(CHUNK))
-    fd = os.open(found.path, os.O_RDONLY)
-    try:
+    with contextlib.closing(ShardReader(found.as_checkpoint())) as reader:
         for tensor in tensors:
             digest = blake3()
-            for start in range(0, tensor.nbytes, CHUNK):
-                piece = buffer[: min(CHUNK, tensor.nbytes - start)]
-                checkpoint.fill(fd, piece, tensor.offset + start, what=f"`{found.path}`")
+            for piece in reader.pieces(tensor):
                 digest.update(piece)
                 on_event(Advanced(nbytes=len(piece)))
             if digest.hexdigest() != found.digests[tensor.name]:
                 raise changed_tensor(found, tensor.name, digest.hexdigest())
-    finally:
-        os.close(fd)
     return {"tensors": len(tensors), "bytes": total}

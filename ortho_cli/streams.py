@@ -206,7 +206,7 @@ def _check_curvature(curvature: Tensor, weight: Tensor, name: str) -> Tensor:
             hint="give (out, in) or (in,)",
         )
     wide = curvature.detach().cpu().float().contiguous()
-    if not ops.all_finite(wide) or bool((wide < 0).any()):
+    if not ops.is_curvature(wide):
         raise NumericalError(
             f"curvature of `{name}` is negative, NaN or infinite somewhere",
             hint="calibrate again; squares of gradients are neither",
