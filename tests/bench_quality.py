@@ -104,9 +104,11 @@ def main() -> None:
             options += ["--stats", stats]
         bits = ortho("decompose", chosen.model, "-o", out, *options)["totals"]
         ortho("convert", out, "-o", dense, "--alpha", alpha)
+        # At alpha = 0 ortho is not needed.
+        used = bits["split_bits_per_weight" if alpha else "split_bits_per_weight_base"]
         gap = losses(dense, windows) - original
         print(
-            f"| {saliency} | {scale} | {density} | {alpha} | {bits['split_bits_per_weight']:.2f} | "
+            f"| {saliency} | {scale} | {density} | {alpha} | {used:.2f} | "
             f"{math.exp(original.mean() + gap.mean()):.2f} | {gap.mean():.3f} | "
             f"{gap.std() / math.sqrt(len(gap)):.3f} |",
             flush=True,
