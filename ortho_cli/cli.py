@@ -1,22 +1,20 @@
-"""The command line: open, call one function, print; here errors become exit codes."""
+"""The command line: open, call one function, print."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from ortho_cli import __version__
-from ortho_cli.errors import Interrupted, OrthoError, ResourceError, UsageError
+from ortho_cli import __version__, boundary
+from ortho_cli.errors import UsageError
 from ortho_cli.options import (
     DeviceOption,
     JsonOption,
@@ -419,73 +417,11 @@ def _peak_rss() -> int:
 MANY = {"calibrate": ("--data", "--forget")}
 
 
-def _spread(arguments: list[str]) -> list[str]:
-    """Repeat an option of many values before each value, which is how click reads them."""
-    many = MANY.get(arguments[0], ()) if arguments else ()
-    spread: list[str] = []
-    current, fresh = "", False
-    for word in arguments:
-        if word.startswith("-"):
-            current, fresh = (word if word in many else ""), True
-        elif current and not fresh:
-            spread.append(current)
-        else:
-            fresh = False
-        spread.append(word)
-    return spread
-
-
 def run(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    try:
-        words = _spread(sys.argv[1:] if arguments is None else arguments)
-        code = app(args=words, prog_name="ortho", standalone_mode=False)
-        if code == Interrupted.exit_code:  # typer turns Ctrl-C outside of the work into this
-            raise Interrupted("interrupted before any work", hint="nothing was written")
-        return code if isinstance(code, int) else 0
-    except BaseException as error:
-        if type(error).__name__ == "NoArgsIsHelpError":
-            typer.echo(str(error), err=True)
-            return UsageError.exit_code
-        failure = _as_ortho_error(error)
-        if failure is None:
-            raise
-        from ortho_cli import report
-
-        report.print_error(failure)
-        return failure.exit_code
-
-
-def _as_ortho_error(error: BaseException) -> OrthoError | None:
-    """Give every expected failure its sentence; None is a bug of ours, and shows its traceback."""
-    if isinstance(error, OrthoError):
-        return error
-    if isinstance(error, KeyboardInterrupt):
-        return Interrupted("interrupted before any work", hint="nothing was written")
-    starved = ("can't allocate memory", "can't start new thread")  # torch's and Python's words
-    if isinstance(error, MemoryError) or any(text in str(error) for text in starved):
-        return ResourceError("out of memory", hint="use fewer --workers or a lower density")
-    if isinstance(error, OSError):
-        reason = (error.strerror or str(error)).lower()
-        return ResourceError(
-            f"`{error.filename}`: {reason}" if error.filename else reason,
-            hint="check the file and its rights",
-        )
-    shown = getattr(error, "format_message", None)
-    if shown is not None:
-        message = str(shown()).rstrip(".")
-        return UsageError(message[:1].lower() + message[1:], hint="see `ortho --help`")
-    return None
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Stop in good order on the first Ctrl-C, and at once on the second: work survives both."""
-    signal.signal(number, lambda *_: os._exit(Interrupted.exit_code))
-    raise KeyboardInterrupt
+    return boundary.run(app, sys.argv[1:] if arguments is None else arguments, many=MANY)
 
 
 def main() -> NoReturn:
     """Entry point of the `ortho` command."""
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ortho inspect X | head` ends like any filter
-    sys.exit(run())
+    boundary.enter(run)

@@ -1,0 +1,92 @@
+"""Where words become a call, and errors exit codes: the one boundary around every command."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from ortho_cli.errors import Interrupted, OrthoError, ResourceError, UsageError
+
+
+def spread(arguments: Sequence[str], many: Mapping[str, Sequence[str]]) -> list[str]:
+    """Repeat an option of many values before each value, which is how click reads them.
+
+    Args:
+        arguments: the words after `ortho`, the command first.
+        many: options of each command that take every word up to the next option.
+    """
+    options = many.get(arguments[0], ()) if arguments else ()
+    found: list[str] = []
+    current, fresh = "", False
+    for word in arguments:
+        # A number below 0 is a value, if a wrong one; no option looks like it.
+        if word.startswith("-") and not re.match(r"-\.?\d", word):
+            current, fresh = (word if word in options else ""), True
+        elif current and not fresh:
+            found.append(current)
+        else:
+            fresh = False
+        found.append(word)
+    return found
+
+
+def run(
+    app: Callable[..., Any], arguments: Sequence[str], *, many: Mapping[str, Sequence[str]]
+) -> int:
+    """Run one command of an application and return its exit code."""
+    try:
+        code = app(args=spread(arguments, many), prog_name="ortho", standalone_mode=False)
+        if code == Interrupted.exit_code:  # typer turns Ctrl-C outside of the work into this
+            raise Interrupted("interrupted before any work", hint="nothing was written")
+        return code if isinstance(code, int) else 0
+    except BaseException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            sys.stderr.write(f"{error}\n")
+            return UsageError.exit_code
+        failure = _as_ortho_error(error)
+        if failure is None:
+            raise
+        from ortho_cli import report
+
+        report.print_error(failure)
+        return failure.exit_code
+
+
+def _as_ortho_error(error: BaseException) -> OrthoError | None:
+    """Give every expected failure its sentence; None is a bug of ours, and shows its traceback."""
+    if isinstance(error, OrthoError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("interrupted before any work", hint="nothing was written")
+    starved = ("can't allocate memory", "can't start new thread")  # torch's and Python's words
+    if isinstance(error, MemoryError) or any(text in str(error) for text in starved):
+        return ResourceError("out of memory", hint="use fewer --workers or a lower density")
+    if isinstance(error, OSError):
+        reason = (error.strerror or str(error)).lower()
+        return ResourceError(
+            f"`{error.filename}`: {reason}" if error.filename else reason,
+            hint="check the file and its rights",
+        )
+    shown = getattr(error, "format_message", None)
+    if shown is not None:
+        message = str(shown()).rstrip(".")
+        return UsageError(message[:1].lower() + message[1:], hint="see `ortho --help`")
+    return None
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Stop in good order on the first Ctrl-C, and at once on the second: work survives both."""
+    signal.signal(number, lambda *_: os._exit(Interrupted.exit_code))
+    raise KeyboardInterrupt
+
+
+def enter(command: Callable[[], int]) -> NoReturn:
+    """Run a command as a process of its own: signals as at a terminal, its code the process's."""
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ortho inspect X | head` ends like any filter
+    sys.exit(command())
