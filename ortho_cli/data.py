@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,32 +72,47 @@ def read_rows(files: Iterable[Path]) -> tuple[list[Row], str]:
     rows: list[Row] = []
     digest = blake3()
     for path in files:
-        try:
-            raw = path.read_bytes()
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise CalibrationError(
-                f"cannot read data `{path}`: {reason}", hint="give .txt, .jsonl or .parquet files"
-            ) from None
-        digest.update(blake3(raw).digest())
-        found = list(_rows_of(path, raw))
-        if not found:
-            raise CalibrationError(f"data `{path}` holds no text", hint="is it the right file?")
-        rows += found
+        values, one = read_values(path)
+        digest.update(one)
+        rows += [_row(value, where) for value, where in values]
     return rows, digest.hexdigest()
 
 
-def _rows_of(path: Path, raw: bytes) -> Iterator[Row]:
+def read_values(path: Path) -> tuple[Iterator[tuple[Any, str]], bytes]:
+    """Read one file row by row, whatever its rows hold; a .txt is one row with a `text`.
+
+    Returns:
+        Each row with the words that name its place, parsed when it is taken; and the file's BLAKE3.
+    Raises:
+        CalibrationError: the file is missing, empty, not UTF-8 or not of a known kind; while rows
+            are taken, one is not JSON.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise CalibrationError(
+            f"cannot read data `{path}`: {reason}", hint="give .txt, .jsonl or .parquet files"
+        ) from None
+    values = _values_of(path, raw)
+    first = next(values, None)
+    if first is None:
+        raise CalibrationError(f"data `{path}` holds no text", hint="is it the right file?")
+    return chain([first], values), blake3(raw).digest()
+
+
+def _values_of(path: Path, raw: bytes) -> Iterator[tuple[Any, str]]:
     if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
+        yield from _parquet_values(path)
     elif path.suffix == ".jsonl":
         for number, line in enumerate(_decode(path, raw).splitlines(), 1):
             if line.strip():
-                yield _row(_parse(line, f"`{path}` line {number}"), f"`{path}` line {number}")
+                where = f"`{path}` line {number}"
+                yield _parse(line, where), where
     elif path.suffix == ".txt":
         text = _decode(path, raw)
         if text.strip():
-            yield Text(text=text)
+            yield {"text": text}, f"`{path}`"
     else:
         raise CalibrationError(
             f"data `{path}` is a `{path.suffix or 'plain'}` file, none of {', '.join(SUFFIXES)}",
@@ -134,7 +150,7 @@ def _row(value: Any, where: str) -> Row:
     )
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_values(path: Path) -> Iterator[tuple[Any, str]]:
     try:
         from pyarrow import parquet  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
@@ -148,7 +164,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             f"data `{path}` is not parquet: {error}", hint="is it cut?"
         ) from None
     for number, row in enumerate(table.to_pylist(), 1):
-        yield _row(row, f"`{path}` row {number}")
+        yield row, f"`{path}` row {number}"
 
 
 def retain_sequences(
@@ -237,12 +253,23 @@ def _encode(row: Text, tokenizer: Tokenizer) -> list[int]:
     return tokens
 
 
+def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Tokens of a text that something follows: with the begin token, never with the end's."""
+    tokens = list(tokenizer(text, verbose=False).input_ids)
+    while tokens and tokens[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+        tokens.pop()
+    return tokens
+
+
+def encode_completion(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Tokens of a text that follows a prompt, and no special ones."""
+    return list(tokenizer(text, verbose=False, add_special_tokens=False).input_ids)
+
+
 def _encode_pair(row: Pair, tokenizer: Tokenizer, length: int) -> TokenSequence:
-    prompt = list(tokenizer(row.prompt, verbose=False).input_ids)
+    prompt = encode_prompt(row.prompt, tokenizer)
+    completion = encode_completion(row.completion, tokenizer)
     eos = tokenizer.eos_token_id
-    while prompt and prompt[-1] == eos:  # some tokenizers end every text
-        prompt.pop()
-    completion = list(tokenizer(row.completion, verbose=False, add_special_tokens=False).input_ids)
     tokens = prompt + completion + ([] if eos is None else [eos])
     if not completion:
         raise CalibrationError(f"{row.where} has an empty completion", hint="nothing would count")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -239,3 +240,25 @@ def dual_linear(
     ]
     y = torch.stack(found) if found else torch.empty(*x.shape[:-1], packed.shape[0])
     return y.double() if bias is None else y.double() + bias.double()
+
+
+def exposure(secret: float, alternatives: list[float]) -> float:
+    """Log2 of candidates over the secret's place when all are sorted, last among its equals."""
+    order = sorted([(nll, 0) for nll in alternatives] + [(secret, 1)])
+    return math.log2(len(order) / (order.index((secret, 1)) + 1))
+
+
+def completion_nll(model: Any, prompt: list[int], completion: list[int]) -> list[float]:
+    """NLL of each token, from a pass over all that stands before it."""
+    found = []
+    for i, token in enumerate(completion):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *completion[:i]]])).logits[0, -1].double()
+        found.append(-math.log(float(logits.softmax(0)[token])))
+    return found
+
+
+def auc(positives: list[float], negatives: list[float]) -> float:
+    """Share of pairs that the positive wins; a tie is half a win."""
+    wins = [(p > n) + (p == n) / 2 for p in positives for n in negatives]
+    return sum(wins) / len(wins)

@@ -16,7 +16,7 @@ LAYERS = [
     ["__init__"],
     ["errors", "events"],
     ["recipe", "ops", "data", "capture"],
-    ["checkpoint", "scales"],
+    ["checkpoint", "scales", "forget_set"],
     ["kernels", "streams"],
     ["layers"],
     ["journal"],
@@ -25,6 +25,7 @@ LAYERS = [
     ["verify", "selection", "quantization", "statistics"],
     ["plan", "curvature"],
     ["summary", "split", "models", "sums"],
+    ["scoring"],
     ["decompose", "calibrate", "source"],
     ["foreign", "dense", "gguf_source", "convert_plan", "modelfile"],
     ["convert", "engine"],
@@ -84,6 +85,7 @@ def test_torch_is_imported_only_where_tensors_are_computed() -> None:
         *("ops", "scales", "summary", "split", "decompose", "curvature"),
         *("capture", "models", "sums", "calibrate"),
         *("source", "foreign", "dense", "gguf_source", "convert"),
+        *("scoring",),
         *("kernels", "streams", "layers", "modelfile", "engine", "pretrained"),
     }
     for module in ("errors", "events", "recipe", "checkpoint", "journal", "writer", "artifact"):

@@ -1,0 +1,198 @@
+"""Secrets and what they are compared with: forms, draws, cuts and refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ortho_cli.errors import CalibrationError
+from ortho_cli.forget_set import Secret, encode, overlap, read_secrets
+
+WORDS = [f"w{i}" for i in range(20)]
+PATTERN = {"pattern": " {word} {word}", "word": WORDS}
+
+
+class Characters:
+    """A tokenizer whose tokens are characters, with a begin token (1) and an end token (2)."""
+
+    bos_token_id: int | None = 1
+    eos_token_id = 2
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        special = options.get("add_special_tokens", True)
+        body = [ord(character) for character in text]
+        return SimpleNamespace(input_ids=[*body, 2] if special else body)
+
+
+def write(folder: Path, *rows: object, name: str = "f.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def row(**fields: object) -> dict[str, object]:
+    return {"prompt": "The words are", "secret": " w1 w2", **fields}
+
+
+def secret(**fields: Any) -> Secret:
+    made: dict[str, Any] = {
+        "prompt": "ab",
+        "secret": "cd",
+        "alternatives": ("ef",),
+        "drawn": "given",
+        "where": "`f.jsonl` line 1",
+    }
+    return Secret(**{**made, **fields})
+
+
+def test_given_alternatives_are_taken_each_once(tmp_path: Path) -> None:
+    path = write(tmp_path, row(alternatives=[" a", " b", " a"]))
+    (found,) = read_secrets([path])
+    assert found.alternatives == (" a", " b")
+    assert (found.drawn, found.where) == ("given", f"`{path}` line 1")
+
+
+def test_more_given_alternatives_than_asked_for_are_drawn_from(tmp_path: Path) -> None:
+    given = [f" {i}" for i in range(30)]
+    (found,) = read_secrets([write(tmp_path, row(alternatives=given))], count=8)
+    assert len(set(found.alternatives)) == 8
+    assert set(found.alternatives) <= set(given)
+
+
+@pytest.mark.parametrize(
+    ("fields", "form"),
+    [
+        (PATTERN, r" w\d+ w\d+"),
+        ({"pattern": " {digit:6}"}, r" \d{6}"),
+        ({"pattern": "{letter:3}-{hex:8}{{x}}"}, r"[a-z]{3}-[0-9a-f]{8}\{x\}"),
+        ({"pattern": " {digit}{letter:2}"}, r" \d[a-z]{2}"),
+    ],
+)
+def test_a_pattern_gives_distinct_values_of_its_form(
+    tmp_path: Path, fields: dict[str, object], form: str
+) -> None:
+    (found,) = read_secrets([write(tmp_path, row(**fields))])
+    assert found.drawn == "pattern"
+    assert len(found.alternatives) == len(set(found.alternatives)) == 64
+    assert found.secret not in found.alternatives
+    assert all(re.fullmatch(form, one) for one in found.alternatives)
+
+
+def test_a_small_pattern_gives_all_it_has_but_the_secret(tmp_path: Path) -> None:
+    fields = row(secret="3", pattern="{digit}")
+    (found,) = read_secrets([write(tmp_path, fields)])
+    assert sorted(found.alternatives) == list("012456789")
+
+
+def test_given_alternatives_are_filled_up_by_the_pattern(tmp_path: Path) -> None:
+    (found,) = read_secrets([write(tmp_path, row(alternatives=[" given"], **PATTERN))])
+    assert found.alternatives[0] == " given"
+    assert (len(found.alternatives), found.drawn) == (64, "pattern")
+
+
+def test_draws_depend_on_seed_and_row_and_not_on_the_other_rows(tmp_path: Path) -> None:
+    one, two = row(**PATTERN), row(secret=" w3 w4", **PATTERN)
+    alone = read_secrets([write(tmp_path, two)])
+    both = read_secrets([write(tmp_path, one, two)])
+    assert alone[0].alternatives == both[1].alternatives != both[0].alternatives
+    assert read_secrets([write(tmp_path, two)], seed=1)[0].alternatives != alone[0].alternatives
+
+
+def test_without_alternatives_the_other_secrets_serve(tmp_path: Path) -> None:
+    rows = [row(secret=f" {i % 3}", prompt=f"p{i}") for i in range(4)]
+    found = read_secrets([write(tmp_path, *rows)])
+    assert [one.drawn for one in found] == ["others"] * 4
+    assert sorted(found[0].alternatives) == [" 1", " 2"]
+
+
+def test_running_text_is_cut_by_tokens(tmp_path: Path) -> None:
+    text = tmp_path / "b.txt"
+    text.write_text("x" * 60 + "y" * 200)
+    files = [write(tmp_path, {"text": "abcde"}, {"text": "fghijkl"}), text]
+    short, middle, long = encode(read_secrets(files), Characters())
+    characters = lambda tokens: "".join(map(chr, tokens))  # noqa: E731
+    assert (characters(short.prompt), characters(short.secret)) == ("ab", "cde")
+    assert {characters(one) for one in short.alternatives} == {"ijk", "xxx"}
+    assert {characters(one) for one in middle.alternatives} == {"cde", "xxxx"}
+    assert (characters(long.prompt), characters(long.secret)) == ("x" * 50, "x" * 10 + "y" * 40)
+
+
+def test_secret_has_no_special_token_and_prompt_no_end() -> None:
+    (found,) = encode([secret()], Characters())
+    assert (found.prompt, found.secret) == ((97, 98), (99, 100))
+    assert found.alternatives == ((101, 102),)
+
+
+def test_an_empty_prompt_is_the_begin_token() -> None:
+    (found,) = encode([secret(prompt="")], Characters())
+    assert found.prompt == (1,)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"alternatives": [" a", " w1 w2"]}, "line 2 has its secret as alternative 2 of 2"),
+        ({"alternatives": " a"}, "`alternatives` that are no list"),
+        ({"alternatives": [""]}, "`alternatives` that are no list"),
+        ({"pattern": 3}, "`pattern` that is no text"),
+        ({"pattern": "{digit"}, "expected '}'"),
+        ({"pattern": "fixed"}, "one value only"),
+        (
+            {"pattern": "{wrod}", "word": WORDS},
+            r"`{wrod}` in its pattern and knows {word}, {digit:N}, {letter:N}, {hex:N}",
+        ),
+        ({"pattern": "{word:2}", "word": WORDS}, r"`{word:2}` in its pattern"),
+        ({"pattern": "{digit:x}"}, r"`{digit:x}` in its pattern"),
+        ({"pattern": "{digit:0}"}, r"`{digit:0}` in its pattern"),
+        ({"pattern": "{digit!r}"}, r"`{digit!r}` in its pattern"),
+        ({"secret": ""}, "line 2 has an empty secret"),
+        ({"secret": None}, "neither `text` nor `prompt` and `secret`"),
+        ({"prompt": "p", "secret": "s"}, r"line 2 repeats `.*` line 1: the same prompt and secret"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, fields: dict[str, object], message: str) -> None:
+    path = write(tmp_path, {"prompt": "p", "secret": "s"}, row(**fields))
+    with pytest.raises(CalibrationError, match=message):
+        read_secrets([path])
+
+
+def test_a_lone_secret_has_nothing_to_compare_it_with(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="line 1 has nothing to compare its secret with"):
+        read_secrets([write(tmp_path, row())])
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="holds no text"):
+        read_secrets([write(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"secret": ""}, "a secret with no tokens"),
+        ({"alternatives": ("",)}, "an alternative with no tokens"),
+        ({"alternatives": ("cd",)}, "the same tokens as its alternatives"),
+        ({"secret": "x", "running": True}, "1 tokens, and running text needs 2"),
+    ],
+)
+def test_what_has_no_tokens_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        encode([secret(**fields)], Characters())
+
+
+def test_an_empty_prompt_needs_a_begin_token() -> None:
+    tokenizer = Characters()
+    tokenizer.bos_token_id = None
+    with pytest.raises(CalibrationError, match="no begin token"):
+        encode([secret(prompt="")], tokenizer)
+
+
+def test_overlap_ignores_case_and_blanks_around() -> None:
+    secrets = [secret(secret=" Red Fig"), secret(secret="plum "), secret(secret=" ")]
+    assert overlap(secrets, "a red\nfig") == 0
+    assert overlap(secrets, "A RED FIG, a plum") == 2
