@@ -40,9 +40,7 @@ def int4_codes(layer: OrthoLinear) -> Tensor:
     """
     crow, column, values = layer.crow_indices, layer.col_indices, layer.values
     if crow is None or column is None or values is None:
-        raise ArtifactError(
-            "INT4 without forgetting is not known from base alone", hint=NO_ORTHO
-        )
+        raise ArtifactError("INT4 without forgetting is not known from base alone", hint=NO_ORTHO)
     codes = base_codes(layer)
     rows = torch.repeat_interleave(torch.arange(layer.out_features), crow.cpu().long().diff())
     columns = column.cpu().to(torch.int64)
@@ -52,7 +50,7 @@ def int4_codes(layer: OrthoLinear) -> Tensor:
     return codes
 
 
-def dense(layer: OrthoLinear, codes: Tensor) -> Tensor:
+def dequantized(layer: OrthoLinear, codes: Tensor) -> Tensor:
     """Dequantize codes on a layer's grid, (out, in) float32."""
     return ops.dequantize(codes, layer.weight_scale.cpu())
 

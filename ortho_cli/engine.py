@@ -74,6 +74,54 @@ def at_alpha(model: nn.Module, alpha: Alpha) -> Iterator[None]:
             layer.alpha = before.get(name)
 
 
+def densify(model: nn.Module) -> dict[str, OrthoLinear]:
+    """Put a plain Linear that holds W(alpha), in float32, in place of every OrthoLinear.
+
+    It can be trained and edited like any other; the rest of the model keeps its dtype, so call
+    `model.float()` where all of it should compute alike.
+
+    Args:
+        model: any module that holds OrthoLinear, all set to one alpha.
+    Returns:
+        The layers that were replaced, by name, still at their alpha: `write_dense` reads them.
+    Raises:
+        UsageError: alpha is not set, or is one for each batch row; nothing is replaced then.
+    """
+    layers = _layers(model)
+    made: dict[str, nn.Module] = {}
+    for name, layer in layers.items():
+        device = layer.weight_packed.device
+        linear = nn.Linear(
+            layer.in_features, layer.out_features, bias=False, device=device, dtype=torch.float32
+        )
+        with torch.no_grad():
+            linear.weight.copy_(layer.weight)
+        if layer.bias is not None:
+            linear.bias = nn.Parameter(layer.bias.detach().float())
+        made[name] = linear.train(layer.training)
+    _swap(model, made)
+    return layers
+
+
+def write_dense(model: nn.Module, layers: Mapping[str, OrthoLinear], alpha: float) -> None:
+    """Write W(alpha) of each layer that `densify` replaced into the Linear in its place."""
+    for name, layer in layers.items():
+        layer.alpha = alpha
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        with torch.no_grad():
+            weight.copy_(layer.weight)
+
+
+def _swap(model: nn.Module, made: Mapping[str, nn.Module]) -> None:
+    """Replace every reference to the old modules: one module may stand in two places."""
+    by_id = {id(model.get_submodule(name)): new for name, new in made.items()}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in by_id:
+                parent._modules[name] = by_id[id(child)]
+
+
 class Engine:
     """A module whose Linears become OrthoLinear in place.
 
@@ -253,7 +301,7 @@ class Engine:
         recipe["saliency"] = {"kind": "residual" if given is None else "curvature"}
         self._recipe = Recipe.model_validate(recipe).canonical()
         self._digest = digest
-        self._swap(made)
+        _swap(self.module, made)
 
     def set_alpha(self, alpha: Alpha) -> None:
         """Set alpha of every layer; as `ortho_cli.set_alpha`."""
@@ -303,7 +351,7 @@ class Engine:
         self._recipe = recipe
         # Base alone does not know what it was cut from.
         self._digest = metadata.get("source_digest", "0" * 64)
-        self._swap(layers)
+        _swap(self.module, layers)
         set_alpha(self.module, alpha)
 
     def _refuse_split(self) -> None:
@@ -325,14 +373,6 @@ class Engine:
             f"{widths[worst]} of `{worst}.weight`",
             hint="give a group_size, or leave it out with `ignore`",
         )
-
-    def _swap(self, made: Mapping[str, OrthoLinear]) -> None:
-        """Replace every reference to the old modules: one module may stand in two places."""
-        by_id = {id(self.module.get_submodule(name)): new for name, new in made.items()}
-        for parent in list(self.module.modules()):
-            for name, child in parent._modules.items():
-                if id(child) in by_id:
-                    parent._modules[name] = by_id[id(child)]
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

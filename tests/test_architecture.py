@@ -15,7 +15,7 @@ PACKAGE = ROOT / "ortho_cli"
 LAYERS = [
     ["__init__"],
     ["errors", "events"],
-    ["recipe", "ops", "data", "capture"],
+    ["recipe", "ops", "data", "capture", "figures"],
     ["checkpoint", "scales", "forget_set"],
     ["kernels", "streams"],
     ["layers"],
@@ -30,6 +30,9 @@ LAYERS = [
     ["foreign", "dense", "gguf_source", "convert_plan", "modelfile"],
     ["convert", "engine"],
     ["pretrained"],
+    ["attacks", "controls"],
+    ["bench"],
+    ["chain"],
     ["report", "options"],
     ["boundary"],
     ["cli"],
@@ -87,6 +90,7 @@ def test_torch_is_imported_only_where_tensors_are_computed() -> None:
         *("source", "foreign", "dense", "gguf_source", "convert"),
         *("scoring",),
         *("kernels", "streams", "layers", "modelfile", "engine", "pretrained"),
+        *("attacks", "controls", "bench"),
     }
     for module in ("errors", "events", "recipe", "checkpoint", "journal", "writer", "artifact"):
         assert not {n.split(".")[0] for n in imported(tree(module))} & HEAVY, module
