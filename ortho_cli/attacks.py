@@ -189,7 +189,9 @@ def trainable(model: nn.Module) -> Iterator[list[nn.Parameter]]:
             )
     try:
         with torch.enable_grad():
-            yield [parameter.requires_grad_() for parameter, _, _ in before]
+            for parameter, _, _ in before:
+                parameter.requires_grad_()
+            yield [parameter for parameter, _, _ in before]
     finally:
         for parameter, value, learns in before:
             parameter.grad = None

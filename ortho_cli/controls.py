@@ -1,6 +1,6 @@
-"""What an artifact is compared with, made of its own parts: INT4 with nothing forgotten, and
-edits of the same size that know nothing of the secrets.
+"""What an artifact is compared with, made of its own parts.
 
+That is INT4 with nothing forgotten, and edits of the same size that know nothing of the secrets.
 Both files hold what is needed: base's codes were moved only at positions that the ortho stream
 keeps, and its values there are the source's weights.
 """

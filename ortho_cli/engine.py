@@ -95,7 +95,7 @@ def densify(model: nn.Module) -> dict[str, OrthoLinear]:
             layer.in_features, layer.out_features, bias=False, device=device, dtype=torch.float32
         )
         with torch.no_grad():
-            linear.weight.copy_(layer.weight)
+            linear.weight.copy_(_dense(layer))
         if layer.bias is not None:
             linear.bias = nn.Parameter(layer.bias.detach().float())
         made[name] = linear.train(layer.training)
@@ -110,7 +110,20 @@ def write_dense(model: nn.Module, layers: Mapping[str, OrthoLinear], alpha: floa
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         with torch.no_grad():
-            weight.copy_(layer.weight)
+            weight.copy_(_dense(layer))
+
+
+def _dense(layer: OrthoLinear) -> Tensor:
+    """Give W(alpha) as the live layer computes in float32: between its ends it is not rounded."""
+    alpha = layer.alpha
+    if not isinstance(alpha, float) or alpha in (0.0, 1.0):
+        return layer.weight.float()
+    ends = []
+    for end in (0.0, 1.0):
+        layer.alpha = end
+        ends.append(layer.weight.float())
+    layer.alpha = alpha
+    return torch.lerp(*ends, alpha)
 
 
 def _swap(model: nn.Module, made: Mapping[str, nn.Module]) -> None:

@@ -31,8 +31,6 @@ LAYERS = [
     ["convert", "engine"],
     ["pretrained"],
     ["attacks", "controls"],
-    ["bench"],
-    ["chain"],
     ["report", "options"],
     ["boundary"],
     ["cli"],
@@ -90,7 +88,7 @@ def test_torch_is_imported_only_where_tensors_are_computed() -> None:
         *("source", "foreign", "dense", "gguf_source", "convert"),
         *("scoring",),
         *("kernels", "streams", "layers", "modelfile", "engine", "pretrained"),
-        *("attacks", "controls", "bench"),
+        *("attacks", "controls"),
     }
     for module in ("errors", "events", "recipe", "checkpoint", "journal", "writer", "artifact"):
         assert not {n.split(".")[0] for n in imported(tree(module))} & HEAVY, module

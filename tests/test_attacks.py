@@ -1,0 +1,231 @@
+"""Attacks on a tiny model: they teach what they should and leave the model as it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import reference
+import torch
+from test_scoring import VOCAB, llama
+from torch import Tensor, nn
+
+from ortho_cli import attacks, controls, ops, scoring
+from ortho_cli.engine import Engine, densify, write_dense
+from ortho_cli.errors import ArtifactError, NumericalError, UsageError
+from ortho_cli.forget_set import TokenSecret
+from ortho_cli.layers import OrthoLinear
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
+
+
+def secrets(count: int = 6, seed: int = 0) -> list[TokenSecret]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(length: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, VOCAB, (length,), generator=generator).tolist())
+
+    return [
+        TokenSecret(
+            prompt=draw(4),
+            secret=draw(3),
+            alternatives=tuple(draw(3) for _ in range(16)),
+            drawn="given",
+            where=f"line {number}",
+        )
+        for number in range(count)
+    ]
+
+
+def split(dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Any:
+    model = llama(dtype)
+    engine = Engine(model)
+    engine.convert()
+    engine.decompose(**{"density": 0.05, **settings})
+    return model
+
+
+def layers(model: nn.Module) -> dict[str, OrthoLinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, OrthoLinear)}
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_recall_equals_scores_one_by_one() -> None:
+    model, listed = llama(), secrets()
+    found = attacks.recall(model, listed)
+    scores = [scoring.score(model, one) for one in listed]
+    assert found["exposure"] == pytest.approx(sum(s.exposure for s in scores) / 6)
+    assert found["token_accuracy"] == pytest.approx(sum(sum(s.hits) for s in scores) / 18)
+
+
+def test_halves_are_seeded_disjoint_and_whole() -> None:
+    listed = secrets(7)
+    taught, measured = attacks.halves(listed, 3)
+    assert (len(taught), len(measured)) == (3, 4)
+    assert sorted(one.where for one in [*taught, *measured]) == [one.where for one in listed]
+    assert attacks.halves(listed, 3) == (taught, measured)
+    assert attacks.halves(listed, 4) != (taught, measured)
+    with pytest.raises(UsageError, match="needs 2 secrets"):
+        attacks.halves(listed[:1], 0)
+
+
+def test_relearning_teaches_the_taught_and_puts_everything_back() -> None:
+    model, listed = llama(), secrets()
+    model.requires_grad_(False)
+    before = state(model)
+    found = attacks.relearn(model, listed, listed, steps=(1, 30), learning_rate=3e-3, eos=2)
+    assert [row["steps"] for row in found] == [1, 30]
+    assert found[1]["loss"] < found[0]["loss"]
+    assert found[1]["token_accuracy"] == 1.0
+    assert found[1]["extraction"] == 1.0
+    assert found[1]["exposure"] == pytest.approx(math.log2(17))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+
+def test_relearning_is_adamw_on_the_mean_over_all_tokens() -> None:
+    model, (one, two) = llama(), secrets(2)
+    twin = llama()
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0)
+    for _ in range(2):
+        losses = []
+        for secret in (one, two):
+            tokens = torch.tensor([[*secret.prompt, *secret.secret, 2]])
+            logits = twin(tokens).logits[0, :-1]
+            losses.append(nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
+        optimizer.zero_grad()
+        (sum(losses) / 14).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    found = attacks.relearn(model, [one, two], [one], steps=(2,), learning_rate=1e-3, eos=2)
+    assert found[0]["exposure"] == pytest.approx(attacks.recall(twin, [one])["exposure"])
+
+
+def test_finetuning_is_seeded_and_restores_after_an_error() -> None:
+    model, listed = llama(), secrets()
+    windows = torch.randint(0, VOCAB, (20, 16), generator=torch.Generator().manual_seed(1))
+    before = state(model)
+
+    def run(seed: int) -> list[dict[str, Any]]:
+        return attacks.finetune(model, windows, listed, steps=(2,), learning_rate=1e-3, seed=seed)
+
+    assert run(0) == run(0)
+    assert run(0)[0]["loss"] != run(1)[0]["loss"]
+    with pytest.raises(NumericalError):
+        attacks.finetune(model, windows, listed, steps=(40,), learning_rate=math.inf)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_training_refuses_half_precision() -> None:
+    listed = secrets(2)
+    with pytest.raises(UsageError, match="small steps are lost"):
+        attacks.relearn(llama(torch.bfloat16), listed, listed)
+
+
+def test_rewording_changes_prompts_only() -> None:
+    class Words:
+        def __call__(self, text: str, **_: Any) -> Any:
+            return type("Encoded", (), {"input_ids": [ord(c) % VOCAB for c in text]})()
+
+        def decode(self, tokens: tuple[int, ...], **_: Any) -> str:
+            return "".join(chr(65 + token % 26) for token in tokens)
+
+    listed = secrets()
+    found = attacks.reworded(listed, Words())
+    assert found.keys() == {"shorter", "longer", "lower"}
+    for kind in found.values():
+        for old, new in zip(listed, kind, strict=True):
+            assert (new.secret, new.alternatives) == (old.secret, old.alternatives)
+            assert new.prompt
+            assert new.prompt != old.prompt
+    assert found["shorter"][0].prompt == listed[0].prompt[2:]
+    assert found["longer"][0].prompt[-4:] == listed[0].prompt
+
+
+def test_requantizing_measures_another_grid_and_restores() -> None:
+    model, listed = llama(), secrets()
+    before = state(model)
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "proj" in n]
+    assert attacks.requantized(model, names, listed, group_size=32) != attacks.recall(model, listed)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dense_twin_gives_the_logits_of_the_live_model(dtype: torch.dtype, alpha: float) -> None:
+    model = split(dtype).float()
+    tokens = torch.arange(24).view(2, 12)
+    for layer in layers(model).values():
+        layer.alpha = alpha
+    with torch.no_grad():
+        live = model(tokens).logits
+        replaced = densify(model)
+        twin = model(tokens).logits
+    assert not layers(model)
+    assert {type(model.get_submodule(name)) for name in replaced} == {nn.Linear}
+    torch.testing.assert_close(twin, live, atol=1e-4, rtol=1e-4)
+    write_dense(model, replaced, 0.0)
+    for name, layer in replaced.items():
+        codes = controls.base_codes(layer)
+        expected = reference.dequantize(codes, layer.weight_scale)
+        assert torch.equal(model.get_submodule(name).weight, expected)
+
+
+def test_dense_twin_needs_an_alpha_and_replaces_nothing_without() -> None:
+    model = split()
+    with pytest.raises(UsageError, match="alpha is not set"):
+        densify(model)
+    assert layers(model)
+
+
+def edit(layer: OrthoLinear, count: int = 5) -> None:
+    """Move codes where ortho keeps the source, as forgetting does."""
+    codes = controls.base_codes(layer)
+    rows = torch.repeat_interleave(
+        torch.arange(layer.out_features), layer.crow_indices.long().diff()
+    )
+    at = (rows[:count], layer.col_indices.long()[:count])
+    codes[at] = torch.where(codes[at] > 0, codes[at] - 1, codes[at] + 1)
+    layer.weight_packed.copy_(ops.pack_int4(codes))
+
+
+def test_int4_row_undoes_every_moved_code_bit_for_bit() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for layer in layers(split(dtype)).values():
+            before = controls.base_codes(layer)
+            assert torch.equal(controls.int4_codes(layer), before)
+            assert controls.moved(layer) == 0
+            edit(layer)
+            assert controls.moved(layer) == 5
+            assert torch.equal(controls.int4_codes(layer), before)
+
+
+def test_int4_row_needs_ortho() -> None:
+    layer = OrthoLinear(64, 8, group_size=64, dtype=torch.float32)
+    with pytest.raises(ArtifactError, match="not known from base alone"):
+        controls.int4_codes(layer)
+
+
+Weigh = Callable[[Tensor], Tensor]
+
+
+@pytest.mark.parametrize("kind", ["random", "magnitude"])
+@pytest.mark.parametrize("count", [0, 1, 7, 100, 10_000])
+def test_controls_move_exactly_as_many_codes(kind: Any, count: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (6, 64), dtype=torch.int8, generator=generator)
+    scales = torch.rand(6, 2, generator=generator) + 0.1
+    found = controls.control_codes(codes, scales, count=count, kind=kind, seed=1)
+    there = int(codes.count_nonzero())
+    changed = found != codes
+    assert int(changed.sum()) == min(count, there)
+    assert not found[changed].any()
+    again = controls.control_codes(codes, scales, count=count, kind=kind, seed=1)
+    assert torch.equal(found, again)
+    if kind == "magnitude" and 0 < count < there:
+        size = reference.dequantize(codes, scales).abs()
+        assert size[changed].min() >= size[~changed].max()
