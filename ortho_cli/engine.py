@@ -118,12 +118,12 @@ def _dense(layer: OrthoLinear) -> Tensor:
     alpha = layer.alpha
     if not isinstance(alpha, float) or alpha in (0.0, 1.0):
         return layer.weight.float()
-    ends = []
-    for end in (0.0, 1.0):
-        layer.alpha = end
-        ends.append(layer.weight.float())
+    layer.alpha = 0.0
+    base = layer.weight.float()
+    layer.alpha = 1.0
+    ortho = layer.weight.float() - base
     layer.alpha = alpha
-    return torch.lerp(*ends, alpha)
+    return base + alpha * ortho
 
 
 def _swap(model: nn.Module, made: Mapping[str, nn.Module]) -> None:
