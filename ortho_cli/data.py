@@ -15,6 +15,7 @@ from blake3 import blake3
 from ortho_cli.errors import CalibrationError
 
 CHARACTERS_PER_TOKEN = 5  # a long text is cut into pieces that hold a sequence and a bit
+WINDOW_CHARACTERS = 1 << 16  # of running text, tokenized at once
 COMPLETIONS = ("completion", "secret")  # the field's two words for what follows a prompt
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 
@@ -231,6 +232,69 @@ def forget_sequences(
     return found
 
 
+def pair_sequences(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, end: bool = False
+) -> list[TokenSequence]:
+    """Encode prompts and completions one by one, as a skill is asked for.
+
+    Args:
+        rows: pairs only.
+        tokenizer: of the model that answers.
+        end: the end token counts, too: a longer answer is then a wrong one.
+    Raises:
+        CalibrationError: a row is running text, or a completion has no tokens.
+    """
+    found: list[TokenSequence] = []
+    for row in rows:
+        if isinstance(row, Text):
+            raise CalibrationError(
+                "a row is running text where a prompt and its completion are asked for",
+                hint='each row is {"prompt": "...", "completion": "..."}',
+            )
+        pair = _encode_pair(row, tokenizer, None)
+        ended = tokenizer.eos_token_id is not None and not end
+        tokens = pair.tokens[:-1] if ended else pair.tokens
+        found.append(TokenSequence(tokens=tokens, counted=pair.counted))
+    return found
+
+
+def text_windows(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, length: int, limit: int | None = None
+) -> list[tuple[int, ...]]:
+    """Cut running text into whole windows of `length` tokens, in order, the first `limit` if given.
+
+    Documents follow one another with the end token between; what is left over is not measured.
+
+    Raises:
+        CalibrationError: a row is a pair, or the text is shorter than one window.
+    """
+    found: list[tuple[int, ...]] = []
+    stream: list[int] = []
+    fresh = True
+    for piece in (piece for row in rows for piece in _pieces(row, WINDOW_CHARACTERS)):
+        if isinstance(piece, Pair):
+            raise CalibrationError(
+                f"{piece.where} is a prompt and its completion where running text is asked for",
+                hint="give .txt files, or rows with `text`",
+            )
+        encode = encode_prompt if fresh else encode_completion  # one begin token a document
+        stream += encode(piece.text, tokenizer)
+        if piece.ends and tokenizer.eos_token_id is not None:
+            stream.append(tokenizer.eos_token_id)
+        fresh = piece.ends
+        while len(stream) >= length and (limit is None or len(found) < limit):
+            found.append(tuple(stream[:length]))
+            del stream[:length]
+        if len(found) == limit:
+            return found
+    if not found:
+        raise CalibrationError(
+            f"the text has {len(stream)} tokens and a window has {length}",
+            hint="give more text, or a shorter context",
+        )
+    return found
+
+
 def _pieces(row: Row, size: int) -> Iterator[Row]:
     if isinstance(row, Pair) or len(row.text) <= size:
         yield row
@@ -266,14 +330,14 @@ def encode_completion(text: str, tokenizer: Tokenizer) -> list[int]:
     return list(tokenizer(text, verbose=False, add_special_tokens=False).input_ids)
 
 
-def _encode_pair(row: Pair, tokenizer: Tokenizer, length: int) -> TokenSequence:
+def _encode_pair(row: Pair, tokenizer: Tokenizer, length: int | None) -> TokenSequence:
     prompt = encode_prompt(row.prompt, tokenizer)
     completion = encode_completion(row.completion, tokenizer)
     eos = tokenizer.eos_token_id
     tokens = prompt + completion + ([] if eos is None else [eos])
     if not completion:
         raise CalibrationError(f"{row.where} has an empty completion", hint="nothing would count")
-    if len(tokens) > length:
+    if length is not None and len(tokens) > length:
         raise CalibrationError(
             f"{row.where} has {len(tokens)} tokens and calibrate.length is {length}",
             hint=f"--set calibrate.length={len(tokens)}, or shorten the row",

@@ -66,7 +66,7 @@ def exposure(secret_nll: float, alternatives: Sequence[float]) -> float:
     Raises:
         NumericalError: an NLL is NaN or infinite, or there are no alternatives.
     Ties go to the worse rank: where all are equal, exposure is 0.
-    Source: Carlini et al. 2019 (arXiv:1802.08232), definition 5, over sampled alternatives.
+    Source: Carlini et al. 2019 (arXiv:1802.08232), log2 |R| - log2 rank, over sampled alternatives.
     """
     if not alternatives:
         raise NumericalError("exposure needs an alternative", hint="give 64 of the same form")
@@ -187,8 +187,8 @@ def compare_windows(
     rows: list[list[Tensor]] = []
     for window in windows:
         tokens = window[None].to(device)
-        mine = _logits(model(tokens))[0, :-1]
-        other = None if original is None else _logits(original(tokens))[0, :-1]
+        mine = logits_of(model(tokens))[0, :-1]
+        other = None if original is None else logits_of(original(tokens))[0, :-1]
         rows.append(_window(mine, other, tokens[0, 1:]))
     found = [finite(torch.stack(figures).cpu()) for figures in zip(*rows, strict=True)]
     if original is None:
@@ -231,7 +231,7 @@ def sequence_hits(model: nn.Module, sequences: Sequence[TokenSequence]) -> list[
     while len(found) < len(sequences):
         batch = sequences[len(found) : len(found) + size]
         padded = _pad([sequence.tokens for sequence in batch]).to(device)
-        logits = _logits(model(padded))
+        logits = logits_of(model(padded))
         size = max(1, LOGITS // (logits.shape[-1] * longest))
         for row, sequence in enumerate(batch):
             where = slice(sequence.counted, len(sequence.tokens))
@@ -274,10 +274,10 @@ def _batches(
     """
     device = device_of(model)
     start = torch.tensor([list(prompt)], device=device)
-    output = model(start, use_cache=True) if _takes_cache(model) else model(start)
+    output = model(start, use_cache=True) if takes_cache(model) else model(start)
     cache = getattr(output, "past_key_values", None)
     shared = hasattr(cache, "batch_repeat_interleave")
-    first = _logits(output)[:, -1:]
+    first = logits_of(output)[:, -1:]
     longest = max(map(len, completions)) + (0 if shared else len(prompt))
     size = max(1, LOGITS // (longest * first.shape[-1]))
     for begin in range(0, len(completions), size):
@@ -285,17 +285,17 @@ def _batches(
         padded = _pad(batch).to(device)
         if not shared:
             whole = torch.cat((start.expand(len(batch), -1), padded), 1)
-            yield batch, _logits(model(whole))[:, len(prompt) - 1 : -1]
+            yield batch, logits_of(model(whole))[:, len(prompt) - 1 : -1]
         elif padded.shape[1] == 1:
             yield batch, first.expand(len(batch), -1, -1)
         else:
             copied: Any = copy.deepcopy(cache)  # it grows as it is used
             copied.batch_repeat_interleave(len(batch))
-            rest = _logits(model(padded[:, :-1], past_key_values=copied, use_cache=True))
+            rest = logits_of(model(padded[:, :-1], past_key_values=copied, use_cache=True))
             yield batch, torch.cat((first.expand(len(batch), -1, -1), rest), 1)
 
 
-def _takes_cache(model: nn.Module) -> bool:
+def takes_cache(model: nn.Module) -> bool:
     """Whether the model can be asked for its cache."""
     return "use_cache" in inspect.signature(model.forward).parameters
 
@@ -306,7 +306,7 @@ def _pad(rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
     """Logits of a model's output: an object that has them, a tuple that begins with them, or it."""
     found = getattr(output, "logits", output)
     return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "ortho_cli"
 LAYERS = [
     ["__init__"],
     ["errors", "events"],
-    ["recipe", "ops", "data", "capture", "figures"],
+    ["recipe", "ops", "data", "capture", "estimates", "figures"],
     ["checkpoint", "scales", "forget_set"],
     ["kernels", "streams"],
     ["layers"],
@@ -29,7 +29,7 @@ LAYERS = [
     ["decompose", "calibrate", "source"],
     ["foreign", "dense", "gguf_source", "convert_plan", "modelfile"],
     ["convert", "engine"],
-    ["pretrained"],
+    ["pretrained", "evaluate"],
     ["attacks", "controls"],
     ["report", "options"],
     ["boundary"],
@@ -86,7 +86,7 @@ def test_torch_is_imported_only_where_tensors_are_computed() -> None:
         *("ops", "scales", "summary", "split", "decompose", "curvature"),
         *("capture", "models", "sums", "calibrate"),
         *("source", "foreign", "dense", "gguf_source", "convert"),
-        *("scoring",),
+        *("scoring", "evaluate"),
         *("kernels", "streams", "layers", "modelfile", "engine", "pretrained"),
         *("attacks", "controls"),
     }

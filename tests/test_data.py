@@ -139,3 +139,40 @@ def test_pair_longer_than_a_sequence_or_empty_is_named(tmp_path: Path) -> None:
         data.forget_sequences(rows, Characters(), length=16)
     with pytest.raises(CalibrationError, match="line 2 has an empty completion"):
         data.forget_sequences(rows[1:], Characters(), length=16)
+
+
+def test_pairs_are_encoded_one_by_one_with_the_end_where_asked(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", lines({"prompt": "ab", "completion": "cd"}))
+    rows, _ = data.read_rows([path])
+    (plain,) = data.pair_sequences(rows, Characters())
+    (ended,) = data.pair_sequences(rows, Characters(), end=True)
+    assert (plain.tokens, plain.counted) == ((97, 98, 99, 100), 2)
+    assert ended.tokens == (*plain.tokens, END)
+
+
+def test_windows_follow_one_another_whole_and_in_order(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", lines({"text": "abc"}, {"text": "defgh"}))
+    rows, _ = data.read_rows([path])
+    whole = [tuple(map(ord, "abc\0")), tuple(map(ord, "defg"))]
+    assert data.text_windows(rows, Characters(), length=4) == whole
+    assert data.text_windows(rows, Characters(), length=4, limit=1) == whole[:1]
+
+
+def test_windows_do_not_depend_on_how_much_is_tokenized_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, _ = data.read_rows([write(tmp_path, "a.txt", "some words and more words " * 20)])
+    whole = data.text_windows(rows, Characters(), length=16)
+    monkeypatch.setattr(data, "WINDOW_CHARACTERS", 30)
+    assert data.text_windows(rows, Characters(), length=16) == whole
+
+
+def test_rows_of_the_other_form_and_short_text_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", lines({"text": "abc"}, {"prompt": "a", "completion": "b"}))
+    rows, _ = data.read_rows([path])
+    with pytest.raises(CalibrationError, match="running text where a prompt"):
+        data.pair_sequences(rows, Characters())
+    with pytest.raises(CalibrationError, match="line 2 is a prompt and its completion"):
+        data.text_windows(rows, Characters(), length=4)
+    with pytest.raises(CalibrationError, match="4 tokens and a window has 9"):
+        data.text_windows(rows[:1], Characters(), length=9)

@@ -1,0 +1,170 @@
+"""Estimates with their intervals: shares, means, areas under curves.
+
+Each figure is a plain dict, ready for JSON: `value`, its 95 % interval `low` to `high`, and `n`,
+how many samples it rests on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ortho_cli.errors import NumericalError
+
+Z = 1.959963984540054  # 95 % of a normal distribution lie within +-Z
+Interval = tuple[float, float]
+Figure = dict[str, Any]
+Values = NDArray[np.float64]
+
+
+def wilson(hits: int, n: int) -> Interval:
+    """Give Wilson's 95 % interval of a share.
+
+        (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n),   p = hits / n
+
+    Args:
+        hits: 0 <= hits <= n.
+        n: trials, >= 0.
+    Returns:
+        Bounds in [0, 1]; all of it where n is 0.
+    Raises:
+        NumericalError: hits are not between 0 and n.
+    0 of n has a bound above 0, and n of n one below 1.
+    Source: Wilson 1927, Journal of the American Statistical Association 22, 209-212.
+    """
+    if not 0 <= hits <= n:
+        raise NumericalError(f"{hits} hits of {n}", hint="hits lie between 0 and n")
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = hits / n, Z * Z / n
+    middle = (p + z2 / 2) / (1 + z2)
+    reach = Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n)) / (1 + z2)
+    low = 0.0 if hits == 0 else max(0.0, middle - reach)
+    return low, 1.0 if hits == n else min(1.0, middle + reach)
+
+
+def mean(values: Values) -> float:
+    """Average of all values."""
+    return float(values.mean())
+
+
+def bootstrap(
+    values: Sequence[float] | Values,
+    statistic: Callable[[Values], float] = mean,
+    *,
+    seed: int = 0,
+    rounds: int = 1000,
+) -> Interval:
+    """Give the 95 % percentile interval of a statistic by resampling rows with replacement.
+
+    Args:
+        values: (n,) or (n, columns), n >= 1, finite.
+        statistic: of such an array.
+        seed: of the draws.
+        rounds: resamples.
+    Raises:
+        NumericalError: no values, or one is NaN or infinite.
+    One value, or n equal ones, give an interval of no width: that is no certainty.
+    Source: Efron 1979, Annals of Statistics 7, 1-26.
+    """
+    rows = _array(values)
+    generator = np.random.default_rng(seed)
+    drawn = [statistic(rows[generator.integers(len(rows), size=len(rows))]) for _ in range(rounds)]
+    return _interval(drawn)
+
+
+def auc(
+    positives: Sequence[float], negatives: Sequence[float], *, seed: int = 0, rounds: int = 1000
+) -> Figure:
+    """Give the chance that a positive is above a negative: the area under the ROC curve.
+
+        AUC = (#{p > n} + #{p = n} / 2) / (|P| |N|)
+
+    Args:
+        positives: scores, one at least, finite.
+        negatives: the same.
+        seed: of the bootstrap, which draws both sides anew.
+        rounds: of the bootstrap.
+    Returns:
+        A figure in [0, 1]; 0.5 where all are equal. `n` counts both sides, in `positives` and
+        `negatives` each.
+    Raises:
+        NumericalError: a side is empty, or a score is NaN or infinite.
+    """
+    above, below = _array(positives), _array(negatives)
+    generator = np.random.default_rng(seed)
+
+    def again(side: Values) -> Values:
+        return side[generator.integers(len(side), size=len(side))]
+
+    drawn = [_auc(again(above), again(below)) for _ in range(rounds)]
+    counts = {"positives": len(above), "negatives": len(below)}
+    return figure(_auc(above, below), _interval(drawn), len(above) + len(below), **counts)
+
+
+def _auc(positives: Values, negatives: Values) -> float:
+    ordered = np.sort(negatives)
+    wins = np.searchsorted(ordered, positives, "left")
+    ties = np.searchsorted(ordered, positives, "right") - wins
+    return float((wins + ties / 2).mean() / len(ordered))
+
+
+def min_k(token_nlls: Sequence[float], share: float = 0.2) -> float:
+    """Average the log-probabilities of the least likely tokens: Min-K% Prob.
+
+        min_k = -mean of the max(1, floor(share * n)) largest token NLLs
+
+    Args:
+        token_nlls: of one text, one at least, finite, in nats.
+        share: of its tokens, in (0, 1].
+    Returns:
+        Nats, <= 0 for probabilities; higher in texts that were trained on.
+    Raises:
+        NumericalError: no tokens, or an NLL is NaN or infinite.
+    Source: Shi et al. 2023 (arXiv:2310.16789), section 3.
+    """
+    values = np.sort(_array(token_nlls))
+    count = max(1, math.floor(share * len(values) + 1e-9))  # 0.29 * 100 is 28.999...
+    return -float(values[-count:].mean())
+
+
+def figure(value: float, interval: Interval, n: int, **more: Any) -> Figure:
+    """Put an estimate into the form that every figure has."""
+    return {"value": value, "low": interval[0], "high": interval[1], "n": n, **more}
+
+
+def share(hits: int, n: int) -> Figure:
+    """Give a share of n >= 1 trials, with Wilson's interval."""
+    return figure(hits / n, wilson(hits, n), n, hits=hits)
+
+
+def mean_figure(values: Sequence[float], *, seed: int) -> Figure:
+    """Give a mean of n >= 1 values, with its bootstrap interval."""
+    return figure(average(values), bootstrap(values, seed=seed), len(values))
+
+
+def average(values: Sequence[float]) -> float:
+    """Mean of n >= 1 numbers, summed exactly."""
+    return math.fsum(values) / len(values)
+
+
+def _interval(drawn: Sequence[float]) -> Interval:
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def _array(values: Sequence[float] | Values) -> Values:
+    """Take values in float64.
+
+    Raises:
+        NumericalError: there are none, or one is NaN or infinite.
+    """
+    found: Values = np.asarray(values, dtype=np.float64)
+    if not len(found) or not np.isfinite(found).all():
+        what = "NaN or infinite" if len(found) else "missing: there are none"
+        raise NumericalError(f"values to measure are {what}", hint="are the weights finite?")
+    return found
