@@ -15,7 +15,7 @@ PACKAGE = ROOT / "ortho_cli"
 LAYERS = [
     ["__init__"],
     ["errors", "events"],
-    ["recipe", "ops", "data", "capture"],
+    ["recipe", "ops", "data", "capture", "grammar"],
     ["checkpoint", "scales"],
     ["kernels", "streams"],
     ["layers"],
@@ -28,7 +28,7 @@ LAYERS = [
     ["decompose", "calibrate", "source"],
     ["foreign", "dense", "gguf_source", "convert_plan", "modelfile"],
     ["convert", "engine"],
-    ["pretrained"],
+    ["pretrained", "sandbox"],
     ["report", "options"],
     ["cli"],
     ["__main__"],
