@@ -18,6 +18,7 @@ from ortho_cli.kernels import NO_ORTHO
 from ortho_cli.layers import OrthoLinear
 
 Kind = Literal["random", "magnitude"]
+KINDS: tuple[Kind, ...] = ("random", "magnitude")
 
 
 def base_codes(layer: OrthoLinear) -> Tensor:

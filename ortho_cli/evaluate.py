@@ -235,9 +235,27 @@ def quality(
         NumericalError: a figure is NaN or infinite.
     A mean NLL above 700 nats counts as 700.
     """
-    found = compare_windows(model, windows, original)
+    return quality_figures(compare_windows(model, windows, original), seed=seed)
+
+
+def quality_figures(found: WindowScores, *, seed: int = 0) -> Figure:
+    """Turn scores of running text into the figures of `quality`."""
     figures = {"perplexity": _over_windows(found.nll, _exponential, seed)}
     return figures | _distance(found, seed)
+
+
+def ratio(nll: Tensor, other: Tensor, *, seed: int = 0) -> Figure:
+    """Give the perplexity of text over another model's on the same text, paired by window.
+
+        ratio = exp(mean (NLL - other NLL))
+
+    Args:
+        nll: (n, tokens), as `scoring.token_losses` gives them.
+        other: the same of the other model.
+        seed: of the bootstrap, over windows.
+    A mean difference above 700 nats counts as 700.
+    """
+    return _over_windows(nll - other, _exponential, seed)
 
 
 def perplexity(model: nn.Module, windows: Tensor, *, seed: int = 0) -> Figure:
@@ -256,7 +274,7 @@ def _distance(found: WindowScores, seed: int) -> Figure:
         return {}
     return {
         "original_perplexity": _over_windows(found.original_nll, _exponential, seed),
-        "perplexity_ratio": _over_windows(found.nll - found.original_nll, _exponential, seed),
+        "perplexity_ratio": ratio(found.nll, found.original_nll, seed=seed),
         "kl": _over_windows(found.kl, mean, seed),
         "agreement": _over_windows(found.agree, mean, seed),
     }

@@ -54,13 +54,42 @@ class SequencesDone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """`step` of `steps` of a stage of training were taken; `loss` in nats a token."""
+
+    stage: str
+    step: int
+    steps: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Step `number` of `of` begins: `name`."""
+
+    name: str
+    number: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Noted:
     """Something the user should know and need not act on."""
 
     message: str
 
 
-Event = Started | Advanced | TensorDone | Finishing | Measuring | SequencesDone | Noted
+Event = (
+    Started
+    | Advanced
+    | TensorDone
+    | Finishing
+    | Measuring
+    | SequencesDone
+    | Training
+    | Step
+    | Noted
+)
 EventSink = Callable[[Event], None]
 
 

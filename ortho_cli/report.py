@@ -33,9 +33,11 @@ from ortho_cli.events import (
     SequencesDone,
     Started,
     TensorDone,
+    Training,
 )
 
 WIDE = 140  # columns where there is no terminal to ask
+QUIET_FOR = 10.0  # seconds between lines about training where there is no bar
 
 
 def make_console() -> Console:
@@ -88,6 +90,8 @@ class ProgressSink:
         self._verb = verb
         self._quiet, self._verbose = quiet, verbose
         self._bar: Progress | None = None
+        self._stage = ""
+        self._said = time.monotonic()
         if self._console.is_terminal and not quiet:
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -120,6 +124,8 @@ class ProgressSink:
         """Show one event."""
         if isinstance(event, Measuring | SequencesDone):
             self._count(event)
+        elif isinstance(event, Training):
+            self._train(event)
         elif self._bar:
             self._move(self._bar, event)
         if isinstance(event, Started) and event.resumed:
@@ -161,6 +167,34 @@ class ProgressSink:
             self._bar.update(self._task, advance=event.sequences, speed=speed)
         elif self._verbose:
             self._say(f"{event.sequences} more sequences, {speed} tokens/s")
+
+    def _train(self, event: Training) -> None:
+        """Show a stage of training: steps, loss, time left; without a bar a line now and then."""
+        if self._bar is None:
+            over = time.monotonic() - self._said > QUIET_FOR
+            if event.stage != self._stage or event.step == event.steps or over:
+                self._said = time.monotonic()
+                self._say(
+                    f"{event.stage}: step {event.step} of {event.steps}, loss {event.loss:.3f}"
+                )
+        else:
+            if event.stage != self._stage:
+                self._bar.stop()
+                self._bar = Progress(
+                    TextColumn("{task.description}"),
+                    BarColumn(),
+                    MofNCompleteColumn(),
+                    TextColumn("steps, loss {task.fields[loss]}"),
+                    TimeRemainingColumn(),
+                    console=self._console,
+                    transient=True,
+                )
+                self._task = self._bar.add_task(event.stage, total=event.steps, loss="?")
+                self._bar.start()
+            self._bar.update(
+                self._task, completed=event.step, total=event.steps, loss=f"{event.loss:.3f}"
+            )
+        self._stage = event.stage
 
     def _move(self, bar: Progress, event: Event) -> None:
         if isinstance(event, Started):

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "ortho_cli"
 LAYERS = [
     ["__init__"],
     ["errors", "events"],
-    ["recipe", "ops", "data", "capture", "estimates", "figures"],
+    ["recipe", "ops", "data", "capture", "estimates", "figures", "grammar"],
     ["checkpoint", "scales", "forget_set"],
     ["kernels", "streams"],
     ["layers"],
@@ -29,8 +29,10 @@ LAYERS = [
     ["decompose", "calibrate", "source"],
     ["foreign", "dense", "gguf_source", "convert_plan", "modelfile"],
     ["convert", "engine"],
-    ["pretrained", "evaluate"],
+    ["pretrained", "evaluate", "sandbox"],
     ["attacks", "controls"],
+    ["bench"],
+    ["chain"],
     ["report", "options"],
     ["boundary"],
     ["cli"],
@@ -88,7 +90,7 @@ def test_torch_is_imported_only_where_tensors_are_computed() -> None:
         *("source", "foreign", "dense", "gguf_source", "convert"),
         *("scoring", "evaluate"),
         *("kernels", "streams", "layers", "modelfile", "engine", "pretrained"),
-        *("attacks", "controls"),
+        *("attacks", "controls", "bench"),
     }
     for module in ("errors", "events", "recipe", "checkpoint", "journal", "writer", "artifact"):
         assert not {n.split(".")[0] for n in imported(tree(module))} & HEAVY, module
