@@ -22,7 +22,6 @@ from ortho_cli import (
     artifact,
     attacks,
     controls,
-    estimates,
     evaluate,
     figures,
     kernels,
@@ -31,81 +30,17 @@ from ortho_cli import (
     verdict,
 )
 from ortho_cli.artifact import Artifact
-from ortho_cli.checkpoint import read_json_object
-from ortho_cli.data import Pair, Text, TokenSequence, pair_sequences, read_rows, text_windows
+from ortho_cli.bench_data import Material, gather, unfit
+from ortho_cli.bench_plan import Settings, check_gates, checked, not_measured
 from ortho_cli.engine import at_alpha, densify, write_dense
-from ortho_cli.errors import ArtifactError, UsageError
+from ortho_cli.errors import ArtifactError
 from ortho_cli.events import EventSink, Noted, Step, null_sink
-from ortho_cli.figures import Gate
-from ortho_cli.forget_set import Secret, TokenSecret, encode, overlap, read_secrets
 from ortho_cli.layers import OrthoLinear
 from ortho_cli.pretrained import load
 from ortho_cli.recipe import GROUP_SIZES
 
 FORMAT = "ortho-bench/1"
-CONTEXT = 512
-SAMPLES_UNDER_ATTACK = 20
 PROMPT = 128  # tokens of the pass that is timed
-MEMORY = (
-    "extraction", "token_accuracy", "exposure", "forget_nll", "alternatives_nll", "nll_quantile",
-    "inside_share",
-)  # fmt: skip
-# Every figure of an alpha's row by its first name, and the flag that it needs.
-NEEDS = {
-    "latency": "",
-    **dict.fromkeys(MEMORY, "--forget FILE"),
-    **dict.fromkeys(("loss_auc", "min_k_auc"), "--nonmember FILE"),
-    "unlisted": "--unlisted FILE",
-    "sampled_extraction": "--samples N",
-    "perplexity": "--data FILE with running text",
-    "perplexity_ratio": "ortho.safetensors, which tells INT4 without forgetting",
-    "perplexity_ratio_alpha1": "--alpha 1",
-    **dict.fromkeys(("perplexity_ratio_original", "kl", "agreement"), "--model DIR"),
-    "skill": "--data FILE with prompts and completions",
-    **dict.fromkeys(("relearn", "reworded", "requantized"), "--attack"),
-    "finetune": "--attack and --data FILE with running text",
-}
-# Figures of the whole document, which a gate names without an alpha.
-WHOLE = ("moved.count", "moved.share", "unsplit.share", "unsplit.weights")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What is measured, on what."""
-
-    artifact: Path
-    alphas: tuple[float, ...] = (0.0, 1.0)
-    data: tuple[Path, ...] = ()
-    forget: tuple[Path, ...] = ()
-    nonmember: tuple[Path, ...] = ()
-    unlisted: tuple[Path, ...] = ()
-    model: Path | None = None
-    reference_model: Path | None = None
-    controls: bool = False
-    attack: bool = False
-    samples: int | None = None  # 20 under attack, else none
-    tokens: int = 16384
-    context: int | None = None  # 512, or what the model takes if that is less
-    require: tuple[str, ...] = ()
-    seed: int = 0
-    learning_rate: float = attacks.LEARNING_RATE
-    device: str = "auto"
-    show_secrets: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Material:
-    """Everything that is read, in tokens."""
-
-    tokenizer: Any
-    windows: Tensor | None = None
-    pairs: tuple[TokenSequence, ...] = ()
-    secrets: tuple[TokenSecret, ...] = ()
-    nonmembers: tuple[TokenSecret, ...] = ()
-    unlisted: tuple[TokenSecret, ...] = ()
-    texts: tuple[str, ...] = ()
-    unlisted_texts: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +70,7 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> dict[str, A
     Missed gates are in the document; `figures.enforce` turns them into an error.
     """
     gates = [figures.parse_gate(text) for text in settings.require]
-    settings = _checked(settings)
+    settings = checked(settings)
     opened = artifact.open_artifact(settings.artifact)
     if opened.ortho is None and any(settings.alphas):
         raise ArtifactError(
@@ -143,10 +78,10 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> dict[str, A
             hint=kernels.NO_ORTHO,
         )
     missing = not_measured(settings, ortho=opened.ortho is not None)
-    _check_gates(gates, settings, missing)
+    check_gates(gates, settings, missing)
     material = gather(settings, opened)
-    missing |= _unfit(settings, material)
-    _check_gates(gates, settings, missing)
+    missing |= unfit(settings, material)
+    check_gates(gates, settings, missing)
     for note in material.notes:
         on_event(Noted(message=note))
     rows, facts = _measure_all(settings, opened, material, on_event)
@@ -164,146 +99,6 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> dict[str, A
     document["verdict"] = verdict.judge(document)
     document["gates"] = figures.judge(gates, document)
     return document
-
-
-def _checked(settings: Settings) -> Settings:
-    """Refuse what does not fit together; fill in what follows from the rest."""
-    alphas = dict.fromkeys(float(kernels.check_alpha(alpha)) for alpha in settings.alphas)
-    if not alphas:
-        raise UsageError("no alpha is given", hint="--alpha 0 1")
-    if settings.attack and not settings.forget:
-        raise UsageError("--attack has no secrets to bring back", hint="--forget FILE")
-    if settings.attack and 0.0 not in alphas:
-        raise UsageError("--attack is on alpha 0, which is not measured", hint="--alpha 0")
-    if settings.nonmember and not settings.forget:
-        raise UsageError("--nonmember is compared with --forget", hint="--forget FILE")
-    samples = settings.samples
-    if samples is None:
-        samples = SAMPLES_UNDER_ATTACK if settings.attack else 0
-    for name, number, least in (
-        ("--samples", samples, 0),
-        ("--tokens", settings.tokens, 2),
-        ("--context", settings.context or CONTEXT, 2),
-    ):
-        if number < least:
-            raise UsageError(f"{name} is {number}", hint=f"{least} or more")
-    return replace(settings, alphas=tuple(alphas), samples=samples)
-
-
-def not_measured(settings: Settings, *, ortho: bool) -> dict[str, str]:
-    """Name the figures that these settings leave out, and what each would need."""
-    absent: dict[str, bool] = {
-        **dict.fromkeys(MEMORY, not settings.forget),
-        **dict.fromkeys(("loss_auc", "min_k_auc"), not settings.nonmember),
-        "unlisted": not settings.unlisted,
-        "sampled_extraction": not (settings.samples and settings.forget),
-        **dict.fromkeys(("perplexity", "skill"), not settings.data),
-        "perplexity_ratio": not (settings.data and ortho),
-        "perplexity_ratio_alpha1": not (settings.data and 1.0 in settings.alphas),
-        **dict.fromkeys(
-            ("perplexity_ratio_original", "kl", "agreement"),
-            not (settings.data and settings.model),
-        ),
-        **dict.fromkeys(("relearn", "reworded", "requantized"), not settings.attack),
-        "finetune": not (settings.attack and settings.data),
-    }
-    return {name: NEEDS[name] for name, is_absent in absent.items() if is_absent}
-
-
-def _unfit(settings: Settings, material: Material) -> dict[str, str]:
-    """Name what the data turned out not to hold."""
-    found: dict[str, str] = {}
-    if settings.data and material.windows is None:
-        texts = [name for name in NEEDS if name.startswith(("perplexity", "kl", "agree", "finet"))]
-        found |= {name: NEEDS["perplexity"] for name in texts}
-    if settings.data and not material.pairs:
-        found["skill"] = NEEDS["skill"]
-    return found
-
-
-def _check_gates(gates: Sequence[Gate], settings: Settings, missing: Mapping[str, str]) -> None:
-    """Refuse gates on what will not be measured."""
-    for gate in gates:
-        root = gate.name.split(".")[0]
-        if gate.alpha is None:
-            if gate.name not in WHOLE:
-                known = root in NEEDS
-                raise UsageError(
-                    f"`{gate.text}` names no alpha",
-                    hint=f"write {gate.name}@0" if known else f"without one: {', '.join(WHOLE)}",
-                )
-            continue
-        if root not in NEEDS:
-            raise figures.unknown(gate.name, NEEDS)
-        if gate.alpha not in settings.alphas:
-            raise figures.not_measured(gate.alpha, settings.alphas)
-        if root in missing:
-            raise UsageError(f"`{gate.name}` is not measured", hint=f"it needs {missing[root]}")
-        if NEEDS[root].startswith("--attack") and gate.alpha != 0.0:
-            raise UsageError(f"`{gate.name}` is measured at alpha 0 only", hint=f"{gate.name}@0")
-
-
-def gather(settings: Settings, opened: Artifact) -> Material:
-    """Read and tokenize everything, with the artifact's own tokenizer.
-
-    Raises:
-        CalibrationError: a file is unreadable, empty or too short.
-        UsageError: the context is longer than the model's positions.
-        CheckpointError: the folder has no tokenizer, and something is to be read.
-    """
-    texts = (settings.data, settings.forget, settings.nonmember, settings.unlisted)
-    if not any(texts):
-        return Material(tokenizer=None)
-    tokenizer = models.load_tokenizer(opened.folder)
-    rows = read_rows(settings.data)[0] if settings.data else []
-    running = [row for row in rows if isinstance(row, Text)]
-    pairs = [row for row in rows if isinstance(row, Pair)]
-    windows = None
-    if running:
-        context = _context(settings, opened.folder)
-        limit = max(1, settings.tokens // context)
-        windows = torch.tensor(text_windows(running, tokenizer, length=context, limit=limit))
-    listed, others, unlisted = (
-        read_secrets(files, seed=settings.seed) if files else [] for files in texts[1:]
-    )
-    shown = settings.show_secrets
-    return Material(
-        tokenizer=tokenizer,
-        windows=windows,
-        pairs=tuple(pair_sequences(pairs, tokenizer)) if pairs else (),
-        secrets=tuple(encode(listed, tokenizer)),
-        nonmembers=tuple(encode(others, tokenizer)),
-        unlisted=tuple(encode(unlisted, tokenizer)),
-        texts=tuple(one.prompt + one.secret for one in listed) if shown else (),
-        unlisted_texts=tuple(one.prompt + one.secret for one in unlisted) if shown else (),
-        notes=tuple(_notes(listed, running)),
-    )
-
-
-def _notes(listed: Sequence[Secret], running: Sequence[Text]) -> Iterator[str]:
-    said = overlap(listed, "\n".join(row.text for row in running)) if listed else 0
-    if said:
-        yield f"{said} of {len(listed)} secrets occur in the held-out text: it rewards keeping them"
-    coarse = sum(one.drawn == "others" for one in listed)
-    if coarse:
-        few = min(len(one.alternatives) for one in listed)
-        yield (
-            f"{coarse} of {len(listed)} secrets have only other secrets for alternatives ({few}): "
-            "exposure is coarse; give a `pattern`"
-        )
-
-
-def _context(settings: Settings, folder: Path) -> int:
-    positions = read_json_object(folder / artifact.CONFIG_FILE).get("max_position_embeddings")
-    most = positions if isinstance(positions, int) else CONTEXT
-    if settings.context is None:
-        return min(CONTEXT, most)
-    if settings.context > most and isinstance(positions, int):
-        raise UsageError(
-            f"--context is {settings.context} and the model has {positions} positions",
-            hint=f"--context {positions}",
-        )
-    return settings.context
 
 
 def _measure_all(
@@ -338,6 +133,7 @@ def _measure_all(
         rows.append(replace(row, alpha=alpha))
     if counts:
         rows += _control_rows(model, layers, counts, material, settings, original, steps)
+    names = tuple(layers)
     del model, layers
     if original is not None:
         steps("original")
@@ -347,7 +143,6 @@ def _measure_all(
         steps("reference")
         row = measure(reference, material, settings, original=original, name="reference")
         if settings.attack:
-            names = tuple(artifact.module_of(t) for t in _linears(reference, opened))
             row.figures.update(_attack(reference, material, settings, names, steps))
         rows.append(row)
     _add_ratios(rows, settings.seed)
@@ -374,10 +169,6 @@ def _other(folder: Path | None, device: torch.device) -> nn.Module | None:
     if folder is None:
         return None
     return models.load_model(folder, dtype=torch.float32, device=device)
-
-
-def _linears(model: nn.Module, opened: Artifact) -> list[str]:
-    return [f"{name}.weight" for name in opened.split if name in dict(model.named_modules())]
 
 
 def _unsplit(model: nn.Module) -> dict[str, Any]:

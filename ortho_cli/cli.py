@@ -16,13 +16,21 @@ import typer
 from ortho_cli import __version__, boundary
 from ortho_cli.errors import UsageError
 from ortho_cli.options import (
+    AlphaOption,
+    DataOption,
     DeviceOption,
+    ForgetOption,
     JsonOption,
+    ModelOption,
+    NonmemberOption,
     QuietOption,
     RecipeOption,
+    ReferenceOption,
+    RequireOption,
     SchemaOption,
     SetOption,
     StatsOption,
+    UnlistedOption,
     VerboseOption,
     WorkersOption,
 )
@@ -106,9 +114,10 @@ def decompose(
         return
     from ortho_cli import report
     from ortho_cli.decompose import decompose as run
+    from ortho_cli.report_progress import ProgressSink
 
     began = time.perf_counter()
-    with report.ProgressSink("decompose", quiet=quiet, verbose=verbose) as sink:
+    with ProgressSink("decompose", quiet=quiet, verbose=verbose) as sink:
         document = run(plan, checkpoint, target, force=force, on_event=sink)
     document["run"] = _run_facts(target, began)
     _show(document, report.print_done, as_json, quiet)
@@ -159,6 +168,7 @@ def calibrate(
     from ortho_cli.checkpoint import open_checkpoint
     from ortho_cli.output import check_output, check_space, files_of
     from ortho_cli.recipe import load_recipe
+    from ortho_cli.report_progress import ProgressSink
     from ortho_cli.statistics import is_statistics
 
     settings = load_recipe(recipe, sets or ())
@@ -178,7 +188,7 @@ def calibrate(
         _show(plan.to_json(), report.print_calibration_plan, as_json, quiet, source=str(model))
         return
     began = time.perf_counter()
-    with report.ProgressSink("calibrate", quiet=quiet, verbose=verbose) as sink:
+    with ProgressSink("calibrate", quiet=quiet, verbose=verbose) as sink:
         document = run(plan, checkpoint, out, device=device, force=force, on_event=sink)
     document["run"] = _run_facts(out, began)
     _show(document, report.print_calibrated, as_json, quiet)
@@ -240,6 +250,7 @@ def convert(
     from ortho_cli import convert as work
     from ortho_cli import report
     from ortho_cli.convert_plan import make_plan, parse_size
+    from ortho_cli.report_progress import ProgressSink
 
     size = parse_size(shard_size)
     with contextlib.closing(work.open_source(source, alpha=alpha)) as opened:
@@ -251,7 +262,7 @@ def convert(
             _show(plan.to_json(), report.print_convert_plan, as_json, quiet, source=str(source))
             return
         began = time.perf_counter()
-        with report.ProgressSink("convert", quiet=quiet, verbose=verbose) as sink:
+        with ProgressSink("convert", quiet=quiet, verbose=verbose) as sink:
             document = work.convert(plan, opened, target, force=force, on_event=sink)
     document["run"] = _run_facts(target, began)
     _show(document, report.print_converted, as_json, quiet)
@@ -277,6 +288,7 @@ def inspect(
     """Show what would be split of a checkpoint, or what an artifact or statistics file holds."""
     from ortho_cli import artifact, report
     from ortho_cli import verify as reading
+    from ortho_cli.report_progress import ProgressSink
     from ortho_cli.statistics import is_statistics
 
     _check_device(device)
@@ -305,20 +317,112 @@ def inspect(
     found = artifact.open_artifact(path if path.is_dir() else path.parent)
     document = reading.describe(found)
     if verify:
-        with report.ProgressSink("verify", quiet=quiet, verbose=verbose) as sink:
+        with ProgressSink("verify", quiet=quiet, verbose=verbose) as sink:
             document["verified"] = asdict(reading.verify(found, on_event=sink))
     _show(document, report.print_artifact, as_json, quiet, folder=str(path))
+
+
+@app.command()
+def bench(
+    artifact: Annotated[
+        Path | None,
+        typer.Argument(help="What `ortho decompose` made.  [default: a model of our own]"),
+    ] = None,
+    alpha: AlphaOption = None,
+    data: DataOption = None,
+    forget: ForgetOption = None,
+    nonmember: NonmemberOption = None,
+    unlisted: UnlistedOption = None,
+    model: ModelOption = None,
+    reference_model: ReferenceOption = None,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Also edits of the same size that know no secrets.")
+    ] = False,
+    attack: Annotated[
+        bool,
+        typer.Option("--attack", help="Try to bring secrets back at alpha 0; takes minutes."),
+    ] = False,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", help="Also extraction by the best of N samples."),
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="Most tokens of text.")] = 16384,
+    context: Annotated[
+        int | None, typer.Option("--context", help="Tokens of a window.  [default: 512]")
+    ] = None,
+    require: RequireOption = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option("--csv", metavar="FILE", help="Also write a table with a line an alpha."),
+    ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option("--keep", metavar="DIR", help="Without ARTIFACT: leave all files there."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of every draw.")] = 0,
+    show_secrets: Annotated[
+        bool, typer.Option("--show-secrets", help="Print secrets beside their figures.")
+    ] = False,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure what each alpha gives: memory of secrets, quality, speed, beside controls.
+
+    Without ARTIFACT a small model of our own memorises secrets and goes through the whole chain.
+    """
+    from ortho_cli import bench as work
+    from ortho_cli import chain, figures, report_bench
+    from ortho_cli.bench_plan import Settings, parse_alphas
+    from ortho_cli.report_progress import ProgressSink
+
+    settings = Settings(
+        artifact=artifact or Path(),
+        alphas=parse_alphas(alpha or ["0", "1"]),
+        data=tuple(data or ()),
+        forget=tuple(forget or ()),
+        nonmember=tuple(nonmember or ()),
+        unlisted=tuple(unlisted or ()),
+        model=model,
+        reference_model=reference_model,
+        controls=controls,
+        attack=attack,
+        samples=samples,
+        tokens=tokens,
+        context=context,
+        require=tuple(require or ()),
+        seed=seed,
+        device=device,
+        show_secrets=show_secrets,
+    )
+    if keep and artifact:
+        raise UsageError("--keep is for a bench without ARTIFACT", hint="leave one of them out")
+    figures.check_csv(csv)
+    began = time.perf_counter()
+    with ProgressSink("bench", quiet=quiet, verbose=verbose) as sink:
+        document = (
+            work.bench(settings, on_event=sink)
+            if artifact
+            else chain.run(settings, keep=keep, on_event=sink)
+        )
+    document["run"] = {"seconds": round(time.perf_counter() - began, 3)}
+    if csv:
+        csv.write_text(figures.to_csv(document))
+    _show(document, report_bench.print_bench, as_json, quiet)
+    figures.enforce(document)
 
 
 def _show_statistics(
     path: Path, *, verify: bool, as_json: bool, quiet: bool, verbose: bool
 ) -> None:
     from ortho_cli import report, statistics
+    from ortho_cli.report_progress import ProgressSink
 
     found = statistics.open_statistics(path)
     document = statistics.describe(found)
     if verify:
-        with report.ProgressSink("verify", quiet=quiet, verbose=verbose) as sink:
+        with ProgressSink("verify", quiet=quiet, verbose=verbose) as sink:
             document["verified"] = statistics.verify(found, on_event=sink)
     _show(document, report.print_statistics, as_json, quiet, path=str(path))
 
@@ -414,7 +518,10 @@ def _peak_rss() -> int:
 
 
 # Options that take every word up to the next option: `--data a.txt b.txt`.
-MANY = {"calibrate": ("--data", "--forget")}
+MANY = {
+    "calibrate": ("--data", "--forget"),
+    "bench": ("--alpha", "--data", "--forget", "--nonmember", "--unlisted"),
+}
 
 
 def run(arguments: list[str] | None = None) -> int:

@@ -15,9 +15,10 @@ import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ortho_cli.errors import GateError, UsageError
+from ortho_cli.errors import GateError, OutputExistsError, UsageError
 
 HEADLINE = "value"
 OPERATORS = {
@@ -151,6 +152,23 @@ def enforce(document: Mapping[str, Any]) -> None:
         raise GateError(
             f"{len(missed)} of {count} {'gate' if count == 1 else 'gates'} missed: {told}",
             hint="the figures are above, with their intervals",
+        )
+
+
+def check_csv(path: Path | None) -> None:
+    """Refuse a place for a table that would lose something else.
+
+    Raises:
+        OutputExistsError: a file that is no such table, or a folder.
+        UsageError: there is no such folder.
+    """
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise UsageError(f"--csv `{path}` has no folder to lie in", hint="make it first")
+    if path.exists() and not (path.is_file() and path.read_bytes()[:6] in (b"", b"alpha,")):
+        raise OutputExistsError(
+            f"--csv `{path}` exists and is no table of a bench", hint="choose another file"
         )
 
 

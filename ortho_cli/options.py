@@ -73,3 +73,59 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing 
 VerboseOption = Annotated[
     bool, typer.Option("--verbose", "-v", help="Name every tensor as it is finished.")
 ]
+AlphaOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--alpha",
+        metavar="A...",
+        help="How much of ortho is added, in [0, 1]; any number of values.  [default: 0 1]",
+    ),
+]
+DataOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--data",
+        metavar="FILE...",
+        help="Held-out text for perplexity; prompts and completions for an exact skill.",
+    ),
+]
+ForgetOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--forget",
+        metavar="FILE...",
+        help="Secrets: rows of prompt and secret, with alternatives or a pattern.",
+    ),
+]
+NonmemberOption = Annotated[
+    list[Path] | None,
+    typer.Option("--nonmember", metavar="FILE...", help="Secrets that the model never saw."),
+]
+UnlistedOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--unlisted",
+        metavar="FILE...",
+        help="Secrets it saw that were not listed for forgetting; measured apart.",
+    ),
+]
+ModelOption = Annotated[
+    Path | None,
+    typer.Option("--model", metavar="DIR", help="The original, to measure the distance from."),
+]
+ReferenceOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--reference-model",
+        metavar="DIR",
+        help="A model that never saw the secrets: the floor that alpha 0 should meet.",
+    ),
+]
+RequireOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--require",
+        metavar="'FIGURE@ALPHA<=NUMBER'",
+        help="Exit with 10 unless it holds; repeatable. Dots name what lies inside a figure.",
+    ),
+]

@@ -1,43 +1,20 @@
-"""Everything for eyes: tables, bars and errors, on stderr. The only module that imports rich."""
+"""What eyes see of results and errors, on stderr; only modules named report* import rich."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-import time
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
 from ortho_cli.errors import OrthoError
-from ortho_cli.events import (
-    Advanced,
-    Event,
-    Finishing,
-    Measuring,
-    Noted,
-    SequencesDone,
-    Started,
-    TensorDone,
-    Training,
-)
 
 WIDE = 140  # columns where there is no terminal to ask
-QUIET_FOR = 10.0  # seconds between lines about training where there is no bar
 
 
 def make_console() -> Console:
@@ -79,134 +56,6 @@ def print_error(error: OrthoError) -> None:
     console.print(Text.assemble(("error: ", "bold red"), visible(error.message)), soft_wrap=True)
     if error.hint:
         console.print(Text.assemble(("hint: ", "bold"), visible(error.hint)), soft_wrap=True)
-
-
-class ProgressSink:
-    """Shows events: a bar on a terminal, notes, and each tensor with `verbose`."""
-
-    def __init__(self, verb: str, *, quiet: bool, verbose: bool) -> None:
-        """Name what is being done."""
-        self._console = make_console()
-        self._verb = verb
-        self._quiet, self._verbose = quiet, verbose
-        self._bar: Progress | None = None
-        self._stage = ""
-        self._said = time.monotonic()
-        if self._console.is_terminal and not quiet:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-            )
-            self._task = self._bar.add_task(verb, total=None)
-
-    def __enter__(self) -> ProgressSink:
-        """Start the bar."""
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Take the bar away."""
-        if self._bar:
-            self._bar.stop()
-
-    def __call__(self, event: Event) -> None:
-        """Show one event."""
-        if isinstance(event, Measuring | SequencesDone):
-            self._count(event)
-        elif isinstance(event, Training):
-            self._train(event)
-        elif self._bar:
-            self._move(self._bar, event)
-        if isinstance(event, Started) and event.resumed:
-            self._say(
-                f"continuing: {event.resumed} of {event.tensors} tensors were finished before"
-            )
-        elif isinstance(event, Measuring) and event.resumed:
-            self._say(
-                f"continuing: {event.resumed} of {event.sequences} sequences were measured before"
-            )
-        elif isinstance(event, TensorDone) and self._verbose:
-            self._say(event.name)
-        elif isinstance(event, Noted):
-            self._say(f"note: {event.message}")
-
-    def _count(self, event: Measuring | SequencesDone) -> None:
-        """Show passes over data: sequences, tokens a second, time left."""
-        if isinstance(event, Measuring):
-            if self._bar:
-                self._bar.stop()
-                self._bar = Progress(
-                    TextColumn("{task.description}"),
-                    BarColumn(),
-                    MofNCompleteColumn(),
-                    TextColumn("sequences, {task.fields[speed]} tokens/s"),
-                    TimeRemainingColumn(),
-                    console=self._console,
-                    transient=True,
-                )
-                self._task = self._bar.add_task(
-                    self._verb, total=event.sequences, completed=event.resumed, speed="?"
-                )
-                self._bar.start()
-            self._began, self._tokens = time.monotonic(), 0
-            return
-        self._tokens += event.tokens
-        speed = f"{self._tokens / max(1e-9, time.monotonic() - self._began):,.0f}"
-        if self._bar:
-            self._bar.update(self._task, advance=event.sequences, speed=speed)
-        elif self._verbose:
-            self._say(f"{event.sequences} more sequences, {speed} tokens/s")
-
-    def _train(self, event: Training) -> None:
-        """Show a stage of training: steps, loss, time left; without a bar a line now and then."""
-        if self._bar is None:
-            over = time.monotonic() - self._said > QUIET_FOR
-            if event.stage != self._stage or event.step == event.steps or over:
-                self._said = time.monotonic()
-                self._say(
-                    f"{event.stage}: step {event.step} of {event.steps}, loss {event.loss:.3f}"
-                )
-        else:
-            if event.stage != self._stage:
-                self._bar.stop()
-                self._bar = Progress(
-                    TextColumn("{task.description}"),
-                    BarColumn(),
-                    MofNCompleteColumn(),
-                    TextColumn("steps, loss {task.fields[loss]}"),
-                    TimeRemainingColumn(),
-                    console=self._console,
-                    transient=True,
-                )
-                self._task = self._bar.add_task(event.stage, total=event.steps, loss="?")
-                self._bar.start()
-            self._bar.update(
-                self._task, completed=event.step, total=event.steps, loss=f"{event.loss:.3f}"
-            )
-        self._stage = event.stage
-
-    def _move(self, bar: Progress, event: Event) -> None:
-        if isinstance(event, Started):
-            bar.update(self._task, total=event.bytes_total, completed=event.bytes_done)
-        elif isinstance(event, Advanced):
-            bar.advance(self._task, event.nbytes)
-        elif isinstance(event, Finishing):
-            bar.update(self._task, description=event.step)
-
-    def _say(self, line: str) -> None:
-        if not self._quiet:
-            self._console.print(visible(line), soft_wrap=True)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -1,0 +1,108 @@
+"""What a bench reads, in tokens: running text, prompts of a skill, secrets of three kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ortho_cli import artifact, models
+from ortho_cli.artifact import Artifact
+from ortho_cli.bench_plan import CONTEXT, NEEDS, Settings
+from ortho_cli.checkpoint import read_json_object
+from ortho_cli.data import Pair, Text, TokenSequence, pair_sequences, read_rows, text_windows
+from ortho_cli.errors import UsageError
+from ortho_cli.forget_set import Secret, TokenSecret, encode, overlap, read_secrets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """Everything that is read, in tokens."""
+
+    tokenizer: Any
+    windows: Tensor | None = None
+    pairs: tuple[TokenSequence, ...] = ()
+    secrets: tuple[TokenSecret, ...] = ()
+    nonmembers: tuple[TokenSecret, ...] = ()
+    unlisted: tuple[TokenSecret, ...] = ()
+    texts: tuple[str, ...] = ()
+    unlisted_texts: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def gather(settings: Settings, opened: Artifact) -> Material:
+    """Read and tokenize everything, with the artifact's own tokenizer.
+
+    Raises:
+        CalibrationError: a file is unreadable, empty or too short.
+        UsageError: the context is longer than the model's positions.
+        CheckpointError: the folder has no tokenizer, and something is to be read.
+    """
+    texts = (settings.data, settings.forget, settings.nonmember, settings.unlisted)
+    if not any(texts):
+        return Material(tokenizer=None)
+    tokenizer = models.load_tokenizer(opened.folder)
+    rows = read_rows(settings.data)[0] if settings.data else []
+    running = [row for row in rows if isinstance(row, Text)]
+    pairs = [row for row in rows if isinstance(row, Pair)]
+    windows = None
+    if running:
+        context = _context(settings, opened.folder)
+        limit = max(1, settings.tokens // context)
+        windows = torch.tensor(text_windows(running, tokenizer, length=context, limit=limit))
+    listed, others, unlisted = (
+        read_secrets(files, seed=settings.seed) if files else [] for files in texts[1:]
+    )
+    shown = settings.show_secrets
+    return Material(
+        tokenizer=tokenizer,
+        windows=windows,
+        pairs=tuple(pair_sequences(pairs, tokenizer)) if pairs else (),
+        secrets=tuple(encode(listed, tokenizer)),
+        nonmembers=tuple(encode(others, tokenizer)),
+        unlisted=tuple(encode(unlisted, tokenizer)),
+        texts=tuple(one.prompt + one.secret for one in listed) if shown else (),
+        unlisted_texts=tuple(one.prompt + one.secret for one in unlisted) if shown else (),
+        notes=tuple(_notes(listed, running)),
+    )
+
+
+def _notes(listed: Sequence[Secret], running: Sequence[Text]) -> Iterator[str]:
+    said = overlap(listed, "\n".join(row.text for row in running)) if listed else 0
+    if said:
+        yield f"{said} of {len(listed)} secrets occur in the held-out text: it rewards keeping them"
+    coarse = sum(one.drawn == "others" for one in listed)
+    if coarse:
+        few = min(len(one.alternatives) for one in listed)
+        yield (
+            f"{coarse} of {len(listed)} secrets have only other secrets for alternatives ({few}): "
+            "exposure is coarse; give a `pattern`"
+        )
+
+
+def _context(settings: Settings, folder: Path) -> int:
+    positions = read_json_object(folder / artifact.CONFIG_FILE).get("max_position_embeddings")
+    most = positions if isinstance(positions, int) else CONTEXT
+    if settings.context is None:
+        return min(CONTEXT, most)
+    if settings.context > most and isinstance(positions, int):
+        raise UsageError(
+            f"--context is {settings.context} and the model has {positions} positions",
+            hint=f"--context {positions}",
+        )
+    return settings.context
+
+
+def unfit(settings: Settings, material: Material) -> dict[str, str]:
+    """Name what the data turned out not to hold."""
+    found: dict[str, str] = {}
+    if settings.data and material.windows is None:
+        texts = [name for name in NEEDS if name.startswith(("perplexity", "kl", "agree", "finet"))]
+        found |= dict.fromkeys(texts, NEEDS["perplexity"])
+    if settings.data and not material.pairs:
+        found["skill"] = NEEDS["skill"]
+    return found

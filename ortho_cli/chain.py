@@ -1,0 +1,119 @@
+"""The whole chain on a model of our own: sandbox, calibrate, decompose, bench.
+
+The same functions that a user's model goes through, called one after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ortho_cli import bench, bench_plan, calibrate, decompose, figures, plan, sandbox
+from ortho_cli.bench_plan import Settings
+from ortho_cli.checkpoint import open_checkpoint
+from ortho_cli.errors import OutputExistsError, UsageError
+from ortho_cli.events import EventSink, Finishing, null_sink
+from ortho_cli.output import resolve_output
+from ortho_cli.recipe import load_recipe
+from ortho_cli.sandbox import Sandbox
+from ortho_cli.statistics import open_statistics
+
+RECIPE = "curvature"
+# Documents are short, and the model takes as many tokens as the longest of them.
+SETS = ("calibrate.samples=256", "calibrate.length=64")
+
+
+def run(
+    settings: Settings, *, keep: Path | None = None, on_event: EventSink = null_sink
+) -> dict[str, Any]:
+    """Build the sandbox or take it from the cache, split its model and measure everything.
+
+    Args:
+        settings: alphas, seed, attack and gates count; files and models are the sandbox's own.
+        keep: a new folder for `sandbox/`, `stats.safetensors` and `artifact/`; without it they go
+            to a temporary folder that is removed.
+        on_event: told of progress.
+    Returns:
+        As `bench.bench`, with `kept`: where the files are, or None.
+    Raises:
+        OutputExistsError: something is at `keep`.
+        UsageError: a gate or alpha that does not fit; before any work.
+    """
+    _check(settings, keep)
+    box = sandbox.cached(settings.seed, on_event)
+    with _place(keep) as place:
+        if keep is not None:
+            shutil.copytree(box.folder, place / "sandbox", dirs_exist_ok=True)
+            box = sandbox.sandbox_at(place / "sandbox")
+        artifact = _split(box, place, on_event)
+        document = bench.bench(_filled(settings, box, artifact), on_event=on_event)
+    document["kept"] = None if keep is None else str(keep)
+    if keep is None:
+        document["artifact"]["folder"] = None
+    return document
+
+
+def _filled(settings: Settings, box: Sandbox, artifact: Path) -> Settings:
+    """Give the settings the sandbox's files: there is data for every figure."""
+    return replace(
+        settings,
+        artifact=artifact,
+        data=(box.heldout, box.skill),
+        forget=(box.forget,),
+        nonmember=(box.nonmember,),
+        unlisted=(box.unlisted,),
+        model=box.model,
+        reference_model=box.twin,
+        controls=True,
+    )
+
+
+def _check(settings: Settings, keep: Path | None) -> None:
+    """Refuse what would fail only after minutes of training."""
+    if settings.data or settings.forget or settings.nonmember or settings.unlisted:
+        raise UsageError(
+            "without an artifact the bench brings its own data",
+            hint="name the artifact first: ortho bench ARTIFACT --data FILE",
+        )
+    if settings.model or settings.reference_model:
+        raise UsageError(
+            "without an artifact the bench brings its own models",
+            hint="name the artifact first: ortho bench ARTIFACT --model DIR",
+        )
+    box = sandbox.sandbox_at(Path("sandbox"))
+    planned = bench_plan.checked(_filled(settings, box, Path("artifact")))
+    gates = [figures.parse_gate(text) for text in settings.require]
+    bench_plan.check_gates(gates, planned, bench_plan.not_measured(planned, ortho=True))
+    if keep is not None and keep.exists() and not (keep.is_dir() and not any(keep.iterdir())):
+        raise OutputExistsError(f"`{keep}` exists", hint="--keep takes a new folder")
+
+
+@contextlib.contextmanager
+def _place(keep: Path | None) -> Iterator[Path]:
+    if keep is not None:
+        place = resolve_output(keep)
+        place.mkdir(parents=True, exist_ok=True)
+        yield place
+        return
+    with tempfile.TemporaryDirectory(prefix="ortho-bench-") as scratch:
+        yield Path(scratch)
+
+
+def _split(box: Sandbox, place: Path, on_event: EventSink) -> Path:
+    """Calibrate on retain and forget set, and decompose with what was found."""
+    stats, artifact = place / "stats.safetensors", place / "artifact"
+    settings = load_recipe(RECIPE, SETS)
+    checkpoint = open_checkpoint(box.model)
+    on_event(Finishing(step="calibrate"))
+    sets = calibrate.read_sets(box.model, [box.retain], [box.forget], settings.calibrate)
+    measured = calibrate.make_plan(checkpoint, settings, sets)
+    calibrate.calibrate(measured, checkpoint, stats, device="cpu", on_event=on_event)
+    on_event(Finishing(step="decompose"))
+    planned = plan.make_plan(checkpoint, settings, statistics=open_statistics(stats), workers=1)
+    decompose.decompose(planned, checkpoint, artifact, on_event=on_event)
+    return artifact
