@@ -14,23 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from ortho_cli import __version__, boundary
+from ortho_cli.cli_bench import bench
 from ortho_cli.errors import UsageError
 from ortho_cli.options import (
-    AlphaOption,
-    DataOption,
     DeviceOption,
-    ForgetOption,
     JsonOption,
-    ModelOption,
-    NonmemberOption,
     QuietOption,
     RecipeOption,
-    ReferenceOption,
-    RequireOption,
     SchemaOption,
     SetOption,
     StatsOption,
-    UnlistedOption,
     VerboseOption,
     WorkersOption,
 )
@@ -322,95 +315,7 @@ def inspect(
     _show(document, report.print_artifact, as_json, quiet, folder=str(path))
 
 
-@app.command()
-def bench(
-    artifact: Annotated[
-        Path | None,
-        typer.Argument(help="What `ortho decompose` made.  [default: a model of our own]"),
-    ] = None,
-    alpha: AlphaOption = None,
-    data: DataOption = None,
-    forget: ForgetOption = None,
-    nonmember: NonmemberOption = None,
-    unlisted: UnlistedOption = None,
-    model: ModelOption = None,
-    reference_model: ReferenceOption = None,
-    controls: Annotated[
-        bool, typer.Option("--controls", help="Also edits of the same size that know no secrets.")
-    ] = False,
-    attack: Annotated[
-        bool,
-        typer.Option("--attack", help="Try to bring secrets back at alpha 0; takes minutes."),
-    ] = False,
-    samples: Annotated[
-        int | None,
-        typer.Option("--samples", help="Also extraction by the best of N samples."),
-    ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="Most tokens of text.")] = 16384,
-    context: Annotated[
-        int | None, typer.Option("--context", help="Tokens of a window.  [default: 512]")
-    ] = None,
-    require: RequireOption = None,
-    csv: Annotated[
-        Path | None,
-        typer.Option("--csv", metavar="FILE", help="Also write a table with a line an alpha."),
-    ] = None,
-    keep: Annotated[
-        Path | None,
-        typer.Option("--keep", metavar="DIR", help="Without ARTIFACT: leave all files there."),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of every draw.")] = 0,
-    show_secrets: Annotated[
-        bool, typer.Option("--show-secrets", help="Print secrets beside their figures.")
-    ] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Measure what each alpha gives: memory of secrets, quality, speed, beside controls.
-
-    Without ARTIFACT a small model of our own memorises secrets and goes through the whole chain.
-    """
-    from ortho_cli import bench as work
-    from ortho_cli import chain, figures, report_bench
-    from ortho_cli.bench_plan import Settings, parse_alphas
-    from ortho_cli.report_progress import ProgressSink
-
-    settings = Settings(
-        artifact=artifact or Path(),
-        alphas=parse_alphas(alpha or ["0", "1"]),
-        data=tuple(data or ()),
-        forget=tuple(forget or ()),
-        nonmember=tuple(nonmember or ()),
-        unlisted=tuple(unlisted or ()),
-        model=model,
-        reference_model=reference_model,
-        controls=controls,
-        attack=attack,
-        samples=samples,
-        tokens=tokens,
-        context=context,
-        require=tuple(require or ()),
-        seed=seed,
-        device=device,
-        show_secrets=show_secrets,
-    )
-    if keep and artifact:
-        raise UsageError("--keep is for a bench without ARTIFACT", hint="leave one of them out")
-    figures.check_csv(csv)
-    began = time.perf_counter()
-    with ProgressSink("bench", quiet=quiet, verbose=verbose) as sink:
-        document = (
-            work.bench(settings, on_event=sink)
-            if artifact
-            else chain.run(settings, keep=keep, on_event=sink)
-        )
-    document["run"] = {"seconds": round(time.perf_counter() - began, 3)}
-    if csv:
-        csv.write_text(figures.to_csv(document))
-    _show(document, report_bench.print_bench, as_json, quiet)
-    figures.enforce(document)
+app.command()(bench)
 
 
 def _show_statistics(

@@ -169,7 +169,7 @@ def _texts(document: Mapping[str, Any]) -> Iterator[str]:
             ("", row["figures"]),
             ("not listed ", row["figures"].get("unlisted", {})),
         ):
-            for entry in figures.get("entries", ()):
+            for entry in of.get("entries", ()):
                 if "text" in entry:
                     yield (
                         f"{row['row']}, {kind}{entry['index']}: {entry['exposure']:.2f} bits, "
