@@ -100,7 +100,7 @@ def completion_nll(
         nll_t = -log softmax(logits_t / temperature)[token_t]
 
     Args:
-        model: a causal language model; any dtype, any device.
+        model: a causal language model, not in training mode; any dtype, any device.
         prompt: tokens, one at least; passed once, and its cache is shared by the completions.
         completions: tokens of each, one at least; they may differ in length.
         temperature: > 0.
@@ -207,7 +207,8 @@ def _window(mine: Tensor, other: Tensor | None, tokens: Tensor) -> list[Tensor]:
         if other is not None:
             p = other[part].to(q.device).float().log_softmax(-1)
             figures.append(-p.gather(1, labels)[:, 0])
-            figures.append((p.exp() * (p - q)).sum(-1))
+            terms = p.exp() * (p - q)
+            figures.append(terms.masked_fill_(p.isneginf(), 0.0).sum(-1))  # 0 log 0 is 0
             figures.append((p.argmax(-1) == q.argmax(-1)).float())
         parts.append(figures)
     return [torch.cat(figures) for figures in zip(*parts, strict=True)]
