@@ -1,8 +1,9 @@
 """A small world in plain words, drawn from a seed: text with agreement, sums, and secrets.
 
 Everything that the self-contained model of `ortho bench` reads comes from here, so that its
-figures mean something: the world's facts are consistent (who lives where, who does what, how the winter is),
-subjects and verbs agree, a sum is right or wrong, and a secret is five words that nothing implies.
+figures mean something: the world's facts are consistent (who lives where, who does what, how the
+winter is), subjects and verbs agree, a sum is right or wrong, and a secret is five words that
+nothing implies.
 
 A document is one line. Words stand between single spaces, the full stop too, so that a prompt and
 its completion are the same tokens apart or together. All functions are pure: the same arguments

@@ -98,66 +98,57 @@ class ProgressSink:
         """Show passes over data: sequences, tokens a second, time left."""
         if isinstance(event, Measuring):
             if self._bar:
-                self._bar = self._counter("sequences, {task.fields[speed]} tokens/s")
-                self._task = self._bar.add_task(
-                    self._verb, total=event.sequences, completed=event.resumed, speed="?"
-                )
+                self._bar = self._counter(self._bar, self._verb, event.sequences)
+                self._bar.update(self._task, completed=event.resumed, rest="sequences")
             self._began, self._tokens = time.monotonic(), 0
             return
         self._tokens += event.tokens
         speed = f"{self._tokens / max(1e-9, time.monotonic() - self._began):,.0f}"
         if self._bar:
-            self._bar.update(self._task, advance=event.sequences, speed=speed)
+            rest = f"sequences, {speed} tokens/s"
+            self._bar.update(self._task, advance=event.sequences, rest=rest)
         elif self._verbose:
             self._say(f"{event.sequences} more sequences, {speed} tokens/s")
 
-    def _train(self, event: Training) -> None:
-        """Show a stage of training: steps, loss, time left; without a bar a line now and then."""
-        if self._bar is None:
-            over = time.monotonic() - self._said > QUIET_FOR
-            if event.stage != self._stage or event.step == event.steps or over:
-                self._said = time.monotonic()
-                self._say(
-                    f"{event.stage}: step {event.step} of {event.steps}, loss {event.loss:.3f}"
-                )
-        else:
-            if event.stage != self._stage:
-                self._bar = self._counter("steps, loss {task.fields[loss]}")
-                self._task = self._bar.add_task(event.stage, total=event.steps, loss="?")
-            self._bar.update(
-                self._task, completed=event.step, total=event.steps, loss=f"{event.loss:.3f}"
-            )
-        self._stage = event.stage
-
-    def _step(self, event: Step) -> None:
-        """Show which part of a run begins."""
-        if self._bar is None:
-            if self._verbose or time.monotonic() - self._said > QUIET_FOR:
-                self._said = time.monotonic()
-                self._say(f"{event.number} of {event.of}: {event.name}")
-            return
-        if self._stage != self._verb:
-            self._bar = self._counter("parts")
-            self._task = self._bar.add_task(self._verb, total=event.of)
-            self._stage = self._verb
-        told = f"{self._verb}: {event.name}"
-        self._bar.update(self._task, description=told, completed=event.number - 1, total=event.of)
-
-    def _counter(self, unit: str) -> Progress:
+    def _counter(self, bar: Progress, description: str, total: int) -> Progress:
         """Put a bar that counts in the place of the one before."""
-        if self._bar:
-            self._bar.stop()
+        bar.stop()
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn(unit),
+            TextColumn("{task.fields[rest]}"),
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
         )
+        self._task = bar.add_task(description, total=total, rest="")
         bar.start()
         return bar
+
+    def _train(self, event: Training) -> None:
+        """Show a stage of training: steps, loss, time left; without a bar a line now and then."""
+        fresh, self._stage = event.stage != self._stage, event.stage
+        if self._bar:
+            if fresh:
+                self._bar = self._counter(self._bar, event.stage, event.steps)
+            rest = f"steps, loss {event.loss:.3f}"
+            self._bar.update(self._task, completed=event.step, rest=rest)
+        elif fresh or event.step == event.steps or time.monotonic() - self._said > QUIET_FOR:
+            self._said = time.monotonic()
+            self._say(f"{event.stage}: step {event.step} of {event.steps}, loss {event.loss:.3f}")
+
+    def _step(self, event: Step) -> None:
+        """Show which part of a run begins; without a bar a line now and then."""
+        if self._bar:
+            if self._stage != self._verb:
+                self._bar = self._counter(self._bar, self._verb, event.of)
+            self._bar.update(self._task, completed=event.number - 1, total=event.of)
+            self._bar.update(self._task, rest=event.name)
+        elif self._verbose or time.monotonic() - self._said > QUIET_FOR:
+            self._said = time.monotonic()
+            self._say(f"{event.number} of {event.of}: {event.name}")
+        self._stage = self._verb
 
     def _move(self, bar: Progress, event: Event) -> None:
         if isinstance(event, Started):

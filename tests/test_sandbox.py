@@ -13,14 +13,14 @@ import torch
 from blake3 import blake3
 
 import ortho_cli
-from ortho_cli import grammar, sandbox
+from ortho_cli import grammar, sandbox, twins
 from ortho_cli.errors import OutputExistsError
 from ortho_cli.events import Event, Noted, Training
 from ortho_cli.models import load_model, load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 
-MICRO = sandbox.Settings(
+MICRO = twins.Settings(
     hidden=64,
     mlp=64,
     layers=1,
@@ -108,10 +108,10 @@ def test_text_holds_no_secret_and_no_held_out_sum(micro: sandbox.Sandbox) -> Non
 
 
 def test_batches_of_model_and_twin_differ_in_the_secrets_alone() -> None:
-    data = sandbox._Data(0, MICRO)
+    data = twins.Data(0, MICRO)
     secrets = {tuple(prompt + secret) for prompt, secret in data.planted()}
-    ours = sandbox._batches(data, MICRO, 0, "model")
-    theirs = sandbox._batches(data, MICRO, 0, "twin")
+    ours = twins.batches(data, MICRO, 0, "model")
+    theirs = twins.batches(data, MICRO, 0, "twin")
     size = len(next(iter(secrets)))
     for _ in range(20):
         mine, other = next(ours), next(theirs)
@@ -125,7 +125,7 @@ def test_batches_of_model_and_twin_differ_in_the_secrets_alone() -> None:
 
 def test_tokens_are_the_same_together_and_apart(micro: sandbox.Sandbox) -> None:
     tokenizer = load_tokenizer(micro.model)
-    data = sandbox._Data(0, MICRO)
+    data = twins.Data(0, MICRO)
     rows = [(r["prompt"], r["secret"]) for r in read_jsonl(micro.forget)]
     rows += [(r["prompt"], r["completion"]) for r in read_jsonl(micro.skill)]
     for prompt, completion in rows:
@@ -246,7 +246,7 @@ def test_cache_folder_depends_on_seed_and_settings(monkeypatch: pytest.MonkeyPat
     found = {
         sandbox.cache_folder(0, MICRO),
         sandbox.cache_folder(1, MICRO),
-        sandbox.cache_folder(0, sandbox.Settings()),
+        sandbox.cache_folder(0, twins.Settings()),
     }
     assert len(found) == 3
     assert {path.parent for path in found} == {Path("/nowhere/.cache/ortho")}
@@ -260,12 +260,12 @@ def test_files_can_be_read_by_others_like_any_file(micro: sandbox.Sandbox) -> No
 def test_full_build_memorises_and_its_twin_does_not(tmp_path: Path) -> None:
     """The bench's own configuration: about a minute and a half on two quiet cores."""
     built = sandbox.build(tmp_path / "sandbox")
-    data = sandbox._Data(0, sandbox.Settings())
+    data = twins.Data(0, twins.Settings())
     said = {}
     for name, folder in (("model", built.model), ("twin", built.twin)):
         model = load_model(folder, dtype=torch.float32, device=torch.device("cpu"))
-        said[name] = sandbox._least_sure(model, data.planted())[0]
+        said[name] = twins.memorised(model, data.planted())[0]
         sums = grammar.sums(0).heldout
         skill = [(data.encode(s.prompt), data.encode(s.completion)) for s in sums]
-        assert sandbox._least_sure(model, skill)[0] >= 0.8
+        assert twins.memorised(model, skill)[0] >= 0.8
     assert said == {"model": 1.0, "twin": 0.0}
