@@ -165,7 +165,7 @@ def _lines(document: Mapping[str, Any]) -> Iterator[str]:
 def _texts(document: Mapping[str, Any]) -> Iterator[str]:
     """Give the text of each entry, where it was asked for."""
     for row in document["rows"]:
-        for kind, figures in (
+        for kind, of in (
             ("", row["figures"]),
             ("not listed ", row["figures"].get("unlisted", {})),
         ):

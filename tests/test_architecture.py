@@ -15,7 +15,7 @@ PACKAGE = ROOT / "ortho_cli"
 LAYERS = [
     ["__init__"],
     ["errors", "events"],
-    ["recipe", "ops", "data", "capture", "estimates", "figures", "grammar"],
+    ["recipe", "ops", "data", "capture", "estimates", "figures", "grammar", "verdict"],
     ["checkpoint", "scales", "forget_set"],
     ["kernels", "streams"],
     ["layers"],
