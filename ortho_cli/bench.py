@@ -9,6 +9,7 @@ rows, too.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -227,6 +228,8 @@ def measure(
         nll = scores.nll
     if material.pairs:
         found["skill"] = evaluate.skill(model, material.pairs)
+    for memory in (found, found.get("unlisted", {})):
+        memory.pop("drawn", None)  # the same for every row: `data` says it
     return Row(name=name, figures={k: v for k, v in found.items() if v is not None}, nll=nll)
 
 
@@ -348,12 +351,13 @@ def _settings(settings: Settings, material: Material) -> dict[str, Any]:
     }
 
 
-def _sizes(material: Material) -> dict[str, int]:
+def _sizes(material: Material) -> dict[str, Any]:
     return {
         "tokens": 0 if material.windows is None else material.windows.numel(),
         "windows": 0 if material.windows is None else len(material.windows),
         "pairs": len(material.pairs),
         "secrets": len(material.secrets),
+        "alternatives": dict(Counter(secret.drawn for secret in material.secrets)),
         "nonmembers": len(material.nonmembers),
         "unlisted": len(material.unlisted),
     }

@@ -1,0 +1,391 @@
+"""ortho bench on the pico model: figures, controls, gates, and what it never prints."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+import torch
+from conftest import Ortho, Ran
+from safetensors.torch import load_file
+from test_attacks import edit
+from test_sandbox import MICRO
+
+import ortho_cli
+from ortho_cli import attacks, bench, chain, controls, figures, ops, sandbox
+from ortho_cli.bench_plan import NEEDS, WHOLE, Settings, parse_alphas
+from ortho_cli.engine import Engine, densify
+from ortho_cli.errors import OutputExistsError, UsageError
+from ortho_cli.layers import OrthoLinear
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
+NAMES = ["Bertram", "Cordula", "Dietmar", "Eleonore", "Friedolin", "Gundula"]
+WORDS = ["anvil", "bellows", "crucible", "drawknife", "escutcheon"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, its artifact, one whose codes were moved, and data."""
+    folder = tmp_path_factory.mktemp("bench")
+    model = folder / "pico"
+    checkpoints.save(model, checkpoints.weights(hidden=64, mlp=192, layers=2, vocab=96, kv=32))
+    settings = checkpoints.config(hidden=64, mlp=192, layers=2, vocab=96, kv=32, heads=4)
+    (model / "config.json").write_text(json.dumps(settings))
+    checkpoints.save_tokenizer(model, vocab=96)
+    from transformers import AutoModelForCausalLM
+
+    from ortho_cli import cli
+
+    density = "ortho.density=0.02"
+    assert cli.run(["decompose", str(model), "-q", "--set", density]) == 0
+    source = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    engine = Engine(source)
+    engine.convert()
+    engine.decompose(density=0.02)
+    for layer in source.modules():
+        if isinstance(layer, OrthoLinear):
+            edit(layer, count=9)
+    engine.save(folder / "edited")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model / name, folder / "edited" / name)
+    shutil.copytree(folder / "pico-ortho", folder / "base")
+    (folder / "base" / "ortho.safetensors").unlink()
+    write_data(folder)
+    return folder
+
+
+def write_data(folder: Path) -> None:
+    (folder / "text.txt").write_text("The bells of the town ring at noon, and all go home. " * 8)
+    pairs = [{"prompt": f"{a} and 1 is", "completion": f" {a + 1}."} for a in range(5)]
+    write_rows(folder / "skill.jsonl", pairs)
+    pattern = {"pattern": " {word} {word}", "word": WORDS}
+    for file, names in (
+        ("forget", NAMES[:4]),
+        ("nonmember", NAMES[2:]),
+        ("unlisted", NAMES[5:]),
+    ):
+        rows = [
+            {"prompt": f"The word of {name} is", "secret": f" {WORDS[i % 5]} {WORDS[-1 - i % 5]}"}
+            for i, name in enumerate(names)
+        ]
+        write_rows(folder / f"{file}.jsonl", [{**row, **pattern} for row in rows])
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def run(made: Path, ortho: Ortho) -> Callable[..., Ran]:
+    """Run `ortho bench` on the edited artifact with small windows, `{made}` filled in."""
+
+    def call(*words: object, artifact: str = "edited") -> Ran:
+        filled = [str(word).replace("{made}", str(made)) for word in words]
+        return ortho("bench", made / artifact, "--context", 32, "--tokens", 96, *filled)
+
+    return call
+
+
+DATA = ["--data", "{made}/text.txt", "{made}/skill.jsonl"]
+FORGET = ["--forget", "{made}/forget.jsonl"]
+SECRETS = [
+    *FORGET,
+    "--nonmember",
+    "{made}/nonmember.jsonl",
+    "--unlisted",
+    "{made}/unlisted.jsonl",
+]
+MODELS = ["--model", "{made}/pico", "--reference-model", "{made}/pico"]
+
+
+def row(document: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(row["figures"] for row in document["rows"] if row["row"] == name)
+
+
+def full(made: Path, **changes: Any) -> Settings:
+    return Settings(
+        artifact=made / "edited",
+        data=(made / "text.txt", made / "skill.jsonl"),
+        forget=(made / "forget.jsonl",),
+        nonmember=(made / "nonmember.jsonl",),
+        unlisted=(made / "unlisted.jsonl",),
+        model=made / "pico",
+        reference_model=made / "pico",
+        controls=True,
+        context=32,
+        tokens=96,
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def attacked(made: Path) -> dict[str, Any]:
+    """Everything measured once."""
+    return bench.bench(full(made, attack=True, learning_rate=1e-3))
+
+
+def test_every_figure_is_in_the_table_and_every_one_of_the_table_is_measured(
+    attacked: dict[str, Any],
+) -> None:
+    found = {name.split(".")[0] for name in figures.flatten(row(attacked, "alpha 0"))}
+    assert found == set(NEEDS)
+    assert set(WHOLE) <= figures.flatten(attacked).keys()
+    assert attacked["not_measured"] == []
+    json.dumps(attacked, allow_nan=False)
+
+
+def test_rows_are_alphas_controls_and_other_models(attacked: dict[str, Any]) -> None:
+    names = [row["row"] for row in attacked["rows"]]
+    assert names == [
+        *("alpha 0", "alpha 1", "int4", "random", "magnitude", "original", "reference")
+    ]
+    assert [row["alpha"] for row in attacked["rows"][:3]] == [0.0, 1.0, None]
+    assert attacked["moved"]["count"] == 9 * 14
+    assert row(attacked, "int4")["perplexity_ratio"]["value"] == 1.0
+    for name in ("random", "magnitude"):
+        assert row(attacked, name)["perplexity"] != row(attacked, "int4")["perplexity"]
+        assert "exposure" in row(attacked, name)
+
+
+def test_attacks_have_curves_beside_the_reference(attacked: dict[str, Any]) -> None:
+    for name in ("alpha 0", "reference"):
+        found = row(attacked, name)
+        for kind in ("relearn", "finetune"):
+            assert list(found[kind]) == [str(steps) for steps in attacks.STEPS]
+        assert set(found["reworded"]) == {"shorter", "longer", "lower"}
+        assert set(found["requantized"]) == {"group_64", "group_32"}
+        assert found["sampled_extraction"]["samples"] == 20
+    assert "relearn" not in row(attacked, "alpha 1")
+    curve = attacked["verdict"]["relearning"]
+    assert [at["steps"] for at in curve] == list(attacks.STEPS)
+    over = row(attacked, "alpha 0")["relearn"]["20"]["exposure"]
+    over -= row(attacked, "reference")["relearn"]["20"]["exposure"]
+    assert curve[2]["exposure_over"] == pytest.approx(over)
+
+
+def test_bench_is_seeded(made: Path, attacked: dict[str, Any]) -> None:
+    again = bench.bench(full(made))
+    for name in ("alpha 0", "random", "reference"):
+        mine, other = row(attacked, name), row(again, name)
+        assert {key: mine[key] for key in other if key != "latency"} == {
+            key: other[key] for key in other if key != "latency"
+        }
+    different = bench.bench(full(made, seed=1))
+    mine, other = (row(d, "random")["perplexity"] for d in (attacked, different))
+    assert mine != other
+
+
+def test_int4_row_is_the_base_that_decompose_writes_without_forgetting(made: Path) -> None:
+    plain = load_file(made / "pico-ortho" / "base.safetensors")
+    edited = load_file(made / "edited" / "base.safetensors")
+    model = ortho_cli.load(made / "edited", alpha=0.0)
+    differ = 0
+    for name, layer in densify(model).items():
+        packed = ops.pack_int4(controls.int4_codes(layer))
+        assert torch.equal(packed, plain[f"{name}.weight_packed"]), name
+        differ += not torch.equal(edited[f"{name}.weight_packed"], packed)
+    assert differ == 14
+
+
+def test_int4_row_gives_the_figures_of_an_artifact_without_forgetting(made: Path) -> None:
+    edited = bench.bench(full(made))
+    plain = bench.bench(replace(full(made), artifact=made / "pico-ortho"))
+    assert plain["moved"]["count"] == 0
+    assert [r["row"] for r in plain["rows"]][2:] == ["int4", "original", "reference"]
+    mine, theirs = row(edited, "int4"), row(plain, "alpha 0")
+    theirs.pop("latency")
+    theirs.pop("perplexity_ratio_alpha1")
+    mine.pop("perplexity_ratio_alpha1")
+    assert mine == theirs
+    # Whatever was moved, alpha 1 of both is the same where ortho keeps what was moved.
+    assert row(edited, "alpha 1")["perplexity"] == row(plain, "alpha 1")["perplexity"]
+
+
+def test_base_alone_is_measured_at_alpha_0_and_refused_above(run: Callable[..., Ran]) -> None:
+    ran = run("--alpha", 0, *DATA, *FORGET, "--json", artifact="base")
+    assert ran.code == 0, ran.err
+    assert [row["row"] for row in ran.json["rows"]] == ["alpha 0"]
+    assert "moved" not in ran.json
+    absent = {entry["figure"]: entry["needs"] for entry in ran.json["not_measured"]}
+    assert "ortho.safetensors" in absent["perplexity_ratio"]
+    assert "exposure" not in absent
+    ran = run("--alpha", 0, 1, artifact="base")
+    assert ran.code == 6
+    assert "has no ortho.safetensors" in ran.err
+
+
+def test_without_data_there_is_speed_and_what_is_missing_is_said(run: Callable[..., Ran]) -> None:
+    ran = run()
+    assert (ran.code, ran.out) == (0, "")
+    assert "decode, tokens/s" in ran.err
+    assert "not measured without --forget FILE: extraction" in ran.err
+    ran = run("--json", *DATA, "--alpha", 0.5)
+    assert set(row(ran.json, "alpha 0.5")) == {
+        *("latency", "perplexity", "perplexity_ratio", "skill"),
+    }
+    assert ran.json["verdict"]["memory"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--alpha", "-0.5"], 2, "not in [0, 1]"),
+        (["--alpha", "0", "-1"], 2, "not in [0, 1]"),
+        (["--alpha", "1.5"], 2, "not in [0, 1]"),
+        (["--alpha", "nan"], 2, "not in [0, 1]"),
+        (["--alpha", "0", "inf"], 2, "not in [0, 1]"),
+        (["--alpha", "0", "half"], 2, "'half', not a number"),
+        (["--alpha"], 2, "requires an argument"),
+        (["--require", "exposure@0"], 2, "no comparison"),
+        (["--require", "exposure@0<=2"], 2, "it needs --forget FILE"),
+        ([*FORGET, "--require", "exposur@0<=2"], 2, "near it: exposure"),
+        ([*FORGET, "--require", "exposure@0.5<=2"], 2, "alpha 0.5 is not measured, 0, 1 are"),
+        ([*FORGET, "--require", "exposure<=2"], 2, "write exposure@0"),
+        ([*FORGET, "--require", "exposure.nothing@0<=2"], 2, "no figure `exposure.nothing`"),
+        ([*FORGET, "--attack", "--require", "relearn.5.exposure@1<=2"], 2, "at alpha 0 only"),
+        (["--attack"], 2, "no secrets to bring back"),
+        ([*FORGET, "--attack", "--alpha", "1"], 2, "alpha 0, which is not measured"),
+        (["--nonmember", "{made}/nonmember.jsonl"], 2, "compared with --forget"),
+        (["--samples", "-1"], 2, "--samples is -1"),
+        (["--keep", "{made}/kept"], 2, "without ARTIFACT"),
+        ([*DATA, "--context", "4096"], 2, "the model has 512 positions"),
+        (["--device", "warp"], 2, "is not there"),
+        (["--csv", "{made}/nowhere/t.csv"], 2, "no folder"),
+        (["--csv", "{made}/text.txt"], 8, "no table of a bench"),
+        (["--data", "{made}/nothing.txt"], 5, "cannot read data"),
+        (["--model", "{made}/nothing"], 4, "has no config.json"),
+    ],
+)
+def test_refusals_have_their_exit_code(
+    run: Callable[..., Ran], words: list[str], code: int, said: str
+) -> None:
+    ran = run(*words)
+    assert ran.code == code, ran.err
+    assert said in ran.err.lower() or said in ran.err
+    assert ran.out == ""
+
+
+def test_no_artifact_takes_no_data_and_no_such_artifact_is_refused(
+    made: Path, ortho: Ortho
+) -> None:
+    ran = ortho("bench", "--data", made / "text.txt")
+    assert ran.code == 2
+    assert "brings its own data" in ran.err
+    assert ortho("bench", "--alpha", 0, 2).code == 2
+    assert ortho("bench", "--require", "exposur@0<=2").code == 2
+    assert ortho("bench", "--keep", made).code == 8
+    assert ortho("bench", made / "nothing").code == 6
+
+
+def test_alphas_are_read_once_each_and_may_be_repeated(run: Callable[..., Ran]) -> None:
+    assert parse_alphas(["0", "-0", "0.5", "1", "0.50"]) == (0.0, 0.5, 1.0)
+    ran = run("--alpha", 0, 0.25, "--alpha", 1, "--json", "-q")
+    assert [row["alpha"] for row in ran.json["rows"] if row["alpha"] is not None] == [0, 0.25, 1]
+
+
+def test_gates_that_are_met_exit_0_and_missed_ones_10_after_the_document(
+    run: Callable[..., Ran],
+) -> None:
+    met = ["--require", "exposure@0<=6.1", "--require", "moved.share<=0.5"]
+    ran = run(*FORGET, *met, "--json")
+    assert ran.code == 0, ran.err
+    assert [gate["met"] for gate in ran.json["gates"]] == [True, True]
+    ran = run(*FORGET, *met, "--require", "extraction@1>=2", "--json")
+    assert ran.code == 10
+    assert "1 of 3 gates missed: `extraction@1>=2` is 0" in ran.err
+    assert [gate["met"] for gate in ran.json["gates"]] == [True, True, False]
+    assert run(*FORGET, "--require", "extraction@1>=2", "-q").code == 10
+
+
+def test_csv_has_a_line_for_each_alpha(run: Callable[..., Ran], tmp_path: Path) -> None:
+    path = tmp_path / "sweep.csv"
+    words = [*FORGET, *DATA, "--alpha", "0", "0.5", "1", "--csv", path, "-q"]
+    for _ in range(2):  # a table of ours is replaced
+        ran = run(*words)
+        assert (ran.code, ran.out, ran.err) == (0, "", "")
+    rows = list(csv.DictReader(io.StringIO(path.read_text())))
+    assert [row["alpha"] for row in rows] == ["0.0", "0.5", "1.0"]
+    assert all(float(row["perplexity"]) > 1 for row in rows)
+    assert not [name for name in rows[0] if name.startswith("entries")]
+
+
+def test_no_output_holds_a_secret_unless_it_is_asked_for(
+    run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    words = [*DATA, *SECRETS, *MODELS, "--csv", tmp_path / "t.csv"]
+    plain = run(*words, "--json")
+    eyes = run(*words)
+    assert plain.code == eyes.code == 0, eyes.err
+    said = plain.out + plain.err + eyes.out + eyes.err + (tmp_path / "t.csv").read_text()
+    for word in (*NAMES, *WORDS, "The word of"):
+        assert word not in said
+    assert [e["index"] for e in row(plain.json, "alpha 0")["entries"]] == [0, 1, 2, 3]
+    shown = run(*SECRETS, "--show-secrets", "--json")
+    text = "The word of Bertram is anvil escutcheon"
+    assert row(shown.json, "alpha 0")["entries"][0]["text"] == text
+    assert "text" in row(shown.json, "alpha 0")["unlisted"]["entries"][0]
+    assert text in run(*SECRETS, "--show-secrets").err
+
+
+def test_error_about_a_forget_file_names_the_line_and_no_text(
+    run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    path = tmp_path / "f.jsonl"
+    write_rows(path, [{"prompt": "Anna's PIN is", "secret": " 4711", "alternatives": [" 4711"]}])
+    ran = run("--forget", path)
+    assert ran.code == 5
+    assert "line 1" in ran.err
+    assert "4711" not in ran.err
+    assert "Anna" not in ran.err
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_tables_fit_the_terminal(
+    attacked: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    columns: int,
+) -> None:
+    from ortho_cli import report, report_bench
+
+    monkeypatch.setattr(report, "WIDE", columns)
+    report_bench.print_bench(attacked)
+    said = capsys.readouterr().err
+    table = said[: said.index("codes were moved")].splitlines()[1:-1]
+    assert max(map(len, table)) <= columns
+    for name in ("alpha 0", "int4", "magnitude", "reference", "relearning half, 20 steps"):
+        assert name in said
+
+
+def test_chain_takes_the_sandbox_through_everything(
+    tmp_path: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cached = sandbox.cached
+    monkeypatch.setattr(sandbox, "cached", lambda seed, sink: cached(seed, sink, settings=MICRO))
+    monkeypatch.setattr(chain, "SETS", ("calibrate.samples=4", "calibrate.length=32"))
+    kept = tmp_path / "kept"
+    ran = ortho("bench", "--alpha", 0, 1, "--tokens", 96, "--keep", kept, "--json")
+    assert ran.code == 0, ran.err
+    names = [row["row"] for row in ran.json["rows"]]
+    assert names == ["alpha 0", "alpha 1", "int4", "original", "reference"]
+    assert ran.json["data"]["secrets"] == 4
+    assert {path.name for path in kept.iterdir()} == {"sandbox", "artifact", "stats.safetensors"}
+    ran = ortho("bench", "--alpha", 0, "--tokens", 96, "-q")
+    assert (ran.code, ran.out, ran.err) == (0, "", "")
+
+
+def test_keep_refuses_a_folder_that_is_not_empty(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputExistsError):
+        chain.run(Settings(artifact=Path()), keep=tmp_path)
+    with pytest.raises(UsageError, match="brings its own models"):
+        chain.run(Settings(artifact=Path(), model=tmp_path))
