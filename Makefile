@@ -18,10 +18,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[test]'
 	@touch $@
 
-demo: install ## build a small checkpoint, decompose it, inspect it
+demo: install ## decompose and inspect a small checkpoint; then train, split and measure a small model
 	$(BIN)/python tests/checkpoints.py demo/tiny-llama
 	$(BIN)/ortho decompose demo/tiny-llama --force
 	$(BIN)/ortho inspect demo/tiny-llama-ortho --verify
+	$(BIN)/ortho bench --alpha 0 1
 
 check: install ## lint, format and types
 	$(BIN)/ruff format --check

@@ -62,7 +62,7 @@ def _as_ortho_error(error: BaseException) -> OrthoError | None:
     if isinstance(error, OrthoError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return Interrupted("interrupted before any work", hint="nothing was written")
+        return Interrupted("interrupted", hint="nothing was written; repeat the same command")
     starved = ("can't allocate memory", "can't start new thread")  # torch's and Python's words
     if isinstance(error, MemoryError) or any(text in str(error) for text in starved):
         return ResourceError("out of memory", hint="use fewer --workers or a lower density")

@@ -5,10 +5,8 @@ The same functions that a user's model goes through, called one after the other.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,12 +44,18 @@ def run(
     """
     _check(settings, keep)
     box = sandbox.cached(settings.seed, on_event)
-    with _place(keep) as place:
-        if keep is not None:
-            shutil.copytree(box.folder, place / "sandbox", dirs_exist_ok=True)
-            box = sandbox.sandbox_at(place / "sandbox")
-        artifact = _split(box, place, on_event)
-        document = bench.bench(_filled(settings, box, artifact), on_event=on_event)
+    target = None if keep is None else resolve_output(keep)
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    beside = None if target is None else target.parent
+    with tempfile.TemporaryDirectory(prefix=".ortho-bench-", dir=beside) as scratch:
+        place = Path(scratch) / "all"
+        shutil.copytree(box.folder, place / "sandbox")
+        _split(sandbox.sandbox_at(place / "sandbox"), place, on_event)
+        if target is not None:  # whole or not at all
+            place = place.replace(target)
+        box = sandbox.sandbox_at(place / "sandbox")
+        document = bench.bench(_filled(settings, box, place / "artifact"), on_event=on_event)
     document["kept"] = None if keep is None else str(keep)
     if keep is None:
         document["artifact"]["folder"] = None
@@ -93,18 +97,7 @@ def _check(settings: Settings, keep: Path | None) -> None:
         raise OutputExistsError(f"`{keep}` exists", hint="--keep takes a new folder")
 
 
-@contextlib.contextmanager
-def _place(keep: Path | None) -> Iterator[Path]:
-    if keep is not None:
-        place = resolve_output(keep)
-        place.mkdir(parents=True, exist_ok=True)
-        yield place
-        return
-    with tempfile.TemporaryDirectory(prefix="ortho-bench-") as scratch:
-        yield Path(scratch)
-
-
-def _split(box: Sandbox, place: Path, on_event: EventSink) -> Path:
+def _split(box: Sandbox, place: Path, on_event: EventSink) -> None:
     """Calibrate on retain and forget set, and decompose with what was found."""
     stats, artifact = place / "stats.safetensors", place / "artifact"
     settings = load_recipe(RECIPE, SETS)
@@ -116,4 +109,3 @@ def _split(box: Sandbox, place: Path, on_event: EventSink) -> Path:
     on_event(Finishing(step="decompose"))
     planned = plan.make_plan(checkpoint, settings, statistics=open_statistics(stats), workers=1)
     decompose.decompose(planned, checkpoint, artifact, on_event=on_event)
-    return artifact

@@ -16,7 +16,7 @@ import torch
 from conftest import Ortho
 from safetensors.torch import save_file
 
-from ortho_cli import __version__, errors
+from ortho_cli import __version__, boundary, cli, errors
 from ortho_cli.journal import work_folder
 
 COMMAND = [sys.executable, "-m", "ortho_cli"]
@@ -261,7 +261,9 @@ def test_full_disk_exits_9(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["decompose", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["decompose", "--help"], ["bench", "--help"], ["--version"]]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom ortho_cli import cli\n"
@@ -310,3 +312,20 @@ def test_shell_completion_completes(typed: str, expected: str) -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
     )
     assert expected in ran.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("bench X --alpha 0 1", "bench X --alpha 0 --alpha 1"),
+        ("bench --alpha 0 0.5 1 -q", "bench --alpha 0 --alpha 0.5 --alpha 1 -q"),
+        ("bench --alpha 0 --alpha 1 2", "bench --alpha 0 --alpha 1 --alpha 2"),
+        ("bench --alpha 0 -1 -.5", "bench --alpha 0 --alpha -1 --alpha -.5"),
+        ("bench --alpha=0 X", "bench --alpha=0 X"),
+        ("bench --data a b --forget c d", "bench --data a --data b --forget c --forget d"),
+        ("inspect --alpha 0 1", "inspect --alpha 0 1"),
+        ("", ""),
+    ],
+)
+def test_option_of_many_values_takes_every_word_up_to_the_next(typed: str, read: str) -> None:
+    assert boundary.spread(typed.split(), cli.MANY) == read.split()

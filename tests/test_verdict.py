@@ -1,0 +1,97 @@
+"""What figures amount to, at the edges of every threshold."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from ortho_cli import verdict
+
+FORGOTTEN: dict[str, Any] = {
+    "extraction": {"value": 0.0},
+    "exposure": {"value": 1.4},
+    "nll_quantile": {"value": 0.5},
+    "loss_auc": {"value": 0.5},
+    "perplexity_ratio": {"value": 1.01},
+}
+
+
+def figures(**changes: float) -> dict[str, Any]:
+    return {**FORGOTTEN, **{name: {"value": value} for name, value in changes.items()}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({}, "forgotten"),
+        ({"exposure": 1.75}, "forgotten"),
+        ({"exposure": 1.76}, "not forgotten"),
+        ({"exposure": math.nan}, "not forgotten"),
+        ({"extraction": 0.05}, "not forgotten"),
+        ({"sampled_extraction": 0.05}, "not forgotten"),
+        ({"loss_auc": 0.66}, "not forgotten"),
+        ({"loss_auc": 0.34}, "marked"),
+        ({"nll_quantile": 0.96}, "marked"),
+        ({"nll_quantile": 0.95, "loss_auc": 0.35}, "forgotten"),
+        ({"exposure": 6.0, "nll_quantile": 0.99}, "not forgotten"),
+    ],
+)
+def test_memory_is_forgotten_marked_or_not(changes: dict[str, float], word: str) -> None:
+    assert verdict.memory(figures(**changes))[0] == word
+
+
+def test_utility_is_kept_lost_or_unknown() -> None:
+    assert verdict.utility({}) is None
+    for ratio, word in ((1.02, "kept"), (1.021, "lost"), (math.nan, "lost")):
+        found = verdict.utility(figures(perplexity_ratio=ratio))
+        assert found is not None
+        assert found[0] == word
+
+
+def test_better_than_controls_needs_to_pass_alone() -> None:
+    bad = figures(exposure=6.0)
+    assert verdict.better_than_controls(FORGOTTEN, {"random": bad, "magnitude": bad})
+    assert not verdict.better_than_controls(FORGOTTEN, {"random": bad, "magnitude": FORGOTTEN})
+    assert not verdict.better_than_controls(bad, {"random": bad})
+    broken = figures(perplexity_ratio=1.5)
+    assert verdict.better_than_controls(FORGOTTEN, {"random": broken})
+
+
+def document(**rows: dict[str, Any]) -> dict[str, Any]:
+    base = rows.pop("base", FORGOTTEN)
+    listed = [{"row": "alpha 0", "alpha": 0.0, "figures": base}]
+    listed += [{"row": name, "alpha": None, "figures": row} for name, row in rows.items()]
+    return {"rows": listed, "unsplit": {"share": 0.2}, "moved": {"count": 3}}
+
+
+def test_sentences_say_what_was_found_and_always_what_is_not_split() -> None:
+    bad = figures(exposure=6.0)
+    found = verdict.judge(document(random=bad, magnitude=bad, int4=bad))
+    assert (found["memory"], found["utility"]) == ("forgotten", "kept")
+    assert found["better_than_controls"] is True
+    said = " ".join(found["sentences"])
+    for words in ("listed secrets are forgotten", "utility is kept", "better than", "20.0%"):
+        assert words in said
+    nothing = verdict.judge({"rows": [], "unsplit": {"share": 0.2}})
+    assert nothing["memory"] is None
+    assert len(nothing["sentences"]) == 1
+
+
+def test_nothing_to_forget_is_said() -> None:
+    said = " ".join(verdict.judge(document(original=FORGOTTEN))["sentences"])
+    assert "original has exposure 1.40 bits: there was nothing to forget" in said
+
+
+def test_relearning_is_set_against_the_reference() -> None:
+    def curve(exposure: float) -> dict[str, Any]:
+        return {"5": {"exposure": exposure, "token_accuracy": 0.5}}
+
+    base = {**FORGOTTEN, "relearn": curve(5.5)}
+    alone = verdict.judge(document(base=base))["relearning"]
+    assert alone == [{"steps": 5, "exposure": 5.5, "token_accuracy": 0.5}]
+    beside = verdict.judge(document(base=base, reference={"relearn": curve(1.5)}))
+    assert beside["relearning"][0]["exposure_over"] == 4.0
+    assert beside["relearning"][0]["token_accuracy_over"] == 0.0
+    assert "5.50 after 5 (+4.00) steps" in " ".join(beside["sentences"])
