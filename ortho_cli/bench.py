@@ -34,7 +34,7 @@ from ortho_cli.artifact import Artifact
 from ortho_cli.bench_data import Material, gather, unfit
 from ortho_cli.bench_plan import Settings, check_gates, checked, not_measured
 from ortho_cli.engine import at_alpha, densify, write_dense
-from ortho_cli.errors import ArtifactError
+from ortho_cli.errors import ArtifactError, UsageError
 from ortho_cli.events import EventSink, Noted, Step, null_sink
 from ortho_cli.layers import OrthoLinear
 from ortho_cli.pretrained import load
@@ -78,6 +78,9 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> dict[str, A
             f"`{settings.artifact}` has no {artifact.ORTHO_FILE} and alpha is not 0",
             hint=kernels.NO_ORTHO,
         )
+    for folder in (settings.model, settings.reference_model):
+        if folder is not None:
+            models.check_folder(folder)
     missing = not_measured(settings, ortho=opened.ortho is not None)
     check_gates(gates, settings, missing)
     material = gather(settings, opened)
@@ -109,7 +112,9 @@ def _measure_all(
     device = models.resolve_device(settings.device)
     steps = _Steps(settings, on_event)
     model = load(opened.folder, alpha=settings.alphas[0], device=device)
+    models.check_fits(model, length=0, largest_token=_largest_token(material))
     facts: dict[str, Any] = {"unsplit": _unsplit(model)}
+    vocabulary = _vocabulary(model)
     speed = {}
     for alpha in settings.alphas:
         steps(f"speed at alpha {alpha:g}")
@@ -122,7 +127,7 @@ def _measure_all(
         split = sum(layer.out_features * layer.in_features for layer in layers.values())
         moved = sum(counts.values())
         facts["moved"] = {"count": moved, "share": moved / split, "split_weights": split}
-    original = _other(settings.model, device)
+    original = _other(settings.model, device, vocabulary)
     rows = []
     for alpha in settings.alphas:
         steps(f"alpha {alpha:g}")
@@ -139,7 +144,7 @@ def _measure_all(
     if original is not None:
         steps("original")
         rows.append(measure(original, material, settings, name="original"))
-    reference = _other(settings.reference_model, device)
+    reference = _other(settings.reference_model, device, vocabulary)
     if reference is not None:
         steps("reference")
         row = measure(reference, material, settings, original=original, name="reference")
@@ -166,10 +171,32 @@ class _Steps:
         self._on_event(Step(name=name, number=self._done, of=max(self._of, self._done)))
 
 
-def _other(folder: Path | None, device: torch.device) -> nn.Module | None:
+def _other(folder: Path | None, device: torch.device, vocabulary: int) -> nn.Module | None:
+    """Load a model beside the artifact's, of the same tokens."""
     if folder is None:
         return None
-    return models.load_model(folder, dtype=torch.float32, device=device)
+    model = models.load_model(folder, dtype=torch.float32, device=device)
+    if _vocabulary(model) != vocabulary:
+        raise UsageError(
+            f"`{folder}` knows {_vocabulary(model)} tokens and the artifact {vocabulary}",
+            hint="only a model of the same tokenizer can be compared",
+        )
+    return model
+
+
+def _vocabulary(model: nn.Module) -> int:
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return int(embedding.weight.shape[0])
+
+
+def _largest_token(material: Material) -> int:
+    """Find the largest token of all that is read, 0 of nothing."""
+    listed = (*material.secrets, *material.nonmembers, *material.unlisted)
+    found = [max(*one.prompt, *one.secret, *map(max, one.alternatives)) for one in listed]
+    found += [max(pair.tokens) for pair in material.pairs]
+    if material.windows is not None:
+        found.append(int(material.windows.max()))
+    return max(found, default=0)
 
 
 def _unsplit(model: nn.Module) -> dict[str, Any]:
@@ -186,8 +213,7 @@ def _unsplit(model: nn.Module) -> dict[str, Any]:
 def _prompt(model: nn.Module, material: Material) -> list[int]:
     if material.windows is not None:
         return [int(token) for token in material.windows[0, :PROMPT]]
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    return [token % int(embedding.weight.shape[0]) for token in range(PROMPT // 2)]
+    return [token % _vocabulary(model) for token in range(PROMPT // 2)]
 
 
 def measure(

@@ -11,7 +11,7 @@ from rich.text import Text
 from ortho_cli.report import make_console, size, visible
 
 LABELS = 26  # columns for the names of figures
-COLUMN = 11  # and for each of what is measured
+COLUMN = 12  # and for each of what is measured
 # What is shown of each row, its name and form; what no row has is left out.
 SHOWN = (
     ("extraction", "extraction, greedy", "%"),
@@ -76,7 +76,7 @@ def _sizes(document: Mapping[str, Any]) -> str:
         f"{data['pairs']} prompts" if data["pairs"] else "",
         f"seed {settings['seed']}",
     ]
-    return ", ".join(part for part in parts if part) + "; below each figure its 95 % interval"
+    return ", ".join(part for part in parts if part) + "; below: 95 % intervals, quartiles of speed"
 
 
 def _make_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -140,6 +140,8 @@ def _cell(figure: Any, form: str) -> Text:
 def _number(value: float, form: str) -> str:
     if form == "size":
         return size(value)
+    if form == ".2f" and value >= 100:  # no more digits than tell something
+        form = ".1f" if value < 1000 else ",.0f"
     return f"{value:.0%}" if form == "%" else format(value, form)
 
 

@@ -28,6 +28,14 @@ share of them."""
 MOST_PERPLEXITY = 1.02
 """Perplexity over that of INT4 with nothing forgotten: 2 % is what forgetting may cost."""
 
+THRESHOLDS = {
+    "extraction": MOST_EXTRACTION,
+    "exposure": MOST_EXPOSURE,
+    "loss_auc": list(AUC_RANGE),
+    "nll_quantile": MOST_QUANTILE,
+    "perplexity_ratio": MOST_PERPLEXITY,
+}
+
 
 def value_of(figures: Figures, name: str) -> float | None:
     """Take a figure's number; None where it was not measured."""
@@ -104,7 +112,8 @@ def judge(document: Mapping[str, Any]) -> dict[str, Any]:
     """Judge a bench at alpha 0; what was not measured is None.
 
     Returns:
-        `memory`, `utility`, `better_than_controls`, `relearning`, and `sentences` that say it all.
+        `memory`, `utility`, `better_than_controls`, `relearning`, the `thresholds` they were held
+        to, and `sentences` that say it all.
     """
     rows = {row["row"]: row["figures"] for row in document["rows"]}
     base = next((row["figures"] for row in document["rows"] if row["alpha"] == 0.0), None)
@@ -123,7 +132,7 @@ def judge(document: Mapping[str, Any]) -> dict[str, Any]:
             found["better_than_controls"] = better_than_controls(base, controls)
         found["relearning"] = relearned(base, rows.get("reference", {}))
     sentences = [] if base is None else list(_sentences(found, base, rows))
-    return {**found, "sentences": [*sentences, *_always(document)]}
+    return {**found, "thresholds": THRESHOLDS, "sentences": [*sentences, *_always(document)]}
 
 
 def _sentences(

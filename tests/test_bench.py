@@ -273,6 +273,16 @@ def test_refusals_have_their_exit_code(
     assert ran.out == ""
 
 
+def test_model_of_other_tokens_is_refused(run: Callable[..., Ran], tmp_path: Path) -> None:
+    size = {"hidden": 64, "mlp": 192, "layers": 2, "vocab": 64}
+    checkpoints.save(tmp_path / "other", checkpoints.weights(**size, kv=32))
+    settings = checkpoints.config(**size, kv=32, heads=4)
+    (tmp_path / "other" / "config.json").write_text(json.dumps(settings))
+    ran = run(*DATA, "--model", tmp_path / "other")
+    assert ran.code == 2
+    assert "knows 64 tokens and the artifact 96" in ran.err
+
+
 def test_no_artifact_takes_no_data_and_no_such_artifact_is_refused(
     made: Path, ortho: Ortho
 ) -> None:
