@@ -22,6 +22,7 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from blake3 import blake3
 
 import ortho_cli
 from ortho_cli.artifact import canonical_json
-from ortho_cli.errors import OutputExistsError
+from ortho_cli.errors import OutputExistsError, UsageError
 from ortho_cli.events import EventSink, Noted, null_sink
-from ortho_cli.journal import WorkFolder, recover, unwritable
+from ortho_cli.journal import WorkFolder, interruptible, recover, unwritable
 from ortho_cli.twins import Data, Settings, train
 
 FORMAT = "ortho-sandbox/1"
@@ -86,8 +87,10 @@ def build(
         The paths. Equal seed, settings, machine and versions give equal files.
     Raises:
         OutputExistsError: something is there, or another process is building it.
+        Interrupted: Ctrl-C; nothing is left behind.
         NumericalError: the loss became NaN or infinite.
         ResourceError: the folder cannot be written.
+        UsageError: transformers is not installed.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise OutputExistsError(
@@ -136,17 +139,19 @@ def is_complete(folder: Path) -> bool:
 
 
 def _identity(seed: int, settings: Settings) -> dict[str, Any]:
-    from importlib.metadata import version
-
+    versions = {"ortho": ortho_cli.__version__}
+    for package in ("torch", "transformers"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            raise UsageError(
+                f"{package} is not installed", hint="pip install 'ortho-cli[hf]'"
+            ) from None
     return {
         "format": FORMAT,
         "seed": seed,
         "settings": asdict(settings),
-        "versions": {
-            "ortho": ortho_cli.__version__,
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-        },
+        "versions": versions,
         "machine": platform.machine(),
     }
 
@@ -161,7 +166,11 @@ def _build(
 ) -> Sandbox:
     identity = _identity(seed, settings)
     # Training is not resumed, so whatever a killed build left is thrown away.
-    with WorkFolder(folder, identity={**identity, "files": {}}, force=True) as work:
+    steps = settings.trunk_steps + 2 * settings.branch_steps
+    with (
+        WorkFolder(folder, identity={**identity, "files": {}}, force=True) as work,
+        interruptible(work, total=steps, what="steps"),
+    ):
         try:
             data = Data(seed, settings)
             for name, content in data.files().items():
