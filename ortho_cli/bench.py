@@ -110,11 +110,16 @@ def _measure_all(
 ) -> tuple[list[Row], dict[str, Any]]:
     """Measure the artifact, then the models beside it."""
     device = models.resolve_device(settings.device)
-    steps = _Steps(settings, on_event)
     model = load(opened.folder, alpha=settings.alphas[0], device=device)
     models.check_fits(model, length=0, largest_token=_largest_token(material))
     facts: dict[str, Any] = {"unsplit": _unsplit(model)}
     vocabulary = _vocabulary(model)
+    counts = _moved(model) if opened.ortho else {}
+    if counts:
+        moved, split = sum(counts.values()), facts["unsplit"]["split_weights"]
+        facts["moved"] = {"count": moved, "share": moved / split}
+    edits = settings.controls and any(counts.values())
+    steps = _Steps(settings, on_event, int4=bool(counts), edits=edits)
     speed = {}
     for alpha in settings.alphas:
         steps(f"speed at alpha {alpha:g}")
@@ -122,11 +127,6 @@ def _measure_all(
             speed[alpha] = evaluate.latency(model, _prompt(model, material))
     model.float()
     layers = densify(model)
-    counts = {name: controls.moved(layer) for name, layer in layers.items()} if opened.ortho else {}
-    if counts:
-        split = sum(layer.out_features * layer.in_features for layer in layers.values())
-        moved = sum(counts.values())
-        facts["moved"] = {"count": moved, "share": moved / split, "split_weights": split}
     original = _other(settings.model, device, vocabulary)
     rows = []
     for alpha in settings.alphas:
@@ -158,9 +158,9 @@ def _measure_all(
 class _Steps:
     """Numbers what begins."""
 
-    def __init__(self, settings: Settings, on_event: EventSink) -> None:
+    def __init__(self, settings: Settings, on_event: EventSink, *, int4: bool, edits: bool) -> None:
         attacked = 1 + (settings.reference_model is not None)
-        self._of = 2 * len(settings.alphas) + 1 + 2 * settings.controls
+        self._of = 2 * len(settings.alphas) + int4 + 2 * edits
         self._of += (settings.model is not None) + (settings.reference_model is not None)
         self._of += 4 * attacked * settings.attack
         self._done = 0
@@ -168,7 +168,7 @@ class _Steps:
 
     def __call__(self, name: str) -> None:
         self._done += 1
-        self._on_event(Step(name=name, number=self._done, of=max(self._of, self._done)))
+        self._on_event(Step(name=name, number=self._done, of=self._of))
 
 
 def _other(folder: Path | None, device: torch.device, vocabulary: int) -> nn.Module | None:
@@ -207,7 +207,13 @@ def _unsplit(model: nn.Module) -> dict[str, Any]:
         for layer in model.modules()
         if isinstance(layer, OrthoLinear)
     )
-    return {"weights": kept, "share": kept / (kept + split)}
+    return {"weights": kept, "split_weights": split, "share": kept / (kept + split)}
+
+
+def _moved(model: nn.Module) -> dict[str, int]:
+    """Count the codes of each layer that are not the source's own."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, OrthoLinear)}
+    return {name: controls.moved(layer) for name, layer in layers.items()}
 
 
 def _prompt(model: nn.Module, material: Material) -> list[int]:

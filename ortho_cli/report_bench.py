@@ -148,10 +148,9 @@ def _number(value: float, form: str) -> str:
 def _lines(document: Mapping[str, Any]) -> Iterator[str]:
     moved = document.get("moved")
     if moved is not None:
-        yield (
-            f"{moved['count']:,} of {moved['split_weights']:,} codes were moved to forget "
-            f"({moved['share']:.3%})"
-        )
+        split = document["unsplit"]["split_weights"]
+        share = f"{moved['share']:.3%}"
+        yield f"{moved['count']:,} of {split:,} codes were moved to forget ({share})"
     for sentence in document["verdict"]["sentences"]:
         yield f"* {sentence}"
     missing: dict[str, list[str]] = {}

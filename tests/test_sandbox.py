@@ -16,7 +16,7 @@ from ortho_cli import grammar, sandbox, twins
 from ortho_cli.errors import Interrupted, OutputExistsError
 from ortho_cli.events import Event, Measuring, Noted, SequencesDone, Training
 from ortho_cli.models import load_model, load_tokenizer
-from ortho_cli.report import ProgressSink
+from ortho_cli.report_progress import ProgressSink
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 
