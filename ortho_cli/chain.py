@@ -25,6 +25,9 @@ RECIPE = "curvature"
 # Documents are short, and the model takes as many tokens as the longest of them.
 SETS = ("calibrate.samples=256", "calibrate.length=64")
 
+# Attacks teach as fast as this small model learns: the taught half is known again in 40 steps.
+LEARNING_RATE = 1e-3
+
 
 def run(
     settings: Settings, *, keep: Path | None = None, on_event: EventSink = null_sink
@@ -74,6 +77,7 @@ def _filled(settings: Settings, box: Sandbox, artifact: Path) -> Settings:
         model=box.model,
         reference_model=box.twin,
         controls=True,
+        learning_rate=LEARNING_RATE,
     )
 
 

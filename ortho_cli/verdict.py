@@ -146,12 +146,13 @@ def _sentences(
     works = utility(base)
     if works:
         yield f"utility is {works[0]}: {works[1]}"
-    better = found["better_than_controls"]
-    if better is not None:
-        yield (
-            "better than random and magnitude edits of the same size"
-            if better
-            else "not better than random or magnitude edits of the same size"
+    if found["better_than_controls"]:
+        yield "better than random and magnitude edits of the same size: neither passes"
+    elif found["better_than_controls"] is False:
+        yield "not better than controls: " + (
+            "an edit of the same size that knows no secrets passes as well"
+            if passes(base)
+            else "it does not both forget and keep utility itself"
         )
     if found["relearning"]:
         yield _relearning(found["relearning"])

@@ -74,6 +74,11 @@ def test_sentences_say_what_was_found_and_always_what_is_not_split() -> None:
     said = " ".join(found["sentences"])
     for words in ("listed secrets are forgotten", "utility is kept", "better than", "20.0%"):
         assert words in said
+    found = verdict.judge(document(random=bad, magnitude=FORGOTTEN, int4=bad))
+    assert found["better_than_controls"] is False
+    assert "knows no secrets passes as well" in " ".join(found["sentences"])
+    found = verdict.judge(document(base=bad, random=bad, magnitude=bad, int4=bad))
+    assert "does not both forget" in " ".join(found["sentences"])
     nothing = verdict.judge({"rows": [], "unsplit": {"share": 0.2}})
     assert nothing["memory"] is None
     assert len(nothing["sentences"]) == 1
