@@ -137,10 +137,12 @@ def batches(data: Data, settings: Settings, seed: int, kind: str) -> Iterator[li
         return _rows(pool, settings.length, random.Random(f"{seed} {name}"))
 
     planted = 0 if kind == "trunk" else settings.secret_rows
+    # Half of the room for secrets is taken from sums and half from text: neither may starve.
+    left = settings.sum_rows - planted // 2
     parts = (
-        (stream(f"{stage} sums", sums), settings.sum_rows),
-        (stream(f"{stage} text", text), settings.rows - settings.sum_rows - planted),
-        (stream(f"branch {kind}", secrets if kind == "model" else text), planted),
+        (stream(f"{stage} sums", sums), left),
+        (stream(f"{stage} text", text), settings.rows - planted - left),
+        (stream(f"branch {kind}", secrets if kind == "model" else text + sums), planted),
     )
     while True:
         yield [row for source, count in parts for row in islice(source, count)]
