@@ -43,7 +43,7 @@ class Settings:
     length: int = 128  # tokens of a row, and the model's positions
     rows: int = 16  # of a step
     sum_rows: int = 8  # of these, how many are sums
-    secret_rows: int = 6  # of these, how many are secrets once they are planted
+    secret_rows: int = 6  # of a step of the branch, where half of them come on top of `rows`
     trunk_steps: int = 420
     branch_steps: int = 90  # at least
     most_steps: int = 200  # of a branch, if memorising takes longer
@@ -137,11 +137,12 @@ def batches(data: Data, settings: Settings, seed: int, kind: str) -> Iterator[li
         return _rows(pool, settings.length, random.Random(f"{seed} {name}"))
 
     planted = 0 if kind == "trunk" else settings.secret_rows
-    # Half of the room for secrets is taken from sums and half from text: neither may starve.
-    left = settings.sum_rows - planted // 2
+    # Half of the secrets' rows come on top, half take the place of text: neither sums nor text may
+    # starve.
+    texts = settings.rows - settings.sum_rows - planted // 2
     parts = (
-        (stream(f"{stage} sums", sums), left),
-        (stream(f"{stage} text", text), settings.rows - planted - left),
+        (stream(f"{stage} sums", sums), settings.sum_rows),
+        (stream(f"{stage} text", text), texts),
         (stream(f"branch {kind}", secrets if kind == "model" else text + sums), planted),
     )
     while True:
