@@ -22,11 +22,13 @@ NEEDS = {
     **dict.fromkeys(MEMORY, "--forget FILE"),
     **dict.fromkeys(("loss_auc", "min_k_auc"), "--nonmember FILE"),
     "unlisted": "--unlisted FILE",
-    "sampled_extraction": "--samples N",
+    "sampled_extraction": "--forget FILE and --samples N",
     "perplexity": "--data FILE with running text",
     "perplexity_ratio": "ortho.safetensors, which tells INT4 without forgetting",
     "perplexity_ratio_alpha1": "--alpha 1",
-    **dict.fromkeys(("perplexity_ratio_original", "kl", "agreement"), "--model DIR"),
+    **dict.fromkeys(
+        ("perplexity_ratio_original", "kl", "agreement"), "--model DIR and --data FILE"
+    ),
     "skill": "--data FILE with prompts and completions",
     **dict.fromkeys(("relearn", "reworded", "requantized"), "--attack"),
     "finetune": "--attack and --data FILE with running text",

@@ -151,7 +151,7 @@ def enforce(document: Mapping[str, Any]) -> None:
         count = len(document["gates"])
         raise GateError(
             f"{len(missed)} of {count} {'gate' if count == 1 else 'gates'} missed: {told}",
-            hint="the figures are above, with their intervals",
+            hint="look at the interval of a figure that missed by little",
         )
 
 

@@ -223,8 +223,10 @@ def test_base_alone_is_measured_at_alpha_0_and_refused_above(run: Callable[..., 
 
 
 def test_without_data_there_is_speed_and_what_is_missing_is_said(run: Callable[..., Ran]) -> None:
-    ran = run()
+    ran = run("-v")
     assert (ran.code, ran.out) == (0, "")
+    assert "1 of 5: speed at alpha 0" in ran.err
+    assert "5 of 5: int4" in ran.err
     assert "decode, tokens/s" in ran.err
     assert "not measured without --forget FILE: extraction" in ran.err
     ran = run("--json", *DATA, "--alpha", 0.5)
