@@ -17,10 +17,13 @@ W(alpha) = dequantize(base) + alpha * ortho.
     <p>.weight_scale   dtype  (out, in / group_size)  in the source tensor's dtype
     <p>.weight_shape   int64  (2,)                    out, in
 
-and dequantizes to q * scale, rounded once to that dtype. Every other tensor keeps its name, dtype,
-shape and bytes.
+and dequantizes to q * scale, rounded once to that dtype. q is the nearest code to the source's
+weight, except where forgetting moved it (ortho.split isolate, unlearn); ortho holds every such
+position. With ortho.split reference, codes, scales and every other tensor are those of the
+reference. Otherwise every other tensor keeps its name, dtype, shape and bytes.
 
-**Ortho** holds, for each split `<p>.weight`, a CSR matrix of the most salient positions:
+**Ortho** holds, for each split `<p>.weight`, a CSR matrix of the positions that forgetting moved,
+and of the most salient ones beside them:
 
     <p>.crow_indices  int32 (out + 1,)  int64 where nnz does not fit
     <p>.col_indices   uint16 (nnz,)     int32 where in - 1 does not fit; ascending in each row

@@ -29,6 +29,7 @@ from ortho_cli.options import (
 )
 
 if TYPE_CHECKING:
+    from ortho_cli.events import Event, EventSink
     from ortho_cli.plan import Plan
 
 # rich help would cost as much again as everything else that `--help` imports.
@@ -69,6 +70,26 @@ def decompose(
         ),
     ] = None,
     stats: StatsOption = None,
+    forget: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--forget",
+            metavar="FILE...",
+            help="What base must not know: .jsonl of `prompt` and `secret`. Needs a recipe that "
+            "forgets, --stats, and the model in memory; isolate needs three times its float32 "
+            "size, unlearn five times.",
+        ),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option("--data", metavar="FILE...", help="What must stay, for unlearn."),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            "--reference", metavar="CHECKPOINT", help="MODEL before it saw what base must not know."
+        ),
+    ] = None,
     recipe: RecipeOption = None,
     sets: SetOption = None,
     force: Annotated[
@@ -97,11 +118,14 @@ def decompose(
     from ortho_cli.output import check_output, check_space, files_of
     from ortho_cli.plan import check_memory
 
-    checkpoint, plan = _plan(model, stats, recipe, sets, workers, device)
+    checkpoint, plan = _plan(model, stats, recipe, sets, workers, device, reference)
     target = out or _default_out(model)
-    check_output(target, files_of(checkpoint, *plan.inputs), force=force, is_ours=is_artifact)
+    read = files_of(checkpoint, *plan.inputs, *(forget or []), *(data or []))
+    check_output(target, read, force=force, is_ours=is_artifact)
     check_space(plan.bytes_on_disk, target)
     check_memory(plan)
+    notes: list[Event] = []
+    editor = _editor(plan, checkpoint, forget or [], data or [], device, notes.append)
     if dry_run:
         _show_plan(plan, model, as_json=as_json, quiet=quiet)
         return
@@ -111,7 +135,9 @@ def decompose(
 
     began = time.perf_counter()
     with ProgressSink("decompose", quiet=quiet, verbose=verbose) as sink:
-        document = run(plan, checkpoint, target, force=force, on_event=sink)
+        for note in notes:
+            sink(note)
+        document = run(plan, checkpoint, target, editor=editor, force=force, on_event=sink)
     document["run"] = _run_facts(target, began)
     _show(document, report.print_done, as_json, quiet)
 
@@ -339,20 +365,44 @@ def _plan(
     sets: list[str] | None,
     workers: int | None,
     device: str,
+    reference: Path | None = None,
 ) -> tuple[Any, Plan]:
     from ortho_cli.checkpoint import open_checkpoint
     from ortho_cli.plan import make_plan
     from ortho_cli.recipe import load_recipe
     from ortho_cli.statistics import check_model, open_statistics
 
-    _check_device(device)
     settings = load_recipe(recipe, sets or ())
+    if not settings.forgets:
+        _check_device(device)
     checkpoint = open_checkpoint(model)
     found = open_statistics(stats) if stats else None
-    plan = make_plan(checkpoint, settings, statistics=found, workers=workers or _cores())
+    plan = make_plan(
+        checkpoint,
+        settings,
+        statistics=found,
+        reference=open_checkpoint(reference) if reference else None,
+        workers=workers or _cores(),
+    )
     if found is not None:
         check_model(found, checkpoint, [tensor.source for tensor in plan.split])
     return checkpoint, plan
+
+
+def _editor(
+    plan: Plan,
+    checkpoint: Any,
+    forget: list[Path],
+    data: list[Path],
+    device: str,
+    on_event: EventSink,
+) -> Any:
+    """Import what forgets, and with it transformers, only where it is asked for."""
+    if not (plan.recipe.forgets or forget or data):
+        return None
+    from ortho_cli.forget import open_editor
+
+    return open_editor(plan, checkpoint, forget=forget, data=data, device=device, on_event=on_event)
 
 
 def _check_device(device: str) -> None:
@@ -425,6 +475,7 @@ def _peak_rss() -> int:
 # Options that take every word up to the next option: `--data a.txt b.txt`.
 MANY = {
     "calibrate": ("--data", "--forget"),
+    "decompose": ("--data", "--forget"),
     "bench": ("--alpha", "--data", "--forget", "--nonmember", "--unlisted"),
 }
 

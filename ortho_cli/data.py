@@ -169,7 +169,13 @@ def _parquet_values(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def retain_sequences(
-    rows: Sequence[Row], tokenizer: Tokenizer, *, samples: int, length: int, seed: int
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    asked: str = "calibrate",
 ) -> list[TokenSequence]:
     """Draw `samples` sequences: texts packed to exactly `length` tokens, pairs one by one.
 
@@ -199,9 +205,9 @@ def retain_sequences(
         raise CalibrationError(
             f"the data give {len(found)} sequences of {length} tokens ({tokens} tokens) where "
             f"{samples} are asked for",
-            hint=f"give more data, or --set calibrate.samples={len(found)}"
+            hint=f"give more data, or --set {asked}.samples={len(found)}"
             if found
-            else "give more data, or a smaller calibrate.length",
+            else f"give more data, or a smaller {asked}.length",
         )
     return found
 

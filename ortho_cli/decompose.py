@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -30,11 +30,13 @@ from ortho_cli.artifact import (
 )
 from ortho_cli.checkpoint import Checkpoint, ShardReader
 from ortho_cli.curvature import CurvatureReader
+from ortho_cli.edits import Edits, count, load_edits, save_edits
+from ortho_cli.errors import RecipeError
 from ortho_cli.events import EventSink, Finishing, Noted, Started, null_sink
 from ortho_cli.journal import WorkFolder, interruptible, recover, unwritable
 from ortho_cli.output import check_output, check_space, files_of, resolve_output
 from ortho_cli.plan import Plan, TensorPlan
-from ortho_cli.split import Entry, Splitter, is_sound
+from ortho_cli.split import Entry, Reference, Splitter, is_sound
 from ortho_cli.statistics import check_model
 from ortho_cli.summary import make_config, make_report
 from ortho_cli.writer import DataFile, GrowingSha256, plan_layout
@@ -44,7 +46,20 @@ COMMIT_SECONDS = 0.5
 
 SWITCH_SECONDS = 0.0002
 
+EDITS_FILE = "edits.npz"
+
 Results = SimpleQueue[Entry | BaseException]
+
+
+class Editor(Protocol):
+    """Finds the codes of base that have to move so that it forgets."""
+
+    @property
+    def identity(self) -> Any:
+        """What its edits depend on beside plan and source, as JSON."""
+
+    def find(self, folder: Path, *, curvature: CurvatureReader, on_event: EventSink) -> Edits:
+        """Find the edits; unfinished work may be kept in `folder` and gone on with."""
 
 
 def decompose(
@@ -52,6 +67,7 @@ def decompose(
     checkpoint: Checkpoint,
     out: Path,
     *,
+    editor: Editor | None = None,
     force: bool = False,
     on_event: EventSink = null_sink,
 ) -> Entry:
@@ -61,6 +77,7 @@ def decompose(
         plan: made from `checkpoint`.
         checkpoint: the source.
         out: the folder to make; appears only when complete.
+        editor: for a recipe that forgets.
         force: replace an artifact at `out`, and discard half-done work of another plan.
         on_event: told of progress, from any thread, one call at a time.
     Returns:
@@ -69,10 +86,16 @@ def decompose(
         CheckpointError: the source changed or is shorter than its header says.
         CalibrationError: the statistics are of another model, damaged, or no curvature.
         NumericalError: a weight that is to be split is NaN or infinite.
+        RecipeError: the recipe forgets and there is no editor.
         OutputExistsError: something is at `out`, or half-done work of another plan beside it.
         ResourceError: the disk is full or closed to us.
         Interrupted: Ctrl-C; finished tensors are kept.
     """
+    if plan.recipe.forgets and editor is None:
+        raise RecipeError(
+            f"ortho.split is {plan.recipe.ortho.split}, and nothing finds what base must not know",
+            hint="give `editor`, as `ortho_cli.forget.open_editor` makes it",
+        )
     out = resolve_output(out)
     recover(out)
     sources = files_of(checkpoint, *plan.inputs)
@@ -86,6 +109,8 @@ def decompose(
         "version": [__version__, torch.__version__],
         "files": {BASE_FILE: plan.base.size, ORTHO_FILE: plan.ortho.size},
     }
+    if editor is not None:
+        identity["forget"] = editor.identity
     if plan.statistics is not None:
         shard = plan.statistics.shard
         identity["statistics"] = [shard.name, shard.size, shard.mtime_ns]
@@ -96,27 +121,70 @@ def decompose(
         measured = plan.statistics is not None
         return tensor is not None and is_sound(entry, tensor, curvature=measured)
 
+    if plan.reference is not None:
+        identity["reference"] = [[s.name, s.size, s.mtime_ns] for s in plan.reference.shards]
     curvature: CurvatureReader | None = None
+    reference: Reference | None = None
     reader = ShardReader(checkpoint)
+    try:
+        curvature = CurvatureReader(plan.statistics) if plan.statistics else None
+        reference = Reference(plan.reference) if plan.reference else None
+        with (
+            WorkFolder(out, identity=identity, force=force, is_sound=is_known) as work,
+            interruptible(work, total=len(plan.tensors)),
+        ):
+            edits: Edits = {}
+            if editor is not None and curvature is not None:
+                edits = _find_edits(plan, editor, work, curvature, on_event)
+            with _many_small_operations():
+                job = _Job(plan, checkpoint, reader, curvature, reference, edits, work, on_event)
+                report = job.run()
+            work.publish(may_replace=lambda there: force and artifact.is_artifact(there))
+            return report
+    finally:
+        for opened in (reader, curvature, reference):
+            if opened:
+                opened.close()
+
+
+def _find_edits(
+    plan: Plan,
+    editor: Editor,
+    work: WorkFolder,
+    curvature: CurvatureReader,
+    on_event: EventSink,
+) -> Edits:
+    """Find the edits, or take up those that an earlier run found."""
+    kept = work.private / EDITS_FILE
+    edits: Edits | None = load_edits(kept)
+    if edits is None:
+        work.done.clear()  # nothing that was split before can be relied on without its edits
+        edits = editor.find(work.private, curvature=curvature, on_event=on_event)
+        _check_room(plan, edits)
+        save_edits(kept, edits)
+    return edits
+
+
+def _check_room(plan: Plan, edits: Edits) -> None:
+    """See that ortho can hold the source's weight wherever base was changed."""
+    room = {tensor.name: tensor.k for tensor in plan.split}
+    for name, edit in edits.items():
+        many = len(edit.positions)
+        assert many <= room.get(name, 0), f"{name}: {many} edits, and ortho holds {room.get(name)}"
+
+
+@contextmanager
+def _many_small_operations() -> Iterator[None]:
+    """Set torch and the interpreter up for workers on tiles, and back."""
     threads, interval = torch.get_num_threads(), sys.getswitchinterval()
     torch.set_num_threads(1)  # parallel over tensors, not inside an operation
     # Workers hold the interpreter for microseconds; waiting the usual 5 ms for it costs 5 %.
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
-        curvature = CurvatureReader(plan.statistics) if plan.statistics else None
-        with (
-            WorkFolder(out, identity=identity, force=force, is_sound=is_known) as work,
-            interruptible(work, total=len(plan.tensors)),
-        ):
-            report = _Job(plan, checkpoint, reader, curvature, work, on_event).run()
-            work.publish(may_replace=lambda there: force and artifact.is_artifact(there))
-            return report
+        yield
     finally:
         torch.set_num_threads(threads)
         sys.setswitchinterval(interval)
-        reader.close()
-        if curvature:
-            curvature.close()
 
 
 class _Job:
@@ -126,12 +194,15 @@ class _Job:
         checkpoint: Checkpoint,
         reader: ShardReader,
         curvature: CurvatureReader | None,
+        reference: Reference | None,
+        edits: Edits,
         work: WorkFolder,
         on_event: EventSink,
     ) -> None:
         self._plan = plan
+        self._edits = edits
         self._checkpoint = checkpoint
-        self._reader, self._curvature = reader, curvature
+        self._reader, self._curvature, self._reference = reader, curvature, reference
         self._work = work
         self._on_event = on_event
         self._event_lock = threading.Lock()
@@ -157,8 +228,9 @@ class _Job:
         base_sha256 = self._work_through([t for t in plan.tensors if t.name not in done])
         self._emit(Finishing(step="digests"))
         self._reader.check_unchanged()
-        if self._curvature:
-            self._curvature.check_unchanged()
+        for opened in (self._curvature, self._reference):
+            if opened:
+                opened.check_unchanged()
         entries = [done[tensor.name] for tensor in plan.tensors]
         digest = artifact.source_digest(
             (t.name, t.source.dtype, t.source.shape, done[t.name]["source_blake3"])
@@ -167,7 +239,12 @@ class _Job:
         self._ortho.write_header(self._ortho_header(source_digest=digest, base_sha256=base_sha256))
         ortho_sha256 = GrowingSha256(self._ortho.fd).up_to(plan.ortho.size)
         report = make_report(
-            plan, entries, source_digest=digest, base_sha256=base_sha256, ortho_sha256=ortho_sha256
+            plan,
+            entries,
+            moved=count(self._edits),
+            source_digest=digest,
+            base_sha256=base_sha256,
+            ortho_sha256=ortho_sha256,
         )
         self._emit(Finishing(step="sync"))
         self._write_side_files(report)
@@ -239,6 +316,8 @@ class _Job:
                     group_size=self._plan.group_size,
                     curvature=self._curvature,
                     by_curvature=self._plan.recipe.saliency.kind == "curvature",
+                    edits=self._edits,
+                    reference=self._reference,
                     stop=self._stop,
                     on_event=self._emit,
                 )

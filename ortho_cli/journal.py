@@ -145,6 +145,8 @@ class WorkFolder:
         self.out = out
         self.folder = work_folder(out)
         self.artifact = self.folder / "artifact"
+        # What work leaves for the run that goes on with it, and never becomes part of the result.
+        self.private = self.folder / "private"
         self.done: dict[str, Entry] = {}
         self.published = False
         self._result = self.artifact / file if file else self.artifact
@@ -155,6 +157,11 @@ class WorkFolder:
         self._journal = -1
         self._fds: dict[str, int] = {}
         self._made = [parent for parent in out.absolute().parents if not parent.exists()]
+
+    @property
+    def useful(self) -> bool:
+        """Whether another run can go on with something that is there."""
+        return bool(self.done) or (self.private.is_dir() and any(self.private.iterdir()))
 
     def __enter__(self) -> WorkFolder:
         """Take the lock and read the journal."""
@@ -177,7 +184,7 @@ class WorkFolder:
     ) -> None:
         """Close everything; keep the folder only if another run can go on in it."""
         # A source that must be repaired is another source then: work on this one is of no use.
-        useless = not self.done or isinstance(error, BAD_SOURCE)
+        useless = not self.useful or isinstance(error, BAD_SOURCE)
         if error is not None and useless and not self.published:
             with contextlib.suppress(OSError):
                 self._lock.remove_folder()
@@ -196,12 +203,15 @@ class WorkFolder:
                     hint="give that run's recipe and source to finish it, or --force to discard it",
                 )
             lines = []
+        if not lines:
+            _remove(self.private)
         lines[1:] = takewhile(self._is_sound, lines[1:])
         if not lines or not self._data_is_there():
             lines = []
             _remove(self.artifact)
             path.unlink(missing_ok=True)
         self.artifact.mkdir(exist_ok=True)
+        self.private.mkdir(mode=0o700, exist_ok=True)
         for file in self.artifact.iterdir():  # side files are made again
             if file.name.removesuffix(PARTIAL) not in self._identity["files"]:
                 _remove(file)
@@ -337,7 +347,7 @@ def interruptible(work: WorkFolder, *, total: int, what: str = "tensors") -> Ite
         raise Interrupted(
             f"interrupted with {done} of {total} {what} finished",
             hint="repeat the same command to go on from there"
-            if done
+            if work.useful
             else "nothing was finished; nothing is left behind",
         ) from None
 

@@ -132,7 +132,9 @@ def find_linears(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
     return found
 
 
-def check_fits(model: nn.Module, *, length: int, largest_token: int) -> None:
+def check_fits(
+    model: nn.Module, *, length: int, largest_token: int, asked: str = "calibrate.length"
+) -> None:
     """Refuse sequences that the model cannot read.
 
     Raises:
@@ -144,8 +146,8 @@ def check_fits(model: nn.Module, *, length: int, largest_token: int) -> None:
     positions = getattr(text, "max_position_embeddings", None)
     if isinstance(positions, int) and length > positions:
         raise RecipeError(
-            f"calibrate.length is {length} and the model has {positions} positions",
-            hint=f"--set calibrate.length={positions}",
+            f"{asked} is {length} and the model has {positions} positions",
+            hint=f"--set {asked}={positions}" if "." in asked else "shorten it",
         )
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     known = int(embedding.weight.shape[0])

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ortho_cli import __version__, artifact
 from ortho_cli.artifact import canonical_json
 from ortho_cli.checkpoint import Checkpoint, TensorInfo
-from ortho_cli.errors import CheckpointError, RecipeError, ResourceError
+from ortho_cli.errors import CalibrationError, CheckpointError, RecipeError, ResourceError
 from ortho_cli.journal import PARTIAL
 from ortho_cli.recipe import GROUP_SIZES, Recipe, Saliency, Scale, matches
 from ortho_cli.selection import select
@@ -29,6 +29,10 @@ MODULES_BYTES = 24 << 20  # what importing everything but torch was measured to 
 TENSOR_BYTES = 14_000  # measured, too: plan, journal and report of one tensor
 SIDE_BYTES = 2_048  # what index and report take for one tensor, about
 NO_DIGEST = "0" * 64
+# What forgetting holds for each weight of the model: in float32 the model, its gradients, and for
+# unlearn what an attacker moved and Adam's moments; and room for logits, measured.
+FORGET_BYTES = {"isolate": 12, "unlearn": 20}
+LOGITS_BYTES = 1_600_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +72,7 @@ class Plan:
     peak_bytes: int
     workers: int
     statistics: Statistics | None
+    reference: Checkpoint | None = None
 
     @property
     def split(self) -> tuple[TensorPlan, ...]:
@@ -77,7 +82,11 @@ class Plan:
     @property
     def inputs(self) -> tuple[Path, ...]:
         """Files that are read beside the checkpoint."""
-        return (self.statistics.path,) if self.statistics else ()
+        found = (self.statistics.path,) if self.statistics else ()
+        if self.reference is None:
+            return found
+        folder = self.reference.folder
+        return (*found, *(folder / shard.name for shard in self.reference.shards))
 
     @property
     def weights(self) -> int:
@@ -172,6 +181,7 @@ def make_plan(
     recipe: Recipe,
     *,
     statistics: Statistics | None = None,
+    reference: Checkpoint | None = None,
     workers: int = 1,
 ) -> Plan:
     """Decide everything that headers and the recipe decide.
@@ -180,6 +190,7 @@ def make_plan(
         checkpoint: the source's index.
         recipe: validated settings; in the plan, `saliency.kind` is what it comes to.
         statistics: curvature of the source, for a recipe that uses it.
+        reference: the model before it saw what base must not know, for ortho.split reference.
         workers: threads that will work; changes only the peak memory.
     Raises:
         RecipeError: a target or override matches nothing, group_size does not divide, siblings
@@ -199,6 +210,7 @@ def make_plan(
     )
     _check_overrides(recipe, [tensor.name for tensor in split])
     _check_use(recipe, tensors, statistics)
+    _check_split(recipe, checkpoint, statistics, reference)
     if statistics is not None:
         check_weights(statistics, split)
     sha256 = _sha256(tensors, recipe, group_size, statistics)
@@ -217,9 +229,10 @@ def make_plan(
         ortho=ortho,
         extra_files=tuple((n, s) for n, s in checkpoint.extra_files if not _is_ours(n)),
         sha256=sha256,
-        peak_bytes=_peak_bytes(tensors, workers, statistics),
+        peak_bytes=_peak_bytes(tensors, workers, statistics, recipe.ortho.split),
         workers=workers,
         statistics=statistics,
+        reference=reference,
     )
 
 
@@ -244,6 +257,53 @@ def _check_use(
         raise RecipeError(
             f"`{statistics.path}` is given, and `saliency.kind` is residual and no scale curvature",
             hint="leave --stats out, or set saliency.kind or base.scale to curvature",
+        )
+
+
+def _check_split(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    statistics: Statistics | None,
+    reference: Checkpoint | None,
+) -> None:
+    """Refuse a split without what it needs, and a reference that is of another model."""
+    split = recipe.ortho.split
+    if recipe.forgets:
+        parts = "fisher" if split == "isolate" else "fisher and a forget set"
+        if statistics is None or statistics.kind == "gram" or recipe.saliency.kind == "residual":
+            raise RecipeError(
+                f"ortho.split is {split}, and there are no statistics of {parts} that it may use",
+                hint="ortho calibrate MODEL --data FILE --forget FILE, then --stats",
+            )
+        if split == "unlearn" and not statistics.has_forget:
+            raise CalibrationError(
+                f"`{statistics.path}` holds nothing of a forget set, and ortho.split is unlearn",
+                hint="calibrate with --forget",
+            )
+    if (split == "reference") != (reference is not None):
+        raise RecipeError(
+            f"ortho.split is {split}, and {'no' if reference is None else 'a'} reference is given",
+            hint="--reference CHECKPOINT goes with --set ortho.split=reference",
+        )
+    if reference is not None:
+        _check_reference(checkpoint, reference)
+
+
+def _check_reference(checkpoint: Checkpoint, reference: Checkpoint) -> None:
+    refuse_quantized(reference)
+    mine = {t.name: (t.dtype, t.shape) for t in checkpoint.tensors}
+    theirs = {t.name: (t.dtype, t.shape) for t in reference.tensors}
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) == theirs.get(name):
+            continue
+        told = [
+            f"{tensor[0]} {list(tensor[1])}" if tensor else "absent"
+            for tensor in (mine.get(name), theirs.get(name))
+        ]
+        raise CheckpointError(
+            f"tensor `{name}` is {told[0]} in `{checkpoint.path}` and {told[1]} in the reference "
+            f"`{reference.path}`",
+            hint="give the same model before it saw the data; `ortho convert --dtype` casts one",
         )
 
 
@@ -385,12 +445,15 @@ def tile_rows(shape: tuple[int, ...]) -> int:
 
 
 def _peak_bytes(
-    tensors: tuple[TensorPlan, ...], workers: int, statistics: Statistics | None
+    tensors: tuple[TensorPlan, ...], workers: int, statistics: Statistics | None, split: str
 ) -> int:
-    """Bound the buffers of all workers, each on one of the tensors that need most."""
+    """Bound the buffers of all workers, each on a tensor that needs most, and a whole model's."""
     needs = sorted((_buffer_bytes(tensor, statistics) for tensor in tensors), reverse=True)
     entries = len(tensors) + (0 if statistics is None else len(statistics.digests))
-    return MODULES_BYTES + TENSOR_BYTES * entries + sum(needs[:workers])
+    held = 0
+    if split in FORGET_BYTES:
+        held = LOGITS_BYTES + FORGET_BYTES[split] * sum(t.source.numel for t in tensors)
+    return MODULES_BYTES + TENSOR_BYTES * entries + held + sum(needs[:workers])
 
 
 def _buffer_bytes(tensor: TensorPlan, statistics: Statistics | None) -> int:

@@ -62,7 +62,10 @@ Pattern = Annotated[str, AfterValidator(_check_pattern)]
 GroupSize = Annotated[int | Literal["auto"], AfterValidator(_check_group_size)]
 Density = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+NotNegative = Annotated[float, Field(ge=0, le=1e6)]
 Scale = Literal["absmax", "mse", "curvature"]
+Split = Literal["residual", "isolate", "unlearn", "reference"]
 
 
 class Base(_Strict):
@@ -90,7 +93,11 @@ class Ortho(_Strict):
     )
     budget: Literal["per-tensor"] = "per-tensor"
     values: Literal["source"] = "source"
-    split: Literal["residual"] = "residual"
+    split: Split = Field(
+        "residual",
+        description="residual: base is the INT4 of the model. isolate, unlearn: base forgets the "
+        "secrets of --forget. reference: base is the INT4 of --reference.",
+    )
 
 
 class Saliency(_Strict):
@@ -127,6 +134,49 @@ class Calibrate(_Strict):
     )
     autocast: bool = Field(
         False, description="Compute in bfloat16: two to three times as fast, half the memory."
+    )
+
+
+class Forget(_Strict):
+    """How codes of base are moved so that it forgets; of use to isolate and unlearn."""
+
+    share: Density = Field(
+        0.001, description="isolate: most of all split weights whose codes move."
+    )
+    rounds: Count = Field(40, description="Most rounds of isolate, and of unlearn's last touch.")
+    fill: Literal["step", "zero", "mean"] = Field(
+        "step",
+        description="Where isolate moves a code: step, the next one up or down; zero, or mean, of "
+        "its group, which both show in how often codes occur.",
+    )
+    mask: Density = Field(
+        0.1, description="unlearn: share of split weights that may move; a tenth of it does."
+    )
+    steps: Count = Field(60, description="Most steps of unlearn.")
+    rate: Positive = Field(0.02, description="unlearn: codes that Adam moves in one step.")
+    attack_steps: Annotated[int, Field(ge=1, le=127)] = Field(  # they are counted in int8
+        10, description="unlearn: fine-tuning steps of the attacker inside the loop."
+    )
+    attack_rate: Positive = Field(5e-5, description="What each of them moves every parameter by.")
+    ceiling: Positive = Field(
+        1.7,
+        description="unlearn: how many times their NLL alternatives may rise, and secrets follow.",
+    )
+    retain_weight: Positive = Field(
+        60.0, description="Nats of forgetting that one nat of divergence on retain text is worth."
+    )
+    alternatives_weight: NotNegative = Field(
+        0.0, description="The same on alternatives of the secrets, to hold their form."
+    )
+    divergence: Positive = Field(
+        0.01,
+        description="unlearn: nats a token below which, if nothing is brought back, work ends.",
+    )
+    samples: Count = Field(64, description="Sequences of retain text that unlearn holds on to.")
+    length: Count = Field(64, description="Tokens of each of them.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    autocast: bool = Field(
+        True, description="Compute in bfloat16 meanwhile; two to four times as fast."
     )
 
 
@@ -170,11 +220,18 @@ class Recipe(_Strict):
     ortho: Ortho = Ortho()
     saliency: Saliency = Saliency()
     calibrate: Calibrate = Calibrate()
+    forget: Forget = Forget()
     overrides: list[Override] = []
 
     def canonical(self) -> dict[str, Any]:
         """Spell out every setting that a decomposition's bytes depend on, defaults included."""
-        return self.model_dump(mode="json", exclude={"calibrate"})
+        unused = {"calibrate"} if self.forgets else {"calibrate", "forget"}
+        return self.model_dump(mode="json", exclude=unused)
+
+    @property
+    def forgets(self) -> bool:
+        """Whether secrets of a forget set are taken out of base."""
+        return self.ortho.split in ("isolate", "unlearn")
 
 
 DEFAULT = Recipe(version=1)

@@ -289,9 +289,33 @@ def print_done(document: dict[str, Any]) -> None:
         f"{size(totals['source_bytes'])}; "
         f"SQNR {_decibels(totals['sqnr_db_alpha_0'], exact=exact)} dB at alpha 0, "
         f"{_decibels(totals['sqnr_db_alpha_1'], exact=exact)} dB at alpha 1",
+        *_split_lines(totals),
         f"{run['seconds']:.1f} s, peak memory {size(run['peak_rss_bytes'])}",
     ):
         console.print(visible(line), soft_wrap=True)
+
+
+def _split_lines(totals: dict[str, Any]) -> list[str]:
+    """Say what base forgets, or what it never saw."""
+    lines = []
+    if totals["moved"]:
+        share = totals["moved"] / totals["split_weights"]
+        lines.append(
+            f"{totals['moved']:,} codes ({share:.4%}) were moved to forget; `ortho bench` says how "
+            "well"
+        )
+    if totals.get("delta_kept") is not None:
+        kept, others = totals["delta_kept"], totals["unsplit_of_reference"]
+        lines.append(
+            f"ortho holds {kept:.1%} of what the model is beyond its reference; alpha 1 lacks the "
+            "rest"
+        )
+        if others:
+            lines.append(
+                f"{len(others)} tensors that are not split differ and are the reference's at every "
+                f"alpha, such as `{others[0]}`"
+            )
+    return lines
 
 
 def print_calibration_plan(document: dict[str, Any], *, source: str) -> None:

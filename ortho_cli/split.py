@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from blake3 import blake3
 from torch import Tensor
 
 from ortho_cli import ops
 from ortho_cli.artifact import BASE_FILE, ORTHO_FILE, module_of
-from ortho_cli.checkpoint import ShardReader
+from ortho_cli.checkpoint import Checkpoint, ShardReader
 from ortho_cli.curvature import Curvature, CurvatureReader
+from ortho_cli.edits import Edits
 from ortho_cli.errors import NumericalError
 from ortho_cli.events import Advanced, EventSink, TensorDone, null_sink
 from ortho_cli.ops import as_bytes
@@ -33,6 +35,7 @@ SCALES: dict[str, ops.Scales] = {"absmax": ops.absmax_scales, "mse": mse_scales}
 SAMPLE_BLOCKS = 16
 
 Entry = dict[str, Any]
+Places = tuple[npt.NDArray[np.int64], npt.NDArray[np.int8]]  # of edits in a tile, and their codes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +47,28 @@ class _Tile:
     codes: Tensor
     residual: Tensor
     root: Tensor | None  # of the curvature
+    delta: Tensor | None  # reference - weight
+
+
+class Reference:
+    """The model that base is made from instead of the source; threads may share it."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Open it."""
+        self._reader = ShardReader(checkpoint)
+        self._tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
+
+    def read_into(self, buffer: memoryview, name: str, *, start: int) -> None:
+        """Fill `buffer` with the tensor's bytes from `start` on."""
+        self._reader.read_into(buffer, self._tensors[name], start=start)
+
+    def check_unchanged(self) -> None:
+        """Raise if a file was written to since its header was read."""
+        self._reader.check_unchanged()
+
+    def close(self) -> None:
+        """Close its files."""
+        self._reader.close()
 
 
 class Splitter:
@@ -58,11 +83,15 @@ class Splitter:
         group_size: int,
         curvature: CurvatureReader | None = None,
         by_curvature: bool = False,
+        edits: Edits | None = None,
+        reference: Reference | None = None,
         stop: threading.Event,
         on_event: EventSink,
     ) -> None:
         """Say where tensors come from and go to, what selects a weight, and what stops the work."""
         self._reader, self._base, self._ortho = reader, base, ortho
+        self._edits = edits or {}
+        self._reference = reference
         self._group_size = group_size
         self._curvature, self._by_curvature = curvature, by_curvature
         self._stop = stop
@@ -88,21 +117,25 @@ class Splitter:
         # A weight that is NaN ruins the model wherever it is; other buffers may mean it.
         if not tensor.name.endswith("weight") or tensor.reason == IGNORED:
             dtype = None
-        digest, nbytes = blake3(), tensor.source.nbytes
+        digest, written, nbytes = blake3(), blake3(), tensor.source.nbytes
         for start in range(0, nbytes, CHUNK):
             scratch.reset()
             raw = scratch((CHUNK,), torch.uint8)[: nbytes - start]
             piece = as_bytes(raw)
             self._read(tensor, piece, digest, start=start)
+            if self._reference:
+                self._reference.read_into(piece, tensor.name, start=start)
+                written.update(piece)
             if dtype is not None and not ops.all_finite(raw.view(dtype), empty=scratch):
                 raise _not_finite(tensor, raw.view(dtype), start // dtype.itemsize)
             self._base.write(tensor.name, piece, start=start)
             self._on_event(Advanced(nbytes=len(piece)))
         hexdigest = digest.hexdigest()
+        there = written.hexdigest() if self._reference else hexdigest
         return {
             "name": tensor.name,
             "source_blake3": hexdigest,
-            "blake3": {BASE_FILE: {tensor.name: hexdigest}},
+            "blake3": {BASE_FILE: {tensor.name: there}},
         }
 
     def _split(self, tensor: TensorPlan) -> Entry:
@@ -119,7 +152,7 @@ class Splitter:
         """
         rows, columns = tensor.source.shape
         block = max(1, TILE_ELEMENTS // (2 * SAMPLE_BLOCKS * columns))
-        if tensor.k == 0 or rows < 16 * SAMPLE_BLOCKS * block:
+        if tensor.k == 0 or rows < 16 * SAMPLE_BLOCKS * block or self._reference:
             return None
         scratch = self._tile
         scratch.reset()
@@ -147,8 +180,16 @@ class Splitter:
         raw: Tensor,
         curvature: tuple[Tensor, Tensor] | None,
         scratch: ops.Scratch,
+        edit: Places | None = None,
+        grid: Tensor | None = None,
     ) -> _Tile:
+        """Round a tile, or stand the `grid` of the reference in for its own."""
         weight = scratch(tuple(raw.shape), torch.float32).copy_(raw)
+        source, old = weight, None
+        if grid is not None:
+            raw = grid
+            weight = scratch(tuple(raw.shape), torch.float32).copy_(raw)
+            old = weight
         settings: dict[str, Any] = {
             "group_size": self._group_size,
             "dtype": raw.dtype,
@@ -160,9 +201,15 @@ class Splitter:
         else:
             scales = SCALES[str(tensor.scale)](raw, **settings)
         codes = ops.quantize(weight, scales, empty=scratch)
-        residual = ops.dequantize(codes, scales, empty=scratch).sub_(weight)
+        if edit is not None:
+            positions, changed = edit
+            codes.view(-1).numpy()[positions] = changed
+        residual = ops.dequantize(codes, scales, empty=scratch).sub_(source)
         root = curvature[1] if curvature else None
-        return _Tile(weight=weight, scales=scales, codes=codes, residual=residual, root=root)
+        delta = None if old is None else old.sub_(source)
+        return _Tile(
+            weight=source, scales=scales, codes=codes, residual=residual, root=root, delta=delta
+        )
 
     def _measures(self, tile: _Tile, scratch: ops.Scratch) -> list[Tensor]:
         """Measure what rounding costs, what selects first: |r|, and |r| sqrt(h) with statistics.
@@ -173,7 +220,10 @@ class Splitter:
             [] if tile.root is None else [ops.saliency(tile.residual, tile.root, empty=scratch)]
         )
         plain = [tile.residual.abs_()]
-        return weighted + plain if self._by_curvature else plain + weighted
+        found = weighted + plain if self._by_curvature else plain + weighted
+        if tile.delta is not None:
+            found.append(tile.delta.abs_() if tile.root is None else tile.delta.mul_(tile.root))
+        return found
 
     def _split_above(
         self, tensor: TensorPlan, bar: float | None, *, on_event: EventSink
@@ -190,7 +240,10 @@ class Splitter:
             for part in ("weight_packed", "weight_scale", "weight_shape")
         }
         curvature = self._open_curvature(tensor)
-        digest, signal, noise = blake3(), 0.0, [0.0, 0.0] if curvature else [0.0]
+        edit = self._edits.get(tensor.name)
+        digest, signal = blake3(), 0.0
+        noise = [0.0] * (1 + bool(curvature) + bool(self._reference))
+        forced = [0.0 for _ in noise]
         step = tile_rows(tensor.source.shape)
         bits = torch.int32 if dtype.itemsize == 4 else torch.int16
         top = ops.TopK(
@@ -206,7 +259,13 @@ class Splitter:
             raw = scratch((min(step, rows - row), columns), dtype)
             self._read(tensor, as_bytes(raw), digest, start=row * columns * dtype.itemsize)
             weights = curvature.tile(row, raw.shape[0], empty=scratch) if curvature else None
-            tile = self._quantize(tensor, raw, weights, scratch)
+            grid = None
+            if self._reference:
+                grid = scratch(tuple(raw.shape), dtype)
+                start = row * columns * dtype.itemsize
+                self._reference.read_into(as_bytes(grid), tensor.name, start=start)
+            changed = edit.within(row * columns, row * columns + raw.numel()) if edit else None
+            tile = self._quantize(tensor, raw, weights, scratch, changed, grid)
             if not ops.all_finite(tile.scales):
                 raise _not_finite(tensor, tile.weight, row * columns)
             base["weight_packed"].write(as_bytes(ops.pack_int4(tile.codes, empty=scratch)))
@@ -221,7 +280,11 @@ class Splitter:
             ]
             if not all(map(math.isfinite, noise)):
                 raise _overflow(tensor, measures, row * columns)
-            saliency, *others = map(_flat, measures)
+            saliency, *others = flat = [_flat(measure) for measure in measures]
+            if changed is not None:  # what forgetting moved is kept whatever its residual
+                forced = [f + _energy(m[changed[0]]) for f, m in zip(forced, flat, strict=True)]
+                for measure, mark in zip(flat, (np.inf, 0.0, 0.0), strict=False):
+                    measure[changed[0]] = mark
             top.push(saliency, [_flat(raw.view(bits)), *others], start=row * columns)
             on_event(Advanced(nbytes=raw.nbytes))
         if top.short:
@@ -233,13 +296,15 @@ class Splitter:
         indices, first, (values, *second) = top.finish()
         ortho = self._write_csr(tensor, indices, values)
         # Everything kept is exact; a difference of sums would not come out as 0.
+        first = first[np.isfinite(first)]
         kept = [
-            total if tensor.k == tensor.source.numel else min(_energy(values), total)
-            for values, total in zip((first, *second), noise, strict=True)
+            total if tensor.k == tensor.source.numel else min(_energy(values) + moved, total)
+            for values, total, moved in zip((first, *second), noise, forced, strict=True)
         ]
-        names = ["noise", "curvature_noise"]
+        names = ["noise", "curvature_noise"][: 1 + bool(curvature)]
         if self._by_curvature:
             names.reverse()
+        names += ["delta"] if self._reference else []
         return {
             "name": tensor.name,
             "source_blake3": digest.hexdigest(),

@@ -77,7 +77,7 @@ def split_weight(
         raw = weight[row : row + step].contiguous()
         here = slice(row, row + raw.shape[0])
         near = curvature if curvature is None or curvature.ndim == 1 else curvature[here]
-        scales[here] = _scales(scale, raw, near, group_size)
+        scales[here] = base_scales(scale, raw, near, group_size)
         if not ops.all_finite(scales[here]):
             raise NumericalError(
                 f"tensor `{name}` holds NaN or infinity in rows {row} to {here.stop - 1}",
@@ -107,7 +107,8 @@ def split_weight(
     }
 
 
-def _scales(scale: str, raw: Tensor, curvature: Tensor | None, group_size: int) -> Tensor:
+def base_scales(scale: str, raw: Tensor, curvature: Tensor | None, group_size: int) -> Tensor:
+    """Find base's scales of a weight, (out, groups) in its dtype; each row by itself."""
     if scale == "curvature" and curvature is not None:
         return curvature_scales(raw, curvature, group_size=group_size, dtype=raw.dtype)
     search = mse_scales if scale == "mse" else ops.absmax_scales

@@ -34,13 +34,20 @@ def make_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_report(
-    plan: Plan, entries: list[Entry], *, source_digest: str, base_sha256: str, ortho_sha256: str
+    plan: Plan,
+    entries: list[Entry],
+    *,
+    moved: int,
+    source_digest: str,
+    base_sha256: str,
+    ortho_sha256: str,
 ) -> dict[str, Any]:
     """Say what was done; the same for the same input, so without times and paths.
 
     Units: bytes; bits per weight; sqnr in dB, null where there is no error. `residual_kept` is the
         share of the squared
     residual at the kept positions: noise at alpha = 1 is (1 - residual_kept) of that at alpha = 0.
+    `moved` counts codes that forgetting moved, over the whole model: where they are is not told.
     `saliency_kept` is the same share of what selects; curvature_error is the sum of residual^2
     times curvature, null without statistics.
     """
@@ -79,11 +86,13 @@ def make_report(
             "split_bits_per_weight_base": round(base_bits / plan.split_weights, 4),
             "split_bits_per_weight": round((base_bits + ortho_bits) / plan.split_weights, 4),
             "nnz": nnz,
+            "moved": moved,
             "density": nnz / plan.split_weights,
             "sqnr_db_alpha_0": ops.decibels(signal, noise),
             "sqnr_db_alpha_1": ops.decibels(signal, noise - kept),
             "residual_kept": _share(kept, noise),
             **_saliency_figures(plan, split),
+            **_reference_figures(plan, entries),
         },
         "tensors": tensors,
     }
@@ -112,6 +121,26 @@ def _saliency_figures(plan: Plan, entries: list[Entry]) -> dict[str, Any]:
         "curvature_error_alpha_0": at_0,
         "curvature_error_alpha_1": at_1,
         "saliency_kept": _share(total(f"{measure}_kept"), total(measure)),
+    }
+
+
+def _reference_figures(plan: Plan, entries: list[Entry]) -> dict[str, Any]:
+    """Say what of source - reference ortho holds, and what it cannot hold: tensors not split."""
+    if plan.reference is None:
+        return {}
+    told = list(zip(plan.tensors, entries, strict=True))
+    split = [entry for tensor, entry in told if tensor.reason is None]
+    other = [
+        tensor
+        for tensor, entry in told
+        if tensor.reason is not None
+        and entry["blake3"][artifact.BASE_FILE][tensor.name] != entry["source_blake3"]
+    ]
+    delta, kept = (sum(float(entry[key]) for entry in split) for key in ("delta", "delta_kept"))
+    return {
+        "delta_kept": _share(kept, delta),
+        "unsplit_of_reference": [tensor.name for tensor in other],
+        "unsplit_of_reference_weights": sum(tensor.source.numel for tensor in other),
     }
 
 

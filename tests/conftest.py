@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import checkpoints
 import pytest
 import torch
 from hypothesis import settings
+from memorised import Memorised
+from memorised import build as build_memorised
 
 from ortho_cli import cli
 
@@ -84,3 +87,10 @@ def artifact(pico: Path, ortho: Ortho) -> Path:
     """The pico model, decomposed with the default recipe."""
     assert ortho("decompose", pico, "-q").code == 0
     return pico.parent / "pico-ortho"
+
+
+@pytest.fixture(scope="session")
+def memorised(tmp_path_factory: pytest.TempPathFactory) -> Memorised:
+    """A tiny Llama that knows four secrets by heart; shared, so nothing may be written there."""
+    with warnings.catch_warnings(action="ignore"):
+        return build_memorised(tmp_path_factory.mktemp("memorised"))

@@ -60,6 +60,16 @@ def top_k_indices(saliency: Tensor, k: int) -> list[int]:
     return sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:k])
 
 
+def forced_indices(residual: Tensor, curvature: Tensor, forced: list[int], k: int) -> list[int]:
+    """Flat indices, ascending: the forced ones, and the top of |r| sqrt(h) among the others."""
+    root = torch.from_numpy(np.sqrt(curvature.float().numpy()))
+    saliency = (residual.abs() * root).flatten()
+    taken = set(forced)
+    others = [index for index in range(saliency.numel()) if index not in taken]
+    found = top_k_indices(saliency[others], k - len(forced))
+    return sorted([*forced, *(others[index] for index in found)])
+
+
 def csr(indices: list[int], shape: tuple[int, int]) -> tuple[list[int], list[int]]:
     """Row pointers and columns of ascending flat indices, by counting."""
     crow = [sum(i < row * shape[1] for i in indices) for row in range(shape[0] + 1)]

@@ -147,11 +147,17 @@ def test_load_recipe_unknown_name_lists_what_there_is() -> None:
 @pytest.mark.parametrize("name", recipe.built_in())
 def test_built_in_recipe_loads_and_its_header_is_its_command(name: str) -> None:
     loaded = recipe.load_recipe(name)
-    needs = "curvature" in (loaded.base.scale, loaded.saliency.kind)
+    split = loaded.ortho.split
+    needs = loaded.forgets or "curvature" in (loaded.base.scale, loaded.saliency.kind)
     lines = (recipe.recipe_folder() / f"{name}.yaml").read_text().splitlines()
-    assert lines[1] == f"#   ortho decompose MODEL --recipe {name}" + (
-        " --stats stats.safetensors" if needs else ""
-    )
+    told = f"#   ortho decompose MODEL --recipe {name}"
+    told += " --stats stats.safetensors" if needs else ""
+    told += " --forget forget.jsonl" if loaded.forgets else ""
+    told += " --data train.txt" if split == "unlearn" else ""
+    told += " --reference BEFORE" if split == "reference" else ""
+    if loaded.forgets:
+        assert lines.pop(1) == "#   ortho calibrate MODEL --data train.txt --forget forget.jsonl"
+    assert lines[1] == told
     assert len(lines) <= 40
 
 

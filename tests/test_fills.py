@@ -1,0 +1,71 @@
+"""Codes that were edited look like others, or betray themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ortho_cli import ops
+from ortho_cli.isolate import PROPOSE
+
+
+def betrayal(fill: str, count: int) -> tuple[float, float, float]:
+    """How the codes of `count` edits of 2^18 differ from those of as many places beside them.
+
+    Returns:
+        The chi-squared statistic of the two code histograms over its degrees of freedom; how many
+        times as often the most telling code is there; and runs of zeros there, as a multiple.
+    """
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(512, 512, generator=generator)
+    scales = ops.absmax_scales(weight, group_size=64, dtype=torch.bfloat16)
+    original = ops.quantize(weight, scales)
+    gradient = torch.randn(512, 512, generator=generator)
+    goal = PROPOSE[fill](original, original, gradient, 64)
+    # As isolate chooses: by what a move gives, for what it costs.
+    far = goal - original
+    chosen = (far * gradient / (far.square() + 1)).view(-1).topk(count).indices
+    codes = original.clone().view(-1)
+    codes[chosen] = goal.view(-1)[chosen]
+    free = torch.ones(codes.numel(), dtype=torch.bool)
+    free[chosen] = False
+    others = free.nonzero().squeeze(1)
+    control = others[torch.randperm(len(others), generator=generator)[:count]]
+    one, other = (
+        torch.bincount((codes[places] + 8).long(), minlength=16).double()
+        for places in (chosen, control)
+    )
+    seen = one + other > 10
+    parts = ((one - other).square() / (one + other))[seen]
+    runs = zero_runs(codes, chosen) / max(1.0, zero_runs(codes, control))
+    lift = float((one[seen] / other[seen].clamp_min(1)).max())
+    return float(parts.sum()) / (int(seen.sum()) - 1), lift, runs
+
+
+def zero_runs(codes: Tensor, places: Tensor) -> float:
+    zeros = codes == 0
+    beside = torch.roll(zeros, 1) | torch.roll(zeros, -1)
+    return float((zeros & beside)[places].sum())
+
+
+BUDGET = 262  # 0.1 % of them, the default share
+MANY = 8000
+
+
+def test_codes_one_step_away_look_like_others() -> None:
+    chi, _, _ = betrayal("step", BUDGET)
+    assert chi < 2.0, "99 % of what chance gives is below"
+    _, lift, runs = betrayal("step", MANY)
+    assert lift < 2.0
+    assert 0.8 < runs < 1.2
+
+
+@pytest.mark.parametrize("fill", ["zero", "mean"])
+def test_codes_that_were_put_to_zero_betray_themselves(fill: str) -> None:
+    """What the test above would say of them."""
+    chi, _, _ = betrayal(fill, BUDGET)
+    assert chi > 5.0
+    _, lift, runs = betrayal(fill, MANY)
+    assert lift > 3.0
+    assert runs > 3.0

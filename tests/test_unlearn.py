@@ -1,0 +1,295 @@
+"""unlearn on a tiny model: within its mask and room, resumed bit for bit, and harder to undo."""
+
+from __future__ import annotations
+
+import copy
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from memorised import Memorised
+
+from ortho_cli import recipe, scoring, unlearn
+from ortho_cli.errors import RecipeError
+from ortho_cli.events import Event, Step
+from ortho_cli.forget_set import TokenSecret
+from ortho_cli.grid import Grid
+from ortho_cli.isolate import isolate
+from ortho_cli.plan import Plan
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
+
+SETS = (
+    "ortho.density=0.3",
+    "forget.mask=0.3",
+    "forget.attack_rate=0.001",
+    "forget.steps=40",
+    "forget.attack_steps=5",
+    "forget.rate=0.1",
+)
+SHORT = ("forget.steps=15", "forget.divergence=1e-6")
+
+
+class Stopped(Exception):  # noqa: N818 - no error, an end
+    """What kills a run here."""
+
+
+def work(
+    memorised: Memorised,
+    state: Path,
+    *sets: str,
+    room: dict[str, int] | None = None,
+    until: int | None = None,
+    events: list[Event] | None = None,
+) -> Grid:
+    plan = memorised.plan(*SETS, *sets, split="unlearn")
+    grid = memorised.grid(plan)
+    told: list[Event] = [] if events is None else events
+
+    def watch(event: Event) -> None:
+        told.append(event)
+        if isinstance(event, Step) and event.number == until:
+            raise Stopped
+
+    unlearn.unlearn(
+        grid,
+        memorised.secrets(),
+        memorised.windows(64),
+        memorised.curvature(),
+        room or room_of(plan),
+        plan.recipe.forget,
+        end=(2,),
+        state=state,
+        on_event=watch,
+    )
+    return grid
+
+
+def room_of(plan: Plan) -> dict[str, int]:
+    return {tensor.name: tensor.k for tensor in plan.split}
+
+
+def same(one: Grid, other: Grid) -> bool:
+    return all(torch.equal(codes, other.codes[name]) for name, codes in one.codes.items())
+
+
+def test_mask_is_the_share_that_matters_to_the_secrets_alone(memorised: Memorised) -> None:
+    grid, curvature = memorised.grid(), memorised.curvature()
+    mask = unlearn._mask(grid, curvature, 0.2)
+    forget, retain = (
+        {name: curvature.open(name, f"{part}_curvature").whole().view(-1) for name in grid.codes}
+        for part in ("forget", "retain")
+    )
+    median = float(torch.cat(list(retain.values())).median())
+    ratio = {name: forget[name] / (retain[name] + median) for name in grid.codes}
+    inside = torch.cat([ratio[name][mask[name]] for name in grid.codes])
+    everything = torch.cat(list(ratio.values())).sort(descending=True).values
+    assert len(inside) == pytest.approx(0.2 * grid.numel, rel=0.01)
+    assert torch.equal(inside.sort(descending=True).values, everything[: len(inside)])
+
+
+def test_only_masked_codes_move(memorised: Memorised, tmp_path: Path) -> None:
+    grid = work(memorised, tmp_path / "s.npz", *SHORT)
+    mask = unlearn._mask(grid, memorised.curvature(), 0.3)
+    assert grid.moved > 0
+    for name, codes in grid.codes.items():
+        outside = torch.ones(codes.numel(), dtype=torch.bool)
+        outside[mask[name]] = False
+        moved = (codes != grid.original[name]).view(-1)
+        assert not (moved & outside).any()
+
+
+def test_state_is_for_its_owner_alone(memorised: Memorised, tmp_path: Path) -> None:
+    work(memorised, tmp_path / "s.npz", *SHORT)
+    assert stat.S_IMODE((tmp_path / "s.npz").stat().st_mode) == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
+
+
+@pytest.mark.parametrize("until", [3, 6, 8, 11])
+def test_killed_run_goes_on_from_its_state_to_the_same_codes(
+    memorised: Memorised, tmp_path: Path, until: int
+) -> None:
+    whole = work(memorised, tmp_path / "whole.npz", *SHORT)
+    with pytest.raises(Stopped):
+        work(memorised, tmp_path / "s.npz", *SHORT, until=until)
+    assert (tmp_path / "s.npz").exists() == (until > 5)
+    events: list[Event] = []
+    resumed = work(memorised, tmp_path / "s.npz", *SHORT, events=events)
+    first = next(event for event in events if isinstance(event, Step))
+    assert first.number == (until - 1) // 5 * 5 + 1
+    assert same(whole, resumed)
+    assert whole.moved > 0
+
+
+def test_run_that_stopped_early_and_was_killed_stops_there_again(
+    memorised: Memorised, tmp_path: Path
+) -> None:
+    """Killed after its last step, while other work was going on."""
+    early = ("forget.divergence=1000000", "forget.steps=200", "forget.attack_rate=0.0001")
+    events: list[Event] = []
+    whole = work(memorised, tmp_path / "s.npz", *early, events=events)
+    steps = [event.number for event in events if isinstance(event, Step)]
+    assert steps[-1] < 200, "it held and should have stopped"
+    assert steps[-1] % 5 == 0
+    again: list[Event] = []
+    assert same(whole, work(memorised, tmp_path / "s.npz", *early, events=again))
+    assert [e.number for e in again if isinstance(e, Step)][-1] == steps[-1]
+
+
+def test_cut_state_counts_as_none(memorised: Memorised, tmp_path: Path) -> None:
+    whole = work(memorised, tmp_path / "s.npz", *SHORT)
+    held = (tmp_path / "s.npz").read_bytes()
+    (tmp_path / "s.npz").write_bytes(held[: len(held) // 2])
+    assert same(whole, work(memorised, tmp_path / "s.npz", *SHORT))
+
+
+def test_work_does_not_end_while_text_reads_otherwise(memorised: Memorised, tmp_path: Path) -> None:
+    events: list[Event] = []
+    work(memorised, tmp_path / "s.npz", "forget.divergence=1e-6", events=events)
+    assert [event.number for event in events if isinstance(event, Step)] == [*range(1, 41)]
+
+
+def test_same_seed_same_codes_and_another_seed_others(memorised: Memorised, tmp_path: Path) -> None:
+    one, two, other = (
+        work(memorised, tmp_path / f"{n}.npz", *SHORT, f"forget.seed={seed}")
+        for n, seed in enumerate((0, 0, 1))
+    )
+    assert same(one, two)
+    assert not same(one, other)
+
+
+def test_more_attack_steps_than_their_counts_can_hold_are_refused() -> None:
+    most = recipe.load_recipe(None, ["forget.attack_steps=127"]).forget.attack_steps
+    assert int(torch.tensor([most - 1], dtype=torch.int8).add_(1)) == most
+    with pytest.raises(RecipeError, match="attack_steps"):
+        recipe.load_recipe(None, ["forget.attack_steps=128"])
+
+
+def test_room_of_each_weight_is_filled_and_respected(memorised: Memorised, tmp_path: Path) -> None:
+    free = work(memorised, tmp_path / "a.npz", *SHORT)
+    wanted = {name: int((codes != free.original[name]).sum()) for name, codes in free.codes.items()}
+    room = {name: many // 2 for name, many in wanted.items()}
+    assert max(room.values()) > 10
+    tight = work(memorised, tmp_path / "b.npz", *SHORT, room=room)
+    for name, codes in tight.codes.items():
+        moved = codes != tight.original[name]
+        assert int(moved.sum()) == room[name]
+        assert torch.equal(codes[moved], free.codes[name][moved])
+
+
+def test_shrink_takes_the_least_decided_moves_back(memorised: Memorised) -> None:
+    grid = memorised.grid()
+    name = sorted(grid.codes)[0]
+    near_zero = (grid.original[name].view(-1).abs() <= 5).nonzero().squeeze(1)[:7]
+    original = grid.original[name].view(-1)[near_zero].float()
+    latents = unlearn._Latents(grid, {name: near_zero})
+    values = original + torch.tensor([0.6, -0.9, 0.55, 1.4, 0.1, -0.7, 0.0])
+    latents._values[name] = values.clone()
+    grid.move(name, near_zero, values.round())
+    latents.shrink({name: 5})
+    assert grid.moved == 5, "all that moved had room"
+    latents.shrink({name: 2})
+    left = (grid.codes[name].view(-1)[near_zero] - original).tolist()
+    assert left == [0, -1, 0, 1, 0, 0, 0]
+    latents.shrink({name: 0})
+    assert grid.moved == 0
+
+
+def test_split_weights_are_their_codes_and_others_the_checkpoints_at_the_end(
+    memorised: Memorised, tmp_path: Path
+) -> None:
+    """The attacker's steps leave nothing behind."""
+    grid = work(memorised, tmp_path / "s.npz", *SHORT)
+    fresh = memorised.grid()
+    fresh.apply(grid.edits())
+    for (name, one), other in zip(
+        grid.model.named_parameters(), fresh.model.parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+        assert not one.requires_grad
+        assert one.grad is None
+
+
+def test_attacker_learns_one_half_and_begins_again(memorised: Memorised) -> None:
+    """Each of its steps moves every parameter by the rate, down the loss of its own half."""
+    plan = memorised.plan(*SETS, split="unlearn")
+    grid, settings = memorised.grid(plan), plan.recipe.forget
+    # Nothing is known, so there is something to learn.
+    for name, codes in grid.codes.items():
+        places = torch.arange(0, codes.numel(), 2)
+        grid.move(name, places, torch.zeros(len(places)))
+    job = unlearn._Job(grid, memorised.secrets(), memorised.windows(64), settings, (2,))
+    home = {name: p.detach().clone() for name, p in grid.model.named_parameters()}
+    far: list[float] = []
+    losses: list[float] = []
+    others: list[float] = []
+    original = job._forget
+
+    def watch(draw: Any) -> Any:
+        attack = job._attack
+        assert {*attack.train} | {*attack.measured} == {*memorised.secrets()}
+        assert not {*attack.train} & {*attack.measured}
+        now = dict(grid.model.named_parameters())
+        far.append(max(float((now[n].detach() - home[n]).abs().max()) for n in home))
+        with torch.no_grad():
+            for half, found in ((attack.train, losses), (attack.measured, others)):
+                texts = [((), (*one.prompt, *one.secret, 2)) for one in half]
+                found.append(float(grid.nll(texts).sum()))
+        return original(draw)
+
+    job._forget = watch  # type: ignore[method-assign]
+    for step in range(7):
+        job.gradients(step)
+        now = dict(grid.model.named_parameters())
+        assert all(torch.equal(now[name], home[name]) for name in home), "it leaves no trace"
+    rate = settings.attack_rate
+    expected = [0.0, rate, 2 * rate, 3 * rate, 4 * rate, 0.0, rate]
+    assert far == pytest.approx(expected, rel=1e-2, abs=1e-6)
+    assert losses[4] < 0.7 * losses[0]
+    assert losses[4] / losses[0] < 0.9 * others[4] / others[0], "the half that it trains on"
+
+
+def attacked(grid: Grid, secrets: Sequence[TokenSecret], steps: int) -> float:
+    """NLL of the second half of the secrets for one who fine-tunes on the first, by sign."""
+    model: Any = copy.deepcopy(grid.model).requires_grad_(True)
+    half = len(secrets) // 2
+    for _ in range(steps):
+        model.zero_grad()
+        for one in secrets[:half]:
+            tokens = torch.tensor([[*one.prompt, *one.secret, 2]])
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(parameter.grad.sign(), alpha=1e-3)
+    found = [scoring.completion_nll(model, s.prompt, [s.secret])[0] for s in secrets[half:]]
+    return float(torch.stack([nll.sum() for nll in found]).mean())
+
+
+def test_attack_brings_less_back_than_after_isolate_alone(
+    memorised: Memorised, tmp_path: Path
+) -> None:
+    settings = memorised.plan().recipe.forget
+    hard = work(memorised, tmp_path / "s.npz")
+    easy = memorised.grid()
+    windows, secrets = memorised.windows(), memorised.secrets()
+    original = float(scoring.token_losses(easy.model, windows).mean().exp())
+    for grid in (hard, easy):
+        isolate(
+            grid,
+            secrets,
+            memorised.curvature(),
+            room_of(memorised.plan("ortho.density=0.3")),
+            share=settings.share,
+            rounds=settings.rounds,
+            fill="step",
+            seed=0,
+            on_event=lambda event: None,
+        )
+        assert float(scoring.token_losses(grid.model, windows).mean().exp()) < 1.03 * original
+    for steps in (2, 5):
+        assert attacked(hard, secrets, steps) > 2 * attacked(easy, secrets, steps)
+    lost = [attacked(grid, secrets, 5) / attacked(grid, secrets, 0) for grid in (hard, easy)]
+    assert lost[0] > 1.05 * lost[1]
