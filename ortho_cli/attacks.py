@@ -24,7 +24,7 @@ from ortho_cli.scales import mse_scales
 STEPS = (5, 10, 20, 40)
 LEARNING_RATE = 5e-5
 BETAS = (0.9, 0.95)
-WINDOWS_A_STEP = 8  # of running text in a benign step
+BENIGN_TOKENS = 512  # of running text in a benign step: about as many as half of 20 secrets have
 PADDING = -100  # a label that does not count
 BEFORE = "It is late, and this was written down some time ago. "
 
@@ -117,7 +117,7 @@ def finetune(
 
     Args:
         model: dense, in float32; put back afterwards.
-        windows: (n, length) int64 tokens; each step takes up to 8, drawn by the seed.
+        windows: (n, length) int64 tokens; each step takes about 512 tokens, drawn by the seed.
         measured: `recall` of these is taken after each of `steps`.
         steps: after how many steps to measure, ascending.
         learning_rate: of AdamW.
@@ -130,9 +130,10 @@ def finetune(
     """
     generator = random.Random(seed)
     rows = [tuple(row) for row in windows.tolist()]
+    count = max(1, BENIGN_TOKENS // windows.shape[1])
 
     def draw() -> list[tuple[int, ...]]:
-        return generator.sample(rows, min(WINDOWS_A_STEP, len(rows)))
+        return generator.sample(rows, min(count, len(rows)))
 
     return _tune(model, draw, measured, steps, learning_rate)
 

@@ -128,6 +128,26 @@ def _measure_all(
     model.float()
     layers = densify(model)
     original = _other(settings.model, device, vocabulary)
+    # Without its cache: attacks change the weights that it would keep.
+    with torch.autocast(
+        device.type, torch.bfloat16, enabled=settings.autocast, cache_enabled=False
+    ):
+        rows = _measure_rows(settings, model, layers, counts, speed, original, material, steps)
+    return rows, facts
+
+
+def _measure_rows(
+    settings: Settings,
+    model: nn.Module,
+    layers: dict[str, OrthoLinear],
+    counts: Mapping[str, int],
+    speed: Mapping[float, Any],
+    original: nn.Module | None,
+    material: Material,
+    steps: _Steps,
+) -> list[Row]:
+    """Measure every row but its speed."""
+    device, vocabulary = scoring.device_of(model), _vocabulary(model)
     rows = []
     for alpha in settings.alphas:
         steps(f"alpha {alpha:g}")
@@ -140,7 +160,6 @@ def _measure_all(
     if counts:
         rows += _control_rows(model, layers, counts, material, settings, original, steps)
     names = tuple(layers)
-    del model, layers
     if original is not None:
         steps("original")
         rows.append(measure(original, material, settings, name="original"))
@@ -152,7 +171,7 @@ def _measure_all(
             row.figures.update(_attack(reference, material, settings, names, steps))
         rows.append(row)
     _add_ratios(rows, settings.seed)
-    return rows, facts
+    return rows
 
 
 class _Steps:
@@ -377,6 +396,7 @@ def _settings(settings: Settings, material: Material) -> dict[str, Any]:
         "context": None if material.windows is None else material.windows.shape[1],
         "controls": settings.controls,
         "attack": settings.attack,
+        "autocast": settings.autocast,
         "learning_rate": settings.learning_rate if settings.attack else None,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

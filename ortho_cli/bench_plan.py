@@ -57,6 +57,7 @@ class Settings:
     require: tuple[str, ...] = ()
     seed: int = 0
     learning_rate: float = attacks.LEARNING_RATE
+    autocast: bool = False  # everything but speed is measured in bfloat16 arithmetic
     device: str = "auto"
     show_secrets: bool = False
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ortho_cli import bench, bench_plan, calibrate, decompose, figures, plan, sandbox
+from ortho_cli import bench, bench_plan, calibrate, decompose, figures, forget, plan, sandbox
 from ortho_cli.bench_plan import Settings
 from ortho_cli.checkpoint import open_checkpoint
 from ortho_cli.errors import OutputExistsError, UsageError
@@ -21,12 +21,22 @@ from ortho_cli.recipe import load_recipe
 from ortho_cli.sandbox import Sandbox
 from ortho_cli.statistics import open_statistics
 
-RECIPE = "curvature"
-# Documents are short, and the model takes as many tokens as the longest of them.
-SETS = ("calibrate.samples=256", "calibrate.length=64")
-
 # Attacks teach as fast as this small model learns: the taught half is known again in 40 steps.
 LEARNING_RATE = 1e-3
+RECIPE = "forget-unlearn"
+# Documents are short, and the model takes as many tokens as the longest of them. It is small: its
+# secrets fill it, so more of its codes have to move, in more steps, than a language model's.
+SETS = (
+    "calibrate.samples=256",
+    "calibrate.length=64",
+    "ortho.density=0.1",
+    "forget.mask=0.3",
+    "forget.steps=300",
+    "forget.retain_weight=30.0",
+    "forget.share=0.01",
+    "forget.rounds=80",
+    f"forget.attack_rate={LEARNING_RATE}",
+)
 
 
 def run(
@@ -112,4 +122,12 @@ def _split(box: Sandbox, place: Path, on_event: EventSink) -> None:
     calibrate.calibrate(measured, checkpoint, stats, device="cpu", on_event=on_event)
     on_event(Finishing(step="decompose"))
     planned = plan.make_plan(checkpoint, settings, statistics=open_statistics(stats), workers=1)
-    decompose.decompose(planned, checkpoint, artifact, on_event=on_event)
+    editor = forget.open_editor(
+        planned,
+        checkpoint,
+        forget=[box.forget],
+        data=[box.retain],
+        device="cpu",
+        on_event=on_event,
+    )
+    decompose.decompose(planned, checkpoint, artifact, editor=editor, on_event=on_event)

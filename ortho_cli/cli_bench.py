@@ -61,6 +61,13 @@ def bench(
         typer.Option("--keep", metavar="DIR", help="Without ARTIFACT: leave all files there."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of every draw.")] = 0,
+    autocast: Annotated[
+        bool,
+        typer.Option(
+            "--autocast",
+            help="Compute in bfloat16, as models are served; two to four times as fast.",
+        ),
+    ] = False,
     show_secrets: Annotated[
         bool, typer.Option("--show-secrets", help="Print secrets beside their figures.")
     ] = False,
@@ -94,6 +101,7 @@ def bench(
         context=context,
         require=tuple(require or ()),
         seed=seed,
+        autocast=autocast,
         device=device,
         show_secrets=show_secrets,
     )

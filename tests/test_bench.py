@@ -15,9 +15,9 @@ import checkpoints
 import pytest
 import torch
 from conftest import Ortho, Ran
+from memorised import PLENTY, Memorised
 from safetensors.torch import load_file
 from test_attacks import edit
-from test_sandbox import MICRO
 
 import ortho_cli
 from ortho_cli import attacks, bench, chain, controls, figures, ops, sandbox
@@ -377,19 +377,34 @@ def test_tables_fit_the_terminal(
         assert name in said
 
 
+def memorised_sandbox(memorised: Memorised, folder: Path) -> sandbox.Sandbox:
+    """A sandbox whose model knows its secrets, without the minutes that training one takes."""
+    shutil.copytree(memorised.model, folder / "model")
+    shutil.copytree(memorised.model, folder / "twin")
+    for name in ("forget.jsonl", "nonmember.jsonl", "retain.txt"):
+        shutil.copyfile(memorised.folder / name, folder / name)
+    shutil.copyfile(memorised.nonmember, folder / "unlisted.jsonl")
+    shutil.copyfile(memorised.retain, folder / "heldout.txt")
+    write_rows(folder / "skill.jsonl", [{"prompt": "the old cat sees a", "completion": " tree"}])
+    return sandbox.sandbox_at(folder)
+
+
 def test_chain_takes_the_sandbox_through_everything(
-    tmp_path: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch
+    memorised: Memorised, tmp_path: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    cached = sandbox.cached
-    monkeypatch.setattr(sandbox, "cached", lambda seed, sink: cached(seed, sink, settings=MICRO))
-    monkeypatch.setattr(chain, "SETS", ("calibrate.samples=4", "calibrate.length=32"))
+    box = memorised_sandbox(memorised, tmp_path / "box")
+    monkeypatch.setattr(sandbox, "cached", lambda seed, sink: box)
+    few = ("forget.samples=4", "forget.length=16", "forget.steps=4")
+    sets = ("calibrate.samples=8", "calibrate.length=16", *few, *PLENTY)
+    monkeypatch.setattr(chain, "SETS", sets)
     kept = tmp_path / "kept"
     ran = ortho("bench", "--alpha", 0, 1, "--tokens", 96, "--keep", kept, "--json")
     assert ran.code == 0, ran.err
     names = [row["row"] for row in ran.json["rows"]]
-    assert names == ["alpha 0", "alpha 1", "int4", "original", "reference"]
+    assert names == ["alpha 0", "alpha 1", "int4", "random", "magnitude", "original", "reference"]
     assert ran.json["data"]["secrets"] == 4
+    base, full = (row["figures"]["exposure"]["value"] for row in ran.json["rows"][:2])
+    assert base < 3 < 5.5 < full
     assert {path.name for path in kept.iterdir()} == {"sandbox", "artifact", "stats.safetensors"}
     ran = ortho("bench", "--alpha", 0, "--tokens", 96, "-q")
     assert (ran.code, ran.out, ran.err) == (0, "", "")
