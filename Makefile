@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test bench quality clean
+.PHONY: help install demo check test bench quality forgetting clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -32,11 +32,15 @@ check: install ## lint, format and types
 test: check ## all of check, then the tests
 	$(BIN)/pytest
 
-bench: install ## speed and memory beside the naive code and the disk (2.2 GB of scratch in demo/)
+bench: install ## speed beside the naive code and the disk (2.2 GB of scratch in demo/), then the small model under attack
 	$(BIN)/python tests/bench_speed.py
+	$(BIN)/ortho bench --alpha 0 1 --attack
 
 quality: install ## perplexity at equal bits: make quality MODEL=folder TRAIN=a.txt HELDOUT=b.txt
 	$(BIN)/python tests/bench_quality.py $(MODEL) $(TRAIN) $(HELDOUT)
+
+forgetting: install ## both forgetting splits on a model that memorised: make forgetting PLANTED=folder TWIN=folder
+	$(BIN)/python tests/bench_forgetting.py $(PLANTED) $(if $(TWIN),--twin $(TWIN))
 
 clean: ## remove .venv, caches and the demo
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
