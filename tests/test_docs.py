@@ -10,6 +10,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 from conftest import Ortho
+from memorised import Memorised
 
 from ortho_cli import cli, errors, recipe
 from ortho_cli.checkpoint import open_checkpoint
@@ -49,16 +50,51 @@ def test_readme_setup_is_two_make_targets_that_exist() -> None:
     targets = subprocess.run(
         ["make", "-C", str(ROOT), "help"], capture_output=True, text=True, check=True
     ).stdout
-    for target in ("help", "install", "demo", "check", "test", "bench", "quality", "clean"):
+    for target in (
+        "help",
+        "install",
+        "demo",
+        "check",
+        "test",
+        "bench",
+        "quality",
+        "forgetting",
+        "clean",
+    ):
         assert f"make {target}" in targets
     assert COMMANDS[:2] == ["make demo", "make test"]
 
 
+def prepare_forgetting(memorised: Memorised) -> None:
+    """Put a model that knows secrets where README's commands look for it."""
+    Path("SmolLM2").symlink_to(memorised.model)
+    Path("private.safetensors").symlink_to(memorised.stats)
+    Path("forget.jsonl").write_bytes(memorised.forget.read_bytes())
+    text = memorised.retain.read_text()
+    Path("train.txt").write_text("\n".join([text] * 25))
+    Path("heldout.txt").write_text(text)
+
+
 @pytest.mark.parametrize("command", ORTHO_COMMANDS)
 def test_readme_commands_run_on_the_pico_checkpoint(
-    pico: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch, command: str
+    pico: Path,
+    ortho: Ortho,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    command: str,
 ) -> None:
     monkeypatch.chdir(pico.parent)
+    if "forget.jsonl" in command:
+        prepare_forgetting(request.getfixturevalue("memorised"))
+        if command.startswith("ortho bench"):
+            made = "decompose SmolLM2 -o SmolLM2-split --recipe forget-isolate -q"
+            needs = "--stats private.safetensors --forget forget.jsonl"
+            assert ortho(*made.split(), *needs.split()).code == 0
+        elif command.startswith("ortho calibrate"):
+            Path("private.safetensors").unlink()  # it makes them
+        ran = ortho(*shlex.split(command)[1:])
+        assert ran.code == 0, ran.err
+        return
     (pico.parent / "SmolLM2").symlink_to(pico)
     if command.startswith("ortho calibrate"):
         checkpoints.save_tokenizer(pico, vocab=96)
@@ -73,13 +109,21 @@ def test_readme_commands_run_on_the_pico_checkpoint(
 
 
 @pytest.mark.parametrize("name", recipe.built_in())
-def test_every_recipe_plans_the_pico_checkpoint(pico: Path, name: str) -> None:
+def test_every_recipe_plans_the_pico_checkpoint(
+    pico: Path, request: pytest.FixtureRequest, name: str
+) -> None:
     settings = recipe.load_recipe(name)
-    found = None
+    found, before = None, None
+    if settings.forgets:
+        known: Memorised = request.getfixturevalue("memorised")
+        pico, found = known.model, open_statistics(known.stats)
+    if settings.ortho.split == "reference":
+        before = open_checkpoint(pico)
     if "curvature" in (settings.base.scale, settings.saliency.kind):
         checkpoints.save_statistics(pico.parent / "stats.safetensors", pico)
         found = open_statistics(pico.parent / "stats.safetensors")
-    assert make_plan(open_checkpoint(pico), settings, statistics=found).split
+    plan = make_plan(open_checkpoint(pico), settings, statistics=found, reference=before)
+    assert plan.split
 
 
 def test_readme_recipe_example_loads(tmp_path: Path) -> None:
