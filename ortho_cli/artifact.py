@@ -27,11 +27,13 @@ and of the most salient ones beside them:
 
     <p>.crow_indices  int32 (out + 1,)  int64 where nnz does not fit
     <p>.col_indices   uint16 (nnz,)     int32 where in - 1 does not fit; ascending in each row
-    <p>.values        dtype (nnz,)      the source weights themselves, bit for bit
+    <p>.values        dtype (nnz,)      the source weights themselves, bit for bit; see below
 
 The stream that runs is ortho = values - dequantize(base) at those positions, formed in float32 when
 loaded, so that alpha = 1 is exact there whatever base became. nnz is round(density * out * in), so
-every offset of both files follows from the source's headers.
+every offset of both files follows from the source's headers. With ortho.split unlearn, a moved
+position that saliency would not have kept holds scale * q of the source's own nearest code q:
+alpha = 1 is there the source's own INT4.
 
 **Files**: safetensors; tensors by element size (widest first), then name. `__metadata__` in order:
 

@@ -317,6 +317,7 @@ class _Job:
                     curvature=self._curvature,
                     by_curvature=self._plan.recipe.saliency.kind == "curvature",
                     edits=self._edits,
+                    moved_to_code=self._plan.recipe.ortho.split == "unlearn",
                     reference=self._reference,
                     stop=self._stop,
                     on_event=self._emit,

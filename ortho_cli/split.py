@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,59 @@ class Reference:
         self._reader.close()
 
 
+class _Moved:
+    """What forgetting moved of one tensor: all of it is kept, whatever its residual.
+
+    Codes move most easily where the source lies near the edge between two. Its own weight is then
+    half of the way to where they went, and a percent of those, exact among weights that are
+    rounded, still forgets. So alpha = 1 can give such positions the source's own code instead, and
+    its weight to those alone that saliency would have kept without forgetting.
+    """
+
+    def __init__(self, *, measures: int, to_code: bool) -> None:
+        self.energy = [0.0] * measures  # squares of each measure that alpha = 1 takes away
+        self.coded = 0  # positions where alpha = 1 is the source's code, not its weight
+        self._to_code = to_code
+        self._codes: list[npt.NDArray[np.generic]] = []
+        self._lost: list[list[npt.NDArray[np.float32]]] = []
+
+    def mark(self, places: Places, tile: _Tile, flat: Sequence[Any], *, by_curvature: bool) -> None:
+        """Sum up what the moves of a tile cost, and let the selection take them."""
+        at, _ = places
+        if self._to_code:
+            self._remember(torch.from_numpy(at), tile, by_curvature=by_curvature)
+        for i, measure in enumerate(flat):
+            self.energy[i] += _energy(measure[at])
+            measure[at] = 0.0 if i else np.inf
+
+    def _remember(self, at: Tensor, tile: _Tile, *, by_curvature: bool) -> None:
+        """Keep the source's own codes, dequantized, and what they cost."""
+        columns = tile.weight.shape[1]
+        weight = tile.weight.view(-1)[at].unsqueeze(1)
+        # A group lies inside a row, so flat indices count groups, too.
+        scales = tile.scales.reshape(-1)[at // (columns // tile.scales.shape[1])].unsqueeze(1)
+        code = ops.dequantize(ops.quantize(weight, scales), scales)
+        bits = torch.int32 if tile.scales.dtype.itemsize == 4 else torch.int16
+        self._codes.append(_flat(code.to(tile.scales.dtype).view(bits)))
+        lost = [code.sub_(weight).abs_().squeeze(1)]
+        if tile.root is not None:
+            root = tile.root[at % columns] if tile.root.ndim == 1 else tile.root.view(-1)[at]
+            lost.insert(0 if by_curvature else 1, lost[0] * root)
+        self._lost.append([_flat(one) for one in lost])
+
+    def give_back(self, saliency: Any, values: Any) -> None:
+        """Put codes where the source's weight would not be kept; infinite saliency marks moves."""
+        moved = np.isinf(saliency)
+        if not self._codes or not moved.any():
+            return
+        lost = [np.concatenate(parts) for parts in zip(*self._lost, strict=True)]
+        coded = lost[0] < (np.inf if moved.all() else saliency[~moved].min())
+        self.coded = int(coded.sum())
+        values[np.flatnonzero(moved)[coded]] = np.concatenate(self._codes)[coded]
+        for i, measure in enumerate(lost):
+            self.energy[i] -= _energy(measure[coded])
+
+
 class Splitter:
     """Works on one tensor after another; each worker has its own, with its own buffers."""
 
@@ -84,6 +137,7 @@ class Splitter:
         curvature: CurvatureReader | None = None,
         by_curvature: bool = False,
         edits: Edits | None = None,
+        moved_to_code: bool = False,
         reference: Reference | None = None,
         stop: threading.Event,
         on_event: EventSink,
@@ -91,6 +145,7 @@ class Splitter:
         """Say where tensors come from and go to, what selects a weight, and what stops the work."""
         self._reader, self._base, self._ortho = reader, base, ortho
         self._edits = edits or {}
+        self._moved_to_code = moved_to_code
         self._reference = reference
         self._group_size = group_size
         self._curvature, self._by_curvature = curvature, by_curvature
@@ -243,7 +298,7 @@ class Splitter:
         edit = self._edits.get(tensor.name)
         digest, signal = blake3(), 0.0
         noise = [0.0] * (1 + bool(curvature) + bool(self._reference))
-        forced = [0.0 for _ in noise]
+        moved = _Moved(measures=len(noise), to_code=self._moved_to_code)
         step = tile_rows(tensor.source.shape)
         bits = torch.int32 if dtype.itemsize == 4 else torch.int16
         top = ops.TopK(
@@ -281,10 +336,8 @@ class Splitter:
             if not all(map(math.isfinite, noise)):
                 raise _overflow(tensor, measures, row * columns)
             saliency, *others = flat = [_flat(measure) for measure in measures]
-            if changed is not None:  # what forgetting moved is kept whatever its residual
-                forced = [f + _energy(m[changed[0]]) for f, m in zip(forced, flat, strict=True)]
-                for measure, mark in zip(flat, (np.inf, 0.0, 0.0), strict=False):
-                    measure[changed[0]] = mark
+            if changed is not None:
+                moved.mark(changed, tile, flat, by_curvature=self._by_curvature)
             top.push(saliency, [_flat(raw.view(bits)), *others], start=row * columns)
             on_event(Advanced(nbytes=raw.nbytes))
         if top.short:
@@ -294,12 +347,14 @@ class Splitter:
             curvature.check_source(digest.hexdigest())
         base["weight_shape"].write(as_bytes(torch.tensor([rows, columns], dtype=torch.int64)))
         indices, first, (values, *second) = top.finish()
+        moved.give_back(first, values)
         ortho = self._write_csr(tensor, indices, values)
         # Everything kept is exact; a difference of sums would not come out as 0.
         first = first[np.isfinite(first)]
+        whole = tensor.k == tensor.source.numel and not moved.coded
         kept = [
-            total if tensor.k == tensor.source.numel else min(_energy(values) + moved, total)
-            for values, total, moved in zip((first, *second), noise, forced, strict=True)
+            total if whole else min(_energy(values) + back, total)
+            for values, total, back in zip((first, *second), noise, moved.energy, strict=True)
         ]
         names = ["noise", "curvature_noise"][: 1 + bool(curvature)]
         if self._by_curvature:

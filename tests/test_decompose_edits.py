@@ -29,7 +29,7 @@ from ortho_cli.errors import CalibrationError, Interrupted, OutputExistsError, R
 from ortho_cli.events import Event, EventSink, TensorDone
 from ortho_cli.journal import work_folder
 from ortho_cli.plan import Plan, make_plan
-from ortho_cli.statistics import open_statistics
+from ortho_cli.statistics import Statistics, open_statistics
 from ortho_cli.verify import verify
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -364,3 +364,50 @@ def test_recipe_that_forgets_is_nothing_without_an_editor(case: Case) -> None:
     with pytest.raises(RecipeError, match=r"ortho\.split is isolate"):
         work.decompose(case.plan(), open_checkpoint(case.source), case.place / "out")
     assert not (case.place / "out").exists()
+
+
+@pytest.mark.parametrize("density", [DENSITY, 0.005, 1.0])
+def test_unlearn_gives_codes_back_where_saliency_would_not_keep_the_weight(
+    case: Case,
+    pico_tensors: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    density: float,
+) -> None:
+    opened, found = open_checkpoint(case.source), open_statistics(case.stats)
+    monkeypatch.setattr(Statistics, "has_forget", True)
+    sets = ["ortho.split=unlearn", f"ortho.density={density}"]
+    plan = make_plan(opened, recipe.load_recipe(None, sets), statistics=found)
+    # All of k is moved where there is little room: nothing is left for saliency.
+    editor = Fake(draw_edits(plan, 1.0 if density == 0.005 else 0.25), case.place / "count")
+    report = work.decompose(plan, opened, case.place / "out", editor=editor)
+    base, ortho = streams(case.place / "out")
+    curvature = checkpoints.save_statistics(case.place / "again.safetensors", case.source)
+    kinds = set()
+    error = 0.0
+    for name, edit in editor.edits.items():
+        module, weight = name.removesuffix(".weight"), pico_tensors[name]
+        scales = base[f"{module}.weight_scale"]
+        own = reference.dequantize(reference.quantize(weight.float(), scales), scales)
+        saliency = (own - weight.float()).abs() * curvature[name].sqrt()
+        crow = ortho[f"{module}.crow_indices"].long()
+        rows = torch.arange(len(crow) - 1).repeat_interleave(crow.diff())
+        flat = rows * weight.shape[1] + ortho[f"{module}.col_indices"].long()
+        moved = torch.isin(flat, torch.from_numpy(edit.positions))
+        at = saliency.view(-1)[flat]
+        bar = at[~moved].min() if not bool(moved.all()) else torch.tensor(torch.inf)
+        coded = moved & (at < bar)
+        wanted = torch.where(coded, own.view(-1)[flat].to(weight.dtype), weight.view(-1)[flat])
+        assert torch.equal(ortho[f"{module}.values"], wanted)
+        kinds |= {(bool(m), bool(c)) for m, c in zip(moved.tolist(), coded.tolist(), strict=True)}
+        full = dequantized(base, module)
+        full.view(-1)[flat] = ortho[f"{module}.values"].float()
+        error += float(((full - weight.float()).double() ** 2 * curvature[name]).sum())
+    assert ((True, True) in kinds) == (density < 1.0)
+    assert ((True, False) in kinds) == (density != 0.005)
+    told = report["totals"]["curvature_error_alpha_1"]
+    assert told == pytest.approx(error, rel=1e-5, abs=1e-12)
+
+
+def dequantized(base: dict[str, Tensor], module: str) -> Tensor:
+    codes = ops.unpack_int4(base[f"{module}.weight_packed"])
+    return reference.dequantize(codes, base[f"{module}.weight_scale"])
