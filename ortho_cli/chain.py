@@ -112,12 +112,12 @@ def _check(settings: Settings, keep: Path | None) -> None:
 
 
 def _split(box: Sandbox, place: Path, on_event: EventSink) -> None:
-    """Calibrate on retain and forget set, and decompose with what was found."""
+    """Calibrate, and decompose so that base forgets."""
     stats, artifact = place / "stats.safetensors", place / "artifact"
     settings = load_recipe(RECIPE, SETS)
     checkpoint = open_checkpoint(box.model)
     on_event(Finishing(step="calibrate"))
-    sets = calibrate.read_sets(box.model, [box.retain], [box.forget], settings.calibrate)
+    sets = calibrate.read_sets(box.model, [box.retain], [], settings.calibrate)
     measured = calibrate.make_plan(checkpoint, settings, sets)
     calibrate.calibrate(measured, checkpoint, stats, device="cpu", on_event=on_event)
     on_event(Finishing(step="decompose"))

@@ -189,6 +189,19 @@ class Grid:
                 torch.autograd.backward([(nll * weights).sum()])
             return self.take_gradients()
 
+    def fisher(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+        """Mean over pairs of the squared gradient of their NLL, (out, in) float32 each.
+
+        On the grid: at the checkpoint's own weights what is known by heart has no gradient left.
+        """
+        found = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        with self.trainable():
+            for pair in pairs:
+                torch.autograd.backward([self.nll([pair]).sum()])
+                for name, gradient in self.take_gradients().items():
+                    found[name].addcmul_(gradient, gradient, value=1 / len(pairs))
+        return found
+
     def take_gradients(self) -> dict[str, Tensor]:
         """Take the gradients of the split weights away from them.
 

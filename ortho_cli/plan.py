@@ -15,7 +15,7 @@ from typing import Any, Literal
 from ortho_cli import __version__, artifact
 from ortho_cli.artifact import canonical_json
 from ortho_cli.checkpoint import Checkpoint, TensorInfo
-from ortho_cli.errors import CalibrationError, CheckpointError, RecipeError, ResourceError
+from ortho_cli.errors import CheckpointError, RecipeError, ResourceError
 from ortho_cli.journal import PARTIAL
 from ortho_cli.recipe import GROUP_SIZES, Recipe, Saliency, Scale, matches
 from ortho_cli.selection import select
@@ -268,18 +268,13 @@ def _check_split(
 ) -> None:
     """Refuse a split without what it needs, and a reference that is of another model."""
     split = recipe.ortho.split
-    if recipe.forgets:
-        parts = "fisher" if split == "isolate" else "fisher and a forget set"
-        if statistics is None or statistics.kind == "gram" or recipe.saliency.kind == "residual":
-            raise RecipeError(
-                f"ortho.split is {split}, and there are no statistics of {parts} that it may use",
-                hint="ortho calibrate MODEL --data FILE --forget FILE, then --stats",
-            )
-        if split == "unlearn" and not statistics.has_forget:
-            raise CalibrationError(
-                f"`{statistics.path}` holds nothing of a forget set, and ortho.split is unlearn",
-                hint="calibrate with --forget",
-            )
+    if recipe.forgets and (
+        statistics is None or statistics.kind == "gram" or recipe.saliency.kind == "residual"
+    ):
+        raise RecipeError(
+            f"ortho.split is {split}, and there are no statistics of fisher that it may use",
+            hint="ortho calibrate MODEL --data FILE, then --stats stats.safetensors",
+        )
     if (split == "reference") != (reference is not None):
         raise RecipeError(
             f"ortho.split is {split}, and {'no' if reference is None else 'a'} reference is given",

@@ -73,14 +73,14 @@ def unlearn(
         grid: the model; what moved is in it afterwards.
         secrets: what must go.
         retain: (n, length) int64 tokens of running text.
-        curvature: statistics of the retain and the forget set.
+        curvature: of the retain set.
         room: most codes of each weight that may be moved.
         settings: the recipe's `forget`.
         end: tokens that end a text, as an attacker would train on them; may be none.
         state: where unfinished work is kept, for its owner alone.
         on_event: told of each step.
     """
-    latents = _Latents(grid, _mask(grid, curvature, settings.mask))
+    latents = _Latents(grid, _mask(grid, secrets, curvature, settings.mask))
     job = _Job(grid, secrets, retain, settings, end)
     done = latents.load(state)
     for step in range(done, settings.steps):
@@ -313,23 +313,19 @@ def _divergence(original: Tensor, mine: Tensor) -> Tensor:
     return (p.exp() * (p - mine)).sum(-1).mean()
 
 
-def _mask(grid: Grid, curvature: CurvatureReader, share: float) -> dict[str, Tensor]:
+def _mask(
+    grid: Grid, secrets: Sequence[TokenSecret], curvature: CurvatureReader, share: float
+) -> dict[str, Tensor]:
     """Flat positions of the share of all weights with the largest F_forget / (F_retain + median).
 
     The median and the bar are estimated from every n-th weight; ties with the bar are in.
     """
     every = max(1, grid.numel // SAMPLE)
-    names = list(grid.codes)
-    retain = {n: read_statistic(curvature, n, "retain_curvature").view(-1) for n in names}
-    median = float(torch.cat([part[::every] for part in retain.values()]).median())
-    sampled = []
-    ratios = {}
-    for name in names:
-        ratio = read_statistic(curvature, name, "forget_curvature").view(-1)
-        ratios[name] = ratio / (retain.pop(name) + median)
-        sampled.append(ratios[name][::every])
-    values = torch.cat(sampled)
+    ratios = grid.fisher([(secret.prompt, secret.secret) for secret in secrets])
+    retain = {n: read_statistic(curvature, n, "retain_curvature") for n in ratios}
+    median = float(torch.cat([part.flatten()[::every] for part in retain.values()]).median())
+    for name, ratio in ratios.items():
+        ratio /= retain.pop(name).to(grid.device) + median
+    values = torch.cat([ratio.view(-1)[::every] for ratio in ratios.values()])
     bar = values.kthvalue(max(1, round(values.numel() * (1 - share)))).values
-    return {
-        name: (ratio >= bar).nonzero().squeeze(1).to(grid.device) for name, ratio in ratios.items()
-    }
+    return {name: (ratio.view(-1) >= bar).nonzero().squeeze(1) for name, ratio in ratios.items()}

@@ -80,7 +80,7 @@ def main() -> None:
         ortho("convert", planted / "model", "-o", model, "--dtype", "bfloat16")
     if not stats.exists():
         sets = [word for one in CALIBRATE for word in ("--set", f"calibrate.{one}")]
-        ortho("calibrate", model, "--data", retain, "--forget", forget, "-o", stats, *sets)
+        ortho("calibrate", model, "--data", retain, "-o", stats, *sets)
     for split in chosen.splits:
         out, told = work / split, work / f"{split}.json"
         if not out.exists():

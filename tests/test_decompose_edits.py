@@ -29,7 +29,7 @@ from ortho_cli.errors import CalibrationError, Interrupted, OutputExistsError, R
 from ortho_cli.events import Event, EventSink, TensorDone
 from ortho_cli.journal import work_folder
 from ortho_cli.plan import Plan, make_plan
-from ortho_cli.statistics import Statistics, open_statistics
+from ortho_cli.statistics import open_statistics
 from ortho_cli.verify import verify
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -370,11 +370,9 @@ def test_recipe_that_forgets_is_nothing_without_an_editor(case: Case) -> None:
 def test_unlearn_gives_codes_back_where_saliency_would_not_keep_the_weight(
     case: Case,
     pico_tensors: dict[str, Tensor],
-    monkeypatch: pytest.MonkeyPatch,
     density: float,
 ) -> None:
     opened, found = open_checkpoint(case.source), open_statistics(case.stats)
-    monkeypatch.setattr(Statistics, "has_forget", True)
     sets = ["ortho.split=unlearn", f"ortho.density={density}"]
     plan = make_plan(opened, recipe.load_recipe(None, sets), statistics=found)
     # All of k is moved where there is little room: nothing is left for saliency.

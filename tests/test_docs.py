@@ -68,7 +68,7 @@ def test_readme_setup_is_two_make_targets_that_exist() -> None:
 def prepare_forgetting(memorised: Memorised) -> None:
     """Put a model that knows secrets where README's commands look for it."""
     Path("SmolLM2").symlink_to(memorised.model)
-    Path("private.safetensors").symlink_to(memorised.stats)
+    Path("stats.safetensors").symlink_to(memorised.stats)
     Path("forget.jsonl").write_bytes(memorised.forget.read_bytes())
     text = memorised.retain.read_text()
     Path("train.txt").write_text("\n".join([text] * 25))
@@ -88,10 +88,8 @@ def test_readme_commands_run_on_the_pico_checkpoint(
         prepare_forgetting(request.getfixturevalue("memorised"))
         if command.startswith("ortho bench"):
             made = "decompose SmolLM2 -o SmolLM2-split --recipe forget-isolate -q"
-            needs = "--stats private.safetensors --forget forget.jsonl"
+            needs = "--stats stats.safetensors --forget forget.jsonl"
             assert ortho(*made.split(), *needs.split()).code == 0
-        elif command.startswith("ortho calibrate"):
-            Path("private.safetensors").unlink()  # it makes them
         ran = ortho(*shlex.split(command)[1:])
         assert ran.code == 0, ran.err
         return

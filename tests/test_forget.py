@@ -88,20 +88,16 @@ def test_recipe_that_forgets_needs_secrets_and_unlearn_text(memorised: Memorised
 
 
 @pytest.mark.parametrize(
-    ("split", "kind", "told"),
-    [
-        ("isolate", "gram", "isolate, and there are no statistics of fisher"),
-        ("unlearn", "gram", "unlearn, and there are no statistics of fisher and a forget set"),
-        ("unlearn", "fisher", "holds nothing of a forget set"),
-    ],
+    "split",
+    ["isolate", "unlearn"],
 )
 def test_statistics_that_cannot_serve_are_refused_by_the_plan(
-    memorised: Memorised, tmp_path: Path, split: str, kind: str, told: str
+    memorised: Memorised, tmp_path: Path, split: str
 ) -> None:
     path = tmp_path / "stats.safetensors"
-    checkpoints.save_statistics(path, memorised.model, kind=kind)
+    checkpoints.save_statistics(path, memorised.model, kind="gram")
     settings = recipe.load_recipe(None, [f"ortho.split={split}"])
-    with pytest.raises((RecipeError, CalibrationError), match=told):
+    with pytest.raises(RecipeError, match=f"{split}, and there are no statistics of fisher"):
         make_plan(memorised.checkpoint, settings, statistics=open_statistics(path))
     with pytest.raises(RecipeError, match="no statistics"):
         make_plan(memorised.checkpoint, settings)
