@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--twin", type=Path)
     parser.add_argument("--splits", nargs="+", default=["isolate", "unlearn"])
     parser.add_argument("--alpha", nargs="+", default=["0", "1"])
-    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="no controls and no attacks")
     parser.add_argument("--work", type=Path, default=Path("demo/forgetting"))
