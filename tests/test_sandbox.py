@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,7 @@ def test_cache_folder_depends_on_seed_and_settings(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("ORTHO_SLOW" not in os.environ, reason="takes minutes; set ORTHO_SLOW=1")
 def test_full_build_memorises_and_its_twin_does_not(tmp_path: Path) -> None:
     """The bench's own configuration: about a minute and a half on two quiet cores."""
     built = sandbox.build(tmp_path / "sandbox")
