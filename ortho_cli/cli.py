@@ -19,6 +19,7 @@ from ortho_cli.errors import UsageError
 from ortho_cli.options import (
     DeviceOption,
     JsonOption,
+    ModelDeviceOption,
     QuietOption,
     RecipeOption,
     SchemaOption,
@@ -104,7 +105,14 @@ def decompose(
         bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
     ] = False,
     workers: WorkersOption = None,
-    device: DeviceOption = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            help="Of the model that a recipe forgets in: auto, cpu, cuda or cuda:N. Splitting is "
+            "done on the CPU.",
+        ),
+    ] = "auto",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -169,7 +177,7 @@ def calibrate(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be measured and write nothing.")
     ] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: ModelDeviceOption = "auto",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,

@@ -14,6 +14,7 @@ from ortho_cli.options import (
     DataOption,
     ForgetOption,
     JsonOption,
+    ModelDeviceOption,
     ModelOption,
     NonmemberOption,
     QuietOption,
@@ -71,7 +72,7 @@ def bench(
     show_secrets: Annotated[
         bool, typer.Option("--show-secrets", help="Print secrets beside their figures.")
     ] = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: ModelDeviceOption = "auto",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,

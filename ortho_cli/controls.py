@@ -2,7 +2,7 @@
 
 That is INT4 with nothing forgotten, and edits of the same size that know nothing of the secrets.
 Both files hold what is needed: base's codes were moved only at positions that the ortho stream
-keeps, and its values there are the source's weights.
+keeps, and its values there, the source's weights or its own INT4, round to the source's codes.
 """
 
 from __future__ import annotations

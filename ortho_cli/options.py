@@ -68,6 +68,9 @@ WorkersOption = Annotated[
 DeviceOption = Annotated[
     str, typer.Option("--device", help="auto or cpu; this version computes on the CPU.")
 ]
+ModelDeviceOption = Annotated[
+    str, typer.Option("--device", help="Of the model: auto, cpu, cuda or cuda:N.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 VerboseOption = Annotated[
