@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ortho_cli import ops, scoring
 from ortho_cli.errors import NumericalError, UsageError
 from ortho_cli.forget_set import TokenSecret
-from ortho_cli.scales import mse_scales
+from ortho_cli.streams import base_scales
 
 STEPS = (5, 10, 20, 40)
 LEARNING_RATE = 5e-5
@@ -165,9 +165,7 @@ def _tune(
 def _loss(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Tensor:
     """Mean NLL over every token but the first of each; padding stands on the right."""
     device = scoring.device_of(model)
-    longest = max(map(len, sequences))
-    padded = [[*row, *[PADDING] * (longest - len(row))] for row in sequences]
-    labels = torch.tensor(padded, device=device)
+    labels = scoring.pad(sequences, PADDING).to(device)
     logits: Tensor = model(labels.clamp_min(0)).logits[:, :-1]
     return nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=PADDING
@@ -248,14 +246,13 @@ def requantized(
         NumericalError: an NLL is NaN or infinite.
     Source: arXiv:2410.16454: rounding brings back what training hid in small differences.
     """
-    search = mse_scales if scale == "mse" else ops.absmax_scales
     weights: Mapping[str, Tensor] = {name: _weight(model, name) for name in names}
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     try:
         with torch.no_grad():
             for name, weight in weights.items():
                 wide = before[name].float().cpu()
-                scales = search(wide, group_size=group_size, dtype=torch.float32)
+                scales = base_scales(scale, wide, None, group_size)
                 weight.copy_(ops.dequantize(ops.quantize(wide, scales), scales))
         return recall(model, measured)
     finally:

@@ -28,9 +28,9 @@ class CurvatureReader:
         with _ours():
             self._reader = ShardReader(statistics.as_checkpoint())
 
-    def open(self, name: str, part: str = "retain_curvature") -> Curvature:
-        """Begin one pass over the curvature of the weight `name`, of the retain set by itself."""
-        return Curvature(self, name, part)
+    def open(self, name: str) -> Curvature:
+        """Begin one pass over the curvature of the weight `name`."""
+        return Curvature(self, name)
 
     def read(self, buffer: memoryview, tensor: TensorInfo, *, start: int = 0) -> None:
         """Fill `buffer` with the tensor's bytes from `start` on."""
@@ -50,11 +50,11 @@ class CurvatureReader:
 class Curvature:
     """One pass over the curvature of one weight, in order; what has (in,) or (out,) is held."""
 
-    def __init__(self, reader: CurvatureReader, name: str, part: str) -> None:
+    def __init__(self, reader: CurvatureReader, name: str) -> None:
         """Read what is small, and check it."""
         self._reader, self._name = reader, name
         self._digest = blake3()
-        key = f"{module_of(name)}.{part}"
+        key = f"{module_of(name)}.retain_curvature"
         self._full = reader.infos.get(key)
         self._rows: Tensor | None = None
         self._columns: Tensor | None = None
@@ -74,10 +74,10 @@ class Curvature:
 
     def whole(self) -> Tensor:
         """Read all of it, float32: (in,) where rows do not differ, or (out, in)."""
-        rows = self._reader.statistics.tensors[self._name]["shape"][0]
-        found, _ = self.tile(0, rows, empty=ops.torch_empty)
-        self.finish()
-        return found
+        if self._columns is None:
+            assert self._full is not None
+            return self._load(self._full).float()
+        return self._columns if self._rows is None else self._rows * self._columns
 
     def sample(self, rows: Sequence[int], count: int, *, empty: Empty) -> tuple[Tensor, Tensor]:
         """Read `count` rows from each of `rows` on, outside of the pass."""

@@ -33,11 +33,9 @@ from ortho_cli.estimates import (
 )
 from ortho_cli.forget_set import TokenSecret
 from ortho_cli.scoring import (
-    Forward,
     SecretScore,
     WindowScores,
     chance_exposure,
-    compare_windows,
     completion_nll,
     device_of,
     logits_of,
@@ -213,35 +211,30 @@ def sampled_extraction(
     }
 
 
-def quality(
-    model: nn.Module, windows: Tensor, *, original: Forward | None = None, seed: int = 0
-) -> Figure:
-    """Measure a model on held-out running text and, with an original, how far it is from it.
+def quality_figures(found: WindowScores, *, seed: int = 0) -> Figure:
+    """Turn scores of held-out running text into figures, with an original's also of the distance.
 
         perplexity = exp(mean NLL),   perplexity_ratio = exp(mean (NLL - original NLL))
         kl = mean over tokens of KL(original || model)
 
     Args:
-        model: a causal language model.
-        windows: (n, length) int64 tokens, length >= 2; the first token of each is not predicted.
-        original: another model, or a function from tokens to its output; one pass serves all.
+        found: as `scoring.compare_windows` gives them.
         seed: of the bootstrap, over windows.
     Returns:
         `perplexity`; with an original also `original_perplexity`, `perplexity_ratio` (paired), `kl`
         in nats a token and `agreement`, the share of tokens for which both find the same one most
         likely. `n` counts predicted tokens, beside `windows` and `context`.
-    Raises:
-        UsageError: no window, or one of fewer than 2 tokens.
-        NumericalError: a figure is NaN or infinite.
     A mean NLL above 700 nats counts as 700.
     """
-    return quality_figures(compare_windows(model, windows, original), seed=seed)
-
-
-def quality_figures(found: WindowScores, *, seed: int = 0) -> Figure:
-    """Turn scores of running text into the figures of `quality`."""
     figures = {"perplexity": _over_windows(found.nll, _exponential, seed)}
-    return figures | _distance(found, seed)
+    if found.original_nll is None or found.kl is None or found.agree is None:
+        return figures
+    return figures | {
+        "original_perplexity": _over_windows(found.original_nll, _exponential, seed),
+        "perplexity_ratio": ratio(found.nll, found.original_nll, seed=seed),
+        "kl": _over_windows(found.kl, mean, seed),
+        "agreement": _over_windows(found.agree, mean, seed),
+    }
 
 
 def ratio(nll: Tensor, other: Tensor, *, seed: int = 0) -> Figure:
@@ -256,28 +249,6 @@ def ratio(nll: Tensor, other: Tensor, *, seed: int = 0) -> Figure:
     A mean difference above 700 nats counts as 700.
     """
     return _over_windows(nll - other, _exponential, seed)
-
-
-def perplexity(model: nn.Module, windows: Tensor, *, seed: int = 0) -> Figure:
-    """Give the perplexity of running text alone: `quality` without an original."""
-    found = compare_windows(model, windows)
-    return _over_windows(found.nll, _exponential, seed)
-
-
-def compare(model: nn.Module, original: Forward, windows: Tensor, *, seed: int = 0) -> Figure:
-    """Give the distance from an original alone: all of `quality` but the perplexity."""
-    return _distance(compare_windows(model, windows, original), seed)
-
-
-def _distance(found: WindowScores, seed: int) -> Figure:
-    if found.original_nll is None or found.kl is None or found.agree is None:
-        return {}
-    return {
-        "original_perplexity": _over_windows(found.original_nll, _exponential, seed),
-        "perplexity_ratio": ratio(found.nll, found.original_nll, seed=seed),
-        "kl": _over_windows(found.kl, mean, seed),
-        "agreement": _over_windows(found.agree, mean, seed),
-    }
 
 
 def _over_windows(tokens: Tensor, statistic: Callable[[Values], float], seed: int) -> Figure:

@@ -16,6 +16,7 @@ from ortho_cli.curvature import CurvatureReader
 from ortho_cli.edits import Edit, Edits
 from ortho_cli.errors import NumericalError
 from ortho_cli.plan import Plan
+from ortho_cli.scoring import pad
 from ortho_cli.split import TORCH_DTYPES
 from ortho_cli.streams import base_scales
 
@@ -64,7 +65,7 @@ class Grid:
             raw = self._read(tensor.name)
             near = None
             if tensor.scale == "curvature":
-                near = read_statistic(curvature, tensor.name, "retain_curvature")
+                near = curvature.open(tensor.name).whole()
             scales = base_scales(str(tensor.scale), raw, near, plan.group_size)
             if not ops.all_finite(scales):
                 raise NumericalError(
@@ -161,8 +162,8 @@ class Grid:
 
     def pair_logits(self, pairs: Sequence[Pair]) -> Tensor:
         """Logits (n, longest, vocabulary) of rows that hold both parts of a pair."""
-        tokens = _padded([[*first, *second] for first, second in pairs], 0)
-        mask = _padded([[1] * (len(first) + len(second)) for first, second in pairs], 0)
+        tokens = pad([[*first, *second] for first, second in pairs])
+        mask = pad([[1] * (len(first) + len(second)) for first, second in pairs])
         return self.logits(tokens, mask)
 
     def nll(self, pairs: Sequence[Pair]) -> Tensor:
@@ -171,7 +172,7 @@ class Grid:
         Returns:
             (n,) float32, nats.
         """
-        labels = _padded([[*(-100 for _ in first), *second] for first, second in pairs], -100)
+        labels = pad([[*(-100 for _ in first), *second] for first, second in pairs], -100)
         losses = nn.functional.cross_entropy(
             self.pair_logits(pairs)[:, :-1].transpose(1, 2).float(),
             labels[:, 1:].to(self.device),
@@ -232,11 +233,6 @@ class Grid:
                 weight.grad = None
 
 
-def read_statistic(reader: CurvatureReader, name: str, part: str) -> Tensor:
-    """Read one part of a weight's statistics whole, (out, in) or (in,) float32."""
-    return reader.open(name, part).whole()
-
-
 def batches(items: Sequence[T], pair: Callable[[T], Pair]) -> Iterator[list[T]]:
     """Part items into passes of about BATCH_TOKENS tokens; `pair` gives the tokens of one."""
     batch: list[T] = []
@@ -250,8 +246,3 @@ def batches(items: Sequence[T], pair: Callable[[T], Pair]) -> Iterator[list[T]]:
         longest = max(longest, length)
     if batch:
         yield batch
-
-
-def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])

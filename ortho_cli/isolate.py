@@ -27,7 +27,7 @@ from torch import Tensor
 from ortho_cli.curvature import CurvatureReader
 from ortho_cli.events import EventSink, Step
 from ortho_cli.forget_set import TokenSecret
-from ortho_cli.grid import Grid, read_statistic
+from ortho_cli.grid import Grid
 from ortho_cli.ops import CODE_MAX, CODE_MIN
 from ortho_cli.scoring import completion_nll
 
@@ -106,6 +106,7 @@ def isolate(
     # Small steps: a gradient holds for hundreds of codes, not for thousands.
     most = max(1, allowed // 64)
     size = max(1, most // 4)
+    floor = _mean_damage(grid, curvature)
     found = best = [standing(grid, secret) for secret in secrets]
     kept, waited = grid.edits(), 0
     for number in range(rounds):
@@ -121,7 +122,8 @@ def isolate(
             break
         before = found
         draw = random.Random(f"{seed} {number}")
-        step_round(grid, signs, curvature, room, min(size, budget - moved), PROPOSE[fill], draw)
+        now = min(size, budget - moved)
+        step_round(grid, signs, curvature, floor, room, now, PROPOSE[fill], draw)
         found = [standing(grid, secret) for secret in secrets]
         crossed = any(a.sign * b.sign < 0 for a, b in zip(before, found, strict=True))
         size = max(1, size // 2) if crossed else min(most, size + max(1, size // 2))
@@ -145,18 +147,18 @@ def step_round(
     grid: Grid,
     signs: dict[TokenSecret, float],
     curvature: CurvatureReader,
+    floor: float,
     room: dict[str, int],
     size: int,
     propose: Callable[[Tensor, Tensor, Tensor, int], Tensor],
     draw: random.Random,
 ) -> None:
-    """Move the `size` codes with the largest gain / damage."""
+    """Move the `size` codes with the largest gain / damage; `floor` is the mean damage."""
     pairs = [((s.prompt, s.secret), sign) for s, sign in signs.items()]
     for secret, sign in signs.items():
         others = draw.sample(secret.alternatives, min(CONTRAST, len(secret.alternatives)))
         pairs += [((secret.prompt, other), -sign / len(others)) for other in others]
     gradients = grid.gradient(pairs)
-    floor = _mean_damage(grid, curvature)
     names = sorted(gradients)
     best: list[Tensor] = []
     places: list[Tensor] = []
@@ -169,7 +171,7 @@ def step_round(
         goal = propose(codes, original, gradient, grid.group_size)
         ratio = (goal - codes) * spacing * gradient
         far = (goal - original) * spacing
-        near = read_statistic(curvature, name, "retain_curvature").to(grid.device)
+        near = curvature.open(name).whole().to(grid.device)
         ratio /= far.square_().mul_(near).add_(floor)
         free = room[name] - int((codes != original).sum())
         if free < size:  # no new places once it is full; those that moved may go on
@@ -200,7 +202,7 @@ def _mean_damage(grid: Grid, curvature: CurvatureReader) -> float:
     """Mean over all weights of what moving by one code costs: spacing^2 F."""
     total = 0.0
     for name in grid.codes:
-        near = read_statistic(curvature, name, "retain_curvature").to(grid.device)
+        near = curvature.open(name).whole().to(grid.device)
         total += float((grid.spacing(name).square_() * near).sum(dtype=torch.float64))
     return total / grid.numel
 

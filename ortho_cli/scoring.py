@@ -231,7 +231,7 @@ def sequence_hits(model: nn.Module, sequences: Sequence[TokenSequence]) -> list[
     size = 1
     while len(found) < len(sequences):
         batch = sequences[len(found) : len(found) + size]
-        padded = _pad([sequence.tokens for sequence in batch]).to(device)
+        padded = pad([sequence.tokens for sequence in batch]).to(device)
         logits = logits_of(model(padded))
         size = max(1, LOGITS // (logits.shape[-1] * longest))
         for row, sequence in enumerate(batch):
@@ -283,7 +283,7 @@ def _batches(
     size = max(1, LOGITS // (longest * first.shape[-1]))
     for begin in range(0, len(completions), size):
         batch = completions[begin : begin + size]
-        padded = _pad(batch).to(device)
+        padded = pad(batch).to(device)
         if not shared:
             whole = torch.cat((start.expand(len(batch), -1), padded), 1)
             yield batch, logits_of(model(whole))[:, len(prompt) - 1 : -1]
@@ -301,10 +301,10 @@ def takes_cache(model: nn.Module) -> bool:
     return "use_cache" in inspect.signature(model.forward).parameters
 
 
-def _pad(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Token rows as one (n, longest) int64 tensor, zeros on the right."""
+def pad(rows: Sequence[Sequence[int]], fill: int = 0) -> Tensor:
+    """Token rows as one (n, longest) int64 tensor, filled up on the right."""
     longest = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
 
 
 def logits_of(output: Any) -> Tensor:

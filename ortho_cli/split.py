@@ -23,13 +23,12 @@ from ortho_cli.errors import NumericalError
 from ortho_cli.events import Advanced, EventSink, TensorDone, null_sink
 from ortho_cli.ops import as_bytes
 from ortho_cli.plan import TILE_ELEMENTS, TensorPlan, tile_rows
-from ortho_cli.scales import curvature_scales, mse_scales
 from ortho_cli.selection import IGNORED
+from ortho_cli.streams import base_scales
 from ortho_cli.writer import CHUNK, DataFile, TensorStream
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 NUMPY_DTYPES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64}
-SCALES: dict[str, ops.Scales] = {"absmax": ops.absmax_scales, "mse": mse_scales}
 
 # Places of a tensor from which the selection's first bar is guessed.
 SAMPLE_BLOCKS = 16
@@ -239,29 +238,17 @@ class Splitter:
         grid: Tensor | None = None,
     ) -> _Tile:
         """Round a tile, or stand the `grid` of the reference in for its own."""
-        weight = scratch(tuple(raw.shape), torch.float32).copy_(raw)
-        source, old = weight, None
+        source = weight = scratch(tuple(raw.shape), torch.float32).copy_(raw)
         if grid is not None:
-            raw = grid
-            weight = scratch(tuple(raw.shape), torch.float32).copy_(raw)
-            old = weight
-        settings: dict[str, Any] = {
-            "group_size": self._group_size,
-            "dtype": raw.dtype,
-            "empty": scratch,
-        }
-        if tensor.scale == "curvature":
-            assert curvature is not None
-            scales = curvature_scales(raw, curvature[0], **settings)
-        else:
-            scales = SCALES[str(tensor.scale)](raw, **settings)
+            raw, weight = grid, scratch(tuple(grid.shape), torch.float32).copy_(grid)
+        near, root = curvature or (None, None)
+        scales = base_scales(str(tensor.scale), raw, near, self._group_size, empty=scratch)
         codes = ops.quantize(weight, scales, empty=scratch)
         if edit is not None:
             positions, changed = edit
             codes.view(-1).numpy()[positions] = changed
         residual = ops.dequantize(codes, scales, empty=scratch).sub_(source)
-        root = curvature[1] if curvature else None
-        delta = None if old is None else old.sub_(source)
+        delta = None if grid is None else weight.sub_(source)
         return _Tile(
             weight=source, scales=scales, codes=codes, residual=residual, root=root, delta=delta
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -107,12 +109,21 @@ def split_weight(
     }
 
 
-def base_scales(scale: str, raw: Tensor, curvature: Tensor | None, group_size: int) -> Tensor:
+def base_scales(
+    scale: str,
+    raw: Tensor,
+    curvature: Tensor | None,
+    group_size: int,
+    *,
+    empty: ops.Empty = ops.torch_empty,
+) -> Tensor:
     """Find base's scales of a weight, (out, groups) in its dtype; each row by itself."""
-    if scale == "curvature" and curvature is not None:
-        return curvature_scales(raw, curvature, group_size=group_size, dtype=raw.dtype)
+    settings: dict[str, Any] = {"group_size": group_size, "dtype": raw.dtype, "empty": empty}
+    if scale == "curvature":
+        assert curvature is not None
+        return curvature_scales(raw, curvature, **settings)
     search = mse_scales if scale == "mse" else ops.absmax_scales
-    return search(raw, group_size=group_size, dtype=raw.dtype)
+    return search(raw, **settings)
 
 
 def check_csr(

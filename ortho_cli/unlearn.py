@@ -42,7 +42,7 @@ from ortho_cli.curvature import CurvatureReader
 from ortho_cli.edits import load_arrays, save_arrays
 from ortho_cli.events import EventSink, Step
 from ortho_cli.forget_set import TokenSecret
-from ortho_cli.grid import Grid, batches, read_statistic
+from ortho_cli.grid import Grid, batches
 from ortho_cli.ops import CODE_MAX, CODE_MIN
 from ortho_cli.recipe import Forget
 
@@ -186,7 +186,6 @@ class _Job:
         self._held = {n: p.clone() for n, p in self._parameters.items() if id(p) not in split}
         self._attack = _Attack([], [], {})
         self._cycle: list[tuple[float, float]] = []  # hinge and divergence of the attack's steps
-        self.short = math.inf  # of what a secret should lose for the attacker, mean
         alternatives = [
             (secret.prompt, other)
             for secret in secrets
@@ -196,7 +195,8 @@ class _Job:
         self._alternatives = [alternatives[i : i + 5] for i in range(0, len(alternatives), 5)]
         with torch.no_grad():
             self._text = [self._log_probabilities(r) for r in torch.split(retain, RETAIN_BATCH)]
-            self._others = [self._completion_log_probabilities(b) for b in self._alternatives]
+            held = self._alternatives if settings.alternatives_weight else []
+            self._others = [self._completion_log_probabilities(batch) for batch in held]
             found = [grid.nll(batch) for batch in self._alternatives]
         self._tau = float(torch.cat(found).mean())
 
@@ -226,10 +226,10 @@ class _Job:
         self._grid.model.requires_grad_(True)
         try:
             self._displace()
-            forget = self._forget(draw)
+            forget, short = self._forget(draw)
             self._attacker_steps()
             self._restore()
-            self._keep(draw)
+            self._cycle.append((short, self._keep(draw)))
             return [forget, self._grid.take_gradients()]
         finally:
             self._grid.model.requires_grad_(False)
@@ -245,7 +245,8 @@ class _Job:
         for name, held in self._held.items():
             self._parameters[name].data.copy_(held)
 
-    def _forget(self, draw: random.Random) -> dict[str, Tensor]:
+    def _forget(self, draw: random.Random) -> tuple[dict[str, Tensor], float]:
+        """Take the gradient of the hinge; say how many nats secrets are short, in the mean."""
         measured = self._attack.measured
         with torch.no_grad():
             others = [(s.prompt, draw.choice(s.alternatives)) for s in measured]
@@ -257,10 +258,9 @@ class _Job:
             hinge = (goal - nll).clamp_min(0)
             short += float(hinge.detach().sum())
             torch.autograd.backward([hinge.sum() / len(self._secrets)])
-        self.short = short / len(measured)
         found = self._grid.take_gradients()
         self._grid.model.zero_grad(set_to_none=True)
-        return found
+        return found, short / len(measured)
 
     def _attacker_steps(self) -> None:
         texts = [((), (*s.prompt, *s.secret, *self._end)) for s in self._attack.train]
@@ -273,19 +273,19 @@ class _Job:
                 self._attack.signs[name] = sign if held is None else held.add_(sign)
                 parameter.grad = None
 
-    def _keep(self, draw: random.Random) -> None:
+    def _keep(self, draw: random.Random) -> float:
+        """Add the gradient of what must stay; give the divergence on text."""
         settings = self._settings
         number = draw.randrange(len(self._text))
         batch = self._retain[number * RETAIN_BATCH : (number + 1) * RETAIN_BATCH]
         kl = _divergence(self._text[number], self._log_probabilities(batch))
-        self._cycle.append((self.short, float(kl.detach())))
         torch.autograd.backward([settings.retain_weight * kl])
-        if not settings.alternatives_weight:
-            return
-        number = draw.randrange(len(self._alternatives))
-        mine = self._completion_log_probabilities(self._alternatives[number])
-        kl = _divergence(self._others[number], mine)
-        torch.autograd.backward([settings.alternatives_weight * kl])
+        if self._others:
+            number = draw.randrange(len(self._others))
+            mine = self._completion_log_probabilities(self._alternatives[number])
+            form = _divergence(self._others[number], mine)
+            torch.autograd.backward([settings.alternatives_weight * form])
+        return float(kl.detach())
 
     def _log_probabilities(self, tokens: Tensor) -> Tensor:
         return self._flat(self._grid.logits(tokens)[:, :-1])
@@ -322,7 +322,7 @@ def _mask(
     """
     every = max(1, grid.numel // SAMPLE)
     ratios = grid.fisher([(secret.prompt, secret.secret) for secret in secrets])
-    retain = {n: read_statistic(curvature, n, "retain_curvature") for n in ratios}
+    retain = {n: curvature.open(n).whole() for n in ratios}
     median = float(torch.cat([part.flatten()[::every] for part in retain.values()]).median())
     for name, ratio in ratios.items():
         ratio /= retain.pop(name).to(grid.device) + median
