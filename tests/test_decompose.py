@@ -393,10 +393,16 @@ def test_decompose_memory_is_a_few_tiles_whatever_the_size(tmp_path: Path) -> No
             tensors[f"{i}.a.weight"] = one.clone()
             tensors[f"{i}.b.weight"] = one.clone()
         checkpoints.save(tmp_path / f"m{times}", tensors)
-        command = [sys.executable, "-c", MEASURE, tmp_path / f"m{times}", tmp_path / f"out{times}"]
-        ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
-        over[times], planned = map(int, ran.stdout.split())
-        assert over[times] < 100e6
-        assert over[times] < 2 * planned
-    # Four times the model; on a busy machine two workers do not always peak together.
-    assert over[4] < 1.5 * over[1]
+        over[times] = 0
+        # The more tensors, the surer that two workers peak together: a small model gets more tries.
+        for go in range(4 // times):
+            out = tmp_path / f"out{times}.{go}"
+            command = [sys.executable, "-c", MEASURE, tmp_path / f"m{times}", out]
+            ran = subprocess.run(
+                list(map(str, command)), capture_output=True, text=True, check=True
+            )
+            peak, planned = map(int, ran.stdout.split())
+            assert peak < 100e6
+            assert peak < 2 * planned
+            over[times] = max(over[times], peak)
+    assert over[4] < 1.1 * over[1]
