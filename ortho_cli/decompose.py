@@ -318,6 +318,7 @@ class _Job:
                     by_curvature=self._plan.recipe.saliency.kind == "curvature",
                     edits=self._edits,
                     moved_to_code=self._plan.recipe.ortho.split == "unlearn",
+                    alone=self._plan.recipe.forgets,
                     reference=self._reference,
                     stop=self._stop,
                     on_event=self._emit,

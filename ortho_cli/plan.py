@@ -456,7 +456,7 @@ def _buffer_bytes(tensor: TensorPlan, statistics: Statistics | None) -> int:
         return 2 * CHUNK
     numel = tensor.source.numel
     elements = tile_rows(tensor.source.shape) * tensor.source.shape[1]
-    tile = elements * {"mse": 40, "curvature": 44}.get(str(tensor.scale), 24)
+    tile = elements * {"mse": 48, "curvature": 52}.get(str(tensor.scale), 24)
     more = 0
     if statistics is not None:
         # Curvature as read and in float32, its root, saliency, squares; vectors are held whole.
@@ -467,7 +467,9 @@ def _buffer_bytes(tensor: TensorPlan, statistics: Statistics | None) -> int:
     candidates = min(2 * tensor.k + elements, numel) * (
         8 + (4 if numel < 2**31 else 8) + value + more
     )
-    return tile + candidates + ((20 if tensor.k < numel else 8) + 2 * more) * tensor.k
+    # Scales and positions are held from one turn to the next.
+    held = 0 if tensor.scale == "absmax" else 2 * tensor.base[1].nbytes + 8 * tensor.k
+    return tile + candidates + held + ((20 if tensor.k < numel else 8) + 2 * more) * tensor.k
 
 
 def check_memory(plan: Plan) -> None:

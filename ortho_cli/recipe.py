@@ -80,7 +80,8 @@ class Base(_Strict):
     scale: Scale = Field(
         "absmax",
         description="absmax: max|w| / 7.5. mse: searched per group for least squared error. "
-        "curvature: the same, each weight's error weighted by its curvature.",
+        "curvature: the same, each weight's error weighted by its curvature. Both leave out what "
+        "ortho holds, unless base has to forget: then it must serve alone.",
     )
     rounding: Literal["nearest"] = "nearest"
 

@@ -5,6 +5,9 @@ Pure functions on CPU tensors, as in `ops`, whose conventions they share.
 
 from __future__ import annotations
 
+from itertools import chain
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -31,26 +34,40 @@ MSE_FACTORS = (
 )
 
 
+class Kept(NamedTuple):
+    """What is known of a tile once ortho's positions are."""
+
+    mask: Tensor  # (out, in) bool: ortho holds this weight
+    scales: Tensor  # (out, groups): base's scales before its positions were known
+
+
 def mse_scales(
-    weight: Tensor, *, group_size: int, dtype: torch.dtype, empty: Empty = torch_empty
+    weight: Tensor,
+    *,
+    group_size: int,
+    dtype: torch.dtype,
+    kept: Kept | None = None,
+    empty: Empty = torch_empty,
 ) -> Tensor:
     """Search each group's scale for the smallest squared error of what will be stored.
 
     scale = argmin over f in MSE_FACTORS of sum (w - dequantize(quantize(w, s_f)))^2,  s_f = f *
-    max|w| / 7.5.
+    max|w| / 7.5, both over the weights that base has to stand for.
 
     Args:
         weight: (out, in) float32, bfloat16 or float16; `group_size` divides in.
         group_size: neighbours in a row that share a scale.
         dtype: dtype the scales are stored in; candidates are rounded to it before they are judged.
+        kept: weights that ortho holds, which count for nothing here, and the scales to beat.
         empty: where temporaries come from.
     Returns:
-        (out, in / group_size) of `dtype`, > 0; the first factor of equals wins, so the error is
-        never above absmax's. Groups with NaN or infinity keep absmax's scale, which is not finite.
+        (out, in / group_size) of `dtype`, > 0; the first of equals wins, so the error is never
+        above absmax's, nor above that of `kept.scales`. Groups with NaN or infinity keep absmax's
+        scale, which is not finite.
     Source: the clipping search of AWQ (arXiv:2306.00978, section 3.2), with plain squared error per
         group.
     """
-    return _search_scales(weight, None, group_size, dtype, empty)
+    return _search_scales(weight, None, group_size, dtype, kept, empty)
 
 
 def curvature_scales(
@@ -59,6 +76,7 @@ def curvature_scales(
     *,
     group_size: int,
     dtype: torch.dtype,
+    kept: Kept | None = None,
     empty: Empty = torch_empty,
 ) -> Tensor:
     """Search as `mse_scales` does, each weight's squared error multiplied by its curvature.
@@ -72,39 +90,49 @@ def curvature_scales(
         curvature: (in,) or (out, in) float32, >= 0, finite.
         group_size: neighbours in a row that share a scale.
         dtype: dtype the scales are stored in; candidates are rounded to it before they are judged.
+        kept: as `mse_scales` takes it.
         empty: where temporaries come from.
     Returns:
         (out, in / group_size) of `dtype`, > 0. A group whose curvature is zero throughout keeps
-        absmax's scale, and so do groups with NaN or infinity.
+        the scale that stood first (absmax's, or that of `kept`), and so do groups with NaN or
+        infinity.
     Source: `mse_scales`, with the second-order loss of OBS (Hassibi and Stork 1993), diagonal.
     """
     groups = groups_of(curvature.view(-1, weight.shape[1]), weight.shape[1] // group_size)
     peak = groups.amax(-1, keepdim=True)
     peak = torch.where(peak > 0, peak, torch.ones_like(peak))
     relative = torch.div(groups, peak, out=empty(tuple(groups.shape), torch.float32))
-    return _search_scales(weight, relative, group_size, dtype, empty)
+    return _search_scales(weight, relative, group_size, dtype, kept, empty)
 
 
 def _search_scales(
-    weight: Tensor, importance: Tensor | None, group_size: int, dtype: torch.dtype, empty: Empty
+    weight: Tensor,
+    importance: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+    kept: Kept | None,
+    empty: Empty,
 ) -> Tensor:
     count = weight.shape[1] // group_size
+    if kept is not None:  # zero is a code of every grid: it widens none, and rounds without error
+        weight = torch.where(kept.mask, torch.zeros_like(weight), weight)
     largest = absmax(weight, count, empty).div_(HALF_RANGE)
     weight = weight.float()
-    best = round_scales(largest, dtype)
+    candidates = (round_scales(largest * factor, dtype) for factor in MSE_FACTORS)
+    best: Tensor | None = None
     best_error: Tensor | None = None
     buffers = Scratch()
-    for factor in MSE_FACTORS:
+    for candidate in candidates if kept is None else chain([kept.scales], candidates):
         buffers.reset()
-        candidate = round_scales(largest * factor, dtype)
         codes = quantize(weight, candidate, empty=buffers)
         error = dequantize(codes, candidate, empty=buffers).sub_(weight).square_()
         error = groups_of(error, count)
         error = (error if importance is None else error.mul_(importance)).sum(-1)
-        if best_error is None:
-            best_error = error
+        if best is None or best_error is None:
+            best, best_error = candidate, error
             continue
         better = error < best_error
         best = torch.where(better, candidate, best)
         best_error = torch.where(better, error, best_error)
+    assert best is not None
     return best

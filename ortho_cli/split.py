@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from ortho_cli import ops
-from ortho_cli.artifact import BASE_FILE, ORTHO_FILE, module_of
+from ortho_cli.artifact import BASE_FILE, ORTHO_FILE
 from ortho_cli.checkpoint import Checkpoint, ShardReader
 from ortho_cli.curvature import Curvature, CurvatureReader
 from ortho_cli.edits import Edits
@@ -23,8 +23,10 @@ from ortho_cli.errors import NumericalError
 from ortho_cli.events import Advanced, EventSink, TensorDone, null_sink
 from ortho_cli.ops import as_bytes
 from ortho_cli.plan import TILE_ELEMENTS, TensorPlan, tile_rows
+from ortho_cli.scales import Kept
 from ortho_cli.selection import IGNORED
-from ortho_cli.streams import base_scales
+from ortho_cli.streams import base_scales, chosen_alike, kept_within, rounds
+from ortho_cli.tally import Tally, Tile, first_bad, flat_of, measures_of
 from ortho_cli.writer import CHUNK, DataFile, TensorStream
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -38,15 +40,18 @@ Places = tuple[npt.NDArray[np.int64], npt.NDArray[np.int8]]  # of edits in a til
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Tile:
-    """Some rows of a tensor, split: weight = dequantize(codes, scales) - residual."""
+class _Found:
+    """What one pass over a tensor found; the next may begin with it."""
 
-    weight: Tensor
-    scales: Tensor
-    codes: Tensor
-    residual: Tensor
-    root: Tensor | None  # of the curvature
-    delta: Tensor | None  # reference - weight
+    entry: Entry
+    kept: npt.NDArray[np.integer[Any]]  # flat indices, ascending
+    scales: Tensor | None  # (out, groups)
+    columns: int
+
+    def within(self, row: int, rows: int) -> Kept:
+        """Look at some rows."""
+        assert self.scales is not None
+        return kept_within(self.kept, self.scales, self.columns, row, row + rows)
 
 
 class Reference:
@@ -70,59 +75,6 @@ class Reference:
         self._reader.close()
 
 
-class _Moved:
-    """What forgetting moved of one tensor: all of it is kept, whatever its residual.
-
-    Codes move most easily where the source lies near the edge between two. Its own weight is then
-    half of the way to where they went, and a percent of those, exact among weights that are
-    rounded, still forgets. So alpha = 1 can give such positions the source's own code instead, and
-    its weight to those alone that saliency would have kept without forgetting.
-    """
-
-    def __init__(self, *, measures: int, to_code: bool) -> None:
-        self.energy = [0.0] * measures  # squares of each measure that alpha = 1 takes away
-        self.coded = 0  # positions where alpha = 1 is the source's code, not its weight
-        self._to_code = to_code
-        self._codes: list[npt.NDArray[np.generic]] = []
-        self._lost: list[list[npt.NDArray[np.float32]]] = []
-
-    def mark(self, places: Places, tile: _Tile, flat: Sequence[Any], *, by_curvature: bool) -> None:
-        """Sum up what the moves of a tile cost, and let the selection take them."""
-        at, _ = places
-        if self._to_code:
-            self._remember(torch.from_numpy(at), tile, by_curvature=by_curvature)
-        for i, measure in enumerate(flat):
-            self.energy[i] += _energy(measure[at])
-            measure[at] = 0.0 if i else np.inf
-
-    def _remember(self, at: Tensor, tile: _Tile, *, by_curvature: bool) -> None:
-        """Keep the source's own codes, dequantized, and what they cost."""
-        columns = tile.weight.shape[1]
-        weight = tile.weight.view(-1)[at].unsqueeze(1)
-        # A group lies inside a row, so flat indices count groups, too.
-        scales = tile.scales.reshape(-1)[at // (columns // tile.scales.shape[1])].unsqueeze(1)
-        code = ops.dequantize(ops.quantize(weight, scales), scales)
-        bits = torch.int32 if tile.scales.dtype.itemsize == 4 else torch.int16
-        self._codes.append(_flat(code.to(tile.scales.dtype).view(bits)))
-        lost = [code.sub_(weight).abs_().squeeze(1)]
-        if tile.root is not None:
-            root = tile.root[at % columns] if tile.root.ndim == 1 else tile.root.view(-1)[at]
-            lost.insert(0 if by_curvature else 1, lost[0] * root)
-        self._lost.append([_flat(one) for one in lost])
-
-    def give_back(self, saliency: Any, values: Any) -> None:
-        """Put codes where the source's weight would not be kept; infinite saliency marks moves."""
-        moved = np.isinf(saliency)
-        if not self._codes or not moved.any():
-            return
-        lost = [np.concatenate(parts) for parts in zip(*self._lost, strict=True)]
-        coded = lost[0] < (np.inf if moved.all() else saliency[~moved].min())
-        self.coded = int(coded.sum())
-        values[np.flatnonzero(moved)[coded]] = np.concatenate(self._codes)[coded]
-        for i, measure in enumerate(lost):
-            self.energy[i] -= _energy(measure[coded])
-
-
 class Splitter:
     """Works on one tensor after another; each worker has its own, with its own buffers."""
 
@@ -137,6 +89,7 @@ class Splitter:
         by_curvature: bool = False,
         edits: Edits | None = None,
         moved_to_code: bool = False,
+        alone: bool = False,
         reference: Reference | None = None,
         stop: threading.Event,
         on_event: EventSink,
@@ -145,6 +98,7 @@ class Splitter:
         self._reader, self._base, self._ortho = reader, base, ortho
         self._edits = edits or {}
         self._moved_to_code = moved_to_code
+        self._alone = alone  # base has to serve without ortho
         self._reference = reference
         self._group_size = group_size
         self._curvature, self._by_curvature = curvature, by_curvature
@@ -194,9 +148,24 @@ class Splitter:
 
     def _split(self, tensor: TensorPlan) -> Entry:
         """Split one tensor: quantize each tile, keep the k weights that lose most."""
-        entry = self._split_above(tensor, self._guess_bar(tensor), on_event=self._on_event)
+        found = self._split_above(tensor, self._guess_bar(tensor), on_event=self._on_event)
         # Fewer than k weights above a guess that was too high: once more, without one.
-        return entry or self._split_above(tensor, None, on_event=null_sink) or {}
+        found = found or self._split_above(tensor, None, on_event=null_sink)
+        assert found is not None
+        for _ in range(self._rounds(tensor)):
+            before = found
+            found = self._split_above(tensor, None, before=before, on_event=null_sink)
+            assert found is not None
+            if np.array_equal(found.kept, before.kept):
+                break
+        return found.entry
+
+    def _rounds(self, tensor: TensorPlan) -> int:
+        """Say how often scales and positions may take turns; where base must serve alone, never."""
+        if self._alone or self._reference:
+            return 0
+        numel = tensor.source.numel
+        return rounds(str(tensor.scale), by_curvature=self._by_curvature, k=tensor.k, numel=numel)
 
     def _guess_bar(self, tensor: TensorPlan) -> float | None:
         """Guess from rows all over the tensor what saliency the k-th largest will exceed.
@@ -218,7 +187,8 @@ class Splitter:
             self._reader.read_into(piece, tensor.source, start=start * columns * dtype.itemsize)
         curvature = self._open_curvature(tensor)
         sampled = curvature.sample(starts, block, empty=scratch) if curvature else None
-        saliency = _flat(self._measures(self._quantize(tensor, raw, sampled, scratch), scratch)[0])
+        tile = self._quantize(tensor, raw, sampled, scratch)
+        saliency = flat_of(measures_of(tile, by_curvature=self._by_curvature, scratch=scratch)[0])
         wanted = tensor.k / tensor.source.numel * saliency.size
         rank = math.ceil(1.5 * wanted + 3 * math.sqrt(wanted)) + 1  # rows differ: aim low
         if rank >= saliency.size:
@@ -236,125 +206,106 @@ class Splitter:
         scratch: ops.Scratch,
         edit: Places | None = None,
         grid: Tensor | None = None,
-    ) -> _Tile:
+        kept: Kept | None = None,
+    ) -> Tile:
         """Round a tile, or stand the `grid` of the reference in for its own."""
         source = weight = scratch(tuple(raw.shape), torch.float32).copy_(raw)
         if grid is not None:
             raw, weight = grid, scratch(tuple(grid.shape), torch.float32).copy_(grid)
         near, root = curvature or (None, None)
-        scales = base_scales(str(tensor.scale), raw, near, self._group_size, empty=scratch)
+        scales = base_scales(
+            str(tensor.scale), raw, near, self._group_size, kept=kept, empty=scratch
+        )
         codes = ops.quantize(weight, scales, empty=scratch)
         if edit is not None:
             positions, changed = edit
             codes.view(-1).numpy()[positions] = changed
         residual = ops.dequantize(codes, scales, empty=scratch).sub_(source)
         delta = None if grid is None else weight.sub_(source)
-        return _Tile(
+        return Tile(
             weight=source, scales=scales, codes=codes, residual=residual, root=root, delta=delta
         )
 
-    def _measures(self, tile: _Tile, scratch: ops.Scratch) -> list[Tensor]:
-        """Measure what rounding costs, what selects first: |r|, and |r| sqrt(h) with statistics.
-
-        They order like their squares and neither underflow nor round.
-        """
-        weighted = (
-            [] if tile.root is None else [ops.saliency(tile.residual, tile.root, empty=scratch)]
-        )
-        plain = [tile.residual.abs_()]
-        found = weighted + plain if self._by_curvature else plain + weighted
-        if tile.delta is not None:
-            found.append(tile.delta.abs_() if tile.root is None else tile.delta.mul_(tile.root))
-        return found
+    def _read_grid(
+        self, tensor: TensorPlan, raw: Tensor, row: int, scratch: ops.Scratch
+    ) -> Tensor | None:
+        """Read the same rows of the reference."""
+        if self._reference is None:
+            return None
+        grid = scratch(tuple(raw.shape), raw.dtype)
+        start = row * raw.shape[1] * raw.dtype.itemsize
+        self._reference.read_into(as_bytes(grid), tensor.name, start=start)
+        return grid
 
     def _split_above(
-        self, tensor: TensorPlan, bar: float | None, *, on_event: EventSink
-    ) -> Entry | None:
+        self,
+        tensor: TensorPlan,
+        bar: float | None,
+        *,
+        before: _Found | None = None,
+        on_event: EventSink,
+    ) -> _Found | None:
         """Split one tensor in one pass; None if fewer than k residuals exceed `bar`."""
         scratch = self._tile  # valid for one tile
-        held = self._held  # valid for one tensor
-        held.reset()
+        self._held.reset()  # valid for one tensor
         rows, columns = tensor.source.shape
         dtype = TORCH_DTYPES[tensor.source.dtype]
-        module = module_of(tensor.name)
-        base = {
-            part: TensorStream(self._base, f"{module}.{part}")
-            for part in ("weight_packed", "weight_scale", "weight_shape")
-        }
         curvature = self._open_curvature(tensor)
         edit = self._edits.get(tensor.name)
-        digest, signal = blake3(), 0.0
-        noise = [0.0] * (1 + bool(curvature) + bool(self._reference))
-        moved = _Moved(measures=len(noise), to_code=self._moved_to_code)
+        alike = chosen_alike(str(tensor.scale), by_curvature=self._by_curvature)
+        digest = blake3()
+        base = [TensorStream(self._base, spec.key) for spec in tensor.base]
+        packed, stored, shape = base
+        scales = torch.empty(tensor.base[1].shape, dtype=dtype) if self._rounds(tensor) else None
         step = tile_rows(tensor.source.shape)
-        bits = torch.int32 if dtype.itemsize == 4 else torch.int16
-        top = ops.TopK(
-            tensor.k,
-            length=rows * columns,
+        sums = Tally(
+            tensor,
+            bar,
+            by_curvature=self._by_curvature,
+            curvature=curvature is not None,
+            reference=self._reference is not None,
+            to_code=self._moved_to_code,
             stretch=step * columns,
-            payloads=[bits, *(torch.float32 for _ in noise[1:])],
-            bar=bar,
-            empty=held,
+            empty=self._held,
         )
         for row in range(0, rows, step):
             scratch.reset()
-            raw = scratch((min(step, rows - row), columns), dtype)
+            count = min(step, rows - row)
+            raw = scratch((count, columns), dtype)
             self._read(tensor, as_bytes(raw), digest, start=row * columns * dtype.itemsize)
-            weights = curvature.tile(row, raw.shape[0], empty=scratch) if curvature else None
-            grid = None
-            if self._reference:
-                grid = scratch(tuple(raw.shape), dtype)
-                start = row * columns * dtype.itemsize
-                self._reference.read_into(as_bytes(grid), tensor.name, start=start)
+            weights = curvature.tile(row, count, empty=scratch) if curvature else None
+            known = before.within(row, count) if before else None
             changed = edit.within(row * columns, row * columns + raw.numel()) if edit else None
-            tile = self._quantize(tensor, raw, weights, scratch, changed, grid)
+            grid = self._read_grid(tensor, raw, row, scratch)
+            tile = self._quantize(tensor, raw, weights, scratch, changed, grid, known)
             if not ops.all_finite(tile.scales):
                 raise _not_finite(tensor, tile.weight, row * columns)
-            base["weight_packed"].write(as_bytes(ops.pack_int4(tile.codes, empty=scratch)))
-            base["weight_scale"].write(as_bytes(tile.scales))
-            signal += ops.squared_norm(tile.weight)
-            measures = self._measures(tile, scratch)
-            # Few weights hold most of the curvature: what is left without them needs float64.
-            wide = scratch(tuple(raw.shape), torch.float64) if curvature else None
-            noise = [
-                total + ops.squared_norm(measure, wide=wide)
-                for total, measure in zip(noise, measures, strict=True)
-            ]
-            if not all(map(math.isfinite, noise)):
-                raise _overflow(tensor, measures, row * columns)
-            saliency, *others = flat = [_flat(measure) for measure in measures]
-            if changed is not None:
-                moved.mark(changed, tile, flat, by_curvature=self._by_curvature)
-            top.push(saliency, [_flat(raw.view(bits)), *others], start=row * columns)
+            packed.write(as_bytes(ops.pack_int4(tile.codes, empty=scratch)))
+            stored.write(as_bytes(tile.scales))
+            if scales is not None:
+                scales[row : row + count] = tile.scales
+            stay = None if changed is None else changed[0]
+            if known and not alike:
+                stay = np.flatnonzero(flat_of(known.mask))
+            sums.take(tile, raw, stay, row=row, scratch=scratch)
             on_event(Advanced(nbytes=raw.nbytes))
-        if top.short:
+        if sums.short:
             return None
         if curvature:
             curvature.finish()
             curvature.check_source(digest.hexdigest())
-        base["weight_shape"].write(as_bytes(torch.tensor([rows, columns], dtype=torch.int64)))
-        indices, first, (values, *second) = top.finish()
-        moved.give_back(first, values)
-        ortho = self._write_csr(tensor, indices, values)
-        # Everything kept is exact; a difference of sums would not come out as 0.
-        first = first[np.isfinite(first)]
-        whole = tensor.k == tensor.source.numel and not moved.coded
-        kept = [
-            total if whole else min(_energy(values) + back, total)
-            for values, total, back in zip((first, *second), noise, moved.energy, strict=True)
-        ]
-        names = ["noise", "curvature_noise"][: 1 + bool(curvature)]
-        if self._by_curvature:
-            names.reverse()
-        names += ["delta"] if self._reference else []
-        return {
+        shape.write(as_bytes(torch.tensor([rows, columns], dtype=torch.int64)))
+        kept, values, measured = sums.finish()
+        entry = {
             "name": tensor.name,
             "source_blake3": digest.hexdigest(),
-            "signal": signal,
-            **dict(zip(names, noise, strict=False)),
-            **{f"{name}_kept": part for name, part in zip(names, kept, strict=False)},
-            "blake3": {BASE_FILE: _digests(base.values()), ORTHO_FILE: ortho},
+            **measured,
+            "blake3": {
+                BASE_FILE: _digests(base),
+                ORTHO_FILE: self._write_csr(tensor, kept, values),
+            },
         }
+        return _Found(entry=entry, kept=kept.copy(), scales=scales, columns=columns)
 
     def _write_csr(self, tensor: TensorPlan, indices: Any, values: Any) -> dict[str, str]:
         rows, columns = tensor.source.shape
@@ -387,44 +338,13 @@ def is_sound(entry: Entry, tensor: TensorPlan, *, curvature: bool = False) -> bo
     )
 
 
-def _flat(tensor: Tensor) -> Any:
-    return tensor.view(-1).numpy()
-
-
-def _energy(values: Any) -> float:
-    return float(np.square(values, dtype=np.float64).sum())
-
-
 def _digests(streams: Iterable[TensorStream]) -> dict[str, str]:
     return {stream.key: stream.digest.hexdigest() for stream in streams}
 
 
 def _not_finite(tensor: TensorPlan, values: Tensor, start: int) -> NumericalError:
-    value, position = _first_bad(tensor, values, start)
+    value, position = first_bad(tensor, values, start)
     return NumericalError(
         f"tensor `{tensor.name}` of `{tensor.source.shard}` holds {value} at {position}",
         hint="repair the checkpoint, or carry the tensor over as it is by adding it to `ignore`",
     )
-
-
-def _overflow(tensor: TensorPlan, measures: list[Tensor], start: int) -> NumericalError:
-    worst = next(m for m in measures if not ops.all_finite(m))
-    _, position = _first_bad(tensor, worst, start)
-    if any(ops.all_finite(measure) for measure in measures):
-        return NumericalError(
-            f"residual times curvature of `{tensor.name}` overflows at {position}",
-            hint="calibrate again, or add the tensor to `ignore`",
-        )
-    return NumericalError(
-        f"tensor `{tensor.name}` of `{tensor.source.shard}` overflows {tensor.source.dtype} "
-        f"when dequantized, at {position}",
-        hint="add the tensor to `ignore`, or cast a float16 checkpoint to bfloat16",
-    )
-
-
-def _first_bad(tensor: TensorPlan, values: Tensor, start: int) -> tuple[float, list[int]]:
-    """Find the first value that is not finite, and its index in the whole tensor."""
-    flat = values.reshape(-1).float()
-    first = int(torch.nonzero(~torch.isfinite(flat))[0])
-    index = np.unravel_index(start + first, tensor.source.shape)
-    return flat[first].item(), [int(i) for i in index]
