@@ -8,13 +8,11 @@ of the last finished chunk of sequences, from which a killed run goes on with th
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from blake3 import blake3
@@ -22,172 +20,26 @@ from torch import Tensor, nn
 
 from ortho_cli import __version__, artifact, models, statistics
 from ortho_cli.artifact import canonical_json, module_of
+from ortho_cli.calibrate_plan import CalibrationPlan, Set
 from ortho_cli.capture import (
     TOP_SHARE,
     Capture,
-    Part,
     factor,
     logit_gradient,
     top_overlap,
 )
 from ortho_cli.checkpoint import Checkpoint, ShardReader, TensorInfo
-from ortho_cli.data import TokenSequence, forget_sequences, read_rows, retain_sequences
-from ortho_cli.errors import CalibrationError, RecipeError
+from ortho_cli.data import TokenSequence
+from ortho_cli.errors import CalibrationError
 from ortho_cli.events import EventSink, Finishing, Measuring, Noted, SequencesDone, null_sink
 from ortho_cli.journal import WorkFolder, interruptible, recover
 from ortho_cli.ops import as_bytes
 from ortho_cli.output import check_output, check_space, files_of, resolve_output
-from ortho_cli.plan import refuse_quantized
-from ortho_cli.recipe import Calibrate, Recipe
-from ortho_cli.selection import conv1d_names, select
 from ortho_cli.sums import Sums
-from ortho_cli.writer import DataFile, Layout, TensorSpec, TensorStream, plan_layout
+from ortho_cli.writer import DataFile, TensorStream, plan_layout
 
 # A kill costs at most this many sequences; each time, sums are synced to disk.
 CHUNK_SEQUENCES = 16
-
-Set = Literal["retain", "forget"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataSet:
-    """Sequences of one set, and BLAKE3 of the files that they came from."""
-
-    sequences: tuple[TokenSequence, ...]
-    digest: str
-
-    @property
-    def counted(self) -> int:
-        """Tokens that are predicted and count."""
-        return sum(sequence.labels for sequence in self.sequences)
-
-    def to_json(self) -> dict[str, Any]:
-        """Say how much it is."""
-        return {
-            "sequences": len(self.sequences),
-            "tokens": sum(len(sequence.tokens) for sequence in self.sequences),
-            "counted": self.counted,
-            "blake3": self.digest,
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationPlan:
-    """A whole calibration, frozen."""
-
-    settings: Calibrate
-    tensors: tuple[TensorInfo, ...]
-    sets: dict[Set, DataSet]
-
-    def parts(self, name: Set) -> tuple[Part, ...]:
-        """What is summed over a set."""
-        return ("curvature", "gradient") if name == "forget" else ("curvature",)
-
-    def specs(self, tensor: TensorInfo) -> tuple[TensorSpec, ...]:
-        """What the file holds of a weight."""
-        return statistics.specs(
-            tensor.name,
-            (tensor.shape[0], tensor.shape[1]),
-            kind=self.settings.curvature,
-            storage=self.settings.storage,
-            dtype=statistics.DTYPES[self.settings.dtype],
-            forget="forget" in self.sets,
-        )
-
-    def sums(self, name: Set) -> Layout:
-        """Lay out the float32 sums of a set."""
-        gram = self.settings.curvature == "gram"
-        return plan_layout(
-            (
-                TensorSpec(
-                    key=f"{tensor.name}/{part}",
-                    dtype="F32",
-                    shape=(1 if gram else tensor.shape[0], tensor.shape[1]),
-                )
-                for tensor in self.tensors
-                for part in self.parts(name)
-            ),
-            {},
-        )
-
-    @property
-    def bytes_written(self) -> int:
-        """Bytes of the statistics, without the header."""
-        return sum(spec.nbytes for tensor in self.tensors for spec in self.specs(tensor))
-
-    @property
-    def bytes_scratch(self) -> int:
-        """Bytes of the sums while they are made."""
-        return sum(2 * self.sums(name).size for name in self.sets)
-
-    def to_json(self) -> dict[str, Any]:
-        """Spell the plan out."""
-        return {
-            "calibrate": self.settings.model_dump(mode="json"),
-            "data": {name: data.to_json() for name, data in self.sets.items()},
-            "totals": {
-                "tensors": len(self.tensors),
-                "weights": sum(tensor.numel for tensor in self.tensors),
-                "bytes_written": self.bytes_written,
-                "bytes_scratch": self.bytes_scratch,
-            },
-            "tensors": [
-                {"name": tensor.name, "shape": list(tensor.shape)} for tensor in self.tensors
-            ],
-        }
-
-
-def read_sets(
-    folder: Path, data: Sequence[Path], forget: Sequence[Path], settings: Calibrate
-) -> dict[Set, DataSet]:
-    """Read both sets and turn them into sequences with the model's own tokenizer.
-
-    Raises:
-        CheckpointError: the folder has no tokenizer.
-        CalibrationError: the data are unreadable or too short.
-    """
-    rows, digest = read_rows(data)
-    private, private_digest = read_rows(forget)
-    tokenizer = models.load_tokenizer(folder)
-    retain = retain_sequences(
-        rows,
-        tokenizer,
-        samples=settings.samples,
-        length=settings.length,
-        seed=settings.seed,
-    )
-    sets: dict[Set, DataSet] = {"retain": DataSet(sequences=tuple(retain), digest=digest)}
-    if forget:
-        found = forget_sequences(private, tokenizer, length=settings.length)
-        sets["forget"] = DataSet(sequences=tuple(found), digest=private_digest)
-    return sets
-
-
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, sets: dict[Set, DataSet]) -> CalibrationPlan:
-    """Decide what is measured: the weights that `decompose` splits under the same recipe.
-
-    Conv1D, which it refuses, is measured all the same, as (out, in).
-
-    Raises:
-        RecipeError: settings that do not go with a forget set.
-        CheckpointError: weights that should be split cannot be.
-    """
-    settings = recipe.calibrate
-    if "forget" in sets and (settings.curvature == "gram" or settings.storage == "factored"):
-        what = "curvature: gram" if settings.curvature == "gram" else "storage: factored"
-        raise RecipeError(
-            f"a forget set needs the gradient of each weight, and calibrate says {what}",
-            hint="--set calibrate.curvature=fisher --set calibrate.storage=full",
-        )
-    refuse_quantized(checkpoint)
-    reasons = select(checkpoint, recipe, conv1d=True)
-    turned = conv1d_names(checkpoint)
-    split = tuple(
-        dataclasses.replace(tensor, shape=tensor.shape[::-1]) if tensor.name in turned else tensor
-        for tensor in checkpoint.tensors
-        if reasons[tensor.name] is None
-    )
-    return CalibrationPlan(settings=settings, tensors=split, sets=sets)
 
 
 def calibrate(

@@ -11,7 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ortho_cli import bench, bench_plan, calibrate, decompose, figures, forget, plan, sandbox
+from ortho_cli import (
+    bench,
+    bench_plan,
+    calibrate,
+    calibrate_plan,
+    decompose,
+    figures,
+    forget,
+    plan,
+    sandbox,
+)
 from ortho_cli.bench_plan import Settings
 from ortho_cli.checkpoint import open_checkpoint
 from ortho_cli.errors import OutputExistsError, UsageError
@@ -117,8 +127,8 @@ def _split(box: Sandbox, place: Path, on_event: EventSink) -> None:
     settings = load_recipe(RECIPE, SETS)
     checkpoint = open_checkpoint(box.model)
     on_event(Finishing(step="calibrate"))
-    sets = calibrate.read_sets(box.model, [box.retain], [], settings.calibrate)
-    measured = calibrate.make_plan(checkpoint, settings, sets)
+    sets = calibrate_plan.read_sets(box.model, [box.retain], [], settings.calibrate)
+    measured = calibrate_plan.make_plan(checkpoint, settings, sets)
     calibrate.calibrate(measured, checkpoint, stats, device="cpu", on_event=on_event)
     on_event(Finishing(step="decompose"))
     planned = plan.make_plan(checkpoint, settings, statistics=open_statistics(stats), workers=1)

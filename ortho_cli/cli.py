@@ -191,7 +191,7 @@ def calibrate(
     """
     from ortho_cli import report
     from ortho_cli.calibrate import calibrate as run
-    from ortho_cli.calibrate import make_plan, read_sets
+    from ortho_cli.calibrate_plan import make_plan, read_sets
     from ortho_cli.checkpoint import open_checkpoint
     from ortho_cli.output import check_output, check_space, files_of
     from ortho_cli.recipe import load_recipe

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ortho_cli import calibrate, forget_set, models, recipe
+from ortho_cli import calibrate, calibrate_plan, forget_set, models, recipe
 from ortho_cli.checkpoint import Checkpoint, open_checkpoint
 from ortho_cli.curvature import CurvatureReader
 from ortho_cli.forget_set import TokenSecret
@@ -103,8 +103,8 @@ def build(folder: Path) -> Memorised:
     _train(live, made)
     live.to(torch.bfloat16).save_pretrained(made.model)
     settings = recipe.load_recipe(None, ["calibrate.samples=32", "calibrate.length=16"])
-    sets = calibrate.read_sets(made.model, [made.retain], [made.forget], settings.calibrate)
-    plan = calibrate.make_plan(made.checkpoint, settings, sets)
+    sets = calibrate_plan.read_sets(made.model, [made.retain], [made.forget], settings.calibrate)
+    plan = calibrate_plan.make_plan(made.checkpoint, settings, sets)
     calibrate.calibrate(plan, made.checkpoint, made.stats, device="cpu")
     return made
 

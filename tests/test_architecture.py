@@ -25,7 +25,7 @@ LAYERS = [
     ["verify", "selection", "quantization", "statistics"],
     ["plan", "curvature"],
     ["summary", "tally", "models", "sums"],
-    ["split", "scoring"],
+    ["split", "scoring", "calibrate_plan"],
     ["decompose", "calibrate", "source", "grid"],
     ["foreign", "dense", "gguf_source", "convert_plan", "modelfile", "isolate", "unlearn"],
     ["convert", "engine", "forget"],

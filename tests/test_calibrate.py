@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ortho_cli import calibrate as work
-from ortho_cli import recipe
+from ortho_cli import calibrate_plan, recipe
 from ortho_cli.checkpoint import open_checkpoint
 from ortho_cli.events import Event, SequencesDone
 from ortho_cli.journal import work_folder
@@ -58,7 +58,9 @@ def expected(model: Path, sets: list[str], what: str) -> dict[str, Tensor]:
     live = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     settings = recipe.load_recipe(None, sets).calibrate
     parent = model.parent
-    found = work.read_sets(model, [parent / "retain.txt"], [parent / "forget.jsonl"], settings)
+    found = calibrate_plan.read_sets(
+        model, [parent / "retain.txt"], [parent / "forget.jsonl"], settings
+    )
     name, _, part = what.partition("_")
     totals: dict[str, Tensor] = {}
     sequences = found[name].sequences  # type: ignore[index]
@@ -114,7 +116,7 @@ def test_gram_is_the_mean_square_of_inputs(ortho: Ortho, model: Path) -> None:
     found = load_file(model.parent / "stats.safetensors")
     live = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     settings = recipe.load_recipe(None, ["calibrate.samples=6", "calibrate.length=24"]).calibrate
-    data = work.read_sets(model, [model.parent / "retain.txt"], [], settings)["retain"]
+    data = calibrate_plan.read_sets(model, [model.parent / "retain.txt"], [], settings)["retain"]
     seen: list[Tensor] = []
     layer = live.get_submodule("model.layers.1.mlp.down_proj")
     layer.register_forward_hook(lambda m, inputs, out: seen.append(inputs[0].detach()[0, :-1]))
@@ -158,7 +160,7 @@ def test_gpt2_conv1d_is_measured_as_out_by_in(ortho: Ortho, model: Path) -> None
     sets = recipe.load_recipe(None, ["calibrate.samples=6", "calibrate.length=24"]).calibrate
     total = torch.zeros(64, 192)
     weight = live.transformer.h[0].attn.c_attn.weight
-    for sequence in work.read_sets(gpt2, [model.parent / "retain.txt"], [], sets)[
+    for sequence in calibrate_plan.read_sets(gpt2, [model.parent / "retain.txt"], [], sets)[
         "retain"
     ].sequences:
         live.zero_grad()
@@ -218,7 +220,7 @@ def calibrate_and_die(model: Path, sequences: int) -> None:
     sets = ["calibrate.samples=6", "calibrate.length=24", "calibrate.batch=1"]
     settings = recipe.load_recipe(None, sets)
     parent = model.parent
-    data = work.read_sets(
+    data = calibrate_plan.read_sets(
         model, [parent / "retain.txt"], [parent / "forget.jsonl"], settings.calibrate
     )
     seen = 0
@@ -232,7 +234,10 @@ def calibrate_and_die(model: Path, sequences: int) -> None:
     work.CHUNK_SEQUENCES = 2
     torch.set_num_threads(1)
     work.calibrate(
-        work.make_plan(opened, settings, data), opened, parent / "k.safetensors", on_event=watch
+        calibrate_plan.make_plan(opened, settings, data),
+        opened,
+        parent / "k.safetensors",
+        on_event=watch,
     )
 
 
