@@ -26,6 +26,7 @@ from ortho_cli.capture import (
     Capture,
     factor,
     logit_gradient,
+    symmetrize,
     top_overlap,
 )
 from ortho_cli.checkpoint import Checkpoint, ShardReader, TensorInfo
@@ -53,7 +54,8 @@ def calibrate(
 ) -> dict[str, Any]:
     """Carry a plan out: load the model, pass the data through it, write the statistics.
 
-    Memory: the model, the activations of one batch, and 16 MB tiles of one layer's sums.
+    Memory: the model, the activations of one batch, and 16 MB tiles of one layer's sums; while the
+    file is written, one tensor of it.
 
     Args:
         plan: made from `checkpoint`.
@@ -169,6 +171,8 @@ class _Job:
                 kind="gram" if settings.curvature == "gram" else "fisher",
                 unit=settings.unit,
                 gradient=name == "forget",
+                gram="none" if name == "forget" else settings.gram,
+                weighting="none" if name == "forget" else settings.weighting,
             ) as capture:
                 for number, chunk in enumerate(chunks):
                     if f"{name} {number}" not in self._work.done:
@@ -216,7 +220,7 @@ class _Job:
             counted[i, sequence.counted - 1 : length - 1] = True
         tokens, there, counted = (t.to(self._device) for t in (tokens, there, counted))
         gram = settings.curvature == "gram"
-        capture.begin(len(batch), counted if gram else there)
+        capture.begin(len(batch), counted if gram else there, counted)
         options = {} if bool(there.all()) else {"attention_mask": there.long()}
         with (
             torch.set_grad_enabled(not gram),
@@ -286,9 +290,14 @@ class _Job:
             "kind": settings.curvature,
             "unit": "token" if settings.curvature == "gram" else settings.unit,
             "storage": settings.storage,
+            **(
+                {"gram": settings.gram, "weighting": settings.weighting}
+                if settings.gram == "full"
+                else {}
+            ),
             "source_digest": source,
             "data": canonical_json({k: v.to_json() for k, v in self._plan.sets.items()}),
-            "recipe": canonical_json(settings.model_dump(mode="json")),
+            "recipe": canonical_json(settings.canonical()),
             "versions": canonical_json({**versions, "device": self._device.type}),
             "tensors": canonical_json(told),
             "digests": canonical_json(content),
@@ -304,10 +313,15 @@ class _Job:
             data = self._plan.sets[name]
             count = data.counted if gram else len(data.sequences)
             for part in self._plan.parts(name):
-                mean = torch.empty(1 if gram else tensor.shape[0], tensor.shape[1])
+                mean = torch.empty(self._plan.sum_shape(tensor, part))
                 sums.current.read_into(f"{tensor.name}/{part}", as_bytes(mean), start=0)
-                mean /= count
                 key = f"{module}.{name}_{part}"
+                if part == "gram":
+                    mean /= data.counted
+                    symmetrize(mean)
+                    yield key, mean
+                    continue
+                mean /= count
                 if (name, part) == ("retain", "curvature"):
                     _describe(tensor, mean, entry, gram=gram)
                 if gram:

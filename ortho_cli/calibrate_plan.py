@@ -52,8 +52,17 @@ class CalibrationPlan:
     sets: dict[Set, DataSet]
 
     def parts(self, name: Set) -> tuple[Part, ...]:
-        """What is summed over a set."""
-        return ("curvature", "gradient") if name == "forget" else ("curvature",)
+        """What is summed over a set; the forget set never gets a Gram matrix."""
+        if name == "forget":
+            return ("curvature", "gradient")
+        return ("curvature", "gram") if self.settings.gram == "full" else ("curvature",)
+
+    def sum_shape(self, tensor: TensorInfo, part: Part) -> tuple[int, int]:
+        """Shape of the float32 sums of a weight."""
+        rows, columns = tensor.shape
+        if part == "gram":
+            return columns, columns
+        return (1 if self.settings.curvature == "gram" else rows), columns
 
     def specs(self, tensor: TensorInfo) -> tuple[TensorSpec, ...]:
         """What the file holds of a weight."""
@@ -64,17 +73,17 @@ class CalibrationPlan:
             storage=self.settings.storage,
             dtype=statistics.DTYPES[self.settings.dtype],
             forget="forget" in self.sets,
+            gram=self.settings.gram == "full",
         )
 
     def sums(self, name: Set) -> Layout:
         """Lay out the float32 sums of a set."""
-        gram = self.settings.curvature == "gram"
         return plan_layout(
             (
                 TensorSpec(
                     key=f"{tensor.name}/{part}",
                     dtype="F32",
-                    shape=(1 if gram else tensor.shape[0], tensor.shape[1]),
+                    shape=self.sum_shape(tensor, part),
                 )
                 for tensor in self.tensors
                 for part in self.parts(name)
@@ -95,7 +104,7 @@ class CalibrationPlan:
     def to_json(self) -> dict[str, Any]:
         """Spell the plan out."""
         return {
-            "calibrate": self.settings.model_dump(mode="json"),
+            "calibrate": self.settings.canonical(),
             "data": {name: data.to_json() for name, data in self.sets.items()},
             "totals": {
                 "tensors": len(self.tensors),
@@ -141,7 +150,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, sets: dict[Set, DataSet]) 
     Conv1D, which it refuses, is measured all the same, as (out, in).
 
     Raises:
-        RecipeError: settings that do not go with a forget set.
+        RecipeError: settings that do not go with a forget set, or with each other.
         CheckpointError: weights that should be split cannot be.
     """
     settings = recipe.calibrate
@@ -151,6 +160,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, sets: dict[Set, DataSet]) 
             f"a forget set needs the gradient of each weight, and calibrate says {what}",
             hint="--set calibrate.curvature=fisher --set calibrate.storage=full",
         )
+    _check_weighting(settings)
     refuse_quantized(checkpoint)
     reasons = select(checkpoint, recipe, conv1d=True)
     turned = conv1d_names(checkpoint)
@@ -160,3 +170,20 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, sets: dict[Set, DataSet]) 
         if reasons[tensor.name] is None
     )
     return CalibrationPlan(settings=settings, tensors=split, sets=sets)
+
+
+def _check_weighting(settings: Calibrate) -> None:
+    if settings.weighting == "none":
+        return
+    if settings.gram == "none":
+        raise RecipeError(
+            f"calibrate.weighting is {settings.weighting}, and calibrate.gram is none: there is "
+            "no matrix whose positions it could weigh",
+            hint="add --gram full, or leave calibrate.weighting out",
+        )
+    if settings.curvature == "gram":
+        raise RecipeError(
+            f"calibrate.weighting is {settings.weighting}, and calibrate.curvature is gram, which "
+            "has no backward pass",
+            hint="--set calibrate.curvature=fisher, or leave calibrate.weighting out",
+        )

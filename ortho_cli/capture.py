@@ -22,7 +22,7 @@ SUM_ELEMENTS = 1 << 22
 
 TOP_SHARE = 0.01  # of a tensor's weights, where full and factored statistics are compared
 
-Part = Literal["curvature", "gradient"]
+Part = Literal["curvature", "gradient", "gram"]
 AddSum = Callable[[str, Part, int, Tensor], None]
 
 
@@ -36,12 +36,24 @@ class Capture:
         fisher token     sum_t g_to^2 x_ti^2             = (g^2)^T (x^2), one matrix product
         gradient         sum_s sum_t g_to x_ti
 
+    and per Linear, where the full matrix is asked for,
+
+        full gram        sum_t u_t x_t x_t^T             (in, in)
+
+    with u_t = 1 over the positions that count, or u_t = mean_o g_to^2 over all of them, since a
+    prompt that is not predicted still feeds what is. Its diagonal is then gram, or the mean over o
+    of fisher token.
+
     Sources: gram is OBQ's and GPTQ's layer Hessian X X^T (Frantar et al. 2022, arXiv:2210.17323,
     eq. 3; without their factor 2), its diagonal alone. fisher is the empirical Fisher as SqueezeLLM
     uses it (Kim et al. 2023, arXiv:2306.07629, eq. 3), with the gradient of each sequence squared,
     never that of a batch; whether labels come from data or from the model is the caller's choice
     (Kunstner et al. 2019, arXiv:1905.12558, section 2). `token` leaves out the products of
-    different positions, which is exact where their gradients are uncorrelated.
+    different positions, which is exact where their gradients are uncorrelated. The full matrix is
+    GPTQ's Hessian, or with gradients GuidedQuant's (Kim et al. 2025, arXiv:2505.07004, section
+    3.2), which averages X^T diag(g_o^2) X over each of several groups of output features: here all
+    are one group, NLL is summed and not averaged, and squares stay float32, where theirs are
+    stored in bfloat16.
     """
 
     def __init__(
@@ -52,21 +64,28 @@ class Capture:
         kind: Literal["gram", "fisher"],
         unit: Literal["sequence", "token"] = "sequence",
         gradient: bool = False,
+        gram: Literal["none", "full"] = "none",
+        weighting: Literal["none", "gradient"] = "none",
     ) -> None:
         """Say what to watch and where sums go.
 
         Args:
             modules: name -> nn.Linear or transformers' Conv1D; statistics are (out, in) for both.
             add: called with name, part, first row and a float32 tile (rows, in) to be added to what
-                is there; gram has the one row 0.
+                is there; the curvature of gram has the one row 0.
             kind: gram needs a forward pass only, fisher a backward pass.
             unit: what fisher squares.
             gradient: sum gradients, too.
+            gram: full sums the full input Gram matrix, too; in float32 whatever autocast says.
+            weighting: of positions in it; gradient goes with fisher alone.
         """
+        assert weighting == "none" or kind == "fisher"
         self._modules, self._add = modules, add
         self._kind, self._unit, self._gradient = kind, unit, gradient
+        self._full, self._weighting = gram == "full", weighting
         self._batch = 0
         self._mask: Tensor | None = None
+        self._counted: Tensor | None = None
         self._measured: set[str] = set()
         self._handles: list[Any] = []
 
@@ -86,14 +105,17 @@ class Capture:
         while self._handles:
             self._handles.pop().remove()
 
-    def begin(self, batch: int, mask: Tensor | None = None) -> None:
+    def begin(self, batch: int, mask: Tensor | None = None, counted: Tensor | None = None) -> None:
         """Announce a forward pass.
 
         Args:
             batch: sequences in it: the size of the first dimension.
-            mask: (batch, positions) bool, True where a position counts; all do without it.
+            mask: (batch, positions) bool, True where gram counts a position, and for fisher where
+                there is one; all without it.
+            counted: the same, of what the full matrix counts beside fisher; `mask` without it.
         """
         self._batch, self._mask = batch, mask
+        self._counted = mask if counted is None else counted
         self._measured.clear()
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], Tensor | None]:
@@ -101,6 +123,9 @@ class Capture:
             x = inputs[0].detach()
             if self._kind == "gram":
                 self._add_gram(name, x)
+            if self._full and self._weighting == "none":
+                self._add_full_gram(name, self._counted_rows(x), None)
+            if self._kind == "gram":
                 return None
             if name in self._measured:
                 raise CalibrationError(
@@ -112,22 +137,42 @@ class Capture:
             if not output.requires_grad:
                 output = output.detach().requires_grad_(True)
             hook: Any = output.register_hook
-            hook(lambda grad: self._add_fisher(name, x, grad))
+            hook(lambda grad: self._add_backward(name, x, grad))
             return output
 
         return forward
 
-    def _add_gram(self, name: str, x: Tensor) -> None:
+    def _counted_rows(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        mask = self._mask
+        mask = self._counted
         if mask is not None and mask.numel() == rows.shape[0]:
             rows = rows[mask.reshape(-1)]
+        return rows
+
+    def _add_gram(self, name: str, x: Tensor) -> None:
+        rows = self._counted_rows(x)
         # Slices bound the float32 copy of half-precision inputs.
         total = torch.zeros(rows.shape[1], dtype=torch.float32, device=rows.device)
         step = max(1, SUM_ELEMENTS // rows.shape[1])
         for start in range(0, rows.shape[0], step):
             total += rows[start : start + step].float().square().sum(0)
         self._put(name, "curvature", 0, total.unsqueeze(0))
+
+    def _add_full_gram(self, name: str, x: Tensor, weights: Tensor | None) -> None:
+        """Add x^T diag(weights) x, tile by tile; x is (positions, in), weights (positions,)."""
+        columns = x.shape[1]
+        step = max(1, SUM_ELEMENTS // columns)
+        # Hooks run inside of autocast, which would take the product in bfloat16.
+        with torch.autocast(x.device.type, enabled=False):
+            for row in range(0, columns, step):
+                tile = torch.zeros(min(step, columns - row), columns, device=x.device)
+                for start in range(0, x.shape[0], step):
+                    piece = x[start : start + step].float()
+                    right = piece
+                    if weights is not None:
+                        right = piece * weights[start : start + step].unsqueeze(1)
+                    tile.addmm_(piece[:, row : row + step].T, right)
+                self._put(name, "gram", row, tile)
 
     def _by_sequence(self, name: str, values: Tensor) -> Tensor:
         """View activations as (batch, positions, features)."""
@@ -142,6 +187,12 @@ class Capture:
             "row belongs to is unknown",
             hint="--set calibrate.batch=1",
         )
+
+    def _add_backward(self, name: str, x: Tensor, grad: Tensor) -> None:
+        self._add_fisher(name, x, grad)
+        if self._full and self._weighting == "gradient":
+            rows = x.reshape(-1, x.shape[-1])
+            self._add_full_gram(name, rows, mean_squares(grad.reshape(-1, grad.shape[-1])))
 
     def _add_fisher(self, name: str, x: Tensor, grad: Tensor) -> None:
         x, grad = self._by_sequence(name, x), self._by_sequence(name, grad)
@@ -170,7 +221,8 @@ class Capture:
 
     def _put(self, name: str, part: Part, row: int, tile: Tensor) -> None:
         if not bool(torch.isfinite(tile.sum())):
-            what = "an input" if self._kind == "gram" else "a gradient"
+            forward = self._kind == "gram" or (part == "gram" and self._weighting == "none")
+            what = "an input" if forward else "a gradient"
             raise NumericalError(
                 f"{what} of `{name}` is NaN or infinite",
                 hint="look for NaN weights with `ortho inspect`, or calibrate without autocast",
@@ -211,6 +263,40 @@ def logit_gradient(
     gradient = torch.zeros_like(logits)
     gradient[where] = probabilities.to(logits.dtype)
     return gradient, nll
+
+
+def mean_squares(values: Tensor) -> Tensor:
+    """Take the mean square of each row in float32, in slices that bound the copies.
+
+    Args:
+        values: (rows, columns), any float dtype.
+    Returns:
+        (rows,) float32.
+    """
+    found = torch.empty(values.shape[0], dtype=torch.float32, device=values.device)
+    step = max(1, SUM_ELEMENTS // values.shape[1])
+    for start in range(0, values.shape[0], step):
+        found[start : start + step] = values[start : start + step].float().square().mean(1)
+    return found
+
+
+def symmetrize(matrix: Tensor, *, block: int = 1024) -> None:
+    """Replace a matrix by (A + A^T) / 2 in place: exactly symmetric, and no second one is held.
+
+    x^T diag(u) x is symmetric, but its two halves are summed in different orders.
+
+    Args:
+        matrix: (n, n) float32, finite.
+        block: rows and columns of the copies that are held.
+    """
+    size = matrix.shape[0]
+    for row in range(0, size, block):
+        for column in range(row, size, block):
+            upper = matrix[row : row + block, column : column + block]
+            lower = matrix[column : column + block, row : row + block]
+            mean = (upper + lower.T).mul_(0.5)
+            upper.copy_(mean)
+            lower.copy_(mean.T)
 
 
 def factor(curvature: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from ortho_cli.cli_bench import bench
 from ortho_cli.errors import UsageError
 from ortho_cli.options import (
     DeviceOption,
+    GramOption,
     JsonOption,
     ModelDeviceOption,
     QuietOption,
@@ -169,6 +170,7 @@ def calibrate(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The file to make.", show_default=True)
     ] = Path("stats.safetensors"),
+    gram: GramOption = None,
     recipe: RecipeOption = None,
     sets: SetOption = None,
     force: Annotated[
@@ -185,9 +187,10 @@ def calibrate(
 ) -> None:
     """Measure how much each weight of MODEL matters to the data; write curvature statistics.
 
-    Holds the model in memory, and on disk two float32 a weight of each set while it works. With
-    --forget the file is as sensitive as the private data: only its owner may read it. A killed or
-    interrupted run goes on when the same command is given again.
+    Holds the model in memory, and on disk two float32 a weight of each set while it works, and
+    with --gram full two for each pair of a weight's inputs. With --forget the file is as sensitive
+    as the private data: only its owner may read it. A killed or interrupted run goes on when the
+    same command is given again.
     """
     from ortho_cli import report
     from ortho_cli.calibrate import calibrate as run
@@ -198,7 +201,8 @@ def calibrate(
     from ortho_cli.report_progress import ProgressSink
     from ortho_cli.statistics import is_statistics
 
-    settings = load_recipe(recipe, sets or ())
+    asked = () if gram is None else (f"calibrate.gram={gram}",)
+    settings = load_recipe(recipe, [*(sets or ()), *asked])
     checkpoint = open_checkpoint(model)
     kind = "statistics file"
     check_output(

@@ -15,7 +15,10 @@ from ortho_cli.artifact import module_of
 from ortho_cli.checkpoint import ShardReader, TensorInfo
 from ortho_cli.errors import CalibrationError, CheckpointError
 from ortho_cli.ops import Empty, as_bytes
-from ortho_cli.statistics import Statistics, changed_tensor
+from ortho_cli.statistics import GRAM, Statistics, changed_tensor
+
+# Rows that are held against their columns at a time: what is copied stays small.
+GRAM_ROWS = 256
 
 
 class CurvatureReader:
@@ -31,6 +34,34 @@ class CurvatureReader:
     def open(self, name: str) -> Curvature:
         """Begin one pass over the curvature of the weight `name`."""
         return Curvature(self, name)
+
+    def gram(self, name: str) -> Tensor:
+        """Read the full input Gram matrix of the weight `name`, and check it.
+
+        Returns:
+            (in, in) float32, finite, exactly symmetric, with a diagonal >= 0; positive
+            semidefinite up to rounding. A column that is 0 throughout is an input that never was
+            anything else.
+        Raises:
+            CalibrationError: the file has none, or it is damaged; names the tensor and the place.
+        """
+        key, path = module_of(name) + GRAM, self.statistics.path
+        tensor = self.infos.get(key)
+        if tensor is None:
+            raise CalibrationError(
+                f"`{path}` holds no input Gram matrix of `{name}`",
+                hint="ortho calibrate MODEL --data FILE --gram full",
+            )
+        values = torch.empty(tensor.shape, dtype=torch.float32)
+        self.read(as_bytes(values), tensor)
+        if (wrong := _no_gram(values)) is not None:
+            raise CalibrationError(
+                f"tensor `{key}` of `{path}` holds {wrong}", hint="calibrate again"
+            )
+        digest = blake3(as_bytes(values)).hexdigest()
+        if digest != self.statistics.digests[key]:
+            raise changed_tensor(self.statistics, key, digest)
+        return values
 
     def read(self, buffer: memoryview, tensor: TensorInfo, *, start: int = 0) -> None:
         """Fill `buffer` with the tensor's bytes from `start` on."""
@@ -139,6 +170,30 @@ class Curvature:
             f"{flat[first].item()} at {[int(i) for i in index]}; curvature is finite and >= 0",
             hint="calibrate again",
         )
+
+
+def _no_gram(values: Tensor) -> str | None:
+    """Say what no Gram matrix could hold, if anything is: the value and the first place."""
+    starts = range(0, values.shape[0], GRAM_ROWS)
+    for start in starts:
+        finite = torch.isfinite(rows := values[start : start + GRAM_ROWS])
+        if not bool(finite.all()):
+            row, column = torch.nonzero(~finite)[0].tolist()
+            return f"{rows[row, column]} at {[start + row, column]}; a Gram matrix is finite"
+    for start in starts:
+        rows = values[start : start + GRAM_ROWS]
+        same, below = rows == values[:, start : start + GRAM_ROWS].T, rows.diagonal(start) < 0
+        if not bool(same.all()):
+            row, column = torch.nonzero(~same)[0].tolist()
+            return (
+                f"{rows[row, column]} at {[start + row, column]} and "
+                f"{values[column, start + row]} at {[column, start + row]}; a Gram matrix is "
+                "symmetric"
+            )
+        if bool(below.any()):
+            place = start + int(torch.nonzero(below)[0])
+            return f"{values[place, place]} at {[place, place]}; a Gram matrix has a diagonal >= 0"
+    return None
 
 
 def _root(values: Tensor, empty: Empty) -> Tensor:

@@ -56,6 +56,14 @@ StatsOption = Annotated[
         "--stats", metavar="FILE", help="Curvature statistics, as `ortho calibrate` writes them."
     ),
 ]
+GramOption = Annotated[
+    str | None,
+    typer.Option(
+        "--gram",
+        metavar="none|full",
+        help="full: the input Gram matrix of each weight, too; as --set calibrate.gram=full.",
+    ),
+]
 WorkersOption = Annotated[
     int | None,
     typer.Option(

@@ -136,6 +136,24 @@ class Calibrate(_Strict):
     autocast: bool = Field(
         False, description="Compute in bfloat16: two to three times as fast, half the memory."
     )
+    gram: Literal["none", "full"] = Field(
+        "none",
+        description="full: the input Gram matrix of each weight, too, (in, in) float32, as GPTQ "
+        "needs it; of the retain set.",
+    )
+    weighting: Literal["none", "gradient"] = Field(
+        "none",
+        description="Of positions in that matrix. gradient: each counts with the mean square of "
+        "the output's gradient there; not with curvature gram, which has no backward pass.",
+    )
+
+    def canonical(self) -> dict[str, Any]:
+        """Spell out what statistics depend on; what asks for nothing more is left out.
+
+        So files without the matrix keep the bytes that they had before there was a choice.
+        """
+        unused = {"gram", "weighting"} if self.gram == "none" else set()
+        return self.model_dump(mode="json", exclude=unused)
 
 
 class Forget(_Strict):

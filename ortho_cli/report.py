@@ -261,7 +261,8 @@ def print_statistics(document: dict[str, Any], *, path: str) -> None:
     console.print()
     lines = [
         f"{path}: {document['kind']} curvature of {len(entries)} tensors, a {document['unit']} "
-        f"squared at a time, {document['storage']} storage, {size(document['file_bytes'])}"
+        f"squared at a time, {document['storage']} storage{_gram_words(document)}, "
+        f"{size(document['file_bytes'])}"
     ]
     for name, told in document["data"].items():
         lines.append(f"{name} set: {told['sequences']:,} sequences, {told['tokens']:,} tokens")
@@ -322,13 +323,20 @@ def print_calibration_plan(document: dict[str, Any], *, source: str) -> None:
     """Print what would be measured."""
     console, totals = make_console(), document["totals"]
     for line in (
-        f"{source}: {document['calibrate']['curvature']} of {totals['tensors']} tensors, "
+        f"{source}: {document['calibrate']['curvature']}{_gram_words(document['calibrate'])} of "
+        f"{totals['tensors']} tensors, "
         f"{totals['weights']:,} weights",
         *_set_lines(document["data"]),
         f"writes {size(totals['bytes_written'])}, and {size(totals['bytes_scratch'])} of sums "
         "while it works",
     ):
         console.print(visible(line), soft_wrap=True)
+
+
+def _gram_words(document: dict[str, Any]) -> str:
+    if document.get("gram") != "full":
+        return ""
+    return f" with input Gram matrices (weighting {document.get('weighting')})"
 
 
 def _set_lines(sets: dict[str, Any]) -> list[str]:
@@ -343,8 +351,8 @@ def print_calibrated(document: dict[str, Any]) -> None:
     """Print what a finished calibration gave."""
     console, run, data = make_console(), document["run"], document["data"]
     lines = [
-        f"{run['output']}: {document['kind']} of {len(document['tensors'])} tensors, "
-        f"{size(document['output_bytes'])}",
+        f"{run['output']}: {document['kind']}{_gram_words(document)} of "
+        f"{len(document['tensors'])} tensors, {size(document['output_bytes'])}",
         *_set_lines(data),
         "perplexity "
         + ", ".join(f"{value:,.2f} on {name}" for name, value in document["perplexity"].items()),

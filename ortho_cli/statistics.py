@@ -12,11 +12,21 @@ and with `storage` factored, where curvature(o, i) stands for rows(o) * columns(
     <p>.retain_curvature_rows     (out,)  f32  mean of each row
     <p>.retain_curvature_columns  (in,)   f32  mean of each column / mean of all
 
+With `gram` full there is, beside these and whatever the kind and storage,
+
+    <p>.retain_gram  (in, in)  f32  sum over positions of u_t x_t x_t^T / number of counted tokens
+
+exactly symmetric, and positive semidefinite up to rounding. With `weighting` none, u_t is 1 where
+the token after position t is predicted and counts, and 0 elsewhere. With `weighting` gradient (not
+of kind gram), u_t = mean over output features o of (dNLL / dy_to)^2, whatever kind of labels the
+curvature has: the Fisher's Kronecker factor on the side of the inputs, each position with its own
+weight.
+
 NLL is in nats, summed over a sequence's counted tokens. The two sets never share a sum.
-`__metadata__`, all strings, in this order: format, kind, unit, storage, source_digest (as in the
-artifact), data (JSON: set -> sequences, tokens, BLAKE3 of the files), recipe (canonical JSON of
-`calibrate`), versions (JSON), tensors (JSON: name -> shape, source_blake3, mean, overlap), digests
-(JSON: key -> BLAKE3 of its bytes).
+`__metadata__`, all strings, in this order: format, kind, unit, storage, gram and weighting (only
+where gram is full), source_digest (as in the artifact), data (JSON: set -> sequences, tokens,
+BLAKE3 of the files), recipe (canonical JSON of `calibrate`), versions (JSON), tensors (JSON: name
+-> shape, source_blake3, mean, overlap), digests (JSON: key -> BLAKE3 of its bytes).
 
 A file with a forget part is as sensitive as the private data: gradients give text back. It is
 written for its owner alone.
@@ -43,6 +53,8 @@ from ortho_cli.writer import TensorSpec
 FORMAT = "ortho-stats/1"
 KINDS = ("gram", "fisher", "true-fisher")
 STORAGES = ("full", "factored")
+GRAM = ".retain_gram"
+WEIGHTINGS = ("none", "gradient")
 DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 
 
@@ -74,6 +86,11 @@ class Statistics:
         """Whether a forget set was measured."""
         return any(key.endswith(".forget_gradient") for key in self.digests)
 
+    @property
+    def has_gram(self) -> bool:
+        """Whether the full input Gram matrix of each weight was measured."""
+        return any(key.endswith(GRAM) for key in self.digests)
+
     def summary(self) -> dict[str, Any]:
         """Say in a report which statistics were used."""
         return {
@@ -81,6 +98,7 @@ class Statistics:
             "kind": self.kind,
             "unit": self.metadata.get("unit"),
             "storage": self.storage,
+            **({"gram": "full", "weighting": self.metadata["weighting"]} if self.has_gram else {}),
         }
 
     def check_source(self, name: str, digest: str) -> None:
@@ -105,7 +123,14 @@ class Statistics:
 
 
 def specs(
-    name: str, shape: tuple[int, int], *, kind: str, storage: str, dtype: str, forget: bool
+    name: str,
+    shape: tuple[int, int],
+    *,
+    kind: str,
+    storage: str,
+    dtype: str,
+    forget: bool,
+    gram: bool,
 ) -> tuple[TensorSpec, ...]:
     """Name what the file holds of one weight.
 
@@ -116,18 +141,24 @@ def specs(
         storage: full or factored.
         dtype: BF16 or F32, of what has (out, in) elements.
         forget: a forget set is measured, too.
+        gram: so is the full input Gram matrix.
     """
     module, (rows, columns) = module_of(name), shape
     curvature = f"{module}.retain_curvature"
+    more: tuple[TensorSpec, ...] = ()
+    if gram:
+        more = (TensorSpec(key=module + GRAM, dtype="F32", shape=(columns, columns)),)
     if kind == "gram":
-        return (TensorSpec(key=curvature, dtype="F32", shape=(columns,)),)
+        return TensorSpec(key=curvature, dtype="F32", shape=(columns,)), *more
     if storage == "factored":
         return (
             TensorSpec(key=f"{curvature}_rows", dtype="F32", shape=(rows,)),
             TensorSpec(key=f"{curvature}_columns", dtype="F32", shape=(columns,)),
+            *more,
         )
     parts = ["retain_curvature", *(("forget_curvature", "forget_gradient") if forget else ())]
-    return tuple(TensorSpec(key=f"{module}.{part}", dtype=dtype, shape=shape) for part in parts)
+    full = (TensorSpec(key=f"{module}.{part}", dtype=dtype, shape=shape) for part in parts)
+    return *full, *more
 
 
 def is_statistics(path: Path) -> bool:
@@ -187,11 +218,14 @@ def _parse(text: str) -> dict[str, Any]:
 def _check(found: Statistics) -> None:
     if found.kind not in KINDS or found.storage not in STORAGES:
         raise ValueError(f"kind {found.kind!r} with storage {found.storage!r}")
+    _check_gram(found)
     infos = found.infos
     if infos.keys() != found.digests.keys():
         raise ValueError(f"digests of {len(found.digests)} tensors where {len(infos)} are there")
     wanted: dict[str, TensorSpec] = {}
-    dtype = next((t.dtype for t in infos.values() if len(t.shape) == 2), "F32")
+    # The Gram matrix is F32 whatever the rest is.
+    wide = (t for t in infos.values() if len(t.shape) == 2 and not t.name.endswith(GRAM))
+    dtype = next((t.dtype for t in wide), "F32")
     for name, entry in found.tensors.items():
         rows, columns = (int(size) for size in entry["shape"])
         if len(str(entry["source_blake3"])) != 64:
@@ -203,6 +237,7 @@ def _check(found: Statistics) -> None:
             storage=found.storage,
             dtype=dtype,
             forget=found.has_forget,
+            gram=found.has_gram,
         ):
             wanted[spec.key] = spec
     for key in sorted(wanted.keys() ^ infos.keys()):
@@ -213,6 +248,21 @@ def _check(found: Statistics) -> None:
                 f"tensor `{key}` is {infos[key].dtype} {list(infos[key].shape)}, not "
                 f"{spec.dtype} {list(spec.shape)}"
             )
+
+
+def _check_gram(found: Statistics) -> None:
+    told = found.metadata.get("gram"), found.metadata.get("weighting")
+    if not found.has_gram:
+        fits = told == (None, None)
+    else:
+        fits = told[0] == "full" and told[1] in WEIGHTINGS
+        fits = fits and (told[1] == "none" or found.kind != "gram")
+    if not fits:
+        there = "with" if found.has_gram else "without"
+        raise ValueError(
+            f"gram {told[0]!r} and weighting {told[1]!r} {there} Gram matrices, of kind "
+            f"{found.kind!r}"
+        )
 
 
 def check_weights(found: Statistics, weights: Sequence[TensorInfo]) -> None:
@@ -263,6 +313,7 @@ def describe(found: Statistics) -> dict[str, Any]:
         **parsed,
         "digest": found.digest,
         "has_forget": found.has_forget,
+        "has_gram": found.has_gram,
         "file_bytes": found.shard.size,
     }
 

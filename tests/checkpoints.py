@@ -131,6 +131,7 @@ def save_statistics(
     seed: int = 0,
     change: Callable[[dict[str, Tensor]], None] = lambda tensors: None,
     skip: tuple[str, ...] = (),
+    gram: str | None = None,
 ) -> dict[str, Tensor]:
     """Write made-up statistics of every Linear of a checkpoint, with the official writer.
 
@@ -144,6 +145,7 @@ def save_statistics(
         seed: of the numbers.
         change: edits the tensors before they are digested.
         skip: weights that were not measured.
+        gram: weighting of the full input Gram matrix, none or gradient; None leaves it out.
     Returns:
         The curvature of each weight, float32, (in,) or (out, in).
     """
@@ -156,6 +158,10 @@ def save_statistics(
     for name, weight in sorted(weights_.items()):
         if weight.dim() == 2 and "embed" not in name and name not in skip:
             stored.update(_measure(name, weight, generator, kind, storage, dtype, forget))
+            if gram:
+                inputs = torch.randn(2 * weight.shape[1], weight.shape[1], generator=generator)
+                matrix = inputs.T @ inputs / len(inputs)
+                stored[name.removesuffix("weight") + "retain_gram"] = (matrix + matrix.T) / 2
             told[name] = {
                 "shape": list(weight.shape),
                 "source_blake3": blake3(_raw(weight)).hexdigest(),
@@ -178,6 +184,7 @@ def save_statistics(
         "kind": kind,
         "unit": "sequence",
         "storage": storage,
+        **({"gram": "full", "weighting": gram} if gram else {}),
         "source_digest": "0" * 64,
         "data": json.dumps(sets),
         "recipe": "{}",

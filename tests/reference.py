@@ -160,6 +160,20 @@ def fisher(model: torch.nn.Module, x: Tensor, *, unit: str) -> dict[str, Tensor]
     return found
 
 
+def input_gram(x: Tensor, grad: Tensor | None, counted: Tensor) -> Tensor:
+    """Sum of u_t x_t x_t^T in float64: u_t is 1 where t counts, or the mean square of grad_t."""
+    total = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64)
+    for sequence in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            if grad is None:
+                weight = float(counted[sequence, t])
+            else:
+                weight = sum(float(g) ** 2 for g in grad[sequence, t]) / grad.shape[-1]
+            here = x[sequence, t].double()
+            total += weight * torch.outer(here, here)
+    return total
+
+
 def curvature_error(
     weight: Tensor, curvature: Tensor, scales: Tensor, group_size: int
 ) -> list[list[float]]:

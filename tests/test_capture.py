@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ortho_cli import capture
 from ortho_cli.capture import Capture
@@ -28,12 +29,13 @@ def measure(model: nn.Module, x: Tensor, **options: Any) -> dict[str, Tensor]:
     def add(name: str, part: str, row: int, tile: Tensor) -> None:
         linear = modules[name]
         rows = 1 if options["kind"] == "gram" else linear.out_features
+        rows = linear.in_features if part == "gram" else rows
         total = sums.setdefault(f"{name}/{part}", torch.zeros(rows, linear.in_features))
         total[row : row + tile.shape[0]] += tile
 
-    mask = options.pop("mask", None)
+    mask, counted = options.pop("mask", None), options.pop("counted", None)
     with Capture(modules, add, **options) as capture:
-        capture.begin(x.shape[0], mask)
+        capture.begin(x.shape[0], mask, counted)
         out = model.requires_grad_(False)(x)
         if options["kind"] == "fisher":
             out.backward(2 * out.detach())
@@ -108,6 +110,136 @@ def test_nan_names_the_linear(kind: str) -> None:
     x[1, 1, 1] = torch.nan
     with pytest.raises(NumericalError, match=r"of `[02]` is NaN or infinite"):
         measure(network(), x, kind=kind)
+
+
+def watched(model: nn.Sequential, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Input and output gradient of each Linear, by autograd."""
+    here, kept = x, {}
+    for name, module in model.named_children():
+        out = module(here)
+        if isinstance(module, nn.Linear):
+            out = out if out.requires_grad else out.detach().requires_grad_(True)
+            out.retain_grad()
+            kept[name] = (here.detach(), out)
+        here = out
+    (here**2).sum().backward()
+    return {name: (a, y.grad) for name, (a, y) in kept.items()}  # type: ignore[misc]
+
+
+FULL = [("gram", "none"), ("fisher", "none"), ("fisher", "gradient")]
+
+
+@pytest.mark.parametrize("tile", [1 << 22, 24, 7, 1])
+@pytest.mark.parametrize(("kind", "weighting"), FULL)
+def test_full_gram_is_the_sum_of_outer_products(
+    monkeypatch: pytest.MonkeyPatch, kind: str, weighting: str, tile: int
+) -> None:
+    monkeypatch.setattr(capture, "SUM_ELEMENTS", tile)
+    model, x = network(), torch.randn(3, 5, 6)
+    counted = torch.rand(3, 5) < 0.6
+    x[0, 1], x[..., 4] = x[0, 0], 0.0
+    masks = {"mask": torch.ones(3, 5, dtype=torch.bool), "counted": counted}
+    if kind == "gram":
+        masks = {"mask": counted}
+    found = measure(model, x, kind=kind, gram="full", weighting=weighting, **masks)
+    for name, (a, grad) in watched(network(), x).items():
+        given = grad if weighting == "gradient" else None
+        expected = reference.input_gram(a, given, counted).float()
+        torch.testing.assert_close(found[f"{name}/gram"], expected, rtol=1e-5, atol=1e-6)
+    assert not found["0/gram"][4].any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    positions=st.integers(1, 5),
+    tile=st.integers(1, 60),
+    kind=st.sampled_from(FULL),
+    wide=st.sampled_from([0.0, 1e-6, 1.0, 1e6]),
+)
+def test_full_gram_has_the_diagonal_of_gram_and_of_fisher_token(
+    batch: int, positions: int, tile: int, kind: tuple[str, str], wide: float
+) -> None:
+    x, counted = wide * torch.randn(batch, positions, 6), torch.rand(batch, positions) < 0.5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capture, "SUM_ELEMENTS", tile)
+        full = {"kind": kind[0], "gram": "full", "weighting": kind[1]}
+        found = measure(network(), x, **full, mask=counted, unit="token")
+        plain = measure(network(), x, kind=kind[0], mask=counted, unit="token")
+    gram = measure(network(), x, kind="gram", mask=counted)
+    for name in ("0", "2"):
+        assert torch.equal(found[f"{name}/curvature"], plain[f"{name}/curvature"])
+        expected = gram[f"{name}/curvature"][0]
+        if kind[1] == "gradient":
+            expected = found[f"{name}/curvature"].mean(0)
+        torch.testing.assert_close(found[f"{name}/gram"].diagonal(), expected, rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize(("kind", "weighting"), FULL)
+def test_full_gram_is_float32_inside_autocast(kind: str, weighting: str) -> None:
+    x = torch.randn(2, 50, 6)
+    model = nn.Sequential(nn.Linear(6, 10))
+    with torch.autocast("cpu", torch.bfloat16):
+        modules, sums = {"0": model[0]}, {}
+        with Capture(
+            modules,
+            lambda name, part, row, tile: sums.__setitem__(part, tile),
+            kind=kind,  # type: ignore[arg-type]
+            gram="full",
+            weighting=weighting,  # type: ignore[arg-type]
+        ) as hooks:
+            hooks.begin(2)
+            out = model.requires_grad_(False)(x)
+            grad = torch.randn(2, 50, 10).bfloat16()
+            if kind == "fisher":
+                out.backward(grad)
+    every = torch.ones(2, 50, dtype=torch.bool)
+    expected = reference.input_gram(x, grad if weighting == "gradient" else None, every).float()
+    torch.testing.assert_close(sums["gram"], expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "weighting"), FULL)
+def test_full_gram_holds_no_more_than_a_tile(
+    monkeypatch: pytest.MonkeyPatch, kind: str, weighting: str
+) -> None:
+    class Largest(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            # Views share what they look at.
+            if isinstance(out, Tensor) and out._base is None:
+                self.made = max(self.made, out.numel())
+            return out
+
+    monkeypatch.setattr(capture, "SUM_ELEMENTS", 2048)
+    x, grad = torch.randn(700, 256).bfloat16(), torch.randn(700, 32).bfloat16()
+    hooks = Capture({}, lambda *_: None, kind=kind, gram="full", weighting=weighting)  # type: ignore[arg-type]
+    with Largest() as largest:
+        weights = capture.mean_squares(grad) if weighting == "gradient" else None
+        hooks._add_full_gram("a.weight", x, weights)
+    assert 1024 < largest.made <= 2048
+
+
+@pytest.mark.parametrize("weighting", ["none", "gradient"])
+def test_full_gram_of_nan_names_the_linear(weighting: str) -> None:
+    x = torch.randn(2, 3, 6)
+    x[1, 1, 1] = torch.nan
+    what = "an input" if weighting == "none" else "a gradient"
+    with pytest.raises(NumericalError, match=f"{what} of `[02]` is NaN or infinite"):
+        measure(network(), x, kind="fisher", gram="full", weighting=weighting)
+
+
+@settings(max_examples=25)
+@given(size=st.integers(1, 12), block=st.integers(1, 14))
+def test_symmetrize_is_half_of_both(size: int, block: int) -> None:
+    matrix = torch.randn(size, size)
+    expected = [[(matrix[i, j] + matrix[j, i]) / 2 for j in range(size)] for i in range(size)]
+    capture.symmetrize(matrix, block=block)
+    assert matrix.tolist() == [[float(value) for value in row] for row in expected]
+    assert torch.equal(matrix, matrix.T)
 
 
 def test_hooks_are_gone_afterwards() -> None:
