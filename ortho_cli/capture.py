@@ -162,17 +162,16 @@ class Capture:
         """Add x^T diag(weights) x, tile by tile; x is (positions, in), weights (positions,)."""
         columns = x.shape[1]
         step = max(1, SUM_ELEMENTS // columns)
-        # Hooks run inside of autocast, which would take the product in bfloat16.
-        with torch.autocast(x.device.type, enabled=False):
-            for row in range(0, columns, step):
-                tile = torch.zeros(min(step, columns - row), columns, device=x.device)
-                for start in range(0, x.shape[0], step):
-                    piece = x[start : start + step].float()
-                    right = piece
-                    if weights is not None:
-                        right = piece * weights[start : start + step].unsqueeze(1)
-                    tile.addmm_(piece[:, row : row + step].T, right)
-                self._put(name, "gram", row, tile)
+        for row in range(0, columns, step):
+            tile = torch.zeros(min(step, columns - row), columns, device=x.device)
+            for start in range(0, x.shape[0], step):
+                piece = x[start : start + step].float()
+                right = piece
+                if weights is not None:
+                    right = piece * weights[start : start + step].unsqueeze(1)
+                # In place: hooks run inside of autocast, which would take x.T @ x in bfloat16.
+                tile.addmm_(piece[:, row : row + step].T, right)
+            self._put(name, "gram", row, tile)
 
     def _by_sequence(self, name: str, values: Tensor) -> Tensor:
         """View activations as (batch, positions, features)."""

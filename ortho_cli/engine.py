@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ortho_cli import artifact, kernels
-from ortho_cli.capture import Capture, frozen, measure_batch
+from ortho_cli.capture import Capture, frozen, measure_batch, symmetrize
 from ortho_cli.checkpoint import parse_json_object
 from ortho_cli.errors import (
     ArtifactError,
@@ -126,6 +126,14 @@ def _dense(layer: OrthoLinear) -> Tensor:
     return base + alpha * ortho
 
 
+def _check_weighting(weighting: str, *, kind: str, gram: str) -> None:
+    if weighting != "none" and (kind == "gram" or gram == "none"):
+        raise UsageError(
+            f"weighting is {weighting!r} with kind {kind!r} and gram {gram!r}",
+            hint="it weighs positions of gram='full' by gradients of kind='fisher'",
+        )
+
+
 def _swap(model: nn.Module, made: Mapping[str, nn.Module]) -> None:
     """Replace every reference to the old modules: one module may stand in two places."""
     by_id = {id(model.get_submodule(name)): new for name, new in made.items()}
@@ -145,13 +153,15 @@ class Engine:
         engine.set_alpha(1.0)
 
     `curvature` maps the names of weights (`<module>.weight`) to curvature, as `calibrate`
-    leaves it; where it holds anything, `decompose` uses it.
+    leaves it; where it holds anything, `decompose` uses it. `gram` maps them to the full input
+    Gram matrix, where that was measured.
     """
 
     def __init__(self, module: nn.Module) -> None:
         """Look at a module; nothing is changed."""
         self.module = module
         self.curvature: dict[str, Tensor] = {}
+        self.gram: dict[str, Tensor] = {}
         self._chosen: tuple[str, ...] = ()
         self._recipe: dict[str, Any] = {}
         self._digest = ""
@@ -212,6 +222,8 @@ class Engine:
         kind: Literal["fisher", "gram"] = "fisher",
         unit: Literal["sequence", "token"] = "sequence",
         loss: Callable[[Any, Any], Tensor] | None = None,
+        gram: Literal["none", "full"] = "none",
+        weighting: Literal["none", "gradient"] = "none",
     ) -> None:
         """Measure curvature of every chosen Linear over batches; in memory, float32.
 
@@ -223,27 +235,37 @@ class Engine:
             unit: what fisher squares: a sample's gradient, or a position's.
             loss: of output and labels, summed over samples; None for the cross-entropy of logits
                 and integer labels.
+            gram: full measures the full input Gram matrix, too: (in, in) of every chosen Linear.
+            weighting: of positions in it; gradient is the mean square of the output's, of fisher.
         Raises:
             CalibrationError: the loader is empty, or a chosen Linear took no part.
             NumericalError: a gradient is NaN or infinite.
-            UsageError: fisher without labels, or the module was decomposed before.
-        The result is in `curvature`, by `<module>.weight`, mean over samples. Training mode and
-        what needs a gradient are put back afterwards.
+            UsageError: fisher without labels, weighting with nothing to weigh or no gradient, or
+                the module was decomposed before.
+        The result is in `curvature`, and in `gram`, by `<module>.weight`, mean over samples: all
+        positions of a sample are summed. Training mode and what needs a gradient are put back
+        afterwards.
         """
         self._refuse_split()
+        _check_weighting(weighting, kind=kind, gram=gram)
         if not self._chosen:
             self.convert()
         modules = {f"{name}.weight": self.module.get_submodule(name) for name in self._chosen}
         sums: dict[str, Tensor] = {}
+        matrices: dict[str, Tensor] = {}
 
         def add(name: str, part: str, row: int, tile: Tensor) -> None:
-            if name not in sums:
-                out = 1 if kind == "gram" else _shape(modules[name])[0]
-                sums[name] = torch.zeros(out, tile.shape[1])
-            sums[name][row : row + tile.shape[0]] += tile.cpu()
+            columns = tile.shape[1]
+            held, rows = (matrices, columns) if part == "gram" else (sums, 1)
+            if name not in held:
+                if part != "gram" and kind != "gram":
+                    rows = _shape(modules[name])[0]
+                held[name] = torch.zeros(rows, columns)
+            held[name][row : row + tile.shape[0]] += tile.cpu()
 
         samples = 0
-        with frozen(self.module), Capture(modules, add, kind=kind, unit=unit) as capture:
+        hooks = Capture(modules, add, kind=kind, unit=unit, gram=gram, weighting=weighting)
+        with frozen(self.module), hooks as capture:
             for batch in loader:
                 samples += measure_batch(self.module, batch, capture, kind=kind, loss=loss)
         if not samples:
@@ -257,6 +279,9 @@ class Engine:
         self.curvature = {
             name: (total[0] if kind == "gram" else total) / samples for name, total in sums.items()
         }
+        for matrix in matrices.values():
+            symmetrize(matrix.div_(samples))
+        self.gram = matrices
 
     def decompose(
         self,

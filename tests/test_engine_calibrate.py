@@ -61,6 +61,38 @@ def test_gram_needs_no_labels_and_squares_inputs() -> None:
     torch.testing.assert_close(engine.curvature["0.weight"], inputs.square().mean(0))
 
 
+@pytest.mark.parametrize(
+    ("kind", "weighting"), [("gram", "none"), ("fisher", "none"), ("fisher", "gradient")]
+)
+def test_full_gram_is_there_for_every_linear(kind: str, weighting: str) -> None:
+    engine = Engine(network())
+    engine.calibrate(batches(), kind=kind, gram="full", weighting=weighting)  # type: ignore[arg-type]
+    model = network().train(False)
+    x, y = (torch.cat(part) for part in zip(*batches(), strict=True))
+    hidden = model[2](model[1](first := model[0](x)))
+    first.retain_grad()
+    out = model[3](hidden)
+    out.retain_grad()
+    nn.functional.cross_entropy(out, y, reduction="sum").backward()  # type: ignore[no-untyped-call]
+    for name, inputs, output in (("0", x, first), ("3", hidden.detach(), out)):
+        grad = output.grad[None] if weighting == "gradient" else None  # type: ignore[index]
+        every = torch.ones(1, 12, dtype=torch.bool)
+        expected = (reference.input_gram(inputs[None], grad, every) / 12).float()
+        scale = float(expected.abs().max())
+        found = engine.gram[f"{name}.weight"]
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * scale)
+        assert torch.equal(found, found.T)
+    engine = Engine(network())
+    engine.calibrate(batches(), kind=kind)  # type: ignore[arg-type]
+    assert not engine.gram
+
+
+def test_weighting_without_its_gradient_or_matrix_is_refused() -> None:
+    for kind, gram in (("gram", "full"), ("fisher", "none")):
+        with pytest.raises(UsageError, match=f"kind '{kind}' and gram '{gram}'"):
+            Engine(network()).calibrate(batches(), kind=kind, gram=gram, weighting="gradient")  # type: ignore[arg-type]
+
+
 def test_module_is_left_as_it_was() -> None:
     model = network()
     model[0].weight.requires_grad_(False)

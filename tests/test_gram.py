@@ -129,6 +129,7 @@ def test_gram_goes_with_every_curvature_and_leaves_it_as_it_was(
     options = chosen(f"curvature={kind}", f"storage={storage}", "dtype=bfloat16")
     run(ortho, model, *options, out="plain.safetensors")
     run(ortho, model, *options, "--gram", "full")
+    assert open_statistics(model.parent / "stats.safetensors").has_gram
     plain, full = (load_file(model.parent / f"{n}.safetensors") for n in ("plain", "stats"))
     added = {key for key in full if key.endswith(".retain_gram")}
     assert len(added) == 14
