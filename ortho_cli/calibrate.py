@@ -55,7 +55,7 @@ def calibrate(
     """Carry a plan out: load the model, pass the data through it, write the statistics.
 
     Memory: the model, the activations of one batch, and 16 MB tiles of one layer's sums; while the
-    file is written, one tensor of it.
+    file is written, what it holds of one weight.
 
     Args:
         plan: made from `checkpoint`.
