@@ -319,6 +319,7 @@ class _Job:
                     edits=self._edits,
                     moved_to_code=self._plan.recipe.ortho.split == "unlearn",
                     alone=self._plan.recipe.forgets,
+                    compensate=self._plan.recipe.base.rounding == "gptq",
                     reference=self._reference,
                     stop=self._stop,
                     on_event=self._emit,

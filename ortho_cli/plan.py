@@ -25,6 +25,8 @@ from ortho_cli.writer import CHUNK, Layout, TensorSpec, plan_layout
 TILE_ELEMENTS = (
     1 << 19
 )  # measured: two threads run 2.8 GB/s at 256 Ki elements and half of that at 64 Ki
+# One column of a tile is rounded at a time: more rows cost little more.
+GPTQ_ELEMENTS = 4 * TILE_ELEMENTS
 MODULES_BYTES = 24 << 20  # what importing everything but torch was measured to take
 TENSOR_BYTES = 14_000  # measured, too: plan, journal and report of one tensor
 SIDE_BYTES = 2_048  # what index and report take for one tensor, about
@@ -229,7 +231,7 @@ def make_plan(
         ortho=ortho,
         extra_files=tuple((n, s) for n, s in checkpoint.extra_files if not _is_ours(n)),
         sha256=sha256,
-        peak_bytes=_peak_bytes(tensors, workers, statistics, recipe.ortho.split),
+        peak_bytes=_peak_bytes(tensors, workers, statistics, recipe),
         workers=workers,
         statistics=statistics,
         reference=reference,
@@ -253,10 +255,28 @@ def _check_use(
             f"{uses[0]} is curvature, and no statistics are given",
             hint="give --stats FILE, as `ortho calibrate` writes it",
         )
+    if recipe.base.rounding == "gptq":
+        _check_gptq(recipe, statistics)
+        return
     if statistics is not None and not uses:
         raise RecipeError(
             f"`{statistics.path}` is given, and `saliency.kind` is residual and no scale curvature",
             hint="leave --stats out, or set saliency.kind or base.scale to curvature",
+        )
+
+
+def _check_gptq(recipe: Recipe, statistics: Statistics | None) -> None:
+    """Refuse to compensate without Gram matrices, or a base that is made otherwise."""
+    if recipe.ortho.split != "residual":
+        raise RecipeError(
+            f"base.rounding is gptq, and ortho.split is {recipe.ortho.split}",
+            hint="what forgets moves codes from the nearest; use base.rounding nearest",
+        )
+    if statistics is None or not statistics.has_gram:
+        there = "no statistics are given" if statistics is None else f"`{statistics.path}` has none"
+        raise RecipeError(
+            f"base.rounding is gptq, which needs Gram matrices, and {there}",
+            hint="ortho calibrate MODEL --data FILE --gram full, then --stats stats.safetensors",
         )
 
 
@@ -434,24 +454,28 @@ def _sha256(
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
-def tile_rows(shape: tuple[int, ...]) -> int:
-    """Rows of a tile: about TILE_ELEMENTS elements, at least one row."""
-    return max(1, min(shape[0], TILE_ELEMENTS // shape[1]))
+def tile_rows(shape: tuple[int, ...], elements: int = TILE_ELEMENTS) -> int:
+    """Rows of a tile: about so many elements, at least one row."""
+    return max(1, min(shape[0], elements // shape[1]))
 
 
 def _peak_bytes(
-    tensors: tuple[TensorPlan, ...], workers: int, statistics: Statistics | None, split: str
+    tensors: tuple[TensorPlan, ...], workers: int, statistics: Statistics | None, recipe: Recipe
 ) -> int:
     """Bound the buffers of all workers, each on a tensor that needs most, and a whole model's."""
-    needs = sorted((_buffer_bytes(tensor, statistics) for tensor in tensors), reverse=True)
+    needs = sorted(
+        (_buffer_bytes(t, statistics, recipe.base.rounding) for t in tensors), reverse=True
+    )
     entries = len(tensors) + (0 if statistics is None else len(statistics.digests))
     held = 0
-    if split in FORGET_BYTES:
-        held = LOGITS_BYTES + FORGET_BYTES[split] * sum(t.source.numel for t in tensors)
+    if recipe.forgets:
+        held = LOGITS_BYTES + FORGET_BYTES[recipe.ortho.split] * sum(
+            t.source.numel for t in tensors
+        )
     return MODULES_BYTES + TENSOR_BYTES * entries + held + sum(needs[:workers])
 
 
-def _buffer_bytes(tensor: TensorPlan, statistics: Statistics | None) -> int:
+def _buffer_bytes(tensor: TensorPlan, statistics: Statistics | None, rounding: str) -> int:
     if tensor.reason is not None:
         return 2 * CHUNK
     numel = tensor.source.numel
@@ -469,6 +493,11 @@ def _buffer_bytes(tensor: TensorPlan, statistics: Statistics | None) -> int:
     )
     # Scales and positions are held from one turn to the next.
     held = 0 if tensor.scale == "absmax" else 2 * tensor.base[1].nbytes + 8 * tensor.k
+    if rounding == "gptq":
+        columns = tensor.source.shape[1]
+        # The Gram matrix, its inverse and factor, two of them float64; a larger tile, in copies.
+        held += 28 * columns**2 + 56 * tile_rows(tensor.source.shape, GPTQ_ELEMENTS) * columns
+        held += 2 * tensor.base[1].nbytes + 8 * tensor.k
     return tile + candidates + held + ((20 if tensor.k < numel else 8) + 2 * more) * tensor.k
 
 

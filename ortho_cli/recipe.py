@@ -83,7 +83,11 @@ class Base(_Strict):
         "curvature: the same, each weight's error weighted by its curvature. Both leave out what "
         "ortho holds, unless base has to forget: then it must serve alone.",
     )
-    rounding: Literal["nearest"] = "nearest"
+    rounding: Literal["nearest", "gptq"] = Field(
+        "nearest",
+        description="gptq: one column after another, the rest making up for each one's error; "
+        "needs statistics with --gram full.",
+    )
 
 
 class Ortho(_Strict):

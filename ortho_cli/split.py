@@ -17,12 +17,13 @@ from torch import Tensor
 from ortho_cli import ops
 from ortho_cli.artifact import BASE_FILE, ORTHO_FILE
 from ortho_cli.checkpoint import Checkpoint, ShardReader
+from ortho_cli.compensate import Factor, factorise, round_columns
 from ortho_cli.curvature import Curvature, CurvatureReader
 from ortho_cli.edits import Edits
 from ortho_cli.errors import NumericalError
 from ortho_cli.events import Advanced, EventSink, TensorDone, null_sink
 from ortho_cli.ops import as_bytes
-from ortho_cli.plan import TILE_ELEMENTS, TensorPlan, tile_rows
+from ortho_cli.plan import GPTQ_ELEMENTS, TILE_ELEMENTS, TensorPlan, tile_rows
 from ortho_cli.scales import Kept
 from ortho_cli.selection import IGNORED
 from ortho_cli.streams import base_scales, chosen_alike, kept_within, rounds
@@ -90,6 +91,7 @@ class Splitter:
         edits: Edits | None = None,
         moved_to_code: bool = False,
         alone: bool = False,
+        compensate: bool = False,
         reference: Reference | None = None,
         stop: threading.Event,
         on_event: EventSink,
@@ -99,6 +101,7 @@ class Splitter:
         self._edits = edits or {}
         self._moved_to_code = moved_to_code
         self._alone = alone  # base has to serve without ortho
+        self._compensate = compensate
         self._reference = reference
         self._group_size = group_size
         self._curvature, self._by_curvature = curvature, by_curvature
@@ -158,6 +161,11 @@ class Splitter:
             assert found is not None
             if np.array_equal(found.kept, before.kept):
                 break
+        if self._compensate:
+            assert self._curvature is not None
+            factor = factorise(self._curvature.gram(tensor.name), name=tensor.name)
+            found = self._split_above(tensor, None, before=found, factor=factor, on_event=null_sink)
+            assert found is not None
         return found.entry
 
     def _rounds(self, tensor: TensorPlan) -> int:
@@ -207,16 +215,21 @@ class Splitter:
         edit: Places | None = None,
         grid: Tensor | None = None,
         kept: Kept | None = None,
+        factor: Factor | None = None,
     ) -> Tile:
         """Round a tile, or stand the `grid` of the reference in for its own."""
         source = weight = scratch(tuple(raw.shape), torch.float32).copy_(raw)
         if grid is not None:
             raw, weight = grid, scratch(tuple(grid.shape), torch.float32).copy_(grid)
         near, root = curvature or (None, None)
-        scales = base_scales(
-            str(tensor.scale), raw, near, self._group_size, kept=kept, empty=scratch
-        )
-        codes = ops.quantize(weight, scales, empty=scratch)
+        if factor is not None and kept is not None:
+            scales = kept.scales
+            codes = round_columns(weight, scales, factor, kept=kept.mask)
+        else:
+            scales = base_scales(
+                str(tensor.scale), raw, near, self._group_size, kept=kept, empty=scratch
+            )
+            codes = ops.quantize(weight, scales, empty=scratch)
         if edit is not None:
             positions, changed = edit
             codes.view(-1).numpy()[positions] = changed
@@ -243,9 +256,18 @@ class Splitter:
         bar: float | None,
         *,
         before: _Found | None = None,
+        factor: Factor | None = None,
         on_event: EventSink,
     ) -> _Found | None:
-        """Split one tensor in one pass; None if fewer than k residuals exceed `bar`."""
+        """Split one tensor in one pass; None if fewer than k residuals exceed `bar`.
+
+        Args:
+            tensor: what the plan says of it.
+            bar: a guess below the k-th largest saliency.
+            before: what the pass before found; its positions are left out of the scales.
+            factor: round by compensation, with the scales and positions of `before`.
+            on_event: told of bytes.
+        """
         scratch = self._tile  # valid for one tile
         self._held.reset()  # valid for one tensor
         rows, columns = tensor.source.shape
@@ -256,8 +278,9 @@ class Splitter:
         digest = blake3()
         base = [TensorStream(self._base, spec.key) for spec in tensor.base]
         packed, stored, shape = base
-        scales = torch.empty(tensor.base[1].shape, dtype=dtype) if self._rounds(tensor) else None
-        step = tile_rows(tensor.source.shape)
+        again = self._rounds(tensor) or self._compensate
+        scales = torch.empty(tensor.base[1].shape, dtype=dtype) if again else None
+        step = tile_rows(tensor.source.shape, GPTQ_ELEMENTS if factor else TILE_ELEMENTS)
         sums = Tally(
             tensor,
             bar,
@@ -277,7 +300,7 @@ class Splitter:
             known = before.within(row, count) if before else None
             changed = edit.within(row * columns, row * columns + raw.numel()) if edit else None
             grid = self._read_grid(tensor, raw, row, scratch)
-            tile = self._quantize(tensor, raw, weights, scratch, changed, grid, known)
+            tile = self._quantize(tensor, raw, weights, scratch, changed, grid, known, factor)
             if not ops.all_finite(tile.scales):
                 raise _not_finite(tensor, tile.weight, row * columns)
             packed.write(as_bytes(ops.pack_int4(tile.codes, empty=scratch)))
@@ -285,7 +308,7 @@ class Splitter:
             if scales is not None:
                 scales[row : row + count] = tile.scales
             stay = None if changed is None else changed[0]
-            if known and not alike:
+            if known and (factor or not alike):
                 stay = np.flatnonzero(flat_of(known.mask))
             sums.take(tile, raw, stay, row=row, scratch=scratch)
             on_event(Advanced(nbytes=raw.nbytes))

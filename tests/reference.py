@@ -54,6 +54,32 @@ def pack_int4(codes: Tensor) -> Tensor:
     return packed
 
 
+def compensated_codes(
+    weight: Tensor, scales: Tensor, gram: Tensor, kept: Tensor, damping: float
+) -> list[list[int]]:
+    """Optimal brain surgeon, one weight after another: no Cholesky factor, no blocks.
+
+    With H the damped Gram matrix of the columns that are left and P its inverse, fixing weight j at
+    v moves the others by -(w_j - v) / P_jj times column j of P (OBS, Hassibi and Stork 1993); then
+    column j leaves H.
+    """
+    columns = weight.shape[1]
+    damped = gram.double() + damping * torch.eye(columns, dtype=torch.float64)
+    order = sorted(range(columns), key=lambda j: (-float(gram[j, j]), j))
+    found = [[0] * columns for _ in range(len(weight))]
+    for row in range(len(weight)):
+        left = weight[row].double().clone()
+        for n, j in enumerate(order):
+            rest = order[n:]
+            inverse = torch.linalg.inv(damped[rest][:, rest])
+            step = scales[row, j * scales.shape[1] // columns].view(1, 1)
+            code = quantize(left[j].float().view(1, 1), step)
+            found[row][j] = int(code)
+            value = float(weight[row, j] if kept[row, j] else dequantize(code, step))
+            left[rest] -= (left[j] - value) / inverse[0, 0] * inverse[0]
+    return found
+
+
 def top_k_indices(saliency: Tensor, k: int) -> list[int]:
     """Flat indices of the k largest, ties to the lower index, ascending: a full sort."""
     values = saliency.flatten().tolist()

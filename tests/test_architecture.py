@@ -16,7 +16,7 @@ LAYERS = [
     ["__init__"],
     ["errors", "events"],
     ["recipe", "ops", "data", "capture", "estimates", "figures", "grammar", "verdict"],
-    ["checkpoint", "scales", "forget_set"],
+    ["checkpoint", "scales", "compensate", "forget_set"],
     ["kernels", "streams"],
     ["layers"],
     ["journal"],
@@ -91,7 +91,7 @@ def test_only_report_imports_rich_and_only_the_surface_imports_typer() -> None:
 def test_torch_is_imported_only_where_tensors_are_computed() -> None:
     users = {m for m in MODULES if "torch" in imported(tree(m).body)}
     assert users == {
-        *("ops", "scales", "summary", "tally", "split", "decompose", "curvature"),
+        *("ops", "scales", "compensate", "summary", "tally", "split", "decompose", "curvature"),
         *("capture", "models", "sums", "calibrate"),
         *("source", "foreign", "dense", "gguf_source", "convert"),
         *("scoring", "evaluate", "grid", "isolate", "unlearn", "forget"),
