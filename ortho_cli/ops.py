@@ -1,4 +1,4 @@
-"""The mathematics of a split: group scales, INT4 codes, packing, saliency, exact top-k, CSR.
+"""The mathematics of a split: group scales, codes, packing, saliency, exact top-k, CSR.
 
 Pure functions on CPU tensors, float32 inside, no IO. Weights are `(out_features, in_features)`; a
 group is `group_size` neighbours inside one row and never crosses rows. Every function that needs
@@ -18,9 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-CODE_MIN, CODE_MAX = -8, 7
-# compressed-tensors' convention for 4 bits: the 15 steps between -8 and 7, halved.
-HALF_RANGE = (CODE_MAX - CODE_MIN) / 2
+CODE_MIN, CODE_MAX = -8, 7  # of 4 bits; `code_range` knows the others
 
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 Scales = Callable[..., Tensor]
@@ -29,6 +27,17 @@ Scales = Callable[..., Tensor]
 def torch_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Take fresh room."""
     return torch.empty(shape, dtype=dtype)
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest code of a width: -8 and 7 for 4 bits, -4 and 3 for 3."""
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def half_range(bits: int) -> float:
+    """Half of the steps between both ends of the codes: 7.5 for 4 bits, 3.5 for 3."""
+    low, high = code_range(bits)
+    return (high - low) / 2
 
 
 class Scratch:
@@ -95,16 +104,23 @@ def round_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def absmax_scales(
-    weight: Tensor, *, group_size: int, dtype: torch.dtype, empty: Empty = torch_empty
+    weight: Tensor,
+    *,
+    group_size: int,
+    dtype: torch.dtype,
+    bits: int = 4,
+    empty: Empty = torch_empty,
 ) -> Tensor:
-    """Scale each group so that its largest magnitude lands half a step inside the INT4 range.
+    """Scale each group so that its largest magnitude lands half a step inside the codes' range.
 
-    scale = max|w| / 7.5, rounded to `dtype` (nearest, ties to even).
+    scale = max|w| / ((2^bits - 1) / 2), rounded to `dtype` (nearest, ties to even): max|w| / 7.5
+    for 4 bits, max|w| / 3.5 for 3.
 
     Args:
         weight: (out, in) float32, bfloat16 or float16; `group_size` divides in.
         group_size: neighbours in a row that share a scale.
         dtype: dtype the scales are stored in; the model's own.
+        bits: of a code, 3 or 4.
         empty: where temporaries come from.
     Returns:
         (out, in / group_size) of `dtype`, > 0. A group of zeros gets the smallest scale, never 0. A
@@ -114,20 +130,23 @@ def absmax_scales(
         which get an epsilon there.
     """
     count = weight.shape[1] // group_size
-    return round_scales(absmax(weight, count, empty).div_(HALF_RANGE), dtype)
+    return round_scales(absmax(weight, count, empty).div_(half_range(bits)), dtype)
 
 
-def quantize(weight: Tensor, scales: Tensor, *, empty: Empty = torch_empty) -> Tensor:
+def quantize(
+    weight: Tensor, scales: Tensor, *, bits: int = 4, empty: Empty = torch_empty
+) -> Tensor:
     """Round each weight to its group's grid.
 
-    q = clamp(round(w / scale), -8, 7), halves to even.
+    q = clamp(round(w / scale), -2^(bits-1), 2^(bits-1) - 1), halves to even.
 
     Args:
         weight: (out, in) float32, finite.
         scales: (out, groups), any float dtype, > 0; groups divides in.
+        bits: of a code, 3 or 4.
         empty: where temporaries come from.
     Returns:
-        (out, in) float32 that hold the integers -8 to 7: the next step multiplies them.
+        (out, in) float32 that hold the integers -8 to 7, or -4 to 3: the next step multiplies them.
     Source: compressed-tensors `quantize`; it divides in the model's dtype, here the division is
         float32, so a weight is
     rounded once.
@@ -135,7 +154,7 @@ def quantize(weight: Tensor, scales: Tensor, *, empty: Empty = torch_empty) -> T
     groups = groups_of(weight, scales.shape[1])
     ratio = empty(tuple(groups.shape), torch.float32)
     torch.div(groups, scales.float().unsqueeze(-1), out=ratio)
-    return ratio.round_().clamp_(CODE_MIN, CODE_MAX).view(weight.shape)
+    return ratio.round_().clamp_(*code_range(bits)).view(weight.shape)
 
 
 def dequantize(codes: Tensor, scales: Tensor, *, empty: Empty = torch_empty) -> Tensor:
@@ -144,7 +163,7 @@ def dequantize(codes: Tensor, scales: Tensor, *, empty: Empty = torch_empty) -> 
     w = q * scale, rounded once to the dtype of the scales.
 
     Args:
-        codes: (out, in) in [-8, 7], int8 or float32.
+        codes: (out, in) integers, int8 or float32, of whatever width.
         scales: (out, groups), bfloat16, float16 or float32.
         empty: where temporaries come from.
     Returns:
@@ -191,6 +210,65 @@ def unpack_int4(packed: Tensor) -> Tensor:
     pairs = packed.contiguous().view(torch.uint8)
     nibbles = torch.stack((pairs & 15, pairs >> 4), dim=-1)
     return nibbles.flatten(-2).to(torch.int8).add_(CODE_MIN)
+
+
+def pack_int3(codes: Tensor, *, empty: Empty = torch_empty) -> Tensor:
+    """Put 32 codes into each three int32: column i of a row in bits 3i..3i+2 of the row, as q + 4.
+
+    Bits count on from word to word, lowest first, so that codes 10 and 21 of 32 lie in two words.
+    Codes -4 -3 ... 3 four times over pack to 0x88FAC688, 0xC688FAC6 and 0xFAC688FA.
+
+    Args:
+        codes: (out, in) integers in [-4, 3], int8 or float32; in divides by 32.
+        empty: where temporaries come from.
+    Returns:
+        (out, 3 in / 32) int32.
+    Source: compressed-tensors `pack_to_int32` from 0.18 on, on a little-endian machine. Before that
+        it put ten codes into a word and left two bits of it unused.
+    """
+    rows, columns = codes.shape
+    lanes = empty((rows, columns), torch.int8).copy_(codes).add_(4)
+    room = empty((rows, columns), torch.int8)
+    # Neighbours move together, first two codes in 16 bits, then four in 32, then eight in 64.
+    for dtype, gap, mask in (
+        (torch.int16, 5, 0x3F),
+        (torch.int32, 10, 0xFFF),
+        (torch.int64, 20, 0xFFFFFF),
+    ):
+        wide = lanes.view(dtype)
+        upper = torch.bitwise_right_shift(wide, gap, out=room.view(dtype))
+        wide.bitwise_or_(upper).bitwise_and_(mask)
+    eights = lanes.view(rows, columns // 8, 8)[..., :3].view(torch.uint8)
+    packed = empty((rows, columns // 8, 3), torch.uint8).copy_(eights)
+    return packed.view(rows, columns // 8 * 3).view(torch.int32)
+
+
+def unpack_int3(packed: Tensor) -> Tensor:
+    """Undo `pack_int3`.
+
+    Args:
+        packed: (out, 3 in / 32) int32.
+    Returns:
+        (out, in) int8 in [-4, 3].
+    """
+    rows, words = packed.shape
+    eights = packed.contiguous().view(torch.uint8).view(rows, words * 4 // 3, 3)
+    low, middle, high = eights.to(torch.int32).unbind(-1)
+    word = low | middle << 8 | high << 16
+    codes = torch.empty((*word.shape, 8), dtype=torch.int8, device=packed.device)
+    for i in range(8):
+        codes[..., i] = (word >> (3 * i)) & 7
+    return codes.flatten(1).sub_(4)
+
+
+def pack_codes(codes: Tensor, *, bits: int, empty: Empty = torch_empty) -> Tensor:
+    """Pack codes of either width: `pack_int4` or `pack_int3`; (out, in bits / 32) int32."""
+    return (pack_int3 if bits == 3 else pack_int4)(codes, empty=empty)
+
+
+def unpack_codes(packed: Tensor, *, bits: int) -> Tensor:
+    """Undo `pack_codes`; (out, in) int8."""
+    return (unpack_int3 if bits == 3 else unpack_int4)(packed)
 
 
 def saliency(residual: Tensor, root_curvature: Tensor, *, empty: Empty = torch_empty) -> Tensor:

@@ -12,26 +12,32 @@ import torch
 from torch import Tensor
 
 from ortho_cli.ops import (
-    HALF_RANGE,
     Empty,
     Scratch,
     absmax,
+    code_range,
     dequantize,
     groups_of,
+    half_range,
     quantize,
     round_scales,
     torch_empty,
 )
 
-# Tried in this order. 7.5/7 and 7.5/8 put the largest magnitude exactly on code 7 or -8.
-MSE_FACTORS = (
-    1.0,
-    7.5 / 7,
-    7.5 / 8,
-    1.04,
-    1.02,
-    *(round(0.98 - 0.02 * step, 2) for step in range(25)),
-)
+
+def scale_factors(bits: int) -> tuple[float, ...]:
+    """List what absmax's scale is multiplied by in a search, in the order of trial.
+
+    For 4 bits 7.5/7 and 7.5/8 put the largest magnitude exactly on code 7 or -8, for 3 bits 3.5/3
+    and 3.5/4 on 3 or -4. Fewer codes are worth more clipping: to 0.5, and with 3 bits to 0.3.
+    """
+    low, high = code_range(bits)
+    ends = (half_range(bits) / high, half_range(bits) / -low)
+    steps = range(25 if bits == 4 else 35)
+    return (1.0, *ends, 1.04, 1.02, *(round(0.98 - 0.02 * step, 2) for step in steps))
+
+
+MSE_FACTORS = scale_factors(4)
 
 
 class Kept(NamedTuple):
@@ -46,18 +52,21 @@ def mse_scales(
     *,
     group_size: int,
     dtype: torch.dtype,
+    bits: int = 4,
     kept: Kept | None = None,
     empty: Empty = torch_empty,
 ) -> Tensor:
     """Search each group's scale for the smallest squared error of what will be stored.
 
-    scale = argmin over f in MSE_FACTORS of sum (w - dequantize(quantize(w, s_f)))^2,  s_f = f *
-    max|w| / 7.5, both over the weights that base has to stand for.
+    scale = argmin over f in scale_factors(bits) of sum (w - dequantize(quantize(w, s_f)))^2,
+    s_f = f * max|w| / ((2^bits - 1) / 2), both over the
+    weights that base has to stand for.
 
     Args:
         weight: (out, in) float32, bfloat16 or float16; `group_size` divides in.
         group_size: neighbours in a row that share a scale.
         dtype: dtype the scales are stored in; candidates are rounded to it before they are judged.
+        bits: of a code, 3 or 4.
         kept: weights that ortho holds, which count for nothing here, and the scales to beat.
         empty: where temporaries come from.
     Returns:
@@ -67,7 +76,7 @@ def mse_scales(
     Source: the clipping search of AWQ (arXiv:2306.00978, section 3.2), with plain squared error per
         group.
     """
-    return _search_scales(weight, None, group_size, dtype, kept, empty)
+    return _search_scales(weight, None, group_size, dtype, bits, kept, empty)
 
 
 def curvature_scales(
@@ -76,12 +85,13 @@ def curvature_scales(
     *,
     group_size: int,
     dtype: torch.dtype,
+    bits: int = 4,
     kept: Kept | None = None,
     empty: Empty = torch_empty,
 ) -> Tensor:
     """Search as `mse_scales` does, each weight's squared error multiplied by its curvature.
 
-    scale = argmin over f in MSE_FACTORS of sum h (w - dequantize(quantize(w, s_f)))^2. Inside a
+    scale = argmin over f in scale_factors(bits) of sum h (w - dequantize(quantize(w, s_f)))^2. In a
     group h counts relative to the group's largest, which changes no argmin and keeps a curvature of
     1e-38 from vanishing in the product.
 
@@ -90,6 +100,7 @@ def curvature_scales(
         curvature: (in,) or (out, in) float32, >= 0, finite.
         group_size: neighbours in a row that share a scale.
         dtype: dtype the scales are stored in; candidates are rounded to it before they are judged.
+        bits: of a code, 3 or 4.
         kept: as `mse_scales` takes it.
         empty: where temporaries come from.
     Returns:
@@ -102,7 +113,7 @@ def curvature_scales(
     peak = groups.amax(-1, keepdim=True)
     peak = torch.where(peak > 0, peak, torch.ones_like(peak))
     relative = torch.div(groups, peak, out=empty(tuple(groups.shape), torch.float32))
-    return _search_scales(weight, relative, group_size, dtype, kept, empty)
+    return _search_scales(weight, relative, group_size, dtype, bits, kept, empty)
 
 
 def _search_scales(
@@ -110,21 +121,22 @@ def _search_scales(
     importance: Tensor | None,
     group_size: int,
     dtype: torch.dtype,
+    bits: int,
     kept: Kept | None,
     empty: Empty,
 ) -> Tensor:
     count = weight.shape[1] // group_size
     if kept is not None:  # zero is a code of every grid: it widens none, and rounds without error
         weight = torch.where(kept.mask, torch.zeros_like(weight), weight)
-    largest = absmax(weight, count, empty).div_(HALF_RANGE)
+    largest = absmax(weight, count, empty).div_(half_range(bits))
     weight = weight.float()
-    candidates = (round_scales(largest * factor, dtype) for factor in MSE_FACTORS)
+    candidates = (round_scales(largest * factor, dtype) for factor in scale_factors(bits))
     best: Tensor | None = None
     best_error: Tensor | None = None
     buffers = Scratch()
     for candidate in candidates if kept is None else chain([kept.scales], candidates):
         buffers.reset()
-        codes = quantize(weight, candidate, empty=buffers)
+        codes = quantize(weight, candidate, bits=bits, empty=buffers)
         error = dequantize(codes, candidate, empty=buffers).sub_(weight).square_()
         error = groups_of(error, count)
         error = (error if importance is None else error.mul_(importance)).sum(-1)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 
-def absmax_scales(weight: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
-    """max|w| / 7.5 of each group, element by element."""
+def absmax_scales(weight: Tensor, group_size: int, dtype: torch.dtype, *, bits: int = 4) -> Tensor:
+    """max|w| / 7.5 of each group, or / 3.5 for 3 bits, element by element."""
     rows, columns = weight.shape
     scales = torch.empty(rows, columns // group_size, dtype=dtype)
     smallest = 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).smallest_normal
@@ -20,11 +20,12 @@ def absmax_scales(weight: Tensor, group_size: int, dtype: torch.dtype) -> Tensor
         for group in range(columns // group_size):
             members = weight[row, group * group_size : (group + 1) * group_size]
             largest = torch.tensor(max(abs(w) for w in members.tolist()), dtype=torch.float32)
-            scales[row, group] = max((largest / 7.5).item(), smallest)
+            half = {4: 7.5, 3: 3.5}[bits]
+            scales[row, group] = max((largest / half).item(), smallest)
     return scales
 
 
-def quantize(weight: Tensor, scales: Tensor) -> Tensor:
+def quantize(weight: Tensor, scales: Tensor, *, bits: int = 4) -> Tensor:
     """Clamp(round(w / scale)), element by element; Python rounds halves to even, as torch does."""
     rows, columns = weight.shape
     group_size = columns // scales.shape[1]
@@ -33,7 +34,8 @@ def quantize(weight: Tensor, scales: Tensor) -> Tensor:
         for column in range(columns):
             scale = scales[row, column // group_size].float()
             ratio = (weight[row, column].float() / scale).item()
-            codes[row, column] = max(-8, min(7, round(ratio)))
+            low, high = {4: (-8, 7), 3: (-4, 3)}[bits]
+            codes[row, column] = max(low, min(high, round(ratio)))
     return codes
 
 
@@ -78,6 +80,31 @@ def compensated_codes(
             value = float(weight[row, j] if kept[row, j] else dequantize(code, step))
             left[rest] -= (left[j] - value) / inverse[0, 0] * inverse[0]
     return found
+
+
+def pack_codes(codes: Tensor, *, bits: int) -> Tensor:
+    """All codes of a row as one long number, column 0 lowest, cut into words of 32 bits."""
+    rows, columns = codes.shape
+    packed = torch.empty(rows, columns * bits // 32, dtype=torch.int32)
+    for row in range(rows):
+        number = 0
+        for code in reversed(codes[row].int().tolist()):
+            number = number << bits | (code + (1 << (bits - 1)))
+        for word in range(packed.shape[1]):
+            value = number >> (32 * word) & 0xFFFFFFFF
+            packed[row, word] = value - (1 << 32) if value >= 1 << 31 else value
+    return packed
+
+
+def unpack_codes(packed: Tensor, *, bits: int) -> Tensor:
+    """Undo `pack_codes`, one code at a time."""
+    columns = packed.shape[1] * 32 // bits
+    codes = torch.empty(packed.shape[0], columns, dtype=torch.int8)
+    for row, words in enumerate(packed.tolist()):
+        number = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(words))
+        for column in range(columns):
+            codes[row, column] = (number >> (bits * column)) % (1 << bits) - (1 << (bits - 1))
+    return codes
 
 
 def top_k_indices(saliency: Tensor, k: int) -> list[int]:
@@ -201,10 +228,10 @@ def input_gram(x: Tensor, grad: Tensor | None, counted: Tensor) -> Tensor:
 
 
 def curvature_error(
-    weight: Tensor, curvature: Tensor, scales: Tensor, group_size: int
+    weight: Tensor, curvature: Tensor, scales: Tensor, group_size: int, *, bits: int = 4
 ) -> list[list[float]]:
     """Sum of curvature times squared error of each group, element by element in float64."""
-    back = dequantize(quantize(weight, scales), scales)
+    back = dequantize(quantize(weight, scales, bits=bits), scales)
     rows, columns = weight.shape
     wide = curvature.expand(rows, columns)
     found = [[0.0] * (columns // group_size) for _ in range(rows)]
@@ -242,11 +269,8 @@ def fp8_weight(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
 def dense(base: dict[str, Tensor], ortho: dict[str, Tensor], module: str, alpha: float) -> Tensor:
     """W(alpha) of one split weight, whole, position by position, before the last rounding."""
     packed, scales = base[f"{module}.weight_packed"], base[f"{module}.weight_scale"]
-    rows, columns = packed.shape[0], 8 * packed.shape[1]
-    codes = torch.empty(rows, columns, dtype=torch.int8)
-    for row in range(rows):
-        for column in range(columns):
-            codes[row, column] = (int(packed[row, column // 8]) >> (4 * (column % 8)) & 15) - 8
+    rows, columns = base[f"{module}.weight_shape"].tolist()
+    codes = unpack_codes(packed, bits=packed.shape[1] * 32 // columns)
     weight = dequantize(codes, scales)
     if alpha:
         crow, values = ortho[f"{module}.crow_indices"], ortho[f"{module}.values"].float()
@@ -260,16 +284,15 @@ def dense(base: dict[str, Tensor], ortho: dict[str, Tensor], module: str, alpha:
 
 
 def dual_weight(
-    packed: Tensor, scales: Tensor, kept: dict[tuple[int, int], float], alpha: float
+    packed: Tensor,
+    scales: Tensor,
+    kept: dict[tuple[int, int], float],
+    alpha: float,
+    *,
+    bits: int = 4,
 ) -> Tensor:
     """W(alpha) in float64, entry by entry: base, moved towards the source where one is kept."""
-    rows, words = packed.shape
-    codes = torch.empty(rows, words * 8, dtype=torch.int8)
-    for row in range(rows):
-        for column in range(words * 8):
-            word = int(packed[row, column // 8]) & 0xFFFFFFFF
-            codes[row, column] = (word >> (4 * (column % 8)) & 15) - 8
-    weight = dequantize(codes, scales).double()
+    weight = dequantize(unpack_codes(packed, bits=bits), scales).double()
     for (row, column), source in kept.items():
         weight[row, column] += alpha * (source - weight[row, column])
     return weight
@@ -282,10 +305,12 @@ def dual_linear(
     kept: dict[tuple[int, int], float],
     bias: Tensor | None,
     alphas: list[float],
+    *,
+    bits: int = 4,
 ) -> Tensor:
     """x W(alpha)^T + bias in float64, one batch row at a time, each with its own alpha."""
     found = [
-        row.double() @ dual_weight(packed, scales, kept, alpha).T
+        row.double() @ dual_weight(packed, scales, kept, alpha, bits=bits).T
         for row, alpha in zip(x, alphas, strict=True)
     ]
     y = torch.stack(found) if found else torch.empty(*x.shape[:-1], packed.shape[0])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ortho_cli import ops
-from ortho_cli.scales import MSE_FACTORS, curvature_scales, mse_scales
+from ortho_cli.scales import MSE_FACTORS, curvature_scales, mse_scales, scale_factors
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Values that meet: zeros, exact ties, halves of a step, subnormals, the ends of the range.
@@ -61,6 +61,52 @@ def test_quantize_and_pack_any_weight_equal_twins(case: tuple[torch.Tensor, int]
     assert torch.equal(ops.dequantize(narrow, scales), back)
 
 
+@given(weights(), st.booleans())
+def test_3_bits_any_weight_equal_twins(case: tuple[torch.Tensor, int], searched: bool) -> None:
+    weight, group_size = case
+    whole = weight.shape[1] // 32 * 32
+    weight = weight[:, :whole] if whole else weight.repeat(1, 4)
+    wide = weight.float()
+    make = mse_scales if searched else ops.absmax_scales
+    scales = make(weight, group_size=group_size, dtype=weight.dtype, bits=3)
+    assert (scales > 0).all()
+    if not searched:
+        expected = reference.absmax_scales(wide, group_size, weight.dtype, bits=3)
+        assert torch.equal(scales, expected)
+    codes = ops.quantize(wide, scales, bits=3)
+    assert torch.equal(codes.to(torch.int8), reference.quantize(wide, scales, bits=3))
+    packed = ops.pack_int3(codes)
+    assert torch.equal(packed, reference.pack_codes(codes, bits=3))
+    narrow = ops.unpack_int3(packed)
+    assert torch.equal(narrow.float(), codes)
+    assert torch.equal(ops.pack_int3(narrow), packed)
+    assert torch.equal(ops.dequantize(narrow, scales), reference.dequantize(codes, scales))
+    scratch = ops.Scratch()
+    for rows in (weight.shape[0], 1, weight.shape[0]):
+        scratch.reset()
+        tile = ops.quantize(wide[:rows], scales[:rows], bits=3, empty=scratch)
+        assert torch.equal(ops.pack_int3(tile, empty=scratch), packed[:rows])
+
+
+@given(
+    rows=st.integers(0, 4),
+    threes=st.integers(1, 5),
+    seed=st.integers(0, 2**16),
+    bits=st.sampled_from([3, 4]),
+)
+def test_any_words_are_codes_and_pack_to_themselves(
+    rows: int, threes: int, seed: int, bits: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    size = (rows, threes * 3)
+    packed = torch.randint(-(2**31), 2**31, size, generator=generator).to(torch.int32)
+    codes = ops.unpack_codes(packed, bits=bits)
+    assert torch.equal(codes, reference.unpack_codes(packed, bits=bits))
+    assert torch.equal(ops.pack_codes(codes, bits=bits), packed)
+    turned = packed.t().contiguous().t()  # other strides, same words
+    assert torch.equal(ops.unpack_codes(turned, bits=bits), codes)
+
+
 @given(weights())
 def test_scratch_reused_between_tiles_changes_nothing(case: tuple[torch.Tensor, int]) -> None:
     weight, group_size = case
@@ -79,6 +125,28 @@ def test_scratch_reused_between_tiles_changes_nothing(case: tuple[torch.Tensor, 
 def test_pack_int4_worked_example_gives_the_documented_word() -> None:
     codes = torch.arange(-8, 8, dtype=torch.int8).view(1, 16)
     assert ops.pack_int4(codes)[0, 0].item() == 0x76543210
+
+
+def test_pack_int3_worked_example_gives_the_documented_words() -> None:
+    codes = torch.arange(-4, 4, dtype=torch.int8).repeat(4).view(1, 32)
+    words = [word & 0xFFFFFFFF for word in ops.pack_int3(codes)[0].tolist()]
+    assert words == [0x88FAC688, 0xC688FAC6, 0xFAC688FA]
+
+
+def test_quantize_3_bits_half_steps_round_to_even_and_both_ends_hold() -> None:
+    weight = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 3.5, -4.5, 9.0, -9.0]])
+    codes = ops.quantize(weight, torch.ones(1, 1), bits=3)
+    assert codes.tolist() == [[0, 2, 2, 0, -2, -2, 3, -4, 3, -4]]
+
+
+def test_scale_factors_reach_both_ends_of_the_codes() -> None:
+    assert scale_factors(4) == MSE_FACTORS
+    assert MSE_FACTORS[:3] == (1.0, 7.5 / 7, 7.5 / 8)
+    for bits, largest in ((4, 7.0), (3, 3.0)):
+        weight = torch.tensor([[largest, *range(3), *([0.0] * 28)], [-largest - 1, *([0.0] * 31)]])
+        scales = mse_scales(weight, group_size=32, dtype=torch.float32, bits=bits)
+        codes = ops.quantize(weight, scales, bits=bits)
+        assert torch.equal(ops.dequantize(codes, scales), weight)
 
 
 def test_quantize_half_steps_round_to_even() -> None:
@@ -136,20 +204,22 @@ def curved(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 
 @settings(max_examples=60)
-@given(curved())
+@given(curved(), st.sampled_from([4, 4, 3]))
 def test_curvature_scales_any_case_have_the_least_weighted_error_of_all_factors(
-    case: tuple[torch.Tensor, torch.Tensor, int],
+    case: tuple[torch.Tensor, torch.Tensor, int], bits: int
 ) -> None:
     weight, curvature, group_size = case
     wide = weight.float()
-    found = curvature_scales(weight, curvature, group_size=group_size, dtype=weight.dtype)
-    plain = reference.absmax_scales(wide, group_size, weight.dtype)
-    errors = torch.tensor(reference.curvature_error(wide, curvature, found, group_size))
+    settings_ = {"group_size": group_size, "dtype": weight.dtype, "bits": bits}
+    found = curvature_scales(weight, curvature, **settings_)
+    plain = reference.absmax_scales(wide, group_size, weight.dtype, bits=bits)
+    errors = torch.tensor(reference.curvature_error(wide, curvature, found, group_size, bits=bits))
     smallest = 2.0**-24 if weight.dtype == torch.float16 else torch.finfo(weight.dtype).tiny
-    groups = wide.view(len(wide), -1, group_size).abs().amax(-1) / 7.5
-    for factor in MSE_FACTORS:
+    groups = wide.view(len(wide), -1, group_size).abs().amax(-1) / (2 ** (bits - 1) - 0.5)
+    for factor in scale_factors(bits):
         candidate = (groups * factor).clamp_min(smallest).to(weight.dtype)
-        other = torch.tensor(reference.curvature_error(wide, curvature, candidate, group_size))
+        worse = reference.curvature_error(wide, curvature, candidate, group_size, bits=bits)
+        other = torch.tensor(worse)
         room = 1e-4 * other if groups.min() > 1e-15 else torch.inf  # squares vanish in float32
         assert (errors <= other + room).all()
     silent = curvature.expand(wide.shape).reshape(len(wide), -1, group_size).amax(-1) == 0
