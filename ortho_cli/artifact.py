@@ -12,12 +12,16 @@ W(alpha) = dequantize(base) + alpha * ortho.
 
 **Base** is compressed-tensors `pack-quantized`. A split `<p>.weight` of shape (out, in) becomes
 
-    <p>.weight_packed  int32  (out, in / 8)           column 8w+i of a row in bits 4i..4i+3
+    <p>.weight_packed  int32  (out, in bits / 32)     4 bits: column 8w+i of a row in bits 4i..4i+3
                                                       of word w, as q + 8, q in [-8, 7]
+                                                      3 bits: column i in bits 3i..3i+2 of the
+                                                      row's words end to end, as q + 4, q in
+                                                      [-4, 3]; in divides by 32
     <p>.weight_scale   dtype  (out, in / group_size)  in the source tensor's dtype
     <p>.weight_shape   int64  (2,)                    out, in
 
-and dequantizes to q * scale, rounded once to that dtype. q is the nearest code to the source's
+A code has 4 bits unless the recipe says 3; which, a reader knows from words a row and in. It
+dequantizes to q * scale, rounded once to that dtype. q is the nearest code to the source's
 weight, except where forgetting moved it (ortho.split isolate, unlearn); ortho holds every such
 position. With ortho.split reference, codes, scales and every other tensor are those of the
 reference. Otherwise every other tensor keeps its name, dtype, shape and bytes.
@@ -51,13 +55,14 @@ sharding. A lone base is a valid artifact; a lone ortho is not.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ortho_cli import checkpoint
-from ortho_cli.checkpoint import Shard
+from ortho_cli.checkpoint import Shard, TensorInfo
 from ortho_cli.errors import ArtifactError, CheckpointError
 from ortho_cli.writer import TensorSpec
 
@@ -69,6 +74,7 @@ CONFIG_FILE = "config.json"
 REPORT_FILE = "report.json"
 
 SCALE_DTYPES = ("BF16", "F16", "F32")
+WIDTHS = (3, 4)  # bits of a code
 CHUNK = 1 << 20
 
 
@@ -90,13 +96,14 @@ def module_of(name: str) -> str:
 
 
 def base_specs(
-    name: str, *, dtype: str, shape: tuple[int, int], group_size: int
+    name: str, *, dtype: str, shape: tuple[int, int], group_size: int, bits: int = 4
 ) -> tuple[TensorSpec, ...]:
     """Name what base holds of a split tensor: packed codes, scales, shape."""
     rows, columns = shape
     module = module_of(name)
+    words = columns * bits // 32
     return (
-        TensorSpec(key=f"{module}.weight_packed", dtype="I32", shape=(rows, columns // 8)),
+        TensorSpec(key=f"{module}.weight_packed", dtype="I32", shape=(rows, words)),
         TensorSpec(key=f"{module}.weight_scale", dtype=dtype, shape=(rows, columns // group_size)),
         TensorSpec(key=f"{module}.weight_shape", dtype="I64", shape=(2,)),
     )
@@ -156,22 +163,19 @@ def index(keys: Iterable[str], *, total_size: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """An artifact's headers; no tensor data is held."""
+    """An artifact's headers, and no tensor data but the shapes of what was split."""
 
     folder: Path
     base: Shard
     ortho: Shard | None
     report: dict[str, Any] | None
+    shapes: Mapping[str, tuple[int, int]]  # (out, in) of each split module, from weight_shape
+    bits: Mapping[str, int]  # of a code of each of them
 
     @property
     def split(self) -> tuple[str, ...]:
         """Modules that were split, by name."""
-        suffix = ".weight_packed"
-        return tuple(
-            sorted(
-                t.name.removesuffix(suffix) for t in self.base.tensors if t.name.endswith(suffix)
-            )
-        )
+        return tuple(self.shapes)
 
 
 def is_artifact(path: Path, *, damaged: bool = False) -> bool:
@@ -197,7 +201,10 @@ def is_artifact(path: Path, *, damaged: bool = False) -> bool:
 
 
 def open_artifact(folder: Path) -> Artifact:
-    """Read both headers and check that they describe one artifact; no tensor is read.
+    """Read both headers and check that they describe one artifact.
+
+    Of tensors only `weight_shape` is read: without it a row's words do not tell how many codes of
+    which width they hold.
 
     Raises:
         ArtifactError: base is missing or damaged, a tensor has the wrong dtype or shape, or the two
@@ -222,7 +229,6 @@ def open_artifact(folder: Path) -> Artifact:
         report = checkpoint.read_json_object(report_path) if report_path.is_file() else None
     except CheckpointError as error:
         raise ArtifactError(error.message, hint=error.hint) from None
-    artifact = Artifact(folder=folder, base=base, ortho=ortho, report=report)
     if base.metadata.get("ortho_format") != FORMAT or base.metadata.get("role") != "base":
         raise ArtifactError(
             f"`{folder / BASE_FILE}` says it is {base.metadata.get('ortho_format')!r} "
@@ -230,7 +236,10 @@ def open_artifact(folder: Path) -> Artifact:
             f"not {FORMAT!r} 'base'",
             hint="it was written by something else, or by a later version",
         )
-    _check_base(artifact)
+    shapes, bits = _check_base(base)
+    artifact = Artifact(
+        folder=folder, base=base, ortho=ortho, report=report, shapes=shapes, bits=bits
+    )
     if ortho is not None:
         _check_pair(artifact, ortho)
     return artifact
@@ -241,13 +250,15 @@ def damaged(path: Path, what: str) -> ArtifactError:
     return ArtifactError(f"`{path}`: {what}", hint="decompose the source again")
 
 
-def _check_base(artifact: Artifact) -> None:
-    path = artifact.base.path
-    tensors = {tensor.name: tensor for tensor in artifact.base.tensors}
-    for tensor in artifact.base.tensors:
+def _check_base(base: Shard) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
+    """Find shape and bits of every split module, by name."""
+    path, suffix = base.path, ".weight_packed"
+    tensors = {tensor.name: tensor for tensor in base.tensors}
+    for tensor in base.tensors:
         if not tensor.numel:
             raise damaged(path, f"tensor `{tensor.name}` has shape {list(tensor.shape)}")
-    for module in artifact.split:
+    split = sorted(name.removesuffix(suffix) for name in tensors if name.endswith(suffix))
+    for module in split:
         packed = tensors[f"{module}.weight_packed"]
         scale, shape = tensors.get(f"{module}.weight_scale"), tensors.get(f"{module}.weight_shape")
         if scale is None or shape is None:
@@ -258,7 +269,6 @@ def _check_base(artifact: Artifact) -> None:
             and (shape.dtype, shape.shape) == ("I64", (2,))
             and len(packed.shape) == len(scale.shape) == 2
             and packed.shape[0] == scale.shape[0]
-            and packed.shape[1] * 8 % scale.shape[1] == 0
         )
         if not sound:
             raise damaged(
@@ -266,6 +276,48 @@ def _check_base(artifact: Artifact) -> None:
                 f"`{module}` has codes {packed.dtype} {list(packed.shape)} beside scales "
                 f"{scale.dtype} {list(scale.shape)}",
             )
+    shapes = _read_shapes(base, split)
+    return shapes, {module: _bits(path, module, tensors, shape) for module, shape in shapes.items()}
+
+
+def _read_shapes(base: Shard, split: Iterable[str]) -> dict[str, tuple[int, int]]:
+    tensors = {tensor.name: tensor for tensor in base.tensors}
+    buffer = memoryview(bytearray(16))
+    found: dict[str, tuple[int, int]] = {}
+    fd = os.open(base.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for module in split:
+            offset = tensors[f"{module}.weight_shape"].offset
+            checkpoint.fill(fd, buffer, offset, what=f"`{base.path}`")
+            rows, columns = (
+                int.from_bytes(buffer[at : at + 8], "little", signed=True) for at in (0, 8)
+            )
+            found[module] = rows, columns
+    except CheckpointError as error:
+        raise ArtifactError(error.message, hint=error.hint) from None
+    finally:
+        os.close(fd)
+    return found
+
+
+def _bits(
+    path: Path, module: str, tensors: Mapping[str, TensorInfo], shape: tuple[int, int]
+) -> int:
+    """Tell the width of a module's codes: no two widths fill the same words with one row."""
+    packed, scale = (tensors[f"{module}.weight_{part}"].shape for part in ("packed", "scale"))
+    rows, columns = shape
+    bits = next((bits for bits in WIDTHS if columns * bits == packed[1] * 32), None)
+    if rows != packed[0] or bits is None:
+        raise damaged(
+            path,
+            f"`{module}.weight_shape` says {list(shape)}, and its codes {list(packed)} are "
+            f"{packed[0]} rows of {packed[1] * 8} codes of 4 bits, or {packed[1] * 32 / 3:g} of 3",
+        )
+    if columns % scale[1]:
+        raise damaged(
+            path, f"`{module}` has {columns} columns and {scale[1]} scales a row, which do not fit"
+        )
+    return bits
 
 
 def _check_pair(artifact: Artifact, ortho: Shard) -> None:
@@ -288,7 +340,7 @@ def _check_pair(artifact: Artifact, ortho: Shard) -> None:
                 hint="put back the file that was written with this base",
             )
     tensors = {tensor.name: tensor for tensor in ortho.tensors}
-    dtypes = {tensor.name: tensor for tensor in artifact.base.tensors}
+    dtypes = {tensor.name: tensor.dtype for tensor in artifact.base.tensors}
     wanted = {
         f"{m}.{part}" for m in artifact.split for part in ("crow_indices", "col_indices", "values")
     }
@@ -298,12 +350,9 @@ def _check_pair(artifact: Artifact, ortho: Shard) -> None:
             f"tensor `{key}` is {'missing' if key in wanted else 'not of any split weight'}",
         )
     for module in artifact.split:
-        packed = dtypes[f"{module}.weight_packed"]
-        name, shape = f"{module}.weight", (packed.shape[0], packed.shape[1] * 8)
+        name, dtype = f"{module}.weight", dtypes[f"{module}.weight_scale"]
         nnz = tensors[f"{module}.values"].numel
-        for spec in ortho_specs(
-            name, dtype=dtypes[f"{module}.weight_scale"].dtype, shape=shape, nnz=nnz
-        ):
+        for spec in ortho_specs(name, dtype=dtype, shape=artifact.shapes[module], nnz=nnz):
             found = tensors[spec.key]
             if (found.dtype, found.shape) != (spec.dtype, spec.shape):
                 raise damaged(

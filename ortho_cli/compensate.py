@@ -57,7 +57,12 @@ def factorise(gram: Tensor, *, name: str = "weight") -> Factor:
 
 
 def round_columns(
-    weight: Tensor, scales: Tensor, factor: Factor, *, kept: Tensor | None = None
+    weight: Tensor,
+    scales: Tensor,
+    factor: Factor,
+    *,
+    bits: int = 4,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Round one column after another, and let the rest make up for each one's error.
 
@@ -71,6 +76,7 @@ def round_columns(
         weight: (out, in) float32, finite; each row by itself.
         scales: (out, groups), > 0, of the dtype they are stored in; they stay what they are.
         factor: of the Gram matrix of this weight's inputs.
+        bits: of a code, 3 or 4.
         kept: (out, in) bool: ortho holds the weight, so alpha = 1 has it without error.
     Returns:
         (out, in) float32 that hold the codes, as `ops.quantize` gives them.
@@ -91,7 +97,7 @@ def round_columns(
         errors = torch.empty_like(here)
         for j in range(stop - start):
             w, step = here[:, j : j + 1], steps[:, start + j : start + j + 1].to(scales.dtype)
-            code = ops.quantize(w, step)
+            code = ops.quantize(w, step, bits=bits)
             value = ops.dequantize(code, step)
             codes[:, start + j] = code[:, 0]
             if exact is not None and source is not None:

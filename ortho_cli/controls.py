@@ -22,8 +22,8 @@ KINDS: tuple[Kind, ...] = ("random", "magnitude")
 
 
 def base_codes(layer: OrthoLinear) -> Tensor:
-    """Unpack the codes of base, (out, in) int8 in [-8, 7]."""
-    return ops.unpack_int4(layer.weight_packed.cpu())
+    """Unpack the codes of base, (out, in) int8 in [-8, 7], or in [-4, 3] where they have 3 bits."""
+    return ops.unpack_codes(layer.weight_packed.cpu(), bits=layer.bits)
 
 
 def int4_codes(layer: OrthoLinear) -> Tensor:
@@ -32,9 +32,9 @@ def int4_codes(layer: OrthoLinear) -> Tensor:
         q = clamp(round(w / scale), -8, 7) where ortho keeps w; base's code everywhere else
 
     Args:
-        layer: with both streams.
+        layer: with both streams; where base has codes of 3 bits, they end at -4 and 3.
     Returns:
-        (out, in) int8 in [-8, 7]; base's own codes where nothing was moved, bit for bit.
+        (out, in) int8; base's own codes where nothing was moved, bit for bit.
     Raises:
         ArtifactError: there is no ortho stream.
     Exact, since what forgetting moves it also keeps. Halves round to even, as in `ops.quantize`.
@@ -46,7 +46,8 @@ def int4_codes(layer: OrthoLinear) -> Tensor:
     rows = torch.repeat_interleave(torch.arange(layer.out_features), crow.cpu().long().diff())
     columns = column.cpu().to(torch.int64)
     scales = layer.weight_scale.cpu()[rows, columns // layer.group_size]
-    kept = ops.quantize(values.cpu().float()[:, None], scales[:, None])[:, 0]
+    weights = values.cpu().float()[:, None]
+    kept = ops.quantize(weights, scales[:, None], bits=layer.bits)[:, 0]
     codes[rows, columns] = kept.to(torch.int8)
     return codes
 

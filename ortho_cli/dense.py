@@ -108,8 +108,8 @@ class _Split:
         alpha: float,
     ) -> None:
         self.name = f"{module}.weight"
-        height, words = parts["packed"].shape
-        self.shape = (height, 8 * words)
+        self.shape = artifact.shapes[module]
+        self._bits = artifact.bits[module]
         self._rows, self._parts, self._alpha = rows, parts, alpha
         self._artifact = artifact
         self._crow: npt.NDArray[np.int64] | None = None
@@ -117,13 +117,14 @@ class _Split:
         if told != self.shape:
             raise damaged(
                 artifact.base.path,
-                f"`{module}.weight_shape` says {list(told)} and the codes {list(self.shape)}",
+                f"`{module}.weight_shape` says {list(told)}, and said {list(self.shape)} before",
             )
 
     def read(self, start: int, rows: int) -> Tensor:
         """Give rows in float32; all but what alpha blends are values of the source's dtype."""
         words, groups = self._parts["packed"].shape[1], self._parts["scale"].shape[1]
-        codes = ops.unpack_int4(self._rows.rows(self._parts["packed"], start, rows, words))
+        packed = self._rows.rows(self._parts["packed"], start, rows, words)
+        codes = ops.unpack_codes(packed, bits=self._bits)
         scales = self._rows.rows(self._parts["scale"], start, rows, groups)
         weight = ops.dequantize(codes, scales)
         if self._alpha:

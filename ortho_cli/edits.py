@@ -20,7 +20,7 @@ class Edit:
     """What forgetting makes of some codes of one weight; ortho keeps the source's weight there."""
 
     positions: npt.NDArray[np.int64]  # flat, ascending
-    codes: npt.NDArray[np.int8]  # in [-8, 7]
+    codes: npt.NDArray[np.int8]  # of base's width: in [-8, 7], or in [-4, 3]
 
     def within(self, start: int, stop: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int8]]:
         """Give the edits in [start, stop), positions counted from `start`."""

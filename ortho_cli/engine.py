@@ -289,6 +289,7 @@ class Engine:
         density: float = 0.005,
         group_size: int | str = "auto",
         scale: str = "absmax",
+        bits: int = 4,
         curvature: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Put an OrthoLinear in the place of every chosen Linear; all of them or none.
@@ -298,6 +299,7 @@ class Engine:
             group_size: weights that share a scale, or `auto`: the largest of 128, 64, 32 that
                 divides every chosen in_features.
             scale: absmax, mse, or curvature.
+            bits: of a code of base, 4, or 3 where 32 divides every chosen in_features.
             curvature: by `<module>.weight`, (out, in) or (in,); None for what `curvature` holds,
                 and if that is empty, the residual alone decides.
         Raises:
@@ -325,6 +327,7 @@ class Engine:
                 group_size=size,
                 density=density,
                 scale=scale,
+                bits=bits,
                 curvature=None if given is None else given[weight],
                 name=weight,
             )
@@ -333,7 +336,7 @@ class Engine:
         recipe: dict[str, Any] = {
             "version": 1,
             "targets": list(weights.values()),
-            "base": {"group_size": size, "scale": scale},
+            "base": {"bits": bits, "group_size": size, "scale": scale},
             "ortho": {"density": float(density)},
         }
         recipe["saliency"] = {"kind": "residual" if given is None else "curvature"}

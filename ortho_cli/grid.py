@@ -61,12 +61,14 @@ class Grid:
         self.weights: dict[str, nn.Parameter] = {}
         self.original: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
+        self.bits = {tensor.name: tensor.bits for tensor in plan.split}
         for tensor in plan.split:
             raw = self._read(tensor.name)
             near = None
             if tensor.scale == "curvature":
                 near = curvature.open(tensor.name).whole()
-            scales = base_scales(str(tensor.scale), raw, near, plan.group_size)
+            bits, size = tensor.bits, plan.group_size
+            scales = base_scales(str(tensor.scale), raw, near, size, bits=bits)
             if not ops.all_finite(scales):
                 raise NumericalError(
                     f"tensor `{tensor.name}` of `{tensor.source.shard}` holds NaN or infinity",
@@ -76,7 +78,7 @@ class Grid:
             assert isinstance(weight, nn.Parameter)
             self.weights[tensor.name] = weight
             self.scales[tensor.name] = scales.to(device)
-            codes = ops.quantize(raw.float(), scales)
+            codes = ops.quantize(raw.float(), scales, bits=bits)
             self.original[tensor.name] = codes.to(torch.int8).to(device)
         self.codes = {name: codes.clone() for name, codes in self.original.items()}
         self.restore()

@@ -28,7 +28,7 @@ from ortho_cli.curvature import CurvatureReader
 from ortho_cli.events import EventSink, Step
 from ortho_cli.forget_set import TokenSecret
 from ortho_cli.grid import Grid
-from ortho_cli.ops import CODE_MAX, CODE_MIN
+from ortho_cli.ops import code_range
 from ortho_cli.scoring import completion_nll
 
 CONTRAST = 2  # alternatives of each secret that a move should not make less likely
@@ -150,7 +150,7 @@ def step_round(
     floor: float,
     room: dict[str, int],
     size: int,
-    propose: Callable[[Tensor, Tensor, Tensor, int], Tensor],
+    propose: Callable[[Tensor, Tensor, Tensor, int, int], Tensor],
     draw: random.Random,
 ) -> None:
     """Move the `size` codes with the largest gain / damage; `floor` is the mean damage."""
@@ -168,7 +168,7 @@ def step_round(
         codes, original = grid.codes[name], grid.original[name]
         spacing = grid.spacing(name)
         gradient = gradients.pop(name)
-        goal = propose(codes, original, gradient, grid.group_size)
+        goal = propose(codes, original, gradient, grid.group_size, grid.bits[name])
         ratio = (goal - codes) * spacing * gradient
         far = (goal - original) * spacing
         near = curvature.open(name).whole().to(grid.device)
@@ -207,17 +207,23 @@ def _mean_damage(grid: Grid, curvature: CurvatureReader) -> float:
     return total / grid.numel
 
 
-def _step(codes: Tensor, original: Tensor, gradient: Tensor, group_size: int) -> Tensor:
+def _step(
+    codes: Tensor, original: Tensor, gradient: Tensor, group_size: int, bits: int = 4
+) -> Tensor:
     """Propose the next code in the direction of the gradient."""
-    return (codes.float() + gradient.sign()).clamp_(CODE_MIN, CODE_MAX)
+    return (codes.float() + gradient.sign()).clamp_(*code_range(bits))
 
 
-def _zero(codes: Tensor, original: Tensor, gradient: Tensor, group_size: int) -> Tensor:
+def _zero(
+    codes: Tensor, original: Tensor, gradient: Tensor, group_size: int, bits: int = 4
+) -> Tensor:
     """Propose 0, and for codes that moved the way back."""
     return torch.where(codes == original, torch.zeros_like(gradient), original.float())
 
 
-def _mean(codes: Tensor, original: Tensor, gradient: Tensor, group_size: int) -> Tensor:
+def _mean(
+    codes: Tensor, original: Tensor, gradient: Tensor, group_size: int, bits: int = 4
+) -> Tensor:
     """Propose the mean of the group's codes, and for codes that moved the way back."""
     groups = original.float().view(codes.shape[0], -1, group_size)
     mean = groups.mean(-1, keepdim=True).round().expand_as(groups).reshape(codes.shape)

@@ -7,7 +7,8 @@ Two forms of one product, chosen by what was measured (4096 x 4096, bfloat16, 2 
 * **packed** (CPU, bfloat16 throughout, few rows): torch's INT4 kernel reads the codes as they are;
   30 times faster than unpacking at one row, level with it near 128. It multiplies q * scale before
   that is rounded to the scales' dtype, and rounds its own result to x's, so it is within one more
-  rounding of x's dtype of the exact form. In float16 and float32 it is slower than tiles.
+  rounding of x's dtype of the exact form. In float16 and float32 it is slower than tiles. Codes of
+  3 bits are given to it as codes of 4, which hold them, and take a third more memory there.
 * **tiles** (everything else, and CUDA): some rows at a time become the very weights that a reader
   of base sees, ortho is added in place, and a dense product follows. The CUDA side of this is plain
   torch, written for reference and not yet run.
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ortho_cli import ops
 from ortho_cli.errors import ArtifactError, UsageError
 
 Alpha = float | Tensor
@@ -41,21 +43,22 @@ NO_ORTHO = "put ortho.safetensors back, or set alpha to 0"
 class Packed(NamedTuple):
     """Base as torch's INT4 kernel wants it."""
 
-    codes: Tensor  # uint8 (out, in / 2), permuted
+    codes: Tensor  # uint8 (out, in / 2), permuted; 4 bits each, whatever base has
     scales_and_zeros: Tensor  # (groups, out, 2) of the scales' dtype
 
 
 class Base(NamedTuple):
     """The dense stream of one layer."""
 
-    weight_packed: Tensor  # int32 (out, in / 8)
+    weight_packed: Tensor  # int32 (out, in bits / 32)
     weight_scale: Tensor  # (out, groups)
     prepared: Packed | None = None
+    bits: int = 4  # of a code, 3 or 4
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        return self.weight_packed.shape[0], self.weight_packed.shape[1] * 8
+        return self.weight_packed.shape[0], self.weight_packed.shape[1] * 32 // self.bits
 
 
 class Ortho(NamedTuple):
@@ -70,9 +73,9 @@ def prepare(base: Base) -> Packed | None:
     """Convert base for torch's INT4 kernel; None where that kernel does not take it.
 
     Args:
-        base: int32 (out, in / 8) codes with (out, groups) scales.
+        base: codes with (out, groups) scales.
     Returns:
-        Codes of the same size again, and scales beside zeros; None off the CPU, for scales other
+        Codes of 4 bits each, and scales beside zeros; None off the CPU, for scales other
         than bfloat16 (slower than tiles there), out not a multiple of 16, group sizes other than 32
         to 256.
     """
@@ -86,8 +89,7 @@ def prepare(base: Base) -> Packed | None:
         or not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu")
     ):
         return None
-    pairs = base.weight_packed.contiguous().view(torch.uint8)
-    nibbles = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)
+    nibbles = ops.unpack_codes(base.weight_packed, bits=base.bits).add_(8)
     codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
     zeros = torch.zeros_like(scale)
     return Packed(codes, torch.stack((scale, zeros), dim=-1).transpose(0, 1).contiguous())
@@ -267,6 +269,10 @@ def dequantize_rows(base: Base, start: int, stop: int) -> Tensor:
         (stop - start, in) of the scales' dtype.
     """
     scale = base.weight_scale[start:stop]
+    if base.bits == 3:
+        codes = ops.unpack_int3(base.weight_packed[start:stop]).to(scale.dtype)
+        codes.view(*scale.shape, -1).mul_(scale.unsqueeze(-1))
+        return codes
     pairs = base.weight_packed[start:stop].contiguous().view(torch.uint8)
     weight = torch.empty((*pairs.shape, 2), dtype=scale.dtype, device=scale.device)
     weight[..., 0] = pairs & 15

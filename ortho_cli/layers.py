@@ -14,6 +14,7 @@ from ortho_cli.kernels import Alpha, Base, Ortho, Packed
 from ortho_cli.streams import (
     BASE_PARTS,
     ORTHO_PARTS,
+    check_bits,
     check_csr,
     check_group_size,
     dense_weight,
@@ -35,11 +36,11 @@ class _Derived(NamedTuple):
 class OrthoLinear(nn.Module):
     """A Linear whose weight is W(alpha) = dequantize(base) + alpha * ortho.
 
-    Buffers, as in the artifact: `weight_packed` int32 (out, in / 8), `weight_scale` (out, groups),
-    `weight_shape` int64 (2,); `crow_indices` (out + 1,), `col_indices` uint16 or int32 (nnz,) and
-    `values` (nnz,), the source's own weights; these three are None for base alone. `alpha` is None
-    until it is set: there is no default. Casting (`half()`, `to(dtype)`) moves bias alone: scales
-    and values in another dtype would be another base.
+    Buffers, as in the artifact: `weight_packed` int32 (out, in bits / 32), `weight_scale` (out,
+    groups), `weight_shape` int64 (2,); `crow_indices` (out + 1,), `col_indices` uint16 or int32
+    (nnz,) and `values` (nnz,), the source's own weights; these three are None for base alone.
+    `alpha` is None until it is set: there is no default. Casting (`half()`, `to(dtype)`) moves bias
+    alone: scales and values in another dtype would be another base.
     """
 
     weight_packed: Tensor
@@ -57,6 +58,7 @@ class OrthoLinear(nn.Module):
         *,
         group_size: int,
         dtype: torch.dtype,
+        bits: int = 4,
         nnz: int | None = None,
         bias: bool = False,
         bias_dtype: torch.dtype | None = None,
@@ -69,19 +71,21 @@ class OrthoLinear(nn.Module):
             out_features: rows.
             group_size: neighbours in a row that share a scale; a multiple of 8.
             dtype: dtype of the source's weights, hence of scales and values.
+            bits: of a code, 4, or 3 where 32 divides in_features.
             nnz: entries of the ortho stream; None for base alone.
             bias: whether there is one.
             bias_dtype: its dtype; `dtype` if None.
             device: where the buffers lie.
         Raises:
-            RecipeError: the group size does not fit.
+            RecipeError: the group size, or the bits, do not fit.
         """
         super().__init__()
         check_group_size(in_features, group_size)
+        check_bits(in_features, bits)
         self.in_features, self.out_features = in_features, out_features
         self._alpha: Alpha | None = None
         self._cache: dict[str, _Derived] = {}
-        words, groups = in_features // 8, in_features // group_size
+        words, groups = in_features * bits // 32, in_features // group_size
 
         def room(*shape: int, of: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=of, device=device)
@@ -124,6 +128,14 @@ class OrthoLinear(nn.Module):
         return self.in_features // self.weight_scale.shape[1]
 
     @property
+    def bits(self) -> int:
+        """Bits of a code, 3 or 4."""
+        return self.weight_packed.shape[1] * 32 // self.in_features
+
+    def _base(self) -> Base:
+        return Base(self.weight_packed, self.weight_scale, bits=self.bits)
+
+    @property
     def nnz(self) -> int | None:
         """Entries of the ortho stream; None without one."""
         return None if self.values is None else self.values.numel()
@@ -136,6 +148,7 @@ class OrthoLinear(nn.Module):
         group_size: int,
         density: float,
         scale: str = "absmax",
+        bits: int = 4,
         curvature: Tensor | None = None,
         name: str = "weight",
     ) -> OrthoLinear:
@@ -149,12 +162,13 @@ class OrthoLinear(nn.Module):
             group_size: neighbours in a row that share a scale.
             density: share of weights kept in the ortho stream, in [0, 1]; round(density * numel)
                 entries, ties to the lower flat index.
-            scale: absmax or mse.
+            scale: absmax, mse, or curvature, which needs `curvature`.
+            bits: of a code, 4, or 3 where in divides by 32.
             curvature: (out, in) or (in,) float32, >= 0, finite.
             name: the tensor's name, for errors.
         Raises:
             NumericalError: a weight or curvature is NaN or infinite, or base overflows.
-            RecipeError: group_size, density or scale does not fit.
+            RecipeError: group_size, density, scale or bits does not fit.
             UsageError: the module has no 2-D floating weight, or curvature another shape.
         """
         weight = dense_weight(linear, name)
@@ -163,6 +177,7 @@ class OrthoLinear(nn.Module):
             group_size=group_size,
             density=density,
             scale=scale,
+            bits=bits,
             curvature=curvature,
             name=name,
         )
@@ -174,6 +189,7 @@ class OrthoLinear(nn.Module):
             weight.shape[0],
             group_size=group_size,
             dtype=weight.dtype,
+            bits=bits,
             device="meta",
         )
         for part, tensor in parts.items():
@@ -185,7 +201,7 @@ class OrthoLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by W(alpha); alpha is read once."""
         alpha = self._need_alpha()
-        base = Base(self.weight_packed, self.weight_scale)
+        base = self._base()
         if x.numel() <= kernels.PACKED_ROWS * self.in_features and (
             x.dtype == torch.bfloat16 or torch.is_autocast_enabled(x.device.type)
         ):
@@ -214,8 +230,7 @@ class OrthoLinear(nn.Module):
                 f"there is no one weight where alpha holds {alpha.numel()} values",
                 hint="set one alpha for the whole batch",
             )
-        base = Base(self.weight_packed, self.weight_scale)
-        weight = kernels.dequantize_rows(base, 0, self.out_features)
+        weight = kernels.dequantize_rows(self._base(), 0, self.out_features)
         if alpha:
             ortho = self._ortho()
             assert self.values is not None
@@ -247,7 +262,7 @@ class OrthoLinear(nn.Module):
         wide = column.to(torch.int32)  # torch has few operations on uint16
         residual = values.to(torch.float32, copy=True)
         stream = Ortho(crow, wide, residual)
-        base = Base(self.weight_packed, self.weight_scale)
+        base = self._base()
         step = max(1, kernels.TILE_ELEMENTS // self.in_features)
         for start in range(0, self.out_features, step):
             rows = (start, min(start + step, self.out_features))
@@ -260,7 +275,7 @@ class OrthoLinear(nn.Module):
         found: Packed | None = self._derive(
             "packed",
             BASE_PARTS[:2],
-            lambda: kernels.prepare(Base(self.weight_packed, self.weight_scale)),
+            lambda: kernels.prepare(self._base()),
         )
         return found
 
@@ -366,7 +381,8 @@ class OrthoLinear(nn.Module):
         alpha = f"{self.alpha.numel()} values" if isinstance(self.alpha, Tensor) else self.alpha
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, group_size={self.group_size}, nnz={self.nnz}, "
+            f"bias={self.bias is not None}, bits={self.bits}, group_size={self.group_size}, "
+            f"nnz={self.nnz}, "
             f"dtype={self.weight_scale.dtype}, alpha={alpha}"
         )
 

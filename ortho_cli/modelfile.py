@@ -185,9 +185,8 @@ def _config(module: nn.Module) -> dict[str, Any] | None:
         if isinstance(child, nn.Linear) or is_conv1d(child)
     ]
     sizes = {layer.group_size for layer in layers.values()}
-    settings = quantization_config(
-        split=sorted(layers), unsplit=sorted(unsplit), group_size=min(sizes)
-    )
+    bits = {name: layers[name].bits for name in sorted(layers)}
+    settings = quantization_config(split=bits, unsplit=sorted(unsplit), group_size=min(sizes))
     plain = json.loads(config.to_json_string(use_diff=True))
     plain["architectures"] = plain.get("architectures") or [type(module).__name__]
     return {**plain, "quantization_config": settings}
@@ -222,13 +221,14 @@ def read_tensors(shard: Shard, tensors: Iterator[TensorInfo]) -> Iterator[tuple[
 def empty_layer(opened: Artifact, name: str) -> OrthoLinear:
     """Make a layer of the sizes that an artifact's headers tell, on meta, without bias or ortho."""
     tensors = {tensor.name: tensor for tensor in opened.base.tensors}
-    packed, scale = tensors[f"{name}.weight_packed"], tensors[f"{name}.weight_scale"]
-    columns = packed.shape[1] * 8
+    scale = tensors[f"{name}.weight_scale"]
+    rows, columns = opened.shapes[name]
     return OrthoLinear(
         columns,
-        packed.shape[0],
+        rows,
         group_size=columns // scale.shape[1],
         dtype=TORCH_DTYPES[scale.dtype],
+        bits=opened.bits[name],
         device="meta",
     )
 

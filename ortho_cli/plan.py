@@ -17,8 +17,8 @@ from ortho_cli.artifact import canonical_json
 from ortho_cli.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.errors import CheckpointError, RecipeError, ResourceError
 from ortho_cli.journal import PARTIAL
-from ortho_cli.recipe import GROUP_SIZES, Recipe, Saliency, Scale, matches
-from ortho_cli.selection import select
+from ortho_cli.recipe import GROUP_SIZES, Recipe, Saliency, Scale
+from ortho_cli.selection import check_overrides, select, tensor_settings
 from ortho_cli.statistics import Statistics, check_weights
 from ortho_cli.writer import CHUNK, Layout, TensorSpec, plan_layout
 
@@ -43,6 +43,7 @@ class TensorPlan:
 
     source: TensorInfo
     reason: str | None  # why it is not split
+    bits: int  # of a code; 0 where there are none
     scale: Scale | None
     density: float | None
     k: int
@@ -163,6 +164,7 @@ class Plan:
                     "shard": tensor.source.shard,
                     "offset": tensor.source.offset,
                     "nbytes": tensor.source.nbytes,
+                    "bits": tensor.bits or None,
                     "scale": tensor.scale,
                     "density": tensor.density,
                     "k": tensor.k,
@@ -195,7 +197,7 @@ def make_plan(
         reference: the model before it saw what base must not know, for ortho.split reference.
         workers: threads that will work; changes only the peak memory.
     Raises:
-        RecipeError: a target or override matches nothing, group_size does not divide, siblings
+        RecipeError: a target or override matches nothing, group_size or 3 bits do not fit, siblings
             would differ; curvature without statistics, or statistics without a use.
         CalibrationError: statistics lack a tensor that is split, or were measured in another shape.
         CheckpointError: the source is quantized already, or holds weights that should be split and
@@ -206,11 +208,11 @@ def make_plan(
     reasons = select(checkpoint, recipe)
     split = [tensor for tensor in checkpoint.tensors if reasons[tensor.name] is None]
     group_size = _group_size(split, recipe)
+    check_overrides(recipe, {tensor.name: tensor for tensor in split})
     tensors = tuple(
         _plan_tensor(tensor, reasons[tensor.name], recipe, group_size)
         for tensor in checkpoint.tensors
     )
-    _check_overrides(recipe, [tensor.name for tensor in split])
     _check_use(recipe, tensors, statistics)
     _check_split(recipe, checkpoint, statistics, reference)
     if statistics is not None:
@@ -387,35 +389,28 @@ def _plan_tensor(
     if reason is not None:
         same = TensorSpec(key=tensor.name, dtype=tensor.dtype, shape=tensor.shape)
         return TensorPlan(
-            source=tensor, reason=reason, scale=None, density=None, k=0, base=(same,), ortho=()
+            source=tensor,
+            reason=reason,
+            bits=0,
+            scale=None,
+            density=None,
+            k=0,
+            base=(same,),
+            ortho=(),
         )
-    scale, density = recipe.base.scale, recipe.ortho.density
-    for override in recipe.overrides:
-        if matches(override.match, tensor.name):
-            scale = override.base.scale or scale
-            density = density if override.ortho.density is None else override.ortho.density
-    shape = (tensor.shape[0], tensor.shape[1])
-    k = round(density * tensor.numel)
+    settings, name, dtype = tensor_settings(recipe, tensor.name), tensor.name, tensor.dtype
+    shape, bits = (tensor.shape[0], tensor.shape[1]), settings.bits
+    k = round(settings.density * tensor.numel)
     return TensorPlan(
         source=tensor,
         reason=None,
-        scale=scale,
-        density=density,
+        bits=bits,
+        scale=settings.scale,
+        density=settings.density,
         k=k,
-        base=artifact.base_specs(
-            tensor.name, dtype=tensor.dtype, shape=shape, group_size=group_size
-        ),
-        ortho=artifact.ortho_specs(tensor.name, dtype=tensor.dtype, shape=shape, nnz=k),
+        base=artifact.base_specs(name, dtype=dtype, shape=shape, group_size=group_size, bits=bits),
+        ortho=artifact.ortho_specs(name, dtype=dtype, shape=shape, nnz=k),
     )
-
-
-def _check_overrides(recipe: Recipe, names: list[str]) -> None:
-    for override in recipe.overrides:
-        if not any(matches(override.match, name) for name in names):
-            raise RecipeError(
-                f"override `{override.match}` matches no tensor that is split",
-                hint="`ortho inspect` lists what is split",
-            )
 
 
 def _unique(

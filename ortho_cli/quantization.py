@@ -1,31 +1,37 @@
-"""What config.json tells readers of compressed-tensors: which Linears are INT4."""
+"""What config.json tells readers of compressed-tensors: which Linears are INT4, or INT3."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
 def quantization_config(
-    *, split: Sequence[str], unsplit: Sequence[str], group_size: int
+    *, split: Mapping[str, int], unsplit: Sequence[str], group_size: int
 ) -> dict[str, Any]:
-    """Tell a reader of compressed-tensors which Linears are INT4.
+    """Tell a reader of compressed-tensors which Linears are INT4, and which INT3.
 
     Args:
-        split: modules that were split.
+        split: bits of a code of each module that was split.
         unsplit: modules with a weight that was not, and heads that have no tensor of their own.
         group_size: weights that share a scale.
+    One config group for each number of bits, the widest first: a reader takes the first group that
+    matches, and no target of one group matches a module of another.
     """
+    widths = sorted(set(split.values()), reverse=True)
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {
-            "group_0": {
-                "targets": patterns(split, against=unsplit),
+            f"group_{number}": {
+                "targets": patterns(
+                    [module for module in split if split[module] == bits],
+                    against=[*unsplit, *(module for module in split if split[module] != bits)],
+                ),
                 "weights": {
-                    "num_bits": 4,
+                    "num_bits": bits,
                     "type": "int",
                     "symmetric": True,
                     "strategy": "group",
@@ -33,8 +39,9 @@ def quantization_config(
                     "dynamic": False,
                 },
             }
+            for number, bits in enumerate(widths)
         },
-        "ignore": patterns(unsplit, against=split),
+        "ignore": patterns(unsplit, against=list(split)),
     }
 
 

@@ -57,7 +57,7 @@ def _check_integer(value: Any) -> Any:
 
 
 One = Annotated[Literal[1], BeforeValidator(_check_integer)]
-Four = Annotated[Literal[4], BeforeValidator(_check_integer)]
+Bits = Annotated[Literal[3, 4], BeforeValidator(_check_integer)]
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
 GroupSize = Annotated[int | Literal["auto"], AfterValidator(_check_group_size)]
 Density = Annotated[float, Field(ge=0, le=1)]
@@ -71,7 +71,11 @@ Split = Literal["residual", "isolate", "unlearn", "reference"]
 class Base(_Strict):
     """The dense stream."""
 
-    bits: Four = 4
+    bits: Bits = Field(
+        4,
+        description="Of a code. 4 is what every reader takes. 3 makes base a quarter smaller, for "
+        "transformers with compressed-tensors >= 0.18: vLLM's Marlin takes 4 and 8 bits only.",
+    )
     group_size: GroupSize = Field(
         "auto",
         description="Weights that share a scale; auto: the largest of 128, 64, 32 that "
@@ -79,7 +83,8 @@ class Base(_Strict):
     )
     scale: Scale = Field(
         "absmax",
-        description="absmax: max|w| / 7.5. mse: searched per group for least squared error. "
+        description="absmax: max|w| / 7.5, or 3.5 for 3 bits. mse: searched per group for least "
+        "squared error. "
         "curvature: the same, each weight's error weighted by its curvature. Both leave out what "
         "ortho holds, unless base has to forget: then it must serve alone.",
     )
@@ -206,6 +211,11 @@ class Forget(_Strict):
 class BaseOverride(_Strict):
     """What may differ between tensors in base; readers take one group_size."""
 
+    bits: Bits | None = Field(
+        None,
+        description="Tensors of 3 and of 4 bits make two config groups: llama.cpp's converter "
+        "takes one only. q, k and v share one width, and so do gate and up.",
+    )
     scale: Scale | None = None
 
 
@@ -249,7 +259,11 @@ class Recipe(_Strict):
     def canonical(self) -> dict[str, Any]:
         """Spell out every setting that a decomposition's bytes depend on, defaults included."""
         unused = {"calibrate"} if self.forgets else {"calibrate", "forget"}
-        return self.model_dump(mode="json", exclude=unused)
+        found = self.model_dump(mode="json", exclude=unused)
+        for override in found["overrides"]:
+            if override["base"]["bits"] is None:  # as before there was this key: the same bytes
+                del override["base"]["bits"]
+        return found
 
     @property
     def forgets(self) -> bool:

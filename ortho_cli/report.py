@@ -87,14 +87,16 @@ def print_plan(document: dict[str, Any], *, source: str) -> None:
     console, totals = make_console(), document["totals"]
     split = [t for t in document["tensors"] if t["action"] == "split"]
     kept = [t for t in document["tensors"] if t["action"] == "copy"]
-    table = _table("split", "module", "count", "shape", "dtype", "scale", "density", "k each")
-    for name, same in _grouped(split, "shape", "dtype", "scale", "density"):
+    columns = ("shape", "dtype", "bits", "scale", "density")
+    table = _table("split", "module", "count", *columns, "k each")
+    for name, same in _grouped(split, *columns):
         one = same[0]
         table.add_row(
             Text(visible(name.removesuffix(".weight"))),
             str(len(same)),
             _shape(one["shape"]),
             one["dtype"],
+            str(one["bits"]),
             one["scale"],
             f"{one['density']:.2%}",
             f"{one['k']:,}",

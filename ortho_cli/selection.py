@@ -1,17 +1,19 @@
-"""Selection: which tensors are split, and for every other one the reason why not. Headers only."""
+"""Selection: which tensors are split and how, and of the others why not. Headers only."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ortho_cli import artifact
 from ortho_cli.artifact import module_of
 from ortho_cli.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.errors import CheckpointError, OrthoError, RecipeError
-from ortho_cli.recipe import Recipe, matches
+from ortho_cli.recipe import Recipe, Scale, matches
 
 MIN_IN_FEATURES = 64
 IGNORED = "ignored by the recipe"
@@ -204,14 +206,72 @@ def _count(reasons: dict[str, str | None]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in counts)
 
 
+def _siblings(name: str) -> Iterator[str]:
+    """Name the weights that vLLM fuses with this one, itself among them."""
+    parent, _, leaf = module_of(name).rpartition(".")
+    for other in (o for siblings in FUSED_SIBLINGS if leaf in siblings for o in siblings):
+        yield f"{parent}.{other}.weight".removeprefix(".")
+
+
 def _check_siblings(reasons: dict[str, str | None]) -> None:
     for name in (name for name, reason in reasons.items() if reason is None):
-        parent, _, leaf = module_of(name).rpartition(".")
-        for other in (o for siblings in FUSED_SIBLINGS if leaf in siblings for o in siblings):
-            sibling = f"{parent}.{other}.weight".removeprefix(".")
+        for sibling in _siblings(name):
             if reasons.get(sibling) is not None:
                 raise RecipeError(
                     f"`{name}` would be split and `{sibling}` not ({reasons[sibling]}); "
                     "vLLM runs them as one matrix",
                     hint="split both or neither",
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSettings:
+    """How one tensor is split."""
+
+    bits: int
+    scale: Scale
+    density: float
+
+
+def tensor_settings(recipe: Recipe, name: str) -> TensorSettings:
+    """Lay the overrides that match over what the recipe says of all tensors; later ones win."""
+    bits, scale, density = recipe.base.bits, recipe.base.scale, recipe.ortho.density
+    for override in recipe.overrides:
+        if matches(override.match, name):
+            bits = override.base.bits or bits
+            scale = override.base.scale or scale
+            density = density if override.ortho.density is None else override.ortho.density
+    return TensorSettings(bits=bits, scale=scale, density=density)
+
+
+def check_overrides(recipe: Recipe, split: Mapping[str, TensorInfo]) -> None:
+    """Refuse overrides without an effect, and widths of codes that do not fit.
+
+    Args:
+        recipe: validated settings.
+        split: the tensors that are split, by name.
+    Raises:
+        RecipeError: an override matches nothing; siblings would have different bits; 3 bits where
+            in_features does not divide by 32.
+    """
+    for override in recipe.overrides:
+        if not any(matches(override.match, name) for name in split):
+            raise RecipeError(
+                f"override `{override.match}` matches no tensor that is split",
+                hint="`ortho inspect` lists what is split",
+            )
+    bits = {name: tensor_settings(recipe, name).bits for name in split}
+    for name, tensor in split.items():
+        if bits[name] == 3 and tensor.shape[1] % 32:
+            raise RecipeError(
+                f"bits is 3 for `{name}`, whose in_features {tensor.shape[1]} does not divide by "
+                "32 (as many codes of 3 bits fill three words)",
+                hint="give it 4 bits by an override, or add it to `ignore`",
+            )
+        for sibling in _siblings(name):
+            if bits.get(sibling, bits[name]) != bits[name]:
+                raise RecipeError(
+                    f"`{name}` would have {bits[name]} bits and `{sibling}` {bits[sibling]}; "
+                    "vLLM runs them as one matrix",
+                    hint="let the override match all of them or none",
                 )

@@ -222,14 +222,15 @@ class Splitter:
         if grid is not None:
             raw, weight = grid, scratch(tuple(grid.shape), torch.float32).copy_(grid)
         near, root = curvature or (None, None)
+        bits = tensor.bits
         if factor is not None and kept is not None:
             scales = kept.scales
-            codes = round_columns(weight, scales, factor, kept=kept.mask)
+            codes = round_columns(weight, scales, factor, kept=kept.mask, bits=bits)
         else:
             scales = base_scales(
-                str(tensor.scale), raw, near, self._group_size, kept=kept, empty=scratch
+                str(tensor.scale), raw, near, self._group_size, bits=bits, kept=kept, empty=scratch
             )
-            codes = ops.quantize(weight, scales, empty=scratch)
+            codes = ops.quantize(weight, scales, bits=bits, empty=scratch)
         if edit is not None:
             positions, changed = edit
             codes.view(-1).numpy()[positions] = changed
@@ -303,7 +304,7 @@ class Splitter:
             tile = self._quantize(tensor, raw, weights, scratch, changed, grid, known, factor)
             if not ops.all_finite(tile.scales):
                 raise _not_finite(tensor, tile.weight, row * columns)
-            packed.write(as_bytes(ops.pack_int4(tile.codes, empty=scratch)))
+            packed.write(as_bytes(ops.pack_codes(tile.codes, bits=tensor.bits, empty=scratch)))
             stored.write(as_bytes(tile.scales))
             if scales is not None:
                 scales[row : row + count] = tile.scales

@@ -35,6 +35,7 @@ def split_weight(
     group_size: int,
     density: float,
     scale: str = "absmax",
+    bits: int = 4,
     curvature: Tensor | None = None,
     name: str = "weight",
 ) -> dict[str, Tensor]:
@@ -47,17 +48,19 @@ def split_weight(
         group_size: neighbours in a row that share a scale; divides in.
         density: share of weights kept, in [0, 1]; exactly round(density * numel) entries.
         scale: absmax, mse, or curvature, which needs `curvature`.
+        bits: of a code, 4, or 3 where in divides by 32.
         curvature: (out, in) or (in,) float32, >= 0, finite; None counts as ones.
         name: the tensor's name, for errors.
     Returns:
         The six parts of both streams, by their names in the artifact.
     Raises:
         NumericalError: a weight or curvature is NaN or infinite, or base overflows.
-        RecipeError: group_size, density or scale does not fit.
+        RecipeError: group_size, density, scale or bits does not fit.
         UsageError: curvature has another shape.
     Ties keep the lower flat index.
     """
     check_group_size(weight.shape[1], group_size, name)
+    check_bits(weight.shape[1], bits, name)
     if not 0.0 <= density <= 1.0:
         raise RecipeError(f"density is {density}", hint="a share from 0 to 1; 0.005 keeps 0.5 %")
     if scale not in SCALES:
@@ -71,7 +74,12 @@ def split_weight(
         curvature = _check_curvature(curvature, weight, name)
         # numpy's roots are correctly rounded, torch's are not: the same bits as from a file.
         root = torch.from_numpy(np.sqrt(curvature.numpy()))
-    settings: dict[str, Any] = {"group_size": group_size, "scale": scale, "name": name}
+    settings: dict[str, Any] = {
+        "group_size": group_size,
+        "scale": scale,
+        "bits": bits,
+        "name": name,
+    }
     k = round(density * weight.numel())
     parts, kept = _split_once(weight, k, curvature, root, None, **settings)
     for _ in range(rounds(scale, by_curvature=curvature is not None, k=k, numel=weight.numel())):
@@ -128,29 +136,30 @@ def _split_once(
     *,
     group_size: int,
     scale: str,
+    bits: int,
     name: str,
 ) -> tuple[dict[str, Tensor], npt.NDArray[np.integer[Any]]]:
     """Split in one pass; return the six parts, and flat indices of what is kept."""
     rows, columns = weight.shape
-    packed = torch.empty((rows, columns // 8), dtype=torch.int32)
+    packed = torch.empty((rows, columns * bits // 32), dtype=torch.int32)
     scales = torch.empty((rows, columns // group_size), dtype=weight.dtype)
-    bits = torch.int32 if weight.dtype.itemsize == 4 else torch.int16
+    raw_bits = torch.int32 if weight.dtype.itemsize == 4 else torch.int16
     step = max(1, TILE_ELEMENTS // columns)
     stays = known is not None and not chosen_alike(scale, by_curvature=root is not None)
-    top = ops.TopK(k, length=weight.numel(), stretch=step * columns, payloads=[bits])
+    top = ops.TopK(k, length=weight.numel(), stretch=step * columns, payloads=[raw_bits])
     for row in range(0, rows, step):
         raw = weight[row : row + step].contiguous()
         here = slice(row, row + raw.shape[0])
         near = curvature if curvature is None or curvature.ndim == 1 else curvature[here]
         found = kept_within(known[1], known[0], columns, row, here.stop) if known else None
-        scales[here] = base_scales(scale, raw, near, group_size, kept=found)
+        scales[here] = base_scales(scale, raw, near, group_size, bits=bits, kept=found)
         if not ops.all_finite(scales[here]):
             raise NumericalError(
                 f"tensor `{name}` holds NaN or infinity in rows {row} to {here.stop - 1}",
                 hint="repair the model, or leave the layer out with `ignore`",
             )
         wide = raw.float()
-        codes = ops.quantize(wide, scales[here])
+        codes = ops.quantize(wide, scales[here], bits=bits)
         saliency = ops.dequantize(codes, scales[here]).sub_(wide).abs_()
         if root is not None:
             saliency.mul_(root if root.ndim == 1 else root[here])
@@ -161,8 +170,9 @@ def _split_once(
             )
         if found is not None and stays:
             saliency[found.mask] = torch.inf
-        packed[here] = ops.pack_int4(codes)
-        top.push(saliency.view(-1).numpy(), [raw.view(bits).view(-1).numpy()], start=row * columns)
+        packed[here] = ops.pack_codes(codes, bits=bits)
+        values = raw.view(raw_bits).view(-1).numpy()
+        top.push(saliency.view(-1).numpy(), [values], start=row * columns)
     indices, _, (values,) = top.finish()
     pointer, column = ortho_dtypes(k, columns)
     parts = {
@@ -182,11 +192,17 @@ def base_scales(
     curvature: Tensor | None,
     group_size: int,
     *,
+    bits: int = 4,
     kept: Kept | None = None,
     empty: ops.Empty = ops.torch_empty,
 ) -> Tensor:
     """Find base's scales of a weight, (out, groups) in its dtype; each row by itself."""
-    settings: dict[str, Any] = {"group_size": group_size, "dtype": raw.dtype, "empty": empty}
+    settings: dict[str, Any] = {
+        "group_size": group_size,
+        "dtype": raw.dtype,
+        "bits": bits,
+        "empty": empty,
+    }
     if scale == "absmax":
         return ops.absmax_scales(raw, **settings)
     settings["kept"] = kept
@@ -276,6 +292,18 @@ def check_group_size(in_features: int, group_size: int, name: str = "weight") ->
             hint=f"sizes that do: {', '.join(map(str, known))}"
             if known
             else "no multiple of 8 divides it; leave the layer out with `ignore`",
+        )
+
+
+def check_bits(in_features: int, bits: int, name: str = "weight") -> None:
+    """Refuse a width of codes that base cannot have, or that does not fill the words of a row."""
+    if bits not in (3, 4):
+        raise RecipeError(f"bits is {bits!r} for `{name}`", hint="3 or 4")
+    if in_features * bits % 32:
+        raise RecipeError(
+            f"bits is {bits} for `{name}`, whose in_features {in_features} does not divide by 32 "
+            "(as many codes of 3 bits fill three words)",
+            hint="give it 4 bits, or leave the layer out with `ignore`",
         )
 
 

@@ -19,7 +19,7 @@ Entry = dict[str, Any]
 
 def make_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
     """Add `quantization_config` to the source's config.json."""
-    split = [module_of(tensor.name) for tensor in plan.split]
+    split = {module_of(tensor.name): tensor.bits for tensor in plan.split}
     unsplit = {
         module_of(tensor.name)
         for tensor in plan.tensors
@@ -156,6 +156,7 @@ def _report_tensor(plan: Plan, tensor: TensorPlan, entry: Entry) -> dict[str, An
     }
     if tensor.reason is None:
         found |= {
+            "bits": tensor.bits,
             "scale": tensor.scale,
             "nnz": tensor.k,
             "sqnr_db_alpha_0": ops.decibels(entry["signal"], entry["noise"]),

@@ -38,10 +38,10 @@ class _Moved:
     its weight to those alone that saliency would have kept without forgetting.
     """
 
-    def __init__(self, *, measures: int, to_code: bool) -> None:
+    def __init__(self, *, measures: int, to_code: bool, bits: int) -> None:
         self.energy = [0.0] * measures  # squares of each measure that alpha = 1 takes away
         self.coded = 0  # positions where alpha = 1 is the source's code, not its weight
-        self._to_code = to_code
+        self._to_code, self._bits = to_code, bits
         self._codes: list[npt.NDArray[np.generic]] = []
         self._lost: list[list[npt.NDArray[np.float32]]] = []
 
@@ -59,7 +59,7 @@ class _Moved:
         weight = tile.weight.view(-1)[at].unsqueeze(1)
         # A group lies inside a row, so flat indices count groups, too.
         scales = tile.scales.reshape(-1)[at // (columns // tile.scales.shape[1])].unsqueeze(1)
-        code = ops.dequantize(ops.quantize(weight, scales), scales)
+        code = ops.dequantize(ops.quantize(weight, scales, bits=self._bits), scales)
         bits = torch.int32 if tile.scales.dtype.itemsize == 4 else torch.int16
         self._codes.append(flat_of(code.to(tile.scales.dtype).view(bits)))
         lost = [code.sub_(weight).abs_().squeeze(1)]
@@ -103,7 +103,7 @@ class Tally:
         self._names += ["delta"] if reference else []
         self._noise = [0.0] * len(self._names)
         self._signal = 0.0
-        self._moved = _Moved(measures=len(self._noise), to_code=to_code)
+        self._moved = _Moved(measures=len(self._noise), to_code=to_code, bits=tensor.bits)
         self._bits = torch.int32 if tensor.source.dtype == "F32" else torch.int16
         self._top = ops.TopK(
             tensor.k,

@@ -43,7 +43,7 @@ from ortho_cli.edits import load_arrays, save_arrays
 from ortho_cli.events import EventSink, Step
 from ortho_cli.forget_set import TokenSecret
 from ortho_cli.grid import Grid, batches
-from ortho_cli.ops import CODE_MAX, CODE_MIN
+from ortho_cli.ops import code_range
 from ortho_cli.recipe import Forget
 
 BETAS = (0.9, 0.99)
@@ -123,7 +123,8 @@ class _Latents:
             mean.lerp_(gradient, 1 - BETAS[0])
             square.lerp_(gradient.square_(), 1 - BETAS[1])
             step_by = (mean / first).div_((square / second).sqrt_().add_(1e-12))
-            self._values[name].sub_(step_by, alpha=rate).clamp_(CODE_MIN - REACH, CODE_MAX + REACH)
+            low, high = code_range(self._grid.bits[name])
+            self._values[name].sub_(step_by, alpha=rate).clamp_(low - REACH, high + REACH)
             self._grid.move(name, places, self._values[name].round())
 
     def shrink(self, room: dict[str, int]) -> None:

@@ -54,12 +54,14 @@ def _tensors_from_headers(artifact: Artifact) -> Iterator[dict[str, Any]]:
             ortho[f"{module}.{part}"] for part in ("crow_indices", "col_indices", "values") if ortho
         ]
         values = ortho.get(f"{module}.values")
+        rows, columns = artifact.shapes[module]
         yield {
             "name": f"{module}.weight",
             "action": "split",
             "dtype": scale.dtype,
-            "shape": [packed.shape[0], packed.shape[1] * 8],
-            "bits_per_weight": round(sum(part.nbytes for part in parts) / packed.numel, 4),
+            "shape": [rows, columns],
+            "bits": artifact.bits[module],
+            "bits_per_weight": round(8 * sum(p.nbytes for p in parts) / (rows * columns), 4),
             "nnz": values.numel if values else None,
         }
     for tensor in artifact.base.tensors:
@@ -123,10 +125,12 @@ def _check_reported_tensors(artifact: Artifact, report: dict[str, Any], path: Pa
     for name in sorted(told.keys() ^ held.keys()):
         raise damaged(path, f"tensor `{name}` is not in both the report and {BASE_FILE}")
     for name, entry in held.items():
-        for key in ("action", "dtype", "shape", *(("nnz",) if artifact.ortho else ())):
-            if told[name].get(key) != entry.get(key):
+        # The first reports do not say `bits`: it was 4 throughout.
+        said = ({"bits": 4} if entry["action"] == "split" else {}) | told[name]
+        for key in ("action", "dtype", "shape", "bits", *(("nnz",) if artifact.ortho else ())):
+            if said.get(key) != entry.get(key):
                 raise damaged(
-                    path, f"`{key}` of `{name}` is {told[name].get(key)!r}, not {entry.get(key)!r}"
+                    path, f"`{key}` of `{name}` is {said.get(key)!r}, not {entry.get(key)!r}"
                 )
         figures = [told[name].get("bits_per_weight", ""), *map(told[name].get, _MEASURED + _LATER)]
         if not all(isinstance(figure, _NUMBER | None) for figure in figures):
@@ -261,9 +265,8 @@ def _verify_index(artifact: Artifact) -> None:
 def _verify_csr(artifact: Artifact, ortho: Shard, module: str) -> None:
     import numpy as np
 
-    tensors = {t.name: t for t in (*artifact.base.tensors, *ortho.tensors)}
-    packed = tensors[f"{module}.weight_packed"]
-    rows, columns = packed.shape[0], packed.shape[1] * 8
+    tensors = {tensor.name: tensor for tensor in ortho.tensors}
+    columns = artifact.shapes[module][1]
     numpy_dtypes = {"I32": np.int32, "I64": np.int64, "U16": np.uint16}
 
     def load(part: str) -> Any:
@@ -273,13 +276,6 @@ def _verify_csr(artifact: Artifact, ortho: Shard, module: str) -> None:
         ).astype(np.int64)
 
     crow, column = load("crow_indices"), load("col_indices")
-    shape = tensors[f"{module}.weight_shape"]
-    said = np.frombuffer(b"".join(map(bytes, _pieces(artifact.base, shape))), np.int64).tolist()
-    if said != [rows, columns]:
-        raise damaged(
-            artifact.base.path,
-            f"`{module}.weight_shape` says {said} and its codes {[rows, columns]}",
-        )
     if crow[0] != 0 or crow[-1] != column.size or (np.diff(crow) < 0).any():
         raise damaged(ortho.path, f"`{module}.crow_indices` does not climb from 0 to {column.size}")
     if column.size and (column.min() < 0 or column.max() >= columns):

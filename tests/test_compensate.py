@@ -38,7 +38,7 @@ def loss(weight: Tensor, codes: Tensor, scales: Tensor, gram: Tensor, kept: Tens
 
 @st.composite
 def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weight, scales, Gram matrix (full rank, singular, with dead inputs, zero) and what is kept."""
+    """A weight, scales, what is kept, and a Gram matrix: full rank, singular, dead inputs, zero."""
     size = draw(st.sampled_from([8, 16]))
     columns, rows = size * draw(st.integers(1, 3)), draw(st.integers(1, 4))
     seed = draw(st.integers(0, 2**16))

@@ -44,7 +44,8 @@ def draw_edits(plan: Plan, share: float = 0.25, *, seed: int = 0) -> dict[str, E
     for tensor in plan.split:
         many = int(share * tensor.k)
         places = draw.choice(tensor.source.numel, size=many, replace=False).astype(np.int64)
-        codes = draw.integers(-8, 8, size=many).astype(np.int8)
+        low, high = ops.code_range(tensor.bits)
+        codes = draw.integers(low, high + 1, size=many).astype(np.int8)
         found[tensor.name] = Edit(positions=np.sort(places), codes=codes)
     return found
 
@@ -366,14 +367,15 @@ def test_recipe_that_forgets_is_nothing_without_an_editor(case: Case) -> None:
     assert not (case.place / "out").exists()
 
 
-@pytest.mark.parametrize("density", [DENSITY, 0.005, 1.0])
+@pytest.mark.parametrize(("density", "bits"), [(DENSITY, 4), (0.005, 4), (1.0, 4), (DENSITY, 3)])
 def test_unlearn_gives_codes_back_where_saliency_would_not_keep_the_weight(
     case: Case,
     pico_tensors: dict[str, Tensor],
     density: float,
+    bits: int,
 ) -> None:
     opened, found = open_checkpoint(case.source), open_statistics(case.stats)
-    sets = ["ortho.split=unlearn", f"ortho.density={density}"]
+    sets = ["ortho.split=unlearn", f"ortho.density={density}", f"base.bits={bits}"]
     plan = make_plan(opened, recipe.load_recipe(None, sets), statistics=found)
     # All of k is moved where there is little room: nothing is left for saliency.
     editor = Fake(draw_edits(plan, 1.0 if density == 0.005 else 0.25), case.place / "count")
@@ -385,7 +387,8 @@ def test_unlearn_gives_codes_back_where_saliency_would_not_keep_the_weight(
     for name, edit in editor.edits.items():
         module, weight = name.removesuffix(".weight"), pico_tensors[name]
         scales = base[f"{module}.weight_scale"]
-        own = reference.dequantize(reference.quantize(weight.float(), scales), scales)
+        nearest = reference.quantize(weight.float(), scales, bits=bits)
+        own = reference.dequantize(nearest, scales)
         saliency = (own - weight.float()).abs() * curvature[name].sqrt()
         crow = ortho[f"{module}.crow_indices"].long()
         rows = torch.arange(len(crow) - 1).repeat_interleave(crow.diff())
@@ -397,7 +400,7 @@ def test_unlearn_gives_codes_back_where_saliency_would_not_keep_the_weight(
         wanted = torch.where(coded, own.view(-1)[flat].to(weight.dtype), weight.view(-1)[flat])
         assert torch.equal(ortho[f"{module}.values"], wanted)
         kinds |= {(bool(m), bool(c)) for m, c in zip(moved.tolist(), coded.tolist(), strict=True)}
-        full = dequantized(base, module)
+        full = dequantized(base, module, bits=bits)
         full.view(-1)[flat] = ortho[f"{module}.values"].float()
         error += float(((full - weight.float()).double() ** 2 * curvature[name]).sum())
     assert ((True, True) in kinds) == (density < 1.0)
@@ -406,6 +409,6 @@ def test_unlearn_gives_codes_back_where_saliency_would_not_keep_the_weight(
     assert told == pytest.approx(error, rel=1e-5, abs=1e-12)
 
 
-def dequantized(base: dict[str, Tensor], module: str) -> Tensor:
-    codes = ops.unpack_int4(base[f"{module}.weight_packed"])
+def dequantized(base: dict[str, Tensor], module: str, *, bits: int = 4) -> Tensor:
+    codes = ops.unpack_codes(base[f"{module}.weight_packed"], bits=bits)
     return reference.dequantize(codes, base[f"{module}.weight_scale"])

@@ -25,13 +25,21 @@ class Made:
     """A layer's streams, and the kept source weights as the slow twin wants them."""
 
     def __init__(
-        self, rows: int, groups: int, size: int, dtype: torch.dtype, *, share: float = 0.1
+        self,
+        rows: int,
+        groups: int,
+        size: int,
+        dtype: torch.dtype,
+        *,
+        share: float = 0.1,
+        bits: int = 4,
     ) -> None:
         random = torch.Generator().manual_seed(rows + groups)
         columns = groups * size
-        codes = torch.randint(-8, 8, (rows, columns), generator=random, dtype=torch.int8)
+        ends = (-(1 << (bits - 1)), 1 << (bits - 1))
+        codes = torch.randint(*ends, (rows, columns), generator=random, dtype=torch.int8)
         scales = (torch.rand(rows, groups, generator=random) + 0.5).to(dtype)
-        self.base = Base(ops.pack_int4(codes), scales)
+        self.base = Base(ops.pack_codes(codes, bits=bits), scales, bits=bits)
         keep = torch.rand(rows, columns, generator=random) < share
         source = torch.randn(rows, columns, generator=random).to(dtype).float()
         base = ops.dequantize(codes, scales)
@@ -48,7 +56,7 @@ class Made:
     def reference(self, x: Tensor, bias: Tensor | None, alphas: list[float]) -> Tensor:
         base = self.base
         return reference.dual_linear(
-            x, base.weight_packed, base.weight_scale, self.kept, bias, alphas
+            x, base.weight_packed, base.weight_scale, self.kept, bias, alphas, bits=base.bits
         )
 
 
@@ -70,6 +78,7 @@ def close(y: Tensor, expected: Tensor, made: Made, x: Tensor) -> None:
     size=st.sampled_from([8, 32, 64]),
     lead=st.lists(st.integers(0, 3), max_size=3),
     bias=st.booleans(),
+    bits=st.sampled_from([3, 4]),
 )
 def test_every_form_equals_the_slow_twin(
     alpha: float,
@@ -79,8 +88,10 @@ def test_every_form_equals_the_slow_twin(
     size: int,
     lead: list[int],
     bias: bool,
+    bits: int,
 ) -> None:
-    made = Made(rows, groups, size, dtype)
+    bits = bits if groups * size % 32 == 0 else 4
+    made = Made(rows, groups, size, dtype, bits=bits)
     x = torch.randn(*lead, groups * size, generator=made.random).to(dtype)
     b = made.bias if bias else None
     flat = x.reshape(-1, groups * size)
@@ -114,10 +125,11 @@ def test_bfloat16_tiles_round_once() -> None:
 
 def test_dequantized_rows_are_those_that_readers_see() -> None:
     for dtype in DTYPES:
-        made = Made(7, 3, 24, dtype)
-        codes = ops.unpack_int4(made.base.weight_packed)
-        expected = ops.dequantize(codes, made.base.weight_scale)
-        assert torch.equal(kernels.dequantize_rows(made.base, 2, 6).float(), expected[2:6])
+        for bits, size in ((4, 24), (3, 32)):
+            made = Made(7, 3, size, dtype, bits=bits)
+            codes = reference.unpack_codes(made.base.weight_packed, bits=bits)
+            expected = reference.dequantize(codes, made.base.weight_scale)
+            assert torch.equal(kernels.dequantize_rows(made.base, 2, 6).float(), expected[2:6])
 
 
 def test_many_tiles_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +233,8 @@ def test_autocast_gives_what_linear_would_give() -> None:
 
 
 def test_packed_form_is_taken_only_where_torch_has_it() -> None:
-    assert kernels.prepare(Made(16, 1, 32, torch.bfloat16).base) is not None
+    for bits in (3, 4):
+        assert kernels.prepare(Made(16, 1, 32, torch.bfloat16, bits=bits).base) is not None
     for rows, size, dtype in ((15, 32, "bfloat16"), (16, 24, "bfloat16"), (16, 32, "float16")):
         assert kernels.prepare(Made(rows, 1, size, getattr(torch, dtype)).base) is None
 

@@ -25,6 +25,7 @@ from ortho_cli.errors import (
     UsageError,
 )
 from ortho_cli.quantization import patterns as reader_patterns
+from ortho_cli.quantization import quantization_config
 
 
 def make(source: Path, *sets: str) -> plan.Plan:
@@ -155,6 +156,46 @@ def test_overrides_change_density_and_scale_and_the_last_wins(pico: Path) -> Non
     assert chosen["model.layers.0.self_attn.v_proj.weight"] == ("mse", 0.5)
     assert chosen["model.layers.1.self_attn.v_proj.weight"] == ("mse", 0.25)
     assert chosen["model.layers.1.self_attn.q_proj.weight"] == ("absmax", 0.005)
+
+
+def test_bits_of_an_override_make_words_and_the_last_wins(pico: Path) -> None:
+    made = make(
+        pico,
+        "overrides=[{match: '*.mlp.*', base: {bits: 3}}, {match: '*.1.mlp.*', base: {bits: 4}}]",
+    )
+    found = {t.name: (t.bits, t.base[0].shape) for t in made.split}
+    assert found["model.layers.0.mlp.down_proj.weight"] == (3, (64, 18))
+    assert found["model.layers.1.mlp.down_proj.weight"] == (4, (64, 24))
+    assert found["model.layers.0.self_attn.q_proj.weight"] == (4, (64, 8))
+    assert made.base.size < make(pico).base.size
+    assert {t.bits for t in made.tensors if t.reason is not None} == {0}
+    assert {t.bits for t in make(pico, "base.bits=3").split} == {3}
+
+
+@pytest.mark.parametrize(("leaf", "other"), [("k_proj", "q_proj"), ("up_proj", "gate_proj")])
+def test_siblings_of_different_bits_are_refused_with_both_names(
+    pico: Path, leaf: str, other: str
+) -> None:
+    error = refusal(pico, f"overrides=[{{match: '*.1.*.{leaf}.*', base: {{bits: 3}}}}]")
+    assert isinstance(error, RecipeError)
+    parent = "model.layers.1." + ("mlp" if "up" in leaf else "self_attn")
+    assert f"`{parent}.{leaf}.weight`" in error.message
+    assert f"`{parent}.{other}.weight`" in error.message
+    assert " 3" in error.message
+    assert "4" in error.message
+    assert "vLLM runs them as one matrix" in error.message
+
+
+def test_3_bits_need_columns_in_32s(tmp_path: Path) -> None:
+    source = bare(tmp_path, a__weight=torch.ones(4, 64), b__weight=torch.ones(4, 72))
+    error = refusal(source, "base={bits: 3, group_size: 8}")
+    assert error.message.startswith("bits is 3 for `b.weight`, whose in_features 72 does not")
+    kept = "overrides=[{match: b.weight, base: {bits: 4}}]"
+    assert [t.bits for t in make(source, "base={bits: 3, group_size: 8}", kept).split] == [3, 4]
+    wide = bare(tmp_path, a__weight=torch.ones(4, 576))
+    for size in (64, 32, 16, 8):
+        made = make(wide, f"base={{bits: 3, group_size: {size}}}")
+        assert made.split[0].base[0].shape == (4, 54)
 
 
 def test_fused_experts_are_an_error_with_their_share_unless_kept(tmp_path: Path) -> None:
@@ -419,6 +460,21 @@ def test_patterns_tell_split_from_unsplit_whatever_readers_put_in_front(
         wanted = {names[name] for name in split if name in names}
         assert matched(targets, list(names.values())) == wanted
         assert matched(ignore, list(names.values())) == set(names.values()) - wanted
+
+
+def test_each_width_has_a_config_group_that_matches_nothing_of_the_others() -> None:
+    layers = [f"model.layers.{i}.{m}" for i in range(4) for m in ("mlp.down_proj", "self_attn.o")]
+    bits = {name: 3 if name.endswith("2.mlp.down_proj") else 4 for name in layers}
+    found = quantization_config(split=bits, unsplit=["lm_head"], group_size=64)
+    groups = found["config_groups"]
+    assert [group["weights"]["num_bits"] for group in groups.values()] == [4, 3]
+    for group in groups.values():
+        mine = {name for name in layers if bits[name] == group["weights"]["num_bits"]}
+        assert matched(group["targets"], layers) == mine
+    assert found["ignore"] == ["lm_head"]
+    for width in (3, 4):
+        only = quantization_config(split={"a": width}, unsplit=[], group_size=64)["config_groups"]
+        assert [group["weights"]["num_bits"] for group in only.values()] == [width]
 
 
 def test_patterns_renamed_by_transformers_still_tell_the_towers_apart() -> None:

@@ -36,7 +36,17 @@ BAD_RECIPES = {
     "density NaN": ("version: 1\northo: {density: .nan}", "line 2: `ortho.density`", "not nan"),
     "no version": ("ortho: {density: 0.1}", "`version` is missing", "version: 1"),
     "version 2": ("version: 2", "line 1: `version`", "not 2"),
-    "bits 3": ("version: 1\nbase: {bits: 3}", "line 2: `base.bits`", "not 3"),
+    "bits 5": ("version: 1\nbase: {bits: 5}", "line 2: `base.bits`", "3 or 4, not 5"),
+    "bits 2 of some": (
+        "version: 1\noverrides: [{match: a, base: {bits: 2}}]",
+        "line 2: `overrides.0.base.bits`",
+        "3 or 4, not 2",
+    ),
+    "bits 3.0 of some": (
+        "version: 1\noverrides: [{match: a, base: {bits: 3.0}}]",
+        "line 2: `overrides.0.base.bits`",
+        "must be an integer, not 3.0",
+    ),
     "group_size 12": (
         "version: 1\nbase: {group_size: 12}",
         "line 2: `base.group_size`",
@@ -194,3 +204,10 @@ def test_json_schema_names_every_setting() -> None:
 )
 def test_matches_exact_glob_and_regex(pattern: str, name: str, expected: bool) -> None:
     assert recipe.matches(pattern, name) is expected
+
+
+def test_canonical_override_without_bits_is_spelled_as_before_there_were_any() -> None:
+    sets = ["overrides=[{match: a, ortho: {density: 0.1}}, {match: b, base: {bits: 3}}]"]
+    first, second = recipe.load_recipe(None, sets).canonical()["overrides"]
+    assert first == {"match": "a", "base": {"scale": None}, "ortho": {"density": 0.1}}
+    assert second["base"] == {"bits": 3, "scale": None}

@@ -55,22 +55,42 @@ def make(folder: Path, kind: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "qwen2"])
-def test_base_loads_whole_and_bit_exact(tmp_path: Path, ortho: Ortho, kind: str) -> None:
+THREE = "base.bits=3"
+SOME = "overrides=[{match: 're:.*1.mlp', base: {bits: 3}}, {match: '*o_proj*', base: {bits: 3}}]"
+
+
+@pytest.mark.parametrize(
+    ("kind", "chosen", "groups"),
+    [
+        ("llama-tied", "base.bits=4", [4]),
+        ("llama-untied", "base.bits=4", [4]),
+        ("qwen2", "base.bits=4", [4]),
+        ("llama-tied", THREE, [3]),
+        ("qwen2", THREE, [3]),
+        ("llama-tied", SOME, [4, 3]),
+        ("qwen2", SOME, [4, 3]),
+    ],
+)
+def test_base_loads_whole_and_bit_exact(
+    tmp_path: Path, ortho: Ortho, kind: str, chosen: str, groups: list[int]
+) -> None:
     source = make(tmp_path / "m", kind)
-    assert ortho("decompose", tmp_path / "m", "-q").code == 0
+    assert ortho("decompose", tmp_path / "m", "-q", "--set", chosen).code == 0
     out = tmp_path / "m-ortho"
     model, info = load(out)
     assert not any(info.values()), info
     base = load_file(out / "base.safetensors")
     weights = dict(model.named_modules())
     report = json.loads((out / "report.json").read_text())
+    told = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert [group["weights"]["num_bits"] for group in told.values()] == groups
+    assert {entry["bits"] for entry in report["tensors"] if "bits" in entry} == set(groups)
     tokens = torch.arange(8)[None]
     model(tokens)  # compressed-tensors unpacks on the first forward
     for entry in report["tensors"]:
         module = entry["name"].rpartition(".")[0]
         if entry["action"] == "split":
-            codes = ops.unpack_int4(base[f"{module}.weight_packed"])
+            codes = reference.unpack_codes(base[f"{module}.weight_packed"], bits=entry["bits"])
             expected = reference.dequantize(codes, base[f"{module}.weight_scale"])
             assert torch.equal(weights[module].weight.float(), expected), module
         else:
@@ -95,8 +115,23 @@ def test_base_loads_the_same_when_ortho_is_deleted(tmp_path: Path, ortho: Ortho)
 def test_codes_equal_the_packing_of_compressed_tensors() -> None:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    codes = torch.randint(-8, 8, (5, 64), dtype=torch.int8)
-    assert torch.equal(ops.pack_int4(codes), pack_to_int32(codes, 4))
+    for columns in (64, 96, 576):
+        codes = torch.randint(-8, 8, (5, columns), dtype=torch.int8)
+        assert torch.equal(ops.pack_int4(codes), pack_to_int32(codes, 4))
+        narrow = codes.clamp(-4, 3)
+        assert torch.equal(ops.pack_int3(narrow), pack_to_int32(narrow, 3))
+
+
+def test_scales_equal_those_of_compressed_tensors() -> None:
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    groups = torch.randn(6, 3, 32)
+    for bits in (3, 4):
+        settings = QuantizationArgs(num_bits=bits, strategy="group", group_size=32)
+        theirs, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), settings)
+        mine = ops.absmax_scales(groups.flatten(1), group_size=32, dtype=torch.float32, bits=bits)
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.slow
