@@ -26,6 +26,7 @@ from ortho_cli.options import (
     SchemaOption,
     SetOption,
     StatsOption,
+    TargetBitsOption,
     VerboseOption,
     WorkersOption,
 )
@@ -92,6 +93,7 @@ def decompose(
             "--reference", metavar="CHECKPOINT", help="MODEL before it saw what base must not know."
         ),
     ] = None,
+    target_bits: TargetBitsOption = None,
     recipe: RecipeOption = None,
     sets: SetOption = None,
     force: Annotated[
@@ -128,6 +130,7 @@ def decompose(
     from ortho_cli.plan import check_memory
 
     checkpoint, plan = _plan(model, stats, recipe, sets, workers, device, reference)
+    plan = _meet(plan, checkpoint, target_bits, quiet=quiet)
     target = out or _default_out(model)
     read = files_of(checkpoint, *plan.inputs, *(forget or []), *(data or []))
     check_output(target, read, force=force, is_ours=is_artifact)
@@ -399,6 +402,17 @@ def _plan(
     if found is not None:
         check_model(found, checkpoint, [tensor.source for tensor in plan.split])
     return checkpoint, plan
+
+
+def _meet(plan: Plan, checkpoint: Any, target_bits: float | None, *, quiet: bool) -> Plan:
+    """Pick what a size can buy, where one is asked for."""
+    if target_bits is None:
+        return plan
+    from ortho_cli.budget import meet
+    from ortho_cli.report_progress import ProgressSink
+
+    with ProgressSink("score", quiet=quiet, verbose=False) as sink:
+        return meet(plan, checkpoint, target_bits, on_event=sink)
 
 
 def _editor(

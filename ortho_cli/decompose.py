@@ -28,6 +28,7 @@ from ortho_cli.artifact import (
     canonical_json,
     pretty_json,
 )
+from ortho_cli.budget import settle
 from ortho_cli.checkpoint import Checkpoint, ShardReader
 from ortho_cli.curvature import CurvatureReader
 from ortho_cli.edits import Edits, count, load_edits, save_edits
@@ -101,6 +102,7 @@ def decompose(
     sources = files_of(checkpoint, *plan.inputs)
     check_output(out, sources, force=force, is_ours=artifact.is_artifact)
     check_space(plan.bytes_on_disk, out)
+    plan = settle(plan, checkpoint, on_event=on_event)
     if plan.statistics is not None:
         check_model(plan.statistics, checkpoint, [tensor.source for tensor in plan.split])
     identity: Entry = {

@@ -56,6 +56,15 @@ StatsOption = Annotated[
         "--stats", metavar="FILE", help="Curvature statistics, as `ortho calibrate` writes them."
     ),
 ]
+TargetBitsOption = Annotated[
+    float | None,
+    typer.Option(
+        "--target-bits",
+        metavar="BITS",
+        help="Pick the density, and the group size where it is auto, that lose least within so "
+        "many bits a split weight, both files; reads every weight first.",
+    ),
+]
 GramOption = Annotated[
     str | None,
     typer.Option(

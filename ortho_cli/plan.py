@@ -7,7 +7,7 @@ here, before anything is read or written.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from ortho_cli.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.errors import CheckpointError, RecipeError, ResourceError
 from ortho_cli.journal import PARTIAL
 from ortho_cli.recipe import GROUP_SIZES, Recipe, Saliency, Scale
+from ortho_cli.refusals import check_global, check_gptq, check_reference, refuse_quantized
 from ortho_cli.selection import check_overrides, select, tensor_settings
 from ortho_cli.statistics import Statistics, check_weights
 from ortho_cli.writer import CHUNK, Layout, TensorSpec, plan_layout
@@ -76,6 +77,7 @@ class Plan:
     workers: int
     statistics: Statistics | None
     reference: Checkpoint | None = None
+    kept: Mapping[str, int] | None = None  # entries of each tensor, where they do not follow
 
     @property
     def split(self) -> tuple[TensorPlan, ...]:
@@ -115,6 +117,12 @@ class Plan:
     def bytes_on_disk(self) -> int:
         """Bytes of the artifact and of what is kept beside it while it is made."""
         return self.bytes_written + SIDE_BYTES * (1 + len(self.tensors))
+
+    @property
+    def split_bits(self) -> float:
+        """Bits of both streams for each split weight."""
+        parts = (spec for tensor in self.split for spec in (*tensor.base, *tensor.ortho))
+        return 8 * sum(spec.nbytes for spec in parts) / self.split_weights
 
     @property
     def bits_per_weight(self) -> float:
@@ -186,6 +194,7 @@ def make_plan(
     *,
     statistics: Statistics | None = None,
     reference: Checkpoint | None = None,
+    kept: Mapping[str, int] | None = None,
     workers: int = 1,
 ) -> Plan:
     """Decide everything that headers and the recipe decide.
@@ -195,6 +204,7 @@ def make_plan(
         recipe: validated settings; in the plan, `saliency.kind` is what it comes to.
         statistics: curvature of the source, for a recipe that uses it.
         reference: the model before it saw what base must not know, for ortho.split reference.
+        kept: entries of each tensor's ortho, where a scoring pass fixed them (`budget`).
         workers: threads that will work; changes only the peak memory.
     Raises:
         RecipeError: a target or override matches nothing, group_size or 3 bits do not fit, siblings
@@ -210,7 +220,7 @@ def make_plan(
     group_size = _group_size(split, recipe)
     check_overrides(recipe, {tensor.name: tensor for tensor in split})
     tensors = tuple(
-        _plan_tensor(tensor, reasons[tensor.name], recipe, group_size)
+        _plan_tensor(tensor, reasons[tensor.name], recipe, group_size, kept or {})
         for tensor in checkpoint.tensors
     )
     _check_use(recipe, tensors, statistics)
@@ -237,6 +247,7 @@ def make_plan(
         workers=workers,
         statistics=statistics,
         reference=reference,
+        kept=kept,
     )
 
 
@@ -258,27 +269,12 @@ def _check_use(
             hint="give --stats FILE, as `ortho calibrate` writes it",
         )
     if recipe.base.rounding == "gptq":
-        _check_gptq(recipe, statistics)
+        check_gptq(recipe, statistics)
         return
     if statistics is not None and not uses:
         raise RecipeError(
             f"`{statistics.path}` is given, and `saliency.kind` is residual and no scale curvature",
             hint="leave --stats out, or set saliency.kind or base.scale to curvature",
-        )
-
-
-def _check_gptq(recipe: Recipe, statistics: Statistics | None) -> None:
-    """Refuse to compensate without Gram matrices, or a base that is made otherwise."""
-    if recipe.ortho.split != "residual":
-        raise RecipeError(
-            f"base.rounding is gptq, and ortho.split is {recipe.ortho.split}",
-            hint="what forgets moves codes from the nearest; use base.rounding nearest",
-        )
-    if statistics is None or not statistics.has_gram:
-        there = "no statistics are given" if statistics is None else f"`{statistics.path}` has none"
-        raise RecipeError(
-            f"base.rounding is gptq, which needs Gram matrices, and {there}",
-            hint="ortho calibrate MODEL --data FILE --gram full, then --stats stats.safetensors",
         )
 
 
@@ -290,6 +286,8 @@ def _check_split(
 ) -> None:
     """Refuse a split without what it needs, and a reference that is of another model."""
     split = recipe.ortho.split
+    if recipe.ortho.budget == "global":
+        check_global(recipe)
     if recipe.forgets and (
         statistics is None or statistics.kind == "gram" or recipe.saliency.kind == "residual"
     ):
@@ -303,25 +301,7 @@ def _check_split(
             hint="--reference CHECKPOINT goes with --set ortho.split=reference",
         )
     if reference is not None:
-        _check_reference(checkpoint, reference)
-
-
-def _check_reference(checkpoint: Checkpoint, reference: Checkpoint) -> None:
-    refuse_quantized(reference)
-    mine = {t.name: (t.dtype, t.shape) for t in checkpoint.tensors}
-    theirs = {t.name: (t.dtype, t.shape) for t in reference.tensors}
-    for name in sorted(mine.keys() | theirs.keys()):
-        if mine.get(name) == theirs.get(name):
-            continue
-        told = [
-            f"{tensor[0]} {list(tensor[1])}" if tensor else "absent"
-            for tensor in (mine.get(name), theirs.get(name))
-        ]
-        raise CheckpointError(
-            f"tensor `{name}` is {told[0]} in `{checkpoint.path}` and {told[1]} in the reference "
-            f"`{reference.path}`",
-            hint="give the same model before it saw the data; `ortho convert --dtype` casts one",
-        )
+        check_reference(checkpoint, reference)
 
 
 _OUR_FILES = (
@@ -336,27 +316,6 @@ _OUR_FILES = (
 def _is_ours(name: str) -> bool:
     """Tell whether a file of the source would land on one that we write."""
     return name.split("/")[0].removesuffix(PARTIAL) in _OUR_FILES
-
-
-def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Refuse a source that is an artifact, or was quantized by anyone.
-
-    Raises:
-        CheckpointError: says by whom.
-    """
-    for shard in checkpoint.shards:
-        if artifact.FORMAT in (shard.metadata.get("format"), shard.metadata.get("ortho_format")):
-            raise CheckpointError(
-                f"`{shard.path}` is the {shard.metadata.get('role')} file of an artifact already",
-                hint="decompose the model it was made from",
-            )
-    method = (checkpoint.config or {}).get("quantization_config")
-    if method is not None:
-        name = method.get("quant_method") if isinstance(method, dict) else method
-        raise CheckpointError(
-            f"`{checkpoint.path}` is quantized already (`quantization_config` says {name!r})",
-            hint="decompose the unquantized model",
-        )
 
 
 def _group_size(split: list[TensorInfo], recipe: Recipe) -> int:
@@ -384,7 +343,11 @@ def _group_size(split: list[TensorInfo], recipe: Recipe) -> int:
 
 
 def _plan_tensor(
-    tensor: TensorInfo, reason: str | None, recipe: Recipe, group_size: int
+    tensor: TensorInfo,
+    reason: str | None,
+    recipe: Recipe,
+    group_size: int,
+    kept: Mapping[str, int],
 ) -> TensorPlan:
     if reason is not None:
         same = TensorSpec(key=tensor.name, dtype=tensor.dtype, shape=tensor.shape)
@@ -400,13 +363,13 @@ def _plan_tensor(
         )
     settings, name, dtype = tensor_settings(recipe, tensor.name), tensor.name, tensor.dtype
     shape, bits = (tensor.shape[0], tensor.shape[1]), settings.bits
-    k = round(settings.density * tensor.numel)
+    k = kept.get(name, round(settings.density * tensor.numel))
     return TensorPlan(
         source=tensor,
         reason=None,
         bits=bits,
         scale=settings.scale,
-        density=settings.density,
+        density=k / tensor.numel if name in kept else settings.density,
         k=k,
         base=artifact.base_specs(name, dtype=dtype, shape=shape, group_size=group_size, bits=bits),
         ortho=artifact.ortho_specs(name, dtype=dtype, shape=shape, nnz=k),

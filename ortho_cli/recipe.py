@@ -101,7 +101,11 @@ class Ortho(_Strict):
     density: Density = Field(
         0.005, description="Share of each split tensor's weights kept in full precision."
     )
-    budget: Literal["per-tensor"] = "per-tensor"
+    budget: Literal["per-tensor", "global"] = Field(
+        "per-tensor",
+        description="global: one density for the model, spent where curvature-weighted error falls "
+        "most, after a scoring pass; overrides keep what they say.",
+    )
     values: Literal["source"] = "source"
     split: Split = Field(
         "residual",

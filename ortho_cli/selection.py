@@ -231,17 +231,20 @@ class TensorSettings:
     bits: int
     scale: Scale
     density: float
+    own_density: bool  # an override says it
 
 
 def tensor_settings(recipe: Recipe, name: str) -> TensorSettings:
     """Lay the overrides that match over what the recipe says of all tensors; later ones win."""
     bits, scale, density = recipe.base.bits, recipe.base.scale, recipe.ortho.density
+    own = False
     for override in recipe.overrides:
         if matches(override.match, name):
             bits = override.base.bits or bits
             scale = override.base.scale or scale
-            density = density if override.ortho.density is None else override.ortho.density
-    return TensorSettings(bits=bits, scale=scale, density=density)
+            if override.ortho.density is not None:
+                density, own = override.ortho.density, True
+    return TensorSettings(bits=bits, scale=scale, density=density, own_density=own)
 
 
 def check_overrides(recipe: Recipe, split: Mapping[str, TensorInfo]) -> None:

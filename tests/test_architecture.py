@@ -23,9 +23,10 @@ LAYERS = [
     ["writer", "output", "edits"],
     ["artifact"],
     ["verify", "selection", "quantization", "statistics"],
-    ["plan", "curvature"],
+    ["refusals", "curvature"],
+    ["plan"],
     ["summary", "tally", "models", "sums"],
-    ["split", "scoring", "calibrate_plan"],
+    ["split", "scoring", "calibrate_plan", "budget"],
     ["decompose", "calibrate", "source", "grid"],
     ["foreign", "dense", "gguf_source", "convert_plan", "modelfile", "isolate", "unlearn"],
     ["convert", "engine", "forget"],
@@ -91,7 +92,17 @@ def test_only_report_imports_rich_and_only_the_surface_imports_typer() -> None:
 def test_torch_is_imported_only_where_tensors_are_computed() -> None:
     users = {m for m in MODULES if "torch" in imported(tree(m).body)}
     assert users == {
-        *("ops", "scales", "compensate", "summary", "tally", "split", "decompose", "curvature"),
+        *(
+            "ops",
+            "scales",
+            "compensate",
+            "summary",
+            "tally",
+            "budget",
+            "split",
+            "decompose",
+            "curvature",
+        ),
         *("capture", "models", "sums", "calibrate"),
         *("source", "foreign", "dense", "gguf_source", "convert"),
         *("scoring", "evaluate", "grid", "isolate", "unlearn", "forget"),

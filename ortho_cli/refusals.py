@@ -1,0 +1,90 @@
+"""What no plan can be made of: quantized sources, other models, settings that do not fit."""
+
+from __future__ import annotations
+
+from ortho_cli import artifact
+from ortho_cli.checkpoint import Checkpoint
+from ortho_cli.errors import CheckpointError, RecipeError
+from ortho_cli.recipe import Recipe
+from ortho_cli.statistics import Statistics
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Refuse a source that is an artifact, or was quantized by anyone.
+
+    Raises:
+        CheckpointError: says by whom.
+    """
+    for shard in checkpoint.shards:
+        if artifact.FORMAT in (shard.metadata.get("format"), shard.metadata.get("ortho_format")):
+            raise CheckpointError(
+                f"`{shard.path}` is the {shard.metadata.get('role')} file of an artifact already",
+                hint="decompose the model it was made from",
+            )
+    method = (checkpoint.config or {}).get("quantization_config")
+    if method is not None:
+        name = method.get("quant_method") if isinstance(method, dict) else method
+        raise CheckpointError(
+            f"`{checkpoint.path}` is quantized already (`quantization_config` says {name!r})",
+            hint="decompose the unquantized model",
+        )
+
+
+def check_reference(checkpoint: Checkpoint, reference: Checkpoint) -> None:
+    """Refuse a reference that is of another model, or quantized.
+
+    Raises:
+        CheckpointError: names the first tensor that differs in dtype or shape.
+    """
+    refuse_quantized(reference)
+    mine = {t.name: (t.dtype, t.shape) for t in checkpoint.tensors}
+    theirs = {t.name: (t.dtype, t.shape) for t in reference.tensors}
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) == theirs.get(name):
+            continue
+        told = [
+            f"{tensor[0]} {list(tensor[1])}" if tensor else "absent"
+            for tensor in (mine.get(name), theirs.get(name))
+        ]
+        raise CheckpointError(
+            f"tensor `{name}` is {told[0]} in `{checkpoint.path}` and {told[1]} in the reference "
+            f"`{reference.path}`",
+            hint="give the same model before it saw the data; `ortho convert --dtype` casts one",
+        )
+
+
+def check_gptq(recipe: Recipe, statistics: Statistics | None) -> None:
+    """Refuse to compensate without Gram matrices, or a base that is made otherwise.
+
+    Raises:
+        RecipeError: says what is missing.
+    """
+    if recipe.ortho.split != "residual":
+        raise RecipeError(
+            f"base.rounding is gptq, and ortho.split is {recipe.ortho.split}",
+            hint="what forgets moves codes from the nearest; use base.rounding nearest",
+        )
+    if statistics is None or not statistics.has_gram:
+        there = "no statistics are given" if statistics is None else f"`{statistics.path}` has none"
+        raise RecipeError(
+            f"base.rounding is gptq, which needs Gram matrices, and {there}",
+            hint="ortho calibrate MODEL --data FILE --gram full, then --stats stats.safetensors",
+        )
+
+
+def check_global(recipe: Recipe) -> None:
+    """Refuse one budget for all tensors where it would mean nothing.
+
+    Raises:
+        RecipeError: positions are forgotten ones, or saliencies of tensors do not compare.
+    """
+    if recipe.ortho.split != "residual":
+        raise RecipeError(
+            f"ortho.budget is global, and ortho.split is {recipe.ortho.split}",
+            hint="what forgets needs room in every tensor; use ortho.budget per-tensor",
+        )
+    if recipe.saliency.kind != "curvature":
+        raise RecipeError(
+            f"ortho.budget is global, and saliency.kind is {recipe.saliency.kind}",
+            hint="only curvature says what a weight of one layer is worth in another: --stats FILE",
+        )

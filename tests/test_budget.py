@@ -1,0 +1,220 @@
+"""One density for the whole model, and a density for a size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import reference
+import torch
+from checkpoints import save_statistics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from ortho_cli import budget, recipe
+from ortho_cli.budget import BINS, CENTRES, FINITE
+from ortho_cli.checkpoint import open_checkpoint
+from ortho_cli.errors import RecipeError
+from ortho_cli.events import Event, Noted
+from ortho_cli.plan import Plan, make_plan
+from ortho_cli.statistics import open_statistics
+
+GLOBAL = "ortho.budget=global"
+
+
+def binned(saliency: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    return np.bincount(saliency.view(np.uint32) >> 16, minlength=BINS)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> dict[str, npt.NDArray[np.float32]]:
+    """Saliencies of a few tensors: of very different size, tied, zero."""
+    found = {}
+    for name in "abcd"[: draw(st.integers(1, 4))]:
+        generator = np.random.default_rng(draw(st.integers(0, 2**16)))
+        values = generator.random(draw(st.integers(1, 60)), np.float32)
+        values *= np.float32(10.0 ** draw(st.integers(-30, 5)))
+        found[name] = np.round(values, 2) if draw(st.booleans()) else values
+    return found
+
+
+@settings(max_examples=200)
+@given(tensors(), st.floats(0, 1))
+def test_spend_keeps_the_largest_of_all(
+    found: dict[str, npt.NDArray[np.float32]], share: float
+) -> None:
+    everything = np.sort(np.concatenate(list(found.values())))[::-1]
+    total = round(share * everything.size)
+    kept = budget.spend({name: binned(values) for name, values in found.items()}, total)
+    assert sum(kept.values()) == total
+    assert all(0 <= kept[name] <= values.size for name, values in found.items())
+    # Every tensor keeps its own largest: nothing that is left beats what is kept by more than 1 %.
+    least = [np.sort(values)[::-1][kept[n] - 1] for n, values in found.items() if kept[n]]
+    most = [np.sort(values)[::-1][kept[n]] for n, values in found.items() if kept[n] < values.size]
+    if least and most:
+        assert max(most) <= 1.01 * min(least) + 1e-38
+
+
+@settings(max_examples=100)
+@given(tensors(), st.floats(0, 1))
+def test_left_is_what_is_not_kept(found: dict[str, npt.NDArray[np.float32]], share: float) -> None:
+    kept = {name: round(share * values.size) for name, values in found.items()}
+    told = budget.left({name: binned(values) for name, values in found.items()}, kept)
+    true = sum(
+        float(np.square(np.sort(values)[::-1][kept[name] :], dtype=np.float64).sum())
+        for name, values in found.items()
+    )
+    assert told == pytest.approx(true, rel=0.02, abs=1e-70)
+
+
+def test_centres_lie_inside_their_bins() -> None:
+    low = (np.arange(FINITE + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
+    assert (low[:-1] < CENTRES).all()
+    assert (low[1:] > CENTRES).all()
+    assert binned(CENTRES.astype(np.float32)).tolist() == [1] * FINITE + [0] * (BINS - FINITE)
+
+
+@pytest.fixture
+def measured(pico: Path, tmp_path: Path) -> Path:
+    def differ(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if "layers.1." in name:
+                tensor.mul_(30)
+
+    stats = tmp_path / "stats.safetensors"
+    save_statistics(stats, pico, change=differ)
+    return stats
+
+
+def plan_of(source: Path, stats: Path, *sets: str) -> Plan:
+    found = open_statistics(stats)
+    return make_plan(open_checkpoint(source), recipe.load_recipe(None, sets), statistics=found)
+
+
+def saliencies(plan: Plan, pico_tensors: dict[str, torch.Tensor], stats: Path) -> dict[str, Any]:
+    curvature = load_file(stats)
+    found = {}
+    for tensor in plan.split:
+        weight = pico_tensors[tensor.name]
+        near = curvature[tensor.name.replace(".weight", ".retain_curvature")].float()
+        scales = reference.absmax_scales(weight, plan.group_size, weight.dtype)
+        back = reference.dequantize(reference.quantize(weight.float(), scales), scales)
+        found[tensor.name] = ((back - weight.float()).double().square() * near.double()).flatten()
+    return found
+
+
+def test_settle_keeps_what_one_threshold_over_all_tensors_keeps(
+    pico: Path, measured: Path, pico_tensors: dict[str, torch.Tensor]
+) -> None:
+    plan = plan_of(pico, measured, GLOBAL, "ortho.density=0.02")
+    assert {tensor.density for tensor in plan.split} == {0.02}
+    settled = budget.settle(plan, open_checkpoint(pico))
+    total = sum(tensor.k for tensor in plan.split)
+    assert sum(tensor.k for tensor in settled.split) == total
+    assert settled.sha256 != plan.sha256
+    assert budget.settle(settled, open_checkpoint(pico)) is settled
+    found = saliencies(plan, pico_tensors, measured)
+    bar = torch.cat(list(found.values())).topk(total).values[-1]
+    for tensor in settled.split:
+        assert tensor.k == pytest.approx(int((found[tensor.name] >= bar).sum()), abs=8)
+    assert len({tensor.density for tensor in settled.split}) > 3
+
+
+def test_global_budget_loses_less_than_one_density_for_each(
+    pico: Path, measured: Path, ortho: Any
+) -> None:
+    lost, nnz = {}, {}
+    for kind in ("per-tensor", "global"):
+        out = pico.parent / kind
+        told = ortho(
+            *("decompose", pico, "-o", out, "--stats", measured, "--json"),
+            *("--set", f"ortho.budget={kind}", "--set", "ortho.density=0.02"),
+        ).json["totals"]
+        lost[kind], nnz[kind] = told["curvature_error_alpha_1"], told["nnz"]
+        assert ortho("inspect", out, "--verify", "-q").code == 0
+    assert abs(nnz["global"] - nnz["per-tensor"]) <= 0
+    assert lost["global"] < 0.95 * lost["per-tensor"]
+
+
+def test_overrides_keep_their_density_under_a_global_budget(pico: Path, measured: Path) -> None:
+    override = "overrides=[{match: '*.k_proj.weight', ortho: {density: 0.11}}]"
+    plan = plan_of(pico, measured, GLOBAL, "ortho.density=0.02", override)
+    settled = budget.settle(plan, open_checkpoint(pico))
+    for tensor, before in zip(settled.split, plan.split, strict=True):
+        if tensor.name.endswith("k_proj.weight"):
+            assert tensor.k == before.k == round(0.11 * tensor.source.numel)
+    assert sum(t.k for t in settled.split) == sum(t.k for t in plan.split)
+
+
+def test_global_budget_gives_the_same_bytes_again_and_for_any_workers(
+    pico: Path, measured: Path, ortho: Any
+) -> None:
+    written = []
+    for workers in (1, 3):
+        out = pico.parent / f"out{workers}"
+        more = ("--stats", measured, "--set", GLOBAL, "--workers", workers, "-q")
+        assert ortho("decompose", pico, "-o", out, *more).code == 0
+        written.append((out / "ortho.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    ("sets", "wrong"),
+    [
+        ((), "saliency.kind is residual"),
+        (("ortho.split=reference",), "ortho.split is reference"),
+    ],
+)
+def test_global_budget_that_means_nothing_is_refused(
+    pico: Path, ortho: Any, sets: tuple[str, ...], wrong: str
+) -> None:
+    more = [word for one in (GLOBAL, *sets) for word in ("--set", one)]
+    told = ortho("decompose", pico, "--dry-run", *more)
+    assert told.code == 3
+    assert wrong in told.err
+
+
+@pytest.mark.parametrize("kind", ["per-tensor", "global"])
+@pytest.mark.parametrize("target", [4.8, 6.0])
+def test_meet_picks_what_fits_and_loses_least(
+    pico: Path, measured: Path, kind: str, target: float
+) -> None:
+    events: list[Event] = []
+    opened = open_checkpoint(pico)
+    asked = plan_of(pico, measured, f"ortho.budget={kind}")
+    plan = budget.meet(asked, opened, target, on_event=events.append)
+    assert plan.split_bits <= target < plan.split_bits + 0.01
+    said = [event.message for event in events if isinstance(event, Noted)]
+    assert len(said) == 1
+    assert f"group size {plan.group_size}" in said[0]
+    lost = {}
+    for size in (32, 64):
+        alone = plan_of(pico, measured, f"ortho.budget={kind}", f"base.group_size={size}")
+        try:
+            other = budget.meet(alone, opened, target)
+        except RecipeError:
+            continue  # base alone takes more
+        surveyed = budget.survey(other, opened)
+        lost[size] = budget.left(surveyed, {tensor.name: tensor.k for tensor in other.split})
+    assert plan.group_size == min(lost, key=lambda size: lost[size])
+
+
+def test_target_bits_from_the_command_line(pico: Path, measured: Path, ortho: Any) -> None:
+    out = pico.parent / "out"
+    told = ortho("decompose", pico, "-o", out, "--stats", measured, "--target-bits", 5.6, "--json")
+    assert told.code == 0
+    assert 5.58 < told.json["totals"]["split_bits_per_weight"] <= 5.6
+    assert "stays within 5.6 bits" in told.err
+    assert told.json["recipe"]["base"]["group_size"] in (32, 64, 128)
+    for more, wrong in (
+        (("--target-bits", 5.6, "--set", "ortho.density=0.1"), "ortho.density is 0.1"),
+        (("--target-bits", 3.9), "less than base alone takes"),
+        (("--target-bits", "nan"), "less than base alone takes"),
+    ):
+        told = ortho("decompose", pico, "--stats", measured, "--dry-run", *more)
+        assert told.code == 3, told.err
+        assert wrong in told.err
