@@ -84,14 +84,12 @@ class Base(_Strict):
     scale: Scale = Field(
         "absmax",
         description="absmax: max|w| / 7.5, or 3.5 for 3 bits. mse: searched per group for least "
-        "squared error. "
-        "curvature: the same, each weight's error weighted by its curvature. Both leave out what "
+        "squared error. curvature: the same, each error weighted by curvature. Both leave out what "
         "ortho holds, unless base has to forget: then it must serve alone.",
     )
     rounding: Literal["nearest", "gptq"] = Field(
         "nearest",
-        description="gptq: one column after another, the rest making up for each one's error; "
-        "needs statistics with --gram full.",
+        description="gptq: each column's error is made up for by the rest; needs --gram full.",
     )
 
 
@@ -103,8 +101,8 @@ class Ortho(_Strict):
     )
     budget: Literal["per-tensor", "global"] = Field(
         "per-tensor",
-        description="global: one density for the model, spent where curvature-weighted error falls "
-        "most, after a scoring pass; overrides keep what they say.",
+        description="global: one density for the model, spent where curvature says it is worth "
+        "most; overrides keep theirs.",
     )
     values: Literal["source"] = "source"
     split: Split = Field(
