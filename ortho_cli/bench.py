@@ -38,7 +38,7 @@ from ortho_cli.errors import ArtifactError, UsageError
 from ortho_cli.events import EventSink, Noted, Step, null_sink
 from ortho_cli.layers import OrthoLinear
 from ortho_cli.pretrained import load
-from ortho_cli.recipe import GROUP_SIZES
+from ortho_cli.settings import GROUP_SIZES
 
 FORMAT = "ortho-bench/1"
 PROMPT = 128  # tokens of the pass that is timed

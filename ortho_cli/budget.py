@@ -22,8 +22,8 @@ from ortho_cli.errors import RecipeError
 from ortho_cli.events import Advanced, EventSink, Noted, Started, null_sink
 from ortho_cli.ops import as_bytes
 from ortho_cli.plan import Plan, TensorPlan, make_plan, tile_rows
-from ortho_cli.recipe import GROUP_SIZES, Recipe
 from ortho_cli.selection import tensor_settings
+from ortho_cli.settings import GROUP_SIZES, Recipe
 from ortho_cli.streams import base_scales
 
 BINS = 1 << 15

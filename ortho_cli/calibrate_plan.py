@@ -13,9 +13,9 @@ from ortho_cli.capture import Part
 from ortho_cli.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.data import TokenSequence, forget_sequences, read_rows, retain_sequences
 from ortho_cli.errors import RecipeError
-from ortho_cli.recipe import Calibrate, Recipe
 from ortho_cli.refusals import refuse_quantized
 from ortho_cli.selection import conv1d_names, select
+from ortho_cli.settings import Calibrate, Recipe
 from ortho_cli.writer import Layout, TensorSpec, plan_layout
 
 Set = Literal["retain", "forget"]

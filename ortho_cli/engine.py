@@ -23,8 +23,8 @@ from ortho_cli.errors import (
 from ortho_cli.kernels import Alpha
 from ortho_cli.layers import OrthoLinear
 from ortho_cli.modelfile import identity, load_module, save_module, source_digest
-from ortho_cli.recipe import GROUP_SIZES, Recipe, matches
 from ortho_cli.selection import IGNORED, is_embedding, not_by_default
+from ortho_cli.settings import GROUP_SIZES, Recipe, matches
 from ortho_cli.streams import is_conv1d
 
 TWICE = "a base that is quantized again is another base; build the model anew"

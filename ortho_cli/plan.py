@@ -17,9 +17,9 @@ from ortho_cli.artifact import canonical_json
 from ortho_cli.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.errors import CheckpointError, RecipeError, ResourceError
 from ortho_cli.journal import PARTIAL
-from ortho_cli.recipe import GROUP_SIZES, Recipe, Saliency, Scale
 from ortho_cli.refusals import check_global, check_gptq, check_reference, refuse_quantized
 from ortho_cli.selection import check_overrides, select, tensor_settings
+from ortho_cli.settings import GROUP_SIZES, Recipe, Saliency, Scale
 from ortho_cli.statistics import Statistics, check_weights
 from ortho_cli.writer import CHUNK, Layout, TensorSpec, plan_layout
 

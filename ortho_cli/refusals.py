@@ -5,7 +5,7 @@ from __future__ import annotations
 from ortho_cli import artifact
 from ortho_cli.checkpoint import Checkpoint
 from ortho_cli.errors import CheckpointError, RecipeError
-from ortho_cli.recipe import Recipe
+from ortho_cli.settings import Recipe
 from ortho_cli.statistics import Statistics
 
 

@@ -13,7 +13,7 @@ from ortho_cli import artifact
 from ortho_cli.artifact import module_of
 from ortho_cli.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.errors import CheckpointError, OrthoError, RecipeError
-from ortho_cli.recipe import Recipe, Scale, matches
+from ortho_cli.settings import Recipe, Scale, matches
 
 MIN_IN_FEATURES = 64
 IGNORED = "ignored by the recipe"

@@ -44,7 +44,7 @@ from ortho_cli.events import EventSink, Step
 from ortho_cli.forget_set import TokenSecret
 from ortho_cli.grid import Grid, batches
 from ortho_cli.ops import code_range
-from ortho_cli.recipe import Forget
+from ortho_cli.settings import Forget
 
 BETAS = (0.9, 0.99)
 SAMPLE = 1 << 20  # weights from which a median or a bar is estimated

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ortho_cli import recipe
+from ortho_cli import recipe, settings
 from ortho_cli.errors import RecipeError
 
 BAD_RECIPES = {
@@ -203,7 +203,7 @@ def test_json_schema_names_every_setting() -> None:
     ],
 )
 def test_matches_exact_glob_and_regex(pattern: str, name: str, expected: bool) -> None:
-    assert recipe.matches(pattern, name) is expected
+    assert settings.matches(pattern, name) is expected
 
 
 def test_canonical_override_without_bits_is_spelled_as_before_there_were_any() -> None:

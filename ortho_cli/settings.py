@@ -1,0 +1,266 @@
+"""What a recipe can say: every key, its type, its default and what it means, as strict data."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import warnings
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+GROUP_SIZES = (128, 64, 32)  # what `auto` chooses from, largest first; what vLLM's kernels take
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _check_pattern(pattern: str) -> str:
+    if pattern.startswith("re:"):
+        try:
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):
+                re.compile(pattern[3:])
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    if not pattern.removeprefix("re:"):
+        raise ValueError("an empty pattern matches nothing")
+    return pattern
+
+
+def _check_group_size(size: int | str) -> int | str:
+    if isinstance(size, int) and (size <= 0 or size % 8):
+        raise ValueError(
+            f"group_size is {size}; it must be `auto` or a multiple of 8 (eight codes fill a word)"
+        )
+    return size
+
+
+def _check_integer(value: Any) -> Any:
+    if type(value) is not int:  # Literal[1] takes True and 1.0 for 1
+        raise ValueError(f"must be an integer, not {value!r}")
+    return value
+
+
+One = Annotated[Literal[1], BeforeValidator(_check_integer)]
+Bits = Annotated[Literal[3, 4], BeforeValidator(_check_integer)]
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
+GroupSize = Annotated[int | Literal["auto"], AfterValidator(_check_group_size)]
+Density = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+NotNegative = Annotated[float, Field(ge=0, le=1e6)]
+Scale = Literal["absmax", "mse", "curvature"]
+Split = Literal["residual", "isolate", "unlearn", "reference"]
+
+
+class Base(_Strict):
+    """The dense stream."""
+
+    bits: Bits = Field(
+        4,
+        description="Of a code. 4 is what every reader takes. 3 makes base a quarter smaller, for "
+        "transformers with compressed-tensors >= 0.18: vLLM's Marlin takes 4 and 8 bits only.",
+    )
+    group_size: GroupSize = Field(
+        "auto",
+        description="Weights that share a scale; auto: the largest of 128, 64, 32 that "
+        "divides every target.",
+    )
+    scale: Scale = Field(
+        "absmax",
+        description="absmax: max|w| / 7.5, or 3.5 for 3 bits. mse: searched per group for least "
+        "squared error. curvature: the same, each error weighted by curvature. Both leave out what "
+        "ortho holds, unless base has to forget: then it must serve alone.",
+    )
+    rounding: Literal["nearest", "gptq"] = Field(
+        "nearest",
+        description="gptq: each column's error is made up for by the rest; needs --gram full.",
+    )
+
+
+class Ortho(_Strict):
+    """The sparse stream."""
+
+    density: Density = Field(
+        0.005, description="Share of each split tensor's weights kept in full precision."
+    )
+    budget: Literal["per-tensor", "global"] = Field(
+        "per-tensor",
+        description="global: one density for the model, spent where curvature says it is worth "
+        "most; overrides keep theirs.",
+    )
+    values: Literal["source"] = "source"
+    split: Split = Field(
+        "residual",
+        description="residual: base is the INT4 of the model. isolate, unlearn: base forgets the "
+        "secrets of --forget. reference: base is the INT4 of --reference.",
+    )
+
+
+class Saliency(_Strict):
+    """What selects a weight for the ortho stream."""
+
+    kind: Literal["residual", "curvature"] | None = Field(
+        None,
+        description="residual: (W - dequantize(base))^2. curvature: that times curvature. Without "
+        "it: curvature where statistics are given, residual where not.",
+    )
+
+
+class Calibrate(_Strict):
+    """How curvature is measured."""
+
+    curvature: Literal["fisher", "true-fisher", "gram"] = Field(
+        "fisher",
+        description="fisher: mean squared gradient of the data's NLL. true-fisher: of labels drawn "
+        "from the model. gram: mean squared input, forward only.",
+    )
+    unit: Literal["sequence", "token"] = Field(
+        "sequence",
+        description="What is squared before it is summed: a sequence's gradient, or a token's.",
+    )
+    samples: Count = Field(128, description="Sequences of the retain set that are measured.")
+    length: Count = Field(512, description="Tokens of a packed sequence, and most of any other.")
+    batch: Count = Field(4, description="Sequences of one forward pass; experts need 1.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    storage: Literal["full", "factored"] = Field(
+        "full", description="full: every weight. factored: row and column means; a few MB."
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Of stored statistics; sums are float32 throughout."
+    )
+    autocast: bool = Field(
+        False, description="Compute in bfloat16: two to three times as fast, half the memory."
+    )
+    gram: Literal["none", "full"] = Field(
+        "none",
+        description="full: the input Gram matrix of each weight, too, (in, in) float32, as GPTQ "
+        "needs it; of the retain set.",
+    )
+    weighting: Literal["none", "gradient"] = Field(
+        "none",
+        description="Of positions in that matrix. gradient: each counts with the mean square of "
+        "the output's gradient there; not with curvature gram, which has no backward pass.",
+    )
+
+    def canonical(self) -> dict[str, Any]:
+        """Spell out what statistics depend on; what asks for nothing more is left out.
+
+        So files without the matrix keep the bytes that they had before there was a choice.
+        """
+        unused = {"gram", "weighting"} if self.gram == "none" else set()
+        return self.model_dump(mode="json", exclude=unused)
+
+
+class Forget(_Strict):
+    """How codes of base are moved so that it forgets; of use to isolate and unlearn."""
+
+    share: Density = Field(
+        0.001, description="isolate: most of all split weights whose codes move."
+    )
+    rounds: Count = Field(40, description="Most rounds of isolate, and of unlearn's last touch.")
+    fill: Literal["step", "zero", "mean"] = Field(
+        "step",
+        description="Where isolate moves a code: step, the next one up or down; zero, or mean, of "
+        "its group, which both show in how often codes occur.",
+    )
+    mask: Density = Field(
+        0.1, description="unlearn: share of split weights that may move; a tenth of it does."
+    )
+    steps: Count = Field(60, description="Most steps of unlearn.")
+    rate: Positive = Field(0.02, description="unlearn: codes that Adam moves in one step.")
+    attack_steps: Annotated[int, Field(ge=1, le=127)] = Field(  # they are counted in int8
+        10, description="unlearn: fine-tuning steps of the attacker inside the loop."
+    )
+    attack_rate: Positive = Field(5e-5, description="What each of them moves every parameter by.")
+    ceiling: Positive = Field(
+        1.7,
+        description="unlearn: how many times their NLL alternatives may rise, and secrets follow.",
+    )
+    retain_weight: Positive = Field(
+        60.0, description="Nats of forgetting that one nat of divergence on retain text is worth."
+    )
+    alternatives_weight: NotNegative = Field(
+        0.0, description="The same on alternatives of the secrets, to hold their form."
+    )
+    divergence: Positive = Field(
+        0.01,
+        description="unlearn: nats a token below which, if nothing is brought back, work ends.",
+    )
+    samples: Count = Field(64, description="Sequences of retain text that unlearn holds on to.")
+    length: Count = Field(64, description="Tokens of each of them.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    autocast: bool = Field(
+        True, description="Compute in bfloat16 meanwhile; two to four times as fast."
+    )
+
+
+class BaseOverride(_Strict):
+    """What may differ between tensors in base; readers take one group_size."""
+
+    bits: Bits | None = Field(
+        None,
+        description="Tensors of 3 and of 4 bits make two config groups: llama.cpp's converter "
+        "takes one only. q, k and v share one width, and so do gate and up.",
+    )
+    scale: Scale | None = None
+
+
+class OrthoOverride(_Strict):
+    """What may differ between tensors in ortho."""
+
+    density: Density | None = None
+
+
+class Override(_Strict):
+    """Other settings for the tensors that `match`; later overrides win."""
+
+    match: Pattern
+    base: BaseOverride = BaseOverride()
+    ortho: OrthoOverride = OrthoOverride()
+
+
+class Recipe(_Strict):
+    """Settings of one decomposition."""
+
+    version: One
+    targets: Annotated[list[Pattern], Field(min_length=1)] | None = Field(
+        None,
+        description="Tensors to split: exact name, glob or re:regex. Without it: every 2-D "
+        "floating *.weight with "
+        "in_features >= 64, except embeddings, output heads, norms and routers.",
+    )
+    ignore: list[Pattern] = Field([], description="Tensors never to split.")
+    on_unsupported: Literal["error", "keep"] = Field(
+        "error",
+        description="What to do about weights that should be split and cannot be (fused "
+        "experts, Conv1D, FP8).",
+    )
+    base: Base = Base()
+    ortho: Ortho = Ortho()
+    saliency: Saliency = Saliency()
+    calibrate: Calibrate = Calibrate()
+    forget: Forget = Forget()
+    overrides: list[Override] = []
+
+    def canonical(self) -> dict[str, Any]:
+        """Spell out every setting that a decomposition's bytes depend on, defaults included."""
+        unused = {"calibrate"} if self.forgets else {"calibrate", "forget"}
+        found = self.model_dump(mode="json", exclude=unused)
+        for override in found["overrides"]:
+            if override["base"]["bits"] is None:  # as before there was this key: the same bytes
+                del override["base"]["bits"]
+        return found
+
+    @property
+    def forgets(self) -> bool:
+        """Whether secrets of a forget set are taken out of base."""
+        return self.ortho.split in ("isolate", "unlearn")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Tell whether a name fits an exact name, a glob, or `re:` (matched from the start)."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return pattern == name or fnmatch.fnmatchcase(name, pattern)
