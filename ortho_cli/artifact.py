@@ -1,4 +1,4 @@
-r"""The artifact: two safetensors files that are one model; here is the format `ortho/1`.
+r"""The artifact: two safetensors files that are one model; the formats `ortho/1` and `ortho/2`.
 
     OUT/
       base.safetensors              INT4 codes and scales of split tensors, others unchanged
@@ -21,13 +21,14 @@ W(alpha) = dequantize(base) + alpha * ortho.
     <p>.weight_shape   int64  (2,)                    out, in
 
 A code has 4 bits unless the recipe says 3; which, a reader knows from words a row and in. It
-dequantizes to q * scale, rounded once to that dtype. q is the nearest code to the source's
-weight, except where forgetting moved it (ortho.split isolate, unlearn); ortho holds every such
-position. With ortho.split reference, codes, scales and every other tensor are those of the
-reference. Otherwise every other tensor keeps its name, dtype, shape and bytes.
+dequantizes to q * scale, rounded once to that dtype. q is the nearest code to the source's weight,
+or with base.rounding gptq to what makes up for others' errors, except where forgetting moved it
+(ortho.split isolate, unlearn); ortho holds every such position. With ortho.split reference, codes,
+scales and every other tensor are those of the reference. Otherwise every other tensor keeps its
+name, dtype, shape and bytes.
 
-**Ortho** holds, for each split `<p>.weight`, a CSR matrix of the positions that forgetting moved,
-and of the most salient ones beside them:
+**Ortho** holds, for each split `<p>.weight`, a sparse matrix of the positions that forgetting
+moved, and of the most salient ones beside them; in `ortho/1` (ortho.layout csr) as CSR:
 
     <p>.crow_indices  int32 (out + 1,)  int64 where nnz does not fit
     <p>.col_indices   uint16 (nnz,)     int32 where in - 1 does not fit; ascending in each row
@@ -35,9 +36,34 @@ and of the most salient ones beside them:
 
 The stream that runs is ortho = values - dequantize(base) at those positions, formed in float32 when
 loaded, so that alpha = 1 is exact there whatever base became. nnz is round(density * out * in), so
-every offset of both files follows from the source's headers. With ortho.split unlearn, a moved
-position that saliency would not have kept holds scale * q of the source's own nearest code q:
-alpha = 1 is there the source's own INT4.
+every offset of both files follows from the source's headers (with ortho/2, of base alone). With
+ortho.split unlearn, a moved position that saliency would not have kept holds scale * q of the
+source's own nearest code q: alpha = 1 is there the source's own INT4.
+
+In `ortho/2` (ortho.layout compact) ortho holds the same matrix without most of its indices:
+
+    <p>.columns        uint16 (c,)      columns kept in every row, ascending; int32 where in - 1
+                                        does not fit; none where out is 1
+    <p>.column_values  (out, c)         their values
+    <p>.row_counts     uint8 (out,)     other entries of each row; uint16 or int32 where the
+                                        largest count does not fit
+    <p>.col_gaps       uint8 (n,)       for each of those, row by row, the distance from the entry
+                                        before it in its row, less 1 (from the row's start for the
+                                        first): floor(d / 255) bytes of 255, then d mod 255.
+                                        Whole columns count like any other on the way
+    <p>.values         (nnz - out c,)   their values
+    <p>.value_step     float32 (1,)     > 0; with int8 values only
+
+Both hold values in one dtype: the source's (ortho.values source), and then they are what CSR's
+are, bit for bit, or int8 (ortho.values int8) v in [-127, 127], which stand for
+
+    dequantize(base) + v * (step * scale), in float32, rounded once to the source's dtype
+
+with base's scale of each weight's group; v is the nearest to the source's weight, and step the
+largest |w - dequantize(base)| / scale of the tensor's kept weights over 127 (1 if that is 0). So
+alpha = 1 is the source there to half of step * scale. (A step for each row would cost 16 bits a
+row, as much as a kept weight; the group's scale is there already.) The matrix has one encoding,
+and readers refuse another.
 
 **Files**: safetensors; tensors by element size (widest first), then name. `__metadata__` in order:
 
@@ -46,10 +72,10 @@ alpha = 1 is there the source's own INT4.
     ortho  format "ortho/1", role "ortho", ortho_version, plan_sha256, recipe, source_digest,
            base_sha256
 
-Base says format "pt" because transformers before 5 refuses any other word there. `base_sha256` is
-the SHA-256 of base.safetensors; `source_digest` is BLAKE3 over the canonical JSON list of [name,
-dtype, shape, BLAKE3 of the bytes] of every source tensor by name, so it does not depend on
-sharding. A lone base is a valid artifact; a lone ortho is not.
+and "ortho/2" in both places with compact. Base says format "pt" because transformers before 5
+refuses any other word there. `base_sha256` is the SHA-256 of base.safetensors; `source_digest` is
+BLAKE3 over the canonical JSON list of [name, dtype, shape, BLAKE3 of the bytes] of every source
+tensor by name, whatever the sharding. A lone base is a valid artifact; a lone ortho is not.
 """
 
 from __future__ import annotations
@@ -67,6 +93,7 @@ from ortho_cli.errors import ArtifactError, CheckpointError
 from ortho_cli.writer import TensorSpec
 
 FORMAT = "ortho/1"
+FORMATS = {"csr": FORMAT, "compact": "ortho/2"}  # of each ortho.layout
 BASE_FILE = "base.safetensors"
 ORTHO_FILE = "ortho.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -75,6 +102,7 @@ REPORT_FILE = "report.json"
 
 SCALE_DTYPES = ("BF16", "F16", "F32")
 WIDTHS = (3, 4)  # bits of a code
+COUNT_DTYPES = ("U8", "U16", "I32")  # of row_counts, smallest first
 CHUNK = 1 << 20
 
 
@@ -126,11 +154,76 @@ def ortho_specs(
     )
 
 
-def base_metadata(*, plan_sha256: str, recipe: str, version: str) -> dict[str, str]:
+def compact_specs(
+    name: str,
+    *,
+    dtype: str,
+    shape: tuple[int, int],
+    columns: int,
+    counts: str,
+    gaps: int,
+    others: int,
+) -> tuple[TensorSpec, ...]:
+    """Name what ortho holds of a split tensor in the compact layout.
+
+    Args:
+        name: the tensor's name.
+        dtype: of values; I8 brings a step with it.
+        shape: (out, in).
+        columns: columns kept in every row.
+        counts: dtype of row_counts.
+        gaps: bytes of col_gaps.
+        others: entries outside of those columns.
+    """
+    rows, width = shape
+    narrow = "U16" if width <= 2**16 else "I32"
+    parts = {
+        "columns": (narrow, (columns,)),
+        "column_values": (dtype, (rows, columns)),
+        "row_counts": (counts, (rows,)),
+        "col_gaps": ("U8", (gaps,)),
+        "values": (dtype, (others,)),
+        **({"value_step": ("F32", (1,))} if dtype == "I8" else {}),
+    }
+    return tuple(
+        TensorSpec(key=f"{module_of(name)}.{part}", dtype=kind, shape=size)
+        for part, (kind, size) in parts.items()
+    )
+
+
+def count_dtype(largest: int) -> str:
+    """Name the smallest dtype of row_counts that holds the largest count."""
+    return COUNT_DTYPES[(largest >= 2**8) + (largest >= 2**16)]
+
+
+def compact_at_most(name: str, *, dtype: str, shape: tuple[int, int], nnz: int) -> int:
+    """Bound the bytes of a split tensor in the compact layout, its share of the header included.
+
+    Gaps of a row add up to less than its columns, so all its bytes of 255 are at most
+    (in - 1) / 255 of them.
+    """
+    rows, width = shape
+    specs = compact_specs(
+        name,
+        dtype=dtype,
+        shape=shape,
+        columns=nnz // rows,
+        counts=count_dtype(min(nnz, width)),
+        gaps=nnz + min(nnz, rows) * ((width - 1) // 255),
+        others=nnz,
+    )
+    data = sum(spec.nbytes for spec in specs if not spec.key.endswith(".column_values"))
+    # A line of the header: names, a dtype, a shape and two offsets below 10^18.
+    return data + sum(len(json.dumps(spec.key)) + 120 for spec in specs)
+
+
+def base_metadata(
+    *, plan_sha256: str, recipe: str, version: str, form: str = FORMAT
+) -> dict[str, str]:
     """Metadata of base.safetensors."""
     return {
         "format": "pt",
-        "ortho_format": FORMAT,
+        "ortho_format": form,
         "role": "base",
         "ortho_version": version,
         "plan_sha256": plan_sha256,
@@ -139,11 +232,17 @@ def base_metadata(*, plan_sha256: str, recipe: str, version: str) -> dict[str, s
 
 
 def ortho_metadata(
-    *, plan_sha256: str, recipe: str, version: str, source_digest: str, base_sha256: str
+    *,
+    plan_sha256: str,
+    recipe: str,
+    version: str,
+    source_digest: str,
+    base_sha256: str,
+    form: str = FORMAT,
 ) -> dict[str, str]:
     """Metadata of ortho.safetensors; a digest's length is known before the digest."""
     return {
-        "format": FORMAT,
+        "format": form,
         "role": "ortho",
         "ortho_version": version,
         "plan_sha256": plan_sha256,
@@ -153,12 +252,21 @@ def ortho_metadata(
     }
 
 
-def index(keys: Iterable[str], *, total_size: int) -> dict[str, Any]:
-    """Make the index without which transformers does not find base."""
-    return {
-        "metadata": {"total_size": total_size},
-        "weight_map": dict.fromkeys(sorted(keys), BASE_FILE),
-    }
+Parts = dict[str, TensorInfo]
+
+
+def _by_module(ortho: Shard) -> dict[str, Parts]:
+    found: dict[str, Parts] = {}
+    for tensor in ortho.tensors:
+        module, _, part = tensor.name.rpartition(".")
+        found.setdefault(module, {})[part] = tensor
+    return found
+
+
+def count_kept(parts: Parts) -> int:
+    """Count the entries of a module's ortho stream, from its header."""
+    block = parts.get("column_values")
+    return parts["values"].numel + (block.numel if block else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,9 +281,24 @@ class Artifact:
     bits: Mapping[str, int]  # of a code of each of them
 
     @property
+    def form(self) -> str:
+        """The format that base says it is of."""
+        return self.base.metadata.get("ortho_format", "")
+
+    @property
+    def kept(self) -> dict[str, Parts]:
+        """What ortho holds of each module, part by part; empty without ortho."""
+        return _by_module(self.ortho) if self.ortho else {}
+
+    @property
     def split(self) -> tuple[str, ...]:
         """Modules that were split, by name."""
         return tuple(self.shapes)
+
+
+def is_ours(metadata: dict[str, str]) -> bool:
+    """Tell by a file's metadata whether it is base or ortho, in any format known."""
+    return any(metadata.get(key) in FORMATS.values() for key in ("format", "ortho_format"))
 
 
 def is_artifact(path: Path, *, damaged: bool = False) -> bool:
@@ -195,7 +318,7 @@ def is_artifact(path: Path, *, damaged: bool = False) -> bool:
                 metadata = checkpoint.read_shard(folder / name).metadata
             except CheckpointError:
                 return damaged and name in (BASE_FILE, ORTHO_FILE)
-            if FORMAT in (metadata.get("format"), metadata.get("ortho_format")):
+            if is_ours(metadata):
                 return True
     return False
 
@@ -229,11 +352,12 @@ def open_artifact(folder: Path) -> Artifact:
         report = checkpoint.read_json_object(report_path) if report_path.is_file() else None
     except CheckpointError as error:
         raise ArtifactError(error.message, hint=error.hint) from None
-    if base.metadata.get("ortho_format") != FORMAT or base.metadata.get("role") != "base":
+    form = base.metadata.get("ortho_format")
+    if form not in FORMATS.values() or base.metadata.get("role") != "base":
         raise ArtifactError(
             f"`{folder / BASE_FILE}` says it is {base.metadata.get('ortho_format')!r} "
             f"{base.metadata.get('role')!r}, "
-            f"not {FORMAT!r} 'base'",
+            f"not {' or '.join(map(repr, FORMATS.values()))} 'base'",
             hint="it was written by something else, or by a later version",
         )
     shapes, bits = _check_base(base)
@@ -322,10 +446,10 @@ def _bits(
 
 def _check_pair(artifact: Artifact, ortho: Shard) -> None:
     mine, other = ortho.metadata, artifact.base.metadata
-    if mine.get("format") != FORMAT or mine.get("role") != "ortho":
+    if mine.get("format") != artifact.form or mine.get("role") != "ortho":
         raise ArtifactError(
             f"`{ortho.path}` says it is {mine.get('format')!r} {mine.get('role')!r}, not "
-            f"{FORMAT!r} 'ortho'",
+            f"{artifact.form!r} 'ortho'",
             hint="it was written by something else, or by a later version",
         )
     told = (artifact.report or {}).get("base_sha256", mine.get("base_sha256"))
@@ -339,27 +463,53 @@ def _check_pair(artifact: Artifact, ortho: Shard) -> None:
                 f"is {what} {str(right)[:12]}",
                 hint="put back the file that was written with this base",
             )
-    tensors = {tensor.name: tensor for tensor in ortho.tensors}
-    dtypes = {tensor.name: tensor.dtype for tensor in artifact.base.tensors}
-    wanted = {
-        f"{m}.{part}" for m in artifact.split for part in ("crow_indices", "col_indices", "values")
-    }
-    for key in sorted(wanted ^ tensors.keys()):
-        raise damaged(
-            ortho.path,
-            f"tensor `{key}` is {'missing' if key in wanted else 'not of any split weight'}",
-        )
+    kept, base = _by_module(ortho), {tensor.name: tensor for tensor in artifact.base.tensors}
     for module in artifact.split:
-        name, dtype = f"{module}.weight", dtypes[f"{module}.weight_scale"]
-        nnz = tensors[f"{module}.values"].numel
-        for spec in ortho_specs(name, dtype=dtype, shape=artifact.shapes[module], nnz=nnz):
-            found = tensors[spec.key]
+        scale, shape = base[f"{module}.weight_scale"], artifact.shapes[module]
+        parts = kept.pop(module, {})
+        wanted = _wanted(artifact.form, parts)
+        for part in sorted(wanted ^ parts.keys()):
+            said = "missing" if part in wanted else "not of any split weight"
+            raise damaged(ortho.path, f"tensor `{module}.{part}` is {said}")
+        for spec in _kept_specs(artifact.form, module, parts, dtype=scale.dtype, shape=shape):
+            found = parts[spec.key.rpartition(".")[2]]
             if (found.dtype, found.shape) != (spec.dtype, spec.shape):
                 raise damaged(
                     ortho.path,
                     f"tensor `{spec.key}` is {found.dtype} {list(found.shape)}, not "
                     f"{spec.dtype} {list(spec.shape)}",
                 )
+    for parts in kept.values():
+        key = min(tensor.name for tensor in parts.values())
+        raise damaged(ortho.path, f"tensor `{key}` is not of any split weight")
+
+
+def _wanted(form: str, parts: Parts) -> set[str]:
+    """Name the parts that a split weight has in ortho."""
+    if form == FORMAT:
+        return {"crow_indices", "col_indices", "values"}
+    common = {"columns", "column_values", "row_counts", "col_gaps", "values"}
+    rounded = "values" in parts and parts["values"].dtype == "I8"
+    return common | ({"value_step"} if rounded else set())
+
+
+def _kept_specs(
+    form: str, module: str, parts: Parts, *, dtype: str, shape: tuple[int, int]
+) -> tuple[TensorSpec, ...]:
+    """Say what dtypes and shapes the parts must have, as far as the header tells."""
+    name, others = f"{module}.weight", parts["values"].numel
+    if form == FORMAT:
+        return ortho_specs(name, dtype=dtype, shape=shape, nnz=others)
+    counts = parts["row_counts"].dtype
+    return compact_specs(
+        name,
+        dtype="I8" if parts["values"].dtype == "I8" else dtype,
+        shape=shape,
+        columns=parts["columns"].numel,
+        counts=counts if counts in COUNT_DTYPES else COUNT_DTYPES[0],
+        gaps=parts["col_gaps"].numel,
+        others=others,
+    )
 
 
 def source_digest(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:

@@ -37,6 +37,8 @@ from ortho_cli.events import EventSink, Finishing, Noted, Started, null_sink
 from ortho_cli.journal import WorkFolder, interruptible, recover, unwritable
 from ortho_cli.output import check_output, check_space, files_of, resolve_output
 from ortho_cli.plan import Plan, TensorPlan
+from ortho_cli.quantization import index
+from ortho_cli.repack import Repacker
 from ortho_cli.split import Entry, Reference, Splitter, is_sound
 from ortho_cli.statistics import check_model
 from ortho_cli.summary import make_config, make_report
@@ -109,7 +111,7 @@ def decompose(
         "plan": plan.sha256,
         "source": [[shard.name, shard.size, shard.mtime_ns] for shard in checkpoint.shards],
         "version": [__version__, torch.__version__],
-        "files": {BASE_FILE: plan.base.size, ORTHO_FILE: plan.ortho.size},
+        **_sizes(plan),
     }
     if editor is not None:
         identity["forget"] = editor.identity
@@ -147,6 +149,12 @@ def decompose(
         for opened in (reader, curvature, reference):
             if opened:
                 opened.close()
+
+
+def _sizes(plan: Plan) -> dict[str, dict[str, int]]:
+    """Say how large the files are that work goes into; one of them a compact ortho is made of."""
+    base, ortho = {BASE_FILE: plan.base.size}, {ORTHO_FILE: plan.ortho.size}
+    return {"files": base, "scratch": ortho} if plan.is_compact else {"files": base | ortho}
 
 
 def _find_edits(
@@ -211,7 +219,7 @@ class _Job:
         self._stop = threading.Event()
         self._base = DataFile(work, BASE_FILE, plan.base, mode=0o644)
         # What is withheld from others should not be readable by others.
-        self._ortho = DataFile(work, ORTHO_FILE, plan.ortho, mode=0o600)
+        self._ortho = DataFile(work, ORTHO_FILE, plan.ortho, mode=0o600, scratch=plan.is_compact)
 
     def run(self) -> Entry:
         plan, done = self._plan, self._work.done
@@ -238,11 +246,28 @@ class _Job:
             (t.name, t.source.dtype, t.source.shape, done[t.name]["source_blake3"])
             for t in plan.tensors
         )
-        self._ortho.write_header(self._ortho_header(source_digest=digest, base_sha256=base_sha256))
-        ortho_sha256 = GrowingSha256(self._ortho.fd).up_to(plan.ortho.size)
+        metadata = artifact.ortho_metadata(
+            plan_sha256=plan.sha256,
+            recipe=canonical_json(plan.recipe.canonical()),
+            version=__version__,
+            source_digest=digest,
+            base_sha256=base_sha256,
+            form=artifact.FORMATS[plan.recipe.ortho.layout],
+        )
+        ortho, layout = self._ortho, plan.ortho
+        if plan.is_compact:
+            self._emit(Finishing(step="compact"))
+            repacker = Repacker(plan, self._base, self._ortho, self._curvature)
+            ortho, layout, entries = repacker.run(self._work, entries, metadata)
+        else:
+            header = plan_layout((s for t in plan.tensors for s in t.ortho), metadata).header
+            assert len(header) == len(layout.header)
+            ortho.write_header(header)
+        ortho_sha256 = GrowingSha256(ortho.fd).up_to(layout.size)
         report = make_report(
             plan,
             entries,
+            ortho=layout,
             moved=count(self._edits),
             source_digest=digest,
             base_sha256=base_sha256,
@@ -259,18 +284,6 @@ class _Job:
                 if output.digest(key) != told:
                     return False
         return True
-
-    def _ortho_header(self, **digests: str) -> bytes:
-        metadata = artifact.ortho_metadata(
-            plan_sha256=self._plan.sha256,
-            recipe=canonical_json(self._plan.recipe.canonical()),
-            version=__version__,
-            **digests,
-        )
-        specs = (spec for tensor in self._plan.tensors for spec in tensor.ortho)
-        header = plan_layout(specs, metadata).header
-        assert len(header) == len(self._plan.ortho.header)
-        return header
 
     def _work_through(self, pending: list[TensorPlan]) -> str:
         """Work on every pending tensor; return base's SHA-256."""
@@ -369,9 +382,7 @@ class _Job:
             if checkpoint.config is not None:
                 work.write_file(CONFIG_FILE, pretty_json(make_config(plan, checkpoint.config)))
             size = plan.base.size - len(plan.base.header)
-            work.write_file(
-                INDEX_FILE, pretty_json(artifact.index(plan.base.regions, total_size=size))
-            )
+            work.write_file(INDEX_FILE, pretty_json(index(plan.base.regions, total_size=size)))
             work.write_file(REPORT_FILE, pretty_json(report))
         except OSError as error:
             raise unwritable(work.artifact, error) from error

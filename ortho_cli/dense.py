@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,7 +20,9 @@ from ortho_cli.artifact import (
 )
 from ortho_cli.checkpoint import Checkpoint, ShardReader, TensorInfo, model_name, read_json_object
 from ortho_cli.errors import ArtifactError, UsageError
+from ortho_cli.kept import KeptReader
 from ortho_cli.source import RowReader, Source, SourceTensor, mark, side_files
+from ortho_cli.streams import ORTHO_PARTS
 
 
 def open_dense(path: Path, alpha: float) -> Source:
@@ -52,14 +53,18 @@ def open_dense(path: Path, alpha: float) -> Source:
         config = read_json_object(folder / CONFIG_FILE, constants=True)
         config = {key: value for key, value in config.items() if key != "quantization_config"}
     extra, notes = side_files(folder, {shard.name for shard in shards} | {ORTHO_FILE})
-    reader = ShardReader(
-        Checkpoint(path=folder, shards=shards, tensors=(), config=None, extra_files=())
-    )
-    try:
-        tensors = _tensors(artifact, RowReader(reader), alpha)
-    except BaseException:
-        reader.close()
-        raise
+    with ExitStack() as opened:
+        reader = ShardReader(
+            Checkpoint(
+                path=folder, shards=(artifact.base,), tensors=(), config=None, extra_files=()
+            )
+        )
+        opened.callback(reader.close)
+        kept = KeptReader(artifact) if alpha else None
+        if kept:
+            opened.callback(kept.close)
+        tensors = _tensors(artifact, RowReader(reader), kept, alpha)
+        close = opened.pop_all().close
     return Source(
         name=model_name(folder),
         kind="artifact",
@@ -71,20 +76,18 @@ def open_dense(path: Path, alpha: float) -> Source:
         notes=notes,
         settings={"alpha": alpha},
         private=alpha > 0,  # it then holds what ortho holds, which only its owner may read
-        close=reader.close,
+        close=close,
     )
 
 
-def _tensors(artifact: Artifact, rows: RowReader, alpha: float) -> tuple[SourceTensor, ...]:
+def _tensors(
+    artifact: Artifact, rows: RowReader, kept: KeptReader | None, alpha: float
+) -> tuple[SourceTensor, ...]:
     base = {tensor.name: tensor for tensor in artifact.base.tensors}
-    ortho = {tensor.name: tensor for tensor in artifact.ortho.tensors} if artifact.ortho else {}
     found = []
     for module in artifact.split:
         parts = {part: base.pop(f"{module}.weight_{part}") for part in ("packed", "scale", "shape")}
-        csr = {
-            p: ortho[f"{module}.{p}"] for p in ("crow_indices", "col_indices", "values") if alpha
-        }
-        split = _Split(artifact, module, rows, {**parts, **csr}, alpha)
+        split = _Split(artifact, module, rows, parts, kept, alpha)
         if split.name in base:
             raise damaged(artifact.base.path, f"`{split.name}` is there both split and whole")
         found.append(
@@ -105,14 +108,15 @@ class _Split:
         module: str,
         rows: RowReader,
         parts: dict[str, TensorInfo],
+        kept: KeptReader | None,
         alpha: float,
     ) -> None:
         self.name = f"{module}.weight"
         self.shape = artifact.shapes[module]
         self._bits = artifact.bits[module]
         self._rows, self._parts, self._alpha = rows, parts, alpha
-        self._artifact = artifact
-        self._crow: npt.NDArray[np.int64] | None = None
+        self._reader, self._module = kept, module
+        self._csr: tuple[Tensor, Tensor, Tensor] | None = None
         told = tuple(rows.whole(parts["shape"]).tolist())
         if told != self.shape:
             raise damaged(
@@ -139,29 +143,22 @@ class _Split:
 
     def _kept(self, start: int, rows: int) -> tuple[Tensor, Tensor]:
         """Give the flat positions inside these rows that ortho holds, and its values there."""
-        if self._crow is None or start == 0:
-            self._crow = self._read_crow()
-        crow = self._crow[start : start + rows + 1]
-        first, count = int(crow[0]), int(crow[-1] - crow[0])
-        read = self._rows.rows(self._parts["col_indices"], first, count, 1)
-        columns = read.view(-1).to(torch.int64)
-        row = torch.from_numpy(np.repeat(np.arange(rows), np.diff(crow)))
-        positions = row * self.shape[1] + columns
-        if count and (int(columns.min()) < 0 or int(columns.max()) >= self.shape[1]):
-            raise self._bad(f"a column outside of 0 to {self.shape[1] - 1}")
-        if not bool((positions.diff() > 0).all()):
-            raise self._bad("columns that do not ascend in their row")
-        values = self._rows.rows(self._parts["values"], first, count, 1).view(-1)
+        if self._csr is None or start == 0:
+            self._csr = self._read_csr()
+        crow, column, values = self._csr
+        here = slice(int(crow[start]), int(crow[start + rows]))
+        row = torch.repeat_interleave(torch.arange(rows), crow[start : start + rows + 1].diff())
         if start + rows == self.shape[0]:
-            self._crow = None
-        return positions, values.float()
+            self._csr = None
+        return row * self.shape[1] + column[here], values[here].float()
 
-    def _read_crow(self) -> npt.NDArray[np.int64]:
-        crow = self._rows.whole(self._parts["crow_indices"]).to(torch.int64).numpy()
-        nnz = self._parts["values"].numel
-        if crow[0] != 0 or crow[-1] != nnz or (np.diff(crow) < 0).any():
-            raise self._bad(f"row pointers that do not climb from 0 to {nnz}")
-        return crow
-
-    def _bad(self, what: str) -> ArtifactError:
-        return damaged(self._artifact.folder / ORTHO_FILE, f"`{self.name}` has {what}")
+    def _read_csr(self) -> tuple[Tensor, Tensor, Tensor]:
+        assert self._reader is not None
+        try:
+            found = self._reader.csr(self._module)
+        except ArtifactError as error:
+            raise ArtifactError(
+                f"`{self.name}` has no sound ortho stream: {error.message}", hint=error.hint
+            ) from None
+        crow, column, values = (found[part] for part in ORTHO_PARTS)
+        return crow.long(), column.to(torch.int64), values

@@ -389,6 +389,8 @@ class Engine:
             assert bias is None or isinstance(bias, nn.Parameter)
             layer.bias = bias
             layer.train(self.module.get_submodule(name).training)
+        if isinstance(recipe.get("ortho"), dict):
+            recipe["ortho"].pop("layout", None)  # layers hold CSR, and `save` writes it
         self._recipe = recipe
         # Base alone does not know what it was cut from.
         self._digest = metadata.get("source_digest", "0" * 64)

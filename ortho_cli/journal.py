@@ -5,6 +5,7 @@ Work for OUT goes to the hidden sibling `.OUT.ortho/`:
     lock       held by the run that works here; the kernel lets go when it dies
     journal    line 1: what is made from what; then one line a finished tensor
     artifact/  the files being written; data files end in `.partial` until all is on disk
+    private/   what a run that goes on needs, and the result does not hold; scratch files too
     previous/  what `--force` replaces, between two renames
 
 A tensor counts as finished once its line is in the journal, and lines are written only after the
@@ -135,8 +136,8 @@ class WorkFolder:
 
         Args:
             out: where the finished folder goes.
-            identity: everything the bytes depend on, and the size of each data file under `files`;
-                only work with an equal identity is continued.
+            identity: everything the bytes depend on, and the size of each data file under `files`,
+                of each scratch file under `scratch`; only work with an equal identity is continued.
             force: discard half-done work of another identity.
             is_sound: tells a journal entry that can be relied on; from the first other one on, work
                 is done again.
@@ -155,13 +156,21 @@ class WorkFolder:
         self._is_sound = is_sound
         self._lock = _Lock(self.folder, out)
         self._journal = -1
-        self._fds: dict[str, int] = {}
+        self._fds: dict[Path, int] = {}
         self._made = [parent for parent in out.absolute().parents if not parent.exists()]
 
     @property
     def useful(self) -> bool:
         """Whether another run can go on with something that is there."""
-        return bool(self.done) or (self.private.is_dir() and any(self.private.iterdir()))
+        if self.done or not self.private.is_dir():
+            return bool(self.done)
+        names = (path.name.removesuffix(PARTIAL) for path in self.private.iterdir())
+        return any(name not in self._scratch for name in names)
+
+    @property
+    def _scratch(self) -> dict[str, int]:
+        found: dict[str, int] = self._identity.get("scratch", {})
+        return found
 
     def __enter__(self) -> WorkFolder:
         """Take the lock and read the journal."""
@@ -229,15 +238,24 @@ class WorkFolder:
             final, partial = self.artifact / name, self.artifact / (name + PARTIAL)
             if final.exists():
                 final.rename(partial)
-            whole = whole and partial.exists() and partial.stat().st_size == size
+            whole = whole and _has_size(partial, size)
+        for name, size in self._scratch.items():
+            whole = whole and _has_size(self.private / (name + PARTIAL), size)
         return whole
 
-    def open_data(self, name: str, *, size: int, mode: int) -> int:
-        """Open a data file with its bytes reserved, so that a full disk shows before the work."""
-        path = self.artifact / (name + PARTIAL)
+    def open_data(self, name: str, *, size: int, mode: int, scratch: bool = False) -> int:
+        """Open a data file with its bytes reserved, so that a full disk shows before the work.
+
+        Args:
+            name: of the file.
+            size: in bytes.
+            mode: its permissions.
+            scratch: only work goes through it; it is synced with the others, and not published.
+        """
+        path = (self.private if scratch else self.artifact) / (name + PARTIAL)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
-            self._fds[name] = fd
+            self._fds[path] = fd
             if os.fstat(fd).st_size != size:
                 reserve(fd, size)
         except OSError as error:
@@ -289,9 +307,10 @@ class WorkFolder:
         Args:
             may_replace: tells whether what lies at OUT by now may be replaced.
         """
-        for name, fd in self._fds.items():
-            os.fsync(fd)
-            (self.artifact / (name + PARTIAL)).rename(self.artifact / name)
+        for path, fd in self._fds.items():
+            if path.parent != self.private:
+                os.fsync(fd)
+                path.rename(path.with_name(path.name.removesuffix(PARTIAL)))
         for folder, _, _ in os.walk(self.artifact):
             _sync_folder(Path(folder))
         previous = self.folder / "previous"
@@ -352,6 +371,10 @@ def interruptible(work: WorkFolder, *, total: int, what: str = "tensors") -> Ite
         ) from None
 
 
+def _has_size(path: Path, size: int) -> bool:
+    return path.exists() and path.stat().st_size == size
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -398,7 +421,8 @@ def _complete_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _difference(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
-    keys = [key for key in mine if key != "files" and theirs.get(key) != mine[key]]
+    sizes = ("files", "scratch")  # which follow from the rest
+    keys = [key for key in mine if key not in sizes and theirs.get(key) != mine[key]]
     return " and ".join(f"another {key}" for key in keys or ["version"])
 
 

@@ -25,13 +25,14 @@ from ortho_cli.artifact import (
 from ortho_cli.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo
 from ortho_cli.errors import ArtifactError, CheckpointError, OutputExistsError, UsageError
 from ortho_cli.journal import WorkFolder, recover
+from ortho_cli.kept import KeptReader
 from ortho_cli.layers import OrthoLinear
 from ortho_cli.ops import as_bytes
 from ortho_cli.output import resolve_output
 from ortho_cli.plan import NO_DIGEST
-from ortho_cli.quantization import quantization_config
+from ortho_cli.quantization import index, quantization_config
 from ortho_cli.source import DTYPE_NAMES, TORCH_DTYPES
-from ortho_cli.streams import BASE_PARTS, ORTHO_PARTS, check_csr, is_conv1d, is_plain_linear
+from ortho_cli.streams import BASE_PARTS, ORTHO_PARTS, is_conv1d, is_plain_linear
 from ortho_cli.writer import DataFile, GrowingSha256, Layout, TensorSpec, plan_layout
 
 PLAIN = "build the module as it was when it was saved"
@@ -122,7 +123,7 @@ def save_module(
             hidden = _write(work, ORTHO_FILE, ortho_layout, ortho, mode=0o600)
             hidden.write_header(plan_layout(specs[1], metadata).header)
         total = base_layout.size - len(base_layout.header)
-        listed = artifact.index(base_layout.regions, total_size=total)
+        listed = index(base_layout.regions, total_size=total)
         work.write_file(INDEX_FILE, pretty_json(listed))
         settings = _config(module)
         if settings is not None:
@@ -247,18 +248,10 @@ def fill_ortho(opened: Artifact, layers: Mapping[str, OrthoLinear]) -> None:
             )
     if opened.ortho is None:
         return
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, value in read_tensors(opened.ortho, iter(opened.ortho.tensors)):
-        name, _, part = key.rpartition(".")
-        parts.setdefault(name, {})[part] = value
-        if len(parts[name]) < len(ORTHO_PARTS):
-            continue
-        layer, csr = layers[name], parts.pop(name)
-        shape = (layer.out_features, layer.in_features)
-        crow, column, values = (csr[part] for part in ORTHO_PARTS)
-        check_csr(crow, column, values, shape, f"{name}.")
-        for part, tensor in csr.items():
-            setattr(layer, part, tensor.to(layer.weight_packed.device))
+    with KeptReader(opened) as reader:
+        for name, layer in layers.items():
+            for part, tensor in reader.csr(name).items():
+                setattr(layer, part, tensor.to(layer.weight_packed.device))
 
 
 def load_module(module: nn.Module, opened: Artifact) -> dict[str, OrthoLinear]:

@@ -271,6 +271,32 @@ def unpack_codes(packed: Tensor, *, bits: int) -> Tensor:
     return (unpack_int3 if bits == 3 else unpack_int4)(packed)
 
 
+def dequantize_at(
+    packed: Tensor, scales: Tensor, rows: Tensor, columns: Tensor, *, width: int
+) -> tuple[Tensor, Tensor]:
+    """Dequantize single positions: what `dequantize` of all codes, unpacked, holds there.
+
+    Args:
+        packed: (out, words) int32: codes of as many bits as the words tell, one after another from
+            the lowest bit of a row's first word on; of 4 bits, as `pack_int4` writes them.
+        scales: (out, groups), bfloat16, float16 or float32.
+        rows: (n,) int64 in [0, out).
+        columns: (n,) int64 in [0, in).
+        width: in.
+    Returns:
+        (n,) float32 holding values of the scales' dtype; (n,) float32, the scale of each one's
+        group.
+    """
+    words = packed.shape[1]
+    bits = 32 * words // width
+    word, shift = columns * bits // 32, columns * bits % 32
+    both = packed[rows, word].long() & 0xFFFFFFFF
+    both |= packed[rows, (word + 1).clamp_max(words - 1)].long() << 32  # a code may lie in two
+    codes = (both >> shift & ((1 << bits) - 1)) - (1 << (bits - 1))
+    mine = scales[rows, columns // (width // scales.shape[1])].unsqueeze(1)
+    return dequantize(codes.float().unsqueeze(1), mine).squeeze(1), mine.float().squeeze(1)
+
+
 def saliency(residual: Tensor, root_curvature: Tensor, *, empty: Empty = torch_empty) -> Tensor:
     """Say how much each weight's rounding costs: |r| sqrt(h), which orders like r^2 h.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ortho_cli.checkpoint import Checkpoint
 from ortho_cli.errors import OutputExistsError, ResourceError, UsageError
-from ortho_cli.journal import work_folder
+from ortho_cli.journal import PARTIAL, work_folder
 
 
 def resolve_output(out: Path) -> Path:
@@ -109,7 +109,8 @@ def check_space(needed: int, out: Path, *, kind: str = "artifact") -> None:
         raise ResourceError(
             f"cannot write in `{place}`: permission denied", hint="choose another -o"
         )
-    written = (work_folder(target) / "artifact").rglob("*")
+    work = work_folder(target)
+    written = [*(work / "artifact").rglob("*"), *(work / "private").glob("*" + PARTIAL)]
     held = sum(path.stat().st_blocks * 512 for path in written if path.is_file())
     free = shutil.disk_usage(place).free
     if needed - held > free:

@@ -17,7 +17,13 @@ from ortho_cli.artifact import canonical_json
 from ortho_cli.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.errors import CheckpointError, RecipeError, ResourceError
 from ortho_cli.journal import PARTIAL
-from ortho_cli.refusals import check_global, check_gptq, check_reference, refuse_quantized
+from ortho_cli.refusals import (
+    check_global,
+    check_gptq,
+    check_reference,
+    check_values,
+    refuse_quantized,
+)
 from ortho_cli.selection import check_overrides, select, tensor_settings
 from ortho_cli.settings import GROUP_SIZES, Recipe, Saliency, Scale
 from ortho_cli.statistics import Statistics, check_weights
@@ -36,6 +42,7 @@ NO_DIGEST = "0" * 64
 # unlearn what an attacker moved and Adam's moments; and room for logits, measured.
 FORGET_BYTES = {"isolate": 12, "unlearn": 20}
 LOGITS_BYTES = 1_600_000_000
+REPACK_BYTES = 80  # for each weight that a tensor keeps, while a compact ortho is encoded; measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,28 +116,51 @@ class Plan:
         return sum(tensor.source.nbytes for tensor in self.tensors)
 
     @property
+    def is_compact(self) -> bool:
+        """Whether ortho is written as CSR, at the offsets of `ortho`, only to be encoded again."""
+        return self.recipe.ortho.layout == "compact"
+
+    @property
+    def ortho_bytes(self) -> int:
+        """Bytes of ortho; where it is compact, a bound: weights decide how many there are."""
+        if not self.is_compact:
+            return self.ortho.size
+        rounded = self.recipe.ortho.values == "int8"
+        return len(self.ortho.header) + sum(
+            artifact.compact_at_most(
+                tensor.name,
+                dtype="I8" if rounded else tensor.source.dtype,
+                shape=(tensor.source.shape[0], tensor.source.shape[1]),
+                nnz=tensor.k,
+            )
+            for tensor in self.split
+        )
+
+    @property
     def bytes_written(self) -> int:
         """Bytes of the artifact, without index, config and report."""
-        return self.base.size + self.ortho.size + sum(size for _, size in self.extra_files)
+        return self.base.size + self.ortho_bytes + sum(size for _, size in self.extra_files)
 
     @property
     def bytes_on_disk(self) -> int:
         """Bytes of the artifact and of what is kept beside it while it is made."""
-        return self.bytes_written + SIDE_BYTES * (1 + len(self.tensors))
+        scratch = self.ortho.size if self.is_compact else 0
+        return self.bytes_written + scratch + SIDE_BYTES * (1 + len(self.tensors))
 
     @property
     def split_bits(self) -> float:
-        """Bits of both streams for each split weight."""
-        parts = (spec for tensor in self.split for spec in (*tensor.base, *tensor.ortho))
-        return 8 * sum(spec.nbytes for spec in parts) / self.split_weights
+        """Bits of both streams for each split weight; of a compact ortho, its bound."""
+        base = sum(spec.nbytes for tensor in self.split for spec in tensor.base)
+        ortho = self.ortho_bytes - len(self.ortho.header)
+        return 8 * (base + ortho) / self.split_weights
 
     @property
     def bits_per_weight(self) -> float:
         """Bits of both files, headers and all, for each weight of the model."""
-        return 8 * (self.base.size + self.ortho.size) / self.weights
+        return 8 * (self.base.size + self.ortho_bytes) / self.weights
 
     def to_json(self) -> dict[str, Any]:
-        """Spell the plan out, byte offsets included."""
+        """Spell the plan out, with every byte offset that does not depend on weights."""
         return {
             "plan_sha256": self.sha256,
             "recipe": self.recipe.canonical(),
@@ -142,7 +172,8 @@ class Plan:
                 "weights": self.weights,
                 "split_weights": self.split_weights,
                 "base_bytes": self.base.size,
-                "ortho_bytes": self.ortho.size,
+                "ortho_bytes": self.ortho_bytes,
+                **({"ortho_bytes_at_most": True} if self.is_compact else {}),
                 "bits_per_weight": round(self.bits_per_weight, 4),
                 "bytes_read": self.bytes_read,
                 "bytes_written": self.bytes_written,
@@ -157,8 +188,8 @@ class Plan:
                 },
                 {
                     "name": artifact.ORTHO_FILE,
-                    "size": self.ortho.size,
-                    "header": len(self.ortho.header),
+                    "size": self.ortho_bytes,
+                    **({} if self.is_compact else {"header": len(self.ortho.header)}),
                 },
                 *({"name": name, "size": size} for name, size in self.extra_files),
             ],
@@ -177,7 +208,7 @@ class Plan:
                     "density": tensor.density,
                     "k": tensor.k,
                     "base": _regions(tensor.base, self.base),
-                    "ortho": _regions(tensor.ortho, self.ortho),
+                    "ortho": {} if self.is_compact else _regions(tensor.ortho, self.ortho),
                 }
                 for tensor in self.tensors
             ],
@@ -229,7 +260,8 @@ def make_plan(
         check_weights(statistics, split)
     sha256 = _sha256(tensors, recipe, group_size, statistics)
     canonical = canonical_json(recipe.canonical())
-    common = {"plan_sha256": sha256, "recipe": canonical, "version": __version__}
+    form = artifact.FORMATS[recipe.ortho.layout]
+    common = {"plan_sha256": sha256, "recipe": canonical, "version": __version__, "form": form}
     base = plan_layout(_unique(checkpoint, tensors, "base"), artifact.base_metadata(**common))
     ortho = plan_layout(
         _unique(checkpoint, tensors, "ortho"),
@@ -285,6 +317,7 @@ def _check_split(
     reference: Checkpoint | None,
 ) -> None:
     """Refuse a split without what it needs, and a reference that is of another model."""
+    check_values(recipe)
     split = recipe.ortho.split
     if recipe.ortho.budget == "global":
         check_global(recipe)
@@ -399,7 +432,7 @@ def _sha256(
     statistics: Statistics | None,
 ) -> str:
     content = {
-        "format": artifact.FORMAT,
+        "format": artifact.FORMATS[recipe.ortho.layout],
         "version": __version__,
         "recipe": recipe.canonical(),
         "group_size": group_size,
@@ -430,7 +463,11 @@ def _peak_bytes(
         held = LOGITS_BYTES + FORGET_BYTES[recipe.ortho.split] * sum(
             t.source.numel for t in tensors
         )
-    return MODULES_BYTES + TENSOR_BYTES * entries + held + sum(needs[:workers])
+    work = sum(needs[:workers])
+    if recipe.ortho.layout == "compact":  # encoded when the workers are done
+        most = max((tensor.k for tensor in tensors), default=0)
+        work = max(work, REPACK_BYTES * most + 24 * TILE_ELEMENTS)
+    return MODULES_BYTES + TENSOR_BYTES * entries + held + work
 
 
 def _buffer_bytes(tensor: TensorPlan, statistics: Statistics | None, rounding: str) -> int:

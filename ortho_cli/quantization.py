@@ -1,10 +1,12 @@
-"""What config.json tells readers of compressed-tensors: which Linears are INT4, or INT3."""
+"""What readers of base are told: which Linears are INT4 or INT3, and where each tensor lies."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from ortho_cli.artifact import BASE_FILE
 
 
 def quantization_config(
@@ -83,3 +85,11 @@ def _candidates(module: str, against: Sequence[str]) -> Iterator[str]:
         for stranger in sorted(strangers - set(parts)):
             yield rf"re:(?!(.*\.)?{re.escape(stranger)}\.)(.*\.)?{body}$"
     yield module
+
+
+def index(keys: Iterable[str], *, total_size: int) -> dict[str, Any]:
+    """Make the index without which transformers does not find base."""
+    return {
+        "metadata": {"total_size": total_size},
+        "weight_map": dict.fromkeys(sorted(keys), BASE_FILE),
+    }

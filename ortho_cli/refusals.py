@@ -16,7 +16,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
         CheckpointError: says by whom.
     """
     for shard in checkpoint.shards:
-        if artifact.FORMAT in (shard.metadata.get("format"), shard.metadata.get("ortho_format")):
+        if artifact.is_ours(shard.metadata):
             raise CheckpointError(
                 f"`{shard.path}` is the {shard.metadata.get('role')} file of an artifact already",
                 hint="decompose the model it was made from",
@@ -87,4 +87,22 @@ def check_global(recipe: Recipe) -> None:
         raise RecipeError(
             f"ortho.budget is global, and saliency.kind is {recipe.saliency.kind}",
             hint="only curvature says what a weight of one layer is worth in another: --stats FILE",
+        )
+
+
+def check_values(recipe: Recipe) -> None:
+    """Refuse int8 values where no layout holds them, or where they would not be exact enough.
+
+    Raises:
+        RecipeError: the layout is CSR, or the recipe forgets.
+    """
+    if recipe.ortho.values == "int8" and recipe.ortho.layout != "compact":
+        raise RecipeError(
+            f"ortho.values is int8, and ortho.layout is {recipe.ortho.layout}",
+            hint="set ortho.layout to compact",
+        )
+    if recipe.ortho.values == "int8" and recipe.forgets:
+        raise RecipeError(
+            f"ortho.values is int8, and ortho.split is {recipe.ortho.split}",
+            hint="what was moved to forget must come back exactly; use ortho.values source",
         )

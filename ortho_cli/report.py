@@ -122,6 +122,7 @@ def print_plan(document: dict[str, Any], *, source: str) -> None:
         console.print()
     told = document["statistics"]
     kind = document["recipe"]["saliency"]["kind"]
+    most = "at most " if totals.get("ortho_bytes_at_most") else ""
     seconds = max(1, round(totals["bytes_read"] / 5e8 / totals["workers"]))
     for line in (
         f"{source}: {totals['split_tensors']} of {totals['tensors']} tensors split, "
@@ -129,9 +130,9 @@ def print_plan(document: dict[str, Any], *, source: str) -> None:
         f"group size {document['group_size']}",
         f"weights kept by {kind}"
         + (f"; curvature is {told['kind']}, {told['storage']} storage" if told else ""),
-        f"base {size(totals['base_bytes'])} + ortho {size(totals['ortho_bytes'])} "
+        f"base {size(totals['base_bytes'])} + ortho {most}{size(totals['ortho_bytes'])} "
         f"from {size(totals['bytes_read'])}: "
-        f"{totals['bits_per_weight']:.2f} bits a weight over the whole model",
+        f"{most}{totals['bits_per_weight']:.2f} bits a weight over the whole model",
         f"buffers {size(totals['peak_bytes'])} over torch for {totals['workers']} workers; "
         f"about {seconds} s at 0.5 GB/s a worker",
     ):

@@ -90,7 +90,16 @@ class Ortho(_Strict):
         description="global: one density for the model, spent where curvature says it is worth "
         "most; overrides keep theirs.",
     )
-    values: Literal["source"] = "source"
+    layout: Literal["csr", "compact"] = Field(
+        "csr",
+        description="How ortho is stored. csr: format ortho/1. compact: ortho/2, without most "
+        "indices: whole columns, and gaps of one byte.",
+    )
+    values: Literal["source", "int8"] = Field(
+        "source",
+        description="source: the source's weights, bit for bit. int8: what base lacks of them, in "
+        "255 steps; needs layout compact, and a split that does not forget.",
+    )
     split: Split = Field(
         "residual",
         description="residual: base is the INT4 of the model. isolate, unlearn: base forgets the "

@@ -245,8 +245,9 @@ def check_csr(
     climbs = place.diff() > 0
     climbs[starts[(starts > 0) & (starts < nnz)] - 1] = True
     if not bool(climbs.all()):
+        row = int(torch.searchsorted(wide, int(climbs.logical_not().nonzero()[0]), right=True)) - 1
         raise ArtifactError(
-            f"`{prefix}col_indices` does not ascend inside its rows",
+            f"`{prefix}col_indices` does not ascend in row {row}",
             hint="the stream is damaged, or of another layer",
         )
 

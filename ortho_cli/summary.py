@@ -12,7 +12,7 @@ from ortho_cli.artifact import module_of
 from ortho_cli.plan import Plan, TensorPlan
 from ortho_cli.quantization import quantization_config
 from ortho_cli.selection import is_tied
-from ortho_cli.writer import TensorSpec
+from ortho_cli.writer import Layout, TensorSpec
 
 Entry = dict[str, Any]
 
@@ -37,6 +37,7 @@ def make_report(
     plan: Plan,
     entries: list[Entry],
     *,
+    ortho: Layout,
     moved: int,
     source_digest: str,
     base_sha256: str,
@@ -49,10 +50,11 @@ def make_report(
     residual at the kept positions: noise at alpha = 1 is (1 - residual_kept) of that at alpha = 0.
     `moved` counts codes that forgetting moved, over the whole model: where they are is not told.
     `saliency_kept` is the same share of what selects; curvature_error is the sum of residual^2
-    times curvature, null without statistics.
+    times curvature, null without statistics. `columns` counts columns that a compact ortho holds
+    whole. With int8 values what rounding them costs is part of every figure at alpha = 1.
     """
     tensors = [
-        _report_tensor(plan, tensor, entry)
+        _report_tensor(plan, tensor, entry, ortho)
         for tensor, entry in zip(plan.tensors, entries, strict=True)
     ]
     split = [
@@ -63,9 +65,10 @@ def make_report(
     )
     nnz = sum(tensor.k for tensor in plan.split)
     base_bits = 8 * sum(_nbytes(tensor.base) for tensor in plan.split)
-    ortho_bits = 8 * sum(_nbytes(tensor.ortho) for tensor in plan.split)
+    ortho_bits = 8 * sum(_kept_bytes(entry, ortho) for entry in entries)
+    bits = 8 * (plan.base.size + ortho.size) / plan.weights
     return {
-        "format": artifact.FORMAT,
+        "format": artifact.FORMATS[plan.recipe.ortho.layout],
         "versions": {"ortho": __version__, "torch": torch.__version__, "device": "cpu"},
         "plan_sha256": plan.sha256,
         "source_digest": source_digest,
@@ -81,8 +84,8 @@ def make_report(
             "split_weights": plan.split_weights,
             "source_bytes": plan.bytes_read,
             "base_bytes": plan.base.size,
-            "ortho_bytes": plan.ortho.size,
-            "bits_per_weight": round(plan.bits_per_weight, 4),
+            "ortho_bytes": ortho.size,
+            "bits_per_weight": round(bits, 4),
             "split_bits_per_weight_base": round(base_bits / plan.split_weights, 4),
             "split_bits_per_weight": round((base_bits + ortho_bits) / plan.split_weights, 4),
             "nnz": nnz,
@@ -100,6 +103,11 @@ def make_report(
 
 def _nbytes(specs: Iterable[TensorSpec]) -> int:
     return sum(spec.nbytes for spec in specs)
+
+
+def _kept_bytes(entry: Entry, ortho: Layout) -> int:
+    """Count the bytes that ortho holds of a tensor."""
+    return sum(ortho.regions[key].nbytes for key in entry["blake3"].get(artifact.ORTHO_FILE, ()))
 
 
 def _share(part: float, whole: float) -> float | None:
@@ -144,21 +152,23 @@ def _reference_figures(plan: Plan, entries: list[Entry]) -> dict[str, Any]:
     }
 
 
-def _report_tensor(plan: Plan, tensor: TensorPlan, entry: Entry) -> dict[str, Any]:
+def _report_tensor(plan: Plan, tensor: TensorPlan, entry: Entry, ortho: Layout) -> dict[str, Any]:
     numel = tensor.source.numel
+    nbytes = _nbytes(tensor.base) + _kept_bytes(entry, ortho)
     found: dict[str, Any] = {
         "name": tensor.name,
         "action": tensor.action,
         "reason": tensor.reason,
         "dtype": tensor.source.dtype,
         "shape": list(tensor.source.shape),
-        "bits_per_weight": round(8 * (_nbytes(tensor.base) + _nbytes(tensor.ortho)) / numel, 4),
+        "bits_per_weight": round(8 * nbytes / numel, 4),
     }
     if tensor.reason is None:
         found |= {
             "bits": tensor.bits,
             "scale": tensor.scale,
             "nnz": tensor.k,
+            **({"columns": entry["columns"]} if plan.is_compact else {}),
             "sqnr_db_alpha_0": ops.decibels(entry["signal"], entry["noise"]),
             "sqnr_db_alpha_1": ops.decibels(entry["signal"], entry["noise"] - entry["noise_kept"]),
             "residual_kept": _share(entry["noise_kept"], entry["noise"]),

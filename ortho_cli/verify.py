@@ -19,6 +19,7 @@ from ortho_cli.artifact import (
     ORTHO_FILE,
     REPORT_FILE,
     Artifact,
+    count_kept,
     damaged,
 )
 from ortho_cli.checkpoint import Shard, TensorInfo
@@ -40,20 +41,21 @@ def describe(artifact: Artifact) -> dict[str, Any]:
     if artifact.report is not None:
         _check_report(artifact, artifact.report)
         return {**artifact.report, "files": present}
-    return {"format": FORMAT, "tensors": list(_tensors_from_headers(artifact)), "files": present}
+    return {
+        "format": artifact.form,
+        "tensors": list(_tensors_from_headers(artifact)),
+        "files": present,
+    }
 
 
 def _tensors_from_headers(artifact: Artifact) -> Iterator[dict[str, Any]]:
     base = {tensor.name: tensor for tensor in artifact.base.tensors}
-    ortho = {tensor.name: tensor for tensor in artifact.ortho.tensors} if artifact.ortho else {}
+    kept = artifact.kept
     split = set(artifact.split)
     for module in artifact.split:
         packed, scale = base[f"{module}.weight_packed"], base[f"{module}.weight_scale"]
-        parts = [packed, scale, base[f"{module}.weight_shape"]]
-        parts += [
-            ortho[f"{module}.{part}"] for part in ("crow_indices", "col_indices", "values") if ortho
-        ]
-        values = ortho.get(f"{module}.values")
+        mine = kept.get(module, {})
+        parts = [packed, scale, base[f"{module}.weight_shape"], *mine.values()]
         rows, columns = artifact.shapes[module]
         yield {
             "name": f"{module}.weight",
@@ -62,7 +64,8 @@ def _tensors_from_headers(artifact: Artifact) -> Iterator[dict[str, Any]]:
             "shape": [rows, columns],
             "bits": artifact.bits[module],
             "bits_per_weight": round(8 * sum(p.nbytes for p in parts) / (rows * columns), 4),
-            "nnz": values.numel if values else None,
+            "nnz": count_kept(mine) if mine else None,
+            **({"columns": mine["columns"].numel} if "columns" in mine else {}),
         }
     for tensor in artifact.base.tensors:
         module, _, part = tensor.name.rpartition(".")
@@ -111,8 +114,8 @@ def _check_report(artifact: Artifact, report: dict[str, Any]) -> None:
         raise damaged(path, f"one of {', '.join(_LATER)} is not a number")
     if not isinstance(report.get("statistics"), dict | None):
         raise damaged(path, "`statistics` is of the wrong type")
-    if report["format"] != FORMAT:
-        raise damaged(path, f"it is of format {report['format']!r}, not {FORMAT!r}")
+    if report["format"] != artifact.form:
+        raise damaged(path, f"it is of format {report['format']!r}, not {artifact.form!r}")
     _check_reported_tensors(artifact, report, path)
 
 
@@ -127,7 +130,13 @@ def _check_reported_tensors(artifact: Artifact, report: dict[str, Any], path: Pa
     for name, entry in held.items():
         # The first reports do not say `bits`: it was 4 throughout.
         said = ({"bits": 4} if entry["action"] == "split" else {}) | told[name]
-        for key in ("action", "dtype", "shape", "bits", *(("nnz",) if artifact.ortho else ())):
+        for key in (
+            "action",
+            "dtype",
+            "shape",
+            "bits",
+            *(("nnz", "columns") if artifact.ortho else ()),
+        ):
             if said.get(key) != entry.get(key):
                 raise damaged(
                     path, f"`{key}` of `{name}` is {said.get(key)!r}, not {entry.get(key)!r}"
@@ -176,8 +185,7 @@ def verify(artifact: Artifact, *, on_event: EventSink = null_sink) -> Verified:
             _verify_tensor(file, tensor, digests.get(tensor.name), on_event)
     _verify_index(artifact)
     if artifact.ortho is not None:
-        for module in artifact.split:
-            _verify_csr(artifact, artifact.ortho, module)
+        _verify_kept(artifact, artifact.ortho)
     sums = {file.name: file_sha256(file.path, on_event=on_event) for file in files}
     claims = [(BASE_FILE, told.get("base_sha256"))]
     if artifact.ortho is not None:
@@ -262,10 +270,23 @@ def _verify_index(artifact: Artifact) -> None:
         )
 
 
+def _verify_kept(artifact: Artifact, ortho: Shard) -> None:
+    """Hold what ortho keeps of every split weight against the rules of its layout."""
+    if artifact.form == FORMAT:
+        for module in artifact.split:
+            _verify_csr(artifact, ortho, module)
+    else:
+        from ortho_cli.kept import KeptReader  # int8 values need torch, a second to import
+
+        with KeptReader(artifact) as reader:
+            for module in artifact.split:
+                reader.csr(module)
+
+
 def _verify_csr(artifact: Artifact, ortho: Shard, module: str) -> None:
     import numpy as np
 
-    tensors = {tensor.name: tensor for tensor in ortho.tensors}
+    tensors = {t.name: t for t in (*artifact.base.tensors, *ortho.tensors)}
     columns = artifact.shapes[module][1]
     numpy_dtypes = {"I32": np.int32, "I64": np.int64, "U16": np.uint16}
 

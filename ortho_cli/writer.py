@@ -98,12 +98,14 @@ def write_all(fd: int, data: memoryview | bytes, offset: int) -> None:
 
 
 class DataFile:
-    """One of the two data files: bytes go to the place the layout gives them."""
+    """A data file, or a scratch file: bytes go to the place the layout gives them."""
 
-    def __init__(self, work: WorkFolder, name: str, layout: Layout, *, mode: int) -> None:
+    def __init__(
+        self, work: WorkFolder, name: str, layout: Layout, *, mode: int, scratch: bool = False
+    ) -> None:
         self.name = name
-        self.fd = work.open_data(name, size=layout.size, mode=mode)
-        self._path = work.artifact / name
+        self.fd = work.open_data(name, size=layout.size, mode=mode, scratch=scratch)
+        self._path = (work.private if scratch else work.artifact) / name
         self._layout = layout
 
     def write(self, key: str, data: memoryview, *, start: int) -> None:

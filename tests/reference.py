@@ -129,6 +129,52 @@ def csr(indices: list[int], shape: tuple[int, int]) -> tuple[list[int], list[int
     return crow, [i % shape[1] for i in indices]
 
 
+def compact(
+    indices: list[int], shape: tuple[int, int]
+) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
+    """Whole columns, entries in them, counts, gap bytes, other entries; entries by their place."""
+    rows, width = shape
+    there = {(i // width, i % width): n for n, i in enumerate(indices)}
+    whole = [
+        column
+        for column in range(width)
+        if rows > 1 and all((row, column) in there for row in range(rows))
+    ]
+    counts, gaps, rest = [], [], []
+    for row in range(rows):
+        before, count = -1, 0
+        for column in range(width):
+            if (row, column) in there and column not in whole:
+                distance = column - before - 1
+                while distance >= 255:
+                    gaps.append(255)
+                    distance -= 255
+                gaps.append(distance)
+                rest.append(there[row, column])
+                before, count = column, count + 1
+        counts.append(count)
+    block = [there[row, column] for row in range(rows) for column in whole]
+    return whole, block, counts, gaps, rest
+
+
+def int8_values(
+    values: list[float], base: list[float], scales: list[float]
+) -> tuple[list[int], float, list[float]]:
+    """Codes, step and what they stand for before the last rounding, one weight at a time."""
+    f = np.float32
+    largest = max(
+        [f(abs(f(v) - f(b))) / f(s) for v, b, s in zip(values, base, scales, strict=True)] + [f(0)]
+    )
+    step = f(largest / f(127)) or f(1)
+    codes, back = [], []
+    for value, held, scale in zip(values, base, scales, strict=True):
+        unit = step * f(scale)
+        code = max(-127, min(127, round(float((f(value) - f(held)) / unit)))) if unit > 0 else 0
+        codes.append(code)
+        back.append(float(f(held) + f(code) * unit))
+    return codes, float(step), back
+
+
 def decibels(weight: Tensor, approximation: Tensor) -> float:
     """10 log10(|w|^2 / |w - a|^2) in float64."""
     noise = (weight.double() - approximation.double()).square().sum().item()

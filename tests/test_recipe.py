@@ -58,6 +58,7 @@ BAD_RECIPES = {
         "not 'big'",
     ),
     "scale": ("version: 1\nbase: {scale: best}", "line 2: `base.scale`", "not 'best'"),
+    "layout": ("version: 1\northo: {layout: dense}", "line 2: `ortho.layout`", "not 'dense'"),
     "regex": ("version: 1\ntargets: ['re:(']", "line 2: `targets.0`", "not a regular expression"),
     "override without match": ("version: 1\noverrides: [{}]", "`overrides.0.match` is missing", ""),
     "key twice": (
@@ -182,6 +183,12 @@ def test_canonical_recipe_loads_as_itself(tmp_path: Path) -> None:
     path = tmp_path / "again.yaml"
     path.write_text(yaml.safe_dump(loaded.canonical()))
     assert recipe.load_recipe(str(path)) == loaded
+
+
+def test_canonical_recipe_tells_the_layout_only_where_it_is_not_that_of_ortho_1() -> None:
+    assert "layout" not in recipe.DEFAULT.canonical()["ortho"]
+    chosen = recipe.load_recipe(None, ["ortho={layout: compact, values: int8}"])
+    assert chosen.canonical()["ortho"]["layout"] == "compact"
 
 
 def test_json_schema_names_every_setting() -> None:

@@ -256,6 +256,27 @@ def test_golden_tensors_are_what_today_would_write(tmp_path: Path) -> None:
         assert today == then
 
 
+def test_golden_compact_artifact_still_opens_and_is_what_today_would_write(tmp_path: Path) -> None:
+    from ortho_cli.checkpoint import open_checkpoint
+    from ortho_cli.recipe import load_recipe
+
+    golden = Path(__file__).parent / "golden"
+    source = open_checkpoint(golden / "source" / "tiny.safetensors")
+    settings = load_recipe(None, ["ortho={layout: compact, values: int8, density: 0.05}"])
+    decompose(make_plan(source, settings), source, tmp_path / "out")
+    opened = open_artifact(golden / "compact")
+    assert verify(opened).tensors == 11
+    assert describe(opened)["format"] == "ortho/2"
+    today, then = (
+        {
+            t.name: (folder / "ortho.safetensors").read_bytes()[t.offset : t.offset + t.nbytes]
+            for t in read_shard(folder / "ortho.safetensors").tensors
+        }
+        for folder in (tmp_path / "out", golden / "compact")
+    )
+    assert today == then
+
+
 def test_verify_csr_longer_than_one_piece_is_sound(
     tmp_path: Path, ortho: Callable[..., Any]
 ) -> None:
