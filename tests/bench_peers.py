@@ -223,6 +223,8 @@ def autoround(task: Task, *, symmetric: bool = True) -> Answer:
     folder = task.out / "saved"
     rounder.save_quantized(str(folder), format="auto_round")
     saved = read_saved(folder)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    below = 1 if "gptq" in config["packing_format"] else 0  # as GPTQ's first format does
     modules = sorted(name.removesuffix(".qweight") for name in saved if name.endswith(".qweight"))
     return Answer(
         version=package("auto-round"),
@@ -230,13 +232,14 @@ def autoround(task: Task, *, symmetric: bool = True) -> Answer:
             "group_size": task.group,
             "symmetric": symmetric,
             "batch_size": AUTOROUND_BATCH,
+            "packing_format": config["packing_format"],
             **recipe,
             **task.calibration,
         },
         seconds=clock.seconds,
         peak_rss_bytes=clock.peak,
         stored_bytes=stored(saved),
-        weights={f"{name}.weight": autoround_weight(saved, name) for name in modules},
+        weights={f"{name}.weight": autoround_weight(saved, name, below=below) for name in modules},
     )
 
 
@@ -247,10 +250,11 @@ def nibbles(words: Tensor, *, dim: int) -> Tensor:
     return (codes & 15).flatten(dim, dim + 1)
 
 
-def autoround_weight(saved: dict[str, Tensor], module: str) -> Tensor:
+def autoround_weight(saved: dict[str, Tensor], module: str, *, below: int) -> Tensor:
+    """Undo AutoRound's packing; `below` is how much less than itself a zero point is stored as."""
     codes = nibbles(saved[f"{module}.qweight"], dim=0)
     scales = saved[f"{module}.scales"].float()
-    zeros = nibbles(saved[f"{module}.qzeros"], dim=1)
+    zeros = nibbles(saved[f"{module}.qzeros"], dim=1) + below
     group = len(codes) // len(scales)
     spread = [each.repeat_interleave(group, 0) for each in (zeros, scales)]
     return ((codes - spread[0]) * spread[1]).t()
