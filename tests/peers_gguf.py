@@ -46,7 +46,8 @@ start = time.perf_counter()
 child = os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ)
 _, status, used = os.wait4(child, 0)
 with open(sys.argv[1], "w") as file:
-    print(time.perf_counter() - start, 1024 * used.ru_maxrss, file=file)
+    cpu = used.ru_utime + used.ru_stime
+    print(time.perf_counter() - start, cpu, 1024 * used.ru_maxrss, file=file)
 sys.exit(os.waitstatus_to_exitcode(status))
 """
 
@@ -56,6 +57,7 @@ class Spent:
     """What running a program took."""
 
     seconds: float
+    cpu_seconds: float
     peak_rss_bytes: int
 
 
@@ -67,9 +69,9 @@ def run(*command: object, log: Path) -> Spent:
         ran = subprocess.run(line, stdout=file, stderr=subprocess.STDOUT, check=False)
     if ran.returncode:
         raise SystemExit(f"`{command[0]}` failed: {log.read_text()[-2000:]}")
-    seconds, peak = told.read_text().split()
+    seconds, cpu, peak = told.read_text().split()
     told.unlink()
-    return Spent(seconds=float(seconds), peak_rss_bytes=int(peak))
+    return Spent(seconds=float(seconds), cpu_seconds=float(cpu), peak_rss_bytes=int(peak))
 
 
 def gguf_name(name: str) -> str:
