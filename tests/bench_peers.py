@@ -349,7 +349,7 @@ def quanto(task: Task) -> Answer:
 # --------------------------------------------------------------------- llama.cpp
 def gguf(task: Task, kind: str, *, weighted: bool = False) -> Answer:
     source = convert(task.model, task.scratch)
-    settings: dict[str, Any] = {"type": kind}
+    settings: dict[str, Any] = {"dtype": "float32", "type": kind}
     ran = []
     importance = None
     if weighted:
