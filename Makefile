@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test bench quality forgetting clean
+.PHONY: help install demo check test bench capability forgetting clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed ## install ortho and its tests into .venv
 
@@ -32,12 +32,13 @@ check: install ## lint, format and types
 test: check ## all of check, then the tests
 	$(BIN)/pytest
 
-bench: install ## speed beside the naive code and the disk (2.2 GB of scratch in demo/), then the small model under attack
+bench: install ## speed beside the naive code and the disk (2.2 GB of scratch in demo/), then the small model: quality, and under attack
 	$(BIN)/python tests/bench_speed.py
+	$(BIN)/python tests/bench_capability.py
 	$(BIN)/ortho bench --alpha 0 1 --attack
 
-quality: install ## perplexity at equal bits: make quality MODEL=folder TRAIN=a.txt HELDOUT=b.txt
-	$(BIN)/python tests/bench_quality.py $(MODEL) $(TRAIN) $(HELDOUT)
+capability: install ## KL to the original at equal bits: make capability MODEL=folder TRAIN=a.txt HELDOUT=b.txt [PEERS=folder]
+	$(BIN)/python tests/bench_capability.py $(MODEL) $(TRAIN) $(HELDOUT) $(if $(PEERS),--peers $(PEERS))
 
 forgetting: install ## both forgetting splits on a model that memorised: make forgetting PLANTED=folder TWIN=folder
 	$(BIN)/python tests/bench_forgetting.py $(PLANTED) $(if $(TWIN),--twin $(TWIN))

@@ -57,7 +57,7 @@ def test_readme_setup_is_two_make_targets_that_exist() -> None:
         "check",
         "test",
         "bench",
-        "quality",
+        "capability",
         "forgetting",
         "clean",
     ):
@@ -99,7 +99,7 @@ def test_readme_commands_run_on_the_pico_checkpoint(
         Path("train.txt").write_text("A cat, and 2 more of them. " * 3000)
         Path("notes.jsonl").write_text('{"text": "one"}\n{"prompt": "two", "completion": "3"}\n')
     elif "stats.safetensors" in command:
-        checkpoints.save_statistics(Path("stats.safetensors"), pico)
+        checkpoints.save_statistics(Path("stats.safetensors"), pico, gram="gradient")
     elif not command.startswith("ortho decompose SmolLM2"):
         assert ortho("decompose", "SmolLM2", "-q").code == 0
     ran = ortho(*shlex.split(command)[1:])
@@ -118,7 +118,7 @@ def test_every_recipe_plans_the_pico_checkpoint(
     if settings.ortho.split == "reference":
         before = open_checkpoint(pico)
     if "curvature" in (settings.base.scale, settings.saliency.kind):
-        checkpoints.save_statistics(pico.parent / "stats.safetensors", pico)
+        checkpoints.save_statistics(pico.parent / "stats.safetensors", pico, gram="gradient")
         found = open_statistics(pico.parent / "stats.safetensors")
     plan = make_plan(open_checkpoint(pico), settings, statistics=found, reference=before)
     assert plan.split
