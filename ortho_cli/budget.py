@@ -130,6 +130,31 @@ def left(surveyed: Mapping[str, Counts], kept: Mapping[str, int]) -> float:
     return total
 
 
+def expected_bits(plan: Plan) -> float:
+    """Say how many bits both streams take for each split weight.
+
+    With CSR that is exact. Compact gaps longer than a byte depend on where weights are kept; by
+    chance a row of n columns, each kept with probability p, has p sum_j (n - 255 j) (1 - p)^(255 j)
+    of them, over j >= 1 with 255 j < n.
+    """
+    total = 0.0
+    for tensor in plan.split:
+        parts = tensor.base if plan.is_compact else (*tensor.base, *tensor.ortho)
+        total += sum(spec.nbytes for spec in parts)
+        total += _compact_bytes(plan, tensor) if plan.is_compact else 0.0
+    return 8 * total / plan.split_weights
+
+
+def _compact_bytes(plan: Plan, tensor: TensorPlan) -> float:
+    rows, columns = tensor.source.shape
+    share = tensor.k / tensor.source.numel
+    value = 1 if plan.recipe.ortho.values == "int8" else tensor.source.nbytes / tensor.source.numel
+    longer = np.arange(255, columns, 255)
+    escapes = share * float(((columns - longer) * (1 - share) ** longer).sum())
+    most = share * columns + 6 * math.sqrt(share * columns)  # entries of the fullest row, about
+    return rows * ((1 if most < 256 else 2) + escapes) + tensor.k * (1 + value) + 4
+
+
 def settle(plan: Plan, checkpoint: Checkpoint, *, on_event: EventSink = null_sink) -> Plan:
     """Fix how many weights each tensor keeps, where the budget is global and that is open."""
     if plan.recipe.ortho.budget != "global" or plan.kept is not None:
@@ -168,7 +193,7 @@ def meet(
     Args:
         plan: as it is without a target; its recipe leaves the density open.
         checkpoint: the source.
-        target: bits for each split weight, both files.
+        target: bits for each split weight, both streams; of a compact ortho as `expected_bits`.
         on_event: told of bytes, and of what was chosen.
     Raises:
         RecipeError: density is set, base must forget, or no group size stays within `target`.
@@ -193,8 +218,8 @@ def meet(
             if not auto:
                 raise
             continue  # a size that does not divide
-        smallest = min(smallest, bare.split_bits)
-        if not bare.split_bits <= target:
+        smallest = min(smallest, expected_bits(bare))
+        if not expected_bits(bare) <= target:
             continue
         filled = _fill(bare, checkpoint, target)
         surveyed = survey(filled, checkpoint, on_event=on_event)
@@ -212,10 +237,11 @@ def meet(
         )
     chosen = best[1]
     density = chosen.recipe.ortho.density
+    about = "about " if chosen.is_compact else ""
     on_event(
         Noted(
             message=f"group size {chosen.group_size} and density {density:.3%} lose least of what "
-            f"stays within {target:g} bits; they take {chosen.split_bits:.3f}"
+            f"stays within {target:g} bits; they take {about}{expected_bits(chosen):.3f}"
         )
     )
     return chosen
@@ -234,7 +260,7 @@ def _fill(bare: Plan, checkpoint: Checkpoint, target: float) -> Plan:
         middle = (low + high + 1) // 2
         settings = _with(bare.recipe, bare.group_size, middle / 100_000)
         plan = _again(bare, checkpoint, settings)
-        if plan.split_bits <= target:
+        if expected_bits(plan) <= target:
             low, found = middle, plan
         else:
             high = middle - 1

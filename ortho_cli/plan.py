@@ -148,13 +148,6 @@ class Plan:
         return self.bytes_written + scratch + SIDE_BYTES * (1 + len(self.tensors))
 
     @property
-    def split_bits(self) -> float:
-        """Bits of both streams for each split weight; of a compact ortho, its bound."""
-        base = sum(spec.nbytes for tensor in self.split for spec in tensor.base)
-        ortho = self.ortho_bytes - len(self.ortho.header)
-        return 8 * (base + ortho) / self.split_weights
-
-    @property
     def bits_per_weight(self) -> float:
         """Bits of both files, headers and all, for each weight of the model."""
         return 8 * (self.base.size + self.ortho_bytes) / self.weights
@@ -491,7 +484,7 @@ def _buffer_bytes(tensor: TensorPlan, statistics: Statistics | None, rounding: s
     if rounding == "gptq":
         columns = tensor.source.shape[1]
         # The Gram matrix, its inverse and factor, two of them float64; a larger tile, in copies.
-        held += 28 * columns**2 + 56 * tile_rows(tensor.source.shape, GPTQ_ELEMENTS) * columns
+        held += 28 * columns**2 + 88 * tile_rows(tensor.source.shape, GPTQ_ELEMENTS) * columns
         held += 2 * tensor.base[1].nbytes + 8 * tensor.k
     return tile + candidates + held + ((20 if tensor.k < numel else 8) + 2 * more) * tensor.k
 

@@ -82,6 +82,14 @@ def _decibels(value: object, *, exact: bool) -> str:
     return "exact" if value is None and exact else _number(value)
 
 
+def _bytes_a_second(document: dict[str, Any]) -> float:
+    """Guess a worker's speed from what was measured: a search reads and tries again and again."""
+    if document["recipe"]["base"]["rounding"] == "gptq":
+        return 6e6
+    searched = any(tensor["scale"] in ("mse", "curvature") for tensor in document["tensors"])
+    return 4e7 if searched else 5e8
+
+
 def print_plan(document: dict[str, Any], *, source: str) -> None:
     """Print the surgery plan: what is split, what is not and why, sizes, memory."""
     console, totals = make_console(), document["totals"]
@@ -123,7 +131,8 @@ def print_plan(document: dict[str, Any], *, source: str) -> None:
     told = document["statistics"]
     kind = document["recipe"]["saliency"]["kind"]
     most = "at most " if totals.get("ortho_bytes_at_most") else ""
-    seconds = max(1, round(totals["bytes_read"] / 5e8 / totals["workers"]))
+    rate = _bytes_a_second(document)
+    seconds = max(1, round(totals["bytes_read"] / rate / totals["workers"]))
     for line in (
         f"{source}: {totals['split_tensors']} of {totals['tensors']} tensors split, "
         f"{totals['split_weights'] / totals['weights']:.1%} of {totals['weights']:,} weights, "
@@ -134,7 +143,7 @@ def print_plan(document: dict[str, Any], *, source: str) -> None:
         f"from {size(totals['bytes_read'])}: "
         f"{most}{totals['bits_per_weight']:.2f} bits a weight over the whole model",
         f"buffers {size(totals['peak_bytes'])} over torch for {totals['workers']} workers; "
-        f"about {seconds} s at 0.5 GB/s a worker",
+        f"about {seconds} s at {size(rate)}/s a worker",
     ):
         console.print(visible(line), soft_wrap=True)
 

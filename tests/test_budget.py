@@ -13,7 +13,7 @@ import torch
 from checkpoints import save_statistics
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ortho_cli import budget, recipe
 from ortho_cli.budget import BINS, CENTRES, FINITE
@@ -187,7 +187,8 @@ def test_meet_picks_what_fits_and_loses_least(
     opened = open_checkpoint(pico)
     asked = plan_of(pico, measured, f"ortho.budget={kind}")
     plan = budget.meet(asked, opened, target, on_event=events.append)
-    assert plan.split_bits <= target < plan.split_bits + 0.01
+    taken = budget.expected_bits(plan)
+    assert taken <= target < taken + 0.01
     said = [event.message for event in events if isinstance(event, Noted)]
     assert len(said) == 1
     assert f"group size {plan.group_size}" in said[0]
@@ -201,6 +202,24 @@ def test_meet_picks_what_fits_and_loses_least(
         surveyed = budget.survey(other, opened)
         lost[size] = budget.left(surveyed, {tensor.name: tensor.k for tensor in other.split})
     assert plan.group_size == min(lost, key=lambda size: lost[size])
+
+
+@pytest.mark.parametrize("values", ["source", "int8"])
+@pytest.mark.parametrize("density", [0.001, 0.01, 0.1])
+def test_expected_bits_of_compact_ortho_are_about_those_it_takes(
+    tmp_path: Path, ortho: Any, values: str, density: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(256, 1024, generator=generator).bfloat16()
+    save_file({"a.weight": weight}, tmp_path / "model.safetensors")
+    sets = (f"ortho.density={density}", "ortho.layout=compact", f"ortho.values={values}")
+    more = [word for one in sets for word in ("--set", one)]
+    told = ortho(
+        "decompose", tmp_path / "model.safetensors", "-o", tmp_path / "out", "--json", *more
+    )
+    opened = open_checkpoint(tmp_path / "model.safetensors")
+    expected = budget.expected_bits(make_plan(opened, recipe.load_recipe(None, sets)))
+    assert told.json["totals"]["split_bits_per_weight"] == pytest.approx(expected, abs=0.01)
 
 
 def test_target_bits_from_the_command_line(pico: Path, measured: Path, ortho: Any) -> None:
