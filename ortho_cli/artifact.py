@@ -57,13 +57,13 @@ In `ortho/2` (ortho.layout compact) ortho holds the same matrix without most of 
 Both hold values in one dtype: the source's (ortho.values source), and then they are what CSR's
 are, bit for bit, or int8 (ortho.values int8) v in [-127, 127], which stand for
 
-    dequantize(base) + v * (step * scale), in float32, rounded once to the source's dtype
+    dequantize(base) + v |v| * (step * scale), in float32, rounded once to the source's dtype
 
-with base's scale of each weight's group; v is the nearest to the source's weight, and step the
-largest |w - dequantize(base)| / scale of the tensor's kept weights over 127 (1 if that is 0). So
-alpha = 1 is the source there to half of step * scale. (A step for each row would cost 16 bits a
-row, as much as a kept weight; the group's scale is there already.) The matrix has one encoding,
-and readers refuse another.
+with base's scale of each weight's group; v is the nearest to the source's weight in the root, and
+step the largest |w - dequantize(base)| / scale of the tensor's kept weights over 127^2 (1 if that
+is 0). So alpha = 1 is there the source to (|v| + 1/4) * step * scale. (A step for each row would
+cost 16 bits a row, as much as a kept weight; the group's scale is there already.) The matrix has
+one encoding, and readers refuse another.
 
 **Files**: safetensors; tensors by element size (widest first), then name. `__metadata__` in order:
 

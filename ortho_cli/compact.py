@@ -215,27 +215,31 @@ def _check_shapes(parts: Mapping[str, Tensor], shape: tuple[int, int], prefix: s
 
 
 def round_values(values: Tensor, base: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Round what base lacks at the kept positions to int8.
+    """Round what base lacks at the kept positions to int8, finely where it is small.
 
-    step = max(|w - b| / scale) / 127
-    v = clamp(round((w - b) / (step * scale)), -127, 127), halves to even
+    u = |w - b| / scale,  step = max(u) / 127^2,  v = sign(w - b) round(sqrt(u / step)), halves to
+    even. Scales that leave out ortho's positions leave a few of them far away: with even steps
+    those would make all others coarse.
 
     Args:
         values: (nnz,) the source's weights w, any float dtype, finite.
         base: (nnz,) float32, dequantize(base) b at the same positions.
         scales: (nnz,) float32, > 0: base's scale of each weight's group.
     Returns:
-        v (nnz,) int8; step (1,) float32, > 0: 1 where there is nothing to tell. Where step * scale
-        is too small for float32, v is 0.
+        v (nnz,) int8 in [-127, 127]; step (1,) float32, > 0: 1 where there is nothing to tell.
+        Where step * scale is too small for float32, v is 0.
     The group's scale is there already; a scale of its own for each row would cost 16 bits a row.
     """
     lacks = values.float() - base
-    step = (lacks.abs() / scales).amax().reshape(1) / LARGEST if lacks.numel() else torch.zeros(1)
+    largest = (lacks.abs() / scales).amax().reshape(1) if lacks.numel() else torch.zeros(1)
+    step = largest / LARGEST**2
     if not float(step):
         step = torch.ones(1)
     unit = step * scales
-    ratio = torch.where(unit > 0, lacks / unit, torch.zeros(()))
-    return ratio.round_().clamp_(-LARGEST, LARGEST).to(torch.int8), step
+    squares = torch.where(unit > 0, lacks.abs() / unit, torch.zeros(()))
+    # numpy's roots are correctly rounded, torch's are not.
+    codes = torch.from_numpy(np.sqrt(squares.numpy())).round_().clamp_(max=LARGEST)
+    return codes.mul_(lacks.sign()).to(torch.int8), step
 
 
 def restore_values(
@@ -243,7 +247,7 @@ def restore_values(
 ) -> Tensor:
     """Give the weights at alpha = 1 that int8 values stand for.
 
-    w = b + v * (step * scale), each operation in float32, rounded once to `dtype`.
+    w = b + v |v| (step * scale), each operation in float32, rounded once to `dtype`.
 
     Args:
         codes: (nnz,) int8 v in [-127, 127].
@@ -252,9 +256,10 @@ def restore_values(
         scales: (nnz,) float32, base's scale of each weight's group.
         dtype: the source's.
     Returns:
-        (nnz,) of `dtype`; within step * scale / 2 of the source's weight, and one rounding.
+        (nnz,) of `dtype`; within (|v| + 1/4) step * scale of the source's weight, and one rounding.
     """
-    return (base + codes.float() * (step * scales)).to(dtype)
+    wide = codes.float()
+    return (base + wide * wide.abs() * (step * scales)).to(dtype)
 
 
 def base_at(

@@ -98,7 +98,7 @@ class Ortho(_Strict):
     values: Literal["source", "int8"] = Field(
         "source",
         description="source: the source's weights, bit for bit. int8: what base lacks of them, in "
-        "255 steps; needs layout compact, and a split that does not forget.",
+        "255 widening steps; needs layout compact, and a split that does not forget.",
     )
     split: Split = Field(
         "residual",

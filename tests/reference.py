@@ -165,13 +165,14 @@ def int8_values(
     largest = max(
         [f(abs(f(v) - f(b))) / f(s) for v, b, s in zip(values, base, scales, strict=True)] + [f(0)]
     )
-    step = f(largest / f(127)) or f(1)
+    step = f(largest / f(127 * 127)) or f(1)
     codes, back = [], []
     for value, held, scale in zip(values, base, scales, strict=True):
-        unit = step * f(scale)
-        code = max(-127, min(127, round(float((f(value) - f(held)) / unit)))) if unit > 0 else 0
+        unit, lacks = step * f(scale), f(value) - f(held)
+        code = min(127, round(float(np.sqrt(abs(lacks) / unit)))) if unit > 0 else 0
+        code = -code if lacks < 0 else code
         codes.append(code)
-        back.append(float(f(held) + f(code) * unit))
+        back.append(float(f(held) + f(code * abs(code)) * unit))
     return codes, float(step), back
 
 
