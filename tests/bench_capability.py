@@ -50,7 +50,7 @@ OURS = (
     Way("INT4 alone, absmax", ("ortho.density=0",), recipe="int4", alpha=0),
     Way("0.45 % by size", ("ortho.density=0.0045",), recipe="int4"),
     Way("0.45 % by curvature, scales too", ("ortho.density=0.0045",), recipe="curvature"),
-    Way("`capability`, density 0", ("ortho.density=0",)),
+    Way("`capability`, density 0", ("ortho.density=0",), alpha=0),
     Way("`capability`, 0.1 %", ("ortho.density=0.001",)),
     Way("`capability`, 0.45 %", ("ortho.density=0.0045",)),
     Way("that, source values in CSR", ("ortho.density=0.0045", *CSR)),
