@@ -260,6 +260,8 @@ class Recipe(_Strict):
         for override in found["overrides"]:
             if override["base"]["bits"] is None:  # as before there was this key: the same bytes
                 del override["base"]["bits"]
+        if self.ortho.layout == "csr":
+            del found["ortho"]["layout"]  # ortho/1 knows no other: its files stay what they were
         return found
 
     @property
