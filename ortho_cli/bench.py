@@ -9,6 +9,7 @@ rows, too.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -114,7 +115,7 @@ def _measure_all(
     models.check_fits(model, length=0, largest_token=_largest_token(material))
     facts: dict[str, Any] = {"unsplit": _unsplit(model)}
     vocabulary = _vocabulary(model)
-    counts = _moved(model) if opened.ortho else {}
+    counts = _moved(model) if opened.ortho and _tells_moves(opened) else {}
     if counts:
         moved, split = sum(counts.values()), facts["unsplit"]["split_weights"]
         facts["moved"] = {"count": moved, "share": moved / split}
@@ -227,6 +228,16 @@ def _unsplit(model: nn.Module) -> dict[str, Any]:
         if isinstance(layer, OrthoLinear)
     )
     return {"weights": kept, "split_weights": split, "share": kept / (kept + split)}
+
+
+def _tells_moves(opened: Artifact) -> bool:
+    """Tell whether base's codes are the nearest to ortho's values wherever nothing was moved."""
+    try:
+        recipe = json.loads(opened.base.metadata.get("recipe", ""))
+        told = recipe["base"]["rounding"], recipe["ortho"]["values"]
+    except (KeyError, TypeError, ValueError):
+        return True  # Engine writes what it was asked for: it rounds to nearest, and keeps sources
+    return told == ("nearest", "source")
 
 
 def _moved(model: nn.Module) -> dict[str, int]:

@@ -333,7 +333,7 @@ class _Job:
                     by_curvature=self._plan.recipe.saliency.kind == "curvature",
                     edits=self._edits,
                     moved_to_code=self._plan.recipe.ortho.split == "unlearn",
-                    alone=self._plan.recipe.forgets,
+                    alone=self._plan.recipe.forgets or self._plan.recipe.base.alone,
                     compensate=self._plan.recipe.base.rounding == "gptq",
                     reference=self._reference,
                     stop=self._stop,

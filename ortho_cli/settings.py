@@ -70,12 +70,16 @@ class Base(_Strict):
     scale: Scale = Field(
         "absmax",
         description="absmax: max|w| / 7.5, or 3.5 for 3 bits. mse: searched per group for least "
-        "squared error. curvature: the same, each error weighted by curvature. Both leave out what "
-        "ortho holds, unless base has to forget: then it must serve alone.",
+        "squared error. curvature: the same, each error weighted by curvature.",
     )
     rounding: Literal["nearest", "gptq"] = Field(
         "nearest",
         description="gptq: each column's error is made up for by the rest; needs --gram full.",
+    )
+    alone: bool = Field(
+        False,
+        description="true: make base as good as it can be at alpha 0. false: searched scales, and "
+        "gptq, leave to ortho what it holds; best at alpha 1. What forgets is always alone.",
     )
 
 
@@ -260,6 +264,8 @@ class Recipe(_Strict):
         for override in found["overrides"]:
             if override["base"]["bits"] is None:  # as before there was this key: the same bytes
                 del override["base"]["bits"]
+        if not self.base.alone:
+            del found["base"]["alone"]
         if self.ortho.layout == "csr":
             del found["ortho"]["layout"]  # ortho/1 knows no other: its files stay what they were
         return found

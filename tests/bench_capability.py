@@ -55,6 +55,8 @@ OURS = (
     Way("`capability`, 0.45 %", ("ortho.density=0.0045",)),
     Way("that, source values in CSR", ("ortho.density=0.0045", *CSR)),
     Way("that, base alone", ("ortho.density=0.0045",), alpha=0),
+    Way("0.45 %, `base.alone`", ("ortho.density=0.0045", "base.alone=true")),
+    Way("that, base alone", ("ortho.density=0.0045", "base.alone=true"), alpha=0),
     Way("`capability`, 1 %", ("ortho.density=0.01",)),
     Way("`--target-bits 4.1`, groups of 192", ("base.group_size=192",), 4.1),
     Way("`--target-bits 4.2`, groups of 192", ("base.group_size=192",), 4.2),
