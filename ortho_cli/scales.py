@@ -126,15 +126,40 @@ def _search_scales(
     empty: Empty,
 ) -> Tensor:
     count = weight.shape[1] // group_size
-    if kept is not None:  # zero is a code of every grid: it widens none, and rounds without error
-        weight = torch.where(kept.mask, torch.zeros_like(weight), weight)
+    if kept is None:
+        return _least_error(weight, importance, count, None, dtype, bits, empty)
+    # Where ortho holds nothing, the scale that is known is the best already.
+    mask = groups_of(kept.mask, count)
+    held = mask.any(-1)
+    groups = groups_of(weight, count)[held]
+    # Zero is a code of every grid: it widens none, and rounds without error.
+    groups = torch.where(mask[held], torch.zeros_like(groups), groups)
+    if importance is not None:
+        importance = importance.expand(mask.shape)[held].unsqueeze(1)
+    scales = kept.scales.clone()
+    if len(groups):
+        known = scales[held].unsqueeze(1)
+        scales[held] = _least_error(groups, importance, 1, known, dtype, bits, empty).squeeze(1)
+    return scales
+
+
+def _least_error(
+    weight: Tensor,
+    importance: Tensor | None,
+    count: int,
+    known: Tensor | None,
+    dtype: torch.dtype,
+    bits: int,
+    empty: Empty,
+) -> Tensor:
+    """Try `known`, then absmax's scale times each factor; give the first of the best."""
     largest = absmax(weight, count, empty).div_(half_range(bits))
     weight = weight.float()
     candidates = (round_scales(largest * factor, dtype) for factor in scale_factors(bits))
     best: Tensor | None = None
     best_error: Tensor | None = None
     buffers = Scratch()
-    for candidate in candidates if kept is None else chain([kept.scales], candidates):
+    for candidate in candidates if known is None else chain([known], candidates):
         buffers.reset()
         codes = quantize(weight, candidate, bits=bits, empty=buffers)
         error = dequantize(codes, candidate, empty=buffers).sub_(weight).square_()
