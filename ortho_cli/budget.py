@@ -133,9 +133,10 @@ def left(surveyed: Mapping[str, Counts], kept: Mapping[str, int]) -> float:
 def expected_bits(plan: Plan) -> float:
     """Say how many bits both streams take for each split weight.
 
-    With CSR that is exact. Compact gaps longer than a byte depend on where weights are kept; by
+    With CSR that is exact. Compact gaps longer than a byte depend on where weights are kept: by
     chance a row of n columns, each kept with probability p, has p sum_j (n - 255 j) (1 - p)^(255 j)
-    of them, over j >= 1 with 255 j < n.
+    of them, over j >= 1 with 255 j < n, and at most (n - 1) / 255. Weights that matter lie closer
+    together than by chance, so half way between is taken.
     """
     total = 0.0
     for tensor in plan.split:
@@ -150,9 +151,11 @@ def _compact_bytes(plan: Plan, tensor: TensorPlan) -> float:
     share = tensor.k / tensor.source.numel
     value = 1 if plan.recipe.ortho.values == "int8" else tensor.source.nbytes / tensor.source.numel
     longer = np.arange(255, columns, 255)
-    escapes = share * float(((columns - longer) * (1 - share) ** longer).sum())
-    most = share * columns + 6 * math.sqrt(share * columns)  # entries of the fullest row, about
-    return rows * ((1 if most < 256 else 2) + escapes) + tensor.k * (1 + value) + 4
+    chance = share * float(((columns - longer) * (1 - share) ** longer).sum())
+    escapes = (rows * chance + min(rows, tensor.k) * longer.size) / 2
+    average = share * columns
+    fullest = 3 * average + 6 * math.sqrt(average) + 8
+    return rows * (1 if fullest < 256 else 2) + escapes + tensor.k * (1 + value) + 4
 
 
 def settle(plan: Plan, checkpoint: Checkpoint, *, on_event: EventSink = null_sink) -> Plan:

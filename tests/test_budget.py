@@ -206,7 +206,7 @@ def test_meet_picks_what_fits_and_loses_least(
 
 @pytest.mark.parametrize("values", ["source", "int8"])
 @pytest.mark.parametrize("density", [0.001, 0.01, 0.1])
-def test_expected_bits_of_compact_ortho_are_about_those_it_takes(
+def test_expected_bits_of_compact_ortho_are_a_little_more_than_it_takes(
     tmp_path: Path, ortho: Any, values: str, density: float
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -219,7 +219,7 @@ def test_expected_bits_of_compact_ortho_are_about_those_it_takes(
     )
     opened = open_checkpoint(tmp_path / "model.safetensors")
     expected = budget.expected_bits(make_plan(opened, recipe.load_recipe(None, sets)))
-    assert told.json["totals"]["split_bits_per_weight"] == pytest.approx(expected, abs=0.01)
+    assert expected - 0.03 < told.json["totals"]["split_bits_per_weight"] <= expected
 
 
 def test_target_bits_from_the_command_line(pico: Path, measured: Path, ortho: Any) -> None:
