@@ -64,6 +64,12 @@ def check_gptq(recipe: Recipe, statistics: Statistics | None) -> None:
             f"base.rounding is gptq, and ortho.split is {recipe.ortho.split}",
             hint="what forgets moves codes from the nearest; use base.rounding nearest",
         )
+    if recipe.base.alone:
+        raise RecipeError(
+            "base.alone is true, and base.rounding is gptq: codes that make up for each other are "
+            "worse with some of them put right",
+            hint="ortho.density 0 gives the best base by itself; else leave base.alone out",
+        )
     if statistics is None or not statistics.has_gram:
         there = "no statistics are given" if statistics is None else f"`{statistics.path}` has none"
         raise RecipeError(

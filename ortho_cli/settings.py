@@ -78,8 +78,8 @@ class Base(_Strict):
     )
     alone: bool = Field(
         False,
-        description="true: make base as good as it can be at alpha 0. false: searched scales, and "
-        "gptq, leave to ortho what it holds; best at alpha 1. What forgets is always alone.",
+        description="Whether searched scales serve ortho's positions, too: better at alpha 0, "
+        "worse at alpha 1. Not with gptq; what forgets is always alone.",
     )
 
 

@@ -225,8 +225,7 @@ class Splitter:
         bits = tensor.bits
         if factor is not None and kept is not None:
             scales = kept.scales
-            exact = None if self._alone else kept.mask
-            codes = round_columns(weight, scales, factor, kept=exact, bits=bits)
+            codes = round_columns(weight, scales, factor, kept=kept.mask, bits=bits)
         else:
             scales = base_scales(
                 str(tensor.scale), raw, near, self._group_size, bits=bits, kept=kept, empty=scratch
@@ -310,7 +309,7 @@ class Splitter:
             if scales is not None:
                 scales[row : row + count] = tile.scales
             stay = None if changed is None else changed[0]
-            if known and not self._alone and (factor or not alike):
+            if known and (factor or not alike):
                 stay = np.flatnonzero(flat_of(known.mask))
             sums.take(tile, raw, stay, row=row, scratch=scratch)
             on_event(Advanced(nbytes=raw.nbytes))

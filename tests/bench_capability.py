@@ -32,6 +32,7 @@ CONTEXT = 512  # or as many tokens as the model takes
 
 
 RECIPE = ("--recipe", "capability")
+ALONE = ("base.alone=true",)
 CSR = ("ortho.layout=csr", "ortho.values=source")
 
 
@@ -50,13 +51,14 @@ OURS = (
     Way("INT4 alone, absmax", ("ortho.density=0",), recipe="int4", alpha=0),
     Way("0.45 % by size", ("ortho.density=0.0045",), recipe="int4"),
     Way("0.45 % by curvature, scales too", ("ortho.density=0.0045",), recipe="curvature"),
+    Way("that, base alone", ("ortho.density=0.0045",), recipe="curvature", alpha=0),
+    Way("0.45 %, `base.alone`", (*ALONE, "ortho.density=0.0045"), recipe="curvature"),
+    Way("that, base alone", (*ALONE, "ortho.density=0.0045"), recipe="curvature", alpha=0),
     Way("`capability`, density 0", ("ortho.density=0",), alpha=0),
     Way("`capability`, 0.1 %", ("ortho.density=0.001",)),
     Way("`capability`, 0.45 %", ("ortho.density=0.0045",)),
     Way("that, source values in CSR", ("ortho.density=0.0045", *CSR)),
     Way("that, base alone", ("ortho.density=0.0045",), alpha=0),
-    Way("0.45 %, `base.alone`", ("ortho.density=0.0045", "base.alone=true")),
-    Way("that, base alone", ("ortho.density=0.0045", "base.alone=true"), alpha=0),
     Way("`capability`, 1 %", ("ortho.density=0.01",)),
     Way("`--target-bits 4.1`, groups of 192", ("base.group_size=192",), 4.1),
     Way("`--target-bits 4.2`, groups of 192", ("base.group_size=192",), 4.2),

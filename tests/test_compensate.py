@@ -211,33 +211,14 @@ def test_gptq_where_base_must_forget_is_refused(pico: Path, ortho: Any) -> None:
     assert "ortho.split is reference" in told.err
 
 
-@pytest.mark.parametrize("scale", ["absmax", "mse"])
-def test_a_base_that_serves_alone_knows_nothing_of_ortho(
-    pico: Path, pico_tensors: dict[str, Tensor], ortho: Any, scale: str
-) -> None:
-    stats, module = pico.parent / "stats.safetensors", "model.layers.0.mlp.down_proj"
+def test_gptq_for_a_base_that_serves_alone_is_refused(pico: Path, ortho: Any) -> None:
+    stats = pico.parent / "stats.safetensors"
     save_statistics(stats, pico, gram="none")
-    codes = {}
-    for density in (0.0, 0.02):
-        out = pico.parent / f"out{density}"
-        sets = (f"base.scale={scale}", f"ortho.density={density}", "base.alone=true")
-        more = [word for one in sets for word in ("--set", one)]
-        told = ortho("decompose", pico, "-o", out, "--stats", stats, "-q", *GPTQ, *more)
-        assert told.code == 0
-        codes[density] = load_file(out / "base.safetensors")
-    assert all(torch.equal(codes[0.0][name], tensor) for name, tensor in codes[0.02].items())
-    streams = load_file(out / "base.safetensors") | load_file(out / "ortho.safetensors")
-    weight, scales = pico_tensors[f"{module}.weight"], streams[f"{module}.weight_scale"]
-    gram = load_file(stats)[f"{module}.retain_gram"]
-    expected = round_columns(weight.float(), scales, factorise(gram))
-    assert torch.equal(ops.unpack_int4(streams[f"{module}.weight_packed"]).float(), expected)
-    # What is kept is what compensation left worst, not what rounding would have.
-    root = load_file(stats)[f"{module}.retain_curvature"].float().sqrt()
-    residual = (ops.dequantize(expected, scales) - weight.float()).abs() * root
-    chosen = reference.top_k_indices(residual, round(0.02 * weight.numel()))
-    crow, columns = reference.csr(chosen, tuple(weight.shape))
-    assert streams[f"{module}.crow_indices"].tolist() == crow
-    assert streams[f"{module}.col_indices"].tolist() == columns
+    told = ortho(
+        "decompose", pico, "--dry-run", "--stats", stats, *GPTQ, "--set", "base.alone=true"
+    )
+    assert told.code == 3
+    assert "base.alone is true, and base.rounding is gptq" in told.err
 
 
 def test_bench_counts_moved_codes_only_where_codes_tell_them(pico: Path, ortho: Any) -> None:

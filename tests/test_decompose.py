@@ -237,6 +237,19 @@ def test_decompose_mse_scales_gain_decibels(pico: Path, tmp_path: Path) -> None:
     assert searched > plain + 0.3
 
 
+def test_decompose_base_that_serves_alone_has_the_scales_of_a_base_without_ortho(
+    pico: Path, tmp_path: Path
+) -> None:
+    bases = {}
+    for name, *sets in (("bare", "ortho.density=0"), ("alone", "base.alone=true"), ("both",)):
+        report = split(pico, tmp_path / name, "base.scale=mse", *sets)
+        bases[name] = load_file(tmp_path / name / "base.safetensors"), report["totals"]
+    for tensor, value in bases["bare"][0].items():
+        assert torch.equal(bases["alone"][0][tensor], value)
+    assert bases["alone"][1]["sqnr_db_alpha_0"] > bases["both"][1]["sqnr_db_alpha_0"]
+    assert bases["alone"][1]["sqnr_db_alpha_1"] < bases["both"][1]["sqnr_db_alpha_1"]
+
+
 def test_decompose_events_account_for_every_byte_and_tensor(pico: Path, tmp_path: Path) -> None:
     events: list[Event] = []
     split(pico, tmp_path / "out", workers=2, on_event=events.append)
