@@ -32,7 +32,7 @@ CONTEXT = 512  # or as many tokens as the model takes
 
 
 RECIPE = ("--recipe", "capability")
-ALONE = ("base.alone=true",)
+LEFT = ("base.alone=false",)
 CSR = ("ortho.layout=csr", "ortho.values=source")
 
 
@@ -52,8 +52,8 @@ OURS = (
     Way("0.45 % by size", ("ortho.density=0.0045",), recipe="int4"),
     Way("0.45 % by curvature, scales too", ("ortho.density=0.0045",), recipe="curvature"),
     Way("that, base alone", ("ortho.density=0.0045",), recipe="curvature", alpha=0),
-    Way("0.45 %, `base.alone`", (*ALONE, "ortho.density=0.0045"), recipe="curvature"),
-    Way("that, base alone", (*ALONE, "ortho.density=0.0045"), recipe="curvature", alpha=0),
+    Way("0.45 %, not `base.alone`", (*LEFT, "ortho.density=0.0045"), recipe="curvature"),
+    Way("that, base alone", (*LEFT, "ortho.density=0.0045"), recipe="curvature", alpha=0),
     Way("`capability`, density 0", ("ortho.density=0",), alpha=0),
     Way("`capability`, 0.1 %", ("ortho.density=0.001",)),
     Way("`capability`, 0.45 %", ("ortho.density=0.0045",)),
