@@ -290,6 +290,7 @@ class Engine:
         group_size: int | str = "auto",
         scale: str = "absmax",
         bits: int = 4,
+        alone: bool = False,
         curvature: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Put an OrthoLinear in the place of every chosen Linear; all of them or none.
@@ -300,6 +301,7 @@ class Engine:
                 divides every chosen in_features.
             scale: absmax, mse, or curvature.
             bits: of a code of base, 4, or 3 where 32 divides every chosen in_features.
+            alone: searched scales serve ortho's positions, too, for a base that is used by itself.
             curvature: by `<module>.weight`, (out, in) or (in,); None for what `curvature` holds,
                 and if that is empty, the residual alone decides.
         Raises:
@@ -328,6 +330,7 @@ class Engine:
                 density=density,
                 scale=scale,
                 bits=bits,
+                alone=alone,
                 curvature=None if given is None else given[weight],
                 name=weight,
             )
@@ -336,7 +339,7 @@ class Engine:
         recipe: dict[str, Any] = {
             "version": 1,
             "targets": list(weights.values()),
-            "base": {"bits": bits, "group_size": size, "scale": scale},
+            "base": {"bits": bits, "group_size": size, "scale": scale, "alone": alone},
             "ortho": {"density": float(density)},
         }
         recipe["saliency"] = {"kind": "residual" if given is None else "curvature"}

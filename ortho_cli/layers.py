@@ -149,6 +149,7 @@ class OrthoLinear(nn.Module):
         density: float,
         scale: str = "absmax",
         bits: int = 4,
+        alone: bool = False,
         curvature: Tensor | None = None,
         name: str = "weight",
     ) -> OrthoLinear:
@@ -164,6 +165,7 @@ class OrthoLinear(nn.Module):
                 entries, ties to the lower flat index.
             scale: absmax, mse, or curvature, which needs `curvature`.
             bits: of a code, 4, or 3 where in divides by 32.
+            alone: searched scales serve ortho's positions, too.
             curvature: (out, in) or (in,) float32, >= 0, finite.
             name: the tensor's name, for errors.
         Raises:
@@ -178,6 +180,7 @@ class OrthoLinear(nn.Module):
             density=density,
             scale=scale,
             bits=bits,
+            alone=alone,
             curvature=curvature,
             name=name,
         )

@@ -36,6 +36,7 @@ def split_weight(
     density: float,
     scale: str = "absmax",
     bits: int = 4,
+    alone: bool = False,
     curvature: Tensor | None = None,
     name: str = "weight",
 ) -> dict[str, Tensor]:
@@ -49,6 +50,7 @@ def split_weight(
         density: share of weights kept, in [0, 1]; exactly round(density * numel) entries.
         scale: absmax, mse, or curvature, which needs `curvature`.
         bits: of a code, 4, or 3 where in divides by 32.
+        alone: searched scales serve ortho's positions, too: no turns are taken.
         curvature: (out, in) or (in,) float32, >= 0, finite; None counts as ones.
         name: the tensor's name, for errors.
     Returns:
@@ -82,7 +84,8 @@ def split_weight(
     }
     k = round(density * weight.numel())
     parts, kept = _split_once(weight, k, curvature, root, None, **settings)
-    for _ in range(rounds(scale, by_curvature=curvature is not None, k=k, numel=weight.numel())):
+    turns = rounds(scale, by_curvature=curvature is not None, k=k, numel=weight.numel())
+    for _ in range(0 if alone else turns):
         before = kept
         known = parts["weight_scale"], before
         parts, kept = _split_once(weight, k, curvature, root, known, **settings)

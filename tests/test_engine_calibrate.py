@@ -180,17 +180,21 @@ def test_scale_by_curvature_needs_curvature() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("storage", ["full", "factored"])
-def test_engine_gives_the_bytes_of_the_command(pico: Path, ortho: Ortho, storage: str) -> None:
+def test_engine_gives_the_bytes_of_the_command(
+    pico: Path, ortho: Ortho, storage: str, alone: bool
+) -> None:
     from transformers import AutoModelForCausalLM
 
     stats = pico.parent / "stats.safetensors"
     curvature = checkpoints.save_statistics(stats, pico, storage=storage)
     options = ["--recipe", "curvature", "--set", "ortho.density=0.02", "--stats", stats, "-q"]
+    options += ["--set", f"base.alone={str(alone).lower()}"]
     assert ortho("decompose", pico, *options).code == 0
     engine = Engine(AutoModelForCausalLM.from_pretrained(pico, dtype=torch.bfloat16))
     engine.convert()
-    engine.decompose(density=0.02, scale="curvature", curvature=curvature)
+    engine.decompose(density=0.02, scale="curvature", alone=alone, curvature=curvature)
     engine.save(pico.parent / "mine")
     for file in ("base.safetensors", "ortho.safetensors"):
         theirs, mine = (load_file(pico.parent / f / file) for f in ("pico-ortho", "mine"))
