@@ -60,6 +60,8 @@ OURS = (
     Way("that, source values in CSR", ("ortho.density=0.0045", *CSR)),
     Way("that, base alone", ("ortho.density=0.0045",), alpha=0),
     Way("`capability`, 1 %", ("ortho.density=0.01",)),
+    Way("`capability`, 3 bits, density 0", ("base.bits=3", "ortho.density=0"), alpha=0),
+    Way("`capability`, 3 bits, 1 %", ("base.bits=3", "ortho.density=0.01")),
     Way("`--target-bits 4.1`, groups of 192", ("base.group_size=192",), 4.1),
     Way("`--target-bits 4.2`, groups of 192", ("base.group_size=192",), 4.2),
     Way("`--target-bits 4.3`", (), 4.3),
