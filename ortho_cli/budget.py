@@ -24,13 +24,13 @@ from ortho_cli.ops import as_bytes
 from ortho_cli.plan import Plan, TensorPlan, make_plan, tile_rows
 from ortho_cli.selection import tensor_settings
 from ortho_cli.settings import GROUP_SIZES, Recipe
+from ortho_cli.split import TORCH_DTYPES
 from ortho_cli.streams import base_scales
 
 BINS = 1 << 15
 FINITE = 0x7F80  # bins from here on hold infinity and NaN
 # The middle of each bin.
 CENTRES = ((np.arange(FINITE, dtype=np.uint32) << 16) | 0x8000).view(np.float32).astype(np.float64)
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 Counts = npt.NDArray[np.int64]  # (BINS,) weights of a tensor by saliency
 

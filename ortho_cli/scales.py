@@ -37,9 +37,6 @@ def scale_factors(bits: int) -> tuple[float, ...]:
     return (1.0, *ends, 1.04, 1.02, *(round(0.98 - 0.02 * step, 2) for step in steps))
 
 
-MSE_FACTORS = scale_factors(4)
-
-
 class Kept(NamedTuple):
     """What is known of a tile once ortho's positions are."""
 

@@ -120,6 +120,19 @@ def save_tokenizer(folder: Path, *, vocab: int) -> None:
     fast.save_pretrained(folder)
 
 
+def save_gpt2(folder: Path) -> Path:
+    """Write a GPT-2 of one layer, whose projections are Conv1D, with a tokenizer."""
+    import transformers
+
+    torch.manual_seed(0)
+    settings = transformers.GPT2Config(
+        n_embd=64, n_layer=1, n_head=2, vocab_size=96, n_positions=64
+    )
+    transformers.GPT2LMHeadModel(settings).save_pretrained(folder)
+    save_tokenizer(folder, vocab=96)
+    return folder
+
+
 def save_statistics(
     path: Path,
     source: Path,

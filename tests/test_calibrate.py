@@ -141,13 +141,7 @@ def test_batches_and_chunks_change_nothing_but_rounding(
 def test_gpt2_conv1d_is_measured_as_out_by_in(ortho: Ortho, model: Path) -> None:
     import transformers
 
-    torch.manual_seed(0)
-    settings = transformers.GPT2Config(
-        n_embd=64, n_layer=1, n_head=2, vocab_size=96, n_positions=64
-    )
-    gpt2 = model.parent / "gpt2"
-    transformers.GPT2LMHeadModel(settings).save_pretrained(gpt2)
-    checkpoints.save_tokenizer(gpt2, vocab=96)
+    gpt2 = checkpoints.save_gpt2(model.parent / "gpt2")
     run(ortho, gpt2, *EXACT)
     found = load_file(model.parent / "stats.safetensors")
     key = "transformer.h.0.attn.c_attn.retain_curvature"

@@ -462,15 +462,7 @@ def test_matrix_of_another_shape_or_dtype_is_refused(
 
 
 def test_gpt2_conv1d_has_matrices_of_its_inputs(ortho: Ortho, model: Path) -> None:
-    import transformers
-
-    torch.manual_seed(0)
-    settings = transformers.GPT2Config(
-        n_embd=64, n_layer=1, n_head=2, vocab_size=96, n_positions=64
-    )
-    gpt2 = model.parent / "gpt2"
-    transformers.GPT2LMHeadModel(settings).save_pretrained(gpt2)
-    checkpoints.save_tokenizer(gpt2, vocab=96)
+    gpt2 = checkpoints.save_gpt2(model.parent / "gpt2")
     run(ortho, gpt2, *chosen("weighting=gradient", "unit=token"), "--gram", "full")
     found = load_file(model.parent / "stats.safetensors")
     for name, size in (("attn.c_attn", 64), ("mlp.c_proj", 256)):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ortho_cli import ops
-from ortho_cli.scales import MSE_FACTORS, curvature_scales, mse_scales, scale_factors
+from ortho_cli.scales import curvature_scales, mse_scales, scale_factors
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Values that meet: zeros, exact ties, halves of a step, subnormals, the ends of the range.
@@ -140,8 +140,8 @@ def test_quantize_3_bits_half_steps_round_to_even_and_both_ends_hold() -> None:
 
 
 def test_scale_factors_reach_both_ends_of_the_codes() -> None:
-    assert scale_factors(4) == MSE_FACTORS
-    assert MSE_FACTORS[:3] == (1.0, 7.5 / 7, 7.5 / 8)
+    assert scale_factors(4)[:5] == (1.0, 7.5 / 7, 7.5 / 8, 1.04, 1.02)
+    assert scale_factors(4)[5:] == tuple(round(0.98 - 0.02 * step, 2) for step in range(25))
     for bits, largest in ((4, 7.0), (3, 3.0)):
         weight = torch.tensor([[largest, *range(3), *([0.0] * 28)], [-largest - 1, *([0.0] * 31)]])
         scales = mse_scales(weight, group_size=32, dtype=torch.float32, bits=bits)
