@@ -23,7 +23,8 @@ from ortho_cli.errors import NumericalError
 from ortho_cli.journal import WorkFolder
 from ortho_cli.ops import as_bytes
 from ortho_cli.plan import Plan, TensorPlan, tile_rows
-from ortho_cli.split import NUMPY_DTYPES, TORCH_DTYPES, Entry
+from ortho_cli.readback import ReadBack
+from ortho_cli.split import Entry
 from ortho_cli.writer import DataFile, Layout, TensorSpec, plan_layout
 
 
@@ -34,7 +35,8 @@ class Repacker:
         self, plan: Plan, base: DataFile, scratch: DataFile, curvature: CurvatureReader | None
     ) -> None:
         """Say where base and CSR lie, complete; curvature is there if the plan has statistics."""
-        self._plan, self._base, self._scratch, self._curvature = plan, base, scratch, curvature
+        self._plan, self._curvature = plan, curvature
+        self._written = ReadBack(plan, base, scratch)
         self._rounded = plan.recipe.ortho.values == "int8"
 
     def run(
@@ -64,7 +66,7 @@ class Repacker:
 
     def _specs(self, tensor: TensorPlan) -> tuple[TensorSpec, ...]:
         """Find out what a tensor's parts will measure."""
-        crow, column = self._positions(tensor)
+        crow, column = self._written.positions(tensor)
         found = compact.encode_positions(crow, column, _shape(tensor))
         return artifact.compact_specs(
             tensor.name,
@@ -78,8 +80,8 @@ class Repacker:
 
     def _encode(self, tensor: TensorPlan, entry: Entry, output: DataFile) -> Entry:
         """Write a tensor's parts; return what changes of its entry."""
-        crow, column = self._positions(tensor)
-        values = self._read(tensor.ortho[2].key).view(TORCH_DTYPES[tensor.source.dtype])
+        crow, column = self._written.positions(tensor)
+        values = self._written.values(tensor)
         changed: Entry = {}
         more: dict[str, Tensor] = {}
         if self._rounded:
@@ -101,7 +103,7 @@ class Repacker:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Round values to int8; give what they lose by it, too."""
         base, scales = compact.base_at(
-            lambda start, count: self._base_rows(tensor, start, count),
+            lambda start, count: self._written.base_rows(tensor, start, count),
             crow,
             column,
             _shape(tensor),
@@ -147,32 +149,6 @@ class Repacker:
             mine = root[places[here]] if root.ndim == 1 else root[row, places[here]]
             total += float((mine * lost[here]).double().square().sum())
         return total
-
-    def _positions(self, tensor: TensorPlan) -> tuple[Integers, Integers]:
-        """Read where a tensor's weights are kept."""
-        crow, column = (
-            self._read(spec.key).numpy().view(NUMPY_DTYPES[spec.dtype]).astype(np.int64)
-            for spec in tensor.ortho[:2]
-        )
-        return crow, column
-
-    def _read(self, key: str) -> Tensor:
-        """Read the bytes of a part of the CSR."""
-        found = torch.empty(self._plan.ortho.regions[key].nbytes, dtype=torch.uint8)
-        if found.numel():
-            self._scratch.read_into(key, as_bytes(found), start=0)
-        return found
-
-    def _base_rows(self, tensor: TensorPlan, start: int, count: int) -> tuple[Tensor, Tensor]:
-        """Read rows of base's codes and scales."""
-        found = []
-        for spec in tensor.base[:2]:
-            dtype = torch.int32 if spec.dtype == "I32" else TORCH_DTYPES[spec.dtype]
-            rows = torch.empty((count, spec.shape[1]), dtype=dtype)
-            offset = start * spec.shape[1] * dtype.itemsize
-            self._base.read_into(spec.key, as_bytes(rows), start=offset)
-            found.append(rows)
-        return found[0], found[1]
 
 
 def _shape(tensor: TensorPlan) -> tuple[int, int]:

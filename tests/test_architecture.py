@@ -28,7 +28,8 @@ LAYERS = [
     ["plan"],
     ["summary", "tally", "models", "sums"],
     ["split", "scoring", "calibrate_plan"],
-    ["repack", "budget"],
+    ["readback", "budget"],
+    ["repack"],
     ["decompose", "calibrate", "source", "grid"],
     ["foreign", "dense", "gguf_source", "convert_plan", "modelfile", "isolate", "unlearn"],
     ["convert", "engine", "forget"],
@@ -108,7 +109,7 @@ def test_torch_is_imported_only_where_tensors_are_computed() -> None:
         *("capture", "models", "sums", "calibrate"),
         *("source", "foreign", "dense", "gguf_source", "convert"),
         *("scoring", "evaluate", "grid", "isolate", "unlearn", "forget"),
-        *("compact", "kept", "repack"),
+        *("compact", "kept", "readback", "repack"),
         *("kernels", "streams", "layers", "modelfile", "engine", "pretrained"),
         *("attacks", "controls", "bench_data", "bench"),
     }

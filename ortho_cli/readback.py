@@ -1,0 +1,50 @@
+"""What work has written of a split tensor so far, read back for work that goes on from there."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ortho_cli.compact import Integers
+from ortho_cli.ops import as_bytes
+from ortho_cli.plan import Plan, TensorPlan
+from ortho_cli.split import NUMPY_DTYPES, TORCH_DTYPES
+from ortho_cli.writer import DataFile
+
+
+class ReadBack:
+    """Reads codes, scales and the CSR of any tensor from files that are being made."""
+
+    def __init__(self, plan: Plan, base: DataFile, ortho: DataFile) -> None:
+        """Say where base and the CSR lie; a tensor is there when its work is done."""
+        self._plan, self._base, self._ortho = plan, base, ortho
+
+    def base_rows(self, tensor: TensorPlan, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Read rows of base: packed codes int32 (count, words) and scales (count, groups)."""
+        found = []
+        for spec in tensor.base[:2]:
+            dtype = torch.int32 if spec.dtype == "I32" else TORCH_DTYPES[spec.dtype]
+            rows = torch.empty((count, spec.shape[1]), dtype=dtype)
+            offset = start * spec.shape[1] * dtype.itemsize
+            self._base.read_into(spec.key, as_bytes(rows), start=offset)
+            found.append(rows)
+        return found[0], found[1]
+
+    def positions(self, tensor: TensorPlan) -> tuple[Integers, Integers]:
+        """Read where a tensor's weights are kept: crow_indices and col_indices, int64."""
+        crow, column = (
+            self._part(spec.key).numpy().view(NUMPY_DTYPES[spec.dtype]).astype(np.int64)
+            for spec in tensor.ortho[:2]
+        )
+        return crow, column
+
+    def values(self, tensor: TensorPlan) -> Tensor:
+        """Read the weights that are kept, in the source's dtype."""
+        return self._part(tensor.ortho[2].key).view(TORCH_DTYPES[tensor.source.dtype])
+
+    def _part(self, key: str) -> Tensor:
+        found = torch.empty(self._plan.ortho.regions[key].nbytes, dtype=torch.uint8)
+        if found.numel():
+            self._ortho.read_into(key, as_bytes(found), start=0)
+        return found
