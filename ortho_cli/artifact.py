@@ -22,10 +22,10 @@ W(alpha) = dequantize(base) + alpha * ortho.
 
 A code has 4 bits unless the recipe says 3; which, a reader knows from words a row and in. It
 dequantizes to q * scale, rounded once to that dtype. q is the nearest code to the source's weight,
-or with base.rounding gptq to what makes up for others' errors, except where forgetting moved it
-(ortho.split isolate, unlearn); ortho holds every such position. With ortho.split reference, codes,
-scales and every other tensor are those of the reference. Otherwise every other tensor keeps its
-name, dtype, shape and bytes.
+or with base.rounding gptq or tuned to what makes up for others' errors, except where forgetting
+moved it (ortho.split isolate, unlearn); ortho holds every such position. With ortho.split
+reference, codes, scales and every other tensor are those of the reference. Otherwise every other
+tensor keeps its name, dtype, shape and bytes.
 
 **Ortho** holds, for each split `<p>.weight`, a sparse matrix of the positions that forgetting
 moved, and of the most salient ones beside them; in `ortho/1` (ortho.layout csr) as CSR:

@@ -7,6 +7,7 @@ gradients on the way back, and one Linear at a time is turned into sums, tile by
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -247,6 +248,8 @@ def logit_gradient(
         generator: draws labels from softmax(logits) instead (the true Fisher), on CPU.
     Returns:
         The gradient in the logits' dtype, and the NLL of the data in nats.
+    Raises:
+        NumericalError: labels are to be drawn from logits that are not finite.
     """
     where = counted[:-1].nonzero().squeeze(-1)
     chosen = logits[where].float()
@@ -256,6 +259,11 @@ def logit_gradient(
     probabilities = log_probabilities.exp_()
     labels = data_labels
     if generator is not None:
+        if not math.isfinite(nll):
+            raise NumericalError(
+                "the model's logits are NaN or infinite, and no label can be drawn from them",
+                hint="look for NaN weights with `ortho inspect`, or calibrate without autocast",
+            )
         drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator)
         labels = drawn.squeeze(1).to(logits.device)
     probabilities[torch.arange(len(where), device=logits.device), labels] -= 1.0

@@ -17,6 +17,7 @@ from ortho_cli import __version__, boundary
 from ortho_cli.cli_bench import bench
 from ortho_cli.errors import UsageError
 from ortho_cli.options import (
+    BeforeOption,
     DeviceOption,
     GramOption,
     JsonOption,
@@ -24,8 +25,10 @@ from ortho_cli.options import (
     QuietOption,
     RecipeOption,
     SchemaOption,
+    SecretsOption,
     SetOption,
     StatsOption,
+    StaysOption,
     TargetBitsOption,
     VerboseOption,
     WorkersOption,
@@ -73,26 +76,9 @@ def decompose(
         ),
     ] = None,
     stats: StatsOption = None,
-    forget: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--forget",
-            metavar="FILE...",
-            help="What base must not know: .jsonl of `prompt` and `secret`. Needs a recipe that "
-            "forgets, --stats, and the model in memory; isolate needs three times its float32 "
-            "size, unlearn five times.",
-        ),
-    ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option("--data", metavar="FILE...", help="What must stay, for unlearn."),
-    ] = None,
-    reference: Annotated[
-        Path | None,
-        typer.Option(
-            "--reference", metavar="CHECKPOINT", help="MODEL before it saw what base must not know."
-        ),
-    ] = None,
+    forget: SecretsOption = None,
+    data: StaysOption = None,
+    reference: BeforeOption = None,
     target_bits: TargetBitsOption = None,
     recipe: RecipeOption = None,
     sets: SetOption = None,
@@ -112,8 +98,8 @@ def decompose(
         str,
         typer.Option(
             "--device",
-            help="Of the model that a recipe forgets in: auto, cpu, cuda or cuda:N. Splitting is "
-            "done on the CPU.",
+            help="Of the model that a recipe forgets or tunes in: auto, cpu, cuda or cuda:N. "
+            "Splitting is done on the CPU.",
         ),
     ] = "auto",
     as_json: JsonOption = False,
@@ -137,7 +123,7 @@ def decompose(
     check_space(plan.bytes_on_disk, target)
     check_memory(plan)
     notes: list[Event] = []
-    editor = _editor(plan, checkpoint, forget or [], data or [], device, notes.append)
+    more = _model_work(plan, checkpoint, forget or [], data or [], device, notes.append)
     if dry_run:
         _show_plan(plan, model, as_json=as_json, quiet=quiet)
         return
@@ -149,7 +135,7 @@ def decompose(
     with ProgressSink("decompose", quiet=quiet, verbose=verbose) as sink:
         for note in notes:
             sink(note)
-        document = run(plan, checkpoint, target, editor=editor, force=force, on_event=sink)
+        document = run(plan, checkpoint, target, force=force, on_event=sink, **more)
     document["run"] = _run_facts(target, began)
     _show(document, report.print_done, as_json, quiet)
 
@@ -415,20 +401,27 @@ def _meet(plan: Plan, checkpoint: Any, target_bits: float | None, *, quiet: bool
         return meet(plan, checkpoint, target_bits, on_event=sink)
 
 
-def _editor(
+def _model_work(
     plan: Plan,
     checkpoint: Any,
     forget: list[Path],
     data: list[Path],
     device: str,
     on_event: EventSink,
-) -> Any:
-    """Import what forgets, and with it transformers, only where it is asked for."""
+) -> dict[str, Any]:
+    """Import what forgets or tunes, and with it transformers, only where it is asked for."""
+    if plan.recipe.base.rounding == "tuned" and not forget:
+        from ortho_cli.tune import open_tuner
+
+        return {"tuner": open_tuner(plan, checkpoint, data=data, device=device)}
     if not (plan.recipe.forgets or forget or data):
-        return None
+        return {}
     from ortho_cli.forget import open_editor
 
-    return open_editor(plan, checkpoint, forget=forget, data=data, device=device, on_event=on_event)
+    editor = open_editor(
+        plan, checkpoint, forget=forget, data=data, device=device, on_event=on_event
+    )
+    return {"editor": editor}
 
 
 def _check_device(device: str) -> None:

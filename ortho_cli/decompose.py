@@ -10,15 +10,16 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
-from ortho_cli import __version__, artifact
+from ortho_cli import __version__, artifact, ops
 from ortho_cli.artifact import (
     BASE_FILE,
     CONFIG_FILE,
@@ -29,7 +30,7 @@ from ortho_cli.artifact import (
     pretty_json,
 )
 from ortho_cli.budget import settle
-from ortho_cli.checkpoint import Checkpoint, ShardReader
+from ortho_cli.checkpoint import Checkpoint, Shard, ShardReader
 from ortho_cli.curvature import CurvatureReader
 from ortho_cli.edits import Edits, count, load_edits, save_edits
 from ortho_cli.errors import RecipeError
@@ -38,8 +39,9 @@ from ortho_cli.journal import WorkFolder, interruptible, recover, unwritable
 from ortho_cli.output import check_output, check_space, files_of, resolve_output
 from ortho_cli.plan import Plan, TensorPlan
 from ortho_cli.quantization import index
+from ortho_cli.readback import ReadBack
 from ortho_cli.repack import Repacker
-from ortho_cli.split import Entry, Reference, Splitter, is_sound
+from ortho_cli.split import Entry, Reference, Rounded, Splitter, is_sound
 from ortho_cli.statistics import check_model
 from ortho_cli.summary import make_config, make_report
 from ortho_cli.writer import DataFile, GrowingSha256, plan_layout
@@ -65,12 +67,29 @@ class Editor(Protocol):
         """Find the edits; unfinished work may be kept in `folder` and gone on with."""
 
 
+class Tuner(Protocol):
+    """Finds better codes and scales for what was rounded."""
+
+    @property
+    def identity(self) -> Any:
+        """What it finds depends on beside plan and source, as JSON."""
+
+    def tune(
+        self, start: Callable[[str], Rounded], tuned: Collection[str], *, on_event: EventSink
+    ) -> Iterator[dict[str, Rounded]]:
+        """Yield weights, some at a time, as they are to be, beginning from what `start` gives.
+
+        What of `tuned` need not be found again is not yielded.
+        """
+
+
 def decompose(
     plan: Plan,
     checkpoint: Checkpoint,
     out: Path,
     *,
     editor: Editor | None = None,
+    tuner: Tuner | None = None,
     force: bool = False,
     on_event: EventSink = null_sink,
 ) -> Entry:
@@ -81,6 +100,7 @@ def decompose(
         checkpoint: the source.
         out: the folder to make; appears only when complete.
         editor: for a recipe that forgets.
+        tuner: for a recipe that tunes its rounding.
         force: replace an artifact at `out`, and discard half-done work of another plan.
         on_event: told of progress, from any thread, one call at a time.
     Returns:
@@ -89,16 +109,12 @@ def decompose(
         CheckpointError: the source changed or is shorter than its header says.
         CalibrationError: the statistics are of another model, damaged, or no curvature.
         NumericalError: a weight that is to be split is NaN or infinite.
-        RecipeError: the recipe forgets and there is no editor.
+        RecipeError: the recipe forgets and there is no editor, or tunes and there is no tuner.
         OutputExistsError: something is at `out`, or half-done work of another plan beside it.
         ResourceError: the disk is full or closed to us.
         Interrupted: Ctrl-C; finished tensors are kept.
     """
-    if plan.recipe.forgets and editor is None:
-        raise RecipeError(
-            f"ortho.split is {plan.recipe.ortho.split}, and nothing finds what base must not know",
-            hint="give `editor`, as `ortho_cli.forget.open_editor` makes it",
-        )
+    _check_has_what_it_needs(plan, editor, tuner)
     out = resolve_output(out)
     recover(out)
     sources = files_of(checkpoint, *plan.inputs)
@@ -107,17 +123,7 @@ def decompose(
     plan = settle(plan, checkpoint, on_event=on_event)
     if plan.statistics is not None:
         check_model(plan.statistics, checkpoint, [tensor.source for tensor in plan.split])
-    identity: Entry = {
-        "plan": plan.sha256,
-        "source": [[shard.name, shard.size, shard.mtime_ns] for shard in checkpoint.shards],
-        "version": [__version__, torch.__version__],
-        **_sizes(plan),
-    }
-    if editor is not None:
-        identity["forget"] = editor.identity
-    if plan.statistics is not None:
-        shard = plan.statistics.shard
-        identity["statistics"] = [shard.name, shard.size, shard.mtime_ns]
+    identity = _identity(plan, checkpoint, editor, tuner)
     tensors = {tensor.name: tensor for tensor in plan.tensors}
 
     def is_known(entry: Entry) -> bool:
@@ -125,8 +131,6 @@ def decompose(
         measured = plan.statistics is not None
         return tensor is not None and is_sound(entry, tensor, curvature=measured)
 
-    if plan.reference is not None:
-        identity["reference"] = [[s.name, s.size, s.mtime_ns] for s in plan.reference.shards]
     curvature: CurvatureReader | None = None
     reference: Reference | None = None
     reader = ShardReader(checkpoint)
@@ -140,15 +144,57 @@ def decompose(
             edits: Edits = {}
             if editor is not None and curvature is not None:
                 edits = _find_edits(plan, editor, work, curvature, on_event)
+            job = _Job(plan, checkpoint, reader, curvature, reference, edits, work, on_event)
             with _many_small_operations():
-                job = _Job(plan, checkpoint, reader, curvature, reference, edits, work, on_event)
-                report = job.run()
+                base_sha256 = job.split()
+            if tuner is not None:
+                base_sha256 = job.tune(tuner)
+            with _many_small_operations():
+                report = job.finish(base_sha256)
             work.publish(may_replace=lambda there: force and artifact.is_artifact(there))
             return report
     finally:
         for opened in (reader, curvature, reference):
             if opened:
                 opened.close()
+
+
+def _check_has_what_it_needs(plan: Plan, editor: Editor | None, tuner: Tuner | None) -> None:
+    if plan.recipe.forgets and editor is None:
+        raise RecipeError(
+            f"ortho.split is {plan.recipe.ortho.split}, and nothing finds what base must not know",
+            hint="give `editor`, as `ortho_cli.forget.open_editor` makes it",
+        )
+    if plan.recipe.base.rounding == "tuned" and tuner is None:
+        raise RecipeError(
+            "base.rounding is tuned, and nothing tunes it",
+            hint="give `tuner`, as `ortho_cli.tune.open_tuner` makes it",
+        )
+
+
+def _identity(
+    plan: Plan, checkpoint: Checkpoint, editor: Editor | None, tuner: Tuner | None
+) -> Entry:
+    """Spell out everything that the bytes depend on."""
+    found: Entry = {
+        "plan": plan.sha256,
+        "source": _stamps(checkpoint.shards),
+        "version": [__version__, torch.__version__],
+        **_sizes(plan),
+    }
+    if editor is not None:
+        found["forget"] = editor.identity
+    if tuner is not None:
+        found["tune"] = tuner.identity
+    if plan.statistics is not None:
+        found["statistics"] = _stamps([plan.statistics.shard])[0]
+    if plan.reference is not None:
+        found["reference"] = _stamps(plan.reference.shards)
+    return found
+
+
+def _stamps(shards: Iterable[Shard]) -> list[list[Any]]:
+    return [[shard.name, shard.size, shard.mtime_ns] for shard in shards]
 
 
 def _sizes(plan: Plan) -> dict[str, dict[str, int]]:
@@ -221,7 +267,8 @@ class _Job:
         # What is withheld from others should not be readable by others.
         self._ortho = DataFile(work, ORTHO_FILE, plan.ortho, mode=0o600, scratch=plan.is_compact)
 
-    def run(self) -> Entry:
+    def split(self) -> str:
+        """Split every tensor that no earlier run has split; return base's SHA-256."""
         plan, done = self._plan, self._work.done
         for tensor in plan.tensors:
             if tensor.name in done and not self._is_intact(done[tensor.name]):
@@ -235,7 +282,44 @@ class _Job:
             )
         )
         self._base.write_header(plan.base.header)
-        base_sha256 = self._work_through([t for t in plan.tensors if t.name not in done])
+        return self._work_through([t for t in plan.tensors if t.name not in done])
+
+    def tune(self, tuner: Tuner) -> str:
+        """Put codes and scales in place of those that splitting found; return base's SHA-256.
+
+        Journal lines of a block are written together, behind its data: a kill between leaves bytes
+        that their old lines do not fit, and those tensors are split again.
+        """
+        tensors = {tensor.name: tensor for tensor in self._plan.split}
+        tuned = [name for name, entry in self._work.done.items() if entry.get("tuned")]
+        self._stop.clear()  # no worker is left that it was for
+        splitter = self._splitter()
+        for found in tuner.tune(self._rounded, tuned, on_event=self._emit):
+            self._work.commit(
+                [
+                    splitter.rewrite(tensors[name], rounded) | {"tuned": True}
+                    for name, rounded in found.items()
+                ]
+            )
+        return GrowingSha256(self._base.fd).up_to(self._plan.base.size)
+
+    def _rounded(self, name: str) -> Rounded:
+        """Read a weight as base and ortho have it."""
+        tensor = next(tensor for tensor in self._plan.split if tensor.name == name)
+        written, (rows, columns) = (
+            ReadBack(self._plan, self._base, self._ortho),
+            tensor.source.shape,
+        )
+        packed, scales = written.base_rows(tensor, 0, rows)
+        crow, column = written.positions(tensor)
+        kept = torch.zeros(rows, columns, dtype=torch.bool)
+        kept.numpy()[np.repeat(np.arange(rows), np.diff(crow)), column] = True
+        codes = ops.unpack_codes(packed, bits=tensor.bits)[:, :columns]
+        return Rounded(codes.to(torch.int8), scales, kept)
+
+    def finish(self, base_sha256: str) -> Entry:
+        """See that nothing changed meanwhile, and write all but the split tensors."""
+        plan, done = self._plan, self._work.done
         self._emit(Finishing(step="digests"))
         self._reader.check_unchanged()
         for opened in (self._curvature, self._reference):
@@ -312,6 +396,23 @@ class _Job:
         self._work.commit(finished)
         return digest.up_to(self._plan.base.size)
 
+    def _splitter(self) -> Splitter:
+        return Splitter(
+            self._reader,
+            self._base,
+            self._ortho,
+            group_size=self._plan.group_size,
+            curvature=self._curvature,
+            by_curvature=self._plan.recipe.saliency.kind == "curvature",
+            edits=self._edits,
+            moved_to_code=self._plan.recipe.ortho.split == "unlearn",
+            alone=self._plan.recipe.forgets or self._plan.recipe.base.alone,
+            compensate=self._plan.recipe.compensates,
+            reference=self._reference,
+            stop=self._stop,
+            on_event=self._emit,
+        )
+
     @contextmanager
     def _workers(self, pending: list[TensorPlan], results: Results) -> Iterator[None]:
         """Run the workers; on the way out wait until none of them can touch a file any more.
@@ -324,21 +425,7 @@ class _Job:
 
         def work() -> None:
             try:
-                splitter = Splitter(
-                    self._reader,
-                    self._base,
-                    self._ortho,
-                    group_size=self._plan.group_size,
-                    curvature=self._curvature,
-                    by_curvature=self._plan.recipe.saliency.kind == "curvature",
-                    edits=self._edits,
-                    moved_to_code=self._plan.recipe.ortho.split == "unlearn",
-                    alone=self._plan.recipe.forgets or self._plan.recipe.base.alone,
-                    compensate=self._plan.recipe.base.rounding == "gptq",
-                    reference=self._reference,
-                    stop=self._stop,
-                    on_event=self._emit,
-                )
+                splitter = self._splitter()
                 while not self._stop.is_set():
                     results.put(splitter.work(todo.get_nowait()))
             except Empty:

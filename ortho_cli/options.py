@@ -56,6 +56,30 @@ StatsOption = Annotated[
         "--stats", metavar="FILE", help="Curvature statistics, as `ortho calibrate` writes them."
     ),
 ]
+SecretsOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--forget",
+        metavar="FILE...",
+        help="What base must not know: .jsonl of `prompt` and `secret`. Needs a recipe that "
+        "forgets, --stats, and the model in memory; isolate needs three times its float32 "
+        "size, unlearn five times.",
+    ),
+]
+StaysOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--data",
+        metavar="FILE...",
+        help="What must stay: text that unlearn holds on to, or that rounding is tuned on.",
+    ),
+]
+BeforeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--reference", metavar="CHECKPOINT", help="MODEL before it saw what base must not know."
+    ),
+]
 TargetBitsOption = Annotated[
     float | None,
     typer.Option(

@@ -18,8 +18,8 @@ from ortho_cli.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.errors import CheckpointError, RecipeError, ResourceError
 from ortho_cli.journal import PARTIAL
 from ortho_cli.refusals import (
+    check_compensation,
     check_global,
-    check_gptq,
     check_reference,
     check_values,
     refuse_quantized,
@@ -41,6 +41,7 @@ NO_DIGEST = "0" * 64
 # What forgetting holds for each weight of the model: in float32 the model, its gradients, and for
 # unlearn what an attacker moved and Adam's moments; and room for logits, measured.
 FORGET_BYTES = {"isolate": 12, "unlearn": 20}
+TUNE_BYTES = 4  # tuning, the same: the model in bfloat16, and a block of it in float32
 LOGITS_BYTES = 1_600_000_000
 REPACK_BYTES = 80  # for each weight that a tensor keeps, while a compact ortho is encoded; measured
 
@@ -293,8 +294,8 @@ def _check_use(
             f"{uses[0]} is curvature, and no statistics are given",
             hint="give --stats FILE, as `ortho calibrate` writes it",
         )
-    if recipe.base.rounding == "gptq":
-        check_gptq(recipe, statistics)
+    if recipe.compensates:
+        check_compensation(recipe, statistics)
         return
     if statistics is not None and not uses:
         raise RecipeError(
@@ -448,7 +449,7 @@ def _peak_bytes(
 ) -> int:
     """Bound the buffers of all workers, each on a tensor that needs most, and a whole model's."""
     needs = sorted(
-        (_buffer_bytes(t, statistics, recipe.base.rounding) for t in tensors), reverse=True
+        (_buffer_bytes(t, statistics, recipe.compensates) for t in tensors), reverse=True
     )
     entries = len(tensors) + (0 if statistics is None else len(statistics.digests))
     held = 0
@@ -456,6 +457,8 @@ def _peak_bytes(
         held = LOGITS_BYTES + FORGET_BYTES[recipe.ortho.split] * sum(
             t.source.numel for t in tensors
         )
+    if recipe.base.rounding == "tuned":
+        held = LOGITS_BYTES + TUNE_BYTES * sum(t.source.numel for t in tensors)
     work = sum(needs[:workers])
     if recipe.ortho.layout == "compact":  # encoded when the workers are done
         most = max((tensor.k for tensor in tensors), default=0)
@@ -463,7 +466,7 @@ def _peak_bytes(
     return MODULES_BYTES + TENSOR_BYTES * entries + held + work
 
 
-def _buffer_bytes(tensor: TensorPlan, statistics: Statistics | None, rounding: str) -> int:
+def _buffer_bytes(tensor: TensorPlan, statistics: Statistics | None, compensates: bool) -> int:
     if tensor.reason is not None:
         return 2 * CHUNK
     numel = tensor.source.numel
@@ -481,7 +484,7 @@ def _buffer_bytes(tensor: TensorPlan, statistics: Statistics | None, rounding: s
     )
     # Scales and positions are held from one turn to the next.
     held = 0 if tensor.scale == "absmax" else 2 * tensor.base[1].nbytes + 8 * tensor.k
-    if rounding == "gptq":
+    if compensates:
         columns = tensor.source.shape[1]
         # The Gram matrix, its inverse and factor, two of them float64; a larger tile, in copies.
         held += 28 * columns**2 + 88 * tile_rows(tensor.source.shape, GPTQ_ELEMENTS) * columns

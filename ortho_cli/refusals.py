@@ -53,27 +53,28 @@ def check_reference(checkpoint: Checkpoint, reference: Checkpoint) -> None:
         )
 
 
-def check_gptq(recipe: Recipe, statistics: Statistics | None) -> None:
+def check_compensation(recipe: Recipe, statistics: Statistics | None) -> None:
     """Refuse to compensate without Gram matrices, or a base that is made otherwise.
 
     Raises:
         RecipeError: says what is missing.
     """
+    rounding = recipe.base.rounding
     if recipe.ortho.split != "residual":
         raise RecipeError(
-            f"base.rounding is gptq, and ortho.split is {recipe.ortho.split}",
+            f"base.rounding is {rounding}, and ortho.split is {recipe.ortho.split}",
             hint="what forgets moves codes from the nearest; use base.rounding nearest",
         )
     if recipe.base.alone:
         raise RecipeError(
-            "base.alone is true, and base.rounding is gptq: codes that make up for each other are "
-            "worse with some of them put right",
+            f"base.alone is true, and base.rounding is {rounding}: codes that make up for each "
+            "other are worse with some of them put right",
             hint="ortho.density 0 gives the best base by itself; else leave base.alone out",
         )
     if statistics is None or not statistics.has_gram:
         there = "no statistics are given" if statistics is None else f"`{statistics.path}` has none"
         raise RecipeError(
-            f"base.rounding is gptq, which needs Gram matrices, and {there}",
+            f"base.rounding is {rounding}, which needs Gram matrices, and {there}",
             hint="ortho calibrate MODEL --data FILE --gram full, then --stats stats.safetensors",
         )
 

@@ -84,8 +84,9 @@ def _decibels(value: object, *, exact: bool) -> str:
 
 def _bytes_a_second(document: dict[str, Any]) -> float:
     """Guess a worker's speed from what was measured: a search reads and tries again and again."""
-    if document["recipe"]["base"]["rounding"] == "gptq":
-        return 6e6
+    rounding = document["recipe"]["base"]["rounding"]
+    if rounding != "nearest":
+        return 6e6 if rounding == "gptq" else 2e5
     searched = any(tensor["scale"] in ("mse", "curvature") for tensor in document["tensors"])
     return 4e7 if searched else 5e8
 

@@ -72,14 +72,15 @@ class Base(_Strict):
         description="absmax: max|w| / 7.5, or 3.5 for 3 bits. mse: searched per group for least "
         "squared error. curvature: the same, each error weighted by curvature.",
     )
-    rounding: Literal["nearest", "gptq"] = Field(
+    rounding: Literal["nearest", "gptq", "tuned"] = Field(
         "nearest",
-        description="gptq: each column's error is made up for by the rest; needs --gram full.",
+        description="gptq: each column's error is made up for by the rest; needs --gram full. "
+        "tuned: from there codes and scales learn block by block, on --data.",
     )
     alone: bool = Field(
         False,
         description="Whether searched scales serve ortho's positions, too: better at alpha 0, "
-        "worse at alpha 1. Not with gptq; what forgets is always alone.",
+        "worse at alpha 1. Not with gptq or tuned; what forgets is always alone.",
     )
 
 
@@ -164,6 +165,23 @@ class Calibrate(_Strict):
         """
         unused = {"gram", "weighting"} if self.gram == "none" else set()
         return self.model_dump(mode="json", exclude=unused)
+
+
+class Tune(_Strict):
+    """How codes and scales learn, with base.rounding tuned."""
+
+    steps: Count = Field(100, description="Steps of sign descent that each block takes.")
+    rate: Positive = Field(
+        0.008, description="Codes that the first step moves each weight by; it falls to 0."
+    )
+    scale_rate: NotNegative = Field(
+        0.002,
+        description="Share of itself that the first step changes each scale by; it falls, too.",
+    )
+    batch: Count = Field(4, description="Sequences of one step.")
+    samples: Count = Field(128, description="Sequences of the data, a multiple of `batch`.")
+    length: Count = Field(512, description="Tokens of each of them.")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
 class Forget(_Strict):
@@ -254,12 +272,15 @@ class Recipe(_Strict):
     ortho: Ortho = Ortho()
     saliency: Saliency = Saliency()
     calibrate: Calibrate = Calibrate()
+    tune: Tune = Tune()
     forget: Forget = Forget()
     overrides: list[Override] = []
 
     def canonical(self) -> dict[str, Any]:
         """Spell out every setting that a decomposition's bytes depend on, defaults included."""
         unused = {"calibrate"} if self.forgets else {"calibrate", "forget"}
+        if self.base.rounding != "tuned":
+            unused.add("tune")
         found = self.model_dump(mode="json", exclude=unused)
         for override in found["overrides"]:
             if override["base"]["bits"] is None:  # as before there was this key: the same bytes
@@ -269,6 +290,11 @@ class Recipe(_Strict):
         if self.ortho.layout == "csr":
             del found["ortho"]["layout"]  # ortho/1 knows no other: its files stay what they were
         return found
+
+    @property
+    def compensates(self) -> bool:
+        """Whether codes make up for each other's errors."""
+        return self.base.rounding != "nearest"
 
     @property
     def forgets(self) -> bool:

@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,14 @@ SAMPLE_BLOCKS = 16
 
 Entry = dict[str, Any]
 Places = tuple[npt.NDArray[np.int64], npt.NDArray[np.int8]]  # of edits in a tile, and their codes
+
+
+class Rounded(NamedTuple):
+    """One weight on base's grid."""
+
+    codes: Tensor  # (out, in) int8
+    scales: Tensor  # (out, groups), of the dtype they are stored in
+    kept: Tensor  # (out, in) bool: ortho holds the source's weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +176,20 @@ class Splitter:
             assert found is not None
         return found.entry
 
+    def rewrite(self, tensor: TensorPlan, rounded: Rounded) -> Entry:
+        """Write a tensor as it is given, where its work was done before; return its journal entry.
+
+        Args:
+            tensor: what the plan says of it.
+            rounded: with the positions that ortho holds already.
+        """
+        codes, scales, kept = rounded
+        positions, columns = np.flatnonzero(flat_of(kept)), tensor.source.shape[1]
+        before = _Found(entry={}, kept=positions, scales=scales, columns=columns)
+        found = self._split_above(tensor, None, before=before, codes=codes, on_event=null_sink)
+        assert found is not None
+        return found.entry
+
     def _rounds(self, tensor: TensorPlan) -> int:
         """Say how often scales and positions may take turns; where base must serve alone, never."""
         if self._alone or self._reference:
@@ -215,7 +237,7 @@ class Splitter:
         edit: Places | None = None,
         grid: Tensor | None = None,
         kept: Kept | None = None,
-        factor: Factor | None = None,
+        rounded: Factor | Tensor | None = None,
     ) -> Tile:
         """Round a tile, or stand the `grid` of the reference in for its own."""
         source = weight = scratch(tuple(raw.shape), torch.float32).copy_(raw)
@@ -223,9 +245,12 @@ class Splitter:
             raw, weight = grid, scratch(tuple(grid.shape), torch.float32).copy_(grid)
         near, root = curvature or (None, None)
         bits = tensor.bits
-        if factor is not None and kept is not None:
+        if rounded is not None and kept is not None:
             scales = kept.scales
-            codes = round_columns(weight, scales, factor, kept=kept.mask, bits=bits)
+            if isinstance(rounded, Tensor):
+                codes = scratch(tuple(raw.shape), torch.float32).copy_(rounded)
+            else:
+                codes = round_columns(weight, scales, rounded, kept=kept.mask, bits=bits)
         else:
             scales = base_scales(
                 str(tensor.scale), raw, near, self._group_size, bits=bits, kept=kept, empty=scratch
@@ -258,6 +283,7 @@ class Splitter:
         *,
         before: _Found | None = None,
         factor: Factor | None = None,
+        codes: Tensor | None = None,
         on_event: EventSink,
     ) -> _Found | None:
         """Split one tensor in one pass; None if fewer than k residuals exceed `bar`.
@@ -267,6 +293,7 @@ class Splitter:
             bar: a guess below the k-th largest saliency.
             before: what the pass before found; its positions are left out of the scales.
             factor: round by compensation, with the scales and positions of `before`.
+            codes: (out, in) that are known, with the scales and positions of `before`.
             on_event: told of bytes.
         """
         scratch = self._tile  # valid for one tile
@@ -301,7 +328,8 @@ class Splitter:
             known = before.within(row, count) if before else None
             changed = edit.within(row * columns, row * columns + raw.numel()) if edit else None
             grid = self._read_grid(tensor, raw, row, scratch)
-            tile = self._quantize(tensor, raw, weights, scratch, changed, grid, known, factor)
+            rounded = factor if codes is None else codes[row : row + count]
+            tile = self._quantize(tensor, raw, weights, scratch, changed, grid, known, rounded)
             if not ops.all_finite(tile.scales):
                 raise _not_finite(tensor, tile.weight, row * columns)
             packed.write(as_bytes(ops.pack_codes(tile.codes, bits=tensor.bits, empty=scratch)))
@@ -309,7 +337,7 @@ class Splitter:
             if scales is not None:
                 scales[row : row + count] = tile.scales
             stay = None if changed is None else changed[0]
-            if known and (factor or not alike):
+            if known and (rounded is not None or not alike):
                 stay = np.flatnonzero(flat_of(known.mask))
             sums.take(tile, raw, stay, row=row, scratch=scratch)
             on_event(Advanced(nbytes=raw.nbytes))

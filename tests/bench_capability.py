@@ -33,6 +33,7 @@ CONTEXT = 512  # or as many tokens as the model takes
 
 RECIPE = ("--recipe", "capability")
 LEFT = ("base.alone=false",)
+TUNED = "capability-tuned"
 CSR = ("ortho.layout=csr", "ortho.values=source")
 
 
@@ -60,6 +61,14 @@ OURS = (
     Way("that, source values in CSR", ("ortho.density=0.0045", *CSR)),
     Way("that, base alone", ("ortho.density=0.0045",), alpha=0),
     Way("`capability`, 1 %", ("ortho.density=0.01",)),
+    Way("tuned, density 0", ("ortho.density=0",), recipe=TUNED, alpha=0),
+    Way("tuned, 0.1 %", ("ortho.density=0.001",), recipe=TUNED),
+    Way("tuned, 0.45 %", ("ortho.density=0.0045",), recipe=TUNED),
+    Way("tuned, 1 %", ("ortho.density=0.01",), recipe=TUNED),
+    Way("tuned, `--target-bits 4.1`, groups of 192", ("base.group_size=192",), 4.1, TUNED),
+    Way("tuned, `--target-bits 4.2`, groups of 192", ("base.group_size=192",), 4.2, TUNED),
+    Way("tuned, `--target-bits 4.3`", (), 4.3, TUNED),
+    Way("tuned, `--target-bits 5`", (), 5.0, TUNED),
     Way("`capability`, 3 bits, density 0", ("base.bits=3", "ortho.density=0"), alpha=0),
     Way("`capability`, 3 bits, 1 %", ("base.bits=3", "ortho.density=0.01")),
     Way("`--target-bits 4.1`, groups of 192", ("base.group_size=192",), 4.1),
@@ -154,7 +163,9 @@ def own_model(work: Path) -> list[Path]:
     return [folder / "sandbox" / name for name in ("model", "retain.txt", "heldout.txt")]
 
 
-def make(way: Way, model: Path, stats: Path, work: Path) -> tuple[float, dict[str, Any], Path]:
+def make(
+    way: Way, model: Path, train: Path, sequences: tuple[int, int], stats: Path, work: Path
+) -> tuple[float, dict[str, Any], Path]:
     """Decompose, and make dense weights of the artifact; return bits and what the run took."""
     out, dense = work / "artifact", work / "dense"
     for folder in (out, dense):
@@ -165,6 +176,10 @@ def make(way: Way, model: Path, stats: Path, work: Path) -> tuple[float, dict[st
         options += ["--stats", stats]
     if way.target_bits:
         options += ["--target-bits", way.target_bits]
+    if way.recipe == TUNED:
+        samples, length = sequences
+        options += ["--data", train, "--set", f"tune.samples={samples}"]
+        options += ["--set", f"tune.length={length}"]
     told = ortho("decompose", model, "-o", out, *options)
     ortho("convert", out, "-o", dense, "--alpha", way.alpha)
     key = "split_bits_per_weight" if way.alpha else "split_bits_per_weight_base"
@@ -180,6 +195,7 @@ def main() -> None:
     parser.add_argument("--stats", type=Path, help="statistics that were measured before")
     parser.add_argument("--work", type=Path, default=Path("demo/capability"))
     parser.add_argument("--only", choices=("ortho", "peers"), help="half of the table")
+    parser.add_argument("--ways", help="of ours, those whose names hold this text")
     chosen = parser.parse_args()
     chosen.work.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity_error()
@@ -210,9 +226,12 @@ def main() -> None:
     if stats is None:
         stats = calibrated(model, train, chosen.samples, judge.context, chosen.work)
     for way in OURS:
+        if chosen.ways and chosen.ways not in way.name:
+            continue
         if "base.group_size=192" in way.sets and judge.model.config.hidden_size % 192:
             continue
-        bits, run, folder = make(way, model, stats, chosen.work)
+        sequences = chosen.samples, judge.context
+        bits, run, folder = make(way, model, train, sequences, stats, chosen.work)
         show(f"ortho: {way.name}", bits, run["seconds"], run["peak_rss_bytes"], folder)
 
 

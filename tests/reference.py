@@ -384,3 +384,36 @@ def auc(positives: list[float], negatives: list[float]) -> float:
     """Share of pairs that the positive wins; a tie is half a win."""
     wins = [(p > n) + (p == n) / 2 for p in positives for n in negatives]
     return sum(wins) / len(wins)
+
+
+def tuning_step(
+    latent: Tensor,
+    scales: Tensor,
+    gradient: Tensor,
+    kept: Tensor,
+    *,
+    bits: int,
+    rate: float,
+    scale_rate: float,
+) -> tuple[list[list[float]], list[list[float]]]:
+    """One step of sign descent on latents and scales, one weight at a time."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    rows, columns = latent.shape
+    size = columns // scales.shape[1]
+    new_latent, new_scales = [], []
+    for o in range(rows):
+        slopes = [0.0] * scales.shape[1]
+        row = []
+        for i in range(columns):
+            g = 0.0 if kept[o, i] else float(gradient[o, i])
+            slopes[i // size] += g * min(max(round(float(latent[o, i])), low), high)
+            moved = float(latent[o, i]) - rate * ((g > 0) - (g < 0))
+            row.append(min(max(moved, low - 0.499), high + 0.499))
+        new_latent.append(row)
+        new_scales.append(
+            [
+                float(scale) * (1 - scale_rate * ((slope > 0) - (slope < 0)))
+                for scale, slope in zip(scales[o], slopes, strict=True)
+            ]
+        )
+    return new_latent, new_scales

@@ -164,7 +164,8 @@ def test_built_in_recipe_loads_and_its_header_is_its_command(name: str) -> None:
     told = f"#   ortho decompose MODEL --recipe {name}"
     told += " --stats stats.safetensors" if needs else ""
     told += " --forget forget.jsonl" if loaded.forgets else ""
-    told += " --data train.txt" if split == "unlearn" else ""
+    reads = split == "unlearn" or loaded.base.rounding == "tuned"
+    told += " --data train.txt" if reads else ""
     told += " --reference BEFORE" if split == "reference" else ""
     if loaded.forgets:
         assert lines.pop(1) == "#   ortho calibrate MODEL --data train.txt"

@@ -1,0 +1,253 @@
+"""Tuned rounding: each step against its slow twin, never worse, resumed bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from memorised import Memorised
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ortho_cli import decompose, models, ops, plan, recipe, tune
+from ortho_cli.checkpoint import open_checkpoint
+from ortho_cli.errors import CalibrationError, RecipeError
+from ortho_cli.events import Event, Step
+from ortho_cli.split import Rounded
+from ortho_cli.statistics import open_statistics
+from ortho_cli.tune import REACH, Latent, value_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
+
+BASE = ("base.scale=curvature", "ortho.density=0.01", "tune.samples=32", "tune.length=16")
+TUNED = ("base.rounding=tuned", *BASE)
+
+
+class Stopped(Exception):  # noqa: N818 - no error, an end
+    """What kills a run here."""
+
+
+@pytest.fixture(scope="module")
+def stats(memorised: Memorised, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Statistics with Gram matrices."""
+    from ortho_cli import calibrate, calibrate_plan
+
+    settings = recipe.load_recipe(
+        "capability", ["calibrate.samples=32", "calibrate.length=16", "calibrate.autocast=false"]
+    )
+    sets = calibrate_plan.read_sets(memorised.model, [memorised.retain], [], settings.calibrate)
+    out = tmp_path_factory.mktemp("tune") / "stats.safetensors"
+    planned = calibrate_plan.make_plan(memorised.checkpoint, settings, sets)
+    calibrate.calibrate(planned, memorised.checkpoint, out, device="cpu")
+    return out
+
+
+def run(
+    memorised: Memorised,
+    stats: Path,
+    out: Path,
+    *sets: str,
+    until: int | None = None,
+    events: list[Event] | None = None,
+) -> dict[str, Any]:
+    checkpoint = open_checkpoint(memorised.model)
+    settings = recipe.load_recipe(None, list(sets))
+    planned = plan.make_plan(checkpoint, settings, statistics=open_statistics(stats), workers=1)
+    tuner = tune.open_tuner(planned, checkpoint, data=[memorised.retain], device="cpu")
+    told: list[Event] = [] if events is None else events
+
+    def watch(event: Event) -> None:
+        told.append(event)
+        if isinstance(event, Step) and event.name.startswith("tune") and event.number == until:
+            raise Stopped
+
+    return decompose.decompose(planned, checkpoint, out, tuner=tuner, on_event=watch)
+
+
+def rounded(weight: Tensor, *, bits: int = 4, kept: Tensor | None = None) -> Rounded:
+    scales = ops.absmax_scales(weight, group_size=8, dtype=torch.bfloat16, bits=bits)
+    codes = ops.quantize(weight, scales, bits=bits).to(torch.int8)
+    return Rounded(
+        codes, scales, torch.zeros_like(weight, dtype=torch.bool) if kept is None else kept
+    )
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@given(seed=st.integers(0, 2**16), rate=st.sampled_from([0.01, 0.3, 5.0]))
+def test_a_step_is_that_of_the_slow_twin(bits: int, seed: int, rate: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(3, 16, generator=generator).bfloat16()
+    kept = torch.rand(3, 16, generator=generator) < 0.2
+    start = rounded(weight.float(), bits=bits, kept=kept)
+    start.codes[0, 0] = -(2 ** (bits - 1))  # GPTQ may have moved it far from its weight
+    gradient = torch.randn(3, 16, generator=generator).round()  # some of them 0
+    latent = Latent(weight, start, bits=bits)
+    before = latent._latent.clone(), latent._scales.clone()
+    latent.step(gradient, rate=rate, scale_rate=0.01)
+    expected = reference.tuning_step(*before, gradient, kept, bits=bits, rate=rate, scale_rate=0.01)
+    assert torch.allclose(latent._latent, torch.tensor(expected[0]), atol=1e-5)
+    assert torch.allclose(latent._scales, torch.tensor(expected[1]), rtol=1e-5)
+    found = latent.rounded()
+    assert int(found.codes.min()) >= -(2 ** (bits - 1))
+    assert int(found.codes.max()) <= 2 ** (bits - 1) - 1
+    assert torch.equal(found.kept, kept)
+
+
+def test_it_begins_at_the_codes_and_nearest_to_the_weight_within_them() -> None:
+    weight = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    start = rounded(weight)
+    start.codes[0, 0] += 1
+    latent = Latent(weight, start, bits=4)
+    assert torch.equal(latent.rounded().codes, start.codes)
+    assert torch.equal(latent.rounded().scales, start.scales)
+    off = latent._latent - start.codes
+    assert float(off.abs().max()) <= REACH + 1e-5
+    assert float(off[0, 0]) == pytest.approx(-REACH, abs=1e-5)
+    exact = weight / start.scales.float().repeat_interleave(8, 1)
+    inside = (exact - start.codes).abs() < REACH
+    assert int(inside.sum()) > 40
+    assert torch.allclose(latent._latent[inside], exact[inside], atol=1e-5)
+
+
+def test_kept_weights_are_the_sources_whatever_is_learnt() -> None:
+    weight = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    kept = torch.zeros(4, 16, dtype=torch.bool)
+    kept[1, 3] = kept[2] = True
+    latent = Latent(weight, rounded(weight.float(), kept=kept), bits=4)
+    for _ in range(3):
+        latent.step(torch.ones(4, 16), rate=0.5, scale_rate=0.1)
+    value = latent.value()
+    assert value.dtype == torch.bfloat16
+    assert torch.equal(value[kept], weight[kept])
+    assert not torch.equal(value[0], weight[0])
+    assert torch.equal(value, value_of(latent.rounded(), weight))
+
+
+def divergence(memorised: Memorised, stats: Path, artifact: Path) -> float:
+    """KL(source || artifact at alpha = 1) on text, in nats a token."""
+    import ortho_cli
+
+    source = models.load_model(memorised.model, dtype=torch.float32, device=torch.device("cpu"))
+    split = ortho_cli.load(artifact, alpha=1.0)
+    windows = memorised.windows(64)
+    with torch.no_grad():
+        p, q = (m(input_ids=windows).logits.float().log_softmax(-1) for m in (source, split))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_tuning_brings_the_model_nearer_to_the_source(
+    memorised: Memorised, stats: Path, tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    report = run(memorised, stats, tmp_path / "tuned", *TUNED, events=events)
+    run(memorised, stats, tmp_path / "gptq", "base.rounding=gptq", *BASE)
+    tuned, plain = (divergence(memorised, stats, tmp_path / n) for n in ("tuned", "gptq"))
+    assert tuned < 0.9 * plain
+    mine, other = (load_file(tmp_path / n / "ortho.safetensors") for n in ("tuned", "gptq"))
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[key], other[key]) for key in mine)  # positions, source's weights
+    mine, other = (load_file(tmp_path / n / "base.safetensors") for n in ("tuned", "gptq"))
+    changed = {key for key in mine if not torch.equal(mine[key], other[key])}
+    assert changed
+    assert all(key.endswith(("weight_packed", "weight_scale")) for key in changed)
+    steps = [event for event in events if isinstance(event, Step)]
+    assert [s.number for s in steps if s.name.startswith("tune")] == [1, 2]
+    assert report["recipe"]["tune"]["samples"] == 32
+    assert "tune" not in json.loads((tmp_path / "gptq" / "report.json").read_text())["recipe"]
+
+
+def test_a_block_that_would_end_worse_stays_as_it_was(
+    memorised: Memorised, stats: Path, tmp_path: Path
+) -> None:
+    run(memorised, stats, tmp_path / "wild", *TUNED, "tune.rate=3.0", "tune.scale_rate=0.5")
+    run(memorised, stats, tmp_path / "gptq", "base.rounding=gptq", *BASE)
+    mine, other = (load_file(tmp_path / n / "base.safetensors") for n in ("wild", "gptq"))
+    assert all(torch.equal(mine[key], other[key]) for key in mine)
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_same_bytes(
+    memorised: Memorised, stats: Path, tmp_path: Path, ortho: Any
+) -> None:
+    sets = (*TUNED, "ortho.layout=compact", "ortho.values=int8")
+    run(memorised, stats, tmp_path / "whole", *sets)
+    out = tmp_path / "stopped"
+    with pytest.raises(Stopped):
+        run(memorised, stats, out, *sets, until=2)
+    assert not out.exists()
+    events: list[Event] = []
+    run(memorised, stats, out, *sets, events=events)
+    for name in ("base.safetensors", "ortho.safetensors", "report.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert ortho("inspect", out, "--verify", "-q").code == 0
+
+
+def test_half_of_a_block_that_a_kill_left_is_done_again(
+    memorised: Memorised, stats: Path, tmp_path: Path
+) -> None:
+    run(memorised, stats, tmp_path / "whole", *TUNED)
+    out = tmp_path / "torn"
+    with pytest.raises(Stopped):
+        run(memorised, stats, out, *TUNED, until=2)
+    journal = next(tmp_path.glob(".torn.ortho*")) / "journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert b'"tuned":true' in lines[-1]
+    journal.write_bytes(b"".join(lines[:-2]))  # two of its seven lines were not written any more
+    run(memorised, stats, out, *TUNED)
+    name = "base.safetensors"
+    assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_without_data_or_a_tuner_it_is_refused(
+    memorised: Memorised, stats: Path, tmp_path: Path, ortho: Any
+) -> None:
+    sets = [word for one in TUNED for word in ("--set", one)]
+    told = ortho("decompose", memorised.model, "-o", tmp_path / "o", "--stats", stats, *sets)
+    assert told.code == 3
+    assert "base.rounding is tuned, and no data are given" in told.err
+    checkpoint = open_checkpoint(memorised.model)
+    settings = recipe.load_recipe(None, list(TUNED))
+    planned = plan.make_plan(checkpoint, settings, statistics=open_statistics(stats))
+    with pytest.raises(RecipeError, match="nothing tunes it"):
+        decompose.decompose(planned, checkpoint, tmp_path / "o")
+    sets = ["--set", "base.rounding=tuned"]
+    told = ortho("decompose", memorised.model, "--dry-run", *sets, "--data", memorised.retain)
+    assert told.code == 3
+    assert "base.rounding is tuned, which needs Gram matrices" in told.err
+
+
+def test_data_that_do_not_fit_are_refused(
+    memorised: Memorised, stats: Path, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(memorised.model)
+
+    def refusal(kind: type[Exception], *sets: str, text: str | None = None) -> str:
+        data = memorised.retain
+        if text is not None:
+            data = tmp_path / "data.jsonl"
+            data.write_text(text)
+        settings = recipe.load_recipe(None, [*TUNED, *sets])
+        planned = plan.make_plan(checkpoint, settings, statistics=open_statistics(stats))
+        with pytest.raises(kind) as caught:
+            tune.open_tuner(planned, checkpoint, data=[data], device="cpu")
+        return f"{caught.value} {caught.value.hint}"  # type: ignore[attr-defined]
+
+    told = refusal(RecipeError, "tune.samples=30")
+    assert "tune.samples is 30, and no multiple of tune.batch 4" in told
+    assert "tune.samples=32" in told
+    pair = '{"prompt": "a", "completion": "b"}\n'
+    assert "1 rows of the data are prompts" in refusal(CalibrationError, text=pair)
+    assert "tune.samples=" in refusal(CalibrationError, "tune.samples=4000")
+
+
+def test_a_length_that_the_model_cannot_read_is_refused(
+    memorised: Memorised, stats: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=r"tune.length is 600 and the model has 512"):
+        run(memorised, stats, tmp_path / "o", *TUNED, "tune.samples=4", "tune.length=600")
+    assert not (tmp_path / "o").exists()
