@@ -243,12 +243,12 @@ class _Job:
             falling = 1.0 - step / settings.steps
             for name, latent in latents.items():
                 parameter = self._parameter(name)
-                assert parameter.grad is not None
-                latent.step(
-                    parameter.grad,
-                    rate=settings.rate * falling,
-                    scale_rate=settings.scale_rate * falling,
-                )
+                if parameter.grad is not None:  # an expert that no token went to has none
+                    latent.step(
+                        parameter.grad,
+                        rate=settings.rate * falling,
+                        scale_rate=settings.scale_rate * falling,
+                    )
                 parameter.grad = None
             self._put({name: latent.value() for name, latent in latents.items()})
 

@@ -52,6 +52,35 @@ def test_blocks_in_turn_are_the_model(model: Any, tokens: Tensor) -> None:
     assert torch.allclose(model.model.norm(hidden), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["Qwen3", "Gemma2", "GPTNeoX", "Bloom", "OPT"])
+def test_blocks_of_other_families_follow_one_another(kind: str, tokens: Tensor) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 48}
+    more = {"intermediate_size": 128, "max_position_embeddings": 64}
+    windows = {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 4}
+    options = {
+        "Qwen3": {**sizes, **more, "num_key_value_heads": 2, "head_dim": 16},
+        "Gemma2": {**sizes, **more, **windows},  # every other block sees a few tokens only
+        "GPTNeoX": {**sizes, **more},
+        "Bloom": {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": 48},
+        "OPT": {**sizes, "ffn_dim": 128, "word_embed_proj_dim": 64, "max_position_embeddings": 64},
+    }[kind]
+    config = getattr(transformers, f"{kind}Config")(**options)
+    made = getattr(transformers, f"{kind}ForCausalLM")(config).train(False).requires_grad_(False)
+    linears = {
+        f"{name}.weight": module
+        for name, module in made.named_modules()
+        if isinstance(module, nn.Linear) and "layers." in f".{name}".replace(".h.", ".layers.")
+    }
+    blocks = Blocks(made, linears, tokens[:2])
+    assert sum(map(len, blocks.names)) == len(linears) >= 12
+    token, channel = blocks.gradients(tokens, seed=0, on_batch=lambda done: None)
+    assert token.shape == (3, 4, LENGTH)
+    assert bool((token[:, :, :-1] > 0).all())
+    assert channel.shape == (3, 64)
+
+
 def test_gradients_are_those_of_labels_that_the_model_drew(model: Any, tokens: Tensor) -> None:
     blocks = blocks_of(model, tokens)
     told: list[int] = []
