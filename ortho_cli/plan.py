@@ -41,7 +41,6 @@ NO_DIGEST = "0" * 64
 # What forgetting holds for each weight of the model: in float32 the model, its gradients, and for
 # unlearn what an attacker moved and Adam's moments; and room for logits, measured.
 FORGET_BYTES = {"isolate": 12, "unlearn": 20}
-TUNE_BYTES = 4  # tuning, the same: the model in bfloat16, and a block of it in float32
 LOGITS_BYTES = 1_600_000_000
 REPACK_BYTES = 80  # for each weight that a tensor keeps, while a compact ortho is encoded; measured
 
@@ -458,12 +457,19 @@ def _peak_bytes(
             t.source.numel for t in tensors
         )
     if recipe.base.rounding == "tuned":
-        held = LOGITS_BYTES + TUNE_BYTES * sum(t.source.numel for t in tensors)
+        held = _tuning_bytes(tensors, recipe.tune.batch * recipe.tune.length)
     work = sum(needs[:workers])
     if recipe.ortho.layout == "compact":  # encoded when the workers are done
         most = max((tensor.k for tensor in tensors), default=0)
         work = max(work, REPACK_BYTES * most + 24 * TILE_ELEMENTS)
     return MODULES_BYTES + TENSOR_BYTES * entries + held + work
+
+
+def _tuning_bytes(tensors: tuple[TensorPlan, ...], tokens: int) -> int:
+    """Bound what a pass back through a model in bfloat16 holds; half again of its activations."""
+    model = 2 * sum(tensor.source.numel for tensor in tensors)
+    features = sum(sum(tensor.source.shape) for tensor in tensors if tensor.reason is None)
+    return model + 3 * tokens * features + LOGITS_BYTES // 2
 
 
 def _buffer_bytes(tensor: TensorPlan, statistics: Statistics | None, compensates: bool) -> int:
