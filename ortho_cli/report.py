@@ -200,6 +200,14 @@ def print_artifact(document: dict[str, Any], *, folder: str) -> None:
         console.print(visible(line), soft_wrap=True)
 
 
+def _rounding_lines(document: dict[str, Any]) -> list[str]:
+    """Say what decibels do not, where codes are not the nearest."""
+    rounding = document["recipe"]["base"]["rounding"]
+    if rounding == "nearest":
+        return []
+    return [f"rounding {rounding}: fewer dB of weights are its price for outputs that err less"]
+
+
 def _curvature_errors(figures: dict[str, Any], *, there: bool) -> tuple[str, str]:
     at_1 = _number(figures.get("curvature_error_alpha_1"), ".3g")
     return _number(figures.get("curvature_error_alpha_0"), ".3g"), at_1 if there else "-"
@@ -228,6 +236,7 @@ def _artifact_lines(document: dict[str, Any], totals: dict[str, Any], folder: st
             f"{_decibels(totals['sqnr_db_alpha_1'], exact=exact)} dB at alpha 1; "
             f"{totals['nnz']:,} weights kept hold {_number(totals['residual_kept'], '.1%')} of "
             f"the squared residual",
+            *_rounding_lines(document),
             *_curvature_lines(document, totals, there=ortho is not None),
             f"source {document['source_digest'][:16]}, plan {document['plan_sha256'][:16]}, "
             f"ortho {document['versions']['ortho']}, torch {document['versions']['torch']}",
@@ -303,6 +312,7 @@ def print_done(document: dict[str, Any]) -> None:
         f"{size(totals['source_bytes'])}; "
         f"SQNR {_decibels(totals['sqnr_db_alpha_0'], exact=exact)} dB at alpha 0, "
         f"{_decibels(totals['sqnr_db_alpha_1'], exact=exact)} dB at alpha 1",
+        *_rounding_lines(document),
         *_split_lines(totals),
         f"{run['seconds']:.1f} s, peak memory {size(run['peak_rss_bytes'])}",
     ):

@@ -147,8 +147,12 @@ def test_decompose_writes_compensated_codes(
     stats, out = pico.parent / "stats.safetensors", pico.parent / "out"
     save_statistics(stats, pico, gram="gradient")
     sets = (*GPTQ, "--set", f"base.scale={scale}", "--set", "ortho.density=0.02")
-    assert ortho("decompose", pico, "-o", out, "--stats", stats, "-q", *sets).code == 0
-    assert ortho("inspect", out, "--verify", "-q").code == 0
+    told = ortho("decompose", pico, "-o", out, "--stats", stats, *sets)
+    assert told.code == 0
+    assert "rounding gptq: fewer dB of weights" in told.err
+    told = ortho("inspect", out, "--verify")
+    assert told.code == 0
+    assert "rounding gptq: fewer dB of weights" in told.err
     streams = load_file(out / "base.safetensors") | load_file(out / "ortho.safetensors")
     grams = load_file(stats)
     for module in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj"):
