@@ -176,11 +176,14 @@ def retain_sequences(
     length: int,
     seed: int,
     asked: str = "calibrate",
+    multiple: int = 1,
 ) -> list[TokenSequence]:
     """Draw `samples` sequences: texts packed to exactly `length` tokens, pairs one by one.
 
     Texts are cut into pieces of about a sequence, shuffled by the seed and joined, with the end
     token where a document ends, until enough are there: nothing else is tokenized.
+
+    `samples` is a multiple of `multiple`, and so is the number that an error proposes.
 
     Raises:
         CalibrationError: the data give fewer, or a pair is longer than `length`.
@@ -202,11 +205,12 @@ def retain_sequences(
             del stream[:length]
     if len(found) < samples:
         tokens = sum(len(sequence.tokens) for sequence in found) + len(stream)
+        enough = len(found) // multiple * multiple
         raise CalibrationError(
             f"the data give {len(found)} sequences of {length} tokens ({tokens} tokens) where "
             f"{samples} are asked for",
-            hint=f"give more data, or --set {asked}.samples={len(found)}"
-            if found
+            hint=f"give more data, or --set {asked}.samples={enough}"
+            if enough
             else f"give more data, or a smaller {asked}.length",
         )
     return found

@@ -294,13 +294,14 @@ class _Job:
         tuned = [name for name, entry in self._work.done.items() if entry.get("tuned")]
         self._stop.clear()  # no worker is left that it was for
         splitter = self._splitter()
-        for found in tuner.tune(self._rounded, tuned, on_event=self._emit):
-            self._work.commit(
-                [
-                    splitter.rewrite(tensors[name], rounded) | {"tuned": True}
-                    for name, rounded in found.items()
-                ]
-            )
+        with interruptible(self._work, total=len(tensors), done="tuned"):
+            for found in tuner.tune(self._rounded, tuned, on_event=self._emit):
+                self._work.commit(
+                    [
+                        splitter.rewrite(tensors[name], rounded) | {"tuned": True}
+                        for name, rounded in found.items()
+                    ]
+                )
         return GrowingSha256(self._base.fd).up_to(self._plan.base.size)
 
     def _rounded(self, name: str) -> Rounded:

@@ -158,7 +158,8 @@ def open_editor(
         if forget or data:
             raise UsageError(
                 f"--{'forget' if forget else 'data'} is given, and ortho.split is {split}",
-                hint="--recipe forget-isolate or forget-unlearn takes secrets out of base",
+                hint="--recipe forget-isolate or forget-unlearn takes secrets out of base"
+                + ("" if forget else "; capability-tuned tunes its rounding on data"),
             )
         return None
     if not forget:

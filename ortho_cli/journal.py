@@ -353,8 +353,17 @@ class WorkFolder:
 
 
 @contextlib.contextmanager
-def interruptible(work: WorkFolder, *, total: int, what: str = "tensors") -> Iterator[None]:
-    """Turn Ctrl-C into an error that says how to go on."""
+def interruptible(
+    work: WorkFolder, *, total: int, what: str = "tensors", done: str = "finished"
+) -> Iterator[None]:
+    """Turn Ctrl-C into an error that says how to go on.
+
+    Args:
+        work: what is interrupted.
+        total: lines of its journal when all is done.
+        what: each of them stands for.
+        done: what has happened to it; other than finished, where its line holds that key.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -362,9 +371,9 @@ def interruptible(work: WorkFolder, *, total: int, what: str = "tensors") -> Ite
             raise Interrupted(
                 f"interrupted when `{work.out}` was complete", hint="nothing is left to do"
             ) from None
-        done = len(work.done)
+        count = sum(done == "finished" or done in entry for entry in work.done.values())
         raise Interrupted(
-            f"interrupted with {done} of {total} {what} finished",
+            f"interrupted with {count} of {total} {what} {done}",
             hint="repeat the same command to go on from there"
             if work.useful
             else "nothing was finished; nothing is left behind",

@@ -327,6 +327,7 @@ def open_tuner(
         length=settings.length,
         seed=settings.seed,
         asked="tune",
+        multiple=settings.batch,
     )
     return Tuner(
         plan=plan,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ortho_cli import decompose, models, ops, plan, recipe, tune
 from ortho_cli.checkpoint import open_checkpoint
-from ortho_cli.errors import CalibrationError, RecipeError
+from ortho_cli.errors import CalibrationError, Interrupted, RecipeError
 from ortho_cli.events import Event, Step
 from ortho_cli.split import Rounded
 from ortho_cli.statistics import open_statistics
@@ -54,6 +54,7 @@ def run(
     out: Path,
     *sets: str,
     until: int | None = None,
+    by: type[BaseException] = Stopped,
     events: list[Event] | None = None,
 ) -> dict[str, Any]:
     checkpoint = open_checkpoint(memorised.model)
@@ -65,7 +66,7 @@ def run(
     def watch(event: Event) -> None:
         told.append(event)
         if isinstance(event, Step) and event.name.startswith("tune") and event.number == until:
-            raise Stopped
+            raise by
 
     return decompose.decompose(planned, checkpoint, out, tuner=tuner, on_event=watch)
 
@@ -187,6 +188,13 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bytes(
     assert ortho("inspect", out, "--verify", "-q").code == 0
 
 
+def test_ctrl_c_says_how_much_is_tuned(memorised: Memorised, stats: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted) as caught:
+        run(memorised, stats, tmp_path / "out", *TUNED, until=2, by=KeyboardInterrupt)
+    assert caught.value.message == "interrupted with 7 of 14 tensors tuned"
+    assert caught.value.hint == "repeat the same command to go on from there"
+
+
 def test_half_of_a_block_that_a_kill_left_is_done_again(
     memorised: Memorised, stats: Path, tmp_path: Path
 ) -> None:
@@ -243,6 +251,7 @@ def test_data_that_do_not_fit_are_refused(
     pair = '{"prompt": "a", "completion": "b"}\n'
     assert "1 rows of the data are prompts" in refusal(CalibrationError, text=pair)
     assert "tune.samples=" in refusal(CalibrationError, "tune.samples=4000")
+    assert "tune.samples=4" in refusal(CalibrationError, "tune.length=400", "tune.samples=400")
 
 
 def test_a_length_that_the_model_cannot_read_is_refused(
