@@ -79,6 +79,12 @@ def read_rows(files: Iterable[Path]) -> tuple[list[Row], str]:
     return rows, digest.hexdigest()
 
 
+def stamps(files: Iterable[Path]) -> list[list[Any]]:
+    """Tell files from others by name, size in bytes and time: a digest gives short secrets away."""
+    told = [(path.name, path.stat()) for path in files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in told]
+
+
 def read_values(path: Path) -> tuple[Iterator[tuple[Any, str]], bytes]:
     """Read one file row by row, whatever its rows hold; a .txt is one row with a `text`.
 

@@ -13,7 +13,7 @@ import torch
 from ortho_cli import forget_set, models
 from ortho_cli.checkpoint import Checkpoint
 from ortho_cli.curvature import CurvatureReader
-from ortho_cli.data import Row, Text, read_rows, retain_sequences
+from ortho_cli.data import Row, Text, read_rows, retain_sequences, stamps
 from ortho_cli.edits import Edits
 from ortho_cli.errors import CalibrationError, RecipeError, UsageError
 from ortho_cli.events import EventSink, Finishing, Noted, null_sink
@@ -42,9 +42,8 @@ class ForgetEditor:
 
     @property
     def identity(self) -> Any:
-        """Files that were read, by name, size and time: a digest would give short secrets away."""
-        told = [(path.name, path.stat()) for path in self.files]
-        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in told] + [self.device.type]
+        """What edits depend on beside plan and source, as JSON."""
+        return [*stamps(self.files), self.device.type]
 
     def find(
         self, folder: Path, *, curvature: CurvatureReader, on_event: EventSink = null_sink

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from ortho_cli import models, ops
 from ortho_cli.blocks import Blocks
 from ortho_cli.checkpoint import Checkpoint
-from ortho_cli.data import Text, read_rows, retain_sequences
+from ortho_cli.data import Text, read_rows, retain_sequences, stamps
 from ortho_cli.errors import CalibrationError, RecipeError
 from ortho_cli.events import EventSink, Finishing, Noted, Step, null_sink
 from ortho_cli.plan import Plan
@@ -111,8 +111,7 @@ class Tuner:
     @property
     def identity(self) -> Any:
         """What the result depends on beside plan and source, as JSON."""
-        told = [(path.name, path.stat()) for path in self.files]
-        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in told] + [self.device.type]
+        return [*stamps(self.files), self.device.type]
 
     def tune(
         self, start: Start, tuned: Collection[str], *, on_event: EventSink = null_sink
