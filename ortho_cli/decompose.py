@@ -273,6 +273,8 @@ class _Job:
         for tensor in plan.tensors:
             if tensor.name in done and not self._is_intact(done[tensor.name]):
                 del done[tensor.name]
+        for name in _torn(done):
+            del done[name]
         self._emit(
             Started(
                 tensors=len(plan.tensors),
@@ -287,8 +289,9 @@ class _Job:
     def tune(self, tuner: Tuner) -> str:
         """Put codes and scales in place of those that splitting found; return base's SHA-256.
 
-        Journal lines of a block are written together, behind its data: a kill between leaves bytes
-        that their old lines do not fit, and those tensors are split again.
+        A block's journal lines are written together, behind its data, and each says how many there
+        are. A kill before leaves bytes that the old lines do not fit, one between them lines of a
+        part of the block: either way the next run splits those tensors again, and tunes them.
         """
         tensors = {tensor.name: tensor for tensor in self._plan.split}
         tuned = [name for name, entry in self._work.done.items() if entry.get("tuned")]
@@ -296,9 +299,10 @@ class _Job:
         splitter = self._splitter()
         with interruptible(self._work, total=len(tensors), done="tuned"):
             for found in tuner.tune(self._rounded, tuned, on_event=self._emit):
+                told = {"tuned": [min(found), len(found)]}
                 self._work.commit(
                     [
-                        splitter.rewrite(tensors[name], rounded) | {"tuned": True}
+                        splitter.rewrite(tensors[name], rounded) | told
                         for name, rounded in found.items()
                     ]
                 )
@@ -474,6 +478,20 @@ class _Job:
             work.write_file(REPORT_FILE, pretty_json(report))
         except OSError as error:
             raise unwritable(work.artifact, error) from error
+
+
+def _torn(done: dict[str, Entry]) -> list[str]:
+    """Find tuned tensors of blocks that are not tuned as a whole."""
+    blocks: dict[str, list[str]] = {}
+    for name, entry in done.items():
+        if "tuned" in entry:
+            blocks.setdefault(canonical_json(entry["tuned"]), []).append(name)
+    return [
+        name
+        for block, names in blocks.items()
+        if block != canonical_json([min(names), len(names)])
+        for name in names
+    ]
 
 
 class _Frontier:

@@ -16,7 +16,8 @@ is passed straight through to l. Both learn by sign descent, with rates that fal
 
 l begins at the source's weight, but inside what rounds to GPTQ's code, whose errors make up for
 each other. Weights that ortho keeps are the source's throughout, and count as exact. A block that
-ends worse than it began, over all of the data, keeps the codes and scales that it began with.
+ends worse than it began, over all of the data, begins again with a quarter of the rates, and if
+that is no better keeps the codes and scales that it had.
 
 Sources: sign descent on rounding, block by block, with inputs of quantized blocks: SignRound (Cheng
 et al. 2023, arXiv:2309.05516), the method of AutoRound, which begins at the nearest code, weighs
@@ -45,6 +46,7 @@ from ortho_cli.settings import Tune
 from ortho_cli.split import Rounded
 
 REACH = 0.48  # from a code to the latents that begin there: on the way to the next, not at its door
+RATES = (1.0, 0.25)  # shares of them; the second where the first made a block worse
 LIMIT = 0.499  # how far beyond the last code a latent may be
 
 
@@ -148,11 +150,15 @@ class Tuner:
         job = _Job(blocks, linears, bits, tokens, settings)
         for number, names in enumerate(blocks.names):
             on_event(Step(name=f"tune: {job.told}", number=number + 1, of=len(blocks)))
-            known = {name: start(name) for name in names}
+            known = {name: _on(self.device, start(name)) for name in names}
             done = all(name in tuned for name in names)
             found = job.tune(number, known, None if done else weights.of(number))
             if not done:
-                yield found
+                yield {name: _on(torch.device("cpu"), rounded) for name, rounded in found.items()}
+
+
+def _on(device: torch.device, rounded: Rounded) -> Rounded:
+    return Rounded(*(part.to(device) for part in rounded))
 
 
 class _Weights:
@@ -205,21 +211,19 @@ class _Job:
         wanted, _ = self._forward(number, self._ideal, None, None)
         self._put({name: value_of(found, source[name]) for name, found in start.items()})
         outputs, before = self._forward(number, self._inputs, wanted, weights)
-        found = start
-        if weights is not None and start:
+        found, error = start, before
+        for share in RATES if weights is not None and start else ():
             latents = {
                 name: Latent(source[name], start[name], bits=self._bits[name]) for name in start
             }
-            for parameter in parameters.values():
-                parameter.requires_grad_(True)
-            self._learn(number, latents, wanted, weights)
-            for parameter in parameters.values():
-                parameter.requires_grad_(False)
+            self._learn(number, latents, wanted, weights, share)
             learned, after = self._forward(number, self._inputs, wanted, weights)
             if after < before:
-                outputs = learned
+                outputs, error = learned, after
                 found = {name: latent.rounded() for name, latent in latents.items()}
-            self.told = f"error of block {number + 1} was {before:.3g}, is {min(before, after):.3g}"
+                break
+        if weights is not None:
+            self.told = f"error of block {number + 1} was {before:.3g}, is {error:.3g}"
         self._ideal, self._inputs = wanted, outputs
         return found
 
@@ -228,9 +232,16 @@ class _Job:
         number: int,
         latents: dict[str, Latent],
         wanted: Tensor,
-        weights: tuple[Tensor, Tensor],
+        weights: tuple[Tensor, Tensor] | None,
+        share: float,
     ) -> None:
+        """Take all steps, with that share of the rates; the block holds what was learnt then."""
+        assert weights is not None
         settings = self._settings
+        parameters = [self._parameter(name) for name in latents]
+        self._put({name: latent.value() for name, latent in latents.items()})
+        for parameter in parameters:
+            parameter.requires_grad_(True)
         generator = torch.Generator().manual_seed(settings.seed + number)
         order: list[int] = []
         for step in range(settings.steps):
@@ -239,7 +250,7 @@ class _Job:
             chosen = [order.pop() for _ in range(settings.batch)]
             error = _error(self._blocks(number, self._inputs[chosen]), wanted, weights, chosen)
             error.backward()  # type: ignore[no-untyped-call]
-            falling = 1.0 - step / settings.steps
+            falling = share * (1.0 - step / settings.steps)
             for name, latent in latents.items():
                 parameter = self._parameter(name)
                 if parameter.grad is not None:  # an expert that no token went to has none
@@ -250,6 +261,8 @@ class _Job:
                     )
                 parameter.grad = None
             self._put({name: latent.value() for name, latent in latents.items()})
+        for parameter in parameters:
+            parameter.requires_grad_(False)
 
     @torch.no_grad()
     def _forward(

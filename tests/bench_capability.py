@@ -211,8 +211,10 @@ def main() -> None:
         divergence, nll = judge(weights_of(folder))
         error = divergence.std() / math.sqrt(len(divergence))
         perplexity = math.exp((judge.nll + (nll - judge.nll)).mean())
+        mean = float(divergence.mean())
+        digits = 4 if mean >= 0.01 else 6
         print(
-            f"| {name} | {bits:.3f} | {divergence.mean():.4f} | {error:.4f} | {perplexity:.2f} | "
+            f"| {name} | {bits:.3f} | {mean:.{digits}f} | {error:.{digits}f} | {perplexity:.2f} | "
             f"{seconds:.0f} | {rss / 1e6:,.0f} |",
             flush=True,
         )

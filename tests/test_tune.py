@@ -157,6 +157,7 @@ def test_tuning_brings_the_model_nearer_to_the_source(
     changed = {key for key in mine if not torch.equal(mine[key], other[key])}
     assert changed
     assert all(key.endswith(("weight_packed", "weight_scale")) for key in changed)
+    assert {key.split(".")[2] for key in changed} == {"0", "1"}  # both blocks
     steps = [event for event in events if isinstance(event, Step)]
     assert [s.number for s in steps if s.name.startswith("tune")] == [1, 2]
     assert report["recipe"]["tune"]["samples"] == 32
@@ -201,14 +202,14 @@ def test_half_of_a_block_that_a_kill_left_is_done_again(
     run(memorised, stats, tmp_path / "whole", *TUNED)
     out = tmp_path / "torn"
     with pytest.raises(Stopped):
-        run(memorised, stats, out, *TUNED, until=2)
+        run(memorised, stats, out, *TUNED, until=2)  # one block is tuned, and changed by it
     journal = next(tmp_path.glob(".torn.ortho*")) / "journal"
     lines = journal.read_bytes().splitlines(keepends=True)
-    assert b'"tuned":true' in lines[-1]
+    assert all(b'"tuned":' in line for line in lines[-7:])
     journal.write_bytes(b"".join(lines[:-2]))  # two of its seven lines were not written any more
     run(memorised, stats, out, *TUNED)
-    name = "base.safetensors"
-    assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for name in ("base.safetensors", "report.json"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_without_data_or_a_tuner_it_is_refused(
