@@ -311,10 +311,8 @@ class _Job:
     def _rounded(self, name: str) -> Rounded:
         """Read a weight as base and ortho have it."""
         tensor = next(tensor for tensor in self._plan.split if tensor.name == name)
-        written, (rows, columns) = (
-            ReadBack(self._plan, self._base, self._ortho),
-            tensor.source.shape,
-        )
+        rows, columns = tensor.source.shape
+        written = ReadBack(self._plan, self._base, self._ortho)
         packed, scales = written.base_rows(tensor, 0, rows)
         crow, column = written.positions(tensor)
         kept = torch.zeros(rows, columns, dtype=torch.bool)
