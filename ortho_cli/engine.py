@@ -20,9 +20,9 @@ from ortho_cli.errors import (
     RecipeError,
     UsageError,
 )
-from ortho_cli.kernels import Alpha
 from ortho_cli.layers import OrthoLinear
 from ortho_cli.modelfile import identity, load_module, save_module, source_digest
+from ortho_cli.operands import Alpha
 from ortho_cli.selection import IGNORED, is_embedding, not_by_default
 from ortho_cli.settings import GROUP_SIZES, Recipe, matches
 from ortho_cli.streams import is_conv1d

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import warnings
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +29,7 @@ from torch.nn import functional
 
 from ortho_cli import ops
 from ortho_cli.errors import ArtifactError, UsageError
-
-Alpha = float | Tensor
+from ortho_cli.operands import Alpha, Base, Ortho, Packed
 
 PACKED_ROWS = 64  # above, unpacking tiles is as fast or faster, and exact
 PACKED_GROUPS = (32, 64, 128, 256)  # group sizes torch's kernel takes
@@ -38,35 +37,6 @@ PACKED_MULTIPLE = 16  # of out_features, likewise
 TILE_ELEMENTS = 1 << 20  # weights unpacked at a time: fits the L2 cache
 
 NO_ORTHO = "put ortho.safetensors back, or set alpha to 0"
-
-
-class Packed(NamedTuple):
-    """Base as torch's INT4 kernel wants it."""
-
-    codes: Tensor  # uint8 (out, in / 2), permuted; 4 bits each, whatever base has
-    scales_and_zeros: Tensor  # (groups, out, 2) of the scales' dtype
-
-
-class Base(NamedTuple):
-    """The dense stream of one layer."""
-
-    weight_packed: Tensor  # int32 (out, in bits / 32)
-    weight_scale: Tensor  # (out, groups)
-    prepared: Packed | None = None
-    bits: int = 4  # of a code, 3 or 4
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.weight_packed.shape[0], self.weight_packed.shape[1] * 32 // self.bits
-
-
-class Ortho(NamedTuple):
-    """The sparse stream of one layer: values - dequantize(base) at the kept positions."""
-
-    crow_indices: Tensor  # int32 or int64 (out + 1,)
-    col_indices: Tensor  # int32 (nnz,)
-    residual: Tensor  # float32 (nnz,)
 
 
 def prepare(base: Base) -> Packed | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ortho_cli import kernels
 from ortho_cli.errors import ArtifactError, UsageError
-from ortho_cli.kernels import Alpha, Base, Ortho, Packed
+from ortho_cli.operands import Alpha, Base, Ortho, Packed
 from ortho_cli.streams import (
     BASE_PARTS,
     ORTHO_PARTS,

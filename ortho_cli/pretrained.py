@@ -19,10 +19,10 @@ from ortho_cli import artifact, kernels
 from ortho_cli.artifact import CONFIG_FILE, Artifact
 from ortho_cli.engine import set_alpha
 from ortho_cli.errors import ArtifactError
-from ortho_cli.kernels import Alpha
 from ortho_cli.layers import OrthoLinear
 from ortho_cli.modelfile import empty_layer, fill_ortho
 from ortho_cli.models import quiet_transformers
+from ortho_cli.operands import Alpha
 from ortho_cli.streams import is_conv1d, is_plain_linear
 
 METHOD = "ortho"
