@@ -2,16 +2,19 @@
 
     W(alpha) = dequantize(base) + alpha * ortho
 
-Two forms of one product, chosen by what was measured (4096 x 4096, bfloat16, 2 cores):
+Three forms of one product. On the CPU, two are chosen between by what was measured (4096 x 4096,
+bfloat16, 2 cores):
 
 * **packed** (CPU, bfloat16 throughout, few rows): torch's INT4 kernel reads the codes as they are;
   30 times faster than unpacking at one row, level with it near 128. It multiplies q * scale before
   that is rounded to the scales' dtype, and rounds its own result to x's, so it is within one more
   rounding of x's dtype of the exact form. In float16 and float32 it is slower than tiles. Codes of
   3 bits are given to it as codes of 4, which hold them, and take a third more memory there.
-* **tiles** (everything else, and CUDA): some rows at a time become the very weights that a reader
-  of base sees, ortho is added in place, and a dense product follows. The CUDA side of this is plain
-  torch, written for reference and not yet run.
+* **tiles** (everything else): some rows at a time become the very weights that a reader of base
+  sees, ortho is added in place, and a dense product follows.
+* **fused** (CUDA, where Triton 3.3 or later is installed, for what `fused.takes`: codes of 4 bits):
+  nothing is unpacked to memory. Written against Triton's interpreter and not yet run on a card; nor
+  are tiles.
 
 The sparse product is a CSR matrix-vector product for one row, `embedding_bag` for more.
 """
@@ -21,6 +24,8 @@ from __future__ import annotations
 import math
 import warnings
 from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,6 +40,7 @@ PACKED_ROWS = 64  # above, unpacking tiles is as fast or faster, and exact
 PACKED_GROUPS = (32, 64, 128, 256)  # group sizes torch's kernel takes
 PACKED_MULTIPLE = 16  # of out_features, likewise
 TILE_ELEMENTS = 1 << 20  # weights unpacked at a time: fits the L2 cache
+TRITON = (3, 3)  # the first version that compiled the fused kernels
 
 NO_ORTHO = "put ortho.safetensors back, or set alpha to 0"
 
@@ -113,12 +119,13 @@ def dual_linear(
         alpha: a float in [0, 1], or a tensor (x.shape[0],) with one for each batch row. 0, or
             zeros only, touches nothing of ortho.
     Returns:
-        (..., out) of x's dtype; accumulated in float32 and rounded once in the tile form. Under
-        autocast, of autocast's dtype, as `nn.Linear` gives it.
+        (..., out) of x's dtype; accumulated in float32 and rounded once, but in the packed form.
+        Under autocast, of autocast's dtype, as `nn.Linear` gives it.
     Raises:
         UsageError: alpha is no number in [0, 1], or not one for each row; x has other columns.
         ArtifactError: alpha is not 0 and there is no ortho.
-    Differentiable in x and bias, once; not in the streams.
+    Differentiable in x and bias, once; not in the streams. One alpha for the whole batch can be
+    captured in a CUDA graph; a tensor of them is checked here, which waits for the device.
     """
     alpha = check_alpha(alpha)
     rows, columns = base.shape
@@ -191,6 +198,10 @@ def _forward(
 ) -> Tensor:
     if not x.shape[0]:
         return x.new_zeros((0, base.shape[0]))
+    fused = _fused(x.device.type)
+    if fused is not None and fused.takes(x, base):
+        product: Tensor = fused.product(x, base, ortho, bias, alpha)
+        return product
     if (
         base.prepared is not None
         and x.shape[0] <= PACKED_ROWS
@@ -208,11 +219,28 @@ def _forward(
     else:
         y, ortho = _tiled_product(x, base, ortho, alpha, torch.float32), None
     if ortho is not None:
-        product = _sparse_product(x, ortho, base.shape)
-        y += product.mul_(alpha.unsqueeze(-1) if isinstance(alpha, Tensor) else alpha)
+        sparse = _sparse_product(x, ortho, base.shape)
+        y += sparse.mul_(alpha.unsqueeze(-1) if isinstance(alpha, Tensor) else alpha)
     if bias is not None:
         y += bias
     return y.to(x.dtype)
+
+
+@cache
+def _fused(kind: str) -> ModuleType | None:
+    """Find the kernels for a kind of device.
+
+    None where there are none, Triton is missing, or older than what they were compiled with.
+    """
+    if kind != "cuda" or find_spec("triton") is None:
+        return None
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < TRITON:
+        return None
+    from ortho_cli import fused
+
+    return fused
 
 
 def _packed_product(x: Tensor, base: Base) -> Tensor:

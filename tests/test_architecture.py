@@ -18,6 +18,7 @@ LAYERS = [
     ["recipe", "ops", "data", "capture", "estimates", "figures", "grammar", "verdict"],
     ["checkpoint", "scales", "compensate", "forget_set"],
     ["operands"],
+    ["fused"],
     ["kernels", "streams"],
     ["layers", "compact"],
     ["journal"],
@@ -111,7 +112,7 @@ def test_torch_is_imported_only_where_tensors_are_computed() -> None:
         *("source", "foreign", "dense", "gguf_source", "convert"),
         *("scoring", "evaluate", "grid", "isolate", "unlearn", "forget", "blocks", "tune"),
         *("compact", "kept", "readback", "repack"),
-        *("operands", "kernels", "streams", "layers", "modelfile", "engine", "pretrained"),
+        *("operands", "fused", "kernels", "streams", "layers", "modelfile", "engine", "pretrained"),
         *("attacks", "controls", "bench_data", "bench"),
     }
     for module in ("errors", "events", "recipe", "checkpoint", "journal", "writer", "artifact"):
