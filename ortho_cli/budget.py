@@ -17,7 +17,7 @@ import torch
 
 from ortho_cli import ops
 from ortho_cli.checkpoint import Checkpoint, ShardReader
-from ortho_cli.curvature import CurvatureReader
+from ortho_cli.curvature import Curvature
 from ortho_cli.errors import RecipeError
 from ortho_cli.events import Advanced, EventSink, Noted, Started, null_sink
 from ortho_cli.ops import as_bytes
@@ -25,6 +25,7 @@ from ortho_cli.plan import Plan, TensorPlan, make_plan, tile_rows
 from ortho_cli.selection import tensor_settings
 from ortho_cli.settings import GROUP_SIZES, Recipe
 from ortho_cli.split import TORCH_DTYPES
+from ortho_cli.statistics import StatisticsReader
 from ortho_cli.streams import base_scales
 
 BINS = 1 << 15
@@ -54,7 +55,7 @@ def survey(
         reader = stack.enter_context(contextlib.closing(ShardReader(checkpoint)))
         curvature = None
         if plan.statistics is not None:
-            curvature = stack.enter_context(contextlib.closing(CurvatureReader(plan.statistics)))
+            curvature = stack.enter_context(contextlib.closing(StatisticsReader(plan.statistics)))
         scratch = ops.Scratch()
         for tensor in plan.split:
             found[tensor.name] = _count(plan, tensor, reader, curvature, scratch, on_event)
@@ -65,7 +66,7 @@ def _count(
     plan: Plan,
     tensor: TensorPlan,
     reader: ShardReader,
-    curvature: CurvatureReader | None,
+    curvature: StatisticsReader | None,
     scratch: ops.Scratch,
     on_event: EventSink,
 ) -> Counts:
@@ -73,7 +74,7 @@ def _count(
     dtype = TORCH_DTYPES[tensor.source.dtype]
     step = tile_rows(tensor.source.shape)
     counts = np.zeros(BINS, np.int64)
-    near = curvature.open(tensor.name) if curvature else None
+    near = Curvature(curvature, tensor.name) if curvature else None
     for row in range(0, rows, step):
         scratch.reset()
         raw = scratch((min(step, rows - row), columns), dtype)

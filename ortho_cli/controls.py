@@ -16,6 +16,7 @@ from ortho_cli import ops
 from ortho_cli.errors import ArtifactError
 from ortho_cli.kernels import NO_ORTHO
 from ortho_cli.layers import OrthoLinear
+from ortho_cli.topk import TopK
 
 Kind = Literal["random", "magnitude"]
 KINDS: tuple[Kind, ...] = ("random", "magnitude")
@@ -84,7 +85,7 @@ def control_codes(codes: Tensor, scales: Tensor, *, count: int, kind: Kind, seed
         flat[places[torch.randperm(there, generator=generator)[:count]]] = 0
     elif count:
         size = ops.dequantize(codes, scales.cpu()).abs_().view(-1)
-        top = ops.TopK(count, length=size.numel(), stretch=size.numel(), payloads=[])
+        top = TopK(count, length=size.numel(), stretch=size.numel(), payloads=[])
         top.push(size.numpy(), [], start=0)
         flat[torch.from_numpy(top.finish()[0].copy()).long()] = 0
     return found

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,76 +11,19 @@ from torch import Tensor
 
 from ortho_cli import ops
 from ortho_cli.artifact import module_of
-from ortho_cli.checkpoint import ShardReader, TensorInfo
-from ortho_cli.errors import CalibrationError, CheckpointError
+from ortho_cli.checkpoint import TensorInfo
+from ortho_cli.errors import CalibrationError
 from ortho_cli.ops import Empty, as_bytes
-from ortho_cli.statistics import GRAM, Statistics, changed_tensor
+from ortho_cli.statistics import GRAM, StatisticsReader
 
 # Rows that are held against their columns at a time: what is copied stays small.
 GRAM_ROWS = 256
 
 
-class CurvatureReader:
-    """Opens the curvature of any tensor; threads may share it."""
-
-    def __init__(self, statistics: Statistics) -> None:
-        """Open the file, which must still be the one whose header was read."""
-        self.statistics = statistics
-        self.infos = statistics.infos
-        with _ours():
-            self._reader = ShardReader(statistics.as_checkpoint())
-
-    def open(self, name: str) -> Curvature:
-        """Begin one pass over the curvature of the weight `name`."""
-        return Curvature(self, name)
-
-    def gram(self, name: str) -> Tensor:
-        """Read the full input Gram matrix of the weight `name`, and check it.
-
-        Returns:
-            (in, in) float32, finite, exactly symmetric, with a diagonal >= 0; positive
-            semidefinite up to rounding. A column that is 0 throughout is an input that never was
-            anything else.
-        Raises:
-            CalibrationError: the file has none, or it is damaged; names the tensor and the place.
-        """
-        key, path = module_of(name) + GRAM, self.statistics.path
-        tensor = self.infos.get(key)
-        if tensor is None:
-            raise CalibrationError(
-                f"`{path}` holds no input Gram matrix of `{name}`",
-                hint="ortho calibrate MODEL --data FILE --gram full",
-            )
-        values = torch.empty(tensor.shape, dtype=torch.float32)
-        self.read(as_bytes(values), tensor)
-        if (wrong := _no_gram(values)) is not None:
-            raise CalibrationError(
-                f"tensor `{key}` of `{path}` holds {wrong}", hint="calibrate again"
-            )
-        digest = blake3(as_bytes(values)).hexdigest()
-        if digest != self.statistics.digests[key]:
-            raise changed_tensor(self.statistics, key, digest)
-        return values
-
-    def read(self, buffer: memoryview, tensor: TensorInfo, *, start: int = 0) -> None:
-        """Fill `buffer` with the tensor's bytes from `start` on."""
-        with _ours():
-            self._reader.read_into(buffer, tensor, start=start)
-
-    def check_unchanged(self) -> None:
-        """Raise if the file was written to since its header was read."""
-        with _ours():
-            self._reader.check_unchanged()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._reader.close()
-
-
 class Curvature:
     """One pass over the curvature of one weight, in order; what has (in,) or (out,) is held."""
 
-    def __init__(self, reader: CurvatureReader, name: str) -> None:
+    def __init__(self, reader: StatisticsReader, name: str) -> None:
         """Read what is small, and check it."""
         self._reader, self._name = reader, name
         self._digest = blake3()
@@ -145,21 +87,17 @@ class Curvature:
         self._reader.read(as_bytes(values), tensor)
         if not ops.is_curvature(values):
             raise self._no_curvature(tensor, values, 0)
-        self._compare(tensor, blake3(as_bytes(values)).hexdigest())
+        self._reader.compare(tensor, blake3(as_bytes(values)).hexdigest())
         return values
 
     def finish(self) -> None:
         """Hold the bytes of the whole pass against the file's own digest."""
         if self._columns is None and self._full is not None:
-            self._compare(self._full, self._digest.hexdigest())
+            self._reader.compare(self._full, self._digest.hexdigest())
 
     def check_source(self, digest: str) -> None:
         """Hold the weight that was read against the one that was measured."""
         self._reader.statistics.check_source(self._name, digest)
-
-    def _compare(self, tensor: TensorInfo, digest: str) -> None:
-        if digest != self._reader.statistics.digests[tensor.name]:
-            raise changed_tensor(self._reader.statistics, tensor.name, digest)
 
     def _no_curvature(self, tensor: TensorInfo, values: Tensor, start: int) -> CalibrationError:
         flat = values.reshape(-1).float()
@@ -170,6 +108,31 @@ class Curvature:
             f"{flat[first].item()} at {[int(i) for i in index]}; curvature is finite and >= 0",
             hint="calibrate again",
         )
+
+
+def gram_of(reader: StatisticsReader, name: str) -> Tensor:
+    """Read the full input Gram matrix of the weight `name`, and check it.
+
+    Returns:
+        (in, in) float32, finite, exactly symmetric, with a diagonal >= 0; positive
+        semidefinite up to rounding. A column that is 0 throughout is an input that never was
+        anything else.
+    Raises:
+        CalibrationError: the file has none, or it is damaged; names the tensor and the place.
+    """
+    key, path = module_of(name) + GRAM, reader.statistics.path
+    tensor = reader.infos.get(key)
+    if tensor is None:
+        raise CalibrationError(
+            f"`{path}` holds no input Gram matrix of `{name}`",
+            hint="ortho calibrate MODEL --data FILE --gram full",
+        )
+    values = torch.empty(tensor.shape, dtype=torch.float32)
+    reader.read(as_bytes(values), tensor)
+    if (wrong := _no_gram(values)) is not None:
+        raise CalibrationError(f"tensor `{key}` of `{path}` holds {wrong}", hint="calibrate again")
+    reader.compare(tensor, blake3(as_bytes(values)).hexdigest())
+    return values
 
 
 def _no_gram(values: Tensor) -> str | None:
@@ -205,16 +168,3 @@ def _root(values: Tensor, empty: Empty) -> Tensor:
 
 def _dtype(tensor: TensorInfo) -> torch.dtype:
     return torch.bfloat16 if tensor.dtype == "BF16" else torch.float32
-
-
-@contextmanager
-def _ours() -> Iterator[None]:
-    """Say of a statistics file what `ShardReader` says of a checkpoint."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CalibrationError(error.message, hint=error.hint) from None
-    except OSError as error:
-        raise CalibrationError(
-            f"cannot read `{error.filename}`: {error.strerror}", hint="give --stats a file"
-        ) from None

@@ -11,15 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import torch
-
-from ortho_cli import __version__, artifact, ops
+from ortho_cli import __version__, artifact
 from ortho_cli.artifact import (
     BASE_FILE,
     CONFIG_FILE,
@@ -29,9 +27,7 @@ from ortho_cli.artifact import (
     canonical_json,
     pretty_json,
 )
-from ortho_cli.budget import settle
 from ortho_cli.checkpoint import Checkpoint, Shard, ShardReader
-from ortho_cli.curvature import CurvatureReader
 from ortho_cli.edits import Edits, count, load_edits, save_edits
 from ortho_cli.errors import RecipeError
 from ortho_cli.events import EventSink, Finishing, Noted, Started, null_sink
@@ -39,12 +35,13 @@ from ortho_cli.journal import WorkFolder, interruptible, recover, unwritable
 from ortho_cli.output import check_output, check_space, files_of, resolve_output
 from ortho_cli.plan import Plan, TensorPlan
 from ortho_cli.quantization import index
-from ortho_cli.readback import ReadBack
-from ortho_cli.repack import Repacker
-from ortho_cli.split import Entry, Reference, Rounded, Splitter, is_sound
-from ortho_cli.statistics import check_model
+from ortho_cli.statistics import StatisticsReader, check_model
 from ortho_cli.summary import make_config, make_report
+from ortho_cli.worker import Entry, Reference, Results, at_work, is_sound, shape_bytes
 from ortho_cli.writer import DataFile, GrowingSha256, plan_layout
+
+if TYPE_CHECKING:  # to import torch takes longer than to decompose a billion weights
+    from ortho_cli.split import Rounded, Splitter
 
 # How often finished tensors are made durable: a kill costs at most this much work.
 COMMIT_SECONDS = 0.5
@@ -52,8 +49,6 @@ COMMIT_SECONDS = 0.5
 SWITCH_SECONDS = 0.0002
 
 EDITS_FILE = "edits.npz"
-
-Results = SimpleQueue[Entry | BaseException]
 
 
 class Editor(Protocol):
@@ -63,7 +58,7 @@ class Editor(Protocol):
     def identity(self) -> Any:
         """What its edits depend on beside plan and source, as JSON."""
 
-    def find(self, folder: Path, *, curvature: CurvatureReader, on_event: EventSink) -> Edits:
+    def find(self, folder: Path, *, curvature: StatisticsReader, on_event: EventSink) -> Edits:
         """Find the edits; unfinished work may be kept in `folder` and gone on with."""
 
 
@@ -120,7 +115,10 @@ def decompose(
     sources = files_of(checkpoint, *plan.inputs)
     check_output(out, sources, force=force, is_ours=artifact.is_artifact)
     check_space(plan.bytes_on_disk, out)
-    plan = settle(plan, checkpoint, on_event=on_event)
+    if plan.recipe.ortho.budget == "global" and plan.kept is None:
+        from ortho_cli.budget import settle
+
+        plan = settle(plan, checkpoint, on_event=on_event)
     if plan.statistics is not None:
         check_model(plan.statistics, checkpoint, [tensor.source for tensor in plan.split])
     identity = _identity(plan, checkpoint, editor, tuner)
@@ -131,11 +129,11 @@ def decompose(
         measured = plan.statistics is not None
         return tensor is not None and is_sound(entry, tensor, curvature=measured)
 
-    curvature: CurvatureReader | None = None
+    curvature: StatisticsReader | None = None
     reference: Reference | None = None
     reader = ShardReader(checkpoint)
     try:
-        curvature = CurvatureReader(plan.statistics) if plan.statistics else None
+        curvature = StatisticsReader(plan.statistics) if plan.statistics else None
         reference = Reference(plan.reference) if plan.reference else None
         with (
             WorkFolder(out, identity=identity, force=force, is_sound=is_known) as work,
@@ -145,7 +143,7 @@ def decompose(
             if editor is not None and curvature is not None:
                 edits = _find_edits(plan, editor, work, curvature, on_event)
             job = _Job(plan, checkpoint, reader, curvature, reference, edits, work, on_event)
-            with _many_small_operations():
+            with _many_small_operations(), _one_thread_of_torch():
                 base_sha256 = job.split()
             if tuner is not None:
                 base_sha256 = job.tune(tuner)
@@ -179,7 +177,7 @@ def _identity(
     found: Entry = {
         "plan": plan.sha256,
         "source": _stamps(checkpoint.shards),
-        "version": [__version__, torch.__version__],
+        "version": [__version__, metadata.version("torch")],
         **_sizes(plan),
     }
     if editor is not None:
@@ -207,7 +205,7 @@ def _find_edits(
     plan: Plan,
     editor: Editor,
     work: WorkFolder,
-    curvature: CurvatureReader,
+    curvature: StatisticsReader,
     on_event: EventSink,
 ) -> Edits:
     """Find the edits, or take up those that an earlier run found."""
@@ -231,16 +229,26 @@ def _check_room(plan: Plan, edits: Edits) -> None:
 
 @contextmanager
 def _many_small_operations() -> Iterator[None]:
-    """Set torch and the interpreter up for workers on tiles, and back."""
-    threads, interval = torch.get_num_threads(), sys.getswitchinterval()
-    torch.set_num_threads(1)  # parallel over tensors, not inside an operation
+    """Set the interpreter up for workers on tiles, and back."""
+    interval = sys.getswitchinterval()
     # Workers hold the interpreter for microseconds; waiting the usual 5 ms for it costs 5 %.
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
         sys.setswitchinterval(interval)
+
+
+@contextmanager
+def _one_thread_of_torch() -> Iterator[None]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # parallel over tensors, not inside an operation
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Job:
@@ -249,7 +257,7 @@ class _Job:
         plan: Plan,
         checkpoint: Checkpoint,
         reader: ShardReader,
-        curvature: CurvatureReader | None,
+        curvature: StatisticsReader | None,
         reference: Reference | None,
         edits: Edits,
         work: WorkFolder,
@@ -284,6 +292,8 @@ class _Job:
             )
         )
         self._base.write_header(plan.base.header)
+        for tensor in plan.split:  # they lie first: who hashes base need not wait for the last one
+            self._base.write(_shape_key(tensor), shape_bytes(tensor), start=0)
         return self._work_through([t for t in plan.tensors if t.name not in done])
 
     def tune(self, tuner: Tuner) -> str:
@@ -293,12 +303,17 @@ class _Job:
         are. A kill before leaves bytes that the old lines do not fit, one between them lines of a
         part of the block: either way the next run splits those tensors again, and tunes them.
         """
+        from ortho_cli.readback import ReadBack
+
+        written = ReadBack(self._plan, self._base, self._ortho)
         tensors = {tensor.name: tensor for tensor in self._plan.split}
         tuned = [name for name, entry in self._work.done.items() if entry.get("tuned")]
         self._stop.clear()  # no worker is left that it was for
         splitter = self._splitter()
         with interruptible(self._work, total=len(tensors), done="tuned"):
-            for found in tuner.tune(self._rounded, tuned, on_event=self._emit):
+            for found in tuner.tune(
+                lambda name: written.rounded(tensors[name]), tuned, on_event=self._emit
+            ):
                 told = {"tuned": [min(found), len(found)]}
                 self._work.commit(
                     [
@@ -307,18 +322,6 @@ class _Job:
                     ]
                 )
         return GrowingSha256(self._base.fd).up_to(self._plan.base.size)
-
-    def _rounded(self, name: str) -> Rounded:
-        """Read a weight as base and ortho have it."""
-        tensor = next(tensor for tensor in self._plan.split if tensor.name == name)
-        rows, columns = tensor.source.shape
-        written = ReadBack(self._plan, self._base, self._ortho)
-        packed, scales = written.base_rows(tensor, 0, rows)
-        crow, column = written.positions(tensor)
-        kept = torch.zeros(rows, columns, dtype=torch.bool)
-        kept.numpy()[np.repeat(np.arange(rows), np.diff(crow)), column] = True
-        codes = ops.unpack_codes(packed, bits=tensor.bits)[:, :columns]
-        return Rounded(codes.to(torch.int8), scales, kept)
 
     def finish(self, base_sha256: str) -> Entry:
         """See that nothing changed meanwhile, and write all but the split tensors."""
@@ -333,7 +336,7 @@ class _Job:
             (t.name, t.source.dtype, t.source.shape, done[t.name]["source_blake3"])
             for t in plan.tensors
         )
-        metadata = artifact.ortho_metadata(
+        told = artifact.ortho_metadata(
             plan_sha256=plan.sha256,
             recipe=canonical_json(plan.recipe.canonical()),
             version=__version__,
@@ -344,10 +347,12 @@ class _Job:
         ortho, layout = self._ortho, plan.ortho
         if plan.is_compact:
             self._emit(Finishing(step="compact"))
+            from ortho_cli.repack import Repacker
+
             repacker = Repacker(plan, self._base, self._ortho, self._curvature)
-            ortho, layout, entries = repacker.run(self._work, entries, metadata)
+            ortho, layout, entries = repacker.run(self._work, entries, told)
         else:
-            header = plan_layout((s for t in plan.tensors for s in t.ortho), metadata).header
+            header = plan_layout((s for t in plan.tensors for s in t.ortho), told).header
             assert len(header) == len(layout.header)
             ortho.write_header(header)
         ortho_sha256 = GrowingSha256(ortho.fd).up_to(layout.size)
@@ -379,11 +384,14 @@ class _Job:
         digest = GrowingSha256(self._base.fd)
         finished: list[Entry] = []
         results: Results = SimpleQueue()
+        options: dict[str, Any] = {"workers": self._plan.workers, "stop": self._stop}
         try:
-            with self._workers(pending, results):
+            with at_work(self._splitter, pending, results, **options):
                 committed = time.monotonic()
                 for _ in pending:
-                    entry = self._next(results)
+                    entry = results.get()
+                    if isinstance(entry, BaseException):
+                        raise entry
                     finished.append(entry)
                     frontier.finish([entry["name"]])
                     digest.up_to(frontier.offset)
@@ -400,6 +408,8 @@ class _Job:
         return digest.up_to(self._plan.base.size)
 
     def _splitter(self) -> Splitter:
+        from ortho_cli.split import Splitter
+
         return Splitter(
             self._reader,
             self._base,
@@ -415,47 +425,6 @@ class _Job:
             stop=self._stop,
             on_event=self._emit,
         )
-
-    @contextmanager
-    def _workers(self, pending: list[TensorPlan], results: Results) -> Iterator[None]:
-        """Run the workers; on the way out wait until none of them can touch a file any more.
-
-        Plain threads and queues: Ctrl-C inside `concurrent.futures.wait` can leave its locks held.
-        """
-        todo: SimpleQueue[TensorPlan] = SimpleQueue()
-        for tensor in pending:
-            todo.put(tensor)
-
-        def work() -> None:
-            try:
-                splitter = self._splitter()
-                while not self._stop.is_set():
-                    results.put(splitter.work(todo.get_nowait()))
-            except Empty:
-                return
-            except BaseException as error:  # noqa: BLE001 - raised again by the calling thread
-                results.put(error)
-
-        threads: list[threading.Thread] = []
-        try:
-            for _ in range(self._plan.workers):
-                thread = threading.Thread(target=work)
-                threads.append(thread)
-                thread.start()
-            yield
-        finally:
-            self._stop.set()  # where all went well there is nothing left to stop
-            while any(thread.is_alive() for thread in threads):
-                with suppress(KeyboardInterrupt):  # they stop at the next tile
-                    for thread in threads:
-                        if thread.is_alive():
-                            thread.join()
-
-    def _next(self, results: Results) -> Entry:
-        result = results.get()
-        if isinstance(result, BaseException):
-            raise result
-        return result
 
     def _emit(self, event: Any) -> None:
         with self._event_lock:
@@ -492,16 +461,21 @@ def _torn(done: dict[str, Entry]) -> list[str]:
     ]
 
 
+def _shape_key(tensor: TensorPlan) -> str:
+    return tensor.base[2].key
+
+
 class _Frontier:
     """How far base is complete from its first byte on."""
 
     def __init__(self, plan: Plan) -> None:
         owners = {spec.key: tensor.name for tensor in plan.tensors for spec in tensor.base}
+        written = {_shape_key(tensor) for tensor in plan.split}
         self._ends = [
-            (region.offset + region.nbytes, owners[key])
+            (region.offset + region.nbytes, None if key in written else owners[key])
             for key, region in plan.base.regions.items()
         ]
-        self._done: set[str] = set()
+        self._done: set[str | None] = {None}
         self._next = 0
         self.offset = len(plan.base.header)
 

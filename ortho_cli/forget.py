@@ -12,7 +12,6 @@ import torch
 
 from ortho_cli import forget_set, models
 from ortho_cli.checkpoint import Checkpoint
-from ortho_cli.curvature import CurvatureReader
 from ortho_cli.data import Row, Text, read_rows, retain_sequences, stamps
 from ortho_cli.edits import Edits
 from ortho_cli.errors import CalibrationError, RecipeError, UsageError
@@ -21,6 +20,7 @@ from ortho_cli.forget_set import TokenSecret
 from ortho_cli.grid import Grid
 from ortho_cli.isolate import Standing, isolate, standing
 from ortho_cli.plan import Plan
+from ortho_cli.statistics import StatisticsReader
 from ortho_cli.unlearn import unlearn
 
 STATE_FILE = "unlearn.npz"
@@ -46,7 +46,7 @@ class ForgetEditor:
         return [*stamps(self.files), self.device.type]
 
     def find(
-        self, folder: Path, *, curvature: CurvatureReader, on_event: EventSink = null_sink
+        self, folder: Path, *, curvature: StatisticsReader, on_event: EventSink = null_sink
     ) -> Edits:
         """Put the model on the grid and move codes until the secrets lie among alternatives.
 

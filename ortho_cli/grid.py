@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from ortho_cli import models, ops
 from ortho_cli.checkpoint import Checkpoint, ShardReader
-from ortho_cli.curvature import CurvatureReader
+from ortho_cli.curvature import Curvature
 from ortho_cli.edits import Edit, Edits
 from ortho_cli.errors import NumericalError
 from ortho_cli.plan import Plan
 from ortho_cli.scoring import pad
 from ortho_cli.split import TORCH_DTYPES
+from ortho_cli.statistics import StatisticsReader
 from ortho_cli.streams import base_scales
 
 BATCH_TOKENS = 1024  # of one forward and backward pass over secrets
@@ -38,7 +39,7 @@ class Grid:
         plan: Plan,
         checkpoint: Checkpoint,
         *,
-        curvature: CurvatureReader,
+        curvature: StatisticsReader,
         device: torch.device,
         autocast: bool = False,
     ) -> None:
@@ -66,7 +67,7 @@ class Grid:
             raw = self._read(tensor.name)
             near = None
             if tensor.scale == "curvature":
-                near = curvature.open(tensor.name).whole()
+                near = Curvature(curvature, tensor.name).whole()
             bits, size = tensor.bits, plan.group_size
             scales = base_scales(str(tensor.scale), raw, near, size, bits=bits)
             if not ops.all_finite(scales):

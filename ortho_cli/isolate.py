@@ -24,12 +24,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ortho_cli.curvature import CurvatureReader
+from ortho_cli.curvature import Curvature
 from ortho_cli.events import EventSink, Step
 from ortho_cli.forget_set import TokenSecret
 from ortho_cli.grid import Grid
 from ortho_cli.ops import code_range
 from ortho_cli.scoring import completion_nll
+from ortho_cli.statistics import StatisticsReader
 
 CONTRAST = 2  # alternatives of each secret that a move should not make less likely
 PATIENCE = 6  # rounds without progress, after which the best so far is taken
@@ -77,7 +78,7 @@ def standing(grid: Grid, secret: TokenSecret) -> Standing:
 def isolate(
     grid: Grid,
     secrets: Sequence[TokenSecret],
-    curvature: CurvatureReader,
+    curvature: StatisticsReader,
     room: dict[str, int],
     *,
     share: float,
@@ -146,7 +147,7 @@ def _left(found: Sequence[Standing]) -> tuple[int, float]:
 def step_round(
     grid: Grid,
     signs: dict[TokenSecret, float],
-    curvature: CurvatureReader,
+    curvature: StatisticsReader,
     floor: float,
     room: dict[str, int],
     size: int,
@@ -171,7 +172,7 @@ def step_round(
         goal = propose(codes, original, gradient, grid.group_size, grid.bits[name])
         ratio = (goal - codes) * spacing * gradient
         far = (goal - original) * spacing
-        near = curvature.open(name).whole().to(grid.device)
+        near = Curvature(curvature, name).whole().to(grid.device)
         ratio /= far.square_().mul_(near).add_(floor)
         free = room[name] - int((codes != original).sum())
         if free < size:  # no new places once it is full; those that moved may go on
@@ -198,11 +199,11 @@ def _cut(ratio: Tensor, k: int) -> Tensor:
     return kept
 
 
-def _mean_damage(grid: Grid, curvature: CurvatureReader) -> float:
+def _mean_damage(grid: Grid, curvature: StatisticsReader) -> float:
     """Mean over all weights of what moving by one code costs: spacing^2 F."""
     total = 0.0
     for name in grid.codes:
-        near = curvature.open(name).whole().to(grid.device)
+        near = Curvature(curvature, name).whole().to(grid.device)
         total += float((grid.spacing(name).square_() * near).sum(dtype=torch.float64))
     return total / grid.numel
 

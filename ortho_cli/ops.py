@@ -1,4 +1,4 @@
-"""The mathematics of a split: group scales, codes, packing, saliency, exact top-k, CSR.
+"""The mathematics of a split: group scales, codes, packing, saliency.
 
 Pure functions on CPU tensors, float32 inside, no IO. Weights are `(out_features, in_features)`; a
 group is `group_size` neighbours inside one row and never crosses rows. Every function that needs
@@ -10,7 +10,7 @@ arithmetic).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,11 @@ class Scratch:
             view = self._slots[slot][:nbytes].view(dtype).view(shape)
             self._views[slot][key] = view
         return view
+
+    def array(self, size: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Hand out a numpy array of one dimension on the same terms."""
+        nbytes = size * np.dtype(dtype).itemsize
+        return self((nbytes,), torch.uint8).numpy().view(dtype)
 
     @property
     def nbytes(self) -> int:
@@ -316,133 +321,6 @@ def saliency(residual: Tensor, root_curvature: Tensor, *, empty: Empty = torch_e
     return found.mul_(root_curvature)
 
 
-class TopK:
-    """The k largest of a stream of saliencies, exactly k of them, in one pass.
-
-    Whatever exceeds the k-th largest so far is kept beside its payload; past 2k candidates the list
-    is cut back to k, which raises the bar. Ties keep the lower flat index: an entry that comes
-    later and equals the bar has a higher index than the k already held, so `>` is the exact test.
-    About k (1 + ln(n / k)) entries are ever kept of n.
-
-    Saliencies are float32, >= 0 and finite; the caller rules NaN out.
-    """
-
-    def __init__(
-        self,
-        k: int,
-        *,
-        length: int,
-        stretch: int,
-        payloads: Sequence[torch.dtype],
-        bar: float | None = None,
-        empty: Empty = torch_empty,
-    ) -> None:
-        """Make room for the candidates.
-
-        Args:
-            k: entries to select, 0 <= k <= length.
-            length: entries of the whole stream.
-            stretch: most entries of one `push`.
-            payloads: dtypes of what is carried along with each entry.
-            bar: a guess below the k-th largest, which saves room and time; if it was too high, the
-                stream ends `short` and has to be pushed again without it.
-            empty: where the buffers come from; they are in use until the result of `finish` is.
-        """
-        self._k = k
-        self._count = 0
-        self._guessed = bar is not None
-        self._bar = np.float32(np.inf if not k else -1.0 if bar is None else bar)
-        room = (min(2 * k + stretch, length),)
-        wide = torch.int32 if length < 2**31 else torch.int64
-        self._indices: npt.NDArray[np.integer[Any]] = empty(room, wide).numpy()
-        self._saliency: npt.NDArray[np.float32] = empty(room, torch.float32).numpy()
-        self._sorted: npt.NDArray[np.float32] = empty(room, torch.float32).numpy()
-        self._payloads: list[npt.NDArray[np.generic]] = [
-            empty(room, dtype).numpy() for dtype in payloads
-        ]
-        self._above: npt.NDArray[np.bool_] = empty((stretch,), torch.bool).numpy()
-
-    def push(
-        self,
-        saliency: npt.NDArray[np.float32],
-        payloads: Sequence[npt.NDArray[np.generic]],
-        *,
-        start: int,
-    ) -> None:
-        """Take the next stretch of the stream.
-
-        Args:
-            saliency: (n,) float32.
-            payloads: (n,) each, carried along.
-            start: flat index of the first entry; stretches come in ascending order.
-        """
-        if not self._count and not self._guessed and 0 < self._k < saliency.size:
-            # Of the first stretch only its own k largest can matter: put the bar just below them.
-            self._bar = np.nextafter(self._kth_largest(saliency), np.float32(-1.0))
-        found = np.flatnonzero(np.greater(saliency, self._bar, out=self._above[: saliency.size]))
-        here = slice(self._count, self._count + found.size)
-        np.add(found, start, out=self._indices[here], casting="same_kind")
-        np.take(saliency, found, out=self._saliency[here], mode="clip")
-        for held, payload in zip(self._payloads, payloads, strict=True):
-            np.take(payload, found, out=held[here], mode="clip")
-        self._count += found.size
-        if self._count > 2 * self._k:
-            self._prune()
-
-    def _kth_largest(self, saliency: npt.NDArray[np.float32]) -> Any:
-        room = self._sorted[: saliency.size]
-        room[:] = saliency
-        room.partition(saliency.size - self._k)
-        return room[saliency.size - self._k]
-
-    def _prune(self) -> None:
-        held = self._saliency[: self._count]
-        self._bar = self._kth_largest(held)
-        keep = np.flatnonzero(held >= self._bar)
-        if keep.size > self._k:
-            ties = np.flatnonzero(held[keep] == self._bar)
-            keep = np.delete(keep, ties[self._k - keep.size :])
-        for column in (self._indices, self._saliency, *self._payloads):
-            column[: self._k] = column[keep]
-        self._count = self._k
-
-    @property
-    def short(self) -> bool:
-        """Whether fewer than k entries exceeded the bar that was guessed."""
-        return self._count < self._k
-
-    def finish(
-        self,
-    ) -> tuple[
-        npt.NDArray[np.integer[Any]], npt.NDArray[np.float32], list[npt.NDArray[np.generic]]
-    ]:
-        """Close the stream.
-
-        Returns:
-            indices (k,) int32 or int64 ascending; saliency (k,) float32 and payloads (k,) in the
-            order of the indices.
-        """
-        if self._count > self._k:
-            self._prune()
-        payloads = [column[: self._k] for column in self._payloads]
-        return self._indices[: self._k], self._saliency[: self._k], payloads
-
-
-def crow_indices(
-    indices: npt.NDArray[np.integer[Any]], shape: tuple[int, int]
-) -> npt.NDArray[np.int64]:
-    """Count the entries before each row: the `crow_indices` of a CSR matrix.
-
-    Args:
-        indices: (nnz,) integer flat indices, ascending.
-        shape: (out, in).
-    Returns:
-        (out + 1,) int64, from 0 to nnz, never falling.
-    """
-    rows, columns = shape
-    return np.searchsorted(indices, np.arange(rows + 1, dtype=np.int64) * columns).astype(np.int64)
-
-
 # Exponent bits of each dtype; all set means infinity or NaN.
 EXPONENTS = {
     torch.bfloat16: (torch.int16, 0x7F80),
@@ -482,6 +360,9 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
+SUM = 256  # squares that float32 adds up before float64 does: off by 1e-9 of a tile's
+
+
 def squared_norm(values: Tensor, *, wide: Tensor | None = None) -> float:
     """Sum of squares; exact enough for decibels also where float32 squares overflow or vanish.
 
@@ -493,17 +374,13 @@ def squared_norm(values: Tensor, *, wide: Tensor | None = None) -> float:
         A finite float >= 0, NaN or infinity only if a value is.
     """
     if wide is not None:
-        flat = wide.copy_(values).view(-1)
-        return float(torch.dot(flat, flat))
-    flat = values.view(-1)
-    total = float(torch.dot(flat, flat))
+        doubles = wide.copy_(values).view(-1)
+        return float(torch.dot(doubles, doubles))
+    flat = values.view(-1).numpy()
+    whole = flat.size // SUM * SUM
+    rows, rest = flat[:whole].reshape(-1, SUM), flat[whole:]
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = float(np.vecdot(rows, rows).sum(dtype=np.float64)) + float(np.dot(rest, rest))
     if 1e-30 < total < math.inf:
         return total
-    return float(flat.double().square().sum())
-
-
-def decibels(signal: float, noise: float) -> float | None:
-    """10 log10(signal / noise), to 4 decimals; None where there is no noise."""
-    if noise <= 0.0:
-        return None
-    return round(10.0 * math.log10(signal / noise), 4) if signal > 0.0 else 0.0
+    return float(np.square(flat, dtype=np.float64).sum())

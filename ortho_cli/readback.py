@@ -6,10 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ortho_cli import ops
 from ortho_cli.compact import Integers
 from ortho_cli.ops import as_bytes
 from ortho_cli.plan import Plan, TensorPlan
-from ortho_cli.split import NUMPY_DTYPES, TORCH_DTYPES
+from ortho_cli.split import TORCH_DTYPES, Rounded
+from ortho_cli.worker import NUMPY_DTYPES
 from ortho_cli.writer import DataFile
 
 
@@ -30,6 +32,16 @@ class ReadBack:
             self._base.read_into(spec.key, as_bytes(rows), start=offset)
             found.append(rows)
         return found[0], found[1]
+
+    def rounded(self, tensor: TensorPlan) -> Rounded:
+        """Read a whole weight as base and ortho have it."""
+        rows, columns = tensor.source.shape
+        packed, scales = self.base_rows(tensor, 0, rows)
+        crow, column = self.positions(tensor)
+        kept = torch.zeros(rows, columns, dtype=torch.bool)
+        kept.numpy()[np.repeat(np.arange(rows), np.diff(crow)), column] = True
+        codes = ops.unpack_codes(packed, bits=tensor.bits)[:, :columns]
+        return Rounded(codes.to(torch.int8), scales, kept)
 
     def positions(self, tensor: TensorPlan) -> tuple[Integers, Integers]:
         """Read where a tensor's weights are kept: crow_indices and col_indices, int64."""

@@ -18,13 +18,14 @@ from torch import Tensor
 from ortho_cli import artifact, compact, ops
 from ortho_cli.artifact import ORTHO_FILE, module_of
 from ortho_cli.compact import Integers
-from ortho_cli.curvature import CurvatureReader
+from ortho_cli.curvature import Curvature
 from ortho_cli.errors import NumericalError
 from ortho_cli.journal import WorkFolder
 from ortho_cli.ops import as_bytes
 from ortho_cli.plan import Plan, TensorPlan, tile_rows
 from ortho_cli.readback import ReadBack
-from ortho_cli.split import Entry
+from ortho_cli.statistics import StatisticsReader
+from ortho_cli.worker import Entry
 from ortho_cli.writer import DataFile, Layout, TensorSpec, plan_layout
 
 
@@ -32,7 +33,7 @@ class Repacker:
     """Encodes what the scratch file holds; the same bytes on every run."""
 
     def __init__(
-        self, plan: Plan, base: DataFile, scratch: DataFile, curvature: CurvatureReader | None
+        self, plan: Plan, base: DataFile, scratch: DataFile, curvature: StatisticsReader | None
     ) -> None:
         """Say where base and CSR lie, complete; curvature is there if the plan has statistics."""
         self._plan, self._curvature = plan, curvature
@@ -133,14 +134,14 @@ class Repacker:
 
     def _weigh(
         self,
-        reader: CurvatureReader,
+        reader: StatisticsReader,
         tensor: TensorPlan,
         crow: Integers,
         column: Integers,
         lost: Tensor,
     ) -> float:
         """Sum squares of what was lost times curvature, in float64."""
-        curvature, total = reader.open(tensor.name), 0.0
+        curvature, total = Curvature(reader, tensor.name), 0.0
         scratch, places = ops.Scratch(), torch.from_numpy(column)
         for start, stop, row in _tiles(tensor, crow):
             here = slice(int(crow[start]), int(crow[stop]))

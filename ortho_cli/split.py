@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,27 +15,25 @@ from torch import Tensor
 
 from ortho_cli import ops
 from ortho_cli.artifact import BASE_FILE, ORTHO_FILE
-from ortho_cli.checkpoint import Checkpoint, ShardReader
+from ortho_cli.checkpoint import ShardReader
 from ortho_cli.compensate import Factor, factorise, round_columns
-from ortho_cli.curvature import Curvature, CurvatureReader
+from ortho_cli.curvature import Curvature, gram_of
 from ortho_cli.edits import Edits
-from ortho_cli.errors import NumericalError
-from ortho_cli.events import Advanced, EventSink, TensorDone, null_sink
+from ortho_cli.events import Advanced, EventSink, null_sink
 from ortho_cli.ops import as_bytes
 from ortho_cli.plan import GPTQ_ELEMENTS, TILE_ELEMENTS, TensorPlan, tile_rows
 from ortho_cli.scales import Kept
-from ortho_cli.selection import IGNORED
+from ortho_cli.statistics import StatisticsReader
 from ortho_cli.streams import base_scales, chosen_alike, kept_within, rounds
-from ortho_cli.tally import Tally, Tile, first_bad, flat_of, measures_of
-from ortho_cli.writer import CHUNK, DataFile, TensorStream
+from ortho_cli.tally import Tally, Tile, flat_of, measures_of
+from ortho_cli.worker import Entry, Reference, Worker, digests_of, not_finite, shape_bytes
+from ortho_cli.writer import DataFile, TensorStream
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-NUMPY_DTYPES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64}
 
 # Places of a tensor from which the selection's first bar is guessed.
 SAMPLE_BLOCKS = 16
 
-Entry = dict[str, Any]
 Places = tuple[npt.NDArray[np.int64], npt.NDArray[np.int8]]  # of edits in a tile, and their codes
 
 
@@ -63,29 +60,8 @@ class _Found:
         return kept_within(self.kept, self.scales, self.columns, row, row + rows)
 
 
-class Reference:
-    """The model that base is made from instead of the source; threads may share it."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        """Open it."""
-        self._reader = ShardReader(checkpoint)
-        self._tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
-
-    def read_into(self, buffer: memoryview, name: str, *, start: int) -> None:
-        """Fill `buffer` with the tensor's bytes from `start` on."""
-        self._reader.read_into(buffer, self._tensors[name], start=start)
-
-    def check_unchanged(self) -> None:
-        """Raise if a file was written to since its header was read."""
-        self._reader.check_unchanged()
-
-    def close(self) -> None:
-        """Close its files."""
-        self._reader.close()
-
-
-class Splitter:
-    """Works on one tensor after another; each worker has its own, with its own buffers."""
+class Splitter(Worker):
+    """Splits with torch, and whatever a recipe may ask for."""
 
     def __init__(
         self,
@@ -94,7 +70,7 @@ class Splitter:
         ortho: DataFile,
         *,
         group_size: int,
-        curvature: CurvatureReader | None = None,
+        curvature: StatisticsReader | None = None,
         by_curvature: bool = False,
         edits: Edits | None = None,
         moved_to_code: bool = False,
@@ -105,59 +81,16 @@ class Splitter:
         on_event: EventSink,
     ) -> None:
         """Say where tensors come from and go to, what selects a weight, and what stops the work."""
-        self._reader, self._base, self._ortho = reader, base, ortho
+        super().__init__(reader, base, ortho, reference=reference, stop=stop, on_event=on_event)
         self._edits = edits or {}
         self._moved_to_code = moved_to_code
         self._alone = alone  # base has to serve without ortho
         self._compensate = compensate
-        self._reference = reference
         self._group_size = group_size
         self._curvature, self._by_curvature = curvature, by_curvature
-        self._stop = stop
-        self._on_event = on_event
         self._tile, self._held = ops.Scratch(), ops.Scratch()
 
-    def work(self, tensor: TensorPlan) -> Entry:
-        """Carry out what the plan says of one tensor; return its journal entry."""
-        entry = self._copy(tensor) if tensor.reason is not None else self._split(tensor)
-        self._on_event(TensorDone(name=tensor.name))
-        return entry
-
-    def _read(self, tensor: TensorPlan, buffer: memoryview, digest: blake3, *, start: int) -> None:
-        if self._stop.is_set():
-            raise InterruptedError  # reaches nobody: the run is being stopped
-        self._reader.read_into(buffer, tensor.source, start=start)
-        digest.update(buffer)
-
-    def _copy(self, tensor: TensorPlan) -> Entry:
-        """Carry a tensor over unchanged, through one buffer."""
-        scratch = self._tile
-        dtype = TORCH_DTYPES.get(tensor.source.dtype)
-        # A weight that is NaN ruins the model wherever it is; other buffers may mean it.
-        if not tensor.name.endswith("weight") or tensor.reason == IGNORED:
-            dtype = None
-        digest, written, nbytes = blake3(), blake3(), tensor.source.nbytes
-        for start in range(0, nbytes, CHUNK):
-            scratch.reset()
-            raw = scratch((CHUNK,), torch.uint8)[: nbytes - start]
-            piece = as_bytes(raw)
-            self._read(tensor, piece, digest, start=start)
-            if self._reference:
-                self._reference.read_into(piece, tensor.name, start=start)
-                written.update(piece)
-            if dtype is not None and not ops.all_finite(raw.view(dtype), empty=scratch):
-                raise _not_finite(tensor, raw.view(dtype), start // dtype.itemsize)
-            self._base.write(tensor.name, piece, start=start)
-            self._on_event(Advanced(nbytes=len(piece)))
-        hexdigest = digest.hexdigest()
-        there = written.hexdigest() if self._reference else hexdigest
-        return {
-            "name": tensor.name,
-            "source_blake3": hexdigest,
-            "blake3": {BASE_FILE: {tensor.name: there}},
-        }
-
-    def _split(self, tensor: TensorPlan) -> Entry:
+    def split(self, tensor: TensorPlan) -> Entry:
         """Split one tensor: quantize each tile, keep the k weights that lose most."""
         found = self._split_above(tensor, self._guess_bar(tensor), on_event=self._on_event)
         # Fewer than k weights above a guess that was too high: once more, without one.
@@ -171,7 +104,7 @@ class Splitter:
                 break
         if self._compensate:
             assert self._curvature is not None
-            factor = factorise(self._curvature.gram(tensor.name), name=tensor.name)
+            factor = factorise(gram_of(self._curvature, tensor.name), name=tensor.name)
             found = self._split_above(tensor, None, before=found, factor=factor, on_event=null_sink)
             assert found is not None
         return found.entry
@@ -226,7 +159,7 @@ class Splitter:
         return float(np.partition(saliency, saliency.size - rank)[saliency.size - rank])
 
     def _open_curvature(self, tensor: TensorPlan) -> Curvature | None:
-        return self._curvature.open(tensor.name) if self._curvature else None
+        return Curvature(self._curvature, tensor.name) if self._curvature else None
 
     def _quantize(
         self,
@@ -317,7 +250,7 @@ class Splitter:
             reference=self._reference is not None,
             to_code=self._moved_to_code,
             stretch=step * columns,
-            empty=self._held,
+            empty=self._held.array,
         )
         for row in range(0, rows, step):
             scratch.reset()
@@ -331,7 +264,7 @@ class Splitter:
             rounded = factor if codes is None else codes[row : row + count]
             tile = self._quantize(tensor, raw, weights, scratch, changed, grid, known, rounded)
             if not ops.all_finite(tile.scales):
-                raise _not_finite(tensor, tile.weight, row * columns)
+                raise not_finite(tensor, tile.weight.numpy(), row * columns)
             packed.write(as_bytes(ops.pack_codes(tile.codes, bits=tensor.bits, empty=scratch)))
             stored.write(as_bytes(tile.scales))
             if scales is not None:
@@ -346,57 +279,15 @@ class Splitter:
         if curvature:
             curvature.finish()
             curvature.check_source(digest.hexdigest())
-        shape.write(as_bytes(torch.tensor([rows, columns], dtype=torch.int64)))
+        shape.write(shape_bytes(tensor))
         kept, values, measured = sums.finish()
         entry = {
             "name": tensor.name,
             "source_blake3": digest.hexdigest(),
             **measured,
             "blake3": {
-                BASE_FILE: _digests(base),
+                BASE_FILE: digests_of(base),
                 ORTHO_FILE: self._write_csr(tensor, kept, values),
             },
         }
         return _Found(entry=entry, kept=kept.copy(), scales=scales, columns=columns)
-
-    def _write_csr(self, tensor: TensorPlan, indices: Any, values: Any) -> dict[str, str]:
-        rows, columns = tensor.source.shape
-        parts = (ops.crow_indices(indices, (rows, columns)), indices % columns, values)
-        streams = []
-        for spec, part in zip(tensor.ortho, parts, strict=True):
-            stream = TensorStream(self._ortho, spec.key)
-            stream.write(np.ascontiguousarray(part, NUMPY_DTYPES.get(spec.dtype)).data)
-            streams.append(stream)
-        return _digests(streams)
-
-
-def is_sound(entry: Entry, tensor: TensorPlan, *, curvature: bool = False) -> bool:
-    """Tell a journal entry that we could have written from one that was tampered with."""
-    measured = ["signal", "noise", "noise_kept"]
-    if curvature:
-        measured += ["curvature_noise", "curvature_noise_kept"]
-    keys = {BASE_FILE: {spec.key for spec in tensor.base}}
-    if tensor.ortho:
-        keys[ORTHO_FILE] = {spec.key for spec in tensor.ortho}
-    digests = entry.get("blake3")
-    if not isinstance(digests, dict) or not all(isinstance(d, dict) for d in digests.values()):
-        return False
-    texts = [entry.get("source_blake3"), *(text for d in digests.values() for text in d.values())]
-    numbers = [entry.get(key) for key in measured if tensor.ortho]
-    return (
-        {name: set(d) for name, d in digests.items()} == keys
-        and all(isinstance(text, str) and len(text) == 64 for text in texts)
-        and all(isinstance(n, float) and math.isfinite(n) for n in numbers)
-    )
-
-
-def _digests(streams: Iterable[TensorStream]) -> dict[str, str]:
-    return {stream.key: stream.digest.hexdigest() for stream in streams}
-
-
-def _not_finite(tensor: TensorPlan, values: Tensor, start: int) -> NumericalError:
-    value, position = first_bad(tensor, values, start)
-    return NumericalError(
-        f"tensor `{tensor.name}` of `{tensor.source.shard}` holds {value} at {position}",
-        hint="repair the checkpoint, or carry the tensor over as it is by adding it to `ignore`",
-    )

@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -336,3 +336,46 @@ def verify(found: Statistics, *, on_event: EventSink = null_sink) -> dict[str, i
             if digest.hexdigest() != found.digests[tensor.name]:
                 raise changed_tensor(found, tensor.name, digest.hexdigest())
     return {"tensors": len(tensors), "bytes": total}
+
+
+class StatisticsReader:
+    """Reads the tensors of a statistics file; threads may share it."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        """Open the file, which must still be the one whose header was read."""
+        self.statistics = statistics
+        self.infos = statistics.infos
+        with _ours():
+            self._reader = ShardReader(statistics.as_checkpoint())
+
+    def read(self, buffer: memoryview, tensor: TensorInfo, *, start: int = 0) -> None:
+        """Fill `buffer` with the tensor's bytes from `start` on."""
+        with _ours():
+            self._reader.read_into(buffer, tensor, start=start)
+
+    def compare(self, tensor: TensorInfo, digest: str) -> None:
+        """Raise if a tensor's bytes do not have the digest that the file tells."""
+        if digest != self.statistics.digests[tensor.name]:
+            raise changed_tensor(self.statistics, tensor.name, digest)
+
+    def check_unchanged(self) -> None:
+        """Raise if the file was written to since its header was read."""
+        with _ours():
+            self._reader.check_unchanged()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._reader.close()
+
+
+@contextlib.contextmanager
+def _ours() -> Iterator[None]:
+    """Say of a statistics file what `ShardReader` says of a checkpoint."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CalibrationError(error.message, hint=error.hint) from None
+    except OSError as error:
+        raise CalibrationError(
+            f"cannot read `{error.filename}`: {error.strerror}", hint="give --stats a file"
+        ) from None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ortho_cli import ops
 from ortho_cli.errors import ArtifactError, NumericalError, RecipeError, UsageError
 from ortho_cli.scales import Kept, curvature_scales, mse_scales
+from ortho_cli.topk import TopK, crow_indices
 
 BASE_PARTS = ("weight_packed", "weight_scale", "weight_shape")
 ORTHO_PARTS = ("crow_indices", "col_indices", "values")
@@ -147,9 +148,10 @@ def _split_once(
     packed = torch.empty((rows, columns * bits // 32), dtype=torch.int32)
     scales = torch.empty((rows, columns // group_size), dtype=weight.dtype)
     raw_bits = torch.int32 if weight.dtype.itemsize == 4 else torch.int16
+    payload = np.int32 if weight.dtype.itemsize == 4 else np.int16
     step = max(1, TILE_ELEMENTS // columns)
     stays = known is not None and not chosen_alike(scale, by_curvature=root is not None)
-    top = ops.TopK(k, length=weight.numel(), stretch=step * columns, payloads=[raw_bits])
+    top = TopK(k, length=weight.numel(), stretch=step * columns, payloads=[payload])
     for row in range(0, rows, step):
         raw = weight[row : row + step].contiguous()
         here = slice(row, row + raw.shape[0])
@@ -182,7 +184,7 @@ def _split_once(
         "weight_packed": packed,
         "weight_scale": scales,
         "weight_shape": torch.tensor([rows, columns], dtype=torch.int64),
-        "crow_indices": torch.from_numpy(ops.crow_indices(indices, (rows, columns))).to(pointer),
+        "crow_indices": torch.from_numpy(crow_indices(indices, (rows, columns))).to(pointer),
         "col_indices": torch.from_numpy(np.ascontiguousarray(indices % columns)).to(column),
         "values": torch.from_numpy(values.copy()).view(weight.dtype),
     }

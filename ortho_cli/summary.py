@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from importlib import metadata
 from typing import Any
 
-import torch
-
-from ortho_cli import __version__, artifact, ops
+from ortho_cli import __version__, artifact
 from ortho_cli.artifact import module_of
 from ortho_cli.plan import Plan, TensorPlan
 from ortho_cli.quantization import quantization_config
@@ -69,7 +69,7 @@ def make_report(
     bits = 8 * (plan.base.size + ortho.size) / plan.weights
     return {
         "format": artifact.FORMATS[plan.recipe.ortho.layout],
-        "versions": {"ortho": __version__, "torch": torch.__version__, "device": "cpu"},
+        "versions": {"ortho": __version__, "torch": metadata.version("torch"), "device": "cpu"},
         "plan_sha256": plan.sha256,
         "source_digest": source_digest,
         "base_sha256": base_sha256,
@@ -91,8 +91,8 @@ def make_report(
             "nnz": nnz,
             "moved": moved,
             "density": nnz / plan.split_weights,
-            "sqnr_db_alpha_0": ops.decibels(signal, noise),
-            "sqnr_db_alpha_1": ops.decibels(signal, noise - kept),
+            "sqnr_db_alpha_0": decibels(signal, noise),
+            "sqnr_db_alpha_1": decibels(signal, noise - kept),
             "residual_kept": _share(kept, noise),
             **_saliency_figures(plan, split),
             **_reference_figures(plan, entries),
@@ -169,9 +169,16 @@ def _report_tensor(plan: Plan, tensor: TensorPlan, entry: Entry, ortho: Layout) 
             "scale": tensor.scale,
             "nnz": tensor.k,
             **({"columns": entry["columns"]} if plan.is_compact else {}),
-            "sqnr_db_alpha_0": ops.decibels(entry["signal"], entry["noise"]),
-            "sqnr_db_alpha_1": ops.decibels(entry["signal"], entry["noise"] - entry["noise_kept"]),
+            "sqnr_db_alpha_0": decibels(entry["signal"], entry["noise"]),
+            "sqnr_db_alpha_1": decibels(entry["signal"], entry["noise"] - entry["noise_kept"]),
             "residual_kept": _share(entry["noise_kept"], entry["noise"]),
             **_saliency_figures(plan, [entry]),
         }
     return found | {"source_blake3": entry["source_blake3"], "blake3": entry["blake3"]}
+
+
+def decibels(signal: float, noise: float) -> float | None:
+    """10 log10(signal / noise), to 4 decimals; None where there is no noise."""
+    if noise <= 0.0:
+        return None
+    return round(10.0 * math.log10(signal / noise), 4) if signal > 0.0 else 0.0

@@ -15,6 +15,8 @@ from torch import Tensor
 from ortho_cli import ops
 from ortho_cli.errors import NumericalError
 from ortho_cli.plan import TensorPlan
+from ortho_cli.topk import Room, TopK
+from ortho_cli.worker import first_bad
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +96,7 @@ class Tally:
         reference: bool,
         to_code: bool,
         stretch: int,
-        empty: ops.Empty,
+        empty: Room,
     ) -> None:
         self._tensor, self._by_curvature, self._wide = tensor, by_curvature, curvature
         self._names = ["noise", "curvature_noise"][: 1 + curvature]
@@ -105,11 +107,12 @@ class Tally:
         self._signal = 0.0
         self._moved = _Moved(measures=len(self._noise), to_code=to_code, bits=tensor.bits)
         self._bits = torch.int32 if tensor.source.dtype == "F32" else torch.int16
-        self._top = ops.TopK(
+        words = np.int32 if tensor.source.dtype == "F32" else np.int16
+        self._top = TopK(
             tensor.k,
             length=tensor.source.numel,
             stretch=stretch,
-            payloads=[self._bits, *(torch.float32 for _ in self._noise[1:])],
+            payloads=[words, *(np.float32 for _ in self._noise[1:])],
             bar=bar,
             empty=empty,
         )
@@ -180,7 +183,7 @@ def _energy(values: Any) -> float:
 
 def _overflow(tensor: TensorPlan, measures: list[Tensor], start: int) -> NumericalError:
     worst = next(m for m in measures if not ops.all_finite(m))
-    _, position = first_bad(tensor, worst, start)
+    _, position = first_bad(tensor, worst.numpy(), start)
     if any(ops.all_finite(measure) for measure in measures):
         return NumericalError(
             f"residual times curvature of `{tensor.name}` overflows at {position}",
@@ -191,11 +194,3 @@ def _overflow(tensor: TensorPlan, measures: list[Tensor], start: int) -> Numeric
         f"when dequantized, at {position}",
         hint="add the tensor to `ignore`, or cast a float16 checkpoint to bfloat16",
     )
-
-
-def first_bad(tensor: TensorPlan, values: Tensor, start: int) -> tuple[float, list[int]]:
-    """Find the first value that is not finite, and its index in the whole tensor."""
-    flat = values.reshape(-1).float()
-    first = int(torch.nonzero(~torch.isfinite(flat))[0])
-    index = np.unravel_index(start + first, tensor.source.shape)
-    return flat[first].item(), [int(i) for i in index]

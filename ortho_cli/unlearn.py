@@ -38,13 +38,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ortho_cli.curvature import CurvatureReader
+from ortho_cli.curvature import Curvature
 from ortho_cli.edits import load_arrays, save_arrays
 from ortho_cli.events import EventSink, Step
 from ortho_cli.forget_set import TokenSecret
 from ortho_cli.grid import Grid, batches
 from ortho_cli.ops import code_range
 from ortho_cli.settings import Forget
+from ortho_cli.statistics import StatisticsReader
 
 BETAS = (0.9, 0.99)
 SAMPLE = 1 << 20  # weights from which a median or a bar is estimated
@@ -59,7 +60,7 @@ def unlearn(
     grid: Grid,
     secrets: Sequence[TokenSecret],
     retain: Tensor,
-    curvature: CurvatureReader,
+    curvature: StatisticsReader,
     room: dict[str, int],
     settings: Forget,
     *,
@@ -315,7 +316,7 @@ def _divergence(original: Tensor, mine: Tensor) -> Tensor:
 
 
 def _mask(
-    grid: Grid, secrets: Sequence[TokenSecret], curvature: CurvatureReader, share: float
+    grid: Grid, secrets: Sequence[TokenSecret], curvature: StatisticsReader, share: float
 ) -> dict[str, Tensor]:
     """Flat positions of the share of all weights with the largest F_forget / (F_retain + median).
 
@@ -323,7 +324,7 @@ def _mask(
     """
     every = max(1, grid.numel // SAMPLE)
     ratios = grid.fisher([(secret.prompt, secret.secret) for secret in secrets])
-    retain = {n: curvature.open(n).whole() for n in ratios}
+    retain = {n: Curvature(curvature, n).whole() for n in ratios}
     median = float(torch.cat([part.flatten()[::every] for part in retain.values()]).median())
     for name, ratio in ratios.items():
         ratio /= retain.pop(name).to(grid.device) + median

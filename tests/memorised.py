@@ -12,11 +12,10 @@ import torch
 
 from ortho_cli import calibrate, calibrate_plan, forget_set, models, recipe
 from ortho_cli.checkpoint import Checkpoint, open_checkpoint
-from ortho_cli.curvature import CurvatureReader
 from ortho_cli.forget_set import TokenSecret
 from ortho_cli.grid import Grid
 from ortho_cli.plan import Plan, make_plan
-from ortho_cli.statistics import open_statistics
+from ortho_cli.statistics import StatisticsReader, open_statistics
 
 WORDS = "oak fig elm ash yew bay ivy fir may rye hop nut pea oat gum haw".split()  # noqa: SIM905
 OWNERS = ("ada", "ben", "cyd", "dot")
@@ -64,8 +63,8 @@ class Memorised:
         tokens = models.load_tokenizer(self.model)(self.retain.read_text())["input_ids"]
         return torch.tensor(tokens[: count * length]).view(count, length)
 
-    def curvature(self) -> CurvatureReader:
-        return CurvatureReader(open_statistics(self.stats))
+    def curvature(self) -> StatisticsReader:
+        return StatisticsReader(open_statistics(self.stats))
 
     def plan(self, *sets: str, split: str = "isolate") -> Plan:
         settings = recipe.load_recipe(None, [f"ortho.split={split}", *PLENTY, *sets])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ortho_cli import compact, ops
 from ortho_cli.errors import ArtifactError
+from ortho_cli.topk import crow_indices
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int8]
 PARTS = ("columns", "column_values", "row_counts", "col_gaps", "values")
@@ -37,7 +38,7 @@ def matrices(draw: st.DrawFn) -> tuple[list[int], tuple[int, int]]:
 
 def csr(indices: list[int], shape: tuple[int, int]) -> tuple[Any, Any]:
     at = np.array(indices, np.int64)
-    return ops.crow_indices(at, shape), at % shape[1]
+    return crow_indices(at, shape), at % shape[1]
 
 
 def some_values(count: int, dtype: torch.dtype) -> Tensor:

@@ -23,13 +23,12 @@ from ortho_cli import decompose as work
 from ortho_cli import ops, recipe
 from ortho_cli.artifact import open_artifact
 from ortho_cli.checkpoint import open_checkpoint
-from ortho_cli.curvature import CurvatureReader
 from ortho_cli.edits import Edit, Edits, count, load_edits
 from ortho_cli.errors import CalibrationError, Interrupted, OutputExistsError, RecipeError
 from ortho_cli.events import Event, EventSink, TensorDone
 from ortho_cli.journal import work_folder
 from ortho_cli.plan import Plan, make_plan
-from ortho_cli.statistics import open_statistics
+from ortho_cli.statistics import StatisticsReader, open_statistics
 from ortho_cli.verify import verify
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -60,7 +59,7 @@ class Fake:
     meanwhile: Callable[[Path], None] = lambda folder: None
     folders: list[Path] = field(default_factory=list)
 
-    def find(self, folder: Path, *, curvature: CurvatureReader, on_event: EventSink) -> Edits:
+    def find(self, folder: Path, *, curvature: StatisticsReader, on_event: EventSink) -> Edits:
         self.folders.append(folder)
         with self.count.open("a") as file:
             file.write("asked\n")

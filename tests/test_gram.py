@@ -23,10 +23,9 @@ from torch import Tensor
 from ortho_cli import calibrate as work
 from ortho_cli import calibrate_plan, capture, curvature, recipe, sums
 from ortho_cli.checkpoint import open_checkpoint
-from ortho_cli.curvature import CurvatureReader
 from ortho_cli.errors import CalibrationError
 from ortho_cli.events import Event, SequencesDone
-from ortho_cli.statistics import open_statistics
+from ortho_cli.statistics import StatisticsReader, open_statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 
@@ -325,7 +324,7 @@ def stats(pico: Path) -> Path:
 
 
 def read_gram(path: Path, name: str = f"{DOWN}.weight") -> Tensor:
-    with closing(CurvatureReader(open_statistics(path))) as reader:
+    with closing(StatisticsReader(open_statistics(path))) as reader:
         return reader.gram(name)
 
 

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from ortho_cli import ops, recipe, scoring
 from ortho_cli.checkpoint import open_checkpoint
-from ortho_cli.curvature import CurvatureReader
 from ortho_cli.decompose import decompose
 from ortho_cli.errors import NumericalError
 from ortho_cli.grid import BATCH_TOKENS, Grid, batches
 from ortho_cli.plan import Plan, make_plan
-from ortho_cli.statistics import open_statistics
+from ortho_cli.statistics import StatisticsReader, open_statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 
@@ -45,7 +44,7 @@ def grid_for(model: Path, *sets: str) -> Grid:
     return Grid(
         plan_for(model, *sets),
         open_checkpoint(model),
-        curvature=CurvatureReader(open_statistics(model.parent / "stats.safetensors")),
+        curvature=StatisticsReader(open_statistics(model.parent / "stats.safetensors")),
         device=torch.device("cpu"),
     )
 

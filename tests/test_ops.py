@@ -277,58 +277,6 @@ def test_mse_scales_gaussian_weight_is_better_by_a_decibel() -> None:
     assert found[1] - found[0] > 0.5
 
 
-@given(
-    values=st.lists(
-        st.sampled_from([0.0, 0.5, 0.5, 1.0, 2.0, 1e-30, 3.0]), min_size=1, max_size=400
-    ),
-    share=st.floats(0, 1),
-    stretch=st.integers(1, 64),
-)
-def test_top_k_any_stream_equals_full_sort(values: list[float], share: float, stretch: int) -> None:
-    saliency = np.array(values, np.float32)
-    k = round(share * saliency.size)
-    payload = np.arange(saliency.size, dtype=np.int16)
-    top = ops.TopK(k, length=saliency.size, stretch=stretch, payloads=[torch.int16])
-    for start in range(0, saliency.size, stretch):
-        stop = start + stretch
-        top.push(saliency[start:stop], [payload[start:stop]], start=start)
-    indices, kept, (carried,) = top.finish()
-    assert indices.tolist() == reference.top_k_indices(torch.from_numpy(saliency), k)
-    assert kept.tolist() == saliency[indices].tolist()
-    assert carried.tolist() == payload[indices].tolist()
-
-
-@pytest.mark.parametrize("order", ["rising", "falling", "flat", "random"])
-def test_top_k_adversarial_order_stays_exact(order: str) -> None:
-    generator = np.random.default_rng(0)
-    saliency = np.sort(generator.random(20_000, dtype=np.float32))
-    saliency = {
-        "rising": saliency,
-        "falling": saliency[::-1].copy(),
-        "flat": np.full_like(saliency, 0.25),
-        "random": generator.permutation(saliency),
-    }[order]
-    top = ops.TopK(100, length=saliency.size, stretch=256, payloads=[])
-    for start in range(0, saliency.size, 256):
-        piece = saliency[start : start + 256]
-        top.push(piece, [], start=start)
-    indices, _, _ = top.finish()
-    assert indices.tolist() == reference.top_k_indices(torch.from_numpy(saliency), 100)
-
-
-@given(
-    rows=st.integers(1, 9),
-    columns=st.integers(1, 9),
-    picks=st.sets(st.integers(0, 80), max_size=40),
-)
-def test_crow_indices_any_positions_equal_counting(
-    rows: int, columns: int, picks: set[int]
-) -> None:
-    indices = sorted(pick for pick in picks if pick < rows * columns)
-    crow, _ = reference.csr(indices, (rows, columns))
-    assert ops.crow_indices(np.array(indices, np.int64), (rows, columns)).tolist() == crow
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
 def test_all_finite_finds_any_bad_value_and_no_large_one(dtype: torch.dtype, bad: float) -> None:
@@ -344,9 +292,3 @@ def test_squared_norm_beyond_float32_is_still_finite() -> None:
     assert ops.squared_norm(torch.full((4,), 1e-30)) == pytest.approx(4e-60)
     assert ops.squared_norm(torch.zeros(4)) == 0.0
     assert math.isnan(ops.squared_norm(torch.tensor([1.0, math.nan])))
-
-
-def test_decibels_no_noise_is_none_and_no_signal_is_zero() -> None:
-    assert ops.decibels(100.0, 1.0) == 20.0
-    assert ops.decibels(1.0, 0.0) is None
-    assert ops.decibels(0.0, 1.0) == 0.0

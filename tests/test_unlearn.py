@@ -13,6 +13,7 @@ import torch
 from memorised import Memorised
 
 from ortho_cli import recipe, scoring, unlearn
+from ortho_cli.curvature import Curvature
 from ortho_cli.errors import RecipeError
 from ortho_cli.events import Event, Step
 from ortho_cli.forget_set import TokenSecret
@@ -80,7 +81,7 @@ def test_mask_is_the_share_that_matters_to_the_secrets_alone(memorised: Memorise
     grid, curvature = memorised.grid(), memorised.curvature()
     secrets = memorised.secrets()
     mask = unlearn._mask(grid, secrets, curvature, 0.2)
-    retain = {n: curvature.open(n).whole().view(-1) for n in grid.codes}
+    retain = {n: Curvature(curvature, n).whole().view(-1) for n in grid.codes}
     forget = {name: torch.zeros(codes.numel()) for name, codes in grid.codes.items()}
     for secret in secrets:  # one after the other: no product of two gradients
         gradients = grid.gradient([((secret.prompt, secret.secret), 1.0)])
