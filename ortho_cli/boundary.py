@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -11,6 +12,9 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from ortho_cli.errors import Interrupted, OrthoError, ResourceError, UsageError
+
+# Objects between two looks for garbage: imports make many, and none of it is any.
+GARBAGE = 200_000
 
 
 def spread(arguments: Sequence[str], many: Mapping[str, Sequence[str]]) -> list[str]:
@@ -89,4 +93,9 @@ def enter(command: Callable[[], int]) -> NoReturn:
     """Run a command as a process of its own: signals as at a terminal, its code the process's."""
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ortho inspect X | head` ends like any filter
-    sys.exit(command())
+    gc.set_threshold(GARBAGE)
+    # Threads of numpy's matrix products, of which there are none here, spin before they sleep.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    code = command()
+    gc.freeze()  # a process that ends need not look for garbage once more
+    sys.exit(code)

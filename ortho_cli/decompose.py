@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from queue import SimpleQueue
@@ -32,12 +32,13 @@ from ortho_cli.edits import Edits, count, load_edits, save_edits
 from ortho_cli.errors import RecipeError
 from ortho_cli.events import EventSink, Finishing, Noted, Started, null_sink
 from ortho_cli.journal import WorkFolder, interruptible, recover, unwritable
+from ortho_cli.onepass import Loops, OnePass, takes
 from ortho_cli.output import check_output, check_space, files_of, resolve_output
 from ortho_cli.plan import Plan, TensorPlan
 from ortho_cli.quantization import index
 from ortho_cli.statistics import StatisticsReader, check_model
 from ortho_cli.summary import make_config, make_report
-from ortho_cli.worker import Entry, Reference, Results, at_work, is_sound, shape_bytes
+from ortho_cli.worker import Entry, Reference, Results, Worker, at_work, is_sound, shape_bytes
 from ortho_cli.writer import DataFile, GrowingSha256, plan_layout
 
 if TYPE_CHECKING:  # to import torch takes longer than to decompose a billion weights
@@ -86,6 +87,7 @@ def decompose(
     editor: Editor | None = None,
     tuner: Tuner | None = None,
     force: bool = False,
+    compiled: bool = True,
     on_event: EventSink = null_sink,
 ) -> Entry:
     """Carry a plan out.
@@ -97,6 +99,8 @@ def decompose(
         editor: for a recipe that forgets.
         tuner: for a recipe that tunes its rounding.
         force: replace an artifact at `out`, and discard half-done work of another plan.
+        compiled: use numba's loops where it is installed and they do what the plan asks for; the
+            bytes of base and ortho are the same without.
         on_event: told of progress, from any thread, one call at a time.
     Returns:
         The report, as written to report.json.
@@ -142,8 +146,9 @@ def decompose(
             edits: Edits = {}
             if editor is not None and curvature is not None:
                 edits = _find_edits(plan, editor, work, curvature, on_event)
-            job = _Job(plan, checkpoint, reader, curvature, reference, edits, work, on_event)
-            with _many_small_operations(), _one_thread_of_torch():
+            fast = compiled and takes(plan)
+            job = _Job(plan, checkpoint, reader, curvature, reference, edits, work, on_event, fast)
+            with _many_small_operations(), nullcontext() if fast else _one_thread_of_torch():
                 base_sha256 = job.split()
             if tuner is not None:
                 base_sha256 = job.tune(tuner)
@@ -262,8 +267,9 @@ class _Job:
         edits: Edits,
         work: WorkFolder,
         on_event: EventSink,
+        fast: bool,
     ) -> None:
-        self._plan = plan
+        self._plan, self._fast = plan, fast
         self._edits = edits
         self._checkpoint = checkpoint
         self._reader, self._curvature, self._reference = reader, curvature, reference
@@ -271,6 +277,7 @@ class _Job:
         self._on_event = on_event
         self._event_lock = threading.Lock()
         self._stop = threading.Event()
+        self._loops = Loops(self._emit)
         self._base = DataFile(work, BASE_FILE, plan.base, mode=0o644)
         # What is withheld from others should not be readable by others.
         self._ortho = DataFile(work, ORTHO_FILE, plan.ortho, mode=0o600, scratch=plan.is_compact)
@@ -386,7 +393,7 @@ class _Job:
         results: Results = SimpleQueue()
         options: dict[str, Any] = {"workers": self._plan.workers, "stop": self._stop}
         try:
-            with at_work(self._splitter, pending, results, **options):
+            with at_work(self._worker, pending, results, **options):
                 committed = time.monotonic()
                 for _ in pending:
                     entry = results.get()
@@ -422,6 +429,21 @@ class _Job:
             alone=self._plan.recipe.forgets or self._plan.recipe.base.alone,
             compensate=self._plan.recipe.compensates,
             reference=self._reference,
+            stop=self._stop,
+            on_event=self._emit,
+        )
+
+    def _worker(self) -> Worker:
+        if not self._fast:
+            return self._splitter()
+        return OnePass(
+            self._reader,
+            self._base,
+            self._ortho,
+            group_size=self._plan.group_size,
+            curvature=self._curvature,
+            loops=self._loops,
+            other=self._splitter,
             stop=self._stop,
             on_event=self._emit,
         )

@@ -120,7 +120,8 @@ def test_decompose_guessed_bar_too_high_or_not_selects_the_same(
     weight = weight.bfloat16()
     save_file({"a.weight": weight}, tmp_path / "m.safetensors")
     moved: list[Event] = []
-    split(tmp_path / "m.safetensors", tmp_path / "out", "ortho.density=0.05", on_event=moved.append)
+    options: dict[str, Any] = {"compiled": False, "on_event": moved.append}
+    split(tmp_path / "m.safetensors", tmp_path / "out", "ortho.density=0.05", **options)
     base, ortho = (load_file(tmp_path / "out" / f"{f}.safetensors") for f in ("base", "ortho"))
     check_tensor(base, ortho, "a.weight", weight, group_size=64, density=0.05)
     assert len(passes) == (2 if hot else 1)
@@ -380,7 +381,8 @@ def test_decompose_bare_file_gets_no_config(tmp_path: Path) -> None:
 
 
 MEASURE = """
-import sys, torch
+import sys
+from importlib import import_module
 from pathlib import Path
 from ortho_cli import checkpoint, decompose, plan, recipe
 
@@ -388,17 +390,20 @@ def peak():
     status = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
 
-settings = recipe.load_recipe(None, sys.argv[3:])
+compiled = sys.argv[3] == "compiled"
+import_module("ortho_cli.loops" if compiled else "ortho_cli.split")
+settings = recipe.load_recipe(None, sys.argv[4:])
 before = peak()
 opened = checkpoint.open_checkpoint(Path(sys.argv[1]))
 made = plan.make_plan(opened, settings, workers=2)
-decompose.decompose(made, opened, Path(sys.argv[2]))
+decompose.decompose(made, opened, Path(sys.argv[2]), compiled=compiled)
 print(peak() - before, made.peak_bytes)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's VmHWM")
-def test_decompose_memory_is_a_few_tiles_whatever_the_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", ["compiled", "torch"])
+def test_decompose_memory_is_a_few_tiles_whatever_the_size(tmp_path: Path, compiled: str) -> None:
     one = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
     over = {}
     for times in (1, 4):
@@ -412,7 +417,7 @@ def test_decompose_memory_is_a_few_tiles_whatever_the_size(tmp_path: Path) -> No
         # The more tensors, the surer that two workers peak together: a small model gets more tries.
         for go in range(4 // times):
             out = tmp_path / f"out{times}.{go}"
-            command = [sys.executable, "-c", MEASURE, tmp_path / f"m{times}", out]
+            command = [sys.executable, "-c", MEASURE, tmp_path / f"m{times}", out, compiled]
             ran = subprocess.run(
                 list(map(str, command)), capture_output=True, text=True, check=True
             )

@@ -205,7 +205,8 @@ def test_decompose_with_curvature_guessed_bar_too_high_or_not_selects_the_same(
 
     curvature = checkpoints.save_statistics(stats, source, change=heat)["a.weight"]
     moved: list[Event] = []
-    split(source, stats, tmp_path / "out", "ortho.density=0.05", on_event=moved.append)
+    options: dict[str, Any] = {"compiled": False, "on_event": moved.append}
+    split(source, stats, tmp_path / "out", "ortho.density=0.05", **options)
     k = round(0.05 * weight.numel())
     root = curvature.double().sqrt().float()
     check_tensor(tmp_path / "out", "a.weight", weight, curvature, root, scale="absmax", k=k)
@@ -332,7 +333,7 @@ def test_plan_peak_bounds_what_a_worker_holds(
     opened, found = open_checkpoint(source), open_statistics(stats)
     settings = recipe.load_recipe(None, [f"base.scale={scale}"])
     made = plan.make_plan(opened, settings, statistics=found)
-    work.decompose(made, opened, tmp_path / "out")
+    work.decompose(made, opened, tmp_path / "out", compiled=False)
     bound = plan._buffer_bytes(made.tensors[0], found, compensates=False)
     assert max(held) <= bound <= 2 * max(held)
 
@@ -632,7 +633,7 @@ def test_kill_then_other_statistics_are_not_continued_and_lose_nothing(
 def test_journal_entry_without_its_weighted_error_is_not_believed(
     pico: Path, stats: Path, tmp_path: Path
 ) -> None:
-    from ortho_cli.split import is_sound
+    from ortho_cli.worker import is_sound
 
     opened = open_checkpoint(pico)
     made = plan.make_plan(opened, recipe.DEFAULT, statistics=open_statistics(stats))

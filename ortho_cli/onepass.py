@@ -1,0 +1,357 @@
+"""One tensor in one pass of a compiled loop: rounding to nearest on absmax scales, without torch.
+
+What it writes is what `split.Splitter` writes, byte for byte. What the loop refuses goes there: a
+weight that is NaN, curvature that is none.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from ortho_cli.artifact import BASE_FILE, ORTHO_FILE, module_of
+from ortho_cli.events import Advanced, EventSink, Noted, null_sink
+from ortho_cli.plan import Plan, TensorPlan, tile_rows
+from ortho_cli.statistics import StatisticsReader
+from ortho_cli.topk import TopK
+from ortho_cli.worker import EXPONENTS, Entry, Worker, digests_of, shape_bytes
+from ortho_cli.writer import TensorStream
+
+# Words that the loop tells apart, and the smallest scale of each dtype, as in `ops`.
+WORDS = {"BF16": np.uint16, "F16": np.int16, "F32": np.uint32}
+FLOORS = {"BF16": 2.0**-126, "F16": 2.0**-24, "F32": 2.0**-126}
+
+# Places of a tensor from which the selection's first bar is guessed, and weights of them all.
+SAMPLE_BLOCKS = 16
+SAMPLE = 1 << 16
+
+Array = npt.NDArray[Any]
+
+
+def takes(plan: Plan) -> bool:
+    """Tell whether numba is there, and its loops split every tensor of a plan as the plan says."""
+    if find_spec("numba") is None or plan.reference or plan.recipe.forgets:
+        return False
+    return not plan.recipe.compensates and all(
+        tensor.bits == 4 and tensor.scale == "absmax" and plan.group_size % 8 == 0
+        for tensor in plan.split
+    )
+
+
+class Loops:
+    """The compiled loops, loaded when they are first asked for; threads may share it."""
+
+    def __init__(self, on_event: EventSink) -> None:
+        """Say who is told if they cannot be loaded."""
+        self._on_event = on_event
+        self._lock = threading.Lock()
+        self._asked = False
+        self._found: ModuleType | None = None
+
+    def get(self) -> ModuleType | None:
+        """Load them; None, and once a note, where numba is there and of no use."""
+        with self._lock:
+            if not self._asked:
+                self._asked = True
+                try:
+                    from ortho_cli import loops
+
+                    self._found = loops
+                except ImportError as error:  # numba and numpy, or numba and Python do not fit
+                    self._on_event(Noted(message=f"split without numba, which is slower: {error}"))
+        return self._found
+
+
+class _Refused(Exception):  # noqa: N818 - no error: the other worker says what is wrong, if anything
+    """The loop does not take this tensor."""
+
+
+class OnePass(Worker):
+    """Splits with compiled loops."""
+
+    def __init__(
+        self,
+        *places: Any,
+        group_size: int,
+        curvature: StatisticsReader | None,
+        loops: Loops,
+        other: Callable[[], Worker],
+        **rest: Any,
+    ) -> None:
+        """Say what selects a weight, and who splits what the loop does not take.
+
+        Args:
+            places: where tensors come from and go to, as `Worker` takes them.
+            group_size: weights that share a scale.
+            curvature: of the weights; it selects.
+            loops: shared with the other workers.
+            other: makes a worker that splits anything.
+            rest: what else `Worker` takes.
+        """
+        super().__init__(*places, **rest)
+        self._group_size = group_size
+        self._curvature = curvature
+        self._loops, self._other = loops, other
+        self._made: Worker | None = None
+        self._buffers = np.empty((3, group_size), np.float32)
+        self._bytes = np.empty((2, group_size), np.uint8)
+        self._room = _Room()
+
+    def split(self, tensor: TensorPlan) -> Entry:
+        """Split one tensor: quantize it, and keep the k weights that lose most."""
+        entry = None
+        if self._loops.get():  # not before: another worker may copy while this one loads them
+            with suppress(_Refused):
+                entry = self._split_above(tensor, self._guess_bar(tensor), self._on_event)
+                # Fewer than k weights above a guess that was too high: once more, without one.
+                entry = entry or self._split_above(tensor, None, null_sink)
+        if entry is None:
+            self._made = self._made or self._other()
+            entry = self._made.split(tensor)
+        return entry
+
+    def _split_above(
+        self, tensor: TensorPlan, bar: float | None, on_event: EventSink
+    ) -> Entry | None:
+        """Split one tensor in one pass; None if fewer than k weights exceed `bar`."""
+        rows, columns = tensor.source.shape
+        step = tile_rows(tensor.source.shape)
+        word = WORDS[tensor.source.dtype]
+        curvature = self._open(tensor)
+        digest, sums = blake3(), np.zeros(3)
+        self._room.reset()
+        packed, stored, shape = base = [TensorStream(self._base, spec.key) for spec in tensor.base]
+        top = TopK(
+            tensor.k,
+            length=tensor.source.numel,
+            stretch=step * columns,
+            payloads=self._payloads(tensor),
+            bar=bar,
+            empty=self._room,
+        )
+        for row in range(0, rows, step):
+            shape_here = (min(step, rows - row), columns)
+            raw = self._room.tile("raw", shape_here, word)
+            self._read(tensor, _bytes(raw), digest, start=row * columns * raw.itemsize)
+            weight = curvature.tile(row, len(raw), self._room) if curvature else (None, None, None)
+            codes, scales = self._loop(tensor, raw, weight, top, sums, start=row * columns)
+            packed.write(_bytes(codes))
+            stored.write(_bytes(scales))
+            on_event(Advanced(nbytes=raw.nbytes))
+        if top.short:
+            return None
+        if not np.isfinite(sums).all():
+            raise _Refused
+        if curvature:
+            curvature.finish()
+            curvature.check_source(digest.hexdigest())
+        shape.write(shape_bytes(tensor))
+        indices, first, (values, *second) = top.finish()
+        return {
+            "name": tensor.name,
+            "source_blake3": digest.hexdigest(),
+            **self._measured(tensor, sums, [first, *second]),
+            "blake3": {
+                BASE_FILE: digests_of(base),
+                ORTHO_FILE: self._write_csr(tensor, indices, values),
+            },
+        }
+
+    def _loop(
+        self,
+        tensor: TensorPlan,
+        raw: Array,
+        weight: tuple[Array | None, Array | None, Array | None],
+        top: TopK,
+        sums: Array,
+        *,
+        start: int,
+    ) -> tuple[Array, Array]:
+        """Run the loop over a tile; return packed codes and scales, valid until the next."""
+        loops = self._loops.get()
+        assert loops is not None
+        rows, columns = raw.shape
+        dtype = tensor.source.dtype
+        codes = self._room.tile("codes", (rows, columns // 2), np.uint8)
+        scales = self._room.tile("scales", (rows, columns // self._group_size), raw.dtype)
+        indices, saliency, (values, *others) = top.room()
+        found = loops.split(
+            raw,
+            self._group_size,
+            np.float32(FLOORS[dtype]),
+            EXPONENTS[dtype][1],
+            *weight,
+            top.bar,
+            start,
+            codes,
+            scales,
+            sums,
+            indices,
+            saliency,
+            values,
+            others[0] if others else None,
+            self._buffers,
+            self._bytes,
+        )
+        if found < 0:
+            raise _Refused
+        top.took(found)
+        return codes, scales
+
+    def _guess_bar(self, tensor: TensorPlan) -> float | None:
+        """Guess from rows all over the tensor what saliency the k-th largest will exceed.
+
+        A guess only saves the selection from holding what it would drop again; it is worth its
+        reading where the tensor has many tiles.
+        """
+        rows, columns = tensor.source.shape
+        block = max(1, SAMPLE // (SAMPLE_BLOCKS * columns))
+        if tensor.k == 0 or rows < 16 * SAMPLE_BLOCKS * block:
+            return None
+        raw = self._room.tile("raw", (block * SAMPLE_BLOCKS, columns), WORDS[tensor.source.dtype])
+        starts = [i * rows // SAMPLE_BLOCKS for i in range(SAMPLE_BLOCKS)]
+        for i, start in enumerate(starts):
+            piece = raw[i * block : (i + 1) * block]
+            self._reader.read_into(
+                _bytes(piece), tensor.source, start=start * columns * raw.itemsize
+            )
+        curvature = self._open(tensor)
+        weight = curvature.sample(starts, block, self._room) if curvature else (None, None, None)
+        self._room.reset()
+        every = TopK(
+            raw.size,
+            length=raw.size,
+            stretch=raw.size,
+            payloads=self._payloads(tensor),
+            empty=self._room,
+        )
+        _, saliency, _ = every.room()
+        self._loop(tensor, raw, weight, every, np.zeros(3), start=0)
+        wanted = tensor.k / tensor.source.numel * raw.size
+        rank = math.ceil(1.5 * wanted + 3 * math.sqrt(wanted)) + 1  # rows differ: aim low
+        if rank >= raw.size:
+            return None
+        return float(np.partition(saliency, raw.size - rank)[raw.size - rank])
+
+    def _payloads(self, tensor: TensorPlan) -> list[npt.DTypeLike]:
+        """Say what is carried along: words, and with curvature the residual, too."""
+        words: list[npt.DTypeLike] = [WORDS[tensor.source.dtype]]
+        return [*words, np.float32] if self._curvature else words
+
+    def _open(self, tensor: TensorPlan) -> _Curvature | None:
+        return _Curvature(self._curvature, tensor.name) if self._curvature else None
+
+    def _measured(self, tensor: TensorPlan, sums: Array, kept: Sequence[Array]) -> dict[str, float]:
+        """Say what rounding costs, and what of that ortho takes away."""
+        signal, *noise = map(float, sums)
+        measured = {"signal": signal}
+        # With curvature the residual was carried along, behind what selects.
+        for name, total, part in zip(
+            ("noise", "curvature_noise"), noise, reversed(kept), strict=False
+        ):
+            measured[name] = total
+            # Everything kept is exact; a difference of sums would not come out as 0.
+            found = float(np.square(part, dtype=np.float64).sum())
+            measured[f"{name}_kept"] = (
+                total if tensor.k == tensor.source.numel else min(found, total)
+            )
+        return measured
+
+
+class _Curvature:
+    """One pass over the curvature of one weight, as words, or as roots that are held."""
+
+    def __init__(self, reader: StatisticsReader, name: str) -> None:
+        self._reader, self._name = reader, name
+        self._digest = blake3()
+        key = f"{module_of(name)}.retain_curvature"
+        self._full = reader.infos.get(key)
+        self._rows = self._columns = None
+        if self._full is None:
+            self._rows, self._columns = self._root(f"{key}_rows"), self._root(f"{key}_columns")
+        elif len(self._full.shape) == 1:
+            self._columns = self._root(key)
+
+    def _root(self, key: str) -> Array:
+        info = self._reader.infos[key]
+        values = np.empty(info.shape, np.float32)
+        self._reader.read(_bytes(values), info)
+        if not (np.isfinite(values) & (values >= 0)).all():
+            raise _Refused
+        self._reader.compare(info, blake3(_bytes(values)).hexdigest())
+        return np.sqrt(values)
+
+    def tile(
+        self, row: int, count: int, room: _Room
+    ) -> tuple[Array | None, Array | None, Array | None]:
+        """Read the next rows: words, or roots of rows and columns."""
+        found = self.sample([row], count, room)
+        if found[0] is not None:
+            self._digest.update(_bytes(found[0]))
+        return found
+
+    def sample(
+        self, starts: Sequence[int], count: int, room: _Room
+    ) -> tuple[Array | None, Array | None, Array | None]:
+        """Read `count` rows from each of `starts` on, outside of the pass."""
+        if self._columns is not None:
+            one = np.ones(len(starts) * count, np.float32)
+            rows = self._rows
+            return None, one if rows is None else _rows_of(rows, starts, count), self._columns
+        assert self._full is not None
+        columns, word = self._full.shape[1], WORDS[self._full.dtype]
+        raw = room.tile("curvature", (len(starts) * count, columns), word)
+        for i, start in enumerate(starts):
+            piece = raw[i * count : (i + 1) * count]
+            self._reader.read(_bytes(piece), self._full, start=start * columns * raw.itemsize)
+        return raw, None, None
+
+    def finish(self) -> None:
+        """Hold the bytes of the whole pass against the file's own digest."""
+        if self._columns is None and self._full is not None:
+            self._reader.compare(self._full, self._digest.hexdigest())
+
+    def check_source(self, digest: str) -> None:
+        """Hold the weight that was read against the one that was measured."""
+        self._reader.statistics.check_source(self._name, digest)
+
+
+def _rows_of(values: Array, starts: Sequence[int], count: int) -> Array:
+    return np.concatenate([values[start : start + count] for start in starts])
+
+
+class _Room:
+    """Buffers of one worker, used again: fresh pages cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._held: dict[str | int, Array] = {}
+        self._next = 0
+
+    def tile(self, name: str | int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """Hand out the buffer of this name."""
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        if name not in self._held or self._held[name].size < nbytes:
+            self._held[name] = np.empty(nbytes, np.uint8)
+        return self._held[name][:nbytes].view(dtype).reshape(shape)
+
+    def reset(self) -> None:
+        """Let the next list of candidates have the buffers of the last."""
+        self._next = 0
+
+    def __call__(self, size: int, dtype: npt.DTypeLike) -> Array:
+        """Hand out a buffer of a list of candidates."""
+        self._next += 1
+        return self.tile(self._next, (size,), dtype)
+
+
+def _bytes(array: Array) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
