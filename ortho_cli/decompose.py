@@ -32,14 +32,14 @@ from ortho_cli.edits import Edits, count, load_edits, save_edits
 from ortho_cli.errors import RecipeError
 from ortho_cli.events import EventSink, Finishing, Noted, Started, null_sink
 from ortho_cli.journal import WorkFolder, interruptible, recover, unwritable
-from ortho_cli.onepass import Loops, OnePass, takes
+from ortho_cli.onepass import Loops, OnePass, is_plain, takes
 from ortho_cli.output import check_output, check_space, files_of, resolve_output
 from ortho_cli.plan import Plan, TensorPlan
 from ortho_cli.quantization import index
 from ortho_cli.statistics import StatisticsReader, check_model
 from ortho_cli.summary import make_config, make_report
 from ortho_cli.worker import Entry, Reference, Results, Worker, at_work, is_sound, shape_bytes
-from ortho_cli.writer import DataFile, GrowingSha256, plan_layout
+from ortho_cli.writer import DataFile, Frontier, GrowingSha256, plan_layout
 
 if TYPE_CHECKING:  # to import torch takes longer than to decompose a billion weights
     from ortho_cli.split import Rounded, Splitter
@@ -88,6 +88,7 @@ def decompose(
     tuner: Tuner | None = None,
     force: bool = False,
     compiled: bool = True,
+    device: str = "cpu",
     on_event: EventSink = null_sink,
 ) -> Entry:
     """Carry a plan out.
@@ -101,6 +102,8 @@ def decompose(
         force: replace an artifact at `out`, and discard half-done work of another plan.
         compiled: use numba's loops where it is installed and they do what the plan asks for; the
             bytes of base and ortho are the same without.
+        device: cuda or cuda:N splits there what takes one pass, and notes what does not; the bytes
+            of base and ortho are the same, again.
         on_event: told of progress, from any thread, one call at a time.
     Returns:
         The report, as written to report.json.
@@ -146,9 +149,10 @@ def decompose(
             edits: Edits = {}
             if editor is not None and curvature is not None:
                 edits = _find_edits(plan, editor, work, curvature, on_event)
-            fast = compiled and takes(plan)
-            job = _Job(plan, checkpoint, reader, curvature, reference, edits, work, on_event, fast)
-            with _many_small_operations(), nullcontext() if fast else _one_thread_of_torch():
+            job = _Job(plan, checkpoint, reader, curvature, reference, edits, work, on_event)
+            job.device = _device_of(plan, device, on_event)
+            job.fast = compiled and not job.device and takes(plan)
+            with _many_small_operations(), nullcontext() if job.fast else _one_thread_of_torch():
                 base_sha256 = job.split()
             if tuner is not None:
                 base_sha256 = job.tune(tuner)
@@ -232,6 +236,14 @@ def _check_room(plan: Plan, edits: Edits) -> None:
         assert many <= room.get(name, 0), f"{name}: {many} edits, and ortho holds {room.get(name)}"
 
 
+def _device_of(plan: Plan, device: str, on_event: EventSink) -> str:
+    """Name the device that the split is done on, if it is not the processor."""
+    if device != "cpu" and not is_plain(plan):
+        on_event(Noted(message=f"split on the CPU: on {device} one pass has to be all"))
+        return ""
+    return "" if device == "cpu" else device
+
+
 @contextmanager
 def _many_small_operations() -> Iterator[None]:
     """Set the interpreter up for workers on tiles, and back."""
@@ -267,9 +279,9 @@ class _Job:
         edits: Edits,
         work: WorkFolder,
         on_event: EventSink,
-        fast: bool,
     ) -> None:
-        self._plan, self._fast = plan, fast
+        self._plan = plan
+        self.fast, self.device = False, ""
         self._edits = edits
         self._checkpoint = checkpoint
         self._reader, self._curvature, self._reference = reader, curvature, reference
@@ -371,6 +383,7 @@ class _Job:
             source_digest=digest,
             base_sha256=base_sha256,
             ortho_sha256=ortho_sha256,
+            device=self.device.partition(":")[0] or "cpu",
         )
         self._emit(Finishing(step="sync"))
         self._write_side_files(report)
@@ -386,7 +399,9 @@ class _Job:
 
     def _work_through(self, pending: list[TensorPlan]) -> str:
         """Work on every pending tensor; return base's SHA-256."""
-        frontier = _Frontier(self._plan)
+        owners = {spec.key: t.name for t in self._plan.tensors for spec in t.base}
+        shapes = {_shape_key(tensor): "" for tensor in self._plan.split}  # they are written
+        frontier = Frontier(self._plan.base, owners | shapes, done=[""])
         frontier.finish(self._work.done)
         digest = GrowingSha256(self._base.fd)
         finished: list[Entry] = []
@@ -434,19 +449,21 @@ class _Job:
         )
 
     def _worker(self) -> Worker:
-        if not self._fast:
-            return self._splitter()
-        return OnePass(
-            self._reader,
-            self._base,
-            self._ortho,
-            group_size=self._plan.group_size,
-            curvature=self._curvature,
-            loops=self._loops,
-            other=self._splitter,
-            stop=self._stop,
-            on_event=self._emit,
-        )
+        places = (self._reader, self._base, self._ortho)
+        options: dict[str, Any] = {
+            "group_size": self._plan.group_size,
+            "curvature": self._curvature,
+            "other": self._splitter,
+            "stop": self._stop,
+            "on_event": self._emit,
+        }
+        if self.device:
+            from ortho_cli.ondevice import OnDevice
+
+            return OnDevice(*places, device=self.device, **options)
+        if self.fast:
+            return OnePass(*places, loops=self._loops, **options)
+        return self._splitter()
 
     def _emit(self, event: Any) -> None:
         with self._event_lock:
@@ -485,24 +502,3 @@ def _torn(done: dict[str, Entry]) -> list[str]:
 
 def _shape_key(tensor: TensorPlan) -> str:
     return tensor.base[2].key
-
-
-class _Frontier:
-    """How far base is complete from its first byte on."""
-
-    def __init__(self, plan: Plan) -> None:
-        owners = {spec.key: tensor.name for tensor in plan.tensors for spec in tensor.base}
-        written = {_shape_key(tensor) for tensor in plan.split}
-        self._ends = [
-            (region.offset + region.nbytes, None if key in written else owners[key])
-            for key, region in plan.base.regions.items()
-        ]
-        self._done: set[str | None] = {None}
-        self._next = 0
-        self.offset = len(plan.base.header)
-
-    def finish(self, names: Iterable[str]) -> None:
-        self._done.update(names)
-        while self._next < len(self._ends) and self._ends[self._next][1] in self._done:
-            self.offset = self._ends[self._next][0]
-            self._next += 1

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -37,14 +37,18 @@ SAMPLE = 1 << 16
 Array = npt.NDArray[Any]
 
 
+def is_plain(plan: Plan) -> bool:
+    """Tell whether one pass is all: rounding to nearest, absmax scales, nothing forgotten."""
+    if plan.reference or plan.recipe.forgets or plan.recipe.compensates:
+        return False
+    return all(tensor.scale == "absmax" for tensor in plan.split)
+
+
 def takes(plan: Plan) -> bool:
     """Tell whether numba is there, and its loops split every tensor of a plan as the plan says."""
-    if find_spec("numba") is None or plan.reference or plan.recipe.forgets:
+    if find_spec("numba") is None or not is_plain(plan):
         return False
-    return not plan.recipe.compensates and all(
-        tensor.bits == 4 and tensor.scale == "absmax" and plan.group_size % 8 == 0
-        for tensor in plan.split
-    )
+    return plan.group_size % 8 == 0 and all(tensor.bits == 4 for tensor in plan.split)
 
 
 class Loops:
@@ -71,8 +75,8 @@ class Loops:
         return self._found
 
 
-class _Refused(Exception):  # noqa: N818 - no error: the other worker says what is wrong, if anything
-    """The loop does not take this tensor."""
+class Refused(Exception):  # noqa: N818 - no error: the other worker says what is wrong, if anything
+    """One pass does not take this tensor."""
 
 
 class OnePass(Worker):
@@ -110,7 +114,7 @@ class OnePass(Worker):
         """Split one tensor: quantize it, and keep the k weights that lose most."""
         entry = None
         if self._loops.get():  # not before: another worker may copy while this one loads them
-            with suppress(_Refused):
+            with suppress(Refused):
                 entry = self._split_above(tensor, self._guess_bar(tensor), self._on_event)
                 # Fewer than k weights above a guess that was too high: once more, without one.
                 entry = entry or self._split_above(tensor, None, null_sink)
@@ -150,7 +154,7 @@ class OnePass(Worker):
         if top.short:
             return None
         if not np.isfinite(sums).all():
-            raise _Refused
+            raise Refused
         if curvature:
             curvature.finish()
             curvature.check_source(digest.hexdigest())
@@ -159,7 +163,7 @@ class OnePass(Worker):
         return {
             "name": tensor.name,
             "source_blake3": digest.hexdigest(),
-            **self._measured(tensor, sums, [first, *second]),
+            **measured(tensor, sums, [first, *second]),
             "blake3": {
                 BASE_FILE: digests_of(base),
                 ORTHO_FILE: self._write_csr(tensor, indices, values),
@@ -203,7 +207,7 @@ class OnePass(Worker):
             self._bytes,
         )
         if found < 0:
-            raise _Refused
+            raise Refused
         top.took(found)
         return codes, scales
 
@@ -247,27 +251,31 @@ class OnePass(Worker):
         words: list[npt.DTypeLike] = [WORDS[tensor.source.dtype]]
         return [*words, np.float32] if self._curvature else words
 
-    def _open(self, tensor: TensorPlan) -> _Curvature | None:
-        return _Curvature(self._curvature, tensor.name) if self._curvature else None
-
-    def _measured(self, tensor: TensorPlan, sums: Array, kept: Sequence[Array]) -> dict[str, float]:
-        """Say what rounding costs, and what of that ortho takes away."""
-        signal, *noise = map(float, sums)
-        measured = {"signal": signal}
-        # With curvature the residual was carried along, behind what selects.
-        for name, total, part in zip(
-            ("noise", "curvature_noise"), noise, reversed(kept), strict=False
-        ):
-            measured[name] = total
-            # Everything kept is exact; a difference of sums would not come out as 0.
-            found = float(np.square(part, dtype=np.float64).sum())
-            measured[f"{name}_kept"] = (
-                total if tensor.k == tensor.source.numel else min(found, total)
-            )
-        return measured
+    def _open(self, tensor: TensorPlan) -> CurvatureWords | None:
+        return CurvatureWords(self._curvature, tensor.name) if self._curvature else None
 
 
-class _Curvature:
+def measured(tensor: TensorPlan, sums: Array, kept: Sequence[Array]) -> dict[str, float]:
+    """Say what rounding costs, and what of that ortho takes away."""
+    signal, *noise = map(float, sums)
+    entry = {"signal": signal}
+    # With curvature the residual was carried along, behind what selects.
+    for name, total, part in zip(("noise", "curvature_noise"), noise, reversed(kept), strict=False):
+        entry[name] = total
+        # Everything kept is exact; a difference of sums would not come out as 0.
+        found = float(np.square(part, dtype=np.float64).sum())
+        entry[f"{name}_kept"] = total if tensor.k == tensor.source.numel else min(found, total)
+    return entry
+
+
+class Tiles(Protocol):
+    """Where buffers come from."""
+
+    def tile(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """Hand out the buffer of this name."""
+
+
+class CurvatureWords:
     """One pass over the curvature of one weight, as words, or as roots that are held."""
 
     def __init__(self, reader: StatisticsReader, name: str) -> None:
@@ -286,12 +294,12 @@ class _Curvature:
         values = np.empty(info.shape, np.float32)
         self._reader.read(_bytes(values), info)
         if not (np.isfinite(values) & (values >= 0)).all():
-            raise _Refused
+            raise Refused
         self._reader.compare(info, blake3(_bytes(values)).hexdigest())
         return np.sqrt(values)
 
     def tile(
-        self, row: int, count: int, room: _Room
+        self, row: int, count: int, room: Tiles
     ) -> tuple[Array | None, Array | None, Array | None]:
         """Read the next rows: words, or roots of rows and columns."""
         found = self.sample([row], count, room)
@@ -300,7 +308,7 @@ class _Curvature:
         return found
 
     def sample(
-        self, starts: Sequence[int], count: int, room: _Room
+        self, starts: Sequence[int], count: int, room: Tiles
     ) -> tuple[Array | None, Array | None, Array | None]:
         """Read `count` rows from each of `starts` on, outside of the pass."""
         if self._columns is not None:
@@ -333,10 +341,10 @@ class _Room:
     """Buffers of one worker, used again: fresh pages cost more than the arithmetic."""
 
     def __init__(self) -> None:
-        self._held: dict[str | int, Array] = {}
+        self._held: dict[str, Array] = {}
         self._next = 0
 
-    def tile(self, name: str | int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+    def tile(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """Hand out the buffer of this name."""
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         if name not in self._held or self._held[name].size < nbytes:
@@ -350,7 +358,7 @@ class _Room:
     def __call__(self, size: int, dtype: npt.DTypeLike) -> Array:
         """Hand out a buffer of a list of candidates."""
         self._next += 1
-        return self.tile(self._next, (size,), dtype)
+        return self.tile(f"candidates {self._next}", (size,), dtype)
 
 
 def _bytes(array: Array) -> memoryview:

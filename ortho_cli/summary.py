@@ -42,6 +42,7 @@ def make_report(
     source_digest: str,
     base_sha256: str,
     ortho_sha256: str,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Say what was done; the same for the same input, so without times and paths.
 
@@ -69,7 +70,7 @@ def make_report(
     bits = 8 * (plan.base.size + ortho.size) / plan.weights
     return {
         "format": artifact.FORMATS[plan.recipe.ortho.layout],
-        "versions": {"ortho": __version__, "torch": metadata.version("torch"), "device": "cpu"},
+        "versions": {"ortho": __version__, "torch": metadata.version("torch"), "device": device},
         "plan_sha256": plan.sha256,
         "source_digest": source_digest,
         "base_sha256": base_sha256,

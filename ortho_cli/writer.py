@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,3 +180,29 @@ class GrowingSha256:
             self._digest.update(piece)
             self._position += len(piece)
         return self._digest.hexdigest()
+
+
+class Frontier:
+    """How far a file is complete from its first byte on."""
+
+    def __init__(self, layout: Layout, owners: Mapping[str, str], *, done: Iterable[str]) -> None:
+        """Say who writes what.
+
+        Args:
+            layout: of the file, whose header is written.
+            owners: who writes each of its tensors.
+            done: owners whose tensors are written.
+        """
+        self._ends = [
+            (region.offset + region.nbytes, owners[key]) for key, region in layout.regions.items()
+        ]
+        self._done = set(done)
+        self._next = 0
+        self.offset = len(layout.header)
+
+    def finish(self, owners: Iterable[str]) -> None:
+        """Count what these write as written; `offset` is where the first gap begins."""
+        self._done.update(owners)
+        while self._next < len(self._ends) and self._ends[self._next][1] in self._done:
+            self.offset = self._ends[self._next][0]
+            self._next += 1

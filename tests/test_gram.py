@@ -23,6 +23,7 @@ from torch import Tensor
 from ortho_cli import calibrate as work
 from ortho_cli import calibrate_plan, capture, curvature, recipe, sums
 from ortho_cli.checkpoint import open_checkpoint
+from ortho_cli.curvature import gram_of
 from ortho_cli.errors import CalibrationError
 from ortho_cli.events import Event, SequencesDone
 from ortho_cli.statistics import StatisticsReader, open_statistics
@@ -325,7 +326,7 @@ def stats(pico: Path) -> Path:
 
 def read_gram(path: Path, name: str = f"{DOWN}.weight") -> Tensor:
     with closing(StatisticsReader(open_statistics(path))) as reader:
-        return reader.gram(name)
+        return gram_of(reader, name)
 
 
 def test_reader_gives_what_was_written(stats: Path) -> None:

@@ -395,7 +395,7 @@ def test_failure_before_anything_is_finished_leaves_nothing(
     def fail(*given: Any, **options: Any) -> Any:
         raise RuntimeError("nothing goes")
 
-    monkeypatch.setattr("ortho_cli.split.Splitter.work", fail)
+    monkeypatch.setattr("ortho_cli.worker.Worker.work", fail)
     with pytest.raises(RuntimeError, match="nothing goes"):
         split(pico, tmp_path / "out", INT8)
     assert not work_folder(tmp_path / "out").exists()
