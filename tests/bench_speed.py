@@ -1,14 +1,17 @@
-"""Speed and memory of `ortho decompose` beside the naive code and beside reading and writing alone.
+"""Speed and memory of `ortho decompose` beside the naive code, the disk and its peers.
 
     make bench                                       builds 2.2 GB of weights in demo/bench
     python tests/bench_speed.py --source FOLDER      any checkpoint of yours
 
-Every row runs in a process of its own; rows are interleaved and medians reported. Seconds exclude
-start-up (importing torch), which has a column of its own. Only ratios travel between machines.
+Every row is a whole command in a process of its own, start-up included; rows are interleaved and
+medians reported. Only the limit, which reads and writes the same bytes and computes nothing, is
+timed from where it begins to read. Only ratios travel between machines.
 
-With --llama, a folder that holds llama.cpp's llama-quantize, that is a row, too: the same Linears
-to Q4_0, and nothing else of the model; --accept keeps the ratios of this run in bench_speed.json,
-and without it the run fails where one is worse than the ratio kept there by more than SLACK.
+With --llama, a folder that holds llama.cpp's llama-quantize, two rows are its: the same Linears to
+Q4_0, embeddings and head copied as ours are, and the whole model to Q4_0. With --peers, the python
+of a virtual environment as tests/peers.txt describes, the peers of tests/peers_speed.py are rows,
+too, --peer-runs times each. --accept keeps the ratios of this run in bench_speed.json, and without
+it the run fails where one is worse than the ratio kept there by more than SLACK.
 """
 
 from __future__ import annotations
@@ -31,64 +34,57 @@ FISHER = "fisher.safetensors"  # made up: as many bytes as measured ones
 GGUF = "source.gguf"
 KEPT = HERE / "bench_speed.json"
 SLACK = 1.25  # medians of a quiet machine differ by less
-ROWS = ("limit", "ours", "ours, Fisher", "ours, 1 worker", "llama-quantize", "naive")
+OURS = ("ours", "ours, Fisher", "ours, 1 worker", "ours, torch")
+LLAMA = ("llama-quantize", "llama-quantize, all")
+PEERS = ("torchao", "hqq", "llmcompressor", "autoround", "quanto")
 # Ratios of seconds that must not grow: of the first row to the second.
 RATIOS = (
     ("ours", "naive"),
     ("ours", "limit"),
     ("ours, Fisher", "ours"),
     ("ours, 1 worker", "ours"),
-    ("ours", "llama-quantize"),
+    ("ours", "ours, torch"),
+    *(("ours", peer) for peer in (*LLAMA, *PEERS)),
 )
+# As where numba is not installed.
+WITHOUT_NUMBA = (
+    "import ortho_cli.onepass as o, sys; o.find_spec = lambda name: None; "
+    "from ortho_cli.cli import main; main()"
+)
+NAIVE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import bench_speed
+bench_speed.naive(Path(sys.argv[2]), Path(sys.argv[3]))
+"""
 
 
-def child(row: str, source: Path, scratch: Path, workers: int, sets: list[str]) -> None:
-    """Do one run in this process and print what it took."""
-    began, out = time.perf_counter(), scratch / "out"
-    if row == "limit":
-        run, loaded = limit(source, out), _rss()
-    else:
-        import torch
-
-        loaded = _rss()
-        torch.set_num_threads(workers)
-        stats = scratch / FISHER if row == "ours, Fisher" else None
-        run = naive(source, out) if row == "naive" else ours(source, out, workers, sets, stats)
-    start_up = time.perf_counter() - began
-    began, processor = time.perf_counter(), time.process_time()
-    run()
-    print(
-        json.dumps(
-            {
-                "seconds": time.perf_counter() - began,
-                "cpu_seconds": time.process_time() - processor,
-                "start_up": start_up,
-                "peak": _rss(),
-                "over_import": _rss() - loaded,
-            }
-        )
-    )
+def command_of(row: str, chosen: argparse.Namespace, source: Path, out: Path) -> list[Any]:
+    """Give the command that a row is."""
+    if row in PEERS:
+        return [chosen.peers, HERE / "peers_speed.py", row, source, out]
+    if row in LLAMA:
+        kept = ("--token-embedding-type", "bf16", "--output-tensor-type", "bf16")
+        options = ["--pure"] if row.endswith("all") else ["--pure", *kept]
+        program = chosen.llama / "llama-quantize"
+        return [program, *options, chosen.scratch / GGUF, out, "Q4_0", chosen.workers]
+    if row == "naive":
+        return [sys.executable, "-c", NAIVE, HERE, source, out]
+    program = [sys.executable, "-c", WITHOUT_NUMBA] if "torch" in row else [_ortho()]
+    options = ["--workers", 1 if "1 worker" in row else chosen.workers]
+    options += ["--stats", chosen.scratch / FISHER] if "Fisher" in row else []
+    options += [f"--set={item}" for item in chosen.sets]
+    if "Fisher" in row:
+        options.append("--set=saliency.kind=curvature")
+    return [*program, "decompose", source, "-o", out, "-q", *options]
 
 
-def ours(source: Path, out: Path, workers: int, sets: list[str], stats: Path | None) -> Any:
-    """The real thing, plan included; with statistics, weights are kept by curvature."""
-    from ortho_cli.checkpoint import open_checkpoint
-    from ortho_cli.decompose import decompose
-    from ortho_cli.plan import make_plan
-    from ortho_cli.recipe import load_recipe
-    from ortho_cli.statistics import open_statistics
-
-    recipe = load_recipe(None, sets)
-
-    def run() -> None:
-        opened = open_checkpoint(source)
-        measured = open_statistics(stats) if stats else None
-        decompose(make_plan(opened, recipe, workers=workers, statistics=measured), opened, out)
-
-    return run
+def _ortho() -> Path:
+    return Path(sys.executable).with_name("ortho")
 
 
-def naive(source: Path, out: Path) -> Any:
+def naive(source: Path, out: Path) -> None:
     """Whole tensors, eager torch, safetensors' own reader and writer."""
     import reference
 
@@ -98,13 +94,12 @@ def naive(source: Path, out: Path) -> Any:
 
     made = make_plan(open_checkpoint(source), DEFAULT)
     split = {tensor.name for tensor in made.split}
-    return lambda: reference.naive_decompose(
-        source, out, group_size=made.group_size, density=0.005, split=split
-    )
+    size = made.group_size
+    reference.naive_decompose(source, out, group_size=size, density=0.005, split=split)
 
 
-def limit(source: Path, out: Path) -> Any:
-    """Read what we read, write and sync what we write, and compute nothing."""
+def limit(source: Path, out: Path) -> None:
+    """Read what we read, write and sync what we write, compute nothing, and print the seconds."""
     from ortho_cli.checkpoint import open_checkpoint
     from ortho_cli.journal import reserve
     from ortho_cli.plan import make_plan
@@ -113,41 +108,23 @@ def limit(source: Path, out: Path) -> Any:
     opened = open_checkpoint(source)
     size = make_plan(opened, DEFAULT).bytes_written
     buffer = memoryview(bytearray(CHUNK))
-
-    def run() -> None:
-        for shard in opened.shards:
-            with shard.path.open("rb", buffering=0) as file:
-                while file.readinto(buffer):
-                    pass
-        out.mkdir()
-        with (out / "data").open("wb", buffering=0) as file:
-            reserve(file.fileno(), size)
-            for start in range(0, size, CHUNK):
-                file.write(buffer[: min(CHUNK, size - start)])
-            os.fsync(file.fileno())
-
-    return run
-
-
-def llama(source: Path, scratch: Path, folder: Path, workers: int) -> dict[str, float]:
-    """Let llama-quantize turn the Linears into Q4_0, in a process of its own."""
-    from peers_gguf import run
-
-    out = scratch / "out.gguf"
-    keep = ("--token-embedding-type", "bf16", "--output-tensor-type", "bf16")
-    command = (folder / "llama-quantize", "--pure", *keep, scratch / GGUF, out, "Q4_0", workers)
-    spent = run(*command, log=scratch / "llama.log")
-    with out.open("rb") as file:
+    began, processor = time.perf_counter(), time.process_time()
+    for shard in opened.shards:
+        with shard.path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    out.mkdir()
+    with (out / "data").open("wb", buffering=0) as file:
+        reserve(file.fileno(), size)
+        for start in range(0, size, CHUNK):
+            file.write(buffer[: min(CHUNK, size - start)])
         os.fsync(file.fileno())
-    out.unlink()
-    peak = float(spent.peak_rss_bytes)
-    return {
-        "seconds": spent.seconds,
-        "cpu_seconds": spent.cpu_seconds,
-        "start_up": 0.0,
-        "peak": peak,
-        "over_import": peak,
+    spent = {
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - processor,
+        "peak": _rss(),
     }
+    print(json.dumps(spent))
 
 
 def write_gguf(source: Path, path: Path) -> None:
@@ -205,21 +182,35 @@ def _rss() -> int:
     return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
 
 
-def measure(
-    row: str, source: Path, scratch: Path, workers: int, sets: list[str]
-) -> dict[str, float]:
+def measure(row: str, chosen: argparse.Namespace, source: Path) -> dict[str, float]:
     """Run one row in a new process."""
-    out = scratch / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, __file__, "--child", row, "--source", source, "--scratch", scratch]
-    command += ["--workers", str(workers), *(f"--set={item}" for item in sets)]
+    from peers_gguf import run
+
+    out = chosen.scratch / "out"
+    _clear(out)
     os.sync()  # what the row before left to be written is not this row's
-    ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    shutil.rmtree(out, ignore_errors=True)
-    if ran.returncode:
-        sys.exit(ran.stderr)
-    found: dict[str, float] = json.loads(ran.stdout)
+    if row == "limit":
+        command = [sys.executable, __file__, "--child", "--source", source]
+        told = subprocess.run(
+            list(map(str, [*command, "--scratch", chosen.scratch])), capture_output=True, check=True
+        )
+        found: dict[str, float] = json.loads(told.stdout)
+    else:
+        log = chosen.scratch / "row.log"
+        spent = run(*command_of(row, chosen, source, out), log=log)
+        found = {
+            "seconds": spent.seconds,
+            "cpu_seconds": spent.cpu_seconds,
+            "peak": spent.peak_rss_bytes,
+        }
+    _clear(out)
     return found
+
+
+def _clear(out: Path) -> None:
+    if out.is_file():
+        out.unlink()
+    shutil.rmtree(out, ignore_errors=True)
 
 
 def processor() -> str:
@@ -242,11 +233,13 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="sets")
     parser.add_argument("--llama", type=Path, help="folder of llama-quantize")
     parser.add_argument("--accept", action="store_true", help="keep the ratios of this run")
-    parser.add_argument("--child", choices=ROWS)
+    parser.add_argument("--peers", type=Path, help="python of the peers' virtual environment")
+    parser.add_argument("--peer-runs", type=int, default=1)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     source = chosen.source or chosen.scratch / "llama-1b"
     if chosen.child:
-        child(chosen.child, source, chosen.scratch, chosen.workers, chosen.sets)
+        limit(source, chosen.scratch / "out")
         return
     chosen.scratch.mkdir(parents=True, exist_ok=True)
     if not source.exists():
@@ -264,19 +257,16 @@ def main() -> None:
         ]
         subprocess.run([sys.executable, HERE / "checkpoints.py", source, *size], check=True)
     prepare(source, chosen.scratch, gguf=chosen.llama is not None)
-    rows = [row for row in ROWS if chosen.llama or row != "llama-quantize"]
-    runs: dict[str, list[dict[str, float]]] = {row: [] for row in rows}
-    measure("limit", source, chosen.scratch, 1, [])  # warm the page cache
-    for turn in range(chosen.runs):
-        for row in rows:
-            if row == "naive" and turn >= chosen.naive_runs:
-                continue
-            if row == "llama-quantize":
-                found = llama(source, chosen.scratch, chosen.llama, chosen.workers)
-            else:
-                workers = 1 if "1 worker" in row else chosen.workers
-                found = measure(row, source, chosen.scratch, workers, chosen.sets)
-            runs[row].append(found)
+    turns = dict.fromkeys(("limit", *OURS, *(LLAMA if chosen.llama else ())), chosen.runs)
+    turns |= dict.fromkeys(PEERS if chosen.peers else (), chosen.peer_runs)
+    turns["naive"] = chosen.naive_runs
+    runs: dict[str, list[dict[str, float]]] = {row: [] for row in turns}
+    for row in ("limit", "ours"):  # warm the page cache; compile
+        measure(row, chosen, source)
+    for turn in range(max(turns.values())):
+        for row, many in turns.items():
+            if turn < many:
+                runs[row].append(measure(row, chosen, source))
     show(runs, source, chosen.workers)
     guard(runs, accept=chosen.accept)
 
@@ -284,16 +274,11 @@ def main() -> None:
 def guard(runs: dict[str, list[dict[str, float]]], *, accept: bool) -> None:
     """Keep the ratios of this run, or hold them against those that were kept."""
     median = medians(runs)
-
-    def spent(row: str, *, whole: bool) -> float:
-        return median[row]["seconds"] + whole * median[row]["start_up"]
-
-    ratios = {}
-    for row, other in RATIOS:
-        if row in median and other in median:
-            whole = other == "llama-quantize"  # which has no start-up that could be left out
-            ratio = spent(row, whole=whole) / spent(other, whole=whole)
-            ratios[f"{row} / {other}"] = round(ratio, 4)
+    ratios = {
+        f"{row} / {other}": round(median[row]["seconds"] / median[other]["seconds"], 4)
+        for row, other in RATIOS
+        if row in median and other in median
+    }
     before: dict[str, float] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     if accept:
         KEPT.write_text(json.dumps({**before, **ratios}, indent=2) + "\n")
@@ -320,13 +305,12 @@ def show(runs: dict[str, list[dict[str, float]]], source: Path, workers: int) ->
     nbytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     median = medians(runs)
     print(f"{source.name}: {nbytes / 1e9:.2f} GB, {processor()}, {workers} workers, medians")
-    print(f"{'':16}{'seconds':>9}{'CPU-s':>8}{'GB/s':>7}{'start-up':>10}{'peak MB':>9}"
-          f"{'over import':>13}{'naive / this':>14}{'this / limit':>14}{'n':>4}")  # fmt: skip
+    print(f"{'':20}{'seconds':>9}{'CPU-s':>8}{'GB/s':>7}{'peak MB':>9}"
+          f"{'this / ours':>13}{'this / limit':>14}{'n':>4}")  # fmt: skip
     for row, m in median.items():
         print(
-            f"{row:16}{m['seconds']:9.2f}{m['cpu_seconds']:8.2f}{nbytes / m['seconds'] / 1e9:7.2f}"
-            f"{m['start_up']:10.2f}{m['peak'] / 1e6:9.0f}{m['over_import'] / 1e6:13.0f}"
-            f"{median['naive']['seconds'] / m['seconds']:14.1f}"
+            f"{row:20}{m['seconds']:9.2f}{m['cpu_seconds']:8.2f}{nbytes / m['seconds'] / 1e9:7.2f}"
+            f"{m['peak'] / 1e6:9.0f}{m['seconds'] / median['ours']['seconds']:13.2f}"
             f"{m['seconds'] / median['limit']['seconds']:14.2f}{len(runs[row]):4}"
         )
 
