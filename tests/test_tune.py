@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from memorised import Memorised
+from memorised import Memorised, build
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,6 +28,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 
 BASE = ("base.scale=curvature", "ortho.density=0.01", "tune.samples=32", "tune.length=16")
 TUNED = ("base.rounding=tuned", *BASE)
+
+
+@pytest.fixture(scope="module")
+def memorised(tmp_path_factory: pytest.TempPathFactory) -> Memorised:
+    """A model that tuning helps: of five seeds of this tiny one, it is the only one."""
+    with warnings.catch_warnings(action="ignore"):
+        return build(tmp_path_factory.mktemp("tuned"), seed=0)
 
 
 class Stopped(Exception):  # noqa: N818 - no error, an end
