@@ -98,8 +98,8 @@ def decompose(
         str,
         typer.Option(
             "--device",
-            help="Of the model that a recipe forgets or tunes in: auto, cpu, cuda or cuda:N. "
-            "Splitting is done on the CPU.",
+            help="auto, cpu, cuda or cuda:N: of the model that a recipe forgets or tunes in, and "
+            "where cuda is asked for by name, of a split that one pass does.",
         ),
     ] = "auto",
     as_json: JsonOption = False,
@@ -115,7 +115,8 @@ def decompose(
     from ortho_cli.output import check_output, check_space, files_of
     from ortho_cli.plan import check_memory
 
-    checkpoint, plan = _plan(model, stats, recipe, sets, workers, device, reference)
+    splits_on = _split_device(device)
+    checkpoint, plan = _plan(model, stats, recipe, sets, workers, reference)
     plan = _meet(plan, checkpoint, target_bits, quiet=quiet)
     target = out or _default_out(model)
     read = files_of(checkpoint, *plan.inputs, *(forget or []), *(data or []))
@@ -135,7 +136,8 @@ def decompose(
     with ProgressSink("decompose", quiet=quiet, verbose=verbose) as sink:
         for note in notes:
             sink(note)
-        document = run(plan, checkpoint, target, force=force, on_event=sink, **more)
+        more |= {"device": splits_on, "force": force}
+        document = run(plan, checkpoint, target, on_event=sink, **more)
     document["run"] = _run_facts(target, began)
     _show(document, report.print_done, as_json, quiet)
 
@@ -326,7 +328,7 @@ def inspect(
                 f"`{path}` is no artifact, and --verify checks artifacts and statistics",
                 hint="leave --verify out",
             )
-        _, plan = _plan(path, stats, recipe, sets, workers, "auto")
+        _, plan = _plan(path, stats, recipe, sets, workers)
         _show_plan(plan, path, as_json=as_json, quiet=quiet)
         return
     if recipe or sets or stats:
@@ -365,7 +367,6 @@ def _plan(
     recipe: str | None,
     sets: list[str] | None,
     workers: int | None,
-    device: str,
     reference: Path | None = None,
 ) -> tuple[Any, Plan]:
     from ortho_cli.checkpoint import open_checkpoint
@@ -374,8 +375,6 @@ def _plan(
     from ortho_cli.statistics import check_model, open_statistics
 
     settings = load_recipe(recipe, sets or ())
-    if not settings.forgets:
-        _check_device(device)
     checkpoint = open_checkpoint(model)
     found = open_statistics(stats) if stats else None
     plan = make_plan(
@@ -422,6 +421,16 @@ def _model_work(
         plan, checkpoint, forget=forget, data=data, device=device, on_event=on_event
     )
     return {"editor": editor}
+
+
+def _split_device(device: str) -> str:
+    """Name what splits: the processor, unless a card is asked for by name."""
+    if device in ("auto", "cpu"):
+        return "cpu"
+    from ortho_cli.models import resolve_device
+
+    found = resolve_device(device)
+    return "cpu" if found.type == "cpu" else str(found)
 
 
 def _check_device(device: str) -> None:
