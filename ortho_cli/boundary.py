@@ -94,8 +94,6 @@ def enter(command: Callable[[], int]) -> NoReturn:
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ortho inspect X | head` ends like any filter
     gc.set_threshold(GARBAGE)
-    # Threads of numpy's matrix products, of which there are none here, spin before they sleep.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     code = command()
     gc.freeze()  # a process that ends need not look for garbage once more
     sys.exit(code)
