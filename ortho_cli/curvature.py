@@ -14,28 +14,14 @@ from ortho_cli.artifact import module_of
 from ortho_cli.checkpoint import TensorInfo
 from ortho_cli.errors import CalibrationError
 from ortho_cli.ops import Empty, as_bytes
-from ortho_cli.statistics import GRAM, StatisticsReader
+from ortho_cli.statistics import GRAM, CurvaturePass, StatisticsReader
 
 # Rows that are held against their columns at a time: what is copied stays small.
 GRAM_ROWS = 256
 
 
-class Curvature:
-    """One pass over the curvature of one weight, in order; what has (in,) or (out,) is held."""
-
-    def __init__(self, reader: StatisticsReader, name: str) -> None:
-        """Read what is small, and check it."""
-        self._reader, self._name = reader, name
-        self._digest = blake3()
-        key = f"{module_of(name)}.retain_curvature"
-        self._full = reader.infos.get(key)
-        self._rows: Tensor | None = None
-        self._columns: Tensor | None = None
-        if self._full is None:
-            self._rows = self._load(reader.infos[f"{key}_rows"]).unsqueeze(-1)
-            self._columns = self._load(reader.infos[f"{key}_columns"])
-        elif len(self._full.shape) == 1:
-            self._columns = self._load(self._full)
+class Curvature(CurvaturePass[Tensor]):
+    """One pass over the curvature of one weight, as torch's tensors."""
 
     def tile(self, row: int, count: int, *, empty: Empty) -> tuple[Tensor, Tensor]:
         """Read the next rows.
@@ -50,7 +36,7 @@ class Curvature:
         if self._columns is None:
             assert self._full is not None
             return self._load(self._full).float()
-        return self._columns if self._rows is None else self._rows * self._columns
+        return self._columns if self._rows is None else self._rows[:, None] * self._columns
 
     def sample(self, rows: Sequence[int], count: int, *, empty: Empty) -> tuple[Tensor, Tensor]:
         """Read `count` rows from each of `rows` on, outside of the pass."""
@@ -62,7 +48,7 @@ class Curvature:
         if self._columns is not None:
             if self._rows is None:
                 return self._columns, _root(self._columns, empty)
-            rows = torch.cat([self._rows[start : start + count] for start in starts])
+            rows = torch.cat([self._rows[start : start + count, None] for start in starts])
             shape = (len(rows), len(self._columns))
             values = torch.mul(rows, self._columns, out=empty(shape, torch.float32))
             roots = _root(rows, empty), _root(self._columns, empty)
@@ -89,15 +75,6 @@ class Curvature:
             raise self._no_curvature(tensor, values, 0)
         self._reader.compare(tensor, blake3(as_bytes(values)).hexdigest())
         return values
-
-    def finish(self) -> None:
-        """Hold the bytes of the whole pass against the file's own digest."""
-        if self._columns is None and self._full is not None:
-            self._reader.compare(self._full, self._digest.hexdigest())
-
-    def check_source(self, digest: str) -> None:
-        """Hold the weight that was read against the one that was measured."""
-        self._reader.statistics.check_source(self._name, digest)
 
     def _no_curvature(self, tensor: TensorInfo, values: Tensor, start: int) -> CalibrationError:
         flat = values.reshape(-1).float()

@@ -38,7 +38,16 @@ from ortho_cli.plan import Plan, TensorPlan
 from ortho_cli.quantization import index
 from ortho_cli.statistics import StatisticsReader, check_model
 from ortho_cli.summary import make_config, make_report
-from ortho_cli.worker import Entry, Reference, Results, Worker, at_work, is_sound, shape_bytes
+from ortho_cli.worker import (
+    Entry,
+    Reference,
+    Results,
+    Worker,
+    at_work,
+    is_sound,
+    shape_bytes,
+    shape_key,
+)
 from ortho_cli.writer import DataFile, Frontier, GrowingSha256, plan_layout
 
 if TYPE_CHECKING:  # to import torch takes longer than to decompose a billion weights
@@ -151,7 +160,7 @@ def decompose(
                 edits = _find_edits(plan, editor, work, curvature, on_event)
             job = _Job(plan, checkpoint, reader, curvature, reference, edits, work, on_event)
             job.device = _device_of(plan, device, on_event)
-            job.fast = compiled and not job.device and takes(plan)
+            job.fast = compiled and job.device == "cpu" and takes(plan)
             with _many_small_operations(), nullcontext() if job.fast else _one_thread_of_torch():
                 base_sha256 = job.split()
             if tuner is not None:
@@ -237,11 +246,11 @@ def _check_room(plan: Plan, edits: Edits) -> None:
 
 
 def _device_of(plan: Plan, device: str, on_event: EventSink) -> str:
-    """Name the device that the split is done on, if it is not the processor."""
+    """Name the device that the split is done on."""
     if device != "cpu" and not is_plain(plan):
         on_event(Noted(message=f"split on the CPU: on {device} one pass has to be all"))
-        return ""
-    return "" if device == "cpu" else device
+        return "cpu"
+    return device
 
 
 @contextmanager
@@ -281,7 +290,7 @@ class _Job:
         on_event: EventSink,
     ) -> None:
         self._plan = plan
-        self.fast, self.device = False, ""
+        self.fast, self.device = False, "cpu"
         self._edits = edits
         self._checkpoint = checkpoint
         self._reader, self._curvature, self._reference = reader, curvature, reference
@@ -312,7 +321,7 @@ class _Job:
         )
         self._base.write_header(plan.base.header)
         for tensor in plan.split:  # they lie first: who hashes base need not wait for the last one
-            self._base.write(_shape_key(tensor), shape_bytes(tensor), start=0)
+            self._base.write(shape_key(tensor), shape_bytes(tensor), start=0)
         return self._work_through([t for t in plan.tensors if t.name not in done])
 
     def tune(self, tuner: Tuner) -> str:
@@ -369,7 +378,8 @@ class _Job:
             from ortho_cli.repack import Repacker
 
             repacker = Repacker(plan, self._base, self._ortho, self._curvature)
-            ortho, layout, entries = repacker.run(self._work, entries, told)
+            with _one_thread_of_torch():
+                ortho, layout, entries = repacker.run(self._work, entries, told)
         else:
             header = plan_layout((s for t in plan.tensors for s in t.ortho), told).header
             assert len(header) == len(layout.header)
@@ -383,7 +393,7 @@ class _Job:
             source_digest=digest,
             base_sha256=base_sha256,
             ortho_sha256=ortho_sha256,
-            device=self.device.partition(":")[0] or "cpu",
+            device=self.device.partition(":")[0],
         )
         self._emit(Finishing(step="sync"))
         self._write_side_files(report)
@@ -400,7 +410,7 @@ class _Job:
     def _work_through(self, pending: list[TensorPlan]) -> str:
         """Work on every pending tensor; return base's SHA-256."""
         owners = {spec.key: t.name for t in self._plan.tensors for spec in t.base}
-        shapes = {_shape_key(tensor): "" for tensor in self._plan.split}  # they are written
+        shapes = {shape_key(tensor): "" for tensor in self._plan.split}  # they are written
         frontier = Frontier(self._plan.base, owners | shapes, done=[""])
         frontier.finish(self._work.done)
         digest = GrowingSha256(self._base.fd)
@@ -457,7 +467,7 @@ class _Job:
             "stop": self._stop,
             "on_event": self._emit,
         }
-        if self.device:
+        if self.device != "cpu":
             from ortho_cli.ondevice import OnDevice
 
             return OnDevice(*places, device=self.device, **options)
@@ -498,7 +508,3 @@ def _torn(done: dict[str, Entry]) -> list[str]:
         if block != canonical_json([min(names), len(names)])
         for name in names
     ]
-
-
-def _shape_key(tensor: TensorPlan) -> str:
-    return tensor.base[2].key

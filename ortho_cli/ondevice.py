@@ -11,8 +11,8 @@ It has been run on `torch.device("cpu")` only, and on no card.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,60 +23,34 @@ from blake3 import blake3
 from torch import Tensor
 
 from ortho_cli import ops
-from ortho_cli.artifact import BASE_FILE, ORTHO_FILE
 from ortho_cli.events import Advanced
-from ortho_cli.onepass import CurvatureWords, Refused, measured
+from ortho_cli.onepass import WORDS, Plain, Refused
 from ortho_cli.ops import as_bytes
 from ortho_cli.plan import TensorPlan, tile_rows
 from ortho_cli.split import TORCH_DTYPES
-from ortho_cli.statistics import StatisticsReader
-from ortho_cli.worker import Entry, Worker, digests_of, shape_bytes
+from ortho_cli.worker import Entry
 from ortho_cli.writer import TensorStream
 
 # Weights of a tile: enough to keep a card busy, and 40 bytes of its memory for each.
 TILE = 1 << 22
 
 
-class OnDevice(Worker):
+class OnDevice(Plain):
     """Splits on a device; while it computes on a tile, the next is read and copied there."""
 
-    def __init__(
-        self,
-        *places: Any,
-        device: str,
-        group_size: int,
-        curvature: StatisticsReader | None,
-        other: Callable[[], Worker],
-        **rest: Any,
-    ) -> None:
-        """Say where to compute, and who says what is wrong with a tensor that is refused.
-
-        Args:
-            places: where tensors come from and go to, as `Worker` takes them.
-            device: cuda, cuda:N, or for tests cpu.
-            group_size: weights that share a scale.
-            curvature: of the weights; it selects.
-            other: makes a worker that splits anything.
-            rest: what else `Worker` takes.
-        """
+    def __init__(self, *places: Any, device: str, **rest: Any) -> None:
+        """Take what `Plain` takes, and where to compute: cuda, cuda:N, or for tests cpu."""
         super().__init__(*places, **rest)
-        self._device, self._group_size = torch.device(device), group_size
-        self._curvature, self._other = curvature, other
+        self._device = torch.device(device)
         self._lanes = (_Lane(self._device), _Lane(self._device))
-
-    def split(self, tensor: TensorPlan) -> Entry:
-        """Split one tensor: quantize it, and keep the k weights that lose most."""
-        with suppress(Refused):
-            return self._split(tensor)
-        return self._other().split(tensor)
 
     def _split(self, tensor: TensorPlan) -> Entry:
         rows, columns = tensor.source.shape
         step = tile_rows(tensor.source.shape, TILE)
-        curvature = CurvatureWords(self._curvature, tensor.name) if self._curvature else None
+        curvature = self._open(tensor)
         digest, sums = blake3(), np.zeros(3)
-        packed, stored, shape = base = [TensorStream(self._base, spec.key) for spec in tensor.base]
-        top = TopK(tensor.k, device=self._device)
+        packed, stored = base = [TensorStream(self._base, spec.key) for spec in tensor.base[:2]]
+        top = TopK(tensor.k)
         before: _Begun | None = None
 
         def end(begun: _Begun) -> None:
@@ -93,7 +67,7 @@ class OnDevice(Worker):
 
         for i, row in enumerate(range(0, rows, step)):
             lane = self._lanes[i % 2]
-            raw = lane.tile("raw", (min(step, rows - row), columns), _BYTES[tensor.source.dtype])
+            raw = lane.tile("raw", (min(step, rows - row), columns), WORDS[tensor.source.dtype])
             data = raw.reshape(-1).view(np.uint8).data
             self._read(tensor, data, digest, start=row * columns * raw.itemsize)
             weight = curvature.tile(row, len(raw), lane) if curvature else (None, None, None)
@@ -104,22 +78,7 @@ class OnDevice(Worker):
             before = begun
         if before:
             end(before)
-        if not np.isfinite(sums).all():
-            raise Refused
-        if curvature:
-            curvature.finish()
-            curvature.check_source(digest.hexdigest())
-        shape.write(shape_bytes(tensor))
-        indices, first, (values, *second) = top.finish()
-        return {
-            "name": tensor.name,
-            "source_blake3": digest.hexdigest(),
-            **measured(tensor, sums, [first, *second]),
-            "blake3": {
-                BASE_FILE: digests_of(base),
-                ORTHO_FILE: self._write_csr(tensor, indices, values),
-            },
-        }
+        return self._close(tensor, digest, base, curvature, sums, top.finish())
 
     def _begin(
         self,
@@ -180,10 +139,6 @@ class OnDevice(Worker):
         return torch.empty(shape, dtype=dtype, device=self._device)
 
 
-# What raw words are read as: torch has no arithmetic, and needs none, on unsigned ones.
-_BYTES: dict[str, npt.DTypeLike] = {"BF16": np.int16, "F16": np.int16, "F32": np.int32}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Begun:
     """A tile whose kernels and copies back were asked for; `lane.wait` makes them true."""
@@ -223,7 +178,7 @@ class _Lane:
         return self._pinned(name, nbytes).numpy().view(dtype).reshape(shape)
 
     def send(self, array: npt.NDArray[Any]) -> Tensor:
-        """Copy there."""
+        """Copy there; torch has no arithmetic, and needs none, on unsigned words."""
         signed = array.view(f"i{array.itemsize}") if array.dtype.kind == "u" else array
         return torch.from_numpy(signed).to(self._device, non_blocking=True)
 
@@ -244,12 +199,11 @@ class TopK:
     Saliencies are float32, >= 0 and finite; stretches come in ascending order.
     """
 
-    def __init__(self, k: int, *, device: torch.device) -> None:
+    def __init__(self, k: int) -> None:
         """Hold nothing yet; 0 <= k."""
         self._k = k
         self._bar = -1.0 if k else math.inf
         self._count = 0
-        self._device = device
         self._held: list[list[Tensor]] = []
 
     def push(self, saliency: Tensor, payloads: Sequence[Tensor], *, start: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -18,20 +19,19 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from ortho_cli.artifact import BASE_FILE, ORTHO_FILE, module_of
+from ortho_cli.checkpoint import TensorInfo
 from ortho_cli.events import Advanced, EventSink, Noted, null_sink
 from ortho_cli.plan import Plan, TensorPlan, tile_rows
-from ortho_cli.statistics import StatisticsReader
-from ortho_cli.topk import TopK
-from ortho_cli.worker import EXPONENTS, Entry, Worker, digests_of, shape_bytes
+from ortho_cli.statistics import CurvaturePass, StatisticsReader
+from ortho_cli.topk import TopK, guess_bar
+from ortho_cli.worker import EXPONENTS, Entry, Worker, sample_rows
 from ortho_cli.writer import TensorStream
 
 # Words that the loop tells apart, and the smallest scale of each dtype, as in `ops`.
 WORDS = {"BF16": np.uint16, "F16": np.int16, "F32": np.uint32}
 FLOORS = {"BF16": 2.0**-126, "F16": 2.0**-24, "F32": 2.0**-126}
 
-# Places of a tensor from which the selection's first bar is guessed, and weights of them all.
-SAMPLE_BLOCKS = 16
+# Weights from all over a tensor from which the selection's first bar is guessed.
 SAMPLE = 1 << 16
 
 Array = npt.NDArray[Any]
@@ -79,48 +79,82 @@ class Refused(Exception):  # noqa: N818 - no error: the other worker says what i
     """One pass does not take this tensor."""
 
 
-class OnePass(Worker):
-    """Splits with compiled loops."""
+class Plain(Worker):
+    """Splits in one pass; what that refuses, another worker splits, who says what is wrong."""
 
     def __init__(
         self,
         *places: Any,
         group_size: int,
         curvature: StatisticsReader | None,
-        loops: Loops,
         other: Callable[[], Worker],
         **rest: Any,
     ) -> None:
-        """Say what selects a weight, and who splits what the loop does not take.
+        """Say what selects a weight, and who splits what is refused.
 
         Args:
             places: where tensors come from and go to, as `Worker` takes them.
             group_size: weights that share a scale.
             curvature: of the weights; it selects.
-            loops: shared with the other workers.
             other: makes a worker that splits anything.
             rest: what else `Worker` takes.
         """
         super().__init__(*places, **rest)
-        self._group_size = group_size
-        self._curvature = curvature
-        self._loops, self._other = loops, other
+        self._group_size, self._curvature = group_size, curvature
+        self._other = other
         self._made: Worker | None = None
-        self._buffers = np.empty((3, group_size), np.float32)
-        self._bytes = np.empty((2, group_size), np.uint8)
-        self._room = _Room()
 
     def split(self, tensor: TensorPlan) -> Entry:
         """Split one tensor: quantize it, and keep the k weights that lose most."""
-        entry = None
-        if self._loops.get():  # not before: another worker may copy while this one loads them
-            with suppress(Refused):
-                entry = self._split_above(tensor, self._guess_bar(tensor), self._on_event)
-                # Fewer than k weights above a guess that was too high: once more, without one.
-                entry = entry or self._split_above(tensor, None, null_sink)
-        if entry is None:
-            self._made = self._made or self._other()
-            entry = self._made.split(tensor)
+        with suppress(Refused):
+            return self._split(tensor)
+        self._made = self._made or self._other()
+        return self._made.split(tensor)
+
+    @abstractmethod
+    def _split(self, tensor: TensorPlan) -> Entry:
+        """Split one tensor, or raise `Refused`."""
+
+    def _open(self, tensor: TensorPlan) -> CurvatureWords | None:
+        return CurvatureWords(self._curvature, tensor.name) if self._curvature else None
+
+    def _close(
+        self,
+        tensor: TensorPlan,
+        source: blake3,
+        base: list[TensorStream],
+        curvature: CurvatureWords | None,
+        sums: Array,
+        kept: tuple[Any, Any, list[Any]],
+    ) -> Entry:
+        """End a pass; `kept` is what `TopK.finish` gives."""
+        if not np.isfinite(sums).all():
+            raise Refused
+        if curvature:
+            curvature.finish(source.hexdigest())
+        indices, first, (values, *second) = kept
+        measured = _measured(tensor, sums, [first, *second])
+        return self._entry(tensor, source, base, measured, indices, values)
+
+
+class OnePass(Plain):
+    """Splits with compiled loops."""
+
+    def __init__(self, *places: Any, loops: Loops, **rest: Any) -> None:
+        """Take what `Plain` takes, and the loops, which workers share."""
+        super().__init__(*places, **rest)
+        self._loops = loops
+        self._buffers = np.empty((3, self._group_size), np.float32)
+        self._bytes = np.empty((2, self._group_size), np.uint8)
+        self._room = _Room()
+
+    def _split(self, tensor: TensorPlan) -> Entry:
+        if not self._loops.get():  # not before: another worker may copy while this one loads them
+            raise Refused
+        entry = self._split_above(tensor, self._guess_bar(tensor), self._on_event)
+        # Fewer than k weights above a guess that was too high: once more, without one.
+        entry = entry or self._split_above(tensor, None, null_sink)
+        assert entry is not None
         return entry
 
     def _split_above(
@@ -133,7 +167,7 @@ class OnePass(Worker):
         curvature = self._open(tensor)
         digest, sums = blake3(), np.zeros(3)
         self._room.reset()
-        packed, stored, shape = base = [TensorStream(self._base, spec.key) for spec in tensor.base]
+        packed, stored = base = [TensorStream(self._base, spec.key) for spec in tensor.base[:2]]
         top = TopK(
             tensor.k,
             length=tensor.source.numel,
@@ -153,22 +187,7 @@ class OnePass(Worker):
             on_event(Advanced(nbytes=raw.nbytes))
         if top.short:
             return None
-        if not np.isfinite(sums).all():
-            raise Refused
-        if curvature:
-            curvature.finish()
-            curvature.check_source(digest.hexdigest())
-        shape.write(shape_bytes(tensor))
-        indices, first, (values, *second) = top.finish()
-        return {
-            "name": tensor.name,
-            "source_blake3": digest.hexdigest(),
-            **measured(tensor, sums, [first, *second]),
-            "blake3": {
-                BASE_FILE: digests_of(base),
-                ORTHO_FILE: self._write_csr(tensor, indices, values),
-            },
-        }
+        return self._close(tensor, digest, base, curvature, sums, top.finish())
 
     def _loop(
         self,
@@ -212,24 +231,16 @@ class OnePass(Worker):
         return codes, scales
 
     def _guess_bar(self, tensor: TensorPlan) -> float | None:
-        """Guess from rows all over the tensor what saliency the k-th largest will exceed.
-
-        A guess only saves the selection from holding what it would drop again; it is worth its
-        reading where the tensor has many tiles.
-        """
-        rows, columns = tensor.source.shape
-        block = max(1, SAMPLE // (SAMPLE_BLOCKS * columns))
-        if tensor.k == 0 or rows < 16 * SAMPLE_BLOCKS * block:
+        """Guess from rows all over the tensor what saliency the k-th largest will exceed."""
+        sample = sample_rows(tensor, SAMPLE)
+        if sample is None:
             return None
-        raw = self._room.tile("raw", (block * SAMPLE_BLOCKS, columns), WORDS[tensor.source.dtype])
-        starts = [i * rows // SAMPLE_BLOCKS for i in range(SAMPLE_BLOCKS)]
-        for i, start in enumerate(starts):
-            piece = raw[i * block : (i + 1) * block]
-            self._reader.read_into(
-                _bytes(piece), tensor.source, start=start * columns * raw.itemsize
-            )
+        starts, count = sample
+        shape = (count * len(starts), tensor.source.shape[1])
+        raw = self._room.tile("raw", shape, WORDS[tensor.source.dtype])
+        self._read_sample(tensor, _bytes(raw), starts, count)
         curvature = self._open(tensor)
-        weight = curvature.sample(starts, block, self._room) if curvature else (None, None, None)
+        weight = curvature.sample(starts, count, self._room) if curvature else (None, None, None)
         self._room.reset()
         every = TopK(
             raw.size,
@@ -240,22 +251,15 @@ class OnePass(Worker):
         )
         _, saliency, _ = every.room()
         self._loop(tensor, raw, weight, every, np.zeros(3), start=0)
-        wanted = tensor.k / tensor.source.numel * raw.size
-        rank = math.ceil(1.5 * wanted + 3 * math.sqrt(wanted)) + 1  # rows differ: aim low
-        if rank >= raw.size:
-            return None
-        return float(np.partition(saliency, raw.size - rank)[raw.size - rank])
+        return guess_bar(saliency, tensor.k / tensor.source.numel)
 
     def _payloads(self, tensor: TensorPlan) -> list[npt.DTypeLike]:
         """Say what is carried along: words, and with curvature the residual, too."""
         words: list[npt.DTypeLike] = [WORDS[tensor.source.dtype]]
         return [*words, np.float32] if self._curvature else words
 
-    def _open(self, tensor: TensorPlan) -> CurvatureWords | None:
-        return CurvatureWords(self._curvature, tensor.name) if self._curvature else None
 
-
-def measured(tensor: TensorPlan, sums: Array, kept: Sequence[Array]) -> dict[str, float]:
+def _measured(tensor: TensorPlan, sums: Array, kept: Sequence[Array]) -> dict[str, float]:
     """Say what rounding costs, and what of that ortho takes away."""
     signal, *noise = map(float, sums)
     entry = {"signal": signal}
@@ -275,27 +279,15 @@ class Tiles(Protocol):
         """Hand out the buffer of this name."""
 
 
-class CurvatureWords:
+class CurvatureWords(CurvaturePass[Array]):
     """One pass over the curvature of one weight, as words, or as roots that are held."""
 
-    def __init__(self, reader: StatisticsReader, name: str) -> None:
-        self._reader, self._name = reader, name
-        self._digest = blake3()
-        key = f"{module_of(name)}.retain_curvature"
-        self._full = reader.infos.get(key)
-        self._rows = self._columns = None
-        if self._full is None:
-            self._rows, self._columns = self._root(f"{key}_rows"), self._root(f"{key}_columns")
-        elif len(self._full.shape) == 1:
-            self._columns = self._root(key)
-
-    def _root(self, key: str) -> Array:
-        info = self._reader.infos[key]
-        values = np.empty(info.shape, np.float32)
-        self._reader.read(_bytes(values), info)
+    def _load(self, tensor: TensorInfo) -> Array:
+        values = np.empty(tensor.shape, np.float32)
+        self._reader.read(_bytes(values), tensor)
         if not (np.isfinite(values) & (values >= 0)).all():
             raise Refused
-        self._reader.compare(info, blake3(_bytes(values)).hexdigest())
+        self._reader.compare(tensor, blake3(_bytes(values)).hexdigest())
         return np.sqrt(values)
 
     def tile(
@@ -322,15 +314,6 @@ class CurvatureWords:
             piece = raw[i * count : (i + 1) * count]
             self._reader.read(_bytes(piece), self._full, start=start * columns * raw.itemsize)
         return raw, None, None
-
-    def finish(self) -> None:
-        """Hold the bytes of the whole pass against the file's own digest."""
-        if self._columns is None and self._full is not None:
-            self._reader.compare(self._full, self._digest.hexdigest())
-
-    def check_source(self, digest: str) -> None:
-        """Hold the weight that was read against the one that was measured."""
-        self._reader.statistics.check_source(self._name, digest)
 
 
 def _rows_of(values: Array, starts: Sequence[int], count: int) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,7 +13,6 @@ from blake3 import blake3
 from torch import Tensor
 
 from ortho_cli import ops
-from ortho_cli.artifact import BASE_FILE, ORTHO_FILE
 from ortho_cli.checkpoint import ShardReader
 from ortho_cli.compensate import Factor, factorise, round_columns
 from ortho_cli.curvature import Curvature, gram_of
@@ -26,13 +24,11 @@ from ortho_cli.scales import Kept
 from ortho_cli.statistics import StatisticsReader
 from ortho_cli.streams import base_scales, chosen_alike, kept_within, rounds
 from ortho_cli.tally import Tally, Tile, flat_of, measures_of
-from ortho_cli.worker import Entry, Reference, Worker, digests_of, not_finite, shape_bytes
+from ortho_cli.topk import guess_bar
+from ortho_cli.worker import Entry, Reference, Worker, not_finite, sample_rows
 from ortho_cli.writer import DataFile, TensorStream
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-# Places of a tensor from which the selection's first bar is guessed.
-SAMPLE_BLOCKS = 16
 
 Places = tuple[npt.NDArray[np.int64], npt.NDArray[np.int8]]  # of edits in a tile, and their codes
 
@@ -131,32 +127,21 @@ class Splitter(Worker):
         return rounds(str(tensor.scale), by_curvature=self._by_curvature, k=tensor.k, numel=numel)
 
     def _guess_bar(self, tensor: TensorPlan) -> float | None:
-        """Guess from rows all over the tensor what saliency the k-th largest will exceed.
-
-        A guess only saves the selection from holding what it would drop again; it is worth its
-        reading where the tensor has many tiles.
-        """
-        rows, columns = tensor.source.shape
-        block = max(1, TILE_ELEMENTS // (2 * SAMPLE_BLOCKS * columns))
-        if tensor.k == 0 or rows < 16 * SAMPLE_BLOCKS * block or self._reference:
+        """Guess from rows all over the tensor what saliency the k-th largest will exceed."""
+        sample = None if self._reference else sample_rows(tensor, TILE_ELEMENTS // 2)
+        if sample is None:
             return None
+        starts, count = sample
         scratch = self._tile
         scratch.reset()
-        dtype = TORCH_DTYPES[tensor.source.dtype]
-        raw = scratch((block * SAMPLE_BLOCKS, columns), dtype)
-        starts = [i * rows // SAMPLE_BLOCKS for i in range(SAMPLE_BLOCKS)]
-        for i, start in enumerate(starts):
-            piece = as_bytes(raw[i * block : (i + 1) * block])
-            self._reader.read_into(piece, tensor.source, start=start * columns * dtype.itemsize)
+        shape = (count * len(starts), tensor.source.shape[1])
+        raw = scratch(shape, TORCH_DTYPES[tensor.source.dtype])
+        self._read_sample(tensor, as_bytes(raw), starts, count)
         curvature = self._open_curvature(tensor)
-        sampled = curvature.sample(starts, block, empty=scratch) if curvature else None
+        sampled = curvature.sample(starts, count, empty=scratch) if curvature else None
         tile = self._quantize(tensor, raw, sampled, scratch)
         saliency = flat_of(measures_of(tile, by_curvature=self._by_curvature, scratch=scratch)[0])
-        wanted = tensor.k / tensor.source.numel * saliency.size
-        rank = math.ceil(1.5 * wanted + 3 * math.sqrt(wanted)) + 1  # rows differ: aim low
-        if rank >= saliency.size:
-            return None
-        return float(np.partition(saliency, saliency.size - rank)[saliency.size - rank])
+        return guess_bar(saliency, tensor.k / tensor.source.numel)
 
     def _open_curvature(self, tensor: TensorPlan) -> Curvature | None:
         return Curvature(self._curvature, tensor.name) if self._curvature else None
@@ -237,8 +222,7 @@ class Splitter(Worker):
         edit = self._edits.get(tensor.name)
         alike = chosen_alike(str(tensor.scale), by_curvature=self._by_curvature)
         digest = blake3()
-        base = [TensorStream(self._base, spec.key) for spec in tensor.base]
-        packed, stored, shape = base
+        packed, stored = base = [TensorStream(self._base, spec.key) for spec in tensor.base[:2]]
         again = self._rounds(tensor) or self._compensate
         scales = torch.empty(tensor.base[1].shape, dtype=dtype) if again else None
         step = tile_rows(tensor.source.shape, GPTQ_ELEMENTS if factor else TILE_ELEMENTS)
@@ -277,17 +261,7 @@ class Splitter(Worker):
         if sums.short:
             return None
         if curvature:
-            curvature.finish()
-            curvature.check_source(digest.hexdigest())
-        shape.write(shape_bytes(tensor))
+            curvature.finish(digest.hexdigest())
         kept, values, measured = sums.finish()
-        entry = {
-            "name": tensor.name,
-            "source_blake3": digest.hexdigest(),
-            **measured,
-            "blake3": {
-                BASE_FILE: digests_of(base),
-                ORTHO_FILE: self._write_csr(tensor, kept, values),
-            },
-        }
+        entry = self._entry(tensor, digest, base, measured, kept, values)
         return _Found(entry=entry, kept=kept.copy(), scales=scales, columns=columns)

@@ -36,10 +36,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from blake3 import blake3
 
@@ -49,6 +50,8 @@ from ortho_cli.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo
 from ortho_cli.errors import CalibrationError, CheckpointError
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
 from ortho_cli.writer import TensorSpec
+
+T = TypeVar("T")
 
 FORMAT = "ortho-stats/1"
 KINDS = ("gram", "fisher", "true-fisher")
@@ -366,6 +369,38 @@ class StatisticsReader:
     def close(self) -> None:
         """Close the file."""
         self._reader.close()
+
+
+class CurvaturePass(ABC, Generic[T]):
+    """One pass over the curvature of one weight, in order; what has (in,) or (out,) is held."""
+
+    def __init__(self, reader: StatisticsReader, name: str) -> None:
+        """Read what is small, and check it."""
+        self._reader, self._name = reader, name
+        self._digest = blake3()  # of what is streamed
+        self._rows: T | None = None
+        self._columns: T | None = None
+        key = f"{module_of(name)}.retain_curvature"
+        self._full = reader.infos.get(key)
+        if self._full is None:
+            self._rows = self._load(reader.infos[f"{key}_rows"])
+            self._columns = self._load(reader.infos[f"{key}_columns"])
+        elif len(self._full.shape) == 1:
+            self._columns = self._load(self._full)
+
+    @abstractmethod
+    def _load(self, tensor: TensorInfo) -> T:
+        """Read a whole tensor, and check it."""
+
+    def finish(self, source: str) -> None:
+        """Hold what was streamed against the file's digest, the weight against the one measured.
+
+        Args:
+            source: BLAKE3 of the weight that was read, in hex.
+        """
+        if self._columns is None and self._full is not None:
+            self._reader.compare(self._full, self._digest.hexdigest())
+        self._reader.statistics.check_source(self._name, source)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -136,6 +137,23 @@ class TopK:
             self._prune()
         payloads = [column[: self._k] for column in self._payloads]
         return self._indices[: self._k], self._saliency[: self._k], payloads
+
+
+def guess_bar(sample: npt.NDArray[np.float32], share: float) -> float | None:
+    """Guess from some saliencies of a stream what the k-th largest of them all will exceed.
+
+    Args:
+        sample: (n,) float32, from all over the stream.
+        share: k over the stream's length, > 0.
+    Returns:
+        The (1.5 m + 3 sqrt(m) + 1)-th largest of the sample, m = share * n: parts of a stream
+        differ, so it aims low. None where the sample is too small to tell.
+    """
+    wanted = share * sample.size
+    rank = math.ceil(1.5 * wanted + 3 * math.sqrt(wanted)) + 1
+    if rank >= sample.size:
+        return None
+    return float(np.partition(sample, sample.size - rank)[sample.size - rank])
 
 
 def crow_indices(

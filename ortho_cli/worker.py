@@ -31,6 +31,9 @@ EXPONENTS = {
     "F32": (np.uint32, 0x7F800000),
 }
 
+# Places of a tensor from which the selection's first bar is guessed.
+SAMPLE_BLOCKS = 16
+
 Entry = dict[str, Any]
 Results = SimpleQueue[Entry | BaseException]
 
@@ -124,6 +127,45 @@ class Worker(ABC):
             values = widened(bits, tensor.source.dtype)
             raise not_finite(tensor, values, start // bits.itemsize)
 
+    def _read_sample(
+        self, tensor: TensorPlan, buffer: memoryview, starts: list[int], count: int
+    ) -> None:
+        """Fill `buffer` with `count` rows from each of `starts` on, outside of any digest."""
+        nbytes = len(buffer) // len(starts)
+        for i, start in enumerate(starts):
+            piece = buffer[i * nbytes : (i + 1) * nbytes]
+            self._reader.read_into(piece, tensor.source, start=start * nbytes // count)
+
+    def _entry(
+        self,
+        tensor: TensorPlan,
+        source: blake3,
+        base: list[TensorStream],
+        measured: dict[str, float],
+        indices: Any,
+        values: Any,
+    ) -> Entry:
+        """Write what ortho keeps of a tensor, and make its journal entry.
+
+        Args:
+            tensor: what the plan says of it.
+            source: digest of all its weights.
+            base: what was written of it; its shape is there since before any worker began.
+            measured: goes into the entry.
+            indices: flat, ascending.
+            values: at them.
+        """
+        shape = {shape_key(tensor): blake3(shape_bytes(tensor)).hexdigest()}
+        return {
+            "name": tensor.name,
+            "source_blake3": source.hexdigest(),
+            **measured,
+            "blake3": {
+                BASE_FILE: _digests_of(base) | shape,
+                ORTHO_FILE: self._write_csr(tensor, indices, values),
+            },
+        }
+
     def _write_csr(self, tensor: TensorPlan, indices: Any, values: Any) -> dict[str, str]:
         rows, columns = tensor.source.shape
         parts = (crow_indices(indices, (rows, columns)), indices % columns, values)
@@ -132,7 +174,7 @@ class Worker(ABC):
             stream = TensorStream(self._ortho, spec.key)
             stream.write(np.ascontiguousarray(part, NUMPY_DTYPES.get(spec.dtype)).data)
             streams.append(stream)
-        return digests_of(streams)
+        return _digests_of(streams)
 
 
 @contextmanager
@@ -205,9 +247,32 @@ def is_sound(entry: Entry, tensor: TensorPlan, *, curvature: bool = False) -> bo
     )
 
 
-def digests_of(streams: Iterable[TensorStream]) -> dict[str, str]:
-    """Give each stream's BLAKE3 by its key."""
+def _digests_of(streams: Iterable[TensorStream]) -> dict[str, str]:
     return {stream.key: stream.digest.hexdigest() for stream in streams}
+
+
+def sample_rows(tensor: TensorPlan, elements: int) -> tuple[list[int], int] | None:
+    """Choose rows all over a tensor from which the selection's first bar can be guessed.
+
+    A guess only saves the selection from holding what it would drop again; it is worth its reading
+    where the tensor has many tiles.
+
+    Args:
+        tensor: what the plan says of it.
+        elements: about so many weights in all.
+    Returns:
+        Where to begin to read, and how many rows from each; None where it is not worth it.
+    """
+    rows, columns = tensor.source.shape
+    count = max(1, elements // (SAMPLE_BLOCKS * columns))
+    if tensor.k == 0 or rows < 16 * SAMPLE_BLOCKS * count:
+        return None
+    return [i * rows // SAMPLE_BLOCKS for i in range(SAMPLE_BLOCKS)], count
+
+
+def shape_key(tensor: TensorPlan) -> str:
+    """Name the tensor of base that holds a packed weight's shape."""
+    return tensor.base[2].key
 
 
 def shape_bytes(tensor: TensorPlan) -> memoryview:

@@ -209,6 +209,20 @@ def save_statistics(
     return curvature
 
 
+def save_overflow(folder: Path) -> tuple[Path, Path]:
+    """Write a weight whose rounding times its curvature leaves float32, and that curvature."""
+    weight = torch.full((2, 64), 1e38)
+    weight[0, :32] = 1e35
+    source, stats = folder / "m.safetensors", folder / "s.safetensors"
+    save_file({"a.weight": weight}, source)
+
+    def loud(stored: dict[str, Tensor]) -> None:
+        stored["a.retain_curvature"][:] = 3e38
+
+    save_statistics(stats, source, change=loud)
+    return source, stats
+
+
 def _measure(
     name: str,
     weight: Tensor,

@@ -9,7 +9,7 @@ import checkpoints
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_onepass import DTYPES, error_of, files, odd_weights, split
+from test_onepass import DTYPES, error_of, files, names_given, odd_weights, split
 from torch import Tensor
 
 from ortho_cli.errors import OrthoError
@@ -22,15 +22,8 @@ HERE = "cpu:0"  # torch's name for the same device, and not ours for the usual w
 
 def check_alike(source: Path, folder: Path, *sets: str, **options: Any) -> None:
     """Split on the device and by the general splitter: the same bytes."""
-    passes: list[str] = []
-    original = OnDevice._split
-
-    def watched(self: OnDevice, tensor: Any) -> Any:
-        passes.append(tensor.name)
-        return original(self, tensor)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OnDevice, "_split", watched)
+        passes = names_given(patch, OnDevice, "_split")
         there = split(source, folder / "there", *sets, device=HERE, **options)
     assert passes
     here = split(source, folder / "here", *sets, compiled=False, **options)
@@ -149,7 +142,7 @@ def test_top_k_selects_what_the_processor_selects(k: int, ties: bool) -> None:
         saliency = (saliency * 4).round()
     words = torch.arange(500, dtype=torch.int16)
     ours, theirs = (
-        TopK(k, device=torch.device("cpu")),
+        TopK(k),
         Reference(k, length=500, stretch=100, payloads=["int16"]),
     )
     for start in range(0, 500, 100):

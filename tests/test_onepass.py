@@ -61,20 +61,26 @@ def share(key: str, figure: float) -> float:
     return 10 ** (-figure / 10) if "db" in key else figure
 
 
+def names_given(patch: pytest.MonkeyPatch, worker: type, method: str) -> list[str]:
+    """List the tensors that a worker's method is given from now on."""
+    names: list[str] = []
+    original = getattr(worker, method)
+
+    def watched(self: Any, tensor: Any) -> Any:
+        names.append(tensor.name)
+        return original(self, tensor)
+
+    patch.setattr(worker, method, watched)
+    return names
+
+
 def check_alike(
     source: Path, folder: Path, *sets: str, stats: Path | None = None, **options: Any
 ) -> None:
     """Split with the loops and without: the same bytes, and figures that agree."""
     given: dict[str, Any] = {"stats": stats, **options}
-    general: list[str] = []
-    original = Splitter.split
-
-    def watched(self: Splitter, tensor: Any) -> Any:
-        general.append(tensor.name)
-        return original(self, tensor)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Splitter, "split", watched)
+        general = names_given(patch, Splitter, "split")
         fast = split(source, folder / "fast", *sets, **given)
         assert not general, "the loops took none"
         slow = split(source, folder / "slow", *sets, compiled=False, **given)
@@ -271,15 +277,7 @@ def test_group_that_overflows_is_judged_as_without_loops(tmp_path: Path) -> None
 
 
 def test_curvature_beyond_float32_is_judged_as_without_loops(tmp_path: Path) -> None:
-    weight = torch.full((2, 64), 1e38)
-    weight[0, :32] = 1e35
-    source, stats = tmp_path / "m.safetensors", tmp_path / "s.safetensors"
-    save_file({"a.weight": weight}, source)
-
-    def loud(stored: dict[str, Tensor]) -> None:
-        stored["a.retain_curvature"][:] = 3e38
-
-    checkpoints.save_statistics(stats, source, change=loud)
+    source, stats = checkpoints.save_overflow(tmp_path)
     fast = error_of(source, tmp_path / "fast", stats=stats)
     slow = error_of(source, tmp_path / "slow", stats=stats, compiled=False)
     assert (fast.message, fast.hint) == (slow.message, slow.hint)

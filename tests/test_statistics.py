@@ -456,15 +456,7 @@ def test_decompose_statistics_cut_or_touched_while_running_are_noticed(
 
 
 def test_decompose_curvature_beyond_float32_is_refused(tmp_path: Path) -> None:
-    weight = torch.full((2, 64), 1e38)
-    weight[0, :32] = 1e35
-    source, stats = tmp_path / "m.safetensors", tmp_path / "s.safetensors"
-    save_file({"a.weight": weight}, source)
-
-    def loud(stored: dict[str, Tensor]) -> None:
-        stored["a.retain_curvature"][:] = 3e38
-
-    checkpoints.save_statistics(stats, source, change=loud)
+    source, stats = checkpoints.save_overflow(tmp_path)
     with pytest.raises(NumericalError, match=r"times curvature of `a\.weight` overflows at"):
         split(source, stats, tmp_path / "out")
 
