@@ -418,6 +418,8 @@ class _Job:
         results: Results = SimpleQueue()
         options: dict[str, Any] = {"workers": self._plan.workers, "stop": self._stop}
         try:
+            if self.fast and pending:  # beside the copies, which come first
+                threading.Thread(target=self._loops.get).start()
             with at_work(self._worker, pending, results, **options):
                 committed = time.monotonic()
                 for _ in pending:
