@@ -11,7 +11,8 @@ bfloat16, 2 cores):
   rounding of x's dtype of the exact form. In float16 and float32 it is slower than tiles. Codes of
   3 bits are given to it as codes of 4, which hold them, and take a third more memory there.
 * **tiles** (everything else): some rows at a time become the very weights that a reader of base
-  sees, ortho is added in place, and a dense product follows.
+  sees, ortho is added in place, and a dense product follows: in x's dtype, or in float32 where the
+  processor has no products of it (bfloat16 took four times as long at 128 rows without AVX-512).
 * **fused** (CUDA, where Triton 3.3 or later is installed, for what `fused.takes`: codes of 4 bits):
   nothing is unpacked to memory. Written against Triton's interpreter and not yet run on a card; nor
   are tiles.
@@ -128,7 +129,7 @@ def dual_linear(
     captured in a CUDA graph; a tensor of them is checked here, which waits for the device.
     """
     alpha = check_alpha(alpha)
-    rows, columns = base.shape
+    columns = base.shape[1]
     if not x.ndim or x.shape[-1] != columns:
         raise UsageError(
             f"x has shape {list(x.shape)} where in_features is {columns}",
@@ -141,15 +142,23 @@ def dual_linear(
     elif ortho is None:
         raise ArtifactError("alpha is not 0 and there is no ortho stream", hint=NO_ORTHO)
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        x = x.to(torch.get_autocast_dtype(kind))
-    flat = x.reshape(-1, columns)
+    if not torch.is_autocast_enabled(kind):
+        return _product(x, base, ortho, bias, alpha)
+    x = x.to(torch.get_autocast_dtype(kind))
     with torch.autocast(kind, enabled=False):
-        needs = flat.requires_grad or (bias is not None and bias.requires_grad)
-        if needs and torch.is_grad_enabled():
-            y: Tensor = _DualLinear.apply(flat, bias, base, ortho, alpha)  # type: ignore[no-untyped-call]
-        else:
-            y = _forward(flat, base, ortho, bias, alpha)
+        return _product(x, base, ortho, bias, alpha)
+
+
+def _product(
+    x: Tensor, base: Base, ortho: Ortho | None, bias: Tensor | None, alpha: Alpha
+) -> Tensor:
+    rows, columns = base.shape
+    flat = x.reshape(-1, columns)
+    needs = flat.requires_grad or (bias is not None and bias.requires_grad)
+    if needs and torch.is_grad_enabled():
+        y: Tensor = _DualLinear.apply(flat, bias, base, ortho, alpha)  # type: ignore[no-untyped-call]
+    else:
+        y = _forward(flat, base, ortho, bias, alpha)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -213,14 +222,13 @@ def _forward(
         y = y.float()
     elif isinstance(alpha, Tensor):
         y = _tiled_product(x, base, None, 0.0, torch.float32)
-    elif alpha in (0.0, 1.0) and x.dtype == base.weight_scale.dtype:
+    elif alpha in (0.0, 1.0) and x.dtype == base.weight_scale.dtype and _is_native(x):
         # Neither end of alpha makes a weight that x's dtype does not hold.
         return _tiled_product(x, base, ortho, alpha, x.dtype, bias)
     else:
         y, ortho = _tiled_product(x, base, ortho, alpha, torch.float32), None
     if ortho is not None:
-        sparse = _sparse_product(x, ortho, base.shape)
-        y += sparse.mul_(alpha.unsqueeze(-1) if isinstance(alpha, Tensor) else alpha)
+        _add_sparse(y, x, ortho, alpha)
     if bias is not None:
         y += bias
     return y.to(x.dtype)
@@ -342,6 +350,16 @@ def _times_weight(grad: Tensor, base: Base, ortho: Ortho | None, alpha: Alpha) -
     return total.to(grad.dtype)
 
 
+def _is_native(x: Tensor) -> bool:
+    """Whether the device multiplies x's dtype itself; where it does not, float32 is faster."""
+    if x.device.type != "cpu" or x.dtype == torch.float32:
+        return True
+    asked = torch.ops.mkldnn
+    if x.dtype == torch.bfloat16:
+        return bool(asked._is_mkldnn_bf16_supported())
+    return bool(asked._is_mkldnn_fp16_supported())
+
+
 @cache
 def _csr_is_quick() -> bool:
     """Whether torch has a CSR product here; asking once also takes its beta warning away."""
@@ -351,17 +369,21 @@ def _csr_is_quick() -> bool:
     return bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
 
 
-def _sparse_product(x: Tensor, ortho: Ortho, shape: tuple[int, int]) -> Tensor:
-    """Multiply by the sparse stream, float32: (n, in) to (n, out)."""
+def _add_sparse(y: Tensor, x: Tensor, ortho: Ortho, alpha: Alpha) -> None:
+    """Add alpha x ortho^T to y (n, out), both float32."""
     x = x.float()
     crow, columns = ortho.crow_indices, ortho.col_indices.to(ortho.crow_indices.dtype)
     if not columns.numel():
-        return torch.zeros((x.shape[0], shape[0]), dtype=torch.float32, device=x.device)
+        return
     if x.shape[0] == 1 and x.device.type == "cpu" and _csr_is_quick():
+        # One call for all: at one row, calls cost more than the arithmetic.
+        shape = (y.shape[1], x.shape[1])
         matrix = torch.sparse_csr_tensor(
             crow, columns, ortho.residual, shape, check_invariants=False
         )
-        return torch.mv(matrix, x[0]).unsqueeze(0)
-    return functional.embedding_bag(
+        y[0].addmv_(matrix, x[0], alpha=float(alpha))
+        return
+    sparse = functional.embedding_bag(
         columns, x.t().contiguous(), crow[:-1], mode="sum", per_sample_weights=ortho.residual
     ).t()
+    y += sparse.mul_(alpha.unsqueeze(-1) if isinstance(alpha, Tensor) else alpha)

@@ -268,20 +268,21 @@ def main() -> None:
             if turn < many:
                 runs[row].append(measure(row, chosen, source))
     show(runs, source, chosen.workers)
-    guard(runs, accept=chosen.accept)
-
-
-def guard(runs: dict[str, list[dict[str, float]]], *, accept: bool) -> None:
-    """Keep the ratios of this run, or hold them against those that were kept."""
     median = medians(runs)
     ratios = {
-        f"{row} / {other}": round(median[row]["seconds"] / median[other]["seconds"], 4)
+        f"{row} / {other}": median[row]["seconds"] / median[other]["seconds"]
         for row, other in RATIOS
         if row in median and other in median
     }
-    before: dict[str, float] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    guard(ratios, KEPT, accept=chosen.accept)
+
+
+def guard(ratios: dict[str, float], kept: Path, *, accept: bool) -> None:
+    """Keep the ratios of this run, or hold them against those that were kept."""
+    before: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
     if accept:
-        KEPT.write_text(json.dumps({**before, **ratios}, indent=2) + "\n")
+        rounded = {name: round(ratio, 4) for name, ratio in ratios.items()}
+        kept.write_text(json.dumps({**before, **rounded}, indent=2) + "\n")
         return
     worse = {
         name: ratio for name, ratio in ratios.items() if ratio > SLACK * before.get(name, ratio)

@@ -123,6 +123,19 @@ def test_bfloat16_tiles_round_once() -> None:
         assert ((y.double() - expected).abs() <= 0.502 * ulp + 1e-5).all()
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_are_as_exact_in_float32_as_in_the_dtype_of_x(
+    dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_is_native", lambda _: native)
+    made = Made(48, 3, 32, dtype)
+    x = torch.randn(7, 96, generator=made.random).to(dtype)
+    for alpha in (0.0, 1.0):
+        y = kernels.dual_linear(x, made.base, made.ortho, made.bias, alpha)
+        close(y, made.reference(x, made.bias, [alpha] * 7), made, x)
+
+
 def test_dequantized_rows_are_those_that_readers_see() -> None:
     for dtype in DTYPES:
         for bits, size in ((4, 24), (3, 32)):
