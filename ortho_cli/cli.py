@@ -297,6 +297,10 @@ def inspect(
         bool,
         typer.Option("--verify", help="Read every byte of an artifact and check every digest."),
     ] = False,
+    expect_source: Annotated[
+        Path | None,
+        typer.Option(help="Check that an artifact was made from this checkpoint, byte for byte."),
+    ] = None,
     stats: StatsOption = None,
     recipe: RecipeOption = None,
     sets: SetOption = None,
@@ -314,6 +318,11 @@ def inspect(
     from ortho_cli.statistics import is_statistics
 
     _check_device(device)
+    if expect_source and not artifact.is_artifact(path, damaged=True):
+        raise UsageError(
+            f"`{path}` is no artifact, and --expect-source checks where one comes from",
+            hint="leave --expect-source out",
+        )
     if is_statistics(path):
         if recipe or sets or stats:
             raise UsageError(
@@ -338,6 +347,13 @@ def inspect(
         )
     found = artifact.open_artifact(path if path.is_dir() else path.parent)
     document = reading.describe(found)
+    if expect_source:
+        from ortho_cli.checkpoint import open_checkpoint
+        from ortho_cli.provenance import check_source
+
+        with ProgressSink("source", quiet=quiet, verbose=verbose) as sink:
+            read = check_source(document, open_checkpoint(expect_source), on_event=sink)
+        document["source_checked"] = {"source": str(expect_source), "tensors": read}
     if verify:
         with ProgressSink("verify", quiet=quiet, verbose=verbose) as sink:
             document["verified"] = asdict(reading.verify(found, on_event=sink))

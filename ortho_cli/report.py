@@ -238,11 +238,17 @@ def _artifact_lines(document: dict[str, Any], totals: dict[str, Any], folder: st
             f"the squared residual",
             *_rounding_lines(document),
             *_curvature_lines(document, totals, there=ortho is not None),
-            f"source {document['source_digest'][:16]}, plan {document['plan_sha256'][:16]}, "
-            f"ortho {document['versions']['ortho']}, torch {document['versions']['torch']}",
         ]
     else:
         lines.append("report.json is missing: decibels are not known")
+    source = document["source_digest"]
+    lines += [
+        f"source {source[:16] if source else 'unknown'}, plan {document['plan_sha256'][:16]}, "
+        + ", ".join(f"{name} {version}" for name, version in document["versions"].items()),
+        f"recipe {_settings(document['recipe'])}",
+    ]
+    if checked := document.get("source_checked"):
+        lines.append(f"made from {checked['source']}: {checked['tensors']} tensors, every byte")
     verified = document.get("verified")
     if verified:
         checked = "; ".join(f"{name} against {what}" for name, what in verified["checked"].items())
@@ -250,6 +256,25 @@ def _artifact_lines(document: dict[str, Any], totals: dict[str, Any], folder: st
             f"verified {verified['tensors']} tensors, {size(verified['bytes'])}: {checked}"
         )
     return lines
+
+
+def _settings(recipe: dict[str, Any]) -> str:
+    """Name the settings that are not the defaults, as --set takes them."""
+    from ortho_cli.recipe import DEFAULT
+
+    usual = dict(_flat(DEFAULT.canonical()))
+    found = [
+        f"{key}={json.dumps(value)}" for key, value in _flat(recipe) if usual.get(key) != value
+    ]
+    return " ".join(found) or "of defaults"
+
+
+def _flat(settings: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield path + key, value
 
 
 def _curvature_lines(

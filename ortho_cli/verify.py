@@ -25,14 +25,15 @@ from ortho_cli.artifact import (
 from ortho_cli.checkpoint import Shard, TensorInfo
 from ortho_cli.errors import ArtifactError, CheckpointError
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
+from ortho_cli.provenance import provenance
 from ortho_cli.writer import CHUNK
 
 
 def describe(artifact: Artifact) -> dict[str, Any]:
     """Say what an artifact holds: report.json, and which files are there.
 
-    Without report.json the tensors come from the headers, and what only decompose could measure is
-    left out.
+    Without report.json tensors and origin come from the headers, and what only decompose could
+    measure is left out; `source_digest` is None if ortho is missing, too.
     """
     present = {
         BASE_FILE: artifact.base.size,
@@ -40,9 +41,12 @@ def describe(artifact: Artifact) -> dict[str, Any]:
     }
     if artifact.report is not None:
         _check_report(artifact, artifact.report)
+    origin = provenance(artifact)
+    if artifact.report is not None:
         return {**artifact.report, "files": present}
     return {
         "format": artifact.form,
+        **origin,
         "tensors": list(_tensors_from_headers(artifact)),
         "files": present,
     }
@@ -179,6 +183,7 @@ def verify(artifact: Artifact, *, on_event: EventSink = null_sink) -> Verified:
     told = artifact.report or {}
     if artifact.report is not None:
         _check_report(artifact, artifact.report)
+    provenance(artifact)
     for file in files:
         digests = _reported_digests(artifact, file) if artifact.report is not None else {}
         for tensor in file.tensors:

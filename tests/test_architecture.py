@@ -24,7 +24,7 @@ LAYERS = [
     ["journal"],
     ["writer", "output", "edits"],
     ["artifact"],
-    ["kept"],
+    ["kept", "provenance"],
     ["verify", "selection", "quantization", "statistics"],
     ["curvature", "refusals"],
     ["plan"],
