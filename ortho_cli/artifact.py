@@ -8,6 +8,8 @@ r"""The artifact: two safetensors files that are one model; the formats `ortho/1
       config.json, tokenizer*, ...  the source's files; config.json gains `quantization_config`
       report.json                   what was done, tensor by tensor, with digests
 
+Where ortho is sealed, ortho.safetensors.age (and ortho.key.age) stand in its place; see `seal`.
+
 W(alpha) = dequantize(base) + alpha * ortho.
 
 **Base** is compressed-tensors `pack-quantized`. A split `<p>.weight` of shape (out, in) becomes
@@ -83,13 +85,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ortho_cli import checkpoint
 from ortho_cli.checkpoint import Shard, TensorInfo
 from ortho_cli.errors import ArtifactError, CheckpointError
+from ortho_cli.seal import SEALED_FILE, Keys, Opened, open_sealed
 from ortho_cli.writer import TensorSpec
 
 FORMAT = "ortho/1"
@@ -277,6 +280,8 @@ class Artifact:
     base: Shard
     ortho: Shard | None
     report: dict[str, Any] | None
+    sealed: Path | None  # the file that holds ortho, where that is sealed
+    opened: Opened | None  # what it was opened into; has to live as long as that is read
     shapes: Mapping[str, tuple[int, int]]  # (out, in) of each split module, from weight_shape
     bits: Mapping[str, int]  # of a code of each of them
 
@@ -323,10 +328,11 @@ def is_artifact(path: Path, *, damaged: bool = False) -> bool:
     return False
 
 
-def open_artifact(folder: Path) -> Artifact:
+def open_artifact(folder: Path, keys: Keys | None = None) -> Artifact:
     """Read both headers and check that they describe one artifact.
 
-    Of tensors only `weight_shape` is read: without it a row's words do not tell how many codes of
+    A sealed ortho is opened in memory with `keys`; without them it counts as absent. Of other
+    tensors only `weight_shape` is read: without it a row's words do not tell how many codes of
     which width they hold.
 
     Raises:
@@ -335,9 +341,9 @@ def open_artifact(folder: Path) -> Artifact:
             reads the bytes.
     """
     if not (folder / BASE_FILE).is_file():
-        lone = (folder / ORTHO_FILE).is_file()
+        lone = (folder / ORTHO_FILE).is_file() or (folder / SEALED_FILE).is_file()
         raise ArtifactError(
-            f"`{folder}` has {ORTHO_FILE} and no {BASE_FILE}"
+            f"`{folder}` has an ortho and no {BASE_FILE}"
             if lone
             else f"`{folder}` has no {BASE_FILE}",
             hint="ortho means nothing without the base that it was cut from"
@@ -346,8 +352,7 @@ def open_artifact(folder: Path) -> Artifact:
         )
     try:
         base = checkpoint.read_shard(folder / BASE_FILE)
-        ortho_path = folder / ORTHO_FILE
-        ortho = checkpoint.read_shard(ortho_path) if ortho_path.is_file() else None
+        ortho, sealed, opened = _open_ortho(folder, keys)
         report_path = folder / REPORT_FILE
         report = checkpoint.read_json_object(report_path) if report_path.is_file() else None
     except CheckpointError as error:
@@ -362,11 +367,47 @@ def open_artifact(folder: Path) -> Artifact:
         )
     shapes, bits = _check_base(base)
     artifact = Artifact(
-        folder=folder, base=base, ortho=ortho, report=report, shapes=shapes, bits=bits
+        folder=folder,
+        base=base,
+        ortho=ortho,
+        report=report,
+        sealed=sealed,
+        opened=opened,
+        shapes=shapes,
+        bits=bits,
     )
     if ortho is not None:
         _check_pair(artifact, ortho)
     return artifact
+
+
+def _open_ortho(folder: Path, keys: Keys | None) -> tuple[Shard | None, Path | None, Opened | None]:
+    plain, sealed = folder / ORTHO_FILE, folder / SEALED_FILE
+    if not sealed.is_file():
+        return checkpoint.read_shard(plain) if plain.is_file() else None, None, None
+    if plain.is_file():
+        raise ArtifactError(
+            f"`{folder}` has both {ORTHO_FILE} and {SEALED_FILE}",
+            hint="remove the one that is not meant",
+        )
+    if keys is None:
+        return None, sealed, None
+    opened = open_sealed(sealed, keys)
+    shard = checkpoint.read_shard(opened.path)
+    tensors = tuple(replace(tensor, shard=ORTHO_FILE) for tensor in shard.tensors)
+    return replace(shard, name=ORTHO_FILE, tensors=tensors), sealed, opened
+
+
+def no_ortho(artifact: Artifact, because: str) -> ArtifactError:
+    """Say that ortho is needed and absent, or sealed."""
+    if artifact.sealed is not None:
+        return ArtifactError(
+            f"`{artifact.sealed}` is sealed, and {because}", hint="give --identity, or take alpha 0"
+        )
+    return ArtifactError(
+        f"`{artifact.folder}` has no {ORTHO_FILE}, and {because}",
+        hint="put ortho.safetensors back, or take alpha 0, which needs none",
+    )
 
 
 def damaged(path: Path, what: str) -> ArtifactError:

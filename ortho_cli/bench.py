@@ -26,7 +26,6 @@ from ortho_cli import (
     controls,
     evaluate,
     figures,
-    kernels,
     models,
     scoring,
     verdict,
@@ -35,10 +34,11 @@ from ortho_cli.artifact import Artifact
 from ortho_cli.bench_data import Material, gather, unfit
 from ortho_cli.bench_plan import Settings, check_gates, checked, not_measured
 from ortho_cli.engine import at_alpha, densify, write_dense
-from ortho_cli.errors import ArtifactError, UsageError
+from ortho_cli.errors import UsageError
 from ortho_cli.events import EventSink, Noted, Step, null_sink
 from ortho_cli.layers import OrthoLinear
 from ortho_cli.pretrained import load
+from ortho_cli.seal import read_keys
 from ortho_cli.settings import GROUP_SIZES
 
 FORMAT = "ortho-bench/1"
@@ -73,12 +73,10 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> dict[str, A
     """
     gates = [figures.parse_gate(text) for text in settings.require]
     settings = checked(settings)
-    opened = artifact.open_artifact(settings.artifact)
+    keys = read_keys(settings.identity) if settings.identity else None
+    opened = artifact.open_artifact(settings.artifact, keys)
     if opened.ortho is None and any(settings.alphas):
-        raise ArtifactError(
-            f"`{settings.artifact}` has no {artifact.ORTHO_FILE} and alpha is not 0",
-            hint=kernels.NO_ORTHO,
-        )
+        raise artifact.no_ortho(opened, "alpha is not 0")
     for folder in (settings.model, settings.reference_model):
         if folder is not None:
             models.check_folder(folder)
@@ -111,7 +109,7 @@ def _measure_all(
 ) -> tuple[list[Row], dict[str, Any]]:
     """Measure the artifact, then the models beside it."""
     device = models.resolve_device(settings.device)
-    model = load(opened.folder, alpha=settings.alphas[0], device=device)
+    model = load(opened.folder, alpha=settings.alphas[0], device=device, identity=settings.identity)
     models.check_fits(model, length=0, largest_token=_largest_token(material))
     facts: dict[str, Any] = {"unsplit": _unsplit(model)}
     vocabulary = _vocabulary(model)

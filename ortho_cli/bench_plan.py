@@ -42,6 +42,7 @@ class Settings:
     """What is measured, on what."""
 
     artifact: Path
+    identity: Path | None = None  # opens a sealed ortho
     alphas: tuple[float, ...] = (0.0, 1.0)
     data: tuple[Path, ...] = ()
     forget: tuple[Path, ...] = ()

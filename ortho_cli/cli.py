@@ -20,11 +20,14 @@ from ortho_cli.options import (
     BeforeOption,
     DeviceOption,
     GramOption,
+    IdentityOption,
     JsonOption,
     ModelDeviceOption,
     QuietOption,
     RecipeOption,
     SchemaOption,
+    SealPassphraseOption,
+    SealToOption,
     SecretsOption,
     SetOption,
     StatsOption,
@@ -82,6 +85,16 @@ def decompose(
     target_bits: TargetBitsOption = None,
     recipe: RecipeOption = None,
     sets: SetOption = None,
+    seal_to: SealToOption = None,
+    seal_passphrase_file: SealPassphraseOption = None,
+    identity: Annotated[
+        Path | None,
+        typer.Option(
+            "--identity",
+            metavar="FILE",
+            help="age identities that open what an earlier, unfinished run sealed with --seal-to.",
+        ),
+    ] = None,
     force: Annotated[
         bool,
         typer.Option(
@@ -114,8 +127,16 @@ def decompose(
     from ortho_cli.artifact import is_artifact
     from ortho_cli.output import check_output, check_space, files_of
     from ortho_cli.plan import check_memory
+    from ortho_cli.seal import make_seal, read_keys
 
     splits_on = _split_device(device)
+    seal = make_seal(seal_to or (), seal_passphrase_file)
+    keys = read_keys(identity) if identity else None
+    if keys and seal is None:
+        raise UsageError(
+            "--identity opens what was sealed, and nothing is: there is no --seal-to",
+            hint="leave --identity out, or give the recipients of the run to go on with",
+        )
     checkpoint, plan = _plan(model, stats, recipe, sets, workers, reference)
     plan = _meet(plan, checkpoint, target_bits, quiet=quiet)
     target = out or _default_out(model)
@@ -136,7 +157,7 @@ def decompose(
     with ProgressSink("decompose", quiet=quiet, verbose=verbose) as sink:
         for note in notes:
             sink(note)
-        more |= {"device": splits_on, "force": force}
+        more |= {"device": splits_on, "force": force, "seal": seal, "keys": keys}
         document = run(plan, checkpoint, target, on_event=sink, **more)
     document["run"] = _run_facts(target, began)
     _show(document, report.print_done, as_json, quiet)
@@ -238,6 +259,7 @@ def convert(
         float | None,
         typer.Option("--alpha", help="For an artifact, and required there: 0 is base, 1 is all."),
     ] = None,
+    identity: IdentityOption = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -273,9 +295,11 @@ def convert(
     from ortho_cli import report
     from ortho_cli.convert_plan import make_plan, parse_size
     from ortho_cli.report_progress import ProgressSink
+    from ortho_cli.seal import read_keys
 
     size = parse_size(shard_size)
-    with contextlib.closing(work.open_source(source, alpha=alpha)) as opened:
+    keys = read_keys(identity) if identity else None
+    with contextlib.closing(work.open_source(source, alpha=alpha, keys=keys)) as opened:
         plan = make_plan(opened, dtype=dtype, shard_size=size)
         folder = opened.folder if opened.kind == "artifact" else source
         target = out or _default_out(folder, "converted" if alpha is None else "dense")
@@ -297,6 +321,7 @@ def inspect(
         bool,
         typer.Option("--verify", help="Read every byte of an artifact and check every digest."),
     ] = False,
+    identity: IdentityOption = None,
     expect_source: Annotated[
         Path | None,
         typer.Option(help="Check that an artifact was made from this checkpoint, byte for byte."),
@@ -315,6 +340,7 @@ def inspect(
     from ortho_cli import artifact, report
     from ortho_cli import verify as reading
     from ortho_cli.report_progress import ProgressSink
+    from ortho_cli.seal import read_keys
     from ortho_cli.statistics import is_statistics
 
     _check_device(device)
@@ -345,7 +371,8 @@ def inspect(
             f"`{path}` is an artifact, made by the recipe that it holds",
             hint="leave --stats, --recipe and --set out",
         )
-    found = artifact.open_artifact(path if path.is_dir() else path.parent)
+    keys = read_keys(identity) if identity else None
+    found = artifact.open_artifact(path if path.is_dir() else path.parent, keys)
     document = reading.describe(found)
     if expect_source:
         from ortho_cli.checkpoint import open_checkpoint

@@ -13,6 +13,7 @@ from ortho_cli.options import (
     AlphaOption,
     DataOption,
     ForgetOption,
+    IdentityOption,
     JsonOption,
     ModelDeviceOption,
     ModelOption,
@@ -61,6 +62,7 @@ def bench(
         Path | None,
         typer.Option("--keep", metavar="DIR", help="Without ARTIFACT: leave all files there."),
     ] = None,
+    identity: IdentityOption = None,
     seed: Annotated[int, typer.Option("--seed", help="Of every draw.")] = 0,
     autocast: Annotated[
         bool,
@@ -101,6 +103,7 @@ def bench(
         tokens=tokens,
         context=context,
         require=tuple(require or ()),
+        identity=identity,
         seed=seed,
         autocast=autocast,
         device=device,

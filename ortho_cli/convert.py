@@ -27,6 +27,7 @@ from ortho_cli.journal import WorkFolder, interruptible, recover, unwritable
 from ortho_cli.ops import as_bytes
 from ortho_cli.output import check_output, check_space, resolve_output
 from ortho_cli.plan import TILE_ELEMENTS
+from ortho_cli.seal import Keys
 from ortho_cli.source import TORCH_DTYPES, Source
 from ortho_cli.writer import DataFile, TensorStream
 
@@ -38,7 +39,7 @@ COMMIT_SECONDS = 0.5
 Entry = dict[str, Any]
 
 
-def open_source(path: Path, *, alpha: float | None = None) -> Source:
+def open_source(path: Path, *, alpha: float | None = None, keys: Keys | None = None) -> Source:
     """Describe any checkpoint; an artifact at one alpha.
 
     Raises:
@@ -52,7 +53,7 @@ def open_source(path: Path, *, alpha: float | None = None) -> Source:
                 f"`{path}` is an artifact, and no --alpha says which of its models is meant",
                 hint="--alpha 1 is the full model, --alpha 0 is base alone",
             )
-        return open_dense(path, alpha)
+        return open_dense(path, alpha, keys)
     if alpha is not None:
         raise UsageError(
             f"`{path}` is no artifact, and --alpha {alpha:g} is for artifacts",

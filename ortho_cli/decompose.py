@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from queue import SimpleQueue
@@ -28,7 +29,7 @@ from ortho_cli.artifact import (
     pretty_json,
 )
 from ortho_cli.checkpoint import Checkpoint, Shard, ShardReader
-from ortho_cli.edits import Edits, count, load_edits, save_edits
+from ortho_cli.edits import Edits, Key, count, load_edits, save_edits
 from ortho_cli.errors import RecipeError
 from ortho_cli.events import EventSink, Finishing, Noted, Started, null_sink
 from ortho_cli.journal import WorkFolder, interruptible, recover, unwritable
@@ -36,6 +37,7 @@ from ortho_cli.onepass import Loops, OnePass, is_plain, takes
 from ortho_cli.output import check_output, check_space, files_of, resolve_output
 from ortho_cli.plan import Plan, TensorPlan
 from ortho_cli.quantization import index
+from ortho_cli.seal import Keys, OrthoFile, Seal, SealedFile, WorkKey, key_of, scratch_bytes
 from ortho_cli.statistics import StatisticsReader, check_model
 from ortho_cli.summary import make_config, make_report
 from ortho_cli.worker import (
@@ -48,7 +50,7 @@ from ortho_cli.worker import (
     shape_bytes,
     shape_key,
 )
-from ortho_cli.writer import DataFile, Frontier, GrowingSha256, plan_layout
+from ortho_cli.writer import DataFile, Frontier, GrowingSha256, Layout, plan_layout
 
 if TYPE_CHECKING:  # to import torch takes longer than to decompose a billion weights
     from ortho_cli.split import Rounded, Splitter
@@ -59,6 +61,7 @@ COMMIT_SECONDS = 0.5
 SWITCH_SECONDS = 0.0002
 
 EDITS_FILE = "edits.npz"
+COMPACT_FILE = "compact"  # ortho in that layout, on its way to being sealed
 
 
 class Editor(Protocol):
@@ -68,8 +71,10 @@ class Editor(Protocol):
     def identity(self) -> Any:
         """What its edits depend on beside plan and source, as JSON."""
 
-    def find(self, folder: Path, *, curvature: StatisticsReader, on_event: EventSink) -> Edits:
-        """Find the edits; unfinished work may be kept in `folder` and gone on with."""
+    def find(
+        self, folder: Path, *, curvature: StatisticsReader, key: Key | None, on_event: EventSink
+    ) -> Edits:
+        """Find the edits; unfinished work may be kept in `folder`, sealed with `key` if any."""
 
 
 class Tuner(Protocol):
@@ -95,6 +100,8 @@ def decompose(
     *,
     editor: Editor | None = None,
     tuner: Tuner | None = None,
+    seal: Seal | None = None,
+    keys: Keys | None = None,
     force: bool = False,
     compiled: bool = True,
     device: str = "cpu",
@@ -108,6 +115,8 @@ def decompose(
         out: the folder to make; appears only when complete.
         editor: for a recipe that forgets.
         tuner: for a recipe that tunes its rounding.
+        seal: who ortho is sealed to; nothing of it is on disk otherwise, while it is made or after.
+        keys: open what an earlier, unfinished run sealed; the passphrase of `seal` does, too.
         force: replace an artifact at `out`, and discard half-done work of another plan.
         compiled: use numba's loops where it is installed and they do what the plan asks for; the
             bytes of base and ortho are the same without.
@@ -130,14 +139,14 @@ def decompose(
     recover(out)
     sources = files_of(checkpoint, *plan.inputs)
     check_output(out, sources, force=force, is_ours=artifact.is_artifact)
-    check_space(plan.bytes_on_disk, out)
+    check_space(plan.bytes_on_disk + (scratch_bytes(plan.ortho) if seal else 0), out)
     if plan.recipe.ortho.budget == "global" and plan.kept is None:
         from ortho_cli.budget import settle
 
         plan = settle(plan, checkpoint, on_event=on_event)
     if plan.statistics is not None:
         check_model(plan.statistics, checkpoint, [tensor.source for tensor in plan.split])
-    identity = _identity(plan, checkpoint, editor, tuner)
+    identity = _identity(plan, checkpoint, editor, tuner, seal)
     tensors = {tensor.name: tensor for tensor in plan.tensors}
 
     def is_known(entry: Entry) -> bool:
@@ -155,10 +164,11 @@ def decompose(
             WorkFolder(out, identity=identity, force=force, is_sound=is_known) as work,
             interruptible(work, total=len(plan.tensors)),
         ):
+            key = _take_key(work, seal, keys, on_event) if seal else None
             edits: Edits = {}
             if editor is not None and curvature is not None:
-                edits = _find_edits(plan, editor, work, curvature, on_event)
-            job = _Job(plan, checkpoint, reader, curvature, reference, edits, work, on_event)
+                edits = _find_edits(plan, editor, work, curvature, key, on_event)
+            job = _Job(plan, checkpoint, reader, curvature, reference, edits, key, work, on_event)
             job.device = _device_of(plan, device, on_event)
             job.fast = compiled and job.device == "cpu" and takes(plan)
             with _many_small_operations(), nullcontext() if job.fast else _one_thread_of_torch():
@@ -189,15 +199,21 @@ def _check_has_what_it_needs(plan: Plan, editor: Editor | None, tuner: Tuner | N
 
 
 def _identity(
-    plan: Plan, checkpoint: Checkpoint, editor: Editor | None, tuner: Tuner | None
+    plan: Plan,
+    checkpoint: Checkpoint,
+    editor: Editor | None,
+    tuner: Tuner | None,
+    seal: Seal | None,
 ) -> Entry:
     """Spell out everything that the bytes depend on."""
     found: Entry = {
         "plan": plan.sha256,
         "source": _stamps(checkpoint.shards),
         "version": [__version__, metadata.version("torch")],
-        **_sizes(plan),
+        **_sizes(plan, sealed=seal is not None),
     }
+    if seal is not None:
+        found["seal"] = seal.identity
     if editor is not None:
         found["forget"] = editor.identity
     if tuner is not None:
@@ -213,10 +229,26 @@ def _stamps(shards: Iterable[Shard]) -> list[list[Any]]:
     return [[shard.name, shard.size, shard.mtime_ns] for shard in shards]
 
 
-def _sizes(plan: Plan) -> dict[str, dict[str, int]]:
-    """Say how large the files are that work goes into; one of them a compact ortho is made of."""
+def _sizes(plan: Plan, *, sealed: bool) -> dict[str, dict[str, int]]:
+    """Say how large the files are that work goes into; of scratch files ortho is made."""
     base, ortho = {BASE_FILE: plan.base.size}, {ORTHO_FILE: plan.ortho.size}
+    if sealed:
+        return {"files": base, "scratch": {ORTHO_FILE: scratch_bytes(plan.ortho)}}
     return {"files": base, "scratch": ortho} if plan.is_compact else {"files": base | ortho}
+
+
+def _take_key(work: WorkFolder, seal: Seal, keys: Keys | None, on_event: EventSink) -> WorkKey:
+    """Find the key of unfinished work, or begin anew with another."""
+    key, opens = key_of(work, seal, keys)
+    if work.done and not opens:
+        on_event(
+            Noted(
+                message=f"the {len(work.done)} tensors that an earlier run finished are split "
+                "again: their ortho is sealed, and no --identity opens it"
+            )
+        )
+        work.done.clear()
+    return key
 
 
 def _find_edits(
@@ -224,16 +256,17 @@ def _find_edits(
     editor: Editor,
     work: WorkFolder,
     curvature: StatisticsReader,
+    key: WorkKey | None,
     on_event: EventSink,
 ) -> Edits:
     """Find the edits, or take up those that an earlier run found."""
     kept = work.private / EDITS_FILE
-    edits: Edits | None = load_edits(kept)
+    edits: Edits | None = load_edits(kept, key)
     if edits is None:
         work.done.clear()  # nothing that was split before can be relied on without its edits
-        edits = editor.find(work.private, curvature=curvature, on_event=on_event)
+        edits = editor.find(work.private, curvature=curvature, key=key, on_event=on_event)
         _check_room(plan, edits)
-        save_edits(kept, edits)
+        save_edits(kept, edits, key)
     return edits
 
 
@@ -286,10 +319,12 @@ class _Job:
         curvature: StatisticsReader | None,
         reference: Reference | None,
         edits: Edits,
+        key: WorkKey | None,
         work: WorkFolder,
         on_event: EventSink,
     ) -> None:
         self._plan = plan
+        self._key = key
         self.fast, self.device = False, "cpu"
         self._edits = edits
         self._checkpoint = checkpoint
@@ -300,8 +335,13 @@ class _Job:
         self._stop = threading.Event()
         self._loops = Loops(self._emit)
         self._base = DataFile(work, BASE_FILE, plan.base, mode=0o644)
+        self._ortho = self._ortho_file(ORTHO_FILE, plan.ortho, scratch=plan.is_compact)
+
+    def _ortho_file(self, name: str, layout: Layout, *, scratch: bool = False) -> OrthoFile:
+        if self._key is not None:
+            return SealedFile(self._work, name, layout, self._key)
         # What is withheld from others should not be readable by others.
-        self._ortho = DataFile(work, ORTHO_FILE, plan.ortho, mode=0o600, scratch=plan.is_compact)
+        return DataFile(self._work, name, layout, mode=0o600, scratch=scratch)
 
     def split(self) -> str:
         """Split every tensor that no earlier run has split; return base's SHA-256."""
@@ -378,13 +418,20 @@ class _Job:
             from ortho_cli.repack import Repacker
 
             repacker = Repacker(plan, self._base, self._ortho, self._curvature)
+            # Where it is sealed, the CSR that it is made of is in a scratch file of ortho's name.
+            make = partial(self._ortho_file, ORTHO_FILE if self._key is None else COMPACT_FILE)
             with _one_thread_of_torch():
-                ortho, layout, entries = repacker.run(self._work, entries, told)
+                ortho, layout, entries = repacker.run(make, entries, told)
         else:
-            header = plan_layout((s for t in plan.tensors for s in t.ortho), told).header
-            assert len(header) == len(layout.header)
-            ortho.write_header(header)
-        ortho_sha256 = GrowingSha256(ortho.fd).up_to(layout.size)
+            layout = plan_layout((s for t in plan.tensors for s in t.ortho), told)
+            assert layout.regions == plan.ortho.regions
+            ortho.write_header(layout.header)
+        sealed_sha256 = None
+        if isinstance(ortho, SealedFile):
+            self._emit(Finishing(step="seal"))
+            ortho_sha256, sealed_sha256 = ortho.publish(self._work, layout)
+        else:
+            ortho_sha256 = GrowingSha256(ortho.fd).up_to(layout.size)
         report = make_report(
             plan,
             entries,
@@ -393,6 +440,7 @@ class _Job:
             source_digest=digest,
             base_sha256=base_sha256,
             ortho_sha256=ortho_sha256,
+            sealed_sha256=sealed_sha256,
             device=self.device.partition(":")[0],
         )
         self._emit(Finishing(step="sync"))

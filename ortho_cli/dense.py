@@ -11,27 +11,34 @@ from torch import Tensor
 
 from ortho_cli import ops
 from ortho_cli.artifact import (
+    BASE_FILE,
     CONFIG_FILE,
     ORTHO_FILE,
     REPORT_FILE,
     Artifact,
     damaged,
+    no_ortho,
     open_artifact,
 )
 from ortho_cli.checkpoint import Checkpoint, ShardReader, TensorInfo, model_name, read_json_object
 from ortho_cli.errors import ArtifactError, UsageError
 from ortho_cli.kept import KeptReader
+from ortho_cli.seal import IDENTITY_FILE, SEALED_FILE, Keys
 from ortho_cli.source import RowReader, Source, SourceTensor, mark, side_files
 from ortho_cli.streams import ORTHO_PARTS
 
+# What a dense model has no use for.
+OURS = (REPORT_FILE, SEALED_FILE, IDENTITY_FILE)
 
-def open_dense(path: Path, alpha: float) -> Source:
+
+def open_dense(path: Path, alpha: float, keys: Keys | None = None) -> Source:
     """Describe the dense weights of an artifact at one alpha.
 
     Args:
         path: the artifact's folder, or a file in it.
         alpha: 0 gives dequantize(base) and needs no ortho; 1 gives the source weights, bit for
             bit, wherever ortho holds them.
+        keys: open a sealed ortho.
     Raises:
         UsageError: alpha is not in [0, 1].
         ArtifactError: the artifact does not hold together, or alpha needs an ortho that is absent.
@@ -40,19 +47,18 @@ def open_dense(path: Path, alpha: float) -> Source:
         raise UsageError(
             f"--alpha {alpha} is not in [0, 1]", hint="0 is base alone, 1 is the full model"
         )
-    artifact = open_artifact(path if path.is_dir() else path.parent)
+    artifact = open_artifact(path if path.is_dir() else path.parent, keys if alpha else None)
     if alpha and artifact.ortho is None:
-        raise ArtifactError(
-            f"`{artifact.folder}` has no {ORTHO_FILE}, and --alpha {alpha:g} needs it",
-            hint="--alpha 0 needs none",
-        )
+        raise no_ortho(artifact, f"--alpha {alpha:g} needs it")
     folder = artifact.folder
-    shards = (artifact.base, artifact.ortho) if alpha and artifact.ortho else (artifact.base,)
     config = None
     if (folder / CONFIG_FILE).exists():
         config = read_json_object(folder / CONFIG_FILE, constants=True)
         config = {key: value for key, value in config.items() if key != "quantization_config"}
-    extra, notes = side_files(folder, {shard.name for shard in shards} | {ORTHO_FILE})
+    read = [artifact.base.path]
+    if alpha:
+        read.append(artifact.sealed or folder / ORTHO_FILE)
+    extra, notes = side_files(folder, {BASE_FILE, ORTHO_FILE})
     with ExitStack() as opened:
         reader = ShardReader(
             Checkpoint(
@@ -70,9 +76,9 @@ def open_dense(path: Path, alpha: float) -> Source:
         kind="artifact",
         path=folder,
         tensors=tensors,
-        files=tuple(mark(shard.path) for shard in shards),
+        files=tuple(map(mark, read)),
         config=config,
-        extra_files=tuple((name, size) for name, size in extra if name != REPORT_FILE),
+        extra_files=tuple((name, size) for name, size in extra if name not in OURS),
         notes=notes,
         settings={"alpha": alpha},
         private=alpha > 0,  # it then holds what ortho holds, which only its owner may read

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,13 +33,31 @@ Edits = Mapping[str, Edit]
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
-def save_arrays(path: Path, arrays: Arrays) -> None:
+class Key(Protocol):
+    """What files of edits are sealed with, where ortho is."""
+
+    def seal(self, data: bytes) -> bytes:
+        """Make them unreadable."""
+
+    def open(self, data: bytes) -> bytes:
+        """Make them readable again, or raise ValueError."""
+
+
+def save_arrays(path: Path, arrays: Arrays, key: Key | None = None) -> None:
     """Write arrays whole or not at all, for their owner alone: they tell what was private."""
     partial = path.with_name(path.name + ".partial")
+    sealed = None
+    if key is not None:
+        plain = io.BytesIO()
+        np.savez(plain, **arrays)  # type: ignore[arg-type, unused-ignore]
+        sealed = key.seal(plain.getvalue())
     try:
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type, unused-ignore]
+            if sealed is None:
+                np.savez(file, **arrays)  # type: ignore[arg-type, unused-ignore]
+            else:
+                file.write(sealed)
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)
@@ -46,9 +65,12 @@ def save_arrays(path: Path, arrays: Arrays) -> None:
         raise unwritable(path, error) from error
 
 
-def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
+def load_arrays(path: Path, key: Key | None = None) -> dict[str, npt.NDArray[Any]] | None:
     """Read what `save_arrays` wrote; None where there is nothing, or nothing whole."""
     try:
+        if key is not None:
+            with np.load(io.BytesIO(key.open(path.read_bytes()))) as held:
+                return {name: held[name] for name in held.files}
         # numpy leaves a file that it opened itself open when it is cut.
         with path.open("rb") as file, np.load(file) as held:
             return {name: held[name] for name in held.files}
@@ -56,17 +78,17 @@ def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]] | None:
         return None
 
 
-def save_edits(path: Path, edits: Edits) -> None:
+def save_edits(path: Path, edits: Edits, key: Key | None = None) -> None:
     """Keep edits that are final, so that a killed run need not find them again."""
     arrays: dict[str, npt.NDArray[Any]] = {}
     for name, edit in edits.items():
         arrays[f"{name}/positions"], arrays[f"{name}/codes"] = edit.positions, edit.codes
-    save_arrays(path, arrays)
+    save_arrays(path, arrays, key)
 
 
-def load_edits(path: Path) -> dict[str, Edit] | None:
+def load_edits(path: Path, key: Key | None = None) -> dict[str, Edit] | None:
     """Read what `save_edits` wrote; None where there is nothing whole."""
-    arrays = load_arrays(path)
+    arrays = load_arrays(path, key)
     if arrays is None:
         return None
     names = sorted({key.rpartition("/")[0] for key in arrays})

@@ -23,6 +23,7 @@ from ortho_cli.errors import (
 from ortho_cli.layers import OrthoLinear
 from ortho_cli.modelfile import identity, load_module, save_module, source_digest
 from ortho_cli.operands import Alpha
+from ortho_cli.seal import read_keys
 from ortho_cli.selection import IGNORED, is_embedding, not_by_default
 from ortho_cli.settings import GROUP_SIZES, Recipe, matches
 from ortho_cli.streams import is_conv1d
@@ -368,7 +369,7 @@ class Engine:
             self.module, Path(folder), recipe=self._recipe, digest=self._digest, force=force
         )
 
-    def load(self, folder: str | Path, *, alpha: Alpha) -> None:
+    def load(self, folder: str | Path, *, alpha: Alpha, identity: str | Path | None = None) -> None:
         """Read an artifact onto the module, freshly built as it was before it was decomposed.
 
         Raises:
@@ -378,7 +379,8 @@ class Engine:
         """
         self._refuse_split()
         kernels.check_alpha(alpha)
-        opened = artifact.open_artifact(Path(folder))
+        keys = None if identity is None else read_keys(Path(identity))
+        opened = artifact.open_artifact(Path(folder), keys)
         layers = load_module(self.module, opened)
         metadata = (opened.ortho or opened.base).metadata
         try:

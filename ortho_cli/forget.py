@@ -13,7 +13,7 @@ import torch
 from ortho_cli import forget_set, models
 from ortho_cli.checkpoint import Checkpoint
 from ortho_cli.data import Row, Text, read_rows, retain_sequences, stamps
-from ortho_cli.edits import Edits
+from ortho_cli.edits import Edits, Key
 from ortho_cli.errors import CalibrationError, RecipeError, UsageError
 from ortho_cli.events import EventSink, Finishing, Noted, null_sink
 from ortho_cli.forget_set import TokenSecret
@@ -46,7 +46,12 @@ class ForgetEditor:
         return [*stamps(self.files), self.device.type]
 
     def find(
-        self, folder: Path, *, curvature: StatisticsReader, on_event: EventSink = null_sink
+        self,
+        folder: Path,
+        *,
+        curvature: StatisticsReader,
+        key: Key | None = None,
+        on_event: EventSink = null_sink,
     ) -> Edits:
         """Put the model on the grid and move codes until the secrets lie among alternatives.
 
@@ -76,6 +81,7 @@ class ForgetEditor:
                 settings,
                 end=self.end,
                 state=folder / STATE_FILE,
+                key=key,
                 on_event=on_event,
             )
         found = isolate(

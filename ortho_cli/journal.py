@@ -31,6 +31,7 @@ from ortho_cli import errors
 from ortho_cli.errors import Interrupted, OutputExistsError, ResourceError
 
 PARTIAL = ".partial"
+KEY_FILE = "key.age"  # in private/, where what work leaves is sealed
 BAD_SOURCE = (
     errors.ArtifactError,
     errors.CalibrationError,
@@ -165,7 +166,7 @@ class WorkFolder:
         if self.done or not self.private.is_dir():
             return bool(self.done)
         names = (path.name.removesuffix(PARTIAL) for path in self.private.iterdir())
-        return any(name not in self._scratch for name in names)
+        return any(name not in self._scratch and name != KEY_FILE for name in names)
 
     @property
     def _scratch(self) -> dict[str, int]:
@@ -288,6 +289,18 @@ class WorkFolder:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+
+    def write_private(self, name: str, data: bytes) -> None:
+        """Leave a small file for the run that goes on, whole or not at all."""
+        path = self.private / name
+        partial = path.with_name(name + PARTIAL)
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+        _sync_folder(self.private)
 
     def copy_file(self, source: Path, name: str) -> None:
         """Copy a file of the source, its bytes only."""

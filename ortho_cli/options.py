@@ -50,6 +50,30 @@ SchemaOption = Annotated[
         is_eager=True,
     ),
 ]
+IdentityOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--identity",
+        metavar="FILE",
+        help="age identities, or a passphrase, that open a sealed ortho, in memory.",
+    ),
+]
+SealToOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--seal-to",
+        metavar="age1...",
+        help="Seal ortho to this recipient of age (ortho.safetensors.age); repeatable.",
+    ),
+]
+SealPassphraseOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--seal-passphrase-file",
+        metavar="FILE",
+        help="Seal ortho to a new key, and that (ortho.key.age) to the passphrase in FILE.",
+    ),
+]
 StatsOption = Annotated[
     Path | None,
     typer.Option(

@@ -24,6 +24,7 @@ from ortho_cli.refusals import (
     check_values,
     refuse_quantized,
 )
+from ortho_cli.seal import IDENTITY_FILE, SEALED_FILE
 from ortho_cli.selection import check_overrides, select, tensor_settings
 from ortho_cli.settings import GROUP_SIZES, Recipe, Saliency, Scale
 from ortho_cli.statistics import Statistics, check_weights
@@ -333,6 +334,8 @@ def _check_split(
 _OUR_FILES = (
     artifact.BASE_FILE,
     artifact.ORTHO_FILE,
+    SEALED_FILE,
+    IDENTITY_FILE,
     artifact.INDEX_FILE,
     artifact.CONFIG_FILE,
     artifact.REPORT_FILE,

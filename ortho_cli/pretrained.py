@@ -23,6 +23,7 @@ from ortho_cli.layers import OrthoLinear
 from ortho_cli.modelfile import empty_layer, fill_ortho
 from ortho_cli.models import quiet_transformers
 from ortho_cli.operands import Alpha
+from ortho_cli.seal import read_keys
 from ortho_cli.streams import is_conv1d, is_plain_linear
 
 METHOD = "ortho"
@@ -35,6 +36,7 @@ def load(
     alpha: Alpha,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    identity: str | Path | None = None,
 ) -> Any:
     """Load an artifact as a transformers causal language model.
 
@@ -43,24 +45,24 @@ def load(
         alpha: in [0, 1]: 0 is base alone, 1 the full model; or one for each batch row. No default.
         device: where the model goes; the CPU if None.
         dtype: of all that is not split; the checkpoint's own if None. The streams keep theirs.
+        identity: file of age identities, or of a passphrase, that opens a sealed ortho.
     Returns:
         The model in eval mode; about the artifact's size is in memory meanwhile.
     Raises:
         UsageError: alpha is no number in [0, 1], or transformers is not installed.
         ArtifactError: no config.json, a damaged file, a key that is missing or unexpected (named),
-            or alpha is not 0 and there is no ortho.
+            or alpha is not 0 and there is no ortho, or no identity opens it.
     """
     alpha = kernels.check_alpha(alpha)
-    opened = artifact.open_artifact(Path(folder))
+    keys = None if identity is None else read_keys(Path(identity))
+    opened = artifact.open_artifact(Path(folder), keys)
     if not (opened.folder / CONFIG_FILE).is_file():
         raise ArtifactError(
             f"`{folder}` has no {CONFIG_FILE}, so transformers cannot build its model",
             hint="build the module yourself and use Engine(module).load(folder, alpha=...)",
         )
     if opened.ortho is None and not kernels.is_zero(alpha):
-        raise ArtifactError(
-            f"`{folder}` has no {artifact.ORTHO_FILE} and alpha is not 0", hint=kernels.NO_ORTHO
-        )
+        raise artifact.no_ortho(opened, "alpha is not 0")
     with quiet_transformers() as transformers:
         model, layers = _build(transformers, opened, dtype)
     fill_ortho(opened, layers)

@@ -10,6 +10,7 @@ from ortho_cli import ops
 from ortho_cli.compact import Integers
 from ortho_cli.ops import as_bytes
 from ortho_cli.plan import Plan, TensorPlan
+from ortho_cli.seal import OrthoFile
 from ortho_cli.split import TORCH_DTYPES, Rounded
 from ortho_cli.worker import NUMPY_DTYPES
 from ortho_cli.writer import DataFile
@@ -18,7 +19,7 @@ from ortho_cli.writer import DataFile
 class ReadBack:
     """Reads codes, scales and the CSR of any tensor from files that are being made."""
 
-    def __init__(self, plan: Plan, base: DataFile, ortho: DataFile) -> None:
+    def __init__(self, plan: Plan, base: DataFile, ortho: OrthoFile) -> None:
         """Say where base and the CSR lie; a tensor is there when its work is done."""
         self._plan, self._base, self._ortho = plan, base, ortho
 

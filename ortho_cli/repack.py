@@ -8,7 +8,7 @@ kill loses nothing: the next run encodes again, and one matrix has one encoding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -20,10 +20,10 @@ from ortho_cli.artifact import ORTHO_FILE, module_of
 from ortho_cli.compact import Integers
 from ortho_cli.curvature import Curvature
 from ortho_cli.errors import NumericalError
-from ortho_cli.journal import WorkFolder
 from ortho_cli.ops import as_bytes
 from ortho_cli.plan import Plan, TensorPlan, tile_rows
 from ortho_cli.readback import ReadBack
+from ortho_cli.seal import OrthoFile
 from ortho_cli.statistics import StatisticsReader
 from ortho_cli.worker import Entry
 from ortho_cli.writer import DataFile, Layout, TensorSpec, plan_layout
@@ -33,7 +33,7 @@ class Repacker:
     """Encodes what the scratch file holds; the same bytes on every run."""
 
     def __init__(
-        self, plan: Plan, base: DataFile, scratch: DataFile, curvature: StatisticsReader | None
+        self, plan: Plan, base: DataFile, scratch: OrthoFile, curvature: StatisticsReader | None
     ) -> None:
         """Say where base and CSR lie, complete; curvature is there if the plan has statistics."""
         self._plan, self._curvature = plan, curvature
@@ -41,12 +41,15 @@ class Repacker:
         self._rounded = plan.recipe.ortho.values == "int8"
 
     def run(
-        self, work: WorkFolder, entries: list[Entry], metadata: dict[str, str]
-    ) -> tuple[DataFile, Layout, list[Entry]]:
-        """Write ortho.safetensors into the work folder.
+        self,
+        make: Callable[[Layout], OrthoFile],
+        entries: list[Entry],
+        metadata: dict[str, str],
+    ) -> tuple[OrthoFile, Layout, list[Entry]]:
+        """Write ortho.safetensors.
 
         Args:
-            work: where the file goes.
+            make: makes the file.
             entries: the journal's, one for each tensor of the plan.
             metadata: of the file.
         Returns:
@@ -57,7 +60,7 @@ class Repacker:
             ResourceError: the disk is full.
         """
         layout = plan_layout((s for t in self._plan.split for s in self._specs(t)), metadata)
-        output = DataFile(work, ORTHO_FILE, layout, mode=0o600)
+        output = make(layout)
         output.write_header(layout.header)
         told = [
             entry if tensor.reason is not None else entry | self._encode(tensor, entry, output)
@@ -79,7 +82,7 @@ class Repacker:
             others=int(found.counts.sum(dtype=np.int64)),
         )
 
-    def _encode(self, tensor: TensorPlan, entry: Entry, output: DataFile) -> Entry:
+    def _encode(self, tensor: TensorPlan, entry: Entry, output: OrthoFile) -> Entry:
         """Write a tensor's parts; return what changes of its entry."""
         crow, column = self._written.positions(tensor)
         values = self._written.values(tensor)

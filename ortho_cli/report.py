@@ -219,12 +219,7 @@ def _artifact_lines(document: dict[str, Any], totals: dict[str, Any], folder: st
     split = [t for t in document["tensors"] if t["action"] == "split"]
     lines = [
         f"{folder}: {len(split)} of {len(document['tensors'])} tensors split",
-        f"base {size(files['base.safetensors'])}, "
-        + (
-            f"ortho {size(ortho)}"
-            if ortho is not None
-            else "ortho absent: alpha = 0 is all there is"
-        ),
+        f"base {size(files['base.safetensors'])}, " + _ortho_words(files),
     ]
     if totals:
         exact = totals["residual_kept"] is None or totals["sqnr_db_alpha_1"] is None
@@ -256,6 +251,13 @@ def _artifact_lines(document: dict[str, Any], totals: dict[str, Any], folder: st
             f"verified {verified['tensors']} tensors, {size(verified['bytes'])}: {checked}"
         )
     return lines
+
+
+def _ortho_words(files: dict[str, Any]) -> str:
+    ortho, sealed = files["ortho.safetensors"], files.get("ortho.safetensors.age")
+    if sealed is not None:
+        return f"ortho {size(sealed)}, sealed" + (", opened" if ortho else ": --identity opens it")
+    return "ortho absent: alpha = 0 is all there is" if ortho is None else f"ortho {size(ortho)}"
 
 
 def _settings(recipe: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from ortho_cli.events import Advanced, EventSink, null_sink
 from ortho_cli.ops import as_bytes
 from ortho_cli.plan import GPTQ_ELEMENTS, TILE_ELEMENTS, TensorPlan, tile_rows
 from ortho_cli.scales import Kept
+from ortho_cli.seal import OrthoFile
 from ortho_cli.statistics import StatisticsReader
 from ortho_cli.streams import base_scales, chosen_alike, kept_within, rounds
 from ortho_cli.tally import Tally, Tile, flat_of, measures_of
@@ -63,7 +64,7 @@ class Splitter(Worker):
         self,
         reader: ShardReader,
         base: DataFile,
-        ortho: DataFile,
+        ortho: OrthoFile,
         *,
         group_size: int,
         curvature: StatisticsReader | None = None,

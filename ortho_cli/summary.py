@@ -42,9 +42,12 @@ def make_report(
     source_digest: str,
     base_sha256: str,
     ortho_sha256: str,
+    sealed_sha256: str | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Say what was done; the same for the same input, so without times and paths.
+
+    `sealed_sha256` is the exception, and there only where ortho is sealed: age draws fresh keys.
 
     Units: bytes; bits per weight; sqnr in dB, null where there is no error. `residual_kept` is the
         share of the squared
@@ -75,6 +78,7 @@ def make_report(
         "source_digest": source_digest,
         "base_sha256": base_sha256,
         "ortho_sha256": ortho_sha256,
+        **({"sealed_sha256": sealed_sha256} if sealed_sha256 else {}),
         "recipe": plan.recipe.canonical(),
         "group_size": plan.group_size,
         "statistics": plan.statistics.summary() if plan.statistics else None,

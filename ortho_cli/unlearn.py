@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from ortho_cli.curvature import Curvature
-from ortho_cli.edits import load_arrays, save_arrays
+from ortho_cli.edits import Key, load_arrays, save_arrays
 from ortho_cli.events import EventSink, Step
 from ortho_cli.forget_set import TokenSecret
 from ortho_cli.grid import Grid, batches
@@ -66,6 +66,7 @@ def unlearn(
     *,
     end: Sequence[int],
     state: Path,
+    key: Key | None = None,
     on_event: EventSink,
 ) -> None:
     """Move codes of the grid; goes on from `state` where a killed run has left one.
@@ -79,16 +80,17 @@ def unlearn(
         settings: the recipe's `forget`.
         end: tokens that end a text, as an attacker would train on them; may be none.
         state: where unfinished work is kept, for its owner alone.
+        key: seals it.
         on_event: told of each step.
     """
     latents = _Latents(grid, _mask(grid, secrets, curvature, settings.mask))
     job = _Job(grid, secrets, retain, settings, end)
-    done = latents.load(state)
+    done = latents.load(state, key)
     for step in range(done, settings.steps):
         if step % settings.attack_steps == 0 and step > done:
             if job.holds():
                 break
-            latents.save(state, step)
+            latents.save(state, step, key)
         told = f"unlearn: {job.told}, {grid.moved} codes moved"
         on_event(Step(name=told, number=step + 1, of=settings.steps))
         rate = settings.rate * min(1.0, (step + 1) / WARM_UP)
@@ -139,18 +141,18 @@ class _Latents:
                 self._values[name][back] = original[back]
                 self._grid.move(name, places[back], original[back])
 
-    def save(self, path: Path, step: int) -> None:
+    def save(self, path: Path, step: int, key: Key | None) -> None:
         """Keep everything that the next step needs."""
         arrays = {"step": np.asarray(step)}
         for name, values in self._values.items():
             parts = (values, *self._moments[name])
             for part, tensor in zip(("value", "mean", "square"), parts, strict=True):
                 arrays[f"{name}/{part}"] = tensor.cpu().numpy()
-        save_arrays(path, arrays)
+        save_arrays(path, arrays, key)
 
-    def load(self, path: Path) -> int:
+    def load(self, path: Path, key: Key | None) -> int:
         """Take up what was kept; return the step to go on with."""
-        arrays = load_arrays(path)
+        arrays = load_arrays(path, key)
         if arrays is None:
             return 0
         for name, places in self._mask.items():

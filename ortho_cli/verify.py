@@ -26,6 +26,7 @@ from ortho_cli.checkpoint import Shard, TensorInfo
 from ortho_cli.errors import ArtifactError, CheckpointError
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
 from ortho_cli.provenance import provenance
+from ortho_cli.seal import SEALED_FILE
 from ortho_cli.writer import CHUNK
 
 
@@ -39,6 +40,8 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         BASE_FILE: artifact.base.size,
         ORTHO_FILE: artifact.ortho.size if artifact.ortho else None,
     }
+    if artifact.sealed:
+        present[SEALED_FILE] = artifact.sealed.stat().st_size
     if artifact.report is not None:
         _check_report(artifact, artifact.report)
     origin = provenance(artifact)
@@ -192,12 +195,18 @@ def verify(artifact: Artifact, *, on_event: EventSink = null_sink) -> Verified:
     if artifact.ortho is not None:
         _verify_kept(artifact, artifact.ortho)
     sums = {file.name: file_sha256(file.path, on_event=on_event) for file in files}
+    checked = {file.name: _checked(artifact, file) for file in files}
     claims = [(BASE_FILE, told.get("base_sha256"))]
     if artifact.ortho is not None:
         claims += [
             (BASE_FILE, artifact.ortho.metadata.get("base_sha256")),
             (ORTHO_FILE, told.get("ortho_sha256")),
         ]
+    if artifact.sealed is not None:
+        sums[SEALED_FILE] = file_sha256(artifact.sealed)
+        claims.append((SEALED_FILE, told.get("sealed_sha256")))
+        known = "sealed_sha256" in told
+        checked[SEALED_FILE] = "its digest in report.json" if known else "nothing"
     for name, claim in claims:
         if claim is not None and claim != sums[name]:
             raise ArtifactError(
@@ -210,7 +219,7 @@ def verify(artifact: Artifact, *, on_event: EventSink = null_sink) -> Verified:
         ortho_sha256=sums.get(ORTHO_FILE),
         tensors=sum(len(file.tensors) for file in files),
         bytes=size,
-        checked={file.name: _checked(artifact, file) for file in files},
+        checked=checked,
     )
 
 

@@ -19,6 +19,7 @@ from ortho_cli.checkpoint import Checkpoint, ShardReader
 from ortho_cli.errors import NumericalError
 from ortho_cli.events import Advanced, EventSink, TensorDone
 from ortho_cli.plan import TensorPlan
+from ortho_cli.seal import OrthoFile
 from ortho_cli.selection import IGNORED
 from ortho_cli.topk import crow_indices
 from ortho_cli.writer import CHUNK, DataFile, TensorStream
@@ -66,7 +67,7 @@ class Worker(ABC):
         self,
         reader: ShardReader,
         base: DataFile,
-        ortho: DataFile,
+        ortho: OrthoFile,
         *,
         reference: Reference | None = None,
         stop: threading.Event,

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from blake3 import blake3
 
@@ -146,10 +146,17 @@ class DataFile:
             raise unwritable(self._path, error) from error
 
 
+class Output(Protocol):
+    """What takes parts of tensors."""
+
+    def write(self, key: str, data: memoryview, *, start: int) -> None:
+        """Write part of a tensor, `start` bytes into it."""
+
+
 class TensorStream:
     """Writes one tensor front to back and digests it on the way."""
 
-    def __init__(self, output: DataFile, key: str) -> None:
+    def __init__(self, output: Output, key: str) -> None:
         self.key = key
         self.digest = blake3()
         self._output = output

@@ -23,6 +23,7 @@ LAYERS = [
     ["layers", "compact"],
     ["journal"],
     ["writer", "output", "edits"],
+    ["seal"],
     ["artifact"],
     ["kept", "provenance"],
     ["verify", "selection", "quantization", "statistics"],

@@ -59,7 +59,9 @@ class Fake:
     meanwhile: Callable[[Path], None] = lambda folder: None
     folders: list[Path] = field(default_factory=list)
 
-    def find(self, folder: Path, *, curvature: StatisticsReader, on_event: EventSink) -> Edits:
+    def find(
+        self, folder: Path, *, curvature: StatisticsReader, key: Any, on_event: EventSink
+    ) -> Edits:
         self.folders.append(folder)
         with self.count.open("a") as file:
             file.write("asked\n")

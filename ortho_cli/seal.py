@@ -1,0 +1,448 @@
+"""Ortho at rest, sealed with age: who holds a key opens it, and nobody else.
+
+    ortho.safetensors.age   an age file (age-encryption.org/v1) whose content is ortho.safetensors
+    ortho.key.age           with a passphrase only: an age identity, sealed by the passphrase, to
+                            which the former is sealed
+
+age seals a stream front to back, and workers finish tensors in any order. So each part of ortho is
+first sealed on its own, to a key that is made for this work and kept in memory, and put into a
+scratch file; when all are there they are opened one after another and sealed again as one stream.
+`private/key.age` holds that key, sealed to those who may open ortho: a run that goes on needs one
+of their identities, or the passphrase, or splits again what only ortho held.
+
+All cryptography is pyrage's (age's X25519, scrypt, HKDF and ChaCha20-Poly1305). Its streams take
+recipients only, which is why a passphrase seals a key and not ortho itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from blake3 import blake3
+
+from ortho_cli.checkpoint import fill
+from ortho_cli.errors import ArtifactError, ResourceError, UsageError
+from ortho_cli.journal import KEY_FILE, WorkFolder, unwritable
+from ortho_cli.writer import CHUNK, DataFile, Layout, write_all
+
+SEALED_FILE = "ortho.safetensors.age"
+IDENTITY_FILE = "ortho.key.age"
+SECRET = "AGE-SECRET-KEY-1"
+
+CHUNK_SEALED = 1 << 16  # age authenticates so many bytes at a time, with a tag of 16
+HEADER_ROOM = 4096  # of age's header, the random stanza that rage adds to it, and a length
+LENGTH = 8  # bytes of the length before a sealed part
+
+Buffer = bytes | memoryview
+
+
+def _pyrage() -> ModuleType:
+    try:
+        import pyrage  # type: ignore[import-untyped]
+    except ImportError:
+        raise UsageError(
+            "sealing needs the package pyrage, which is not installed",
+            hint="pip install 'ortho-cli[seal]'",
+        ) from None
+    found: ModuleType = pyrage
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seal:
+    """Who may open ortho: holders of an identity of `recipients`, or of the passphrase."""
+
+    recipients: tuple[str, ...] = ()
+    passphrase: str | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the journal says of it; nothing secret, and nothing to try passphrases on."""
+        return {"passphrase": True} if self.passphrase else {"recipients": list(self.recipients)}
+
+
+def make_seal(recipients: Sequence[str] = (), passphrase_file: Path | None = None) -> Seal | None:
+    """Read who ortho is to be sealed to; None for nobody.
+
+    Args:
+        recipients: age's public keys, `age1...`.
+        passphrase_file: its content, less one newline at the end, is the passphrase.
+    Raises:
+        UsageError: both are given, a recipient is none, the file cannot be read or is empty, or
+            pyrage is not installed.
+    """
+    if not recipients and passphrase_file is None:
+        return None
+    if recipients and passphrase_file is not None:
+        raise UsageError(
+            "--seal-to and --seal-passphrase-file were both given; age seals to one or the other",
+            hint="leave one of them out",
+        )
+    if passphrase_file is not None:
+        _pyrage()
+        return Seal(passphrase=_passphrase(passphrase_file, _read(passphrase_file)))
+    for text in recipients:
+        _recipient(text)
+    return Seal(recipients=tuple(sorted(set(recipients))))
+
+
+def _recipient(text: str) -> Any:
+    module = _pyrage()
+    try:
+        return module.x25519.Recipient.from_str(text)
+    except module.RecipientError:
+        secret = text.upper().startswith(SECRET)
+        shown = "a secret key" if secret else f"`{text[:80]}`"
+        raise UsageError(
+            f"--seal-to got {shown}, which is no recipient of age",
+            hint="give the public key, `age1...`, that age-keygen prints",
+        ) from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise UsageError(
+            f"cannot read `{path}`: {os.strerror(error.errno or 0).lower()}", hint="check the path"
+        ) from None
+    except UnicodeDecodeError:
+        raise UsageError(f"`{path}` is not text", hint="is this the right file?") from None
+
+
+def _passphrase(path: Path, text: str) -> str:
+    found = text.removesuffix("\n").removesuffix("\r")
+    if not found:
+        raise UsageError(f"the passphrase file `{path}` is empty", hint="write one line into it")
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """What a file given as --identity opens: age identities, or a passphrase."""
+
+    path: Path
+    identities: tuple[Any, ...] = ()
+    passphrase: str | None = None
+
+
+def read_keys(path: Path) -> Keys:
+    """Read a file of age identities, as age-keygen writes it; any other text is a passphrase.
+
+    Raises:
+        UsageError: it cannot be read, is empty, or holds an identity that is none.
+    """
+    module, text = _pyrage(), _read(path)
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not any(line.startswith(SECRET) for line in lines):
+        return Keys(path=path, passphrase=_passphrase(path, text))
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(module.x25519.Identity.from_str(line))
+        except module.IdentityError:
+            raise UsageError(
+                f"key {number} of `{path}` is no identity of age",
+                hint="it holds lines of AGE-SECRET-KEY-1..., as age-keygen writes them",
+            ) from None
+    return Keys(path=path, identities=tuple(found))
+
+
+class WorkKey:
+    """The key of one piece of work: what it leaves on disk is sealed to it."""
+
+    def __init__(self, identity: Any, seal: Seal) -> None:
+        """Take an identity of age, and who else may have it."""
+        self._identity, self._seal = identity, seal
+        self._mine = identity.to_public()
+
+    @classmethod
+    def make(cls, seal: Seal) -> WorkKey:
+        """Draw a new one."""
+        return cls(_pyrage().x25519.Identity.generate(), seal)
+
+    @classmethod
+    def unlock(cls, raw: bytes, seal: Seal, keys: Keys | None) -> WorkKey | None:
+        """Open one that was locked; None where nothing that was given opens it."""
+        module = _pyrage()
+        try:
+            if seal.passphrase:
+                text = module.passphrase.decrypt(raw, seal.passphrase)
+            else:
+                text = module.decrypt(raw, list(keys.identities) if keys else [])
+            return cls(module.x25519.Identity.from_str(text.decode()), seal)
+        except (module.DecryptError, module.IdentityError, ValueError):
+            return None
+
+    def locked(self) -> bytes:
+        """Seal the key itself to those who may open ortho."""
+        module, text = _pyrage(), str(self._identity).encode()
+        if self._seal.passphrase:
+            return bytes(module.passphrase.encrypt(text, self._seal.passphrase))
+        return bytes(module.encrypt(text, self._recipients))
+
+    @property
+    def has_passphrase(self) -> bool:
+        """Whether a passphrase opens it, and it opens ortho."""
+        return self._seal.passphrase is not None
+
+    @property
+    def _recipients(self) -> list[Any]:
+        """Those of the finished stream."""
+        return [_recipient(text) for text in self._seal.recipients] or [self._mine]
+
+    def seal(self, data: Buffer) -> bytes:
+        """Seal some bytes to this key; never the same bytes twice."""
+        return bytes(_pyrage().encrypt(bytes(data), [self._mine]))
+
+    def open(self, data: bytes) -> bytes:
+        """Open what `seal` made.
+
+        Raises:
+            ValueError: it was damaged, or made with another key.
+        """
+        module = _pyrage()
+        try:
+            return bytes(module.decrypt(data, [self._identity]))
+        except module.DecryptError as error:
+            raise ValueError(str(error)) from None
+
+    def seal_stream(self, pieces: Iterable[Buffer], write: Callable[[bytes], Any]) -> None:
+        """Seal pieces as one age file to those who may open ortho; 64 KiB are held at a time."""
+        _pyrage().encrypt_io(_Source(pieces), _Sink(write), self._recipients)
+
+
+def key_of(work: WorkFolder, seal: Seal, keys: Keys | None) -> tuple[WorkKey, bool]:
+    """Find the key of a piece of work, or make one and leave it there, locked.
+
+    Returns:
+        The key, and whether what was sealed before can be opened with it.
+    """
+    path = work.private / KEY_FILE
+    raw = path.read_bytes() if path.is_file() else b""
+    found = WorkKey.unlock(raw, seal, keys) if raw else None
+    if found is not None:
+        return found, True
+    made = WorkKey.make(seal)
+    try:
+        work.write_private(KEY_FILE, made.locked())
+    except OSError as error:
+        raise unwritable(path, error) from error
+    return made, False
+
+
+class SealedFile:
+    """A scratch file of sealed parts, which stands in for a `DataFile` of ortho."""
+
+    def __init__(self, work: WorkFolder, name: str, layout: Layout, key: WorkKey) -> None:
+        """Open it; each tensor of the layout has a slot of its own."""
+        self.name, self._key, self._layout = name, key, layout
+        self._slots, size = _slots(layout)
+        self.fd = work.open_data(name, size=size, mode=0o600, scratch=True)
+        self._path = work.private / name
+
+    def write(self, key: str, data: memoryview, *, start: int) -> None:
+        """Seal a tensor, which is given whole."""
+        assert start == 0
+        assert data.nbytes == self._layout.regions[key].nbytes
+        sealed = self._key.seal(data)
+        offset, room = self._slots[key]
+        assert LENGTH + len(sealed) <= room
+        try:
+            write_all(self.fd, len(sealed).to_bytes(LENGTH, "little") + sealed, offset)
+        except OSError as error:
+            raise unwritable(self._path, error) from error
+
+    def read_into(self, key: str, buffer: memoryview, *, start: int) -> None:
+        """Open a tensor, and read from `start` bytes into it."""
+        found = self._open(key)
+        buffer[:] = found[start : start + len(buffer)]
+
+    def read(self, key: str) -> Iterator[memoryview]:
+        """Open a tensor; yield it piece by piece."""
+        found = memoryview(self._open(key))
+        for start in range(0, len(found), CHUNK):
+            yield found[start : start + CHUNK]
+
+    def digest(self, key: str) -> str:
+        """Take the BLAKE3 of a tensor; empty where it does not open."""
+        try:
+            return blake3(self._open(key)).hexdigest()
+        except ArtifactError:
+            return ""
+
+    def write_header(self, header: bytes) -> None:
+        """Leave it: the finished stream has one."""
+
+    def publish(self, work: WorkFolder, layout: Layout) -> tuple[str, str]:
+        """Seal the finished file, under its name.
+
+        Args:
+            work: where it goes.
+            layout: its header, of tensors that are all here.
+        Returns:
+            SHA-256 of its content, and of the sealed file.
+        """
+        content, sealed = hashlib.sha256(), hashlib.sha256()
+        fd, offset = work.open_data(SEALED_FILE, size=0, mode=0o600), 0
+
+        def pieces() -> Iterator[Buffer]:
+            for piece in _whole(layout, self.read):
+                content.update(piece)
+                yield piece
+
+        def write(data: bytes) -> None:
+            nonlocal offset
+            sealed.update(data)
+            write_all(fd, data, offset)
+            offset += len(data)
+
+        try:
+            self._key.seal_stream(pieces(), write)
+        except OSError as error:
+            raise unwritable(work.artifact / SEALED_FILE, error) from error
+        if self._key.has_passphrase:
+            work.write_file(IDENTITY_FILE, (work.private / KEY_FILE).read_bytes())
+        return content.hexdigest(), sealed.hexdigest()
+
+    def _open(self, key: str) -> bytes:
+        offset, room = self._slots[key]
+        buffer = memoryview(bytearray(room))
+        fill(self.fd, buffer, offset, what=f"`{self._path}`")
+        length = int.from_bytes(buffer[:LENGTH], "little")
+        try:
+            return self._key.open(bytes(buffer[LENGTH : LENGTH + min(length, room)]))
+        except ValueError as error:
+            raise ArtifactError(
+                f"`{key}` in `{self._path}` does not open: {error}",
+                hint="remove the hidden folder beside the output and start again",
+            ) from None
+
+
+OrthoFile = DataFile | SealedFile
+
+
+def _whole(layout: Layout, read: Callable[[str], Iterator[memoryview]]) -> Iterator[Buffer]:
+    yield layout.header
+    for key in layout.regions:  # in the order in which they lie
+        yield from read(key)
+
+
+def _slots(layout: Layout) -> tuple[dict[str, tuple[int, int]], int]:
+    found, position = {}, 0
+    for key, region in layout.regions.items():
+        tags = 16 * (region.nbytes // CHUNK_SEALED + 1)
+        found[key] = position, LENGTH + region.nbytes + tags + HEADER_ROOM
+        position += found[key][1]
+    return found, position
+
+
+def scratch_bytes(layout: Layout) -> int:
+    """Size of the scratch file in which ortho's parts are sealed one by one."""
+    return _slots(layout)[1]
+
+
+class Opened:
+    """A sealed file's content, in memory alone, as a file that can be opened again by its path."""
+
+    def __init__(self, name: str) -> None:
+        """Make an empty one."""
+        if not hasattr(os, "memfd_create"):
+            raise ResourceError(
+                "this system has no files that are in memory alone, and ortho is not opened on "
+                "disk",
+                hint="open it on Linux, or with `age -d` where the result may lie",
+            )
+        self._fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        self.path = Path(f"/proc/self/fd/{self._fd}")
+
+    def write(self, data: bytes) -> None:
+        """Append."""
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
+
+    def __del__(self) -> None:
+        """Let go of the memory."""
+        if fd := getattr(self, "_fd", None):
+            os.close(fd)
+
+
+def open_sealed(path: Path, keys: Keys) -> Opened:
+    """Open a sealed ortho; all of it is authenticated before any of it is used.
+
+    Args:
+        path: the file; `ortho.key.age` lies beside it if a passphrase opens it.
+        keys: what may open it.
+    Returns:
+        Its content, as large as ortho.safetensors, in memory.
+    Raises:
+        ArtifactError: no key fits, or the file was cut, damaged or is no age file.
+    """
+    module, locked = _pyrage(), path.with_name(IDENTITY_FILE)
+    identities = list(keys.identities)
+    try:
+        if keys.passphrase is not None:
+            if not locked.is_file():
+                raise ArtifactError(
+                    f"`{keys.path}` holds no identity of age, and `{path}` has no {IDENTITY_FILE} "
+                    "beside it that a passphrase would open",
+                    hint="give a file of AGE-SECRET-KEY-1... lines",
+                )
+            text = module.passphrase.decrypt(locked.read_bytes(), keys.passphrase)
+            identities = [module.x25519.Identity.from_str(text.decode())]
+    except (module.DecryptError, module.IdentityError, ValueError):
+        raise ArtifactError(
+            f"the passphrase in `{keys.path}` does not open `{locked}`",
+            hint="give the passphrase that ortho was sealed with, or restore the file",
+        ) from None
+    found = Opened(SEALED_FILE)
+    try:
+        with path.open("rb") as file:
+            module.decrypt_io(file, _Sink(found.write), identities)
+    except (module.DecryptError, OSError) as error:
+        reason = str(error)
+        raise ArtifactError(
+            f"`{keys.path}` does not open `{path}`: {reason[:1].lower() + reason[1:]}",
+            hint="give an identity that it was sealed to"
+            if "matching" in reason
+            else "the file was cut, damaged or exchanged; restore it",
+        ) from None
+    return found
+
+
+class _Source(io.RawIOBase):
+    """Pieces as a file that is read front to back."""
+
+    def __init__(self, pieces: Iterable[Buffer]) -> None:
+        self._pieces = iter(pieces)
+        self._left = memoryview(b"")
+
+    def read(self, size: int = -1) -> bytes:
+        while not self._left:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return b""
+            self._left = memoryview(piece).cast("B")
+        found = bytes(self._left[:size])
+        self._left = self._left[size:]
+        return found
+
+
+class _Sink(io.RawIOBase):
+    """A function as a file that is written front to back."""
+
+    def __init__(self, write: Callable[[bytes], Any]) -> None:
+        self._write = write
+
+    def write(self, data: Any) -> int:
+        self._write(bytes(data))
+        return len(data)
