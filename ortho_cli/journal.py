@@ -444,7 +444,8 @@ def _complete_lines(path: Path) -> list[dict[str, Any]]:
 
 def _difference(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
     sizes = ("files", "scratch")  # which follow from the rest
-    keys = [key for key in mine if key not in sizes and theirs.get(key) != mine[key]]
+    both = {**theirs, **mine}
+    keys = [key for key in both if key not in sizes and theirs.get(key) != mine.get(key)]
     return " and ".join(f"another {key}" for key in keys or ["version"])
 
 

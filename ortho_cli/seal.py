@@ -17,7 +17,6 @@ recipients only, which is why a passphrase seals a key and not ortho itself.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -217,7 +216,8 @@ class WorkKey:
 
     def seal_stream(self, pieces: Iterable[Buffer], write: Callable[[bytes], Any]) -> None:
         """Seal pieces as one age file to those who may open ortho; 64 KiB are held at a time."""
-        _pyrage().encrypt_io(_Source(pieces), _Sink(write), self._recipients)
+        source, sink = _Source(pieces), _Sink(write)
+        _run(lambda: _pyrage().encrypt_io(source, sink, self._recipients), source, sink)
 
 
 def key_of(work: WorkFolder, seal: Seal, keys: Keys | None) -> tuple[WorkKey, bool]:
@@ -407,7 +407,8 @@ def open_sealed(path: Path, keys: Keys) -> Opened:
     found = Opened(SEALED_FILE)
     try:
         with path.open("rb") as file:
-            module.decrypt_io(file, _Sink(found.write), identities)
+            sink = _Sink(found.write)
+            _run(lambda: module.decrypt_io(file, sink, identities), sink)
     except (module.DecryptError, OSError) as error:
         reason = str(error)
         raise ArtifactError(
@@ -419,30 +420,53 @@ def open_sealed(path: Path, keys: Keys) -> Opened:
     return found
 
 
-class _Source(io.RawIOBase):
+class _Source:
     """Pieces as a file that is read front to back."""
 
     def __init__(self, pieces: Iterable[Buffer]) -> None:
         self._pieces = iter(pieces)
         self._left = memoryview(b"")
+        self.error: BaseException | None = None
 
-    def read(self, size: int = -1) -> bytes:
-        while not self._left:
-            piece = next(self._pieces, None)
-            if piece is None:
-                return b""
-            self._left = memoryview(piece).cast("B")
+    def read(self, size: int) -> bytes:
+        try:
+            while not self._left:
+                piece = next(self._pieces, None)
+                if piece is None:
+                    return b""
+                self._left = memoryview(piece).cast("B") if len(piece) else self._left
+        except BaseException as error:
+            self.error = error
+            raise
         found = bytes(self._left[:size])
         self._left = self._left[size:]
         return found
 
 
-class _Sink(io.RawIOBase):
+class _Sink:
     """A function as a file that is written front to back."""
 
     def __init__(self, write: Callable[[bytes], Any]) -> None:
         self._write = write
+        self.error: BaseException | None = None
 
     def write(self, data: Any) -> int:
-        self._write(bytes(data))
+        try:
+            self._write(bytes(data))
+        except BaseException as error:
+            self.error = error
+            raise
         return len(data)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+def _run(call: Callable[[], None], *ends: _Source | _Sink) -> None:
+    """Call pyrage, and raise what its files raised: it passes on the words alone."""
+    try:
+        call()
+    finally:
+        for end in ends:
+            if end.error is not None:
+                raise end.error
