@@ -9,7 +9,6 @@ and are held in memory whole.
 from __future__ import annotations
 
 import math
-import os
 import re
 import warnings
 import zipfile
@@ -68,7 +67,7 @@ def open_foreign(path: Path) -> Source:
             source = _open_safetensors(open_checkpoint(path))
     except OSError as error:
         raise CheckpointError(
-            f"cannot read `{error.filename or path}`: {os.strerror(error.errno or 0).lower()}",
+            f"cannot read `{error.filename or path}`: {(error.strerror or str(error)).lower()}",
             hint="give a model file or folder that you may read",
         ) from error
     try:

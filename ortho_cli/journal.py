@@ -29,6 +29,7 @@ from typing import Any
 
 from ortho_cli import errors
 from ortho_cli.errors import Interrupted, OutputExistsError, ResourceError
+from ortho_cli.files import read_regular
 
 PARTIAL = ".partial"
 BAD_SOURCE = (
@@ -414,7 +415,7 @@ def _encode(line: dict[str, Any]) -> bytes:
 def _complete_lines(path: Path) -> list[dict[str, Any]]:
     """Read the lines that were written whole; a cut or unreadable tail is work to be done again."""
     lines: list[dict[str, Any]] = []
-    raw = path.read_bytes() if path.exists() else b""
+    raw = read_regular(path) if path.exists() else b""
     for piece in raw.split(b"\n")[:-1]:
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(piece)

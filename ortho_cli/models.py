@@ -14,6 +14,7 @@ from torch import nn
 
 from ortho_cli.artifact import module_of
 from ortho_cli.errors import CalibrationError, CheckpointError, RecipeError, UsageError
+from ortho_cli.files import is_trusted
 from ortho_cli.streams import is_plain_linear
 
 
@@ -39,12 +40,28 @@ def quiet_transformers() -> Iterator[Any]:
             talk.enable_progress_bar()
 
 
+def explain(folder: Path, error: BaseException, what: str, hint: str) -> tuple[str, str]:
+    """Give the sentence and the hint for what transformers raised on a folder."""
+    if not is_trusted() and "trust_remote_code" in str(error):
+        return (
+            f"`{folder}` needs Python code of its own, which is not run without being asked to",
+            "read its .py files; --trust-remote-code runs them, with all of your rights",
+        )
+    return f"{what}: {_first_line(error)}", hint
+
+
 def check_folder(folder: Path) -> None:
     """Refuse what cannot be a transformers model.
 
     Raises:
-        CheckpointError: a file, or a folder without config.json.
+        CheckpointError: a file, a folder without config.json, or one with a FIFO or device in it:
+            transformers would wait there for ever.
     """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise CheckpointError(
+                f"`{path}` is not a regular file", hint="remove it from the model's folder"
+            )
     if not (folder / "config.json").is_file():
         what = "is a file" if folder.is_file() else "has no config.json"
         raise CheckpointError(
@@ -62,12 +79,17 @@ def load_tokenizer(folder: Path) -> Any:
     check_folder(folder)
     with quiet_transformers() as transformers:
         try:
-            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=is_trusted()
+            )
         except Exception as error:
-            raise CheckpointError(
-                f"`{folder}` has no tokenizer that transformers can read: {_first_line(error)}",
-                hint="copy tokenizer.json and tokenizer_config.json from the original model",
-            ) from error
+            told, hint = explain(
+                folder,
+                error,
+                f"`{folder}` has no tokenizer that transformers can read",
+                "copy tokenizer.json and tokenizer_config.json from the original model",
+            )
+            raise CheckpointError(told, hint=hint) from error
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
@@ -84,13 +106,20 @@ def load_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device)
     with quiet_transformers() as transformers:
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+                folder,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=is_trusted(),
             )
         except Exception as error:
-            raise CheckpointError(
-                f"transformers cannot load `{folder}`: {_first_line(error)}",
-                hint="it must be a causal language model that transformers knows",
-            ) from error
+            told, hint = explain(
+                folder,
+                error,
+                f"transformers cannot load `{folder}`",
+                "it must be a causal language model that transformers knows",
+            )
+            raise CheckpointError(told, hint=hint) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
