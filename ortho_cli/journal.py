@@ -394,7 +394,7 @@ def _remove(path: Path) -> None:
 
 def unwritable(path: Path, error: OSError) -> ResourceError:
     """Say why a file could not be written."""
-    reason = os.strerror(error.errno) if error.errno else str(error)
+    reason = error.strerror or str(error)
     return ResourceError(
         f"cannot write `{path}`: {reason[:1].lower() + reason[1:]}",
         hint="free space there, or choose another -o",

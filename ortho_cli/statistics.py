@@ -215,7 +215,7 @@ def open_statistics(path: Path) -> Statistics:
 
 
 def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+    return str(getattr(error, "strerror", None) or error).lower()
 
 
 def _parse(path: Path, key: str, text: str) -> dict[str, Any]:

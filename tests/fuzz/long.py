@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import resource
 import sys
 import tempfile
 import time
@@ -20,19 +19,6 @@ from collections import Counter
 from pathlib import Path
 
 import targets
-
-GIGABYTE = 1 << 30
-
-
-def peak() -> int:
-    """Give the most memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def bound(more: int) -> None:
-    """Let this process grow by so much and no further."""
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + more, size + more))
 
 
 def attempt(name: str, raw: bytes, sound: dict[str, Path], work: Path) -> tuple[int, str]:
@@ -64,10 +50,8 @@ def main() -> int:
             name: (sound[targets.TARGETS[name].made] / targets.TARGETS[name].victim).read_bytes()
             for name in chosen.targets
         }
-        for name, raw in victims.items():  # imports and compiles what later runs take for granted
-            code, err = targets.attack(targets.TARGETS[name], raw, sound, work)
-            assert code == 0, f"{name}: {err}"
-        bound(GIGABYTE)
+        targets.warm_up(sound, work)
+        targets.bound()
         end, said = time.monotonic() + 60 * chosen.minutes, 0.0
         while time.monotonic() < end:
             name = draw.choice(chosen.targets)
@@ -92,7 +76,7 @@ def main() -> int:
                 said = time.monotonic()
                 print(f"{sum(codes.values()):,} inputs, {end - said:.0f} s left", flush=True)
     print(f"{sum(codes.values()) + sum(found.values()):,} inputs in {chosen.minutes:g} minutes")
-    print(f"exit codes {dict(sorted(codes.items()))}; peak memory {peak() / 1e6:.0f} MB")
+    print(f"exit codes {dict(sorted(codes.items()))}; peak memory {targets.peak() / 1e6:.0f} MB")
     for where, times in found.most_common():
         print(f"{times:6d} x {where}")
     return bool(found)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from ortho_cli import cli, errors
 from ortho_cli.journal import WorkFolder
 
 SECONDS = 2.0
+GIGABYTE = 1 << 30
 CODES = {0, *(e.exit_code for e in vars(errors).values() if isinstance(e, type)), 130} - {1}
 
 Kind = Callable[[bytes, Random], bytes]
@@ -328,10 +330,20 @@ TARGETS = {
 
 def attack(target: Target, raw: bytes, sound: dict[str, Path], work: Path) -> tuple[int, str]:
     """Let `raw` stand for the target's file and run its command; give exit code and stderr."""
+    lay_out(sound[target.made], work)
+    (work / "d" / target.victim).write_bytes(raw)
+    return read(target, work)
+
+
+def lay_out(sound: Path, work: Path) -> None:
+    """Copy a sound folder to `work/d`, and nothing else there."""
     if work.exists():
         shutil.rmtree(work)
-    shutil.copytree(sound[target.made], work / "d")
-    (work / "d" / target.victim).write_bytes(raw)
+    shutil.copytree(sound, work / "d")
+
+
+def read(target: Target, work: Path) -> tuple[int, str]:
+    """Run a target's command in `work/d`."""
     if target.command:
         return ortho(*(word.format(d=work / "d") for word in target.command.split()))
     from ortho_cli.forget_set import read_secrets
@@ -360,6 +372,28 @@ def check(code: int, err: str) -> None:
     if code:
         said = [line for line in err.splitlines() if not line.startswith(("note: ", "continuing"))]
         assert [line.split(": ")[0] for line in said] == ["error", "hint"], err
+
+
+def warm_up(sound: dict[str, Path], work: Path) -> None:
+    """Import and compile what later commands take for granted; sound files are read without fault.
+
+    The commands of every target, and one that loads transformers.
+    """
+    for name, target in TARGETS.items():
+        raw = (sound[target.made] / target.victim).read_bytes()
+        code, err = attack(target, raw, sound, work)
+        assert code == 0, f"{name}: {err}"
+
+
+def peak() -> int:
+    """Give the most memory that this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def bound(more: int = GIGABYTE) -> None:
+    """Let this process grow by so much address space and no further."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + more, size + more))
 
 
 @contextlib.contextmanager
