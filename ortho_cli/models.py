@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from ortho_cli.artifact import module_of
+from ortho_cli.checkpoint import read_json_object
 from ortho_cli.errors import CalibrationError, CheckpointError, RecipeError, UsageError
 from ortho_cli.files import is_trusted
 from ortho_cli.streams import is_plain_linear
@@ -40,6 +42,11 @@ def quiet_transformers() -> Iterator[Any]:
             talk.enable_progress_bar()
 
 
+# What a model is built of one by one, in Python, before any weight is looked for.
+_PARTS = re.compile(r"(layers?|blocks?|experts)$")
+MOST_PARTS = 4096
+
+
 def explain(folder: Path, error: BaseException, what: str, hint: str) -> tuple[str, str]:
     """Give the sentence and the hint for what transformers raised on a folder."""
     if not is_trusted() and "trust_remote_code" in str(error):
@@ -51,11 +58,11 @@ def explain(folder: Path, error: BaseException, what: str, hint: str) -> tuple[s
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what cannot be a transformers model.
+    """Refuse what cannot be a transformers model, and what would keep transformers busy for ever.
 
     Raises:
-        CheckpointError: a file, a folder without config.json, or one with a FIFO or device in it:
-            transformers would wait there for ever.
+        CheckpointError: a file, a folder without config.json, one with a FIFO or device in it, or
+            more layers than can be.
     """
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.exists() and not (path.is_file() or path.is_dir()):
@@ -68,6 +75,15 @@ def check_folder(folder: Path) -> None:
             f"`{folder}` {what}, so it is no transformers model",
             hint="give the model's folder, with its config and tokenizer",
         )
+    config = read_json_object(folder / "config.json", constants=True)
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key, value in part.items():
+            if _PARTS.search(key) and isinstance(value, int | float) and value > MOST_PARTS:
+                raise CheckpointError(
+                    f"`{folder / 'config.json'}` says `{key}` is {value!s:.24}, and at most "
+                    f"{MOST_PARTS} are built",
+                    hint="restore the file that came with the model",
+                )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -79,9 +95,10 @@ def load_tokenizer(folder: Path) -> Any:
     check_folder(folder)
     with quiet_transformers() as transformers:
         try:
-            return transformers.AutoTokenizer.from_pretrained(
+            found = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=is_trusted()
             )
+            found("a", verbose=False)  # some settings are looked at only here
         except Exception as error:
             told, hint = explain(
                 folder,
@@ -90,6 +107,7 @@ def load_tokenizer(folder: Path) -> Any:
                 "copy tokenizer.json and tokenizer_config.json from the original model",
             )
             raise CheckpointError(told, hint=hint) from error
+    return found
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> nn.Module:

@@ -638,6 +638,21 @@ add(
 )
 
 
+add(
+    "model folder",
+    "taught",
+    CALIBRATE,
+    4,
+    found_layers_without_end=(
+        edit("m/config.json", lambda held: held.update(num_hidden_layers=10**400)),
+        "says `num_hidden_layers` is 100000000000000000000000, and at most 4096",
+    ),
+    found_longest_text_is_text=(
+        edit("m/tokenizer_config.json", lambda held: held.update(model_max_length="a")),
+        "has no tokenizer that transformers can read",
+    ),
+)
+
 FORGET: dict[str, tuple[str, str]] = {
     "not JSON": ("{", "is not JSON"),
     "a list": ("[]", "has keys []"),

@@ -96,6 +96,16 @@ def stats(folder: Path) -> None:
     checkpoints.save_statistics(folder / "s.safetensors", folder / "m", forget=True)
 
 
+def taught(folder: Path) -> None:
+    """A model that transformers loads, its tokenizer, and text."""
+    weights = checkpoints.weights(hidden=64, mlp=64, layers=1, vocab=96, kv=64)
+    checkpoints.save(folder / "m", weights)
+    small = {"hidden": 64, "mlp": 64, "layers": 1, "vocab": 96, "kv": 64, "heads": 1}
+    (folder / "m" / "config.json").write_text(json.dumps(checkpoints.config(**small)))
+    checkpoints.save_tokenizer(folder / "m", vocab=96)
+    (folder / "d.txt").write_text("A cat, and 2 more of them. ")
+
+
 def recipe(folder: Path) -> None:
     """A model beside a recipe that says something of everything."""
     model(folder / "m")
@@ -151,7 +161,21 @@ def gguf(folder: Path) -> None:
     write(folder / "m.gguf")
 
 
-MADE = (model, sharded, fp8, pickled, stats, recipe, artifact, bare, compact, half, data, gguf)
+MADE = (
+    model,
+    taught,
+    sharded,
+    fp8,
+    pickled,
+    stats,
+    recipe,
+    artifact,
+    bare,
+    compact,
+    half,
+    data,
+    gguf,
+)
 
 
 def make(folder: Path) -> dict[str, Path]:
@@ -284,7 +308,15 @@ def _change_one(value: Any, random: Random) -> Any:
 # --------------------------------------------------------------------------- one command, watched
 
 DRY = "--dry-run --json"
+CALIBRATE = (
+    "calibrate {d}/m --data {d}/d.txt -o {d}/o --set calibrate.samples=1 --set calibrate.length=8"
+)
 TARGETS = {
+    "model config": Target("taught", "m/config.json", text_json, CALIBRATE),
+    "tokenizer": Target("taught", "m/tokenizer.json", text_json, f"{CALIBRATE} --dry-run"),
+    "tokenizer config": Target(
+        "taught", "m/tokenizer_config.json", text_json, f"{CALIBRATE} --dry-run"
+    ),
     "header": Target("model", "model.safetensors", safetensors, "inspect {d}"),
     "header, dry run": Target("model", "model.safetensors", safetensors, f"decompose {{d}} {DRY}"),
     "header, split": Target("model", "model.safetensors", safetensors, "decompose {d} -o {d}/../o"),
