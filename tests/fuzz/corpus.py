@@ -624,11 +624,9 @@ def remote(folder: Path) -> None:
     checkpoints.save_tokenizer(folder / "m", vocab=96)
 
 
-TRUST = " --trust-remote-code"
 SMALL = "--set calibrate.samples=1 --set calibrate.length=8"
 CALIBRATE = f"calibrate {{d}}/m --data {{d}}/d.txt -o {{d}}/o {SMALL}"
 add("remote code", "stats", CALIBRATE, 4, is_not_run=(remote, "needs Python code of its own"))
-add("remote code", "stats", CALIBRATE + TRUST, 4, is_run_when_asked=(remote, "it ran"))
 add(
     "model folder",
     "stats",
