@@ -353,6 +353,12 @@ def _scaled(
             hint="restore config.json's weight_block_size, or the scales",
         )
 
+    if scale.flat:
+        raise CheckpointError(
+            f"tensor `{scale.name}` of `{path}` has rows of {scale.shape[1]} scales",
+            hint="fp8 weights as wide as that cannot be converted",
+        )
+
     def read(start: int, rows: int) -> Tensor:
         first, last = start // block[0], math.ceil((start + rows) / block[0])
         blocks = scale.read(first, last - first).to(torch.float32, copy=True)
