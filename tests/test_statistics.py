@@ -483,7 +483,7 @@ def test_open_statistics_cut_damaged_or_foreign_is_one_sentence(
         ("kind", "hessian", "kind 'hessian'"),
         ("storage", "sparse", "storage 'sparse'"),
         ("tensors", "[]", "is a JSON list, not an object"),
-        ("tensors", "{", "is damaged"),
+        ("tensors", "{", "is not valid JSON"),
         ("digests", "{}", "digests of 0 tensors where 14"),
         ("tensors", "{}", "of no weight"),
     ],
