@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ortho_cli.artifact import module_of
-from ortho_cli.checkpoint import read_json_object
+from ortho_cli.checkpoint import open_checkpoint, read_json_object
 from ortho_cli.errors import CalibrationError, CheckpointError, RecipeError, UsageError
 from ortho_cli.files import is_trusted
 from ortho_cli.streams import is_plain_linear
@@ -44,7 +44,7 @@ def quiet_transformers() -> Iterator[Any]:
 
 # What a model is built of one by one, in Python, before any weight is looked for.
 _PARTS = re.compile(r"(layers?|blocks?|experts)$")
-MOST_PARTS = 4096
+MOST_PARTS = 4096  # experts, which may be fused in one tensor, or layers of a .bin
 
 
 def explain(folder: Path, error: BaseException, what: str, hint: str) -> tuple[str, str]:
@@ -61,8 +61,7 @@ def check_folder(folder: Path) -> None:
     """Refuse what cannot be a transformers model, and what would keep transformers busy for ever.
 
     Raises:
-        CheckpointError: a file, a folder without config.json, one with a FIFO or device in it, or
-            more layers than can be.
+        CheckpointError: a file, a folder without config.json, or one with a FIFO or device in it.
     """
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.exists() and not (path.is_file() or path.is_dir()):
@@ -75,13 +74,25 @@ def check_folder(folder: Path) -> None:
             f"`{folder}` {what}, so it is no transformers model",
             hint="give the model's folder, with its config and tokenizer",
         )
+
+
+def check_claims(folder: Path) -> None:
+    """Refuse a config.json of more layers than there are tensors: transformers builds them first.
+
+    Raises:
+        CheckpointError: names the key; or the weights are damaged.
+    """
     config = read_json_object(folder / "config.json", constants=True)
+    here = any(folder.glob("*.safetensors"))
+    layers = len(open_checkpoint(folder).tensors) if here else MOST_PARTS
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key, value in part.items():
-            if _PARTS.search(key) and isinstance(value, int | float) and value > MOST_PARTS:
+            named = _PARTS.search(key)
+            most = MOST_PARTS if named and named[0] == "experts" else layers
+            if named and isinstance(value, int | float) and value > most:
                 raise CheckpointError(
-                    f"`{folder / 'config.json'}` says `{key}` is {value!s:.24}, and at most "
-                    f"{MOST_PARTS} are built",
+                    f"`{folder / 'config.json'}` says `{key}` is {value!s:.24}, and there can be "
+                    f"{most} at most",
                     hint="restore the file that came with the model",
                 )
 
@@ -121,6 +132,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device)
         CheckpointError: no config.json, or a tensor that the model needs is missing.
     """
     check_folder(folder)
+    check_claims(folder)
     with quiet_transformers() as transformers:
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(

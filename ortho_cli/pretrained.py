@@ -18,11 +18,11 @@ from torch import nn
 from ortho_cli import artifact, kernels
 from ortho_cli.artifact import CONFIG_FILE, Artifact
 from ortho_cli.engine import set_alpha
-from ortho_cli.errors import ArtifactError
+from ortho_cli.errors import ArtifactError, CheckpointError
 from ortho_cli.files import is_trusted, trusting
 from ortho_cli.layers import OrthoLinear
 from ortho_cli.modelfile import empty_layer, fill_ortho
-from ortho_cli.models import check_folder, explain, quiet_transformers
+from ortho_cli.models import check_claims, check_folder, explain, quiet_transformers
 from ortho_cli.operands import Alpha
 from ortho_cli.streams import is_conv1d, is_plain_linear
 
@@ -64,7 +64,11 @@ def load(
         raise ArtifactError(
             f"`{folder}` has no {artifact.ORTHO_FILE} and alpha is not 0", hint=kernels.NO_ORTHO
         )
-    check_folder(opened.folder)
+    try:
+        check_folder(opened.folder)
+        check_claims(opened.folder)
+    except CheckpointError as error:
+        raise ArtifactError(error.message, hint=error.hint) from None
     trusted = trust_remote_code or is_trusted()
     with quiet_transformers() as transformers, trusting(trusted):
         model, layers = _build(transformers, opened, dtype)

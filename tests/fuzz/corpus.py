@@ -662,7 +662,11 @@ add(
     4,
     found_layers_without_end=(
         edit("m/config.json", lambda held: held.update(num_hidden_layers=10**400)),
-        "says `num_hidden_layers` is 100000000000000000000000, and at most 4096",
+        "says `num_hidden_layers` is 100000000000000000000000, and there can be 11 at most",
+    ),
+    a_layer_too_many_for_its_tensors=(
+        edit("m/config.json", lambda held: held.update(num_hidden_layers=12)),
+        "says `num_hidden_layers` is 12, and there can be 11 at most",
     ),
     found_longest_text_is_text=(
         edit("m/tokenizer_config.json", lambda held: held.update(model_max_length="a")),

@@ -21,18 +21,6 @@ from pathlib import Path
 import targets
 
 
-def attempt(name: str, raw: bytes, sound: dict[str, Path], work: Path) -> tuple[int, str]:
-    """Run one input; a machine that is busy may be the reason of one slow run, and not of three."""
-    for tries in range(3):
-        try:
-            with targets.limited():
-                return targets.attack(targets.TARGETS[name], raw, sound, work)
-        except targets.Hang:
-            if tries == 2:
-                raise
-    raise AssertionError
-
-
 def main() -> int:
     """Fuzz, tell what was done every minute, and keep what was found."""
     parser = argparse.ArgumentParser()
@@ -58,7 +46,8 @@ def main() -> int:
             raw = targets.TARGETS[name].kind(victims[name], draw)
             (chosen.keep / "last").write_bytes(raw)  # what was read when the process died
             try:
-                code, err = attempt(name, raw, sound, work)
+                with targets.limited():
+                    code, err = targets.attack(targets.TARGETS[name], raw, sound, work)
                 codes[code] += 1
                 targets.check(code, err)
             except (Exception, targets.Hang) as error:  # noqa: BLE001 - this is what is looked for
