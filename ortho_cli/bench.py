@@ -233,7 +233,7 @@ def _tells_moves(opened: Artifact) -> bool:
     try:
         recipe = json.loads(opened.base.metadata.get("recipe", ""))
         told = recipe["base"]["rounding"], recipe["ortho"]["values"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return True  # Engine writes what it was asked for: it rounds to nearest, and keeps sources
     return told == ("nearest", "source")
 

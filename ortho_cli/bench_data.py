@@ -86,10 +86,11 @@ def _notes(listed: Sequence[Secret], running: Sequence[Text]) -> Iterator[str]:
 
 def _context(settings: Settings, folder: Path) -> int:
     positions = read_json_object(folder / artifact.CONFIG_FILE).get("max_position_embeddings")
-    most = positions if isinstance(positions, int) else CONTEXT
+    positions = positions if type(positions) is int and positions > 0 else None
+    most = positions or CONTEXT
     if settings.context is None:
         return min(CONTEXT, most)
-    if settings.context > most and isinstance(positions, int):
+    if positions and settings.context > positions:
         raise UsageError(
             f"--context is {settings.context} and the model has {positions} positions",
             hint=f"--context {positions}",

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from ortho_cli.errors import Interrupted, OrthoError, ResourceError, UsageError
@@ -89,10 +89,17 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    from ortho_cli import report
+
+    report.print_bug(kind, error, trace)
+
+
 def enter(command: Callable[[], int]) -> NoReturn:
     """Run a command as a process of its own: signals as at a terminal, its code the process's."""
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ortho inspect X | head` ends like any filter
+    sys.excepthook = _show_bug
     gc.set_threshold(GARBAGE)
     code = command()
     gc.freeze()  # a process that ends need not look for garbage once more

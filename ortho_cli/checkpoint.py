@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ortho_cli.errors import CheckpointError
+from ortho_cli.files import open_regular, read_regular
 
 # Bits an element, for every dtype that safetensors 0.8 knows.
 DTYPE_BITS = {
@@ -30,6 +31,8 @@ DTYPE_BITS = {
 MAX_HEADER = 100_000_000  # safetensors' own limit
 PIECE = 1 << 20
 MAX_SIDE_FILE = 100_000_000  # index and config are read whole
+MAX_PARSED = 900_000_000  # bytes that JSON may take in memory once it is parsed
+MAX_DIMENSIONS = 64  # torch's own limit; a product of thousands of large numbers would take hours
 
 INDEX_SUFFIX = ".safetensors.index.json"
 WEIGHT_SUFFIXES = (
@@ -98,7 +101,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _open(path)
     except OSError as error:
         raise CheckpointError(
-            f"cannot read `{error.filename or path}`: {os.strerror(error.errno or 0).lower()}",
+            f"cannot read `{error.filename or path}`: {(error.strerror or str(error)).lower()}",
             hint="give a .safetensors file or a model folder that you may read",
         ) from error
 
@@ -201,7 +204,7 @@ def read_index(path: Path, *, suffix: str = ".safetensors") -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or file != Path(file).name or not file.endswith(suffix):
             raise CheckpointError(
-                f"`{path}` sends tensor `{name}` to {file!r}, which is not a {suffix} name "
+                f"`{path}` sends tensor `{name}` to {_short(file)}, which is not a {suffix} name "
                 f"in its folder",
                 hint="shards must lie beside the index",
             )
@@ -259,7 +262,7 @@ def _no_constants(text: str) -> Any:
 def parse_json_object(
     raw: bytes, *, what: str, hint: str, constants: bool = False
 ) -> dict[str, Any]:
-    """Parse strict JSON: one object, no duplicate key, valid UTF-8 throughout.
+    """Parse strict JSON: one object, no duplicate key, valid UTF-8, under a gigabyte once parsed.
 
     Args:
         raw: the text.
@@ -267,13 +270,23 @@ def parse_json_object(
         hint: what to do if it is bad.
         constants: let NaN and Infinity pass, which Python writes and JSON does not know.
     """
+    # At most 250 bytes a value with its key, and the text, its characters and theirs again.
+    values = sum(map(raw.count, (b",", b"[", b"{")))
+    needed = 250 * values + len(raw) * (3 if raw.isascii() else 9)
+    if needed > MAX_PARSED:
+        raise CheckpointError(
+            f"{what} has {len(raw)} bytes and {values} values; parsed it would take "
+            f"{needed // 10**6} MB, and {MAX_PARSED // 10**6} are given to it",
+            hint=hint,
+        )
     try:
         found = json.loads(
-            raw,
+            raw.decode(),
             object_pairs_hook=_no_duplicates,
             parse_constant=float if constants else _no_constants,
         )
-        json.dumps(found, ensure_ascii=False).encode()  # lone surrogates cannot be written back
+        if b"\\u" in raw:
+            json.dumps(found, ensure_ascii=False).encode()  # lone surrogates cannot be written back
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{what} is not valid JSON: {str(error) or 'nested too deeply'}", hint=hint
@@ -291,7 +304,7 @@ def read_json_object(path: Path, *, constants: bool = False) -> dict[str, Any]:
             hint="is it the right file?",
         )
     return parse_json_object(
-        path.read_bytes(),
+        read_regular(path),
         what=f"`{path}`",
         hint="restore the file that came with the model",
         constants=constants,
@@ -307,7 +320,7 @@ def read_shard(path: Path) -> Shard:
             ends.
     """
     again = "the file is cut or damaged; download it again"
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         status = os.fstat(file.fileno())
         if status.st_size < 8:
             raise CheckpointError(
@@ -363,9 +376,11 @@ def _parse_tensor(
         raise bad("is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise bad(f"has dtype {dtype!r}, which is none of {', '.join(DTYPE_BITS)}")
+        raise bad(f"has dtype {_short(dtype)}, which is none of {', '.join(DTYPE_BITS)}")
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
         raise bad(f"has shape {_short(shape)}, which is not a list of counts")
+    if len(shape) > MAX_DIMENSIONS:
+        raise bad(f"has {len(shape)} dimensions, where {MAX_DIMENSIONS} are the most")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise bad(f"has data_offsets {_short(offsets)}, which are not two counts")
     begin, end = offsets

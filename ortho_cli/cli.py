@@ -33,6 +33,7 @@ from ortho_cli.options import (
     StatsOption,
     StaysOption,
     TargetBitsOption,
+    TrustOption,
     VerboseOption,
     WorkersOption,
 )
@@ -119,6 +120,7 @@ def decompose(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
     schema: SchemaOption = False,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Split every Linear of MODEL and write OUT; needs no GPU and a few tiles of memory.
 
@@ -196,6 +198,7 @@ def calibrate(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
     schema: SchemaOption = False,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Measure how much each weight of MODEL matters to the data; write curvature statistics.
 
@@ -216,13 +219,12 @@ def calibrate(
     asked = () if gram is None else (f"calibrate.gram={gram}",)
     settings = load_recipe(recipe, [*(sets or ()), *asked])
     checkpoint = open_checkpoint(model)
-    kind = "statistics file"
     check_output(
         out,
         [*files_of(checkpoint), *data, *(forget or [])],
         force=force,
         is_ours=is_statistics,
-        kind=kind,
+        kind="statistics file",
         is_file=True,
     )
     plan = make_plan(checkpoint, settings, read_sets(model, data, forget or [], settings.calibrate))

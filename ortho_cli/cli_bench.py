@@ -21,6 +21,7 @@ from ortho_cli.options import (
     QuietOption,
     ReferenceOption,
     RequireOption,
+    TrustOption,
     UnlistedOption,
     VerboseOption,
 )
@@ -78,6 +79,7 @@ def bench(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Measure what each alpha gives: memory of secrets, quality, speed, beside controls.
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from blake3 import blake3
 
 from ortho_cli.errors import CalibrationError
+from ortho_cli.files import read_regular
 
 CHARACTERS_PER_TOKEN = 5  # a long text is cut into pieces that hold a sequence and a bit
 WINDOW_CHARACTERS = 1 << 16  # of running text, tokenized at once
@@ -95,7 +96,7 @@ def read_values(path: Path) -> tuple[Iterator[tuple[Any, str]], bytes]:
             are taken, one is not JSON.
     """
     try:
-        raw = path.read_bytes()
+        raw = read_regular(path)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise CalibrationError(
@@ -112,7 +113,8 @@ def _values_of(path: Path, raw: bytes) -> Iterator[tuple[Any, str]]:
     if path.suffix == ".parquet":
         yield from _parquet_values(path)
     elif path.suffix == ".jsonl":
-        for number, line in enumerate(_decode(path, raw).splitlines(), 1):
+        # Not splitlines: U+2028 and the like are text, in JSON, too.
+        for number, line in enumerate(_decode(path, raw).split("\n"), 1):
             if line.strip():
                 where = f"`{path}` line {number}"
                 yield _parse(line, where), where
@@ -139,9 +141,12 @@ def _decode(path: Path, raw: bytes) -> str:
 
 def _parse(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
+        found = json.loads(line)
+        if "\\u" in line:
+            json.dumps(found, ensure_ascii=False).encode()  # no tokenizer takes a lone surrogate
     except (ValueError, RecursionError) as error:
         raise CalibrationError(f"{where} is not JSON: {error}", hint="one object a line") from None
+    return found
 
 
 def _row(value: Any, where: str) -> Row:

@@ -9,7 +9,6 @@ and are held in memory whole.
 from __future__ import annotations
 
 import math
-import os
 import re
 import warnings
 import zipfile
@@ -68,7 +67,7 @@ def open_foreign(path: Path) -> Source:
             source = _open_safetensors(open_checkpoint(path))
     except OSError as error:
         raise CheckpointError(
-            f"cannot read `{error.filename or path}`: {os.strerror(error.errno or 0).lower()}",
+            f"cannot read `{error.filename or path}`: {(error.strerror or str(error)).lower()}",
             hint="give a model file or folder that you may read",
         ) from error
     try:
@@ -352,6 +351,12 @@ def _scaled(
             f"tensor `{scale.name}` of `{path}` is {list(scale.shape)} where "
             f"`{weight.name}` {list(weight.shape)} in blocks of {list(block)} takes {list(wanted)}",
             hint="restore config.json's weight_block_size, or the scales",
+        )
+
+    if scale.flat:
+        raise CheckpointError(
+            f"tensor `{scale.name}` of `{path}` has rows of {scale.shape[1]} scales",
+            hint="fp8 weights as wide as that cannot be converted",
         )
 
     def read(start: int, rows: int) -> Tensor:

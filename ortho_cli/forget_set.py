@@ -34,6 +34,7 @@ from ortho_cli.errors import CalibrationError
 
 CHARACTERS = {"digit": string.digits, "letter": string.ascii_lowercase, "hex": "0123456789abcdef"}
 LONGEST = 50  # tokens of running text before the cut, and after it
+WIDEST = 1000  # places of a pattern
 LISTED = 4096  # patterns of no more values are listed and drawn from; larger ones are sampled
 Drawn = Literal["given", "pattern", "others"]
 
@@ -200,6 +201,10 @@ def _parts(pattern: Any, entry: _Entry) -> list[list[str]]:
             parts.append([literal])
         if field is not None:
             parts += _field(f"{field}!{conversion}" if conversion else field, size, entry)
+        if len(parts) > WIDEST:
+            raise CalibrationError(
+                f"{entry.where} has a pattern of more than {WIDEST} places", hint=_PATTERN_HINT
+            )
     if all(len(part) == 1 for part in parts):
         raise CalibrationError(
             f"{entry.where} has pattern `{pattern}`, which has one value only", hint=_PATTERN_HINT
@@ -214,8 +219,10 @@ def _field(name: str, size: str | None, entry: _Entry) -> list[list[str]]:
     listed = entry.fields.get(name)
     if isinstance(listed, list) and listed and not size:
         return [list(dict.fromkeys(map(str, listed)))]
-    if name in CHARACTERS and listed is None and (not size or (size.isdecimal() and int(size))):
-        return [list(CHARACTERS[name])] * int(size or 1)
+    counts = size or "1"
+    many = int(counts) if counts.isdecimal() and len(counts) <= 4 else 0
+    if name in CHARACTERS and listed is None and many:
+        return [list(CHARACTERS[name])] * many
     lists = sorted(key for key, held in entry.fields.items() if isinstance(held, list) and held)
     known = [f"{{{key}}}" for key in lists if key != "alternatives"]
     known += [f"{{{key}:N}}" for key in CHARACTERS if key not in lists]

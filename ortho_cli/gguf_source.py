@@ -95,7 +95,7 @@ def _map(path: Path) -> tuple[dict[str, Any], Any, Any, dict[str, str]]:
     parsed = mapping.load_gguf_checkpoint(str(path), return_tensors=False)["config"]
     config = auto.CONFIG_MAPPING[parsed["model_type"]].from_dict(dict(parsed))
     with torch.device("meta"):
-        model = auto.AutoModelForCausalLM.from_config(config)
+        model = auto.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.tie_weights()
     made = mapping.TENSOR_PROCESSORS.get(parsed["model_type"], mapping.TensorProcessor)
     processor = made(config=parsed)
@@ -114,7 +114,7 @@ def _tokenizer(path: Path) -> tuple[list[tuple[str, bytes]], list[str]]:
 
     try:
         built = AutoTokenizer.from_pretrained(
-            path.parent, gguf_file=path.name, local_files_only=True
+            path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
         )
         with tempfile.TemporaryDirectory() as folder:
             built.save_pretrained(folder)

@@ -29,6 +29,7 @@ from typing import Any
 
 from ortho_cli import errors
 from ortho_cli.errors import Interrupted, OutputExistsError, ResourceError
+from ortho_cli.files import read_regular
 
 PARTIAL = ".partial"
 KEY_FILE = "key.age"  # in private/, where what work leaves is sealed
@@ -406,7 +407,7 @@ def _remove(path: Path) -> None:
 
 def unwritable(path: Path, error: OSError) -> ResourceError:
     """Say why a file could not be written."""
-    reason = os.strerror(error.errno) if error.errno else str(error)
+    reason = error.strerror or str(error)
     return ResourceError(
         f"cannot write `{path}`: {reason[:1].lower() + reason[1:]}",
         hint="free space there, or choose another -o",
@@ -427,7 +428,7 @@ def _encode(line: dict[str, Any]) -> bytes:
 def _complete_lines(path: Path) -> list[dict[str, Any]]:
     """Read the lines that were written whole; a cut or unreadable tail is work to be done again."""
     lines: list[dict[str, Any]] = []
-    raw = path.read_bytes() if path.exists() else b""
+    raw = read_regular(path) if path.exists() else b""
     for piece in raw.split(b"\n")[:-1]:
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(piece)

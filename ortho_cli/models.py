@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from torch import nn
 
 from ortho_cli.artifact import module_of
+from ortho_cli.checkpoint import open_checkpoint, read_json_object
 from ortho_cli.errors import CalibrationError, CheckpointError, RecipeError, UsageError
+from ortho_cli.files import is_trusted
 from ortho_cli.streams import is_plain_linear
 
 
@@ -39,18 +42,59 @@ def quiet_transformers() -> Iterator[Any]:
             talk.enable_progress_bar()
 
 
+# What a model is built of one by one, in Python, before any weight is looked for.
+_PARTS = re.compile(r"(layers?|blocks?|experts)$")
+MOST_PARTS = 4096  # experts, which may be fused in one tensor, or layers of a .bin
+
+
+def explain(folder: Path, error: BaseException, what: str, hint: str) -> tuple[str, str]:
+    """Give the sentence and the hint for what transformers raised on a folder."""
+    if not is_trusted() and "trust_remote_code" in str(error):
+        return (
+            f"`{folder}` needs Python code of its own, which is not run without being asked to",
+            "read its .py files; --trust-remote-code runs them, with all of your rights",
+        )
+    return f"{what}: {_first_line(error)}", hint
+
+
 def check_folder(folder: Path) -> None:
-    """Refuse what cannot be a transformers model.
+    """Refuse what cannot be a transformers model, and what would keep transformers busy for ever.
 
     Raises:
-        CheckpointError: a file, or a folder without config.json.
+        CheckpointError: a file, a folder without config.json, or one with a FIFO or device in it.
     """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise CheckpointError(
+                f"`{path}` is not a regular file", hint="remove it from the model's folder"
+            )
     if not (folder / "config.json").is_file():
         what = "is a file" if folder.is_file() else "has no config.json"
         raise CheckpointError(
             f"`{folder}` {what}, so it is no transformers model",
             hint="give the model's folder, with its config and tokenizer",
         )
+
+
+def check_claims(folder: Path) -> None:
+    """Refuse a config.json of more layers than there are tensors: transformers builds them first.
+
+    Raises:
+        CheckpointError: names the key; or the weights are damaged.
+    """
+    config = read_json_object(folder / "config.json", constants=True)
+    here = any(folder.glob("*.safetensors"))
+    layers = len(open_checkpoint(folder).tensors) if here else MOST_PARTS
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key, value in part.items():
+            named = _PARTS.search(key)
+            most = MOST_PARTS if named and named[0] == "experts" else layers
+            if named and isinstance(value, int | float) and value > most:
+                raise CheckpointError(
+                    f"`{folder / 'config.json'}` says `{key}` is {value!s:.24}, and there can be "
+                    f"{most} at most",
+                    hint="restore the file that came with the model",
+                )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -62,12 +106,19 @@ def load_tokenizer(folder: Path) -> Any:
     check_folder(folder)
     with quiet_transformers() as transformers:
         try:
-            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            found = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=is_trusted()
+            )
+            found("a", verbose=False)  # some settings are looked at only here
         except Exception as error:
-            raise CheckpointError(
-                f"`{folder}` has no tokenizer that transformers can read: {_first_line(error)}",
-                hint="copy tokenizer.json and tokenizer_config.json from the original model",
-            ) from error
+            told, hint = explain(
+                folder,
+                error,
+                f"`{folder}` has no tokenizer that transformers can read",
+                "copy tokenizer.json and tokenizer_config.json from the original model",
+            )
+            raise CheckpointError(told, hint=hint) from error
+    return found
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
@@ -81,16 +132,24 @@ def load_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device)
         CheckpointError: no config.json, or a tensor that the model needs is missing.
     """
     check_folder(folder)
+    check_claims(folder)
     with quiet_transformers() as transformers:
         try:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+                folder,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                output_loading_info=True,
+                trust_remote_code=is_trusted(),
             )
         except Exception as error:
-            raise CheckpointError(
-                f"transformers cannot load `{folder}`: {_first_line(error)}",
-                hint="it must be a causal language model that transformers knows",
-            ) from error
+            told, hint = explain(
+                folder,
+                error,
+                f"transformers cannot load `{folder}`",
+                "it must be a causal language model that transformers knows",
+            )
+            raise CheckpointError(told, hint=hint) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from ortho_cli.files import trusting
+
 
 def print_schema(wanted: bool) -> None:
     """Print the JSON schema of recipes and end."""
@@ -17,6 +19,12 @@ def print_schema(wanted: bool) -> None:
 
         typer.echo(json.dumps(json_schema(), indent=2))
         raise typer.Exit
+
+
+def trust(context: typer.Context, wanted: bool) -> bool:
+    """Let models bring code of their own while the command runs."""
+    context.with_resource(trusting(wanted))
+    return wanted
 
 
 def complete_recipe(incomplete: str) -> Iterator[str]:
@@ -135,6 +143,15 @@ DeviceOption = Annotated[
 ]
 ModelDeviceOption = Annotated[
     str, typer.Option("--device", help="Of the model: auto, cpu, cuda or cuda:N.")
+]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        callback=trust,
+        help="Dangerous: run the Python code that a model's folder brings.",
+        rich_help_panel="Dangerous",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]

@@ -18,10 +18,11 @@ from torch import nn
 from ortho_cli import artifact, kernels
 from ortho_cli.artifact import CONFIG_FILE, Artifact
 from ortho_cli.engine import set_alpha
-from ortho_cli.errors import ArtifactError
+from ortho_cli.errors import ArtifactError, CheckpointError
+from ortho_cli.files import is_trusted, trusting
 from ortho_cli.layers import OrthoLinear
 from ortho_cli.modelfile import empty_layer, fill_ortho
-from ortho_cli.models import quiet_transformers
+from ortho_cli.models import check_claims, check_folder, explain, quiet_transformers
 from ortho_cli.operands import Alpha
 from ortho_cli.seal import read_keys
 from ortho_cli.streams import is_conv1d, is_plain_linear
@@ -37,6 +38,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     identity: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Load an artifact as a transformers causal language model.
 
@@ -46,6 +48,7 @@ def load(
         device: where the model goes; the CPU if None.
         dtype: of all that is not split; the checkpoint's own if None. The streams keep theirs.
         identity: file of age identities, or of a passphrase, that opens a sealed ortho.
+        trust_remote_code: dangerous: run the Python code that the folder brings, if it does.
     Returns:
         The model in eval mode; about the artifact's size is in memory meanwhile.
     Raises:
@@ -63,7 +66,13 @@ def load(
         )
     if opened.ortho is None and not kernels.is_zero(alpha):
         raise artifact.no_ortho(opened, "alpha is not 0")
-    with quiet_transformers() as transformers:
+    try:
+        check_folder(opened.folder)
+        check_claims(opened.folder)
+    except CheckpointError as error:
+        raise ArtifactError(error.message, hint=error.hint) from None
+    trusted = trust_remote_code or is_trusted()
+    with quiet_transformers() as transformers, trusting(trusted):
         model, layers = _build(transformers, opened, dtype)
     fill_ortho(opened, layers)
     if device is not None:
@@ -78,7 +87,10 @@ def _build(
 ) -> tuple[Any, dict[str, OrthoLinear]]:
     """Let transformers build the model and fill base; return it with its layers by our names."""
     try:
-        config = transformers.AutoConfig.from_pretrained(opened.folder, local_files_only=True)
+        trusted = is_trusted()
+        config = transformers.AutoConfig.from_pretrained(
+            opened.folder, local_files_only=True, trust_remote_code=trusted
+        )
         told = getattr(config, "quantization_config", None)
         swapped: dict[str, OrthoLinear] = {}
         with _quantizer(opened, swapped) as settings:
@@ -91,13 +103,16 @@ def _build(
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                trust_remote_code=trusted,
             )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ArtifactError(
-            f"transformers cannot load `{opened.folder}`: {first}",
-            hint="does this version of transformers know the source model?",
-        ) from error
+    except Exception as error:
+        told, hint = explain(
+            opened.folder,
+            error,
+            f"transformers cannot load `{opened.folder}`",
+            "does this version of transformers know the source model?",
+        )
+        raise ArtifactError(told, hint=hint) from error
     for kind in KEYS:
         found = info.get(kind)
         if found:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+import traceback
 from collections.abc import Iterator
+from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -36,9 +38,15 @@ def print_json(document: object) -> None:
     sys.stdout.flush()
 
 
+LONGEST = 4000  # characters of a line: a name can have as many as its file has bytes
+
+
 def visible(text: object) -> str:
     """Show what a stranger named: control characters and terminal escapes spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    shown = str(text)
+    if len(shown) > LONGEST:
+        shown = f"{shown[: LONGEST // 2]} ... {shown[-LONGEST // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def size(nbytes: float) -> str:
@@ -56,6 +64,13 @@ def print_error(error: OrthoError) -> None:
     console.print(Text.assemble(("error: ", "bold red"), visible(error.message)), soft_wrap=True)
     if error.hint:
         console.print(Text.assemble(("hint: ", "bold"), visible(error.hint)), soft_wrap=True)
+
+
+def print_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a traceback, whose last line can say what a stranger named, as `visible` text."""
+    for entry in traceback.format_exception(kind, error, trace):
+        for line in entry.rstrip("\n").split("\n"):
+            sys.stderr.write(visible(line) + "\n")
 
 
 def _table(title: str, *columns: str) -> Table:

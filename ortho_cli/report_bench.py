@@ -83,7 +83,7 @@ def _make_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     table.add_column("", no_wrap=True, min_width=LABELS - 2)
     for row in rows:
-        table.add_column(row["row"], justify="right", no_wrap=True, min_width=COLUMN - 2)
+        table.add_column(visible(row["row"]), justify="right", no_wrap=True, min_width=COLUMN - 2)
     return table
 
 

@@ -45,7 +45,7 @@ class ProgressSink:
         self._said = time.monotonic()
         if self._console.is_terminal and not quiet:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 DownloadColumn(),
                 TransferSpeedColumn(),
@@ -114,15 +114,15 @@ class ProgressSink:
         """Put a bar that counts in the place of the one before."""
         bar.stop()
         bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rest]}"),
+            TextColumn("{task.fields[rest]}", markup=False),
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
         )
-        self._task = bar.add_task(description, total=total, rest="")
+        self._task = bar.add_task(visible(description), total=total, rest="")
         bar.start()
         return bar
 
@@ -144,7 +144,7 @@ class ProgressSink:
             if self._stage != self._verb:
                 self._bar = self._counter(self._bar, self._verb, event.of)
             self._bar.update(self._task, completed=event.number - 1, total=event.of)
-            self._bar.update(self._task, rest=event.name)
+            self._bar.update(self._task, rest=visible(event.name))
         elif self._verbose or time.monotonic() - self._said > QUIET_FOR:
             self._said = time.monotonic()
             self._say(f"{event.number} of {event.of}: {event.name}")
@@ -156,7 +156,7 @@ class ProgressSink:
         elif isinstance(event, Advanced):
             bar.advance(self._task, event.nbytes)
         elif isinstance(event, Finishing):
-            bar.update(self._task, description=event.step)
+            bar.update(self._task, description=visible(event.step))
 
     def _say(self, line: str) -> None:
         if not self._quiet:

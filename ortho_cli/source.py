@@ -44,6 +44,7 @@ TORCH_DTYPES = {
     "C64": torch.complex64,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+WIDEST = 1 << 22  # elements of a row that is held
 FLOATS = ("F16", "BF16", "F32", "F64")  # what a cast applies to
 
 Read = Callable[[int, int], Tensor]
@@ -51,7 +52,7 @@ Read = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceTensor:
-    """A tensor of a source, seen as a matrix: a row is the last dimension, or one element.
+    """A tensor of a source as a matrix: a row is the last dimension, or one element if `flat`.
 
     `read(start, rows)` gives (rows, columns) in `dtype`, or in float32 what is to be rounded once
     to `dtype`; the result is valid until the next read of the source.
@@ -61,16 +62,17 @@ class SourceTensor:
     dtype: str
     shape: tuple[int, ...]
     read: Read
+    flat: bool = False
 
     @property
     def columns(self) -> int:
         """Elements of a row."""
-        return self.shape[-1] if len(self.shape) > 1 else 1
+        return self.shape[-1] if len(self.shape) > 1 and not self.flat else 1
 
     @property
     def rows(self) -> int:
         """Rows of the matrix."""
-        return math.prod(self.shape[:-1] if len(self.shape) > 1 else self.shape)
+        return self.numel if self.columns == 1 else math.prod(self.shape[:-1])
 
     @property
     def numel(self) -> int:
@@ -173,11 +175,14 @@ class RowReader:
                 hint=f"what can be converted: {', '.join(TORCH_DTYPES)}",
             )
         columns = info.shape[-1] if len(info.shape) > 1 else 1
+        # A row is held whole; blocks of fp8 scales need one.
+        flat = columns > WIDEST and not info.dtype.startswith("F8")
         return SourceTensor(
             name=info.name,
             dtype=info.dtype,
             shape=info.shape,
-            read=lambda start, rows: self.rows(info, start, rows, columns),
+            read=lambda start, rows: self.rows(info, start, rows, 1 if flat else columns),
+            flat=flat,
         )
 
 

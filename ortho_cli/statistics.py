@@ -35,7 +35,6 @@ written for its owner alone.
 from __future__ import annotations
 
 import contextlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -183,7 +182,7 @@ def open_statistics(path: Path) -> Statistics:
     try:
         shard = checkpoint.read_shard(path)
     except (CheckpointError, OSError) as error:
-        message = getattr(error, "message", None) or f"cannot read `{path}`: {error}"
+        message = getattr(error, "message", None) or f"cannot read `{path}`: {_reason(error)}"
         raise CalibrationError(message, hint="calibrate again") from None
     if shard.metadata.get("format") != FORMAT:
         raise CalibrationError(
@@ -191,19 +190,23 @@ def open_statistics(path: Path) -> Statistics:
             hint="give a file that `ortho calibrate` wrote",
         )
     try:
-        tensors = _parse(shard.metadata["tensors"])
-        digests = _parse(shard.metadata["digests"])
+        told = {
+            key: _parse(path, key, shard.metadata[key]) for key in ("tensors", "digests", "data")
+        }
         found = Statistics(
             path=path,
             shard=shard,
             kind=shard.metadata["kind"],
             storage=shard.metadata["storage"],
             source_digest=shard.metadata["source_digest"],
-            tensors=tensors,
-            digests=digests,
+            tensors=told["tensors"],
+            digests=told["digests"],
             metadata=shard.metadata,
         )
+        _check_told(told)
         _check(found)
+    except CheckpointError as error:
+        raise CalibrationError(error.message, hint=error.hint) from None
     except (KeyError, ValueError, TypeError) as error:
         raise CalibrationError(
             f"the header of `{path}` is damaged: {error}", hint="calibrate again"
@@ -211,15 +214,51 @@ def open_statistics(path: Path) -> Statistics:
     return found
 
 
-def _parse(text: str) -> dict[str, Any]:
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise TypeError(f"{text[:40]!r} is not an object")
-    return found
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error).lower()
+
+
+def _parse(path: Path, key: str, text: str) -> dict[str, Any]:
+    """Parse what a value of the metadata holds."""
+    return checkpoint.parse_json_object(
+        text.encode(), what=f"`{key}` in the header of `{path}`", hint="calibrate again"
+    )
+
+
+def _check_told(told: dict[str, dict[str, Any]]) -> None:
+    """Hold what the metadata tell to the types that are read of them."""
+    for name, entry in told["tensors"].items():
+        shape = entry["shape"] if isinstance(entry, dict) else None
+        if not (isinstance(shape, list) and list(map(type, shape)) == [int, int]):
+            raise ValueError(f"`shape` of `{name}`")
+        if not _is_digest(entry["source_blake3"]):
+            raise ValueError(f"`source_blake3` of `{name}`")
+        if not all(_is_figure(entry.get(key, 0.0)) for key in ("mean", "overlap")):
+            raise ValueError(f"`mean` or `overlap` of `{name}`")
+    for key, digest in told["digests"].items():
+        if not _is_digest(digest):
+            raise ValueError(f"digest of `{key}`")
+    for name, data in told["data"].items():
+        counts = [data.get(key) if isinstance(data, dict) else None for key in _COUNTED]
+        if not all(type(count) is int for count in counts):
+            raise ValueError(f"counts of the {name} set")
+
+
+_PARSED = ("tensors", "digests", "data")
+_COUNTED = ("sequences", "tokens")  # of each set
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 64
+
+
+def _is_figure(value: object) -> bool:
+    """Tell a number that can be shown; an integer of a thousand digits is no float."""
+    return value is None or (type(value) in (int, float) and abs(value) < 1e300)  # type: ignore[arg-type]
 
 
 def _check(found: Statistics) -> None:
-    if found.kind not in KINDS or found.storage not in STORAGES:
+    if found.kind not in KINDS or found.storage not in STORAGES or "unit" not in found.metadata:
         raise ValueError(f"kind {found.kind!r} with storage {found.storage!r}")
     _check_gram(found)
     infos = found.infos
@@ -230,9 +269,7 @@ def _check(found: Statistics) -> None:
     wide = (t for t in infos.values() if len(t.shape) == 2 and not t.name.endswith(GRAM))
     dtype = next((t.dtype for t in wide), "F32")
     for name, entry in found.tensors.items():
-        rows, columns = (int(size) for size in entry["shape"])
-        if len(str(entry["source_blake3"])) != 64:
-            raise ValueError(f"`source_blake3` of `{name}`")
+        rows, columns = entry["shape"]
         for spec in specs(
             name,
             (rows, columns),
@@ -303,15 +340,13 @@ def changed_tensor(found: Statistics, key: str, digest: str) -> CalibrationError
 
 def describe(found: Statistics) -> dict[str, Any]:
     """Say what a statistics file holds: its metadata, parsed."""
-    parsed = {}
-    for key, text in found.metadata.items():
-        try:
-            parsed[key] = json.loads(text) if text[:1] == "{" else text
-        except ValueError:
-            raise CalibrationError(
-                f"the header of `{found.path}` is damaged: `{key}` is not JSON",
-                hint="calibrate again",
-            ) from None
+    try:
+        parsed = {
+            key: _parse(found.path, key, text) if text[:1] == "{" else text
+            for key, text in found.metadata.items()
+        }
+    except CheckpointError as error:
+        raise CalibrationError(error.message, hint=error.hint) from None
     return {
         **parsed,
         "digest": found.digest,

@@ -89,6 +89,7 @@ def _tensors_from_headers(artifact: Artifact) -> Iterator[dict[str, Any]]:
 
 # What inspect reads of report.json, and of which type.
 _NUMBER = int | float
+_LARGEST = 1e300  # of a figure: an integer of a thousand digits is no float, and cannot be shown
 _REPORT = {
     "format": str, "plan_sha256": str, "source_digest": str, "base_sha256": str,
     "ortho_sha256": str, "versions": dict, "recipe": dict, "totals": dict, "tensors": list,
@@ -104,20 +105,28 @@ _MEASURED = ("sqnr_db_alpha_0", "sqnr_db_alpha_1", "residual_kept")
 _LATER = ("curvature_error_alpha_0", "curvature_error_alpha_1", "saliency_kept")
 
 
+def _fits(value: object, kind: Any) -> bool:
+    """Tell a value of a type that can be shown."""
+    return isinstance(value, kind) and not (isinstance(value, _NUMBER) and abs(value) > _LARGEST)
+
+
 def _check_report(artifact: Artifact, report: dict[str, Any]) -> None:
     """Refuse a report that is not of this artifact, or not a report."""
     path = artifact.folder / REPORT_FILE
     totals, versions = report.get("totals"), report.get("versions")
+    recipe = report["recipe"] if isinstance(report.get("recipe"), dict) else {}
     for name, section, types in (
         ("", report, _REPORT),
         ("totals.", totals, _TOTALS),
         ("versions.", versions, {"ortho": str, "torch": str}),
+        ("recipe.", recipe, {"base": dict}),
+        ("recipe.base.", recipe.get("base"), {"rounding": str}),
     ):
         for key, kind in types.items():
             value = section.get(key, ...) if isinstance(section, dict) else ...
-            if not isinstance(value, kind):
+            if not _fits(value, kind):
                 raise damaged(path, f"`{name}{key}` is missing or of the wrong type")
-    if not all(isinstance(report["totals"].get(key), _NUMBER | None) for key in _LATER):
+    if not all(_fits(report["totals"].get(key), _NUMBER | None) for key in _LATER):
         raise damaged(path, f"one of {', '.join(_LATER)} is not a number")
     if not isinstance(report.get("statistics"), dict | None):
         raise damaged(path, "`statistics` is of the wrong type")
@@ -149,7 +158,7 @@ def _check_reported_tensors(artifact: Artifact, report: dict[str, Any], path: Pa
                     path, f"`{key}` of `{name}` is {said.get(key)!r}, not {entry.get(key)!r}"
                 )
         figures = [told[name].get("bits_per_weight", ""), *map(told[name].get, _MEASURED + _LATER)]
-        if not all(isinstance(figure, _NUMBER | None) for figure in figures):
+        if not all(_fits(figure, _NUMBER | None) for figure in figures):
             raise damaged(path, f"the figures of `{name}` are not numbers")
 
 
@@ -298,31 +307,36 @@ def _verify_kept(artifact: Artifact, ortho: Shard) -> None:
 
 
 def _verify_csr(artifact: Artifact, ortho: Shard, module: str) -> None:
+    """Hold a weight's CSR against the rules, piece by piece."""
     import numpy as np
 
-    tensors = {t.name: t for t in (*artifact.base.tensors, *ortho.tensors)}
-    columns = artifact.shapes[module][1]
+    tensors = {tensor.name: tensor for tensor in ortho.tensors}
+    crow_info, column_info = (tensors[f"{module}.{part}_indices"] for part in ("crow", "col"))
+    nnz, width = column_info.numel, artifact.shapes[module][1]
     numpy_dtypes = {"I32": np.int32, "I64": np.int64, "U16": np.uint16}
 
-    def load(part: str) -> Any:
-        tensor = tensors[f"{module}.{part}"]
-        return np.frombuffer(
-            b"".join(map(bytes, _pieces(ortho, tensor))), numpy_dtypes[tensor.dtype]
-        ).astype(np.int64)
+    def numbers(tensor: TensorInfo) -> Iterator[Any]:
+        for piece in _pieces(ortho, tensor):
+            yield np.frombuffer(piece, numpy_dtypes[tensor.dtype]).astype(np.int64)
 
-    crow, column = load("crow_indices"), load("col_indices")
-    if crow[0] != 0 or crow[-1] != column.size or (np.diff(crow) < 0).any():
-        raise damaged(ortho.path, f"`{module}.crow_indices` does not climb from 0 to {column.size}")
-    if column.size and (column.min() < 0 or column.max() >= columns):
-        raise damaged(
-            ortho.path, f"`{module}.col_indices` names column {int(column.max())} of {columns}"
-        )
-    climbs = np.diff(column) > 0
-    starts = crow[1:-1]
-    climbs[starts[(starts > 0) & (starts < column.size)] - 1] = True
-    if not climbs.all():
-        row = int(np.searchsorted(crow, int(np.flatnonzero(~climbs)[0]), side="right")) - 1
-        raise damaged(ortho.path, f"`{module}.col_indices` does not ascend in row {row}")
+    # Only crow is held: rows + 1 numbers, and base has a row of words for each.
+    crow = np.concatenate(list(numbers(crow_info)))
+    if crow[0] != 0 or crow[-1] != nnz or (np.diff(crow) < 0).any():
+        raise damaged(ortho.path, f"`{module}.crow_indices` does not climb from 0 to {nnz}")
+    at, last = 0, -1
+    for column in numbers(column_info):
+        if column.min() < 0 or column.max() >= width:
+            raise damaged(
+                ortho.path, f"`{module}.col_indices` names column {int(column.max())} of {width}"
+            )
+        climbs = np.diff(column, prepend=last) > 0
+        first, beyond = np.searchsorted(crow, (at, at + column.size))
+        climbs[crow[first:beyond] - at] = True  # rows that start here
+        if not climbs.all():
+            place = at + int(np.flatnonzero(~climbs)[0])
+            row = int(np.searchsorted(crow, place, side="right")) - 1
+            raise damaged(ortho.path, f"`{module}.col_indices` does not ascend in row {row}")
+        at, last = at + column.size, int(column[-1])
 
 
 def file_sha256(path: Path, *, on_event: EventSink = null_sink) -> str:

@@ -56,6 +56,7 @@ def test_readme_setup_is_two_make_targets_that_exist() -> None:
         "demo",
         "check",
         "test",
+        "fuzz",
         "bench",
         "capability",
         "forgetting",

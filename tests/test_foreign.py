@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ortho_cli.convert import open_source
 from ortho_cli.errors import CheckpointError
+from ortho_cli.source import RowReader
 
 Tensors = dict[str, Tensor]
 
@@ -327,3 +328,23 @@ def test_source_that_changes_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "m.bin").unlink()
     with pytest.raises(CheckpointError, match="vanished"):
         source.check_unchanged()
+
+
+@pytest.mark.parametrize("dtype", [(), ("--dtype", "bfloat16")])
+def test_rows_too_wide_to_hold_are_converted_alike(
+    tmp_path: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch, dtype: tuple[str, ...]
+) -> None:
+    save_file(small(), tmp_path / "m.safetensors")
+    expected = converted(ortho, tmp_path / "m.safetensors", *dtype)[0]
+    monkeypatch.setattr("ortho_cli.source.WIDEST", 5)  # of rows of 6 and 7
+    monkeypatch.setattr("ortho_cli.convert.TILE_ELEMENTS", 4)
+    reads = []
+    monkeypatch.setattr(
+        "ortho_cli.source.RowReader.rows",
+        lambda self, info, start, rows, columns, read=RowReader.rows: (
+            reads.append(rows * columns) or read(self, info, start, rows, columns)
+        ),
+    )
+    found = converted(ortho, tmp_path / "m.safetensors", "--force", *dtype)[0]
+    assert same(found, expected)
+    assert max(reads) == 4

@@ -482,8 +482,8 @@ def test_open_statistics_cut_damaged_or_foreign_is_one_sentence(
     [
         ("kind", "hessian", "kind 'hessian'"),
         ("storage", "sparse", "storage 'sparse'"),
-        ("tensors", "[]", "is not an object"),
-        ("tensors", "{", "is damaged"),
+        ("tensors", "[]", "is a JSON list, not an object"),
+        ("tensors", "{", "is not valid JSON"),
         ("digests", "{}", "digests of 0 tensors where 14"),
         ("tensors", "{}", "of no weight"),
     ],
