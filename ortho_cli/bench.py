@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ortho_cli import (
     __version__,
-    artifact,
     attacks,
     controls,
     evaluate,
@@ -37,6 +36,7 @@ from ortho_cli.engine import at_alpha, densify, write_dense
 from ortho_cli.errors import UsageError
 from ortho_cli.events import EventSink, Noted, Step, null_sink
 from ortho_cli.layers import OrthoLinear
+from ortho_cli.opening import no_ortho, open_artifact
 from ortho_cli.pretrained import load
 from ortho_cli.seal import read_keys
 from ortho_cli.settings import GROUP_SIZES
@@ -74,9 +74,9 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> dict[str, A
     gates = [figures.parse_gate(text) for text in settings.require]
     settings = checked(settings)
     keys = read_keys(settings.identity) if settings.identity else None
-    opened = artifact.open_artifact(settings.artifact, keys)
+    opened = open_artifact(settings.artifact, keys)
     if opened.ortho is None and any(settings.alphas):
-        raise artifact.no_ortho(opened, "alpha is not 0")
+        raise no_ortho(opened, "alpha is not 0")
     for folder in (settings.model, settings.reference_model):
         if folder is not None:
             models.check_folder(folder)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -15,10 +12,11 @@ import typer
 
 from ortho_cli import __version__, boundary
 from ortho_cli.cli_bench import bench
+from ortho_cli.cli_inspect import inspect
+from ortho_cli.cli_shared import default_out, plan_of, run_facts, show, show_plan
 from ortho_cli.errors import UsageError
 from ortho_cli.options import (
     BeforeOption,
-    DeviceOption,
     GramOption,
     IdentityOption,
     JsonOption,
@@ -139,9 +137,9 @@ def decompose(
             "--identity opens what was sealed, and nothing is: there is no --seal-to",
             hint="leave --identity out, or give the recipients of the run to go on with",
         )
-    checkpoint, plan = _plan(model, stats, recipe, sets, workers, reference)
+    checkpoint, plan = plan_of(model, stats, recipe, sets, workers, reference)
     plan = _meet(plan, checkpoint, target_bits, quiet=quiet)
-    target = out or _default_out(model)
+    target = out or default_out(model)
     read = files_of(checkpoint, *plan.inputs, *(forget or []), *(data or []))
     check_output(target, read, force=force, is_ours=is_artifact)
     check_space(plan.bytes_on_disk, target)
@@ -149,7 +147,7 @@ def decompose(
     notes: list[Event] = []
     more = _model_work(plan, checkpoint, forget or [], data or [], device, notes.append)
     if dry_run:
-        _show_plan(plan, model, as_json=as_json, quiet=quiet)
+        show_plan(plan, model, as_json=as_json, quiet=quiet)
         return
     from ortho_cli import report
     from ortho_cli.decompose import decompose as run
@@ -161,8 +159,8 @@ def decompose(
             sink(note)
         more |= {"device": splits_on, "force": force, "seal": seal, "keys": keys}
         document = run(plan, checkpoint, target, on_event=sink, **more)
-    document["run"] = _run_facts(target, began)
-    _show(document, report.print_done, as_json, quiet)
+    document["run"] = run_facts(target, began)
+    show(document, report.print_done, as_json, quiet)
 
 
 @app.command()
@@ -230,13 +228,13 @@ def calibrate(
     plan = make_plan(checkpoint, settings, read_sets(model, data, forget or [], settings.calibrate))
     check_space(plan.bytes_written + plan.bytes_scratch, out, kind="statistics with their sums")
     if dry_run:
-        _show(plan.to_json(), report.print_calibration_plan, as_json, quiet, source=str(model))
+        show(plan.to_json(), report.print_calibration_plan, as_json, quiet, source=str(model))
         return
     began = time.perf_counter()
     with ProgressSink("calibrate", quiet=quiet, verbose=verbose) as sink:
         document = run(plan, checkpoint, out, device=device, force=force, on_event=sink)
-    document["run"] = _run_facts(out, began)
-    _show(document, report.print_calibrated, as_json, quiet)
+    document["run"] = run_facts(out, began)
+    show(document, report.print_calibrated, as_json, quiet)
 
 
 @app.command()
@@ -304,134 +302,20 @@ def convert(
     with contextlib.closing(work.open_source(source, alpha=alpha, keys=keys)) as opened:
         plan = make_plan(opened, dtype=dtype, shard_size=size)
         folder = opened.folder if opened.kind == "artifact" else source
-        target = out or _default_out(folder, "converted" if alpha is None else "dense")
+        target = out or default_out(folder, "converted" if alpha is None else "dense")
         work.check_target(plan, opened, target, force=force)
         if dry_run:
-            _show(plan.to_json(), report.print_convert_plan, as_json, quiet, source=str(source))
+            show(plan.to_json(), report.print_convert_plan, as_json, quiet, source=str(source))
             return
         began = time.perf_counter()
         with ProgressSink("convert", quiet=quiet, verbose=verbose) as sink:
             document = work.convert(plan, opened, target, force=force, on_event=sink)
-    document["run"] = _run_facts(target, began)
-    _show(document, report.print_converted, as_json, quiet)
+    document["run"] = run_facts(target, began)
+    show(document, report.print_converted, as_json, quiet)
 
 
-@app.command()
-def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint, an artifact or statistics.")],
-    verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Read every byte of an artifact and check every digest."),
-    ] = False,
-    identity: IdentityOption = None,
-    expect_source: Annotated[
-        Path | None,
-        typer.Option(help="Check that an artifact was made from this checkpoint, byte for byte."),
-    ] = None,
-    stats: StatsOption = None,
-    recipe: RecipeOption = None,
-    sets: SetOption = None,
-    workers: WorkersOption = None,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
-    schema: SchemaOption = False,
-) -> None:
-    """Show what would be split of a checkpoint, or what an artifact or statistics file holds."""
-    from ortho_cli import artifact, report
-    from ortho_cli import verify as reading
-    from ortho_cli.report_progress import ProgressSink
-    from ortho_cli.seal import read_keys
-    from ortho_cli.statistics import is_statistics
-
-    _check_device(device)
-    if expect_source and not artifact.is_artifact(path, damaged=True):
-        raise UsageError(
-            f"`{path}` is no artifact, and --expect-source checks where one comes from",
-            hint="leave --expect-source out",
-        )
-    if is_statistics(path):
-        if recipe or sets or stats:
-            raise UsageError(
-                f"`{path}` is a statistics file, made by the recipe that it holds",
-                hint="leave --stats, --recipe and --set out",
-            )
-        _show_statistics(path, verify=verify, as_json=as_json, quiet=quiet, verbose=verbose)
-        return
-    if not artifact.is_artifact(path, damaged=True):
-        if verify and path.exists():
-            raise UsageError(
-                f"`{path}` is no artifact, and --verify checks artifacts and statistics",
-                hint="leave --verify out",
-            )
-        _, plan = _plan(path, stats, recipe, sets, workers)
-        _show_plan(plan, path, as_json=as_json, quiet=quiet)
-        return
-    if recipe or sets or stats:
-        raise UsageError(
-            f"`{path}` is an artifact, made by the recipe that it holds",
-            hint="leave --stats, --recipe and --set out",
-        )
-    keys = read_keys(identity) if identity else None
-    found = artifact.open_artifact(path if path.is_dir() else path.parent, keys)
-    document = reading.describe(found)
-    if expect_source:
-        from ortho_cli.checkpoint import open_checkpoint
-        from ortho_cli.provenance import check_source
-
-        with ProgressSink("source", quiet=quiet, verbose=verbose) as sink:
-            read = check_source(document, open_checkpoint(expect_source), on_event=sink)
-        document["source_checked"] = {"source": str(expect_source), "tensors": read}
-    if verify:
-        with ProgressSink("verify", quiet=quiet, verbose=verbose) as sink:
-            document["verified"] = asdict(reading.verify(found, on_event=sink))
-    _show(document, report.print_artifact, as_json, quiet, folder=str(path))
-
-
+app.command()(inspect)
 app.command()(bench)
-
-
-def _show_statistics(
-    path: Path, *, verify: bool, as_json: bool, quiet: bool, verbose: bool
-) -> None:
-    from ortho_cli import report, statistics
-    from ortho_cli.report_progress import ProgressSink
-
-    found = statistics.open_statistics(path)
-    document = statistics.describe(found)
-    if verify:
-        with ProgressSink("verify", quiet=quiet, verbose=verbose) as sink:
-            document["verified"] = statistics.verify(found, on_event=sink)
-    _show(document, report.print_statistics, as_json, quiet, path=str(path))
-
-
-def _plan(
-    model: Path,
-    stats: Path | None,
-    recipe: str | None,
-    sets: list[str] | None,
-    workers: int | None,
-    reference: Path | None = None,
-) -> tuple[Any, Plan]:
-    from ortho_cli.checkpoint import open_checkpoint
-    from ortho_cli.plan import make_plan
-    from ortho_cli.recipe import load_recipe
-    from ortho_cli.statistics import check_model, open_statistics
-
-    settings = load_recipe(recipe, sets or ())
-    checkpoint = open_checkpoint(model)
-    found = open_statistics(stats) if stats else None
-    plan = make_plan(
-        checkpoint,
-        settings,
-        statistics=found,
-        reference=open_checkpoint(reference) if reference else None,
-        workers=workers or _cores(),
-    )
-    if found is not None:
-        check_model(found, checkpoint, [tensor.source for tensor in plan.split])
-    return checkpoint, plan
 
 
 def _meet(plan: Plan, checkpoint: Any, target_bits: float | None, *, quiet: bool) -> Plan:
@@ -476,73 +360,6 @@ def _split_device(device: str) -> str:
 
     found = resolve_device(device)
     return "cpu" if found.type == "cpu" else str(found)
-
-
-def _check_device(device: str) -> None:
-    if device not in ("auto", "cpu"):
-        raise UsageError(
-            f"--device {device} is not there; this version computes on the CPU",
-            hint="leave --device out",
-        )
-
-
-def _cores() -> int:
-    """Cores given to this process, at most eight: past that the disk is the limit."""
-    given = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return min(8, given)
-
-
-def _show(
-    document: dict[str, Any],
-    printer: Callable[..., None],
-    as_json: bool,
-    quiet: bool,
-    **names: str,
-) -> None:
-    """Give one document to scripts, or its gist to eyes."""
-    from ortho_cli import report
-
-    if as_json:
-        report.print_json(document)
-    elif not quiet:
-        printer(document, **names)
-
-
-def _run_facts(target: Path, began: float) -> dict[str, Any]:
-    return {
-        "output": str(target),
-        "seconds": round(time.perf_counter() - began, 3),
-        "peak_rss_bytes": _peak_rss(),
-    }
-
-
-def _default_out(model: Path, what: str = "ortho") -> Path:
-    from ortho_cli.checkpoint import model_name
-
-    whole = Path(os.path.abspath(model))  # noqa: PTH100 - resolve() would leave the user's folder
-    beside = (
-        whole if model.name in ("", "..") else model
-    )  # as the user wrote it, where it names one
-    return beside.parent / f"{model_name(whole)}-{what}"
-
-
-def _show_plan(plan: Plan, model: Path, *, as_json: bool, quiet: bool) -> None:
-    from ortho_cli import report
-
-    _show(plan.to_json(), report.print_plan, as_json, quiet, source=str(model))
-
-
-def _peak_rss() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the parent held before exec
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 # Options that take every word up to the next option: `--data a.txt b.txt`.

@@ -10,10 +10,9 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,10 +27,11 @@ from ortho_cli.artifact import (
     canonical_json,
     pretty_json,
 )
-from ortho_cli.checkpoint import Checkpoint, Shard, ShardReader
+from ortho_cli.checkpoint import Checkpoint, ShardReader
 from ortho_cli.edits import Edits, Key, count, load_edits, save_edits
 from ortho_cli.errors import RecipeError
 from ortho_cli.events import EventSink, Finishing, Noted, Started, null_sink
+from ortho_cli.identity import identity_of
 from ortho_cli.journal import WorkFolder, interruptible, recover, unwritable
 from ortho_cli.onepass import Loops, OnePass, is_plain, takes
 from ortho_cli.output import check_output, check_space, files_of, resolve_output
@@ -146,7 +146,8 @@ def decompose(
         plan = settle(plan, checkpoint, on_event=on_event)
     if plan.statistics is not None:
         check_model(plan.statistics, checkpoint, [tensor.source for tensor in plan.split])
-    identity = _identity(plan, checkpoint, editor, tuner, seal)
+    more = {"forget": editor and editor.identity, "tune": tuner and tuner.identity}
+    identity = identity_of(plan, checkpoint, seal, **more)
     tensors = {tensor.name: tensor for tensor in plan.tensors}
 
     def is_known(entry: Entry) -> bool:
@@ -196,45 +197,6 @@ def _check_has_what_it_needs(plan: Plan, editor: Editor | None, tuner: Tuner | N
             "base.rounding is tuned, and nothing tunes it",
             hint="give `tuner`, as `ortho_cli.tune.open_tuner` makes it",
         )
-
-
-def _identity(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    editor: Editor | None,
-    tuner: Tuner | None,
-    seal: Seal | None,
-) -> Entry:
-    """Spell out everything that the bytes depend on."""
-    found: Entry = {
-        "plan": plan.sha256,
-        "source": _stamps(checkpoint.shards),
-        "version": [__version__, metadata.version("torch")],
-        **_sizes(plan, sealed=seal is not None),
-    }
-    if seal is not None:
-        found["seal"] = seal.identity
-    if editor is not None:
-        found["forget"] = editor.identity
-    if tuner is not None:
-        found["tune"] = tuner.identity
-    if plan.statistics is not None:
-        found["statistics"] = _stamps([plan.statistics.shard])[0]
-    if plan.reference is not None:
-        found["reference"] = _stamps(plan.reference.shards)
-    return found
-
-
-def _stamps(shards: Iterable[Shard]) -> list[list[Any]]:
-    return [[shard.name, shard.size, shard.mtime_ns] for shard in shards]
-
-
-def _sizes(plan: Plan, *, sealed: bool) -> dict[str, dict[str, int]]:
-    """Say how large the files are that work goes into; of scratch files ortho is made."""
-    base, ortho = {BASE_FILE: plan.base.size}, {ORTHO_FILE: plan.ortho.size}
-    if sealed:
-        return {"files": base, "scratch": {ORTHO_FILE: scratch_bytes(plan.ortho)}}
-    return {"files": base, "scratch": ortho} if plan.is_compact else {"files": base | ortho}
 
 
 def _take_key(work: WorkFolder, seal: Seal, keys: Keys | None, on_event: EventSink) -> WorkKey:

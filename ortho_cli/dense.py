@@ -17,12 +17,11 @@ from ortho_cli.artifact import (
     REPORT_FILE,
     Artifact,
     damaged,
-    no_ortho,
-    open_artifact,
 )
 from ortho_cli.checkpoint import Checkpoint, ShardReader, TensorInfo, model_name, read_json_object
 from ortho_cli.errors import ArtifactError, UsageError
 from ortho_cli.kept import KeptReader
+from ortho_cli.opening import no_ortho, open_artifact
 from ortho_cli.seal import IDENTITY_FILE, SEALED_FILE, Keys
 from ortho_cli.source import RowReader, Source, SourceTensor, mark, side_files
 from ortho_cli.streams import ORTHO_PARTS

@@ -22,6 +22,7 @@ from ortho_cli.errors import (
 )
 from ortho_cli.layers import OrthoLinear
 from ortho_cli.modelfile import identity, load_module, save_module, source_digest
+from ortho_cli.opening import open_artifact
 from ortho_cli.operands import Alpha
 from ortho_cli.seal import read_keys
 from ortho_cli.selection import IGNORED, is_embedding, not_by_default
@@ -380,7 +381,7 @@ class Engine:
         self._refuse_split()
         kernels.check_alpha(alpha)
         keys = None if identity is None else read_keys(Path(identity))
-        opened = artifact.open_artifact(Path(folder), keys)
+        opened = open_artifact(Path(folder), keys)
         layers = load_module(self.module, opened)
         metadata = (opened.ortho or opened.base).metadata
         try:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ortho_cli import artifact, kernels
+from ortho_cli import kernels
 from ortho_cli.artifact import CONFIG_FILE, Artifact
 from ortho_cli.engine import set_alpha
 from ortho_cli.errors import ArtifactError, CheckpointError
@@ -23,6 +23,7 @@ from ortho_cli.files import is_trusted, trusting
 from ortho_cli.layers import OrthoLinear
 from ortho_cli.modelfile import empty_layer, fill_ortho
 from ortho_cli.models import check_claims, check_folder, explain, quiet_transformers
+from ortho_cli.opening import no_ortho, open_artifact
 from ortho_cli.operands import Alpha
 from ortho_cli.seal import read_keys
 from ortho_cli.streams import is_conv1d, is_plain_linear
@@ -58,14 +59,14 @@ def load(
     """
     alpha = kernels.check_alpha(alpha)
     keys = None if identity is None else read_keys(Path(identity))
-    opened = artifact.open_artifact(Path(folder), keys)
+    opened = open_artifact(Path(folder), keys)
     if not (opened.folder / CONFIG_FILE).is_file():
         raise ArtifactError(
             f"`{folder}` has no {CONFIG_FILE}, so transformers cannot build its model",
             hint="build the module yourself and use Engine(module).load(folder, alpha=...)",
         )
     if opened.ortho is None and not kernels.is_zero(alpha):
-        raise artifact.no_ortho(opened, "alpha is not 0")
+        raise no_ortho(opened, "alpha is not 0")
     try:
         check_folder(opened.folder)
         check_claims(opened.folder)

@@ -28,6 +28,7 @@ from blake3 import blake3
 
 from ortho_cli.checkpoint import fill
 from ortho_cli.errors import ArtifactError, ResourceError, UsageError
+from ortho_cli.files import open_regular, read_regular
 from ortho_cli.journal import KEY_FILE, WorkFolder, unwritable
 from ortho_cli.writer import CHUNK, DataFile, Layout, write_all
 
@@ -107,10 +108,10 @@ def _recipient(text: str) -> Any:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_bytes().decode()
+        return read_regular(path).decode()
     except OSError as error:
         raise UsageError(
-            f"cannot read `{path}`: {os.strerror(error.errno or 0).lower()}", hint="check the path"
+            f"cannot read `{path}`: {(error.strerror or str(error)).lower()}", hint="check the path"
         ) from None
     except UnicodeDecodeError:
         raise UsageError(f"`{path}` is not text", hint="is this the right file?") from None
@@ -397,7 +398,7 @@ def open_sealed(path: Path, keys: Keys) -> Opened:
                     "beside it that a passphrase would open",
                     hint="give a file of AGE-SECRET-KEY-1... lines",
                 )
-            text = module.passphrase.decrypt(locked.read_bytes(), keys.passphrase)
+            text = module.passphrase.decrypt(read_regular(locked), keys.passphrase)
             identities = [module.x25519.Identity.from_str(text.decode())]
     except (module.DecryptError, module.IdentityError, ValueError):
         raise ArtifactError(
@@ -406,7 +407,7 @@ def open_sealed(path: Path, keys: Keys) -> Opened:
         ) from None
     found = Opened(SEALED_FILE)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             sink = _Sink(found.write)
             _run(lambda: module.decrypt_io(file, sink, identities), sink)
     except (module.DecryptError, OSError) as error:

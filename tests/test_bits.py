@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 import ortho_cli
 from ortho_cli import controls, ops, plan, recipe
-from ortho_cli.artifact import open_artifact
 from ortho_cli.checkpoint import open_checkpoint, read_shard
 from ortho_cli.engine import Engine
 from ortho_cli.errors import ArtifactError, RecipeError
 from ortho_cli.isolate import isolate
 from ortho_cli.layers import OrthoLinear
+from ortho_cli.opening import open_artifact
 from ortho_cli.verify import describe, verify
 
 DOWN = "model.layers.1.mlp.down_proj"

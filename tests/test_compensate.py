@@ -226,8 +226,8 @@ def test_gptq_for_a_base_that_serves_alone_is_refused(pico: Path, ortho: Any) ->
 
 
 def test_bench_counts_moved_codes_only_where_codes_tell_them(pico: Path, ortho: Any) -> None:
-    from ortho_cli.artifact import open_artifact
     from ortho_cli.bench import _tells_moves
+    from ortho_cli.opening import open_artifact
 
     stats = pico.parent / "stats.safetensors"
     save_statistics(stats, pico, gram="none")

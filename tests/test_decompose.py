@@ -16,12 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ortho_cli import ops, recipe
-from ortho_cli.artifact import is_artifact, open_artifact
+from ortho_cli.artifact import is_artifact
 from ortho_cli.checkpoint import open_checkpoint
 from ortho_cli.decompose import decompose
 from ortho_cli.errors import CheckpointError, NumericalError, OutputExistsError, ResourceError
 from ortho_cli.events import Advanced, Event, Finishing, Started, TensorDone
 from ortho_cli.journal import WorkFolder, work_folder
+from ortho_cli.opening import open_artifact
 from ortho_cli.plan import make_plan
 from ortho_cli.split import Splitter
 from ortho_cli.verify import verify

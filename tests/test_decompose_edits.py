@@ -21,12 +21,12 @@ from torch import Tensor
 
 from ortho_cli import decompose as work
 from ortho_cli import ops, recipe
-from ortho_cli.artifact import open_artifact
 from ortho_cli.checkpoint import open_checkpoint
 from ortho_cli.edits import Edit, Edits, count, load_edits
 from ortho_cli.errors import CalibrationError, Interrupted, OutputExistsError, RecipeError
 from ortho_cli.events import Event, EventSink, TensorDone
 from ortho_cli.journal import work_folder
+from ortho_cli.opening import open_artifact
 from ortho_cli.plan import Plan, make_plan
 from ortho_cli.statistics import StatisticsReader, open_statistics
 from ortho_cli.verify import verify

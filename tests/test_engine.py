@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import ortho_cli
 from ortho_cli import ops, pretrained
-from ortho_cli.artifact import open_artifact
 from ortho_cli.engine import Engine, at_alpha, set_alpha
 from ortho_cli.errors import (
     ArtifactError,
@@ -29,6 +28,7 @@ from ortho_cli.errors import (
     UsageError,
 )
 from ortho_cli.layers import OrthoLinear
+from ortho_cli.opening import open_artifact
 from ortho_cli.verify import verify
 
 Ortho = Callable[..., Any]

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ortho_cli import recipe
-from ortho_cli.artifact import open_artifact
 from ortho_cli.checkpoint import open_checkpoint
 from ortho_cli.decompose import decompose
 from ortho_cli.errors import CheckpointError, Interrupted, OutputExistsError, RecipeError
 from ortho_cli.events import TensorDone
+from ortho_cli.opening import open_artifact
 from ortho_cli.plan import make_plan
 from ortho_cli.statistics import open_statistics
 from ortho_cli.verify import verify

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import ortho_cli
 from ortho_cli import compact, ops, output, recipe
 from ortho_cli import decompose as work
-from ortho_cli.artifact import is_artifact, open_artifact
+from ortho_cli.artifact import is_artifact
 from ortho_cli.checkpoint import open_checkpoint, read_shard
 from ortho_cli.errors import (
     ArtifactError,
@@ -41,6 +41,7 @@ from ortho_cli.errors import (
 from ortho_cli.events import Event, Finishing
 from ortho_cli.journal import work_folder
 from ortho_cli.kept import KeptReader
+from ortho_cli.opening import open_artifact
 from ortho_cli.plan import Plan, make_plan
 from ortho_cli.statistics import open_statistics
 from ortho_cli.verify import describe, verify

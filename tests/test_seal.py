@@ -25,12 +25,12 @@ from test_crash import SERVER
 import ortho_cli
 from ortho_cli import decompose as work
 from ortho_cli import recipe, seal
-from ortho_cli.artifact import open_artifact
 from ortho_cli.checkpoint import open_checkpoint
 from ortho_cli.edits import load_arrays, save_arrays
 from ortho_cli.errors import ArtifactError, ResourceError, UsageError
 from ortho_cli.events import Event, Noted, Started, TensorDone
 from ortho_cli.journal import work_folder
+from ortho_cli.opening import open_artifact
 from ortho_cli.plan import make_plan
 from ortho_cli.verify import verify
 

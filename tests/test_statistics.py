@@ -21,11 +21,11 @@ from torch import Tensor
 
 from ortho_cli import decompose as work
 from ortho_cli import plan, recipe, streams
-from ortho_cli.artifact import open_artifact
 from ortho_cli.checkpoint import open_checkpoint
 from ortho_cli.errors import CalibrationError, NumericalError, OrthoError, RecipeError
 from ortho_cli.events import Advanced, Event, TensorDone
 from ortho_cli.journal import work_folder
+from ortho_cli.opening import open_artifact
 from ortho_cli.scales import Kept, curvature_scales
 from ortho_cli.split import Splitter
 from ortho_cli.statistics import describe, is_statistics, open_statistics

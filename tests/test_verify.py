@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ortho_cli.artifact import is_artifact, open_artifact
+from ortho_cli.artifact import is_artifact
 from ortho_cli.checkpoint import read_shard
 from ortho_cli.decompose import decompose
 from ortho_cli.errors import ArtifactError
+from ortho_cli.opening import open_artifact
 from ortho_cli.plan import make_plan
 from ortho_cli.recipe import DEFAULT
 from ortho_cli.verify import describe, verify

@@ -1,0 +1,119 @@
+"""The command `ortho inspect`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ortho_cli.cli_shared import plan_of, show, show_plan
+from ortho_cli.errors import UsageError
+from ortho_cli.opening import open_artifact
+from ortho_cli.options import (
+    DeviceOption,
+    IdentityOption,
+    JsonOption,
+    QuietOption,
+    RecipeOption,
+    SchemaOption,
+    SetOption,
+    StatsOption,
+    VerboseOption,
+    WorkersOption,
+)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, an artifact or statistics.")],
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Read every byte of an artifact and check every digest."),
+    ] = False,
+    identity: IdentityOption = None,
+    expect_source: Annotated[
+        Path | None,
+        typer.Option(help="Check that an artifact was made from this checkpoint, byte for byte."),
+    ] = None,
+    stats: StatsOption = None,
+    recipe: RecipeOption = None,
+    sets: SetOption = None,
+    workers: WorkersOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    schema: SchemaOption = False,
+) -> None:
+    """Show what would be split of a checkpoint, or what an artifact or statistics file holds."""
+    from ortho_cli import artifact, report
+    from ortho_cli import verify as reading
+    from ortho_cli.report_progress import ProgressSink
+    from ortho_cli.seal import read_keys
+    from ortho_cli.statistics import is_statistics
+
+    _check_device(device)
+    if expect_source and not artifact.is_artifact(path, damaged=True):
+        raise UsageError(
+            f"`{path}` is no artifact, and --expect-source checks where one comes from",
+            hint="leave --expect-source out",
+        )
+    if is_statistics(path):
+        if recipe or sets or stats:
+            raise UsageError(
+                f"`{path}` is a statistics file, made by the recipe that it holds",
+                hint="leave --stats, --recipe and --set out",
+            )
+        _show_statistics(path, verify=verify, as_json=as_json, quiet=quiet, verbose=verbose)
+        return
+    if not artifact.is_artifact(path, damaged=True):
+        if verify and path.exists():
+            raise UsageError(
+                f"`{path}` is no artifact, and --verify checks artifacts and statistics",
+                hint="leave --verify out",
+            )
+        _, plan = plan_of(path, stats, recipe, sets, workers)
+        show_plan(plan, path, as_json=as_json, quiet=quiet)
+        return
+    if recipe or sets or stats:
+        raise UsageError(
+            f"`{path}` is an artifact, made by the recipe that it holds",
+            hint="leave --stats, --recipe and --set out",
+        )
+    keys = read_keys(identity) if identity else None
+    found = open_artifact(path if path.is_dir() else path.parent, keys)
+    document = reading.describe(found)
+    if expect_source:
+        from ortho_cli.checkpoint import open_checkpoint
+        from ortho_cli.provenance import check_source
+
+        with ProgressSink("source", quiet=quiet, verbose=verbose) as sink:
+            read = check_source(document, open_checkpoint(expect_source), on_event=sink)
+        document["source_checked"] = {"source": str(expect_source), "tensors": read}
+    if verify:
+        with ProgressSink("verify", quiet=quiet, verbose=verbose) as sink:
+            document["verified"] = asdict(reading.verify(found, on_event=sink))
+    show(document, report.print_artifact, as_json, quiet, folder=str(path))
+
+
+def _show_statistics(
+    path: Path, *, verify: bool, as_json: bool, quiet: bool, verbose: bool
+) -> None:
+    from ortho_cli import report, statistics
+    from ortho_cli.report_progress import ProgressSink
+
+    found = statistics.open_statistics(path)
+    document = statistics.describe(found)
+    if verify:
+        with ProgressSink("verify", quiet=quiet, verbose=verbose) as sink:
+            document["verified"] = statistics.verify(found, on_event=sink)
+    show(document, report.print_statistics, as_json, quiet, path=str(path))
+
+
+def _check_device(device: str) -> None:
+    if device not in ("auto", "cpu"):
+        raise UsageError(
+            f"--device {device} is not there; this version computes on the CPU",
+            hint="leave --device out",
+        )
