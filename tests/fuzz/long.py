@@ -31,6 +31,7 @@ def main() -> int:
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     chosen.keep.mkdir(parents=True, exist_ok=True)
+    starved = Counter[str]()
     draw, found, codes = random.Random(chosen.seed), Counter[str](), Counter[int]()
     with tempfile.TemporaryDirectory() as place:
         work, sound = Path(place) / "work", targets.make(Path(place) / "sound")
@@ -50,6 +51,9 @@ def main() -> int:
                     code, err = targets.attack(targets.TARGETS[name], raw, sound, work)
                 codes[code] += 1
                 targets.check(code, err)
+                if "out of memory" in err:  # refused, but only since this process is bound
+                    starved[name] += 1
+                    (chosen.keep / f"starved {name}").write_bytes(raw)
             except (Exception, targets.Hang) as error:  # noqa: BLE001 - this is what is looked for
                 frame = traceback.extract_tb(error.__traceback__)[-1]
                 where = (
@@ -66,6 +70,8 @@ def main() -> int:
                 print(f"{sum(codes.values()):,} inputs, {end - said:.0f} s left", flush=True)
     print(f"{sum(codes.values()) + sum(found.values()):,} inputs in {chosen.minutes:g} minutes")
     print(f"exit codes {dict(sorted(codes.items()))}; peak memory {targets.peak() / 1e6:.0f} MB")
+    for name, times in starved.most_common():
+        print(f"{times:6d} x {name}: asked for more memory than there was")
     for where, times in found.most_common():
         print(f"{times:6d} x {where}")
     return bool(found)
