@@ -165,7 +165,7 @@ def decompose(
             WorkFolder(out, identity=identity, force=force, is_sound=is_known) as work,
             interruptible(work, total=len(plan.tensors)),
         ):
-            key = _take_key(work, seal, keys, on_event) if seal else None
+            key = key_of(work, seal, keys, on_event) if seal else None
             edits: Edits = {}
             if editor is not None and curvature is not None:
                 edits = _find_edits(plan, editor, work, curvature, key, on_event)
@@ -197,20 +197,6 @@ def _check_has_what_it_needs(plan: Plan, editor: Editor | None, tuner: Tuner | N
             "base.rounding is tuned, and nothing tunes it",
             hint="give `tuner`, as `ortho_cli.tune.open_tuner` makes it",
         )
-
-
-def _take_key(work: WorkFolder, seal: Seal, keys: Keys | None, on_event: EventSink) -> WorkKey:
-    """Find the key of unfinished work, or begin anew with another."""
-    key, opens = key_of(work, seal, keys)
-    if work.done and not opens:
-        on_event(
-            Noted(
-                message=f"the {len(work.done)} tensors that an earlier run finished are split "
-                "again: their ortho is sealed, and no --identity opens it"
-            )
-        )
-        work.done.clear()
-    return key
 
 
 def _find_edits(

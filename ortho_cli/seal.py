@@ -28,6 +28,7 @@ from blake3 import blake3
 
 from ortho_cli.checkpoint import fill
 from ortho_cli.errors import ArtifactError, ResourceError, UsageError
+from ortho_cli.events import EventSink, Noted
 from ortho_cli.files import open_regular, read_regular
 from ortho_cli.journal import KEY_FILE, WorkFolder, unwritable
 from ortho_cli.writer import CHUNK, DataFile, Layout, write_all
@@ -221,23 +222,27 @@ class WorkKey:
         _run(lambda: _pyrage().encrypt_io(source, sink, self._recipients), source, sink)
 
 
-def key_of(work: WorkFolder, seal: Seal, keys: Keys | None) -> tuple[WorkKey, bool]:
-    """Find the key of a piece of work, or make one and leave it there, locked.
-
-    Returns:
-        The key, and whether what was sealed before can be opened with it.
-    """
+def key_of(work: WorkFolder, seal: Seal, keys: Keys | None, on_event: EventSink) -> WorkKey:
+    """Find the key of a piece of work, or make one, leave it there locked, and begin anew."""
     path = work.private / KEY_FILE
     raw = path.read_bytes() if path.is_file() else b""
     found = WorkKey.unlock(raw, seal, keys) if raw else None
     if found is not None:
-        return found, True
+        return found
     made = WorkKey.make(seal)
     try:
         work.write_private(KEY_FILE, made.locked())
     except OSError as error:
         raise unwritable(path, error) from error
-    return made, False
+    if work.done:
+        on_event(
+            Noted(
+                message=f"the {len(work.done)} tensors that an earlier run finished are split "
+                "again: their ortho is sealed, and no --identity opens it"
+            )
+        )
+        work.done.clear()
+    return made
 
 
 class SealedFile:
