@@ -91,7 +91,7 @@ from typing import Any
 from ortho_cli import checkpoint
 from ortho_cli.checkpoint import Shard, TensorInfo
 from ortho_cli.errors import ArtifactError, CheckpointError
-from ortho_cli.seal import Opened
+from ortho_cli.seal import SEALED_FILE, Opened
 from ortho_cli.writer import TensorSpec
 
 FORMAT = "ortho/1"
@@ -314,7 +314,8 @@ def is_artifact(path: Path, *, damaged: bool = False) -> bool:
         damaged: count a file that has our name and cannot be read.
     """
     folder = path if path.is_dir() else path.parent
-    names = (BASE_FILE, ORTHO_FILE) if path.is_dir() else (path.name,)
+    whole = path.is_dir() or path.name == SEALED_FILE  # which cannot speak for itself
+    names = (BASE_FILE, ORTHO_FILE) if whole else (path.name,)
     if path.is_dir() and (folder / "model.safetensors").exists():
         return False
     for name in names:
@@ -325,7 +326,7 @@ def is_artifact(path: Path, *, damaged: bool = False) -> bool:
                 return damaged and name in (BASE_FILE, ORTHO_FILE)
             if is_ours(metadata):
                 return True
-    return False
+    return damaged and whole and (folder / SEALED_FILE).is_file()
 
 
 def damaged(path: Path, what: str) -> ArtifactError:

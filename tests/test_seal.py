@@ -143,6 +143,16 @@ def test_every_reader_opens_it_and_none_without_a_key(
     assert ortho("convert", sealed, "--alpha", "0", "-o", tmp_path / "zero", "-q").code == 0
 
 
+def test_sealed_file_stands_for_its_artifact(sealed: Path, key: Key, ortho: Ortho) -> None:
+    ran = ortho("inspect", sealed / SEALED, "--json", "--identity", key.path)
+    assert ran.code == 0
+    assert ran.json["files"][SEALED] == (sealed / SEALED).stat().st_size
+    (sealed / "base.safetensors").unlink()
+    ran = ortho("inspect", sealed, "--identity", key.path)
+    assert ran.code == 6
+    assert f"has {SEALED} and no base.safetensors" in ran.err
+
+
 def test_load_opens_it(sealed: Path, artifact: Path, key: Key) -> None:
     with pytest.raises(ArtifactError, match="is sealed, and alpha is not 0"):
         ortho_cli.load(sealed, alpha=1.0)
