@@ -16,6 +16,10 @@ from ortho_cli.errors import Interrupted, OrthoError, ResourceError, UsageError
 # Objects between two looks for garbage: imports make many, and none of it is any.
 GARBAGE = 200_000
 
+# Beside Ctrl-C: what `kill`, schedulers and containers send, and a terminal that is closed (which
+# nohup has us ignore).
+STOPS = (signal.SIGTERM, signal.SIGHUP)
+
 
 def spread(arguments: Sequence[str], many: Mapping[str, Sequence[str]]) -> list[str]:
     """Repeat an option of many values before each value, which is how click reads them.
@@ -46,7 +50,7 @@ def run(
     try:
         code = app(args=spread(arguments, many), prog_name="ortho", standalone_mode=False)
         if code == Interrupted.exit_code:  # typer turns Ctrl-C outside of the work into this
-            raise Interrupted("interrupted before any work", hint="nothing was written")
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except BaseException as error:
         if type(error).__name__ == "NoArgsIsHelpError":
@@ -66,7 +70,7 @@ def _as_ortho_error(error: BaseException) -> OrthoError | None:
     if isinstance(error, OrthoError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return Interrupted("interrupted", hint="nothing was written; repeat the same command")
+        return Interrupted("interrupted", hint="repeat the same command: nothing is lost")
     starved = ("can't allocate memory", "can't start new thread")  # torch's and Python's words
     if isinstance(error, MemoryError) or any(text in str(error) for text in starved):
         return ResourceError("out of memory", hint="use fewer --workers or a lower density")
@@ -83,12 +87,6 @@ def _as_ortho_error(error: BaseException) -> OrthoError | None:
     return None
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Stop in good order on the first Ctrl-C, and at once on the second: work survives both."""
-    signal.signal(number, lambda *_: os._exit(Interrupted.exit_code))
-    raise KeyboardInterrupt
-
-
 def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     from ortho_cli import report
 
@@ -96,11 +94,26 @@ def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 
 def enter(command: Callable[[], int]) -> NoReturn:
-    """Run a command as a process of its own: signals as at a terminal, its code the process's."""
-    signal.signal(signal.SIGINT, _interrupt)
+    """Run a command as a process of its own: signals as at a terminal, its code the process's.
+
+    What asks a run to stop ends it in good order the first time, and at once the second: work
+    survives both.
+    """
+    asked = [stop for stop in STOPS if signal.getsignal(stop) is not signal.SIG_IGN]
+    by = signal.SIGINT
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal by
+        by = signal.Signals(number)
+        for other in (signal.SIGINT, *asked):
+            signal.signal(other, lambda again, _: os._exit(128 + again))
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, *asked):
+        signal.signal(number, stop)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ortho inspect X | head` ends like any filter
     sys.excepthook = _show_bug
     gc.set_threshold(GARBAGE)
     code = command()
     gc.freeze()  # a process that ends need not look for garbage once more
-    sys.exit(code)
+    sys.exit(128 + by if code == Interrupted.exit_code else code)

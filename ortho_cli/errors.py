@@ -10,7 +10,7 @@
     ├── OutputExistsError      8   something is already where the output should go
     ├── ResourceError          9   disk, memory or permission
     ├── GateError             10   a figure missed what was required of it
-    └── Interrupted          130   Ctrl-C
+    └── Interrupted          130   Ctrl-C (143 SIGTERM, 129 SIGHUP: 128 + the signal)
 
 A message is one sentence in lower case that names the tensor or file and both values; `hint` says
 what to do.

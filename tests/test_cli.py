@@ -252,6 +252,48 @@ def test_interrupt_exits_130_and_the_same_command_finishes(tmp_path: Path) -> No
     assert "continuing:" in said
 
 
+ENDING = """
+import os, sys
+from ortho_cli import boundary
+
+def ask(**_):
+    first, *more = map(int, sys.argv[1:])
+    try:
+        os.kill(os.getpid(), first)
+    finally:
+        for number in more:
+            os.kill(os.getpid(), number)
+
+boundary.enter(lambda: boundary.run(ask, [], many={}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [
+        ([signal.SIGINT], 130),
+        ([signal.SIGTERM], 143),
+        ([signal.SIGHUP], 129),
+        ([signal.SIGINT, signal.SIGTERM], 143),
+        ([signal.SIGTERM, signal.SIGTERM], 143),
+    ],
+)
+def test_a_signal_that_asks_for_an_end_is_an_interrupt_and_a_second_one_is_obeyed_at_once(
+    signals: list[signal.Signals], code: int
+) -> None:
+    command = [sys.executable, "-c", ENDING, *(str(number.value) for number in signals)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == code
+    told = "error: interrupted\nhint: repeat the same command: nothing is lost\n"
+    assert ran.stderr == (told if len(signals) == 1 else "")
+
+
+def test_a_command_under_nohup_outlives_its_terminal() -> None:
+    command = [sys.executable, "-c", ENDING, str(signal.SIGHUP.value)]
+    ran = subprocess.run(["nohup", *command], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 def test_full_disk_exits_9(tmp_path: Path) -> None:
     save_file({"a.weight": torch.ones(512, 512)}, tmp_path / "m.safetensors")
     command = f"ulimit -f 20; exec {sys.executable} -m ortho_cli decompose {tmp_path}/m.safetensors"
