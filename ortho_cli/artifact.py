@@ -311,7 +311,7 @@ def is_artifact(path: Path, *, damaged: bool = False) -> bool:
 
     Args:
         path: anything.
-        damaged: count a file that has our name and cannot be read.
+        damaged: count a file that has our name and cannot be read, or lies beside a report.
     """
     folder = path if path.is_dir() else path.parent
     whole = path.is_dir() or path.name == SEALED_FILE  # which cannot speak for itself
@@ -326,7 +326,10 @@ def is_artifact(path: Path, *, damaged: bool = False) -> bool:
                 return damaged and name in (BASE_FILE, ORTHO_FILE)
             if is_ours(metadata):
                 return True
-    return damaged and whole and (folder / SEALED_FILE).is_file()
+    # A sealed ortho says nothing, and a bit of the very words that say so may have flipped.
+    named = any((folder / name).is_file() for name in {BASE_FILE, ORTHO_FILE}.intersection(names))
+    reported = named and (folder / REPORT_FILE).is_file()
+    return damaged and (reported or (whole and (folder / SEALED_FILE).is_file()))
 
 
 def damaged(path: Path, what: str) -> ArtifactError:

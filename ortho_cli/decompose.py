@@ -40,6 +40,7 @@ from ortho_cli.quantization import index
 from ortho_cli.seal import Keys, OrthoFile, Seal, SealedFile, WorkKey, key_of, scratch_bytes
 from ortho_cli.statistics import StatisticsReader, check_model
 from ortho_cli.summary import make_config, make_report
+from ortho_cli.verify import file_sha256
 from ortho_cli.worker import (
     Entry,
     Reference,
@@ -176,6 +177,8 @@ def decompose(
                 base_sha256 = job.split()
             if tuner is not None:
                 base_sha256 = job.tune(tuner)
+            if editor is not None or tuner is not None:
+                ShardReader(checkpoint).close()  # their model was read by its files' names
             with _many_small_operations():
                 report = job.finish(base_sha256)
             work.publish(may_replace=lambda there: force and artifact.is_artifact(there))
@@ -295,7 +298,7 @@ class _Job:
         """Split every tensor that no earlier run has split; return base's SHA-256."""
         plan, done = self._plan, self._work.done
         for tensor in plan.tensors:
-            if tensor.name in done and not self._is_intact(done[tensor.name]):
+            if tensor.name in done and not self._is_intact(tensor, done[tensor.name]):
                 del done[tensor.name]
         for name in _torn(done):
             del done[name]
@@ -395,8 +398,11 @@ class _Job:
         self._write_side_files(report)
         return report
 
-    def _is_intact(self, entry: Entry) -> bool:
-        """Tell whether a tensor that an earlier run finished still has the bytes it wrote."""
+    def _is_intact(self, tensor: TensorPlan, entry: Entry) -> bool:
+        """Tell whether a tensor that an earlier run finished has the bytes it read and wrote."""
+        # Files of an archive or image all have one time: another model can look like this one.
+        if self._reader.digest(tensor.source) != entry["source_blake3"]:
+            return False
         for output in (self._base, self._ortho):
             for key, told in entry["blake3"].get(output.name, {}).items():
                 if output.digest(key) != told:
@@ -480,15 +486,20 @@ class _Job:
     def _write_side_files(self, report: Entry) -> None:
         plan, checkpoint, work = self._plan, self._checkpoint, self._work
         try:
+            names = [name for name, _ in plan.extra_files] + [INDEX_FILE]
             for name, _ in plan.extra_files:
                 work.copy_file(checkpoint.folder / name, name)
             left = {n for n, _ in checkpoint.extra_files} - {n for n, _ in plan.extra_files}
             for name in sorted(left - {CONFIG_FILE}):
                 self._emit(Noted(message=f"`{name}` of the source is not copied: the name is ours"))
             if checkpoint.config is not None:
+                names.append(CONFIG_FILE)
                 work.write_file(CONFIG_FILE, pretty_json(make_config(plan, checkpoint.config)))
             size = plan.base.size - len(plan.base.header)
             work.write_file(INDEX_FILE, pretty_json(index(plan.base.regions, total_size=size)))
+            report["side_files"] = {
+                name: file_sha256(work.artifact / name) for name in sorted(names)
+            }
             work.write_file(REPORT_FILE, pretty_json(report))
         except OSError as error:
             raise unwritable(work.artifact, error) from error

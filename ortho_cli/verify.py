@@ -128,8 +128,9 @@ def _check_report(artifact: Artifact, report: dict[str, Any]) -> None:
                 raise damaged(path, f"`{name}{key}` is missing or of the wrong type")
     if not all(_fits(report["totals"].get(key), _NUMBER | None) for key in _LATER):
         raise damaged(path, f"one of {', '.join(_LATER)} is not a number")
-    if not isinstance(report.get("statistics"), dict | None):
-        raise damaged(path, "`statistics` is of the wrong type")
+    for key in ("statistics", "side_files"):
+        if not isinstance(report.get(key), dict | None):
+            raise damaged(path, f"`{key}` is of the wrong type")
     if report["format"] != artifact.form:
         raise damaged(path, f"it is of format {report['format']!r}, not {artifact.form!r}")
     _check_reported_tensors(artifact, report, path)
@@ -216,12 +217,16 @@ def verify(artifact: Artifact, *, on_event: EventSink = null_sink) -> Verified:
         claims.append((SEALED_FILE, told.get("sealed_sha256")))
         known = "sealed_sha256" in told
         checked[SEALED_FILE] = "its digest in report.json" if known else "nothing"
+    side, there = told.get("side_files") or {}, checkpoint.list_extra_files(artifact.folder)
+    for name in sorted(side.keys() & {INDEX_FILE, *dict(there)}):  # the others may be left out
+        sums[name] = file_sha256(artifact.folder / name)
+        claims.append((name, side[name]))
     for name, claim in claims:
         if claim is not None and claim != sums[name]:
             raise ArtifactError(
                 f"`{artifact.folder / name}` has SHA-256 {sums[name][:12]} where "
                 f"{str(claim)[:12]} was written",
-                hint="the file is damaged or belongs to another artifact",
+                hint="the file is damaged, was edited, or belongs to another artifact",
             )
     return Verified(
         base_sha256=sums[BASE_FILE],
