@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test fuzz bench capability forgetting clean
+.PHONY: help install demo check test fuzz faults bench capability forgetting clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ test: check ## all of check, then the tests
 
 fuzz: install ## damage every kind of file that is read, for MINUTES=30; findings go to demo/fuzz
 	PYTHONPATH=tests $(BIN)/python tests/fuzz/long.py --minutes $(or $(MINUTES),30)
+
+faults: install ## kill, starve and disturb real runs at random moments; prints what was lost (an hour; root mounts small disks)
+	$(BIN)/python tests/faults.py
 
 bench: install ## speed beside the naive code and the disk (2.2 GB of scratch in demo/), then the small model: quality, and under attack
 	$(BIN)/python tests/bench_speed.py

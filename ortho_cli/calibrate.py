@@ -199,6 +199,9 @@ class _Job:
             self._on_event(
                 SequencesDone(sequences=len(batch), tokens=sum(len(s.tokens) for s in batch))
             )
+        # transformers reads the files by their names, after they were digested; nothing that a
+        # model of other bytes gave may count.
+        ShardReader(self._checkpoint).close()
         self._sums[name].finish_chunk()
         self._nll[name] += nll
         self._work.commit([{"name": f"{name} {number}", "nll": nll}])

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ortho_cli.errors import CheckpointError
+from ortho_cli.errors import CheckpointError, ResourceError
 from ortho_cli.files import open_regular, read_regular
 
 # Bits an element, for every dtype that safetensors 0.8 knows.
@@ -478,10 +478,22 @@ class ShardReader:
 
 
 def fill(fd: int, buffer: memoryview, offset: int, *, what: str) -> None:
-    """Read exactly `len(buffer)` bytes at `offset`."""
+    """Read exactly `len(buffer)` bytes at `offset`.
+
+    Raises:
+        CheckpointError: the file ends before.
+        ResourceError: the disk fails; work so far is as good as it was.
+    """
     done = 0
     while done < len(buffer):
-        got = os.preadv(fd, [buffer[done:]], offset + done)
+        try:
+            got = os.preadv(fd, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise ResourceError(
+                f"cannot read {what} at byte {offset + done}: "
+                f"{os.strerror(error.errno or 0).lower()}",
+                hint="look at the disk it lies on, then repeat the same command",
+            ) from error
         if got == 0:
             raise CheckpointError(
                 f"{what} ends at byte {offset + done} where {len(buffer) - done} more were "

@@ -196,7 +196,8 @@ class WorkFolder:
         """Close everything; keep the folder only if another run can go on in it."""
         # A source that must be repaired is another source then: work on this one is of no use.
         useless = not self.useful or isinstance(error, BAD_SOURCE)
-        if error is not None and useless and not self.published:
+        replaced = os.path.lexists(self.folder / "previous")  # not ours alone to throw away
+        if error is not None and useless and not (replaced or self.published):
             with contextlib.suppress(OSError):
                 self._lock.remove_folder()
                 for parent in self._made:

@@ -19,7 +19,8 @@ from torch import Tensor
 from ortho_cli import calibrate as work
 from ortho_cli import calibrate_plan, recipe
 from ortho_cli.checkpoint import open_checkpoint
-from ortho_cli.events import Event, SequencesDone
+from ortho_cli.errors import CheckpointError
+from ortho_cli.events import Event, Finishing, SequencesDone
 from ortho_cli.journal import work_folder
 from ortho_cli.statistics import open_statistics
 
@@ -252,6 +253,30 @@ def test_killed_run_goes_on_and_gives_the_same_bytes(model: Path, sequences: int
             finished[name] = out.read_bytes()
             out.unlink()
     assert finished["whole"] == finished["resumed"]
+    assert not work_folder(out).exists()
+
+
+def test_model_that_changes_after_its_digest_is_noticed_before_anything_counts(
+    model: Path,
+) -> None:
+    settings = recipe.load_recipe(None, ["calibrate.samples=6", "calibrate.length=24"])
+    opened, out = open_checkpoint(model), model.parent / "s.safetensors"
+    retain = model.parent / "retain.txt"
+    data = calibrate_plan.read_sets(model, [retain], [], settings.calibrate)
+
+    def replace(event: Event) -> None:
+        if isinstance(event, Finishing) and event.step == "digest the model":
+            return
+        if not (model / "new").exists():
+            weights = load_file(model / "model.safetensors")
+            save_file({k: -v for k, v in weights.items()}, model / "new", {"format": "pt"})
+            (model / "new").replace(model / "model.safetensors")
+
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        work.calibrate(
+            calibrate_plan.make_plan(opened, settings, data), opened, out, on_event=replace
+        )
+    assert not out.exists()
     assert not work_folder(out).exists()
 
 

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
+import checkpoints
+import faults
 import pytest
+from conftest import PICO
+from safetensors.torch import load_file, save_file
 
 from ortho_cli import decompose as work
 from ortho_cli import recipe
 from ortho_cli.checkpoint import open_checkpoint
-from ortho_cli.errors import Interrupted, OutputExistsError
+from ortho_cli.errors import Interrupted, NumericalError, OutputExistsError, ResourceError
 from ortho_cli.events import Event, Finishing, TensorDone
 from ortho_cli.journal import WorkFolder, work_folder
 from ortho_cli.plan import make_plan
 
 # The server imports torch once; each process then starts in milliseconds.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["ortho_cli.decompose", "ortho_cli.recipe"])
+SERVER.set_forkserver_preload([*faults.HEAVY, "ortho_cli.recipe"])
 
 
 def split(source: Path, out: Path, *sets: str, workers: int = 2, **options: Any) -> dict[str, Any]:
@@ -153,6 +159,70 @@ def test_output_that_appears_during_the_run_is_kept(
     split(pico, out)
     split(pico, tmp_path / "reference")
     assert contents(out) == contents(tmp_path / "reference")
+
+
+def test_what_a_kill_left_of_the_old_output_outlives_a_source_that_is_no_good(
+    pico: Path, artifact: Path
+) -> None:
+    before = contents(artifact)
+    run_and_die(pico, artifact, "rename 3", force=True)
+    previous = work_folder(artifact) / "previous"
+    shutil.copytree(previous, artifact)  # somebody put it back by hand
+    weights = load_file(pico / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, pico / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NumericalError):
+        split(pico, artifact, force=True)
+    assert contents(previous) == contents(artifact) == before
+
+
+def test_resume_from_a_source_that_only_looks_the_same_mixes_nothing(
+    pico: Path, tmp_path: Path
+) -> None:
+    """Files of an image or archive may all bear one time, and models of one shape one size."""
+    source, out = pico / "model.safetensors", tmp_path / "out"
+    run_and_die(pico, out, "tensor 9")
+    before = source.stat()
+    checkpoints.save(pico, checkpoints.weights(**PICO, kv=32, seed=1))
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert source.stat().st_size == before.st_size
+    split(pico, out)
+    split(pico, tmp_path / "reference")
+    assert contents(out) == contents(tmp_path / "reference")
+
+
+def test_read_error_names_the_file_and_keeps_the_work(
+    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "COMMIT_SECONDS", 0.0)
+    real, out, seen = os.preadv, tmp_path / "out", 0
+
+    def count(event: Event) -> None:
+        nonlocal seen
+        seen += isinstance(event, TensorDone)
+
+    def preadv(fd: int, buffers: Any, offset: int) -> int:
+        if seen == 7:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with pytest.raises(ResourceError, match=r"cannot read .* at byte \d+: input/output error"):
+        split(pico, out, workers=1, on_event=count)
+    assert (work_folder(out) / "journal").read_text().count("\n") > 1
+    monkeypatch.undo()
+    split(pico, out)
+    split(pico, tmp_path / "reference")
+    assert contents(out) == contents(tmp_path / "reference")
+
+
+def test_faults_at_random_moments_lose_nothing(tmp_path: Path) -> None:
+    """A few runs of the matrix that `make faults` runs whole."""
+    kind = faults.prepare("decompose", tmp_path / "kind")
+    for number, name in enumerate(("kill -9", "SIGTERM", "file size limit", "two at once")):
+        scene = faults.Scene(kind, tmp_path / name, random.Random(number), forced=number % 2 == 1)
+        _, wrong = faults.meet(faults.FAULTS[name], scene)
+        assert wrong == []
 
 
 def test_side_file_removed_between_kill_and_rerun_is_not_in_the_output(

@@ -58,6 +58,7 @@ def test_readme_setup_is_two_make_targets_that_exist() -> None:
         "check",
         "test",
         "fuzz",
+        "faults",
         "bench",
         "capability",
         "forgetting",
