@@ -503,7 +503,7 @@ def test_load_refuses_what_it_cannot_do(artifact_of_llama: Path, tmp_path: Path)
     lone = tmp_path / "lone"
     shutil.copytree(artifact_of_llama, lone)
     (lone / "ortho.safetensors").unlink()
-    with pytest.raises(ArtifactError, match=r"no ortho\.safetensors and alpha is not 0"):
+    with pytest.raises(ArtifactError, match=r"no ortho\.safetensors, and alpha is not 0"):
         ortho_cli.load(lone, alpha=0.5)
     tokens = torch.arange(8)[None]
     alone, both = (ortho_cli.load(f, alpha=0.0) for f in (lone, artifact_of_llama))
