@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -113,6 +114,13 @@ def test_passphrase_opens_a_key_that_opens_ortho(
     ran = ortho("inspect", out, "--identity", passphrase)
     assert (ran.code, ran.out) == (6, "")
     assert f"the passphrase in `{passphrase}` does not open `{out / 'ortho.key.age'}`" in ran.err
+
+
+@pytest.mark.skipif(shutil.which("age") is None, reason="no age command")
+def test_age_itself_opens_it(sealed: Path, artifact: Path, key: Key) -> None:
+    command = ["age", "-d", "-i", str(key.path), str(sealed / SEALED)]
+    content = subprocess.run(command, capture_output=True, check=True).stdout
+    assert content == (artifact / "ortho.safetensors").read_bytes()
 
 
 def test_every_reader_opens_it_and_none_without_a_key(
