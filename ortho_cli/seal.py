@@ -39,6 +39,7 @@ SECRET = "AGE-SECRET-KEY-1"
 
 CHUNK_SEALED = 1 << 16  # age authenticates so many bytes at a time, with a tag of 16
 HEADER_ROOM = 4096  # of age's header, the random stanza that rage adds to it, and a length
+WORK = 20  # scrypt takes 2^(this + 10) bytes; a hostile file may ask for any number
 LENGTH = 8  # bytes of the length before a sealed part
 
 Buffer = bytes | memoryview
@@ -157,6 +158,20 @@ def read_keys(path: Path) -> Keys:
     return Keys(path=path, identities=tuple(found))
 
 
+def _open_with(passphrase: str, raw: bytes) -> bytes:
+    """Open what a passphrase sealed; as scrypt is told in the file how much work to do, ask first.
+
+    Raises:
+        ValueError: it asks for too much.
+        pyrage.DecryptError: the passphrase does not open it.
+    """
+    for line in raw.split(b"\n---", 1)[0].splitlines():
+        words = line.split(b" ")
+        if words[:2] == [b"->", b"scrypt"] and (len(words) != 4 or not 0 < int(words[3]) <= WORK):
+            raise ValueError("its passphrase needs more than a gigabyte")
+    return bytes(_pyrage().passphrase.decrypt(raw, passphrase))
+
+
 class WorkKey:
     """The key of one piece of work: what it leaves on disk is sealed to it."""
 
@@ -176,7 +191,7 @@ class WorkKey:
         module = _pyrage()
         try:
             if seal.passphrase:
-                text = module.passphrase.decrypt(raw, seal.passphrase)
+                text = _open_with(seal.passphrase, raw)
             else:
                 text = module.decrypt(raw, list(keys.identities) if keys else [])
             return cls(module.x25519.Identity.from_str(text.decode()), seal)
@@ -403,7 +418,7 @@ def open_sealed(path: Path, keys: Keys) -> Opened:
                     "beside it that a passphrase would open",
                     hint="give a file of AGE-SECRET-KEY-1... lines",
                 )
-            text = module.passphrase.decrypt(read_regular(locked), keys.passphrase)
+            text = _open_with(keys.passphrase, read_regular(locked))
             identities = [module.x25519.Identity.from_str(text.decode())]
     except (module.DecryptError, module.IdentityError, ValueError):
         raise ArtifactError(

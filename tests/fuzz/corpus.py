@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import pyrage
 import targets
 import torch
 
@@ -420,6 +421,66 @@ CASES["statistics used: are a model"] = Case(
 )
 CASES["statistics used: infinite curvature"] = Case(
     "stats", values("s.safetensors", f"{NAME}.retain_curvature", b"\x80\x7f"), USE, 5, "inf"
+)
+
+# ----------------------------------------------------------------------------------------- sealed
+
+SEALED = "a/ortho.safetensors.age"
+OPEN = "inspect {d}/a --verify --identity {d}/key.txt"
+WORK = (
+    b"age-encryption.org/v1\n-> scrypt " + b"A" * 22 + b" %s\n" + b"A" * 43 + b"\n--- " + b"A" * 43
+)
+
+
+def locked(factor: bytes) -> Change:
+    """Have a passphrase open a key that asks scrypt for so much work."""
+
+    def change(folder: Path) -> None:
+        (folder / "a" / "ortho.key.age").write_bytes(WORK % factor + b"\n" + b"A" * 200)
+        (folder / "key.txt").write_text("a passphrase")
+
+    return change
+
+
+def sealed_again(content: bytes) -> Change:
+    """Seal other content to the same key."""
+
+    def change(folder: Path) -> None:
+        text = (folder / "key.txt").read_text().split()[-1]
+        key = pyrage.x25519.Identity.from_str(text)
+        (folder / SEALED).write_bytes(pyrage.encrypt(content, [key.to_public()]))
+
+    return change
+
+
+add(
+    "sealed",
+    "sealed",
+    OPEN,
+    6,
+    **{
+        "empty": (write(SEALED, b""), "does not open"),
+        "no age": (write(SEALED, b"\0" * 4096), "does not open"),
+        "a header alone": (write(SEALED, WORK % b"18"), "does not open"),
+        "of nothing": (sealed_again(b""), "has 0 bytes"),
+        "of a header too long": (sealed_again(b"\xff" * 64), "claims a header"),
+        "of no JSON": (sealed_again((8).to_bytes(8, "little") + b"{" * 8), "not valid JSON"),
+        "by two gigabytes of work": (locked(b"21"), "does not open"),
+        "by endless work": (locked(b"62"), "does not open"),
+        "by work without end": (locked(b"9" * 4000), "does not open"),
+        "by no work": (locked(b"-1"), "does not open"),
+        "with a passphrase and no key": (write("key.txt", "words"), "no ortho.key.age"),
+    },
+)
+add(
+    "identity",
+    "sealed",
+    OPEN,
+    2,
+    empty=(write("key.txt", ""), "is empty"),
+    binary=(write("key.txt", b"\xff\xfe"), "is not text"),
+    no_key=(write("key.txt", "AGE-SECRET-KEY-1QQQ\n"), "is no identity"),
+    a_fifo=(fifo("key.txt"), "not a regular file"),
 )
 
 # ---------------------------------------------------------------------------------------- recipes

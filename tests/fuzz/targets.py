@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import checkpoints
+import pyrage
 import torch
 
 from ortho_cli import cli, errors
@@ -135,6 +136,16 @@ def compact(folder: Path) -> None:
     (folder / "a" / "report.json").unlink()
 
 
+def sealed(folder: Path) -> None:
+    """An artifact whose ortho is sealed, and without the report that would betray damage."""
+    model(folder / "source")
+    key = pyrage.x25519.Identity.generate()
+    (folder / "key.txt").write_text(f"# an identity\n{key}\n")
+    command = ["decompose", str(folder / "source"), "-o", str(folder / "a"), "-q"]
+    assert ortho(*command, "--seal-to", str(key.to_public()))[0] == 0
+    (folder / "a" / "report.json").unlink()
+
+
 def half(folder: Path) -> None:
     """A decomposition that was stopped before the end."""
     model(folder / "source")
@@ -172,6 +183,7 @@ MADE = (
     artifact,
     bare,
     compact,
+    sealed,
     half,
     data,
     gguf,
@@ -354,6 +366,10 @@ TARGETS = {
     "compact, converted": Target(
         "compact", "a/ortho.safetensors", safetensors, "convert {d}/a --alpha 1 -o {d}/o"
     ),
+    "sealed": Target(
+        "sealed", "a/ortho.safetensors.age", binary, "inspect {d}/a --verify --identity {d}/key.txt"
+    ),
+    "identity": Target("sealed", "key.txt", binary, "inspect {d}/a --identity {d}/key.txt"),
     "journal": Target("half", ".a.ortho/journal", lines, "decompose {d}/source -o {d}/a"),
     "gguf": Target("gguf", "m.gguf", binary, f"convert {{d}}/m.gguf {DRY}"),
     "data": Target("data", "f.jsonl", lines, ""),
