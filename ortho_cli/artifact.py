@@ -83,6 +83,7 @@ tensor by name, whatever the sharding. A lone base is a valid artifact; a lone o
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,11 @@ def canonical_json(value: object) -> str:
 def pretty_json(value: object) -> bytes:
     """Spell a JSON file that people read."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def spelled(name: str) -> str:
+    """Spell a file's name for JSON, which holds text where a name can be any bytes."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def module_of(name: str) -> str:

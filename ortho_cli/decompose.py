@@ -498,7 +498,7 @@ class _Job:
             size = plan.base.size - len(plan.base.header)
             work.write_file(INDEX_FILE, pretty_json(index(plan.base.regions, total_size=size)))
             report["side_files"] = {
-                name: file_sha256(work.artifact / name) for name in sorted(names)
+                artifact.spelled(n): file_sha256(work.artifact / n) for n in sorted(names)
             }
             work.write_file(REPORT_FILE, pretty_json(report))
         except OSError as error:

@@ -21,6 +21,7 @@ from ortho_cli.artifact import (
     Artifact,
     count_kept,
     damaged,
+    spelled,
 )
 from ortho_cli.checkpoint import Shard, TensorInfo
 from ortho_cli.errors import ArtifactError, CheckpointError
@@ -218,9 +219,10 @@ def verify(artifact: Artifact, *, on_event: EventSink = null_sink) -> Verified:
         known = "sealed_sha256" in told
         checked[SEALED_FILE] = "its digest in report.json" if known else "nothing"
     side, there = told.get("side_files") or {}, checkpoint.list_extra_files(artifact.folder)
-    for name in sorted(side.keys() & {INDEX_FILE, *dict(there)}):  # the others may be left out
-        sums[name] = file_sha256(artifact.folder / name)
-        claims.append((name, side[name]))
+    here = {spelled(name): name for name in (INDEX_FILE, *dict(there))}
+    for name in sorted(side.keys() & here.keys()):  # some may be left out, others were added
+        sums[here[name]] = file_sha256(artifact.folder / here[name])
+        claims.append((here[name], side[name]))
     for name, claim in claims:
         if claim is not None and claim != sums[name]:
             raise ArtifactError(

@@ -34,7 +34,7 @@ FISHER = "fisher.safetensors"  # made up: as many bytes as measured ones
 GGUF = "source.gguf"
 KEPT = HERE / "bench_speed.json"
 SLACK = 1.25  # medians of a quiet machine differ by less
-OURS = ("ours", "ours, Fisher", "ours, 1 worker", "ours, torch")
+OURS = ("ours", "ours, Fisher", "ours, 1 worker", "ours, torch", "ours, no digests")
 LLAMA = ("llama-quantize", "llama-quantize, all")
 PEERS = ("torchao", "hqq", "llmcompressor", "autoround", "quanto")
 # Ratios of seconds that must not grow: of the first row to the second.
@@ -44,6 +44,7 @@ RATIOS = (
     ("ours, Fisher", "ours"),
     ("ours, 1 worker", "ours"),
     ("ours", "ours, torch"),
+    ("ours", "ours, no digests"),
     *(("ours", peer) for peer in (*LLAMA, *PEERS)),
 )
 # As where numba is not installed.
@@ -51,6 +52,19 @@ WITHOUT_NUMBA = (
     "import ortho_cli.onepass as o, sys; o.find_spec = lambda name: None; "
     "from ortho_cli.cli import main; main()"
 )
+# What digests cost.
+WITHOUT_DIGESTS = """
+import blake3
+class Nothing:
+    def update(self, data): pass
+    def hexdigest(self): return "0" * 64
+blake3.blake3 = Nothing
+import ortho_cli.writer
+ortho_cli.writer.GrowingSha256.up_to = lambda self, offset: "0" * 64
+from ortho_cli.cli import main
+main()
+"""
+CHANGED = {"ours, torch": WITHOUT_NUMBA, "ours, no digests": WITHOUT_DIGESTS}
 NAIVE = """
 import sys
 from pathlib import Path
@@ -71,7 +85,7 @@ def command_of(row: str, chosen: argparse.Namespace, source: Path, out: Path) ->
         return [program, *options, chosen.scratch / GGUF, out, "Q4_0", chosen.workers]
     if row == "naive":
         return [sys.executable, "-c", NAIVE, HERE, source, out]
-    program = [sys.executable, "-c", WITHOUT_NUMBA] if "torch" in row else [_ortho()]
+    program = [sys.executable, "-c", CHANGED[row]] if row in CHANGED else [_ortho()]
     options = ["--workers", 1 if "1 worker" in row else chosen.workers]
     options += ["--stats", chosen.scratch / FISHER] if "Fisher" in row else []
     options += [f"--set={item}" for item in chosen.sets]

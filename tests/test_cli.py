@@ -253,8 +253,10 @@ def test_interrupt_exits_130_and_the_same_command_finishes(tmp_path: Path) -> No
 
 
 ENDING = """
-import os, sys
+import os, signal, sys
 from ortho_cli import boundary
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started the tests
 
 def ask(**_):
     first, *more = map(int, sys.argv[1:])

@@ -134,6 +134,9 @@ def test_names_that_are_no_text_are_carried_over(hostile: Path, ortho: Ortho) ->
         ran = ortho(command, hostile, "-o", hostile.parent / out, "--json")
         assert ran.code == 0, ran.err
         assert (hostile.parent / out / odd).read_text() == "kept"
+    assert ortho("inspect", hostile.parent / "a", "--verify").code == 0
+    (hostile.parent / "a" / odd).write_text("lost")
+    assert ortho("inspect", hostile.parent / "a", "--verify").code == 6
 
 
 def on_a_terminal(*command: str) -> bytes:
