@@ -253,10 +253,8 @@ def test_interrupt_exits_130_and_the_same_command_finishes(tmp_path: Path) -> No
 
 
 ENDING = """
-import os, signal, sys
+import os, sys
 from ortho_cli import boundary
-
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started the tests
 
 def ask(**_):
     first, *more = map(int, sys.argv[1:])
@@ -283,7 +281,8 @@ boundary.enter(lambda: boundary.run(ask, [], many={}))
 def test_a_signal_that_asks_for_an_end_is_an_interrupt_and_a_second_one_is_obeyed_at_once(
     signals: list[signal.Signals], code: int
 ) -> None:
-    command = [sys.executable, "-c", ENDING, *(str(number.value) for number in signals)]
+    fresh = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # whoever started us
+    command = [sys.executable, "-c", fresh + ENDING, *(str(number.value) for number in signals)]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == code
     told = "error: interrupted\nhint: repeat the same command: nothing is lost\n"
