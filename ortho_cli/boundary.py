@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from ortho_cli.errors import Interrupted, OrthoError, ResourceError, UsageError
+from ortho_cli.errors import Interrupted, OrthoError, ResourceError, UsageError, reason
 
 # Objects between two looks for garbage: imports make many, and none of it is any.
 GARBAGE = 200_000
@@ -75,9 +75,9 @@ def _as_ortho_error(error: BaseException) -> OrthoError | None:
     if isinstance(error, MemoryError) or any(text in str(error) for text in starved):
         return ResourceError("out of memory", hint="use fewer --workers or a lower density")
     if isinstance(error, OSError):
-        reason = (error.strerror or str(error)).lower()
+        why = reason(error)
         return ResourceError(
-            f"`{error.filename}`: {reason}" if error.filename else reason,
+            f"`{error.filename}`: {why}" if error.filename else why,
             hint="check the file and its rights",
         )
     shown = getattr(error, "format_message", None)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ortho_cli.errors import CheckpointError, ResourceError
+from ortho_cli.errors import CheckpointError, ResourceError, reason, shown
 from ortho_cli.files import open_regular, read_regular
 
 # Bits an element, for every dtype that safetensors 0.8 knows.
@@ -101,7 +101,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _open(path)
     except OSError as error:
         raise CheckpointError(
-            f"cannot read `{error.filename or path}`: {(error.strerror or str(error)).lower()}",
+            f"cannot read `{error.filename or path}`: {reason(error)}",
             hint="give a .safetensors file or a model folder that you may read",
         ) from error
 
@@ -204,7 +204,7 @@ def read_index(path: Path, *, suffix: str = ".safetensors") -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or file != Path(file).name or not file.endswith(suffix):
             raise CheckpointError(
-                f"`{path}` sends tensor `{name}` to {_short(file)}, which is not a {suffix} name "
+                f"`{path}` sends tensor `{name}` to {shown(file)}, which is not a {suffix} name "
                 f"in its folder",
                 hint="shards must lie beside the index",
             )
@@ -376,19 +376,19 @@ def _parse_tensor(
         raise bad("is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise bad(f"has dtype {_short(dtype)}, which is none of {', '.join(DTYPE_BITS)}")
+        raise bad(f"has dtype {shown(dtype)}, which is none of {', '.join(DTYPE_BITS)}")
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
-        raise bad(f"has shape {_short(shape)}, which is not a list of counts")
+        raise bad(f"has shape {shown(shape)}, which is not a list of counts")
     if len(shape) > MAX_DIMENSIONS:
         raise bad(f"has {len(shape)} dimensions, where {MAX_DIMENSIONS} are the most")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise bad(f"has data_offsets {_short(offsets)}, which are not two counts")
+        raise bad(f"has data_offsets {shown(offsets)}, which are not two counts")
     begin, end = offsets
     if not begin <= end <= data_size:
         raise bad(f"claims bytes {begin} to {end} of {data_size}")
     needed = math.prod(shape) * DTYPE_BITS[dtype]
     if needed != 8 * (end - begin):
-        raise bad(f"has {end - begin} bytes where {dtype} {_short(shape)} takes {needed // 8}")
+        raise bad(f"has {end - begin} bytes where {dtype} {shown(shape)} takes {needed // 8}")
     return TensorInfo(
         name=name,
         dtype=dtype,
@@ -397,11 +397,6 @@ def _parse_tensor(
         offset=data_start + begin,
         nbytes=end - begin,
     )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _check_coverage(path: Path, tensors: list[TensorInfo], *, data_start: int, size: int) -> None:
@@ -490,8 +485,7 @@ def fill(fd: int, buffer: memoryview, offset: int, *, what: str) -> None:
             got = os.preadv(fd, [buffer[done:]], offset + done)
         except OSError as error:
             raise ResourceError(
-                f"cannot read {what} at byte {offset + done}: "
-                f"{os.strerror(error.errno or 0).lower()}",
+                f"cannot read {what} at byte {offset + done}: {reason(error)}",
                 hint="look at the disk it lies on, then repeat the same command",
             ) from error
         if got == 0:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
-from ortho_cli.errors import CalibrationError
+from ortho_cli.errors import CalibrationError, reason
 from ortho_cli.files import read_regular
 
 CHARACTERS_PER_TOKEN = 5  # a long text is cut into pieces that hold a sequence and a bit
@@ -98,9 +98,9 @@ def read_values(path: Path) -> tuple[Iterator[tuple[Any, str]], bytes]:
     try:
         raw = read_regular(path)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
         raise CalibrationError(
-            f"cannot read data `{path}`: {reason}", hint="give .txt, .jsonl or .parquet files"
+            f"cannot read data `{path}`: {reason(error)}",
+            hint="give .txt, .jsonl or .parquet files",
         ) from None
     values = _values_of(path, raw)
     first = next(values, None)

@@ -19,6 +19,21 @@ what to do.
 from __future__ import annotations
 
 
+def reason(error: Exception) -> str:
+    """Say why a file could not be read or written, as the end of a sentence."""
+    said = str(getattr(error, "strerror", None) or error)
+    return said[:1].lower() + said[1:]
+
+
+def shown(value: object) -> str:
+    """Spell a stranger's value for a sentence, however long it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # hexadecimal has no end, and Python spells no more than 4300 digits
+        return f"a {type(value).__name__} of too many digits"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 class OrthoError(Exception):
     """Base of every error that `ortho` raises on purpose."""
 

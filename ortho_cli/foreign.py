@@ -28,7 +28,7 @@ from ortho_cli.checkpoint import (
     read_index,
     read_json_object,
 )
-from ortho_cli.errors import CheckpointError
+from ortho_cli.errors import CheckpointError, reason
 from ortho_cli.source import (
     DTYPE_NAMES,
     RowReader,
@@ -67,7 +67,7 @@ def open_foreign(path: Path) -> Source:
             source = _open_safetensors(open_checkpoint(path))
     except OSError as error:
         raise CheckpointError(
-            f"cannot read `{error.filename or path}`: {(error.strerror or str(error)).lower()}",
+            f"cannot read `{error.filename or path}`: {reason(error)}",
             hint="give a model file or folder that you may read",
         ) from error
     try:

@@ -408,9 +408,8 @@ def _remove(path: Path) -> None:
 
 def unwritable(path: Path, error: OSError) -> ResourceError:
     """Say why a file could not be written."""
-    reason = error.strerror or str(error)
     return ResourceError(
-        f"cannot write `{path}`: {reason[:1].lower() + reason[1:]}",
+        f"cannot write `{path}`: {errors.reason(error)}",
         hint="free space there, or choose another -o",
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ortho_cli.errors import RecipeError
+from ortho_cli.errors import RecipeError, shown
 from ortho_cli.files import read_regular
 from ortho_cli.settings import Override, Recipe
 
@@ -235,22 +235,14 @@ def _explain(error: ValidationError, label: str, where: dict[Path_, str]) -> Rec
             hint="every recipe says `version: 1`; every override, `match`",
         )
     if path == ("base", "group_size") and first["type"] != "value_error":
-        problem = f"must be `auto` or a multiple of 8, not {_shown(first['input'])}"
+        problem = f"must be `auto` or a multiple of 8, not {shown(first['input'])}"
     elif first["type"] == "value_error":
         problem = f"is wrong: {first['ctx']['error']}"
     else:
-        problem = f"{_lower(first['msg'])}, not {_shown(first['input'])}"
+        problem = f"{_lower(first['msg'])}, not {shown(first['input'])}"
     return RecipeError(
         f"{place}: `{dotted}` {problem}", hint="see `ortho decompose --recipe-schema`"
     )
-
-
-def _shown(value: object) -> str:
-    try:
-        shown = repr(value)
-    except ValueError:  # hexadecimal has no end, and Python spells no more than 4300 digits
-        return f"a {type(value).__name__} of too many digits"
-    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def _lower(text: str) -> str:

@@ -27,7 +27,7 @@ from typing import Any
 from blake3 import blake3
 
 from ortho_cli.checkpoint import fill
-from ortho_cli.errors import ArtifactError, ResourceError, UsageError
+from ortho_cli.errors import ArtifactError, ResourceError, UsageError, reason
 from ortho_cli.events import EventSink, Noted
 from ortho_cli.files import open_regular, read_regular
 from ortho_cli.journal import KEY_FILE, WorkFolder, unwritable
@@ -112,9 +112,7 @@ def _read(path: Path) -> str:
     try:
         return read_regular(path).decode()
     except OSError as error:
-        raise UsageError(
-            f"cannot read `{path}`: {(error.strerror or str(error)).lower()}", hint="check the path"
-        ) from None
+        raise UsageError(f"cannot read `{path}`: {reason(error)}", hint="check the path") from None
     except UnicodeDecodeError:
         raise UsageError(f"`{path}` is not text", hint="is this the right file?") from None
 
@@ -431,11 +429,10 @@ def open_sealed(path: Path, keys: Keys) -> Opened:
             sink = _Sink(found.write)
             _run(lambda: module.decrypt_io(file, sink, identities), sink)
     except (module.DecryptError, OSError) as error:
-        reason = str(error)
         raise ArtifactError(
-            f"`{keys.path}` does not open `{path}`: {reason[:1].lower() + reason[1:]}",
+            f"`{keys.path}` does not open `{path}`: {reason(error)}",
             hint="give an identity that it was sealed to"
-            if "matching" in reason
+            if "matching" in str(error)
             else "the file was cut, damaged or exchanged; restore it",
         ) from None
     return found

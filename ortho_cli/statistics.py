@@ -46,7 +46,7 @@ from blake3 import blake3
 from ortho_cli import checkpoint
 from ortho_cli.artifact import canonical_json, module_of
 from ortho_cli.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo
-from ortho_cli.errors import CalibrationError, CheckpointError
+from ortho_cli.errors import CalibrationError, CheckpointError, reason
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
 from ortho_cli.writer import TensorSpec
 
@@ -182,7 +182,7 @@ def open_statistics(path: Path) -> Statistics:
     try:
         shard = checkpoint.read_shard(path)
     except (CheckpointError, OSError) as error:
-        message = getattr(error, "message", None) or f"cannot read `{path}`: {_reason(error)}"
+        message = getattr(error, "message", None) or f"cannot read `{path}`: {reason(error)}"
         raise CalibrationError(message, hint="calibrate again") from None
     if shard.metadata.get("format") != FORMAT:
         raise CalibrationError(
@@ -190,9 +190,7 @@ def open_statistics(path: Path) -> Statistics:
             hint="give a file that `ortho calibrate` wrote",
         )
     try:
-        told = {
-            key: _parse(path, key, shard.metadata[key]) for key in ("tensors", "digests", "data")
-        }
+        told = {key: _parse(path, key, shard.metadata[key]) for key in _PARSED}
         found = Statistics(
             path=path,
             shard=shard,
@@ -212,10 +210,6 @@ def open_statistics(path: Path) -> Statistics:
             f"the header of `{path}` is damaged: {error}", hint="calibrate again"
         ) from None
     return found
-
-
-def _reason(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error).lower()
 
 
 def _parse(path: Path, key: str, text: str) -> dict[str, Any]:
