@@ -407,7 +407,8 @@ print(peak() - before, made.peak_bytes)
 def test_decompose_memory_is_a_few_tiles_whatever_the_size(tmp_path: Path, compiled: str) -> None:
     one = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
     over = {}
-    for times in (1, 4):
+    # From two of each kind on: fewer never keep both workers at the largest weights at one time.
+    for times in (2, 8):
         tensors = {}
         for i in range(times):
             tensors[f"{i}.embed.weight"] = one.clone()
@@ -416,7 +417,7 @@ def test_decompose_memory_is_a_few_tiles_whatever_the_size(tmp_path: Path, compi
         checkpoints.save(tmp_path / f"m{times}", tensors)
         over[times] = 0
         # The more tensors, the surer that two workers peak together: a small model gets more tries.
-        for go in range(4 // times):
+        for go in range(8 // times):
             out = tmp_path / f"out{times}.{go}"
             command = [sys.executable, "-c", MEASURE, tmp_path / f"m{times}", out, compiled]
             ran = subprocess.run(
@@ -426,4 +427,4 @@ def test_decompose_memory_is_a_few_tiles_whatever_the_size(tmp_path: Path, compi
             assert peak < 100e6
             assert peak < 2 * planned
             over[times] = max(over[times], peak)
-    assert over[4] < 1.1 * over[1]
+    assert over[8] < 1.1 * over[2]
