@@ -324,18 +324,20 @@ def is_artifact(path: Path, *, damaged: bool = False) -> bool:
     names = (BASE_FILE, ORTHO_FILE) if whole else (path.name,)
     if path.is_dir() and (folder / "model.safetensors").exists():
         return False
-    for name in names:
-        if (folder / name).is_file():
-            try:
-                metadata = checkpoint.read_shard(folder / name).metadata
-            except CheckpointError:
-                return damaged and name in (BASE_FILE, ORTHO_FILE)
-            if is_ours(metadata):
-                return True
+    named = [name for name in names if (folder / name).is_file()]
+    for name in named:
+        try:
+            metadata = checkpoint.read_shard(folder / name).metadata
+        except CheckpointError:
+            return damaged and name in (BASE_FILE, ORTHO_FILE)
+        if is_ours(metadata):
+            return True
+    if not damaged:
+        return False
     # A sealed ortho says nothing, and a bit of the very words that say so may have flipped.
-    named = any((folder / name).is_file() for name in {BASE_FILE, ORTHO_FILE}.intersection(names))
-    reported = named and (folder / REPORT_FILE).is_file()
-    return damaged and (reported or (whole and (folder / SEALED_FILE).is_file()))
+    if {BASE_FILE, ORTHO_FILE}.intersection(named) and (folder / REPORT_FILE).is_file():
+        return True
+    return whole and (folder / SEALED_FILE).is_file()
 
 
 def damaged(path: Path, what: str) -> ArtifactError:

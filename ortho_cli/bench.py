@@ -73,8 +73,7 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> dict[str, A
     """
     gates = [figures.parse_gate(text) for text in settings.require]
     settings = checked(settings)
-    keys = read_keys(settings.identity) if settings.identity else None
-    opened = open_artifact(settings.artifact, keys)
+    opened = open_artifact(settings.artifact, read_keys(settings.identity))
     if opened.ortho is None and any(settings.alphas):
         raise no_ortho(opened, "alpha is not 0")
     for folder in (settings.model, settings.reference_model):

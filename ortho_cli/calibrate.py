@@ -29,7 +29,7 @@ from ortho_cli.capture import (
     symmetrize,
     top_overlap,
 )
-from ortho_cli.checkpoint import Checkpoint, ShardReader, TensorInfo
+from ortho_cli.checkpoint import Checkpoint, ShardReader, TensorInfo, check_in_place
 from ortho_cli.data import TokenSequence
 from ortho_cli.errors import CalibrationError
 from ortho_cli.events import EventSink, Finishing, Measuring, Noted, SequencesDone, null_sink
@@ -201,7 +201,7 @@ class _Job:
             )
         # transformers reads the files by their names, after they were digested; nothing that a
         # model of other bytes gave may count.
-        ShardReader(self._checkpoint).close()
+        check_in_place(self._checkpoint)
         self._sums[name].finish_chunk()
         self._nll[name] += nll
         self._work.commit([{"name": f"{name} {number}", "nll": nll}])

@@ -472,6 +472,11 @@ class ShardReader:
             os.close(self._fds.popitem()[1])
 
 
+def check_in_place(checkpoint: Checkpoint) -> None:
+    """Raise if what bears a shard's name is not the file, or not as, its header was read from."""
+    ShardReader(checkpoint).close()
+
+
 def fill(fd: int, buffer: memoryview, offset: int, *, what: str) -> None:
     """Read exactly `len(buffer)` bytes at `offset`.
 

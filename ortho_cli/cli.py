@@ -127,11 +127,11 @@ def decompose(
     from ortho_cli.artifact import is_artifact
     from ortho_cli.output import check_output, check_space, files_of
     from ortho_cli.plan import check_memory
-    from ortho_cli.seal import make_seal, read_keys
+    from ortho_cli.seal import make_seal, read_keys, scratch_bytes
 
     splits_on = _split_device(device)
     seal = make_seal(seal_to or (), seal_passphrase_file)
-    keys = read_keys(identity) if identity else None
+    keys = read_keys(identity)
     if keys and seal is None:
         raise UsageError(
             "--identity opens what was sealed, and nothing is: there is no --seal-to",
@@ -142,7 +142,7 @@ def decompose(
     target = out or default_out(model)
     read = files_of(checkpoint, *plan.inputs, *(forget or []), *(data or []))
     check_output(target, read, force=force, is_ours=is_artifact)
-    check_space(plan.bytes_on_disk, target)
+    check_space(plan.bytes_on_disk + scratch_bytes(plan.ortho, seal), target)
     check_memory(plan)
     notes: list[Event] = []
     more = _model_work(plan, checkpoint, forget or [], data or [], device, notes.append)
@@ -298,7 +298,7 @@ def convert(
     from ortho_cli.seal import read_keys
 
     size = parse_size(shard_size)
-    keys = read_keys(identity) if identity else None
+    keys = read_keys(identity)
     with contextlib.closing(work.open_source(source, alpha=alpha, keys=keys)) as opened:
         plan = make_plan(opened, dtype=dtype, shard_size=size)
         folder = opened.folder if opened.kind == "artifact" else source

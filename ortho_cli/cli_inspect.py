@@ -54,12 +54,14 @@ def inspect(
     from ortho_cli.statistics import is_statistics
 
     _check_device(device)
-    if expect_source and not artifact.is_artifact(path, damaged=True):
+    measured = is_statistics(path)
+    ours = not measured and artifact.is_artifact(path, damaged=True)
+    if expect_source and not ours:
         raise UsageError(
             f"`{path}` is no artifact, and --expect-source checks where one comes from",
             hint="leave --expect-source out",
         )
-    if is_statistics(path):
+    if measured:
         if recipe or sets or stats:
             raise UsageError(
                 f"`{path}` is a statistics file, made by the recipe that it holds",
@@ -67,7 +69,7 @@ def inspect(
             )
         _show_statistics(path, verify=verify, as_json=as_json, quiet=quiet, verbose=verbose)
         return
-    if not artifact.is_artifact(path, damaged=True):
+    if not ours:
         if verify and path.exists():
             raise UsageError(
                 f"`{path}` is no artifact, and --verify checks artifacts and statistics",
@@ -81,8 +83,7 @@ def inspect(
             f"`{path}` is an artifact, made by the recipe that it holds",
             hint="leave --stats, --recipe and --set out",
         )
-    keys = read_keys(identity) if identity else None
-    found = open_artifact(path if path.is_dir() else path.parent, keys)
+    found = open_artifact(path if path.is_dir() else path.parent, read_keys(identity))
     document = reading.describe(found)
     if expect_source:
         from ortho_cli.checkpoint import open_checkpoint

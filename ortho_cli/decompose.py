@@ -27,7 +27,7 @@ from ortho_cli.artifact import (
     canonical_json,
     pretty_json,
 )
-from ortho_cli.checkpoint import Checkpoint, ShardReader
+from ortho_cli.checkpoint import Checkpoint, ShardReader, check_in_place
 from ortho_cli.edits import Edits, Key, count, load_edits, save_edits
 from ortho_cli.errors import RecipeError
 from ortho_cli.events import EventSink, Finishing, Noted, Started, null_sink
@@ -140,7 +140,7 @@ def decompose(
     recover(out)
     sources = files_of(checkpoint, *plan.inputs)
     check_output(out, sources, force=force, is_ours=artifact.is_artifact)
-    check_space(plan.bytes_on_disk + (scratch_bytes(plan.ortho) if seal else 0), out)
+    check_space(plan.bytes_on_disk + scratch_bytes(plan.ortho, seal), out)
     if plan.recipe.ortho.budget == "global" and plan.kept is None:
         from ortho_cli.budget import settle
 
@@ -178,7 +178,7 @@ def decompose(
             if tuner is not None:
                 base_sha256 = job.tune(tuner)
             if editor is not None or tuner is not None:
-                ShardReader(checkpoint).close()  # their model was read by its files' names
+                check_in_place(checkpoint)  # their model was read by its files' names
             with _many_small_operations():
                 report = job.finish(base_sha256)
             work.publish(may_replace=lambda there: force and artifact.is_artifact(there))
@@ -376,13 +376,9 @@ class _Job:
         else:
             layout = plan_layout((s for t in plan.tensors for s in t.ortho), told)
             assert layout.regions == plan.ortho.regions
-            ortho.write_header(layout.header)
-        sealed_sha256 = None
-        if isinstance(ortho, SealedFile):
+        if self._key is not None:
             self._emit(Finishing(step="seal"))
-            ortho_sha256, sealed_sha256 = ortho.publish(self._work, layout)
-        else:
-            ortho_sha256 = GrowingSha256(ortho.fd).up_to(layout.size)
+        ortho_sha256, sealed_sha256 = ortho.finish(layout)
         report = make_report(
             plan,
             entries,

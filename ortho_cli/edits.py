@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import io
-import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ortho_cli.journal import unwritable
+from ortho_cli.journal import write_private
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,37 +44,29 @@ class Key(Protocol):
 
 def save_arrays(path: Path, arrays: Arrays, key: Key | None = None) -> None:
     """Write arrays whole or not at all, for their owner alone: they tell what was private."""
-    partial = path.with_name(path.name + ".partial")
-    sealed = None
-    if key is not None:
-        plain = io.BytesIO()
+
+    def write(file: BinaryIO) -> None:
+        plain = file if key is None else io.BytesIO()
         np.savez(plain, **arrays)  # type: ignore[arg-type, unused-ignore]
-        sealed = key.seal(plain.getvalue())
-    try:
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            if sealed is None:
-                np.savez(file, **arrays)  # type: ignore[arg-type, unused-ignore]
-            else:
-                file.write(sealed)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    except OSError as error:
-        raise unwritable(path, error) from error
+        if key is not None:
+            assert isinstance(plain, io.BytesIO)
+            file.write(key.seal(plain.getvalue()))
+
+    write_private(path, write)
 
 
 def load_arrays(path: Path, key: Key | None = None) -> dict[str, npt.NDArray[Any]] | None:
     """Read what `save_arrays` wrote; None where there is nothing, or nothing whole."""
     try:
-        if key is not None:
-            with np.load(io.BytesIO(key.open(path.read_bytes()))) as held:
-                return {name: held[name] for name in held.files}
         # numpy leaves a file that it opened itself open when it is cut.
-        with path.open("rb") as file, np.load(file) as held:
+        with path.open("rb") as file, np.load(_unsealed(file, key)) as held:
             return {name: held[name] for name in held.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
+
+
+def _unsealed(file: BinaryIO, key: Key | None) -> BinaryIO:
+    return file if key is None else io.BytesIO(key.open(file.read()))
 
 
 def save_edits(path: Path, edits: Edits, key: Key | None = None) -> None:

@@ -380,7 +380,7 @@ class Engine:
         """
         self._refuse_split()
         kernels.check_alpha(alpha)
-        keys = None if identity is None else read_keys(Path(identity))
+        keys = read_keys(None if identity is None else Path(identity))
         opened = open_artifact(Path(folder), keys)
         layers = load_module(self.module, opened)
         metadata = (opened.ortho or opened.base).metadata

@@ -28,7 +28,7 @@ def identity_of(
         "plan": plan.sha256,
         "source": _stamps(checkpoint.shards),
         "version": [__version__, metadata.version("torch")],
-        **_sizes(plan, sealed=seal is not None),
+        **_sizes(plan, seal),
         **{name: value for name, value in more.items() if value is not None},
     }
     if seal is not None:
@@ -44,9 +44,9 @@ def _stamps(shards: Iterable[Shard]) -> list[list[Any]]:
     return [[shard.name, shard.size, shard.mtime_ns] for shard in shards]
 
 
-def _sizes(plan: Plan, *, sealed: bool) -> dict[str, dict[str, int]]:
+def _sizes(plan: Plan, seal: Seal | None) -> dict[str, dict[str, int]]:
     """Say how large the files are that work goes into; of scratch files ortho is made."""
     base, ortho = {BASE_FILE: plan.base.size}, {ORTHO_FILE: plan.ortho.size}
-    if sealed:
-        return {"files": base, "scratch": {ORTHO_FILE: scratch_bytes(plan.ortho)}}
+    if seal is not None:
+        return {"files": base, "scratch": {ORTHO_FILE: scratch_bytes(plan.ortho, seal)}}
     return {"files": base, "scratch": ortho} if plan.is_compact else {"files": base | ortho}

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from ortho_cli import errors
 from ortho_cli.errors import Interrupted, OutputExistsError, ResourceError
@@ -292,18 +292,6 @@ class WorkFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def write_private(self, name: str, data: bytes) -> None:
-        """Leave a small file for the run that goes on, whole or not at all."""
-        path = self.private / name
-        partial = path.with_name(name + PARTIAL)
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-        _sync_folder(self.private)
-
     def copy_file(self, source: Path, name: str) -> None:
         """Copy a file of the source, its bytes only."""
         path = self.artifact / name
@@ -393,6 +381,25 @@ def interruptible(
             if work.useful
             else "nothing was finished; nothing is left behind",
         ) from None
+
+
+def write_private(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file whole or not at all, for its owner alone.
+
+    Raises:
+        ResourceError: the disk is full or closed to us.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def _has_size(path: Path, size: int) -> bool:

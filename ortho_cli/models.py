@@ -15,7 +15,7 @@ from torch import nn
 
 from ortho_cli.artifact import module_of
 from ortho_cli.checkpoint import open_checkpoint, read_json_object
-from ortho_cli.errors import CalibrationError, CheckpointError, RecipeError, UsageError
+from ortho_cli.errors import CalibrationError, CheckpointError, OrthoError, RecipeError, UsageError
 from ortho_cli.files import is_trusted
 from ortho_cli.streams import is_plain_linear
 
@@ -47,14 +47,20 @@ _PARTS = re.compile(r"(layers?|blocks?|experts)$")
 MOST_PARTS = 4096  # experts, which may be fused in one tensor, or layers of a .bin
 
 
-def explain(folder: Path, error: BaseException, what: str, hint: str) -> tuple[str, str]:
-    """Give the sentence and the hint for what transformers raised on a folder."""
-    if not is_trusted() and "trust_remote_code" in str(error):
-        return (
-            f"`{folder}` needs Python code of its own, which is not run without being asked to",
-            "read its .py files; --trust-remote-code runs them, with all of your rights",
-        )
-    return f"{what}: {_first_line(error)}", hint
+@contextlib.contextmanager
+def explained(
+    folder: Path, what: str, *, hint: str, kind: type[OrthoError] = CheckpointError
+) -> Iterator[None]:
+    """Turn whatever transformers raises on a folder into an error of one sentence."""
+    try:
+        yield
+    except Exception as error:
+        if not is_trusted() and "trust_remote_code" in str(error):
+            raise kind(
+                f"`{folder}` needs Python code of its own, which is not run without being asked to",
+                hint="read its .py files; --trust-remote-code runs them, with all of your rights",
+            ) from error
+        raise kind(f"{what}: {_first_line(error)}", hint=hint) from error
 
 
 def check_folder(folder: Path) -> None:
@@ -104,20 +110,13 @@ def load_tokenizer(folder: Path) -> Any:
         CheckpointError: the folder has none, or transformers cannot read it.
     """
     check_folder(folder)
-    with quiet_transformers() as transformers:
-        try:
-            found = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=is_trusted()
-            )
-            found("a", verbose=False)  # some settings are looked at only here
-        except Exception as error:
-            told, hint = explain(
-                folder,
-                error,
-                f"`{folder}` has no tokenizer that transformers can read",
-                "copy tokenizer.json and tokenizer_config.json from the original model",
-            )
-            raise CheckpointError(told, hint=hint) from error
+    what = f"`{folder}` has no tokenizer that transformers can read"
+    hint = "copy tokenizer.json and tokenizer_config.json from the original model"
+    with quiet_transformers() as transformers, explained(folder, what, hint=hint):
+        found = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=is_trusted()
+        )
+        found("a", verbose=False)  # some settings are looked at only here
     return found
 
 
@@ -133,23 +132,16 @@ def load_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device)
     """
     check_folder(folder)
     check_claims(folder)
-    with quiet_transformers() as transformers:
-        try:
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype or "auto",
-                local_files_only=True,
-                output_loading_info=True,
-                trust_remote_code=is_trusted(),
-            )
-        except Exception as error:
-            told, hint = explain(
-                folder,
-                error,
-                f"transformers cannot load `{folder}`",
-                "it must be a causal language model that transformers knows",
-            )
-            raise CheckpointError(told, hint=hint) from error
+    what = f"transformers cannot load `{folder}`"
+    hint = "it must be a causal language model that transformers knows"
+    with quiet_transformers() as transformers, explained(folder, what, hint=hint):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            output_loading_info=True,
+            trust_remote_code=is_trusted(),
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(

@@ -22,7 +22,7 @@ from ortho_cli.errors import ArtifactError, CheckpointError
 from ortho_cli.files import is_trusted, trusting
 from ortho_cli.layers import OrthoLinear
 from ortho_cli.modelfile import empty_layer, fill_ortho
-from ortho_cli.models import check_claims, check_folder, explain, quiet_transformers
+from ortho_cli.models import check_claims, check_folder, explained, quiet_transformers
 from ortho_cli.opening import no_ortho, open_artifact
 from ortho_cli.operands import Alpha
 from ortho_cli.seal import read_keys
@@ -58,7 +58,7 @@ def load(
             or alpha is not 0 and there is no ortho, or no identity opens it.
     """
     alpha = kernels.check_alpha(alpha)
-    keys = None if identity is None else read_keys(Path(identity))
+    keys = read_keys(None if identity is None else Path(identity))
     opened = open_artifact(Path(folder), keys)
     if not (opened.folder / CONFIG_FILE).is_file():
         raise ArtifactError(
@@ -87,7 +87,9 @@ def _build(
     transformers: Any, opened: Artifact, dtype: torch.dtype | None
 ) -> tuple[Any, dict[str, OrthoLinear]]:
     """Let transformers build the model and fill base; return it with its layers by our names."""
-    try:
+    what = f"transformers cannot load `{opened.folder}`"
+    hint = "does this version of transformers know the source model?"
+    with explained(opened.folder, what, hint=hint, kind=ArtifactError):
         trusted = is_trusted()
         config = transformers.AutoConfig.from_pretrained(
             opened.folder, local_files_only=True, trust_remote_code=trusted
@@ -106,14 +108,6 @@ def _build(
                 output_loading_info=True,
                 trust_remote_code=trusted,
             )
-    except Exception as error:
-        told, hint = explain(
-            opened.folder,
-            error,
-            f"transformers cannot load `{opened.folder}`",
-            "does this version of transformers know the source model?",
-        )
-        raise ArtifactError(told, hint=hint) from error
     for kind in KEYS:
         found = info.get(kind)
         if found:

@@ -46,7 +46,7 @@ class Repacker:
         entries: list[Entry],
         metadata: dict[str, str],
     ) -> tuple[OrthoFile, Layout, list[Entry]]:
-        """Write ortho.safetensors.
+        """Write the tensors of ortho.safetensors.
 
         Args:
             make: makes the file.
@@ -61,7 +61,6 @@ class Repacker:
         """
         layout = plan_layout((s for t in self._plan.split for s in self._specs(t)), metadata)
         output = make(layout)
-        output.write_header(layout.header)
         told = [
             entry if tensor.reason is not None else entry | self._encode(tensor, entry, output)
             for tensor, entry in zip(self._plan.tensors, entries, strict=True)

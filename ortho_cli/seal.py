@@ -30,7 +30,7 @@ from ortho_cli.checkpoint import fill
 from ortho_cli.errors import ArtifactError, ResourceError, UsageError, reason
 from ortho_cli.events import EventSink, Noted
 from ortho_cli.files import open_regular, read_regular
-from ortho_cli.journal import KEY_FILE, WorkFolder, unwritable
+from ortho_cli.journal import KEY_FILE, WorkFolder, unwritable, write_private
 from ortho_cli.writer import CHUNK, DataFile, Layout, write_all
 
 SEALED_FILE = "ortho.safetensors.age"
@@ -133,12 +133,16 @@ class Keys:
     passphrase: str | None = None
 
 
-def read_keys(path: Path) -> Keys:
+def read_keys(path: Path | None) -> Keys | None:
     """Read a file of age identities, as age-keygen writes it; any other text is a passphrase.
+
+    No file gives no keys.
 
     Raises:
         UsageError: it cannot be read, is empty, or holds an identity that is none.
     """
+    if path is None:
+        return None
     module, text = _pyrage(), _read(path)
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
@@ -243,10 +247,7 @@ def key_of(work: WorkFolder, seal: Seal, keys: Keys | None, on_event: EventSink)
     if found is not None:
         return found
     made = WorkKey.make(seal)
-    try:
-        work.write_private(KEY_FILE, made.locked())
-    except OSError as error:
-        raise unwritable(path, error) from error
+    write_private(path, lambda file: file.write(made.locked()))
     if work.done:
         on_event(
             Noted(
@@ -263,7 +264,7 @@ class SealedFile:
 
     def __init__(self, work: WorkFolder, name: str, layout: Layout, key: WorkKey) -> None:
         """Open it; each tensor of the layout has a slot of its own."""
-        self.name, self._key, self._layout = name, key, layout
+        self.name, self._key, self._layout, self._work = name, key, layout, work
         self._slots, size = _slots(layout)
         self.fd = work.open_data(name, size=size, mode=0o600, scratch=True)
         self._path = work.private / name
@@ -298,18 +299,13 @@ class SealedFile:
         except ArtifactError:
             return ""
 
-    def write_header(self, header: bytes) -> None:
-        """Leave it: the finished stream has one."""
+    def finish(self, layout: Layout) -> tuple[str, str | None]:
+        """Seal header and tensors, which are all here, as the file that ortho is published as.
 
-    def publish(self, work: WorkFolder, layout: Layout) -> tuple[str, str]:
-        """Seal the finished file, under its name.
-
-        Args:
-            work: where it goes.
-            layout: its header, of tensors that are all here.
         Returns:
             SHA-256 of its content, and of the sealed file.
         """
+        work = self._work
         content, sealed = hashlib.sha256(), hashlib.sha256()
         fd, offset = work.open_data(SEALED_FILE, size=0, mode=0o600), 0
 
@@ -326,10 +322,10 @@ class SealedFile:
 
         try:
             self._key.seal_stream(pieces(), write)
+            if self._key.has_passphrase:
+                work.write_file(IDENTITY_FILE, (work.private / KEY_FILE).read_bytes())
         except OSError as error:
             raise unwritable(work.artifact / SEALED_FILE, error) from error
-        if self._key.has_passphrase:
-            work.write_file(IDENTITY_FILE, (work.private / KEY_FILE).read_bytes())
         return content.hexdigest(), sealed.hexdigest()
 
     def _open(self, key: str) -> bytes:
@@ -364,9 +360,9 @@ def _slots(layout: Layout) -> tuple[dict[str, tuple[int, int]], int]:
     return found, position
 
 
-def scratch_bytes(layout: Layout) -> int:
-    """Size of the scratch file in which ortho's parts are sealed one by one."""
-    return _slots(layout)[1]
+def scratch_bytes(layout: Layout, seal: Seal | None) -> int:
+    """Size of the scratch file in which ortho's parts are sealed one by one, if they are."""
+    return _slots(layout)[1] if seal else 0
 
 
 class Opened:

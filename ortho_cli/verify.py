@@ -43,9 +43,7 @@ def describe(artifact: Artifact) -> dict[str, Any]:
     }
     if artifact.sealed:
         present[SEALED_FILE] = artifact.sealed.stat().st_size
-    if artifact.report is not None:
-        _check_report(artifact, artifact.report)
-    origin = provenance(artifact)
+    origin = _origin(artifact)
     if artifact.report is not None:
         return {**artifact.report, "files": present}
     return {
@@ -109,6 +107,13 @@ _LATER = ("curvature_error_alpha_0", "curvature_error_alpha_1", "saliency_kept")
 def _fits(value: object, kind: Any) -> bool:
     """Tell a value of a type that can be shown."""
     return isinstance(value, kind) and not (isinstance(value, _NUMBER) and abs(value) > _LARGEST)
+
+
+def _origin(artifact: Artifact) -> dict[str, Any]:
+    """Check what report.json says, if it is there, and tell where the artifact comes from."""
+    if artifact.report is not None:
+        _check_report(artifact, artifact.report)
+    return provenance(artifact)
 
 
 def _check_report(artifact: Artifact, report: dict[str, Any]) -> None:
@@ -195,9 +200,7 @@ def verify(artifact: Artifact, *, on_event: EventSink = null_sink) -> Verified:
         )
     )
     told = artifact.report or {}
-    if artifact.report is not None:
-        _check_report(artifact, artifact.report)
-    provenance(artifact)
+    _origin(artifact)
     for file in files:
         digests = _reported_digests(artifact, file) if artifact.report is not None else {}
         for tensor in file.tensors:

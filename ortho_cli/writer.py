@@ -139,6 +139,15 @@ class DataFile:
         """Write the header."""
         self._put(memoryview(header), 0)
 
+    def finish(self, layout: Layout) -> tuple[str, str | None]:
+        """Write the header before tensors that are all here.
+
+        Returns:
+            SHA-256 of the file, and None: it is not sealed.
+        """
+        self.write_header(layout.header)
+        return GrowingSha256(self.fd).up_to(layout.size), None
+
     def _put(self, data: memoryview, offset: int) -> None:
         try:
             write_all(self.fd, data, offset)

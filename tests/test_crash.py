@@ -38,7 +38,7 @@ def split(source: Path, out: Path, *sets: str, workers: int = 2, **options: Any)
     return work.decompose(made, opened, out, **options)
 
 
-def split_and_die(source: Path, out: Path, moment: str, *, force: bool = False) -> None:
+def split_and_die(source: Path, out: Path, moment: str, **options: Any) -> None:
     """Decompose, committing after every tensor, and SIGKILL this process at a moment."""
     work.COMMIT_SECONDS = 0.0
     kind, _, number = moment.partition(" ")
@@ -67,13 +67,11 @@ def split_and_die(source: Path, out: Path, moment: str, *, force: bool = False) 
             return original(self, target)
 
         Path.rename = rename  # type: ignore[method-assign]
-    split(source, out, workers=1, on_event=watch, force=force)
+    split(source, out, workers=1, on_event=watch, **options)
 
 
-def run_and_die(source: Path, out: Path, moment: str, *, force: bool = False) -> None:
-    process = SERVER.Process(
-        target=split_and_die, args=(source, out, moment), kwargs={"force": force}
-    )
+def run_and_die(source: Path, out: Path, moment: str, **options: Any) -> None:
+    process = SERVER.Process(target=split_and_die, args=(source, out, moment), kwargs=options)
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +18,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_crash import SERVER
+from test_crash import run_and_die, split
 
 import ortho_cli
-from ortho_cli import decompose as work
-from ortho_cli import recipe, seal
-from ortho_cli.checkpoint import open_checkpoint
+from ortho_cli import seal
 from ortho_cli.edits import load_arrays, save_arrays
 from ortho_cli.errors import ArtifactError, ResourceError, UsageError
 from ortho_cli.events import Event, Noted, Started, TensorDone
 from ortho_cli.journal import work_folder
 from ortho_cli.opening import open_artifact
-from ortho_cli.plan import make_plan
 from ortho_cli.verify import verify
 
 Ortho = Callable[..., Any]
@@ -66,12 +60,6 @@ def sealed(pico: Path, key: Key, ortho: Ortho) -> Path:
     out = pico.parent / "sealed"
     assert ortho("decompose", pico, "-o", out, "-q", "--seal-to", key.recipient).code == 0
     return out
-
-
-def split(source: Path, out: Path, *sets: str, **options: Any) -> dict[str, Any]:
-    opened = open_checkpoint(source)
-    made = make_plan(opened, recipe.load_recipe(None, sets), workers=1)
-    return work.decompose(made, opened, out, **options)
 
 
 @pytest.mark.parametrize("sets", [(), ("ortho.layout=compact",), ("ortho.density=0",)])
@@ -182,8 +170,7 @@ def test_bench_opens_it(sealed: Path, key: Key, ortho: Ortho, tmp_path: Path) ->
 @pytest.mark.parametrize("what", ["cut", "flipped", "empty", "no age", "appended"])
 @settings(max_examples=12, deadline=None)
 @given(where=st.floats(0, 1, exclude_max=True))
-def test_damage_is_told_and_nothing_of_it_used(what: str, where: float) -> None:
-    made = damage_case()
+def test_damage_is_told_and_nothing_of_it_used(what: str, where: float, made: Path) -> None:
     raw = bytearray(made.read_bytes())
     position = int(where * len(raw))
     if what == "flipped":
@@ -200,23 +187,14 @@ def test_damage_is_told_and_nothing_of_it_used(what: str, where: float) -> None:
     assert caught.value.hint
 
 
-_CASE: list[Path] = []
-
-
-def damage_case() -> Path:
-    return _CASE[0]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A sealed file of three chunks, for hypothesis."""
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sealed file of three chunks."""
     folder = tmp_path_factory.mktemp("sealed")
     key = Key(folder / "key.txt")
     content = np.random.default_rng(0).bytes(150_000)
     (folder / "made.age").write_bytes(pyrage.encrypt(content, [key.identity.to_public()]))
-    _CASE[:] = [folder / "made.age"]
-    yield
-    _CASE.clear()
+    return folder / "made.age"
 
 
 def test_another_key_and_another_artifact_are_refused(
@@ -294,26 +272,9 @@ def holding(folder: Path, text: bytes) -> list[str]:
     return sorted(path.name for path in found)
 
 
-def die_half_way(source: Path, out: Path, recipients: list[str]) -> None:
-    """Decompose, committing after every tensor, and SIGKILL this process in the middle."""
-    work.COMMIT_SECONDS = 0.0
-    seen = 0
-
-    def watch(event: Event) -> None:
-        nonlocal seen
-        seen += isinstance(event, TensorDone)
-        time.sleep(0.02)  # let the committing thread write what is finished
-        if seen == 14:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    split(source, out, seal=seal.make_seal(recipients), on_event=watch)
-
-
 def killed(source: Path, out: Path, *recipients: str) -> Path:
-    process = SERVER.Process(target=die_half_way, args=(source, out, list(recipients)))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+    """SIGKILL a split in the middle; give the folder in which it worked."""
+    run_and_die(source, out, "tensor 14", seal=seal.make_seal(recipients))
     return work_folder(out)
 
 
