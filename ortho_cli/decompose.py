@@ -472,7 +472,8 @@ class _Job:
 
             return OnDevice(*places, device=self.device, **options)
         if self.fast:
-            return OnePass(*places, loops=self._loops, **options)
+            alone = self._plan.recipe.base.alone
+            return OnePass(*places, loops=self._loops, alone=alone, **options)
         return self._splitter()
 
     def _emit(self, event: Any) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ortho_cli import ops
 from ortho_cli.events import Advanced
-from ortho_cli.onepass import WORDS, Plain, Refused
+from ortho_cli.onepass import WORDS, CurvatureTile, Plain, Refused
 from ortho_cli.ops import as_bytes
 from ortho_cli.plan import TensorPlan, tile_rows
 from ortho_cli.split import TORCH_DTYPES
@@ -70,7 +70,7 @@ class OnDevice(Plain):
             raw = lane.tile("raw", (min(step, rows - row), columns), WORDS[tensor.source.dtype])
             data = raw.reshape(-1).view(np.uint8).data
             self._read(tensor, data, digest, start=row * columns * raw.itemsize)
-            weight = curvature.tile(row, len(raw), lane) if curvature else (None, None, None)
+            weight = curvature.tile(row, len(raw), lane) if curvature else CurvatureTile()
             with lane.at_work():
                 begun = self._begin(tensor, lane, raw, weight, start=row * columns)
             if before:
@@ -85,7 +85,7 @@ class OnDevice(Plain):
         tensor: TensorPlan,
         lane: _Lane,
         raw: npt.NDArray[Any],
-        curvature: Sequence[npt.NDArray[Any] | None],
+        curvature: CurvatureTile,
         *,
         start: int,
     ) -> _Begun:
@@ -121,11 +121,9 @@ class OnDevice(Plain):
             nbytes=raw.nbytes,
         )
 
-    def _root(
-        self, lane: _Lane, curvature: Sequence[npt.NDArray[Any] | None]
-    ) -> tuple[Tensor | None, Tensor]:
+    def _root(self, lane: _Lane, curvature: CurvatureTile) -> tuple[Tensor | None, Tensor]:
         """Take the root of a tile's curvature, and tell whether it is any."""
-        words, rows, columns = curvature
+        words, rows, columns = curvature.roots
         true = torch.ones((), dtype=torch.bool, device=self._device)
         if words is not None:
             dtype = torch.bfloat16 if words.itemsize == 2 else torch.float32

@@ -1,6 +1,6 @@
-"""One tensor in one pass of a compiled loop: rounding to nearest on absmax scales, without torch.
+"""One tensor in passes of compiled loops: rounding to nearest on any scales, without torch.
 
-What it writes is what `split.Splitter` writes, byte for byte. What the loop refuses goes there: a
+What it writes is what `split.Splitter` writes, byte for byte. What the loops refuse goes there: a
 weight that is NaN, curvature that is none.
 """
 
@@ -11,9 +11,11 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,7 @@ from blake3 import blake3
 from ortho_cli.checkpoint import TensorInfo
 from ortho_cli.events import Advanced, EventSink, Noted, null_sink
 from ortho_cli.plan import Plan, TensorPlan, tile_rows
+from ortho_cli.search import LANES, chosen_alike, rounds, scale_factors, take_turns
 from ortho_cli.statistics import CurvaturePass, StatisticsReader
 from ortho_cli.topk import TopK, guess_bar
 from ortho_cli.worker import EXPONENTS, Entry, Worker, sample_rows
@@ -39,16 +42,21 @@ Array = npt.NDArray[Any]
 
 def is_plain(plan: Plan) -> bool:
     """Tell whether one pass is all: rounding to nearest, absmax scales, nothing forgotten."""
-    if plan.reference or plan.recipe.forgets or plan.recipe.compensates:
-        return False
-    return all(tensor.scale == "absmax" for tensor in plan.split)
+    return _rounds_alone(plan) and all(tensor.scale == "absmax" for tensor in plan.split)
 
 
 def takes(plan: Plan) -> bool:
     """Tell whether numba is there, and its loops split every tensor of a plan as the plan says."""
-    if find_spec("numba") is None or not is_plain(plan):
+    if find_spec("numba") is None or not _rounds_alone(plan):
+        return False
+    if plan.statistics is not None and plan.recipe.saliency.kind != "curvature":
         return False
     return plan.group_size % 8 == 0 and all(tensor.bits == 4 for tensor in plan.split)
+
+
+def _rounds_alone(plan: Plan) -> bool:
+    """Tell whether each weight goes to its nearest code."""
+    return not (plan.reference or plan.recipe.forgets or plan.recipe.compensates)
 
 
 class Loops:
@@ -137,29 +145,65 @@ class Plain(Worker):
         return self._entry(tensor, source, base, measured, indices, values)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What one pass over a tensor found; the next may begin with it."""
+
+    entry: Entry
+    kept: npt.NDArray[np.integer[Any]]  # flat indices, ascending
+    scales: Array | None  # (out, groups) words
+
+    def within(self, start: int, stop: int, mask: Array) -> None:
+        """Mark what is kept from one flat index to another."""
+        here = slice(*np.searchsorted(self.kept, (start, stop)))
+        mask[...] = 0
+        mask.reshape(-1)[self.kept[here] - start] = 1
+
+
 class OnePass(Plain):
     """Splits with compiled loops."""
 
-    def __init__(self, *places: Any, loops: Loops, **rest: Any) -> None:
-        """Take what `Plain` takes, and the loops, which workers share."""
+    def __init__(self, *places: Any, loops: Loops, alone: bool = False, **rest: Any) -> None:
+        """Take what `Plain` takes, and the loops, which workers share.
+
+        Args:
+            places: where tensors come from and go to, as `Worker` takes them.
+            loops: the compiled loops.
+            alone: base has to serve without ortho.
+            rest: what else `Plain` takes.
+        """
         super().__init__(*places, **rest)
-        self._loops = loops
-        self._buffers = np.empty((3, self._group_size), np.float32)
-        self._bytes = np.empty((2, self._group_size), np.uint8)
+        self._loops, self._alone = loops, alone
+        padded = -(-self._group_size // LANES) * LANES
+        self._group = np.empty((2, padded), np.float32)
         self._room = _Room()
 
     def _split(self, tensor: TensorPlan) -> Entry:
         if not self._loops.get():  # not before: another worker may copy while this one loads them
             raise Refused
-        entry = self._split_above(tensor, self._guess_bar(tensor), self._on_event)
+        found = self._split_above(tensor, self._guess_bar(tensor), self._on_event)
         # Fewer than k weights above a guess that was too high: once more, without one.
-        entry = entry or self._split_above(tensor, None, null_sink)
-        assert entry is not None
-        return entry
+        found = found or self._split_again(tensor, None)
+        return take_turns(found, partial(self._split_again, tensor), self._rounds(tensor)).entry
+
+    def _split_again(self, tensor: TensorPlan, before: _Found | None) -> _Found:
+        found = self._split_above(tensor, None, null_sink, before)
+        assert found is not None
+        return found
+
+    def _rounds(self, tensor: TensorPlan) -> int:
+        if self._alone:
+            return 0
+        alike, numel = self._curvature is not None, tensor.source.numel
+        return rounds(str(tensor.scale), by_curvature=alike, k=tensor.k, numel=numel)
 
     def _split_above(
-        self, tensor: TensorPlan, bar: float | None, on_event: EventSink
-    ) -> Entry | None:
+        self,
+        tensor: TensorPlan,
+        bar: float | None,
+        on_event: EventSink,
+        before: _Found | None = None,
+    ) -> _Found | None:
         """Split one tensor in one pass; None if fewer than k weights exceed `bar`."""
         rows, columns = tensor.source.shape
         step = tile_rows(tensor.source.shape)
@@ -176,54 +220,74 @@ class OnePass(Plain):
             bar=bar,
             empty=self._room,
         )
+        every = np.empty(tensor.base[1].shape, word) if self._rounds(tensor) else None
         for row in range(0, rows, step):
             shape_here = (min(step, rows - row), columns)
             raw = self._room.tile("raw", shape_here, word)
             self._read(tensor, _bytes(raw), digest, start=row * columns * raw.itemsize)
-            weight = curvature.tile(row, len(raw), self._room) if curvature else (None, None, None)
-            codes, scales = self._loop(tensor, raw, weight, top, sums, start=row * columns)
+            weight = curvature.tile(row, len(raw), self._room) if curvature else CurvatureTile()
+            codes, scales = self._loop(tensor, raw, weight, top, sums, row=row, before=before)
             packed.write(_bytes(codes))
             stored.write(_bytes(scales))
+            if every is not None:
+                every[row : row + len(raw)] = scales
             on_event(Advanced(nbytes=raw.nbytes))
         if top.short:
             return None
-        return self._close(tensor, digest, base, curvature, sums, top.finish())
+        kept = top.finish()
+        entry = self._close(tensor, digest, base, curvature, sums, kept)
+        return _Found(entry=entry, kept=kept[0].copy(), scales=every)
 
     def _loop(
         self,
         tensor: TensorPlan,
         raw: Array,
-        weight: tuple[Array | None, Array | None, Array | None],
+        weight: CurvatureTile,
         top: TopK,
         sums: Array,
         *,
-        start: int,
+        row: int,
+        before: _Found | None = None,
     ) -> tuple[Array, Array]:
-        """Run the loop over a tile; return packed codes and scales, valid until the next."""
+        """Run the loops over a tile; return packed codes and scales, valid until the next."""
         loops = self._loops.get()
         assert loops is not None
         rows, columns = raw.shape
-        dtype = tensor.source.dtype
+        dtype, start = tensor.source.dtype, row * columns
+        size, floor = self._group_size, np.float32(FLOORS[dtype])
+        scale, searched = str(tensor.scale), tensor.scale != "absmax"
         codes = self._room.tile("codes", (rows, columns // 2), np.uint8)
-        scales = self._room.tile("scales", (rows, columns // self._group_size), raw.dtype)
+        scales = self._room.tile("scales", (rows, columns // size), raw.dtype)
+        held = None
+        if before is not None and before.scales is not None:
+            held = self._room.tile("held", raw.shape, np.uint8)
+            before.within(start, start + raw.size, held)
+            scales[...] = before.scales[row : row + rows]
+        if searched:
+            near = weight.values if scale == "curvature" else (None, None, None)
+            factors = np.array(scale_factors(tensor.bits), np.float32)
+            loops.search(raw, size, floor, factors, *near, held, scales, self._group)
+        alike = chosen_alike(scale, by_curvature=self._curvature is not None)
         indices, saliency, (values, *others) = top.room()
         found = loops.split(
             raw,
-            self._group_size,
-            np.float32(FLOORS[dtype]),
+            size,
+            floor,
             EXPONENTS[dtype][1],
-            *weight,
+            *weight.roots,
             top.bar,
             start,
+            None if alike else held,
             codes,
             scales,
+            searched,
             sums,
             indices,
             saliency,
             values,
             others[0] if others else None,
-            self._buffers,
-            self._bytes,
+            self._room.tile("row", (2, columns), np.float32),
+            self._room.tile("row of bytes", (2, columns), np.uint8),
         )
         if found < 0:
             raise Refused
@@ -240,7 +304,7 @@ class OnePass(Plain):
         raw = self._room.tile("raw", shape, WORDS[tensor.source.dtype])
         self._read_sample(tensor, _bytes(raw), starts, count)
         curvature = self._open(tensor)
-        weight = curvature.sample(starts, count, self._room) if curvature else (None, None, None)
+        weight = curvature.sample(starts, count, self._room) if curvature else CurvatureTile()
         self._room.reset()
         every = TopK(
             raw.size,
@@ -250,7 +314,7 @@ class OnePass(Plain):
             empty=self._room,
         )
         _, saliency, _ = every.room()
-        self._loop(tensor, raw, weight, every, np.zeros(3), start=0)
+        self._loop(tensor, raw, weight, every, np.zeros(3), row=0)
         return guess_bar(saliency, tensor.k / tensor.source.numel)
 
     def _payloads(self, tensor: TensorPlan) -> list[npt.DTypeLike]:
@@ -279,41 +343,66 @@ class Tiles(Protocol):
         """Hand out the buffer of this name."""
 
 
-class CurvatureWords(CurvaturePass[Array]):
-    """One pass over the curvature of one weight, as words, or as roots that are held."""
+class Vector(NamedTuple):
+    """Curvature of rows or of columns, float32."""
 
-    def _load(self, tensor: TensorInfo) -> Array:
+    values: Array
+    roots: Array
+
+
+class CurvatureTile(NamedTuple):
+    """Curvature of some rows: words, or vectors whose product it is; none of them if it is one."""
+
+    words: Array | None = None
+    rows: Vector | None = None
+    columns: Vector | None = None
+
+    @property
+    def values(self) -> tuple[Array | None, Array | None, Array | None]:
+        """Words, or values of rows and columns."""
+        one, other = self.rows, self.columns
+        return self.words, one and one.values, other and other.values
+
+    @property
+    def roots(self) -> tuple[Array | None, Array | None, Array | None]:
+        """Words, or roots of rows and columns."""
+        one, other = self.rows, self.columns
+        return self.words, one and one.roots, other and other.roots
+
+
+class CurvatureWords(CurvaturePass[Vector]):
+    """One pass over the curvature of one weight, as words, or as vectors that are held."""
+
+    def _load(self, tensor: TensorInfo) -> Vector:
         values = np.empty(tensor.shape, np.float32)
         self._reader.read(_bytes(values), tensor)
         if not (np.isfinite(values) & (values >= 0)).all():
             raise Refused
         self._reader.compare(tensor, blake3(_bytes(values)).hexdigest())
-        return np.sqrt(values)
+        return Vector(values, np.sqrt(values))
 
-    def tile(
-        self, row: int, count: int, room: Tiles
-    ) -> tuple[Array | None, Array | None, Array | None]:
-        """Read the next rows: words, or roots of rows and columns."""
+    def tile(self, row: int, count: int, room: Tiles) -> CurvatureTile:
+        """Read the next rows."""
         found = self.sample([row], count, room)
-        if found[0] is not None:
-            self._digest.update(_bytes(found[0]))
+        if found.words is not None:
+            self._digest.update(_bytes(found.words))
         return found
 
-    def sample(
-        self, starts: Sequence[int], count: int, room: Tiles
-    ) -> tuple[Array | None, Array | None, Array | None]:
+    def sample(self, starts: Sequence[int], count: int, room: Tiles) -> CurvatureTile:
         """Read `count` rows from each of `starts` on, outside of the pass."""
         if self._columns is not None:
             one = np.ones(len(starts) * count, np.float32)
-            rows = self._rows
-            return None, one if rows is None else _rows_of(rows, starts, count), self._columns
+            rows = Vector(one, one)
+            if self._rows is not None:
+                rows = Vector(*(_rows_of(values, starts, count) for values in self._rows))
+            return CurvatureTile(None, rows, self._columns)
         assert self._full is not None
         columns, word = self._full.shape[1], WORDS[self._full.dtype]
         raw = room.tile("curvature", (len(starts) * count, columns), word)
         for i, start in enumerate(starts):
             piece = raw[i * count : (i + 1) * count]
             self._reader.read(_bytes(piece), self._full, start=start * columns * raw.itemsize)
-        return raw, None, None
+        return CurvatureTile(words=raw)
 
 
 def _rows_of(values: Array, starts: Sequence[int], count: int) -> Array:

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ortho_cli.ops import (
     Empty,
     Scratch,
     absmax,
-    code_range,
     dequantize,
     groups_of,
     half_range,
@@ -23,18 +23,7 @@ from ortho_cli.ops import (
     round_scales,
     torch_empty,
 )
-
-
-def scale_factors(bits: int) -> tuple[float, ...]:
-    """List what absmax's scale is multiplied by in a search, in the order of trial.
-
-    For 4 bits 7.5/7 and 7.5/8 put the largest magnitude exactly on code 7 or -8, for 3 bits 3.5/3
-    and 3.5/4 on 3 or -4. Fewer codes are worth more clipping: to 0.5, and with 3 bits to 0.3.
-    """
-    low, high = code_range(bits)
-    ends = (half_range(bits) / high, half_range(bits) / -low)
-    steps = range(25 if bits == 4 else 35)
-    return (1.0, *ends, 1.04, 1.02, *(round(0.98 - 0.02 * step, 2) for step in steps))
+from ortho_cli.search import LANES, scale_factors
 
 
 class Kept(NamedTuple):
@@ -161,7 +150,7 @@ def _least_error(
         codes = quantize(weight, candidate, bits=bits, empty=buffers)
         error = dequantize(codes, candidate, empty=buffers).sub_(weight).square_()
         error = groups_of(error, count)
-        error = (error if importance is None else error.mul_(importance)).sum(-1)
+        error = sum_lanes(error if importance is None else error.mul_(importance))
         if best is None or best_error is None:
             best, best_error = candidate, error
             continue
@@ -170,3 +159,25 @@ def _least_error(
         best_error = torch.where(better, error, best_error)
     assert best is not None
     return best
+
+
+def sum_lanes(values: Tensor) -> Tensor:
+    """Add each group's values in an order that every processor, and a compiled loop, can follow.
+
+    Value i is added to lane i mod 16, in the order of i; then the upper half of the lanes is added
+    to the lower, until one is left. torch's own order depends on the width of the processor's
+    vectors, and equal errors must tie everywhere.
+
+    Args:
+        values: (..., group_size) float32; may be overwritten.
+    Returns:
+        (...) float32, in memory of their own.
+    """
+    if values.shape[-1] % LANES:
+        values = pad(values, (0, -values.shape[-1] % LANES))
+    first, *others = values.view(*values.shape[:-1], -1, LANES).unbind(-2)
+    for other in others:
+        first.add_(other)
+    while (left := first.shape[-1] // 2) > 0:
+        first = first[..., :left] + first[..., left:]
+    return first.squeeze(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +23,9 @@ from ortho_cli.ops import as_bytes
 from ortho_cli.plan import GPTQ_ELEMENTS, TILE_ELEMENTS, TensorPlan, tile_rows
 from ortho_cli.scales import Kept
 from ortho_cli.seal import OrthoFile
+from ortho_cli.search import chosen_alike, rounds, take_turns
 from ortho_cli.statistics import StatisticsReader
-from ortho_cli.streams import base_scales, chosen_alike, kept_within, rounds
+from ortho_cli.streams import base_scales, kept_within
 from ortho_cli.tally import Tally, Tile, flat_of, measures_of
 from ortho_cli.topk import guess_bar
 from ortho_cli.worker import Entry, Reference, Worker, not_finite, sample_rows
@@ -93,17 +95,11 @@ class Splitter(Worker):
         # Fewer than k weights above a guess that was too high: once more, without one.
         found = found or self._split_above(tensor, None, on_event=null_sink)
         assert found is not None
-        for _ in range(self._rounds(tensor)):
-            before = found
-            found = self._split_above(tensor, None, before=before, on_event=null_sink)
-            assert found is not None
-            if np.array_equal(found.kept, before.kept):
-                break
+        found = take_turns(found, partial(self._split_again, tensor), self._rounds(tensor))
         if self._compensate:
             assert self._curvature is not None
             factor = factorise(gram_of(self._curvature, tensor.name), name=tensor.name)
-            found = self._split_above(tensor, None, before=found, factor=factor, on_event=null_sink)
-            assert found is not None
+            found = self._split_again(tensor, found, factor=factor)
         return found.entry
 
     def rewrite(self, tensor: TensorPlan, rounded: Rounded) -> Entry:
@@ -116,9 +112,12 @@ class Splitter(Worker):
         codes, scales, kept = rounded
         positions, columns = np.flatnonzero(flat_of(kept)), tensor.source.shape[1]
         before = _Found(entry={}, kept=positions, scales=scales, columns=columns)
-        found = self._split_above(tensor, None, before=before, codes=codes, on_event=null_sink)
+        return self._split_again(tensor, before, codes=codes).entry
+
+    def _split_again(self, tensor: TensorPlan, before: _Found, **given: Any) -> _Found:
+        found = self._split_above(tensor, None, before=before, on_event=null_sink, **given)
         assert found is not None
-        return found.entry
+        return found
 
     def _rounds(self, tensor: TensorPlan) -> int:
         """Say how often scales and positions may take turns; where base must serve alone, never."""

@@ -98,7 +98,10 @@ class Tally:
         stretch: int,
         empty: Room,
     ) -> None:
-        self._tensor, self._by_curvature, self._wide = tensor, by_curvature, curvature
+        self._tensor, self._by_curvature = tensor, by_curvature
+        # Few weights hold most of the curvature, and searched scales leave most of the noise to
+        # ortho: what is left without them needs float64.
+        self._wide = curvature or tensor.scale != "absmax"
         self._names = ["noise", "curvature_noise"][: 1 + curvature]
         if by_curvature:
             self._names.reverse()
@@ -129,7 +132,6 @@ class Tally:
         start = row * raw.shape[1]
         self._signal += ops.squared_norm(tile.weight)
         measures = measures_of(tile, by_curvature=self._by_curvature, scratch=scratch)
-        # Few weights hold most of the curvature: what is left without them needs float64.
         wide = scratch(tuple(raw.shape), torch.float64) if self._wide else None
         self._noise = [
             total + ops.squared_norm(measure, wide=wide)

@@ -56,6 +56,17 @@ def pack_int4(codes: Tensor) -> Tensor:
     return packed
 
 
+def sum_lanes(values: list[float]) -> float:
+    """Add into 16 lanes in float32, then the upper half of them to the lower, one by one."""
+    lanes = [np.float32(0)] * 16
+    for i, value in enumerate(values):
+        lanes[i % 16] += np.float32(value)
+    while len(lanes) > 1:
+        half = len(lanes) // 2
+        lanes = [lanes[i] + lanes[half + i] for i in range(half)]
+    return float(lanes[0])
+
+
 def compensated_codes(
     weight: Tensor, scales: Tensor, gram: Tensor, kept: Tensor, damping: float
 ) -> list[list[int]]:

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "ortho_cli"
 LAYERS = [
     ["__init__"],
     ["errors", "events", "settings", "files"],
-    ["recipe", "ops", "topk", "data", "capture", "estimates", "figures", "grammar", "verdict"],
+    ["recipe", "search", "ops", "topk", "data", "capture", "estimates"],
+    ["figures", "grammar", "verdict"],
     ["checkpoint", "scales", "compensate", "forget_set"],
     ["operands"],
     ["fused"],

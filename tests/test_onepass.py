@@ -170,6 +170,62 @@ def test_loops_with_curvature_give_the_same_bytes(
     check_alike(source, tmp_path, "ortho.density=0.02", stats=stats)
 
 
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "scale", "stored"),
+    [
+        (torch.bfloat16, "mse", None),
+        (torch.float16, "mse", None),
+        (torch.float32, "mse", None),
+        (torch.bfloat16, "mse", torch.float32),  # positions stay: something else chooses them
+        (torch.bfloat16, "curvature", torch.bfloat16),
+        (torch.bfloat16, "curvature", torch.float32),
+        (torch.bfloat16, "curvature", "gram"),
+        (torch.bfloat16, "curvature", "factored"),
+        (torch.float16, "curvature", torch.float32),
+        (torch.float32, "curvature", "gram"),
+    ],
+)
+def test_loops_search_the_same_scales(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    scale: str,
+    stored: Any,
+    alone: bool,
+) -> None:
+    monkeypatch.setattr("ortho_cli.plan.TILE_ELEMENTS", 2000)
+    source, stats = tmp_path / "m.safetensors", tmp_path / "stats.safetensors"
+    weight = odd_weights(dtype)[:, :96].contiguous()
+    if stored is not None:
+        weight[11:13] = 0  # squares times curvature have to stay finite
+    save_file({"a.weight": weight, "b.weight": weight[:32].clone()}, source)
+    size = 24 if dtype == torch.bfloat16 else 32  # whole lanes, or not
+    sets = [f"base.scale={scale}", f"base.alone={alone}", f"base.group_size={size}"]
+
+    def flatten(tensors: dict[str, Tensor]) -> None:
+        key = "a.retain_curvature"
+        if key in tensors and tensors[key].dim() == 2:
+            tensors[key][3] = tensors[key][2]
+            tensors[key][20:24] = 0
+            tensors[key][24] = 1e-38
+            tensors[key][30, ::3] = 1e4
+        elif key in tensors:
+            tensors[key][40:44] = 0
+
+    if stored is not None:
+        checkpoints.save_statistics(
+            stats,
+            source,
+            kind="gram" if stored == "gram" else "fisher",
+            storage="factored" if stored == "factored" else "full",
+            dtype=stored if isinstance(stored, torch.dtype) else torch.float32,
+            change=flatten,
+        )
+    given = None if stored is None else stats
+    check_alike(source, tmp_path, *sets, "ortho.density=0.03", stats=given)
+
+
 @pytest.mark.parametrize("tile", [128, 1000, 1 << 19])
 @pytest.mark.parametrize("density", [0.005, 0.3])
 def test_loops_select_the_same_from_any_tiles_and_workers(
@@ -288,11 +344,12 @@ def test_curvature_beyond_float32_is_judged_as_without_loops(tmp_path: Path) -> 
     [
         ((), True),
         (("ortho.density=1.0",), True),
-        (("base.scale=mse",), False),
+        (("base.scale=mse",), True),
         (("base.bits=3",), False),
+        (("overrides=[{match: '*.mlp.*', base: {bits: 3}}]",), False),
     ],
 )
-def test_loops_take_rounding_to_nearest_on_absmax_scales_of_four_bits(
+def test_loops_take_rounding_to_nearest_of_four_bits(
     pico: Path, sets: tuple[str, ...], taken: bool
 ) -> None:
     assert takes(plan_of(pico, *sets)) is taken

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ortho_cli import ops
-from ortho_cli.scales import curvature_scales, mse_scales, scale_factors
+from ortho_cli.scales import curvature_scales, mse_scales, sum_lanes
+from ortho_cli.search import scale_factors
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Values that meet: zeros, exact ties, halves of a step, subnormals, the ends of the range.
@@ -181,9 +182,16 @@ def test_mse_scales_any_weight_never_worse_than_absmax(case: tuple[torch.Tensor,
     for make in (ops.absmax_scales, mse_scales):
         scales = make(wide, group_size=group_size, dtype=weight.dtype)
         back = ops.dequantize(ops.quantize(wide, scales), scales)
-        error = (back - wide).square().reshape(weight.shape[0], -1, group_size).sum(-1)
-        errors.append(error)
+        errors.append(sum_lanes((back - wide).square().view(len(weight), -1, group_size)))
     assert (errors[1] <= errors[0]).all()
+
+
+@given(st.sampled_from([1, 8, 16, 24, 32, 40, 128]), st.integers(1, 3), st.integers(0, 2**16))
+def test_sum_lanes_any_size_equals_twin(size: int, groups: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.rand(2, groups, size, generator=generator).pow_(40)
+    expected = [[reference.sum_lanes(group.tolist()) for group in row] for row in values]
+    assert sum_lanes(values.clone()).tolist() == expected
 
 
 @st.composite

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from test_ops import curved
 from torch import Tensor
 
-from ortho_cli import ops, streams
+from ortho_cli import ops
 from ortho_cli.scales import Kept, curvature_scales, mse_scales
+from ortho_cli.search import rounds
 from ortho_cli.streams import split_weight
 
 Case = tuple[Tensor, Tensor, int]
@@ -99,4 +100,4 @@ def test_nothing_or_everything_kept_needs_no_second_turn(density: float) -> None
     parts = split_weight(weight, group_size=32, density=density, scale="mse")
     scales = mse_scales(weight, group_size=32, dtype=torch.float32)
     assert torch.equal(parts["weight_scale"], scales)
-    assert streams.rounds("mse", by_curvature=False, k=int(density * 256), numel=256) == 0
+    assert rounds("mse", by_curvature=False, k=int(density * 256), numel=256) == 0
