@@ -33,7 +33,7 @@ from ortho_cli.checkpoint import Checkpoint, ShardReader, TensorInfo, check_in_p
 from ortho_cli.data import TokenSequence
 from ortho_cli.errors import CalibrationError
 from ortho_cli.events import EventSink, Finishing, Measuring, Noted, SequencesDone, null_sink
-from ortho_cli.journal import WorkFolder, interruptible, recover
+from ortho_cli.journal import WorkFolder, interruptible
 from ortho_cli.ops import as_bytes
 from ortho_cli.output import check_output, check_space, files_of, resolve_output
 from ortho_cli.sums import Sums
@@ -72,7 +72,6 @@ def calibrate(
         Interrupted: Ctrl-C; finished chunks are kept.
     """
     out = resolve_output(out)
-    recover(out)
     check_output(
         out,
         files_of(checkpoint),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ortho_cli.errors import CheckpointError, ResourceError, reason, shown
+from ortho_cli.errors import CheckpointError, ResourceError, reason, shown, unreadable
 from ortho_cli.files import open_regular, read_regular
 
 # Bits an element, for every dtype that safetensors 0.8 knows.
@@ -100,10 +100,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         return _open(path)
     except OSError as error:
-        raise CheckpointError(
-            f"cannot read `{error.filename or path}`: {reason(error)}",
-            hint="give a .safetensors file or a model folder that you may read",
-        ) from error
+        hint = "give a .safetensors file or a model folder that you may read"
+        raise unreadable(path, error, kind=CheckpointError, hint=hint) from error
 
 
 def _open(path: Path) -> Checkpoint:

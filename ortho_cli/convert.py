@@ -19,11 +19,11 @@ from ortho_cli.artifact import is_artifact
 from ortho_cli.checkpoint import WEIGHT_SUFFIXES
 from ortho_cli.convert_plan import ROLE, ConvertPlan, ConvertTensor
 from ortho_cli.dense import open_dense
-from ortho_cli.errors import CheckpointError, NumericalError, UsageError
+from ortho_cli.errors import CheckpointError, NumericalError, UsageError, is_starved
 from ortho_cli.events import Advanced, EventSink, Finishing, Noted, Started, TensorDone, null_sink
 from ortho_cli.foreign import open_foreign
 from ortho_cli.gguf_source import open_gguf
-from ortho_cli.journal import WorkFolder, interruptible, recover, unwritable
+from ortho_cli.journal import WorkFolder, interruptible, unwritable
 from ortho_cli.ops import as_bytes
 from ortho_cli.output import check_output, check_space, resolve_output
 from ortho_cli.plan import TILE_ELEMENTS
@@ -76,7 +76,11 @@ def is_converted(folder: Path) -> bool:
     found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     try:
         roles = [checkpoint.read_shard(path).metadata.get("ortho_role") for path in found]
-    except (CheckpointError, OSError):
+    except CheckpointError:
+        return False
+    except OSError as error:
+        if is_starved(error):
+            raise
         return False
     return bool(roles) and set(roles) == {ROLE}
 
@@ -121,7 +125,6 @@ def convert(
         Interrupted: Ctrl-C; finished tensors are kept.
     """
     out = resolve_output(out)
-    recover(out)
     check_target(plan, source, out, force=force)
     identity = {
         "plan": plan.sha256,

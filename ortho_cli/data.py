@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
-from ortho_cli.errors import CalibrationError, reason
+from ortho_cli.errors import CalibrationError, unreadable
 from ortho_cli.files import read_regular
 
 CHARACTERS_PER_TOKEN = 5  # a long text is cut into pieces that hold a sequence and a bit
@@ -98,10 +98,8 @@ def read_values(path: Path) -> tuple[Iterator[tuple[Any, str]], bytes]:
     try:
         raw = read_regular(path)
     except OSError as error:
-        raise CalibrationError(
-            f"cannot read data `{path}`: {reason(error)}",
-            hint="give .txt, .jsonl or .parquet files",
-        ) from None
+        hint = "give .txt, .jsonl or .parquet files"
+        raise unreadable(path, error, hint=hint, kind=CalibrationError, what="data ") from None
     values = _values_of(path, raw)
     first = next(values, None)
     if first is None:

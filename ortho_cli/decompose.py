@@ -32,7 +32,7 @@ from ortho_cli.edits import Edits, Key, count, load_edits, save_edits
 from ortho_cli.errors import RecipeError
 from ortho_cli.events import EventSink, Finishing, Noted, Started, null_sink
 from ortho_cli.identity import identity_of
-from ortho_cli.journal import WorkFolder, interruptible, recover, unwritable
+from ortho_cli.journal import WorkFolder, interruptible, unwritable
 from ortho_cli.onepass import Loops, OnePass, is_plain, takes
 from ortho_cli.output import check_output, check_space, files_of, resolve_output
 from ortho_cli.plan import Plan, TensorPlan
@@ -137,7 +137,6 @@ def decompose(
     """
     _check_has_what_it_needs(plan, editor, tuner)
     out = resolve_output(out)
-    recover(out)
     sources = files_of(checkpoint, *plan.inputs)
     check_output(out, sources, force=force, is_ours=artifact.is_artifact)
     check_space(plan.bytes_on_disk + scratch_bytes(plan.ortho, seal), out)

@@ -18,11 +18,21 @@ what to do.
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
+_STARVED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO})
+
 
 def reason(error: Exception) -> str:
     """Say why a file could not be read or written, as the end of a sentence."""
     said = str(getattr(error, "strerror", None) or error)
     return said[:1].lower() + said[1:]
+
+
+def is_starved(error: BaseException) -> bool:
+    """Tell whether the system lacks something, or a disk fails, whatever file was asked for."""
+    return isinstance(error, OSError) and error.errno in _STARVED
 
 
 def shown(value: object) -> str:
@@ -104,3 +114,21 @@ class Interrupted(OrthoError):  # noqa: N818 - the field's word for Ctrl-C, not 
     """The user stopped the run; what is finished is kept."""
 
     exit_code = 130
+
+
+def unreadable(
+    path: Path, error: OSError, *, kind: type[OrthoError], hint: str, what: str = ""
+) -> OrthoError:
+    """Say why a file could not be read, by an error of its kind, or as ResourceError.
+
+    Args:
+        path: what was asked for.
+        error: what the system said.
+        kind: of the error, where this file is at fault.
+        hint: what to do then.
+        what: a word on what the file is, and a space.
+    """
+    told = f"cannot read {what}`{error.filename or path}`: {reason(error)}"
+    if is_starved(error):
+        return ResourceError(told, hint="see to that, then repeat the same command")
+    return kind(told, hint=hint)

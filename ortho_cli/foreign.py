@@ -28,7 +28,7 @@ from ortho_cli.checkpoint import (
     read_index,
     read_json_object,
 )
-from ortho_cli.errors import CheckpointError, reason
+from ortho_cli.errors import CheckpointError, unreadable
 from ortho_cli.source import (
     DTYPE_NAMES,
     RowReader,
@@ -66,10 +66,8 @@ def open_foreign(path: Path) -> Source:
         else:
             source = _open_safetensors(open_checkpoint(path))
     except OSError as error:
-        raise CheckpointError(
-            f"cannot read `{error.filename or path}`: {reason(error)}",
-            hint="give a model file or folder that you may read",
-        ) from error
+        hint = "give a model file or folder that you may read"
+        raise unreadable(path, error, kind=CheckpointError, hint=hint) from error
     try:
         return dequantize_fp8(source)
     except BaseException:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ortho_cli.checkpoint import Checkpoint
 from ortho_cli.errors import OutputExistsError, ResourceError, UsageError
-from ortho_cli.journal import PARTIAL, work_folder
+from ortho_cli.journal import PARTIAL, recover, work_folder
 
 
 def resolve_output(out: Path) -> Path:
@@ -40,7 +40,10 @@ def check_output(
     kind: str = "artifact",
     is_file: bool = False,
 ) -> None:
-    """Refuse an output that would lose something or mix with a source; nothing is written.
+    """Refuse an output that would lose something or mix with a source; nothing new is written.
+
+    What a run that was killed left at its end is put right first: the older output that it had
+    moved, or its work folder.
 
     Args:
         out: where the result would go.
@@ -67,6 +70,7 @@ def check_output(
         raise UsageError(
             f"output `{out}` lies under the file `{blocked}`", hint="choose another -o"
         )
+    recover(target)
     if not target.exists():
         return
     if target.is_dir() == is_file:

@@ -46,7 +46,7 @@ from blake3 import blake3
 from ortho_cli import checkpoint
 from ortho_cli.artifact import canonical_json, module_of
 from ortho_cli.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo
-from ortho_cli.errors import CalibrationError, CheckpointError, reason
+from ortho_cli.errors import CalibrationError, CheckpointError, is_starved, unreadable
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
 from ortho_cli.writer import TensorSpec
 
@@ -169,7 +169,11 @@ def is_statistics(path: Path) -> bool:
         return False
     try:
         return checkpoint.read_shard(path).metadata.get("format") == FORMAT
-    except (CheckpointError, OSError):
+    except CheckpointError:
+        return False
+    except OSError as error:
+        if is_starved(error):
+            raise
         return False
 
 
@@ -181,9 +185,10 @@ def open_statistics(path: Path) -> Statistics:
     """
     try:
         shard = checkpoint.read_shard(path)
-    except (CheckpointError, OSError) as error:
-        message = getattr(error, "message", None) or f"cannot read `{path}`: {reason(error)}"
-        raise CalibrationError(message, hint="calibrate again") from None
+    except CheckpointError as error:
+        raise CalibrationError(error.message, hint="calibrate again") from None
+    except OSError as error:
+        raise unreadable(path, error, hint="calibrate again", kind=CalibrationError) from None
     if shard.metadata.get("format") != FORMAT:
         raise CalibrationError(
             f"`{path}` says it is {shard.metadata.get('format')!r}, not {FORMAT!r}",

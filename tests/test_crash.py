@@ -16,7 +16,7 @@ from typing import Any
 import checkpoints
 import faults
 import pytest
-from conftest import PICO
+from conftest import PICO, Ortho
 from safetensors.torch import load_file, save_file
 
 from ortho_cli import decompose as work
@@ -361,3 +361,52 @@ def test_interrupt_keeps_what_is_finished_and_says_how_to_go_on(
     split(pico, out)
     split(pico, tmp_path / "reference")
     assert contents(out) == contents(tmp_path / "reference")
+
+
+def test_work_that_a_kill_left_behind_a_finished_output_is_cleared(
+    pico: Path, tmp_path: Path, ortho: Ortho
+) -> None:
+    out = tmp_path / "out"
+    assert ortho("decompose", pico, "-o", out, "-q").code == 0
+    work_folder(out).mkdir()
+    (work_folder(out) / "lock").write_text("1\n")
+    before = contents(out)
+    assert ortho("decompose", pico, "-o", out, "-q").code == 8
+    assert not work_folder(out).exists()
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("command", ["decompose", "convert", "calibrate"])
+@pytest.mark.parametrize("forced", [False, True])
+def test_no_file_can_be_opened_says_so_and_blames_no_file(
+    pico: Path,
+    tmp_path: Path,
+    ortho: Ortho,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    forced: bool,
+) -> None:
+    """An output that cannot be looked into is not somebody else's."""
+    checkpoints.save_tokenizer(pico, vocab=PICO["vocab"])
+    (tmp_path / "text.txt").write_text("A cat, and 2 more of them. " * 30)
+    out = tmp_path / ("out.safetensors" if command == "calibrate" else "out")
+    few = ["--set", "calibrate.length=16", "--set", "calibrate.samples=2"]
+    more = ["--data", tmp_path / "text.txt", *few] if command == "calibrate" else []
+    words = [command, pico, "-o", out, *more, "-q"]
+    if forced:
+        assert ortho(*words).code == 0
+        words.append("--force")
+    before = contents(tmp_path)
+    real, held = os.open, out if forced else pico
+
+    def starved(path: Any, *rest: Any, **named: Any) -> int:
+        if str(path).startswith(str(held)):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(path, *rest, **named)
+
+    monkeypatch.setattr(os, "open", starved)
+    ran = ortho(*words)
+    monkeypatch.undo()
+    assert ran.code == 9, ran.err
+    assert "too many open files" in ran.err
+    assert contents(tmp_path) == before

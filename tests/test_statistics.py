@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ortho_cli import decompose as work
-from ortho_cli import plan, recipe, streams
+from ortho_cli import plan, recipe
 from ortho_cli.checkpoint import open_checkpoint
 from ortho_cli.errors import CalibrationError, NumericalError, OrthoError, RecipeError
 from ortho_cli.events import Advanced, Event, TensorDone
 from ortho_cli.journal import work_folder
 from ortho_cli.opening import open_artifact
 from ortho_cli.scales import Kept, curvature_scales
+from ortho_cli.search import ROUNDS
 from ortho_cli.split import Splitter
 from ortho_cli.statistics import describe, is_statistics, open_statistics
 from ortho_cli.verify import verify
@@ -82,7 +83,7 @@ def settled_scales(
     options: dict[str, Any] = {"group_size": group_size, "dtype": weight.dtype}
     scales = curvature_scales(weight, curvature, **options)
     indices: list[int] = []
-    for _ in range(streams.ROUNDS):
+    for _ in range(ROUNDS):
         before = indices
         codes = reference.quantize(weight.float(), scales)
         residual = weight.float() - reference.dequantize(codes, scales)
@@ -226,8 +227,8 @@ def test_decompose_residual_saliency_with_curvature_scales_still_tells_both_figu
     assert by_residual["curvature_error_alpha_1"] > by_curvature["curvature_error_alpha_1"] > 0
     assert by_residual["residual_kept"] > by_curvature["residual_kept"] > 0
     bare = [
-        split(pico, stats, tmp_path / f"bare{i}", *more, "ortho.density=0")["totals"]
-        for i, more in enumerate((sets[:2], sets[1:2]))
+        split(pico, stats, tmp_path / out, *more, "ortho.density=0", compiled=False)["totals"]
+        for out, more in (("bare residual", sets[:2]), ("bare curvature", sets[1:2]))
     ]
     assert bare[0]["curvature_error_alpha_0"] == bare[1]["curvature_error_alpha_0"] > 0
 

@@ -28,7 +28,10 @@ from ortho_cli.journal import WorkFolder
 
 SECONDS = 2.0
 GIGABYTE = 1 << 30
-CODES = {0, *(e.exit_code for e in vars(errors).values() if isinstance(e, type)), 130} - {1}
+KINDS = [
+    e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.OrthoError)
+]
+CODES = {0, *(kind.exit_code for kind in KINDS), 130} - {1}
 
 Kind = Callable[[bytes, Random], bytes]
 
