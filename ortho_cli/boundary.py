@@ -109,8 +109,20 @@ def enter(command: Callable[[], int]) -> NoReturn:
             signal.signal(other, lambda again, _: os._exit(128 + again))
         raise KeyboardInterrupt
 
+    def once_more(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    def unraisable(lost: sys.UnraisableHookArgs) -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            # A destructor or callback of a library swallowed it: the run goes on as if not asked.
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            sys.__unraisablehook__(lost)
+
     for number in (signal.SIGINT, *asked):
         signal.signal(number, stop)
+    signal.signal(signal.SIGALRM, once_more)
+    sys.unraisablehook = unraisable
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ortho inspect X | head` ends like any filter
     sys.excepthook = _show_bug
     gc.set_threshold(GARBAGE)

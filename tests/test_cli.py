@@ -289,6 +289,30 @@ def test_a_signal_that_asks_for_an_end_is_an_interrupt_and_a_second_one_is_obeye
     assert ran.stderr == (told if len(signals) == 1 else "")
 
 
+SWALLOWING = """
+import os, signal, sys, time
+from ortho_cli import boundary
+
+class Swallowing:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def ask(**_):
+    Swallowing()
+    time.sleep(30)
+
+boundary.enter(lambda: boundary.run(ask, [], many={}))
+"""
+
+
+def test_a_signal_that_a_destructor_swallows_is_obeyed_all_the_same() -> None:
+    began = time.monotonic()
+    ran = subprocess.run([sys.executable, "-c", SWALLOWING], capture_output=True, text=True)
+    told = "error: interrupted\nhint: repeat the same command: nothing is lost\n"
+    assert (ran.returncode, ran.stderr) == (143, told)
+    assert time.monotonic() - began < 20
+
+
 def test_a_command_under_nohup_outlives_its_terminal() -> None:
     command = [sys.executable, "-c", ENDING, str(signal.SIGHUP.value)]
     ran = subprocess.run(["nohup", *command], capture_output=True, text=True)
