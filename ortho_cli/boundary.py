@@ -127,5 +127,7 @@ def enter(command: Callable[[], int]) -> NoReturn:
     sys.excepthook = _show_bug
     gc.set_threshold(GARBAGE)
     code = command()
+    for number in (signal.SIGINT, *asked):
+        signal.signal(number, signal.SIG_IGN)  # all that could be stopped has ended
     gc.freeze()  # a process that ends need not look for garbage once more
     sys.exit(128 + by if code == Interrupted.exit_code else code)

@@ -313,6 +313,16 @@ def test_a_signal_that_a_destructor_swallows_is_obeyed_all_the_same() -> None:
     assert time.monotonic() - began < 20
 
 
+def test_a_signal_behind_the_end_of_the_work_changes_nothing() -> None:
+    code = (
+        "import atexit, os, signal; from ortho_cli import boundary\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+        "boundary.enter(lambda: 0)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 def test_a_command_under_nohup_outlives_its_terminal() -> None:
     command = [sys.executable, "-c", ENDING, str(signal.SIGHUP.value)]
     ran = subprocess.run(["nohup", *command], capture_output=True, text=True)
