@@ -126,8 +126,11 @@ def enter(command: Callable[[], int]) -> NoReturn:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ortho inspect X | head` ends like any filter
     sys.excepthook = _show_bug
     gc.set_threshold(GARBAGE)
-    code = command()
-    for number in (signal.SIGINT, *asked):
-        signal.signal(number, signal.SIG_IGN)  # all that could be stopped has ended
+    try:
+        code = command()
+        for number in (signal.SIGINT, *asked):
+            signal.signal(number, signal.SIG_IGN)  # all that could be stopped has ended
+    except KeyboardInterrupt:  # asked behind its last word
+        code = Interrupted.exit_code
     gc.freeze()  # a process that ends need not look for garbage once more
     sys.exit(128 + by if code == Interrupted.exit_code else code)
