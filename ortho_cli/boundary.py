@@ -93,44 +93,55 @@ def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackT
     report.print_bug(kind, error, trace)
 
 
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    os._exit(128 + number)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _unraisable(lost: sys.UnraisableHookArgs) -> None:
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        # A destructor or callback of a library swallowed it, and the run goes on as if not asked.
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+    else:
+        sys.__unraisablehook__(lost)
+
+
 def enter(command: Callable[[], int]) -> NoReturn:
     """Run a command as a process of its own: signals as at a terminal, its code the process's.
 
     What asks a run to stop ends it in good order the first time, and at once the second: work
     survives both.
     """
-    asked = [stop for stop in STOPS if signal.getsignal(stop) is not signal.SIG_IGN]
+    asked = [signal.SIGINT, *(s for s in STOPS if signal.getsignal(s) is not signal.SIG_IGN)]
     by = signal.SIGINT
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal by
         by = signal.Signals(number)
-        for other in (signal.SIGINT, *asked):
-            signal.signal(other, lambda again, _: os._exit(128 + again))
+        for other in asked:
+            signal.signal(other, _leave)
         raise KeyboardInterrupt
 
-    def once_more(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    def unraisable(lost: sys.UnraisableHookArgs) -> None:
-        if issubclass(lost.exc_type, KeyboardInterrupt):
-            # A destructor or callback of a library swallowed it: the run goes on as if not asked.
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
-        else:
-            sys.__unraisablehook__(lost)
-
-    for number in (signal.SIGINT, *asked):
+    for number in asked:
         signal.signal(number, stop)
-    signal.signal(signal.SIGALRM, once_more)
-    sys.unraisablehook = unraisable
+    signal.signal(signal.SIGALRM, _interrupt)  # asks once more
+    sys.unraisablehook = _unraisable
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ortho inspect X | head` ends like any filter
     sys.excepthook = _show_bug
     gc.set_threshold(GARBAGE)
     try:
         code = command()
-        for number in (signal.SIGINT, *asked):
-            signal.signal(number, signal.SIG_IGN)  # all that could be stopped has ended
+        for number in asked:
+            signal.signal(number, _leave)
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
     except KeyboardInterrupt:  # asked behind its last word
         code = Interrupted.exit_code
+    sys.stdout.flush()
+    if code == Interrupted.exit_code:
+        # Asked while it was starting one, a library may have left a thread that waits for ever.
+        os._exit(128 + by)
     gc.freeze()  # a process that ends need not look for garbage once more
-    sys.exit(128 + by if code == Interrupted.exit_code else code)
+    sys.exit(code)

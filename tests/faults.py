@@ -413,7 +413,8 @@ def aftermath(scene: Scene) -> list[str]:
     if digests(scene.out) != kind.reference:
         wrong.append("the same command again gives other bytes")
     if scene.hidden.exists():
-        wrong.append("work is left behind")
+        left = sorted(str(path.relative_to(scene.hidden)) for path in scene.hidden.rglob("*"))
+        wrong.append(f"work is left behind: {left}")
     return wrong
 
 

@@ -313,14 +313,24 @@ def test_a_signal_that_a_destructor_swallows_is_obeyed_all_the_same() -> None:
     assert time.monotonic() - began < 20
 
 
-def test_a_signal_behind_the_end_of_the_work_changes_nothing() -> None:
+def test_a_signal_behind_the_end_of_the_work_is_obeyed_in_silence() -> None:
     code = (
         "import atexit, os, signal; from ortho_cli import boundary\n"
         "atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
-        "boundary.enter(lambda: 0)"
+        "boundary.enter(lambda: print('done') or 0)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (ran.returncode, ran.stderr) == (0, "")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (143, "done\n", "")
+
+
+def test_an_interrupted_run_waits_for_no_thread_that_was_left_behind() -> None:
+    code = (
+        "import threading; from ortho_cli import boundary\n"
+        "threading.Thread(target=threading.Event().wait).start()\n"
+        "boundary.enter(lambda: 130)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert ran.returncode == 130
 
 
 def test_a_command_under_nohup_outlives_its_terminal() -> None:
