@@ -17,7 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ortho_cli.errors import CheckpointError, ResourceError, reason, shown, unreadable
+from ortho_cli.errors import (
+    CheckpointError,
+    ResourceError,
+    is_starved,
+    reason,
+    shown,
+    unreadable,
+)
 from ortho_cli.files import open_regular, read_regular
 
 # Bits an element, for every dtype that safetensors 0.8 knows.
@@ -468,6 +475,22 @@ class ShardReader:
         """Close every shard."""
         while self._fds:
             os.close(self._fds.popitem()[1])
+
+
+def metadata_of(path: Path) -> dict[str, str] | None:
+    """Read the metadata of a safetensors file; None where it is none that can be read.
+
+    Raises:
+        OSError: the system lacks something, so that nothing can be told of any file.
+    """
+    try:
+        return read_shard(path).metadata
+    except CheckpointError:
+        return None
+    except OSError as error:
+        if is_starved(error):
+            raise
+        return None
 
 
 def check_in_place(checkpoint: Checkpoint) -> None:

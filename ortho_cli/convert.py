@@ -19,7 +19,7 @@ from ortho_cli.artifact import is_artifact
 from ortho_cli.checkpoint import WEIGHT_SUFFIXES
 from ortho_cli.convert_plan import ROLE, ConvertPlan, ConvertTensor
 from ortho_cli.dense import open_dense
-from ortho_cli.errors import CheckpointError, NumericalError, UsageError, is_starved
+from ortho_cli.errors import NumericalError, UsageError
 from ortho_cli.events import Advanced, EventSink, Finishing, Noted, Started, TensorDone, null_sink
 from ortho_cli.foreign import open_foreign
 from ortho_cli.gguf_source import open_gguf
@@ -74,15 +74,8 @@ def _gguf_of(path: Path) -> Path | None:
 def is_converted(folder: Path) -> bool:
     """Tell whether all weights of a folder were written by `ortho convert`."""
     found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    try:
-        roles = [checkpoint.read_shard(path).metadata.get("ortho_role") for path in found]
-    except CheckpointError:
-        return False
-    except OSError as error:
-        if is_starved(error):
-            raise
-        return False
-    return bool(roles) and set(roles) == {ROLE}
+    roles = {(checkpoint.metadata_of(path) or {}).get("ortho_role") for path in found}
+    return roles == {ROLE}
 
 
 def check_target(plan: ConvertPlan, source: Source, out: Path, *, force: bool) -> None:

@@ -46,7 +46,7 @@ from blake3 import blake3
 from ortho_cli import checkpoint
 from ortho_cli.artifact import canonical_json, module_of
 from ortho_cli.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo
-from ortho_cli.errors import CalibrationError, CheckpointError, is_starved, unreadable
+from ortho_cli.errors import CalibrationError, CheckpointError, unreadable
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
 from ortho_cli.writer import TensorSpec
 
@@ -167,14 +167,7 @@ def is_statistics(path: Path) -> bool:
     """Tell whether a file was written by `ortho calibrate`."""
     if not path.is_file():
         return False
-    try:
-        return checkpoint.read_shard(path).metadata.get("format") == FORMAT
-    except CheckpointError:
-        return False
-    except OSError as error:
-        if is_starved(error):
-            raise
-        return False
+    return (checkpoint.metadata_of(path) or {}).get("format") == FORMAT
 
 
 def open_statistics(path: Path) -> Statistics:

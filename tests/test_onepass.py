@@ -138,6 +138,29 @@ def test_loops_give_the_bytes_of_the_slow_twins(
     assert torch.equal(ortho["a.values"].view(word), weight.flatten()[indices].view(word))
 
 
+def save_odd_curvature(stats: Path, source: Path, stored: Any) -> None:
+    """Save statistics with ties, zeros, and curvature far from the rest."""
+
+    def flatten(tensors: dict[str, Tensor]) -> None:
+        key = "a.retain_curvature"
+        if key in tensors and tensors[key].dim() == 2:
+            tensors[key][3] = tensors[key][2]
+            tensors[key][20:24] = 0
+            tensors[key][24] = 1e-38
+            tensors[key][30, ::3] = 1e4
+        elif key in tensors:
+            tensors[key][40:44] = 0
+
+    checkpoints.save_statistics(
+        stats,
+        source,
+        kind="gram" if stored == "gram" else "fisher",
+        storage="factored" if stored == "factored" else "full",
+        dtype=stored if isinstance(stored, torch.dtype) else torch.float32,
+        change=flatten,
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32, "gram", "factored"])
 def test_loops_with_curvature_give_the_same_bytes(
@@ -152,21 +175,7 @@ def test_loops_with_curvature_give_the_same_bytes(
     weight[11:13] = 0  # squares times curvature have to stay finite
     save_file({"a.weight": weight, "b.weight": weight[:32].clone()}, source)
 
-    def flatten(tensors: dict[str, Tensor]) -> None:
-        key = "a.retain_curvature"
-        if key in tensors and tensors[key].dim() == 2:
-            tensors[key][3] = tensors[key][2]
-            tensors[key][20:24] = 0
-            tensors[key][24] = 1e-38
-        elif key in tensors:
-            tensors[key][40:44] = 0
-
-    kind = "gram" if stored == "gram" else "fisher"
-    storage = "factored" if stored == "factored" else "full"
-    kept = stored if isinstance(stored, torch.dtype) else torch.float32
-    checkpoints.save_statistics(
-        stats, source, kind=kind, storage=storage, dtype=kept, change=flatten
-    )
+    save_odd_curvature(stats, source, stored)
     check_alike(source, tmp_path, "ortho.density=0.02", stats=stats)
 
 
@@ -202,26 +211,8 @@ def test_loops_search_the_same_scales(
     save_file({"a.weight": weight, "b.weight": weight[:32].clone()}, source)
     size = 24 if dtype == torch.bfloat16 else 32  # whole lanes, or not
     sets = [f"base.scale={scale}", f"base.alone={alone}", f"base.group_size={size}"]
-
-    def flatten(tensors: dict[str, Tensor]) -> None:
-        key = "a.retain_curvature"
-        if key in tensors and tensors[key].dim() == 2:
-            tensors[key][3] = tensors[key][2]
-            tensors[key][20:24] = 0
-            tensors[key][24] = 1e-38
-            tensors[key][30, ::3] = 1e4
-        elif key in tensors:
-            tensors[key][40:44] = 0
-
     if stored is not None:
-        checkpoints.save_statistics(
-            stats,
-            source,
-            kind="gram" if stored == "gram" else "fisher",
-            storage="factored" if stored == "factored" else "full",
-            dtype=stored if isinstance(stored, torch.dtype) else torch.float32,
-            change=flatten,
-        )
+        save_odd_curvature(stats, source, stored)
     given = None if stored is None else stats
     check_alike(source, tmp_path, *sets, "ortho.density=0.03", stats=given)
 
