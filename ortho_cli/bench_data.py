@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ortho_cli import artifact, models
+from ortho_cli import artifact, models, strict_json
 from ortho_cli.artifact import Artifact
 from ortho_cli.bench_plan import CONTEXT, NEEDS, Settings
-from ortho_cli.checkpoint import read_json_object
 from ortho_cli.data import Pair, Text, TokenSequence, pair_sequences, read_rows, text_windows
 from ortho_cli.errors import UsageError
 from ortho_cli.forget_set import Secret, TokenSecret, encode, overlap, read_secrets
@@ -85,7 +84,7 @@ def _notes(listed: Sequence[Secret], running: Sequence[Text]) -> Iterator[str]:
 
 
 def _context(settings: Settings, folder: Path) -> int:
-    positions = read_json_object(folder / artifact.CONFIG_FILE).get("max_position_embeddings")
+    positions = strict_json.read(folder / artifact.CONFIG_FILE).get("max_position_embeddings")
     positions = positions if type(positions) is int and positions > 0 else None
     most = positions or CONTEXT
     if settings.context is None:

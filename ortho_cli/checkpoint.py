@@ -8,7 +8,6 @@ torch.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ortho_cli import strict_json
 from ortho_cli.errors import (
     CheckpointError,
     ResourceError,
@@ -25,7 +25,7 @@ from ortho_cli.errors import (
     shown,
     unreadable,
 )
-from ortho_cli.files import open_regular, read_regular
+from ortho_cli.files import open_regular
 
 # Bits an element, for every dtype that safetensors 0.8 knows.
 DTYPE_BITS = {
@@ -37,8 +37,6 @@ DTYPE_BITS = {
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # safetensors' own limit
 PIECE = 1 << 20
-MAX_SIDE_FILE = 100_000_000  # index and config are read whole
-MAX_PARSED = 900_000_000  # bytes that JSON may take in memory once it is parsed
 MAX_DIMENSIONS = 64  # torch's own limit; a product of thousands of large numbers would take hours
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -131,7 +129,7 @@ def _open(path: Path) -> Checkpoint:
     names, weight_map = _find_shards(path)
     shards = tuple(read_shard(path / name) for name in names)
     config_path = path / "config.json"
-    config = read_json_object(config_path, constants=True) if config_path.exists() else None
+    config = strict_json.read(config_path, constants=True) if config_path.exists() else None
     found = _checkpoint(path, shards, config=config, extra_files=tuple(list_extra_files(path)))
     if weight_map is not None:
         where = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
@@ -201,7 +199,7 @@ def _find_shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
 
 def read_index(path: Path, *, suffix: str = ".safetensors") -> dict[str, str]:
     """Read a weight_map; every file in it is a plain name inside the index's folder and exists."""
-    weight_map = read_json_object(path).get("weight_map")
+    weight_map = strict_json.read(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f"`{path}` has no `weight_map`", hint="restore the index that came with the model"
@@ -251,71 +249,6 @@ def list_extra_files(folder: Path) -> Iterator[tuple[str, int]]:
                 yield path.relative_to(folder).as_posix(), path.stat().st_size
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {twice!r} stands twice")
-    return found
-
-
-def _no_constants(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
-
-
-def parse_json_object(
-    raw: bytes, *, what: str, hint: str, constants: bool = False
-) -> dict[str, Any]:
-    """Parse strict JSON: one object, no duplicate key, valid UTF-8, under a gigabyte once parsed.
-
-    Args:
-        raw: the text.
-        what: its name in errors.
-        hint: what to do if it is bad.
-        constants: let NaN and Infinity pass, which Python writes and JSON does not know.
-    """
-    # At most 250 bytes a value with its key, and the text, its characters and theirs again.
-    values = sum(map(raw.count, (b",", b"[", b"{")))
-    needed = 250 * values + len(raw) * (3 if raw.isascii() else 9)
-    if needed > MAX_PARSED:
-        raise CheckpointError(
-            f"{what} has {len(raw)} bytes and {values} values; parsed it would take "
-            f"{needed // 10**6} MB, and {MAX_PARSED // 10**6} are given to it",
-            hint=hint,
-        )
-    try:
-        found = json.loads(
-            raw.decode(),
-            object_pairs_hook=_no_duplicates,
-            parse_constant=float if constants else _no_constants,
-        )
-        if b"\\u" in raw:
-            json.dumps(found, ensure_ascii=False).encode()  # lone surrogates cannot be written back
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{what} is not valid JSON: {str(error) or 'nested too deeply'}", hint=hint
-        ) from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{what} is a JSON {type(found).__name__}, not an object", hint=hint)
-    return found
-
-
-def read_json_object(path: Path, *, constants: bool = False) -> dict[str, Any]:
-    """Read a JSON file that comes with a model; `constants` as in `parse_json_object`."""
-    if (size := path.stat().st_size) > MAX_SIDE_FILE:
-        raise CheckpointError(
-            f"`{path}` has {size} bytes; at most {MAX_SIDE_FILE} are read",
-            hint="is it the right file?",
-        )
-    return parse_json_object(
-        read_regular(path),
-        what=f"`{path}`",
-        hint="restore the file that came with the model",
-        constants=constants,
-    )
-
-
 def read_shard(path: Path) -> Shard:
     """Read and check one safetensors header.
 
@@ -342,7 +275,7 @@ def read_shard(path: Path) -> Shard:
         raise CheckpointError(
             f"the header of `{path}` starts with {raw[:1]!r}, not b'{{'", hint=again
         )
-    header = parse_json_object(raw, what=f"the header of `{path}`", hint=again)
+    header = strict_json.parse(raw, what=f"the header of `{path}`", hint=again)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ortho_cli import ops
+from ortho_cli import ops, strict_json
 from ortho_cli.artifact import (
     BASE_FILE,
     CONFIG_FILE,
@@ -18,7 +18,7 @@ from ortho_cli.artifact import (
     Artifact,
     damaged,
 )
-from ortho_cli.checkpoint import Checkpoint, ShardReader, TensorInfo, model_name, read_json_object
+from ortho_cli.checkpoint import Checkpoint, ShardReader, TensorInfo, model_name
 from ortho_cli.errors import ArtifactError, UsageError
 from ortho_cli.kept import KeptReader
 from ortho_cli.opening import no_ortho, open_artifact
@@ -52,7 +52,7 @@ def open_dense(path: Path, alpha: float, keys: Keys | None = None) -> Source:
     folder = artifact.folder
     config = None
     if (folder / CONFIG_FILE).exists():
-        config = read_json_object(folder / CONFIG_FILE, constants=True)
+        config = strict_json.read(folder / CONFIG_FILE, constants=True)
         config = {key: value for key, value in config.items() if key != "quantization_config"}
     read = [artifact.base.path]
     if alpha:

@@ -10,9 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ortho_cli import artifact, kernels
+from ortho_cli import artifact, kernels, strict_json
 from ortho_cli.capture import Capture, frozen, measure_batch, symmetrize
-from ortho_cli.checkpoint import parse_json_object
 from ortho_cli.errors import (
     ArtifactError,
     CalibrationError,
@@ -385,7 +384,7 @@ class Engine:
         layers = load_module(self.module, opened)
         metadata = (opened.ortho or opened.base).metadata
         try:
-            recipe = parse_json_object(
+            recipe = strict_json.parse(
                 metadata.get("recipe", "").encode(), what="the recipe", hint="decompose again"
             )
         except CheckpointError as error:

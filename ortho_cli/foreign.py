@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ortho_cli import strict_json
 from ortho_cli.checkpoint import (
     Checkpoint,
     ShardReader,
@@ -26,7 +27,6 @@ from ortho_cli.checkpoint import (
     model_name,
     open_checkpoint,
     read_index,
-    read_json_object,
 )
 from ortho_cli.errors import CheckpointError, unreadable
 from ortho_cli.source import (
@@ -127,7 +127,7 @@ def _open_bins(path: Path, files: list[Path], weight_map: dict[str, str] | None)
     notes: list[str] = []
     if folder is not None:
         if (folder / "config.json").exists():
-            config = read_json_object(folder / "config.json", constants=True)
+            config = strict_json.read(folder / "config.json", constants=True)
         extra, left = side_files(folder, {file.name for file in files})
         notes += left
     untied = config is not None and config.get("tie_word_embeddings") is False

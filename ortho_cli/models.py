@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ortho_cli import strict_json
 from ortho_cli.artifact import module_of
-from ortho_cli.checkpoint import open_checkpoint, read_json_object
+from ortho_cli.checkpoint import open_checkpoint
 from ortho_cli.errors import CalibrationError, CheckpointError, OrthoError, RecipeError, UsageError
 from ortho_cli.files import is_trusted
 from ortho_cli.streams import is_plain_linear
@@ -88,7 +89,7 @@ def check_claims(folder: Path) -> None:
     Raises:
         CheckpointError: names the key; or the weights are damaged.
     """
-    config = read_json_object(folder / "config.json", constants=True)
+    config = strict_json.read(folder / "config.json", constants=True)
     here = any(folder.glob("*.safetensors"))
     layers = len(open_checkpoint(folder).tensors) if here else MOST_PARTS
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ortho_cli import checkpoint
+from ortho_cli import checkpoint, strict_json
 from ortho_cli.artifact import (
     BASE_FILE,
     COUNT_DTYPES,
@@ -56,7 +56,7 @@ def open_artifact(folder: Path, keys: Keys | None = None) -> Artifact:
         base = checkpoint.read_shard(folder / BASE_FILE)
         ortho, sealed, opened = _open_ortho(folder, keys)
         report_path = folder / REPORT_FILE
-        report = checkpoint.read_json_object(report_path) if report_path.is_file() else None
+        report = strict_json.read(report_path) if report_path.is_file() else None
     except CheckpointError as error:
         raise ArtifactError(error.message, hint=error.hint) from None
     form = base.metadata.get("ortho_format")

@@ -43,7 +43,7 @@ from typing import Any, Generic, TypeVar
 
 from blake3 import blake3
 
-from ortho_cli import checkpoint
+from ortho_cli import checkpoint, strict_json
 from ortho_cli.artifact import canonical_json, module_of
 from ortho_cli.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo
 from ortho_cli.errors import CalibrationError, CheckpointError, unreadable
@@ -212,7 +212,7 @@ def open_statistics(path: Path) -> Statistics:
 
 def _parse(path: Path, key: str, text: str) -> dict[str, Any]:
     """Parse what a value of the metadata holds."""
-    return checkpoint.parse_json_object(
+    return strict_json.parse(
         text.encode(), what=f"`{key}` in the header of `{path}`", hint="calibrate again"
     )
 

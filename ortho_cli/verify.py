@@ -11,7 +11,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from ortho_cli import checkpoint
+from ortho_cli import checkpoint, strict_json
 from ortho_cli.artifact import (
     BASE_FILE,
     FORMAT,
@@ -294,7 +294,7 @@ def _verify_index(artifact: Artifact) -> None:
     path = artifact.folder / INDEX_FILE
     keys = {tensor.name for tensor in artifact.base.tensors}
     try:
-        listed = checkpoint.read_json_object(path).get("weight_map") if path.is_file() else None
+        listed = strict_json.read(path).get("weight_map") if path.is_file() else None
     except CheckpointError as error:
         raise ArtifactError(error.message, hint=error.hint) from None
     if listed != dict.fromkeys(keys, BASE_FILE):

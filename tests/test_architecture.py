@@ -15,7 +15,7 @@ PACKAGE = ROOT / "ortho_cli"
 LAYERS = [
     ["__init__"],
     ["errors", "events", "settings", "files"],
-    ["recipe", "search", "ops", "topk", "data", "capture", "estimates"],
+    ["strict_json", "recipe", "search", "ops", "topk", "data", "capture", "estimates"],
     ["figures", "grammar", "verdict"],
     ["checkpoint", "scales", "compensate", "forget_set"],
     ["operands"],
