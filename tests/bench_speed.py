@@ -34,7 +34,10 @@ FISHER = "fisher.safetensors"  # made up: as many bytes as measured ones
 GGUF = "source.gguf"
 KEPT = HERE / "bench_speed.json"
 SLACK = 1.25  # medians of a quiet machine differ by less
-OURS = ("ours", "ours, Fisher", "ours, 1 worker", "ours, torch", "ours, no digests")
+OURS = (
+    *("ours", "ours, Fisher", "ours, 1 worker", "ours, torch"),
+    *("ours, no BLAKE3", "ours, no digests"),
+)
 LLAMA = ("llama-quantize", "llama-quantize, all")
 PEERS = ("torchao", "hqq", "llmcompressor", "autoround", "quanto")
 # Ratios of seconds that must not grow: of the first row to the second.
@@ -44,28 +47,31 @@ RATIOS = (
     ("ours, Fisher", "ours"),
     ("ours, 1 worker", "ours"),
     ("ours", "ours, torch"),
+    ("ours", "ours, no BLAKE3"),
     ("ours", "ours, no digests"),
     *(("ours", peer) for peer in (*LLAMA, *PEERS)),
 )
+RUN = "from ortho_cli.cli import main; main()"
 # As where numba is not installed.
-WITHOUT_NUMBA = (
-    "import ortho_cli.onepass as o, sys; o.find_spec = lambda name: None; "
-    "from ortho_cli.cli import main; main()"
-)
-# What digests cost.
-WITHOUT_DIGESTS = """
+WITHOUT_NUMBA = "import ortho_cli.onepass as o; o.find_spec = lambda name: None\n"
+# What digests of tensors cost, read or written, and what base's costs besides.
+WITHOUT_TENSOR_DIGESTS = """
 import blake3
 class Nothing:
     def __init__(self, *data): pass
     def update(self, data): pass
     def hexdigest(self): return "0" * 64
 blake3.blake3 = Nothing
+"""
+WITHOUT_SHA256 = """
 import ortho_cli.writer
 ortho_cli.writer.GrowingSha256.up_to = lambda self, offset: "0" * 64
-from ortho_cli.cli import main
-main()
 """
-CHANGED = {"ours, torch": WITHOUT_NUMBA, "ours, no digests": WITHOUT_DIGESTS}
+CHANGED = {
+    "ours, torch": WITHOUT_NUMBA + RUN,
+    "ours, no BLAKE3": WITHOUT_TENSOR_DIGESTS + RUN,
+    "ours, no digests": WITHOUT_TENSOR_DIGESTS + WITHOUT_SHA256 + RUN,
+}
 NAIVE = """
 import sys
 from pathlib import Path
