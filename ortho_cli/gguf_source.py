@@ -44,7 +44,7 @@ def open_gguf(path: Path) -> Source:
     try:
         with quiet_transformers():
             reader = gguf.GGUFReader(path)
-            config, model, processor, names = _map(path)
+            config, model, processor, names = _map(path, most_layers=len(reader.tensors))
             tokenizer, notes = _tokenizer(path)
     except Exception as error:  # noqa: BLE001 - on a damaged file both may raise anything
         told = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
@@ -84,7 +84,7 @@ def open_gguf(path: Path) -> Source:
     )
 
 
-def _map(path: Path) -> tuple[dict[str, Any], Any, Any, dict[str, str]]:
+def _map(path: Path, *, most_layers: int) -> tuple[dict[str, Any], Any, Any, dict[str, str]]:
     """Make config, a model without weights, what undoes llama.cpp's layouts, and names."""
     import transformers
     from transformers import modeling_gguf_pytorch_utils
@@ -94,6 +94,9 @@ def _map(path: Path) -> tuple[dict[str, Any], Any, Any, dict[str, str]]:
     mapping: Any = modeling_gguf_pytorch_utils
     parsed = mapping.load_gguf_checkpoint(str(path), return_tensors=False)["config"]
     config = auto.CONFIG_MAPPING[parsed["model_type"]].from_dict(dict(parsed))
+    layers = config.get_text_config().num_hidden_layers
+    if layers > most_layers:  # all of them would be built, and may be millions
+        raise ValueError(f"{layers} layers are claimed, and {most_layers} tensors are there")
     with torch.device("meta"):
         model = auto.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.tie_weights()

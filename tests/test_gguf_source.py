@@ -23,9 +23,14 @@ HIDDEN, MLP, VOCAB, HEADS, KV_HEADS = 64, 96, 40, 4, 2
 
 
 def write(
-    path: Path, *, tied: bool = True, more: dict[str, Any] | None = None, less: str = ""
+    path: Path,
+    *,
+    tied: bool = True,
+    more: dict[str, Any] | None = None,
+    less: str = "",
+    layers: int = 1,
 ) -> None:
-    """Write a one-layer Llama: Q8_0 matrices, float32 norms."""
+    """Write a one-layer Llama that claims `layers`: Q8_0 matrices, float32 norms."""
     generator = torch.Generator().manual_seed(0)
     kv = HIDDEN // HEADS * KV_HEADS
     shapes: dict[str, tuple[int, ...]] = {
@@ -48,7 +53,7 @@ def write(
     writer.add_name("pico")
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(1)
+    writer.add_block_count(layers)
     writer.add_feed_forward_length(MLP)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
@@ -128,6 +133,15 @@ def test_gguf_with_another_shape_is_refused(tmp_path: Path, ortho: Ortho) -> Non
     assert ran.code == CheckpointError.exit_code
     assert "`blk.0.ffn_up.weight`" in ran.err
     assert not (tmp_path / "pico-converted").exists()
+
+
+def test_gguf_that_claims_more_layers_than_tensors_is_refused_before_they_are_built(
+    tmp_path: Path, ortho: Ortho
+) -> None:
+    write(tmp_path / "pico.gguf", layers=2**31)
+    ran = ortho("convert", tmp_path / "pico.gguf")
+    assert ran.code == CheckpointError.exit_code
+    assert "2147483648 layers are claimed, and 11 tensors are there" in ran.err
 
 
 @pytest.mark.parametrize("kept", [0, 4, 40, -200])
