@@ -6,13 +6,14 @@ Three forms of one product. On the CPU, two are chosen between by what was measu
 bfloat16, 2 cores):
 
 * **packed** (CPU, bfloat16 throughout, few rows): torch's INT4 kernel reads the codes as they are;
-  20 times faster than unpacking at one row, level with it near 48. It multiplies q * scale before
+  20 times faster than unpacking at one row, level with it near 32. It multiplies q * scale before
   that is rounded to the scales' dtype, and rounds its own result to x's, so it is within one more
   rounding of x's dtype of the exact form. In float16 and float32 it is slower than tiles. Codes of
   3 bits are given to it as codes of 4, which hold them, and take a third more memory there.
 * **tiles** (everything else): some rows at a time become the very weights that a reader of base
-  sees, ortho is added in place, and a dense product follows: in x's dtype, or in float32 where the
-  processor has no products of it (bfloat16 took four times as long at 128 rows without AVX-512).
+  sees, in compiled loops where numba is installed, ortho is added in place, and a dense product
+  follows: in x's dtype, or in float32 where the processor has no products of it (bfloat16 took
+  four times as long at 128 rows without AVX-512).
 * **fused** (CUDA, where Triton 3.3 or later is installed, for what `fused.takes`: codes of 4 bits):
   nothing is unpacked to memory. Written against Triton's interpreter and not yet run on a card; nor
   are tiles.
@@ -37,7 +38,7 @@ from ortho_cli import ops
 from ortho_cli.errors import ArtifactError, UsageError
 from ortho_cli.operands import Alpha, Base, Ortho, Packed
 
-PACKED_ROWS = 48  # above, unpacking tiles is as fast or faster, and exact
+PACKED_ROWS = 32  # above, unpacking tiles is as fast or faster, and exact
 PACKED_GROUPS = (32, 64, 128, 256)  # group sizes torch's kernel takes
 PACKED_MULTIPLE = 16  # of out_features, likewise
 TILE_ELEMENTS = 1 << 21  # weights unpacked at a time; each call costs microseconds
@@ -251,6 +252,19 @@ def _fused(kind: str) -> ModuleType | None:
     return fused
 
 
+@cache
+def _unpacking() -> ModuleType | None:
+    """Find the compiled loops that unpack; None where numba is missing or cannot be loaded."""
+    if find_spec("numba") is None:
+        return None
+    try:
+        from ortho_cli import unpacking
+    except ImportError as error:  # numba and numpy, or numba and Python do not fit
+        warnings.warn(f"base is unpacked without numba, which is slower: {error}", stacklevel=2)
+        return None
+    return unpacking
+
+
 def _packed_product(x: Tensor, base: Base) -> Tensor:
     assert base.prepared is not None
     group_size = base.shape[1] // base.weight_scale.shape[1]
@@ -279,6 +293,10 @@ def dequantize_rows(base: Base, start: int, stop: int) -> Tensor:
         codes = ops.unpack_int3(base.weight_packed[start:stop]).to(scale.dtype)
         codes.view(*scale.shape, -1).mul_(scale.unsqueeze(-1))
         return codes
+    unpacking = None if torch.compiler.is_compiling() else _unpacking()
+    if unpacking is not None and unpacking.takes(base.weight_packed, scale):
+        unpacked: Tensor = unpacking.unpack(base.weight_packed[start:stop], scale)
+        return unpacked
     pairs = base.weight_packed[start:stop].contiguous().view(torch.uint8)
     # A byte b times 4097 is b | b << 12: its nibbles 16 bits apart. 0x4300 | n is 128 + n in
     # bfloat16, so both are numbers where they are, and n is the code and 8.

@@ -27,7 +27,7 @@ _FLOAT, _HALF, _I16, _I32 = ir.FloatType(), ir.HalfType(), ir.IntType(16), ir.In
 
 
 @intrinsic
-def _widen(context, word):
+def widen(context, word):
     """Read a word as float32, which itself is one."""
 
     def generate(context, builder, signature, arguments):
@@ -45,7 +45,7 @@ def _widen(context, word):
 
 
 @intrinsic
-def _narrow(context, value, like):
+def narrow(context, value, like):
     """Round float32 to the kind of word that `like` is, to nearest, ties to even; no NaN."""
 
     def generate(context, builder, signature, arguments):
@@ -78,7 +78,7 @@ def _magnitude(context, word):
 def _wide_squares(words):
     total = 0.0
     for i in range(words.size):
-        wide = np.float64(_widen(words[i]))
+        wide = np.float64(widen(words[i]))
         total += wide * wide
     return total
 
@@ -91,7 +91,7 @@ def _squares(words):
         some = words[start : start + STRETCH]
         part = np.float32(0.0)
         for i in range(some.size):
-            wide = _widen(some[i])
+            wide = widen(some[i])
             part += wide * wide
         if np.float32(1e-30) < part < np.float32(np.inf):
             total += np.float64(part)
@@ -163,7 +163,7 @@ def search_tile(  # noqa: C901 - in parts, called from here, it runs at half the
         for group in range(scales.shape[1]):
             first = group * group_size
             for i in range(group_size):
-                weights[i] = _widen(raw[row, first + i])
+                weights[i] = widen(raw[row, first + i])
             if held is not None:
                 some = np.uint8(0)
                 for i in range(group_size):
@@ -176,7 +176,7 @@ def search_tile(  # noqa: C901 - in parts, called from here, it runs at half the
                 largest = max(largest, _magnitude(bits[i]))
             if curvature is not None:
                 for i in range(group_size):
-                    shares[i] = _widen(curvature[row, first + i])
+                    shares[i] = widen(curvature[row, first + i])
             elif columns is not None:
                 for i in range(group_size):
                     shares[i] = rows[row] * columns[first + i]
@@ -186,22 +186,22 @@ def search_tile(  # noqa: C901 - in parts, called from here, it runs at half the
                     most = max(most, _magnitude(parts[i]))
                 if most > 0:
                     for i in range(group_size):
-                        shares[i] /= _widen(most)
+                        shares[i] /= widen(most)
             best, least = raw[row, first], np.float32(0)
             start = 0 if held is None else -1
             for trial in range(start, factors.size):
                 if trial < 0:
                     stored = scales[row, group]
                 else:
-                    wide = _widen(largest) / np.float32(7.5) * factors[trial]
-                    stored = _narrow(max(wide, floor), raw[row, first])
-                scale = _widen(stored)
+                    wide = widen(largest) / np.float32(7.5) * factors[trial]
+                    stored = narrow(max(wide, floor), raw[row, first])
+                scale = widen(stored)
                 lanes[:] = 0
                 for block in range(0, size, LANES):
                     part, share = weights[block : block + LANES], shares[block : block + LANES]
                     for i in range(LANES):
                         code = min(max(np.rint(part[i] / scale), np.float32(-8)), np.float32(7))
-                        error = _widen(_narrow(code * scale, stored)) - part[i]
+                        error = widen(narrow(code * scale, stored)) - part[i]
                         if curvature is not None or columns is not None:
                             lanes[i] += error * error * share[i]
                         else:
@@ -288,13 +288,13 @@ def split_tile(  # noqa: C901 - in parts, called from here, it runs at half the 
             if given:
                 stored = scales[row, group]
             else:
-                stored = _narrow(max(_widen(largest) / np.float32(7.5), floor), largest)
+                stored = narrow(max(widen(largest) / np.float32(7.5), floor), largest)
                 scales[row, group] = stored
-            scale = _widen(stored)
+            scale = widen(stored)
             for i in range(group_size):
-                weight = _widen(some[i])
+                weight = widen(some[i])
                 code = min(max(np.rint(weight / scale), np.float32(-8.0)), np.float32(7.0))
-                residual[i] = abs(_widen(_narrow(code * scale, stored)) - weight)
+                residual[i] = abs(widen(narrow(code * scale, stored)) - weight)
                 code_of[i] = np.uint8(np.int32(code) + np.int32(8))
         # By rows: bytes that were just written one by one cannot be read as pairs for a while.
         for i in range(columns // 2):
@@ -310,7 +310,7 @@ def split_tile(  # noqa: C901 - in parts, called from here, it runs at half the 
             if worst >= 0x7F800000 >> (32 - 8 * curvature.itemsize):
                 return -2  # the sign bit makes a word large, too
             for i in range(columns):
-                weighted[i] = plain[i] * np.sqrt(_widen(near[i]))
+                weighted[i] = plain[i] * np.sqrt(widen(near[i]))
         elif column_roots is not None:
             for i in range(columns):
                 weighted[i] = plain[i] * (row_roots[row] * column_roots[i])

@@ -20,6 +20,8 @@ LAYERS = [
     ["checkpoint", "scales", "compensate", "forget_set"],
     ["operands"],
     ["fused"],
+    ["loops"],
+    ["unpacking"],
     ["kernels", "streams"],
     ["layers", "compact"],
     ["journal"],
@@ -32,7 +34,7 @@ LAYERS = [
     ["curvature", "refusals"],
     ["plan"],
     ["summary", "identity", "worker", "models", "sums", "blocks"],
-    ["tally", "loops"],
+    ["tally"],
     ["onepass"],
     ["split", "scoring", "calibrate_plan"],
     ["ondevice"],
@@ -118,7 +120,8 @@ def test_torch_is_imported_only_where_tensors_are_computed() -> None:
         *("source", "foreign", "dense", "gguf_source", "convert"),
         *("scoring", "evaluate", "grid", "isolate", "unlearn", "forget", "blocks", "tune"),
         *("compact", "kept", "readback", "repack"),
-        *("operands", "fused", "kernels", "streams", "layers", "modelfile", "engine", "pretrained"),
+        *("operands", "unpacking", "fused", "kernels", "streams", "layers"),
+        *("modelfile", "engine", "pretrained"),
         *("attacks", "controls", "bench_data", "bench"),
     }
     for module in ("errors", "events", "recipe", "checkpoint", "journal", "writer", "artifact"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ortho_cli import kernels, ops
 from ortho_cli.errors import ArtifactError, UsageError
@@ -264,3 +266,67 @@ def test_cuda_equals_cpu() -> None:
         ortho = Ortho(*(part.cuda() for part in made.ortho))
         there = kernels.dual_linear(x.cuda(), base, ortho, made.bias.cuda(), alpha)
         assert torch.allclose(there.cpu().float(), here.float(), rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(deadline=None, max_examples=15)
+@given(
+    rows=st.integers(1, 40),
+    groups=st.integers(1, 5),
+    size=st.sampled_from([8, 24, 32, 128]),
+    exponent=st.sampled_from([-133, -20, 0, 125]),
+)
+def test_compiled_loops_unpack_what_torch_does(
+    threads: int, dtype: torch.dtype, rows: int, groups: int, size: int, exponent: int
+) -> None:
+    unpacking = pytest.importorskip("ortho_cli.unpacking")
+    made = Made(rows, groups, size, torch.float32)
+    # Subnormal, or infinite in the end: products that are rounded as bits must be torch's, too.
+    scales = (made.base.weight_scale * 2.0**exponent).to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert unpacking.takes(made.base.weight_packed, scales)
+        found = unpacking.unpack(made.base.weight_packed, scales)
+    finally:
+        torch.set_num_threads(before)
+    assert found.dtype == dtype
+    codes = reference.unpack_codes(made.base.weight_packed, bits=4)
+    expected = reference.dequantize(codes, scales).to(dtype)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("missing", ["numba", "team"])
+def test_without_compiled_loops_the_product_is_the_same(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpacking = pytest.importorskip("ortho_cli.unpacking")
+    made = Made(40, 3, 32, torch.bfloat16)
+    x = torch.randn(60, 96, generator=made.random).bfloat16()
+    expected = kernels.dual_linear(x, made.base, made.ortho, None, 1.0)
+    calls: list[Any] = []
+    monkeypatch.setattr(unpacking, "unpack", lambda *given: calls.append(given))
+    if missing == "numba":
+        monkeypatch.setattr(kernels, "_unpacking", lambda: None)
+    else:
+        monkeypatch.setattr(unpacking, "_team", lambda: None)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert torch.equal(kernels.dual_linear(x, made.base, made.ortho, None, 1.0), expected)
+    assert not calls
+
+
+def test_numba_that_cannot_be_loaded_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    monkeypatch.setitem(sys.modules, "ortho_cli.unpacking", None)
+    monkeypatch.delattr("ortho_cli.unpacking", raising=False)
+    find = kernels._unpacking.__wrapped__
+    with pytest.warns(UserWarning, match="unpacked without numba, which is slower: "):
+        assert find() is None
+
+
+def test_nothing_is_read_while_torch_traces_shapes() -> None:
+    made = Made(16, 2, 32, torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        x = mode.from_tensor(torch.zeros(5, 64))
+        assert kernels.dual_linear(x, made.base, None, None, 0.0).shape == (5, 16)
