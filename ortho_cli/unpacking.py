@@ -51,7 +51,7 @@ def _arrays(places, shapes, word):
 
 @njit(error_model="numpy")
 def _unpack(here, packed, scales, weights):
-    """Q * scale, rounded once: (rows, in / 2) bytes and words of scales to words of weights."""
+    """Make words of weights in some rows, of (rows, in / 2) bytes and words of scales."""
     half = packed.shape[1] // scales.shape[1]
     for row in range(*here):
         for group in range(scales.shape[1]):
