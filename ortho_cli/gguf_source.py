@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ortho_cli.checkpoint import model_name
 from ortho_cli.errors import CheckpointError, UsageError
-from ortho_cli.models import quiet_transformers
+from ortho_cli.models import check_parts, quiet_transformers
 from ortho_cli.source import Source, SourceTensor, mark
 
 # What transformers writes about the place a tokenizer came from.
@@ -44,8 +44,10 @@ def open_gguf(path: Path) -> Source:
     try:
         with quiet_transformers():
             reader = gguf.GGUFReader(path)
-            config, model, processor, names = _map(path, most_layers=len(reader.tensors))
+            config, model, processor, names = _map(path, layers=len(reader.tensors))
             tokenizer, notes = _tokenizer(path)
+    except CheckpointError:
+        raise
     except Exception as error:  # noqa: BLE001 - on a damaged file both may raise anything
         told = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise CheckpointError(
@@ -84,7 +86,7 @@ def open_gguf(path: Path) -> Source:
     )
 
 
-def _map(path: Path, *, most_layers: int) -> tuple[dict[str, Any], Any, Any, dict[str, str]]:
+def _map(path: Path, *, layers: int) -> tuple[dict[str, Any], Any, Any, dict[str, str]]:
     """Make config, a model without weights, what undoes llama.cpp's layouts, and names."""
     import transformers
     from transformers import modeling_gguf_pytorch_utils
@@ -93,10 +95,10 @@ def _map(path: Path, *, most_layers: int) -> tuple[dict[str, Any], Any, Any, dic
     auto: Any = transformers
     mapping: Any = modeling_gguf_pytorch_utils
     parsed = mapping.load_gguf_checkpoint(str(path), return_tensors=False)["config"]
+    check_parts(parsed, layers=layers, told=path)
     config = auto.CONFIG_MAPPING[parsed["model_type"]].from_dict(dict(parsed))
-    layers = config.get_text_config().num_hidden_layers
-    if layers > most_layers:  # all of them would be built, and may be millions
-        raise ValueError(f"{layers} layers are claimed, and {most_layers} tensors are there")
+    default = {"num_hidden_layers": config.get_text_config().num_hidden_layers}
+    check_parts(default, layers=layers, told=path)  # the header may say nothing of them
     with torch.device("meta"):
         model = auto.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.tie_weights()

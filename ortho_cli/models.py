@@ -92,14 +92,22 @@ def check_claims(folder: Path) -> None:
     config = strict_json.read(folder / "config.json", constants=True)
     here = any(folder.glob("*.safetensors"))
     layers = len(open_checkpoint(folder).tensors) if here else MOST_PARTS
+    check_parts(config, layers=layers, told=folder / "config.json")
+
+
+def check_parts(config: dict[str, Any], *, layers: int, told: Path) -> None:
+    """Refuse what `told` says of a model that has more layers or experts than it can have.
+
+    Raises:
+        CheckpointError: names the key.
+    """
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key, value in part.items():
             named = _PARTS.search(key)
             most = MOST_PARTS if named and named[0] == "experts" else layers
             if named and isinstance(value, int | float) and value > most:
                 raise CheckpointError(
-                    f"`{folder / 'config.json'}` says `{key}` is {value!s:.24}, and there can be "
-                    f"{most} at most",
+                    f"`{told}` says `{key}` is {value!s:.24}, and there can be {most} at most",
                     hint="restore the file that came with the model",
                 )
 
