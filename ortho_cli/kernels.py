@@ -6,7 +6,7 @@ Three forms of one product. On the CPU, two are chosen between by what was measu
 bfloat16, 2 cores):
 
 * **packed** (CPU, bfloat16 throughout, few rows): torch's INT4 kernel reads the codes as they are;
-  20 times faster than unpacking at one row, level with it near 32. It multiplies q * scale before
+  eight times faster than tiles at one row, level with them near 32. It multiplies q * scale before
   that is rounded to the scales' dtype, and rounds its own result to x's, so it is within one more
   rounding of x's dtype of the exact form. In float16 and float32 it is slower than tiles. Codes of
   3 bits are given to it as codes of 4, which hold them, and take a third more memory there.

@@ -11,6 +11,7 @@ squares, in float64, may be taken in another order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -100,12 +101,16 @@ def _squares(words):
     return total
 
 
-def _kept(function):
-    """Compile a loop that waits for no interpreter, and keep it on disk where that can be."""
-    try:
-        return njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # neither this folder nor the user's cache can be written to
-        return njit(nogil=True, error_model="numpy")(function)
+def kept(compiler: Callable[..., Any], **options: Any) -> Callable[[Any], Any]:
+    """Make what compiles a loop, and keeps it on disk where that can be."""
+
+    def compiled(function: Any) -> Any:
+        try:
+            return compiler(cache=True, error_model="numpy", **options)(function)
+        except (RuntimeError, OSError):  # no folder for it can be written to, or the disk is full
+            return compiler(error_model="numpy", **options)(function)
+
+    return compiled
 
 
 def search(*arguments: Any) -> None:
@@ -125,7 +130,7 @@ def _call(loop: Any, arguments: tuple[Any, ...]) -> Any:
         return loop(*arguments)
 
 
-@_kept
+@kept(njit, nogil=True)  # others may run meanwhile
 def search_tile(  # noqa: C901 - in parts, called from here, it runs at half the speed
     raw: Any,
     group_size: int,
@@ -216,7 +221,7 @@ def search_tile(  # noqa: C901 - in parts, called from here, it runs at half the
             scales[row, group] = best
 
 
-@_kept
+@kept(njit, nogil=True)
 def split_tile(  # noqa: C901 - in parts, called from here, it runs at half the speed
     raw: Any,
     group_size: int,

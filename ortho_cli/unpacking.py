@@ -8,7 +8,7 @@ milliseconds after each product.
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from ortho_cli.loops import narrow, widen
+from ortho_cli.loops import kept, narrow, widen
 
 ROWS = 8  # that a thread takes at a time
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as the compiled loop knows them
@@ -66,16 +66,7 @@ def _unpack(here, packed, scales, weights):
                 some[2 * i + 1] = narrow((high - np.float32(8)) * scale, stored)
 
 
-def _callback(function):
-    """Compile what OpenMP calls, and keep it on disk where that can be."""
-    signature = types.void(types.CPointer(types.int64))
-    try:
-        return cfunc(signature, cache=True, error_model="numpy")(function)
-    except (RuntimeError, OSError):  # no folder for it can be written to, or the disk is full
-        return cfunc(signature, error_model="numpy")(function)
-
-
-@_callback
+@kept(partial(cfunc, types.void(types.CPointer(types.int64))))
 def _share(told):
     """Unpack some rows after others until none is left; each thread of a team runs this."""
     _, rows, columns, groups, kind, packed, scales, weights = carray(told, 8)
