@@ -64,7 +64,8 @@ class _Moved:
         code = ops.dequantize(ops.quantize(weight, scales, bits=self._bits), scales)
         bits = torch.int32 if tile.scales.dtype.itemsize == 4 else torch.int16
         self._codes.append(flat_of(code.to(tile.scales.dtype).view(bits)))
-        lost = [code.sub_(weight).abs_().squeeze(1)]
+        # Not in place: where scales are float32, what was remembered above is `code` itself.
+        lost = [(code - weight).abs_().squeeze(1)]
         if tile.root is not None:
             root = tile.root[at % columns] if tile.root.ndim == 1 else tile.root.view(-1)[at]
             lost.insert(0 if by_curvature else 1, lost[0] * root)

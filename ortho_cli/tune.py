@@ -66,7 +66,8 @@ class Latent:
         """
         self._start, self._range = start, ops.code_range(bits)
         self._source = weight.clone()
-        self._scales = start.scales.float()
+        # A copy even of float32: steps multiply it in place, and `start` must stay what it was.
+        self._scales = start.scales.to(torch.float32, copy=True)
         codes = start.codes.float()
         latent = ops.groups_of(weight.float(), start.scales.shape[1])
         latent = (latent / self._scales.unsqueeze(-1)).view(weight.shape)

@@ -160,7 +160,7 @@ def test_top_level_holds_only_what_was_agreed() -> None:
 def test_public_functions_have_docstrings_and_modules_stay_small() -> None:
     for module in MODULES:
         lines = (PACKAGE / f"{module}.py").read_text().count("\n")
-        assert lines <= 520, f"{module} has {lines} lines"
+        assert lines <= 800, f"{module} has {lines} lines"
         assert ast.get_docstring(tree(module)), module
 
 
