@@ -1,10 +1,10 @@
-r"""The artifact: two safetensors files that are one model; the formats `ortho/1` and `ortho/2`.
+r"""The artifact: two safetensors files that are one model; the formats `ortho/1` to `ortho/3`.
 
     OUT/
-      base.safetensors              INT4 codes and scales of split tensors, others unchanged
+      model.safetensors             base: INT4 codes and scales of split tensors, others unchanged
       ortho.safetensors             sparse source weights of split tensors; delete it and
                                     alpha is 0 for good
-      model.safetensors.index.json  every key of base -> base.safetensors, nothing of ortho
+      model.safetensors.index.json  every key of base -> model.safetensors, nothing of ortho
       config.json, tokenizer*, ...  the source's files; config.json gains `quantization_config`
       report.json                   what was done, tensor by tensor, with digests
 
@@ -30,7 +30,7 @@ reference, codes, scales and every other tensor are those of the reference. Othe
 tensor keeps its name, dtype, shape and bytes.
 
 **Ortho** holds, for each split `<p>.weight`, a sparse matrix of the positions that forgetting
-moved, and of the most salient ones beside them; in `ortho/1` (ortho.layout csr) as CSR:
+moved, and of the most salient ones beside them; with ortho.layout csr as CSR:
 
     <p>.crow_indices  int32 (out + 1,)  int64 where nnz does not fit
     <p>.col_indices   uint16 (nnz,)     int32 where in - 1 does not fit; ascending in each row
@@ -38,11 +38,11 @@ moved, and of the most salient ones beside them; in `ortho/1` (ortho.layout csr)
 
 The stream that runs is ortho = values - dequantize(base) at those positions, formed in float32 when
 loaded, so that alpha = 1 is exact there whatever base became. nnz is round(density * out * in), so
-every offset of both files follows from the source's headers (with ortho/2, of base alone). With
-ortho.split unlearn, a moved position that saliency would not have kept holds scale * q of the
+every offset of both files follows from the source's headers (with layout compact, of base alone).
+With ortho.split unlearn, a moved position that saliency would not have kept holds scale * q of the
 source's own nearest code q: alpha = 1 is there the source's own INT4.
 
-In `ortho/2` (ortho.layout compact) ortho holds the same matrix without most of its indices:
+With ortho.layout compact ortho holds the same matrix without most of its indices:
 
     <p>.columns        uint16 (c,)      columns kept in every row, ascending; int32 where in - 1
                                         does not fit; none where out is 1
@@ -69,21 +69,30 @@ one encoding, and readers refuse another.
 
 **Files**: safetensors; tensors by element size (widest first), then name. `__metadata__` in order:
 
-    base   format "pt", ortho_format "ortho/1", role "base", ortho_version, plan_sha256,
+    base   format "pt", ortho_format "ortho/3", role "base", ortho_version, plan_sha256,
            recipe (canonical JSON)
-    ortho  format "ortho/1", role "ortho", ortho_version, plan_sha256, recipe, source_digest,
-           base_sha256
+    ortho  format "ortho/3", role "ortho", ortho_version, plan_sha256, recipe, source_digest,
+           base_blake3
 
-and "ortho/2" in both places with compact. Base says format "pt" because transformers before 5
-refuses any other word there. `base_sha256` is the SHA-256 of base.safetensors; `source_digest` is
-BLAKE3 over the canonical JSON list of [name, dtype, shape, BLAKE3 of the bytes] of every source
-tensor by name, whatever the sharding. A lone base is a valid artifact; a lone ortho is not.
+Base says format "pt" because transformers before 5 refuses any other word there. `base_blake3` is
+the BLAKE3 of model.safetensors. Whether ortho is CSR or compact, the names of its tensors tell; all
+of a file have one layout.
+
+**Older formats** are read as they are. `ortho/1` (layout csr) and `ortho/2` (layout compact) differ
+from `ortho/3` in three things: base is named base.safetensors, the format tells the layout, and
+digests of whole files are SHA-256 (`base_sha256` in ortho's header and in report.json, where
+`ortho/3` has `base_blake3`).
+
+`source_digest` is BLAKE3 over the canonical JSON list of [name, dtype, shape, BLAKE3 of the bytes]
+of every source tensor by name, whatever the sharding. A lone base is a valid artifact; a lone ortho
+is not.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,13 +100,16 @@ from typing import Any
 
 from ortho_cli import checkpoint
 from ortho_cli.checkpoint import Shard, TensorInfo
-from ortho_cli.errors import ArtifactError, CheckpointError
+from ortho_cli.errors import ArtifactError
+from ortho_cli.files import open_regular
 from ortho_cli.seal import SEALED_FILE, Opened
 from ortho_cli.writer import TensorSpec
 
-FORMAT = "ortho/1"
-FORMATS = {"csr": FORMAT, "compact": "ortho/2"}  # of each ortho.layout
-BASE_FILE = "base.safetensors"
+FORMAT = "ortho/3"  # what is written
+FORMATS = ("ortho/1", "ortho/2", FORMAT)  # what is read
+OLD_LAYOUTS = {"ortho/1": "csr", "ortho/2": "compact"}
+BASE_FILE = "model.safetensors"
+OLD_BASE_FILE = "base.safetensors"  # of ortho/1 and ortho/2
 ORTHO_FILE = "ortho.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
@@ -225,13 +237,11 @@ def compact_at_most(name: str, *, dtype: str, shape: tuple[int, int], nnz: int) 
     return data + sum(len(json.dumps(spec.key)) + 120 for spec in specs)
 
 
-def base_metadata(
-    *, plan_sha256: str, recipe: str, version: str, form: str = FORMAT
-) -> dict[str, str]:
-    """Metadata of base.safetensors."""
+def base_metadata(*, plan_sha256: str, recipe: str, version: str) -> dict[str, str]:
+    """Metadata of base."""
     return {
         "format": "pt",
-        "ortho_format": form,
+        "ortho_format": FORMAT,
         "role": "base",
         "ortho_version": version,
         "plan_sha256": plan_sha256,
@@ -245,18 +255,17 @@ def ortho_metadata(
     recipe: str,
     version: str,
     source_digest: str,
-    base_sha256: str,
-    form: str = FORMAT,
+    base_blake3: str,
 ) -> dict[str, str]:
     """Metadata of ortho.safetensors; a digest's length is known before the digest."""
     return {
-        "format": form,
+        "format": FORMAT,
         "role": "ortho",
         "ortho_version": version,
         "plan_sha256": plan_sha256,
         "recipe": recipe,
         "source_digest": source_digest,
-        "base_sha256": base_sha256,
+        "base_blake3": base_blake3,
     }
 
 
@@ -297,6 +306,11 @@ class Artifact:
         return self.base.metadata.get("ortho_format", "")
 
     @property
+    def digest(self) -> str:
+        """Name the digest that the format takes of whole files."""
+        return digest_of(self.form)
+
+    @property
     def kept(self) -> dict[str, Parts]:
         """What ortho holds of each module, part by part; empty without ortho."""
         return by_module(self.ortho) if self.ortho else {}
@@ -307,9 +321,55 @@ class Artifact:
         return tuple(self.shapes)
 
 
+def digest_of(form: str) -> str:
+    """Name the digest that a format takes of whole files."""
+    return "sha256" if form in OLD_LAYOUTS else "blake3"
+
+
+def layout_of(form: str, kept: Mapping[str, Parts]) -> str:
+    """Tell an ortho.layout by the format, or by what ortho holds."""
+    compact = any("row_counts" in parts for parts in kept.values())
+    return OLD_LAYOUTS.get(form, "compact" if compact else "csr")
+
+
 def is_ours(metadata: dict[str, str]) -> bool:
     """Tell by a file's metadata whether it is base or ortho, in any format known."""
-    return any(metadata.get(key) in FORMATS.values() for key in ("format", "ortho_format"))
+    return any(metadata.get(key) in FORMATS for key in ("format", "ortho_format"))
+
+
+def base_file(folder: Path) -> Path | None:
+    """Find base in a folder, by what it says of itself; None where there is none.
+
+    A model.safetensors that cannot be read counts where a report or an ortho stream of ours lies
+    beside it, a base.safetensors always.
+    """
+    new, old = folder / BASE_FILE, folder / OLD_BASE_FILE
+    if new.is_file():
+        metadata = checkpoint.metadata_of(new)
+        if metadata is not None and is_ours(metadata):
+            return new
+        if not old.is_file() and _has_company(folder):
+            return new
+        return None
+    return old if old.is_file() else None
+
+
+def _has_company(folder: Path) -> bool:
+    """Tell whether something beside base says that an artifact was here."""
+    sealed = (folder / SEALED_FILE).is_file()
+    return sealed or _is_ortho(folder / ORTHO_FILE) or _is_report(folder / REPORT_FILE)
+
+
+def _is_ortho(path: Path) -> bool:
+    return path.is_file() and is_ours(checkpoint.metadata_of(path) or {})
+
+
+def _is_report(path: Path) -> bool:
+    """Tell a report.json of ours: other tools use that name, too."""
+    if not path.is_file():
+        return False
+    with open_regular(path) as file:
+        return re.match(rb'\s*\{\s*"format"\s*:\s*"ortho/', file.read(64)) is not None
 
 
 def is_artifact(path: Path, *, damaged: bool = False) -> bool:
@@ -317,27 +377,26 @@ def is_artifact(path: Path, *, damaged: bool = False) -> bool:
 
     Args:
         path: anything.
-        damaged: count a file that has our name and cannot be read, or lies beside a report.
+        damaged: count a base or ortho that cannot be read, or does not say what it is, where what
+            lies beside it does.
     """
     folder = path if path.is_dir() else path.parent
-    whole = path.is_dir() or path.name == SEALED_FILE  # which cannot speak for itself
-    names = (BASE_FILE, ORTHO_FILE) if whole else (path.name,)
-    if path.is_dir() and (folder / "model.safetensors").exists():
-        return False
-    named = [name for name in names if (folder / name).is_file()]
-    for name in named:
-        try:
-            metadata = checkpoint.read_shard(folder / name).metadata
-        except CheckpointError:
-            return damaged and name in (BASE_FILE, ORTHO_FILE)
+    base = base_file(folder)
+    whole = path.is_dir() or path.name == SEALED_FILE  # a sealed file cannot speak for itself
+    if whole and base is None and (folder / BASE_FILE).is_file():
+        return False  # another model's weights, which ortho is no part of
+    listed = (base, folder / ORTHO_FILE) if whole else (path,)
+    files = [file for file in listed if file is not None and file.is_file()]
+    named = {file.name for file in files} & {OLD_BASE_FILE, ORTHO_FILE}
+    for file in files:
+        metadata = checkpoint.metadata_of(file)
+        if metadata is None:
+            return damaged and (file.name in named or file == base)
         if is_ours(metadata):
             return True
-    if not damaged:
-        return False
-    # A sealed ortho says nothing, and a bit of the very words that say so may have flipped.
-    if {BASE_FILE, ORTHO_FILE}.intersection(named) and (folder / REPORT_FILE).is_file():
-        return True
-    return whole and (folder / SEALED_FILE).is_file()
+    # A bit of the very words that say whose the file is may have flipped.
+    told = base in files or (bool(named) and (folder / REPORT_FILE).is_file())
+    return damaged and (told or (whole and (folder / SEALED_FILE).is_file()))
 
 
 def damaged(path: Path, what: str) -> ArtifactError:

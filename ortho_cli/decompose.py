@@ -40,7 +40,7 @@ from ortho_cli.quantization import index
 from ortho_cli.seal import Keys, OrthoFile, Seal, SealedFile, WorkKey, key_of, scratch_bytes
 from ortho_cli.statistics import StatisticsReader, check_model
 from ortho_cli.summary import make_config, make_report
-from ortho_cli.verify import file_sha256
+from ortho_cli.verify import file_digest
 from ortho_cli.worker import (
     Entry,
     Reference,
@@ -51,7 +51,7 @@ from ortho_cli.worker import (
     shape_bytes,
     shape_key,
 )
-from ortho_cli.writer import DataFile, Frontier, GrowingSha256, Layout, plan_layout
+from ortho_cli.writer import DataFile, Frontier, GrowingDigest, Layout, plan_layout
 
 if TYPE_CHECKING:  # to import torch takes longer than to decompose a billion weights
     from ortho_cli.split import Rounded, Splitter
@@ -173,13 +173,13 @@ def decompose(
             job.device = _device_of(plan, device, on_event)
             job.fast = compiled and job.device == "cpu" and takes(plan)
             with _many_small_operations(), nullcontext() if job.fast else _one_thread_of_torch():
-                base_sha256 = job.split()
+                base_blake3 = job.split()
             if tuner is not None:
-                base_sha256 = job.tune(tuner)
+                base_blake3 = job.tune(tuner)
             if editor is not None or tuner is not None:
                 check_in_place(checkpoint)  # their model was read by its files' names
             with _many_small_operations():
-                report = job.finish(base_sha256)
+                report = job.finish(base_blake3)
             work.publish(may_replace=lambda there: force and artifact.is_artifact(there))
             return report
     finally:
@@ -294,7 +294,7 @@ class _Job:
         return DataFile(self._work, name, layout, mode=0o600, scratch=scratch)
 
     def split(self) -> str:
-        """Split every tensor that no earlier run has split; return base's SHA-256."""
+        """Split every tensor that no earlier run has split; return base's BLAKE3."""
         plan, done = self._plan, self._work.done
         for tensor in plan.tensors:
             if tensor.name in done and not self._is_intact(tensor, done[tensor.name]):
@@ -315,7 +315,7 @@ class _Job:
         return self._work_through([t for t in plan.tensors if t.name not in done])
 
     def tune(self, tuner: Tuner) -> str:
-        """Put codes and scales in place of those that splitting found; return base's SHA-256.
+        """Put codes and scales in place of those that splitting found; return base's BLAKE3.
 
         A block's journal lines are written together, behind its data, and each says how many there
         are. A kill before leaves bytes that the old lines do not fit, one between them lines of a
@@ -339,9 +339,9 @@ class _Job:
                         for name, rounded in found.items()
                     ]
                 )
-        return GrowingSha256(self._base.fd).up_to(self._plan.base.size)
+        return GrowingDigest(self._base.fd).up_to(self._plan.base.size)
 
-    def finish(self, base_sha256: str) -> Entry:
+    def finish(self, base_blake3: str) -> Entry:
         """See that nothing changed meanwhile, and write all but the split tensors."""
         plan, done = self._plan, self._work.done
         self._emit(Finishing(step="digests"))
@@ -359,8 +359,7 @@ class _Job:
             recipe=canonical_json(plan.recipe.canonical()),
             version=__version__,
             source_digest=digest,
-            base_sha256=base_sha256,
-            form=artifact.FORMATS[plan.recipe.ortho.layout],
+            base_blake3=base_blake3,
         )
         ortho, layout = self._ortho, plan.ortho
         if plan.is_compact:
@@ -377,16 +376,16 @@ class _Job:
             assert layout.regions == plan.ortho.regions
         if self._key is not None:
             self._emit(Finishing(step="seal"))
-        ortho_sha256, sealed_sha256 = ortho.finish(layout)
+        ortho_blake3, sealed_blake3 = ortho.finish(layout)
         report = make_report(
             plan,
             entries,
             ortho=layout,
             moved=count(self._edits),
             source_digest=digest,
-            base_sha256=base_sha256,
-            ortho_sha256=ortho_sha256,
-            sealed_sha256=sealed_sha256,
+            base_blake3=base_blake3,
+            ortho_blake3=ortho_blake3,
+            sealed_blake3=sealed_blake3,
             device=self.device.partition(":")[0],
         )
         self._emit(Finishing(step="sync"))
@@ -405,12 +404,12 @@ class _Job:
         return True
 
     def _work_through(self, pending: list[TensorPlan]) -> str:
-        """Work on every pending tensor; return base's SHA-256."""
+        """Work on every pending tensor; return base's BLAKE3."""
         owners = {spec.key: t.name for t in self._plan.tensors for spec in t.base}
         shapes = {shape_key(tensor): "" for tensor in self._plan.split}  # they are written
         frontier = Frontier(self._plan.base, owners | shapes, done=[""])
         frontier.finish(self._work.done)
-        digest = GrowingSha256(self._base.fd)
+        digest = GrowingDigest(self._base.fd)
         finished: list[Entry] = []
         results: Results = SimpleQueue()
         options: dict[str, Any] = {"workers": self._plan.workers, "stop": self._stop}
@@ -494,7 +493,7 @@ class _Job:
             size = plan.base.size - len(plan.base.header)
             work.write_file(INDEX_FILE, pretty_json(index(plan.base.regions, total_size=size)))
             report["side_files"] = {
-                artifact.spelled(n): file_sha256(work.artifact / n) for n in sorted(names)
+                artifact.spelled(n): file_digest(work.artifact / n) for n in sorted(names)
             }
             work.write_file(REPORT_FILE, pretty_json(report))
         except OSError as error:

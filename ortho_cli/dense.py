@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ortho_cli import ops, strict_json
 from ortho_cli.artifact import (
-    BASE_FILE,
     CONFIG_FILE,
     ORTHO_FILE,
     REPORT_FILE,
@@ -57,7 +56,7 @@ def open_dense(path: Path, alpha: float, keys: Keys | None = None) -> Source:
     read = [artifact.base.path]
     if alpha:
         read.append(artifact.sealed or folder / ORTHO_FILE)
-    extra, notes = side_files(folder, {BASE_FILE, ORTHO_FILE})
+    extra, notes = side_files(folder, {artifact.base.name, ORTHO_FILE})
     with ExitStack() as opened:
         reader = ShardReader(
             Checkpoint(

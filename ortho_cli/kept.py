@@ -81,7 +81,7 @@ class KeptReader:
         Args:
             module: one of the artifact's `split`.
         Returns:
-            crow_indices, col_indices and values, as `ortho/1` holds them: values in the source's
+            crow_indices, col_indices and values, as layout csr holds them: values in the source's
             dtype, whatever they are stored in.
         Raises:
             ArtifactError: what is stored is no such matrix, or a file was cut; names the tensor.

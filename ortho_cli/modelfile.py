@@ -33,7 +33,7 @@ from ortho_cli.plan import NO_DIGEST
 from ortho_cli.quantization import index, quantization_config
 from ortho_cli.source import DTYPE_NAMES, TORCH_DTYPES
 from ortho_cli.streams import BASE_PARTS, ORTHO_PARTS, is_conv1d, is_plain_linear
-from ortho_cli.writer import DataFile, GrowingSha256, Layout, TensorSpec, plan_layout
+from ortho_cli.writer import DataFile, GrowingDigest, Layout, TensorSpec, plan_layout
 
 PLAIN = "build the module as it was when it was saved"
 
@@ -109,16 +109,16 @@ def save_module(
     base_layout = plan_layout(specs[0], artifact.base_metadata(**common))
     ortho_layout = plan_layout(
         specs[1],
-        artifact.ortho_metadata(**common, source_digest=digest, base_sha256=NO_DIGEST),
+        artifact.ortho_metadata(**common, source_digest=digest, base_blake3=NO_DIGEST),
     )
     files = {BASE_FILE: base_layout.size} | ({ORTHO_FILE: ortho_layout.size} if ortho else {})
     identity = {"plan": sha256, "source": digest, "version": [__version__], "files": files}
     with WorkFolder(out, identity=identity, force=force) as work:
         written = _write(work, BASE_FILE, base_layout, base, mode=0o644)
         written.write_header(base_layout.header)
-        told = GrowingSha256(written.fd).up_to(base_layout.size)
+        told = GrowingDigest(written.fd).up_to(base_layout.size)
         if ortho:
-            metadata = artifact.ortho_metadata(**common, source_digest=digest, base_sha256=told)
+            metadata = artifact.ortho_metadata(**common, source_digest=digest, base_blake3=told)
             # What is withheld from others should not be readable by others.
             hidden = _write(work, ORTHO_FILE, ortho_layout, ortho, mode=0o600)
             hidden.write_header(plan_layout(specs[1], metadata).header)

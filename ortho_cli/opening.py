@@ -11,7 +11,6 @@ from ortho_cli import checkpoint, strict_json
 from ortho_cli.artifact import (
     BASE_FILE,
     COUNT_DTYPES,
-    FORMAT,
     FORMATS,
     ORTHO_FILE,
     REPORT_FILE,
@@ -19,9 +18,11 @@ from ortho_cli.artifact import (
     WIDTHS,
     Artifact,
     Parts,
+    base_file,
     by_module,
     compact_specs,
     damaged,
+    layout_of,
     ortho_specs,
 )
 from ortho_cli.checkpoint import Shard, TensorInfo
@@ -42,29 +43,29 @@ def open_artifact(folder: Path, keys: Keys | None = None) -> Artifact:
             files do not belong together as far as their headers and report.json tell. `verify`
             reads the bytes.
     """
-    if not (folder / BASE_FILE).is_file():
+    path = base_file(folder)
+    if path is None:
         lone = next((n for n in (ORTHO_FILE, SEALED_FILE) if (folder / n).is_file()), None)
         raise ArtifactError(
-            f"`{folder}` has {lone} and no {BASE_FILE}"
+            f"`{folder}` has {lone} and no base ({BASE_FILE})"
             if lone
-            else f"`{folder}` has no {BASE_FILE}",
+            else f"`{folder}` has no base ({BASE_FILE})",
             hint="ortho means nothing without the base that it was cut from"
             if lone
             else "is this the right folder?",
         )
     try:
-        base = checkpoint.read_shard(folder / BASE_FILE)
+        base = checkpoint.read_shard(path)
         ortho, sealed, opened = _open_ortho(folder, keys)
         report_path = folder / REPORT_FILE
         report = strict_json.read(report_path) if report_path.is_file() else None
     except CheckpointError as error:
         raise ArtifactError(error.message, hint=error.hint) from None
     form = base.metadata.get("ortho_format")
-    if form not in FORMATS.values() or base.metadata.get("role") != "base":
+    if form not in FORMATS or base.metadata.get("role") != "base":
         raise ArtifactError(
-            f"`{folder / BASE_FILE}` says it is {base.metadata.get('ortho_format')!r} "
-            f"{base.metadata.get('role')!r}, "
-            f"not {' or '.join(map(repr, FORMATS.values()))} 'base'",
+            f"`{path}` says it is {form!r} {base.metadata.get('role')!r}, "
+            f"not {' or '.join(map(repr, FORMATS))} 'base'",
             hint="it was written by something else, or by a later version",
         )
     shapes, bits = _check_base(base)
@@ -190,10 +191,11 @@ def _check_pair(artifact: Artifact, ortho: Shard) -> None:
             f"{artifact.form!r} 'ortho'",
             hint="it was written by something else, or by a later version",
         )
-    told = (artifact.report or {}).get("base_sha256", mine.get("base_sha256"))
+    key = f"base_{artifact.digest}"
+    told = (artifact.report or {}).get(key, mine.get(key))
     for what, left, right in (
         ("plan", mine.get("plan_sha256"), other.get("plan_sha256")),
-        ("base", mine.get("base_sha256"), told),
+        ("base", mine.get(key), told),
     ):
         if left != right:
             raise ArtifactError(
@@ -202,14 +204,15 @@ def _check_pair(artifact: Artifact, ortho: Shard) -> None:
                 hint="put back the file that was written with this base",
             )
     kept, base = by_module(ortho), {tensor.name: tensor for tensor in artifact.base.tensors}
+    layout = layout_of(artifact.form, kept)
     for module in artifact.split:
         scale, shape = base[f"{module}.weight_scale"], artifact.shapes[module]
         parts = kept.pop(module, {})
-        wanted = _wanted(artifact.form, parts)
+        wanted = _wanted(layout, parts)
         for part in sorted(wanted ^ parts.keys()):
             said = "missing" if part in wanted else "not of any split weight"
             raise damaged(ortho.path, f"tensor `{module}.{part}` is {said}")
-        for spec in _kept_specs(artifact.form, module, parts, dtype=scale.dtype, shape=shape):
+        for spec in _kept_specs(layout, module, parts, dtype=scale.dtype, shape=shape):
             found = parts[spec.key.rpartition(".")[2]]
             if (found.dtype, found.shape) != (spec.dtype, spec.shape):
                 raise damaged(
@@ -222,9 +225,9 @@ def _check_pair(artifact: Artifact, ortho: Shard) -> None:
         raise damaged(ortho.path, f"tensor `{key}` is not of any split weight")
 
 
-def _wanted(form: str, parts: Parts) -> set[str]:
+def _wanted(layout: str, parts: Parts) -> set[str]:
     """Name the parts that a split weight has in ortho."""
-    if form == FORMAT:
+    if layout == "csr":
         return {"crow_indices", "col_indices", "values"}
     common = {"columns", "column_values", "row_counts", "col_gaps", "values"}
     rounded = "values" in parts and parts["values"].dtype == "I8"
@@ -232,11 +235,11 @@ def _wanted(form: str, parts: Parts) -> set[str]:
 
 
 def _kept_specs(
-    form: str, module: str, parts: Parts, *, dtype: str, shape: tuple[int, int]
+    layout: str, module: str, parts: Parts, *, dtype: str, shape: tuple[int, int]
 ) -> tuple[TensorSpec, ...]:
     """Say what dtypes and shapes the parts must have, as far as the header tells."""
     name, others = f"{module}.weight", parts["values"].numel
-    if form == FORMAT:
+    if layout == "csr":
         return ortho_specs(name, dtype=dtype, shape=shape, nnz=others)
     counts = parts["row_counts"].dtype
     return compact_specs(

@@ -254,12 +254,11 @@ def make_plan(
         check_weights(statistics, split)
     sha256 = _sha256(tensors, recipe, group_size, statistics)
     canonical = canonical_json(recipe.canonical())
-    form = artifact.FORMATS[recipe.ortho.layout]
-    common = {"plan_sha256": sha256, "recipe": canonical, "version": __version__, "form": form}
+    common = {"plan_sha256": sha256, "recipe": canonical, "version": __version__}
     base = plan_layout(_unique(checkpoint, tensors, "base"), artifact.base_metadata(**common))
     ortho = plan_layout(
         _unique(checkpoint, tensors, "ortho"),
-        artifact.ortho_metadata(**common, source_digest=NO_DIGEST, base_sha256=NO_DIGEST),
+        artifact.ortho_metadata(**common, source_digest=NO_DIGEST, base_blake3=NO_DIGEST),
     )
     return Plan(
         recipe=recipe,
@@ -333,6 +332,7 @@ def _check_split(
 
 _OUR_FILES = (
     artifact.BASE_FILE,
+    artifact.OLD_BASE_FILE,
     artifact.ORTHO_FILE,
     SEALED_FILE,
     IDENTITY_FILE,
@@ -428,7 +428,7 @@ def _sha256(
     statistics: Statistics | None,
 ) -> str:
     content = {
-        "format": artifact.FORMATS[recipe.ortho.layout],
+        "format": artifact.FORMAT,
         "version": __version__,
         "recipe": recipe.canonical(),
         "group_size": group_size,

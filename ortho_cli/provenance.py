@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 from ortho_cli.artifact import (
-    BASE_FILE,
     ORTHO_FILE,
     REPORT_FILE,
     Artifact,
@@ -40,7 +39,7 @@ def provenance(artifact: Artifact) -> dict[str, Any]:
     if ortho:
         for key, header in told:
             if ortho.get(key) != header.get(key):
-                raise _differs(key, ORTHO_FILE, ortho.get(key), BASE_FILE, header.get(key))
+                raise _differs(key, ORTHO_FILE, ortho.get(key), artifact.base.name, header.get(key))
         told.append(("source_digest", ortho))
     if artifact.report is None:
         return found
@@ -49,7 +48,7 @@ def provenance(artifact: Artifact) -> dict[str, Any]:
     said["ortho_version"] = report["versions"]["ortho"]
     for key, header in told:
         if said[key] != header.get(key):
-            file = ORTHO_FILE if header is ortho else BASE_FILE
+            file = ORTHO_FILE if header is ortho else artifact.base.name
             raise _differs(key, REPORT_FILE, said[key], file, header.get(key))
     return {key: report[key] for key in found}
 

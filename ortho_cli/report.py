@@ -231,10 +231,11 @@ def _curvature_errors(figures: dict[str, Any], *, there: bool) -> tuple[str, str
 def _artifact_lines(document: dict[str, Any], totals: dict[str, Any], folder: str) -> list[str]:
     files = document["files"]
     ortho = files["ortho.safetensors"]
+    base = next(name for name in ("model.safetensors", "base.safetensors") if name in files)
     split = [t for t in document["tensors"] if t["action"] == "split"]
     lines = [
-        f"{folder}: {len(split)} of {len(document['tensors'])} tensors split",
-        f"base {size(files['base.safetensors'])}, " + _ortho_words(files),
+        f"{folder}: {document['format']}, {len(split)} of {len(document['tensors'])} tensors split",
+        f"base {size(files[base])}, " + _ortho_words(files),
     ]
     if totals:
         exact = totals["residual_kept"] is None or totals["sqnr_db_alpha_1"] is None

@@ -16,7 +16,6 @@ recipients only, which is why a passphrase seals a key and not ortho itself.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -303,10 +302,10 @@ class SealedFile:
         """Seal header and tensors, which are all here, as the file that ortho is published as.
 
         Returns:
-            SHA-256 of its content, and of the sealed file.
+            BLAKE3 of its content, and of the sealed file.
         """
         work = self._work
-        content, sealed = hashlib.sha256(), hashlib.sha256()
+        content, sealed = blake3(), blake3()
         fd, offset = work.open_data(SEALED_FILE, size=0, mode=0o600), 0
 
         def pieces() -> Iterator[Buffer]:

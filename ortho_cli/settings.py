@@ -97,8 +97,8 @@ class Ortho(_Strict):
     )
     layout: Literal["csr", "compact"] = Field(
         "csr",
-        description="How ortho is stored. csr: format ortho/1. compact: ortho/2, without most "
-        "indices: whole columns, and gaps of one byte.",
+        description="How ortho is stored. csr: row pointers, columns, values. compact: without "
+        "most indices: whole columns, and gaps of one byte.",
     )
     values: Literal["source", "int8"] = Field(
         "source",
@@ -288,7 +288,7 @@ class Recipe(_Strict):
         if not self.base.alone:
             del found["base"]["alone"]
         if self.ortho.layout == "csr":
-            del found["ortho"]["layout"]  # ortho/1 knows no other: its files stay what they were
+            del found["ortho"]["layout"]  # as before there was this key
         return found
 
     @property

@@ -40,14 +40,14 @@ def make_report(
     ortho: Layout,
     moved: int,
     source_digest: str,
-    base_sha256: str,
-    ortho_sha256: str,
-    sealed_sha256: str | None = None,
+    base_blake3: str,
+    ortho_blake3: str,
+    sealed_blake3: str | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Say what was done; the same for the same input, so without times and paths.
 
-    `sealed_sha256` is the exception, and there only where ortho is sealed: age draws fresh keys.
+    `sealed_blake3` is the exception, and there only where ortho is sealed: age draws fresh keys.
 
     Units: bytes; bits per weight; sqnr in dB, null where there is no error. `residual_kept` is the
         share of the squared
@@ -72,13 +72,13 @@ def make_report(
     ortho_bits = 8 * sum(_kept_bytes(entry, ortho) for entry in entries)
     bits = 8 * (plan.base.size + ortho.size) / plan.weights
     return {
-        "format": artifact.FORMATS[plan.recipe.ortho.layout],
+        "format": artifact.FORMAT,
         "versions": {"ortho": __version__, "torch": metadata.version("torch"), "device": device},
         "plan_sha256": plan.sha256,
         "source_digest": source_digest,
-        "base_sha256": base_sha256,
-        "ortho_sha256": ortho_sha256,
-        **({"sealed_sha256": sealed_sha256} if sealed_sha256 else {}),
+        "base_blake3": base_blake3,
+        "ortho_blake3": ortho_blake3,
+        **({"sealed_blake3": sealed_blake3} if sealed_blake3 else {}),
         "recipe": plan.recipe.canonical(),
         "group_size": plan.group_size,
         "statistics": plan.statistics.summary() if plan.statistics else None,

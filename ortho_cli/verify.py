@@ -13,14 +13,13 @@ from blake3 import blake3
 
 from ortho_cli import checkpoint, strict_json
 from ortho_cli.artifact import (
-    BASE_FILE,
-    FORMAT,
     INDEX_FILE,
     ORTHO_FILE,
     REPORT_FILE,
     Artifact,
     count_kept,
     damaged,
+    layout_of,
     spelled,
 )
 from ortho_cli.checkpoint import Shard, TensorInfo
@@ -38,7 +37,7 @@ def describe(artifact: Artifact) -> dict[str, Any]:
     measure is left out; `source_digest` is None if ortho is missing, too.
     """
     present = {
-        BASE_FILE: artifact.base.size,
+        artifact.base.name: artifact.base.size,
         ORTHO_FILE: artifact.ortho.size if artifact.ortho else None,
     }
     if artifact.sealed:
@@ -90,8 +89,8 @@ def _tensors_from_headers(artifact: Artifact) -> Iterator[dict[str, Any]]:
 _NUMBER = int | float
 _LARGEST = 1e300  # of a figure: an integer of a thousand digits is no float, and cannot be shown
 _REPORT = {
-    "format": str, "plan_sha256": str, "source_digest": str, "base_sha256": str,
-    "ortho_sha256": str, "versions": dict, "recipe": dict, "totals": dict, "tensors": list,
+    "format": str, "plan_sha256": str, "source_digest": str, "versions": dict, "recipe": dict,
+    "totals": dict, "tensors": list,
 }  # fmt: skip
 _TOTALS = {
     "bits_per_weight": _NUMBER, "split_bits_per_weight": _NUMBER,
@@ -122,7 +121,7 @@ def _check_report(artifact: Artifact, report: dict[str, Any]) -> None:
     totals, versions = report.get("totals"), report.get("versions")
     recipe = report["recipe"] if isinstance(report.get("recipe"), dict) else {}
     for name, section, types in (
-        ("", report, _REPORT),
+        ("", report, _REPORT | {f"{file}_{artifact.digest}": str for file in ("base", "ortho")}),
         ("totals.", totals, _TOTALS),
         ("versions.", versions, {"ortho": str, "torch": str}),
         ("recipe.", recipe, {"base": dict}),
@@ -149,7 +148,7 @@ def _check_reported_tensors(artifact: Artifact, report: dict[str, Any], path: Pa
     if len(told) != len(report["tensors"]):
         raise damaged(path, "an entry of `tensors` has no name, or another's")
     for name in sorted(told.keys() ^ held.keys()):
-        raise damaged(path, f"tensor `{name}` is not in both the report and {BASE_FILE}")
+        raise damaged(path, f"tensor `{name}` is not in both the report and {artifact.base.name}")
     for name, entry in held.items():
         # The first reports do not say `bits`: it was 4 throughout.
         said = ({"bits": 4} if entry["action"] == "split" else {}) | told[name]
@@ -169,12 +168,16 @@ def _check_reported_tensors(artifact: Artifact, report: dict[str, Any], path: Pa
             raise damaged(path, f"the figures of `{name}` are not numbers")
 
 
+_SPELLED = {"blake3": "BLAKE3", "sha256": "SHA-256"}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verified:
     """What `verify` read and found sound."""
 
-    base_sha256: str
-    ortho_sha256: str | None
+    digest: str  # the algorithm of those of whole files
+    base: str
+    ortho: str | None  # None where it is absent or sealed
     tensors: int
     bytes: int
     checked: dict[str, str]  # file -> what its bytes were held against
@@ -208,34 +211,37 @@ def verify(artifact: Artifact, *, on_event: EventSink = null_sink) -> Verified:
     _verify_index(artifact)
     if artifact.ortho is not None:
         _verify_kept(artifact, artifact.ortho)
-    sums = {file.name: file_sha256(file.path, on_event=on_event) for file in files}
+    algorithm = artifact.digest
+    sums = {file.name: file_digest(file.path, algorithm, on_event=on_event) for file in files}
     checked = {file.name: _checked(artifact, file) for file in files}
-    claims = [(BASE_FILE, told.get("base_sha256"))]
+    base = artifact.base.name
+    claims = [(base, told.get(f"base_{algorithm}"))]
     if artifact.ortho is not None:
         claims += [
-            (BASE_FILE, artifact.ortho.metadata.get("base_sha256")),
-            (ORTHO_FILE, told.get("ortho_sha256")),
+            (base, artifact.ortho.metadata.get(f"base_{algorithm}")),
+            (ORTHO_FILE, told.get(f"ortho_{algorithm}")),
         ]
     if artifact.sealed is not None:
-        sums[SEALED_FILE] = file_sha256(artifact.sealed)
-        claims.append((SEALED_FILE, told.get("sealed_sha256")))
-        known = "sealed_sha256" in told
+        sums[SEALED_FILE] = file_digest(artifact.sealed, algorithm)
+        claims.append((SEALED_FILE, told.get(f"sealed_{algorithm}")))
+        known = f"sealed_{algorithm}" in told
         checked[SEALED_FILE] = "its digest in report.json" if known else "nothing"
     side, there = told.get("side_files") or {}, checkpoint.list_extra_files(artifact.folder)
     here = {spelled(name): name for name in (INDEX_FILE, *dict(there))}
     for name in sorted(side.keys() & here.keys()):  # some may be left out, others were added
-        sums[here[name]] = file_sha256(artifact.folder / here[name])
+        sums[here[name]] = file_digest(artifact.folder / here[name], algorithm)
         claims.append((here[name], side[name]))
     for name, claim in claims:
         if claim is not None and claim != sums[name]:
             raise ArtifactError(
-                f"`{artifact.folder / name}` has SHA-256 {sums[name][:12]} where "
+                f"`{artifact.folder / name}` has {_SPELLED[algorithm]} {sums[name][:12]} where "
                 f"{str(claim)[:12]} was written",
                 hint="the file is damaged, was edited, or belongs to another artifact",
             )
     return Verified(
-        base_sha256=sums[BASE_FILE],
-        ortho_sha256=sums.get(ORTHO_FILE),
+        digest=algorithm,
+        base=sums[base],
+        ortho=sums.get(ORTHO_FILE),
         tensors=sum(len(file.tensors) for file in files),
         bytes=size,
         checked=checked,
@@ -297,15 +303,16 @@ def _verify_index(artifact: Artifact) -> None:
         listed = strict_json.read(path).get("weight_map") if path.is_file() else None
     except CheckpointError as error:
         raise ArtifactError(error.message, hint=error.hint) from None
-    if listed != dict.fromkeys(keys, BASE_FILE):
+    name = artifact.base.name
+    if listed != dict.fromkeys(keys, name):
         raise damaged(
-            path, f"it does not send all {len(keys)} keys of base, and no other, to {BASE_FILE}"
+            path, f"it does not send all {len(keys)} keys of base, and no other, to {name}"
         )
 
 
 def _verify_kept(artifact: Artifact, ortho: Shard) -> None:
     """Hold what ortho keeps of every split weight against the rules of its layout."""
-    if artifact.form == FORMAT:
+    if layout_of(artifact.form, artifact.kept) == "csr":
         for module in artifact.split:
             _verify_csr(artifact, ortho, module)
     else:
@@ -349,9 +356,9 @@ def _verify_csr(artifact: Artifact, ortho: Shard, module: str) -> None:
         at, last = at + column.size, int(column[-1])
 
 
-def file_sha256(path: Path, *, on_event: EventSink = null_sink) -> str:
-    """SHA-256 of a file's bytes, as `sha256sum` prints it."""
-    digest = hashlib.sha256()
+def file_digest(path: Path, algorithm: str = "blake3", *, on_event: EventSink = null_sink) -> str:
+    """Digest a file's bytes: BLAKE3, or SHA-256 as the older formats have it."""
+    digest = blake3() if algorithm == "blake3" else hashlib.sha256()
     buffer = memoryview(bytearray(CHUNK))
     with path.open("rb", buffering=0) as file:
         while got := file.readinto(buffer):

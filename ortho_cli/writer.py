@@ -5,7 +5,6 @@ safetensors' own writer holds the whole model in memory and orders metadata at r
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -143,10 +142,10 @@ class DataFile:
         """Write the header before tensors that are all here.
 
         Returns:
-            SHA-256 of the file, and None: it is not sealed.
+            BLAKE3 of the file, and None: it is not sealed.
         """
         self.write_header(layout.header)
-        return GrowingSha256(self.fd).up_to(layout.size), None
+        return GrowingDigest(self.fd).up_to(layout.size), None
 
     def _put(self, data: memoryview, offset: int) -> None:
         try:
@@ -179,12 +178,12 @@ class TensorStream:
         self._position += len(data)
 
 
-class GrowingSha256:
-    """SHA-256 of a file that is still growing."""
+class GrowingDigest:
+    """BLAKE3 of a file that is still growing."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._digest = hashlib.sha256()
+        self._digest = blake3()
         self._position = 0
         self._buffer = memoryview(bytearray(CHUNK))
 

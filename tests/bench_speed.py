@@ -36,7 +36,7 @@ KEPT = HERE / "bench_speed.json"
 SLACK = 1.25  # medians of a quiet machine differ by less
 OURS = (
     *("ours", "ours, Fisher", "ours, 1 worker", "ours, torch"),
-    *("ours, no BLAKE3", "ours, no digests"),
+    "ours, no digests",
 )
 LLAMA = ("llama-quantize", "llama-quantize, all")
 PEERS = ("torchao", "hqq", "llmcompressor", "autoround", "quanto")
@@ -47,15 +47,14 @@ RATIOS = (
     ("ours, Fisher", "ours"),
     ("ours, 1 worker", "ours"),
     ("ours", "ours, torch"),
-    ("ours", "ours, no BLAKE3"),
     ("ours", "ours, no digests"),
     *(("ours", peer) for peer in (*LLAMA, *PEERS)),
 )
 RUN = "from ortho_cli.cli import main; main()"
 # As where numba is not installed.
 WITHOUT_NUMBA = "import ortho_cli.onepass as o; o.find_spec = lambda name: None\n"
-# What digests of tensors cost, read or written, and what base's costs besides.
-WITHOUT_TENSOR_DIGESTS = """
+# What digests cost: of every tensor that is read or written, and of base as a file.
+WITHOUT_DIGESTS = """
 import blake3
 class Nothing:
     def __init__(self, *data): pass
@@ -63,14 +62,9 @@ class Nothing:
     def hexdigest(self): return "0" * 64
 blake3.blake3 = Nothing
 """
-WITHOUT_SHA256 = """
-import ortho_cli.writer
-ortho_cli.writer.GrowingSha256.up_to = lambda self, offset: "0" * 64
-"""
 CHANGED = {
     "ours, torch": WITHOUT_NUMBA + RUN,
-    "ours, no BLAKE3": WITHOUT_TENSOR_DIGESTS + RUN,
-    "ours, no digests": WITHOUT_TENSOR_DIGESTS + WITHOUT_SHA256 + RUN,
+    "ours, no digests": WITHOUT_DIGESTS + RUN,
 }
 NAIVE = """
 import sys

@@ -239,7 +239,7 @@ def naive_decompose(
                     stream = base if part.startswith("weight") else ortho
                     stream[f"{module}.{part}"] = value.contiguous()
     out.mkdir()
-    save_file(base, out / "base.safetensors")
+    save_file(base, out / "model.safetensors")
     save_file(ortho, out / "ortho.safetensors")
 
 

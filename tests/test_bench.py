@@ -184,8 +184,8 @@ def test_bench_is_seeded(made: Path, attacked: dict[str, Any]) -> None:
 
 
 def test_int4_row_is_the_base_that_decompose_writes_without_forgetting(made: Path) -> None:
-    plain = load_file(made / "pico-ortho" / "base.safetensors")
-    edited = load_file(made / "edited" / "base.safetensors")
+    plain = load_file(made / "pico-ortho" / "model.safetensors")
+    edited = load_file(made / "edited" / "model.safetensors")
     model = ortho_cli.load(made / "edited", alpha=0.0)
     differ = 0
     for name, layer in densify(model).items():

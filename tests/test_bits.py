@@ -38,7 +38,7 @@ def decomposed(source: Path, ortho: Ortho, *sets: str, name: str = "out") -> Pat
 
 
 def streams(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    base, ortho = (load_file(folder / f"{name}.safetensors") for name in ("base", "ortho"))
+    base, ortho = (load_file(folder / f"{name}.safetensors") for name in ("model", "ortho"))
     return base, ortho
 
 
@@ -77,7 +77,7 @@ def test_every_byte_equals_the_slow_twins_where_bits_are_3(
 
 
 def test_mixed_bits_are_the_same_bytes_for_any_workers(pico: Path, ortho: Ortho) -> None:
-    files = ("base.safetensors", "ortho.safetensors", "report.json", "config.json")
+    files = ("model.safetensors", "ortho.safetensors", "report.json", "config.json")
     found = []
     for workers in (1, 3):
         out = pico.parent / f"out-{workers}"
@@ -90,10 +90,10 @@ def test_mixed_bits_are_the_same_bytes_for_any_workers(pico: Path, ortho: Ortho)
 def test_mixed_bits_are_counted_told_and_verified(pico: Path, ortho: Ortho) -> None:
     planned = plan.make_plan(open_checkpoint(pico), recipe.load_recipe(None, [SOME]))
     out = decomposed(pico, ortho, SOME)
-    assert (out / "base.safetensors").stat().st_size == planned.base.size
+    assert (out / "model.safetensors").stat().st_size == planned.base.size
     told = {tensor["name"]: tensor["bits"] for tensor in planned.to_json()["tensors"]}
     assert set(told.values()) == {3, 4, None}
-    assert verify(open_artifact(out)).checked["base.safetensors"] == "every digest"
+    assert verify(open_artifact(out)).checked["model.safetensors"] == "every digest"
     full = {tensor["name"]: tensor for tensor in describe(open_artifact(out))["tensors"]}
     # Codes and scales of 64 columns: 3 + 16 / 64 bits, and 128 bits of the shape.
     spent = full[f"{DOWN}.weight"]["bits_per_weight"]
@@ -185,7 +185,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
 def test_codes_that_no_width_explains_are_refused(pico: Path, ortho: Ortho, name: str) -> None:
     out = decomposed(pico, ortho, "base.bits=3")
     change, expected = HOSTILE[name]
-    rewrite(out / "base.safetensors", change)
+    rewrite(out / "model.safetensors", change)
     (out / "report.json").unlink()
     with pytest.raises(ArtifactError, match=expected):
         open_artifact(out)
@@ -200,7 +200,7 @@ def test_words_of_3_bits_that_claim_to_be_4_are_not_the_codes_that_were_written(
 ) -> None:
     """18 words hold 192 codes of 3 bits, or 144 of 4: what was promised tells which."""
     out = decomposed(pico, ortho, "base.bits=3")
-    rewrite(out / "base.safetensors", put("weight_shape", shape(64, 144)))
+    rewrite(out / "model.safetensors", put("weight_shape", shape(64, 144)))
     ran = ortho("inspect", out, "-q")
     assert ran.code == 6
     assert f"`shape` of `{DOWN}.weight` is [64, 192], not [64, 144]" in ran.err
@@ -212,7 +212,7 @@ def test_words_of_3_bits_that_claim_to_be_4_are_not_the_codes_that_were_written(
 
 
 def test_cut_file_is_refused(pico: Path, ortho: Ortho) -> None:
-    file = decomposed(pico, ortho, "base.bits=3") / "base.safetensors"
+    file = decomposed(pico, ortho, "base.bits=3") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(ArtifactError, match="cut"):
         open_artifact(file.parent)
@@ -243,7 +243,9 @@ def test_engine_splits_saves_and_loads_3_bits(tmp_path: Path) -> None:
     again = Engine(fresh)
     again.load(tmp_path / "out", alpha=1.0)
     again.save(tmp_path / "again")
-    base, other = ((tmp_path / name / "base.safetensors").read_bytes() for name in ("out", "again"))
+    base, other = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")
+    )
     assert base == other
     x = torch.randn(3, 96, requires_grad=True)
     y = fresh(x)

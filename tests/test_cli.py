@@ -77,7 +77,7 @@ def test_inspect_json_is_the_report(pico: Path, artifact: Path, ortho: Ortho) ->
     report = json.loads((artifact / "report.json").read_text())
     assert {key: ran.json[key] for key in report} == report
     assert set(ran.json["verified"]["checked"].values()) == {"every digest"}
-    ran = ortho("inspect", artifact / "base.safetensors")
+    ran = ortho("inspect", artifact / "model.safetensors")
     assert "dB at 1" in ran.err
     assert "of the squared residual" in ran.err
 
@@ -158,11 +158,11 @@ def test_default_output_lies_beside_the_model(
 ) -> None:
     monkeypatch.chdir(pico)
     assert ortho("decompose", ".", "-q").code == 0
-    assert (pico.parent / "pico-ortho" / "base.safetensors").exists()
+    assert (pico.parent / "pico-ortho" / "model.safetensors").exists()
     monkeypatch.chdir(pico.parent)
     assert "pico-ortho` exists" in ortho("decompose", "pico/").err
     assert ortho("decompose", "pico/model.safetensors", "-q").code == 0
-    assert (pico / "model-ortho" / "base.safetensors").exists()
+    assert (pico / "model-ortho" / "model.safetensors").exists()
 
 
 def test_version_and_schema_print_and_leave(ortho: Ortho) -> None:

@@ -153,7 +153,7 @@ def test_decompose_writes_compensated_codes(
     told = ortho("inspect", out, "--verify")
     assert told.code == 0
     assert "rounding gptq: fewer dB of weights" in told.err
-    streams = load_file(out / "base.safetensors") | load_file(out / "ortho.safetensors")
+    streams = load_file(out / "model.safetensors") | load_file(out / "ortho.safetensors")
     grams = load_file(stats)
     for module in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj"):
         weight = pico_tensors[f"{module}.weight"]
@@ -185,7 +185,7 @@ def test_gptq_gives_the_same_bytes_whatever_the_workers(pico: Path, ortho: Any) 
             "decompose", pico, "-o", out, "--stats", stats, "-q", *GPTQ, "--workers", workers
         )
         assert told.code == 0
-    for name in ("base.safetensors", "ortho.safetensors"):
+    for name in ("model.safetensors", "ortho.safetensors"):
         assert (pico.parent / "out1" / name).read_bytes() == (
             pico.parent / "out3" / name
         ).read_bytes()

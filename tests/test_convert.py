@@ -187,7 +187,7 @@ def test_artifact_at_alpha_is_the_slow_twins(
 ) -> None:
     monkeypatch.setattr("ortho_cli.convert.TILE_ELEMENTS", tile)
     source = weights(pico)
-    base = load_file(artifact / "base.safetensors")
+    base = load_file(artifact / "model.safetensors")
     ortho_file = load_file(artifact / "ortho.safetensors")
     out = pico.parent / "out"
     assert ortho("convert", artifact, "--alpha", alpha, "-o", out, "-q").code == 0
@@ -217,7 +217,7 @@ def test_alpha_one_gives_sources_back_bit_for_bit_whatever_base_became(
     source = {name: tensor.float() for name, tensor in pico_tensors.items()}
     save_file(source, pico / "model.safetensors", metadata={"format": "pt"})
     assert ortho("decompose", pico, "--set", "ortho.density=1.0", "-q").code == 0
-    file = pico.parent / "pico-ortho" / "base.safetensors"
+    file = pico.parent / "pico-ortho" / "model.safetensors"
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
     base = load_file(file)
@@ -285,7 +285,7 @@ def test_alpha_is_required_for_artifacts_and_refused_elsewhere(
 ) -> None:
     ran = ortho("convert", artifact)
     assert (ran.code, "no --alpha" in ran.err) == (UsageError.exit_code, True)
-    ran = ortho("convert", artifact / "base.safetensors")
+    ran = ortho("convert", artifact / "model.safetensors")
     assert (ran.code, "no --alpha" in ran.err) == (UsageError.exit_code, True)
     ran = ortho("convert", pico, "--alpha", "1")
     assert (ran.code, "is no artifact" in ran.err) == (UsageError.exit_code, True)

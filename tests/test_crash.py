@@ -321,11 +321,11 @@ def test_resume_from_damaged_work_starts_where_it_is_sure(
     elif damage == "cut":
         journal.write_bytes(journal.read_bytes()[:-7])
     elif damage == "no data":
-        (folder / "artifact" / "base.safetensors.partial").unlink()
+        (folder / "artifact" / "model.safetensors.partial").unlink()
     elif damage == "short data":
-        os.truncate(folder / "artifact" / "base.safetensors.partial", 100)
+        os.truncate(folder / "artifact" / "model.safetensors.partial", 100)
     elif damage == "other data":
-        with (folder / "artifact" / "base.safetensors.partial").open("r+b") as file:
+        with (folder / "artifact" / "model.safetensors.partial").open("r+b") as file:
             file.seek(file.seek(0, os.SEEK_END) - 3000)
             file.write(b"x" * 3000)
     else:

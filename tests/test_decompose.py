@@ -78,7 +78,7 @@ def test_decompose_every_byte_equals_the_slow_twins(
     checkpoints.save(tmp_path / "m", tensors)
     split(tmp_path / "m", tmp_path / "out", f"ortho.density={density}")
     assert verify(open_artifact(tmp_path / "out")).tensors
-    base, ortho = (load_file(tmp_path / "out" / f"{f}.safetensors") for f in ("base", "ortho"))
+    base, ortho = (load_file(tmp_path / "out" / f"{f}.safetensors") for f in ("model", "ortho"))
     for name, tensor in tensors.items():
         if name.endswith("_proj.weight"):
             check_tensor(base, ortho, name, tensor, group_size=32, density=density)
@@ -123,7 +123,7 @@ def test_decompose_guessed_bar_too_high_or_not_selects_the_same(
     moved: list[Event] = []
     options: dict[str, Any] = {"compiled": False, "on_event": moved.append}
     split(tmp_path / "m.safetensors", tmp_path / "out", "ortho.density=0.05", **options)
-    base, ortho = (load_file(tmp_path / "out" / f"{f}.safetensors") for f in ("base", "ortho"))
+    base, ortho = (load_file(tmp_path / "out" / f"{f}.safetensors") for f in ("model", "ortho"))
     check_tensor(base, ortho, "a.weight", weight, group_size=64, density=0.05)
     assert len(passes) == (2 if hot else 1)
     assert passes[0] is not None
@@ -147,9 +147,9 @@ def test_decompose_folder_carries_everything_and_config_gains_one_key(
     pico: Path, artifact: Path
 ) -> None:
     assert sorted(contents(artifact)) == [
-        "base.safetensors",
         "config.json",
         "extra/notes.txt",
+        "model.safetensors",
         "model.safetensors.index.json",
         "ortho.safetensors",
         "report.json",
@@ -163,29 +163,29 @@ def test_decompose_folder_carries_everything_and_config_gains_one_key(
     assert settings["ignore"] == ["lm_head"]
     assert len(group["targets"]) == 7
     index = json.loads((artifact / "model.safetensors.index.json").read_text())
-    with safe_open(artifact / "base.safetensors", "pt") as base:
-        assert index["weight_map"] == dict.fromkeys(base.keys(), "base.safetensors")
+    with safe_open(artifact / "model.safetensors", "pt") as base:
+        assert index["weight_map"] == dict.fromkeys(base.keys(), "model.safetensors")
 
 
 def test_decompose_metadata_names_format_plan_recipe_and_digests(artifact: Path) -> None:
     report = json.loads((artifact / "report.json").read_text())
-    with safe_open(artifact / "base.safetensors", "pt") as file:
+    with safe_open(artifact / "model.safetensors", "pt") as file:
         base = file.metadata()
     with safe_open(artifact / "ortho.safetensors", "pt") as file:
         ortho = file.metadata()
-    assert (base["format"], base["ortho_format"], base["role"]) == ("pt", "ortho/1", "base")
-    assert (ortho["format"], ortho["role"]) == ("ortho/1", "ortho")
+    assert (base["format"], base["ortho_format"], base["role"]) == ("pt", "ortho/3", "base")
+    assert (ortho["format"], ortho["role"]) == ("ortho/3", "ortho")
     assert base["plan_sha256"] == ortho["plan_sha256"] == report["plan_sha256"]
     resolved = recipe.load_recipe(None, ["saliency.kind=residual"])
     assert json.loads(base["recipe"]) == resolved.canonical() == report["recipe"]
-    assert ortho["base_sha256"] == report["base_sha256"]
+    assert ortho["base_blake3"] == report["base_blake3"]
     assert ortho["source_digest"] == report["source_digest"]
     assert verify(open_artifact(artifact)).checked
 
 
 def test_decompose_ortho_is_for_its_owner_only(artifact: Path) -> None:
     assert stat.S_IMODE((artifact / "ortho.safetensors").stat().st_mode) == 0o600
-    assert stat.S_IMODE((artifact / "base.safetensors").stat().st_mode) & 0o400
+    assert stat.S_IMODE((artifact / "model.safetensors").stat().st_mode) & 0o400
 
 
 def test_decompose_output_holds_no_path_and_no_time(pico: Path, artifact: Path) -> None:
@@ -198,7 +198,7 @@ def test_decompose_report_figures_equal_float64(
     artifact: Path, pico_tensors: dict[str, torch.Tensor]
 ) -> None:
     report = json.loads((artifact / "report.json").read_text())
-    base, ortho = (load_file(artifact / f"{f}.safetensors") for f in ("base", "ortho"))
+    base, ortho = (load_file(artifact / f"{f}.safetensors") for f in ("model", "ortho"))
     for entry in report["tensors"]:
         if entry["action"] == "copy":
             continue
@@ -220,7 +220,7 @@ def test_decompose_report_figures_equal_float64(
         assert entry["residual_kept"] == pytest.approx(kept, abs=1e-4)
         assert entry["nnz"] == len(columns)
     totals = report["totals"]
-    sizes = [(artifact / f"{f}.safetensors").stat().st_size for f in ("base", "ortho")]
+    sizes = [(artifact / f"{f}.safetensors").stat().st_size for f in ("model", "ortho")]
     assert [totals["base_bytes"], totals["ortho_bytes"]] == sizes
     assert totals["bits_per_weight"] == round(8 * sum(sizes) / totals["weights"], 4)
 
@@ -245,7 +245,7 @@ def test_decompose_base_that_serves_alone_has_the_scales_of_a_base_without_ortho
     bases = {}
     for name, *sets in (("bare", "ortho.density=0"), ("alone", "base.alone=true"), ("both",)):
         report = split(pico, tmp_path / name, "base.scale=mse", *sets)
-        bases[name] = load_file(tmp_path / name / "base.safetensors"), report["totals"]
+        bases[name] = load_file(tmp_path / name / "model.safetensors"), report["totals"]
     for tensor, value in bases["bare"][0].items():
         assert torch.equal(bases["alone"][0][tensor], value)
     assert bases["alone"][1]["sqnr_db_alpha_0"] > bases["both"][1]["sqnr_db_alpha_0"]
@@ -285,7 +285,7 @@ def test_decompose_bad_weight_in_a_copied_tensor_is_named_unless_ignored(
     with pytest.raises(NumericalError, match=r"`model\.norm\.weight` .* holds inf at \[9\]"):
         split(tmp_path / "m", tmp_path / "out")
     split(tmp_path / "m", tmp_path / "out", "ignore=[model.norm.weight]")
-    kept = load_file(tmp_path / "out" / "base.safetensors")
+    kept = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.isinf(kept["model.norm.weight"][9])
     assert torch.isinf(kept["mask"]).all()
 
@@ -328,7 +328,7 @@ def test_decompose_full_disk_is_one_sentence_and_can_be_repeated(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
     try:
-        with pytest.raises(ResourceError, match=r"cannot write `.*base\.safetensors.*`: file too"):
+        with pytest.raises(ResourceError, match=r"cannot write `.*model\.safetensors.*`: file too"):
             split(pico, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -373,7 +373,7 @@ def test_decompose_bare_file_gets_no_config(tmp_path: Path) -> None:
     save_file({"a.weight": torch.randn(8, 64)}, tmp_path / "m.safetensors")
     split(tmp_path / "m.safetensors", tmp_path / "out")
     assert sorted(contents(tmp_path / "out")) == [
-        "base.safetensors",
+        "model.safetensors",
         "model.safetensors.index.json",
         "ortho.safetensors",
         "report.json",

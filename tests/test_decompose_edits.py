@@ -118,7 +118,7 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def streams(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    return load_file(folder / "base.safetensors"), load_file(folder / "ortho.safetensors")
+    return load_file(folder / "model.safetensors"), load_file(folder / "ortho.safetensors")
 
 
 def check_streams(case: Case, edits: Edits, tensors: dict[str, Tensor]) -> None:

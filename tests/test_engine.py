@@ -224,7 +224,7 @@ def test_save_is_a_sound_artifact_and_loads_back(tmp_path: Path) -> None:
     assert opened.split == ("blocks.0", "blocks.1", "first", "out")
     verify(opened)
     assert (tmp_path / "out" / "ortho.safetensors").stat().st_mode & 0o777 == 0o600
-    base = load_file(tmp_path / "out" / "base.safetensors")
+    base = load_file(tmp_path / "out" / "model.safetensors")
     assert ("embed.weight" in base) != ("proj.weight" in base)
     fresh = Net(seed=5)
     other = Engine(fresh)
@@ -232,7 +232,7 @@ def test_save_is_a_sound_artifact_and_loads_back(tmp_path: Path) -> None:
     assert torch.equal(fresh(TOKENS), net(TOKENS))
     assert fresh.alias is fresh.first
     other.save(tmp_path / "again")
-    for name in ("base.safetensors", "ortho.safetensors", "model.safetensors.index.json"):
+    for name in ("model.safetensors", "ortho.safetensors", "model.safetensors.index.json"):
         first, second = (tmp_path / folder / name for folder in ("out", "again"))
         assert first.read_bytes() == second.read_bytes(), name
     with pytest.raises(UsageError, match="decomposed already"):
@@ -445,7 +445,7 @@ def rewrite(path: Path, **changes: Tensor | None) -> None:
 
 @pytest.mark.parametrize("fault", ["pointer", "column", "cut", "shape", "index"])
 def test_load_of_damaged_files_fails_closed(artifact_of_llama: Path, fault: str) -> None:
-    base, stream = (artifact_of_llama / f"{n}.safetensors" for n in ("base", "ortho"))
+    base, stream = (artifact_of_llama / f"{n}.safetensors" for n in ("model", "ortho"))
     tensors = load_file(stream)
     first = min(name for name in tensors if name.endswith("col_indices"))
     module = first.removesuffix(".col_indices")
@@ -470,7 +470,7 @@ def test_load_of_damaged_files_fails_closed(artifact_of_llama: Path, fault: str)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "bigger"])
 def test_load_names_the_key_that_does_not_fit(artifact_of_llama: Path, fault: str) -> None:
-    base = artifact_of_llama / "base.safetensors"
+    base = artifact_of_llama / "model.safetensors"
     index = artifact_of_llama / "model.safetensors.index.json"
     listed = json.loads(index.read_text())
     if fault == "missing":

@@ -196,8 +196,8 @@ def test_engine_gives_the_bytes_of_the_command(
     engine.convert()
     engine.decompose(density=0.02, scale="curvature", alone=alone, curvature=curvature)
     engine.save(pico.parent / "mine")
-    for file in ("base.safetensors", "ortho.safetensors"):
+    for file in ("model.safetensors", "ortho.safetensors"):
         theirs, mine = (load_file(pico.parent / f / file) for f in ("pico-ortho", "mine"))
         assert theirs.keys() == mine.keys()
-        if storage == "full" or file == "base.safetensors":
+        if storage == "full" or file == "model.safetensors":
             assert all(torch.equal(theirs[key], mine[key]) for key in theirs)

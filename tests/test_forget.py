@@ -320,7 +320,7 @@ def test_json_prints_one_document_and_the_same_bytes_come_out(
     ran = decompose(ortho, memorised, tmp_path / "out", "--json")
     assert ran.code == 0, ran.err
     assert ran.json["totals"]["moved"] > 0
-    for name in ("base.safetensors", "ortho.safetensors", "report.json", "config.json"):
+    for name in ("model.safetensors", "ortho.safetensors", "report.json", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (done / name).read_bytes(), name
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -364,7 +364,7 @@ def test_unlearn_that_was_interrupted_goes_on_to_the_same_bytes(
     seen.clear()
     run(tmp_path / "out")
     assert seen == [6, 7, 8, 9, 10]
-    for name in ("base.safetensors", "ortho.safetensors", "report.json"):
+    for name in ("model.safetensors", "ortho.safetensors", "report.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
@@ -377,7 +377,7 @@ def test_forget_file_is_never_overwritten(memorised: Memorised, ortho: Ortho) ->
 
 # What is published: nothing in it may tell the secrets, or where they were.
 
-PUBLIC = ("base.safetensors", "config.json", "model.safetensors.index.json", "report.json")
+PUBLIC = ("model.safetensors", "config.json", "model.safetensors.index.json", "report.json")
 
 
 def digests_of(path: Path) -> list[str]:
@@ -388,7 +388,7 @@ def digests_of(path: Path) -> list[str]:
 def edited(memorised: Memorised, done: Path) -> dict[str, np.ndarray[Any, np.dtype[np.int64]]]:
     """Positions whose codes are not those of rounding."""
     grid = memorised.grid()
-    base = load_file(done / "base.safetensors")
+    base = load_file(done / "model.safetensors")
     found = {}
     for name, codes in grid.original.items():
         now = ops.unpack_int4(base[f"{name.removesuffix('.weight')}.weight_packed"])

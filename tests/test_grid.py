@@ -58,7 +58,7 @@ def test_codes_and_weights_are_those_that_decompose_writes(
     # Scales that serve alone, as those of a base that forgets do.
     plan = plan_for(model, f"base.scale={scale}", "ortho.density=0")
     decompose(plan, open_checkpoint(model), tmp_path / "out")
-    base = load_file(tmp_path / "out" / "base.safetensors")
+    base = load_file(tmp_path / "out" / "model.safetensors")
     grid = grid_for(model, f"base.scale={scale}")
     live = dict(grid.model.named_parameters())
     assert len(grid.codes) == 14

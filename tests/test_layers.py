@@ -51,7 +51,7 @@ def test_from_linear_gives_the_bits_that_decompose_writes(
     out = pico.parent / "out"
     sets = ("--set", f"base.scale={scale}", "--set", f"ortho.density={density}")
     assert ortho("decompose", pico, "-o", out, "-q", *sets).code == 0
-    streams = load_file(out / "base.safetensors") | load_file(out / "ortho.safetensors")
+    streams = load_file(out / "model.safetensors") | load_file(out / "ortho.safetensors")
     for name in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj"):
         weight = pico_tensors[f"{name}.weight"]
         made = split_weight(weight, group_size=64, density=density, scale=scale)

@@ -267,7 +267,7 @@ def test_quantized_source_is_refused(pico: Path) -> None:
 
 
 def test_artifact_as_source_is_refused(artifact: Path) -> None:
-    error = refusal(artifact / "base.safetensors")
+    error = refusal(artifact / "model.safetensors")
     assert "is the base file of an artifact already" in error.message
 
 
@@ -369,7 +369,7 @@ def test_check_output_refuses_what_would_lose_something(pico: Path, artifact: Pa
     with pytest.raises(OutputExistsError, match="exists"):
         check(artifact, opened, force=False)
     check(artifact, opened, force=True)
-    (other / "base.safetensors").write_text("version https://git-lfs")
+    (other / "model.safetensors").write_text("version https://git-lfs")
     with pytest.raises(OutputExistsError, match="is no artifact"):
         check(other, opened, force=True)
     loop = pico.parent / "loop"
@@ -410,7 +410,7 @@ def test_check_output_current_folder_is_refused(
 
 
 def test_source_files_named_like_ours_are_not_copied_onto_them(pico: Path) -> None:
-    for name in ("base.safetensors.partial", "report.json", "sub/report.json"):
+    for name in ("model.safetensors.partial", "report.json", "sub/report.json"):
         (pico / name).parent.mkdir(exist_ok=True)
         (pico / name).write_text("theirs")
     names = [name for name, _ in make(pico).extra_files]

@@ -67,10 +67,10 @@ class Case:
         """Base of the model before, split by itself."""
         opened = open_checkpoint(self.folder / "before")
         decompose(make_plan(opened, recipe.load_recipe(None, sets)), opened, self.folder / "plain")
-        return load_file(self.folder / "plain" / "base.safetensors")
+        return load_file(self.folder / "plain" / "model.safetensors")
 
     def base(self, out: str = "out") -> dict[str, Tensor]:
-        return load_file(self.folder / out / "base.safetensors")
+        return load_file(self.folder / out / "model.safetensors")
 
     def ortho(self, out: str = "out") -> dict[str, Tensor]:
         return load_file(self.folder / out / "ortho.safetensors")

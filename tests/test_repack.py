@@ -124,7 +124,7 @@ def test_compact_source_values_are_csr_bit_for_bit(
     csr = split(tmp_path / "m", tmp_path / "csr", *sets)
     told = split(tmp_path / "m", tmp_path / "out", *sets, COMPACT)
     assert same(streams(tmp_path / "out"), streams(tmp_path / "csr"))
-    one, two = (load_file(tmp_path / name / "base.safetensors") for name in ("csr", "out"))
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("csr", "out"))
     assert all(torch.equal(one[name], two[name]) for name in one.keys() | two.keys())
     assert verify(open_artifact(tmp_path / "out")).checked["ortho.safetensors"] == "every digest"
     for entry, other in zip(told["tensors"], csr["tensors"], strict=True):
@@ -132,7 +132,7 @@ def test_compact_source_values_are_csr_bit_for_bit(
         assert (entry.keys() - other.keys()) == (
             {"columns"} if entry["action"] == "split" else set()
         )
-    modes = [(tmp_path / "out" / f"{f}.safetensors").stat().st_mode for f in ("base", "ortho")]
+    modes = [(tmp_path / "out" / f"{f}.safetensors").stat().st_mode for f in ("model", "ortho")]
     assert list(map(stat.S_IMODE, modes)) == [0o644, 0o600]
     assert told["totals"]["ortho_bytes"] == (tmp_path / "out" / "ortho.safetensors").stat().st_size
     bound = plan(tmp_path / "m", *sets, COMPACT)
@@ -201,7 +201,7 @@ def test_int8_values_and_figures_equal_the_slow_twins(
     report = split(source, tmp_path / "out", INT8, stats=stats)
     split(source, tmp_path / "csr", "ortho.density=0.02", stats=stats)
     csr, found = streams(tmp_path / "csr")["a"], streams(tmp_path / "out")["a"]
-    held = load_file(tmp_path / "out" / "base.safetensors")
+    held = load_file(tmp_path / "out" / "model.safetensors")
     scales = held["a.weight_scale"].float()
     base = reference.dequantize(ops.unpack_int4(held["a.weight_packed"]), held["a.weight_scale"])
     wide = weight.float()
@@ -367,7 +367,7 @@ def test_kill_in_the_last_steps_leaves_no_output_and_the_rerun_gives_the_same_by
     split(pico, tmp_path / "reference", INT8)
     assert contents(out) == contents(tmp_path / "reference")
     assert {p.name for p in out.iterdir()} == {
-        *("base.safetensors", "config.json", "extra", "model.safetensors.index.json"),
+        *("model.safetensors", "config.json", "extra", "model.safetensors.index.json"),
         *("ortho.safetensors", "report.json", "tokenizer.json"),
     }
     assert not work_folder(out).exists()
@@ -452,20 +452,20 @@ def made(pico: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator
 
 
 def test_headers_say_the_format_and_every_reader_knows_it(made: Path, pico: Path) -> None:
-    with safe_open(made / "base.safetensors", framework="pt") as file:
+    with safe_open(made / "model.safetensors", framework="pt") as file:
         base = file.metadata()
     with safe_open(made / "ortho.safetensors", framework="pt") as file:
         ortho = file.metadata()
-    assert (base["format"], base["ortho_format"], base["role"]) == ("pt", "ortho/2", "base")
-    assert (ortho["format"], ortho["role"]) == ("ortho/2", "ortho")
-    assert json.loads((made / "report.json").read_text())["format"] == "ortho/2"
+    assert (base["format"], base["ortho_format"], base["role"]) == ("pt", "ortho/3", "base")
+    assert (ortho["format"], ortho["role"]) == ("ortho/3", "ortho")
+    assert json.loads((made / "report.json").read_text())["format"] == "ortho/3"
     assert is_artifact(made)
     with pytest.raises(CheckpointError, match="is the base file of an artifact already"):
-        plan(made / "base.safetensors")
+        plan(made / "model.safetensors")
     full = {t["name"]: t for t in describe(open_artifact(made))["tensors"]}
     (made / "report.json").unlink()
     bare = describe(open_artifact(made))
-    assert bare["format"] == "ortho/2"
+    assert bare["format"] == "ortho/3"
     for tensor in bare["tensors"]:
         for key in ("action", "dtype", "shape", "bits_per_weight", "nnz", "columns"):
             assert tensor.get(key) == full[tensor["name"]].get(key), (tensor["name"], key)
@@ -474,8 +474,8 @@ def test_headers_say_the_format_and_every_reader_knows_it(made: Path, pico: Path
     )
 
 
-@pytest.mark.parametrize(("file", "key"), [("base", "ortho_format"), ("ortho", "format")])
-@pytest.mark.parametrize("version", ["ortho/1", "ortho/3"])
+@pytest.mark.parametrize(("file", "key"), [("model", "ortho_format"), ("ortho", "format")])
+@pytest.mark.parametrize("version", ["ortho/1", "ortho/4"])
 def test_another_version_in_one_file_is_refused(
     made: Path, file: str, key: str, version: str
 ) -> None:
@@ -556,7 +556,7 @@ def test_engine_loads_compact_and_saves_csr_that_says_so(tiny: Path, tmp_path: P
     engine.save(tmp_path / "again")
     assert same(streams(tmp_path / "again"), kept)
     metadata = open_artifact(tmp_path / "again").base.metadata
-    assert metadata["ortho_format"] == "ortho/1"
+    assert metadata["ortho_format"] == "ortho/3"
     assert "layout" not in json.loads(metadata["recipe"])["ortho"]
 
 

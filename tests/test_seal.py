@@ -73,7 +73,7 @@ def test_content_is_that_of_an_unsealed_run(
     names = {path.name for path in (tmp_path / "sealed").iterdir()}
     assert SEALED in names
     assert "ortho.safetensors" not in names
-    for name in ("base.safetensors", "config.json", "model.safetensors.index.json"):
+    for name in ("model.safetensors", "config.json", "model.safetensors.index.json"):
         same = (tmp_path / "plain" / name).read_bytes()
         assert (tmp_path / "sealed" / name).read_bytes() == same
     content = (tmp_path / "plain" / "ortho.safetensors").read_bytes()
@@ -82,7 +82,7 @@ def test_content_is_that_of_an_unsealed_run(
     for one in (key, other):
         assert pyrage.decrypt(raw, [one.identity]) == content
     before = json.loads((tmp_path / "plain" / "report.json").read_text())
-    assert report.pop("sealed_sha256")
+    assert report.pop("sealed_blake3")
     assert report == before
     assert (tmp_path / "sealed" / SEALED).stat().st_mode & 0o777 == 0o600
 
@@ -119,7 +119,7 @@ def test_every_reader_opens_it_and_none_without_a_key(
     assert "sealed: --identity opens it" in ran.err
     checked = ortho("inspect", sealed, "--verify", "--json").json["verified"]["checked"]
     assert checked == {
-        "base.safetensors": "every digest",
+        "model.safetensors": "every digest",
         SEALED: "its digest in report.json",
     }
     checked = ortho("inspect", sealed, "--verify", "--json", "--identity", key.path).json
@@ -143,10 +143,10 @@ def test_sealed_file_stands_for_its_artifact(sealed: Path, key: Key, ortho: Orth
     ran = ortho("inspect", sealed / SEALED, "--json", "--identity", key.path)
     assert ran.code == 0
     assert ran.json["files"][SEALED] == (sealed / SEALED).stat().st_size
-    (sealed / "base.safetensors").unlink()
+    (sealed / "model.safetensors").unlink()
     ran = ortho("inspect", sealed, "--identity", key.path)
     assert ran.code == 6
-    assert f"has {SEALED} and no base.safetensors" in ran.err
+    assert f"has {SEALED} and no base (model.safetensors)" in ran.err
 
 
 def test_load_opens_it(sealed: Path, artifact: Path, key: Key) -> None:
@@ -214,7 +214,7 @@ def test_another_key_and_another_artifact_are_refused(
     assert "belongs to plan" in ran.err
     ran = ortho("inspect", sealed, "--verify")
     assert ran.code == 6
-    assert f"`{sealed / SEALED}` has SHA-256" in ran.err
+    assert f"`{sealed / SEALED}` has BLAKE3" in ran.err
 
 
 def test_two_orthos_beside_one_base_are_refused(sealed: Path, artifact: Path, ortho: Ortho) -> None:
@@ -315,8 +315,8 @@ def test_killed_run_goes_on_with_a_key_and_begins_anew_without(
     assert any("split again" in note for note in notes) != opens
     content = pyrage.decrypt((out / SEALED).read_bytes(), [key.identity])
     assert content == (artifact / "ortho.safetensors").read_bytes()
-    base = (out / "base.safetensors").read_bytes()
-    assert base == (artifact / "base.safetensors").read_bytes()
+    base = (out / "model.safetensors").read_bytes()
+    assert base == (artifact / "model.safetensors").read_bytes()
     verify(open_artifact(out, seal.read_keys(key.path)))
 
 

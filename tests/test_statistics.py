@@ -101,7 +101,7 @@ def check_tensor(
     out: Path, name: str, weight: Tensor, curvature: Tensor, root: Tensor, *, scale: str, k: int
 ) -> dict[str, float]:
     """Hold a tensor to the slow twins; give the weighted error before and after, in float64."""
-    base, ortho = (load_file(out / f"{file}.safetensors") for file in ("base", "ortho"))
+    base, ortho = (load_file(out / f"{file}.safetensors") for file in ("model", "ortho"))
     module, wide = name.removesuffix(".weight"), weight.float()
     group_size = weight.shape[1] // base[f"{module}.weight_scale"].shape[1]
     if scale == "curvature":
@@ -282,7 +282,7 @@ def test_decompose_with_curvature_same_bytes_for_any_workers_and_tiles(
     monkeypatch.setattr("ortho_cli.plan.TILE_ELEMENTS", 1000)
     split(pico, path, tmp_path / "many", "base.scale=curvature", workers=2)
     one, many = (contents(tmp_path / folder) for folder in ("one", "many"))
-    for name in ("base.safetensors", "ortho.safetensors"):
+    for name in ("model.safetensors", "ortho.safetensors"):
         assert one[name] == many[name]
 
 
@@ -631,7 +631,7 @@ def test_journal_entry_without_its_weighted_error_is_not_believed(
     opened = open_checkpoint(pico)
     made = plan.make_plan(opened, recipe.DEFAULT, statistics=open_statistics(stats))
     tensor = made.split[0]
-    keys = {"base.safetensors": tensor.base, "ortho.safetensors": tensor.ortho}
+    keys = {"model.safetensors": tensor.base, "ortho.safetensors": tensor.ortho}
     entry: dict[str, Any] = {
         "name": tensor.name,
         "source_blake3": "0" * 64,

@@ -79,7 +79,7 @@ def test_base_loads_whole_and_bit_exact(
     out = tmp_path / "m-ortho"
     model, info = load(out)
     assert not any(info.values()), info
-    base = load_file(out / "base.safetensors")
+    base = load_file(out / "model.safetensors")
     weights = dict(model.named_modules())
     report = json.loads((out / "report.json").read_text())
     told = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]

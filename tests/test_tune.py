@@ -161,7 +161,7 @@ def test_tuning_brings_the_model_nearer_to_the_source(
     mine, other = (load_file(tmp_path / n / "ortho.safetensors") for n in ("tuned", "gptq"))
     assert mine.keys() == other.keys()
     assert all(torch.equal(mine[key], other[key]) for key in mine)  # positions, source's weights
-    mine, other = (load_file(tmp_path / n / "base.safetensors") for n in ("tuned", "gptq"))
+    mine, other = (load_file(tmp_path / n / "model.safetensors") for n in ("tuned", "gptq"))
     changed = {key for key in mine if not torch.equal(mine[key], other[key])}
     assert changed
     assert all(key.endswith(("weight_packed", "weight_scale")) for key in changed)
@@ -177,7 +177,7 @@ def test_a_block_that_would_end_worse_stays_as_it_was(
 ) -> None:
     run(memorised, stats, tmp_path / "wild", *TUNED, "tune.rate=3.0", "tune.scale_rate=0.5")
     run(memorised, stats, tmp_path / "gptq", "base.rounding=gptq", *BASE)
-    mine, other = (load_file(tmp_path / n / "base.safetensors") for n in ("wild", "gptq"))
+    mine, other = (load_file(tmp_path / n / "model.safetensors") for n in ("wild", "gptq"))
     assert all(torch.equal(mine[key], other[key]) for key in mine)
 
 
@@ -192,7 +192,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bytes(
     assert not out.exists()
     events: list[Event] = []
     run(memorised, stats, out, *sets, events=events)
-    for name in ("base.safetensors", "ortho.safetensors", "report.json"):
+    for name in ("model.safetensors", "ortho.safetensors", "report.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert ortho("inspect", out, "--verify", "-q").code == 0
 
@@ -216,7 +216,7 @@ def test_half_of_a_block_that_a_kill_left_is_done_again(
     assert all(b'"tuned":' in line for line in lines[-7:])
     journal.write_bytes(b"".join(lines[:-2]))  # two of its seven lines were not written any more
     run(memorised, stats, out, *TUNED)
-    for name in ("base.safetensors", "report.json"):
+    for name in ("model.safetensors", "report.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 

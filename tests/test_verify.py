@@ -35,7 +35,8 @@ LAYOUTS = {
     "compact": "{layout: compact, density: 0.1}",
     "int8": "{layout: compact, values: int8, density: 0.1}",
 }
-FILES = ("base.safetensors", "ortho.safetensors")
+GOLDEN = Path(__file__).parent / "golden"
+FILES = ("model.safetensors", "ortho.safetensors")
 Run = Callable[..., tuple[int, str]]
 
 
@@ -154,7 +155,7 @@ def test_verify_finds_a_file_that_is_cut_or_longer(
 
 
 def test_verify_damage_in_a_tensor_is_named(artifact: Path) -> None:
-    for file, part in (("base", "weight_packed"), ("ortho", "values")):
+    for file, part in (("model", "weight_packed"), ("ortho", "values")):
         name = f"model.layers.1.mlp.up_proj.{part}"
         path = artifact / f"{file}.safetensors"
         tensor = next(t for t in read_shard(path).tensors if t.name == name)
@@ -167,11 +168,11 @@ def test_verify_damage_in_a_tensor_is_named(artifact: Path) -> None:
 def test_verify_without_report_still_holds_the_pair(artifact: Path) -> None:
     (artifact / "report.json").unlink()
     assert verify(open_artifact(artifact)).checked == {
-        "base.safetensors": "its digest in ortho",
+        "model.safetensors": "its digest in ortho",
         "ortho.safetensors": "its structure alone: without report.json no digest of it is known",
     }
-    flip(artifact / "base.safetensors", -1)
-    with pytest.raises(ArtifactError, match="has SHA-256"):
+    flip(artifact / "model.safetensors", -1)
+    with pytest.raises(ArtifactError, match="has BLAKE3"):
         verify(open_artifact(artifact))
 
 
@@ -179,12 +180,12 @@ def test_lone_base_is_valid_and_a_lone_ortho_is_not(artifact: Path) -> None:
     ortho = (artifact / "ortho.safetensors").read_bytes()
     (artifact / "ortho.safetensors").unlink()
     opened = open_artifact(artifact)
-    assert verify(opened).ortho_sha256 is None
+    assert verify(opened).ortho is None
     assert describe(opened)["files"]["ortho.safetensors"] is None
-    (artifact / "base.safetensors").unlink()
+    (artifact / "model.safetensors").unlink()
     (artifact / "ortho.safetensors").write_bytes(ortho)
     assert is_artifact(artifact)
-    with pytest.raises(ArtifactError, match=r"has ortho\.safetensors and no base\.safetensors"):
+    with pytest.raises(ArtifactError, match=r"has ortho\.safetensors and no base \(model"):
         open_artifact(artifact)
 
 
@@ -201,7 +202,7 @@ def test_ortho_of_another_base_is_refused(
     with pytest.raises(ArtifactError, match=r"belongs to base .* beside it is base"):
         open_artifact(artifact)
     (artifact / "report.json").unlink()
-    with pytest.raises(ArtifactError, match="has SHA-256"):
+    with pytest.raises(ArtifactError, match="has BLAKE3"):
         verify(open_artifact(artifact))
 
 
@@ -314,7 +315,7 @@ LYING: dict[str, Callable[[Any], Any]] = {
     "another action": set_to("copy", "tensors", 2, "action"),
     "bits a word": set_to("4", "tensors", 2, "bits_per_weight"),
     "decibels a list": set_to([], "tensors", 2, "sqnr_db_alpha_0"),
-    "a format to come": set_to("ortho/2", "format"),
+    "an older format": set_to("ortho/2", "format"),
 }
 
 
@@ -344,49 +345,45 @@ def test_lone_base_shows_no_figure_of_the_ortho_that_is_gone(
 
 
 def test_golden_artifact_of_version_1_still_opens() -> None:
-    golden = Path(__file__).parent / "golden"
-    opened = open_artifact(golden)
+    opened = open_artifact(GOLDEN / "ortho1")
+    assert verify(opened).digest == "sha256"
     assert verify(opened).tensors == 8
     assert describe(opened)["totals"]["nnz"] == 10
 
 
-def test_golden_tensors_are_what_today_would_write(tmp_path: Path) -> None:
-    """Headers name the version; the tensors of a fixed input stay the same in all of them."""
-    from ortho_cli.checkpoint import open_checkpoint
-
-    golden = Path(__file__).parent / "golden"
-    source = open_checkpoint(golden / "source" / "tiny.safetensors")
-    decompose(make_plan(source, DEFAULT), source, tmp_path / "out")
-    for file in ("base.safetensors", "ortho.safetensors"):
-        today, then = (
-            {
-                t.name: (folder / file).read_bytes()[t.offset : t.offset + t.nbytes]
-                for t in read_shard(folder / file).tensors
-            }
-            for folder in (tmp_path / "out", golden)
-        )
-        assert today == then
+def data_of(folder: Path) -> dict[str, bytes]:
+    """Bytes of every tensor of an artifact, without its headers, which name the version."""
+    opened = open_artifact(folder)
+    assert opened.ortho is not None
+    return {
+        tensor.name: shard.path.read_bytes()[tensor.offset : tensor.offset + tensor.nbytes]
+        for shard in (opened.base, opened.ortho)
+        for tensor in shard.tensors
+    }
 
 
-def test_golden_compact_artifact_still_opens_and_is_what_today_would_write(tmp_path: Path) -> None:
+GOLDEN_SETTINGS = {
+    "ortho1": [],
+    "ortho2": ["ortho={layout: compact, values: int8, density: 0.05}"],
+    "ortho3": [],
+    "ortho3-compact": ["ortho={layout: compact, values: int8, density: 0.05}"],
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN_SETTINGS)
+def test_golden_artifacts_open_and_their_tensors_are_what_today_would_write(
+    tmp_path: Path, name: str
+) -> None:
     from ortho_cli.checkpoint import open_checkpoint
     from ortho_cli.recipe import load_recipe
 
-    golden = Path(__file__).parent / "golden"
-    source = open_checkpoint(golden / "source" / "tiny.safetensors")
-    settings = load_recipe(None, ["ortho={layout: compact, values: int8, density: 0.05}"])
+    source = open_checkpoint(GOLDEN / "source" / "tiny.safetensors")
+    settings = load_recipe(None, GOLDEN_SETTINGS[name])
     decompose(make_plan(source, settings), source, tmp_path / "out")
-    opened = open_artifact(golden / "compact")
-    assert verify(opened).tensors == 11
-    assert describe(opened)["format"] == "ortho/2"
-    today, then = (
-        {
-            t.name: (folder / "ortho.safetensors").read_bytes()[t.offset : t.offset + t.nbytes]
-            for t in read_shard(folder / "ortho.safetensors").tensors
-        }
-        for folder in (tmp_path / "out", golden / "compact")
-    )
-    assert today == then
+    opened = open_artifact(GOLDEN / name)
+    assert describe(opened)["format"] == f"ortho/{name[5]}"
+    assert set(verify(opened).checked.values()) == {"every digest"}
+    assert data_of(tmp_path / "out") == data_of(GOLDEN / name)
 
 
 def test_verify_csr_longer_than_one_piece_is_sound(

@@ -535,7 +535,7 @@ add(
 
 # -------------------------------------------------------------------------------------- artifacts
 
-BASE, ORTHO, REPORT = "a/base.safetensors", "a/ortho.safetensors", "a/report.json"
+BASE, ORTHO, REPORT = "a/model.safetensors", "a/ortho.safetensors", "a/report.json"
 VERIFY = "inspect {d}/a --verify"
 
 
@@ -559,14 +559,14 @@ add(
     lies_about_a_shape=(reports(lambda r: first_split(r).update(shape=[1, 1])), "`shape` of"),
     lies_about_a_digest=(
         reports(
-            lambda r: first_split(r)["blake3"]["base.safetensors"].update(
-                dict.fromkeys(first_split(r)["blake3"]["base.safetensors"], "0" * 64)
+            lambda r: first_split(r)["blake3"]["model.safetensors"].update(
+                dict.fromkeys(first_split(r)["blake3"]["model.safetensors"], "0" * 64)
             )
         ),
         "has BLAKE3",
     ),
-    lies_about_base=(reports(lambda r: r.update(base_sha256="0" * 64)), "belongs to base"),
-    lies_about_ortho=(reports(lambda r: r.update(ortho_sha256="0" * 64)), "has SHA-256"),
+    lies_about_base=(reports(lambda r: r.update(base_blake3="0" * 64)), "belongs to base"),
+    lies_about_ortho=(reports(lambda r: r.update(ortho_blake3="0" * 64)), "has BLAKE3"),
     lies_about_nnz=(reports(lambda r: first_split(r).update(nnz=10**400)), "`nnz` of"),
     has_a_tensor_twice=(reports(lambda r: r["tensors"].append(r["tensors"][0])), "no name, or"),
     has_tensors_of_text=(reports(lambda r: r.update(tensors=["a"])), "no name, or another's"),
@@ -589,13 +589,13 @@ add(
         "does not send all",
     ),
     base_is_cut=(lambda d: os.truncate(d / BASE, 500), "claims"),
-    base_is_a_fifo=(fifo(BASE), "and no base.safetensors"),
+    base_is_a_fifo=(fifo(BASE), "and no base (model.safetensors)"),
     ortho_is_of_another_format=(
         edit(ORTHO, lambda h: h["__metadata__"].update(format="ortho/9")),
         "says it is 'ortho/9'",
     ),
     ortho_is_of_another_base=(
-        edit(ORTHO, lambda h: h["__metadata__"].update(base_sha256="0" * 64)),
+        edit(ORTHO, lambda h: h["__metadata__"].update(base_blake3="0" * 64)),
         "belongs to base 000000000000",
     ),
 )

@@ -352,7 +352,7 @@ TARGETS = {
         "stats", "s.safetensors", safetensors, "decompose {d}/m --stats {d}/s.safetensors -o {d}/o"
     ),
     "recipe": Target("recipe", "r.yaml", yaml, "inspect {d}/m --recipe {d}/r.yaml"),
-    "base": Target("bare", "a/base.safetensors", safetensors, "inspect {d}/a --verify"),
+    "base": Target("bare", "a/model.safetensors", safetensors, "inspect {d}/a --verify"),
     "ortho": Target("bare", "a/ortho.safetensors", safetensors, "inspect {d}/a --verify"),
     "artifact index": Target(
         "artifact", "a/model.safetensors.index.json", text_json, "inspect {d}/a --verify"
@@ -360,7 +360,7 @@ TARGETS = {
     "report": Target("artifact", "a/report.json", text_json, "inspect {d}/a"),
     "report, verified": Target("artifact", "a/report.json", text_json, "inspect {d}/a --verify"),
     "base, converted": Target(
-        "artifact", "a/base.safetensors", safetensors, "convert {d}/a --alpha 1 -o {d}/o"
+        "artifact", "a/model.safetensors", safetensors, "convert {d}/a --alpha 1 -o {d}/o"
     ),
     "ortho, converted": Target(
         "artifact", "a/ortho.safetensors", safetensors, "convert {d}/a --alpha 0.5 -o {d}/o"
