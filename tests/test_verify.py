@@ -20,7 +20,6 @@ from ortho_cli.decompose import decompose
 from ortho_cli.errors import ArtifactError
 from ortho_cli.opening import open_artifact
 from ortho_cli.plan import make_plan
-from ortho_cli.recipe import DEFAULT
 from ortho_cli.verify import describe, verify
 
 
