@@ -34,7 +34,10 @@ def inspect(
     identity: IdentityOption = None,
     expect_source: Annotated[
         Path | None,
-        typer.Option(help="Check that an artifact was made from this checkpoint, byte for byte."),
+        typer.Option(
+            help="Check that an artifact was made from this checkpoint, byte for byte; with "
+            "--verify, too, that every weight it holds is that checkpoint's or its own code."
+        ),
     ] = None,
     stats: StatsOption = None,
     recipe: RecipeOption = None,
@@ -85,16 +88,24 @@ def inspect(
         )
     found = open_artifact(path if path.is_dir() else path.parent, read_keys(identity))
     document = reading.describe(found)
+    source = None
     if expect_source:
         from ortho_cli.checkpoint import open_checkpoint
         from ortho_cli.provenance import check_source
 
         with ProgressSink("source", quiet=quiet, verbose=verbose) as sink:
-            read = check_source(document, open_checkpoint(expect_source), on_event=sink)
+            source = open_checkpoint(expect_source)
+            read = check_source(document, source, on_event=sink)
         document["source_checked"] = {"source": str(expect_source), "tensors": read}
     if verify:
         with ProgressSink("verify", quiet=quiet, verbose=verbose) as sink:
             document["verified"] = asdict(reading.verify(found, on_event=sink))
+    if verify and source is not None:
+        from ortho_cli.recheck import check_values
+
+        with ProgressSink("values", quiet=quiet, verbose=verbose) as sink:
+            recipe = document["recipe"]
+            document["values_checked"] = check_values(found, source, recipe, on_event=sink)
     show(document, report.print_artifact, as_json, quiet, folder=str(path))
 
 

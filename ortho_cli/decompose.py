@@ -37,6 +37,7 @@ from ortho_cli.onepass import Loops, OnePass, is_plain, takes
 from ortho_cli.output import check_output, check_space, files_of, resolve_output
 from ortho_cli.plan import Plan, TensorPlan
 from ortho_cli.quantization import index
+from ortho_cli.recheck import Recheck
 from ortho_cli.seal import Keys, OrthoFile, Seal, SealedFile, WorkKey, key_of, scratch_bytes
 from ortho_cli.statistics import StatisticsReader, check_model
 from ortho_cli.summary import make_config, make_report
@@ -286,6 +287,16 @@ class _Job:
         self._loops = Loops(self._emit)
         self._base = DataFile(work, BASE_FILE, plan.base, mode=0o644)
         self._ortho = self._ortho_file(ORTHO_FILE, plan.ortho, scratch=plan.is_compact)
+        recipe = plan.recipe
+        self._recheck = Recheck(
+            reader,
+            self._base,
+            self._ortho,
+            nearest=not recipe.compensates and reference is None,
+            own_code=recipe.ortho.split == "unlearn",
+            # Beside what finds codes to move or to tune, reading them back takes no time.
+            whole=recipe.forgets or recipe.compensates,
+        )
 
     def _ortho_file(self, name: str, layout: Layout, *, scratch: bool = False) -> OrthoFile:
         if self._key is not None:
@@ -333,12 +344,13 @@ class _Job:
                 lambda name: written.rounded(tensors[name]), tuned, on_event=self._emit
             ):
                 told = {"tuned": [min(found), len(found)]}
-                self._work.commit(
-                    [
-                        splitter.rewrite(tensors[name], rounded) | told
-                        for name, rounded in found.items()
-                    ]
-                )
+                entries = [
+                    splitter.rewrite(tensors[name], rounded) | told
+                    for name, rounded in found.items()
+                ]
+                for entry in entries:
+                    self._recheck.check(tensors[entry["name"]], entry)
+                self._work.commit(entries)
         return GrowingDigest(self._base.fd).up_to(self._plan.base.size)
 
     def finish(self, base_blake3: str) -> Entry:
@@ -452,6 +464,7 @@ class _Job:
             alone=self._plan.recipe.forgets or self._plan.recipe.base.alone,
             compensate=self._plan.recipe.compensates,
             reference=self._reference,
+            check=self._recheck.check,
             stop=self._stop,
             on_event=self._emit,
         )
@@ -462,6 +475,7 @@ class _Job:
             "group_size": self._plan.group_size,
             "curvature": self._curvature,
             "other": self._splitter,
+            "check": self._recheck.check,
             "stop": self._stop,
             "on_event": self._emit,
         }

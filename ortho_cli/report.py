@@ -260,6 +260,11 @@ def _artifact_lines(document: dict[str, Any], totals: dict[str, Any], folder: st
     ]
     if checked := document.get("source_checked"):
         lines.append(f"made from {checked['source']}: {checked['tensors']} tensors, every byte")
+    if values := document.get("values_checked"):
+        lines.append(
+            f"every one of {values['weights']:,} split weights is the source's or its own code; "
+            f"{values['moved']:,} codes are not the source's nearest"
+        )
     verified = document.get("verified")
     if verified:
         checked = "; ".join(f"{name} against {what}" for name, what in verified["checked"].items())

@@ -28,7 +28,7 @@ from ortho_cli.statistics import StatisticsReader
 from ortho_cli.streams import base_scales, kept_within
 from ortho_cli.tally import Tally, Tile, flat_of, measures_of
 from ortho_cli.topk import guess_bar
-from ortho_cli.worker import Entry, Reference, Worker, not_finite, sample_rows
+from ortho_cli.worker import Check, Entry, Reference, Worker, not_finite, sample_rows
 from ortho_cli.writer import DataFile, TensorStream
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -76,11 +76,14 @@ class Splitter(Worker):
         alone: bool = False,
         compensate: bool = False,
         reference: Reference | None = None,
+        check: Check | None = None,
         stop: threading.Event,
         on_event: EventSink,
     ) -> None:
         """Say where tensors come from and go to, what selects a weight, and what stops the work."""
-        super().__init__(reader, base, ortho, reference=reference, stop=stop, on_event=on_event)
+        super().__init__(
+            reader, base, ortho, reference=reference, check=check, stop=stop, on_event=on_event
+        )
         self._edits = edits or {}
         self._moved_to_code = moved_to_code
         self._alone = alone  # base has to serve without ortho

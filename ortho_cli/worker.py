@@ -37,6 +37,7 @@ SAMPLE_BLOCKS = 16
 
 Entry = dict[str, Any]
 Results = SimpleQueue[Entry | BaseException]
+Check = Callable[[TensorPlan, Entry], None]  # raises where what was written is wrong
 
 
 class Reference:
@@ -70,10 +71,12 @@ class Worker(ABC):
         ortho: OrthoFile,
         *,
         reference: Reference | None = None,
+        check: Check | None = None,
         stop: threading.Event,
         on_event: EventSink,
     ) -> None:
-        """Say where tensors come from and go to, and what stops the work."""
+        """Say where tensors come from and go to, what checks what was written, and what stops."""
+        self._check = check
         self._reader, self._base, self._ortho = reader, base, ortho
         self._reference = reference
         self._stop, self._on_event = stop, on_event
@@ -81,7 +84,12 @@ class Worker(ABC):
 
     def work(self, tensor: TensorPlan) -> Entry:
         """Carry out what the plan says of one tensor; return its journal entry."""
-        entry = self._copy(tensor) if tensor.reason is not None else self.split(tensor)
+        if tensor.reason is not None:
+            entry = self._copy(tensor)
+        else:
+            entry = self.split(tensor)
+            if self._check is not None:
+                self._check(tensor, entry)
         self._on_event(TensorDone(name=tensor.name))
         return entry
 

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "ortho_cli"
 LAYERS = [
     ["__init__"],
     ["errors", "events", "settings", "files"],
+    ["exact"],
     ["strict_json", "recipe", "search", "ops", "topk", "data", "capture", "estimates"],
     ["figures", "grammar", "verdict"],
     ["checkpoint", "scales", "compensate", "forget_set"],
@@ -34,6 +35,7 @@ LAYERS = [
     ["curvature", "refusals"],
     ["plan"],
     ["summary", "identity", "worker", "models", "sums", "blocks"],
+    ["recheck"],
     ["tally"],
     ["onepass"],
     ["split", "scoring", "calibrate_plan"],

@@ -1,0 +1,206 @@
+"""What alpha = 1 promises of a weight, checked on the words that base and ortho hold of it.
+
+    kept position:   value = the source's weight, bit for bit
+                     or, with ortho.split unlearn, scale * q of the source's own nearest code q
+                     or, with ortho.values int8, the source's weight to within one step of the value
+    other position:  q = the source's own nearest code, where codes are rounded to nearest
+
+The second rule is also the promise of forgetting: a code that is not the source's own is at a
+position that ortho holds. Numpy only, and no function of what made the words: a mistake there is
+not repeated here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ortho_cli.errors import ArtifactError
+
+Array = npt.NDArray[Any]
+Float = npt.NDArray[np.float32]
+
+WORDS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
+# Figures are sums in float32 and float64, in another order than here.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What must hold of one weight."""
+
+    name: str
+    dtype: str  # of the source: BF16, F16 or F32
+    bits: int
+    nearest: bool  # codes outside of ortho are the source's own
+    own_code: bool = False  # where a code was moved, alpha = 1 may be the source's own code
+    step: float | None = None  # of int8 values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Whole rows of one weight, as they are in the source and as they were written."""
+
+    first: int  # number of the first row
+    source: Array  # (rows, in) words of the source's dtype
+    packed: npt.NDArray[np.int32]  # (rows, in * bits / 32)
+    scales: Array  # (rows, groups) words of the source's dtype
+    positions: npt.NDArray[np.int64]  # flat in these rows, ascending: what ortho holds
+    values: Array  # words at them, decoded where ortho is compact
+
+
+@dataclass(slots=True)
+class Sums:
+    """Squares added up in float64 over rows that were checked."""
+
+    signal: float = 0.0
+    noise: float = 0.0  # at alpha 0
+    noise_kept: float = 0.0  # of it, what alpha 1 takes away
+    weights: int = 0
+    moved: int = 0  # codes that are not the source's own
+
+    def add(self, other: Sums) -> None:
+        """Add what other rows gave."""
+        self.signal += other.signal
+        self.noise += other.noise
+        self.noise_kept += other.noise_kept
+        self.weights += other.weights
+        self.moved += other.moved
+
+
+def widen(words: Array, dtype: str) -> Float:
+    """Read words of BF16, F16 or F32 as float32."""
+    if dtype == "BF16":
+        return (words.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return words.view(np.float16 if dtype == "F16" else np.float32).astype(np.float32)
+
+
+def round_to(values: Float, dtype: str) -> Float:
+    """Round float32 to the nearest value of BF16 or F16, ties to even; F32 stays."""
+    if dtype == "F32":
+        return values
+    if dtype == "F16":
+        return values.astype(np.float16).astype(np.float32)
+    words = values.view(np.uint32)
+    # Half of the last place that stays, less one where that place is even: ties go to even.
+    rounded = (words + np.uint32(0x7FFF) + ((words >> np.uint32(16)) & np.uint32(1))) >> 16
+    return (rounded << np.uint32(16)).view(np.float32)
+
+
+def unpack(packed: npt.NDArray[np.int32], bits: int, columns: int) -> npt.NDArray[np.int8]:
+    """Read codes from packed words: code i of a row is in bits `bits * i` on, plus 2^(bits - 1)."""
+    stream = np.unpackbits(np.ascontiguousarray(packed).view(np.uint8), axis=1, bitorder="little")[
+        :, : bits * columns
+    ].reshape(packed.shape[0], columns, bits)
+    weights = (1 << np.arange(bits)).astype(np.uint8)
+    return (stream @ weights).astype(np.int8) - np.int8(1 << (bits - 1))
+
+
+def check_rows(rules: Rules, rows: Rows) -> Sums:
+    """Hold what was written of some rows against the source.
+
+    Returns:
+        What they add to the figures of the weight.
+    Raises:
+        ArtifactError: a value or code is neither of those that the rules allow; names the weight,
+            the place and both values.
+    """
+    source = widen(rows.source, rules.dtype)
+    scales = widen(rows.scales, rules.dtype)
+    columns = source.shape[1]
+    wide = np.repeat(scales, columns // scales.shape[1], axis=1)
+    codes = unpack(rows.packed, rules.bits, columns)
+    with np.errstate(over="ignore", invalid="ignore"):
+        half = 1 << (rules.bits - 1)
+        nearest = np.clip(np.rint(source / wide), -half, half - 1)
+        base = round_to(codes.astype(np.float32) * wide, rules.dtype)
+        own = round_to(nearest * wide, rules.dtype)
+    moved = codes != nearest
+    flat, at = source.reshape(-1), rows.positions
+    values = widen(rows.values, rules.dtype)
+    sound = rows.values == rows.source.reshape(-1)[at]
+    if rules.own_code:
+        sound |= values == own.reshape(-1)[at]
+    if rules.step is not None:
+        sound |= _within_a_step(rules.step, values, flat[at], base.reshape(-1)[at], wide, at)
+    if not sound.all():
+        bad = int(np.flatnonzero(~sound)[0])
+        raise _broken(rules, rows.first, columns, int(at[bad]), values[bad], flat[at[bad]])
+    if rules.nearest:
+        loose = moved.reshape(-1).copy()
+        loose[at] = False
+        if loose.any():
+            bad = int(np.flatnonzero(loose)[0])
+            raise _unheld(rules, rows.first, columns, bad, codes.reshape(-1)[bad], nearest)
+    lost = np.square(base - source, dtype=np.float64)
+    kept = np.square(values - flat[at], dtype=np.float64)
+    return Sums(
+        signal=float(np.square(source, dtype=np.float64).sum()),
+        noise=float(lost.sum()),
+        noise_kept=float(lost.reshape(-1)[at].sum() - kept.sum()),
+        weights=source.size,
+        moved=int(moved.sum()),
+    )
+
+
+def _within_a_step(
+    step: float, values: Float, source: Float, base: Float, wide: Float, at: Array
+) -> npt.NDArray[np.bool_]:
+    """Tell where an int8 value v is no further off than the next one: 2 (|v| + 1) steps / 2."""
+    unit = step * wide.reshape(-1)[at].astype(np.float64)
+    number = np.sqrt(np.abs(values.astype(np.float64) - base) / unit)
+    room = (number + 1.0) * unit + np.abs(source) * 2.0**-7  # the last place of a BF16
+    found: npt.NDArray[np.bool_] = np.abs(values - source) <= room
+    return found
+
+
+def check_figures(name: str, told: dict[str, float], sums: Sums) -> None:
+    """Hold the figures of a weight against what all of its rows add up to.
+
+    Args:
+        name: of the weight.
+        told: signal, noise and noise_kept.
+        sums: over every row of it.
+    Raises:
+        ArtifactError: names the weight and both values.
+    """
+    for key in ("signal", "noise", "noise_kept"):
+        mine, other = getattr(sums, key), told[key]
+        whole = sums.signal if key == "signal" else sums.noise
+        if not abs(mine - other) <= TOLERANCE * whole + 1e-9 * sums.signal:
+            raise ArtifactError(
+                f"`{name}` has {key} {mine:.6g} by what was written, and {other:.6g} in the report",
+                hint=HINT,
+            )
+
+
+HINT = "do not use this artifact: decompose again, and report it if that happens twice"
+
+
+def _place(first: int, columns: int, flat: int) -> list[int]:
+    return [first + flat // columns, flat % columns]
+
+
+def _broken(
+    rules: Rules, first: int, columns: int, flat: int, value: Any, source: Any
+) -> ArtifactError:
+    allowed = "nor its own code" if rules.own_code else "nor near it" if rules.step else "as it is"
+    neither = "neither" if rules.own_code or rules.step else "not"
+    return ArtifactError(
+        f"ortho holds {value:g} of `{rules.name}` at {_place(first, columns, flat)}, which is "
+        f"{neither} the source's weight {source:g} {allowed}",
+        hint=HINT,
+    )
+
+
+def _unheld(
+    rules: Rules, first: int, columns: int, flat: int, code: Any, nearest: Array
+) -> ArtifactError:
+    return ArtifactError(
+        f"base holds code {int(code)} of `{rules.name}` at {_place(first, columns, flat)} where "
+        f"the source's own is {int(nearest.reshape(-1)[flat])}, and ortho does not hold that place",
+        hint=HINT,
+    )
