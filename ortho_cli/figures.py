@@ -140,11 +140,18 @@ def judge(gates: Sequence[Gate], document: Mapping[str, Any]) -> list[dict[str, 
 
 
 def enforce(document: Mapping[str, Any]) -> None:
-    """Fail where a gate was missed.
+    """Fail where a gate was missed, or where ortho makes the model worse.
 
     Raises:
         GateError: lists each missed gate with the figure's value.
     """
+    judged = document.get("verdict", {})
+    if judged.get("full") == "lost":
+        said = next(s for s in judged["sentences"] if s.startswith("the full model"))
+        raise GateError(
+            said,
+            hint="`ortho inspect ARTIFACT --verify --expect-source MODEL` finds damaged weights",
+        )
     missed = [gate for gate in document.get("gates", ()) if not gate["met"]]
     if missed:
         told = "; ".join(f"`{gate['require']}` is {gate['value']:.4g}" for gate in missed)

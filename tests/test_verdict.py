@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from ortho_cli import verdict
+from ortho_cli.errors import GateError
+from ortho_cli.figures import enforce
 
 FORGOTTEN: dict[str, Any] = {
     "extraction": {"value": 0.0},
@@ -48,6 +50,36 @@ def test_utility_is_kept_lost_or_unknown() -> None:
         found = verdict.utility(figures(perplexity_ratio=ratio))
         assert found is not None
         assert found[0] == word
+
+
+def test_full_model_is_kept_lost_or_unknown() -> None:
+    def figure(value: float, *interval: float) -> dict[str, Any]:
+        return {"value": value, **dict(zip(("low", "high"), interval, strict=False))}
+
+    assert verdict.full({"alpha 0": FORGOTTEN}) is None
+    for ratio, word in ((1.0, "kept"), (1.005, "kept"), (1.006, "lost"), (math.nan, "lost")):
+        found = verdict.full({"alpha 1": {"perplexity_ratio": figure(ratio)}, "int4": {}})
+        assert found is not None
+        assert found[0] == word
+    straddles = {"alpha 1": {"perplexity_ratio": figure(1.02, 0.99, 1.05)}, "int4": {}}
+    assert verdict.full(straddles) == ("kept", "no worse than INT4 alone")
+    # Nothing was moved: alpha 0 is INT4 alone, and its ratio is over alpha 1.
+    alone = {"alpha 1": {}, "alpha 0": {"perplexity_ratio_alpha1": figure(0.9, 0.88, 0.92)}}
+    assert verdict.full(alone) == ("lost", "perplexity is at least 1.087 times that of INT4 alone")
+    text = {"perplexity_ratio": figure(1.0)}
+    secrets = {
+        "alpha 1": {**text, "forget_nll": figure(20.0, 18.0, 22.0)},
+        "int4": {"forget_nll": figure(1.0, 0.5, 1.5)},
+    }
+    found = verdict.full(secrets)
+    assert found is not None
+    assert found[0] == "lost"
+    assert "18.0 nats or more where INT4 alone gives 1.5 or less" in found[1]
+    rows = [{"row": name, "alpha": None, "figures": figures} for name, figures in secrets.items()]
+    judged = verdict.judge({"rows": rows, "unsplit": {"share": 0.2}})
+    assert judged["full"] == "lost"
+    with pytest.raises(GateError, match=r"the full model is lost: at alpha 1 secrets have"):
+        enforce({"verdict": judged, "gates": []})
 
 
 def test_better_than_controls_needs_to_pass_alone() -> None:
