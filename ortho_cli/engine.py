@@ -98,7 +98,8 @@ def densify(model: nn.Module) -> dict[str, OrthoLinear]:
         with torch.no_grad():
             linear.weight.copy_(_dense(layer))
         if layer.bias is not None:
-            linear.bias = nn.Parameter(layer.bias.detach().float())
+            # A copy even of float32: what is trained must not change the layer that was replaced.
+            linear.bias = nn.Parameter(layer.bias.detach().to(torch.float32, copy=True))
         made[name] = linear.train(layer.training)
     _swap(model, made)
     return layers

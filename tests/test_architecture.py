@@ -169,3 +169,98 @@ def test_public_functions_have_docstrings_and_modules_stay_small() -> None:
 def test_library_import_is_light() -> None:
     code = "import sys, ortho_cli; sys.exit(bool({'torch', 'typer', 'rich'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# What gives its argument back, not a copy of it, where there is nothing to convert.
+CONVERSIONS = {
+    *("to", "float", "double", "half", "bfloat16", "type", "contiguous", "cpu", "numpy"),
+    *("from_numpy", "asarray", "as_tensor", "ascontiguousarray"),
+}
+VIEWS = {"view", "reshape", "flatten", "squeeze", "unsqueeze", "t", "detach", "ravel"}
+# Conversions of what nobody else holds.
+OWN = {
+    ("kernels", "_forward", "y"),  # the product that was computed a line before
+}
+
+
+def conversion(node: ast.expr) -> bool:
+    """Whether a value is a conversion, or a view of one, of something that has a name."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        copies = any(keyword.arg == "copy" for keyword in node.keywords)
+        if node.func.attr in CONVERSIONS and not copies:
+            inner = node.args[0] if isinstance(node.func.value, ast.Name) and node.args else None
+            inner = inner if node.func.attr in ("from_numpy", "asarray") else node.func.value
+            while isinstance(inner, ast.Attribute | ast.Subscript):
+                inner = inner.value
+            return isinstance(inner, ast.Name) or conversion(node.func.value)
+        return node.func.attr in VIEWS and conversion(node.func.value)
+    return False
+
+
+def name_of(node: ast.expr) -> str:
+    """Name what an operation changes: `x` of `x.view(-1)[i]`."""
+    while True:
+        if isinstance(node, ast.Subscript):
+            node = node.value
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in VIEWS
+        ):
+            node = node.func.value
+        else:
+            return ast.unparse(node)
+
+
+def changed_in_place(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        method = node.func.attr
+        return [name_of(node.func.value)] if method[-1] == "_" and method[0] != "_" else []
+    if isinstance(node, ast.AugAssign):
+        return [name_of(node.target)]
+    if isinstance(node, ast.Assign):
+        return [name_of(t) for t in node.targets if isinstance(t, ast.Subscript)]
+    return []
+
+
+def aliased(module: str, tree_: ast.Module) -> set[tuple[str, str, str]]:
+    """Conversions that may be aliases and are then changed in place: in a function, or a class."""
+    found = set()
+    scopes = [n for n in ast.walk(tree_) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    for scope in scopes:
+        names = {
+            ast.unparse(target)
+            for node in ast.walk(scope)
+            if isinstance(node, ast.Assign) and conversion(node.value)
+            for target in node.targets
+            if isinstance(scope, ast.FunctionDef) or isinstance(target, ast.Attribute)
+        }
+        changed = {name for node in ast.walk(scope) for name in changed_in_place(node)}
+        found |= {(module, scope.name, name) for name in names & changed}
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_conversion_that_may_be_an_alias_is_changed_in_place(module: str) -> None:
+    """`x.float()` of float32 is x: what is done to it in place is done to x."""
+    assert aliased(module, tree(module)) <= OWN
+
+
+def test_the_search_for_aliases_finds_those_that_there_were() -> None:
+    code = """
+class Latent:
+    def __init__(self, start):
+        self._scales = start.scales.float()
+
+    def step(self):
+        self._scales.mul_(2)
+
+def remember(self, code, weight, dtype):
+    kept = code.to(dtype).view(int)
+    kept.view(-1)[3] = 0
+
+def sound(self, code):
+    kept = code.to(float, copy=True)
+    kept.mul_(2)
+"""
+    assert {name for _, name, _ in aliased("m", ast.parse(code))} == {"Latent", "remember"}
