@@ -28,7 +28,7 @@ def is_tied(config: Mapping[str, Any] | None) -> bool | None:
     if config is None:
         return None
     parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
-    said = [part[TIED] for part in parts if TIED in part]
+    said = [part[TIED] for part in parts if isinstance(part.get(TIED), bool)]
     if not all(said):
         return False
     if isinstance(config.get(TIED), bool):
@@ -66,7 +66,7 @@ def parameter_names(config: Mapping[str, Any] | None, *, tensors: int) -> frozen
         import torch
 
         with quiet_transformers() as transformers:
-            kind = getattr(transformers, str(name), None)
+            kind: Any = getattr(transformers, str(name), None)
             if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
                 return None
             check_parts(dict(config), layers=tensors, told=TOLD)

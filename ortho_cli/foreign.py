@@ -36,12 +36,12 @@ def open_foreign(path: Path, *, key: str | None = None) -> Source:
             that do not belong together.
     """
     try:
-        source = strip_wrappers(_open(path, key))
+        source = _open(path, key)
     except OSError as error:
         hint = "give a model file or folder that you may read"
         raise unreadable(path, error, kind=CheckpointError, hint=hint) from error
     try:
-        return dequantize_fp8(source)
+        return dequantize_fp8(strip_wrappers(source))
     except BaseException:
         source.close()
         raise

@@ -15,14 +15,21 @@ from ortho_cli.errors import CheckpointError
 from ortho_cli.files import open_regular
 
 HEAD = 1024  # bytes that tell the kind; a tar archive says so at byte 257
-TORCH_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save of before 1.6 begins so
+TORCH_MAGIC = (
+    b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch.save of before 1.6 begins with
+)
+FIRST_MEMBERS = 8  # of a tar archive, which has no list of them; more would mean to read it all
+PICKLE_START = 11  # bytes before the first object, at most: the protocol and a frame's length
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 # First bytes, and what begins with them.
 MAGIC = (
     (b"GGUF", "gguf"),
     (b"version https://git-lfs", "lfs"),
-    (TORCH_MAGIC, "torch"),
+    (b"lmgg", "ggml"),  # the letters of a number, lowest byte first
+    (b"tjgg", "ggml"),
+    (b"fmgg", "ggml"),
+    (b"\xba\x16\x4f\x2f", "fasttext"),
     (b"\x1f\x8b", "gzip"),
     (b"BZh", "bzip2"),
     (b"\xfd7zXZ\x00", "xz"),
@@ -35,6 +42,8 @@ MAGIC = (
 WORDS = {
     "safetensors": "safetensors",
     "gguf": "a GGUF model",
+    "ggml": "a GGML model of before GGUF",
+    "fasttext": "a fastText model",
     "lfs": "a Git LFS pointer, not the file that it points to",
     "html": "an HTML page, not weights",
     "xml": "an XML document, not weights",
@@ -79,7 +88,7 @@ def kind_of(path: Path) -> str | None:
     if head[257:262] == b"ustar":
         return _kind_of_tar(path)
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return "pickle"
+        return "torch" if TORCH_MAGIC in head[: PICKLE_START + len(TORCH_MAGIC)] else "pickle"
     length = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and length <= min(MAX_HEADER, size - 8):
         return "safetensors"
@@ -120,12 +129,14 @@ def _kind_of_zip(path: Path) -> str:
 
 
 def _kind_of_tar(path: Path) -> str:
+    names: set[str] = set()
     try:
         with tarfile.open(path) as archive:
-            names = {archive.next().name.removeprefix("./") for _ in range(3)}  # type: ignore[union-attr]
-    except (tarfile.TarError, AttributeError, EOFError, ValueError):
+            while len(names) < FIRST_MEMBERS and (member := archive.next()):
+                names.add(member.name.removeprefix("./"))
+    except (tarfile.TarError, EOFError, ValueError):
         return "tar"
-    if "sys_info" in names or {"storages", "tensors", "pickle"} & names:
+    if {"sys_info", "storages", "tensors", "pickle"} & names:
         return "old-torch"
     return "nemo" if any(name.startswith("model_") for name in names) else "tar"
 

@@ -34,6 +34,7 @@ TRAINING = re.compile(
 RIVAL = 0.02
 MOST_NAMES = 1 << 20  # dicts may hold one another, so that names could be made without end
 DEEPEST = 64  # dicts within dicts; none of the field's trees comes near
+SHOWN = 8  # names in a note
 WHOLE = "."  # the key that stands for the file's top level
 
 Keys = tuple[str, ...]
@@ -86,8 +87,8 @@ class _Search:
             )
         left = list(self._left_out(found, path, node, tensors))
         if left:
-            some = ", ".join(f"`{one}`" for one in left[:6])
-            more = f" and {len(left) - 6} more" if len(left) > 6 else ""
+            some = ", ".join(f"`{one}`" for one in left[:SHOWN])
+            more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
             notes.append(f"left out of `{self._file.name}`: {some}{more}")
         return Weights(key=_dotted(path), tensors=tensors, notes=tuple(notes))
 
@@ -123,7 +124,7 @@ class _Search:
             inside = asked or any(WEIGHTS.search(step.lower()) for step in path)
             if self._is_tree(node, parts, own, inside=inside):
                 return node, path
-            sizes = {name: self._size(part) for name, part in parts.items()} | {"": own}
+            sizes = {"": own} | {name: self._size(part) for name, part in parts.items()}
             ranked = sorted((name for name in sizes if sizes[name]), key=lambda n: -sizes[n])
             first, *others = ranked
             rivals = [
@@ -167,7 +168,7 @@ class _Search:
     def _size(self, node: Any, depth: int = 0) -> int:
         """Count the elements of the tensors below; bare tensors in a list have no names."""
         if isinstance(node, Tensor):
-            return node.numel()
+            return max(1, node.numel())  # ZeRO-3 leaves names without elements: they are found
         if not isinstance(node, Mapping | list | tuple) or depth > DEEPEST:
             return 0
         if id(node) not in self._sizes:

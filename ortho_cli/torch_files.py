@@ -23,6 +23,7 @@ from ortho_cli import strict_json
 from ortho_cli.architectures import is_tied
 from ortho_cli.checkpoint import check_index, model_name, read_index
 from ortho_cli.errors import CheckpointError
+from ortho_cli.files import open_regular
 from ortho_cli.kinds import kind_of, wrong_kind
 from ortho_cli.source import DTYPE_NAMES, Source, SourceTensor, mark, side_files
 from ortho_cli.state_dicts import find_weights
@@ -123,12 +124,14 @@ def _refuse_pieces(file: Path) -> None:
     """Refuse a file that has a sibling with another slice of the same tensors."""
     for one in (file, file.parent):
         own = PIECE.match(one.name)
+        if own is None:
+            continue
+        beside = [path.name for path in sorted(one.parent.iterdir())]
+        matches = [match for match in map(PIECE.match, beside) if match]
         others = [
-            path.name
-            for path in (sorted(one.parent.iterdir()) if own else ())
-            if (match := PIECE.match(path.name))
-            and match["name"] == own["name"]
-            and match["number"] != own["number"]
+            match.string
+            for match in matches
+            if match["name"] == own["name"] and match["number"] != own["number"]
         ]
         if others:
             raise CheckpointError(
@@ -284,7 +287,10 @@ def _plain(path: Path, name: str, tensor: Tensor) -> Tensor:
 def _unpickle(path: Path) -> Any:
     """Read what a file holds, if it is tensors and plain containers; nothing in it is ever run."""
     kind = kind_of(path)
-    if kind not in ("torch", None):
+    if kind is None:
+        with open_regular(path) as file:
+            raise _unread(path, f"it begins with {file.read(8)!r}")
+    if kind != "torch":
         raise wrong_kind(path, kind)
     try:
         with warnings.catch_warnings():
@@ -295,24 +301,33 @@ def _unpickle(path: Path) -> Any:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - a damaged file can make the reader raise anything
-        raise _refused(path, str(error) or type(error).__name__) from None
-
-
-def _refused(path: Path, told: str) -> CheckpointError:
+        told = str(error).strip() or type(error).__name__
     named = re.search(r"(?:GLOBAL|[Gg]lobal:?|function|class) `?([A-Za-z_][\w.]*\.\w+)", told)
     if named:
-        name = shlex.quote(str(path))
-        script = f"import torch; m = torch.load({name!r}, weights_only=False)"
-        return CheckpointError(
-            f"`{path}` holds the global `{named[1]}`, which is no tensor; nothing was run",
-            hint="do not trust the file, or save its weights alone where it was made: "
-            f"`{script}; torch.save(m.state_dict(), 'weights.pt')` if it is a module, then "
-            "`ortho convert weights.pt`",
-        )
-    first = told.strip().splitlines()[0][:120]
+        raise _would_run(path, named[1])
+    # What precedes is torch's advice to read the file without care.
+    lines = told.partition("WeightsUnpickler error:")[2].strip() or told
+    raise _unread(path, lines.splitlines()[0][:120])
+
+
+def _unread(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
-        f"`{path}` ({path.stat().st_size} bytes) is no readable torch file: {first}",
+        f"`{path}` ({path.stat().st_size} bytes) is no readable torch file: {why}",
         hint="the file is cut or damaged, or of another kind; download it again",
+    )
+
+
+def _would_run(path: Path, name: str) -> CheckpointError:
+    """Refuse a file that names a class or function; a whole module or training settings do."""
+    script = (
+        f"import torch; m = torch.load({str(path)!r}, weights_only=False); "
+        "f = lambda v: v.state_dict() if hasattr(v, 'state_dict') else v; torch.save({k: f(v) "
+        "for k, v in f(m).items() if isinstance(f(v), (dict, torch.Tensor))}, 'weights.pt')"
+    )
+    return CheckpointError(
+        f"`{path}` holds the global `{name}`, which is no tensor; nothing was run",
+        hint="do not trust the file; if you made it, save its tensors alone, which runs what it "
+        f'says: `python -c "{script}"`, then `ortho convert weights.pt`',
     )
 
 
