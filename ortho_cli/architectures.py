@@ -67,10 +67,11 @@ def parameter_names(config: Mapping[str, Any] | None, *, tensors: int) -> frozen
 
         with quiet_transformers() as transformers:
             kind: Any = getattr(transformers, str(name), None)
+            settings_of: Any = getattr(kind, "config_class", None)
             if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
                 return None
             check_parts(dict(config), layers=tensors, told=TOLD)
-            settings = kind.config_class.from_dict(dict(config))
+            settings = settings_of.from_dict(dict(config))
             default = {"num_hidden_layers": settings.get_text_config().num_hidden_layers}
             check_parts(default, layers=tensors, told=TOLD)
             with torch.device("meta"):
