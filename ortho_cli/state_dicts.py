@@ -32,7 +32,7 @@ TRAINING = re.compile(
 # A second set of weights of this share of the largest is not left out without being asked to:
 # the head of a large model can be two hundredths of it.
 RIVAL = 0.02
-MOST_NAMES = 1 << 20  # dicts may hold one another, so that names could be made without end
+MOST_NAMES = 1 << 18  # of joined dicts, which may hold one another: names could be without end
 DEEPEST = 64  # dicts within dicts; none of the field's trees comes near
 SHOWN = 8  # names in a note
 WHOLE = "."  # the key that stands for the file's top level
@@ -75,8 +75,9 @@ class _Search:
         start, at = (found, ()) if key in (None, WHOLE) else self._follow(found, str(key))
         node, path = (start, at) if key == WHOLE else self._descend(start, at, asked=bool(key))
         tensors = self._named(node, whole=key == WHOLE)
-        if not tensors:
-            raise self._no_tensors(found)
+        left = list(self._left_out(found, path, node, tensors))
+        if not tensors or (left and all(tensor.numel() == 1 for tensor in tensors.values())):
+            raise self._no_tensors(found)  # a loss or an epoch is no model
         notes = []
         if path:
             notes.append(f"the weights of `{self._file.name}` are those under `{_dotted(path)}`")
@@ -85,7 +86,6 @@ class _Search:
                 f"the weights of `{self._file.name}` are dicts within dicts: their names are "
                 "joined with dots"
             )
-        left = list(self._left_out(found, path, node, tensors))
         if left:
             some = ", ".join(f"`{one}`" for one in left[:SHOWN])
             more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
@@ -119,7 +119,7 @@ class _Search:
     def _descend(self, node: Mapping[Any, Any], path: Keys, *, asked: bool) -> tuple[Any, Keys]:
         """Go down while one set of weights stands out; stop where all tensors belong together."""
         start = path
-        while parts := self._parts(node):
+        while (parts := self._parts(node)) and len(path) < DEEPEST:
             own = _own(node) if _looks_like_weights(node, parts) else 0
             inside = asked or any(WEIGHTS.search(step.lower()) for step in path)
             if self._is_tree(node, parts, own, inside=inside):
@@ -150,10 +150,21 @@ class _Search:
         if len(dicts) < len(parts) or any(WEIGHTS.search(name.lower()) for name in parts):
             return False
         if len(parts) == 1 and not own:
-            return inside and not _has_dotted_names(dicts[0])
+            return inside and not self._leads_to_flat(dicts[0])
         plain = [v for v in node.values() if not isinstance(v, Mapping | Tensor)]
         loose = not own and any(isinstance(v, Tensor) for v in node.values())
         return inside or not (plain or loose or _are_alike(dicts))
+
+    def _leads_to_flat(self, node: Any) -> bool:
+        """Tell whether single keys lead to a flat state dict: they are no parts of its names."""
+        for _ in range(DEEPEST):  # a dict may hold itself
+            if _has_dotted_names(node):
+                return True
+            parts = [*self._parts(node).values()]
+            if len(parts) != 1 or not isinstance(parts[0], Mapping):
+                return False
+            node = parts[0]
+        return False
 
     def _parts(self, node: Mapping[Any, Any]) -> dict[str, Any]:
         """Name what holds tensors and may be weights."""
@@ -197,7 +208,7 @@ class _Search:
                     "joined with dots",
                     hint="save a flat state_dict()",
                 )
-            if len(found) == MOST_NAMES:
+            if len(found) >= MOST_NAMES and name not in node:
                 raise CheckpointError(
                     f"`{self._file}` has more than {MOST_NAMES} tensors in dicts within dicts",
                     hint="save a flat state_dict()",
@@ -235,17 +246,22 @@ class _Search:
     def _doubt(
         self, path: Keys, parts: Mapping[str, Any], names: list[str], sizes: Mapping[str, int]
     ) -> CheckpointError:
-        told, first = [], None
-        for name in names[:4]:
-            for key in self._choices(path, name, parts.get(name)):
-                first = first or key
-                where = "at the top level" if key == WHOLE else f"`{key}`"
-                told.append(f"{where} ({sizes[name]} elements)")
-        command = f"ortho convert {shlex.quote(str(self._given))} --key {shlex.quote(first or '.')}"
+        told = [
+            (key, sizes[name])
+            for name in names[:4]
+            for key in self._choices(path, name, parts.get(name))
+        ]
+        some = " and ".join(
+            f"{'the top level' if key == WHOLE else f'`{key}`'} ({size} elements)"
+            for key, size in told[:SHOWN]
+        )
+        first = next((key for key, _ in told if key != WHOLE), WHOLE)
+        command = f"ortho convert {shlex.quote(str(self._given))} --key {shlex.quote(first)}"
+        is_list = any(isinstance(parts.get(name), list | tuple) for name in names)
+        whole = "" if is_list else f"; `--key {WHOLE}` takes all that the file holds"
         what = "holds several sets of weights" if len(told) > 1 else "keeps its weights in a list"
         return CheckpointError(
-            f"`{self._file}` {what}: {' and '.join(told)}",
-            hint=f"choose one, as in `{command}`; `--key .` takes all that the file holds",
+            f"`{self._file}` {what}: {some}", hint=f"choose one, as in `{command}`{whole}"
         )
 
     def _choices(self, path: Keys, name: str, part: Any) -> Iterator[str]:

@@ -43,6 +43,7 @@ BESIDE = re.compile(
 PIECE = re.compile(
     r"^(?P<name>consolidated\.|\w*zero_pp_rank_|mp_rank_)(?P<number>\d+)(?P<rest>.*)$"
 )
+SHOWN = 8  # notes on tensors that share memory
 DEEPSPEED = re.compile(r"mp_rank_\d+_model_states\.pt$")
 HEADS = re.compile(
     r"(^|\.)(lm_head|embed_out|output|output_layer|proj_out|decoder|generator|score|head)"
@@ -357,6 +358,8 @@ def _copies(
             else:
                 verb = "written out as copies, since nothing says that they are tied"
             notes.append(f"`{name}` is the same memory as `{kept}`: {verb}")
+    if len(notes) > SHOWN:
+        notes[SHOWN:] = [f"{len(notes) - SHOWN} other tensors are the same memory as another, too"]
     return dropped, notes
 
 

@@ -89,6 +89,7 @@ CONTAINERS: dict[str, tuple[Any, str]] = {
     "ordered": (OrderedDict(W), ""),
     "twice": ({"model": {"state_dict": W, "config": {"n": 1}}, "step": 1}, "model.state_dict"),
     "four deep": ({"a": {"b": {"c": {"d": W}}}}, "a.b.c.d"),
+    "seven deep": ({"a": {"model": {"c": {"d": {"e": {"f": {"g": W}}}}}}}, "a.model.c.d.e.f.g"),
     "adam is larger": (
         {"model": W, "optimizer": adam(weights(1)), "exp_avg": weights(2), "grads": weights(3)},
         "model",
@@ -198,10 +199,19 @@ def test_weights_beside_an_average_at_the_top_level_are_not_guessed(
 ) -> None:
     torch.save({**W, "ema": weights(1)}, tmp_path / "m.pt")
     said = refused(ortho, tmp_path / "m.pt")
-    assert "at the top level (62 elements) and `ema`" in said
+    assert "the top level (62 elements) and `ema`" in said
     assert same(convert(ortho, tmp_path / "m.pt", "--key", "ema")[0], weights(1))
     whole = convert(ortho, tmp_path / "m.pt", "--key", ".")[0]
     assert same(whole, {**W, **weights(1, "ema.")})
+
+
+def test_many_tensors_of_one_memory_are_noted_in_few_words(tmp_path: Path, ortho: Ortho) -> None:
+    tensor = torch.randn(3, 3)
+    torch.save({f"layers.{i}.weight": tensor for i in range(40)}, tmp_path / "m.pt")
+    found, said = convert(ortho, tmp_path / "m.pt")
+    assert len(found) == 40
+    assert said.count("the same memory") == 9
+    assert "31 other tensors" in said
 
 
 @pytest.mark.parametrize(
@@ -289,17 +299,23 @@ def test_names_that_meet_when_they_are_joined_are_refused(tmp_path: Path, ortho:
     assert "two tensors of the name `a.b`" in refused(ortho, tmp_path / "m.pt", "--key", ".")
 
 
-def endless() -> dict[str, Any]:
-    found: dict[str, Any] = {"w.weight": torch.ones(2, 2)}
-    found["self"] = found
-    return found
-
-
-def test_dict_that_holds_itself_comes_to_an_end(tmp_path: Path, ortho: Ortho) -> None:
-    torch.save(endless(), tmp_path / "m.pt")
-    ran = ortho("convert", tmp_path / "m.pt", "--key", ".")
-    assert ran.code in (0, CheckpointError.exit_code)
-    ran = ortho("convert", tmp_path / "m.pt", "--force")
+@pytest.mark.parametrize("name", ["w.weight", "w", None])
+@pytest.mark.parametrize("keys", [("self",), ("model", "ema"), ("model",)])
+@pytest.mark.parametrize("asked", [(), ("--key", ".")])
+def test_dict_that_holds_itself_comes_to_an_end(
+    tmp_path: Path,
+    ortho: Ortho,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str | None,
+    keys: tuple[str, ...],
+    asked: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr("ortho_cli.state_dicts.MOST_NAMES", 1000)
+    content: dict[str, Any] = {name: torch.ones(2, 2)} if name else {}
+    for key in keys:
+        content[key] = content
+    torch.save({"model": content}, tmp_path / "m.pt")
+    ran = ortho("convert", tmp_path / "m.pt", *asked)
     assert ran.code in (0, CheckpointError.exit_code)
 
 
@@ -325,6 +341,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "text": ("weights", "holds a str"),
     "counter": (Counter("aab"), "no tensors of a model among 2 entries: `a`, `b`"),
     "optimizer": (adam(W), "among 2 entries: `state`, `param_groups`"),
+    "loss alone": ({"model": None, "loss": torch.tensor(1.0)}, "`model`, `loss`"),
     "numbered": ({0: torch.ones(2, 2), 1: torch.ones(2)}, "among 2 entries"),
     "quint8": (
         lambda: {"a.weight": torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.quint8)},
