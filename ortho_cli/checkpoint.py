@@ -456,11 +456,13 @@ def fill(fd: int, buffer: memoryview, offset: int, *, what: str) -> None:
         done += got
 
 
-MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
 _UNSHARDED = re.compile(r"-\d{5}-of-\d{5}$")
 
 
 def model_name(path: Path) -> str:
     """Name a model by its file or folder: `SmolLM2/` and `SmolLM2.safetensors` are both SmolLM2."""
     path = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would follow a link to its blob's name
+    if path.suffix == ".tar" and Path(path.stem).suffix in MODEL_SUFFIXES:  # as in .pth.tar
+        path = path.with_suffix("")
     return _UNSHARDED.sub("", path.stem) if path.suffix in MODEL_SUFFIXES else path.name

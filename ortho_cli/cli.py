@@ -243,7 +243,8 @@ def convert(
         Path,
         typer.Argument(
             metavar="SRC",
-            help="A .safetensors, .bin, .pt, .pth or .gguf file, a model folder, or an artifact.",
+            help="A .safetensors or .gguf file, one of torch.save (.bin, .pt, .pth, .ckpt, "
+            ".pth.tar), a model folder, or an artifact.",
         ),
     ],
     out: Annotated[
@@ -260,6 +261,15 @@ def convert(
         typer.Option("--alpha", help="For an artifact, and required there: 0 is base, 1 is all."),
     ] = None,
     identity: IdentityOption = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            "--key",
+            metavar="KEY",
+            help="Where a file of torch.save keeps its weights: `ema`, nested `model.ema`, `.` for "
+            "all.  [default: the largest state dict, if no other is about as large]",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -288,8 +298,8 @@ def convert(
     """Write any checkpoint, or an artifact at one alpha, as plain safetensors.
 
     Reads tile by tile and needs little memory; only a .bin of before torch 1.6 is held whole, and
-    of a GGUF one tensor at a time. Nothing in a .bin, .pt or .pth is ever run. A killed run goes on
-    where it stopped.
+    of a GGUF one tensor at a time. Nothing in a file of torch.save is ever run. Prefixes of
+    wrappers, as DDP's `module.`, are stripped from names. A killed run goes on where it stopped.
     """
     from ortho_cli import convert as work
     from ortho_cli import report
@@ -299,7 +309,8 @@ def convert(
 
     size = parse_size(shard_size)
     keys = read_keys(identity)
-    with contextlib.closing(work.open_source(source, alpha=alpha, keys=keys)) as opened:
+    opening = work.open_source(source, alpha=alpha, keys=keys, key=key)
+    with contextlib.closing(opening) as opened:
         plan = make_plan(opened, dtype=dtype, shard_size=size)
         folder = opened.folder if opened.kind == "artifact" else source
         target = out or default_out(folder, "converted" if alpha is None else "dense")

@@ -39,15 +39,35 @@ COMMIT_SECONDS = 0.5
 Entry = dict[str, Any]
 
 
-def open_source(path: Path, *, alpha: float | None = None, keys: Keys | None = None) -> Source:
+def open_source(
+    path: Path,
+    *,
+    alpha: float | None = None,
+    keys: Keys | None = None,
+    key: str | None = None,
+) -> Source:
     """Describe any checkpoint; an artifact at one alpha.
 
+    Args:
+        path: of the checkpoint or artifact.
+        alpha: for an artifact, and required there.
+        keys: open a sealed ortho.
+        key: where a file of torch.save keeps its weights, as in `--key`.
     Raises:
-        UsageError: an artifact without alpha, or alpha for anything else.
+        UsageError: an artifact without alpha, or alpha for anything else; a key that is not there,
+            or for anything but a file of torch.save.
         CheckpointError: see `open_foreign`.
         ArtifactError: see `open_dense`.
     """
-    if is_artifact(path, damaged=True):
+    ours = is_artifact(path, damaged=True)
+    found = None if ours else _gguf_of(path)
+    if key is not None and (ours or found):
+        what = "an artifact" if ours else "a GGUF model"
+        raise UsageError(
+            f"--key {key} is for files of torch.save, and `{path}` is {what}",
+            hint="leave --key out",
+        )
+    if ours:
         if alpha is None:
             raise UsageError(
                 f"`{path}` is an artifact, and no --alpha says which of its models is meant",
@@ -59,8 +79,7 @@ def open_source(path: Path, *, alpha: float | None = None, keys: Keys | None = N
             f"`{path}` is no artifact, and --alpha {alpha:g} is for artifacts",
             hint="leave --alpha out",
         )
-    found = _gguf_of(path)
-    return open_foreign(path) if found is None else open_gguf(found)
+    return open_foreign(path, key=key) if found is None else open_gguf(found)
 
 
 def _gguf_of(path: Path) -> Path | None:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ortho_cli import torch_files
 from ortho_cli.convert import open_source
 from ortho_cli.errors import CheckpointError
 from ortho_cli.source import RowReader
@@ -69,8 +70,7 @@ def test_nested_weights_are_taken_and_the_rest_is_named(
     found, _, said = converted(ortho, tmp_path / "m.pt")
     assert same(found, small())
     assert f"under `{key}`" in said
-    assert "`epoch`" in said
-    assert "`kind`" in said
+    assert f"`epoch`, `{key}.kind`" in said
 
 
 class Runs:
@@ -101,7 +101,7 @@ def test_file_that_would_run_code_is_refused_by_name_and_runs_nothing(
     assert not (tmp_path / "m-converted").exists()
 
 
-@pytest.mark.parametrize("kept", [0, 10, 700, -100])
+@pytest.mark.parametrize("kept", [10, 700, -100])
 def test_cut_torch_file_is_refused(tmp_path: Path, ortho: Ortho, kept: int) -> None:
     source = tmp_path / "m.bin"
     torch.save(small(), source)
@@ -116,7 +116,7 @@ def test_cut_torch_file_is_refused(tmp_path: Path, ortho: Ortho, kept: int) -> N
     ("content", "said"),
     [
         ([1, 2], "holds a list"),
-        ({"lr": 1.0}, "holds no tensors among 1 entries"),
+        ({"lr": 1.0}, "no tensors of a model among 1 entries: `lr`"),
         (torch.zeros(3), "holds a Tensor"),
         ({"w": torch.eye(3).to_sparse()}, "`w`"),
     ],
@@ -133,21 +133,22 @@ def test_torch_file_without_plain_tensors_is_refused(
 def tied_folder(folder: Path, config: dict[str, Any]) -> Tensors:
     folder.mkdir()
     tensors = small()
-    tensors["lm_head.weight"] = tensors["z.weight"]
+    tensors["model.embed_tokens.weight"] = tensors["lm_head.weight"] = tensors.pop("z.weight")
     torch.save(tensors, folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps(config))
     return tensors
 
 
 def test_tied_tensor_is_kept_once_and_recorded(tmp_path: Path, ortho: Ortho) -> None:
-    tied_folder(tmp_path / "m", {"tie_word_embeddings": True})
+    tensors = tied_folder(tmp_path / "m", {"tie_word_embeddings": True})
+    del tensors["lm_head.weight"]
     found, metadata, said = converted(ortho, tmp_path / "m")
-    assert same(found, small())
-    assert metadata["lm_head.weight"] == "z.weight"
-    assert "`lm_head.weight` is the same memory as `z.weight`: kept once" in said
+    assert same(found, tensors)
+    assert metadata["lm_head.weight"] == "model.embed_tokens.weight"
+    assert "`lm_head.weight` is the same memory as `model.embed_tokens.weight`: kept once" in said
     again, metadata, _ = converted(ortho, tmp_path / "m-out")  # the record outlives a second one
-    assert same(again, small())
-    assert metadata["lm_head.weight"] == "z.weight"
+    assert same(again, tensors)
+    assert metadata["lm_head.weight"] == "model.embed_tokens.weight"
 
 
 def test_untied_tensor_is_written_out(tmp_path: Path, ortho: Ortho) -> None:
@@ -176,16 +177,14 @@ def test_views_and_transposed_tensors_are_written_as_values(tmp_path: Path, orth
 def test_mapped_file_is_opened_anew_between_tensors_and_only_there(
     tmp_path: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ortho_cli import foreign
+    loads, load = [], torch_files._load
 
-    loads, load = [], foreign._load
-
-    def count(path: Path) -> Any:
+    def count(path: Path, *given: Any) -> Any:
         loads.append(path)
-        return load(path)
+        return load(path, *given)
 
-    monkeypatch.setattr(foreign, "REMAP_BYTES", 0)
-    monkeypatch.setattr(foreign, "_load", count)
+    monkeypatch.setattr(torch_files, "REMAP_BYTES", 0)
+    monkeypatch.setattr(torch_files, "_load", count)
     monkeypatch.setattr("ortho_cli.convert.TILE_ELEMENTS", 7)
     torch.save(small(), tmp_path / "m.bin")
     found, _, _ = converted(ortho, tmp_path / "m.bin")

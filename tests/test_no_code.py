@@ -124,9 +124,10 @@ def test_no_code_comes_from_data(path: Path) -> None:
 
 
 def test_the_one_reader_of_pickles_is_looked_at() -> None:
-    text = (PACKAGE / "foreign.py").read_text()
-    assert list(offences(text.replace("weights_only=True", "weights_only=False")))
-    assert sum("torch.load(" in path.read_text() for path in MODULES) == 1
+    def careless(path: Path) -> str:
+        return path.read_text().replace("weights_only=True", "weights_only=False")
+
+    assert [path.stem for path in MODULES if list(offences(careless(path)))] == ["torch_files"]
 
 
 @pytest.mark.parametrize(

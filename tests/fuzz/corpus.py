@@ -323,9 +323,9 @@ add(
     "convert {d}/new.pt -o {d}/o",
     4,
     would_run=(lambda d: torch.save(Runs(), d / "new.pt"), "nothing was run"),
-    would_run_by_itself=(write("new.pt", pickle.dumps(Runs())), "is no readable torch file"),
+    would_run_by_itself=(write("new.pt", pickle.dumps(Runs())), "holds a plain pickle"),
     is_cut=(lambda d: os.truncate(d / "new.pt", 300), "is no readable torch file"),
-    is_empty=(write("new.pt", b""), "is no readable torch file"),
+    is_empty=(write("new.pt", b""), "it has 0 bytes"),
     holds_a_number=(lambda d: torch.save(7, d / "new.pt"), "holds a int, not a map"),
     holds_no_tensor=(lambda d: torch.save({"a": 1}, d / "new.pt"), "holds no tensors"),
 )
@@ -335,7 +335,11 @@ add(
     "convert {d}/new.pt -o {d}/o",
     9,
     claims_an_exabyte=(
-        write("new.pt", b"\x80\x02cbuiltins\nbytearray\n\x8a\x08" + b"\x7f" * 8 + b"\x85R."),
+        write(
+            "new.pt",
+            b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # as torch.save of before 1.6 begins
+            b"\x80\x02cbuiltins\nbytearray\n\x8a\x08" + b"\x7f" * 8 + b"\x85R.",
+        ),
         "out of memory",
     ),
 )
