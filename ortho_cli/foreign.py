@@ -36,7 +36,6 @@ from ortho_cli.source import (
     SourceTensor,
     has_safetensors,
     mark,
-    side_files,
 )
 
 BIN_SUFFIXES = (".bin", ".pt", ".pth")
@@ -78,10 +77,7 @@ def open_foreign(path: Path) -> Source:
 def _open_safetensors(checkpoint: Checkpoint) -> Source:
     path, names = checkpoint.path, {tensor.name for tensor in checkpoint.tensors}
     told = {k: v for shard in checkpoint.shards for k, v in shard.metadata.items()}
-    extra = checkpoint.extra_files
-    notes: tuple[str, ...] = ()
-    if path.is_dir():
-        extra, notes = side_files(path, {shard.name for shard in checkpoint.shards})
+    own = frozenset(shard.name for shard in checkpoint.shards) if path.is_dir() else None
     reader = ShardReader(checkpoint)
     rows = RowReader(reader)
     try:
@@ -96,8 +92,7 @@ def _open_safetensors(checkpoint: Checkpoint) -> Source:
         tensors=tensors,
         files=tuple(mark(shard.path) for shard in checkpoint.shards),
         config=checkpoint.config,
-        extra_files=extra,
-        notes=notes,
+        own=own,
         aliases={k: v for k, v in told.items() if v in names and k not in names},
         close=reader.close,
     )
@@ -123,13 +118,9 @@ def _find_bins(folder: Path) -> tuple[list[Path], dict[str, str] | None] | None:
 def _open_bins(path: Path, files: list[Path], weight_map: dict[str, str] | None) -> Source:
     folder = path if path.is_dir() else None
     config = None
-    extra: tuple[tuple[str, int], ...] = ()
     notes: list[str] = []
-    if folder is not None:
-        if (folder / "config.json").exists():
-            config = strict_json.read(folder / "config.json", constants=True)
-        extra, left = side_files(folder, {file.name for file in files})
-        notes += left
+    if folder is not None and (folder / "config.json").exists():
+        config = strict_json.read(folder / "config.json", constants=True)
     untied = config is not None and config.get("tie_word_embeddings") is False
     marks, bins = tuple(mark(file) for file in files), _Bins()
     tensors: list[SourceTensor] = []
@@ -161,7 +152,7 @@ def _open_bins(path: Path, files: list[Path], weight_map: dict[str, str] | None)
         tensors=tuple(tensors),
         files=marks,
         config=config,
-        extra_files=extra,
+        own=None if folder is None else frozenset(file.name for file in files),
         notes=tuple(notes),
         aliases=aliases,
         close=bins.close,
