@@ -22,7 +22,7 @@ from ortho_cli.artifact import (
     canonical_json,
     pretty_json,
 )
-from ortho_cli.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo
+from ortho_cli.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo, open_checkpoint
 from ortho_cli.errors import ArtifactError, CheckpointError, OutputExistsError, UsageError
 from ortho_cli.journal import WorkFolder, recover
 from ortho_cli.kept import KeptReader
@@ -148,7 +148,12 @@ def choose_side_files(
     """
     if not folder.is_dir():
         raise UsageError(f"`{folder}` is no folder", hint="give the folder of the source model")
-    return choose(folder, skip={CONFIG_FILE}, ours=OUR_FILES, copy=copy, arguments=arguments)
+    try:
+        own = {shard.name for shard in open_checkpoint(folder).shards}
+    except CheckpointError:  # weights of another kind are left out by their look, and named
+        own = set()
+    skip = {CONFIG_FILE, *own}
+    return choose(folder, skip=skip, ours=OUR_FILES, copy=copy, arguments=arguments)
 
 
 def _streams(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
