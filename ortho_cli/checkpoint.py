@@ -8,6 +8,7 @@ torch.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -463,7 +464,9 @@ def hub_name(path: Path) -> str | None:
     The cache holds `models--org--name/snapshots/<revision>/`, whose files are links to `blobs/`.
     A folder inside the snapshot adds its name: `name-transformer`.
     """
-    places = (Path(os.path.abspath(path)), path.resolve())  # noqa: PTH100 - links are read both ways
+    places = [Path(os.path.abspath(path))]  # noqa: PTH100 - files are links out of the snapshot
+    with contextlib.suppress(OSError, RuntimeError):  # a link that leads round in a circle
+        places.append(path.resolve())
     for parts in (place.parts for place in places):
         for at, part in enumerate(parts):
             found, inside = _HUB_FOLDER.fullmatch(part), parts[at + 1 :]

@@ -95,10 +95,14 @@ def names_secret(name: str) -> bool:
 
 
 def leads_to_secret(path: Path) -> bool:
-    """Tell whether a link, or one that it leads to, names a secret or a place of secrets."""
+    """Tell whether a link, or one that it leads to, names a secret or a place of secrets.
+
+    Folders that the link itself lies in say nothing: the whole model may lie in `secrets/`.
+    """
+    own = {*Path(os.path.abspath(path)).parents, *path.parent.resolve().parents}  # noqa: PTH100
     for hop in _hops(path):
-        folders = [part.lower() for part in hop.parent.parts]
-        if names_secret(hop.name) or any(part in _SECRET_FOLDERS for part in folders):
+        folders = {folder.name.lower() for folder in hop.parents if folder not in own}
+        if names_secret(hop.name) or not _SECRET_FOLDERS.isdisjoint(folders):
             return True
         if len(hop.parts) > 1 and hop.parts[1] in _VIRTUAL:
             return True
@@ -157,8 +161,10 @@ def _is_sentencepiece(head: bytes) -> bool:
     at = 0
     for _ in range(PIECES):
         entry = head[at : at + 4]
-        if len(entry) < 4 or (at and entry[0] != 10):  # the last piece was before
+        if len(entry) < 4:
             break
+        if at and entry[0] != 10:  # behind the last piece: how it was trained, and more
+            return entry[0] in b"\x12\x1a\x22\x2a"
         wide = entry[1] >= 128  # a length of 128 and more takes two bytes
         length = entry[1] - 128 + (entry[2] << 7) if wide else entry[1]
         if entry[0] != 10 or entry[2 + wide] != 10:
