@@ -142,7 +142,7 @@ NAMES_OF_SECRETS = """
 """
 NAMES_OF_NEITHER = """
     config.json README.md README.pt_BR.md LICENSE-2.0 tokens.md monkey.txt keyboard.txt
-    tokenization_glm.py compass.md bypass.txt notes.txt train.txt
+    tokenization_glm.py key_cache.py compass.md bypass.txt notes.txt train.txt
 """
 
 
