@@ -35,6 +35,7 @@ from ortho_cli.errors import CheckpointError, UsageError, unreadable
 from ortho_cli.files import read_regular
 from ortho_cli.sniffing import LARGE, Kind
 
+CONFIG_FILE = "config.json"
 README = "SOURCE_README.md"
 PARTIAL = ".partial"  # ends the names of data files while an output is made; see journal
 INDEX_SUFFIX = ".index.json"  # where weights lie that are not copied: of no use, so not listed
@@ -178,16 +179,27 @@ def choose(
     Raises:
         UsageError: a glob matches nothing, leads out of the folder, or matches what is never
             copied.
-        CheckpointError: a file or the folder cannot be read.
+        CheckpointError: a file or the folder cannot be read, or config.json holds a key or token.
     """
     globs = {pattern: _split_glob(pattern) for pattern in copy}
     try:
+        _check_config(folder / CONFIG_FILE)
         choice = _Choice(folder, set(skip), ours, _Arguments(folder, arguments))
         return choice.make(globs)
     except OSError as error:
         raise unreadable(
             folder, error, kind=CheckpointError, hint="give a model folder that you may read"
         ) from error
+
+
+def _check_config(path: Path) -> None:
+    """Refuse a config.json with a key or token in it: what it says is in the output's own."""
+    if path.is_file() and sniffing.holds_secret(path):
+        raise CheckpointError(
+            f"`{path}` holds what looks like a key or an access token, and its content is in what "
+            "is written",
+            hint="remove that entry from config.json, and revoke the token",
+        )
 
 
 def choose_none(path: Path, copy: Sequence[str] = ()) -> SideFiles:
@@ -356,12 +368,12 @@ def _kinds_by_name(folder: Path, listed: list[str]) -> dict[str, Kind]:
     for name in listed:
         inside, _, last = name.rpartition("/")
         if inside and any(inside == str(part.get("path")) for part in modules):
-            kind = "text" if last == "config.json" else _kind(last)
+            kind = "text" if last == CONFIG_FILE else _kind(last)
             if kind:
                 found[name] = kind
     named = [_module_of(str(part.get("type"))) for part in modules]
-    for name in ["config.json", *found]:
-        if name == "config.json" or _SETTINGS.fullmatch(name):
+    for name in [CONFIG_FILE, *found]:
+        if name == CONFIG_FILE or _SETTINGS.fullmatch(name):
             named += _named_code(_read_json(folder / name))
     for name in _follow(folder, [name for name in named if name in there], there):
         found.setdefault(name, "pieces" if name.endswith((".model", ".spm")) else "text")
@@ -383,7 +395,7 @@ def _kind(name: str) -> Kind | None:
 def _largest(name: str) -> int:
     last = PurePosixPath(name).name
     legal_or_set = last.endswith((".py", ".jinja", ".jinja2")) or _LEGAL.fullmatch(last)
-    settings = last == "config.json" or last in SETTINGS or _SETTINGS.fullmatch(last)
+    settings = last == CONFIG_FILE or last in SETTINGS or _SETTINGS.fullmatch(last)
     small = (legal_or_set or settings) and last not in VOCABULARIES
     return LARGE_TEXT if small else LARGE
 

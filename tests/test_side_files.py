@@ -160,6 +160,17 @@ def test_planted_weights_secrets_and_strangers_are_in_no_output(
             assert content.encode() not in (tmp_path / "out" / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("command", ["decompose", "convert"])
+def test_an_access_token_in_config_json_is_refused(pico: Path, ortho: Ortho, command: str) -> None:
+    settings = json.loads((pico / "config.json").read_text())
+    (pico / "config.json").write_text(json.dumps(settings | json.loads(TOKEN)))
+    ran = ortho(command, pico)
+    assert ran.code == CheckpointError.exit_code
+    assert "config.json` holds what looks like a key or an access token" in ran.err
+    assert "hf_aBc" not in ran.err
+    assert [path.name for path in pico.parent.iterdir()] == ["pico"]
+
+
 def test_code_is_copied_where_a_config_names_it_with_what_it_imports(pico: Path) -> None:
     auto = {
         "config.json": {"auto_map": {"AutoConfig": "configuration_glm.GlmConfig"}},
