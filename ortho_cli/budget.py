@@ -182,7 +182,12 @@ def _again(
     plan: Plan, checkpoint: Checkpoint, recipe: Recipe, kept: Mapping[str, int] | None = None
 ) -> Plan:
     return make_plan(
-        checkpoint, recipe, statistics=plan.statistics, kept=kept, workers=plan.workers
+        checkpoint,
+        recipe,
+        statistics=plan.statistics,
+        kept=kept,
+        workers=plan.workers,
+        side=plan.side,
     )
 
 

@@ -8,6 +8,7 @@ torch.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -83,7 +84,6 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     tensors: tuple[TensorInfo, ...]
     config: dict[str, Any] | None
-    extra_files: tuple[tuple[str, int], ...]
 
     @property
     def folder(self) -> Path:
@@ -120,7 +120,7 @@ def _open(path: Path) -> Checkpoint:
                 f"`{path}` is a `{path.suffix or 'plain'}` file, not .safetensors",
                 hint="save it with `save_pretrained(..., safe_serialization=True)` first",
             )
-        return _checkpoint(path, (read_shard(path),), config=None, extra_files=())
+        return _checkpoint(path, (read_shard(path),), config=None)
     if not path.is_dir():
         raise CheckpointError(
             f"`{path}` is neither a file nor a folder",
@@ -130,7 +130,7 @@ def _open(path: Path) -> Checkpoint:
     shards = tuple(read_shard(path / name) for name in names)
     config_path = path / "config.json"
     config = strict_json.read(config_path, constants=True) if config_path.exists() else None
-    found = _checkpoint(path, shards, config=config, extra_files=tuple(list_extra_files(path)))
+    found = _checkpoint(path, shards, config=config)
     if weight_map is not None:
         where = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
         check_index(path, where, weight_map)
@@ -142,7 +142,6 @@ def _checkpoint(
     shards: tuple[Shard, ...],
     *,
     config: dict[str, Any] | None,
-    extra_files: tuple[tuple[str, int], ...],
 ) -> Checkpoint:
     found: dict[str, TensorInfo] = {}
     for tensor in (tensor for shard in shards for tensor in shard.tensors):
@@ -164,7 +163,6 @@ def _checkpoint(
         shards=shards,
         tensors=tuple(found[name] for name in sorted(found)),
         config=config,
-        extra_files=extra_files,
     )
 
 
@@ -237,16 +235,6 @@ def check_index(folder: Path, where: dict[str, str], weight_map: dict[str, str])
             f"tensor `{name}` is in `{where[name]}` and not in the index of `{folder}`",
             hint="the index is of another version; download it again",
         )
-
-
-def list_extra_files(folder: Path) -> Iterator[tuple[str, int]]:
-    """Yield every file that is not weights; hidden folders (.git, .cache) are left out."""
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = Path(root) / name
-            if not name.endswith(WEIGHT_SUFFIXES) and path.is_file():
-                yield path.relative_to(folder).as_posix(), path.stat().st_size
 
 
 def read_shard(path: Path) -> Shard:
@@ -466,3 +454,25 @@ def model_name(path: Path) -> str:
     if path.suffix == ".tar" and Path(path.stem).suffix in MODEL_SUFFIXES:  # as in .pth.tar
         path = path.with_suffix("")
     return _UNSHARDED.sub("", path.stem) if path.suffix in MODEL_SUFFIXES else path.name
+
+
+_HUB_FOLDER = re.compile(r"(?:models|datasets|spaces)--(?:.*--)?(.+)")
+_HUB_PARTS = ("snapshots", "blobs", "refs")
+
+
+def hub_name(path: Path) -> str | None:
+    """Name the repository of the Hub in whose cache a path lies; None for any other place.
+
+    The cache holds `models--org--name/snapshots/<revision>/`, whose files are links to `blobs/`.
+    A folder inside the snapshot adds its name: `name-transformer`.
+    """
+    places = [Path(os.path.abspath(path))]  # noqa: PTH100 - files are links out of the snapshot
+    with contextlib.suppress(OSError, RuntimeError):  # a link that leads round in a circle
+        places.append(path.resolve())
+    for parts in (place.parts for place in places):
+        for at, part in enumerate(parts):
+            found, inside = _HUB_FOLDER.fullmatch(part), parts[at + 1 :]
+            if found and (not inside or inside[0] in _HUB_PARTS):
+                more = inside[2:] if inside[:1] == ("snapshots",) else ()
+                return "-".join((found[1], *(more[:-1] if path.is_file() else more)))
+    return None

@@ -13,10 +13,11 @@ import typer
 from ortho_cli import __version__, boundary
 from ortho_cli.cli_bench import bench
 from ortho_cli.cli_inspect import inspect
-from ortho_cli.cli_shared import default_out, plan_of, run_facts, show, show_plan
+from ortho_cli.cli_shared import place_output, plan_of, run_facts, show, show_plan
 from ortho_cli.errors import UsageError
 from ortho_cli.options import (
     BeforeOption,
+    CopyOption,
     GramOption,
     IdentityOption,
     JsonOption,
@@ -74,7 +75,10 @@ def decompose(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", help="The folder to make.  [default: MODEL-ortho, beside MODEL]"
+            "--out",
+            "-o",
+            help="The folder to make.  [default: MODEL-ortho, beside MODEL; in the working "
+            "directory for a model in the Hub's cache, or where that cannot be written]",
         ),
     ] = None,
     stats: StatsOption = None,
@@ -105,6 +109,7 @@ def decompose(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
     ] = False,
+    copy: CopyOption = None,
     workers: WorkersOption = None,
     device: Annotated[
         str,
@@ -137,9 +142,10 @@ def decompose(
             "--identity opens what was sealed, and nothing is: there is no --seal-to",
             hint="leave --identity out, or give the recipients of the run to go on with",
         )
-    checkpoint, plan = plan_of(model, stats, recipe, sets, workers, reference)
+    given = [*(forget or []), *(data or []), seal_passphrase_file, identity]
+    checkpoint, plan = plan_of(model, stats, recipe, sets, workers, reference, copy, given)
+    target, said = place_output(out, model)
     plan = _meet(plan, checkpoint, target_bits, quiet=quiet)
-    target = out or default_out(model)
     read = files_of(checkpoint, *plan.inputs, *(forget or []), *(data or []))
     check_output(target, read, force=force, is_ours=is_artifact)
     check_space(plan.bytes_on_disk + scratch_bytes(plan.ortho, seal), target)
@@ -147,7 +153,7 @@ def decompose(
     notes: list[Event] = []
     more = _model_work(plan, checkpoint, forget or [], data or [], device, notes.append)
     if dry_run:
-        show_plan(plan, model, as_json=as_json, quiet=quiet)
+        show_plan(plan, model, as_json=as_json, quiet=quiet, notes=said)
         return
     from ortho_cli import report
     from ortho_cli.decompose import decompose as run
@@ -155,10 +161,11 @@ def decompose(
 
     began = time.perf_counter()
     with ProgressSink("decompose", quiet=quiet, verbose=verbose) as sink:
-        for note in notes:
+        for note in (*map(_note, said), *notes):
             sink(note)
         more |= {"device": splits_on, "force": force, "seal": seal, "keys": keys}
         document = run(plan, checkpoint, target, on_event=sink, **more)
+    document["left_out"] = plan.side.to_json()  # of no concern to whoever gets report.json
     document["run"] = run_facts(target, began)
     show(document, report.print_done, as_json, quiet)
 
@@ -253,7 +260,8 @@ def convert(
             "--out",
             "-o",
             help="The folder to make.  [default: SRC-converted, or SRC-dense for an artifact, "
-            "beside SRC]",
+            "beside SRC; in the working directory for a model in the Hub's cache, or where that "
+            "cannot be written]",
         ),
     ] = None,
     alpha: Annotated[
@@ -291,6 +299,7 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and write nothing.")
     ] = False,
+    copy: CopyOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -311,15 +320,20 @@ def convert(
     keys = read_keys(identity)
     opening = work.open_source(source, alpha=alpha, keys=keys, key=key)
     with contextlib.closing(opening) as opened:
-        plan = make_plan(opened, dtype=dtype, shard_size=size)
+        given = [identity] if identity else []
+        plan = make_plan(opened, dtype=dtype, shard_size=size, copy=copy or (), arguments=given)
         folder = opened.folder if opened.kind == "artifact" else source
-        target = out or default_out(folder, "converted" if alpha is None else "dense")
+        target, said = place_output(out, folder, "converted" if alpha is None else "dense")
         work.check_target(plan, opened, target, force=force)
         if dry_run:
-            show(plan.to_json(), report.print_convert_plan, as_json, quiet, source=str(source))
+            told = plan.to_json()
+            told["notes"] += said
+            show(told, report.print_convert_plan, as_json, quiet, source=str(source))
             return
         began = time.perf_counter()
         with ProgressSink("convert", quiet=quiet, verbose=verbose) as sink:
+            for note in said:
+                sink(_note(note))
             document = work.convert(plan, opened, target, force=force, on_event=sink)
     document["run"] = run_facts(target, began)
     show(document, report.print_converted, as_json, quiet)
@@ -327,6 +341,12 @@ def convert(
 
 app.command()(inspect)
 app.command()(bench)
+
+
+def _note(message: str) -> Event:
+    from ortho_cli.events import Noted
+
+    return Noted(message=message)
 
 
 def _meet(plan: Plan, checkpoint: Any, target_bits: float | None, *, quiet: bool) -> Plan:

@@ -104,8 +104,8 @@ def inspect(
         from ortho_cli.recheck import check_values
 
         with ProgressSink("values", quiet=quiet, verbose=verbose) as sink:
-            recipe = document["recipe"]
-            document["values_checked"] = check_values(found, source, recipe, on_event=sink)
+            said = check_values(found, source, document["recipe"], on_event=sink)
+            document["values_checked"] = said
     show(document, report.print_artifact, as_json, quiet, folder=str(path))
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ortho_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from ortho_cli.plan import Plan
@@ -20,33 +22,42 @@ def plan_of(
     sets: list[str] | None,
     workers: int | None,
     reference: Path | None = None,
+    copy: list[str] | None = None,
+    arguments: Iterable[Path | None] = (),
 ) -> tuple[Any, Plan]:
-    """Open a checkpoint and decide what is done with it."""
+    """Open a checkpoint and decide what is done with it; no file of `arguments` is copied."""
     from ortho_cli.checkpoint import open_checkpoint
-    from ortho_cli.plan import make_plan
+    from ortho_cli.plan import choose_side_files, make_plan
     from ortho_cli.recipe import load_recipe
     from ortho_cli.statistics import check_model, open_statistics
 
     settings = load_recipe(recipe, sets or ())
     checkpoint = open_checkpoint(model)
     found = open_statistics(stats) if stats else None
+    before = open_checkpoint(reference) if reference else None
+    given = [path for path in (*arguments, Path(recipe) if recipe else None) if path is not None]
     plan = make_plan(
         checkpoint,
         settings,
         statistics=found,
-        reference=open_checkpoint(reference) if reference else None,
+        reference=before,
         workers=workers or _cores(),
+        side=choose_side_files(checkpoint, found, before, copy=copy or (), arguments=given),
     )
     if found is not None:
         check_model(found, checkpoint, [tensor.source for tensor in plan.split])
     return checkpoint, plan
 
 
-def show_plan(plan: Plan, model: Path, *, as_json: bool, quiet: bool) -> None:
-    """Print a plan that is not carried out."""
+def show_plan(
+    plan: Plan, model: Path, *, as_json: bool, quiet: bool, notes: Iterable[str] = ()
+) -> None:
+    """Print a plan that is not carried out, with what else is to be said."""
     from ortho_cli import report
 
-    show(plan.to_json(), report.print_plan, as_json, quiet, source=str(model))
+    document = plan.to_json()
+    document["notes"] += notes
+    show(document, report.print_plan, as_json, quiet, source=str(model))
 
 
 def show(
@@ -85,15 +96,61 @@ def _peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def default_out(model: Path, what: str = "ortho") -> Path:
-    """Name the folder beside a model that its output goes to."""
-    from ortho_cli.checkpoint import model_name
+def place_output(out: Path | None, model: Path, what: str = "ortho") -> tuple[Path, list[str]]:
+    """Say where the output goes, and what is unusual about that.
+
+    Args:
+        out: as it was given, or None.
+        model: the source, as it was given.
+        what: ends the name of an output that was not given.
+    Raises:
+        UsageError: there is no place to choose: MODEL is in the Hub's cache, and so are we.
+    """
+    from ortho_cli.checkpoint import hub_name
+
+    if out is None:
+        return default_out(model, what)
+    if hub_name(out) is None:
+        return out, []
+    return out, [
+        f"output `{out}` lies in the Hub's cache: it is no revision there, and `hf cache prune` "
+        "deletes it"
+    ]
+
+
+def default_out(model: Path, what: str = "ortho") -> tuple[Path, list[str]]:
+    """Name the folder that a model's output goes to, and say why where it is not beside the model.
+
+    It is beside it unless that is the Hub's cache, where `hf cache prune` would delete it, or a
+    folder that cannot be written: then it is in the working directory.
+
+    Raises:
+        UsageError: MODEL is in the Hub's cache, and the working directory, too.
+    """
+    from ortho_cli.checkpoint import hub_name, model_name
 
     whole = Path(os.path.abspath(model))  # noqa: PTH100 - resolve() would leave the user's folder
-    beside = (
-        whole if model.name in ("", "..") else model
-    )  # as the user wrote it, where it names one
-    return beside.parent / f"{model_name(whole)}-{what}"
+    repository = hub_name(model)
+    if repository is not None:
+        here = Path(f"{repository}-{what}")
+        if hub_name(Path.cwd()) is not None:
+            raise UsageError(
+                f"`{model}` and the working directory lie in the Hub's cache, where `hf cache "
+                "prune` would delete the output",
+                hint=f"say where it should go: -o ~/{here}",
+            )
+        return here, [f"output goes to `{here}` here, not to the Hub's cache, where MODEL lies"]
+    # As the user wrote it, where it names a folder.
+    beside = whole if model.name in ("", "..") else model
+    name = f"{model_name(whole)}-{what}"
+    if can_write(beside.parent):
+        return beside.parent / name, []
+    return Path(name), [f"output goes to `{name}` here: `{beside.parent}` cannot be written"]
+
+
+def can_write(folder: Path) -> bool:
+    """Tell whether files can be made in a folder."""
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def _cores() -> int:

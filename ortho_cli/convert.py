@@ -225,8 +225,9 @@ class _Job:
     def _write_side_files(self) -> None:
         work = self._work
         try:
-            for name, _ in self._plan.extra_files:
-                work.copy_file(self._source.folder / name, name)
+            self._plan.side.check_unchanged()
+            for file in self._plan.side.copied:
+                work.copy_file(self._plan.side.folder / file.source, file.name)
             for name, data in self._plan.made_files:
                 work.write_file(name, data)
         except OSError as error:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ortho_cli import __version__
 from ortho_cli.artifact import CONFIG_FILE, INDEX_FILE, canonical_json, pretty_json
 from ortho_cli.errors import UsageError
-from ortho_cli.journal import PARTIAL
 from ortho_cli.plan import SIDE_BYTES
+from ortho_cli.side_files import SideFiles, choose, choose_none
 from ortho_cli.source import FLOATS, Source, SourceTensor
 from ortho_cli.writer import Layout, TensorSpec, plan_layout
 
@@ -47,7 +48,7 @@ class ConvertPlan:
     tensors: tuple[ConvertTensor, ...]
     files: tuple[tuple[str, Layout], ...]
     made_files: tuple[tuple[str, bytes], ...]
-    extra_files: tuple[tuple[str, int], ...]
+    side: SideFiles
     notes: tuple[str, ...]
     sha256: str
 
@@ -67,7 +68,7 @@ class ConvertPlan:
         return (
             sum(layout.size for _, layout in self.files)
             + sum(len(data) for _, data in self.made_files)
-            + sum(size for _, size in self.extra_files)
+            + self.side.nbytes
         )
 
     @property
@@ -91,7 +92,7 @@ class ConvertPlan:
             "files": [
                 *({"name": n, "size": x.size, "header": len(x.header)} for n, x in self.files),
                 *({"name": name, "size": len(data)} for name, data in self.made_files),
-                *({"name": name, "size": size} for name, size in self.extra_files),
+                *({"name": file.name, "size": file.size} for file in self.side.copied),
             ],
             "tensors": [
                 {
@@ -105,6 +106,7 @@ class ConvertPlan:
                 }
                 for tensor in self.tensors
             ],
+            "left_out": self.side.to_json(),
             "notes": list(self.notes),
         }
 
@@ -121,15 +123,24 @@ def parse_size(text: str) -> int:
     return nbytes
 
 
-def make_plan(source: Source, *, dtype: str | None = None, shard_size: int) -> ConvertPlan:
+def make_plan(
+    source: Source,
+    *,
+    dtype: str | None = None,
+    shard_size: int,
+    copy: Sequence[str] = (),
+    arguments: Sequence[Path] = (),
+) -> ConvertPlan:
     """Decide everything that headers and settings decide.
 
     Args:
         source: what is converted.
         dtype: bfloat16, float16 or float32, for floating tensors; None keeps each one's own.
         shard_size: most bytes of tensors in a file; a larger tensor gets a file of its own.
+        copy: globs of files to copy beside those that `side_files` names.
+        arguments: files that were given to the command; never copied.
     Raises:
-        UsageError: another dtype, or any for a model that is quantized.
+        UsageError: another dtype, or any for a model that is quantized; or see `side_files.choose`.
         CheckpointError: a header would pass the format's limit.
     """
     if dtype is not None and dtype not in CASTS:
@@ -164,14 +175,19 @@ def make_plan(source: Source, *, dtype: str | None = None, shard_size: int) -> C
     sha256 = hashlib.sha256(canonical_json(content).encode()).hexdigest()
     files = tuple((name, _layout(name, tensors, source, sha256)) for name in names)
     made = tuple(_made_files(source, tensors, dtype))
-    taken = {*names, *(name for name, _ in made), INDEX_FILE, CONFIG_FILE}
-    extra = tuple(
-        (name, size)
-        for name, size in source.extra_files
-        if name.split("/")[0].removesuffix(PARTIAL) not in taken
+    ours = {*names, *(name for name, _ in made), INDEX_FILE, CONFIG_FILE}
+    side = (
+        choose_none(source.path, copy)
+        if source.own is None
+        else choose(
+            source.folder,
+            skip={*source.own, CONFIG_FILE},
+            ours=ours,
+            copy=copy,
+            arguments=arguments,
+        )
     )
-    left = {name for name, _ in source.extra_files} - {name for name, _ in extra} - {CONFIG_FILE}
-    notes = [f"`{name}` of the source is not copied: the name is ours" for name in sorted(left)]
+    notes = side.notes
     if quantized:
         notes.append("config.json says that the model is quantized: its tensors stay as they are")
     return ConvertPlan(
@@ -179,7 +195,7 @@ def make_plan(source: Source, *, dtype: str | None = None, shard_size: int) -> C
         tensors=tensors,
         files=files,
         made_files=made,
-        extra_files=extra,
+        side=side,
         notes=(*source.notes, *notes),
         sha256=sha256,
     )

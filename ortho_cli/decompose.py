@@ -320,6 +320,8 @@ class _Job:
                 bytes_done=sum(t.source.nbytes for t in plan.tensors if t.name in done),
             )
         )
+        for note in plan.side.notes:
+            self._emit(Noted(message=note))
         self._base.write_header(plan.base.header)
         for tensor in plan.split:  # they lie first: who hashes base need not wait for the last one
             self._base.write(shape_key(tensor), shape_bytes(tensor), start=0)
@@ -495,12 +497,10 @@ class _Job:
     def _write_side_files(self, report: Entry) -> None:
         plan, checkpoint, work = self._plan, self._checkpoint, self._work
         try:
-            names = [name for name, _ in plan.extra_files] + [INDEX_FILE]
-            for name, _ in plan.extra_files:
-                work.copy_file(checkpoint.folder / name, name)
-            left = {n for n, _ in checkpoint.extra_files} - {n for n, _ in plan.extra_files}
-            for name in sorted(left - {CONFIG_FILE}):
-                self._emit(Noted(message=f"`{name}` of the source is not copied: the name is ours"))
+            names = [file.name for file in plan.side.copied] + [INDEX_FILE]
+            plan.side.check_unchanged()
+            for file in plan.side.copied:
+                work.copy_file(plan.side.folder / file.source, file.name)
             if checkpoint.config is not None:
                 names.append(CONFIG_FILE)
                 work.write_file(CONFIG_FILE, pretty_json(make_config(plan, checkpoint.config)))

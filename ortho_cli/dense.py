@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ortho_cli import ops, strict_json
 from ortho_cli.artifact import (
+    BASE_FILE,
     CONFIG_FILE,
+    OLD_BASE_FILE,
     ORTHO_FILE,
     REPORT_FILE,
     Artifact,
@@ -22,7 +24,7 @@ from ortho_cli.errors import ArtifactError, UsageError
 from ortho_cli.kept import KeptReader
 from ortho_cli.opening import no_ortho, open_artifact
 from ortho_cli.seal import IDENTITY_FILE, SEALED_FILE, Keys
-from ortho_cli.source import RowReader, Source, SourceTensor, mark, side_files
+from ortho_cli.source import RowReader, Source, SourceTensor, mark
 from ortho_cli.streams import ORTHO_PARTS
 
 # What a dense model has no use for.
@@ -56,12 +58,9 @@ def open_dense(path: Path, alpha: float, keys: Keys | None = None) -> Source:
     read = [artifact.base.path]
     if alpha:
         read.append(artifact.sealed or folder / ORTHO_FILE)
-    extra, notes = side_files(folder, {artifact.base.name, ORTHO_FILE})
     with ExitStack() as opened:
         reader = ShardReader(
-            Checkpoint(
-                path=folder, shards=(artifact.base,), tensors=(), config=None, extra_files=()
-            )
+            Checkpoint(path=folder, shards=(artifact.base,), tensors=(), config=None)
         )
         opened.callback(reader.close)
         kept = KeptReader(artifact) if alpha else None
@@ -76,8 +75,7 @@ def open_dense(path: Path, alpha: float, keys: Keys | None = None) -> Source:
         tensors=tensors,
         files=tuple(map(mark, read)),
         config=config,
-        extra_files=tuple((name, size) for name, size in extra if name not in OURS),
-        notes=notes,
+        own=frozenset((BASE_FILE, OLD_BASE_FILE, ORTHO_FILE, *OURS)),
         settings={"alpha": alpha},
         private=alpha > 0,  # it then holds what ortho holds, which only its owner may read
         close=close,

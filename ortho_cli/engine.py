@@ -19,8 +19,9 @@ from ortho_cli.errors import (
     RecipeError,
     UsageError,
 )
+from ortho_cli.events import EventSink, Noted, null_sink
 from ortho_cli.layers import OrthoLinear
-from ortho_cli.modelfile import identity, load_module, save_module, source_digest
+from ortho_cli.modelfile import choose_side_files, identity, load_module, save_module, source_digest
 from ortho_cli.opening import open_artifact
 from ortho_cli.operands import Alpha
 from ortho_cli.seal import read_keys
@@ -167,6 +168,7 @@ class Engine:
         self._chosen: tuple[str, ...] = ()
         self._recipe: dict[str, Any] = {}
         self._digest = ""
+        self._arguments: tuple[Path, ...] = ()  # files that were given; never copied by `save`
 
     def convert(
         self, targets: Sequence[str] | None = None, ignore: Sequence[str] = ()
@@ -353,12 +355,28 @@ class Engine:
         """Set alpha of every layer; as `ortho_cli.set_alpha`."""
         set_alpha(self.module, alpha)
 
-    def save(self, folder: str | Path, *, force: bool = False) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        force: bool = False,
+        source: str | Path | None = None,
+        copy: Sequence[str] = (),
+        on_event: EventSink = null_sink,
+    ) -> None:
         """Write the module as an artifact; the folder appears whole or not at all.
 
+        Args:
+            folder: where to.
+            force: replace an artifact that is there.
+            source: the folder that the module was loaded from: its tokenizer and what else a model
+                folder needs is copied along, as `ortho decompose` does. None copies nothing.
+            copy: globs of files in it to copy beside those.
+            on_event: told what is left out.
         Raises:
             OutputExistsError: something is there, and it is no artifact or `force` is not given.
-            UsageError: the module is not decomposed.
+            UsageError: the module is not decomposed; `source` is no folder, or `copy` without it;
+                a glob matches nothing, or what is never copied.
         """
         _layers(self.module)
         if not self._digest:
@@ -366,9 +384,24 @@ class Engine:
                 "this engine neither decomposed nor loaded the module",
                 hint="save with the engine that did",
             )
+        if copy and source is None:
+            raise UsageError(
+                f"copy is {list(copy)}, and no source says from where",
+                hint="give `source`, the model's folder",
+            )
+        side = None
+        if source is not None:
+            side = choose_side_files(Path(source), copy=copy, arguments=self._arguments)
         save_module(
-            self.module, Path(folder), recipe=self._recipe, digest=self._digest, force=force
+            self.module,
+            Path(folder),
+            recipe=self._recipe,
+            digest=self._digest,
+            force=force,
+            side=side,
         )
+        for note in side.notes if side else ():
+            on_event(Noted(message=note))
 
     def load(self, folder: str | Path, *, alpha: Alpha, identity: str | Path | None = None) -> None:
         """Read an artifact onto the module, freshly built as it was before it was decomposed.
@@ -381,6 +414,7 @@ class Engine:
         self._refuse_split()
         kernels.check_alpha(alpha)
         keys = read_keys(None if identity is None else Path(identity))
+        self._arguments = () if identity is None else (Path(identity),)
         opened = open_artifact(Path(folder), keys)
         layers = load_module(self.module, opened)
         metadata = (opened.ortho or opened.base).metadata

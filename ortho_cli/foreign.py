@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ortho_cli.checkpoint import Checkpoint, ShardReader, model_name, open_checkpoint
 from ortho_cli.errors import CheckpointError, UsageError, unreadable
-from ortho_cli.source import RowReader, Source, SourceTensor, has_safetensors, mark, side_files
+from ortho_cli.source import RowReader, Source, SourceTensor, has_safetensors, mark
 from ortho_cli.torch_files import find_files, is_torch_file, open_torch
 from ortho_cli.wrappers import strip_wrappers
 
@@ -62,10 +62,7 @@ def _open(path: Path, key: str | None) -> Source:
 def _open_safetensors(checkpoint: Checkpoint) -> Source:
     path, names = checkpoint.path, {tensor.name for tensor in checkpoint.tensors}
     told = {k: v for shard in checkpoint.shards for k, v in shard.metadata.items()}
-    extra = checkpoint.extra_files
-    notes: tuple[str, ...] = ()
-    if path.is_dir():
-        extra, notes = side_files(path, {shard.name for shard in checkpoint.shards})
+    own = frozenset(shard.name for shard in checkpoint.shards) if path.is_dir() else None
     reader = ShardReader(checkpoint)
     rows = RowReader(reader)
     try:
@@ -80,8 +77,7 @@ def _open_safetensors(checkpoint: Checkpoint) -> Source:
         tensors=tensors,
         files=tuple(mark(shard.path) for shard in checkpoint.shards),
         config=checkpoint.config,
-        extra_files=extra,
-        notes=notes,
+        own=own,
         aliases={k: v for k, v in told.items() if v in names and k not in names},
         close=reader.close,
     )

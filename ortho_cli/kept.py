@@ -44,9 +44,7 @@ class KeptReader:
         self._kept, self._shapes = artifact.kept, artifact.shapes
         self._base = {tensor.name: tensor for tensor in artifact.base.tensors}
         shards = (artifact.base, artifact.ortho)
-        opened = Checkpoint(
-            path=artifact.folder, shards=shards, tensors=(), config=None, extra_files=()
-        )
+        opened = Checkpoint(path=artifact.folder, shards=shards, tensors=(), config=None)
         try:
             self._reader = ShardReader(opened)
         except CheckpointError as error:

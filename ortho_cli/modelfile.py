@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,16 @@ from ortho_cli.artifact import (
     canonical_json,
     pretty_json,
 )
-from ortho_cli.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo
+from ortho_cli.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo, open_checkpoint
 from ortho_cli.errors import ArtifactError, CheckpointError, OutputExistsError, UsageError
 from ortho_cli.journal import WorkFolder, recover
 from ortho_cli.kept import KeptReader
 from ortho_cli.layers import OrthoLinear
 from ortho_cli.ops import as_bytes
 from ortho_cli.output import resolve_output
-from ortho_cli.plan import NO_DIGEST
+from ortho_cli.plan import NO_DIGEST, OUR_FILES
 from ortho_cli.quantization import index, quantization_config
+from ortho_cli.side_files import SideFiles, choose
 from ortho_cli.source import DTYPE_NAMES, TORCH_DTYPES
 from ortho_cli.streams import BASE_PARTS, ORTHO_PARTS, is_conv1d, is_plain_linear
 from ortho_cli.writer import DataFile, GrowingDigest, Layout, TensorSpec, plan_layout
@@ -77,6 +78,7 @@ def save_module(
     recipe: Mapping[str, Any],
     digest: str,
     force: bool = False,
+    side: SideFiles | None = None,
 ) -> None:
     """Write an artifact; the folder appears whole or not at all.
 
@@ -86,6 +88,7 @@ def save_module(
         recipe: what was asked for, as JSON.
         digest: the source's.
         force: replace an artifact that is there.
+        side: files to copy along, as `choose_side_files` chose them.
     Raises:
         OutputExistsError: something is there already.
         UsageError: a tensor has no elements, or a dtype that safetensors does not know.
@@ -128,7 +131,29 @@ def save_module(
         settings = _config(module)
         if settings is not None:
             work.write_file(CONFIG_FILE, pretty_json(settings))
+        if side is not None:
+            side.check_unchanged()
+            for file in side.copied:
+                work.copy_file(side.folder / file.source, file.name)
         work.publish(may_replace=lambda there: force and artifact.is_artifact(there))
+
+
+def choose_side_files(
+    folder: Path, *, copy: Sequence[str] = (), arguments: Iterable[Path] = ()
+) -> SideFiles:
+    """Choose what is copied from the folder that a module was loaded from; see `side_files`.
+
+    Raises:
+        UsageError: it is no folder; or see `side_files.choose`.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"`{folder}` is no folder", hint="give the folder of the source model")
+    try:
+        own = {shard.name for shard in open_checkpoint(folder).shards}
+    except CheckpointError:  # weights of another kind are left out by their look, and named
+        own = set()
+    skip = {CONFIG_FILE, *own}
+    return choose(folder, skip=skip, ours=OUR_FILES, copy=copy, arguments=arguments)
 
 
 def _streams(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -199,9 +224,7 @@ def read_tensors(shard: Shard, tensors: Iterator[TensorInfo]) -> Iterator[tuple[
     Raises:
         ArtifactError: the file is cut, or changes while it is read, or holds an unknown dtype.
     """
-    index = Checkpoint(
-        path=shard.path, shards=(shard,), tensors=shard.tensors, config=None, extra_files=()
-    )
+    index = Checkpoint(path=shard.path, shards=(shard,), tensors=shard.tensors, config=None)
     try:
         reader = ShardReader(index)
         try:

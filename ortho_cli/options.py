@@ -121,6 +121,15 @@ TargetBitsOption = Annotated[
         "many bits a split weight, both files; reads every weight first.",
     ),
 ]
+CopyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--copy",
+        metavar="GLOB",
+        help="Copy these files of the source's folder, too, by their paths inside it; repeatable. "
+        "Weights, secrets and files given as arguments never are.",
+    ),
+]
 GramOption = Annotated[
     str | None,
     typer.Option(

@@ -7,7 +7,7 @@ here, before anything is read or written.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,6 @@ from ortho_cli import __version__, artifact
 from ortho_cli.artifact import canonical_json
 from ortho_cli.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.errors import CheckpointError, RecipeError, ResourceError
-from ortho_cli.journal import PARTIAL
 from ortho_cli.refusals import (
     check_compensation,
     check_global,
@@ -27,6 +26,7 @@ from ortho_cli.refusals import (
 from ortho_cli.seal import IDENTITY_FILE, SEALED_FILE
 from ortho_cli.selection import check_overrides, select, tensor_settings
 from ortho_cli.settings import GROUP_SIZES, Recipe, Saliency, Scale
+from ortho_cli.side_files import SideFiles, choose, choose_none
 from ortho_cli.statistics import Statistics, check_weights
 from ortho_cli.writer import CHUNK, Layout, TensorSpec, plan_layout
 
@@ -79,7 +79,7 @@ class Plan:
     tensors: tuple[TensorPlan, ...]
     base: Layout
     ortho: Layout
-    extra_files: tuple[tuple[str, int], ...]
+    side: SideFiles
     sha256: str
     peak_bytes: int
     workers: int
@@ -140,7 +140,7 @@ class Plan:
     @property
     def bytes_written(self) -> int:
         """Bytes of the artifact, without index, config and report."""
-        return self.base.size + self.ortho_bytes + sum(size for _, size in self.extra_files)
+        return self.base.size + self.ortho_bytes + self.side.nbytes
 
     @property
     def bytes_on_disk(self) -> int:
@@ -185,8 +185,10 @@ class Plan:
                     "size": self.ortho_bytes,
                     **({} if self.is_compact else {"header": len(self.ortho.header)}),
                 },
-                *({"name": name, "size": size} for name, size in self.extra_files),
+                *({"name": file.name, "size": file.size} for file in self.side.copied),
             ],
+            "left_out": self.side.to_json(),
+            "notes": self.side.notes,
             "tensors": [
                 {
                     "name": tensor.name,
@@ -221,6 +223,7 @@ def make_plan(
     reference: Checkpoint | None = None,
     kept: Mapping[str, int] | None = None,
     workers: int = 1,
+    side: SideFiles | None = None,
 ) -> Plan:
     """Decide everything that headers and the recipe decide.
 
@@ -231,6 +234,7 @@ def make_plan(
         reference: the model before it saw what base must not know, for ortho.split reference.
         kept: entries of each tensor's ortho, where a scoring pass fixed them (`budget`).
         workers: threads that will work; changes only the peak memory.
+        side: what `choose_side_files` chose; None copies what is on its list.
     Raises:
         RecipeError: a target or override matches nothing, group_size or 3 bits do not fit, siblings
             would differ; curvature without statistics, or statistics without a use.
@@ -266,7 +270,7 @@ def make_plan(
         tensors=tensors,
         base=base,
         ortho=ortho,
-        extra_files=tuple((n, s) for n, s in checkpoint.extra_files if not _is_ours(n)),
+        side=choose_side_files(checkpoint, statistics, reference) if side is None else side,
         sha256=sha256,
         peak_bytes=_peak_bytes(tensors, workers, statistics, recipe),
         workers=workers,
@@ -330,7 +334,7 @@ def _check_split(
         check_reference(checkpoint, reference)
 
 
-_OUR_FILES = (
+OUR_FILES = (
     artifact.BASE_FILE,
     artifact.OLD_BASE_FILE,
     artifact.ORTHO_FILE,
@@ -342,9 +346,37 @@ _OUR_FILES = (
 )
 
 
-def _is_ours(name: str) -> bool:
-    """Tell whether a file of the source would land on one that we write."""
-    return name.split("/")[0].removesuffix(PARTIAL) in _OUR_FILES
+def choose_side_files(
+    checkpoint: Checkpoint,
+    statistics: Statistics | None = None,
+    reference: Checkpoint | None = None,
+    *,
+    copy: Sequence[str] = (),
+    arguments: Iterable[Path] = (),
+) -> SideFiles:
+    """Choose what is copied beside base and ortho; see `side_files`.
+
+    Args:
+        checkpoint: the source's index.
+        statistics: used for it; their file is never copied.
+        reference: used for it; its files are never copied.
+        copy: globs of files to copy beside those on the list.
+        arguments: further files that were given to the command; never copied.
+    Raises:
+        UsageError: see `side_files.choose`.
+    """
+    if not checkpoint.path.is_dir():
+        return choose_none(checkpoint.path, copy)
+    given = [*arguments, *((statistics.path,) if statistics else ())]
+    if reference is not None:
+        given += [reference.path, *(shard.path for shard in reference.shards)]
+    return choose(
+        checkpoint.folder,
+        skip={*(shard.name for shard in checkpoint.shards), artifact.CONFIG_FILE},
+        ours=OUR_FILES,
+        copy=copy,
+        arguments=given,
+    )
 
 
 def _group_size(split: list[TensorInfo], recipe: Recipe) -> int:

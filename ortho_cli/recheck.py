@@ -200,9 +200,7 @@ class _Opened:
             self._stack.callback(self._source.close)
             shards = tuple(s for s in (artifact.base, artifact.ortho) if s is not None)
             self._written = ShardReader(
-                Checkpoint(
-                    path=artifact.folder, shards=shards, tensors=(), config=None, extra_files=()
-                )
+                Checkpoint(path=artifact.folder, shards=shards, tensors=(), config=None)
             )
             self._stack.callback(self._written.close)
             self._stack = self._stack.pop_all()

@@ -160,6 +160,7 @@ def print_plan(document: dict[str, Any], *, source: str) -> None:
         f"{most}{totals['bits_per_weight']:.2f} bits a weight over the whole model",
         f"buffers {size(totals['peak_bytes'])} over torch for {totals['workers']} workers; "
         f"about {seconds} s at {size(rate)}/s a worker",
+        *(f"note: {note}" for note in document["notes"]),
     ):
         console.print(visible(line), soft_wrap=True)
 

@@ -15,10 +15,8 @@ from ortho_cli import ops
 from ortho_cli.checkpoint import (
     DTYPE_BITS,
     INDEX_SUFFIX,
-    WEIGHT_SUFFIXES,
     ShardReader,
     TensorInfo,
-    list_extra_files,
 )
 from ortho_cli.errors import CheckpointError
 from ortho_cli.ops import as_bytes
@@ -109,7 +107,7 @@ class Source:
     tensors: tuple[SourceTensor, ...]
     files: tuple[FileMark, ...]
     config: dict[str, Any] | None = None
-    extra_files: tuple[tuple[str, int], ...] = ()
+    own: frozenset[str] | None = None  # files of a folder that are read; None for a file alone
     made_files: tuple[tuple[str, bytes], ...] = ()  # what a folder would hold and a file tells
     notes: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)  # a dropped copy -> the one kept
@@ -119,7 +117,7 @@ class Source:
 
     @property
     def folder(self) -> Path:
-        """The folder that `extra_files` are in."""
+        """The folder that the source is, or lies in."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
@@ -184,21 +182,6 @@ class RowReader:
             read=lambda start, rows: self.rows(info, start, rows, 1 if flat else columns),
             flat=flat,
         )
-
-
-def side_files(folder: Path, read: set[str]) -> tuple[tuple[tuple[str, int], ...], tuple[str, ...]]:
-    """Name the files to copy along, and say which weights beside those in `read` are left."""
-    extra = tuple(list_extra_files(folder))
-    left = sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.name.endswith(WEIGHT_SUFFIXES)
-        and not path.name.endswith(".index.json")
-        and path.name not in read
-        and path.is_file()
-    )
-    some = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
-    return extra, (f"weights that are not read, and not copied: {some}",) if left else ()
 
 
 def has_safetensors(folder: Path) -> bool:

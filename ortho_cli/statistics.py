@@ -120,7 +120,6 @@ class Statistics:
             shards=(self.shard,),
             tensors=tuple(sorted(self.shard.tensors, key=lambda tensor: tensor.name)),
             config=None,
-            extra_files=(),
         )
 
 

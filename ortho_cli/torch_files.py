@@ -25,7 +25,7 @@ from ortho_cli.checkpoint import check_index, model_name, read_index
 from ortho_cli.errors import CheckpointError
 from ortho_cli.files import open_regular
 from ortho_cli.kinds import kind_of, wrong_kind
-from ortho_cli.source import DTYPE_NAMES, Source, SourceTensor, mark, side_files
+from ortho_cli.source import DTYPE_NAMES, Source, SourceTensor, mark
 from ortho_cli.state_dicts import find_weights
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pt.tar", ".pth.tar", ".ckpt.tar", ".bin.tar")
@@ -160,13 +160,9 @@ def open_torch(
     """
     folder = path if path.is_dir() else None
     config = None
-    extra: tuple[tuple[str, int], ...] = ()
     notes: list[str] = []
-    if folder is not None:
-        if (folder / "config.json").exists():
-            config = strict_json.read(folder / "config.json", constants=True)
-        extra, left = side_files(folder, {file.name for file in files})
-        notes += left
+    if folder is not None and (folder / "config.json").exists():
+        config = strict_json.read(folder / "config.json", constants=True)
     for file in files:
         _refuse_pieces(file)
     marks, bins = tuple(mark(file) for file in files), _Files(path, key)
@@ -199,7 +195,7 @@ def open_torch(
         tensors=tuple(tensors),
         files=marks,
         config=config,
-        extra_files=extra,
+        own=None if folder is None else frozenset(file.name for file in files),
         notes=tuple(notes),
         aliases=aliases,
         # Two keys of one file hold the same names; half-done work of one is not the other's.

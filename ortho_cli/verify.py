@@ -11,7 +11,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from ortho_cli import checkpoint, strict_json
+from ortho_cli import checkpoint, side_files, strict_json
 from ortho_cli.artifact import (
     INDEX_FILE,
     ORTHO_FILE,
@@ -226,8 +226,8 @@ def verify(artifact: Artifact, *, on_event: EventSink = null_sink) -> Verified:
         claims.append((SEALED_FILE, told.get(f"sealed_{algorithm}")))
         known = f"sealed_{algorithm}" in told
         checked[SEALED_FILE] = "its digest in report.json" if known else "nothing"
-    side, there = told.get("side_files") or {}, checkpoint.list_extra_files(artifact.folder)
-    here = {spelled(name): name for name in (INDEX_FILE, *dict(there))}
+    side, there = told.get("side_files") or {}, side_files.list_files(artifact.folder)
+    here = {spelled(name): name for name in there if (artifact.folder / name).is_file()}
     for name in sorted(side.keys() & here.keys()):  # some may be left out, others were added
         sums[here[name]] = file_digest(artifact.folder / here[name], algorithm)
         claims.append((here[name], side[name]))

@@ -77,8 +77,8 @@ def pico(tmp_path: Path, pico_tensors: dict[str, torch.Tensor]) -> Path:
     settings = checkpoints.config(**PICO, kv=32, heads=4)
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
-    (folder / "extra").mkdir()
-    (folder / "extra" / "notes.txt").write_text("kept\n")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("kept\n")
     return folder
 
 

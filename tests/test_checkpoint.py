@@ -194,22 +194,6 @@ def test_open_checkpoint_unreadable_places_are_one_sentence(tmp_path: Path) -> N
         checkpoint.open_checkpoint(tmp_path / ("a" * 300))
 
 
-def test_extra_files_weights_and_hidden_folders_are_left_out(pico: Path) -> None:
-    (pico / ".git").mkdir()
-    (pico / ".git" / "HEAD").write_text("x")
-    (pico / ".gitattributes").write_text("x")
-    (pico / "pytorch_model.bin").write_bytes(b"x")
-    (pico / "link.txt").symlink_to(pico / "tokenizer.json")
-    names = [name for name, _ in checkpoint.open_checkpoint(pico).extra_files]
-    assert names == [
-        ".gitattributes",
-        "config.json",
-        "link.txt",
-        "tokenizer.json",
-        "extra/notes.txt",
-    ]
-
-
 def test_shard_reader_replaced_file_is_noticed(pico: Path) -> None:
     found = checkpoint.open_checkpoint(pico)
     with (pico / "model.safetensors").open("ab") as file:

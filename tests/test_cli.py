@@ -16,7 +16,8 @@ import torch
 from conftest import Ortho
 from safetensors.torch import save_file
 
-from ortho_cli import __version__, boundary, cli, errors
+from ortho_cli import __version__, boundary, cli, cli_shared, errors
+from ortho_cli.checkpoint import hub_name
 from ortho_cli.journal import work_folder
 
 COMMAND = [sys.executable, "-m", "ortho_cli"]
@@ -163,6 +164,107 @@ def test_default_output_lies_beside_the_model(
     assert "pico-ortho` exists" in ortho("decompose", "pico/").err
     assert ortho("decompose", "pico/model.safetensors", "-q").code == 0
     assert (pico / "model-ortho" / "model.safetensors").exists()
+
+
+def in_hub_cache(root: Path, model: Path, repository: str = "models--org--tiny") -> Path:
+    """Lay a model out as the Hub's cache does: a snapshot of links to blobs."""
+    folder = root / repository
+    (folder / "blobs").mkdir(parents=True)
+    snapshot = folder / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    for path in model.iterdir():
+        if path.is_file():
+            blob = folder / "blobs" / path.name.encode().hex()
+            blob.write_bytes(path.read_bytes())
+            (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
+    return snapshot
+
+
+@pytest.mark.parametrize(
+    "how", ["folder", "file", "link", "link to a file", "relative", "roundabout"]
+)
+def test_default_output_of_a_model_in_the_hub_cache_is_the_working_directory(
+    pico: Path, tmp_path: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    snapshot = in_hub_cache(tmp_path / "hub", pico)
+    place = tmp_path / "work"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    (tmp_path / "link").symlink_to(snapshot)
+    (tmp_path / "link.safetensors").symlink_to(snapshot / "model.safetensors")
+    model: Path = {
+        "folder": snapshot,
+        "file": snapshot / "model.safetensors",
+        "link": tmp_path / "link",
+        "link to a file": tmp_path / "link.safetensors",
+        "relative": Path(os.path.relpath(snapshot)),
+        "roundabout": snapshot / ".." / "0123abcd",
+    }[how]
+    before = sorted((tmp_path / "hub").rglob("*"))
+    ran = ortho("decompose", model)
+    assert ran.code == 0, ran.err
+    assert "note: output goes to `tiny-ortho` here, not to the Hub's cache" in ran.err
+    assert Path("tiny-ortho/tokenizer.json").exists() != bool(model.suffix)
+    assert (
+        ortho("convert", model, "--dry-run", "--json")
+        .json["notes"][-1]
+        .startswith("output goes to `tiny-converted` here")
+    )
+    assert ortho("convert", model, "-q").code == 0
+    assert sorted(path.name for path in place.iterdir()) == ["tiny-converted", "tiny-ortho"]
+    assert sorted((tmp_path / "hub").rglob("*")) == before
+
+
+def test_names_of_models_in_the_hub_cache_are_their_repositories(tmp_path: Path) -> None:
+    for place, name in (
+        ("models--gpt2/snapshots/1", "gpt2"),
+        ("models--org--a-b.c/snapshots/1", "a-b.c"),
+        ("models--org--a/snapshots/1/transformer/part", "a-transformer-part"),
+        ("models--org--a/blobs/0", "a"),
+        ("models--org--a", "a"),
+        ("datasets--org--a/snapshots/1", "a"),
+        ("models--org--a/mine", None),
+        ("models/org/a", None),
+        ("hub/models--", None),
+    ):
+        assert hub_name(tmp_path / place) == name
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    assert hub_name(tmp_path / "round") is None
+
+
+def test_no_output_is_made_up_where_we_are_in_the_hub_cache_too(
+    pico: Path, tmp_path: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = in_hub_cache(tmp_path / "hub", pico)
+    for place in (snapshot, snapshot.parent, snapshot.parent.parent):
+        monkeypatch.chdir(place)
+        ran = ortho("decompose", snapshot)
+        assert ran.code == 2
+        assert "hint: say where it should go: -o ~/tiny-ortho" in ran.err
+    ran = ortho("decompose", snapshot, "-o", snapshot.parent / "mine")  # whoever says so gets it
+    assert ran.code == 0
+    assert "mine` lies in the Hub's cache: it is no revision there" in ran.err
+
+
+def test_default_output_is_the_working_directory_where_the_models_folder_is_closed(
+    pico: Path, tmp_path: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(cli_shared, "can_write", lambda folder: folder != pico.parent)
+    ran = ortho("decompose", pico)
+    assert ran.code == 0
+    assert f"output goes to `pico-ortho` here: `{pico.parent}` cannot be written" in ran.err
+    assert ortho("convert", "pico-ortho", "--alpha", "0", "-q").code == 0  # beside it, as ever
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["pico-ortho", "pico-ortho-dense"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_can_write_believes_the_system(tmp_path: Path) -> None:
+    assert cli_shared.can_write(tmp_path)
+    tmp_path.chmod(0o500)
+    assert not cli_shared.can_write(tmp_path)
+    tmp_path.chmod(0o700)
 
 
 def test_version_and_schema_print_and_leave(ortho: Ortho) -> None:

@@ -228,9 +228,9 @@ def test_side_file_removed_between_kill_and_rerun_is_not_in_the_output(
 ) -> None:
     out = tmp_path / "out"
     run_and_die(pico, out, "rename 0")
-    (pico / "extra" / "notes.txt").unlink()
+    (pico / "additional_chat_templates" / "tools.jinja").unlink()
     split(pico, out)
-    assert not (out / "extra").exists()
+    assert not (out / "additional_chat_templates").exists()
 
 
 def test_commit_syncs_data_before_the_line_that_speaks_of_them(

@@ -147,9 +147,9 @@ def test_decompose_folder_carries_everything_and_config_gains_one_key(
     pico: Path, artifact: Path
 ) -> None:
     assert sorted(contents(artifact)) == [
-        "config.json",
-        "extra/notes.txt",
+        "additional_chat_templates/tools.jinja",
         "model.safetensors",
+        "config.json",
         "model.safetensors.index.json",
         "ortho.safetensors",
         "report.json",

@@ -250,7 +250,7 @@ def test_safetensors_come_before_bins_and_what_is_left_is_named(
     torch.save({"other": torch.zeros(2)}, tmp_path / "m" / "pytorch_model.bin")
     found, _, said = converted(ortho, tmp_path / "m")
     assert same(found, small())
-    assert "not read, and not copied: pytorch_model.bin" in said
+    assert "not copied: `pytorch_model.bin` (weights, or looks like them)" in said
 
 
 def fp8(folder: Path, shape: tuple[int, int], block: tuple[int, int], *, tell: bool) -> Tensors:

@@ -57,7 +57,7 @@ def test_a_plan_shows_names_escaped(hostile: Path, ortho: Ortho) -> None:
 
 
 def test_work_and_its_result_show_names_escaped(hostile: Path, ortho: Ortho) -> None:
-    shows(ortho("decompose", hostile, "-v"))
+    shows(ortho("decompose", hostile, "-v", "--copy", "*.txt"))
     out = hostile.parent / f"{HOSTILE}-ortho"
     assert (out / f"{HOSTILE}.txt").read_text() == "kept"
     shows(ortho("decompose", hostile), 8)
@@ -131,7 +131,7 @@ def test_names_that_are_no_text_are_carried_over(hostile: Path, ortho: Ortho) ->
     odd = os.fsdecode(b"\xff\x1b[5m.txt")
     (hostile / odd).write_text("kept")
     for command, out in (("decompose", "a"), ("convert", "b")):
-        ran = ortho(command, hostile, "-o", hostile.parent / out, "--json")
+        ran = ortho(command, hostile, "-o", hostile.parent / out, "--json", "--copy", "*.txt")
         assert ran.code == 0, ran.err
         assert (hostile.parent / out / odd).read_text() == "kept"
     assert ortho("inspect", hostile.parent / "a", "--verify").code == 0

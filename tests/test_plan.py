@@ -24,6 +24,7 @@ from ortho_cli.errors import (
     ResourceError,
     UsageError,
 )
+from ortho_cli.plan import choose_side_files
 from ortho_cli.quantization import patterns as reader_patterns
 from ortho_cli.quantization import quantization_config
 
@@ -410,11 +411,16 @@ def test_check_output_current_folder_is_refused(
 
 
 def test_source_files_named_like_ours_are_not_copied_onto_them(pico: Path) -> None:
-    for name in ("model.safetensors.partial", "report.json", "sub/report.json"):
+    for name in ("Report.json", "report.json.partial", "report.json", "sub/report.json"):
         (pico / name).parent.mkdir(exist_ok=True)
         (pico / name).write_text("theirs")
-    names = [name for name, _ in make(pico).extra_files]
-    assert names == ["tokenizer.json", "extra/notes.txt", "sub/report.json"]
+    opened = open_checkpoint(pico)
+    for glob in ("Report.json", "report.json.partial", "report.json"):
+        with pytest.raises(UsageError, match="its name is ours"):
+            choose_side_files(opened, copy=[glob])
+    side = choose_side_files(opened, copy=["sub/*.json"])
+    names = [file.name for file in side.copied]
+    assert names == ["tokenizer.json", "additional_chat_templates/tools.jinja", "sub/report.json"]
 
 
 def matched(patterns: list[str], names: list[str]) -> set[str]:

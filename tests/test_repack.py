@@ -367,7 +367,12 @@ def test_kill_in_the_last_steps_leaves_no_output_and_the_rerun_gives_the_same_by
     split(pico, tmp_path / "reference", INT8)
     assert contents(out) == contents(tmp_path / "reference")
     assert {p.name for p in out.iterdir()} == {
-        *("model.safetensors", "config.json", "extra", "model.safetensors.index.json"),
+        *(
+            "model.safetensors",
+            "additional_chat_templates",
+            "config.json",
+            "model.safetensors.index.json",
+        ),
         *("ortho.safetensors", "report.json", "tokenizer.json"),
     }
     assert not work_folder(out).exists()

@@ -66,8 +66,8 @@ def tiny(
     }
     checkpoints.save(folder / "m", tensors)
     (folder / "m" / "config.json").write_text("{}")
-    (folder / "m" / "extra").mkdir()
-    (folder / "m" / "extra" / "notes.txt").write_text("kept\n")
+    (folder / "m" / "additional_chat_templates").mkdir()
+    (folder / "m" / "additional_chat_templates" / "tools.jinja").write_text("kept\n")
     layout = LAYOUTS[request.param]
     words = ("decompose", folder / "m", "-q", "--set", f"ortho={layout}")
     assert run(*words) == (0, "")
@@ -131,13 +131,17 @@ def test_verify_finds_any_flipped_byte_of_a_header(tiny: Path, file: str, alone:
 
 
 def test_verify_finds_a_flipped_byte_of_a_side_file(tiny: Path) -> None:
-    for file in ("config.json", "extra/notes.txt", "model.safetensors.index.json"):
+    for file in (
+        "config.json",
+        "additional_chat_templates/tools.jinja",
+        "model.safetensors.index.json",
+    ):
         for _ in flips(tiny / file, range(0, (tiny / file).stat().st_size, 11)):
             with pytest.raises(ArtifactError, match=file):
                 verify(open_artifact(tiny))
-    (tiny / "extra" / "notes.txt").unlink()
+    (tiny / "additional_chat_templates" / "tools.jinja").unlink()
     verify(open_artifact(tiny))  # whoever publishes may leave files out
-    (tiny / "extra" / "notes.txt").write_text("kept\n")
+    (tiny / "additional_chat_templates" / "tools.jinja").write_text("kept\n")
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
