@@ -86,6 +86,7 @@ OWN_NEUTRAL: dict[str, dict[str, tuple[Any, ...] | None]] = {
     "bloom": {"context_length": None, "attention.max_alibi_bias": (0, 8)},  # its own alibi
     "falcon": {"tensor_data_layout": ("jploski",)},
     "mamba": {
+        "context_length": None,  # it has no end
         "feed_forward_length": (0,),
         "attention.head_count": (0,),
         "attention.head_count_kv": (0,),
@@ -105,10 +106,13 @@ BIASES: dict[str, dict[str, str]] = {
 }
 # Other keys than ARCH.*: of the file, its tokenizer, how it was made.
 KNOWN_PREFIXES = ("general", "tokenizer", "quantize", "split", "imatrix", "GGUF")
+# What GGUF can say of each layer, and a config says once.
+PER_LAYER = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
 # llama.cpp knows the 27B models, which scale attention otherwise, by their number of layers.
 BY_WIDTH = {"gemma2": 46, "gemma3_text": 62}
 GEMMA3_LOCAL = 6  # every sixth layer is a global one
 GEMMA3_LOCAL_BASE = 10000.0
+PHI3 = ("default", "longrope")  # what its config takes
 
 
 def told_of(model: GgufModel) -> dict[str, Any]:
@@ -165,7 +169,7 @@ def complete(model: GgufModel, parsed: dict[str, Any], plain: Any) -> dict[str, 
     """
     told, kind = told_of(model), str(parsed["model_type"])
     names = {tensor.name: tensor for tensor in model.tensors}
-    done = {key: _same(value) for key, value in parsed.items()}
+    done = {key: _same(value) if key in PER_LAYER else value for key, value in parsed.items()}
     for key, attribute in CARRIED.get(kind, {}).items():
         if key in told:
             done[attribute] = told[key]
@@ -178,18 +182,23 @@ def complete(model: GgufModel, parsed: dict[str, Any], plain: Any) -> dict[str, 
             done[attribute] = any(name.endswith(f".{suffix}") for name in names)
     if hasattr(plain, "tie_word_embeddings"):
         done["tie_word_embeddings"] = "output.weight" not in names
-    if "token_embd.weight" in names:
-        done.setdefault("vocab_size", names["token_embd.weight"].shape[0])
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        default = getattr(plain, key, None)  # of another vocabulary
-        if isinstance(default, int) and default >= int(done.get("vocab_size", default + 1)):
-            done.setdefault(key, None)
+    _add_vocabulary(names, plain, done)
     if kind == "stablelm":
         done["use_qkv_bias"] = any(name.endswith(".attn_q.bias") for name in names)
         done["use_parallel_residual"] = not any(".ffn_norm." in name for name in names)
     _add_windows(model.path, kind, told, done)
     _account(model, parsed, plain, told, done)
     return done
+
+
+def _add_vocabulary(names: dict[str, Any], plain: Any, done: dict[str, Any]) -> None:
+    """Say how many tokens there are, and take back defaults of another vocabulary."""
+    if "token_embd.weight" in names:
+        done.setdefault("vocab_size", names["token_embd.weight"].shape[0])
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        default = getattr(plain, key, None)
+        if isinstance(default, int) and default >= int(done.get("vocab_size", default + 1)):
+            done.setdefault(key, None)
 
 
 def _add_windows(path: Path, kind: str, told: dict[str, Any], done: dict[str, Any]) -> None:
@@ -241,10 +250,10 @@ def _account(
     done: dict[str, Any],
 ) -> None:
     """Refuse the first key that changes the model and is not in its config."""
-    from transformers.integrations import GGUF_CONFIG_MAPPING
+    from transformers import integrations
 
     kind = str(parsed["model_type"])
-    maps: Any = GGUF_CONFIG_MAPPING
+    maps: Any = vars(integrations.ggml)["GGUF_CONFIG_MAPPING"]  # not typed in every version
     mapped = maps.get(kind.removesuffix("_text"), maps.get(model.architecture, {}))
     for key, value in told.items():
         attribute = mapped.get(key)
@@ -340,6 +349,12 @@ def carry_rope(model: GgufModel, rope: gguf_rope.Rope, done: dict[str, Any]) -> 
             f"`rope.freq_base` {theta:g}, and {done['model_type']} has one base for all layers",
             hint="start from the original checkpoint",
         )
+    if done["model_type"] == "phi3" and rope.parameters["rope_type"] not in PHI3:
+        raise CheckpointError(
+            f"`{model.path}` says `rope.scaling.type` is {rope.parameters['rope_type']}, and "
+            f"transformers' phi3 has {' and '.join(PHI3)} only",
+            hint="start from the original checkpoint",
+        )
     done["rope_parameters"] = dict(rope.parameters)
     if done["model_type"] == "phi3" and rope.parameters["rope_type"] == "longrope":
         original = rope.parameters["original_max_position_embeddings"]
@@ -347,11 +362,13 @@ def carry_rope(model: GgufModel, rope: gguf_rope.Rope, done: dict[str, Any]) -> 
 
 
 def add_old_words(config: dict[str, Any]) -> dict[str, Any]:
-    """Say rotary embeddings in the words of transformers 4, too; version 5 reads both."""
+    """Say rotary embeddings and experts in the words of transformers 4, too; 5 reads both."""
     parameters = config.get("rope_parameters")
     if not isinstance(parameters, dict):
         return config
     done = dict(config)
+    if config.get("model_type") == "qwen3_moe" and "num_local_experts" in config:
+        done["num_experts"] = config["num_local_experts"]
     if isinstance(parameters.get("full_attention"), dict):
         done["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
         parameters = parameters["full_attention"]

@@ -31,6 +31,8 @@ SWAPPED = {
     "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "TQ1_0": (52,),
     "TQ2_0": (64,), "MXFP4": (), "NVFP4": (),
 }  # fmt: skip
+# What numpy says where bytes that were asked for are not there.
+_SHORT = ("reshape", "larger than", "changing to a")
 SAMPLED = 4096  # blocks of a tensor that show its byte order: some 8 KiB of scales
 SCALES = (1e-5, 1e2)  # sizes of weights and scales; swapped bytes make sizes of every order
 
@@ -90,7 +92,8 @@ def find_gguf(folder: Path) -> Path | None:
     Returns:
         None where there is no GGUF file.
     Raises:
-        CheckpointError: there are several models, or only files that lie beside one.
+        CheckpointError: there are several models, or only files that lie beside one, or all are
+            in folders of the folder.
     """
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() == SUFFIX and p.is_file())
     models: dict[str, Path] = {}
@@ -104,6 +107,11 @@ def find_gguf(folder: Path) -> Path | None:
         raise CheckpointError(
             f"`{folder}` holds {len(models)} GGUF models: {some}{more}",
             hint=f"give one of them: `ortho convert {next(iter(models.values()))}`",
+        )
+    if not found and (inside := sorted(folder.glob("*/*.gguf"))):
+        raise CheckpointError(
+            f"`{folder}` holds no weights, and GGUF files in folders of it",
+            hint=f"give one of them: `ortho convert {inside[0]}`",
         )
     if found and not models:
         raise CheckpointError(
@@ -183,7 +191,7 @@ def _read(path: Path) -> Any:
         return gguf.GGUFReader(path)
     except Exception as error:  # noqa: BLE001 - on a damaged file it may raise anything
         told = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        if isinstance(error, IndexError) or "reshape" in told or "larger than" in told:
+        if isinstance(error, IndexError) or any(word in told for word in _SHORT):
             told = "it ends before what its header promises"
         raise _refuse(path, told, hint="get the file anew, by a newer `gguf` if it is whole") from (
             None

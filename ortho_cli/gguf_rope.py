@@ -41,6 +41,7 @@ NEAR = 2e-5
 # Llama 3.1 has 8, 3.2 has 32; the others are powers of two, too.
 FACTORS = (8.0, 32.0, 16.0, 4.0, 2.0, 64.0, 128.0)
 LENGTHS = (8192, *(1 << bits for bits in range(4, 22)))
+RATIOS = (4.0, 2.0, 1.5, 1.1, 1.01)  # of high to low, down to one that fits between two angles
 LOW, HIGH = 1.0, 4.0  # low_freq_factor and high_freq_factor of every Llama
 
 
@@ -149,9 +150,7 @@ def _kind(path: Path, told: dict[str, Any]) -> tuple[str, float]:
     return ("default", 1.0) if plain else (kind, factor)
 
 
-def _yarn(
-    told: dict[str, Any], base: Any, theta: float, *, factor: float, context: int
-) -> Found:
+def _yarn(told: dict[str, Any], base: Any, theta: float, *, factor: float, context: int) -> Found:
     original = int(told.get("rope.scaling.original_context_length", 0)) or context
     parameters: dict[str, Any] = {
         "rope_type": "yarn",
@@ -316,23 +315,28 @@ def _fitted(values: Any, theta: float) -> Iterator[Llama3]:
     for factor in _factors(values):
         if factor < 1 + NEAR:
             continue
-        mixed = (values > 1 + NEAR) & (values < factor * (1 - NEAR))
-        smooth = (1 / values[mixed] - 1 / factor) / (1 - 1 / factor)
-        if mixed.sum() > 1:
-            slope, start = np.polyfit(1 / waves[mixed], smooth, 1)
-        elif mixed.sum() == 1:  # one angle shows one ratio; the other is the usual one
-            start = -LOW / (HIGH - LOW)
-            slope = (smooth[0] - start) * waves[mixed][0]
-        elif not (values < 1 + NEAR).any():
-            continue
-        else:  # no angle lies between, so that anything that separates both ends will do
-            last, first = waves[values < 1 + NEAR].max(), waves[values > 1 + NEAR].min()
-            short, long = last * (first / last) ** 0.25, last * (first / last) ** 0.75
-            slope = short * long / (long - short)
-            start = -slope / long
-        if not (slope > 0 > start):
-            continue
-        length, high = float(-slope / start), float(1 - 1 / start)
-        yield factor, LOW, round(high, 2), max(1, round(length))
-        low = 8192 / length
-        yield factor, low, low * high, 8192
+        for slope, start in _lines(values, waves, factor):
+            if not slope > 0 > start:
+                continue
+            length, high = float(-slope / start), float(1 - 1 / start)
+            yield factor, LOW, round(high, 2), max(1, round(length))
+            low = 8192 / length
+            yield factor, low, low * high, 8192
+
+
+def _lines(values: Any, waves: Any, factor: float) -> Iterator[tuple[float, float]]:
+    """Draw lines through the angles that are mixed of both ends: slope, and value at 0."""
+    mixed = (values > 1 + NEAR) & (values < factor * (1 - NEAR))
+    smooth = (1 / values[mixed] - 1 / factor) / (1 - 1 / factor)
+    if mixed.sum() > 1:
+        slope, start = np.polyfit(1 / waves[mixed], smooth, 1)
+        yield float(slope), float(start)
+    elif mixed.sum() == 1:  # one angle shows one number; the ratio of high to low is free
+        for ratio in RATIOS:
+            start = -1 / (ratio - 1)
+            yield float((smooth[0] - start) * waves[mixed][0]), start
+    elif (values < 1 + NEAR).any():  # none is mixed: anything between both ends will do
+        last, first = waves[values < 1 + NEAR].max(), waves[values > 1 + NEAR].min()
+        short, long = last * (first / last) ** 0.25, last * (first / last) ** 0.75
+        slope = short * long / (long - short)
+        yield float(slope), float(-slope / long)

@@ -18,7 +18,11 @@ def make(kind: str, **changes: Any) -> Any:
     """Make a model of random weights; heads are wider than hidden / heads where they can be."""
     import transformers
 
-    wide = {} if kind in ("qwen2", "qwen2_moe", "phi3", "starcoder2", "stablelm") else {"head_dim": HEAD}
+    wide = (
+        {}
+        if kind in ("qwen2", "qwen2_moe", "phi3", "starcoder2", "stablelm")
+        else {"head_dim": HEAD}
+    )
     settings = {
         "vocab_size": VOCAB,
         "hidden_size": HIDDEN,
@@ -72,6 +76,11 @@ def keys_of(model: Any, arch: str) -> dict[str, Any]:
         keys["rope.dimension_count"] = int(width * rope.get("partial_rotary_factor", 1.0))
     if getattr(config, "head_dim", None):
         keys |= {"attention.key_length": width, "attention.value_length": width}
+    return keys | _own_keys(config, arch)
+
+
+def _own_keys(config: Any, arch: str) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
     if arch in ("gemma2", "gemma3", "phi3"):
         keys["attention.sliding_window"] = config.sliding_window or 0
     if arch == "gemma2":
@@ -152,13 +161,14 @@ def write(
     split: int = 0,
     kind: Kind = Kind.F32,
     vocabulary: bool = False,
+    name: str = "tiny",
 ) -> None:
-    """Write a model as GGUF; `keys` are without `ARCH.`, and None takes one away."""
+    """Write a model as GGUF; a key is without `ARCH.` or begins with `!`; None takes it away."""
     writer = gguf.GGUFWriter(path, arch, endianess=endian, split_max_tensors=split)
-    writer.add_name("tiny")
+    writer.add_name(name)
     for key, value in {**keys_of(model, arch), **(keys or {})}.items():
         if value is not None:
-            add_key(writer, key if key.startswith("!") else f"{arch}.{key}", value)
+            add_key(writer, key[1:] if key.startswith("!") else f"{arch}.{key}", value)
     if vocabulary:
         count = model.config.vocab_size
         writer.add_tokenizer_model("llama")
@@ -168,15 +178,15 @@ def write(
         writer.add_bos_token_id(1)
         writer.add_eos_token_id(2)
         writer.add_unk_token_id(0)
-    for name, values in {**tensors_of(model, arch), **(extra or {})}.items():
-        if name in drop:
+    for key, values in {**tensors_of(model, arch), **(extra or {})}.items():
+        if key in drop:
             continue
         if values.ndim == 1 or kind == Kind.F32:
-            writer.add_tensor(name, values)
+            writer.add_tensor(key, values)
         elif kind == Kind.F16:
-            writer.add_tensor(name, values.astype(np.float16))
+            writer.add_tensor(key, values.astype(np.float16))
         else:
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+            writer.add_tensor(key, gguf.quants.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
