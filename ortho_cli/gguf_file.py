@@ -138,7 +138,7 @@ def open_model(path: Path) -> GgufModel:
         CheckpointError: it is no GGUF file, damaged, or its parts do not belong together.
         ResourceError: the disk fails.
     """
-    parts = _find_parts(path)
+    parts = find_parts(path)
     readers = [_read(part) for part in parts]
     told = [_metadata(reader) for reader in readers]
     _check_parts(parts, told, [len(reader.tensors) for reader in readers])
@@ -165,7 +165,12 @@ def open_model(path: Path) -> GgufModel:
     )
 
 
-def _find_parts(path: Path) -> list[Path]:
+def find_parts(path: Path) -> list[Path]:
+    """Name the files of the model that a file belongs to, in order.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
     part = _PART.fullmatch(path.name)
     if part is None:
         return [path]

@@ -35,6 +35,7 @@ KEYS |= {
     f"rope.scaling.yarn_{key}"
     for key in ("ext_factor", "attn_factor", "beta_fast", "beta_slow", "log_multiplier")
 }
+WIDEST = 1 << 16  # of a head: more is damage, and its angles would fill the memory
 BASE = 10000.0  # llama.cpp's where a file names none
 # Divisors are float32 and were computed in float32: some units of the last place apart.
 NEAR = 2e-5
@@ -74,7 +75,7 @@ def read_rope(
     dim = int(told.get("rope.dimension_count", head_dim))
     if not 1 < theta < math.inf:
         raise _refused(path, "rope.freq_base", theta)
-    if dim < 2 or dim % 2:
+    if dim % 2 or not 0 < dim <= max(head_dim, dim) <= WIDEST:
         raise _refused(path, "rope.dimension_count", dim)
     _check_neutral(path, told)
     base = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)

@@ -28,6 +28,7 @@ from ortho_cli.gguf_file import (
     GgufTensor,
     check_type,
     files_beside,
+    find_parts,
     open_model,
     write_header,
 )
@@ -44,6 +45,13 @@ _EXPERT = "model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"
 _FUSED = "model.layers.{layer}.mlp.experts.{part}_proj"
 MERGED = ("qwen2_moe", "qwen3_moe")
 MERGED_HINT = "merged experts cannot be converted; start from the original checkpoint"
+# Architectures that transformers maps in part only.
+LOST = {
+    "gpt-oss": "experts",
+    "gpt_oss": "experts",
+    "minimax-m2": "experts",
+    "gemma4": "kinds of layers",
+}
 # Values that the file holds in another form, and what undoing it does to the last bit.
 REMADE = {
     "gemma2": "norm weights are those of the file less 1",
@@ -83,9 +91,9 @@ def open_gguf(path: Path) -> Source:
             f"`{path}` is a GGUF file, and the package `{error.name}` that reads it is missing",
             hint="pip install gguf transformers",
         ) from None
+    files = tuple(mark(part) for part in find_parts(path))
     with quiet_transformers():
         model = open_model(path)
-        files = tuple(mark(part) for part in model.parts)
         notes = gguf_config.check_foreign(model)
         mapped = _explain(model)
         tokenizer, told = _tokenizer(model)
@@ -131,6 +139,7 @@ def _map(model: GgufModel) -> _Mapped:
     # Typed in some versions and not in others.
     auto: Any = transformers
     mapping: Any = modeling_gguf_pytorch_utils
+    _check_architecture(model, mapping.GGUF_SUPPORTED_ARCHITECTURES)
     parsed = mapping.load_gguf_checkpoint(str(model.path), return_tensors=False)["config"]
     layers = len(model.tensors)
     check_parts(parsed, layers=layers, told=model.path)
@@ -163,6 +172,21 @@ def _map(model: GgufModel) -> _Mapped:
     names = _names(model, built, processor)
     written |= {"architectures": [type(built).__name__], "dtype": "float32"}
     return _Mapped(config=written, model=built, processor=processor, names=names)
+
+
+def _check_architecture(model: GgufModel, known: list[str]) -> None:
+    """Refuse an architecture of which transformers makes no model, or another one."""
+    name = model.architecture
+    if name in LOST:
+        why = f"whose {LOST[name]} transformers' reader of GGUF loses"
+    elif name not in known and name.replace("moe", "_moe") not in known:
+        why = "which transformers' reader of GGUF does not know"
+    else:
+        return
+    raise CheckpointError(
+        f"`{model.path}` is of architecture {name}, {why}",
+        hint="start from the original checkpoint",
+    )
 
 
 def _names(model: GgufModel, built: Any, processor: Any) -> dict[str, str]:

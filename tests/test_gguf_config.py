@@ -15,8 +15,8 @@ from ortho_cli.gguf_config import complete
 from ortho_cli.gguf_file import open_model
 
 pytest.importorskip("transformers")
-pytest.importorskip("gguf")
-import ggufs
+gguf = pytest.importorskip("gguf")
+import ggufs  # noqa: E402 - it needs the two
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 
@@ -203,17 +203,27 @@ def test_tensor_without_a_place_is_refused_and_not_left_out(
     assert not (tmp_path / "out").exists()
 
 
-def test_architecture_without_a_causal_model_is_refused(tmp_path: Path, ortho: Ortho) -> None:
-    import gguf
-
-    for arch, told in (("t5", "no causal language model"), ("deci", "no causal"), ("bert", "bert")):
-        writer = gguf.GGUFWriter(tmp_path / "m.gguf", arch)
-        writer.add_block_count(1)
-        writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        ran = ortho("convert", tmp_path / "m.gguf")
-        assert ran.code == CheckpointError.exit_code
-        assert told in ran.err
+@pytest.mark.parametrize(
+    ("arch", "told"),
+    [
+        ("t5", "transformers has no causal language model of it"),
+        ("deci", "transformers has no causal language model of it"),
+        ("granite", "which transformers' reader of GGUF does not know"),
+        ("gpt-oss", "whose experts transformers' reader of GGUF loses"),
+        ("gemma4", "whose kinds of layers transformers' reader of GGUF loses"),
+    ],
+)
+def test_architecture_that_transformers_does_not_read_whole_is_refused(
+    tmp_path: Path, ortho: Ortho, arch: str, told: str
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", arch)
+    writer.add_block_count(1)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ran = ortho("convert", tmp_path / "m.gguf")
+    assert ran.code == CheckpointError.exit_code
+    assert f"is of architecture {arch}, " in ran.err
+    assert told in ran.err

@@ -102,6 +102,9 @@ STRUCTS = {
 }  # fmt: skip
 
 
+KNOWN = [name for name in STRUCTS if name in Kind.__members__]  # older packages have fewer
+
+
 def swap_blocks(data: np.ndarray, kind: Any) -> np.ndarray:
     """Write each block as a big-endian machine's struct, field by field."""
     form = STRUCTS[kind.name]
@@ -131,7 +134,7 @@ def test_every_type_that_the_package_dequantizes_is_read_bit_by_bit(
     assert np.array_equal(tensor.floats(2), wanted[2], equal_nan=True)
 
 
-@pytest.mark.parametrize("kind", ["Q1_0", "Q8_1", "F64", "I32"])
+@pytest.mark.parametrize("kind", ["Q8_1", "F64", "I32"])
 def test_type_that_the_package_cannot_dequantize_is_refused_by_name(
     tmp_path: Path, ortho: Ortho, llama: Any, kind: str
 ) -> None:
@@ -153,7 +156,7 @@ def test_type_that_the_package_cannot_dequantize_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["F32", "F16", *STRUCTS])
+@pytest.mark.parametrize("name", ["F32", "F16", *KNOWN])
 def test_big_endian_file_is_read_as_big_endian(tmp_path: Path, name: str) -> None:
     wanted = write_type(tmp_path / "m.gguf", Kind[name], big=True)
     assert (tmp_path / "m.gguf").read_bytes()[4:8] == b"\0\0\0\3"

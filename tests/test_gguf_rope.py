@@ -285,6 +285,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, np.ndarray], str]] = {
         "scales rotary embeddings by `rope_freqs.weight`",
     ),
     "partial": ("llama", {"dimension_count": HALF}, {}, f"rotates {HALF} dimensions"),
+    "odd": ("llama", {"dimension_count": 7}, {}, "`rope.dimension_count` is 7"),
+    "wide": ("llama", {"dimension_count": 1 << 31}, {}, "`rope.dimension_count` is 2147483648"),
+    "base": ("llama", {"freq_base": 0.5}, {}, "`rope.freq_base` is 0.5"),
     "local": ("qwen2", {"freq_base_swa": 5e3}, {}, "`rope.freq_base_swa` is 5000"),
     "sections": ("qwen2", {"dimension_sections": [4, 2, 2, 0]}, {}, "dimension_sections"),
 }
