@@ -7,6 +7,7 @@ map and its un-permuting of weights are used, one tensor in memory at a time. Ne
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
@@ -92,13 +93,13 @@ def open_gguf(path: Path) -> Source:
             hint="pip install gguf transformers",
         ) from None
     files = tuple(mark(part) for part in find_parts(path))
-    with quiet_transformers():
+    with quiet_transformers(), _explained(path):
         model = open_model(path)
         notes = gguf_config.check_foreign(model)
-        mapped = _explain(model)
+        mapped = _map(model)
         tokenizer, told = _tokenizer(model)
-    tensors = list(_describe(model, mapped))
-    aliases = _aliases(model, mapped, {tensor.name for tensor in tensors})
+        tensors = list(_describe(model, mapped))
+        aliases = _aliases(model, mapped, {tensor.name for tensor in tensors})
     notes += [f"`{name}` beside it is not the model, and left" for name in files_beside(model.path)]
     notes += told
     if model.architecture in REMADE:
@@ -117,16 +118,17 @@ def open_gguf(path: Path) -> Source:
     )
 
 
-def _explain(model: GgufModel) -> _Mapped:
-    """Map the file, and turn whatever transformers raises into an error of one sentence."""
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn whatever else is raised on a damaged file into an error of one sentence."""
     try:
-        return _map(model)
+        yield
     except OrthoError:
         raise
-    except Exception as error:  # noqa: BLE001 - on a damaged file it may raise anything
+    except Exception as error:  # noqa: BLE001 - the packages that read it may raise anything
         told = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"`{model.path}` cannot be read as GGUF: {told}",
+            f"`{path}` cannot be read as GGUF: {told}",
             hint="is the file whole, and its architecture known to transformers?",
         ) from None
 
