@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ortho_cli import __version__, checkpoint, ops
 from ortho_cli.artifact import is_artifact
-from ortho_cli.checkpoint import WEIGHT_SUFFIXES
+from ortho_cli.checkpoint import MODEL_SUFFIXES
 from ortho_cli.convert_plan import ROLE, ConvertPlan, ConvertTensor
 from ortho_cli.dense import open_dense
 from ortho_cli.errors import NumericalError, UsageError
 from ortho_cli.events import Advanced, EventSink, Finishing, Noted, Started, TensorDone, null_sink
 from ortho_cli.foreign import open_foreign
+from ortho_cli.gguf_file import find_gguf, is_gguf
 from ortho_cli.gguf_source import open_gguf
 from ortho_cli.journal import WorkFolder, interruptible, unwritable
 from ortho_cli.ops import as_bytes
@@ -83,11 +84,16 @@ def open_source(
 
 
 def _gguf_of(path: Path) -> Path | None:
-    """Find the GGUF file meant by a path: the file, or the only weights of a folder."""
+    """Find the GGUF file meant by a path: the file, or a folder's if no other weights are there."""
     if path.is_file():
-        return path if path.suffix == ".gguf" else None
-    found = [p for p in path.iterdir() if p.name.endswith(WEIGHT_SUFFIXES)] if path.is_dir() else []
-    return found[0] if len(found) == 1 and found[0].suffix == ".gguf" else None
+        return path if is_gguf(path) else None
+    if not path.is_dir() or any(_is_other(found) for found in path.iterdir()):
+        return None
+    return find_gguf(path)
+
+
+def _is_other(path: Path) -> bool:
+    return path.name.endswith(MODEL_SUFFIXES) and path.suffix != ".gguf"
 
 
 def is_converted(folder: Path) -> bool:

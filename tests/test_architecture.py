@@ -20,6 +20,8 @@ LAYERS = [
     ["state_dicts"],
     ["figures", "grammar", "verdict", "sniffing"],
     ["checkpoint", "side_files", "scales", "compensate", "forget_set"],
+    ["gguf_file", "gguf_rope"],
+    ["gguf_config"],
     ["operands"],
     ["fused"],
     ["loops"],

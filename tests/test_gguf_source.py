@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Ortho
@@ -14,9 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ortho_cli.errors import CheckpointError, UsageError
+from ortho_cli.gguf_source import open_gguf
 
 pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
+import ggufs  # noqa: E402 - it needs the two
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 
 HIDDEN, MLP, VOCAB, HEADS, KV_HEADS = 64, 96, 40, 4, 2
@@ -113,11 +117,38 @@ def test_gguf_can_be_cast(tmp_path: Path, ortho: Ortho) -> None:
     assert config["dtype"] == "bfloat16"
 
 
-def test_tensor_that_the_model_does_not_have_is_named(tmp_path: Path, ortho: Ortho) -> None:
-    write(tmp_path / "pico.gguf", more={"rope_freqs.weight": (8,)})
+def test_merged_experts_are_written_under_the_names_of_each(tmp_path: Path, ortho: Ortho) -> None:
+    settings = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    model = ggufs.make("qwen3_moe", norm_topk_prob=True, **settings)
+    ggufs.write(tmp_path / "m.gguf", model, "qwen3moe", kind=gguf.GGMLQuantizationType.Q8_0)
+    assert ortho("convert", tmp_path / "m.gguf", "-o", tmp_path / "out").code == 0
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    held = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    for part in ("gate", "up", "down"):
+        merged = held[f"blk.1.ffn_{part}_exps.weight"]
+        wanted = gguf.quants.dequantize(merged.data, merged.tensor_type)
+        for expert in range(4):
+            name = f"model.layers.1.mlp.experts.{expert}.{part}_proj.weight"
+            assert np.array_equal(found[name].numpy(), wanted[expert])
+    assert not any("gate_up" in name for name in found)
+
+
+def test_experts_that_transformers_cannot_name_are_refused(tmp_path: Path, ortho: Ortho) -> None:
+    write(tmp_path / "pico.gguf", more={"blk.0.ffn_gate_exps.weight": (4, MLP, HIDDEN)})
     ran = ortho("convert", tmp_path / "pico.gguf")
-    assert ran.code == 0
-    assert "left out: rope_freqs.weight" in ran.err
+    assert ran.code == CheckpointError.exit_code
+    assert "`blk.0.ffn_gate_exps.weight`" in ran.err
+    assert "merged experts cannot be converted" in ran.err
+
+
+def test_one_tensor_at_a_time_is_held(tmp_path: Path) -> None:
+    write(tmp_path / "pico.gguf")
+    for tensor in open_gguf(tmp_path / "pico.gguf").tensors:
+        weight = tensor.read.__self__  # type: ignore[attr-defined]
+        tensor.read(0, 1)
+        assert tensor.rows == 1 or weight._held is not None
+        tensor.read(1, tensor.rows - 1)
+        assert weight._held is None
 
 
 def test_gguf_that_lacks_a_tensor_is_refused(tmp_path: Path, ortho: Ortho) -> None:
