@@ -443,7 +443,7 @@ def _sha256(
 
 def tile_rows(shape: tuple[int, ...], elements: int = TILE_ELEMENTS) -> int:
     """Rows of a tile: about so many elements, at least one row."""
-    return max(1, min(shape[0], elements // shape[1]))
+    return max(1, min(shape[0], elements // max(1, shape[1])))
 
 
 def _peak_bytes(

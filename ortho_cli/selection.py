@@ -52,7 +52,7 @@ def select(
     for tensor in checkpoint.tensors:
         wanted = [p for p in recipe.targets or () if matches(p, tensor.name)]
         ignored = any(matches(p, tensor.name) for p in recipe.ignore)
-        unfit = None if ignored else _unsupported(tensor, stored_in_out)
+        unfit = None if ignored or not tensor.numel else _unsupported(tensor, stored_in_out)
         if ignored:
             reason: str | None = IGNORED
         else:
@@ -159,6 +159,8 @@ def _unsupported_error(
 
 def _obstacle(tensor: TensorInfo, config: dict[str, Any] | None) -> str | None:
     """Say why a tensor can never be split, whatever the recipe."""
+    if not tensor.numel:
+        return "no elements"
     if len(tensor.shape) != 2:
         return f"{len(tensor.shape)}-D"
     if tensor.dtype not in artifact.SCALE_DTYPES:

@@ -14,9 +14,10 @@ PACKAGE = ROOT / "ortho_cli"
 # From the ground up; a module may import only what stands below it.
 LAYERS = [
     ["__init__"],
-    ["errors", "events", "settings", "files"],
+    ["errors", "events", "settings", "files", "hints"],
+    ["sniff", "hub"],
     ["strict_json", "recipe", "search", "ops", "topk", "data", "capture", "estimates"],
-    ["figures", "grammar", "verdict"],
+    ["figures", "grammar", "verdict", "folders"],
     ["checkpoint", "scales", "compensate", "forget_set"],
     ["operands"],
     ["fused"],
