@@ -24,6 +24,7 @@ from ortho_cli.errors import CheckpointError, shown
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 FIRST = ("model.safetensors", "model.safetensors.index.json")
+BINS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 DIFFUSERS = "diffusion_pytorch_model"
 NAMED = "transformers_weights"  # the key of config.json
 
@@ -41,17 +42,76 @@ _TIED = re.compile(
 )
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 # Model types whose head is the embedding where config.json does not say.
-TIED_BY_DEFAULT = frozenset((
-    "albert", "bart", "bert", "bigbird_pegasus", "biogpt", "blenderbot", "bloom", "camembert",
-    "cohere", "cohere2", "cohere2_moe", "ctrl", "deberta", "deberta-v2", "distilbert", "electra",
-    "ernie4_5", "ernie4_5_moe", "falcon", "falcon_mamba", "gemma", "gemma2", "gemma3",
-    "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text", "gpt-sw3", "gpt2",
-    "gpt_bigcode", "gpt_neo", "jetmoe", "led", "lfm2", "lfm2_moe", "longt5", "m2m_100", "mamba",
-    "marian", "mbart", "minicpm3", "mistral3", "modernbert-decoder", "mpt", "mt5", "openai-gpt",
-    "opt", "pegasus", "plbart", "recurrent_gemma", "roberta", "smollm3", "starcoder2",
-    "switch_transformers", "t5", "t5gemma", "trocr", "umt5", "vaultgemma", "whisper", "xglm",
-    "xlm-roberta", "xlnet", "zamba", "zamba2",
-))  # fmt: skip - transformers 5.23, asked class by class
+TIED_BY_DEFAULT = frozenset(
+    (
+        "albert",
+        "bart",
+        "bert",
+        "bigbird_pegasus",
+        "biogpt",
+        "blenderbot",
+        "bloom",
+        "camembert",
+        "cohere",
+        "cohere2",
+        "cohere2_moe",
+        "ctrl",
+        "deberta",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "falcon",
+        "falcon_mamba",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "gemma3n",
+        "gemma3n_text",
+        "gemma4",
+        "gemma4_text",
+        "gpt-sw3",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
+        "jetmoe",
+        "led",
+        "lfm2",
+        "lfm2_moe",
+        "longt5",
+        "m2m_100",
+        "mamba",
+        "marian",
+        "mbart",
+        "minicpm3",
+        "mistral3",
+        "modernbert-decoder",
+        "mpt",
+        "mt5",
+        "openai-gpt",
+        "opt",
+        "pegasus",
+        "plbart",
+        "recurrent_gemma",
+        "roberta",
+        "smollm3",
+        "starcoder2",
+        "switch_transformers",
+        "t5",
+        "t5gemma",
+        "trocr",
+        "umt5",
+        "vaultgemma",
+        "whisper",
+        "xglm",
+        "xlm-roberta",
+        "xlnet",
+        "zamba",
+        "zamba2",
+    )
+)  # fmt: skip - transformers 5.23, asked class by class
 _BEST_GGUF = re.compile(r"(?i)(^|[-._])(f32|bf16|f16)([-._]|$)")
 
 
@@ -87,6 +147,12 @@ def choose(folder: Path, config: Mapping[str, Any] | None) -> Choice:
                 f"`{path}` is a link to `{path.readlink()}`, which is not there",
                 hint=hints.fetch(path),
             )
+    if is_bin_first(folder):
+        raise CheckpointError(
+            f"`{folder}` holds the model as pytorch_model.bin, and of safetensors "
+            f"{_some(_list(folder, SUFFIX)) or 'none'}",
+            hint=hints.convert(folder),
+        )
     indexes, files = _list(folder, INDEX_SUFFIX), _list(folder, SUFFIX)
     if len(indexes) == 1:
         return _read(folder, indexes[0])
@@ -97,6 +163,14 @@ def choose(folder: Path, config: Mapping[str, Any] | None) -> Choice:
             "one read",
         )
     return _without_index(folder, files)
+
+
+def is_bin_first(folder: Path) -> bool:
+    """Tell a folder of which transformers reads pytorch_model.bin, whatever else it holds."""
+    names = (*FIRST, DIFFUSERS + INDEX_SUFFIX, DIFFUSERS + SUFFIX)
+    return any((folder / name).is_file() for name in BINS) and not any(
+        (folder / name).is_file() for name in names
+    )
 
 
 def _list(folder: Path, suffix: str) -> list[str]:
@@ -216,11 +290,8 @@ def _nothing(folder: Path) -> CheckpointError:
 
 
 def _way_on(folder: Path, torch: list[str], ggufs: list[str], other: list[str]) -> str:
-    whole = {"pytorch_model.bin", "pytorch_model.bin.index.json"}
-    if torch and (len(torch) == 1 or any((folder / name).is_file() for name in whole)):
-        return hints.convert(folder)
     if torch:
-        return hints.convert(folder / torch[0])
+        return hints.convert(folder if len(torch) == 1 else folder / torch[0])
     if ggufs:
         best = next((name for name in ggufs if _BEST_GGUF.search(name)), ggufs[0])
         return hints.convert(folder if len(ggufs) == 1 else folder / best)

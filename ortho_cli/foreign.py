@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ortho_cli import strict_json
+from ortho_cli import sniff, strict_json
 from ortho_cli.checkpoint import (
     Checkpoint,
     ShardReader,
@@ -59,7 +59,9 @@ def open_foreign(path: Path) -> Source:
             that do not belong together.
     """
     try:
-        if path.is_file() and path.suffix in BIN_SUFFIXES:
+        if path.is_file() and sniff.kind_of_file(path) == sniff.SAFETENSORS:
+            source = _open_safetensors(open_checkpoint(path))
+        elif path.is_file() and path.suffix in BIN_SUFFIXES:
             source = _open_bins(path, [path], None)
         elif path.is_dir() and not has_safetensors(path) and (found := _find_bins(path)):
             source = _open_bins(path, *found)
@@ -78,10 +80,12 @@ def open_foreign(path: Path) -> Source:
 def _open_safetensors(checkpoint: Checkpoint) -> Source:
     path, names = checkpoint.path, {tensor.name for tensor in checkpoint.tensors}
     told = {k: v for shard in checkpoint.shards for k, v in shard.metadata.items()}
-    extra = checkpoint.extra_files
-    notes: tuple[str, ...] = ()
+    extra, notes = checkpoint.extra_files, checkpoint.notes
     if path.is_dir():
-        extra, notes = side_files(path, {shard.name for shard in checkpoint.shards})
+        # Of safetensors that are not read the checkpoint's own notes tell.
+        told_of = {file.name for file in path.iterdir() if file.suffix == ".safetensors"}
+        extra, left = side_files(path, told_of)
+        notes += left
     reader = ShardReader(checkpoint)
     rows = RowReader(reader)
     try:
@@ -153,7 +157,7 @@ def _open_bins(path: Path, files: list[Path], weight_map: dict[str, str] | None)
         verb = "written out as copies, since config.json unties them" if untied else "kept once"
         notes += [f"`{n}` is the same memory as `{kept}`: {verb}" for n, kept in shared.items()]
     if folder is not None and weight_map is not None:
-        check_index(folder, where, weight_map)
+        notes += check_index(folder, where, weight_map, config=config)
     return Source(
         name=model_name(path),
         kind="torch",
@@ -275,6 +279,11 @@ def _unpickle(path: Path) -> Any:
                 f"`{path}` holds the global `{named[1]}`, which is no tensor; nothing was run",
                 hint="do not trust the file; else save the model's state_dict() as safetensors "
                 "where it was made",
+            ) from None
+        kind = sniff.kind_of_file(path)
+        if kind not in (None, sniff.TORCH, sniff.PICKLE):
+            raise CheckpointError(
+                f"`{path}` is {kind}, not a torch file", hint=sniff.remedy(str(kind), path)
             ) from None
         first = told.strip().splitlines()[0][:120] if told.strip() else type(error).__name__
         raise CheckpointError(

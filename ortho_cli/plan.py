@@ -86,6 +86,7 @@ class Plan:
     statistics: Statistics | None
     reference: Checkpoint | None = None
     kept: Mapping[str, int] | None = None  # entries of each tensor, where they do not follow
+    notes: tuple[str, ...] = ()  # what is unusual of the source, and read all the same
 
     @property
     def split(self) -> tuple[TensorPlan, ...]:
@@ -206,6 +207,7 @@ class Plan:
                 }
                 for tensor in self.tensors
             ],
+            "notes": list(self.notes),
         }
 
 
@@ -274,6 +276,10 @@ def make_plan(
         statistics=statistics,
         reference=reference,
         kept=kept,
+        notes=(
+            *checkpoint.notes,
+            *(f"of the reference: {note}" for note in (reference.notes if reference else ())),
+        ),
     )
 
 

@@ -52,8 +52,8 @@ LAYERS = [
     ["chain"],
     ["report", "options"],
     ["report_progress", "report_bench"],
-    ["boundary", "cli_bench", "cli_shared"],
-    ["cli_inspect"],
+    ["boundary", "cli_shared"],
+    ["cli_bench", "cli_inspect"],
     ["cli"],
     ["__main__"],
 ]
