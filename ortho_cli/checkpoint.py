@@ -133,6 +133,8 @@ def _open(path: Path) -> Checkpoint:
             if sniff.kind_of_file(path) != sniff.SAFETENSORS:
                 raise folders.refuse_file(path)
             notes.append(f"`{path.name}` is read as safetensors, which it holds")
+        if folders.is_part(path) and "-of-00001" not in path.name:
+            notes.append(f"`{path.name}` is one shard of several; its folder is the whole model")
         return _checkpoint(path, (read_shard(path),), folders.Choice(files=(), notes=tuple(notes)))
     if not path.is_dir():
         raise CheckpointError(

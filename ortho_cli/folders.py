@@ -386,6 +386,13 @@ def is_spare(name: str, there: Iterable[str], config: Mapping[str, Any] | None) 
     return any(told) if told else bool({str(kind) for kind in types} & TIED_BY_DEFAULT)
 
 
+def is_part(path: Path) -> bool:
+    """Tell a file of weights that is only a part of what its folder holds: config, other shards."""
+    shard = re.search(r"-\d{5}-of-\d{5}\.", path.name)
+    whole = path.name in BINS and (path.parent / "config.json").is_file()
+    return whole or (shard is not None and path.suffix not in GGUF_SUFFIXES)
+
+
 def refuse_file(path: Path) -> CheckpointError:
     """Say what a file that is no safetensors is, and what to do with it."""
     kind = sniff.kind_of_file(path)
@@ -396,7 +403,7 @@ def refuse_file(path: Path) -> CheckpointError:
         None,
         *(sniff.TORCH, sniff.PICKLE, sniff.GGUF, sniff.TAR),
     ):
-        hint = hints.convert(path)
+        hint = hints.convert(path.parent if is_part(path) else path)
     elif kind:
         hint = sniff.remedy(kind, path)
     else:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,13 @@ def quiet_transformers() -> Iterator[Any]:
             talk.enable_progress_bar()
 
 
-# What a model is built of one by one, in Python, before any weight is looked for.
-_PARTS = re.compile(r"(layers?|blocks?|experts)$")
-MOST_PARTS = 4096  # experts, which may be fused in one tensor, or layers of a .bin
+# What a model is built of one by one, in Python, before any weight is looked for; other keys that
+# end so are places, periods and switches. Of what is fused in one tensor Python builds none.
+_PARTS = re.compile(r"(layers?|blocks?|experts|depths?)$")
+_NO_PARTS = re.compile(r"^(max|min|accept|skip|use|share|scale)_|_(every_n|per|topk)_")
+MOST_LAYERS = 1024  # eight times as many as any model has that is known to transformers
+MOST_PARTS = 4096  # experts of a layer
+MOST_BUILT = 1 << 17  # experts of all layers; minutes of Python
 
 
 @contextlib.contextmanager
@@ -91,25 +95,64 @@ def check_claims(folder: Path) -> None:
     """
     config = strict_json.read(folder / "config.json", constants=True)
     here = any(folder.glob("*.safetensors"))
-    layers = len(open_checkpoint(folder).tensors) if here else MOST_PARTS
-    check_parts(config, layers=layers, told=folder / "config.json")
+    tensors = open_checkpoint(folder).tensors if here else ()
+    sizes = {size for tensor in tensors for size in tensor.shape}
+    check_parts(config, layers=len(tensors), told=folder / "config.json", sizes=sizes)
 
 
-def check_parts(config: dict[str, Any], *, layers: int, told: Path) -> None:
-    """Refuse what `told` says of a model that has more layers or experts than it can have.
+def check_parts(
+    config: dict[str, Any], *, layers: int, told: Path, sizes: Collection[int] = ()
+) -> None:
+    """Refuse what `told` says of a model that has more layers or experts than any can have.
 
+    Args:
+        config: what it says.
+        layers: tensors of the checkpoint; there can be a layer for each.
+        told: the file, for the error.
+        sizes: of the tensors' dimensions; experts that are fused in one are not built.
     Raises:
         CheckpointError: names the key.
     """
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+    for part in _levels(config):
+        most = {"layers": 1, "experts": 1}
         for key, value in part.items():
-            named = _PARTS.search(key)
-            most = MOST_PARTS if named and named[0] == "experts" else layers
-            if named and isinstance(value, int | float) and value > most:
-                raise CheckpointError(
-                    f"`{told}` says `{key}` is {value!s:.24}, and there can be {most} at most",
-                    hint="restore the file that came with the model",
-                )
+            kind = _kind_of_part(key)
+            counts = [n for n in value if _is_number(n)] if isinstance(value, list) else [value]
+            count = max((n for n in counts if _is_number(n)), default=0)
+            if kind is None or (kind == "experts" and count in sizes):
+                continue
+            bound = MOST_PARTS if kind == "experts" else max(layers, MOST_LAYERS)
+            if not count <= bound:
+                raise _too_many(told, f"`{key}` is {count!s:.24}", bound)
+            most[kind] = max(most[kind], int(count))
+        built = most["layers"] * most["experts"]
+        if built > max(MOST_BUILT, layers):
+            said = f"there are {most['layers']} layers of {most['experts']} experts each"
+            raise _too_many(told, said, max(MOST_BUILT, layers))
+
+
+def _levels(config: dict[str, Any], depth: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield a config and those of its parts, which lie one in the other."""
+    yield config
+    for value in config.values():
+        if isinstance(value, dict) and depth < 8:
+            yield from _levels(value, depth + 1)
+
+
+def _kind_of_part(key: str) -> str | None:
+    named = None if _NO_PARTS.search(key) else _PARTS.search(key)
+    return None if named is None else "experts" if named[0] == "experts" else "layers"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _too_many(told: Path, said: str, most: int) -> CheckpointError:
+    return CheckpointError(
+        f"`{told}` says {said}, and there can be {most} at most",
+        hint="restore the file that came with the model",
+    )
 
 
 def load_tokenizer(folder: Path) -> Any:
