@@ -147,13 +147,13 @@ def choose(folder: Path, config: Mapping[str, Any] | None) -> Choice:
                 f"`{path}` is a link to `{path.readlink()}`, which is not there",
                 hint=hints.fetch(path),
             )
-    if is_bin_first(folder):
+    indexes, files = _list(folder, INDEX_SUFFIX), _list(folder, SUFFIX)
+    if is_bin_first(folder) and files:
         raise CheckpointError(
-            f"`{folder}` holds the model as pytorch_model.bin, and of safetensors "
-            f"{_some(_list(folder, SUFFIX)) or 'none'}",
+            f"`{folder}` holds the model as pytorch_model.bin, and beside it {_some(files)}, which "
+            "transformers does not read",
             hint=hints.convert(folder),
         )
-    indexes, files = _list(folder, INDEX_SUFFIX), _list(folder, SUFFIX)
     if len(indexes) == 1:
         return _read(folder, indexes[0])
     if indexes:
@@ -291,7 +291,8 @@ def _nothing(folder: Path) -> CheckpointError:
 
 def _way_on(folder: Path, torch: list[str], ggufs: list[str], other: list[str]) -> str:
     if torch:
-        return hints.convert(folder if len(torch) == 1 else folder / torch[0])
+        whole = len(torch) == 1 or is_bin_first(folder)
+        return hints.convert(folder if whole else folder / torch[0])
     if ggufs:
         best = next((name for name in ggufs if _BEST_GGUF.search(name)), ggufs[0])
         return hints.convert(folder if len(ggufs) == 1 else folder / best)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import re
 import warnings
@@ -13,10 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ortho_cli import strict_json
+from ortho_cli import folders, hints, hub, sniff, strict_json
 from ortho_cli.artifact import module_of
 from ortho_cli.checkpoint import open_checkpoint
-from ortho_cli.errors import CalibrationError, CheckpointError, OrthoError, RecipeError, UsageError
+from ortho_cli.errors import (
+    CalibrationError,
+    CheckpointError,
+    OrthoError,
+    RecipeError,
+    UsageError,
+    way_out,
+)
 from ortho_cli.files import is_trusted
 from ortho_cli.streams import is_plain_linear
 
@@ -54,9 +62,22 @@ MOST_BUILT = 1 << 17  # experts of all layers; minutes of Python
 
 @contextlib.contextmanager
 def explained(
-    folder: Path, what: str, *, hint: str, kind: type[OrthoError] = CheckpointError
+    folder: Path,
+    what: str,
+    *,
+    hint: str,
+    kind: type[OrthoError] = CheckpointError,
+    files: Iterable[str] = (),
 ) -> Iterator[None]:
-    """Turn whatever transformers raises on a folder into an error of one sentence."""
+    """Turn whatever transformers raises on a folder into an error of one sentence.
+
+    Args:
+        folder: what it reads.
+        what: the sentence, to which its own first line is added.
+        hint: what to do.
+        kind: of the error.
+        files: what it reads there, any of which may be a pointer to the file itself.
+    """
     try:
         yield
     except Exception as error:
@@ -65,6 +86,9 @@ def explained(
                 f"`{folder}` needs Python code of its own, which is not run without being asked to",
                 hint="read its .py files; --trust-remote-code runs them, with all of your rights",
             ) from error
+        refuse_pointers(folder, files)
+        if "too many open files" in str(error).lower():
+            hint = way_out(OSError(errno.EMFILE, ""), hint)
         raise kind(f"{what}: {_first_line(error)}", hint=hint) from error
 
 
@@ -80,11 +104,24 @@ def check_folder(folder: Path) -> None:
                 f"`{path}` is not a regular file", hint="remove it from the model's folder"
             )
     if not (folder / "config.json").is_file():
-        what = "is a file" if folder.is_file() else "has no config.json"
+        what = "has no config.json" if folder.is_dir() else "does not exist"
         raise CheckpointError(
-            f"`{folder}` {what}, so it is no transformers model",
-            hint="give the model's folder, with its config and tokenizer",
+            f"`{folder}` {'is a file' if folder.is_file() else what}, so it is no transformers "
+            "model",
+            hint=_hint_without_config(folder),
         )
+
+
+def _hint_without_config(path: Path) -> str:
+    """Say how to come by a transformers folder: some formats can be converted to one."""
+    usual = "give the model's folder, with its config and tokenizer"
+    if not path.exists():
+        return hub.advice(path) or usual
+    held = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
+    foreign = [p for p in held if sniff.kind_of_file(p) in (sniff.GGUF, sniff.TORCH, sniff.PICKLE)]
+    if foreign and not folders.is_part(foreign[0]):
+        return hints.convert(foreign[0])
+    return usual
 
 
 def check_claims(folder: Path) -> None:
@@ -164,12 +201,30 @@ def load_tokenizer(folder: Path) -> Any:
     check_folder(folder)
     what = f"`{folder}` has no tokenizer that transformers can read"
     hint = "copy tokenizer.json and tokenizer_config.json from the original model"
-    with quiet_transformers() as transformers, explained(folder, what, hint=hint):
+    with (
+        quiet_transformers() as transformers,
+        explained(folder, what, hint=hint, files=TOKENIZER_FILES),
+    ):
         found = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=is_trusted()
         )
         found("a", verbose=False)  # some settings are looked at only here
     return found
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def refuse_pointers(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a file that stands for another: a Git LFS pointer, a web page, an error message.
+
+    Raises:
+        CheckpointError: says what it is, and how to get the file itself.
+    """
+    for path in (folder / name for name in names):
+        kind = sniff.kind_of_file(path) if path.is_file() else None
+        if kind is not None and sniff.is_stand_in(kind):
+            raise CheckpointError(f"`{path}` is {kind}", hint=sniff.remedy(kind, path))
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> nn.Module:

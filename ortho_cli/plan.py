@@ -370,7 +370,10 @@ def _group_size(split: list[TensorInfo], recipe: Recipe) -> int:
     verb = "does not divide" if len(sizes) == 1 else "divides"
     known = (256, *GROUP_SIZES, 16, 8)
     common = [size for size in known if all(tensor.shape[1] % size == 0 for tensor in split)]
-    ways = [f"`--set base.group_size={size}` fits every target" for size in common[:1]]
+    ways = []
+    if common:
+        also = f" (so do {', '.join(map(str, common[1:]))})" if common[1:] else ""
+        ways.append(f"`--set base.group_size={common[0]}` fits every target{also}")
     if len(unfit) < len(split):
         ways.append(_ignore(unfit, split, recipe))
     raise RecipeError(

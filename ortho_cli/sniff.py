@@ -102,6 +102,11 @@ def _container_of(first: bytes) -> str | None:
     return ZEROS if len(first) >= 8 and not any(first) else None
 
 
+def is_stand_in(kind: str) -> bool:
+    """Tell what a download leaves in place of a file, whatever the file should have been."""
+    return kind in (LFS, ANNEX, DVC, PAGE, XML, EMPTY, ZEROS) or kind.startswith(REFUSAL)
+
+
 def kind_of_file(path: Path) -> str | None:
     """Name what a file is by its first bytes; None if they tell nothing, or cannot be read."""
     try:

@@ -26,18 +26,18 @@ def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
 
 
 BAD_FILES: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "has 0 bytes"),
+    "empty": (b"", "is an empty file"),
     "seven bytes": (b"\0" * 7, "has 7 bytes"),
     "header longer than the file": (raw_file(b"{}", length=99), "claims a header of 99 bytes"),
     "header of 2^62": (raw_file(b"{}", length=2**62), f"claims a header of {2**62} bytes"),
-    "header of zero": (raw_file(b""), "starts with b''"),
+    "header of zero": (raw_file(b""), "is a file of zeros"),
     "not JSON": (raw_file(b"{nonsense"), "is not valid JSON"),
     "an array": (raw_file(b"[1]"), "starts with b'['"),
     "not UTF-8": (raw_file(b'{"\xff": 1}'), "is not valid JSON"),
     "a lone surrogate": (raw_file({"\ud800": entry()}, bytes(8)), "is not valid JSON"),
     "nested too deeply": (raw_file(b'{"a":' * 20_000), "is not valid JSON"),
     "NaN in JSON": (raw_file(b'{"a": NaN}'), "is not valid JSON"),
-    "a key twice": (raw_file(b'{"a": 1, "a": 2}'), "stands twice"),
+    "a key twice": (raw_file(b'{"a": 1, "a": 2}'), "stands twice, with different values"),
     "metadata of numbers": (raw_file({"__metadata__": {"a": 1}}), "not a map of strings"),
     "entry not an object": (raw_file({"w": 3}), "is not described by"),
     "entry without shape": (raw_file({"w": {"dtype": "F32", "data_offsets": [0, 0]}}), "described"),
@@ -47,7 +47,6 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "shape of floats": (raw_file({"w": entry(shape=[2.0])}, bytes(8)), "shape [2.0]"),
     "shape of booleans": (raw_file({"w": entry(shape=[True])}, bytes(8)), "shape [True]"),
     "huge shape": (raw_file({"w": entry(shape=[2**62, 2**62])}, bytes(8)), "has 8 bytes where"),
-    "no elements": (raw_file({"w": entry(shape=[0, 4], offsets=[0, 0])}), "[0, 4]: no elements"),
     "negative offset": (raw_file({"w": entry(offsets=[-8, 0])}, bytes(8)), "not two counts"),
     "offset of 2^62": (raw_file({"w": entry(offsets=[0, 2**62])}, bytes(8)), "claims bytes 0 to"),
     "offsets reversed": (raw_file({"w": entry(offsets=[8, 0])}, bytes(8)), "claims bytes 8 to 0"),
@@ -137,11 +136,6 @@ BAD_INDEXES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda d: d["weight_map"].update(z="model-00001-of-00002.safetensors"),
         "tensor `z` is in the index",
     ),
-    "wrong shard": (
-        lambda d: d["weight_map"].update(a="model-00002-of-00002.safetensors"),
-        "and the index of .* says",
-    ),
-    "tensor left out": (lambda d: d["weight_map"].pop("a"), "and not in the index"),
 }
 
 
@@ -156,10 +150,10 @@ def test_open_checkpoint_bad_index_is_refused(tmp_path: Path, name: str) -> None
 def test_open_checkpoint_tensor_in_two_shards_names_both(tmp_path: Path) -> None:
     sharded(tmp_path)
     save_file(
-        {"a": torch.ones(4, 4), "b": torch.ones(4, 4)},
+        {"a": torch.zeros(4, 4), "b": torch.ones(4, 4)},
         tmp_path / "model-00002-of-00002.safetensors",
     )
-    with pytest.raises(CheckpointError, match=r"is in both `model-00001.*` and `model-00002"):
+    with pytest.raises(CheckpointError, match=r"in both `model-00001.*different values, and the"):
         checkpoint.open_checkpoint(tmp_path)
 
 
@@ -188,7 +182,7 @@ def test_open_checkpoint_missing_path_and_wrong_suffix_are_refused(tmp_path: Pat
 
 def test_open_checkpoint_unreadable_places_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"cannot read|no \.safetensors file"):
+    with pytest.raises(CheckpointError, match=r"is a link to .*nowhere`, which is not there"):
         checkpoint.open_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match=r"cannot read .*: file name too long"):
         checkpoint.open_checkpoint(tmp_path / ("a" * 300))
