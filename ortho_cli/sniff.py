@@ -90,6 +90,8 @@ def kind_of(first: bytes) -> str | None:
 
 def _container_of(first: bytes) -> str | None:
     if first.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        if len(first) < 64:  # cut before the first name, which tells the two apart
+            return None
         is_torch = re.search(rb"(^|/)(data\.pkl|version|byteorder|\.format_version)", first[30:200])
         return TORCH if is_torch else ZIP
     if first[257:262] == b"ustar":

@@ -247,21 +247,21 @@ def test_said_path_comes_back_through_a_shell(path: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (["a", "--out=~/x"], ["a", "--out=/home/me/x"]),
-        (["-o", "~/x"], ["-o", "/home/me/x"]),
-        (["-o~/x"], ["-o/home/me/x"]),
-        (["~", "--data", "~/a", "~/b"], ["/home/me", "--data", "/home/me/a", "/home/me/b"]),
+        (["a", "--out=~/x"], ["a", "--out=/users/me/x"]),
+        (["-o", "~/x"], ["-o", "/users/me/x"]),
+        (["-o~/x"], ["-o/users/me/x"]),
+        (["~", "--data", "~/a", "~/b"], ["/users/me", "--data", "/users/me/a", "/users/me/b"]),
         (["./~/x", "a~b", "--out=./~"], ["./~/x", "a~b", "--out=./~"]),
         (["--set", "~a=1", "--prompt", "~/x"], ["--set", "~a=1", "--prompt", "~/x"]),
         (["--set=~b"], ["--set=~b"]),
         (["--out=~nobody-is-called-so/x"], ["--out=~nobody-is-called-so/x"]),
-        (["--recipe=~/r.yaml", "--stats=~/s"], ["--recipe=/home/me/r.yaml", "--stats=/home/me/s"]),
+        (["--recipe=~/r.yaml", "--stats=~/s"], ["--recipe=/users/me/r.yaml", "--stats=/users/me/s"]),
     ],
 )  # fmt: skip
 def test_expand_home_words_that_are_paths(
     monkeypatch: pytest.MonkeyPatch, given: list[str], expected: list[str]
 ) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/users/me")
     assert boundary.expand_home(given) == expected
 
 
