@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import re
@@ -11,10 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from ortho_cli.errors import Interrupted, OrthoError, ResourceError, UsageError, reason
+from ortho_cli.errors import Interrupted, OrthoError, ResourceError, UsageError, reason, way_out
 
 # Objects between two looks for garbage: imports make many, and none of it is any.
 GARBAGE = 200_000
+
+OPEN_FILES = 65_536  # more than any model has shards; some systems say a billion, and mean less
+TEXTS = (
+    "--set",
+    "--prompt",
+    "--require",
+)  # options whose value is no path, whatever it begins with
 
 # Beside Ctrl-C: what `kill`, schedulers and containers send, and a terminal that is closed (which
 # nohup has us ignore).
@@ -43,12 +51,47 @@ def spread(arguments: Sequence[str], many: Mapping[str, Sequence[str]]) -> list[
     return found
 
 
+def expand_home(arguments: Sequence[str]) -> list[str]:
+    """Put the home folder in place of `~` and `~user`, which shells do not behind `--out=`.
+
+    A file that is really named `~` is `./~`. What is text and no path stays as it is.
+    """
+    found: list[str] = []
+    before = ""
+    for word in arguments:
+        option, equals, value = word.partition("=")
+        given = word
+        if word.startswith("--") and equals:
+            if option not in TEXTS and value.startswith("~"):
+                given = f"{option}={os.path.expanduser(value)}"  # noqa: PTH111 - a word, no path
+        elif re.match(r"-[A-Za-z]~", word):
+            given = word[:2] + os.path.expanduser(word[2:])  # noqa: PTH111
+        elif word.startswith("~") and before not in TEXTS:
+            given = os.path.expanduser(word)  # noqa: PTH111
+        found.append(given)
+        before = word
+    return found
+
+
+def allow_open_files() -> None:
+    """Let the process open as many files as it may; a sharded model can have hundreds."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def run(
     app: Callable[..., Any], arguments: Sequence[str], *, many: Mapping[str, Sequence[str]]
 ) -> int:
     """Run one command of an application and return its exit code."""
     try:
-        code = app(args=spread(arguments, many), prog_name="ortho", standalone_mode=False)
+        code = app(
+            args=spread(expand_home(arguments), many), prog_name="ortho", standalone_mode=False
+        )
         if code == Interrupted.exit_code:  # typer turns Ctrl-C outside of the work into this
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
@@ -78,7 +121,7 @@ def _as_ortho_error(error: BaseException) -> OrthoError | None:
         why = reason(error)
         return ResourceError(
             f"`{error.filename}`: {why}" if error.filename else why,
-            hint="check the file and its rights",
+            hint=way_out(error, "check the file and its rights"),
         )
     shown = getattr(error, "format_message", None)
     if shown is not None:
@@ -115,6 +158,7 @@ def enter(command: Callable[[], int]) -> NoReturn:
     What asks a run to stop ends it in good order the first time, and at once the second: work
     survives both.
     """
+    allow_open_files()
     asked = [signal.SIGINT, *(s for s in STOPS if signal.getsignal(s) is not signal.SIG_IGN)]
     by = signal.SIGINT
 

@@ -82,6 +82,8 @@ def calibrate(
     )
     check_space(plan.bytes_written + plan.bytes_scratch, out, kind="statistics with their sums")
     chosen = models.resolve_device(device)
+    for note in checkpoint.notes:
+        on_event(Noted(message=note))
     on_event(Finishing(step="digest the model"))
     with contextlib.closing(ShardReader(checkpoint)) as reader:
         digests = {tensor.name: reader.digest(tensor) for tensor in checkpoint.tensors}

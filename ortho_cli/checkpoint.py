@@ -12,12 +12,16 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Iterator
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ortho_cli import strict_json
+from ortho_cli import folders, hints, hub, sniff, strict_json
 from ortho_cli.errors import (
     CheckpointError,
     ResourceError,
@@ -25,8 +29,10 @@ from ortho_cli.errors import (
     reason,
     shown,
     unreadable,
+    way_out,
 )
 from ortho_cli.files import open_regular
+from ortho_cli.folders import read_index as read_index  # for readers of other formats
 
 # Bits an element, for every dtype that safetensors 0.8 knows.
 DTYPE_BITS = {
@@ -40,7 +46,7 @@ MAX_HEADER = 100_000_000  # safetensors' own limit
 PIECE = 1 << 20
 MAX_DIMENSIONS = 64  # torch's own limit; a product of thousands of large numbers would take hours
 
-INDEX_SUFFIX = ".safetensors.index.json"
+INDEX_SUFFIX = folders.INDEX_SUFFIX
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npy", ".npz", ".gguf", ".ggml",
     ".onnx", ".onnx_data", ".h5", ".msgpack", ".tflite", ".ot", ".index.json",
@@ -84,6 +90,7 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     tensors: tuple[TensorInfo, ...]
     config: dict[str, Any] | None
+    notes: tuple[str, ...] = ()  # what is unusual, and read all the same
 
     @property
     def folder(self) -> Path:
@@ -111,173 +118,200 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _open(path: Path) -> Checkpoint:
     if not path.exists():
+        if path.is_symlink():
+            raise CheckpointError(
+                f"`{path}` is a link to `{path.readlink()}`, which is not there",
+                hint=hints.fetch(path),
+            )
         raise CheckpointError(
-            f"`{path}` does not exist", hint="give a .safetensors file or a model folder"
+            f"`{path}` does not exist",
+            hint=hub.advice(path) or "give a .safetensors file or a model folder",
         )
     if path.is_file():
-        if path.suffix != ".safetensors":
-            raise CheckpointError(
-                f"`{path}` is a `{path.suffix or 'plain'}` file, not .safetensors",
-                hint="save it with `save_pretrained(..., safe_serialization=True)` first",
-            )
-        return _checkpoint(path, (read_shard(path),), config=None)
+        notes = []
+        if path.suffix != folders.SUFFIX:
+            if sniff.kind_of_file(path) != sniff.SAFETENSORS:
+                raise folders.refuse_file(path)
+            notes.append(f"`{path.name}` is read as safetensors, which it holds")
+        if folders.is_part(path) and "-of-00001" not in path.name:
+            notes.append(f"`{path.name}` is one shard of several; its folder is the whole model")
+        return _checkpoint(path, (read_shard(path),), folders.Choice(files=(), notes=tuple(notes)))
     if not path.is_dir():
         raise CheckpointError(
             f"`{path}` is neither a file nor a folder",
             hint="give a .safetensors file or a model folder",
         )
-    names, weight_map = _find_shards(path)
-    shards = tuple(read_shard(path / name) for name in names)
-    config_path = path / "config.json"
-    config = strict_json.read(config_path, constants=True) if config_path.exists() else None
-    found = _checkpoint(path, shards, config=config)
-    if weight_map is not None:
-        where = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
-        check_index(path, where, weight_map)
-    return found
+    config_path, noted = path / "config.json", list[str]()
+    config = None
+    if config_path.exists():
+        config = strict_json.read(config_path, constants=True, notes=noted)
+    choice = folders.choose(path, config)
+    shards = tuple(read_shard(path / name, name=name) for name in choice.files)
+    return _checkpoint(path, shards, choice, config=config, noted=noted)
 
 
 def _checkpoint(
     path: Path,
     shards: tuple[Shard, ...],
+    choice: folders.Choice,
     *,
-    config: dict[str, Any] | None,
+    config: dict[str, Any] | None = None,
+    noted: Iterable[str] = (),
 ) -> Checkpoint:
+    notes = [*noted, *choice.notes]
     found: dict[str, TensorInfo] = {}
+    places = {shard.name: shard for shard in shards}
     for tensor in (tensor for shard in shards for tensor in shard.tensors):
-        if not tensor.numel:
-            raise CheckpointError(
-                f"tensor `{tensor.name}` of `{path}` has shape {list(tensor.shape)}: no elements",
-                hint="remove it from the checkpoint",
-            )
-        other = found.setdefault(tensor.name, tensor)
-        if other is not tensor:
-            raise CheckpointError(
-                f"tensor `{tensor.name}` is in both `{other.shard}` and `{tensor.shard}`",
-                hint="delete the stale shard, or the copy",
-            )
+        other = found.get(tensor.name)
+        if other is not None:
+            told = (choice.weight_map or {}).get(tensor.name)
+            notes.append(_settle(places[other.shard], other, places[tensor.shard], tensor, told))
+        found[tensor.name] = tensor  # as for transformers, the last one counts
     if not found:
         raise CheckpointError(f"`{path}` holds no tensors", hint="is this the right file?")
+    if choice.weight_map is not None:
+        where = {name: tensor.shard for name, tensor in found.items()}
+        notes += check_index(path, where, choice.weight_map, config=config)
     return Checkpoint(
         path=path,
         shards=shards,
         tensors=tuple(found[name] for name in sorted(found)),
         config=config,
+        notes=tuple(notes),
     )
 
 
-def _find_shards(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """Name the files to read: one whole file before an index, as transformers does."""
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"], None
-    indexes = sorted(p.name for p in folder.glob("*" + INDEX_SUFFIX))
-    if len(indexes) == 1:
-        weight_map = read_index(folder / indexes[0])
-        return sorted(set(weight_map.values())), weight_map
-    files = sorted(p.name for p in folder.glob("*.safetensors"))
-    if not indexes and len(files) == 1:
-        return files, None
-    if indexes:
+def _settle(first: Shard, one: TensorInfo, last: Shard, other: TensorInfo, told: str | None) -> str:
+    """Say which of two tensors of one name counts, or refuse where readers would differ."""
+    both = f"tensor `{one.name}` is in both `{first.name}` and `{last.name}`"
+    if told is not None and told != last.name and not _is_same(first, one, last, other):
         raise CheckpointError(
-            f"`{folder}` holds {len(indexes)} indexes: {', '.join(indexes)}", hint="keep one"
+            f"{both}, with different values, and the index says `{told}`",
+            hint="delete the stale shard, or the copy: readers differ on which of them counts",
         )
-    if files:
+    if told is None and not _is_same(first, one, last, other):
         raise CheckpointError(
-            f"`{folder}` holds {len(files)} .safetensors files and no index: "
-            f"{', '.join(files[:4])}",
-            hint="give one of the files, or restore model.safetensors.index.json",
+            f"{both}, with different values, and no index says which counts",
+            hint="delete the stale shard, or the copy",
         )
-    foreign = sorted(p.name for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
-    held = f"only {', '.join(foreign[:4])}" if foreign else "no weights"
-    raise CheckpointError(
-        f"`{folder}` holds no .safetensors file, {held}",
-        hint="save the model with `save_pretrained(..., safe_serialization=True)` first",
-    )
+    return f"{both}: that of `{last.name}` is read"
 
 
-def read_index(path: Path, *, suffix: str = ".safetensors") -> dict[str, str]:
-    """Read a weight_map; every file in it is a plain name inside the index's folder and exists."""
-    weight_map = strict_json.read(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            f"`{path}` has no `weight_map`", hint="restore the index that came with the model"
-        )
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or file != Path(file).name or not file.endswith(suffix):
+def _is_same(first: Shard, one: TensorInfo, last: Shard, other: TensorInfo) -> bool:
+    """Tell whether two tensors are alike to the last bit."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with open_regular(first.path) as left, open_regular(last.path) as right:
+        left.seek(one.offset)
+        right.seek(other.offset)
+        sizes = (min(PIECE, one.nbytes - start) for start in range(0, one.nbytes, PIECE))
+        return all(left.read(size) == right.read(size) for size in sizes)
+
+
+def check_index(
+    folder: Path,
+    where: Mapping[str, str],
+    weight_map: Mapping[str, str],
+    *,
+    config: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Hold an index against the files; say what is unusual, and refuse what a model would lack.
+
+    transformers reads every tensor of the files that the index names, whatever it says of each.
+
+    Args:
+        folder: where the index is, for errors.
+        where: the file of each tensor found.
+        weight_map: the file of each tensor, as the index has it.
+        config: what config.json says; a head that it ties needs no tensor of its own.
+    Returns:
+        Notes.
+    Raises:
+        CheckpointError: a tensor that a model would need is in no file.
+    """
+    lacking = sorted(weight_map.keys() - where.keys())
+    for name in lacking:
+        if not folders.is_spare(name, where, config):
             raise CheckpointError(
-                f"`{path}` sends tensor `{name}` to {shown(file)}, which is not a {suffix} name "
-                f"in its folder",
-                hint="shards must lie beside the index",
+                f"tensor `{name}` is in the index of `{folder}` and not in `{weight_map[name]}`",
+                hint=f"{hints.fetch(folder / weight_map[name])}: the shard is of another version",
             )
-    for file in sorted(set(weight_map.values())):
-        if not (path.parent / file).is_file():
-            raise CheckpointError(
-                f"`{path}` names `{file}`, which is not there", hint="download the missing shard"
-            )
-    return weight_map
-
-
-def check_index(folder: Path, where: dict[str, str], weight_map: dict[str, str]) -> None:
-    """Refuse an index that does not say of every tensor where it is."""
-    for name in sorted(weight_map.keys() - where.keys()):
-        raise CheckpointError(
-            f"tensor `{name}` is in the index of `{folder}` and not in `{weight_map[name]}`",
-            hint="the shard is of another version; download it again",
+    moved = sorted(name for name in where if weight_map.get(name, where[name]) != where[name])
+    extra = sorted(where.keys() - weight_map.keys())
+    return [
+        f"{what}: {_some(names)}"
+        for what, names in (
+            ("in the index, in no file, and not needed", lacking),
+            ("in another file than the index says", moved),
+            ("read, though the index does not list them", extra),
         )
-    for name in sorted(name for name in where if weight_map.get(name, where[name]) != where[name]):
-        raise CheckpointError(
-            f"tensor `{name}` is in `{where[name]}` and the index of `{folder}` says "
-            f"`{weight_map[name]}`",
-            hint="the index is of another version; download it again",
-        )
-    for name in sorted(where.keys() - weight_map.keys()):
-        raise CheckpointError(
-            f"tensor `{name}` is in `{where[name]}` and not in the index of `{folder}`",
-            hint="the index is of another version; download it again",
-        )
+        if names
+    ]
 
 
-def read_shard(path: Path) -> Shard:
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(f"`{name}`" for name in names[:4]) + more
+
+
+def read_shard(path: Path, *, name: str | None = None) -> Shard:
     """Read and check one safetensors header.
 
+    Args:
+        path: the file.
+        name: what the shard is called; the file's own name where it is not given.
     Raises:
         CheckpointError: the header is cut, too long, not JSON, or names a dtype, shape or byte
             range that is impossible; tensors overlap, leave holes or do not end where the file
-            ends.
+            ends; or the file is of another kind.
     """
-    again = "the file is cut or damaged; download it again"
+    again = f"the file is cut or damaged: {hints.fetch(path)}"
+    name = name or path.name
     with open_regular(path) as file:
         status = os.fstat(file.fileno())
+        first = file.read(sniff.HEAD)
+        kind = sniff.kind_of(first)
+        if kind not in (None, sniff.SAFETENSORS):
+            raise CheckpointError(
+                f"`{path}` is {kind}, not safetensors", hint=sniff.remedy(str(kind), path)
+            )
         if status.st_size < 8:
             raise CheckpointError(
                 f"`{path}` has {status.st_size} bytes; a header alone takes 8", hint=again
             )
-        length = int.from_bytes(file.read(8), "little")
+        length = int.from_bytes(first[:8], "little")
         if length > MAX_HEADER or length > status.st_size - 8:
             limit = min(MAX_HEADER, status.st_size - 8)
             raise CheckpointError(
                 f"`{path}` claims a header of {length} bytes where {limit} fit", hint=again
             )
-        raw = file.read(length)
+        file.seek(8)
+        raw = file.read(length).lstrip(b" \t\r\n")
     if not raw.startswith(b"{"):
         raise CheckpointError(
             f"the header of `{path}` starts with {raw[:1]!r}, not b'{{'", hint=again
         )
     header = strict_json.parse(raw, what=f"the header of `{path}`", hint=again)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):
         raise CheckpointError(f"`__metadata__` of `{path}` is not a map of strings", hint=again)
     tensors = [
         _parse_tensor(
-            path, name, entry, data_start=8 + length, data_size=status.st_size - 8 - length
+            path,
+            key,
+            entry,
+            shard=name,
+            data_start=8 + length,
+            data_size=status.st_size - 8 - length,
         )
-        for name, entry in header.items()
+        for key, entry in header.items()
     ]
     _check_coverage(path, tensors, data_start=8 + length, size=status.st_size)
     return Shard(
-        name=path.name,
+        name=name,
         path=path,
         size=status.st_size,
         mtime_ns=status.st_mtime_ns,
@@ -291,14 +325,14 @@ def _is_count(value: object) -> bool:
 
 
 def _parse_tensor(
-    path: Path, name: str, entry: object, *, data_start: int, data_size: int
+    path: Path, name: str, entry: object, *, shard: str, data_start: int, data_size: int
 ) -> TensorInfo:
     def bad(what: str) -> CheckpointError:
         return CheckpointError(
             f"tensor `{name}` of `{path}` {what}", hint="the file is damaged or not safetensors"
         )
 
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise bad("is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
@@ -319,7 +353,7 @@ def _parse_tensor(
         name=name,
         dtype=dtype,
         shape=tuple(shape),
-        shard=path.name,
+        shard=shard,
         offset=data_start + begin,
         nbytes=end - begin,
     )
@@ -347,22 +381,52 @@ class ShardReader:
     """Reads byte ranges of shards into buffers of the caller; threads may share it."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Open every shard and make sure each is still the file whose header was read."""
+        """Open every shard and make sure each is still the file whose header was read.
+
+        Where the system allows fewer open files, shards are opened when they are read, and those
+        that were read longest ago are closed.
+        """
         self._shards = {shard.name: shard for shard in checkpoint.shards}
-        self._fds: dict[str, int] = {}
+        self._fds: dict[str, int] = {}  # the one used last is last, where not all fit
+        self._users: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._room = _open_files()
+        self._fit = len(self._shards) <= self._room
         try:
-            for shard in checkpoint.shards:
-                self._fds[shard.name] = os.open(
-                    shard.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
-                )
-            self.check_unchanged()
+            if self._fit:
+                for name, shard in self._shards.items():
+                    self._fds[name] = _reopen(shard)
+            else:
+                self.check_unchanged()
         except BaseException:
             self.close()
             raise
 
     def read_into(self, buffer: memoryview, tensor: TensorInfo, *, start: int) -> None:
         """Fill `buffer` with the tensor's bytes from `start` on."""
-        fill(self._fds[tensor.shard], buffer, tensor.offset + start, what=f"`{tensor.shard}`")
+        with self._opened(tensor.shard) as fd:
+            fill(fd, buffer, tensor.offset + start, what=f"`{tensor.shard}`")
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[int]:
+        """Hold a shard open, closing one that nobody reads where there is no room."""
+        if self._fit:
+            yield self._fds[name]
+            return
+        with self._lock:
+            fd = self._fds.pop(name, None)
+            if fd is None:
+                idle = [other for other in self._fds if not self._users[other]]
+                for other in idle[: max(0, len(self._fds) + 1 - self._room)]:
+                    os.close(self._fds.pop(other))
+                fd = _reopen(self._shards[name])
+            self._fds[name] = fd
+            self._users[name] += 1
+        try:
+            yield fd
+        finally:
+            with self._lock:
+                self._users[name] -= 1
 
     def pieces(self, tensor: TensorInfo) -> Iterator[memoryview]:
         """Yield a tensor's bytes piece by piece, in one buffer."""
@@ -384,18 +448,54 @@ class ShardReader:
     def check_unchanged(self) -> None:
         """Raise if a shard was replaced, cut or written to since its header was read."""
         for name, shard in self._shards.items():
-            now = os.fstat(self._fds[name])
-            if (now.st_size, now.st_mtime_ns) != (shard.size, shard.mtime_ns):
-                raise CheckpointError(
-                    f"`{shard.path}` changed while it was read ({shard.size} bytes before, "
-                    f"{now.st_size} now)",
-                    hint="let whatever writes it finish, then start again",
-                )
+            if name in self._fds:
+                _check_same(self._fds[name], shard)
+            else:
+                os.close(_reopen(shard))
 
     def close(self) -> None:
         """Close every shard."""
         while self._fds:
             os.close(self._fds.popitem()[1])
+
+
+def _open_files() -> int:
+    """How many shards may be open at once: what else a run opens takes less than the rest."""
+    try:
+        import resource
+    except ImportError:  # no such limit there
+        return sys.maxsize
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else max(4, soft // 4)
+
+
+def _reopen(shard: Shard) -> int:
+    """Open a shard, and make sure that it is the file whose header was read."""
+    try:
+        fd = os.open(shard.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except OSError as error:
+        if not is_starved(error):
+            raise
+        raise ResourceError(
+            f"cannot read `{shard.path}`: {reason(error)}",
+            hint=way_out(error, "repeat the same command"),
+        ) from error
+    try:
+        _check_same(fd, shard)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_same(fd: int, shard: Shard) -> None:
+    now = os.fstat(fd)
+    if (now.st_size, now.st_mtime_ns) != (shard.size, shard.mtime_ns):
+        raise CheckpointError(
+            f"`{shard.path}` changed while it was read ({shard.size} bytes before, "
+            f"{now.st_size} now)",
+            hint="let whatever writes it finish, then start again",
+        )
 
 
 def metadata_of(path: Path) -> dict[str, str] | None:

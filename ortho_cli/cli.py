@@ -13,7 +13,7 @@ import typer
 from ortho_cli import __version__, boundary
 from ortho_cli.cli_bench import bench
 from ortho_cli.cli_inspect import inspect
-from ortho_cli.cli_shared import place_output, plan_of, run_facts, show, show_plan
+from ortho_cli.cli_shared import located, place_output, plan_of, run_facts, show, show_plan
 from ortho_cli.errors import UsageError
 from ortho_cli.options import (
     BeforeOption,
@@ -142,8 +142,10 @@ def decompose(
             "--identity opens what was sealed, and nothing is: there is no --seal-to",
             hint="leave --identity out, or give the recipients of the run to go on with",
         )
+    model = located(model, quiet=quiet)
+    before = located(reference, quiet=quiet) if reference else None
     given = [*(forget or []), *(data or []), seal_passphrase_file, identity]
-    checkpoint, plan = plan_of(model, stats, recipe, sets, workers, reference, copy, given)
+    checkpoint, plan = plan_of(model, stats, recipe, sets, workers, before, copy, given)
     target, said = place_output(out, model)
     plan = _meet(plan, checkpoint, target_bits, quiet=quiet)
     read = files_of(checkpoint, *plan.inputs, *(forget or []), *(data or []))
@@ -223,6 +225,7 @@ def calibrate(
 
     asked = () if gram is None else (f"calibrate.gram={gram}",)
     settings = load_recipe(recipe, [*(sets or ()), *asked])
+    model = located(model, quiet=quiet)
     checkpoint = open_checkpoint(model)
     check_output(
         out,
@@ -235,7 +238,8 @@ def calibrate(
     plan = make_plan(checkpoint, settings, read_sets(model, data, forget or [], settings.calibrate))
     check_space(plan.bytes_written + plan.bytes_scratch, out, kind="statistics with their sums")
     if dry_run:
-        show(plan.to_json(), report.print_calibration_plan, as_json, quiet, source=str(model))
+        document = plan.to_json() | {"notes": list(checkpoint.notes)}
+        show(document, report.print_calibration_plan, as_json, quiet, source=str(model))
         return
     began = time.perf_counter()
     with ProgressSink("calibrate", quiet=quiet, verbose=verbose) as sink:
@@ -317,6 +321,7 @@ def convert(
     from ortho_cli.seal import read_keys
 
     size = parse_size(shard_size)
+    source = located(source, quiet=quiet)
     keys = read_keys(identity)
     opening = work.open_source(source, alpha=alpha, keys=keys, key=key)
     with contextlib.closing(opening) as opened:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ortho_cli.cli_shared import located
 from ortho_cli.errors import UsageError
 from ortho_cli.options import (
     AlphaOption,
@@ -90,6 +91,9 @@ def bench(
     from ortho_cli.bench_plan import Settings, parse_alphas
     from ortho_cli.report_progress import ProgressSink
 
+    artifact, model, reference_model = (
+        path and located(path, quiet=quiet) for path in (artifact, model, reference_model)
+    )
     settings = Settings(
         artifact=artifact or Path(),
         alphas=parse_alphas(alpha or ["0", "1"]),

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ortho_cli.cli_shared import plan_of, show, show_plan
+from ortho_cli.cli_shared import located, plan_of, show, show_plan
 from ortho_cli.errors import UsageError
 from ortho_cli.opening import open_artifact
 from ortho_cli.options import (
@@ -57,9 +57,11 @@ def inspect(
     from ortho_cli.statistics import is_statistics
 
     _check_device(device)
+    path = located(path, quiet=quiet)
+    expect_source = located(expect_source, quiet=quiet) if expect_source else None
     measured = is_statistics(path)
     ours = not measured and artifact.is_artifact(path, damaged=True)
-    if expect_source and not ours:
+    if expect_source and not ours and path.exists():
         raise UsageError(
             f"`{path}` is no artifact, and --expect-source checks where one comes from",
             hint="leave --expect-source out",

@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     from ortho_cli.plan import Plan
 
 
+def located(given: Path, *, quiet: bool) -> Path:
+    """Find the folder that a path, or the name of a model in the Hub's cache, means."""
+    from ortho_cli.hub import locate
+
+    found, note = locate(given)
+    if note and not quiet:
+        from ortho_cli import report
+
+        report.print_note(note)
+    return found
+
+
 def plan_of(
     model: Path,
     stats: Path | None,

@@ -75,7 +75,7 @@ def open_source(
                 hint="--alpha 1 is the full model, --alpha 0 is base alone",
             )
         return open_dense(path, alpha, keys)
-    if alpha is not None:
+    if alpha is not None and path.exists():
         raise UsageError(
             f"`{path}` is no artifact, and --alpha {alpha:g} is for artifacts",
             hint="leave --alpha out",

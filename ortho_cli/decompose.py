@@ -141,6 +141,8 @@ def decompose(
     sources = files_of(checkpoint, *plan.inputs)
     check_output(out, sources, force=force, is_ours=artifact.is_artifact)
     check_space(plan.bytes_on_disk + scratch_bytes(plan.ortho, seal), out)
+    for note in plan.notes:
+        on_event(Noted(message=note))
     if plan.recipe.ortho.budget == "global" and plan.kept is None:
         from ortho_cli.budget import settle
 

@@ -19,6 +19,7 @@ what to do.
 from __future__ import annotations
 
 import errno
+import shlex
 from pathlib import Path
 
 _STARVED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO})
@@ -33,6 +34,44 @@ def reason(error: Exception) -> str:
 def is_starved(error: BaseException) -> bool:
     """Tell whether the system lacks something, or a disk fails, whatever file was asked for."""
     return isinstance(error, OSError) and error.errno in _STARVED
+
+
+# What to do about what the system said, where that does not depend on the file.
+_WAYS_OUT = {
+    errno.EMFILE: "allow more of them with `ulimit -n 4096`, then repeat the same command",
+    errno.ENFILE: "close other programs, or raise fs.file-max, then repeat the same command",
+    errno.ENOMEM: "use fewer --workers or a lower density, or close other programs",
+    errno.EIO: "look at the disk it lies on (`dmesg` says more), then repeat the same command",
+    errno.ENAMETOOLONG: "give a shorter name; most systems allow 255 bytes a name",
+    errno.ENOSPC: "free space there, or choose a path on another disk",
+    errno.EDQUOT: "your quota there is used up: free space, or choose a path on another disk",
+    errno.EROFS: "that disk cannot be written to: choose a path on another one",
+    errno.EFBIG: "that file system holds no files as large: choose a path on another disk",
+    errno.ELOOP: "a link there leads round in a circle: give the path that it should lead to",
+    errno.EISDIR: "it is a folder: give a file",
+    errno.ENOTDIR: "a file stands where a folder should: check the path",
+    errno.ESTALE: "the network disk lost it: mount it again, then repeat the same command",
+    errno.ENOTCONN: "the network disk is gone: mount it again, then repeat the same command",
+    errno.ETIMEDOUT: "the network disk does not answer: repeat the same command when it does",
+    errno.E2BIG: "give fewer files, or a folder",
+}
+
+
+def way_out(error: OSError, otherwise: str, *, path: object = None, writing: bool = False) -> str:
+    """Say what to do about an error of the system.
+
+    Args:
+        error: what the system said.
+        otherwise: what to do where its number tells nothing.
+        path: the file that it happened to, where the error does not name it.
+        writing: it was to be written.
+    """
+    if error.errno in (errno.EACCES, errno.EPERM):
+        where = error.filename or path
+        if writing or not where:
+            return "choose a path that you may write to"
+        return f"`ls -ld {shlex.quote(str(where))}` shows who may read and write it"
+    return _WAYS_OUT.get(error.errno or 0, otherwise)
 
 
 def shown(value: object) -> str:
@@ -129,6 +168,5 @@ def unreadable(
         what: a word on what the file is, and a space.
     """
     told = f"cannot read {what}`{error.filename or path}`: {reason(error)}"
-    if is_starved(error):
-        return ResourceError(told, hint="see to that, then repeat the same command")
-    return kind(told, hint=hint)
+    hint = way_out(error, hint, path=path)
+    return ResourceError(told, hint=hint) if is_starved(error) else kind(told, hint=hint)

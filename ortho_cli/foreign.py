@@ -78,6 +78,7 @@ def _open_safetensors(checkpoint: Checkpoint) -> Source:
         files=tuple(mark(shard.path) for shard in checkpoint.shards),
         config=checkpoint.config,
         own=own,
+        notes=checkpoint.notes,
         aliases={k: v for k, v in told.items() if v in names and k not in names},
         close=reader.close,
     )

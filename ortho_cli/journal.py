@@ -417,7 +417,7 @@ def unwritable(path: Path, error: OSError) -> ResourceError:
     """Say why a file could not be written."""
     return ResourceError(
         f"cannot write `{path}`: {errors.reason(error)}",
-        hint="free space there, or choose another -o",
+        hint=errors.way_out(error, "choose another -o", path=path, writing=True),
     )
 
 

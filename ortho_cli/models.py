@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ortho_cli import strict_json
+from ortho_cli import folders, hints, hub, sniff, strict_json
 from ortho_cli.artifact import module_of
 from ortho_cli.checkpoint import open_checkpoint
-from ortho_cli.errors import CalibrationError, CheckpointError, OrthoError, RecipeError, UsageError
+from ortho_cli.errors import (
+    CalibrationError,
+    CheckpointError,
+    OrthoError,
+    RecipeError,
+    UsageError,
+    way_out,
+)
 from ortho_cli.files import is_trusted
 from ortho_cli.streams import is_plain_linear
 
@@ -43,16 +51,33 @@ def quiet_transformers() -> Iterator[Any]:
             talk.enable_progress_bar()
 
 
-# What a model is built of one by one, in Python, before any weight is looked for.
-_PARTS = re.compile(r"(layers?|blocks?|experts)$")
-MOST_PARTS = 4096  # experts, which may be fused in one tensor, or layers of a .bin
+# What a model is built of one by one, in Python, before any weight is looked for; other keys that
+# end so are places, periods and switches. Of what is fused in one tensor Python builds none.
+_PARTS = re.compile(r"(layers?|blocks?|experts|depths?)$")
+_NO_PARTS = re.compile(r"^(max|min|accept|skip|use|share|scale)_|_(every_n|per|topk)_")
+MOST_LAYERS = 1024  # eight times as many as any model has that is known to transformers
+MOST_PARTS = 4096  # experts of a layer
+MOST_BUILT = 1 << 17  # experts of all layers; minutes of Python
 
 
 @contextlib.contextmanager
 def explained(
-    folder: Path, what: str, *, hint: str, kind: type[OrthoError] = CheckpointError
+    folder: Path,
+    what: str,
+    *,
+    hint: str,
+    kind: type[OrthoError] = CheckpointError,
+    files: Iterable[str] = (),
 ) -> Iterator[None]:
-    """Turn whatever transformers raises on a folder into an error of one sentence."""
+    """Turn whatever transformers raises on a folder into an error of one sentence.
+
+    Args:
+        folder: what it reads.
+        what: the sentence, to which its own first line is added.
+        hint: what to do.
+        kind: of the error.
+        files: what it reads there, any of which may be a pointer to the file itself.
+    """
     try:
         yield
     except Exception as error:
@@ -61,6 +86,9 @@ def explained(
                 f"`{folder}` needs Python code of its own, which is not run without being asked to",
                 hint="read its .py files; --trust-remote-code runs them, with all of your rights",
             ) from error
+        refuse_pointers(folder, files)
+        if "too many open files" in str(error).lower():
+            hint = way_out(OSError(errno.EMFILE, ""), hint)
         raise kind(f"{what}: {_first_line(error)}", hint=hint) from error
 
 
@@ -76,11 +104,24 @@ def check_folder(folder: Path) -> None:
                 f"`{path}` is not a regular file", hint="remove it from the model's folder"
             )
     if not (folder / "config.json").is_file():
-        what = "is a file" if folder.is_file() else "has no config.json"
+        what = "has no config.json" if folder.is_dir() else "does not exist"
         raise CheckpointError(
-            f"`{folder}` {what}, so it is no transformers model",
-            hint="give the model's folder, with its config and tokenizer",
+            f"`{folder}` {'is a file' if folder.is_file() else what}, so it is no transformers "
+            "model",
+            hint=_hint_without_config(folder),
         )
+
+
+def _hint_without_config(path: Path) -> str:
+    """Say how to come by a transformers folder: some formats can be converted to one."""
+    usual = "give the model's folder, with its config and tokenizer"
+    if not path.exists():
+        return hub.advice(path) or usual
+    held = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
+    foreign = [p for p in held if sniff.kind_of_file(p) in (sniff.GGUF, sniff.TORCH, sniff.PICKLE)]
+    if foreign and not folders.is_part(foreign[0]):
+        return hints.convert(foreign[0])
+    return usual
 
 
 def check_claims(folder: Path) -> None:
@@ -91,25 +132,64 @@ def check_claims(folder: Path) -> None:
     """
     config = strict_json.read(folder / "config.json", constants=True)
     here = any(folder.glob("*.safetensors"))
-    layers = len(open_checkpoint(folder).tensors) if here else MOST_PARTS
-    check_parts(config, layers=layers, told=folder / "config.json")
+    tensors = open_checkpoint(folder).tensors if here else ()
+    sizes = {size for tensor in tensors for size in tensor.shape}
+    check_parts(config, layers=len(tensors), told=folder / "config.json", sizes=sizes)
 
 
-def check_parts(config: dict[str, Any], *, layers: int, told: Path) -> None:
-    """Refuse what `told` says of a model that has more layers or experts than it can have.
+def check_parts(
+    config: dict[str, Any], *, layers: int, told: Path, sizes: Collection[int] = ()
+) -> None:
+    """Refuse what `told` says of a model that has more layers or experts than any can have.
 
+    Args:
+        config: what it says.
+        layers: tensors of the checkpoint; there can be a layer for each.
+        told: the file, for the error.
+        sizes: of the tensors' dimensions; experts that are fused in one are not built.
     Raises:
         CheckpointError: names the key.
     """
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+    for part in _levels(config):
+        most = {"layers": 1, "experts": 1}
         for key, value in part.items():
-            named = _PARTS.search(key)
-            most = MOST_PARTS if named and named[0] == "experts" else layers
-            if named and isinstance(value, int | float) and value > most:
-                raise CheckpointError(
-                    f"`{told}` says `{key}` is {value!s:.24}, and there can be {most} at most",
-                    hint="restore the file that came with the model",
-                )
+            kind = _kind_of_part(key)
+            counts = [n for n in value if _is_number(n)] if isinstance(value, list) else [value]
+            count = max((n for n in counts if _is_number(n)), default=0)
+            if kind is None or (kind == "experts" and count in sizes):
+                continue
+            bound = MOST_PARTS if kind == "experts" else max(layers, MOST_LAYERS)
+            if not count <= bound:
+                raise _too_many(told, f"`{key}` is {count!s:.24}", bound)
+            most[kind] = max(most[kind], int(count))
+        built = most["layers"] * most["experts"]
+        if built > max(MOST_BUILT, layers):
+            said = f"there are {most['layers']} layers of {most['experts']} experts each"
+            raise _too_many(told, said, max(MOST_BUILT, layers))
+
+
+def _levels(config: dict[str, Any], depth: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield a config and those of its parts, which lie one in the other."""
+    yield config
+    for value in config.values():
+        if isinstance(value, dict) and depth < 8:
+            yield from _levels(value, depth + 1)
+
+
+def _kind_of_part(key: str) -> str | None:
+    named = None if _NO_PARTS.search(key) else _PARTS.search(key)
+    return None if named is None else "experts" if named[0] == "experts" else "layers"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _too_many(told: Path, said: str, most: int) -> CheckpointError:
+    return CheckpointError(
+        f"`{told}` says {said}, and there can be {most} at most",
+        hint="restore the file that came with the model",
+    )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -121,12 +201,30 @@ def load_tokenizer(folder: Path) -> Any:
     check_folder(folder)
     what = f"`{folder}` has no tokenizer that transformers can read"
     hint = "copy tokenizer.json and tokenizer_config.json from the original model"
-    with quiet_transformers() as transformers, explained(folder, what, hint=hint):
+    with (
+        quiet_transformers() as transformers,
+        explained(folder, what, hint=hint, files=TOKENIZER_FILES),
+    ):
         found = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=is_trusted()
         )
         found("a", verbose=False)  # some settings are looked at only here
     return found
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def refuse_pointers(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a file that stands for another: a Git LFS pointer, a web page, an error message.
+
+    Raises:
+        CheckpointError: says what it is, and how to get the file itself.
+    """
+    for path in (folder / name for name in names):
+        kind = sniff.kind_of_file(path) if path.is_file() else None
+        if kind is not None and sniff.is_stand_in(kind):
+            raise CheckpointError(f"`{path}` is {kind}", hint=sniff.remedy(kind, path))
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> nn.Module:

@@ -117,9 +117,6 @@ def _check_base(base: Shard) -> tuple[dict[str, tuple[int, int]], dict[str, int]
     """Find shape and bits of every split module, by name."""
     path, suffix = base.path, ".weight_packed"
     tensors = {tensor.name: tensor for tensor in base.tensors}
-    for tensor in base.tensors:
-        if not tensor.numel:
-            raise damaged(path, f"tensor `{tensor.name}` has shape {list(tensor.shape)}")
     split = sorted(name.removesuffix(suffix) for name in tensors if name.endswith(suffix))
     for module in split:
         packed = tensors[f"{module}.weight_packed"]
@@ -132,6 +129,7 @@ def _check_base(base: Shard) -> tuple[dict[str, tuple[int, int]], dict[str, int]
             and (shape.dtype, shape.shape) == ("I64", (2,))
             and len(packed.shape) == len(scale.shape) == 2
             and packed.shape[0] == scale.shape[0]
+            and packed.numel > 0 < scale.numel
         )
         if not sound:
             raise damaged(

@@ -7,6 +7,8 @@ here, before anything is read or written.
 from __future__ import annotations
 
 import hashlib
+import json
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from ortho_cli.refusals import (
 )
 from ortho_cli.seal import IDENTITY_FILE, SEALED_FILE
 from ortho_cli.selection import check_overrides, select, tensor_settings
-from ortho_cli.settings import GROUP_SIZES, Recipe, Saliency, Scale
+from ortho_cli.settings import GROUP_SIZES, Recipe, Saliency, Scale, fold_names
 from ortho_cli.side_files import SideFiles, choose, choose_none
 from ortho_cli.statistics import Statistics, check_weights
 from ortho_cli.writer import CHUNK, Layout, TensorSpec, plan_layout
@@ -86,6 +88,7 @@ class Plan:
     statistics: Statistics | None
     reference: Checkpoint | None = None
     kept: Mapping[str, int] | None = None  # entries of each tensor, where they do not follow
+    notes: tuple[str, ...] = ()  # what is unusual of the source, and read all the same
 
     @property
     def split(self) -> tuple[TensorPlan, ...]:
@@ -188,7 +191,7 @@ class Plan:
                 *({"name": file.name, "size": file.size} for file in self.side.copied),
             ],
             "left_out": self.side.to_json(),
-            "notes": self.side.notes,
+            "notes": [*self.notes, *self.side.notes],
             "tensors": [
                 {
                     "name": tensor.name,
@@ -277,6 +280,10 @@ def make_plan(
         statistics=statistics,
         reference=reference,
         kept=kept,
+        notes=(
+            *checkpoint.notes,
+            *(f"of the reference: {note}" for note in (reference.notes if reference else ())),
+        ),
     )
 
 
@@ -384,7 +391,8 @@ def _group_size(split: list[TensorInfo], recipe: Recipe) -> int:
     for size in sizes:
         if all(tensor.shape[1] % size == 0 for tensor in split):
             return size
-    worst = next(tensor for tensor in split if tensor.shape[1] % sizes[-1])
+    unfit = [tensor for tensor in split if tensor.shape[1] % sizes[-1]]
+    worst, others = unfit[0], len(unfit) - 1
     asked = (
         f"group_size {sizes[0]}"
         if len(sizes) == 1
@@ -393,14 +401,27 @@ def _group_size(split: list[TensorInfo], recipe: Recipe) -> int:
     verb = "does not divide" if len(sizes) == 1 else "divides"
     known = (256, *GROUP_SIZES, 16, 8)
     common = [size for size in known if all(tensor.shape[1] % size == 0 for tensor in split)]
-    fitting = common or [size for size in known if worst.shape[1] % size == 0]
-    scope = "every target" if common else "this tensor"
+    ways = []
+    if common:
+        also = f" (so do {', '.join(map(str, common[1:]))})" if common[1:] else ""
+        ways.append(f"`--set base.group_size={common[0]}` fits every target{also}")
+    if len(unfit) < len(split):
+        ways.append(_ignore(unfit, split, recipe))
     raise RecipeError(
-        f"{asked} {verb} in_features {worst.shape[1]} of `{worst.name}`",
-        hint=f"sizes that divide {scope}: {', '.join(map(str, fitting))}"
-        if fitting
-        else "no multiple of 8 divides it; add the tensor to `ignore`",
+        f"{asked} {verb} in_features {worst.shape[1]} of `{worst.name}`"
+        + (f", nor what {others} more tensors have" if others else ""),
+        hint="; or ".join(ways) or "no multiple of 8 divides any target: there is nothing to split",
     )
+
+
+def _ignore(unfit: list[TensorInfo], split: list[TensorInfo], recipe: Recipe) -> str:
+    """Word the one setting that leaves out what does not fit, beside what is left out already."""
+    names = {tensor.name for tensor in unfit}
+    # What is fused with one of them has its width, and is among them.
+    patterns = fold_names(names, {tensor.name for tensor in split} - names)
+    value = json.dumps([*recipe.ignore, *patterns], ensure_ascii=False)
+    word = shlex.quote(f"ignore={value}")
+    return f"`--set {word}` carries {'these' if len(unfit) > 1 else 'it'} over unchanged"
 
 
 def _plan_tensor(
@@ -475,7 +496,7 @@ def _sha256(
 
 def tile_rows(shape: tuple[int, ...], elements: int = TILE_ELEMENTS) -> int:
     """Rows of a tile: about so many elements, at least one row."""
-    return max(1, min(shape[0], elements // shape[1]))
+    return max(1, min(shape[0], elements // max(1, shape[1])))
 
 
 def _peak_bytes(

@@ -109,7 +109,7 @@ def _build(
                 trust_remote_code=trusted,
             )
     for kind in KEYS:
-        found = info.get(kind)
+        found = [key for key in info.get(kind) or () if not _is_unused(kind, key, swapped)]
         if found:
             first = sorted(map(str, found))[0]
             raise ArtifactError(
@@ -122,6 +122,14 @@ def _build(
     model.config.quantization_config = told
     model.is_quantized = False
     return model, swapped
+
+
+def _is_unused(kind: str, key: object, swapped: Mapping[str, OrthoLinear]) -> bool:
+    """Tell a tensor that was carried over and that the model has no use for, as in the source."""
+    module = str(key).rpartition(".")[0]
+    return kind == "unexpected_keys" and not any(
+        module == name or module.endswith("." + name) for name in swapped
+    )
 
 
 @contextmanager

@@ -66,6 +66,11 @@ def print_error(error: OrthoError) -> None:
         console.print(Text.assemble(("hint: ", "bold"), visible(error.hint)), soft_wrap=True)
 
 
+def print_note(note: str) -> None:
+    """Print something that the user should know and need not act on."""
+    make_console().print(visible(f"note: {note}"), soft_wrap=True)
+
+
 def print_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print a traceback, whose last line can say what a stranger named, as `visible` text."""
     for entry in traceback.format_exception(kind, error, trace):
@@ -401,6 +406,7 @@ def print_calibration_plan(document: dict[str, Any], *, source: str) -> None:
         *_set_lines(document["data"]),
         f"writes {size(totals['bytes_written'])}, and {size(totals['bytes_scratch'])} of sums "
         "while it works",
+        *(f"note: {note}" for note in document["notes"]),
     ):
         console.print(visible(line), soft_wrap=True)
 

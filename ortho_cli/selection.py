@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ortho_cli import artifact
+from ortho_cli import artifact, hints
 from ortho_cli.artifact import module_of
 from ortho_cli.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.errors import CheckpointError, OrthoError, RecipeError
@@ -52,7 +52,7 @@ def select(
     for tensor in checkpoint.tensors:
         wanted = [p for p in recipe.targets or () if matches(p, tensor.name)]
         ignored = any(matches(p, tensor.name) for p in recipe.ignore)
-        unfit = None if ignored else _unsupported(tensor, stored_in_out)
+        unfit = None if ignored or not tensor.numel else _unsupported(tensor, stored_in_out)
         if ignored:
             reason: str | None = IGNORED
         else:
@@ -68,12 +68,12 @@ def select(
             unsupported.append((tensor, unfit))
         reasons[tensor.name] = reason
     if unsupported and recipe.on_unsupported == "error":
-        raise _unsupported_error(checkpoint, unsupported)
+        raise _unsupported_error(checkpoint, unsupported, left=None in reasons.values())
     _check_targets(checkpoint, recipe, hit, reasons)
     if None not in reasons.values():
         raise CheckpointError(
             f"`{checkpoint.path}` has nothing to split: {_count(reasons)}",
-            hint="only 2-D floating weights of Linear layers can be split",
+            hint=hints.nothing_to_split(checkpoint.path, {t.dtype for t in checkpoint.tensors}),
         )
     _check_siblings(reasons)
     return reasons
@@ -143,7 +143,7 @@ def _unsupported(tensor: TensorInfo, conv1d: frozenset[str]) -> str | None:
 
 
 def _unsupported_error(
-    checkpoint: Checkpoint, unsupported: list[tuple[TensorInfo, str]]
+    checkpoint: Checkpoint, unsupported: list[tuple[TensorInfo, str]], *, left: bool
 ) -> OrthoError:
     total = sum(tensor.numel for tensor in checkpoint.tensors)
     share = sum(tensor.numel for tensor, _ in unsupported) / total
@@ -153,12 +153,14 @@ def _unsupported_error(
     return CheckpointError(
         f"tensor `{first.name}` {list(first.shape)}{others} cannot be split: {reason}{readers}; "
         f"that is {share:.1%} of all weights",
-        hint="carry such tensors over unchanged with --set on_unsupported=keep",
+        hint=hints.unsupported(checkpoint.path, reason, left=left),
     )
 
 
 def _obstacle(tensor: TensorInfo, config: dict[str, Any] | None) -> str | None:
     """Say why a tensor can never be split, whatever the recipe."""
+    if not tensor.numel:
+        return "no elements"
     if len(tensor.shape) != 2:
         return f"{len(tensor.shape)}-D"
     if tensor.dtype not in artifact.SCALE_DTYPES:

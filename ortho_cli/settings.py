@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import warnings
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -300,6 +301,32 @@ class Recipe(_Strict):
     def forgets(self) -> bool:
         """Whether secrets of a forget set are taken out of base."""
         return self.ortho.split in ("isolate", "unlearn")
+
+
+def fold_names(names: Collection[str], others: Collection[str]) -> list[str]:
+    """Fold names that differ in numbers into patterns that match them and none of the others.
+
+    Args:
+        names: what the patterns must match.
+        others: what they must not match.
+    Returns:
+        A `re:` pattern for each kind of name; exact names where a pattern would match too much.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(names):
+        parts = re.split(r"(?<![A-Za-z0-9])(\d+)(?![A-Za-z0-9])", name)
+        # `[.]` and not a backslash, which shells, YAML and JSON each take for their own.
+        folded = "".join(
+            "[0-9]+" if i % 2 else re.sub(r"[^\w/:-]", lambda found: f"[{found[0]}]", part)
+            for i, part in enumerate(parts)
+        )
+        kinds.setdefault(f"re:{folded}$", []).append(name)
+    found: list[str] = []
+    for pattern, alike in kinds.items():
+        odd = any(set(name) & set("^\\[]") for name in alike)  # no class of one character
+        exact = odd or len(alike) == 1 or any(matches(pattern, other) for other in others)
+        found += alike if exact else [pattern]
+    return found
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ortho_cli import ops
+from ortho_cli import folders, ops
 from ortho_cli.checkpoint import (
     DTYPE_BITS,
     INDEX_SUFFIX,
@@ -185,5 +185,7 @@ class RowReader:
 
 
 def has_safetensors(folder: Path) -> bool:
-    """Tell whether a folder holds safetensors, which are read before anything else."""
+    """Tell whether a folder's safetensors are what transformers would read of it."""
+    if folders.is_bin_first(folder):
+        return False
     return any(p.name.endswith((".safetensors", INDEX_SUFFIX)) for p in folder.iterdir())

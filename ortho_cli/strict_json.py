@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ortho_cli import sniff
 from ortho_cli.errors import CheckpointError
 from ortho_cli.files import read_regular
 
@@ -13,12 +15,19 @@ MAX_FILE = 100_000_000  # index and config are read whole
 MAX_PARSED = 900_000_000  # bytes that JSON may take in memory once it is parsed
 
 
+def _doubled(pairs: list[tuple[str, Any]]) -> Iterator[str]:
+    """Name the keys that stand twice with different values; the same value twice is no question."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) != value:
+            yield key
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {twice!r} stands twice")
+        for key in _doubled(pairs):
+            raise ValueError(f"key {key!r} stands twice, with different values")
     return found
 
 
@@ -26,15 +35,32 @@ def _no_constants(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 
 
-def parse(raw: bytes, *, what: str, hint: str, constants: bool = False) -> dict[str, Any]:
-    """Parse strict JSON: one object, no duplicate key, valid UTF-8, under a gigabyte once parsed.
+def parse(
+    raw: bytes,
+    *,
+    what: str,
+    hint: str,
+    constants: bool = False,
+    notes: list[str] | None = None,
+) -> dict[str, Any]:
+    """Parse strict JSON: one object, no key of two values, valid UTF-8, a gigabyte once parsed.
 
     Args:
         raw: the text.
         what: its name in errors.
         hint: what to do if it is bad.
         constants: let NaN and Infinity pass, which Python writes and JSON does not know.
+        notes: gets a word on each key of two values, whose last counts, as it does for
+            transformers; without it that is an error.
     """
+
+    def last_counts(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if notes is not None and len(found := dict(pairs)) != len(pairs):
+            twice = _doubled(pairs)
+            notes.extend(f"`{key}` stands twice in {what}: the last counts" for key in twice)
+            return found
+        return _no_duplicates(pairs)
+
     # At most 250 bytes a value with its key, and the text, its characters and theirs again.
     values = sum(map(raw.count, (b",", b"[", b"{")))
     needed = 250 * values + len(raw) * (3 if raw.isascii() else 9)
@@ -47,7 +73,7 @@ def parse(raw: bytes, *, what: str, hint: str, constants: bool = False) -> dict[
     try:
         found = json.loads(
             raw.decode(),
-            object_pairs_hook=_no_duplicates,
+            object_pairs_hook=last_counts,
             parse_constant=float if constants else _no_constants,
         )
         if b"\\u" in raw:
@@ -61,16 +87,25 @@ def parse(raw: bytes, *, what: str, hint: str, constants: bool = False) -> dict[
     return found
 
 
-def read(path: Path, *, constants: bool = False) -> dict[str, Any]:
-    """Read a JSON file that comes with a model; `constants` as in `parse`."""
+def read(path: Path, *, constants: bool = False, notes: list[str] | None = None) -> dict[str, Any]:
+    """Read a JSON file that comes with a model; `constants` and `notes` as in `parse`.
+
+    Raises:
+        CheckpointError: it is no JSON object, or something else lies under its name.
+    """
     if (size := path.stat().st_size) > MAX_FILE:
         raise CheckpointError(
             f"`{path}` has {size} bytes; at most {MAX_FILE} are read",
             hint="is it the right file?",
         )
+    raw = read_regular(path)
+    kind = sniff.kind_of(raw[: sniff.HEAD])
+    if kind is not None:
+        raise CheckpointError(f"`{path}` is {kind}, not JSON", hint=sniff.remedy(kind, path))
     return parse(
-        read_regular(path),
+        raw,
         what=f"`{path}`",
         hint="restore the file that came with the model",
         constants=constants,
+        notes=notes,
     )

@@ -166,7 +166,7 @@ def _report_tensor(plan: Plan, tensor: TensorPlan, entry: Entry, ortho: Layout) 
         "reason": tensor.reason,
         "dtype": tensor.source.dtype,
         "shape": list(tensor.source.shape),
-        "bits_per_weight": round(8 * nbytes / numel, 4),
+        "bits_per_weight": round(8 * nbytes / numel, 4) if numel else 0.0,
     }
     if tensor.reason is None:
         found |= {

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ortho_cli import strict_json
 from ortho_cli.architectures import is_tied
-from ortho_cli.checkpoint import check_index, model_name, read_index
+from ortho_cli.checkpoint import check_index, model_name
 from ortho_cli.errors import CheckpointError
 from ortho_cli.files import open_regular
+from ortho_cli.folders import read_index
 from ortho_cli.kinds import kind_of, wrong_kind
 from ortho_cli.source import DTYPE_NAMES, Source, SourceTensor, mark
 from ortho_cli.state_dicts import find_weights
@@ -187,7 +188,7 @@ def open_torch(
             if name not in dropped:
                 tensors.append(bins.tensor(file, name, tensor))
     if folder is not None and weight_map is not None:
-        check_index(folder, where, weight_map)
+        notes += check_index(folder, where, weight_map, config=config)
     return Source(
         name=model_name(path),
         kind="torch",

@@ -75,7 +75,7 @@ def _tensors_from_headers(artifact: Artifact) -> Iterator[dict[str, Any]]:
     for tensor in artifact.base.tensors:
         module, _, part = tensor.name.rpartition(".")
         if module not in split or part not in ("weight_packed", "weight_scale", "weight_shape"):
-            bits = 8 * tensor.nbytes / tensor.numel
+            bits = 8 * tensor.nbytes / tensor.numel if tensor.numel else 0.0
             yield {
                 "name": tensor.name,
                 "action": "copy",

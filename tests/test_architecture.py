@@ -14,11 +14,12 @@ PACKAGE = ROOT / "ortho_cli"
 # From the ground up; a module may import only what stands below it.
 LAYERS = [
     ["__init__"],
-    ["errors", "events", "settings", "files"],
+    ["errors", "events", "settings", "files", "hints"],
+    ["sniff", "hub"],
     ["exact"],
     ["strict_json", "recipe", "search", "ops", "topk", "data", "capture", "estimates", "kinds"],
     ["state_dicts"],
-    ["figures", "grammar", "verdict", "sniffing"],
+    ["figures", "grammar", "verdict", "sniffing", "folders"],
     ["checkpoint", "side_files", "scales", "compensate", "forget_set"],
     ["gguf_file", "gguf_rope"],
     ["gguf_config"],
@@ -57,8 +58,8 @@ LAYERS = [
     ["chain"],
     ["report", "options"],
     ["report_progress", "report_bench"],
-    ["boundary", "cli_bench", "cli_shared"],
-    ["cli_inspect"],
+    ["boundary", "cli_shared"],
+    ["cli_bench", "cli_inspect"],
     ["cli"],
     ["__main__"],
 ]

@@ -108,7 +108,7 @@ def test_cut_torch_file_is_refused(tmp_path: Path, ortho: Ortho, kept: int) -> N
     source.write_bytes(source.read_bytes()[:kept])
     ran = ortho("convert", source)
     assert ran.code == CheckpointError.exit_code
-    assert "no readable torch file" in ran.err
+    assert ("no readable torch file" if kept else "is an empty file") in ran.err
     assert ran.err.count("\n") == 2
 
 
@@ -229,7 +229,6 @@ def test_sharded_bins_are_read_through_their_index(tmp_path: Path, ortho: Ortho)
         ("steps", "../outside.bin", "not a .bin name in its folder"),
         ("steps", "pytorch_model-00003-of-00003.bin", "is not there"),
         ("absent", "pytorch_model-00001-of-00002.bin", "`absent` is in the index"),
-        ("steps", "pytorch_model-00001-of-00002.bin", "the index"),
     ],
 )
 def test_index_that_does_not_fit_is_refused(
