@@ -22,12 +22,16 @@ def plan_of(
     reference: Path | None = None,
 ) -> tuple[Any, Plan]:
     """Open a checkpoint and decide what is done with it."""
+    from ortho_cli.adapters import refuse_adapter
     from ortho_cli.checkpoint import open_checkpoint
     from ortho_cli.plan import make_plan
     from ortho_cli.recipe import load_recipe
     from ortho_cli.statistics import check_model, open_statistics
 
     settings = load_recipe(recipe, sets or ())
+    for path in (model, reference):
+        if path is not None:
+            refuse_adapter(path)
     checkpoint = open_checkpoint(model)
     found = open_statistics(stats) if stats else None
     plan = make_plan(

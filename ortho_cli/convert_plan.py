@@ -129,18 +129,11 @@ def make_plan(source: Source, *, dtype: str | None = None, shard_size: int) -> C
         dtype: bfloat16, float16 or float32, for floating tensors; None keeps each one's own.
         shard_size: most bytes of tensors in a file; a larger tensor gets a file of its own.
     Raises:
-        UsageError: another dtype, or any for a model that is quantized.
+        UsageError: another dtype.
         CheckpointError: a header would pass the format's limit.
     """
     if dtype is not None and dtype not in CASTS:
         raise UsageError(f"--dtype {dtype} is none of {', '.join(CASTS)}", hint="choose one")
-    quantized = (source.config or {}).get("quantization_config") is not None
-    if quantized and dtype is not None:
-        raise UsageError(
-            f"config.json of `{source.path}` says that the model is quantized, and --dtype {dtype} "
-            f"would round its scales",
-            hint="leave --dtype out, or start from the unquantized model",
-        )
     wanted = [(tensor, _target(tensor, dtype)) for tensor in source.tensors]
     shards = _fill_shards(wanted, shard_size)
     names = [
@@ -172,8 +165,6 @@ def make_plan(source: Source, *, dtype: str | None = None, shard_size: int) -> C
     )
     left = {name for name, _ in source.extra_files} - {name for name, _ in extra} - {CONFIG_FILE}
     notes = [f"`{name}` of the source is not copied: the name is ours" for name in sorted(left)]
-    if quantized:
-        notes.append("config.json says that the model is quantized: its tensors stay as they are")
     return ConvertPlan(
         kind=source.kind,
         tensors=tensors,

@@ -43,7 +43,9 @@ TORCH_DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+# Scales of the microscaling formats; where torch is too old to know them, their bytes.
+TORCH_DTYPES["F8_E8M0"] = getattr(torch, "float8_e8m0fnu", torch.uint8)
+DTYPE_NAMES = {dtype: name for name, dtype in reversed(TORCH_DTYPES.items())}
 WIDEST = 1 << 22  # elements of a row that is held
 FLOATS = ("F16", "BF16", "F32", "F64")  # what a cast applies to
 
