@@ -129,11 +129,17 @@ def make_plan(source: Source, *, dtype: str | None = None, shard_size: int) -> C
         dtype: bfloat16, float16 or float32, for floating tensors; None keeps each one's own.
         shard_size: most bytes of tensors in a file; a larger tensor gets a file of its own.
     Raises:
-        UsageError: another dtype.
+        UsageError: another dtype, or any other than its own for a source of packed integers.
         CheckpointError: a header would pass the format's limit.
     """
     if dtype is not None and dtype not in CASTS:
         raise UsageError(f"--dtype {dtype} is none of {', '.join(CASTS)}", hint="choose one")
+    if dtype is not None and source.own_dtype not in (None, CASTS[dtype]):
+        raise UsageError(
+            f"`{source.path}` holds packed integers, which are dequantized to {source.own_dtype} "
+            f"as its config.json says, and --dtype {dtype} is another",
+            hint="leave --dtype out; a second `ortho convert` with it casts the result",
+        )
     wanted = [(tensor, _target(tensor, dtype)) for tensor in source.tensors]
     shards = _fill_shards(wanted, shard_size)
     names = [

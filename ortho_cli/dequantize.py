@@ -64,6 +64,7 @@ def dequantize(source: Source) -> Source:
             (name, size) for name, size in source.extra_files if name not in quantized.SIDE_FILES
         ),
         notes=(*source.notes, *_notes(what)),
+        own_dtype=dtype if any(found.layout == "packed" for found in what.found) else None,
     )
 
 

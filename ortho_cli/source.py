@@ -116,6 +116,7 @@ class Source:
     notes: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)  # a dropped copy -> the one kept
     settings: Mapping[str, Any] = field(default_factory=dict)  # what the values depend on, too
+    own_dtype: str | None = None  # the only one that weights may be written in, if not any
     private: bool = False  # the result should be readable by its owner only
     close: Callable[[], None] = _nothing
 
