@@ -24,8 +24,11 @@ from ortho_cli import quantized
 from ortho_cli.errors import CheckpointError
 from ortho_cli.quantized import CAST, CONFIG_KEYS, Quantization
 from ortho_cli.quantized_parts import Held, Parts, Plan, Settings
+from ortho_cli.selection import CONV1D_MODEL_TYPES
 from ortho_cli.source import Source, SourceTensor
 
+# Layouts whose weights are (out, in) also where the model itself has them (in, out).
+TURNED = ("gptq", "nf4", "llm.int8")
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -42,6 +45,7 @@ def dequantize(source: Source) -> Source:
     if not what:
         return source
     _refuse_unknown(source.path, what)
+    _refuse_turned(source, what)
     others = {tensor.name: tensor for tensor in source.tensors}
     parts_of = {found.parts["codes"]: found for found in what.found}
     used = {name for found in what.found for name in found.parts.values()} | set(what.dropped)
@@ -81,6 +85,17 @@ def _refuse_unknown(path: Path, what: Quantization) -> None:
             f"`{path}` is rounded while it runs ({what.sign}), so its weights alone are not the "
             "model",
             hint="start from a model that computes with its own weights",
+        )
+
+
+def _refuse_turned(source: Source, what: Quantization) -> None:
+    kind = (source.config or {}).get("model_type")
+    turned = [found for found in what.found if found.layout in TURNED]
+    if turned and kind in CONV1D_MODEL_TYPES:
+        raise CheckpointError(
+            f"tensor `{turned[0].parts['codes']}` of `{source.path}` stands for a weight (out, in), "
+            f"and a {kind} has its weights (in, out)",
+            hint="it cannot be dequantized; start from the unquantized model",
         )
 
 

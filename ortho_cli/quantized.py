@@ -181,6 +181,7 @@ SIGNS: tuple[tuple[str, tuple[str, ...] | None, tuple[str, ...], str], ...] = (
     ("._weight_qdata", None, (), "torchao"),
     (".weight._data", None, (), "quanto"),
 )
+_ENDINGS = tuple(sign[0] for sign in SIGNS)  # one look at a name, of which there may be 200,000
 # What is left of a quantized weight where the rest of it is missing, or of an unknown layout.
 LEFT_OVER = frozenset({
     "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_scales",
@@ -197,6 +198,7 @@ CACHE = frozenset({
     "k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "k_cache_scale", "v_cache_scale",
     "k_zero_point", "v_zero_point",
 })  # fmt: skip
+_FUSED_ACTIVATIONS = tuple(f"_{part}" for part in sorted(ACTIVATIONS))
 MARKERS = frozenset({"scaled_fp8", "comfy_quant", "qscale_act"})
 # What scales beside a tensor of integers are called, after its name or its module's.
 BESIDE = ("_scale", "_scales", "._scale", ".absmax", "_scale_inv")
@@ -399,7 +401,7 @@ class _Examination:
     def _suspicion(self, tensor: Described) -> str | None:
         """Say why a tensor that no layout claims is part of a quantized weight all the same."""
         name, dtype = tensor.name, tensor.dtype
-        for ending, dtypes, beside, label in SIGNS:
+        for ending, dtypes, beside, label in SIGNS if name.endswith(_ENDINGS) else ():
             if name.endswith(ending) and (dtypes is None or dtype in dtypes):
                 stem = name.removesuffix(ending)
                 if all(stem + other in self._tensors for other in beside):
@@ -423,7 +425,9 @@ def _is_activation(name: str, modules: set[str]) -> bool:
     if last in ACTIVATIONS:
         return module in modules
     # A fused weight has no module of its own: `experts.down_proj_input_scale`.
-    return any(name.removesuffix("_" + part) in modules for part in ACTIVATIONS)
+    return name.endswith(_FUSED_ACTIVATIONS) and any(
+        name.removesuffix(part) in modules for part in _FUSED_ACTIVATIONS
+    )
 
 
 def _lacks_scale(tensor: Described) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ortho_cli import artifact
-from ortho_cli.adapters import refuse_adapter_names
-from ortho_cli.checkpoint import Checkpoint
+from ortho_cli.adapters import refuse_adapter, refuse_adapter_names
+from ortho_cli.checkpoint import Checkpoint, open_checkpoint
 from ortho_cli.errors import CheckpointError, RecipeError
 from ortho_cli.quantized import examine
 from ortho_cli.settings import Recipe
@@ -27,6 +29,17 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
     folder = checkpoint.path if checkpoint.path.is_dir() else None
     if what := examine(checkpoint.tensors, checkpoint.config, folder):
         raise what.refusal(checkpoint.path)
+
+
+def refuse_folder(folder: Path) -> None:
+    """Refuse a folder that transformers is about to load, if it is no plain model.
+
+    Raises:
+        CheckpointError: it is an adapter or quantized; says by what that is seen, and what helps.
+    """
+    refuse_adapter(folder)
+    if any(folder.glob("*.safetensors")):
+        refuse_quantized(open_checkpoint(folder))
 
 
 def check_reference(checkpoint: Checkpoint, reference: Checkpoint) -> None:

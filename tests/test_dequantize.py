@@ -212,7 +212,7 @@ def test_fbgemm_scales_of_square_experts_belong_to_columns(tmp_path: Path) -> No
 
 
 def test_block_of_128_is_meant_where_config_is_silent(tmp_path: Path) -> None:
-    codes, scale = fp8(200, 300), positive(2, 3)
+    codes, scale = fp8(130, 200), positive(2, 2)
     wanted = {"p.weight": reference.fp8_weight(codes, scale, (128, 128))}
     check(tmp_path, {"p.weight": codes, "p.scale": scale}, wanted)
 
@@ -515,6 +515,13 @@ def test_gptq_packed_for_a_kernel_is_refused(tmp_path: Path, form: str) -> None:
     config = {"quantization_config": {"quant_method": "gptq", "checkpoint_format": form}}
     write(tmp_path / "m", module(gptq(4)), config)
     assert repr(form) in refused(tmp_path / "m", CheckpointError)
+
+
+def test_gptq_of_a_model_with_turned_weights_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "m", module(gptq(4)), {"model_type": "gpt2"})
+    said = refused(tmp_path / "m", CheckpointError)
+    assert "`p.qweight`" in said
+    assert "gpt2" in said
 
 
 @pytest.mark.parametrize("where", ["config", "file"])
