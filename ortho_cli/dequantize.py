@@ -45,7 +45,7 @@ def dequantize(source: Source) -> Source:
     if not what:
         return source
     _refuse_unknown(source.path, what)
-    pass
+    _refuse_turned(source, what)
     others = {tensor.name: tensor for tensor in source.tensors}
     parts_of = {found.parts["codes"]: found for found in what.found}
     used = {name for found in what.found for name in found.parts.values()} | set(what.dropped)
@@ -94,8 +94,7 @@ def _refuse_turned(source: Source, what: Quantization) -> None:
     if turned and kind in CONV1D_MODEL_TYPES:
         raise CheckpointError(
             f"tensor `{turned[0].parts['codes']}` of `{source.path}` stands for a weight "
-            f"(out, in), "
-            f"and a {kind} has its weights (in, out)",
+            f"(out, in), and a {kind} has its weights (in, out)",
             hint="it cannot be dequantized; start from the unquantized model",
         )
 

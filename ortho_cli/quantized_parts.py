@@ -51,6 +51,8 @@ class Settings:
         asked = self._said.get("weight_block_size") or self._weights().get("block_structure")
         if not asked:
             return None
+        if isinstance(asked, str):  # compressed-tensors takes `128x128`, too
+            asked = [int(size) if size.isdecimal() else size for size in asked.split("x")]
         is_pair = isinstance(asked, list) and len(asked) == 2
         if not is_pair or not all(type(size) is int and size > 0 for size in asked):
             raise CheckpointError(

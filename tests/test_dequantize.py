@@ -706,6 +706,14 @@ def test_weight_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     assert "`p.weight` both" in refused(write(tmp_path / "m", twice), CheckpointError)
 
 
+def test_block_size_may_be_spelled_as_compressed_tensors_takes_it(tmp_path: Path) -> None:
+    codes, scale = fp8(5, 7), positive(3, 3)
+    weights = {"num_bits": 8, "strategy": "block", "block_structure": "2x3"}
+    config = {"quantization_config": {"config_groups": {"group_0": {"weights": weights}}}}
+    wanted = {"p.weight": reference.fp8_weight(codes, scale, (2, 3))}
+    check(tmp_path, {"p.weight": codes, "p.weight_scale": scale}, wanted, config)
+
+
 def test_block_size_that_is_none_is_refused(tmp_path: Path) -> None:
     config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 128]}}
     write(tmp_path / "m", module(SOUND["fp8"]()), config)
