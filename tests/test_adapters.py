@@ -116,7 +116,7 @@ def test_adapter_in_a_torch_file_is_refused_by_name(tmp_path: Path, ortho: Ortho
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
 def test_adapter_file_is_refused(tmp_path: Path, ortho: Ortho, name: str) -> None:
     source = adapter(tmp_path / "a", name, peft_type="LORA") / name
-    assert "merge it first" in refused(ortho, "convert", source)
+    assert "merge it first: python -c" in refused(ortho, "convert", source)
 
 
 def test_models_whose_own_names_speak_of_ranks_are_read(tmp_path: Path, ortho: Ortho) -> None:
