@@ -38,6 +38,7 @@ from ortho_cli.events import EventSink, Noted, Step, null_sink
 from ortho_cli.layers import OrthoLinear
 from ortho_cli.opening import no_ortho, open_artifact
 from ortho_cli.pretrained import load
+from ortho_cli.refusals import refuse_folder
 from ortho_cli.seal import read_keys
 from ortho_cli.settings import GROUP_SIZES
 
@@ -78,6 +79,7 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> dict[str, A
         raise no_ortho(opened, "alpha is not 0")
     for folder in (settings.model, settings.reference_model):
         if folder is not None:
+            refuse_folder(folder)
             models.check_folder(folder)
     missing = not_measured(settings, ortho=opened.ortho is not None)
     check_gates(gates, settings, missing)

@@ -215,18 +215,22 @@ def calibrate(
     same command is given again.
     """
     from ortho_cli import report
+    from ortho_cli.adapters import refuse_adapter
     from ortho_cli.calibrate import calibrate as run
     from ortho_cli.calibrate_plan import make_plan, read_sets
     from ortho_cli.checkpoint import open_checkpoint
     from ortho_cli.output import check_output, check_space, files_of
     from ortho_cli.recipe import load_recipe
+    from ortho_cli.refusals import refuse_quantized
     from ortho_cli.report_progress import ProgressSink
     from ortho_cli.statistics import is_statistics
 
     asked = () if gram is None else (f"calibrate.gram={gram}",)
     settings = load_recipe(recipe, [*(sets or ()), *asked])
     model = located(model, quiet=quiet)
+    refuse_adapter(model)
     checkpoint = open_checkpoint(model)
+    refuse_quantized(checkpoint)  # before data and tokenizer are read
     check_output(
         out,
         [*files_of(checkpoint), *data, *(forget or [])],

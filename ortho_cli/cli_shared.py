@@ -38,12 +38,17 @@ def plan_of(
     arguments: Iterable[Path | None] = (),
 ) -> tuple[Any, Plan]:
     """Open a checkpoint and decide what is done with it; no file of `arguments` is copied."""
+    """Open a checkpoint and decide what is done with it."""
+    from ortho_cli.adapters import refuse_adapter
     from ortho_cli.checkpoint import open_checkpoint
     from ortho_cli.plan import choose_side_files, make_plan
     from ortho_cli.recipe import load_recipe
     from ortho_cli.statistics import check_model, open_statistics
 
     settings = load_recipe(recipe, sets or ())
+    for path in (model, reference):
+        if path is not None:
+            refuse_adapter(path)
     checkpoint = open_checkpoint(model)
     found = open_statistics(stats) if stats else None
     before = open_checkpoint(reference) if reference else None

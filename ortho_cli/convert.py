@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ortho_cli import __version__, checkpoint, ops
+from ortho_cli.adapters import refuse_adapter
 from ortho_cli.artifact import is_artifact
 from ortho_cli.checkpoint import MODEL_SUFFIXES
 from ortho_cli.convert_plan import ROLE, ConvertPlan, ConvertTensor
@@ -80,6 +81,8 @@ def open_source(
             f"`{path}` is no artifact, and --alpha {alpha:g} is for artifacts",
             hint="leave --alpha out",
         )
+    refuse_adapter(path)
+    found = _gguf_of(path)
     return open_foreign(path, key=key) if found is None else open_gguf(found)
 
 

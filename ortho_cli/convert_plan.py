@@ -140,17 +140,17 @@ def make_plan(
         copy: globs of files to copy beside those that `side_files` names.
         arguments: files that were given to the command; never copied.
     Raises:
-        UsageError: another dtype, or any for a model that is quantized; or see `side_files.choose`.
+        UsageError: another dtype, or any other than its own for a source of packed integers; or
+            see `side_files.choose`.
         CheckpointError: a header would pass the format's limit.
     """
     if dtype is not None and dtype not in CASTS:
         raise UsageError(f"--dtype {dtype} is none of {', '.join(CASTS)}", hint="choose one")
-    quantized = (source.config or {}).get("quantization_config") is not None
-    if quantized and dtype is not None:
+    if dtype is not None and source.own_dtype not in (None, CASTS[dtype]):
         raise UsageError(
-            f"config.json of `{source.path}` says that the model is quantized, and --dtype {dtype} "
-            f"would round its scales",
-            hint="leave --dtype out, or start from the unquantized model",
+            f"`{source.path}` holds packed integers, which are dequantized to {source.own_dtype} "
+            f"as its config.json says, and --dtype {dtype} is another",
+            hint="leave --dtype out; a second `ortho convert` with it casts the result",
         )
     wanted = [(tensor, _target(tensor, dtype)) for tensor in source.tensors]
     shards = _fill_shards(wanted, shard_size)
@@ -187,16 +187,13 @@ def make_plan(
             arguments=arguments,
         )
     )
-    notes = side.notes
-    if quantized:
-        notes.append("config.json says that the model is quantized: its tensors stay as they are")
     return ConvertPlan(
         kind=source.kind,
         tensors=tensors,
         files=files,
         made_files=made,
         side=side,
-        notes=(*source.notes, *notes),
+        notes=(*source.notes, *side.notes),
         sha256=sha256,
     )
 

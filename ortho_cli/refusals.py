@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ortho_cli import artifact
-from ortho_cli.checkpoint import Checkpoint
+from ortho_cli.adapters import refuse_adapter, refuse_adapter_names
+from ortho_cli.checkpoint import Checkpoint, open_checkpoint
 from ortho_cli.errors import CheckpointError, RecipeError
+from ortho_cli.quantized import examine
 from ortho_cli.settings import Recipe
 from ortho_cli.statistics import Statistics
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Refuse a source that is an artifact, or was quantized by anyone.
+    """Refuse a source that is an artifact or an adapter, or was quantized by anyone.
 
     Raises:
-        CheckpointError: says by whom.
+        CheckpointError: says by what that is seen, and what helps.
     """
     for shard in checkpoint.shards:
         if artifact.is_ours(shard.metadata):
@@ -21,13 +25,21 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
                 f"`{shard.path}` is the {shard.metadata.get('role')} file of an artifact already",
                 hint="decompose the model it was made from",
             )
-    method = (checkpoint.config or {}).get("quantization_config")
-    if method is not None:
-        name = method.get("quant_method") if isinstance(method, dict) else method
-        raise CheckpointError(
-            f"`{checkpoint.path}` is quantized already (`quantization_config` says {name!r})",
-            hint="decompose the unquantized model",
-        )
+    refuse_adapter_names(checkpoint.path, (tensor.name for tensor in checkpoint.tensors))
+    folder = checkpoint.path if checkpoint.path.is_dir() else None
+    if what := examine(checkpoint.tensors, checkpoint.config, folder):
+        raise what.refusal(checkpoint.path)
+
+
+def refuse_folder(folder: Path) -> None:
+    """Refuse a folder that transformers is about to load, if it is no plain model.
+
+    Raises:
+        CheckpointError: it is an adapter or quantized; says by what that is seen, and what helps.
+    """
+    refuse_adapter(folder)
+    if any(folder.glob("*.safetensors")):
+        refuse_quantized(open_checkpoint(folder))
 
 
 def check_reference(checkpoint: Checkpoint, reference: Checkpoint) -> None:

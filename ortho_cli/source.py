@@ -41,7 +41,9 @@ TORCH_DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+# Scales of the microscaling formats; where torch is too old to know them, their bytes.
+TORCH_DTYPES["F8_E8M0"] = getattr(torch, "float8_e8m0fnu", torch.uint8)
+DTYPE_NAMES = {dtype: name for name, dtype in reversed(TORCH_DTYPES.items())}
 WIDEST = 1 << 22  # elements of a row that is held
 FLOATS = ("F16", "BF16", "F32", "F64")  # what a cast applies to
 
@@ -112,6 +114,7 @@ class Source:
     notes: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)  # a dropped copy -> the one kept
     settings: Mapping[str, Any] = field(default_factory=dict)  # what the values depend on, too
+    own_dtype: str | None = None  # the only one that weights may be written in, if not any
     private: bool = False  # the result should be readable by its owner only
     close: Callable[[], None] = _nothing
 

@@ -324,6 +324,85 @@ def fp8_weight(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
     return weight
 
 
+def unpack_bits(words: Tensor, *, bits: int, count: int) -> list[int]:
+    """Codes in a run of words of 32 bits, the lowest first: one large number, cut into pieces."""
+    number = sum((int(word) & 0xFFFFFFFF) << 32 * i for i, word in enumerate(words.tolist()))
+    return [(number >> bits * i) & (1 << bits) - 1 for i in range(count)]
+
+
+def gptq_weight(parts: dict[str, Tensor], *, bits: int, add: int) -> Tensor:
+    """(out, in) of AutoGPTQ's parts: codes packed down the inputs, zero points along the outputs.
+
+    `add` is what AutoGPTQ took off each zero point before it stored it.
+    """
+    scales, groups = parts["scales"], parts["g_idx"].tolist()
+    columns, out = len(groups), scales.shape[1]
+    zeros = [unpack_bits(line, bits=bits, count=out) for line in parts["qzeros"]]
+    weight = torch.empty(out, columns)
+    for row in range(out):
+        codes = unpack_bits(parts["qweight"][:, row], bits=bits, count=columns)
+        for column, group in enumerate(groups):
+            zero = (zeros[group][row] + add) % (1 << bits)
+            weight[row, column] = (codes[column] - zero) * scales[group, row].float()
+    return weight
+
+
+def awq_weight(parts: dict[str, Tensor], *, group: int) -> Tensor:
+    """(out, in) of AutoAWQ's parts: each word holds eight outputs, in the order 0 2 4 6 1 3 5 7."""
+    columns, words = parts["qweight"].shape
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+
+    def line(packed: Tensor) -> list[int]:
+        found = [0] * (8 * words)
+        for i in range(words):
+            for place, code in enumerate(unpack_bits(packed[i : i + 1], bits=4, count=8)):
+                found[8 * i + order[place]] = code
+        return found
+
+    codes, zeros = [line(x) for x in parts["qweight"]], [line(x) for x in parts["qzeros"]]
+    weight = torch.empty(8 * words, columns)
+    for row in range(8 * words):
+        for column in range(columns):
+            code = codes[column][row] - zeros[column // group][row]
+            weight[row, column] = code * parts["scales"][column // group, row].float()
+    return weight
+
+
+def fp4_weight(packed: Tensor, scales: Tensor, *, group: int) -> Tensor:
+    """E2M1 codes, the even column in the lower half of its byte, times the scale of their group."""
+    rows, halves = packed.shape
+    weight = torch.empty(rows, 2 * halves)
+    for row in range(rows):
+        for column in range(2 * halves):
+            code = int(packed[row, column // 2]) & 255
+            code = code >> 4 if column % 2 else code & 15
+            sign, exponent, mantissa = code >> 3, code >> 1 & 3, code & 1
+            size = mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2 ** (exponent - 1)
+            value = torch.tensor(-size if sign else size)
+            weight[row, column] = value * scales[row, column // group].float()
+    return weight
+
+
+def mlx_weight(words: Tensor, scales: Tensor, biases: Tensor, *, bits: int, group: int) -> Tensor:
+    """Code times scale, rounded, plus bias, rounded: MLX's affine layout."""
+    rows, columns = len(words), words.shape[1] * 32 // bits
+    weight = torch.empty(rows, columns)
+    for row in range(rows):
+        for column, code in enumerate(unpack_bits(words[row], bits=bits, count=columns)):
+            product = torch.tensor(float(code)) * scales[row, column // group].float()
+            weight[row, column] = product + biases[row, column // group].float()
+    return weight
+
+
+def nf4_weight(packed: Tensor, values: Tensor, scales: Tensor, *, block: int) -> Tensor:
+    """Values of codes, the even one in the upper half of a byte, times the scale of their block."""
+    found = []
+    for i, byte in enumerate(packed.view(-1).tolist()):
+        for place, code in ((2 * i, byte >> 4), (2 * i + 1, byte & 15)):
+            found.append(values[code] * scales[place // block])
+    return torch.stack(found)
+
+
 def dense(base: dict[str, Tensor], ortho: dict[str, Tensor], module: str, alpha: float) -> Tensor:
     """W(alpha) of one split weight, whole, position by position, before the last rounding."""
     packed, scales = base[f"{module}.weight_packed"], base[f"{module}.weight_scale"]

@@ -346,18 +346,6 @@ def test_source_and_output_stay_apart(pico: Path, ortho: Ortho) -> None:
     assert ran.code == UsageError.exit_code
 
 
-def test_quantized_model_is_carried_over_as_it_is_and_not_cast(pico: Path, ortho: Ortho) -> None:
-    config = json.loads((pico / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq"}
-    (pico / "config.json").write_text(json.dumps(config))
-    ran = ortho("convert", pico, "--dtype", "float16")
-    assert (ran.code, "would round its scales" in ran.err) == (UsageError.exit_code, True)
-    ran = ortho("convert", pico)
-    assert ran.code == 0
-    assert "tensors stay as they are" in ran.err
-    assert json.loads((pico.parent / "pico-converted" / "config.json").read_text()) == config
-
-
 def test_missing_or_unknown_sources_are_refused(tmp_path: Path, ortho: Ortho) -> None:
     ran = ortho("convert", tmp_path / "nowhere")
     assert (ran.code, "does not exist" in ran.err) == (CheckpointError.exit_code, True)

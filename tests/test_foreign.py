@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reference
 import torch
 from conftest import Ortho
 from safetensors import safe_open
@@ -250,70 +249,6 @@ def test_safetensors_come_before_bins_and_what_is_left_is_named(
     found, _, said = converted(ortho, tmp_path / "m")
     assert same(found, small())
     assert "not copied: `pytorch_model.bin` (weights, or looks like them)" in said
-
-
-def fp8(folder: Path, shape: tuple[int, int], block: tuple[int, int], *, tell: bool) -> Tensors:
-    folder.mkdir(exist_ok=True)
-    generator = torch.Generator().manual_seed(1)
-    blocks = tuple(-(-n // b) for n, b in zip(shape, block, strict=True))
-    tensors = {
-        "p.weight": (40 * torch.randn(shape, generator=generator)).to(torch.float8_e4m3fn),
-        "p.weight_scale_inv": torch.rand(blocks, generator=generator) + 0.01,
-        "norm.weight": torch.ones(3, dtype=torch.bfloat16),
-    }
-    save_file(tensors, folder / "model.safetensors")
-    settings: dict[str, Any] = {"quant_method": "fp8"}
-    settings |= {"weight_block_size": list(block)} if tell else {}
-    config = {"model_type": "x", "dtype": "bfloat16", "quantization_config": settings}
-    (folder / "config.json").write_text(json.dumps(config))
-    return tensors
-
-
-@pytest.mark.parametrize(
-    ("shape", "block", "tell"),
-    [((5, 7), (2, 3), True), ((130, 140), (128, 128), False), ((8, 8), (4, 4), True)],
-)
-@pytest.mark.parametrize("tile", [1 << 19, 21])
-def test_fp8_blocks_are_dequantized_like_the_slow_twin(
-    tmp_path: Path,
-    ortho: Ortho,
-    monkeypatch: pytest.MonkeyPatch,
-    shape: tuple[int, int],
-    block: tuple[int, int],
-    tell: bool,
-    tile: int,
-) -> None:
-    monkeypatch.setattr("ortho_cli.convert.TILE_ELEMENTS", tile)
-    tensors = fp8(tmp_path / "m", shape, block, tell=tell)
-    wanted = reference.fp8_weight(tensors["p.weight"], tensors["p.weight_scale_inv"], block)
-    found, _, said = converted(ortho, tmp_path / "m")
-    assert found.keys() == {"p.weight", "norm.weight"}
-    assert torch.equal(found["p.weight"], wanted.bfloat16())
-    assert found["p.weight"].dtype == torch.bfloat16
-    assert "1 fp8 weights are dequantized" in said
-    config = json.loads((tmp_path / "m-out" / "config.json").read_text())
-    assert config == {"model_type": "x", "dtype": "bfloat16"}
-    found, _, _ = converted(ortho, tmp_path / "m", "--dtype", "float32", "--force")
-    assert torch.equal(found["p.weight"], wanted)  # rounded once, and here not at all
-
-
-def test_fp8_weight_without_its_scale_is_refused(tmp_path: Path, ortho: Ortho) -> None:
-    tensors = fp8(tmp_path / "m", (4, 4), (2, 2), tell=True)
-    del tensors["p.weight_scale_inv"]
-    save_file(tensors, tmp_path / "m" / "model.safetensors")
-    ran = ortho("convert", tmp_path / "m")
-    assert ran.code == CheckpointError.exit_code
-    assert "`p.weight_scale_inv`" in ran.err
-
-
-def test_fp8_scales_of_another_shape_are_refused(tmp_path: Path, ortho: Ortho) -> None:
-    tensors = fp8(tmp_path / "m", (4, 4), (2, 2), tell=True)
-    tensors["p.weight_scale_inv"] = torch.ones(2, 1)
-    save_file(tensors, tmp_path / "m" / "model.safetensors")
-    ran = ortho("convert", tmp_path / "m")
-    assert ran.code == CheckpointError.exit_code
-    assert "[2, 1]" in ran.err
-    assert "[2, 2]" in ran.err
 
 
 def test_source_that_changes_is_noticed(tmp_path: Path) -> None:

@@ -246,12 +246,12 @@ def test_linear_that_only_shares_a_conv1d_name_is_split(tmp_path: Path) -> None:
     assert [t.name for t in make(source).split] == ["h.0.c_attn.weight"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
 def test_dtype_that_cannot_be_split_is_refused_by_name(tmp_path: Path, dtype: torch.dtype) -> None:
     source = bare(tmp_path, a__weight=torch.ones(64, 64).to(dtype), b__weight=torch.ones(64, 64))
     error = refusal(source)
     assert "`a.weight`" in error.message
-    assert re.search("dtype F(64|8_E4M3)", error.message)
+    assert re.search("dtype (F64|C64)", error.message)
     assert [t.name for t in make(source, "on_unsupported=keep").split] == ["b.weight"]
 
 
@@ -274,8 +274,8 @@ def test_artifact_as_source_is_refused(artifact: Path) -> None:
 
 
 def test_name_that_splitting_would_write_too_is_refused(tmp_path: Path) -> None:
-    source = bare(tmp_path, a__weight=torch.ones(4, 64), a__weight_scale=torch.ones(2))
-    assert "`a.weight_scale`, which splitting would write too" in refusal(source).message
+    source = bare(tmp_path, a__weight=torch.ones(4, 64), a__weight_shape=torch.ones(2))
+    assert "`a.weight_shape`, which splitting would write too" in refusal(source).message
 
 
 def test_untied_head_may_be_targeted_and_a_tied_one_not(pico: Path, tmp_path: Path) -> None:
