@@ -30,6 +30,7 @@ LAYERS = [
     ["artifact"],
     ["opening"],
     ["kept", "provenance"],
+    ["roles"],
     ["verify", "selection", "quantization", "statistics"],
     ["curvature", "refusals"],
     ["plan"],
