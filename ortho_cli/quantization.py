@@ -126,7 +126,7 @@ def _candidates(module: str, against: Sequence[str]) -> Iterator[str]:
     if len(parts) == 1:
         yield module  # `lm_head` is what every reader expects to read
         return
-    number = next((i for i, part in enumerate(parts) if part.isdecimal()), 1)
+    number = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
     tail = parts[max(number - 1, 0) :]
     folded = r"\.".join(r"\d+" if part.isdecimal() else re.escape(part) for part in tail)
     spelled = r"\.".join(map(re.escape, tail))

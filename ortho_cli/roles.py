@@ -25,7 +25,7 @@ _ANY_CASE = re.IGNORECASE
 
 # Parts that name the thing wherever they stand.
 _HEAD = re.compile(
-    r"(?<![^_])(?<!^[qkv]_)heads?$|_embed_?out$|^embed_out$|unembed|(bbox|class)_embed$|classifi"
+    r"(?<![^_])heads?$|_embed_?out$|^embed_out$|unembed|(bbox|class)_embed$|classifi"
     r"|^(score|cls|qa_outputs|lm_loss|pred_layer|log_softmax)$|^logits|^vocab_|_predictions$"
     r"|^head_linear$",
     _ANY_CASE,
@@ -45,6 +45,7 @@ _EMBEDDING_PATH = re.compile(r"(^|\.)(transformer\.w|audio(_tower)?\.encoder)$|^
 _WEAK_HEAD = re.compile(
     r"^(output|proj_out|output_layer|output_projection|decoder|predictions)$", _ANY_CASE
 )
+_PROJECTION_HEAD = re.compile(r"^[qkv]_head$")
 _ATTENTION = re.compile(r"attn|attention", _ANY_CASE)
 _EXPERTS = re.compile(r"(?:^|\.)[a-z_]*experts?(?=[._])", _ANY_CASE)
 _EXPERT_NUMBER = re.compile(r"[._](\d+)(?:\.|$)")
@@ -254,7 +255,7 @@ def _role_by_name(parts: _Parts) -> Role | None:
     near = [name for name, depth in zip(parts.names, parts.depth, strict=True) if depth < 2]
     if any(_ROUTER.search(name) for name in near):
         return "router"
-    if any(_HEAD.search(name) for name in near):
+    if any(_HEAD.search(name) for name in near) and not _is_attention_head(parts):
         return "output head"
     if (
         any(_EMBEDDING.search(name) for name in near)
@@ -265,6 +266,13 @@ def _role_by_name(parts: _Parts) -> Role | None:
     if any(_NORM.search(name) for name in parts.names[-2:]):
         return "norm"
     return None
+
+
+def _is_attention_head(parts: _Parts) -> bool:
+    """Tell Funnel's `attention.q_head`, a projection, from a value head."""
+    return bool(_PROJECTION_HEAD.search(parts.leaf)) and any(
+        _ATTENTION.search(name) for name in parts.names
+    )
 
 
 def _is_gate(parts: _Parts, rows: int, columns: int) -> bool:

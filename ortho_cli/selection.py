@@ -208,10 +208,12 @@ def stacked_experts(tensor: TensorInfo, reason: str) -> str | None:
         tensor: a tensor that is carried over.
         reason: why it is not split.
     """
-    if not reason.endswith("fused experts"):
-        return None
     module = module_of(tensor.name)
     experts = re.match(r"(.*\bexperts)\b", module)
+    if experts is not None and len(tensor.shape) == 3:
+        return experts[1]
+    if not reason.endswith("fused experts"):
+        return None
     return experts[1] if experts else f"{module.rpartition('.')[0]}.experts"
 
 

@@ -11,6 +11,7 @@ from ortho_cli import __version__, artifact
 from ortho_cli.artifact import module_of
 from ortho_cli.plan import Plan, TensorPlan
 from ortho_cli.quantization import quantization_config
+from ortho_cli.renames import rename_modules
 from ortho_cli.roles import is_embedding, tied_head
 from ortho_cli.selection import stacked_experts
 from ortho_cli.writer import Layout, TensorSpec
@@ -35,6 +36,12 @@ def make_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
     head = tied_head(config)
     if head is not None:
         unsplit.add(head)  # a Linear of the model that has no tensor of its own
+    # transformers asks for some modules by other names than the file has.
+    for module, renamed in rename_modules(config, [*split, *unsplit]).items():
+        if module in split and renamed not in unsplit:
+            split[renamed] = split[module]
+        elif module in unsplit and renamed not in split:
+            unsplit.add(renamed)
     settings = quantization_config(
         split=split,
         unsplit=sorted(unsplit),

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ortho_cli"
 # From the ground up; a module may import only what stands below it.
 LAYERS = [
     ["__init__"],
-    ["errors", "events", "settings", "files"],
+    ["errors", "events", "settings", "files", "renames"],
     ["strict_json", "recipe", "search", "ops", "topk", "data", "capture", "estimates"],
     ["figures", "grammar", "verdict"],
     ["checkpoint", "scales", "compensate", "forget_set"],
