@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from ortho_cli.artifact import BASE_FILE
@@ -128,15 +129,24 @@ def _candidates(module: str, against: Sequence[str]) -> Iterator[str]:
         return
     number = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
     tail = parts[max(number - 1, 0) :]
-    folded = r"\.".join(r"\d+" if part.isdecimal() else re.escape(part) for part in tail)
-    spelled = r"\.".join(map(re.escape, tail))
-    for body in (folded, spelled):
+    for part_of in (_fold, _escape):
+        body = r"\.".join(map(part_of, tail))
         yield f"re:(.*\\.)?{body}$"
         matcher = re.compile(rf"(.*\.)?{body}$")
         strangers = {p for other in against if matcher.match(other) for p in other.split(".")}
         for stranger in sorted(strangers - set(parts)):
             yield rf"re:(?!(.*\.)?{re.escape(stranger)}\.)(.*\.)?{body}$"
     yield module
+
+
+@cache
+def _fold(part: str) -> str:
+    return r"\d+" if part.isdecimal() else _escape(part)
+
+
+@cache
+def _escape(part: str) -> str:
+    return re.escape(part)
 
 
 def index(keys: Iterable[str], *, total_size: int) -> dict[str, Any]:
