@@ -30,6 +30,7 @@ IGNORED = "ignored by the recipe"
 FUSED_EXPERTS = "3-D, fused experts"
 
 _EXPERTS = re.compile(r"experts?(\.|$)|(^|[._])moe\.", re.IGNORECASE)
+_EXPERT = re.compile(r"(.*\bexperts)\.\d+\.")
 # Kernels of convolutions, learned positions and queries, biases and scales: no stack of Linears.
 _NO_STACK = re.compile(r"conv|pos(ition|_)|latent|codevector|query|(bias|scales?|blocks)$")
 # Its forward reads the weight of its output projection itself, so no reader can replace that.
@@ -371,6 +372,7 @@ def check_overrides(recipe: Recipe, split: Mapping[str, TensorInfo]) -> None:
                 hint="`ortho inspect` lists what is split",
             )
     bits = {name: tensor_settings(recipe, name).bits for name in split}
+    blocks: dict[str, str] = {}
     for name, tensor in split.items():
         if bits[name] == 3 and tensor.shape[1] % 32:
             raise RecipeError(
@@ -378,10 +380,13 @@ def check_overrides(recipe: Recipe, split: Mapping[str, TensorInfo]) -> None:
                 "32 (as many codes of 3 bits fill three words)",
                 hint="give it 4 bits by an override, or add it to `ignore`",
             )
-        for sibling in _siblings(name):
+        experts = _EXPERT.match(name)
+        first = blocks.setdefault(experts[1], name) if experts else name
+        for sibling in (*_siblings(name), first):
             if bits.get(sibling, bits[name]) != bits[name]:
+                one = "their experts as one layer" if sibling == first else "them as one matrix"
                 raise RecipeError(
                     f"`{name}` would have {bits[name]} bits and `{sibling}` {bits[sibling]}; "
-                    "vLLM runs them as one matrix",
+                    f"vLLM runs {one}",
                     hint="let the override match all of them or none",
                 )

@@ -196,6 +196,17 @@ def test_siblings_that_vllm_fuses_are_split_together(
     assert "vLLM runs them as one matrix" in error.message
 
 
+def test_experts_of_a_layer_have_the_same_bits(tmp_path: Path) -> None:
+    experts = "model.layers.0.mlp.experts"
+    names = [f"{experts}.{n}.{leaf}.weight" for n in (0, 1) for leaf in ("up_proj", "down_proj")]
+    source = write(tmp_path, dict.fromkeys(names, (64, 64)))
+    for match in ("*.1.*", "*down_proj*"):
+        error = refusal(source, f"overrides=[{{match: '{match}', base: {{bits: 3}}}}]")
+        assert isinstance(error, RecipeError)
+        assert "vLLM runs their experts as one layer" in error.message
+    assert reasons(source, "overrides=[{match: '*experts*', base: {bits: 3}}]")
+
+
 def test_tied_head_by_default_of_the_type_can_never_be_split(tmp_path: Path) -> None:
     shapes = {"lm_head.weight": (96, 64), "model.embed_tokens.weight": (96, 64), Q: (64, 64)}
     tied = write(tmp_path / "a", shapes, model_type="gemma2", vocab_size=96)
