@@ -231,7 +231,7 @@ class _Parts:
         return self.names[-1] if self.names else ""
 
 
-@lru_cache(maxsize=1 << 14)
+@lru_cache(maxsize=1 << 8)
 def _parts(module: str) -> _Parts:
     pieces = module.split(".")
     names, depth = [], []
@@ -247,6 +247,7 @@ def _parts(module: str) -> _Parts:
     return _Parts(tuple(names), tuple(depth), in_layer)
 
 
+@lru_cache(maxsize=1 << 14)  # layers share their parts
 def _role_by_name(parts: _Parts) -> Role | None:
     """Judge by words that mean the same everywhere; a stack of layers is its own thing.
 

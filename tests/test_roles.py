@@ -388,9 +388,6 @@ HEADS = re.compile(
     r"|output_layer|output_projection|proj_out|(^|\.)output$|norm|router|gate|token|\bemb_|_emb"
     r"|^(encoder\.)?out(_mid)?$|predict_return|codebook"
 )
-ELSEWHERE = {
-    "kyutai_speech_to_text": "its gated MLP is of a class called Gating",
-}
 
 
 @pytest.mark.slow
@@ -408,12 +405,14 @@ def test_rules_agree_with_the_classes_of_every_model_that_transformers_builds() 
                 whole = weight.kind in ("Embedding", "router", "head") or weight.name in built.tied
                 if whole and role is None and "shared_transf" not in weight.name:
                     lost.append((built.name, weight.name))
-                elif weight.kind == "Linear" and role and not HEADS.search(weight.module):
+                elif (
+                    config and weight.kind == "Linear" and role and not HEADS.search(weight.module)
+                ):
                     kept.append((built.name, weight.name, role))
         unseen += [(built.name, name) for name in missed(built.config, built.weights)]
     assert not lost
     assert not kept
-    assert not unseen
+    assert not unseen, unseen
     assert len(seen) > 500
 
 
