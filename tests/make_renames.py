@@ -24,7 +24,7 @@ FILE = Path(__file__).parent.parent / "ortho_cli" / "renames.json"
 def rules_of(built: Built) -> list[Rule]:
     """List the renamings of a model, those alone that touch a Linear."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightRenaming
+    from transformers.core_model_loading import GroupWeightRename, PrefixChange, WeightRenaming
 
     found: list[Rule] = []
     modules = [w.module for w in built.weights if w.kind in ("Linear", "converted")]
@@ -33,11 +33,15 @@ def rules_of(built: Built) -> list[Rule]:
             sources = [source.replace("*.", r".*\.") for source in one.source_patterns]
             scoped = one.scope_prefix is not None
             scope = [one.scope_prefix, one.base_model_prefix] if scoped else []
-            rule = [sources, one.target_patterns[0], *scope]
-            renamed = [apply_rules(module, [rule]) for module in modules]
-            if renamed != modules:
-                found.append(rule)
-            modules = renamed
+            told = [[sources, one.target_patterns[0], *scope]]
+            if isinstance(one, GroupWeightRename):  # fc0 -> fc1 and fc1 -> fc2: the last one first
+                pairs = zip(sources, one.target_patterns, strict=True)
+                told = [[[source], target, *scope] for source, target in pairs][::-1]
+            for rule in told:
+                renamed = [apply_rules(module, [rule]) for module in modules]
+                if renamed != modules:
+                    found.append(rule)
+                modules = renamed
     return found
 
 
