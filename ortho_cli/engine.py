@@ -24,8 +24,9 @@ from ortho_cli.layers import OrthoLinear
 from ortho_cli.modelfile import choose_side_files, identity, load_module, save_module, source_digest
 from ortho_cli.opening import open_artifact
 from ortho_cli.operands import Alpha
+from ortho_cli.roles import is_embedding
 from ortho_cli.seal import read_keys
-from ortho_cli.selection import IGNORED, is_embedding, not_by_default
+from ortho_cli.selection import IGNORED, not_by_default
 from ortho_cli.settings import GROUP_SIZES, Recipe, matches
 from ortho_cli.streams import is_conv1d
 
@@ -500,4 +501,4 @@ def _obstacle(name: str, child: nn.Module, owners: dict[tuple[Any, ...], int]) -
 def _by_name(name: str, child: nn.Module) -> str | None:
     if is_embedding(name):
         return "embedding"
-    return not_by_default(name, _shape(child)[1])
+    return not_by_default(name, _shape(child))

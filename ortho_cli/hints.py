@@ -51,7 +51,11 @@ def unsupported(path: Path, reason: str, *, left: bool) -> str:
         ways.append(_cast(path, reason.removeprefix("dtype ")))
     if left:
         ways.append("`--set on_unsupported=keep` carries such tensors over unchanged")
-    return "; or ".join(ways) or "this version splits no such weights, and the model has no others"
+    if ways:
+        return "; or ".join(ways)
+    if reason.startswith("Conv1D"):
+        return "nothing else is left to split; `ortho_cli.Engine` splits Conv1D in memory"
+    return "nothing else is left to split: only Linears that have a 2-D tensor each can be"
 
 
 def nothing_to_split(path: Path, dtypes: Collection[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,23 +13,68 @@ from ortho_cli import artifact, hints
 from ortho_cli.artifact import module_of
 from ortho_cli.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.errors import CheckpointError, OrthoError, RecipeError
+from ortho_cli.roles import (
+    UNKNOWN,
+    Sizes,
+    expert_counts,
+    is_embedding,
+    named_role,
+    read_sizes,
+    role_of,
+    tied_head,
+)
 from ortho_cli.settings import Recipe, Scale, matches
 
 MIN_IN_FEATURES = 64
 IGNORED = "ignored by the recipe"
+FUSED_EXPERTS = "3-D, fused experts"
 
-# Modules that are no Linear of the decoder body, by the field's usual names for them.
-_EMBEDDING = re.compile(r"embed|^wte$|^wpe$|^shared$|relative_attention_bias")
-_HEAD = re.compile(r"^(lm_head|output|head|score|classifier|qa_outputs)$")
-_NORM = re.compile(r"norm|^ln(_|\d|$)")
-_ROUTER = re.compile(r"^(gate|router|shared_expert_gate)$")
+_EXPERTS = re.compile(r"experts?(\.|$)|(^|[._])moe\.", re.IGNORECASE)
+_EXPERT = re.compile(r"(.*\bexperts)\.\d+\.")
+# Kernels of convolutions, learned positions and queries, biases and scales: no stack of Linears.
+_NO_STACK = re.compile(r"conv|pos(ition|_)|latent|codevector|query|(bias|scales?|blocks)$")
+# Its forward reads the weight of its output projection itself, so no reader can replace that.
+_MULTIHEAD = ("in_proj_weight", "q_proj_weight")
 
 # Model types whose projections are transformers' Conv1D, stored (in, out).
 CONV1D_MODEL_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 _CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)$")
 
-# vLLM runs each of these as one matrix, so they share one scheme.
-FUSED_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+# vLLM runs each of these as one matrix (its packed_modules_mapping), so they share one scheme.
+FUSED_SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("to_q", "to_k", "to_v"),
+    ("wq", "wk", "wv"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("c_fc_0", "c_fc_1"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
+_SIBLINGS = {leaf: group for group in FUSED_SIBLINGS for leaf in group}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """What judging one tensor needs of the whole checkpoint."""
+
+    names: frozenset[str]
+    config: dict[str, Any] | None
+    sizes: Sizes
+    experts: frozenset[int]
+    stored_in_out: frozenset[str]
+
+
+def _read_source(checkpoint: Checkpoint, *, conv1d: bool) -> _Source:
+    return _Source(
+        names=frozenset(tensor.name for tensor in checkpoint.tensors),
+        config=checkpoint.config,
+        sizes=read_sizes(checkpoint.config, checkpoint.tensors),
+        experts=expert_counts(checkpoint.config),
+        stored_in_out=frozenset() if conv1d else conv1d_names(checkpoint),
+    )
 
 
 def select(
@@ -45,28 +90,29 @@ def select(
         RecipeError: a target matches nothing that can be split, or siblings would differ.
         CheckpointError: weights that should be split cannot be, or nothing is left to split.
     """
-    stored_in_out = frozenset() if conv1d else conv1d_names(checkpoint)
+    source = _read_source(checkpoint, conv1d=conv1d)
     reasons: dict[str, str | None] = {}
     unsupported: list[tuple[TensorInfo, str]] = []
     hit: set[str] = set()
     for tensor in checkpoint.tensors:
         wanted = [p for p in recipe.targets or () if matches(p, tensor.name)]
         ignored = any(matches(p, tensor.name) for p in recipe.ignore)
-        unfit = None if ignored or not tensor.numel else _unsupported(tensor, stored_in_out)
+        unfit = None if ignored or not tensor.numel else _unsupported(tensor, source)
         if ignored:
             reason: str | None = IGNORED
         else:
-            reason = unfit or _obstacle(tensor, checkpoint.config)
+            reason = unfit or _obstacle(tensor, source)
         if reason is None and recipe.targets is None:
-            reason = _not_by_default(tensor)
+            reason = not_by_default(module_of(tensor.name), tensor.shape, source.sizes)
         elif reason is None and not wanted:
             reason = "no target matches"
         if reason is None:
             hit.update(wanted)
         # Stacked experts are most of a model: never passed over in silence, whatever the targets.
-        if unfit is not None and (recipe.targets is None or wanted or len(tensor.shape) == 3):
+        if unfit is not None and (recipe.targets is None or wanted or "experts" in unfit):
             unsupported.append((tensor, unfit))
         reasons[tensor.name] = reason
+    _refuse_swapped_experts(checkpoint, reasons)
     if unsupported and recipe.on_unsupported == "error":
         raise _unsupported_error(checkpoint, unsupported, left=None in reasons.values())
     _check_targets(checkpoint, recipe, hit, reasons)
@@ -124,22 +170,78 @@ def conv1d_names(checkpoint: Checkpoint) -> frozenset[str]:
     return frozenset(found) if typed or betrayed else frozenset()
 
 
-def _unsupported(tensor: TensorInfo, conv1d: frozenset[str]) -> str | None:
+def _unsupported(tensor: TensorInfo, source: _Source) -> str | None:
     """Say why a weight that a user would expect to be split cannot be."""
-    module = module_of(tensor.name)
-    if len(tensor.shape) == 3 and min(tensor.shape[1:]) >= MIN_IN_FEATURES and "conv" not in module:
-        return "3-D, fused experts"
-    if tensor.name in conv1d:
+    stacked = _stacked(tensor, source.experts)
+    if stacked is not None:
+        return stacked
+    if tensor.name in source.stored_in_out:
         return "Conv1D, stored (in, out)"
     exotic = tensor.dtype in ("F64", "C64") or tensor.dtype.startswith(("F8", "F6", "F4"))
-    linear = (
-        len(tensor.shape) == 2
-        and tensor.name.endswith(".weight")
-        and _not_by_default(tensor) is None
-    )
-    if exotic and linear and not _EMBEDDING.search(module.rsplit(".", 1)[-1]):
-        return f"dtype {tensor.dtype}"
+    linear = len(tensor.shape) == 2 and tensor.name.endswith(".weight")
+    if exotic and linear:
+        module = module_of(tensor.name)
+        if not is_embedding(module) and not_by_default(module, tensor.shape, source.sizes) is None:
+            return f"dtype {tensor.dtype}"
     return None
+
+
+def _stacked(tensor: TensorInfo, counts: frozenset[int]) -> str | None:
+    """Tell several Linears in one tensor, which are most of a model, from other odd shapes."""
+    module, shape = module_of(tensor.name), tensor.shape
+    if len(shape) not in (2, 3) or min(shape[-2:]) < MIN_IN_FEATURES:
+        return None
+    if named_role(module) is not None or _NO_STACK.search(module):
+        return None
+    experts = _EXPERTS.search(module) is not None
+    if len(shape) == 3 and shape[0] > 1:
+        return FUSED_EXPERTS if experts or shape[0] in counts else "3-D, stacked matrices"
+    if len(shape) == 2 and experts and tensor.dtype in artifact.SCALE_DTYPES:
+        # DBRX stacks its experts' rows: experts.mlp.w1 is (experts * out, in).
+        return None if tensor.name.endswith(".weight") else "2-D, fused experts"
+    return None
+
+
+def stacked_experts(tensor: TensorInfo, reason: str) -> str | None:
+    """Name the module that holds the experts stacked in this tensor; None if it holds none.
+
+    Args:
+        tensor: a tensor that is carried over.
+        reason: why it is not split.
+    """
+    module = module_of(tensor.name)
+    experts = re.match(r"(.*\bexperts)\b", module)
+    if experts is not None and len(tensor.shape) == 3:
+        return experts[1]
+    if not reason.endswith("fused experts"):
+        return None
+    return experts[1] if experts else f"{module.rpartition('.')[0]}.experts"
+
+
+def _refuse_swapped_experts(checkpoint: Checkpoint, reasons: Mapping[str, str | None]) -> None:
+    """Refuse stacked experts that no reader of an INT4 folder looks for.
+
+    As soon as a Llama 4 is quantized, transformers builds one Linear for each expert, and would
+    leave all of them random.
+    """
+    levels = [checkpoint.config or {}]
+    levels += [value for value in levels[0].values() if isinstance(value, dict)]
+    if not any(str(level.get("model_type")).startswith("llama4") for level in levels):
+        return
+    stacked = [t for t in checkpoint.tensors if len(t.shape) == 3 and _EXPERTS.search(t.name)]
+    if stacked:
+        first = stacked[0]
+        raise CheckpointError(
+            f"tensor `{first.name}` {list(first.shape)}{_and_more(stacked)} stacks the experts of "
+            "a Llama 4, and transformers looks for one tensor of each expert where a model is "
+            "quantized: base would load with random experts",
+            hint="unstack them first, as `feed_forward.experts.N.gate_proj.weight`, `up_proj` and "
+            "`down_proj` of shape [out, in]: such experts are split, and load",
+        )
+
+
+def _and_more(tensors: Sequence[object]) -> str:
+    return f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
 
 
 def _unsupported_error(
@@ -148,16 +250,15 @@ def _unsupported_error(
     total = sum(tensor.numel for tensor in checkpoint.tensors)
     share = sum(tensor.numel for tensor, _ in unsupported) / total
     first, reason = unsupported[0]
-    others = f" and {len(unsupported) - 1} more" if len(unsupported) > 1 else ""
     readers = " (transformers loads no INT4 Conv1D)" if reason.startswith("Conv1D") else ""
     return CheckpointError(
-        f"tensor `{first.name}` {list(first.shape)}{others} cannot be split: {reason}{readers}; "
-        f"that is {share:.1%} of all weights",
+        f"tensor `{first.name}` {list(first.shape)}{_and_more(unsupported)} cannot be split: "
+        f"{reason}{readers}; that is {share:.1%} of all weights",
         hint=hints.unsupported(checkpoint.path, reason, left=left),
     )
 
 
-def _obstacle(tensor: TensorInfo, config: dict[str, Any] | None) -> str | None:
+def _obstacle(tensor: TensorInfo, source: _Source) -> str | None:
     """Say why a tensor can never be split, whatever the recipe."""
     if not tensor.numel:
         return "no elements"
@@ -167,40 +268,39 @@ def _obstacle(tensor: TensorInfo, config: dict[str, Any] | None) -> str | None:
         return f"dtype {tensor.dtype}"
     if not re.search(r"[^.]\.weight$", tensor.name):
         return "not named <module>.weight"
-    leaf = module_of(tensor.name).rsplit(".", 1)[-1]
-    if _EMBEDDING.search(leaf):
+    module = module_of(tensor.name)
+    if is_embedding(module):
         return "embedding"
-    if _HEAD.search(leaf) and is_tied(config):
+    if _is_tied(module, tensor.shape, source):
         return "tied to the embedding"
+    parent = module.rpartition(".")[0]
+    if any(f"{parent}.{packed}" in source.names for packed in _MULTIHEAD):
+        return "part of nn.MultiheadAttention"
     return None
 
 
-def is_tied(config: dict[str, Any] | None) -> bool:
-    """Tell whether the output head is the embedding; vision-language models nest the setting."""
-    nested = (config or {}).get("text_config")
-    levels = (config or {}, nested if isinstance(nested, dict) else {})
-    return any(level.get("tie_word_embeddings") is True for level in levels)
+def _is_tied(module: str, shape: tuple[int, ...], source: _Source) -> bool:
+    head = tied_head(source.config)
+    if head is None or role_of(module, shape, source.sizes) != "output head":
+        return False
+    tokens = source.sizes.vocabularies
+    return f".{module}".endswith(f".{head}") or not tokens or shape[0] in tokens
 
 
-def _not_by_default(tensor: TensorInfo) -> str | None:
-    """Say why a tensor that could be split is not, where the recipe has no `targets`."""
-    return not_by_default(module_of(tensor.name), tensor.shape[1])
+def not_by_default(module: str, shape: tuple[int, ...], sizes: Sizes = UNKNOWN) -> str | None:
+    """Say why a Linear is not split unless a target asks for it.
 
-
-def not_by_default(module: str, in_features: int) -> str | None:
-    """Say why a Linear of this name and width is not split unless a target asks for it."""
-    leaf = module.rsplit(".", 1)[-1]
-    for pattern, reason in ((_HEAD, "output head"), (_NORM, "norm"), (_ROUTER, "router")):
-        if pattern.search(leaf):
-            return reason
-    if in_features < MIN_IN_FEATURES:
-        return f"in_features {in_features} < {MIN_IN_FEATURES}"
+    Args:
+        module: path of the module.
+        shape: (out_features, in_features).
+        sizes: what is known of the model.
+    """
+    role = role_of(module, shape, sizes)
+    if role is not None:
+        return role
+    if shape[1] < MIN_IN_FEATURES:
+        return f"in_features {shape[1]} < {MIN_IN_FEATURES}"
     return None
-
-
-def is_embedding(module: str) -> bool:
-    """Tell an embedding by its module's name."""
-    return _EMBEDDING.search(module.rsplit(".", 1)[-1]) is not None
 
 
 def _count(reasons: dict[str, str | None]) -> str:
@@ -211,7 +311,7 @@ def _count(reasons: dict[str, str | None]) -> str:
 def _siblings(name: str) -> Iterator[str]:
     """Name the weights that vLLM fuses with this one, itself among them."""
     parent, _, leaf = module_of(name).rpartition(".")
-    for other in (o for siblings in FUSED_SIBLINGS if leaf in siblings for o in siblings):
+    for other in _SIBLINGS.get(leaf, ()):
         yield f"{parent}.{other}.weight".removeprefix(".")
 
 
@@ -266,6 +366,7 @@ def check_overrides(recipe: Recipe, split: Mapping[str, TensorInfo]) -> None:
                 hint="`ortho inspect` lists what is split",
             )
     bits = {name: tensor_settings(recipe, name).bits for name in split}
+    blocks: dict[str, str] = {}
     for name, tensor in split.items():
         if bits[name] == 3 and tensor.shape[1] % 32:
             raise RecipeError(
@@ -273,10 +374,13 @@ def check_overrides(recipe: Recipe, split: Mapping[str, TensorInfo]) -> None:
                 "32 (as many codes of 3 bits fill three words)",
                 hint="give it 4 bits by an override, or add it to `ignore`",
             )
-        for sibling in _siblings(name):
+        experts = _EXPERT.match(name)
+        first = blocks.setdefault(experts[1], name) if experts else name
+        for sibling in (*_siblings(name), first):
             if bits.get(sibling, bits[name]) != bits[name]:
+                one = "their experts as one layer" if sibling == first else "them as one matrix"
                 raise RecipeError(
                     f"`{name}` would have {bits[name]} bits and `{sibling}` {bits[sibling]}; "
-                    "vLLM runs them as one matrix",
+                    f"vLLM runs {one}",
                     hint="let the override match all of them or none",
                 )

@@ -11,7 +11,9 @@ from ortho_cli import __version__, artifact
 from ortho_cli.artifact import module_of
 from ortho_cli.plan import Plan, TensorPlan
 from ortho_cli.quantization import quantization_config
-from ortho_cli.selection import is_tied
+from ortho_cli.renames import rename_modules
+from ortho_cli.roles import is_embedding, tied_head
+from ortho_cli.selection import stacked_experts
 from ortho_cli.writer import Layout, TensorSpec
 
 Entry = dict[str, Any]
@@ -20,16 +22,32 @@ Entry = dict[str, Any]
 def make_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
     """Add `quantization_config` to the source's config.json."""
     split = {module_of(tensor.name): tensor.bits for tensor in plan.split}
-    unsplit = {
-        module_of(tensor.name)
-        for tensor in plan.tensors
-        if tensor.reason is not None
-        and len(tensor.source.shape) == 2
-        and tensor.reason != "embedding"
-    }
-    if is_tied(config):
-        unsplit.add("lm_head")  # a Linear of the model that has no tensor of its own
-    settings = quantization_config(split=split, unsplit=sorted(unsplit), group_size=plan.group_size)
+    unsplit: set[str] = set()
+    others: set[str] = set()
+    for tensor in plan.tensors:
+        if tensor.reason is None:
+            continue
+        module = module_of(tensor.name)
+        stacked = stacked_experts(tensor.source, tensor.reason)
+        if stacked is not None:
+            unsplit.add(f"{stacked}.0.gate_proj")  # what vLLM asks for, whatever lies there
+        elif len(tensor.source.shape) == 2:
+            (others if is_embedding(module) else unsplit).add(module)
+    head = tied_head(config)
+    if head is not None:
+        unsplit.add(head)  # a Linear of the model that has no tensor of its own
+    # transformers asks for some modules by other names than the file has.
+    for module, renamed in rename_modules(config, [*split, *unsplit]).items():
+        if module in split and renamed not in unsplit:
+            split[renamed] = split[module]
+        elif module in unsplit and renamed not in split:
+            unsplit.add(renamed)
+    settings = quantization_config(
+        split=split,
+        unsplit=sorted(unsplit),
+        group_size=plan.group_size,
+        others=sorted(others),
+    )
     return {**config, "quantization_config": settings}
 
 

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ortho_cli"
 # From the ground up; a module may import only what stands below it.
 LAYERS = [
     ["__init__"],
-    ["errors", "events", "settings", "files", "hints"],
+    ["errors", "events", "settings", "files", "hints", "renames"],
     ["sniff", "hub"],
     ["exact"],
     ["strict_json", "recipe", "search", "ops", "topk", "data", "capture", "estimates", "kinds"],
@@ -35,6 +35,7 @@ LAYERS = [
     ["artifact"],
     ["opening"],
     ["kept", "provenance"],
+    ["roles"],
     ["verify", "selection", "quantization", "statistics"],
     ["curvature", "refusals"],
     ["plan"],

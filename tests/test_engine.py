@@ -97,6 +97,23 @@ def test_convert_chooses_and_gives_reasons_for_the_rest() -> None:
     assert split == {"blocks.0", "blocks.1", "narrow", "lm_head"}
 
 
+def test_convert_judges_modules_by_their_whole_path() -> None:
+    def linear(rows: int) -> nn.Linear:
+        return nn.Linear(64, rows)
+
+    router = nn.ModuleDict({"layer": linear(8)})
+    block = nn.ModuleDict({"router": router, "output": linear(64), "gate": linear(128)})
+    module = nn.ModuleDict(
+        {"blocks": nn.ModuleList([block]), "lm_heads": nn.ModuleList([linear(96)])}
+    )
+    assert Engine(module).convert() == {
+        "blocks.0.router.layer": "router",
+        "blocks.0.output": None,
+        "blocks.0.gate": None,
+        "lm_heads.0": "output head",
+    }
+
+
 def test_convert_refuses_a_choice_of_nothing() -> None:
     for targets in (["odd.weight"], ["proj.weight"]):
         with pytest.raises(UsageError, match="nothing to split"):

@@ -130,7 +130,7 @@ ODD: dict[str, tuple[dict[str, int], list[str]]] = {
     "a size that is asked for": ({"m.layers.{}.up": 64, "m.layers.{}.odd": 70}, [
         "base.group_size=64"
     ]),
-    "one tensor": ({"m.layers.0.up": 128, "head.odd": 68}, []),
+    "one tensor": ({"m.layers.0.up": 128, "top.odd": 68}, []),
     "the same name in another width": ({"m.layers.{}.up": 128, "m.layers.7.up": 68}, []),
     "signs in names": ({"m+1(x).{}.odd": 68, "m.layers.{}.up": 128}, []),
 }  # fmt: skip

@@ -112,6 +112,104 @@ def test_base_loads_the_same_when_ortho_is_deleted(tmp_path: Path, ortho: Ortho)
     assert ortho("inspect", tmp_path / "m-ortho", "--verify").code == 0
 
 
+SMALL: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+}
+MOE = {**SMALL, "intermediate_size": 128, "moe_intermediate_size": 64}
+MLA = {"q_lora_rank": 64, "kv_lora_rank": 64, "v_head_dim": 16}
+NAMED: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", "ForCausalLM", {**SMALL, "intermediate_size": 64}),
+    "granite": (
+        "GraniteMoe",
+        "ForCausalLM",
+        {**SMALL, "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "jetmoe": (
+        "JetMoe",
+        "ForCausalLM",
+        {
+            "vocab_size": 320,
+            "hidden_size": 64,
+            "num_hidden_layers": 1,
+            "num_key_value_heads": 4,
+            "kv_channels": 64,
+            "intermediate_size": 64,
+            "num_local_experts": 4,
+        },
+    ),
+    "gpt-oss": (
+        "GptOss",
+        "ForCausalLM",
+        {**SMALL, "intermediate_size": 64, "num_local_experts": 4, "head_dim": 16},
+    ),
+    "dbrx": (
+        "Dbrx",
+        "ForCausalLM",
+        {
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 1,
+            "vocab_size": 320,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+            "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+    ),
+    "deepseek": (
+        "DeepseekV2",
+        "ForCausalLM",
+        {**MOE, **MLA, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_shared_experts": 1}
+        | {"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "n_group": 1, "topk_group": 1},
+    ),
+    "hunyuan 3": ("HYV3", "ForCausalLM", {**MOE, "num_experts": 4, "head_dim": 16}),
+    "musicgen": (
+        "MusicgenDecoder",
+        "ForCausalLM",
+        {"vocab_size": 64, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 1}
+        | {"num_attention_heads": 4, "num_codebooks": 2, "max_position_embeddings": 64}
+        | {"pad_token_id": 0, "bos_token_id": 0},
+    ),
+    "bert": ("Bert", "ForMaskedLM", {**SMALL, "intermediate_size": 128}),
+    "gemma 2": ("Gemma2", "ForCausalLM", {**SMALL, "intermediate_size": 128, "head_dim": 16}),
+    "vit": (
+        "ViT",
+        "ForImageClassification",
+        {**SMALL, "intermediate_size": 128, "image_size": 32, "patch_size": 16},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_base_of_odd_names_loads_with_every_weight_where_it_belongs(
+    tmp_path: Path, ortho: Ortho, kind: str
+) -> None:
+    """Routers, heads and experts by other names, in the file or in the model, are all found."""
+    import transformers
+
+    name, task, settings = NAMED[kind]
+    config = getattr(transformers, f"{name}Config")(**settings)
+    cls = getattr(transformers, f"{name.removesuffix('Decoder')}{task}")
+    torch.manual_seed(0)
+    cls(config).to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    source = cls.from_pretrained(tmp_path / "m")
+    keep = ["--set", "on_unsupported=keep"]
+    assert ortho("decompose", tmp_path / "m", "-q", *keep).code == 0
+    model, info = cls.from_pretrained(tmp_path / "m-ortho", output_loading_info=True)
+    assert not any(info.values()), info
+    model.hf_quantizer.compressor.decompress_model(model)
+    found = dict(model.named_parameters(remove_duplicate=False))
+    rounded = 0
+    for key, value in source.named_parameters(remove_duplicate=False):
+        off = (found[key].float() - value.float()).norm() / value.float().norm().clamp(min=1e-9)
+        assert off < 0.2, key
+        rounded += bool(off > 0.01)
+    assert rounded
+
+
 def test_codes_equal_the_packing_of_compressed_tensors() -> None:
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 

@@ -1,0 +1,305 @@
+"""What a weight is by its path and shape: embedding, output head, router, norm, or none of these.
+
+Every part of a path counts, not the last alone: `router.layer` is a router, `embed_tokens.0` an
+embedding, `lm_head.decoder` a head. A word that other layers use too (`output`, `gate`) counts
+only where the shape agrees: a head has one row for each token, a router one for each expert. Sizes
+come from config.json and, where there is none, from the other tensors of the checkpoint.
+
+tests/test_roles.py holds these rules against the classes of all models that transformers builds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from ortho_cli.artifact import module_of
+from ortho_cli.checkpoint import TensorInfo
+
+Role = Literal["embedding", "output head", "router", "norm", "embedding or output head"]
+
+_ANY_CASE = re.IGNORECASE
+
+# Parts that name the thing wherever they stand.
+_HEAD = re.compile(
+    r"(?<![^_])heads?$|_embed_?out$|^embed_out$|unembed|(bbox|class)_embed$|classifi"
+    r"|^(score|cls|qa_outputs|lm_loss|pred_layer|log_softmax)$|^logits|^vocab_|_predictions$"
+    r"|^head_linear$",
+    _ANY_CASE,
+)
+_ROUTER = re.compile(r"router|^routing$|expert_gate$|^(moe_)?gating$|^moe_gate$", _ANY_CASE)
+_EMBEDDING = re.compile(
+    r"embed|^(wte|wpe|shared)$|(^|_)embs?(_|$)|relative_attention_bias|^codebooks?$", _ANY_CASE
+)
+_NORM = re.compile(r"norm(?!al)|^ln(_|\d|$)", _ANY_CASE)
+# Parts that do so only at the end: nn.Embedding holds learned tokens and queries, too.
+_EMBEDDING_LEAF = re.compile(
+    r"(^|_)tokens?$|^(reference_points|query_feat|queries_features)$", _ANY_CASE
+)
+# Whole paths, behind any prefix: CTRL and Inkling name their embeddings so.
+_EMBEDDING_PATH = re.compile(r"(^|\.)(transformer\.w|audio(_tower)?\.encoder)$|^w$")
+# Heads outside the layers whose last part means something else elsewhere.
+_WEAK_HEAD = re.compile(
+    r"^(output|proj_out|output_layer|output_projection|decoder|predictions)$", _ANY_CASE
+)
+_PROJECTION_HEAD = re.compile(r"^[qkv]_head$")
+_ATTENTION = re.compile(r"attn|attention", _ANY_CASE)
+_EXPERTS = re.compile(r"(?:^|\.)[a-z_]*experts?(?=[._])", _ANY_CASE)
+_EXPERT_NUMBER = re.compile(r"[._](\d+)(?:\.|$)")
+_PROJECTION = re.compile(r"proj|^w\d$|^(fc|linear|dense|wi|wo)(_?\d+)?$|^(q|k|v|o|qkv)$", _ANY_CASE)
+_TOKEN_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings?|tok_embeddings|token_embd|shared|emb|embed_in)$"
+)
+
+_VOCABULARY_KEY = re.compile(r"vocab.*size|^n_vocab$|codebook_size|^vocab$")
+_EXPERTS_KEY = re.compile(r"(?<!shared_)experts$")
+_FEW = 1000  # tokens; below that a width of the model is too easily taken for a vocabulary
+_DEEPEST = 4  # levels of config.json that are read; transformers nests three
+
+# Model types whose output head is the embedding unless config.json says otherwise, by the module
+# of the head: transformers 5.23's own defaults, which save_pretrained leaves out of the file.
+_TIED_TYPES = {
+    "lm_head": "bart bigbird_pegasus blenderbot blenderbot-small bloom cohere cohere2 cohere2_moe "
+    "cohere2_vision ctrl ernie4_5 ernie4_5_moe ernie4_5_vl_moe falcon falcon_mamba florence2 "
+    "funnel gemma gemma2 gemma3 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text got_ocr2 "
+    "gpt-sw3 gpt2 gpt_bigcode gpt_neo granite_speech granite_swa internvl janus jetmoe led lfm2 "
+    "lfm2_moe lfm2_vl longt5 m2m_100 mamba marian mbart minicpm3 mistral3 mpt mt5 mvp nllb-moe "
+    "openai-gpt opt paddleocr_vl paligemma pegasus pegasus_x plbart prophetnet recurrent_gemma "
+    "smollm3 speech_to_text starcoder2 switch_transformers t5 udop umt5 vaultgemma xglm youtu "
+    "zamba zamba2",
+    "cls.predictions.decoder": "bert big_bird deberta deberta-v2 ernie fnet layoutlm lxmert "
+    "megatron-bert mobilebert mra nystromformer roc_bert roformer squeezebert tapas visual_bert "
+    "yoso",
+    "lm_head.decoder": "bert-generation camembert data2vec-text ibert longformer mpnet roberta "
+    "roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod",
+    "lm_head.out_proj": "t5gemma t5gemma2",
+    "proj_out": "moonshine whisper",
+    "language_model.lm_head": "blip-2 instructblip instructblipvideo",
+    "text_model.lm_head": "kosmos-2 kosmos-2.5",
+    "output_projection": "biogpt trocr",
+    "generator_lm_head": "convbert electra",
+    "decoder": "modernbert modernbert-decoder",
+    "pred_layer.proj": "flaubert xlm",
+    "embed_out": "gpt_neox_japanese",
+    "lm_loss": "xlnet",
+    "vocab_projector": "distilbert",
+}
+_TIED_HEADS = {kind: head for head, kinds in _TIED_TYPES.items() for kind in kinds.split()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What config.json and the other tensors say of a model.
+
+    `vocabularies` are numbers of tokens, none of them a width of the model, too. `experts` has the
+    number of experts of each module that holds some.
+    """
+
+    vocabularies: frozenset[int] = frozenset()
+    experts: Mapping[str, frozenset[int]]
+
+
+UNKNOWN = Sizes(experts={})
+
+
+def read_sizes(config: Mapping[str, Any] | None, tensors: Iterable[TensorInfo]) -> Sizes:
+    """Learn how many tokens and experts a model has.
+
+    Args:
+        config: config.json, if there is one.
+        tensors: all tensors of the checkpoint.
+    """
+    told = list(_numbers(config or {}))
+    vocabularies = {size for key, size in told if _VOCABULARY_KEY.search(key)}
+    counts = {size for key, size in told if _EXPERTS_KEY.search(key)}
+    widths = {size for key, size in told if not _VOCABULARY_KEY.search(key)}
+    found: dict[str, set[int]] = {}
+    highest: dict[str, int] = {}
+    for tensor in tensors:
+        module = module_of(tensor.name)
+        if len(tensor.shape) == 2 and _TOKEN_EMBEDDING.search(_without_numbers(module)):
+            vocabularies.add(tensor.shape[0])
+            widths.add(tensor.shape[1])
+        experts = _EXPERTS.search(tensor.name)
+        if experts is not None and "shared" not in experts[0]:
+            block = tensor.name[: experts.start()]
+            number = _EXPERT_NUMBER.match(tensor.name, experts.end())
+            count = int(number[1]) + 1 if number else (tensor.shape or (0,))[0]
+            if number or len(tensor.shape) == 3:
+                highest[block] = max(highest.get(block, 0), count)
+    for block, count in highest.items():
+        found[block] = {count, *counts}
+    return Sizes(
+        vocabularies=frozenset(vocabularies - widths),
+        experts={block: frozenset(sizes) for block, sizes in found.items()},
+    )
+
+
+def expert_counts(config: Mapping[str, Any] | None) -> frozenset[int]:
+    """List the numbers of experts that config.json names."""
+    return frozenset(
+        size for key, size in _numbers(config or {}) if _EXPERTS_KEY.search(key) and size > 1
+    )
+
+
+def role_of(module: str, shape: tuple[int, ...], sizes: Sizes = UNKNOWN) -> Role | None:
+    """Say what a 2-D weight is, if it is no Linear of the model's body.
+
+    Args:
+        module: path of the module, such as `model.layers.0.mlp.gate`.
+        shape: (out_features, in_features).
+        sizes: what is known of the model.
+    """
+    parts = _parts(module)
+    rows, columns = shape
+    role = _role_by_name(parts)
+    if role is not None:
+        return role
+    if _is_gate(parts, rows, columns) or _routes(module, parts, rows, sizes):
+        return "router"
+    if parts.in_layer:
+        return None
+    known = sizes.vocabularies
+    is_vocabulary = rows in known or columns in known or _is_padded(rows, of=known)
+    if _WEAK_HEAD.search(parts.leaf) and (is_vocabulary or (not known and rows >= columns)):
+        return "output head"
+    return "embedding or output head" if is_vocabulary else None
+
+
+def named_role(module: str) -> Role | None:
+    """Say what a weight is by its path alone.
+
+    Args:
+        module: path of the module.
+    """
+    return _role_by_name(_parts(module))
+
+
+def is_embedding(module: str) -> bool:
+    """Tell a table of embeddings by its module's own name: no reader can have it quantized."""
+    parts = _parts(module)
+    return _role_by_name(parts) == "embedding" and bool(
+        _EMBEDDING.search(parts.leaf)
+        or _EMBEDDING_LEAF.search(parts.leaf)
+        or _EMBEDDING_PATH.search(".".join(parts.names))
+    )
+
+
+def tied_head(config: Mapping[str, Any] | None) -> str | None:
+    """Name the module of the output head where it is the embedding; None where it is not.
+
+    Vision-language models nest the setting, and most files leave out what is the default of the
+    model type.
+    """
+    config = config or {}
+    nested = config.get("text_config")
+    levels = [config, nested if isinstance(nested, dict) else {}]
+    head = next((h for level in levels if (h := _TIED_HEADS.get(_type_of(level)))), None)
+    told = [level["tie_word_embeddings"] for level in levels if "tie_word_embeddings" in level]
+    if any(setting is True for setting in told):
+        return head or "lm_head"
+    return head if not told else None
+
+
+def _type_of(config: Mapping[str, Any]) -> str:
+    return str(config.get("model_type"))
+
+
+def _numbers(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, int]]:
+    """Walk the integers of config.json, and of lists of them."""
+    for key, value in config.items():
+        if isinstance(value, dict) and depth < _DEEPEST:
+            yield from _numbers(value, depth + 1)
+        for one in value if isinstance(value, list) else (value,):
+            if isinstance(one, int) and not isinstance(one, bool) and one > 1:
+                yield str(key), one
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """A path, taken apart: names without numbers, and whether a numbered layer holds it."""
+
+    names: tuple[str, ...]
+    depth: tuple[int, ...]  # of each name: how many names follow the first number behind it
+    in_layer: bool
+
+    @property
+    def leaf(self) -> str:
+        return self.names[-1] if self.names else ""
+
+
+@lru_cache(maxsize=1 << 8)
+def _parts(module: str) -> _Parts:
+    pieces = module.split(".")
+    names, depth = [], []
+    for at, piece in enumerate(pieces):
+        if piece.isdecimal():
+            continue
+        rest = pieces[at + 1 :]
+        number = next((i for i, later in enumerate(rest) if later.isdecimal()), len(rest))
+        names.append(piece)
+        depth.append(sum(not later.isdecimal() for later in rest[number:]))
+    first = next((i for i, piece in enumerate(pieces) if piece.isdecimal()), len(pieces))
+    in_layer = any(not piece.isdecimal() for piece in pieces[first:])
+    return _Parts(tuple(names), tuple(depth), in_layer)
+
+
+@lru_cache(maxsize=1 << 14)  # layers share their parts
+def _role_by_name(parts: _Parts) -> Role | None:
+    """Judge by words that mean the same everywhere; a stack of layers is its own thing.
+
+    `image_embed.encoder.layers.0.attn.q_proj` is no embedding: whole blocks follow the word.
+    """
+    near = [name for name, depth in zip(parts.names, parts.depth, strict=True) if depth < 2]
+    if any(_ROUTER.search(name) for name in near):
+        return "router"
+    if any(_HEAD.search(name) for name in near) and not _is_attention_head(parts):
+        return "output head"
+    if (
+        any(_EMBEDDING.search(name) for name in near)
+        or _EMBEDDING_LEAF.search(parts.leaf)
+        or _EMBEDDING_PATH.search(".".join(parts.names))
+    ):
+        return "embedding"
+    if any(_NORM.search(name) for name in parts.names[-2:]):
+        return "norm"
+    return None
+
+
+def _is_attention_head(parts: _Parts) -> bool:
+    """Tell Funnel's `attention.q_head`, a projection, from a value head."""
+    return bool(_PROJECTION_HEAD.search(parts.leaf)) and any(
+        _ATTENTION.search(name) for name in parts.names
+    )
+
+
+def _is_gate(parts: _Parts, rows: int, columns: int) -> bool:
+    """Tell a router that is called `gate` from the gate of a gated MLP, which is not narrow."""
+    return (
+        rows < columns
+        and any(name.lower() == "gate" for name in parts.names[-3:])
+        and not any(_ATTENTION.search(name) for name in parts.names)
+    )
+
+
+def _routes(module: str, parts: _Parts, rows: int, sizes: Sizes) -> bool:
+    """Tell a router by what stands beside it: experts, as many as it has rows."""
+    if _PROJECTION.search(parts.leaf) or _EXPERTS.search(f"{module}."):
+        return False
+    above = module.rpartition(".")[0]
+    blocks = (above, above.rpartition(".")[0])
+    return any(rows in sizes.experts.get(block, ()) for block in blocks if block)
+
+
+def _is_padded(size: int, *, of: frozenset[int]) -> bool:
+    """Tell a number of tokens that was filled up to a multiple of 64, as trainers do."""
+    return size % 64 == 0 and any(
+        0 < size - known < known // 64 + 64 for known in of if known > _FEW
+    )
+
+
+def _without_numbers(module: str) -> str:
+    return ".".join(piece for piece in module.split(".") if not piece.isdecimal())
