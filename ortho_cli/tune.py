@@ -39,7 +39,7 @@ from ortho_cli import models, ops
 from ortho_cli.blocks import Blocks
 from ortho_cli.checkpoint import Checkpoint
 from ortho_cli.data import Text, read_rows, retain_sequences, stamps
-from ortho_cli.errors import CalibrationError, RecipeError
+from ortho_cli.errors import CalibrationError, InternalError, RecipeError
 from ortho_cli.events import EventSink, Finishing, Noted, Step, null_sink
 from ortho_cli.plan import Plan
 from ortho_cli.settings import Tune
@@ -237,7 +237,8 @@ class _Job:
         share: float,
     ) -> None:
         """Take all steps, with that share of the rates; the block holds what was learnt then."""
-        assert weights is not None
+        if weights is None:
+            raise InternalError(f"block {number} is to learn, and its errors have no weights")
         settings = self._settings
         parameters = [self._parameter(name) for name in latents]
         self._put({name: latent.value() for name, latent in latents.items()})
@@ -283,9 +284,7 @@ class _Job:
         return outputs, total
 
     def _parameter(self, name: str) -> nn.Parameter:
-        weight = self._linears[name].weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
+        return self._linears[name].get_parameter("weight")
 
     def _put(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():

@@ -143,6 +143,13 @@ def test_core_is_silent(module: str) -> None:
     assert "sys.stderr" not in text
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_package_raises_what_it_finds_and_asserts_nothing(module: str) -> None:
+    """`python -O` removes assertions, and with them whatever they guard."""
+    lines = [node.lineno for node in ast.walk(tree(module)) if isinstance(node, ast.Assert)]
+    assert not lines, f"{module}.py asserts in lines {lines}; raise InternalError there"
+
+
 def test_top_level_holds_only_what_was_agreed() -> None:
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
