@@ -332,7 +332,8 @@ class OrthoLinear(nn.Module):
     ) -> None:
         """Check the streams that come, and make room for as many entries as they have."""
         self._cache.clear()
-        parts = {name: state_dict.get(prefix + name) for name in (*BASE_PARTS, *ORTHO_PARTS)}
+        names = (*BASE_PARTS, *ORTHO_PARTS)
+        parts: dict[str, Any] = {name: state_dict.get(prefix + name) for name in names}
         here = [name for name in ORTHO_PARTS if parts[name] is not None]
         if here and len(here) < len(ORTHO_PARTS):
             raise ArtifactError(

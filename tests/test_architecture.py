@@ -15,6 +15,8 @@ PACKAGE = ROOT / "ortho_cli"
 LAYERS = [
     ["__init__"],
     ["errors", "events", "settings", "files"],
+    ["rows"],
+    ["row_files", "chats"],
     ["strict_json", "recipe", "search", "ops", "topk", "data", "capture", "estimates"],
     ["figures", "grammar", "verdict"],
     ["checkpoint", "scales", "compensate", "forget_set"],
