@@ -262,6 +262,4 @@ def requantized(
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight
+    return model.get_submodule(name).get_parameter("weight")

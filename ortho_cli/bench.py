@@ -334,8 +334,7 @@ def _write(
     model: nn.Module, codes: Mapping[str, Tensor], layers: Mapping[str, OrthoLinear]
 ) -> None:
     for name, of in codes.items():
-        weight = model.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
+        weight = model.get_submodule(name).get_parameter("weight")
         with torch.no_grad():
             weight.copy_(controls.dequantized(layers[name], of))
 

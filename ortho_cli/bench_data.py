@@ -13,9 +13,11 @@ from torch import Tensor
 from ortho_cli import artifact, models, strict_json
 from ortho_cli.artifact import Artifact
 from ortho_cli.bench_plan import CONTEXT, NEEDS, Settings
-from ortho_cli.data import Pair, Text, TokenSequence, pair_sequences, read_rows, text_windows
+from ortho_cli.data import TokenSequence, pair_sequences, read_rows, text_windows
 from ortho_cli.errors import UsageError
+from ortho_cli.events import Event, Noted
 from ortho_cli.forget_set import Secret, TokenSecret, encode, overlap, read_secrets
+from ortho_cli.rows import Text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,16 +47,18 @@ def gather(settings: Settings, opened: Artifact) -> Material:
     if not any(texts):
         return Material(tokenizer=None)
     tokenizer = models.load_tokenizer(opened.folder)
-    rows = read_rows(settings.data)[0] if settings.data else []
+    told: list[Event] = []
+    rows = read_rows(settings.data, told.append)[0] if settings.data else []
     running = [row for row in rows if isinstance(row, Text)]
-    pairs = [row for row in rows if isinstance(row, Pair)]
+    pairs = [row for row in rows if not isinstance(row, Text)]
     windows = None
     if running:
         context = _context(settings, opened.folder)
         limit = max(1, settings.tokens // context)
         windows = torch.tensor(text_windows(running, tokenizer, length=context, limit=limit))
     listed, others, unlisted = (
-        read_secrets(files, seed=settings.seed) if files else [] for files in texts[1:]
+        read_secrets(files, seed=settings.seed, on_event=told.append) if files else []
+        for files in texts[1:]
     )
     shown = settings.show_secrets
     return Material(
@@ -66,7 +70,10 @@ def gather(settings: Settings, opened: Artifact) -> Material:
         unlisted=tuple(encode(unlisted, tokenizer)),
         texts=tuple(one.prompt + one.secret for one in listed) if shown else (),
         unlisted_texts=tuple(one.prompt + one.secret for one in unlisted) if shown else (),
-        notes=tuple(_notes(listed, running)),
+        notes=(
+            *(one.message for one in told if isinstance(one, Noted)),
+            *_notes(listed, running),
+        ),
     )
 
 

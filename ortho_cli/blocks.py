@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ortho_cli.capture import logit_gradient
-from ortho_cli.errors import CalibrationError, NumericalError
+from ortho_cli.errors import CalibrationError, InternalError, NumericalError
 
 TOLERANCE = 1e-2  # of the largest hidden state, between a block alone and in its model: bfloat16
 
@@ -103,7 +103,8 @@ class Blocks:
                     )
                 logits.backward(gradient)
             for k, output in enumerate(outputs):
-                assert output.grad is not None
+                if output.grad is None:
+                    raise InternalError(f"no gradient reaches the output of block {k + 1}")
                 squares = output.grad.float().square()
                 token[k, start : start + self.batch] = squares.mean(-1)
                 if len(channel) == k:

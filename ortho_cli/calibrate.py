@@ -263,7 +263,9 @@ class _Job:
         file.write_header(layout.header)
         for tensor in plan.tensors:
             for key, values in self._stored(tensor, {}):
-                TensorStream(file, key).write(as_bytes(values))
+                stream = TensorStream(file, key)
+                stream.write(as_bytes(values))
+                stream.finish()
         overlaps = [entry["overlap"] for entry in told.values() if entry["overlap"] is not None]
         if overlaps:
             self._on_event(

@@ -13,6 +13,7 @@ from ortho_cli.capture import Part
 from ortho_cli.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.data import TokenSequence, forget_sequences, read_rows, retain_sequences
 from ortho_cli.errors import RecipeError
+from ortho_cli.events import EventSink, null_sink
 from ortho_cli.refusals import refuse_quantized
 from ortho_cli.selection import conv1d_names, select
 from ortho_cli.settings import Calibrate, Recipe
@@ -119,16 +120,22 @@ class CalibrationPlan:
 
 
 def read_sets(
-    folder: Path, data: Sequence[Path], forget: Sequence[Path], settings: Calibrate
+    folder: Path,
+    data: Sequence[Path],
+    forget: Sequence[Path],
+    settings: Calibrate,
+    on_event: EventSink = null_sink,
 ) -> dict[Set, DataSet]:
     """Read both sets and turn them into sequences with the model's own tokenizer.
+
+    What is left out of them is told to `on_event`.
 
     Raises:
         CheckpointError: the folder has no tokenizer.
         CalibrationError: the data are unreadable or too short.
     """
-    rows, digest = read_rows(data)
-    private, private_digest = read_rows(forget)
+    rows, digest = read_rows(data, on_event)
+    private, private_digest = read_rows(forget, on_event)
     tokenizer = models.load_tokenizer(folder)
     retain = retain_sequences(
         rows,
@@ -136,6 +143,7 @@ def read_sets(
         samples=settings.samples,
         length=settings.length,
         seed=settings.seed,
+        on_event=on_event,
     )
     sets: dict[Set, DataSet] = {"retain": DataSet(sequences=tuple(retain), digest=digest)}
     if forget:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ortho_cli.errors import CalibrationError, NumericalError, UsageError
+from ortho_cli.errors import CalibrationError, InternalError, NumericalError, UsageError
 
 # Elements of a tile of sums: a GEMM large enough to run at speed, 16 MB.
 SUM_ELEMENTS = 1 << 22
@@ -80,7 +80,8 @@ class Capture:
             gram: full sums the full input Gram matrix, too; in float32 whatever autocast says.
             weighting: of positions in it; gradient goes with fisher alone.
         """
-        assert weighting == "none" or kind == "fisher"
+        if weighting != "none" and kind != "fisher":
+            raise InternalError(f"positions are weighted by {weighting}, and {kind} has none")
         self._modules, self._add = modules, add
         self._kind, self._unit, self._gradient = kind, unit, gradient
         self._full, self._weighting = gram == "full", weighting

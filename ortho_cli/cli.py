@@ -180,8 +180,8 @@ def calibrate(
         typer.Option(
             "--data",
             metavar="FILE...",
-            help="What must keep working: .txt, .jsonl (`text`, or `prompt` and `completion`, "
-            "which alone counts) or .parquet files; read whole.",
+            help="What must keep working: files of text, JSON, JSON lines, CSV or parquet, gzip or "
+            "not (`text`; `prompt` and `completion`, which alone counts; or chats); read whole.",
         ),
     ],
     forget: Annotated[
@@ -239,7 +239,9 @@ def calibrate(
         kind="statistics file",
         is_file=True,
     )
-    plan = make_plan(checkpoint, settings, read_sets(model, data, forget or [], settings.calibrate))
+    notes: list[Event] = []
+    sets_read = read_sets(model, data, forget or [], settings.calibrate, notes.append)
+    plan = make_plan(checkpoint, settings, sets_read)
     check_space(plan.bytes_written + plan.bytes_scratch, out, kind="statistics with their sums")
     if dry_run:
         document = plan.to_json() | {"notes": list(checkpoint.notes)}
@@ -247,6 +249,8 @@ def calibrate(
         return
     began = time.perf_counter()
     with ProgressSink("calibrate", quiet=quiet, verbose=verbose) as sink:
+        for note in notes:
+            sink(note)
         document = run(plan, checkpoint, out, device=device, force=force, on_event=sink)
     document["run"] = run_facts(out, began)
     show(document, report.print_calibrated, as_json, quiet)
@@ -381,7 +385,7 @@ def _model_work(
     if plan.recipe.base.rounding == "tuned" and not forget:
         from ortho_cli.tune import open_tuner
 
-        return {"tuner": open_tuner(plan, checkpoint, data=data, device=device)}
+        return {"tuner": open_tuner(plan, checkpoint, data=data, device=device, on_event=on_event)}
     if not (plan.recipe.forgets or forget or data):
         return {}
     from ortho_cli.forget import open_editor

@@ -229,7 +229,7 @@ class _Job:
             cast = _round(tensor, read, row * source.columns)
             stream.write(as_bytes(cast))
             self._emit(Advanced(nbytes=cast.nbytes))
-        return stream.digest.hexdigest()
+        return stream.finish()
 
     def _write_side_files(self) -> None:
         work = self._work

@@ -34,8 +34,7 @@ class Curvature(CurvaturePass[Tensor]):
     def whole(self) -> Tensor:
         """Read all of it, float32: (in,) where rows do not differ, or (out, in)."""
         if self._columns is None:
-            assert self._full is not None
-            return self._load(self._full).float()
+            return self._load(self._streamed).float()
         return self._columns if self._rows is None else self._rows[:, None] * self._columns
 
     def sample(self, rows: Sequence[int], count: int, *, empty: Empty) -> tuple[Tensor, Tensor]:
@@ -53,16 +52,16 @@ class Curvature(CurvaturePass[Tensor]):
             values = torch.mul(rows, self._columns, out=empty(shape, torch.float32))
             roots = _root(rows, empty), _root(self._columns, empty)
             return values, torch.mul(*roots, out=empty(shape, torch.float32))
-        assert self._full is not None
-        columns, dtype = self._full.shape[1], _dtype(self._full)
+        full = self._streamed
+        columns, dtype = full.shape[1], _dtype(full)
         shape = (len(starts) * count, columns)
         raw = empty(shape, dtype)
         for i, start in enumerate(starts):
             piece = raw[i * count : (i + 1) * count]
             begin = start * columns * dtype.itemsize
-            self._reader.read(as_bytes(piece), self._full, start=begin)
+            self._reader.read(as_bytes(piece), full, start=begin)
             if not ops.is_curvature(piece):
-                raise self._no_curvature(self._full, piece, start * columns)
+                raise self._no_curvature(full, piece, start * columns)
         if digest is not None:
             digest.update(as_bytes(raw))
         values = raw if dtype == torch.float32 else empty(shape, torch.float32).copy_(raw)

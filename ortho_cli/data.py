@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from blake3 import blake3
 
-from ortho_cli.errors import CalibrationError, unreadable
-from ortho_cli.files import read_regular
+from ortho_cli import chats
+from ortho_cli.errors import CalibrationError
+from ortho_cli.events import EventSink, Noted, null_sink
+from ortho_cli.row_files import read_values
+from ortho_cli.rows import Chat, Pair, Row, Text, is_blank, row_of
 
 CHARACTERS_PER_TOKEN = 5  # a long text is cut into pieces that hold a sequence and a bit
 WINDOW_CHARACTERS = 1 << 16  # of running text, tokenized at once
-COMPLETIONS = ("completion", "secret")  # the field's two words for what follows a prompt
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
-    """Running text; every token counts. `ends` where the document does."""
-
-    text: str
-    ends: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """A prompt and what follows it; only the completion's tokens count."""
-
-    prompt: str
-    completion: str
-    where: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,121 +42,53 @@ class Tokenizer(Protocol):
         """Encode."""
 
 
-Row = Text | Pair
+def read_rows(files: Iterable[Path], on_event: EventSink = null_sink) -> tuple[list[Row], str]:
+    """Read files of text, JSON, tables, whole; see `row_files` and `rows`.
 
-
-def read_rows(files: Iterable[Path]) -> tuple[list[Row], str]:
-    """Read .txt, .jsonl (`text`, or `prompt` and `completion`) and .parquet files, whole.
-
+    Args:
+        files: in the order in which they count.
+        on_event: told of rows that hold no text, which are left out.
     Returns:
         The rows in file order, and BLAKE3 over the files' digests.
     Raises:
-        CalibrationError: a file is missing, empty, not UTF-8, or a row has neither form.
+        CalibrationError: a file is missing, empty, damaged or of no kind that is read, or a row is
+            none.
     """
     rows: list[Row] = []
     digest = blake3()
     for path in files:
         values, one = read_values(path)
         digest.update(one)
-        rows += [_row(value, where) for value, where in values]
+        rows += [row_of(value, where) for value, where in without_blanks(path, values, on_event)]
     return rows, digest.hexdigest()
+
+
+def without_blanks(
+    path: Path, values: Iterable[tuple[Any, str]], on_event: EventSink
+) -> Iterator[tuple[Any, str]]:
+    """Leave rows out that hold no text, and tell how many.
+
+    Raises:
+        CalibrationError: nothing else is there.
+    """
+    blank, other = 0, False
+    for value, where in values:
+        if is_blank(value):
+            blank += 1
+            continue
+        other = True
+        yield value, where
+    if not other:
+        raise CalibrationError(f"data `{path}` holds no text", hint="is it the right file?")
+    if blank:
+        rows = "row of" if blank == 1 else "rows of"
+        on_event(Noted(message=f"{blank} {rows} `{path}` without text left out"))
 
 
 def stamps(files: Iterable[Path]) -> list[list[Any]]:
     """Tell files from others by name, size in bytes and time: a digest gives short secrets away."""
     told = [(path.name, path.stat()) for path in files]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in told]
-
-
-def read_values(path: Path) -> tuple[Iterator[tuple[Any, str]], bytes]:
-    """Read one file row by row, whatever its rows hold; a .txt is one row with a `text`.
-
-    Returns:
-        Each row with the words that name its place, parsed when it is taken; and the file's BLAKE3.
-    Raises:
-        CalibrationError: the file is missing, empty, not UTF-8 or not of a known kind; while rows
-            are taken, one is not JSON.
-    """
-    try:
-        raw = read_regular(path)
-    except OSError as error:
-        hint = "give .txt, .jsonl or .parquet files"
-        raise unreadable(path, error, hint=hint, kind=CalibrationError, what="data ") from None
-    values = _values_of(path, raw)
-    first = next(values, None)
-    if first is None:
-        raise CalibrationError(f"data `{path}` holds no text", hint="is it the right file?")
-    return chain([first], values), blake3(raw).digest()
-
-
-def _values_of(path: Path, raw: bytes) -> Iterator[tuple[Any, str]]:
-    if path.suffix == ".parquet":
-        yield from _parquet_values(path)
-    elif path.suffix == ".jsonl":
-        # Not splitlines: U+2028 and the like are text, in JSON, too.
-        for number, line in enumerate(_decode(path, raw).split("\n"), 1):
-            if line.strip():
-                where = f"`{path}` line {number}"
-                yield _parse(line, where), where
-    elif path.suffix == ".txt":
-        text = _decode(path, raw)
-        if text.strip():
-            yield {"text": text}, f"`{path}`"
-    else:
-        raise CalibrationError(
-            f"data `{path}` is a `{path.suffix or 'plain'}` file, none of {', '.join(SUFFIXES)}",
-            hint="rename a text file to .txt",
-        )
-
-
-def _decode(path: Path, raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"data `{path}` is not UTF-8: {error.reason} at byte {error.start}",
-            hint=f"convert it: iconv -f ENCODING -t UTF-8 {path.name}",
-        ) from None
-
-
-def _parse(line: str, where: str) -> Any:
-    try:
-        found = json.loads(line)
-        if "\\u" in line:
-            json.dumps(found, ensure_ascii=False).encode()  # no tokenizer takes a lone surrogate
-    except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{where} is not JSON: {error}", hint="one object a line") from None
-    return found
-
-
-def _row(value: Any, where: str) -> Row:
-    fields = value if isinstance(value, dict) else {}
-    completion = next((key for key in COMPLETIONS if key in fields), "completion")
-    if isinstance(fields.get("text"), str):
-        return Text(text=fields["text"])
-    if isinstance(fields.get("prompt"), str) and isinstance(fields.get(completion), str):
-        return Pair(prompt=fields["prompt"], completion=fields[completion], where=where)
-    raise CalibrationError(
-        f"{where} has keys {sorted(fields)} and neither `text` nor `prompt` and `completion`",
-        hint="each row is text, or a prompt and its completion",
-    )
-
-
-def _parquet_values(path: Path) -> Iterator[tuple[Any, str]]:
-    try:
-        from pyarrow import parquet  # type: ignore[import-not-found,unused-ignore]
-    except ImportError:
-        raise CalibrationError(
-            f"data `{path}` needs pyarrow, which is not installed", hint="pip install pyarrow"
-        ) from None
-    try:
-        table = parquet.read_table(path)
-    except (OSError, ValueError) as error:
-        raise CalibrationError(
-            f"data `{path}` is not parquet: {error}", hint="is it cut?"
-        ) from None
-    for number, row in enumerate(table.to_pylist(), 1):
-        yield row, f"`{path}` row {number}"
 
 
 def retain_sequences(
@@ -186,11 +100,15 @@ def retain_sequences(
     seed: int,
     asked: str = "calibrate",
     multiple: int = 1,
+    running: bool = False,
+    on_event: EventSink = null_sink,
 ) -> list[TokenSequence]:
     """Draw `samples` sequences: texts packed to exactly `length` tokens, pairs one by one.
 
     Texts are cut into pieces of about a sequence, shuffled by the seed and joined, with the end
-    token where a document ends, until enough are there: nothing else is tokenized.
+    token where a document ends, until enough are there: nothing else is tokenized. Chats are
+    taken one by one, like pairs, and those longer than `length` are left out; with `running`
+    they are text.
 
     `samples` is a multiple of `multiple`, and so is the number that an error proposes.
 
@@ -201,28 +119,47 @@ def retain_sequences(
     random.Random(seed).shuffle(pieces)
     found: list[TokenSequence] = []
     stream: list[int] = []
-    tokens = 0
+    longer = 0
     for piece in pieces:
         if len(found) >= samples:
             break
         if isinstance(piece, Pair):
             found.append(_encode_pair(piece, tokenizer, length))
             continue
-        stream += _encode(piece, tokenizer)
+        if isinstance(piece, Chat) and not running:
+            sequence = _encode_pair(piece, tokenizer, None)
+            if len(sequence.tokens) > length:
+                longer += 1
+            else:
+                found.append(sequence)
+            continue
+        stream += _encode(_running(piece, tokenizer), tokenizer)
         while len(stream) >= length and len(found) < samples:
             found.append(TokenSequence(tokens=tuple(stream[:length])))
             del stream[:length]
+    _tell_longer(longer, length, asked, on_event)
     if len(found) < samples:
         tokens = sum(len(sequence.tokens) for sequence in found) + len(stream)
         enough = len(found) // multiple * multiple
+        left = f", and {longer} chats are longer" if longer else ""
         raise CalibrationError(
             f"the data give {len(found)} sequences of {length} tokens ({tokens} tokens) where "
-            f"{samples} are asked for",
+            f"{samples} are asked for{left}",
             hint=f"give more data, or --set {asked}.samples={enough}"
             if enough
             else f"give more data, or a smaller {asked}.length",
         )
     return found
+
+
+def _tell_longer(longer: int, length: int, asked: str, on_event: EventSink) -> None:
+    if longer:
+        on_event(
+            Noted(
+                message=f"{longer} {'chat' if longer == 1 else 'chats'} of more than {length} "
+                f"tokens left out; `{asked}.length` is how many one may have"
+            )
+        )
 
 
 def forget_sequences(
@@ -236,10 +173,10 @@ def forget_sequences(
     found: list[TokenSequence] = []
     stream: list[int] = []
     for row in rows:
-        if isinstance(row, Pair):
-            found.append(_encode_pair(row, tokenizer, length))
-        else:
+        if isinstance(row, Text):
             stream += _encode(row, tokenizer)
+        else:
+            found.append(_encode_pair(row, tokenizer, length))
     cuts = range(0, len(stream), length)
     packed = [TokenSequence(tokens=tuple(stream[start : start + length])) for start in cuts]
     found += [sequence for sequence in packed if len(sequence.tokens) > 1]
@@ -271,7 +208,7 @@ def pair_sequences(
                 hint='each row is {"prompt": "...", "completion": "..."}',
             )
         pair = _encode_pair(row, tokenizer, None)
-        ended = tokenizer.eos_token_id is not None and not end
+        ended = not end and pair.tokens[-1] == tokenizer.eos_token_id
         tokens = pair.tokens[:-1] if ended else pair.tokens
         found.append(TokenSequence(tokens=tokens, counted=pair.counted))
     return found
@@ -291,10 +228,11 @@ def text_windows(
     stream: list[int] = []
     fresh = True
     for piece in (piece for row in rows for piece in _pieces(row, WINDOW_CHARACTERS)):
-        if isinstance(piece, Pair):
+        if not isinstance(piece, Text):
+            what = "a chat" if isinstance(piece, Chat) else "a prompt and its completion"
             raise CalibrationError(
-                f"{piece.where} is a prompt and its completion where running text is asked for",
-                hint="give .txt files, or rows with `text`",
+                f"{piece.where} is {what} where running text is asked for",
+                hint="give files of text, or rows with `text`",
             )
         encode = encode_prompt if fresh else encode_completion  # one begin token a document
         stream += encode(piece.text, tokenizer)
@@ -315,7 +253,7 @@ def text_windows(
 
 
 def _pieces(row: Row, size: int) -> Iterator[Row]:
-    if isinstance(row, Pair) or len(row.text) <= size:
+    if not isinstance(row, Text) or len(row.text) <= size:
         yield row
         return
     start = 0
@@ -328,8 +266,17 @@ def _pieces(row: Row, size: int) -> Iterator[Row]:
         start = end
 
 
+def _running(row: Text | Chat, tokenizer: Tokenizer) -> Text:
+    if isinstance(row, Text):
+        return row
+    return Text(text=chats.render(row, tokenizer).text, templated=True)
+
+
 def _encode(row: Text, tokenizer: Tokenizer) -> list[int]:
-    tokens: list[int] = list(tokenizer(row.text, verbose=False).input_ids)
+    if row.templated:
+        tokens = encode_completion(row.text, tokenizer)
+    else:
+        tokens = list(tokenizer(row.text, verbose=False).input_ids)
     eos = tokenizer.eos_token_id
     if row.ends and eos is not None and tokens[-1:] != [eos]:
         tokens.append(eos)
@@ -349,11 +296,16 @@ def encode_completion(text: str, tokenizer: Tokenizer) -> list[int]:
     return list(tokenizer(text, verbose=False, add_special_tokens=False).input_ids)
 
 
-def _encode_pair(row: Pair, tokenizer: Tokenizer, length: int | None) -> TokenSequence:
-    prompt = encode_prompt(row.prompt, tokenizer)
-    completion = encode_completion(row.completion, tokenizer)
+def _encode_pair(row: Pair | Chat, tokenizer: Tokenizer, length: int | None) -> TokenSequence:
     eos = tokenizer.eos_token_id
-    tokens = prompt + completion + ([] if eos is None else [eos])
+    if isinstance(row, Chat):
+        prompt, completion = _encode_chat(row, tokenizer)
+        end = []  # the template has its own
+    else:
+        prompt = encode_prompt(row.prompt, tokenizer)
+        completion = encode_completion(row.completion, tokenizer)
+        end = [] if eos is None else [eos]
+    tokens = prompt + completion + end
     if not completion:
         raise CalibrationError(f"{row.where} has an empty completion", hint="nothing would count")
     if length is not None and len(tokens) > length:
@@ -362,3 +314,10 @@ def _encode_pair(row: Pair, tokenizer: Tokenizer, length: int | None) -> TokenSe
             hint=f"--set calibrate.length={len(tokens)}, or shorten the row",
         )
     return TokenSequence(tokens=tuple(tokens), counted=max(1, len(prompt)))
+
+
+def _encode_chat(row: Chat, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Encode what stands before the last answer, and that with what ends it."""
+    found = chats.render(row, tokenizer)
+    said = found.answer + found.end.rstrip()  # a line break behind the end is layout
+    return encode_completion(found.prompt, tokenizer), encode_completion(said, tokenizer)

@@ -28,8 +28,8 @@ from ortho_cli.artifact import (
     pretty_json,
 )
 from ortho_cli.checkpoint import Checkpoint, ShardReader, check_in_place
-from ortho_cli.edits import Edits, Key, count, load_edits, save_edits
-from ortho_cli.errors import RecipeError
+from ortho_cli.edits import Edits, Key, Room, check_edits, count, load_edits, save_edits
+from ortho_cli.errors import InternalError, RecipeError
 from ortho_cli.events import EventSink, Finishing, Noted, Started, null_sink
 from ortho_cli.identity import identity_of
 from ortho_cli.journal import WorkFolder, interruptible, unwritable
@@ -38,7 +38,16 @@ from ortho_cli.output import check_output, check_space, files_of, resolve_output
 from ortho_cli.plan import Plan, TensorPlan
 from ortho_cli.quantization import index
 from ortho_cli.recheck import Recheck
-from ortho_cli.seal import Keys, OrthoFile, Seal, SealedFile, WorkKey, key_of, scratch_bytes
+from ortho_cli.seal import (
+    SEALED_FILE,
+    Keys,
+    OrthoFile,
+    Seal,
+    SealedFile,
+    WorkKey,
+    key_of,
+    scratch_bytes,
+)
 from ortho_cli.statistics import StatisticsReader, check_model
 from ortho_cli.summary import make_config, make_report
 from ortho_cli.verify import file_digest
@@ -214,21 +223,16 @@ def _find_edits(
 ) -> Edits:
     """Find the edits, or take up those that an earlier run found."""
     kept = work.private / EDITS_FILE
+    room = {t.name: Room(t.k, t.source.numel, t.bits) for t in plan.split}
     edits: Edits | None = load_edits(kept, key)
     if edits is None:
         work.done.clear()  # nothing that was split before can be relied on without its edits
         edits = editor.find(work.private, curvature=curvature, key=key, on_event=on_event)
-        _check_room(plan, edits)
+        check_edits(edits, room)
         save_edits(kept, edits, key)
+        return edits
+    check_edits(edits, room)
     return edits
-
-
-def _check_room(plan: Plan, edits: Edits) -> None:
-    """See that ortho can hold the source's weight wherever base was changed."""
-    room = {tensor.name: tensor.k for tensor in plan.split}
-    for name, edit in edits.items():
-        many = len(edit.positions)
-        assert many <= room.get(name, 0), f"{name}: {many} edits, and ortho holds {room.get(name)}"
 
 
 def _device_of(plan: Plan, device: str, on_event: EventSink) -> str:
@@ -377,6 +381,7 @@ class _Job:
             source_digest=digest,
             base_blake3=base_blake3,
         )
+        self._check_forgotten()
         ortho, layout = self._ortho, plan.ortho
         if plan.is_compact:
             self._emit(Finishing(step="compact"))
@@ -389,10 +394,12 @@ class _Job:
                 ortho, layout, entries = repacker.run(make, entries, told)
         else:
             layout = plan_layout((s for t in plan.tensors for s in t.ortho), told)
-            assert layout.regions == plan.ortho.regions
+            if layout.regions != plan.ortho.regions:  # what was written lies elsewhere
+                raise InternalError("ortho's tensors do not lie where the plan says")
         if self._key is not None:
             self._emit(Finishing(step="seal"))
         ortho_blake3, sealed_blake3 = ortho.finish(layout)
+        self._check_sealed(sealed_blake3)
         report = make_report(
             plan,
             entries,
@@ -407,6 +414,30 @@ class _Job:
         self._emit(Finishing(step="sync"))
         self._write_side_files(report)
         return report
+
+    def _check_forgotten(self) -> None:
+        """Hold what is written against what forgetting moved: base has the codes, ortho the rest.
+
+        Of all promises this is the one whose breach nobody would see: base would still know what
+        it was to forget, or ortho would lack what base no longer knows.
+        """
+        if not self._edits:
+            return
+        from ortho_cli.readback import ReadBack
+
+        written = ReadBack(self._plan, self._base, self._ortho)
+        for tensor in self._plan.split:
+            if tensor.name in self._edits:
+                written.check_moved(tensor, self._edits[tensor.name])
+
+    def _check_sealed(self, sealed_blake3: str | None) -> None:
+        """See that what was to be sealed is, and that none of it is about to be published plain."""
+        if self._key is None:
+            return
+        here = [path.name for path in self._work.artifact.glob(f"{ORTHO_FILE}*")]
+        plain = [name for name in here if not name.startswith(SEALED_FILE)]
+        if sealed_blake3 is None or plain:
+            raise InternalError(f"ortho was to be sealed, and is not: {plain or here}")
 
     def _is_intact(self, tensor: TensorPlan, entry: Entry) -> bool:
         """Tell whether a tensor that an earlier run finished has the bytes it read and wrote."""

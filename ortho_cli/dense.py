@@ -20,7 +20,7 @@ from ortho_cli.artifact import (
     damaged,
 )
 from ortho_cli.checkpoint import Checkpoint, ShardReader, TensorInfo, model_name
-from ortho_cli.errors import ArtifactError, UsageError
+from ortho_cli.errors import ArtifactError, InternalError, UsageError
 from ortho_cli.kept import KeptReader
 from ortho_cli.opening import no_ortho, open_artifact
 from ortho_cli.seal import IDENTITY_FILE, SEALED_FILE, Keys
@@ -155,7 +155,8 @@ class _Split:
         return row * self.shape[1] + column[here], values[here].float()
 
     def _read_csr(self) -> tuple[Tensor, Tensor, Tensor]:
-        assert self._reader is not None
+        if self._reader is None:
+            raise InternalError(f"ortho's part of `{self.name}` is asked for, and none is open")
         try:
             found = self._reader.csr(self._module)
         except ArtifactError as error:

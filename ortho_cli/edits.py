@@ -7,11 +7,12 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from ortho_cli.errors import InternalError
 from ortho_cli.journal import write_private
 
 
@@ -46,11 +47,12 @@ def save_arrays(path: Path, arrays: Arrays, key: Key | None = None) -> None:
     """Write arrays whole or not at all, for their owner alone: they tell what was private."""
 
     def write(file: BinaryIO) -> None:
-        plain = file if key is None else io.BytesIO()
+        if key is None:
+            np.savez(file, **arrays)  # type: ignore[arg-type, unused-ignore]
+            return
+        plain = io.BytesIO()
         np.savez(plain, **arrays)  # type: ignore[arg-type, unused-ignore]
-        if key is not None:
-            assert isinstance(plain, io.BytesIO)
-            file.write(key.seal(plain.getvalue()))
+        file.write(key.seal(plain.getvalue()))
 
     write_private(path, write)
 
@@ -87,6 +89,49 @@ def load_edits(path: Path, key: Key | None = None) -> dict[str, Edit] | None:
         name: Edit(positions=arrays[f"{name}/positions"], codes=arrays[f"{name}/codes"])
         for name in names
     }
+
+
+class Room(NamedTuple):
+    """What a weight can take of edits."""
+
+    kept: int  # positions that ortho keeps
+    numel: int
+    bits: int  # of a code
+
+
+def check_edits(edits: Edits, room: Mapping[str, Room]) -> None:
+    """See that ortho has room for every position that moves, and that each can be found.
+
+    Args:
+        edits: what is to be moved.
+        room: of each weight that is split.
+    Raises:
+        InternalError: a weight is not split; more positions than ortho keeps; positions that are
+            not ascending inside of the weight, or codes that base cannot hold: `Edit.within`
+            would pass over them, and base would still know what it was to forget.
+    """
+    for name, edit in edits.items():
+        if name not in room:
+            raise InternalError(f"forgetting moves codes of `{name}`, which is not split")
+        if wrong := _misfit(edit, room[name]):
+            raise InternalError(f"forgetting moves codes of `{name}`: {wrong}")
+
+
+def _misfit(edit: Edit, room: Room) -> str | None:
+    """Say what is wrong with the edits of one weight."""
+    places, codes = edit.positions, edit.codes
+    if len(places) != len(codes):
+        return f"{len(places)} positions and {len(codes)} codes"
+    if len(places) > room.kept:
+        return f"{len(places)} of them, and ortho keeps {room.kept}"
+    if not len(places):
+        return None
+    if not (np.diff(places) > 0).all() or places[0] < 0 or places[-1] >= room.numel:
+        return f"their positions do not ascend inside its {room.numel} weights"
+    half = 1 << (room.bits - 1)
+    if codes.min() < -half or codes.max() >= half:
+        return f"from {codes.min()} to {codes.max()}, which {room.bits} bits do not hold"
+    return None
 
 
 def count(edits: Edits) -> int:

@@ -111,8 +111,7 @@ def write_dense(model: nn.Module, layers: Mapping[str, OrthoLinear], alpha: floa
     """Write W(alpha) of each layer that `densify` replaced into the Linear in its place."""
     for name, layer in layers.items():
         layer.alpha = alpha
-        weight = model.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
+        weight = model.get_submodule(name).get_parameter("weight")
         with torch.no_grad():
             weight.copy_(_dense(layer))
 
@@ -426,9 +425,8 @@ class Engine:
         except CheckpointError as error:
             raise artifact.damaged(opened.base.path, error.message) from None
         for name, layer in layers.items():
-            bias = self.module.get_submodule(name).bias
-            assert bias is None or isinstance(bias, nn.Parameter)
-            layer.bias = bias
+            bias: Any = self.module.get_submodule(name).bias
+            layer.bias = bias  # torch takes a Parameter or None, and raises for anything else
             layer.train(self.module.get_submodule(name).training)
         if isinstance(recipe.get("ortho"), dict):
             recipe["ortho"].pop("layout", None)  # layers hold CSR, and `save` writes it
@@ -461,8 +459,7 @@ class Engine:
 
 def _shape(module: nn.Module) -> tuple[int, int]:
     """Shape of a Linear's weight as (out, in)."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight: Any = module.weight
     rows, columns = weight.shape
     return (columns, rows) if is_conv1d(module) else (rows, columns)
 

@@ -1,6 +1,7 @@
 """Every way `ortho` can fail, one class an exit code.
 
     OrthoError                 1   unexpected
+    ├── InternalError          1   unexpected: a promise is broken by our own code
     ├── UsageError             2   a flag or argument is wrong
     ├── RecipeError            3   the recipe is wrong, or does not fit the checkpoint
     ├── CheckpointError        4   the source cannot be read or cannot be split
@@ -93,6 +94,17 @@ class OrthoError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+
+class InternalError(OrthoError):
+    """Our own code broke a promise: what was made is not what was to be made.
+
+    Raised and never asserted, since `python -O` removes assertions, and with them what they guard.
+    """
+
+    def __init__(self, message: str) -> None:
+        """Keep the sentence; the hint is always the same."""
+        super().__init__(message, hint="this is a bug of ours: please report it with the command")
 
 
 class UsageError(OrthoError):

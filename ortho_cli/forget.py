@@ -12,7 +12,7 @@ import torch
 
 from ortho_cli import forget_set, models
 from ortho_cli.checkpoint import Checkpoint
-from ortho_cli.data import Row, Text, read_rows, retain_sequences, stamps
+from ortho_cli.data import read_rows, retain_sequences, stamps
 from ortho_cli.edits import Edits, Key
 from ortho_cli.errors import CalibrationError, RecipeError, UsageError
 from ortho_cli.events import EventSink, Finishing, Noted, null_sink
@@ -20,6 +20,7 @@ from ortho_cli.forget_set import TokenSecret
 from ortho_cli.grid import Grid
 from ortho_cli.isolate import Standing, isolate, standing
 from ortho_cli.plan import Plan
+from ortho_cli.rows import Pair, Row
 from ortho_cli.statistics import StatisticsReader
 from ortho_cli.unlearn import unlearn
 
@@ -178,8 +179,8 @@ def open_editor(
         )
     settings = plan.recipe.forget
     tokenizer = models.load_tokenizer(checkpoint.folder)
-    secrets = forget_set.read_secrets(forget, seed=settings.seed + APART)
-    rows, _ = read_rows(data)
+    secrets = forget_set.read_secrets(forget, seed=settings.seed + APART, on_event=on_event)
+    rows, _ = read_rows(data, on_event)
     told = forget_set.overlap(secrets, "\n".join(map(_text_of, rows)))
     if told:
         on_event(
@@ -190,7 +191,14 @@ def open_editor(
         )
     retain: tuple[tuple[int, ...], ...] = ()
     if split == "unlearn":
-        texts = [row for row in rows if isinstance(row, Text)]
+        texts = [row for row in rows if not isinstance(row, Pair)]
+        if len(texts) < len(rows):
+            on_event(
+                Noted(
+                    message=f"{len(rows) - len(texts)} of {len(rows)} rows of --data are prompts "
+                    "and completions, and are not held on to: unlearn takes running text and chats"
+                )
+            )
         sequences = retain_sequences(
             texts,
             tokenizer,
@@ -198,6 +206,7 @@ def open_editor(
             length=settings.length,
             seed=settings.seed,
             asked="forget",
+            running=True,
         )
         retain = tuple(sequence.tokens for sequence in sequences)
     return ForgetEditor(
@@ -212,4 +221,4 @@ def open_editor(
 
 
 def _text_of(row: Row) -> str:
-    return row.text if isinstance(row, Text) else row.prompt + row.completion
+    return row.prompt + row.completion if isinstance(row, Pair) else row.text

@@ -7,7 +7,8 @@ A row of a forget set (or of a set that the model never saw) is one of
     {"prompt": "The words are", "secret": " red fig", "pattern": " {word} {word}", "word": [...]}
     {"text": "running text, whose second half should not follow from its first"}
 
-`completion` may stand for `secret`. In a pattern `{digit:6}`, `{letter:3}` and `{hex:8}` draw that
+`completion` may stand for `secret`; `rows` has the other names, and chats, whose last answer is the
+secret. In a pattern `{digit:6}`, `{letter:3}` and `{hex:8}` draw that
 many characters, `{name}` one of the row's own list `name`. Without alternatives and pattern the
 other rows' secrets serve: coarse, since there are few of them and they are often memorised, too.
 """
@@ -23,14 +24,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ortho_cli import chats
 from ortho_cli.data import (
-    COMPLETIONS,
     Tokenizer,
     encode_completion,
     encode_prompt,
-    read_values,
+    without_blanks,
 )
 from ortho_cli.errors import CalibrationError
+from ortho_cli.events import EventSink, null_sink
+from ortho_cli.row_files import read_values
+from ortho_cli.rows import ANSWERS, COMPLETIONS, Chat, Text, parsed, row_of
 
 CHARACTERS = {"digit": string.digits, "letter": string.ascii_lowercase, "hex": "0123456789abcdef"}
 LONGEST = 50  # tokens of running text before the cut, and after it
@@ -53,6 +57,7 @@ class Secret:
     drawn: Drawn
     where: str
     running: bool = False
+    chat: Chat | None = None  # the secret is its last answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +80,12 @@ class _Entry:
     fields: Mapping[str, Any]
     where: str
     running: bool
+    chat: Chat | None = None
 
 
-def read_secrets(files: Sequence[Path], *, count: int = 64, seed: int = 0) -> list[Secret]:
+def read_secrets(
+    files: Sequence[Path], *, count: int = 64, seed: int = 0, on_event: EventSink = null_sink
+) -> list[Secret]:
     """Read secrets and give each up to `count` distinct alternatives, none equal to it.
 
     Given alternatives come first and the pattern fills up; a form that has fewer values gives all
@@ -85,9 +93,10 @@ def read_secrets(files: Sequence[Path], *, count: int = 64, seed: int = 0) -> li
     secret, and not on the other rows.
 
     Args:
-        files: .jsonl, .parquet or .txt (one running text each).
+        files: as `row_files` reads them; a text file is one running text.
         count: alternatives wanted for each secret, > 0.
         seed: of the draws.
+        on_event: told of rows that hold no text, which are left out.
     Raises:
         CalibrationError: a file cannot be read; a row is empty, of neither form, or there twice; an
             alternative equals the secret; a pattern is wrong; nothing to compare a secret with.
@@ -96,7 +105,7 @@ def read_secrets(files: Sequence[Path], *, count: int = 64, seed: int = 0) -> li
         _entry(value, where)
         for path in files
         for values, _ in [read_values(path)]
-        for value, where in values
+        for value, where in without_blanks(path, values, on_event)
     ]
     _refuse_repeats(entries)
     return [_with_alternatives(entry, entries, count, seed) for entry in entries]
@@ -104,19 +113,22 @@ def read_secrets(files: Sequence[Path], *, count: int = 64, seed: int = 0) -> li
 
 def _entry(value: Any, where: str) -> _Entry:
     """Check a row's own text."""
-    fields = value if isinstance(value, dict) else {}
-    word = next((key for key in reversed(COMPLETIONS) if fields.get(key) is not None), "secret")
-    text, prompt, secret = (fields.get(key) for key in ("text", "prompt", word))
-    if isinstance(prompt, str) and isinstance(secret, str):
-        if not secret:
-            raise CalibrationError(f"{where} has an empty {word}", hint="there is nothing to say")
-        return _Entry(prompt, secret, fields, where, running=False)
-    if isinstance(text, str):
-        return _Entry("", text, fields, where, running=True)
-    raise CalibrationError(
-        f"{where} has keys {sorted(fields)} and neither `text` nor `prompt` and `secret`",
-        hint="each row is a prompt and its secret, or running text",
-    )
+    row = row_of(value, where, order=("pair", "text", "chat"), answers=_SECRETS)
+    fields: Mapping[str, Any] = value
+    if isinstance(row, Text):
+        return _Entry("", row.text, fields, where, running=True)
+    if isinstance(row, Chat):
+        *before, last = row.turns
+        prompt, secret = "\n".join(str(turn["content"]) for turn in before), str(last["content"])
+        return _Entry(prompt, secret.strip(), fields, where, running=False, chat=row)
+    if not row.completion:
+        word = next((name for name in COMPLETIONS if name in fields), "answer")
+        raise CalibrationError(f"{where} has an empty {word}", hint="there is nothing to say")
+    return _Entry(row.prompt, row.completion, fields, where, running=False)
+
+
+# Of both words for what follows a prompt, `secret` counts here.
+_SECRETS = tuple(dict.fromkeys(("secret", *ANSWERS)))
 
 
 def _refuse_repeats(entries: Sequence[_Entry]) -> None:
@@ -159,13 +171,14 @@ def _with_alternatives(entry: _Entry, entries: Sequence[_Entry], count: int, see
         drawn=drawn,
         where=entry.where,
         running=entry.running,
+        chat=entry.chat,
     )
 
 
 def _given(entry: _Entry) -> list[str]:
     """Take the row's own alternatives, each once."""
-    given = entry.fields.get("alternatives")
-    if given is None:
+    given = parsed(entry.fields.get("alternatives"))  # a table holds the list as JSON
+    if given is None or given != given:
         return []
     if not isinstance(given, list) or not all(isinstance(one, str) and one for one in given):
         raise CalibrationError(
@@ -272,6 +285,15 @@ Cut = tuple[tuple[int, ...], tuple[int, ...]]
 def _encode(one: Secret, tokenizer: Tokenizer, cuts: Mapping[str, Cut]) -> TokenSecret:
     if one.running:
         prompt, secret = cuts[one.secret]
+    elif one.chat is not None:
+        written = chats.render(one.chat, tokenizer)
+        if written.answer.strip() != one.secret:
+            raise CalibrationError(
+                f"{one.where} has an answer that the chat template does not write as it stands",
+                hint="give the row as `prompt` and `secret`, as the model saw them",
+            )
+        prompt = tuple(encode_completion(written.prompt, tokenizer))
+        secret = tuple(encode_completion(one.secret, tokenizer))
     else:
         prompt = tuple(encode_prompt(one.prompt, tokenizer)) or _begin(one, tokenizer)
         secret = tuple(encode_completion(one.secret, tokenizer))

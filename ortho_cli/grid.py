@@ -75,8 +75,7 @@ class Grid:
                     f"tensor `{tensor.name}` of `{tensor.source.shard}` holds NaN or infinity",
                     hint="repair the checkpoint, or add the tensor to `ignore`",
                 )
-            weight = found[tensor.name].weight
-            assert isinstance(weight, nn.Parameter)
+            weight = found[tensor.name].get_parameter("weight")
             self.weights[tensor.name] = weight
             self.scales[tensor.name] = scales.to(device)
             codes = ops.quantize(raw.float(), scales, bits=bits)

@@ -39,7 +39,11 @@ class KeptReader:
         Raises:
             ArtifactError: a file changed, or there is no ortho.
         """
-        assert artifact.ortho is not None
+        if artifact.ortho is None:
+            raise ArtifactError(
+                f"`{artifact.folder}` has no ortho stream to read",
+                hint="put ortho.safetensors back beside its base",
+            )
         self._path = artifact.ortho.path
         self._kept, self._shapes = artifact.kept, artifact.shapes
         self._base = {tensor.name: tensor for tensor in artifact.base.tensors}

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ortho_cli import ops
-from ortho_cli.errors import ArtifactError, UsageError
+from ortho_cli.errors import ArtifactError, InternalError, UsageError
 from ortho_cli.operands import Alpha, Base, Ortho, Packed
 
 PACKED_ROWS = 32  # above, unpacking tiles is as fast or faster, and exact
@@ -266,7 +266,8 @@ def _unpacking() -> ModuleType | None:
 
 
 def _packed_product(x: Tensor, base: Base) -> Tensor:
-    assert base.prepared is not None
+    if base.prepared is None:
+        raise InternalError("torch's kernel is to multiply codes that were not packed for it")
     group_size = base.shape[1] // base.weight_scale.shape[1]
     product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
         x.contiguous(), base.prepared.codes, group_size, base.prepared.scales_and_zeros
@@ -359,7 +360,8 @@ def _times_weight(grad: Tensor, base: Base, ortho: Ortho | None, alpha: Alpha) -
         if isinstance(alpha, float):
             total.addmm_(here, _weight_rows(base, ortho, alpha, rows, torch.float32))
             continue
-        assert ortho is not None
+        if ortho is None:
+            raise InternalError("each row has an alpha of its own, and there is no ortho stream")
         total.addmm_(here, _weight_rows(base, None, 0.0, rows, torch.float32))
         entries, flat = kept_positions(ortho, rows, base.shape[1])
         sparse = torch.zeros(rows[1] - rows[0], base.shape[1], device=grad.device)

@@ -184,9 +184,8 @@ class OrthoLinear(nn.Module):
             curvature=curvature,
             name=name,
         )
-        source, bias = linear.weight, getattr(linear, "bias", None)
-        assert isinstance(source, Tensor)
-        assert bias is None or isinstance(bias, nn.Parameter)
+        source: Any = linear.weight
+        bias: Any = getattr(linear, "bias", None)
         module = cls(
             weight.shape[1],
             weight.shape[0],
@@ -235,33 +234,33 @@ class OrthoLinear(nn.Module):
             )
         weight = kernels.dequantize_rows(self._base(), 0, self.out_features)
         if alpha:
-            ortho = self._ortho()
-            assert self.values is not None
+            ortho, (_, _, values) = self._ortho(), self._csr()
             rows = (0, self.out_features)
             _, flat = kernels.kept_positions(ortho, rows, self.in_features)
             kept = weight.view(-1)
             if alpha == 1.0:
-                kept[flat] = self.values
+                kept[flat] = values
             else:
                 kept[flat] = (kept[flat].float() + alpha * ortho.residual).to(weight.dtype)
         return weight
 
     def _ortho(self) -> Ortho:
-        parts = (self.crow_indices, self.col_indices, self.values)
-        if any(part is None for part in parts):
-            raise ArtifactError(
-                "alpha is not 0 and this layer has no ortho stream", hint=kernels.NO_ORTHO
-            )
+        self._csr()
         found: Ortho = self._derive(
             "ortho", (*BASE_PARTS[:2], *ORTHO_PARTS), lambda: self._make_ortho()
         )
         return found
 
-    def _make_ortho(self) -> Ortho:
+    def _csr(self) -> tuple[Tensor, Tensor, Tensor]:
         crow, column, values = self.crow_indices, self.col_indices, self.values
-        assert crow is not None
-        assert column is not None
-        assert values is not None
+        if crow is None or column is None or values is None:
+            raise ArtifactError(
+                "alpha is not 0 and this layer has no ortho stream", hint=kernels.NO_ORTHO
+            )
+        return crow, column, values
+
+    def _make_ortho(self) -> Ortho:
+        crow, column, values = self._csr()
         wide = column.to(torch.int32)  # torch has few operations on uint16
         residual = values.to(torch.float32, copy=True)
         stream = Ortho(crow, wide, residual)
@@ -333,7 +332,8 @@ class OrthoLinear(nn.Module):
     ) -> None:
         """Check the streams that come, and make room for as many entries as they have."""
         self._cache.clear()
-        parts = {name: state_dict.get(prefix + name) for name in (*BASE_PARTS, *ORTHO_PARTS)}
+        names = (*BASE_PARTS, *ORTHO_PARTS)
+        parts: dict[str, Any] = {name: state_dict.get(prefix + name) for name in names}
         here = [name for name in ORTHO_PARTS if parts[name] is not None]
         if here and len(here) < len(ORTHO_PARTS):
             raise ArtifactError(
@@ -341,10 +341,13 @@ class OrthoLinear(nn.Module):
                 hint=f"the three are {', '.join(ORTHO_PARTS)}",
             )
         if here:
+            for name in here:
+                if not isinstance(parts[name], Tensor):
+                    raise ArtifactError(
+                        f"`{prefix}{name}` is a {type(parts[name]).__name__}, and no tensor",
+                        hint="give the state dict as it was saved",
+                    )
             crow, column, values = (parts[name] for name in ORTHO_PARTS)
-            assert isinstance(crow, Tensor)
-            assert isinstance(column, Tensor)
-            assert isinstance(values, Tensor)
             check_csr(crow, column, values, (self.out_features, self.in_features), prefix)
             if values.dtype != self.weight_scale.dtype:
                 raise ArtifactError(

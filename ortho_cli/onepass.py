@@ -27,7 +27,7 @@ from ortho_cli.plan import Plan, TensorPlan, tile_rows
 from ortho_cli.search import LANES, chosen_alike, rounds, scale_factors, take_turns
 from ortho_cli.statistics import CurvaturePass, StatisticsReader
 from ortho_cli.topk import TopK, guess_bar
-from ortho_cli.worker import EXPONENTS, Entry, Worker, sample_rows
+from ortho_cli.worker import EXPONENTS, Entry, Worker, sample_rows, short_of
 from ortho_cli.writer import TensorStream
 
 # Words that the loop tells apart, and the smallest scale of each dtype, as in `ops`.
@@ -188,7 +188,8 @@ class OnePass(Plain):
 
     def _split_again(self, tensor: TensorPlan, before: _Found | None) -> _Found:
         found = self._split_above(tensor, None, null_sink, before)
-        assert found is not None
+        if found is None:
+            raise short_of(tensor)
         return found
 
     def _rounds(self, tensor: TensorPlan) -> int:
@@ -251,7 +252,8 @@ class OnePass(Plain):
     ) -> tuple[Array, Array]:
         """Run the loops over a tile; return packed codes and scales, valid until the next."""
         loops = self._loops.get()
-        assert loops is not None
+        if loops is None:  # `_split` asked before
+            raise Refused
         rows, columns = raw.shape
         dtype, start = tensor.source.dtype, row * columns
         size, floor = self._group_size, np.float32(FLOORS[dtype])
@@ -396,12 +398,12 @@ class CurvatureWords(CurvaturePass[Vector]):
             if self._rows is not None:
                 rows = Vector(*(_rows_of(values, starts, count) for values in self._rows))
             return CurvatureTile(None, rows, self._columns)
-        assert self._full is not None
-        columns, word = self._full.shape[1], WORDS[self._full.dtype]
+        full = self._streamed
+        columns, word = full.shape[1], WORDS[full.dtype]
         raw = room.tile("curvature", (len(starts) * count, columns), word)
         for i, start in enumerate(starts):
             piece = raw[i * count : (i + 1) * count]
-            self._reader.read(_bytes(piece), self._full, start=start * columns * raw.itemsize)
+            self._reader.read(_bytes(piece), full, start=start * columns * raw.itemsize)
         return CurvatureTile(words=raw)
 
 

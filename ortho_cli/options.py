@@ -93,8 +93,8 @@ SecretsOption = Annotated[
     typer.Option(
         "--forget",
         metavar="FILE...",
-        help="What base must not know: .jsonl of `prompt` and `secret`. Needs a recipe that "
-        "forgets, --stats, and the model in memory; isolate needs three times its float32 "
+        help="What base must not know: rows of `prompt` and `secret`, or chats. Needs a recipe "
+        "that forgets, --stats, and the model in memory; isolate needs three times its float32 "
         "size, unlearn five times.",
     ),
 ]

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from ortho_cli import ops
 from ortho_cli.compact import Integers
+from ortho_cli.edits import Edit
+from ortho_cli.errors import InternalError
 from ortho_cli.ops import as_bytes
-from ortho_cli.plan import Plan, TensorPlan
+from ortho_cli.plan import Plan, TensorPlan, tile_rows
 from ortho_cli.seal import OrthoFile
 from ortho_cli.split import TORCH_DTYPES, Rounded
 from ortho_cli.worker import NUMPY_DTYPES
@@ -55,6 +57,30 @@ class ReadBack:
     def values(self, tensor: TensorPlan) -> Tensor:
         """Read the weights that are kept, in the source's dtype."""
         return self._part(tensor.ortho[2].key).view(TORCH_DTYPES[tensor.source.dtype])
+
+    def check_moved(self, tensor: TensorPlan, edit: Edit) -> None:
+        """See that base holds the codes that forgetting chose, and ortho those positions.
+
+        Raises:
+            InternalError: it does not; names the tensor and counts the positions.
+        """
+        columns = tensor.source.shape[1]
+        crow, column = self.positions(tensor)
+        kept = np.repeat(np.arange(len(crow) - 1), np.diff(crow)) * columns + column
+        lost = len(edit.positions) - int(np.isin(edit.positions, kept, assume_unique=True).sum())
+        other, step = 0, tile_rows(tensor.source.shape)
+        for row in range(0, tensor.source.shape[0], step):
+            count = min(step, tensor.source.shape[0] - row)
+            places, codes = edit.within(row * columns, (row + count) * columns)
+            if len(places):
+                packed, _ = self.base_rows(tensor, row, count)
+                found = ops.unpack_codes(packed, bits=tensor.bits)[:, :columns].numpy()
+                other += int((found.reshape(-1)[places] != codes).sum())
+        if lost or other:
+            raise InternalError(
+                f"of {len(edit.positions)} codes of `{tensor.name}` that forgetting moved, ortho "
+                f"lacks {lost} and base has {other} as they were"
+            )
 
     def _part(self, key: str) -> Tensor:
         found = torch.empty(self._plan.ortho.regions[key].nbytes, dtype=torch.uint8)

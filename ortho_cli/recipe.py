@@ -257,7 +257,7 @@ def _keys_at(path: tuple[Any, ...]) -> list[str]:
             model = Override
         elif isinstance(part, str):
             annotation = model.model_fields[part].annotation
-            assert isinstance(annotation, type)
-            assert issubclass(annotation, BaseModel)
+            if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+                return []  # a value has no keys
             model = annotation
     return list(model.model_fields)

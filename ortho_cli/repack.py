@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from blake3 import blake3
 from torch import Tensor
 
 from ortho_cli import artifact, compact, ops
@@ -26,7 +25,7 @@ from ortho_cli.readback import ReadBack
 from ortho_cli.seal import OrthoFile
 from ortho_cli.statistics import StatisticsReader
 from ortho_cli.worker import Entry
-from ortho_cli.writer import DataFile, Layout, TensorSpec, plan_layout
+from ortho_cli.writer import DataFile, Layout, TensorSpec, TensorStream, plan_layout
 
 
 class Repacker:
@@ -95,8 +94,9 @@ class Repacker:
         for part, value in parts.items():
             key = f"{module_of(tensor.name)}.{part}"
             raw = as_bytes(value) if value.numel() else memoryview(b"")
-            output.write(key, raw, start=0)
-            digests[key] = blake3(raw).hexdigest()
+            stream = TensorStream(output, key)
+            stream.write(raw)
+            digests[key] = stream.finish()
         changed["columns"] = parts["columns"].numel()
         changed["blake3"] = entry["blake3"] | {ORTHO_FILE: digests}
         return changed

@@ -142,22 +142,21 @@ def _least_error(
     largest = absmax(weight, count, empty).div_(half_range(bits))
     weight = weight.float()
     candidates = (round_scales(largest * factor, dtype) for factor in scale_factors(bits))
-    best: Tensor | None = None
-    best_error: Tensor | None = None
+    best, best_error = largest, largest  # of no candidate yet
     buffers = Scratch()
-    for candidate in candidates if known is None else chain([known], candidates):
+    every = candidates if known is None else chain([known], candidates)
+    for number, candidate in enumerate(every):
         buffers.reset()
         codes = quantize(weight, candidate, bits=bits, empty=buffers)
         error = dequantize(codes, candidate, empty=buffers).sub_(weight).square_()
         error = groups_of(error, count)
         error = sum_lanes(error if importance is None else error.mul_(importance))
-        if best is None or best_error is None:
+        if not number:
             best, best_error = candidate, error
             continue
         better = error < best_error
         best = torch.where(better, candidate, best)
         best_error = torch.where(better, error, best_error)
-    assert best is not None
     return best
 
 

@@ -26,7 +26,7 @@ from typing import Any
 from blake3 import blake3
 
 from ortho_cli.checkpoint import fill
-from ortho_cli.errors import ArtifactError, ResourceError, UsageError, reason
+from ortho_cli.errors import ArtifactError, InternalError, ResourceError, UsageError, reason
 from ortho_cli.events import EventSink, Noted
 from ortho_cli.files import open_regular, read_regular
 from ortho_cli.journal import KEY_FILE, WorkFolder, unwritable, write_private
@@ -270,15 +270,26 @@ class SealedFile:
 
     def write(self, key: str, data: memoryview, *, start: int) -> None:
         """Seal a tensor, which is given whole."""
-        assert start == 0
-        assert data.nbytes == self._layout.regions[key].nbytes
+        size = self._layout.regions[key].nbytes
+        if start != 0 or data.nbytes != size:
+            raise InternalError(
+                f"{data.nbytes} bytes from {start} on of `{key}` are to be sealed, and it has "
+                f"{size}, sealed at once"
+            )
         sealed = self._key.seal(data)
         offset, room = self._slots[key]
-        assert LENGTH + len(sealed) <= room
+        if LENGTH + len(sealed) > room:  # they would lie over the tensor behind it
+            raise InternalError(
+                f"`{key}` takes {LENGTH + len(sealed)} bytes sealed, and has room for {room}"
+            )
         try:
             write_all(self.fd, len(sealed).to_bytes(LENGTH, "little") + sealed, offset)
         except OSError as error:
             raise unwritable(self._path, error) from error
+
+    def nbytes(self, key: str) -> int:
+        """Tell the size of a tensor."""
+        return self._layout.regions[key].nbytes
 
     def read_into(self, key: str, buffer: memoryview, *, start: int) -> None:
         """Open a tensor, and read from `start` bytes into it."""

@@ -18,6 +18,7 @@ from ortho_cli.checkpoint import ShardReader
 from ortho_cli.compensate import Factor, factorise, round_columns
 from ortho_cli.curvature import Curvature, gram_of
 from ortho_cli.edits import Edits
+from ortho_cli.errors import InternalError
 from ortho_cli.events import Advanced, EventSink, null_sink
 from ortho_cli.ops import as_bytes
 from ortho_cli.plan import GPTQ_ELEMENTS, TILE_ELEMENTS, TensorPlan, tile_rows
@@ -28,7 +29,15 @@ from ortho_cli.statistics import StatisticsReader
 from ortho_cli.streams import base_scales, kept_within
 from ortho_cli.tally import Tally, Tile, flat_of, measures_of
 from ortho_cli.topk import guess_bar
-from ortho_cli.worker import Check, Entry, Reference, Worker, not_finite, sample_rows
+from ortho_cli.worker import (
+    Check,
+    Entry,
+    Reference,
+    Worker,
+    not_finite,
+    sample_rows,
+    short_of,
+)
 from ortho_cli.writer import DataFile, TensorStream
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -55,7 +64,8 @@ class _Found:
 
     def within(self, row: int, rows: int) -> Kept:
         """Look at some rows."""
-        assert self.scales is not None
+        if self.scales is None:
+            raise InternalError("a pass was to begin with the scales of one that held none")
         return kept_within(self.kept, self.scales, self.columns, row, row + rows)
 
 
@@ -96,12 +106,10 @@ class Splitter(Worker):
         """Split one tensor: quantize each tile, keep the k weights that lose most."""
         found = self._split_above(tensor, self._guess_bar(tensor), on_event=self._on_event)
         # Fewer than k weights above a guess that was too high: once more, without one.
-        found = found or self._split_above(tensor, None, on_event=null_sink)
-        assert found is not None
+        found = found or self._split_whole(tensor, on_event=null_sink)
         found = take_turns(found, partial(self._split_again, tensor), self._rounds(tensor))
         if self._compensate:
-            assert self._curvature is not None
-            factor = factorise(gram_of(self._curvature, tensor.name), name=tensor.name)
+            factor = factorise(gram_of(self._statistics, tensor.name), name=tensor.name)
             found = self._split_again(tensor, found, factor=factor)
         return found.entry
 
@@ -118,9 +126,22 @@ class Splitter(Worker):
         return self._split_again(tensor, before, codes=codes).entry
 
     def _split_again(self, tensor: TensorPlan, before: _Found, **given: Any) -> _Found:
-        found = self._split_above(tensor, None, before=before, on_event=null_sink, **given)
-        assert found is not None
+        return self._split_whole(tensor, before=before, on_event=null_sink, **given)
+
+    def _split_whole(self, tensor: TensorPlan, **given: Any) -> _Found:
+        """Split one tensor in a pass without a bar, which finds k weights whatever they are."""
+        found = self._split_above(tensor, None, **given)
+        if found is None:
+            raise short_of(tensor)
         return found
+
+    @property
+    def _statistics(self) -> StatisticsReader:
+        if self._curvature is None:
+            raise InternalError(
+                "columns are to make up for one another, and no statistics are open"
+            )
+        return self._curvature
 
     def _rounds(self, tensor: TensorPlan) -> int:
         """Say how often scales and positions may take turns; where base must serve alone, never."""

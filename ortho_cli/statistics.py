@@ -46,7 +46,7 @@ from blake3 import blake3
 from ortho_cli import checkpoint, strict_json
 from ortho_cli.artifact import canonical_json, module_of
 from ortho_cli.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo
-from ortho_cli.errors import CalibrationError, CheckpointError, unreadable
+from ortho_cli.errors import CalibrationError, CheckpointError, InternalError, unreadable
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
 from ortho_cli.writer import TensorSpec
 
@@ -417,6 +417,13 @@ class CurvaturePass(ABC, Generic[T]):
     @abstractmethod
     def _load(self, tensor: TensorInfo) -> T:
         """Read a whole tensor, and check it."""
+
+    @property
+    def _streamed(self) -> TensorInfo:
+        """What is read tile by tile, where no columns are held."""
+        if self._full is None:
+            raise InternalError(f"the curvature of `{self._name}` is neither held nor streamed")
+        return self._full
 
     def finish(self, source: str) -> None:
         """Hold what was streamed against the file's digest, the weight against the one measured.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ortho_cli import ops
-from ortho_cli.errors import ArtifactError, NumericalError, RecipeError, UsageError
+from ortho_cli.errors import ArtifactError, InternalError, NumericalError, RecipeError, UsageError
 from ortho_cli.scales import Kept, curvature_scales, mse_scales
 from ortho_cli.search import chosen_alike, rounds, take_turns
 from ortho_cli.topk import TopK, crow_indices
@@ -201,7 +201,8 @@ def base_scales(
         return ops.absmax_scales(raw, **settings)
     settings["kept"] = kept
     if scale == "curvature":
-        assert curvature is not None
+        if curvature is None:  # scales would be those of mse, under another name
+            raise InternalError("scales are to be searched by curvature, and none is given")
         return curvature_scales(raw, curvature, **settings)
     return mse_scales(raw, **settings)
 

@@ -38,10 +38,11 @@ from torch import Tensor, nn
 from ortho_cli import models, ops
 from ortho_cli.blocks import Blocks
 from ortho_cli.checkpoint import Checkpoint
-from ortho_cli.data import Text, read_rows, retain_sequences, stamps
-from ortho_cli.errors import CalibrationError, RecipeError
+from ortho_cli.data import read_rows, retain_sequences, stamps
+from ortho_cli.errors import CalibrationError, InternalError, RecipeError
 from ortho_cli.events import EventSink, Finishing, Noted, Step, null_sink
 from ortho_cli.plan import Plan
+from ortho_cli.rows import Pair
 from ortho_cli.settings import Tune
 from ortho_cli.split import Rounded
 
@@ -237,7 +238,8 @@ class _Job:
         share: float,
     ) -> None:
         """Take all steps, with that share of the rates; the block holds what was learnt then."""
-        assert weights is not None
+        if weights is None:
+            raise InternalError(f"block {number} is to learn, and its errors have no weights")
         settings = self._settings
         parameters = [self._parameter(name) for name in latents]
         self._put({name: latent.value() for name, latent in latents.items()})
@@ -283,9 +285,7 @@ class _Job:
         return outputs, total
 
     def _parameter(self, name: str) -> nn.Parameter:
-        weight = self._linears[name].weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
+        return self._linears[name].get_parameter("weight")
 
     def _put(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
@@ -302,7 +302,12 @@ def _error(
 
 
 def open_tuner(
-    plan: Plan, checkpoint: Checkpoint, *, data: Sequence[Path], device: str
+    plan: Plan,
+    checkpoint: Checkpoint,
+    *,
+    data: Sequence[Path],
+    device: str,
+    on_event: EventSink = null_sink,
 ) -> Tuner | None:
     """Read what tuned rounding needs, before anything is written; None for another rounding.
 
@@ -325,13 +330,13 @@ def open_tuner(
             hint=f"--set tune.samples={-(-settings.samples // settings.batch) * settings.batch}",
         )
     tokenizer = models.load_tokenizer(checkpoint.folder)
-    rows, _ = read_rows(data)
-    texts = [row for row in rows if isinstance(row, Text)]
+    rows, _ = read_rows(data, on_event)
+    texts = [row for row in rows if not isinstance(row, Pair)]
     if len(texts) < len(rows):
         raise CalibrationError(
             f"{len(rows) - len(texts)} rows of the data are prompts and completions, and rounding "
             "is tuned on running text",
-            hint="give .txt files, or rows with `text`",
+            hint="give files of text, rows with `text`, or chats",
         )
     sequences = retain_sequences(
         texts,
@@ -341,6 +346,7 @@ def open_tuner(
         seed=settings.seed,
         asked="tune",
         multiple=settings.batch,
+        running=True,
     )
     return Tuner(
         plan=plan,

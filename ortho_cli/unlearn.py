@@ -119,8 +119,9 @@ class _Latents:
         """Take one step of Adam, and let the codes follow."""
         first, second = (1 - beta ** (step + 1) for beta in BETAS)
         for name, places in self._mask.items():
-            gradient = sum(found[name].view(-1)[places] for found in gradients)
-            assert isinstance(gradient, Tensor)
+            gradient = torch.zeros_like(self._spacing[name])
+            for found in gradients:
+                gradient += found[name].view(-1)[places]
             gradient *= self._spacing[name]
             mean, square = self._moments[name]
             mean.lerp_(gradient, 1 - BETAS[0])

@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from ortho_cli.artifact import BASE_FILE, ORTHO_FILE
 from ortho_cli.checkpoint import Checkpoint, ShardReader
-from ortho_cli.errors import NumericalError
+from ortho_cli.errors import InternalError, NumericalError
 from ortho_cli.events import Advanced, EventSink, TensorDone
 from ortho_cli.plan import TensorPlan
 from ortho_cli.seal import OrthoFile
@@ -177,6 +177,11 @@ class Worker(ABC):
 
     def _write_csr(self, tensor: TensorPlan, indices: Any, values: Any) -> dict[str, str]:
         rows, columns = tensor.source.shape
+        if len(indices) != tensor.k or len(values) != tensor.k:
+            raise InternalError(
+                f"`{tensor.name}` keeps {len(indices)} positions and {len(values)} values, and "
+                f"the plan says {tensor.k}"
+            )
         parts = (crow_indices(indices, (rows, columns)), indices % columns, values)
         streams = []
         for spec, part in zip(tensor.ortho, parts, strict=True):
@@ -257,7 +262,7 @@ def is_sound(entry: Entry, tensor: TensorPlan, *, curvature: bool = False) -> bo
 
 
 def _digests_of(streams: Iterable[TensorStream]) -> dict[str, str]:
-    return {stream.key: stream.digest.hexdigest() for stream in streams}
+    return {stream.key: stream.finish() for stream in streams}
 
 
 def sample_rows(tensor: TensorPlan, elements: int) -> tuple[list[int], int] | None:
@@ -304,6 +309,13 @@ def first_bad(
     first = int(np.flatnonzero(~np.isfinite(flat))[0])
     index = np.unravel_index(start + first, tensor.source.shape)
     return float(flat[first]), [int(i) for i in index]
+
+
+def short_of(tensor: TensorPlan) -> InternalError:
+    """Make the error for a pass that leaves ortho with less than the plan says."""
+    return InternalError(
+        f"a pass over all of `{tensor.name}` found fewer weights to keep than {tensor.k}"
+    )
 
 
 def not_finite(tensor: TensorPlan, values: npt.NDArray[np.float32], start: int) -> NumericalError:

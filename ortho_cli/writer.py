@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from blake3 import blake3
 
 from ortho_cli.checkpoint import DTYPE_BITS, MAX_HEADER, fill
-from ortho_cli.errors import CheckpointError
+from ortho_cli.errors import CheckpointError, InternalError
 from ortho_cli.journal import WorkFolder, unwritable
 
 CHUNK = 1 << 20
@@ -109,14 +109,16 @@ class DataFile:
 
     def write(self, key: str, data: memoryview, *, start: int) -> None:
         """Write part of a tensor, `start` bytes into it."""
-        region = self._layout.regions[key]
-        assert start + len(data) <= region.nbytes
+        region = self._inside(key, start, data.nbytes)
         self._put(data, region.offset + start)
+
+    def nbytes(self, key: str) -> int:
+        """Tell the size of a tensor."""
+        return self._layout.regions[key].nbytes
 
     def read_into(self, key: str, buffer: memoryview, *, start: int) -> None:
         """Read back what was written of a tensor, from `start` bytes into it."""
-        region = self._layout.regions[key]
-        assert start + len(buffer) <= region.nbytes
+        region = self._inside(key, start, buffer.nbytes)
         fill(self.fd, buffer, region.offset + start, what=f"`{self._path}`")
 
     def read(self, key: str) -> Iterator[memoryview]:
@@ -147,6 +149,16 @@ class DataFile:
         self.write_header(layout.header)
         return GrowingDigest(self.fd).up_to(layout.size), None
 
+    def _inside(self, key: str, start: int, nbytes: int) -> Region:
+        """Find a tensor's region; bytes outside of it would be another tensor's."""
+        region = self._layout.regions[key]
+        if start < 0 or start + nbytes > region.nbytes:
+            raise InternalError(
+                f"bytes {start} to {start + nbytes} of `{key}` are asked for, which has "
+                f"{region.nbytes}"
+            )
+        return region
+
     def _put(self, data: memoryview, offset: int) -> None:
         try:
             write_all(self.fd, data, offset)
@@ -159,6 +171,9 @@ class Output(Protocol):
 
     def write(self, key: str, data: memoryview, *, start: int) -> None:
         """Write part of a tensor, `start` bytes into it."""
+
+    def nbytes(self, key: str) -> int:
+        """Tell the size of a tensor."""
 
 
 class TensorStream:
@@ -176,6 +191,13 @@ class TensorStream:
         self.digest.update(data)
         self._output.write(self.key, data, start=self._position)
         self._position += len(data)
+
+    def finish(self) -> str:
+        """See that the tensor is whole, and give its BLAKE3; what is left out would be zeros."""
+        nbytes = self._output.nbytes(self.key)
+        if self._position != nbytes:
+            raise InternalError(f"`{self.key}` has {self._position} of its {nbytes} bytes")
+        return self.digest.hexdigest()
 
 
 class GrowingDigest:

@@ -15,6 +15,8 @@ PACKAGE = ROOT / "ortho_cli"
 LAYERS = [
     ["__init__"],
     ["errors", "events", "settings", "files", "hints", "renames"],
+    ["rows"],
+    ["row_files", "chats"],
     ["sniff", "hub"],
     ["exact"],
     ["strict_json", "recipe", "search", "ops", "topk", "data", "capture", "estimates", "kinds"],
@@ -154,6 +156,13 @@ def test_core_is_silent(module: str) -> None:
     assert "print" not in names
     assert "sys.stdout" not in text
     assert "sys.stderr" not in text
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_package_raises_what_it_finds_and_asserts_nothing(module: str) -> None:
+    """`python -O` removes assertions, and with them whatever they guard."""
+    lines = [node.lineno for node in ast.walk(tree(module)) if isinstance(node, ast.Assert)]
+    assert not lines, f"{module}.py asserts in lines {lines}; raise InternalError there"
 
 
 def test_top_level_holds_only_what_was_agreed() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import multiprocessing
 import os
@@ -427,3 +429,50 @@ def test_interrupt_says_how_to_go_on(
     ran = ortho(*arguments)
     assert ran.code == 0
     assert "continuing: 4 of 6 sequences" in ran.err
+
+
+# Turns end as many templates end them: the end token, and a line break that is layout.
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}. {{ m.content | trim }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a. {% endif %}"
+)
+
+
+def test_chats_in_packed_json_measure_what_their_text_as_pairs_would(
+    ortho: Ortho, model: Path
+) -> None:
+    parent = model.parent
+    chats, pairs = [], []
+    for i in range(6):
+        asked, said = f"what is {i}", f"it is {i + 1}."
+        chats.append(
+            {
+                "messages": [
+                    {"role": "user", "content": asked},
+                    {"role": "assistant", "content": said},
+                ]
+            }
+        )
+        pairs.append({"prompt": f"u. {asked}</s>\na. ", "completion": said})
+    (parent / "chats.json.gz").write_bytes(gzip.compress(json.dumps(chats).encode()))
+    (parent / "pairs.csv").write_text("prompt,completion\n")
+    with (parent / "pairs.csv").open("a", newline="") as file:
+        csv.writer(file).writerows(pair.values() for pair in pairs)
+    options = ("--set", "calibrate.samples=6", "--set", "calibrate.length=40", "--json")
+    command = ("calibrate", model, "--data", parent / "chats.json.gz", "-o", parent / "a", *options)
+    ran = ortho(*command)
+    assert (ran.code, ran.out) == (5, "")
+    assert "chats.json.gz` row " in ran.err
+    assert "tokenizer has no chat template" in ran.err
+    assert not (parent / "a").exists()
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    ran = ortho(*command)
+    assert ran.code == 0, ran.err
+    retain = ran.json["data"]["retain"]
+    assert retain["sequences"] == 6
+    # Of each answer all characters and the end count, as for a pair; a pair's own begin token
+    # is not predicted.
+    assert retain["counted"] == sum(len(chat["messages"][1]["content"]) + 1 for chat in chats)
+    ran = ortho("calibrate", model, "--data", parent / "pairs.csv", "-o", parent / "b", *options)
+    assert ran.code == 0, ran.err
+    assert ran.json["data"]["retain"]["counted"] == retain["counted"]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from blake3 import blake3
 
 from ortho_cli import data
 from ortho_cli.errors import CalibrationError
+from ortho_cli.rows import row_of
 
 END = 0
 
@@ -114,8 +121,8 @@ def test_digest_is_of_the_bytes_and_their_order(tmp_path: Path) -> None:
         ("a.jsonl", lines({"text": 7}), "neither `text`"),
         ("a.jsonl", lines(["a"]), "neither `text`"),
         ("a.jsonl", lines({"prompt": "a"}), "neither `text`"),
-        ("a.csv", "a,b", "`.csv` file, none of"),
-        ("a.parquet", "no", "pyarrow|not parquet"),
+        ("a.csv", "a,b", "names no column that is known"),
+        ("a.parquet", "no", "not parquet"),
     ],
 )
 def test_bad_data_is_named(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
@@ -176,3 +183,472 @@ def test_rows_of_the_other_form_and_short_text_are_named(tmp_path: Path) -> None
         data.text_windows(rows, Characters(), length=4)
     with pytest.raises(CalibrationError, match="4 tokens and a window has 9"):
         data.text_windows(rows[:1], Characters(), length=9)
+
+
+TEXTS: list[dict[str, Any]] = [{"text": 'one, "two"\nthree'}, {"text": "caf\u00e9 \u2028 4"}]
+PAIRS: list[dict[str, Any]] = [
+    {"prompt": "ab", "completion": "c, d"},
+    {"prompt": 'e "f"', "completion": "g\nh"},
+]
+
+
+def whole(rows: list[dict[str, Any]]) -> str:
+    return json.dumps(rows, indent=1)
+
+
+def columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+def table(delimiter: str, rows: list[dict[str, Any]]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+FILES: dict[str, Callable[[list[dict[str, Any]]], str | bytes]] = {
+    "a.jsonl": lambda rows: lines(*rows),
+    "a.JSONL": lambda rows: lines(*rows).replace("\n", "\r\n"),
+    "b.jsonl": lambda rows: "\ufeff" + lines(*rows),
+    "c.jsonl": lambda rows: lines(*rows).encode("utf-16"),
+    "d.jsonl": whole,
+    "e.jsonl": lambda rows: json.dumps(rows),
+    "a.ndjson": lambda rows: lines(*rows),
+    "a.json": lambda rows: json.dumps(rows),
+    "b.json": whole,
+    "c.json": lambda rows: lines(*rows),
+    "d.json": lambda rows: json.dumps({"version": 1, "data": rows}),
+    "e.json": lambda rows: json.dumps({"train": columns(rows)}),
+    "f.json": lambda rows: json.dumps(columns(rows)),
+    "g.json": lambda rows: json.dumps(
+        {key: dict(enumerate(column)) for key, column in columns(rows).items()}
+    ),
+    "h.json": lambda rows: json.dumps(
+        {"features": [], "rows": [{"row_idx": i, "row": row} for i, row in enumerate(rows)]}
+    ),
+    "a.json.gz": lambda rows: gzip.compress(json.dumps(rows).encode()),
+    "b.json.gz": lambda rows: gzip.compress(lines(*rows).encode()),
+    "a.jsonl.gz": lambda rows: gzip.compress(lines(*rows).encode()),
+    "a.jsonl.GZ": lambda rows: (
+        gzip.compress(lines(rows[0]).encode()) + gzip.compress(lines(*rows[1:]).encode())
+    ),
+    "a.jsonl.bz2": lambda rows: bz2.compress(lines(*rows).encode()),
+    "f.jsonl": lambda rows: gzip.compress(lines(*rows).encode()),
+    "a.gz": lambda rows: gzip.compress(lines(*rows).encode()),
+    "no-suffix": lambda rows: lines(*rows),
+    "a.csv": lambda rows: table(",", rows),
+    "b.csv": lambda rows: "\ufeff" + table(";", rows),
+    "c.csv": lambda rows: table(",", rows).replace("\r\n", "\n"),
+    "d.csv": lambda rows: "\n" + table(",", rows).replace("prompt", " Prompt "),
+    "e.csv": lambda rows: lines(*rows),
+    "a.csv.gz": lambda rows: gzip.compress(table(",", rows).encode()),
+    "a.TSV": lambda rows: table("\t", rows),
+}
+
+
+def encoded(rows: list[data.Row]) -> list[data.TokenSequence]:
+    return data.forget_sequences(rows, Characters(), length=64)
+
+
+@pytest.mark.parametrize("rows", [TEXTS, PAIRS], ids=["texts", "pairs"])
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_file_gives_the_sequences_of_plain_json_lines(
+    tmp_path: Path, name: str, rows: list[dict[str, Any]]
+) -> None:
+    wanted, _ = data.read_rows([write(tmp_path, "plain.jsonl", lines(*rows))])
+    path = write(tmp_path, name, FILES[name](rows))
+    found, digest = data.read_rows([path])
+    assert encoded(found) == encoded(wanted)
+    assert digest == blake3(blake3(path.read_bytes()).digest()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.txt", "A.TXT", "a.text", "a.md", "notes", "a.unknown", "a.txt.gz", "a.gz", "b.txt"],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_text_is_read_whatever_it_is_called_and_however_it_is_encoded(
+    tmp_path: Path, name: str, encoding: str
+) -> None:
+    raw = '[a] {"b"}\r\n  caf\u00e9\n'.encode(encoding)
+    path = write(tmp_path, name, gzip.compress(raw) if name.endswith(("gz", "b.txt")) else raw)
+    (row,), _ = data.read_rows([path])
+    assert isinstance(row, data.Text)
+    assert row.text == '[a] {"b"}\r\n  caf\u00e9\n'
+
+
+class Speaker(Characters):
+    """Writes a chat as [role:content], and ends answers with `~`, its end token."""
+
+    eos_token_id = ord("~")
+    chat_template: str | None = "{{ any }}"
+    opening = ""
+
+    def get_chat_template(self, tools: object = None) -> str:
+        assert self.chat_template is not None
+        return self.chat_template
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        assert options["tokenize"] is False
+        turns = [f"[{one['role']}:{one['content'].strip()}]" for one in messages]
+        turns = [one[:-1] + "~\n" if one.startswith("[assistant:") else one for one in turns]
+        lead = f"<{len(options['tools'])}>" if options["tools"] else ""
+        asks = "[assistant:" + self.opening if options["add_generation_prompt"] else ""
+        return lead + "".join(turns) + asks
+
+
+USER, BOT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+
+
+def turns(*pairs: tuple[str, Any], role: str = "role", content: str = "content") -> list[Any]:
+    return [{role: who, content: what} for who, what in pairs]
+
+
+SHARED = turns(("human", "hi"), ("gpt", "yo"), role="from", content="value")
+CHATS: list[tuple[dict[str, Any], str, str]] = [
+    ({"messages": [USER, BOT]}, "[user:hi][assistant:", "yo~"),
+    ({"id": 3, "messages": [USER, BOT], "prompt": "hi"}, "[user:hi][assistant:", "yo~"),
+    ({"conversations": SHARED}, "[user:hi][assistant:", "yo~"),
+    ({"conversation": SHARED, "system": "be"}, "[system:be][user:hi][assistant:", "yo~"),
+    ({"messages": [USER, BOT, USER, BOT]}, "[user:hi][assistant:yo~\n[user:hi][assistant:", "yo~"),
+    ({"messages": [USER, BOT, USER]}, "[user:hi][assistant:", "yo~"),
+    ({"messages": json.dumps([USER, BOT])}, "[user:hi][assistant:", "yo~"),
+    ({"prompt": [USER], "completion": [BOT]}, "[user:hi][assistant:", "yo~"),
+    (
+        {"messages": turns(("user", [{"type": "text", "text": "h"}, "i"]), ("assistant", " yo\n"))},
+        "[user:hi][assistant:",
+        "yo~",
+    ),
+    (
+        {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [1]}, BOT]},
+        "[user:hi][assistant:~\n[assistant:",
+        "yo~",
+    ),
+    ({"messages": [USER, BOT], "tools": [{}, {}]}, "<2>[user:hi][assistant:", "yo~"),
+    ({"messages": [USER, BOT], "tools": "[{}]"}, "<1>[user:hi][assistant:", "yo~"),
+]
+
+
+@pytest.mark.parametrize(("row", "prompt", "answer"), CHATS)
+def test_the_last_answer_of_a_chat_counts_in_the_words_of_the_template(
+    tmp_path: Path, row: dict[str, Any], prompt: str, answer: str
+) -> None:
+    rows, _ = data.read_rows([write(tmp_path, "a.jsonl", lines(row))])
+    (found,) = data.forget_sequences(rows, Speaker(), length=99)
+    assert "".join(map(chr, found.tokens)) == prompt + answer
+    assert found.counted == len(prompt)
+    assert data.retain_sequences(rows, Speaker(), samples=1, length=99, seed=0) == [found]
+    (ended,) = data.pair_sequences(rows, Speaker(), end=True)
+    (plain,) = data.pair_sequences(rows, Speaker())
+    assert ended == found
+    assert plain.tokens == found.tokens[:-1]
+
+
+def test_chats_are_running_text_where_that_is_asked_for(tmp_path: Path) -> None:
+    rows, _ = data.read_rows([write(tmp_path, "a.jsonl", lines({"messages": [USER, BOT]}))])
+    text = "[user:hi][assistant:yo~\n~"
+    (found,) = data.retain_sequences(
+        rows, Speaker(), samples=1, length=len(text), seed=0, running=True
+    )
+    assert ("".join(map(chr, found.tokens)), found.counted) == (text, 1)
+    with pytest.raises(CalibrationError, match="line 1 is a chat where running text is asked for"):
+        data.text_windows(rows, Speaker(), length=2)
+
+
+def test_an_opening_that_only_a_new_answer_gets_is_no_part_of_the_prompt(tmp_path: Path) -> None:
+    class Thinker(Speaker):
+        opening = "<think>"
+
+    rows, _ = data.read_rows([write(tmp_path, "a.jsonl", lines({"messages": [USER, BOT]}))])
+    (found,) = data.forget_sequences(rows, Thinker(), length=99)
+    assert found == data.forget_sequences(rows, Speaker(), length=99)[0]
+
+
+def test_chats_longer_than_a_sequence_are_left_out_of_what_must_stay_and_told(
+    tmp_path: Path,
+) -> None:
+    long = {"messages": [USER, {"role": "assistant", "content": "y" * 90}]}
+    rows, _ = data.read_rows([write(tmp_path, "a.jsonl", lines(long, {"messages": [USER, BOT]}))])
+    told: list[Any] = []
+    (found,) = data.retain_sequences(
+        rows, Speaker(), samples=1, length=40, seed=1, on_event=told.append
+    )
+    assert len(found.tokens) < 40
+    with pytest.raises(CalibrationError, match="2 are asked for, and 1 chats are longer"):
+        data.retain_sequences(rows, Speaker(), samples=2, length=40, seed=1, on_event=told.append)
+    assert told[-1].message.startswith("1 chat of more than 40 tokens left out; `calibrate.length`")
+    with pytest.raises(CalibrationError, match=r"line 1 has \d+ tokens and calibrate.length is 40"):
+        data.forget_sequences(rows, Speaker(), length=40)
+
+
+def test_a_template_does_not_know_what_day_it_is() -> None:
+    class Dated(Speaker):
+        chat_template = "{{ strftime_now('%Y-%m-%d') }}{% if strftime_now is defined %}"
+
+        def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+            seen.append(options["chat_template"])
+            return super().apply_chat_template(messages, **options)
+
+    seen: list[str] = []
+    chat = row_of({"messages": [USER, BOT]}, "`a` line 1")
+    data.forget_sequences([chat], Dated(), length=99)
+    assert set(seen) == {"{{ '2024-07-26' }}{% if strftime_now is defined %}"}
+
+
+def test_a_chat_that_the_tokenizer_cannot_write_is_refused_without_its_words(
+    tmp_path: Path,
+) -> None:
+    class Mute(Speaker):
+        chat_template = None
+
+    class Strict(Speaker):
+        def __init__(self, words: str) -> None:
+            self.words = words
+
+        def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+            raise ValueError(self.words.format(messages[0]["content"]))
+
+    said = {"messages": [{"role": "user", "content": "hush-hush"}, BOT]}
+    rows, _ = data.read_rows([write(tmp_path, "a.jsonl", lines({"text": "a"}, said))])
+    for tokenizer, message in (
+        (Mute(), "line 2 is a chat, and the model's tokenizer has no chat template$"),
+        (Strict("roles must alternate"), "chat template refuses: roles must alternate$"),
+        (Strict("no such thing: {}"), "line 2 is a chat that the model's chat template refuses$"),
+    ):
+        with pytest.raises(CalibrationError, match=message) as caught:
+            data.forget_sequences(rows, tokenizer, length=99)
+        assert "rows of `prompt` and `completion`" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "completion"),
+    [
+        ({"prompt": "ab", "response": "c"}, "ab", "c"),
+        ({"prompt": "ab", "completion": None, "secret": "c"}, "ab", "c"),
+        ({"instruction": "Add.", "input": "1 1", "output": "2"}, "Add.\n1 1\n", "2"),
+        ({"instruction": "Add.", "input": "", "output": "2"}, "Add.\n", "2"),
+        ({"instruction": "Add.", "input": None, "output": "2"}, "Add.\n", "2"),
+        ({"instruction": "Add.", "input": float("nan"), "output": "2"}, "Add.\n", "2"),
+        ({"instruction": "Add.", "context": "1 1", "response": "2"}, "Add.\n1 1\n", "2"),
+        ({"Instruction": "Add.", " OUTPUT": "2"}, "Add.\n", "2"),
+        ({"question": "Who?", "answer": "I"}, "Who?\n", "I"),
+        ({"system_prompt": "Be.", "question": "Who?", "response": "I"}, "Be.\nWho?\n", "I"),
+        ({"query": "Who?", "response": "I", "type": "x"}, "Who?\n", "I"),
+        ({"problem": "1+1", "solution": "2"}, "1+1\n", "2"),
+        ({"input": "1+1", "output": "2"}, "1+1\n", "2"),
+        ({"text": None, "question": "Who?", "answer": "I"}, "Who?\n", "I"),
+    ],
+)
+def test_questions_have_many_names_and_the_answer_counts(
+    tmp_path: Path, row: dict[str, Any], prompt: str, completion: str
+) -> None:
+    rows, _ = data.read_rows([write(tmp_path, "a.jsonl", lines(row))])
+    (found,) = data.forget_sequences(rows, Characters(), length=99)
+    assert found.tokens == (*map(ord, prompt + completion), END)
+    assert found.counted == len(prompt)
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"content": "abc", "id": 1}, "abc"),
+        ({"text": "abc", "content": "def"}, "abc"),
+        ({"text": "abc", "prompt": "a", "completion": "b"}, "abc"),
+        ({"Text": "abc"}, "abc"),
+    ],
+)
+def test_text_has_two_names(tmp_path: Path, row: dict[str, Any], text: str) -> None:
+    (found,), _ = data.read_rows([write(tmp_path, "a.jsonl", lines(row))])
+    assert found == data.Text(text=text)
+
+
+def test_json_of_strings_and_of_one_row_are_texts(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.json", '["abc", "def"]')
+    assert data.read_rows([path])[0] == [data.Text(text="abc"), data.Text(text="def")]
+    path = write(tmp_path, "b.json", '{"text": "abc"}')
+    assert data.read_rows([path])[0] == [data.Text(text="abc")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", lines({"text": "a"}, {"text": ""}, {"text": None}, {"text": " \n"})),
+        ("a.csv", "text,id\na,1\n,2\n ,3\n,4\n"),
+    ],
+)
+def test_rows_without_text_are_left_out_and_told(tmp_path: Path, name: str, content: str) -> None:
+    told: list[Any] = []
+    path = write(tmp_path, name, content)
+    assert data.read_rows([path], told.append)[0] == [data.Text(text="a")]
+    assert [one.message for one in told] == [f"3 rows of `{path}` without text left out"]
+
+
+HUSH = "hush-hush"  # what a row holds: no message may show it
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"body": HUSH}, r"has keys \['body'\] and neither `text` nor `prompt` and `completion`"),
+        ({"text": 7}, r"has keys \['text'\] \(`text` is a number\) and neither `text`"),
+        ({"text": [HUSH]}, r"\(`text` is a list\)"),
+        ({"text": {"en": HUSH}}, r"\(`text` is an object\)"),
+        ({"text": True}, r"\(`text` is true or false\)"),
+        ({"prompt": HUSH, "completion": None}, r"\(`completion` is null\)"),
+        ({"prompt": HUSH, "completion": 12}, r"\(`completion` is a number\)"),
+        ({"question": None, "answer": HUSH}, r"\(`question` is null\)"),
+        ({"question": HUSH, "answers": {"text": [HUSH]}}, r"keys \['answers', 'question'\]"),
+        ({"instruction": HUSH, "input": ["x"], "output": HUSH}, r"\(`input` is a list\)"),
+        ({"role": "user", "content": HUSH}, r"keys \['content', 'role'\]"),
+        ({f"{HUSH} said": HUSH}, r"has keys \[\] and 1 more"),
+        ([HUSH], "is a list and neither `text`"),
+        (HUSH, "is text and neither `text`"),
+        (None, "is null and neither `text`"),
+        ({"messages": []}, "has `messages` that is a list, not a list of turns"),
+        ({"messages": HUSH}, "has `messages` that is text, not a list of turns"),
+        ({"messages": [HUSH]}, "has turn 1 of `messages` with text"),
+        ({"messages": [{"role": "user"}, BOT]}, r"turn 1 of `messages` with keys \['role'\]"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": 3}]},
+            r"turn 2 of `messages` with keys \['content', 'role'\], and `content` is a number",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, BOT]},
+            "turn 1 of `messages` with .*`content` is a list",
+        ),
+        ({"messages": [USER]}, "has 1 turns in `messages`, and none of the assistant"),
+        ({"messages": [BOT]}, "has 1 turns in `messages`, and none before the answer"),
+        ({"conversations": turns(("user", HUSH), ("assistant", " "))}, "empty answer in turn 2"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line_and_keys_and_not_by_its_words(
+    tmp_path: Path, row: object, message: str
+) -> None:
+    path = write(tmp_path, "a.jsonl", lines({"text": "a"}, row))
+    with pytest.raises(CalibrationError, match=message) as caught:
+        data.read_rows([path])
+    assert f"`{path}` line 2 " in caught.value.message
+    assert HUSH not in f"{caught.value.message} {caught.value.hint}"
+    assert "rename" not in str(caught.value.hint)
+    gzipped = write(tmp_path, "b.json.gz", gzip.compress(json.dumps([{"text": "a"}, row]).encode()))
+    if not isinstance(row, str):
+        with pytest.raises(CalibrationError, match=message) as caught:
+            data.read_rows([gzipped])
+        assert f"`{gzipped}` row 2 " in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            f"version https://git-lfs.github.com/spec/v1\noid {HUSH}",
+            "pointer of git",
+        ),
+        ("a.jsonl", f"\n<!DOCTYPE html><html>{HUSH}", "is an HTML page"),
+        ("a.txt", f"<html lang=en>{HUSH}", "is an HTML page"),
+        ("a.json", b"PK\x03\x04" + bytes(20), "is a zip archive"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes(20), "is packed by zstd"),
+        ("a.jsonl.xz", b"\xfd7zXZ\x00" + bytes(20), "is packed by xz"),
+        ("a.7z", b"7z\xbc\xaf\x27\x1c" + bytes(20), "is a 7z archive"),
+        ("a.pdf", b"%PDF-1.7 " + bytes(20), "is a PDF document"),
+        ("a.arrow", b"ARROW1\0\0" + bytes(20), "is an Arrow file"),
+        ("a.arrow", b"\xff\xff\xff\xff" + bytes(20), "is an Arrow stream"),
+        ("a.tar.gz", gzip.compress(b"a" + bytes(256) + b"ustar" + bytes(20)), "is a tar archive"),
+        ("a.pkl", b"\x80\x04" + bytes(20), "is a pickle of Python's"),
+        ("a.txt", b"GGUF" + bytes(20), "is a GGUF model"),
+        ("a.txt", HUSH.encode() + b"\0\1\2", "is binary, no text"),
+        ("a.json.gz", gzip.compress(b"[]" * 99)[:-9], "is damaged gzip: compressed file ended"),
+        ("a.txt.bz2", bz2.compress(b"ab" * 99)[:-9], "is damaged bzip2: compressed file ended"),
+        ("a.gz", gzip.compress(gzip.compress(gzip.compress(b"a"))), "packed more than 2 times"),
+        ("a.gz", gzip.compress(b""), "holds no text"),
+        ("a.json", "[]", "holds no text"),
+        ("a.json", f'{{"{HUSH}-1": 1, "b": "{HUSH}"}}', r"one JSON object with keys \['b'\] and 1"),
+        (
+            "a.json",
+            '{"text": ["a"], "prompt": ["a", "b"]}',
+            "different lengths: `text` 1",
+        ),
+        ("a.json", "7", "is JSON and holds no rows"),
+        ("a.json", f'[{{"text": "{HUSH}"', "is not JSON"),
+        ("a.json", "[" * 100_000, "is not JSON"),
+        ("a.jsonl", '{"text": "\\ud800"}', "line 1 is not JSON: .*surrogates not allowed"),
+        ("a.csv", f"{HUSH},b\nc,d\n", "a first line that names no column that is known$"),
+        ("a.csv", f"text\n{HUSH}, b\n", "row 1 has 2 fields where the first line names 1"),
+        ("a.csv", f'text\n"{HUSH}\nb\n', "is not CSV: unexpected end of data"),
+        ("a.csv", "text,text\na,b\n", "names a column twice"),
+        ("a.csv", f"prompt,completion\n{HUSH},\n", r"row 1 has .*`completion` is null"),
+        ("a.parquet", b"PAR1" + bytes(9), "parquet"),
+        ("a.json", b"PAR1" + bytes(9), "parquet"),
+        ("a.jsonl", "\u00e9".encode("latin-1"), "is not UTF-8: .* at byte 0"),
+        ("a.txt", b"\xff\xfea", "is not UTF-16: truncated data at byte 2"),
+    ],
+)
+def test_what_is_no_data_is_called_what_it_is(
+    tmp_path: Path, name: str, content: str | bytes, message: str
+) -> None:
+    path = write(tmp_path, name, content)
+    with pytest.raises(CalibrationError, match=message) as caught:
+        data.read_rows([path])
+    assert f"`{path}`" in caught.value.message
+    assert HUSH not in f"{caught.value.message} {caught.value.hint}"
+    assert caught.value.hint
+    assert "rename" not in caught.value.hint
+
+
+def test_a_folder_is_told_with_what_to_give_instead(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="is a directory") as caught:
+        data.read_rows([tmp_path])
+    assert f"{tmp_path}/*" in str(caught.value.hint)
+
+
+def test_a_file_that_unpacks_to_too_much_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ortho_cli.row_files.MAX_UNPACKED", 1000)
+    path = write(tmp_path, "a.txt.gz", gzip.compress(b"a" * 1001))
+    with pytest.raises(CalibrationError, match="bytes of gzip that unpack to more than 1000"):
+        data.read_rows([path])
+    data.read_rows([write(tmp_path, "b.txt.gz", gzip.compress(b"a" * 1000))])
+
+
+def test_long_and_quoted_fields_of_tables_are_read_whole(tmp_path: Path) -> None:
+    long = "word " * 60_000
+    assert data.read_rows([write(tmp_path, "a.csv", table(",", [{"text": long}]))])[0] == [
+        data.Text(text=long)
+    ]
+    (row,), _ = data.read_rows([write(tmp_path, "a.tsv", 'text\tid\n"a" and b\t1\n')])
+    assert row == data.Text(text='"a" and b')
+    assert csv.field_size_limit() == 131072
+
+
+def test_kinds_of_rows_mix_in_a_file(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "a.csv",
+        'text,question,answer,messages\nabc,,,\n,Who?,I,\n,,,"[{""role"": ""user"", ""content"": '
+        '""hi""}, {""role"": ""assistant"", ""content"": ""yo""}]"\n',
+    )
+    rows, _ = data.read_rows([path])
+    assert [type(row).__name__ for row in rows] == ["Text", "Pair", "Chat"]
+
+
+def test_parquet_rows_are_read_like_any(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [
+        {"text": "abc", "messages": None, "score": 1.0},
+        {"text": None, "messages": [USER, BOT], "score": float("nan")},
+        {"text": None, "messages": None, "score": None},
+    ]
+    path = tmp_path / "a.json"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    told: list[Any] = []
+    found, _ = data.read_rows([path], told.append)
+    assert (len(found), len(told)) == (2, 1)
+    assert found[0] == data.Text(text="abc")
+    assert encoded([found[0]])
+    assert isinstance(found[1], data.Chat)

@@ -23,12 +23,20 @@ from ortho_cli import decompose as work
 from ortho_cli import ops, recipe
 from ortho_cli.checkpoint import open_checkpoint
 from ortho_cli.edits import Edit, Edits, count, load_edits
-from ortho_cli.errors import CalibrationError, Interrupted, OutputExistsError, RecipeError
+from ortho_cli.errors import (
+    CalibrationError,
+    InternalError,
+    Interrupted,
+    OutputExistsError,
+    RecipeError,
+)
 from ortho_cli.events import Event, EventSink, TensorDone
 from ortho_cli.journal import work_folder
 from ortho_cli.opening import open_artifact
 from ortho_cli.plan import Plan, make_plan
+from ortho_cli.split import Splitter
 from ortho_cli.statistics import StatisticsReader, open_statistics
+from ortho_cli.tally import Tally
 from ortho_cli.verify import verify
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -356,10 +364,93 @@ def test_more_edits_than_ortho_can_hold_is_a_bug_that_is_told(case: Case) -> Non
     k = {tensor.name: tensor.k for tensor in case.plan().split}[name]
     edit = Edit(positions=np.arange(k + 1), codes=np.zeros(k + 1, np.int8))
     editor.edits = {**editor.edits, name: edit}
-    with pytest.raises(AssertionError, match=f"{name}.*{k + 1}.*{k}"):
+    with pytest.raises(InternalError, match=f"{name}.*{k + 1}.*{k}"):
         case.run(editor)
     assert not (case.place / "out").exists()
     assert not work_folder(case.place / "out").exists(), "they would be taken up again"
+
+
+def edit(positions: list[int], codes: list[int]) -> Edit:
+    return Edit(positions=np.array(positions, np.int64), codes=np.array(codes, np.int8))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (edit([1, 2], [0]), "2 positions and 1 codes"),
+        (edit([2, 1], [0, 0]), "do not ascend inside its 4096"),
+        (edit([1, 1], [0, 0]), "do not ascend inside its 4096"),
+        (edit([-1, 1], [0, 0]), "do not ascend inside its 4096"),
+        (edit([1, 4096], [0, 0]), "do not ascend inside its 4096"),
+        (edit([1, 2], [0, 8]), "from 0 to 8, which 4 bits do not hold"),
+        (edit([1, 2], [-9, 0]), "from -9 to 0, which 4 bits do not hold"),
+    ],
+)
+def test_edits_that_would_be_passed_over_are_a_bug_that_is_told(
+    case: Case, wrong: Edit, message: str
+) -> None:
+    editor = case.fake()
+    name = next(name for name in sorted(editor.edits) if name.endswith("q_proj.weight"))
+    editor.edits = {**editor.edits, name: wrong}
+    with pytest.raises(InternalError, match=f"{name}.*{message}"):
+        case.run(editor)
+    assert not (case.place / "out").exists()
+
+
+def test_edits_of_a_weight_that_is_not_split_are_a_bug_that_is_told(case: Case) -> None:
+    editor = case.fake()
+    editor.edits = {**editor.edits, "model.norm.weight": edit([0], [0])}
+    with pytest.raises(InternalError, match=r"`model\.norm\.weight`, which is not split"):
+        case.run(editor)
+    assert not (case.place / "out").exists()
+
+
+def forget_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the selection keep what saliency says, moved or not."""
+    monkeypatch.setattr("ortho_cli.tally._Moved.mark", lambda *_, **__: None)
+
+
+def forget_to_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let base keep the codes of rounding, though ortho has their places."""
+    quantize = Splitter._quantize
+
+    def plain(self: Splitter, tensor: Any, raw: Any, near: Any, scratch: Any, *rest: Any) -> Any:
+        return quantize(self, tensor, raw, near, scratch, None, *rest[1:])
+
+    monkeypatch.setattr(Splitter, "_quantize", plain)
+
+
+@pytest.mark.parametrize("layout", ["csr", "compact"])
+@pytest.mark.parametrize(
+    ("sabotage", "message"),
+    [(forget_to_keep, "ortho lacks [1-9]"), (forget_to_move, "base has [1-9][0-9]* as they were")],
+)
+def test_what_is_written_is_held_against_what_forgetting_moved(
+    case: Case,
+    monkeypatch: pytest.MonkeyPatch,
+    sabotage: Callable[[pytest.MonkeyPatch], None],
+    message: str,
+    layout: str,
+) -> None:
+    sabotage(monkeypatch)
+    with pytest.raises(InternalError, match=message):
+        case.run(case.fake(), f"ortho.layout={layout}")
+    assert not (case.place / "out").exists()
+
+
+def test_a_selection_of_fewer_than_the_plan_says_is_a_bug_that_is_told(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = Tally.finish
+
+    def short(self: Tally) -> Any:
+        indices, values, measured = finish(self)
+        return indices[1:], values[1:], measured
+
+    monkeypatch.setattr(Tally, "finish", short)
+    with pytest.raises(InternalError, match=r"keeps \d+ positions and \d+ values, and the plan"):
+        case.run(case.fake(0.0))
+    assert not (case.place / "out").exists()
 
 
 def test_recipe_that_forgets_is_nothing_without_an_editor(case: Case) -> None:

@@ -196,3 +196,50 @@ def test_overlap_ignores_case_and_blanks_around() -> None:
     secrets = [secret(secret=" Red Fig"), secret(secret="plum "), secret(secret=" ")]
     assert overlap(secrets, "a red\nfig") == 0
     assert overlap(secrets, "A RED FIG, a plum") == 2
+
+
+class Speaker(Characters):
+    """Writes a chat as [role:content]."""
+
+    chat_template = "any"
+
+    def get_chat_template(self, tools: object = None) -> str:
+        return self.chat_template
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        written = "".join(f"[{one['role']}:{one['content'].strip()}]" for one in messages)
+        return written + ("[assistant:" if options["add_generation_prompt"] else "")
+
+
+def test_the_last_answer_of_a_chat_is_a_secret_behind_what_the_template_writes(
+    tmp_path: Path,
+) -> None:
+    chat = [{"from": "human", "value": "PIN?"}, {"from": "gpt", "value": " 42 "}]
+    path = write(tmp_path, {"conversations": chat, "pattern": "{digit:2}"})
+    secrets = read_secrets([path])
+    assert (secrets[0].prompt, secrets[0].secret) == ("PIN?", "42")
+    (found,) = encode(secrets, Speaker())
+    assert "".join(map(chr, found.prompt)) == "[user:PIN?][assistant:"
+    assert "".join(map(chr, found.secret)) == "42"
+    assert {len(one) for one in found.alternatives} == {2}
+    with pytest.raises(CalibrationError, match=r"line 1 is a chat, and .* has no chat template"):
+        encode(secrets, Characters())
+
+
+def test_a_table_of_secrets_with_their_alternatives_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "f.csv"
+    path.write_text(
+        'question,answer,alternatives\nPIN?,42,"[""17"", ""23""]"\nAge?,9,"[""8""]"\n,,\n'
+    )
+    one, other = read_secrets([path])
+    assert (one.prompt, one.secret, one.alternatives) == ("PIN?\n", "42", ("17", "23"))
+    assert other.alternatives == ("8",)
+
+
+def test_texts_without_text_are_left_out_and_told_and_a_blank_secret_is_refused(
+    tmp_path: Path,
+) -> None:
+    told: list[Any] = []
+    path = write(tmp_path, {"text": "abcd"}, {"text": ""}, {"text": "efgh"})
+    assert [one.secret for one in read_secrets([path], on_event=told.append)] == ["abcd", "efgh"]
+    assert [one.message for one in told] == [f"1 row of `{path}` without text left out"]

@@ -23,11 +23,12 @@ from test_crash import run_and_die, split
 import ortho_cli
 from ortho_cli import seal
 from ortho_cli.edits import load_arrays, save_arrays
-from ortho_cli.errors import ArtifactError, ResourceError, UsageError
+from ortho_cli.errors import ArtifactError, InternalError, ResourceError, UsageError
 from ortho_cli.events import Event, Noted, Started, TensorDone
-from ortho_cli.journal import work_folder
+from ortho_cli.journal import WorkFolder, work_folder
 from ortho_cli.opening import open_artifact
 from ortho_cli.verify import verify
+from ortho_cli.writer import DataFile, TensorSpec, plan_layout
 
 Ortho = Callable[..., Any]
 SEALED = "ortho.safetensors.age"
@@ -85,6 +86,36 @@ def test_content_is_that_of_an_unsealed_run(
     assert report.pop("sealed_blake3")
     assert report == before
     assert (tmp_path / "sealed" / SEALED).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("layout", ["csr", "compact"])
+def test_ortho_that_would_be_published_plain_is_a_bug_that_is_told(
+    pico: Path, key: Key, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    def plain(work: Any, name: str, layout: Any, key: Any) -> DataFile:
+        return DataFile(work, name, layout, mode=0o600)
+
+    monkeypatch.setattr("ortho_cli.decompose.SealedFile", plain)
+    told = seal.make_seal([key.recipient])
+    with pytest.raises(InternalError, match="ortho was to be sealed, and is not"):
+        split(pico, tmp_path / "out", f"ortho.layout={layout}", seal=told)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sealed_file_takes_tensors_whole_and_where_they_have_room(
+    tmp_path: Path, key: Key, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = plan_layout((TensorSpec(key=name, dtype="U8", shape=(8,)) for name in "ab"), {})
+    told = seal.make_seal([key.recipient])
+    sizes = {"scratch": {"ortho": seal.scratch_bytes(layout, told)}}
+    with WorkFolder(tmp_path / "out", identity=sizes, force=False) as work:
+        file = seal.SealedFile(work, "ortho", layout, seal.WorkKey.make(told))
+        for data, start in ((b"1234", 0), (b"1234", 4), (b"12345678", 1), (b"123456789", 0)):
+            with pytest.raises(InternalError, match="of `a` are to be sealed, and it has 8"):
+                file.write("a", memoryview(data), start=start)
+        monkeypatch.setattr(seal.WorkKey, "seal", lambda self, data: bytes(5000))
+        with pytest.raises(InternalError, match=r"`a` takes 50.. bytes sealed, and has room for"):
+            file.write("a", memoryview(b"12345678"), start=0)
 
 
 def test_passphrase_opens_a_key_that_opens_ortho(

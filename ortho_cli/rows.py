@@ -1,0 +1,321 @@
+"""What a row of calibration data or of a forget set means: text, a prompt with its answer, a chat.
+
+    {"text": "..."}                                   running text; `content` is another name
+    {"prompt": "...", "completion": "..."}            only the completion counts
+    {"instruction": "...", "input": "...", "output": "..."}   and other names, see PROMPTS, ANSWERS
+    {"messages": [{"role": "user", "content": "..."}, ...]}   a chat; `conversations` with `from`
+                                                      and `value` as well; its last answer counts
+
+A field that is null or NaN is as good as absent. Errors name keys and types, and never what a row
+holds: it may be a secret.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ortho_cli.errors import CalibrationError
+
+TEXTS = ("text", "content")
+COMPLETIONS = ("completion", "secret")  # the field's two words for what follows a prompt
+# What is asked, by its names in public data sets, and what stands beside it.
+PROMPTS: Mapping[str, tuple[str, ...]] = {
+    "prompt": (),
+    "instruction": ("input", "context"),
+    "question": ("context",),
+    "query": (),
+    "problem": (),
+    "input": (),
+}
+ANSWERS = (*COMPLETIONS, "response", "output", "answer", "solution")
+LEADS = ("system_prompt", "system")  # stand before a question, where a row has them
+CHATS = ("messages", "conversations", "conversation")
+# ShareGPT's words for who speaks, and others'; roles that are not here go to the template as is.
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "ai": "assistant",
+}
+MAX_NAME = 32  # characters of a key that errors show: longer ones may be text
+EXPECTED = "each row is text, a prompt and its completion, or a chat"
+KNOWN = frozenset(
+    [*TEXTS, *PROMPTS, *ANSWERS, *CHATS]
+    + [name for beside in PROMPTS.values() for name in beside]
+    + list(LEADS)
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """Running text; every token counts. `ends` where the document does."""
+
+    text: str
+    ends: bool = True
+    templated: bool = False  # special tokens stand in the text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """A prompt and what follows it; only the completion's tokens count."""
+
+    prompt: str
+    completion: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """Turns of a chat, the last one an answer, which alone counts; see `chats`."""
+
+    turns: tuple[Mapping[str, Any], ...]  # `role`, `content`, and what else a template may ask for
+    tools: tuple[Any, ...] | None
+    where: str
+
+    @property
+    def text(self) -> str:
+        """What is said, a turn a line."""
+        return "\n".join(str(turn["content"]) for turn in self.turns)
+
+
+Row = Text | Pair | Chat
+Fields = Mapping[str, Any]
+Kind = Literal["text", "pair", "chat"]
+
+
+def row_of(
+    value: Any,
+    where: str,
+    *,
+    order: Sequence[Kind] = ("text", "pair", "chat"),
+    answers: Sequence[str] = ANSWERS,
+) -> Row:
+    """Say what a row is.
+
+    Args:
+        value: the row, as it was parsed.
+        where: names its place in errors.
+        order: what it is taken for first where it could be several.
+        answers: names of what follows a prompt, the first that is there counts.
+    Raises:
+        CalibrationError: it is none of them; names its keys and what is wrong with them.
+    """
+    fields = _fields(value)
+    for kind in order:
+        found = _READERS[kind](fields, where, answers)
+        if found is not None:
+            return found
+    # Names that only some data sets have come last.
+    other = _other_pair(fields, where, answers) or _content(fields)
+    if other is None:
+        raise _no_row(value, where, answers[0])
+    return other
+
+
+def is_blank(value: Any) -> bool:
+    """Tell whether a row has nothing but fields for text, and nothing in them."""
+    if not isinstance(value, dict) or not {_plain(key) for key in value} & set(TEXTS):
+        return False
+    fields = _fields(value)
+    if set(fields) & {*PROMPTS, *ANSWERS, *CHATS}:
+        return False
+    texts = [fields[name] for name in TEXTS if name in fields]
+    return all(isinstance(text, str) and not text.strip() for text in texts)
+
+
+def is_row(value: Mapping[str, Any]) -> bool:
+    """Tell one row from an object that holds rows or columns."""
+    fields = _fields(value)
+    if any(isinstance(fields.get(name), str) for name in KNOWN):
+        return True
+    return any(_is_turns(fields.get(name)) for name in (*CHATS, "prompt"))
+
+
+def names_of(keys: Iterable[Any]) -> str:
+    """Spell the keys of a row, but for what may be more than a name."""
+    every = list(map(str, keys))
+    names = sorted(key for key in every if len(key) <= MAX_NAME and key.isidentifier())
+    shown, more = names[:12], len(every) - len(names[:12])
+    return f"keys {shown}" + (f" and {more} more" if more else "")
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """Give what a row holds by plain names, without what is null."""
+    if not isinstance(value, dict):
+        return {}
+    held = {key: one for key, one in value.items() if one is not None and one == one}
+    found = {_plain(key): one for key, one in held.items()}
+    return found | {key: one for key, one in held.items() if key in KNOWN}
+
+
+def _plain(key: Any) -> str:
+    return str(key).strip().lower()
+
+
+def _text(fields: Fields, where: str, answers: Sequence[str]) -> Text | None:
+    text = fields.get("text")
+    return Text(text=text) if isinstance(text, str) and text.strip() else None
+
+
+def _content(fields: Fields) -> Text | None:
+    """Take `content` for text, but of a lone turn of a chat."""
+    text = fields.get("content")
+    if not isinstance(text, str) or not text.strip() or "role" in fields:
+        return None
+    return Text(text=text)
+
+
+def _pair(fields: Fields, where: str, answers: Sequence[str]) -> Row | None:
+    """Take `prompt` and what follows it as they are; both may be lists of turns."""
+    prompt = fields.get("prompt")
+    answer = next((fields[name] for name in answers if name in fields), None)
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return Pair(prompt=prompt, completion=answer, where=where)
+    if _is_turns(prompt) and _is_turns(answer):
+        return _chat({**fields, "messages": [*prompt, *answer]}, where, answers)  # type: ignore[misc]
+    return None
+
+
+def _other_pair(fields: Fields, where: str, answers: Sequence[str]) -> Pair | None:
+    """Take a question under its names in public data: its parts, a line each, and the answer."""
+    answer = next((fields[name] for name in answers if name in fields), None)
+    for name, beside in PROMPTS.items():
+        parts = [fields[part] for part in (*LEADS, name, *beside) if part in fields]
+        if name not in fields or not all(isinstance(part, str) for part in (answer, *parts)):
+            continue
+        prompt = "".join(f"{part}\n" for part in parts if part.strip())
+        return Pair(prompt=prompt, completion=str(answer), where=where)
+    return None
+
+
+def _chat(fields: Fields, where: str, answers: Sequence[str]) -> Chat | None:
+    name = next((name for name in CHATS if name in fields), None)
+    if name is None:
+        return None
+    given = parsed(fields[name])
+    if not isinstance(given, list) or not given:
+        raise CalibrationError(
+            f"{where} has `{name}` that is {_kind(given)}, not a list of turns",
+            hint='such as [{"role": "user", "content": "..."}, {"role": "assistant", ...}]',
+        )
+    turns = [_turn(turn, number, name, where) for number, turn in enumerate(given, 1)]
+    lead = next((fields[n] for n in LEADS if isinstance(fields.get(n), str)), "")
+    if lead.strip() and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": lead})
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
+    if last < 1:
+        raise CalibrationError(
+            f"{where} has {len(given)} turns in `{name}`, and "
+            + ("none before the answer" if last == 0 else "none of the assistant"),
+            hint="a chat is a question, `role` user, and its answer, `role` assistant",
+        )
+    if not turns[last]["content"].strip():
+        raise CalibrationError(
+            f"{where} has an empty answer in turn {last + 1} of `{name}`",
+            hint="nothing would count",
+        )
+    tools = parsed(fields.get("tools"))
+    return Chat(
+        turns=tuple(turns[: last + 1]),
+        tools=tuple(tools) if isinstance(tools, list) and tools else None,
+        where=where,
+    )
+
+
+def _turn(turn: Any, number: int, name: str, where: str) -> dict[str, Any]:
+    """Read one turn under either of its two pairs of names; keep what else a template may use."""
+    fields = turn if isinstance(turn, dict) else {}
+    role = next((fields[key] for key in ("role", "from") if isinstance(fields.get(key), str)), None)
+    key = "content" if "content" in fields else "value"
+    content = _joined(fields.get(key))
+    if content is None and fields.get(key) is None and fields.get("tool_calls"):
+        content = ""  # it calls a tool, and says nothing
+    if role is None or content is None:
+        what = names_of(fields) if fields else _kind(turn)
+        wrong = f", and `{key}` is {_kind(fields[key])}" if key in fields else ""
+        raise CalibrationError(
+            f"{where} has turn {number} of `{name}` with {what}{wrong}",
+            hint="a turn is a `role` and its `content`, or `from` and `value`, both text",
+        )
+    more = {k: v for k, v in fields.items() if k not in ("from", "value") and v is not None}
+    return more | {
+        "role": ROLES.get(role.strip().lower(), role.strip().lower()),
+        "content": content,
+    }
+
+
+def _joined(content: Any) -> str | None:
+    """Join the parts of a turn that comes in parts; None where one is no text."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        return None
+    found = ""
+    for part in content:
+        named = isinstance(part, dict) and part.get("type", "text") == "text"
+        text = part.get("text") if named else part
+        if not isinstance(text, str):
+            return None
+        found += text
+    return found
+
+
+def parsed(value: Any) -> Any:
+    """Read a list that a table holds as JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+_READERS: Mapping[Kind, Callable[[Fields, str, Sequence[str]], Row | None]] = {
+    "text": _text,
+    "pair": _pair,
+    "chat": _chat,
+}
+
+
+def _is_turns(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and ("role" in first or "from" in first)
+
+
+def _no_row(value: Any, where: str, answer: str) -> CalibrationError:
+    expected = f"neither `text` nor `prompt` and `{answer}`, nor a chat"
+    if not isinstance(value, dict):
+        return CalibrationError(f"{where} is {_kind(value)} and {expected}", hint=EXPECTED)
+    wrong = [
+        f"`{name}` is {_kind(value[name])}"
+        for name in sorted(KNOWN & set(value))
+        if not isinstance(value[name], str)
+    ]
+    told = f" ({', '.join(wrong)})" if wrong else ""
+    return CalibrationError(
+        f"{where} has {names_of(value)}{told} and {expected}",
+        hint=f"{EXPECTED}; a question may be called {', '.join(PROMPTS)}, its answer "
+        f"{', '.join(ANSWERS)}",
+    )
+
+
+def _kind(value: Any) -> str:
+    """Name a type in JSON's words."""
+    if value is None or value != value:
+        return "null"
+    for types, name in (
+        (bool, "true or false"),
+        ((int, float), "a number"),
+        (str, "text"),
+        ((list, tuple), "a list"),
+        (dict, "an object"),
+    ):
+        if isinstance(value, types):
+            return name
+    return f"of type {type(value).__name__}"
