@@ -96,7 +96,11 @@ def _open_ortho(folder: Path, keys: Keys | None) -> tuple[Shard | None, Path | N
     if keys is None:
         return None, sealed, None
     opened = open_sealed(sealed, keys)
-    shard = checkpoint.read_shard(opened.path)
+    try:
+        shard = checkpoint.read_shard(opened.path)
+    except CheckpointError as error:
+        said = error.message.replace(f"`{opened.path}`", f"what `{sealed}` holds", 1)
+        raise ArtifactError(said, hint="restore the file, or decompose the source again") from None
     tensors = tuple(replace(tensor, shard=ORTHO_FILE) for tensor in shard.tensors)
     return replace(shard, name=ORTHO_FILE, tensors=tensors), sealed, opened
 
