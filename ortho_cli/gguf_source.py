@@ -57,16 +57,18 @@ def open_gguf(path: Path) -> Source:
     parameters = model.state_dict(keep_vars=True)
     tensors: list[SourceTensor] = []
     left: list[str] = []
+    taken: set[str] = set()
     for tensor in reader.tensors:
         target = names.get(tensor.name)
         if target is None or target not in parameters:
             left.append(tensor.name)
             continue
-        if any(other.name == target for other in tensors):
+        if target in taken:
             raise CheckpointError(
                 f"tensor `{target}` is made of several of `{path}`, `{tensor.name}` among them",
                 hint="merged experts cannot be converted; start from the original checkpoint",
             )
+        taken.add(target)
         weight = _Weight(path, tensor, processor, tuple(parameters[target].shape))
         tensors.append(SourceTensor(name=target, dtype="F32", shape=weight.shape, read=weight.read))
     aliases = _aliases(path, parameters, {tensor.name for tensor in tensors})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,15 @@ from ortho_cli.files import read_regular
 
 MAX_FILE = 100_000_000  # index and config are read whole
 MAX_PARSED = 900_000_000  # bytes that JSON may take in memory once it is parsed
+# What our own report.json takes for each tensor of base, at most: bytes of text, and parsed as
+# `needed` counts them. A model of 70,000 experts has a report of more than MAX_FILE.
+REPORT_FILE, REPORT_PARSED = 800, 5_000
+
+# An entry of a safetensors header as every writer spells it. Its objects, measured and rounded up:
+# the name's string, a dict of three, two lists and their numbers; the comma behind it not counted.
+_ENTRY = re.compile(rb'"[^"\\]*":\{"dtype":"\w+","shape":\[[\d,]*\],"data_offsets":\[\d+,\d+\]\}')
+_ENTRY_BYTES, _VALUE_BYTES = 650, 250
+_ENTRY_VALUES = 6  # commas, brackets and braces in one, without those of its shape or name
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -26,7 +36,26 @@ def _no_constants(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 
 
-def parse(raw: bytes, *, what: str, hint: str, constants: bool = False) -> dict[str, Any]:
+def needed(raw: bytes) -> int:
+    """Bound the bytes that JSON takes in memory once it is parsed."""
+    # At most 250 bytes a value with its key, and the text, its characters and theirs again.
+    values = sum(map(raw.count, (b",", b"[", b"{")))
+    text = len(raw) * (3 if raw.isascii() else 9)
+    bound = _VALUE_BYTES * values + text
+    if bound <= MAX_PARSED:
+        return bound
+    # Entries of a header take a third of that: look more closely only where it matters.
+    entries = commas = 0
+    for found in _ENTRY.finditer(raw):
+        entries += 1
+        commas += found[0].count(b",") - 3  # of the shape, and of a name
+    others = max(0, values - _ENTRY_VALUES * entries - commas)
+    return text + _ENTRY_BYTES * entries + 60 * commas + _VALUE_BYTES * others
+
+
+def parse(
+    raw: bytes, *, what: str, hint: str, constants: bool = False, most: int = MAX_PARSED
+) -> dict[str, Any]:
     """Parse strict JSON: one object, no duplicate key, valid UTF-8, under a gigabyte once parsed.
 
     Args:
@@ -34,14 +63,13 @@ def parse(raw: bytes, *, what: str, hint: str, constants: bool = False) -> dict[
         what: its name in errors.
         hint: what to do if it is bad.
         constants: let NaN and Infinity pass, which Python writes and JSON does not know.
+        most: bytes that it may take in memory.
     """
-    # At most 250 bytes a value with its key, and the text, its characters and theirs again.
-    values = sum(map(raw.count, (b",", b"[", b"{")))
-    needed = 250 * values + len(raw) * (3 if raw.isascii() else 9)
-    if needed > MAX_PARSED:
+    if (size := needed(raw)) > most:
+        values = sum(map(raw.count, (b",", b"[", b"{")))
         raise CheckpointError(
             f"{what} has {len(raw)} bytes and {values} values; parsed it would take "
-            f"{needed // 10**6} MB, and {MAX_PARSED // 10**6} are given to it",
+            f"{size // 10**6} MB, and {most // 10**6} are given to it",
             hint=hint,
         )
     try:
@@ -61,11 +89,18 @@ def parse(raw: bytes, *, what: str, hint: str, constants: bool = False) -> dict[
     return found
 
 
-def read(path: Path, *, constants: bool = False) -> dict[str, Any]:
-    """Read a JSON file that comes with a model; `constants` as in `parse`."""
-    if (size := path.stat().st_size) > MAX_FILE:
+def read(path: Path, *, constants: bool = False, tensors: int = 0) -> dict[str, Any]:
+    """Read a JSON file that comes with a model.
+
+    Args:
+        path: of the file.
+        constants: as in `parse`.
+        tensors: of the base that a report.json speaks of; it may be larger the more there are.
+    """
+    most = MAX_FILE + REPORT_FILE * tensors
+    if (size := path.stat().st_size) > most:
         raise CheckpointError(
-            f"`{path}` has {size} bytes; at most {MAX_FILE} are read",
+            f"`{path}` has {size} bytes; at most {most} are read",
             hint="is it the right file?",
         )
     return parse(
@@ -73,4 +108,5 @@ def read(path: Path, *, constants: bool = False) -> dict[str, Any]:
         what=f"`{path}`",
         hint="restore the file that came with the model",
         constants=constants,
+        most=MAX_PARSED + REPORT_PARSED * tensors,
     )
