@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from ortho_cli.errors import Interrupted, OrthoError, ResourceError, UsageError, reason
+from ortho_cli.errors import Interrupted, OrthoError, ResourceError, UsageError, reason, remedy
 
 # Objects between two looks for garbage: imports make many, and none of it is any.
 GARBAGE = 200_000
@@ -91,7 +91,7 @@ def _as_ortho_error(error: BaseException) -> OrthoError | None:
         why = reason(error)
         return ResourceError(
             f"`{error.filename}`: {why}" if error.filename else why,
-            hint="check the file and its rights",
+            hint=remedy(error),
         )
     shown = getattr(error, "format_message", None)
     if shown is not None:

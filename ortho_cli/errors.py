@@ -35,6 +35,33 @@ def is_starved(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _STARVED
 
 
+_OTHER = "choose another -o"
+_REMEDIES = {
+    errno.ENOSPC: f"free space there, or {_OTHER}",
+    errno.EDQUOT: f"your quota there is used up: free space, or {_OTHER}",
+    errno.EFBIG: f"the file system, or `ulimit -f`, takes no larger file: {_OTHER}",
+    errno.EROFS: f"that file system takes no writes: {_OTHER}",
+    errno.EACCES: f"look at your rights there, or {_OTHER}",
+    errno.EPERM: f"look at your rights there, or {_OTHER}",
+    errno.ENAMETOOLONG: "choose a shorter -o",
+    errno.EILSEQ: f"the file system does not take such a name: {_OTHER}",
+    errno.EMFILE: "raise `ulimit -n`, then repeat the same command",
+    errno.ENFILE: "end other programs, then repeat the same command",
+    errno.ENOMEM: "end other programs, then repeat the same command",
+    errno.EXDEV: f"it is on a lower layer of a container's image; move it away, or {_OTHER}",
+    errno.EIO: f"look at that disk or its connection, then repeat the same command, or {_OTHER}",
+    errno.ESTALE: "look at that disk's connection, then repeat the same command",
+    errno.ENOTCONN: "look at that disk's connection, then repeat the same command",
+}
+
+
+def remedy(error: OSError) -> str:
+    """Say what to do about a file that could not be written: what fits what the system said."""
+    return _REMEDIES.get(
+        error.errno or 0, f"look at that file system, then repeat the command, or {_OTHER}"
+    )
+
+
 def shown(value: object) -> str:
     """Spell a stranger's value for a sentence, however long it is."""
     try:

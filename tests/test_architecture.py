@@ -15,8 +15,8 @@ PACKAGE = ROOT / "ortho_cli"
 LAYERS = [
     ["__init__"],
     ["errors", "events", "settings", "files"],
-    ["strict_json", "recipe", "search", "ops", "topk", "data", "capture", "estimates"],
-    ["figures", "grammar", "verdict"],
+    ["strict_json", "recipe", "search", "ops", "topk", "data", "capture", "estimates", "disk"],
+    ["figures", "grammar", "verdict", "locks"],
     ["checkpoint", "scales", "compensate", "forget_set"],
     ["operands"],
     ["fused"],
