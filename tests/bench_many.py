@@ -34,6 +34,15 @@ COMMANDS = {
 FEW = 20  # tensors of the checkpoint that shows what a command costs before it sees any
 
 
+def names(count: int) -> list[str]:
+    """Name the weights of `count / 3` experts."""
+    parts = ("gate_proj", "up_proj", "down_proj")
+    return [
+        f"model.layers.{i // 3072}.mlp.experts.{i // 3 % 1024}.{parts[i % 3]}.weight"
+        for i in range(count)
+    ]
+
+
 def make(folder: Path, count: int, *, shards: int = 1) -> None:
     """Write a checkpoint of `count` weights of experts, (8, 64) in bfloat16, by hand."""
     folder.mkdir()
@@ -41,14 +50,9 @@ def make(folder: Path, count: int, *, shards: int = 1) -> None:
     # Words of bfloat16 with exponents near 1, so that nothing is infinite.
     words = [draw.randrange(0x3E00, 0x4000) | draw.choice((0, 0x8000)) for _ in range(8 * 64)]
     data = b"".join(word.to_bytes(2, "little") for word in words)
-    parts = ("gate_proj", "up_proj", "down_proj")
-    names = [
-        f"model.layers.{i // 3072}.mlp.experts.{i // 3 % 1024}.{parts[i % 3]}.weight"
-        for i in range(count)
-    ]
     weight_map = {}
     for shard in range(shards):
-        mine = names[shard::shards]
+        mine = names(count)[shard::shards]
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         file = file if shards > 1 else "model.safetensors"
         header = {
@@ -95,12 +99,12 @@ def main() -> None:
             place = Path(made) / str(count)
             place.mkdir()
             make(place / "model", count, shards=min(count, chosen.shards))
-            names = {n: str(place / n) for n in ("model", "out", "out2", "dense", "dense2")}
+            places = {n: str(place / n) for n in ("model", "out", "out2", "dense", "dense2")}
             if count == FEW:  # compiled loops are made on first use, and kept
-                measure(COMMANDS["decompose"].format(**names).split())
+                measure(COMMANDS["decompose"].format(**places).split())
                 shutil.rmtree(place / "out")
             for name in chosen.only:
-                found[name].append(measure(COMMANDS[name].format(**names).split()))
+                found[name].append(measure(COMMANDS[name].format(**places).split()))
             shutil.rmtree(place)
     print("| us per tensor (kB) |", " | ".join(f"{count:,}" for count in counts[1:]), "|")
     print("|---|" + "---|" * len(chosen.counts))

@@ -15,10 +15,13 @@ import checkpoints
 import pytest
 import torch
 from conftest import Ortho
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ortho_cli import modelfile, pretrained, quantization, strict_json
+from ortho_cli import modelfile, pretrained, quantization, report, strict_json
 from ortho_cli.errors import CheckpointError
 from ortho_cli.opening import open_artifact
+from ortho_cli.settings import Patterns, matches
 from ortho_cli.statistics import open_statistics
 from ortho_cli.writer import TensorSpec, plan_layout
 
@@ -67,6 +70,7 @@ COMMANDS = {
     "artifact": "inspect {out}",
     "verify": "inspect {out} --verify --json",
     "source": "inspect {out} --expect-source {model} -q",
+    "named one by one": "decompose {model} -o {new} --dry-run -q --recipe {named}",
     "convert": "convert {model} -o {new} -q",
     "convert to many files": "convert {model} -o {new} -q --shard-size 4KB",
     "convert back": "convert {out} --alpha 1 -o {new} -q",
@@ -100,7 +104,11 @@ def test_twice_the_tensors_take_twice_the_work(
     def run(count: int) -> None:
         names = {"model": many[count] / "model", "out": many[count] / "out"}
         names["new"] = tmp_path / str(count)
-        ran = ortho(*command.format(recipe=recipe, some=some, **names).split())
+        named = tmp_path / f"named-{count}.json"
+        targets = bench_many.names(count)
+        own = [{"match": name, "ortho": {"density": 0.01}} for name in targets[::2]]
+        named.write_text(json.dumps({"version": 1, "targets": targets, "overrides": own}))
+        ran = ortho(*command.format(recipe=recipe, some=some, named=named, **names).split())
         assert ran.code == 0, ran.err
 
     run(FEW)  # what is imported or compiled once
@@ -189,3 +197,27 @@ def test_a_report_may_be_as_large_as_its_tensors_make_it(
     assert open_artifact(folder).report is not None
     with pytest.raises(CheckpointError, match=f"has {size} bytes; at most 2000 are read"):
         strict_json.read(folder / "report.json")
+
+
+def test_a_table_of_many_rows_is_printed_in_pieces_and_whole(
+    many: dict[int, Path], ortho: Ortho, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = many[COUNTS[0]] / "out"
+    usual = ortho("inspect", folder).err
+    monkeypatch.setattr(report, "ROWS", 7)
+    found = ortho("inspect", folder).err
+    assert [line.split() for line in found.splitlines()] == [
+        line.split() for line in usual.splitlines()
+    ]
+
+
+@given(
+    patterns=st.lists(st.text("ab.*?[]1", min_size=1, max_size=4), max_size=4),
+    regular=st.sampled_from(["re:a.*b", "re:[ab]+$", "re:.*1"]),
+    name=st.text("ab.*[]1", max_size=5),
+)
+def test_patterns_compiled_once_match_what_each_does(
+    patterns: list[str], regular: str, name: str
+) -> None:
+    every = [*patterns, regular, *patterns]
+    assert Patterns(every).matching(name) == [p for p in every if matches(p, name)]
