@@ -265,6 +265,8 @@ def make_plan(
         _unique(checkpoint, tensors, "ortho"),
         artifact.ortho_metadata(**common, source_digest=NO_DIGEST, base_sha256=NO_DIGEST),
     )
+    if recipe.ortho.layout == "compact":
+        _check_compact_header(tensors, rounded=recipe.ortho.values == "int8")
     return Plan(
         recipe=recipe,
         group_size=group_size,
@@ -423,6 +425,28 @@ def _unique(
                 )
             seen.add(spec.key)
             yield spec
+
+
+def _check_compact_header(tensors: tuple[TensorPlan, ...], *, rounded: bool) -> None:
+    """Refuse a compact ortho whose header no reader would take, which else shows after the work.
+
+    How large its parts are depends on weights, how many there are does not.
+    """
+    specs = (
+        spec
+        for tensor in tensors
+        if tensor.reason is None
+        for spec in artifact.compact_specs(
+            tensor.name,
+            dtype="I8" if rounded else tensor.source.dtype,
+            shape=(tensor.source.shape[0], tensor.source.shape[1]),
+            columns=0,
+            counts=artifact.COUNT_DTYPES[0],
+            gaps=tensor.k,
+            others=tensor.k,
+        )
+    )
+    plan_layout(specs, {})
 
 
 def _sha256(

@@ -186,6 +186,18 @@ def test_an_output_whose_header_no_reader_takes_is_refused_before_it_is_written(
         plan_layout(specs, {})
 
 
+def test_a_compact_ortho_whose_header_no_reader_takes_is_refused_by_the_plan(
+    many: dict[int, Path], tmp_path: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has five tensors where CSR has three."""
+    monkeypatch.setattr("ortho_cli.writer.MAX_PARSED", 2_000_000)
+    words = ["decompose", many[COUNTS[-1]] / "model", "-o", tmp_path / "out", "--dry-run"]
+    assert ortho(*words).code == 0
+    ran = ortho(*words, "--set", "ortho.layout=compact")
+    assert ran.code == 4
+    assert "header of 1200 tensors" in ran.err
+
+
 def test_a_report_may_be_as_large_as_its_tensors_make_it(
     many: dict[int, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
