@@ -36,7 +36,7 @@ TILE_ELEMENTS = (
 # One column of a tile is rounded at a time: more rows cost little more.
 GPTQ_ELEMENTS = 4 * TILE_ELEMENTS
 MODULES_BYTES = 24 << 20  # what importing everything but torch was measured to take
-TENSOR_BYTES = 14_000  # measured, too: plan, journal and report of one tensor
+TENSOR_BYTES = 15_000  # measured by tests/bench_many.py: plan, journal and report of one tensor
 SIDE_BYTES = 2_048  # what index and report take for one tensor, about
 NO_DIGEST = "0" * 64
 # What forgetting holds for each weight of the model: in float32 the model, its gradients, and for
