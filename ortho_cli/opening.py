@@ -58,7 +58,9 @@ def open_artifact(folder: Path, keys: Keys | None = None) -> Artifact:
         base = checkpoint.read_shard(path)
         ortho, sealed, opened = _open_ortho(folder, keys)
         report_path = folder / REPORT_FILE
-        report = strict_json.read(report_path) if report_path.is_file() else None
+        report = None
+        if report_path.is_file():
+            report = strict_json.read(report_path, tensors=len(base.tensors))
     except CheckpointError as error:
         raise ArtifactError(error.message, hint=error.hint) from None
     form = base.metadata.get("ortho_format")
