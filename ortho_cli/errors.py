@@ -37,20 +37,25 @@ def is_starved(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _STARVED
 
 
-# What to do about what the system said, where that does not depend on the file.
+# What to do about what the system said.
+_ELSEWHERE = "choose another -o"
 _WAYS_OUT = {
     errno.EMFILE: "allow more of them with `ulimit -n 4096`, then repeat the same command",
     errno.ENFILE: "close other programs, or raise fs.file-max, then repeat the same command",
     errno.ENOMEM: "use fewer --workers or a lower density, or close other programs",
-    errno.EIO: "look at the disk it lies on (`dmesg` says more), then repeat the same command",
-    errno.ENAMETOOLONG: "give a shorter name; most systems allow 255 bytes a name",
-    errno.ENOSPC: "free space there, or choose a path on another disk",
-    errno.EDQUOT: "your quota there is used up: free space, or choose a path on another disk",
-    errno.EROFS: "that disk cannot be written to: choose a path on another one",
-    errno.EFBIG: "that file system holds no files as large: choose a path on another disk",
+    errno.EIO: "look at that disk or its connection (`dmesg` says more), then repeat the same "
+    "command",
+    errno.ENAMETOOLONG: "give a shorter name, or a shorter -o: most systems allow 255 bytes a name",
+    errno.ENOSPC: f"free space there, or {_ELSEWHERE} on another disk",
+    errno.EDQUOT: f"your quota there is used up: free space, or {_ELSEWHERE} on another disk",
+    errno.EROFS: f"that file system takes no writes: {_ELSEWHERE}",
+    errno.EFBIG: f"the file system, or `ulimit -f`, takes no larger file: {_ELSEWHERE} on another "
+    "disk",
+    errno.EILSEQ: f"the file system does not take such a name: {_ELSEWHERE}",
+    errno.EXDEV: f"it is on a lower layer of a container's image; move it away, or {_ELSEWHERE}",
     errno.ELOOP: "a link there leads round in a circle: give the path that it should lead to",
     errno.EISDIR: "it is a folder: give a file",
-    errno.ENOTDIR: "a file stands where a folder should: check the path",
+    errno.ENOTDIR: "a file is where a folder should be: check the path",
     errno.ESTALE: "the network disk lost it: mount it again, then repeat the same command",
     errno.ENOTCONN: "the network disk is gone: mount it again, then repeat the same command",
     errno.ETIMEDOUT: "the network disk does not answer: repeat the same command when it does",
@@ -59,7 +64,7 @@ _WAYS_OUT = {
 
 
 def way_out(error: OSError, otherwise: str, *, path: object = None) -> str:
-    """Say what to do about a file that could not be read, or about an error of the system.
+    """Say what to do about an error of the system.
 
     Args:
         error: what the system said.
@@ -72,32 +77,11 @@ def way_out(error: OSError, otherwise: str, *, path: object = None) -> str:
     return _WAYS_OUT.get(error.errno or 0, otherwise)
 
 
-# What to do about a file that could not be written.
-_OTHER = "choose another -o"
-_REMEDIES = {
-    errno.ENOSPC: f"free space there, or {_OTHER}",
-    errno.EDQUOT: f"your quota there is used up: free space, or {_OTHER}",
-    errno.EFBIG: f"the file system, or `ulimit -f`, takes no larger file: {_OTHER}",
-    errno.EROFS: f"that file system takes no writes: {_OTHER}",
-    errno.EACCES: f"look at your rights there, or {_OTHER}",
-    errno.EPERM: f"look at your rights there, or {_OTHER}",
-    errno.ENAMETOOLONG: "choose a shorter -o",
-    errno.EILSEQ: f"the file system does not take such a name: {_OTHER}",
-    errno.EMFILE: "raise `ulimit -n`, then repeat the same command",
-    errno.ENFILE: "end other programs, then repeat the same command",
-    errno.ENOMEM: "end other programs, then repeat the same command",
-    errno.EXDEV: f"it is on a lower layer of a container's image; move it away, or {_OTHER}",
-    errno.EIO: f"look at that disk or its connection, then repeat the same command, or {_OTHER}",
-    errno.ESTALE: "look at that disk's connection, then repeat the same command",
-    errno.ENOTCONN: "look at that disk's connection, then repeat the same command",
-}
-
-
 def remedy(error: OSError) -> str:
-    """Say what to do about a file that could not be written: what fits what the system said."""
-    return _REMEDIES.get(
-        error.errno or 0, f"look at that file system, then repeat the command, or {_OTHER}"
-    )
+    """Say what to do about a file that could not be written."""
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"look at your rights there, or {_ELSEWHERE}"
+    return way_out(error, f"look at that file system, then repeat the command, or {_ELSEWHERE}")
 
 
 def shown(value: object) -> str:

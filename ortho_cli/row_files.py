@@ -80,9 +80,12 @@ def read_values(path: Path) -> tuple[Iterator[Value], bytes]:
     try:
         raw = read_regular(path)
     except OSError as error:
-        hint = f"give files of {FORMATS}"
         if isinstance(error, IsADirectoryError):
-            hint = f"give the files in it: {shlex.quote(str(path))}/*"
+            raise CalibrationError(
+                f"data `{path}` is a folder",
+                hint=f"give the files in it: {shlex.quote(str(path))}/*",
+            ) from None
+        hint = f"give files of {FORMATS}"
         raise unreadable(path, error, hint=hint, kind=CalibrationError, what="data ") from None
     content, kind = _unpacked(path, raw)
     _refuse_others(path, content)

@@ -29,9 +29,10 @@ share of them."""
 MOST_PERPLEXITY = 1.02
 """Perplexity over that of INT4 with nothing forgotten: 2 % is what forgetting may cost."""
 
-MOST_FULL_PERPLEXITY = 1.005
+MOST_FULL_PERPLEXITY = 1.02
 """Perplexity at alpha = 1 over that of INT4 alone past which ortho makes the model worse; the whole
-interval has to be above."""
+interval has to be above. Rounding can help a text by chance: on a small model that knows its text
+by heart the source itself had 1 % more perplexity than its INT4."""
 
 THRESHOLDS = {
     "extraction": MOST_EXTRACTION,

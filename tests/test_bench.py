@@ -263,7 +263,7 @@ def test_without_data_there_is_speed_and_what_is_missing_is_said(run: Callable[.
         (["--csv", "{made}/nowhere/t.csv"], 2, "no folder"),
         (["--csv", "{made}/text.txt"], 8, "no table of a bench"),
         (["--data", "{made}/nothing.txt"], 5, "cannot read data"),
-        (["--model", "{made}/nothing"], 4, "has no config.json"),
+        (["--model", "{made}/nothing"], 4, "does not exist"),
     ],
 )
 def test_refusals_have_their_exit_code(

@@ -7,6 +7,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -442,6 +443,7 @@ def test_chats_in_packed_json_measure_what_their_text_as_pairs_would(
     ortho: Ortho, model: Path
 ) -> None:
     parent = model.parent
+    shutil.rmtree(model / "additional_chat_templates")
     chats, pairs = [], []
     for i in range(6):
         asked, said = f"what is {i}", f"it is {i + 1}."

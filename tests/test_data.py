@@ -599,7 +599,7 @@ def test_what_is_no_data_is_called_what_it_is(
 
 
 def test_a_folder_is_told_with_what_to_give_instead(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="is a directory") as caught:
+    with pytest.raises(CalibrationError, match="is a folder") as caught:
         data.read_rows([tmp_path])
     assert f"{tmp_path}/*" in str(caught.value.hint)
 

@@ -148,8 +148,8 @@ def test_decompose_folder_carries_everything_and_config_gains_one_key(
 ) -> None:
     assert sorted(contents(artifact)) == [
         "additional_chat_templates/tools.jinja",
-        "model.safetensors",
         "config.json",
+        "model.safetensors",
         "model.safetensors.index.json",
         "ortho.safetensors",
         "report.json",

@@ -18,9 +18,9 @@ import pytest
 from conftest import PICO, Ortho
 
 from ortho_cli import disk, journal
-from ortho_cli.checkpoint import list_extra_files
 from ortho_cli.events import Event, Noted
 from ortho_cli.journal import WorkFolder
+from ortho_cli.side_files import list_files
 
 FEW = ["--set", "calibrate.length=16", "--set", "calibrate.samples=2", "--quiet"]
 
@@ -238,5 +238,5 @@ def test_a_full_disk_that_reserves_nothing_is_told_as_that(
     assert "free space there" in ran.err
     (small_disk / "hog").unlink()
     assert ortho("decompose", pico, "-o", small_disk / "out", "-q").code == 0
-    assert list(list_extra_files(small_disk / "out"))
+    assert list(list_files(small_disk / "out"))
     assert not journal.work_folder(small_disk / "out").exists()

@@ -460,7 +460,7 @@ def rewrite(path: Path, **changes: Tensor | None) -> None:
     save_file(tensors, path, metadata=metadata)
 
 
-@pytest.mark.parametrize("fault", ["pointer", "column", "cut", "shape", "index"])
+@pytest.mark.parametrize("fault", ["pointer", "column", "cut", "shape"])
 def test_load_of_damaged_files_fails_closed(artifact_of_llama: Path, fault: str) -> None:
     base, stream = (artifact_of_llama / f"{n}.safetensors" for n in ("model", "ortho"))
     tensors = load_file(stream)
@@ -476,10 +476,8 @@ def test_load_of_damaged_files_fails_closed(artifact_of_llama: Path, fault: str)
         rewrite(stream, col_indices=column)
     elif fault == "cut":
         stream.write_bytes(stream.read_bytes()[:-8])
-    elif fault == "shape":
-        rewrite(base, weight_shape=torch.tensor([1, 2]))
     else:
-        (artifact_of_llama / "model.safetensors.index.json").unlink()
+        rewrite(base, weight_shape=torch.tensor([1, 2]))
     with pytest.raises(ArtifactError):
         ortho_cli.load(artifact_of_llama, alpha=1.0)
 
@@ -515,7 +513,7 @@ def test_load_refuses_what_it_cannot_do(artifact_of_llama: Path, tmp_path: Path)
     for bad in (float("nan"), 7):
         with pytest.raises(UsageError, match="alpha"):
             ortho_cli.load(artifact_of_llama, alpha=bad)
-    with pytest.raises(ArtifactError, match=r"base\.safetensors"):
+    with pytest.raises(ArtifactError, match="no base"):
         ortho_cli.load(tmp_path / "nowhere", alpha=0.0)
     lone = tmp_path / "lone"
     shutil.copytree(artifact_of_llama, lone)
@@ -559,9 +557,13 @@ def test_modules_are_found_under_another_prefix() -> None:
             {"text": nn.ModuleDict({"layers": nn.Sequential(nn.Linear(2, 2))})}
         ).named_modules()
     )
-    assert pretrained._find("model.layers.0", modules) == "text.layers.0"
-    assert pretrained._find("text.layers.0", modules) == "text.layers.0"
-    assert pretrained._find("model.layers.7", modules) == "model.layers.7"
+    tails = pretrained._by_tail(modules)
+    for name, found in (
+        ("model.layers.0", "text.layers.0"),
+        ("text.layers.0", "text.layers.0"),
+        ("model.layers.7", "model.layers.7"),
+    ):
+        assert pretrained._find(name, modules, tails) == found
 
 
 def test_names_of_the_library_are_there_and_others_are_not() -> None:

@@ -346,10 +346,7 @@ def check(out: Path, source: Checkpoint, *, force: bool) -> None:
 def test_check_space_small_disk_is_refused_with_both_sizes(
     pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Usage:
-        free = 1_000
-
-    monkeypatch.setattr(output.shutil, "disk_usage", lambda place: Usage)
+    monkeypatch.setattr(output, "free_bytes", lambda place: 1_000)
     with pytest.raises(ResourceError, match=r"0\.0 MB free and the artifact takes 0\.\d MB"):
         output.check_space(make(pico).bytes_on_disk, tmp_path / "out")
 

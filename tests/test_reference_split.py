@@ -178,7 +178,7 @@ def test_same_bytes_for_any_workers_and_tiles(case: Case, monkeypatch: pytest.Mo
     for module in ("plan", "split"):
         monkeypatch.setattr(f"ortho_cli.{module}.TILE_ELEMENTS", 1024)
     case.split(out="many")
-    for name in ("base", "ortho"):
+    for name in ("model", "ortho"):
         held = {(case.folder / o / f"{name}.safetensors").read_bytes() for o in ("one", "two")}
         assert held == {(case.folder / "many" / f"{name}.safetensors").read_bytes()}
 

@@ -57,11 +57,11 @@ def test_full_model_is_kept_lost_or_unknown() -> None:
         return {"value": value, **dict(zip(("low", "high"), interval, strict=False))}
 
     assert verdict.full({"alpha 0": FORGOTTEN}) is None
-    for ratio, word in ((1.0, "kept"), (1.005, "kept"), (1.006, "lost"), (math.nan, "lost")):
+    for ratio, word in ((1.0, "kept"), (1.02, "kept"), (1.03, "lost"), (math.nan, "lost")):
         found = verdict.full({"alpha 1": {"perplexity_ratio": figure(ratio)}, "int4": {}})
         assert found is not None
         assert found[0] == word
-    straddles = {"alpha 1": {"perplexity_ratio": figure(1.02, 0.99, 1.05)}, "int4": {}}
+    straddles = {"alpha 1": {"perplexity_ratio": figure(1.04, 0.99, 1.05)}, "int4": {}}
     assert verdict.full(straddles) == ("kept", "no worse than INT4 alone")
     # Nothing was moved: alpha 0 is INT4 alone, and its ratio is over alpha 1.
     alone = {"alpha 1": {}, "alpha 0": {"perplexity_ratio_alpha1": figure(0.9, 0.88, 0.92)}}
