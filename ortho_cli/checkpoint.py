@@ -272,8 +272,9 @@ def read_shard(path: Path, *, name: str | None = None) -> Shard:
         first = file.read(sniff.HEAD)
         kind = sniff.kind_of(first)
         if kind not in (None, sniff.SAFETENSORS):
+            kind = sniff.kind_of_file(path) or kind
             raise CheckpointError(
-                f"`{path}` is {kind}, not safetensors", hint=sniff.remedy(str(kind), path)
+                f"`{path}` is {kind}, not safetensors", hint=sniff.remedy(kind, path)
             )
         if status.st_size < 8:
             raise CheckpointError(

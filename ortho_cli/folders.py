@@ -402,10 +402,10 @@ def refuse_file(path: Path) -> CheckpointError:
         hint = f"give its folder: `{hints.said(path.parent)}`"
     elif path.suffix in TORCH_SUFFIXES + GGUF_SUFFIXES and kind in (
         None,
-        *(sniff.TORCH, sniff.PICKLE, sniff.GGUF, sniff.TAR),
+        *(*sniff.TORCHES, sniff.GGUF),
     ):
         hint = hints.convert(path.parent if is_part(path) else path)
-    elif kind:
+    elif kind not in (None, sniff.TEXT, sniff.JSON):
         hint = sniff.remedy(kind, path)
     else:
         hint = "safetensors, torch's .bin and GGUF are read: download the model in one of these"

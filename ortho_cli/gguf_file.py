@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from ortho_cli import sniff
 from ortho_cli.errors import CheckpointError, unreadable
+from ortho_cli.files import open_regular
+from ortho_cli.hints import fetch
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-OLD_MAGICS = {b"lmgg": "GGML", b"fmgg": "GGMF", b"tjgg": "GGJT", b"algg": "GGLA"}
 SUFFIX = ".gguf"
 ASIDE = ("mmproj", "imatrix")  # in the names of files that lie beside a model and are none
 _PART = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.I)
@@ -77,13 +79,7 @@ class GgufModel:
 
 def is_gguf(path: Path) -> bool:
     """Tell whether a file is meant to be GGUF, by its name or its first bytes."""
-    if path.suffix.lower() == SUFFIX:
-        return True
-    try:
-        with path.open("rb") as opened:
-            return opened.read(len(MAGIC)) == MAGIC
-    except OSError:
-        return False
+    return path.suffix.lower() == SUFFIX or sniff.kind_of_file(path) == sniff.GGUF
 
 
 def find_gguf(folder: Path) -> Path | None:
@@ -206,27 +202,17 @@ def _read(path: Path) -> Any:
 def _check_magic(path: Path) -> None:
     """Say what a file is that is not GGUF, or GGUF that cannot be read."""
     try:
-        with path.open("rb") as opened:
-            head = opened.read(64)
+        with open_regular(path) as opened:
+            head = opened.read(24)
     except OSError as error:
         raise unreadable(path, error, kind=CheckpointError, hint="may you read it?") from error
-    again = "download it again, or copy the whole file"
-    if head.startswith(b"version https://git-lfs"):
-        raise _refuse(path, "it is a Git LFS pointer", hint="`git lfs pull` fetches the weights")
-    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        raise _refuse(
-            path, "it is an HTML page", hint="download the file itself: `hf download REPO FILE`"
-        )
-    if (old := OLD_MAGICS.get(head[:4])) is not None:
-        raise _refuse(
-            path,
-            f"it is in the {old} format of before GGUF",
-            hint="get the model as GGUF, or convert it by llama.cpp's convert_llama_ggml_to_gguf",
-        )
+    kind, again = sniff.kind_of_file(path), f"the file is cut or damaged: {fetch(path)}"
+    if kind not in (None, sniff.GGUF):
+        raise _refuse(path, f"it is {kind}", hint=sniff.remedy(kind, path))
     if len(head) < 24:
         raise _refuse(path, f"it ends after {len(head)} bytes, in its header", hint=again)
     if head[:4] != MAGIC:
-        raise _refuse(path, f"it begins with {head[:4]!r}", hint=f"{again}; or is it named wrongly")
+        raise _refuse(path, f"it begins with {head[:4]!r}", hint=again)
     version = int.from_bytes(head[4:8], "little")
     if version & 0xFFFF == 0:
         version = int.from_bytes(head[4:8], "big")

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ortho_cli import strict_json
+from ortho_cli import sniff, strict_json
 from ortho_cli.architectures import is_tied
 from ortho_cli.checkpoint import check_index, model_name
 from ortho_cli.errors import CheckpointError
 from ortho_cli.files import open_regular
 from ortho_cli.folders import read_index
-from ortho_cli.kinds import kind_of, wrong_kind
 from ortho_cli.source import DTYPE_NAMES, Source, SourceTensor, mark
 from ortho_cli.state_dicts import find_weights
 
@@ -63,12 +62,15 @@ def is_torch_file(path: Path) -> bool:
         return False
     if path.suffix == ".distcp":
         raise _distributed(path.parent)
-    kind = kind_of(path)
-    if kind == "torch" or (kind is None and path.name.endswith(SUFFIXES)):
-        return True
-    if kind is None:
-        return False
-    raise wrong_kind(path, kind)
+    open_regular(path).close()  # says why it cannot be read
+    kind = sniff.kind_of_file(path)
+    if kind is None or kind in sniff.TORCHES:
+        return kind is not None or path.name.endswith(SUFFIXES)
+    raise _wrong_kind(path, kind)
+
+
+def _wrong_kind(path: Path, kind: str) -> CheckpointError:
+    return CheckpointError(f"`{path}` is {kind}, no torch file", hint=sniff.remedy(kind, path))
 
 
 def find_files(folder: Path) -> tuple[list[Path], dict[str, str] | None] | None:
@@ -284,12 +286,12 @@ def _plain(path: Path, name: str, tensor: Tensor) -> Tensor:
 
 def _unpickle(path: Path) -> Any:
     """Read what a file holds, if it is tensors and plain containers; nothing in it is ever run."""
-    kind = kind_of(path)
+    kind = sniff.kind_of_file(path)
     if kind is None:
         with open_regular(path) as file:
             raise _unread(path, f"it begins with {file.read(8)!r}")
-    if kind != "torch":
-        raise wrong_kind(path, kind)
+    if kind not in sniff.TORCHES:
+        raise _wrong_kind(path, kind)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own internals, on old files
