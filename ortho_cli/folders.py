@@ -150,8 +150,8 @@ def choose(folder: Path, config: Mapping[str, Any] | None) -> Choice:
     indexes, files = _list(folder, INDEX_SUFFIX), _list(folder, SUFFIX)
     if is_bin_first(folder) and files:
         raise CheckpointError(
-            f"`{folder}` holds the model as pytorch_model.bin, and beside it {_some(files)}, which "
-            "transformers does not read",
+            f"`{folder}` holds the model as pytorch_model.bin, and beside it {hints.some(files)}, "
+            "which transformers does not read",
             hint=hints.convert(folder),
         )
     if len(indexes) == 1:
@@ -217,12 +217,7 @@ def _left(folder: Path, files: Iterable[str], because: str) -> tuple[str, ...]:
     left = sorted(set(_list(folder, SUFFIX)) - set(files))
     if because in FIRST[:1] and (folder / FIRST[1]).is_file():
         left.append(FIRST[1])
-    return (f"not read, since `{because}` is: {_some(left)}",) if left else ()
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(f"`{name}`" for name in names[:4]) + more
+    return (f"not read, since `{because}` is: {hints.some(left)}",) if left else ()
 
 
 def _without_index(folder: Path, files: list[str]) -> Choice:
@@ -243,7 +238,7 @@ def _without_index(folder: Path, files: list[str]) -> Choice:
         return _one_of(folder, single)
     wanted = [key for key in sets if key[0] == "model"] or list(sets)
     if len(wanted) > 1:
-        told = _some([f"{stem}-?????-of-{count:05d}{SUFFIX}" for stem, count in wanted])
+        told = hints.some([f"{stem}-?????-of-{count:05d}{SUFFIX}" for stem, count in wanted])
         raise CheckpointError(
             f"`{folder}` holds {len(wanted)} sets of shards and no index: {told}",
             hint="move all but one of them to another folder, or restore " + FIRST[1],

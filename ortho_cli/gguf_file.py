@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ortho_cli import sniff
+from ortho_cli import hints, sniff
 from ortho_cli.errors import CheckpointError, unreadable
 from ortho_cli.files import open_regular
-from ortho_cli.hints import fetch
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -98,16 +97,15 @@ def find_gguf(folder: Path) -> Path | None:
             part = _PART.fullmatch(path.name)
             models.setdefault(f"{part['stem']}-of-{part['count']}" if part else path.name, path)
     if len(models) > 1:
-        some = ", ".join(f"`{path.name}`" for path in list(models.values())[:4])
-        more = f" and {len(models) - 4} more" if len(models) > 4 else ""
+        some = hints.some([path.name for path in models.values()])
         raise CheckpointError(
-            f"`{folder}` holds {len(models)} GGUF models: {some}{more}",
-            hint=f"give one of them: `ortho convert {next(iter(models.values()))}`",
+            f"`{folder}` holds {len(models)} GGUF models: {some}",
+            hint=f"give one of them: `ortho convert {hints.said(next(iter(models.values())))}`",
         )
     if not found and (inside := sorted(folder.glob("*/*.gguf"))):
         raise CheckpointError(
             f"`{folder}` holds no weights, and GGUF files in folders of it",
-            hint=f"give one of them: `ortho convert {inside[0]}`",
+            hint=f"give one of them: `ortho convert {hints.said(inside[0])}`",
         )
     if found and not models:
         raise CheckpointError(
@@ -206,7 +204,7 @@ def _check_magic(path: Path) -> None:
             head = opened.read(24)
     except OSError as error:
         raise unreadable(path, error, kind=CheckpointError, hint="may you read it?") from error
-    kind, again = sniff.kind_of_file(path), f"the file is cut or damaged: {fetch(path)}"
+    kind, again = sniff.kind_of_file(path), f"the file is cut or damaged: {hints.fetch(path)}"
     if kind not in (None, sniff.GGUF):
         raise _refuse(path, f"it is {kind}", hint=sniff.remedy(kind, path))
     if len(head) < 24:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 _SNAPSHOT = re.compile(r"(?:^|/)models--([^/]+?)(?:--([^/]+))?(?:/|$)")
@@ -14,6 +14,12 @@ def said(path: Path) -> str:
     """Spell a path for a shell; one that begins like an option is not taken for one."""
     text = str(path)
     return shlex.quote(f"./{text}" if text.startswith(("-", "~")) else text)
+
+
+def some(names: Sequence[str], most: int = 4) -> str:
+    """List the first names, and count the rest."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"`{name}`" for name in names[:most]) + more
 
 
 def convert(path: Path) -> str:

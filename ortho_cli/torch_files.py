@@ -9,7 +9,6 @@ held in memory whole.
 from __future__ import annotations
 
 import re
-import shlex
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ortho_cli import sniff, strict_json
+from ortho_cli import hints, sniff, strict_json
 from ortho_cli.architectures import is_tied
 from ortho_cli.checkpoint import check_index, model_name
 from ortho_cli.errors import CheckpointError
@@ -95,8 +94,8 @@ def find_files(folder: Path) -> tuple[list[Path], dict[str, str] | None] | None:
     if (folder / "zero_to_fp32.py").is_file() and len(files) != 1:
         raise CheckpointError(
             f"`{folder}` holds a checkpoint of DeepSpeed in pieces",
-            hint=f"join them: `python {shlex.quote(str(folder / 'zero_to_fp32.py'))} "
-            f"{shlex.quote(str(folder))} OUT`, then `ortho convert OUT`",
+            hint=f"join them: `python {hints.said(folder / 'zero_to_fp32.py')} "
+            f"{hints.said(folder)} OUT`, then `ortho convert OUT`",
         )
     pieces = next((p for where in ("*.distcp", "*/*.distcp") for p in folder.glob(where)), None)
     if not files and pieces is not None:
@@ -111,7 +110,7 @@ def _several(folder: Path, files: list[Path], what: str) -> CheckpointError:
     names = ", ".join(file.name for file in files[:4])
     return CheckpointError(
         f"`{folder}` holds {len(files)} {what}: {names}",
-        hint=f"give one of the files, as in `ortho convert {shlex.quote(str(files[0]))}`, or "
+        hint=f"give one of the files, as in `ortho convert {hints.said(files[0])}`, or "
         f"restore {INDEX}",
     )
 
@@ -120,7 +119,7 @@ def _distributed(folder: Path) -> CheckpointError:
     return CheckpointError(
         f"`{folder}` is a distributed checkpoint: its .distcp files are pieces of tensors",
         hint="join them: `python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
-        f"{shlex.quote(str(folder))} model.pt`, then `ortho convert model.pt`",
+        f"{hints.said(folder)} model.pt`, then `ortho convert model.pt`",
     )
 
 
