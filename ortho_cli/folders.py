@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ortho_cli import hints, sniff, strict_json
+from ortho_cli import hints, sniff, strict_json, tied
 from ortho_cli.errors import CheckpointError, shown
 
 SUFFIX = ".safetensors"
@@ -41,77 +41,6 @@ _TIED = re.compile(
     r"|(^|\.)predictions\.decoder\.(weight|bias)$"
 )
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-# Model types whose head is the embedding where config.json does not say.
-TIED_BY_DEFAULT = frozenset(
-    (
-        "albert",
-        "bart",
-        "bert",
-        "bigbird_pegasus",
-        "biogpt",
-        "blenderbot",
-        "bloom",
-        "camembert",
-        "cohere",
-        "cohere2",
-        "cohere2_moe",
-        "ctrl",
-        "deberta",
-        "deberta-v2",
-        "distilbert",
-        "electra",
-        "ernie4_5",
-        "ernie4_5_moe",
-        "falcon",
-        "falcon_mamba",
-        "gemma",
-        "gemma2",
-        "gemma3",
-        "gemma3_text",
-        "gemma3n",
-        "gemma3n_text",
-        "gemma4",
-        "gemma4_text",
-        "gpt-sw3",
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neo",
-        "jetmoe",
-        "led",
-        "lfm2",
-        "lfm2_moe",
-        "longt5",
-        "m2m_100",
-        "mamba",
-        "marian",
-        "mbart",
-        "minicpm3",
-        "mistral3",
-        "modernbert-decoder",
-        "mpt",
-        "mt5",
-        "openai-gpt",
-        "opt",
-        "pegasus",
-        "plbart",
-        "recurrent_gemma",
-        "roberta",
-        "smollm3",
-        "starcoder2",
-        "switch_transformers",
-        "t5",
-        "t5gemma",
-        "trocr",
-        "umt5",
-        "vaultgemma",
-        "whisper",
-        "xglm",
-        "xlm-roberta",
-        "xlnet",
-        "zamba",
-        "zamba2",
-    )
-)  # fmt: skip - transformers 5.23, asked class by class
 _BEST_GGUF = re.compile(r"(?i)(^|[-._])(f32|bf16|f16)([-._]|$)")
 
 
@@ -379,7 +308,7 @@ def is_spare(name: str, there: Iterable[str], config: Mapping[str, Any] | None) 
         return False
     told = [level["tie_word_embeddings"] for level in levels if "tie_word_embeddings" in level]
     types = {level.get("model_type") for level in levels}
-    return any(told) if told else bool({str(kind) for kind in types} & TIED_BY_DEFAULT)
+    return any(told) if told else not tied.HEADS.keys().isdisjoint(map(str, types))
 
 
 def is_part(path: Path) -> bool:

@@ -21,9 +21,9 @@ from ortho_cli.roles import (
     named_role,
     read_sizes,
     role_of,
-    tied_head,
 )
 from ortho_cli.settings import Recipe, Scale, matches
+from ortho_cli.tied import tied_head
 
 MIN_IN_FEATURES = 64
 IGNORED = "ignored by the recipe"
