@@ -298,7 +298,7 @@ def is_spare(name: str, there: Iterable[str], config: Mapping[str, Any] | None) 
     """
     if _COMPUTED.search(name):
         return True
-    levels = [config or {}, *(v for v in (config or {}).values() if isinstance(v, dict))]
+    levels = strict_json.levels(config)
     counts = [level.get("num_hidden_layers") for level in levels]
     layer = _LAYER.search(name)
     if layer is not None:  # layers past the last are for speculation, and never built
