@@ -27,6 +27,11 @@ def convert(path: Path) -> str:
     return f"`ortho convert {said(path)}` writes it as safetensors; give the folder that it makes"
 
 
+def python(code: str, *paths: Path) -> str:
+    """Name the command that runs a program, which has no double quotes, on paths as sys.argv."""
+    return " ".join((f'`python -c "{code}"', *map(said, paths))) + "`"
+
+
 def repository_of(path: Path) -> str | None:
     """Name the repository that a path in the Hub's cache belongs to."""
     found = _SNAPSHOT.search(path.absolute().as_posix())

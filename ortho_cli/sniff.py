@@ -236,10 +236,8 @@ def remedy(kind: str, path: Path) -> str:
     if kind in _LOAD:
         trust = "" if kind == EXPORT else "if you trust where it comes from, "
         code = f"import pickle, sys, torch; torch.save({_LOAD[kind]}, 'weights.pt')"
-        return (
-            f'{trust}save its weights: `python -c "{code}" {said(path)}`, then '
-            "`ortho convert weights.pt`"
-        )
+        saved = hints.python(code, path)
+        return f"{trust}save its weights: {saved}, then `ortho convert weights.pt`"
     if kind in (HDF5, NUMPY, NPZ, FASTTEXT):
         return f"convert it to safetensors with the library that wrote it; or {fetch(path)}"
     if kind.endswith(_OLD_GGUF):

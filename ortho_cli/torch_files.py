@@ -319,14 +319,14 @@ def _unread(path: Path, why: str) -> CheckpointError:
 def _would_run(path: Path, name: str) -> CheckpointError:
     """Refuse a file that names a class or function; a whole module or training settings do."""
     script = (
-        f"import torch; m = torch.load({str(path)!r}, weights_only=False); "
+        "import sys, torch; m = torch.load(sys.argv[1], weights_only=False); "
         "f = lambda v: v.state_dict() if hasattr(v, 'state_dict') else v; torch.save({k: f(v) "
         "for k, v in f(m).items() if isinstance(f(v), (dict, torch.Tensor))}, 'weights.pt')"
     )
     return CheckpointError(
         f"`{path}` holds the global `{name}`, which is no tensor; nothing was run",
         hint="do not trust the file; if you made it, save its tensors alone, which runs what it "
-        f'says: `python -c "{script}"`, then `ortho convert weights.pt`',
+        f"says: {hints.python(script, path)}, then `ortho convert weights.pt`",
     )
 
 
