@@ -46,6 +46,7 @@ faults: install ## kill, starve and disturb real runs at random moments; prints 
 bench: install ## speed beside the naive code and the disk (2.2 GB of scratch in demo/), then the small model: quality, and under attack
 	$(BIN)/python tests/bench_speed.py
 	$(BIN)/python tests/bench_runtime.py
+	$(BIN)/python tests/bench_many.py
 	$(BIN)/python tests/bench_capability.py
 	$(BIN)/ortho bench --alpha 0 1 --attack
 

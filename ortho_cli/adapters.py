@@ -6,7 +6,7 @@ artifact that nothing can load. Headers and JSON only; standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from ortho_cli import hints, strict_json
@@ -52,20 +52,33 @@ def refuse_adapter(path: Path) -> None:
         raise _refusal(folder if config else path, config, by=path.name)
 
 
-def refuse_adapter_names(path: Path, names: Iterable[str]) -> None:
+def refuse_adapter_names(path: Path, names: Collection[str], *, strips: bool) -> None:
     """Refuse tensors that are named as an adapter's, alone or among those of a model.
 
+    Args:
+        path: where they are.
+        names: of all tensors.
+        strips: peft's prefix before every name of a merged model is taken off later.
     Raises:
         CheckpointError: names the first of them.
     """
+    wrapped = [name for name in names if name.startswith(PREFIX)]
+    merged = len(wrapped) == len(names)
     for name in names:
-        if name.startswith(PREFIX) or not PARTS.isdisjoint(name.split(".")):
+        parts = not PARTS.isdisjoint(name.split("."))
+        if parts or (name.startswith(PREFIX) and not merged):
             raise CheckpointError(
                 f"tensor `{name}` of `{path}` is an adapter's, not a weight that a model has by "
                 "itself",
                 hint="merge it first: `model.merge_and_unload().save_pretrained(DIR)` with peft, "
                 "where it was trained",
             )
+    if wrapped and not strips:
+        raise CheckpointError(
+            f"every tensor of `{path}` begins with `{PREFIX}`, as peft saves a merged model, and "
+            "no reader looks for such names",
+            hint=hints.convert(path),
+        )
 
 
 def _has_model(folder: Path) -> bool:

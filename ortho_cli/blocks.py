@@ -35,9 +35,9 @@ class Blocks:
         """
         self.model, self.batch = model, tokens.shape[0]
         self._list = _largest_list(model, linears)
+        held = [{id(module) for module in block.modules()} for block in self._list]
         self.names = [
-            [name for name, linear in linears.items() if any(linear is m for m in block.modules())]
-            for block in self._list
+            [name for name, linear in linears.items() if id(linear) in mine] for mine in held
         ]
         self._options: list[dict[str, Any]] = []
         self._check(tokens)

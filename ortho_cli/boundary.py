@@ -1,11 +1,17 @@
-"""Where words become a call, and errors exit codes: the one boundary around every command."""
+"""Where words become a call, and errors exit codes: the one boundary around every command.
+
+Also what a process needs of its machine before any work: standard streams that never end a run by
+themselves, signals that end it in good order, and room for open files.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +33,10 @@ TEXTS = (
 # Beside Ctrl-C: what `kill`, schedulers and containers send, and a terminal that is closed (which
 # nohup has us ignore).
 STOPS = (signal.SIGTERM, signal.SIGHUP)
+
+# Open files that a process may want: a file for each shard of source and output. More would only
+# make other programs slow that close all numbers up to the limit.
+OPEN_FILES = 65_536
 
 
 def spread(arguments: Sequence[str], many: Mapping[str, Sequence[str]]) -> list[str]:
@@ -73,17 +83,6 @@ def expand_home(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def allow_open_files() -> None:
-    """Let the process open as many files as it may; a sharded model can have hundreds."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
-        if soft != resource.RLIM_INFINITY and soft < most:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
 def run(
     app: Callable[..., Any], arguments: Sequence[str], *, many: Mapping[str, Sequence[str]]
 ) -> int:
@@ -95,6 +94,8 @@ def run(
         if code == Interrupted.exit_code:  # typer turns Ctrl-C outside of the work into this
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
+    except _ClosedPipe:  # whoever read has seen enough
+        return 128 + signal.SIGPIPE
     except BaseException as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             sys.stderr.write(f"{error}\n")
@@ -136,6 +137,110 @@ def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackT
     report.print_bug(kind, error, trace)
 
 
+class _ClosedPipe(BaseException):
+    """Nobody reads stdout any more; no OSError, which click would end with exit code 1."""
+
+
+class _Stream(io.TextIOBase):
+    """Stdout or stderr, written through at once.
+
+    Python's own objects are None where a stream was closed at start, raise in the middle of work
+    where a terminal has gone, and raise once more when the interpreter ends.
+    """
+
+    def __init__(self, fd: int, encoding: str, failed: Callable[[OSError], None]) -> None:
+        self._fd, self._encoding, self._failed = fd, encoding, failed
+        self._is_dead = False
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._encoding
+
+    @property
+    def errors(self) -> str:  # type: ignore[override]
+        return "backslashreplace"
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def isatty(self) -> bool:
+        return os.isatty(self._fd)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if not isinstance(text, str):
+            raise TypeError(f"write() takes text, not {type(text).__name__}")
+        data = memoryview(text.encode(self._encoding, self.errors))
+        while data and not self._is_dead:
+            try:
+                data = data[os.write(self._fd, data) :]
+            except BlockingIOError:  # another program made the pipe or terminal so
+                select.select([], [self._fd], [])
+            except OSError as error:
+                self._is_dead = True
+                self._failed(error)
+        return len(text)
+
+
+def _lose_result(error: OSError) -> None:
+    if isinstance(error, BrokenPipeError):
+        raise _ClosedPipe
+    raise ResourceError(
+        f"cannot write to stdout: {reason(error)}",
+        hint="see where stdout goes: a full disk, or a terminal that is gone",
+    )
+
+
+def _lose_progress(error: OSError) -> None:
+    """Work goes on where nobody can be told of it."""
+
+
+def _take_streams() -> None:
+    """Open what is closed of stdin, stdout and stderr on /dev/null, and let none end a run.
+
+    A file that is opened for work would otherwise get the number of the one that is closed, and
+    whatever is printed would go into it.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            with contextlib.suppress(OSError):
+                # The lowest number that is free, which is this one.
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name, fd, failed in (("stdout", 1, _lose_result), ("stderr", 2, _lose_progress)):
+        encoding = getattr(getattr(sys, name), "encoding", None) or "utf-8"
+        setattr(sys, name, _Stream(fd, encoding, failed))
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115, PTH123 - for as long as the process lives
+
+
+def _take_names() -> None:
+    """Begin again where this locale's encoding is not that of names in an index or a config.
+
+    Those are UTF-8, and so are names on disk; what is printed keeps the encoding of the terminal.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or not sys.executable:
+        return
+    spoken = getattr(sys.stdout or sys.stderr, "encoding", None) or "ascii"
+    environment = {"PYTHONIOENCODING": f"{spoken}:backslashreplace", **os.environ}
+    command = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
+    os.execve(sys.executable, command, environment)
+
+
+def _take_files() -> None:
+    """Let this process open as many files as it may; a model can have a thousand shards."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
     os._exit(128 + number)
 
@@ -158,7 +263,9 @@ def enter(command: Callable[[], int]) -> NoReturn:
     What asks a run to stop ends it in good order the first time, and at once the second: work
     survives both.
     """
-    allow_open_files()
+    _take_names()
+    _take_streams()  # before anything is opened
+    _take_files()
     asked = [signal.SIGINT, *(s for s in STOPS if signal.getsignal(s) is not signal.SIG_IGN)]
     by = signal.SIGINT
 
@@ -173,7 +280,8 @@ def enter(command: Callable[[], int]) -> NoReturn:
         signal.signal(number, stop)
     signal.signal(signal.SIGALRM, _interrupt)  # asks once more
     sys.unraisablehook = _unraisable
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ortho inspect X | head` ends like any filter
+    # A reader that has gone must not end work in the middle: `ortho decompose X 2>&1 | head`.
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     sys.excepthook = _show_bug
     gc.set_threshold(GARBAGE)
     try:
@@ -183,7 +291,9 @@ def enter(command: Callable[[], int]) -> NoReturn:
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
     except KeyboardInterrupt:  # asked behind its last word
         code = Interrupted.exit_code
-    sys.stdout.flush()
+    if code == 128 + signal.SIGPIPE:  # `ortho inspect X --json | head` ends like any filter
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGPIPE)
     if code == Interrupted.exit_code:
         # Asked while it was starting one, a library may have left a thread that waits for ever.
         os._exit(128 + by)

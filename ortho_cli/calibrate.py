@@ -100,7 +100,7 @@ def calibrate(
             f"{name}.{turn}": plan.sums(name).size for name in plan.sets for turn in range(2)
         },
     }
-    with WorkFolder(out, identity=identity, force=force, file=out.name) as work:
+    with WorkFolder(out, identity=identity, force=force, file=out.name, on_event=on_event) as work:
         job = _Job(plan, checkpoint, work, chosen, on_event)
         with interruptible(work, total=job.chunks, what="chunks of sequences"):
             found = job.run(source, digests)

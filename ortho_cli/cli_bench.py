@@ -127,7 +127,7 @@ def bench(
         )
     document["run"] = {"seconds": round(time.perf_counter() - began, 3)}
     if csv:
-        csv.write_text(figures.to_csv(document))
+        csv.write_text(figures.to_csv(document), encoding="utf-8", errors="backslashreplace")
     if as_json:
         report.print_json(document)
     elif not quiet:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ortho_cli.errors import UsageError
+from ortho_cli.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
     from ortho_cli.plan import Plan
@@ -88,7 +88,16 @@ def show(
     from ortho_cli import report
 
     if as_json:
-        report.print_json(document)
+        try:
+            report.print_json(document)
+        except ResourceError as error:
+            done = document.get("run", {}).get("output")
+            if done is None:
+                raise
+            raise ResourceError(
+                f"{error.message}; the work is done, and `{done}` is complete",
+                hint=f"`ortho inspect {done}` says what it holds",
+            ) from error
     elif not quiet:
         printer(document, **names)
 

@@ -161,7 +161,9 @@ def convert(
 
     source.check_unchanged()
     with (
-        WorkFolder(out, identity=identity, force=force, is_sound=is_known) as work,
+        WorkFolder(
+            out, identity=identity, force=force, is_sound=is_known, on_event=on_event
+        ) as work,
         interruptible(work, total=len(plan.tensors)),
     ):
         document = _Job(plan, source, work, on_event).run()

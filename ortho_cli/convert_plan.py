@@ -173,7 +173,10 @@ def make_plan(
         ],
     }
     sha256 = hashlib.sha256(canonical_json(content).encode()).hexdigest()
-    files = tuple((name, _layout(name, tensors, source, sha256)) for name in names)
+    specs: dict[str, list[TensorSpec]] = {name: [] for name in names}
+    for tensor in tensors:
+        specs[tensor.file].append(tensor.spec)
+    files = tuple((name, _layout(specs[name], source, sha256)) for name in names)
     made = tuple(_made_files(source, tensors, dtype))
     ours = {*names, *(name for name, _ in made), INDEX_FILE, CONFIG_FILE}
     side = (
@@ -218,8 +221,7 @@ def _fill_shards(
     return shards
 
 
-def _layout(name: str, tensors: tuple[ConvertTensor, ...], source: Source, sha256: str) -> Layout:
-    mine = [tensor.spec for tensor in tensors if tensor.file == name]
+def _layout(mine: list[TensorSpec], source: Source, sha256: str) -> Layout:
     keys = {spec.key for spec in mine}
     # safetensors.torch.save_model's convention: a copy that was dropped names the one kept.
     aliases = {copy: kept for copy, kept in sorted(source.aliases.items()) if kept in keys}

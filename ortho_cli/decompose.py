@@ -174,7 +174,9 @@ def decompose(
         curvature = StatisticsReader(plan.statistics) if plan.statistics else None
         reference = Reference(plan.reference) if plan.reference else None
         with (
-            WorkFolder(out, identity=identity, force=force, is_sound=is_known) as work,
+            WorkFolder(
+                out, identity=identity, force=force, is_sound=is_known, on_event=on_event
+            ) as work,
             interruptible(work, total=len(plan.tensors)),
         ):
             key = key_of(work, seal, keys, on_event) if seal else None

@@ -58,21 +58,46 @@ _WAYS_OUT = {
 }
 
 
-def way_out(error: OSError, otherwise: str, *, path: object = None, writing: bool = False) -> str:
-    """Say what to do about an error of the system.
+def way_out(error: OSError, otherwise: str, *, path: object = None) -> str:
+    """Say what to do about a file that could not be read, or about an error of the system.
 
     Args:
         error: what the system said.
         otherwise: what to do where its number tells nothing.
         path: the file that it happened to, where the error does not name it.
-        writing: it was to be written.
     """
-    if error.errno in (errno.EACCES, errno.EPERM):
-        where = error.filename or path
-        if writing or not where:
-            return "choose a path that you may write to"
+    where = error.filename or path
+    if error.errno in (errno.EACCES, errno.EPERM) and where:
         return f"`ls -ld {shlex.quote(str(where))}` shows who may read and write it"
     return _WAYS_OUT.get(error.errno or 0, otherwise)
+
+
+# What to do about a file that could not be written.
+_OTHER = "choose another -o"
+_REMEDIES = {
+    errno.ENOSPC: f"free space there, or {_OTHER}",
+    errno.EDQUOT: f"your quota there is used up: free space, or {_OTHER}",
+    errno.EFBIG: f"the file system, or `ulimit -f`, takes no larger file: {_OTHER}",
+    errno.EROFS: f"that file system takes no writes: {_OTHER}",
+    errno.EACCES: f"look at your rights there, or {_OTHER}",
+    errno.EPERM: f"look at your rights there, or {_OTHER}",
+    errno.ENAMETOOLONG: "choose a shorter -o",
+    errno.EILSEQ: f"the file system does not take such a name: {_OTHER}",
+    errno.EMFILE: "raise `ulimit -n`, then repeat the same command",
+    errno.ENFILE: "end other programs, then repeat the same command",
+    errno.ENOMEM: "end other programs, then repeat the same command",
+    errno.EXDEV: f"it is on a lower layer of a container's image; move it away, or {_OTHER}",
+    errno.EIO: f"look at that disk or its connection, then repeat the same command, or {_OTHER}",
+    errno.ESTALE: "look at that disk's connection, then repeat the same command",
+    errno.ENOTCONN: "look at that disk's connection, then repeat the same command",
+}
+
+
+def remedy(error: OSError) -> str:
+    """Say what to do about a file that could not be written: what fits what the system said."""
+    return _REMEDIES.get(
+        error.errno or 0, f"look at that file system, then repeat the command, or {_OTHER}"
+    )
 
 
 def shown(value: object) -> str:

@@ -71,6 +71,9 @@ def choose(folder: Path, config: Mapping[str, Any] | None) -> Choice:
         path = folder / name
         if path.is_file():
             return _read(folder, name)
+        if name in FIRST and path.exists():
+            what = "is a directory" if path.is_dir() else "is not a regular file"
+            raise CheckpointError(f"`{path}` {what}", hint=hints.fetch(path))
         if path.is_symlink() and name in FIRST:
             raise CheckpointError(
                 f"`{path}` is a link to `{path.readlink()}`, which is not there",

@@ -2,7 +2,7 @@
 
 Work for OUT goes to the hidden sibling `.OUT.ortho/`:
 
-    lock       held by the run that works here; the kernel lets go when it dies
+    lock       held by the run that works here (see `locks`)
     journal    line 1: what is made from what; then one line a finished tensor
     artifact/  the files being written; data files end in `.partial` until all is on disk
     private/   what a run that goes on needs, and the result does not hold; scratch files too
@@ -17,7 +17,6 @@ complete. `recover` puts things right where a run was killed between two renames
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -28,8 +27,11 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from ortho_cli import errors
+from ortho_cli.disk import reserve, sync, sync_folder
 from ortho_cli.errors import Interrupted, OutputExistsError, ResourceError
+from ortho_cli.events import EventSink, Noted, null_sink
 from ortho_cli.files import read_regular
+from ortho_cli.locks import Lock, remove
 
 PARTIAL = ".partial"
 KEY_FILE = "key.age"  # in private/, where what work leaves is sealed
@@ -53,7 +55,7 @@ def recover(out: Path) -> None:
     folder = work_folder(out)
     if not folder.is_dir():
         return
-    lock = _Lock(folder, out)
+    lock = Lock(folder, out)
     try:
         lock.take()
     except OutputExistsError:
@@ -67,61 +69,6 @@ def recover(out: Path) -> None:
         lock.release()
 
 
-class _Lock:
-    """The right to work in a folder; it goes with the process that holds it."""
-
-    def __init__(self, folder: Path, out: Path) -> None:
-        self._folder, self._out = folder, out
-        self._path = folder / "lock"
-        self._fd = -1
-
-    def take(self) -> None:
-        """Make the folder and lock it, or say who holds it."""
-        while self._fd < 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            try:
-                fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            except FileNotFoundError:  # whoever finished just now took the folder away
-                continue
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self._is_current(fd):
-                    self._fd = fd
-            except BlockingIOError:
-                holder = os.pread(fd, 20, 0).decode(errors="replace").strip() or "unknown"
-                raise OutputExistsError(
-                    f"process {holder} is writing `{self._out}` right now",
-                    hint="wait for it, or choose another -o",
-                ) from None
-            finally:
-                if self._fd != fd:
-                    os.close(fd)
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
-
-    def _is_current(self, fd: int) -> bool:
-        """Tell a lock file from one that was unlinked after we opened it."""
-        with contextlib.suppress(FileNotFoundError):
-            mine, there = os.fstat(fd), self._path.stat()
-            return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
-        return False
-
-    def remove_folder(self) -> None:
-        """Remove the folder while it is ours; the lock goes last."""
-        for path in self._folder.iterdir():
-            if path != self._path:
-                _remove(path)
-        self._path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self._folder.rmdir()
-
-    def release(self) -> None:
-        """Let go."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-
 class WorkFolder:
     """The work on one output, as a context manager; unfinished work is kept for the next run."""
 
@@ -133,6 +80,7 @@ class WorkFolder:
         force: bool,
         is_sound: Callable[[Entry], bool] = lambda entry: True,
         file: str | None = None,
+        on_event: EventSink = null_sink,
     ) -> None:
         """Begin, or go on where an equal run stopped.
 
@@ -144,6 +92,7 @@ class WorkFolder:
             is_sound: tells a journal entry that can be relied on; from the first other one on, work
                 is done again.
             file: OUT is to be this one file of `artifact/`; without it, the whole folder.
+            on_event: told what the file system lacks, once.
         """
         self.out = out
         self.folder = work_folder(out)
@@ -152,13 +101,16 @@ class WorkFolder:
         self.private = self.folder / "private"
         self.done: dict[str, Entry] = {}
         self.published = False
+        self._is_new = False  # nothing of an earlier run is in the folder
         self._result = self.artifact / file if file else self.artifact
         self._identity = identity
         self._force = force
         self._is_sound = is_sound
-        self._lock = _Lock(self.folder, out)
+        self._lock = Lock(self.folder, out)
         self._journal = -1
         self._fds: dict[Path, int] = {}
+        self._names: dict[str, str] = {}  # of side files, as they differ where case does not
+        self._on_event, self._told = on_event, set[str]()
         self._made = [parent for parent in out.absolute().parents if not parent.exists()]
 
     @property
@@ -178,12 +130,22 @@ class WorkFolder:
         """Take the lock and read the journal."""
         try:
             self._lock.take()
+            if self._lock.is_file:
+                self._note(
+                    f"the file system of `{self.out.parent}` has no locks (flock): a file in "
+                    f"`{self.folder.name}` says who works there"
+                )
             try:
                 self._open_journal()
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, OSError) and self._is_new:
+                    self._lock.remove_folder()
                 self._close()
                 raise
         except OSError as error:
+            with contextlib.suppress(OSError):
+                for parent in self._made:
+                    parent.rmdir()
             raise unwritable(self.out, error) from error
         return self
 
@@ -216,21 +178,22 @@ class WorkFolder:
                 )
             lines = []
         if not lines:
-            _remove(self.private)
+            remove(self.private)
         lines[1:] = takewhile(self._is_sound, lines[1:])
         if not lines or not self._data_is_there():
             lines = []
-            _remove(self.artifact)
+            remove(self.artifact)
             path.unlink(missing_ok=True)
         self.artifact.mkdir(exist_ok=True)
         self.private.mkdir(mode=0o700, exist_ok=True)
         for file in self.artifact.iterdir():  # side files are made again
             if file.name.removesuffix(PARTIAL) not in self._identity["files"]:
-                _remove(file)
+                remove(file)
         self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         # A last line without its newline was cut by a kill; append after the last whole one.
         os.ftruncate(self._journal, sum(len(_encode(line)) for line in lines))
         if not lines:
+            self._is_new = not os.path.lexists(self.folder / "previous")
             self._append([self._identity])
         self.done = {line["name"]: line for line in lines[1:]}
 
@@ -259,11 +222,37 @@ class WorkFolder:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
             self._fds[path] = fd
-            if os.fstat(fd).st_size != size:
-                reserve(fd, size)
+            if os.fstat(fd).st_size != size and not reserve(fd, size):
+                self._note(
+                    f"the file system of `{self.out.parent}` reserves no space: a full disk shows "
+                    "only when it is full"
+                )
+            if mode & 0o077 == 0 and os.fstat(fd).st_mode & 0o077:
+                self._note(
+                    f"the file system of `{self.out.parent}` keeps no permissions: others may be "
+                    f"able to read `{name}`"
+                )
         except OSError as error:
             raise unwritable(path, error) from error
         return fd
+
+    def _note(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            self._on_event(Noted(message=message))
+
+    def _sync_file(self, fd: int) -> None:
+        self._seen(sync(fd))
+
+    def _sync_folder(self, path: Path) -> None:
+        self._seen(sync_folder(path))
+
+    def _seen(self, synced: bool) -> None:
+        if not synced:
+            self._note(
+                f"the file system of `{self.out.parent}` does not say when all is on disk (fsync): "
+                "a power cut now could lose it"
+            )
 
     def commit(self, entries: Sequence[dict[str, Any]]) -> None:
         """Make tensors count as finished: data to disk first, then their lines."""
@@ -271,7 +260,7 @@ class WorkFolder:
             return
         try:
             for fd in self._fds.values():
-                _sync(fd)
+                self._sync_file(fd)
             self._append(entries)
         except OSError as error:
             raise unwritable(self.folder, error) from error
@@ -281,28 +270,38 @@ class WorkFolder:
         data = memoryview(b"".join(map(_encode, entries)))
         while data:
             data = data[os.write(self._journal, data) :]
-        _sync(self._journal)
+        self._sync_file(self._journal)
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write a small file whole."""
-        path = self.artifact / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self._side_file(name)
         with path.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            self._sync_file(file.fileno())
 
     def copy_file(self, source: Path, name: str) -> None:
         """Copy a file of the source, its bytes only."""
-        path = self.artifact / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = self._side_file(name)
         if not source.is_file():
             raise errors.CheckpointError(
                 f"`{source}` vanished while the model was read", hint="put it back and start again"
             )
         shutil.copyfile(source, path)
         with path.open("rb") as file:
-            os.fsync(file.fileno())
+            self._sync_file(file.fileno())
+
+    def _side_file(self, name: str) -> Path:
+        """Make the folder of a side file; say so if its name is another's that is there."""
+        path = self.artifact / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        other = self._names.setdefault(name.casefold(), name)
+        if other != name and path.exists():
+            self._note(
+                f"`{other}` is not kept: the file system of `{self.out.parent}` takes its name for "
+                f"that of `{name}`"
+            )
+        return path
 
     def publish(self, *, may_replace: Callable[[Path], bool]) -> None:
         """Give data files their names, in the order they were opened, and the result its place.
@@ -312,10 +311,10 @@ class WorkFolder:
         """
         for path, fd in self._fds.items():
             if path.parent != self.private:
-                os.fsync(fd)
+                self._sync_file(fd)
                 path.rename(path.with_name(path.name.removesuffix(PARTIAL)))
         for folder, _, _ in os.walk(self.artifact):
-            _sync_folder(Path(folder))
+            self._sync_folder(Path(folder))
         previous = self.folder / "previous"
         if os.path.lexists(self.out):
             self._make_way(previous, may_replace)
@@ -326,7 +325,7 @@ class WorkFolder:
                 previous.rename(self.out)
             raise
         self.published = True
-        _sync_folder(self.out.parent)
+        self._sync_folder(self.out.parent)
         with contextlib.suppress(OSError):
             self._lock.remove_folder()
 
@@ -395,9 +394,9 @@ def write_private(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         with os.fdopen(fd, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         partial.rename(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise unwritable(path, error) from error
 
@@ -406,26 +405,11 @@ def _has_size(path: Path, size: int) -> bool:
     return path.exists() and path.stat().st_size == size
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def unwritable(path: Path, error: OSError) -> ResourceError:
     """Say why a file could not be written."""
     return ResourceError(
-        f"cannot write `{path}`: {errors.reason(error)}",
-        hint=errors.way_out(error, "choose another -o", path=path, writing=True),
+        f"cannot write `{path}`: {errors.reason(error)}", hint=errors.remedy(error)
     )
-
-
-def reserve(fd: int, size: int) -> None:
-    """Set a file's size and claim its blocks where the system can."""
-    os.ftruncate(fd, size)
-    if hasattr(os, "posix_fallocate") and size:
-        os.posix_fallocate(fd, 0, size)
 
 
 def _encode(line: dict[str, Any]) -> bytes:
@@ -455,15 +439,3 @@ def _difference(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
     both = {**theirs, **mine}
     keys = [key for key in both if key not in sizes and theirs.get(key) != mine.get(key)]
     return " and ".join(f"another {key}" for key in keys or ["version"])
-
-
-# macOS has no fdatasync.
-_sync = getattr(os, "fdatasync", os.fsync)
-
-
-def _sync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

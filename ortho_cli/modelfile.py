@@ -242,19 +242,23 @@ def read_tensors(shard: Shard, tensors: Iterator[TensorInfo]) -> Iterator[tuple[
         raise ArtifactError(error.message, hint=error.hint) from None
 
 
-def empty_layer(opened: Artifact, name: str) -> OrthoLinear:
-    """Make a layer of the sizes that an artifact's headers tell, on meta, without bias or ortho."""
+def empty_layers(opened: Artifact) -> Iterator[tuple[str, OrthoLinear]]:
+    """Make layers of the sizes that an artifact's headers tell, on meta, without bias or ortho."""
     tensors = {tensor.name: tensor for tensor in opened.base.tensors}
-    scale = tensors[f"{name}.weight_scale"]
-    rows, columns = opened.shapes[name]
-    return OrthoLinear(
-        columns,
-        rows,
-        group_size=columns // scale.shape[1],
-        dtype=TORCH_DTYPES[scale.dtype],
-        bits=opened.bits[name],
-        device="meta",
-    )
+    for name in opened.split:
+        scale = tensors[f"{name}.weight_scale"]
+        rows, columns = opened.shapes[name]
+        yield (
+            name,
+            OrthoLinear(
+                columns,
+                rows,
+                group_size=columns // scale.shape[1],
+                dtype=TORCH_DTYPES[scale.dtype],
+                bits=opened.bits[name],
+                device="meta",
+            ),
+        )
 
 
 def fill_ortho(opened: Artifact, layers: Mapping[str, OrthoLinear]) -> None:
@@ -287,7 +291,7 @@ def load_module(module: nn.Module, opened: Artifact) -> dict[str, OrthoLinear]:
     """
     state = module.state_dict(keep_vars=True)
     split = set(opened.split)
-    layers = {name: empty_layer(opened, name) for name in opened.split}
+    layers = dict(empty_layers(opened))
     plain = {
         info.name: info
         for info in opened.base.tensors

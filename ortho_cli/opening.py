@@ -58,7 +58,9 @@ def open_artifact(folder: Path, keys: Keys | None = None) -> Artifact:
         base = checkpoint.read_shard(path)
         ortho, sealed, opened = _open_ortho(folder, keys)
         report_path = folder / REPORT_FILE
-        report = strict_json.read(report_path) if report_path.is_file() else None
+        report = None
+        if report_path.is_file():
+            report = strict_json.read(report_path, tensors=len(base.tensors))
     except CheckpointError as error:
         raise ArtifactError(error.message, hint=error.hint) from None
     form = base.metadata.get("ortho_format")
@@ -96,7 +98,11 @@ def _open_ortho(folder: Path, keys: Keys | None) -> tuple[Shard | None, Path | N
     if keys is None:
         return None, sealed, None
     opened = open_sealed(sealed, keys)
-    shard = checkpoint.read_shard(opened.path)
+    try:
+        shard = checkpoint.read_shard(opened.path)
+    except CheckpointError as error:
+        said = error.message.replace(f"`{opened.path}`", f"what `{sealed}` holds", 1)
+        raise ArtifactError(said, hint="restore the file, or decompose the source again") from None
     tensors = tuple(replace(tensor, shard=ORTHO_FILE) for tensor in shard.tensors)
     return replace(shard, name=ORTHO_FILE, tensors=tensors), sealed, opened
 

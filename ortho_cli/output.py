@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ortho_cli.checkpoint import Checkpoint
-from ortho_cli.errors import OutputExistsError, ResourceError, UsageError
+from ortho_cli.disk import check_name, check_writable, free_bytes
+from ortho_cli.errors import OutputExistsError, ResourceError, UsageError, reason, remedy
 from ortho_cli.journal import PARTIAL, recover, work_folder
 
 
@@ -57,6 +57,9 @@ def check_output(
         UsageError: OUT is a source, or inside one, or a place that cannot be renamed onto.
     """
     target = resolve_output(out)
+    place = next(parent for parent in target.parents if parent.exists())
+    longest = max((work_folder(target).name, target.name + PARTIAL), key=len)
+    check_name(target.name, place, longest=longest)
     for source in sources:
         _check_apart(out, target, source)
     if target == Path.cwd() or os.path.ismount(target):
@@ -109,15 +112,17 @@ def check_space(needed: int, out: Path, *, kind: str = "artifact") -> None:
     """
     target = resolve_output(out)
     place = next(parent for parent in target.parents if parent.exists())
-    if not os.access(place, os.W_OK):
+    try:
+        check_writable(place)
+    except OSError as error:
         raise ResourceError(
-            f"cannot write in `{place}`: permission denied", hint="choose another -o"
-        )
+            f"cannot write in `{place}`: {reason(error)}", hint=remedy(error)
+        ) from None
     work = work_folder(target)
     written = [*(work / "artifact").rglob("*"), *(work / "private").glob("*" + PARTIAL)]
     held = sum(path.stat().st_blocks * 512 for path in written if path.is_file())
-    free = shutil.disk_usage(place).free
-    if needed - held > free:
+    free = free_bytes(place)
+    if free is not None and needed - held > free:
         verb = "take" if kind.endswith("s") else "takes"
         raise ResourceError(
             f"`{place}` has {free / 1e6:,.1f} MB free and the {kind} "

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ TILE_ELEMENTS = (
 # One column of a tile is rounded at a time: more rows cost little more.
 GPTQ_ELEMENTS = 4 * TILE_ELEMENTS
 MODULES_BYTES = 24 << 20  # what importing everything but torch was measured to take
-TENSOR_BYTES = 14_000  # measured, too: plan, journal and report of one tensor
+TENSOR_BYTES = 15_000  # measured by tests/bench_many.py: plan, journal and report of one tensor
 SIDE_BYTES = 2_048  # what index and report take for one tensor, about
 NO_DIGEST = "0" * 64
 # What forgetting holds for each weight of the model: in float32 the model, its gradients, and for
@@ -215,7 +215,11 @@ class Plan:
 
 
 def _regions(specs: Iterable[TensorSpec], layout: Layout) -> dict[str, dict[str, Any]]:
-    return {spec.key: asdict(layout.regions[spec.key]) for spec in specs}
+    found = ((spec.key, layout.regions[spec.key]) for spec in specs)
+    return {  # not asdict, which copies deeply: a third of what a large plan's JSON takes
+        key: {"dtype": x.dtype, "shape": x.shape, "offset": x.offset, "nbytes": x.nbytes}
+        for key, x in found
+    }
 
 
 def make_plan(
@@ -267,6 +271,8 @@ def make_plan(
         _unique(checkpoint, tensors, "ortho"),
         artifact.ortho_metadata(**common, source_digest=NO_DIGEST, base_blake3=NO_DIGEST),
     )
+    if recipe.ortho.layout == "compact":
+        _check_compact_header(tensors, rounded=recipe.ortho.values == "int8")
     return Plan(
         recipe=recipe,
         group_size=group_size,
@@ -472,6 +478,28 @@ def _unique(
                 )
             seen.add(spec.key)
             yield spec
+
+
+def _check_compact_header(tensors: tuple[TensorPlan, ...], *, rounded: bool) -> None:
+    """Refuse a compact ortho whose header no reader would take, which else shows after the work.
+
+    How large its parts are depends on weights, how many there are does not.
+    """
+    specs = (
+        spec
+        for tensor in tensors
+        if tensor.reason is None
+        for spec in artifact.compact_specs(
+            tensor.name,
+            dtype="I8" if rounded else tensor.source.dtype,
+            shape=(tensor.source.shape[0], tensor.source.shape[1]),
+            columns=0,
+            counts=artifact.COUNT_DTYPES[0],
+            gaps=tensor.k,
+            others=tensor.k,
+        )
+    )
+    plan_layout(specs, {})
 
 
 def _sha256(

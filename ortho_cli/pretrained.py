@@ -21,7 +21,7 @@ from ortho_cli.engine import set_alpha
 from ortho_cli.errors import ArtifactError, CheckpointError
 from ortho_cli.files import is_trusted, trusting
 from ortho_cli.layers import OrthoLinear
-from ortho_cli.modelfile import empty_layer, fill_ortho
+from ortho_cli.modelfile import empty_layers, fill_ortho
 from ortho_cli.models import check_claims, check_folder, explained, quiet_transformers
 from ortho_cli.opening import no_ortho, open_artifact
 from ortho_cli.operands import Alpha
@@ -180,10 +180,10 @@ def swap(model: nn.Module, opened: Artifact) -> dict[str, OrthoLinear]:
     """
     modules = dict(model.named_modules())
     made: dict[str, OrthoLinear] = {}
-    for name in opened.split:
-        place = _find(name, modules)
+    tails = _by_tail(modules)
+    for name, layer in empty_layers(opened):
+        place = _find(name, modules, tails)
         old = modules.get(place)
-        layer = empty_layer(opened, name)
         weight = getattr(old, "weight", None)
         shape = [layer.out_features, layer.in_features]
         held = list(weight.shape) if isinstance(weight, torch.Tensor) else None
@@ -200,20 +200,30 @@ def swap(model: nn.Module, opened: Artifact) -> dict[str, OrthoLinear]:
     return made
 
 
-def _find(name: str, modules: Mapping[str, nn.Module]) -> str:
+def _by_tail(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """Sort names of modules by each of their ends: `mlp.up_proj`, `up_proj`."""
+    found: dict[str, list[str]] = {}
+    for name in modules:
+        tail = name
+        while tail:
+            found.setdefault(tail, []).append(name)
+            tail = tail.partition(".")[2]
+    return found
+
+
+def _find(name: str, modules: Mapping[str, nn.Module], tails: Mapping[str, list[str]]) -> str:
     """Find a module by its name in the checkpoint, whose first parts transformers may rename."""
     if name in modules:
         return name
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
     for start in range(1, max(number, 1)):
-        tail = "." + ".".join(parts[start:])
         found = [
             other
-            for other, module in modules.items()
-            if ("." + other).endswith(tail) and (isinstance(module, nn.Linear) or is_conv1d(module))
+            for other in tails.get(".".join(parts[start:]), ())
+            if isinstance(modules[other], nn.Linear) or is_conv1d(modules[other])
         ]
         if len(found) == 1:
             return found[0]
-    found = [other for other in modules if other.endswith("." + name)]
+    found = tails.get(name, [])
     return found[0] if len(found) == 1 else name

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ortho_cli.artifact import BASE_FILE
@@ -102,51 +101,71 @@ def patterns(modules: Sequence[str], *, against: Sequence[str]) -> list[str]:
     side, a lookahead rules out the path parts that only the other side has (`vision_tower`); then
     numbers are spelled out; at last the name stands as it is.
     """
-    others = frozenset(against)
-    tried: dict[str, bool] = {}  # thousands of modules share a few folded patterns
+    others = _Names(against)
     found: dict[str, None] = {}
     for module in modules:
-        for pattern in _candidates(module, against):
-            if pattern not in tried:
-                tried[pattern] = _catches(pattern, others)
-            if not tried[pattern]:
-                found[pattern] = None
-                break
+        found[_pattern(module, others)] = None
     return sorted(found)
 
 
-def _catches(pattern: str, modules: Collection[str]) -> bool:
-    if not pattern.startswith("re:"):
-        return pattern in modules
-    matcher = re.compile(pattern.removeprefix("re:"))
-    return any(matcher.match(module) for module in modules)
+NUMBER = "."  # stands for any number in a folded name, where no part can hold a point
 
 
-def _candidates(module: str, against: Sequence[str]) -> Iterator[str]:
+class _Names:
+    """The modules that no pattern may match, found by how their names end.
+
+    Looking through all of them for each module would take time with the square of their number,
+    and a model with experts has tens of thousands.
+    """
+
+    def __init__(self, modules: Sequence[str]) -> None:
+        self._modules = modules
+        self._tails: dict[int, dict[tuple[str, ...], list[str]]] = {}
+        self._rules: dict[tuple[str, ...], list[str] | None] = {}
+
+    def ending(self, tail: tuple[str, ...]) -> list[str]:
+        """Name the modules that end with these parts, in which NUMBER is any number."""
+        tails = self._tails.get(len(tail))
+        if tails is None:  # few lengths are asked for
+            tails = self._tails[len(tail)] = {}
+            for module in self._modules:
+                parts = tuple(module.split("."))[-len(tail) :]
+                for key in {parts, _folded(parts)}:
+                    tails.setdefault(key, []).append(module)
+        return tails.get(tail, [])
+
+    def strangers(self, tail: tuple[str, ...]) -> list[str] | None:
+        """Name parts that each of the modules with this end has before its last; None: no module.
+
+        A lookahead for one of them rules all these modules out.
+        """
+        if tail not in self._rules:
+            caught = self.ending(tail)
+            common = set.intersection(*(set(m.split(".")[:-1]) for m in caught)) if caught else ()
+            self._rules[tail] = sorted(common) if caught else None
+        return self._rules[tail]
+
+
+def _folded(parts: Sequence[str]) -> tuple[str, ...]:
+    return tuple(NUMBER if part.isdecimal() else part for part in parts)
+
+
+def _pattern(module: str, others: _Names) -> str:
+    """Choose the most open pattern for a module that matches none of the others."""
     parts = module.split(".")
     if len(parts) == 1:
-        yield module  # `lm_head` is what every reader expects to read
-        return
+        return module  # `lm_head` is what every reader expects to read
     number = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
-    tail = parts[max(number - 1, 0) :]
-    for part_of in (_fold, _escape):
-        body = r"\.".join(map(part_of, tail))
-        yield f"re:(.*\\.)?{body}$"
-        matcher = re.compile(rf"(.*\.)?{body}$")
-        strangers = {p for other in against if matcher.match(other) for p in other.split(".")}
-        for stranger in sorted(strangers - set(parts)):
-            yield rf"re:(?!(.*\.)?{re.escape(stranger)}\.)(.*\.)?{body}$"
-    yield module
-
-
-@cache
-def _fold(part: str) -> str:
-    return r"\d+" if part.isdecimal() else _escape(part)
-
-
-@cache
-def _escape(part: str) -> str:
-    return re.escape(part)
+    tail = tuple(parts[max(number - 1, 0) :])
+    for end in (_folded(tail), tail):
+        body = r"\.".join(r"\d+" if part == NUMBER else re.escape(part) for part in end)
+        strangers = others.strangers(end)
+        if strangers is None:
+            return f"re:(.*\\.)?{body}$"
+        for stranger in strangers:
+            if stranger not in parts:
+                return rf"re:(?!(.*\.)?{re.escape(stranger)}\.)(.*\.)?{body}$"
+    return module
 
 
 def index(keys: Iterable[str], *, total_size: int) -> dict[str, Any]:

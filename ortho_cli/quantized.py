@@ -302,7 +302,7 @@ def config_entries(
     """Yield each entry of config.json that says how the model was quantized, with its place."""
     for key, value in config.items():
         if is_config_entry(key, value):
-            yield f"{where}{key}", value
+            yield f"{where}{key}", value if isinstance(value, dict) else str(value)
         elif isinstance(value, dict):
             yield from config_entries(value, f"{where}{key}.")
 
@@ -310,12 +310,12 @@ def config_entries(
 def is_config_entry(key: str, value: object) -> bool:
     """Tell whether an entry of config.json, at any depth, says how the model was quantized."""
     if key in CONFIG_KEYS:
-        return isinstance(value, dict | str) and bool(value) and not _is_off(value)
+        return bool(value) and not _is_off(value)  # transformers takes whatever is there
     is_mlx = key == MLX_KEY and isinstance(value, dict)
     return is_mlx and not {"bits", "group_size", "quant_method"}.isdisjoint(value)  # type: ignore[arg-type]
 
 
-def _is_off(value: dict[str, Any] | str) -> bool:
+def _is_off(value: object) -> bool:
     """Tell what transformers leaves aside, too: bitsandbytes with neither of its kinds."""
     if not isinstance(value, dict) or value.get("quant_method") != "bitsandbytes":
         return False

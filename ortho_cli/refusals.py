@@ -25,7 +25,8 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
                 f"`{shard.path}` is the {shard.metadata.get('role')} file of an artifact already",
                 hint="decompose the model it was made from",
             )
-    refuse_adapter_names(checkpoint.path, (tensor.name for tensor in checkpoint.tensors))
+    names = [tensor.name for tensor in checkpoint.tensors]
+    refuse_adapter_names(checkpoint.path, names, strips=False)
     folder = checkpoint.path if checkpoint.path.is_dir() else None
     if what := examine(checkpoint.tensors, checkpoint.config, folder):
         raise what.refusal(checkpoint.path)

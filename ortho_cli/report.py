@@ -17,6 +17,7 @@ from rich.text import Text
 from ortho_cli.errors import OrthoError
 
 WIDE = 140  # columns where there is no terminal to ask
+ROWS = 1000  # of a table that rich lays out; it takes a millisecond and ten kilobytes for each
 
 
 def make_console() -> Console:
@@ -92,6 +93,29 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns[1:]:
         table.add_column(column, justify="right", no_wrap=True)
     return table
+
+
+def _print_rows(
+    console: Console, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]
+) -> None:
+    """Print a table with a row for each tensor, however many there are."""
+    if len(rows) <= ROWS:
+        table = _table(title, *columns)
+        for name, *cells in rows:
+            table.add_row(Text(name), *cells)
+        console.print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+
+    def line(cells: tuple[str, ...]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return " ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])
+
+    console.print(Text(title, "bold"), soft_wrap=True)
+    console.print(Text(line(columns), "dim"), soft_wrap=True)
+    for start in range(0, len(rows), ROWS):
+        piece = "\n".join(map(line, rows[start : start + ROWS]))
+        console.print(Text(piece), soft_wrap=True)
 
 
 def _number(value: object, form: str = ".2f") -> str:
@@ -196,12 +220,13 @@ def print_artifact(document: dict[str, Any], *, folder: str) -> None:
     there = document["files"]["ortho.safetensors"] is not None
     weighted = document.get("statistics") is not None
     more = ("error at 0", "error at 1") if weighted else ()
-    table = _table("split", "module", "shape", "bits", "nnz", "dB at 0", "dB at 1", "kept", *more)
+    columns = ("module", "shape", "bits", "nnz", "dB at 0", "dB at 1", "kept", *more)
+    rows = []
     for tensor in document["tensors"]:
         if tensor["action"] == "split":
             measured = "residual_kept" in tensor
-            table.add_row(
-                Text(visible(tensor["name"].removesuffix(".weight"))),
+            row = (
+                visible(tensor["name"].removesuffix(".weight")),
                 _shape(tensor["shape"]),
                 _number(tensor["bits_per_weight"]),
                 f"{tensor['nnz']:,}" if there else "-",
@@ -210,7 +235,8 @@ def print_artifact(document: dict[str, Any], *, folder: str) -> None:
                 _number(tensor.get("residual_kept"), ".1%") if there else "-",
                 *(_curvature_errors(tensor, there=there) if weighted else ()),
             )
-    console.print(table)
+            rows.append(row)
+    _print_rows(console, "split", columns, rows)
     console.print(
         "(bits a weight with ortho; SQNR at alpha 0 and 1; kept share of the squared residual"
         + ("; sum of squared residual times curvature at alpha 0 and 1)" if weighted else ")"),
@@ -324,16 +350,18 @@ def print_statistics(document: dict[str, Any], *, path: str) -> None:
     console = make_console()
     entries = document["tensors"]
     overlap = any("overlap" in entry for entry in entries.values())
-    table = _table("measured", "module", "shape", "mean", *(("overlap",) if overlap else ()))
+    columns = ("module", "shape", "mean", *(("overlap",) if overlap else ()))
+    rows = []
     for name, entry in sorted(entries.items()):
         more = (_number(entry.get("overlap"), ".3f"),) if overlap else ()
-        table.add_row(
-            Text(visible(name.removesuffix(".weight"))),
+        row = (
+            visible(name.removesuffix(".weight")),
             _shape(entry["shape"]),
             _number(entry.get("mean"), ".3g"),
             *more,
         )
-    console.print(table)
+        rows.append(row)
+    _print_rows(console, "measured", columns, rows)
     console.print()
     lines = [
         f"{path}: {document['kind']} curvature of {len(entries)} tensors, a {document['unit']} "

@@ -30,6 +30,7 @@ from blake3 import blake3
 
 import ortho_cli
 from ortho_cli.artifact import canonical_json
+from ortho_cli.disk import sync
 from ortho_cli.errors import OutputExistsError, UsageError
 from ortho_cli.events import EventSink, Noted, null_sink
 from ortho_cli.journal import WorkFolder, interruptible, recover, unwritable
@@ -189,6 +190,6 @@ def _digests(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
-            os.fsync(file.fileno())
+            sync(file.fileno())
             found[path.relative_to(folder).as_posix()] = blake3(file.read()).hexdigest()
     return found

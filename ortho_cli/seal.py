@@ -380,14 +380,17 @@ class Opened:
 
     def __init__(self, name: str) -> None:
         """Make an empty one."""
-        if not hasattr(os, "memfd_create"):
+        self._fd = -1
+        try:
+            self._fd = os.memfd_create(name, os.MFD_CLOEXEC)
+            self.path = Path(f"/proc/self/fd/{self._fd}")
+            self.path.stat()
+        except (AttributeError, OSError):  # not Linux, or a container without it or without /proc
             raise ResourceError(
                 "this system has no files that are in memory alone, and ortho is not opened on "
                 "disk",
                 hint="open it on Linux, or with `age -d` where the result may lie",
-            )
-        self._fd = os.memfd_create(name, os.MFD_CLOEXEC)
-        self.path = Path(f"/proc/self/fd/{self._fd}")
+            ) from None
 
     def write(self, data: bytes) -> None:
         """Append."""
@@ -397,8 +400,8 @@ class Opened:
 
     def __del__(self) -> None:
         """Let go of the memory."""
-        if fd := getattr(self, "_fd", None):
-            os.close(fd)
+        if getattr(self, "_fd", -1) >= 0:
+            os.close(self._fd)
 
 
 def open_sealed(path: Path, keys: Keys) -> Opened:

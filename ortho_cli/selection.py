@@ -22,7 +22,7 @@ from ortho_cli.roles import (
     read_sizes,
     role_of,
 )
-from ortho_cli.settings import Recipe, Scale, matches
+from ortho_cli.settings import Override, Patterns, Recipe, Scale, matches
 from ortho_cli.tied import tied_head
 
 MIN_IN_FEATURES = 64
@@ -94,9 +94,10 @@ def select(
     reasons: dict[str, str | None] = {}
     unsupported: list[tuple[TensorInfo, str]] = []
     hit: set[str] = set()
+    targets, ignore = Patterns(recipe.targets or ()), Patterns(recipe.ignore)
     for tensor in checkpoint.tensors:
-        wanted = [p for p in recipe.targets or () if matches(p, tensor.name)]
-        ignored = any(matches(p, tensor.name) for p in recipe.ignore)
+        wanted = targets.matching(tensor.name)
+        ignored = bool(ignore.numbers(tensor.name))
         unfit = None if ignored or not tensor.numel else _unsupported(tensor, source)
         if ignored:
             reason: str | None = IGNORED
@@ -335,16 +336,28 @@ class TensorSettings:
     own_density: bool  # an override says it
 
 
+_compiled: tuple[list[Override], Patterns] = ([], Patterns(()))  # of the recipe asked for last
+
+
+def _overrides(recipe: Recipe, name: str) -> list[Override]:
+    """Name the overrides that a tensor's name fits, in the recipe's order."""
+    global _compiled
+    known, patterns = _compiled
+    if known is not recipe.overrides:
+        patterns = Patterns([override.match for override in recipe.overrides])
+        _compiled = recipe.overrides, patterns
+    return [recipe.overrides[number] for number in patterns.numbers(name)]
+
+
 def tensor_settings(recipe: Recipe, name: str) -> TensorSettings:
     """Lay the overrides that match over what the recipe says of all tensors; later ones win."""
     bits, scale, density = recipe.base.bits, recipe.base.scale, recipe.ortho.density
     own = False
-    for override in recipe.overrides:
-        if matches(override.match, name):
-            bits = override.base.bits or bits
-            scale = override.base.scale or scale
-            if override.ortho.density is not None:
-                density, own = override.ortho.density, True
+    for override in _overrides(recipe, name):
+        bits = override.base.bits or bits
+        scale = override.base.scale or scale
+        if override.ortho.density is not None:
+            density, own = override.ortho.density, True
     return TensorSettings(bits=bits, scale=scale, density=density, own_density=own)
 
 
@@ -358,8 +371,9 @@ def check_overrides(recipe: Recipe, split: Mapping[str, TensorInfo]) -> None:
         RecipeError: an override matches nothing; siblings would have different bits; 3 bits where
             in_features does not divide by 32.
     """
+    used = {id(override) for name in split for override in _overrides(recipe, name)}
     for override in recipe.overrides:
-        if not any(matches(override.match, name) for name in split):
+        if id(override) not in used:
             raise RecipeError(
                 f"override `{override.match}` matches no tensor that is split",
                 hint="`ortho inspect` lists what is split",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -334,3 +334,34 @@ def matches(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
     return pattern == name or fnmatch.fnmatchcase(name, pattern)
+
+
+class Patterns:
+    """Patterns of a recipe, compiled once; those that are exact names cost nothing to look up.
+
+    A recipe that a program wrote can name tens of thousands of tensors one by one.
+    """
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        """Take patterns as `matches` does."""
+        self._patterns = patterns
+        self._exact: dict[str, list[int]] = {}
+        self._open: list[tuple[int, re.Pattern[str]]] = []
+        for number, pattern in enumerate(patterns):
+            if not pattern.startswith("re:"):
+                self._exact.setdefault(pattern, []).append(number)
+                if not any(character in pattern for character in "*?["):
+                    continue
+                pattern = "re:" + fnmatch.translate(pattern)
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):
+                self._open.append((number, re.compile(pattern[3:])))
+
+    def numbers(self, name: str) -> list[int]:
+        """Tell which patterns a name fits, in the order given, counted from 0."""
+        found = set(self._exact.get(name, ()))
+        found.update(number for number, pattern in self._open if pattern.match(name))
+        return sorted(found)
+
+    def matching(self, name: str) -> list[str]:
+        """Tell which patterns a name fits."""
+        return [self._patterns[number] for number in self.numbers(name)]

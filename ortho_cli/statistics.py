@@ -259,6 +259,7 @@ def _check(found: Statistics) -> None:
     # The Gram matrix is F32 whatever the rest is.
     wide = (t for t in infos.values() if len(t.shape) == 2 and not t.name.endswith(GRAM))
     dtype = next((t.dtype for t in wide), "F32")
+    forget, gram = found.has_forget, found.has_gram  # each looks through all keys
     for name, entry in found.tensors.items():
         rows, columns = entry["shape"]
         for spec in specs(
@@ -267,8 +268,8 @@ def _check(found: Statistics) -> None:
             kind=found.kind,
             storage=found.storage,
             dtype=dtype,
-            forget=found.has_forget,
-            gram=found.has_gram,
+            forget=forget,
+            gram=gram,
         ):
             wanted[spec.key] = spec
     for key in sorted(wanted.keys() ^ infos.keys()):

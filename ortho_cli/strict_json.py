@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,15 @@ from ortho_cli.files import read_regular
 
 MAX_FILE = 100_000_000  # index and config are read whole
 MAX_PARSED = 900_000_000  # bytes that JSON may take in memory once it is parsed
+# What our own report.json takes for each tensor of base, at most: bytes of text, and parsed as
+# `needed` counts them. A model of 70,000 experts has a report of more than MAX_FILE.
+REPORT_FILE, REPORT_PARSED = 800, 5_000
+
+# An entry of a safetensors header as every writer spells it. Its objects, measured and rounded up:
+# the name's string, a dict of three, two lists and their numbers; the comma behind it not counted.
+_ENTRY = re.compile(rb'"[^"\\]*":\{"dtype":"\w+","shape":\[[\d,]*\],"data_offsets":\[\d+,\d+\]\}')
+_ENTRY_BYTES, _VALUE_BYTES = 650, 250
+_ENTRY_VALUES = 6  # commas, brackets and braces in one, without those of its shape or name
 
 
 def _doubled(pairs: list[tuple[str, Any]]) -> Iterator[str]:
@@ -35,6 +45,23 @@ def _no_constants(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 
 
+def needed(raw: bytes) -> int:
+    """Bound the bytes that JSON takes in memory once it is parsed."""
+    # At most 250 bytes a value with its key, and the text, its characters and theirs again.
+    values = sum(map(raw.count, (b",", b"[", b"{")))
+    text = len(raw) * (3 if raw.isascii() else 9)
+    bound = _VALUE_BYTES * values + text
+    if bound <= MAX_PARSED:
+        return bound
+    # Entries of a header take a third of that: look more closely only where it matters.
+    entries = commas = 0
+    for found in _ENTRY.finditer(raw):
+        entries += 1
+        commas += found[0].count(b",") - 3  # of the shape, and of a name
+    others = max(0, values - _ENTRY_VALUES * entries - commas)
+    return text + _ENTRY_BYTES * entries + 60 * commas + _VALUE_BYTES * others
+
+
 def parse(
     raw: bytes,
     *,
@@ -42,6 +69,7 @@ def parse(
     hint: str,
     constants: bool = False,
     notes: list[str] | None = None,
+    most: int = MAX_PARSED,
 ) -> dict[str, Any]:
     """Parse strict JSON: one object, no key of two values, valid UTF-8, a gigabyte once parsed.
 
@@ -52,6 +80,7 @@ def parse(
         constants: let NaN and Infinity pass, which Python writes and JSON does not know.
         notes: gets a word on each key of two values, whose last counts, as it does for
             transformers; without it that is an error.
+        most: bytes that it may take in memory.
     """
 
     def last_counts(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -61,13 +90,11 @@ def parse(
             return found
         return _no_duplicates(pairs)
 
-    # At most 250 bytes a value with its key, and the text, its characters and theirs again.
-    values = sum(map(raw.count, (b",", b"[", b"{")))
-    needed = 250 * values + len(raw) * (3 if raw.isascii() else 9)
-    if needed > MAX_PARSED:
+    if (size := needed(raw)) > most:
+        values = sum(map(raw.count, (b",", b"[", b"{")))
         raise CheckpointError(
             f"{what} has {len(raw)} bytes and {values} values; parsed it would take "
-            f"{needed // 10**6} MB, and {MAX_PARSED // 10**6} are given to it",
+            f"{size // 10**6} MB, and {most // 10**6} are given to it",
             hint=hint,
         )
     try:
@@ -93,15 +120,25 @@ def levels(config: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
     return [config, *(part for part in config.values() if isinstance(part, Mapping))]
 
 
-def read(path: Path, *, constants: bool = False, notes: list[str] | None = None) -> dict[str, Any]:
-    """Read a JSON file that comes with a model; `constants` and `notes` as in `parse`.
+def read(
+    path: Path,
+    *,
+    constants: bool = False,
+    notes: list[str] | None = None,
+    tensors: int = 0,
+) -> dict[str, Any]:
+    """Read a JSON file that comes with a model.
 
-    Raises:
-        CheckpointError: it is no JSON object, or something else lies under its name.
+    Args:
+        path: of the file.
+        constants: as in `parse`.
+        notes: as in `parse`.
+        tensors: of the base that a report.json speaks of; it may be larger the more there are.
     """
-    if (size := path.stat().st_size) > MAX_FILE:
+    most = MAX_FILE + REPORT_FILE * tensors
+    if (size := path.stat().st_size) > most:
         raise CheckpointError(
-            f"`{path}` has {size} bytes; at most {MAX_FILE} are read",
+            f"`{path}` has {size} bytes; at most {most} are read",
             hint="is it the right file?",
         )
     raw = read_regular(path)
@@ -114,4 +151,5 @@ def read(path: Path, *, constants: bool = False, notes: list[str] | None = None)
         hint="restore the file that came with the model",
         constants=constants,
         notes=notes,
+        most=MAX_PARSED + REPORT_PARSED * tensors,
     )

@@ -17,6 +17,7 @@ from ortho_cli.artifact import (
     ORTHO_FILE,
     REPORT_FILE,
     Artifact,
+    Parts,
     count_kept,
     damaged,
     layout_of,
@@ -206,8 +207,9 @@ def verify(artifact: Artifact, *, on_event: EventSink = null_sink) -> Verified:
     _origin(artifact)
     for file in files:
         digests = _reported_digests(artifact, file) if artifact.report is not None else {}
-        for tensor in file.tensors:
-            _verify_tensor(file, tensor, digests.get(tensor.name), on_event)
+        with _Pieces(file) as pieces:
+            for tensor in file.tensors:
+                _verify_tensor(file, tensor, digests.get(tensor.name), pieces, on_event)
     _verify_index(artifact)
     if artifact.ortho is not None:
         _verify_kept(artifact, artifact.ortho)
@@ -271,9 +273,15 @@ def _reported_digests(artifact: Artifact, file: Shard) -> dict[str, str]:
     return found
 
 
-def _verify_tensor(file: Shard, tensor: TensorInfo, claim: str | None, on_event: EventSink) -> None:
+def _verify_tensor(
+    file: Shard,
+    tensor: TensorInfo,
+    claim: str | None,
+    pieces: _Pieces,
+    on_event: EventSink,
+) -> None:
     digest = blake3()
-    for piece in _pieces(file, tensor):
+    for piece in pieces(tensor):
         digest.update(piece)
         on_event(Advanced(nbytes=len(piece)))
     if claim is not None and digest.hexdigest() != claim:
@@ -284,16 +292,24 @@ def _verify_tensor(file: Shard, tensor: TensorInfo, claim: str | None, on_event:
         )
 
 
-def _pieces(file: Shard, tensor: TensorInfo) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(CHUNK))
-    fd = os.open(file.path, os.O_RDONLY)
-    try:
+class _Pieces:
+    """Gives the bytes of a file's tensors, through one buffer; opened once for all of them."""
+
+    def __init__(self, file: Shard) -> None:
+        self._path, self._buffer = file.path, memoryview(bytearray(CHUNK))
+
+    def __enter__(self) -> _Pieces:
+        self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._fd)
+
+    def __call__(self, tensor: TensorInfo) -> Iterator[memoryview]:
         for start in range(0, tensor.nbytes, CHUNK):
-            piece = buffer[: min(CHUNK, tensor.nbytes - start)]
-            checkpoint.fill(fd, piece, tensor.offset + start, what=f"`{file.path}`")
+            piece = self._buffer[: min(CHUNK, tensor.nbytes - start)]
+            checkpoint.fill(self._fd, piece, tensor.offset + start, what=f"`{self._path}`")
             yield piece
-    finally:
-        os.close(fd)
 
 
 def _verify_index(artifact: Artifact) -> None:
@@ -312,9 +328,11 @@ def _verify_index(artifact: Artifact) -> None:
 
 def _verify_kept(artifact: Artifact, ortho: Shard) -> None:
     """Hold what ortho keeps of every split weight against the rules of its layout."""
-    if layout_of(artifact.form, artifact.kept) == "csr":
-        for module in artifact.split:
-            _verify_csr(artifact, ortho, module)
+    kept = artifact.kept  # made anew each time that it is asked for
+    if layout_of(artifact.form, kept) == "csr":
+        with _Pieces(ortho) as pieces:
+            for module in artifact.split:
+                _verify_csr(artifact, ortho, module, kept[module], pieces)
     else:
         from ortho_cli.kept import KeptReader  # int8 values need torch, a second to import
 
@@ -323,17 +341,18 @@ def _verify_kept(artifact: Artifact, ortho: Shard) -> None:
                 reader.csr(module)
 
 
-def _verify_csr(artifact: Artifact, ortho: Shard, module: str) -> None:
+def _verify_csr(
+    artifact: Artifact, ortho: Shard, module: str, parts: Parts, pieces: _Pieces
+) -> None:
     """Hold a weight's CSR against the rules, piece by piece."""
     import numpy as np
 
-    tensors = {tensor.name: tensor for tensor in ortho.tensors}
-    crow_info, column_info = (tensors[f"{module}.{part}_indices"] for part in ("crow", "col"))
+    crow_info, column_info = parts["crow_indices"], parts["col_indices"]
     nnz, width = column_info.numel, artifact.shapes[module][1]
     numpy_dtypes = {"I32": np.int32, "I64": np.int64, "U16": np.uint16}
 
     def numbers(tensor: TensorInfo) -> Iterator[Any]:
-        for piece in _pieces(ortho, tensor):
+        for piece in pieces(tensor):
             yield np.frombuffer(piece, numpy_dtypes[tensor.dtype]).astype(np.int64)
 
     # Only crow is held: rows + 1 numbers, and base has a row of words for each.

@@ -17,6 +17,7 @@ from blake3 import blake3
 from ortho_cli.checkpoint import DTYPE_BITS, MAX_HEADER, fill
 from ortho_cli.errors import CheckpointError, InternalError
 from ortho_cli.journal import WorkFolder, unwritable
+from ortho_cli.strict_json import MAX_PARSED, needed
 
 CHUNK = 1 << 20
 
@@ -73,10 +74,12 @@ def plan_layout(specs: Iterable[TensorSpec], metadata: dict[str, str]) -> Layout
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER:
+    if len(text) > MAX_HEADER or needed(text) > MAX_PARSED:
         raise CheckpointError(
-            f"the output's header takes {len(text)} bytes; safetensors reads at most {MAX_HEADER}",
-            hint="split fewer tensors at a time",
+            f"the output's header of {len(ordered)} tensors takes {len(text)} bytes, and "
+            f"{needed(text) // 10**6} MB once parsed; readers take {MAX_HEADER} and "
+            f"{MAX_PARSED // 10**6} MB",
+            hint="split fewer of the tensors: name some in `ignore`",
         )
     raw = len(text).to_bytes(8, "little") + text
     regions, position = {}, len(raw)

@@ -116,7 +116,7 @@ def naive(source: Path, out: Path) -> None:
 def limit(source: Path, out: Path) -> None:
     """Read what we read, write and sync what we write, compute nothing, and print the seconds."""
     from ortho_cli.checkpoint import open_checkpoint
-    from ortho_cli.journal import reserve
+    from ortho_cli.disk import reserve
     from ortho_cli.plan import make_plan
     from ortho_cli.recipe import DEFAULT
 

@@ -272,8 +272,6 @@ CALLS = {  # os.NAME -> what it fails with
 
 def _fail(name: str, after: int) -> None:
     """Let the calls of one kind fail, from the one after so many on."""
-    from ortho_cli import journal
-
     real, count = getattr(os, name), itertools.count()
 
     def failing(*given: Any, **named: Any) -> Any:
@@ -282,8 +280,6 @@ def _fail(name: str, after: int) -> None:
         return real(*given, **named)
 
     setattr(os, name, failing)
-    if name == "fdatasync":
-        journal._sync = failing
 
 
 def call_fails(scene: Scene) -> str:

@@ -242,10 +242,11 @@ def test_commit_syncs_data_before_the_line_that_speaks_of_them(
         journal = folder.folder / "journal"
         data = folder.open_data("a", size=8, mode=0o644)
 
-        def sync(fd: int) -> None:
+        def sync(fd: int) -> bool:
             order.append(("data" if fd == data else "journal", journal.stat().st_size))
+            return True
 
-        monkeypatch.setattr("ortho_cli.journal._sync", sync)
+        monkeypatch.setattr("ortho_cli.journal.sync", sync)
         before = journal.stat().st_size
         folder.commit([{"name": "x"}])
         after = journal.stat().st_size

@@ -110,9 +110,20 @@ def test_flat_shard_of_fsdp_is_refused(tmp_path: Path, ortho: Ortho) -> None:
         convert(tmp_path, ortho, tensors("_fsdp_wrapped_module._flat_param"), "torch")
 
 
-def test_adapter_keeps_the_prefix_that_tells_it(tmp_path: Path, ortho: Ortho) -> None:
+def test_adapter_is_refused_whatever_prefix_its_names_have(tmp_path: Path, ortho: Ortho) -> None:
     names = ("base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight")
-    assert convert(tmp_path, ortho, tensors(*names), "torch")[0].keys() == set(names)
+    with pytest.raises(AssertionError, match="is an adapter's"):
+        convert(tmp_path, ortho, tensors(*names), "torch")
+
+
+def test_prefix_of_a_merged_adapter_is_told_by_decompose_with_the_way_out(
+    tmp_path: Path, ortho: Ortho
+) -> None:
+    source = tmp_path / "m.safetensors"
+    save_file({"base_model.model.layers.0.q_proj.weight": torch.ones(64, 64)}, source)
+    ran = ortho("decompose", source)
+    assert ran.code == 4
+    assert f"`ortho convert {source}`" in ran.err
 
 
 def test_record_of_a_dropped_copy_is_stripped_too(tmp_path: Path, ortho: Ortho) -> None:

@@ -177,9 +177,9 @@ class Runs:
 
 DEEP = b"[" * 100_000
 HEADERS: dict[str, tuple[bytes, str]] = {
-    "no bytes": (b"", "has 0 bytes"),
+    "no bytes": (b"", "is an empty file, not safetensors"),
     "seven bytes": (bytes(7), "has 7 bytes"),
-    "length 0": (raw_file(b""), "starts with b''"),
+    "length 0": (raw_file(b""), "is a file of zeros, not safetensors"),
     "length beyond the file": (raw_file(b"{}", length=3), "claims a header of 3 bytes where 2 fit"),
     "length of 2^64 - 1": (raw_file(b"{}", length=2**64 - 1), "claims a header of 18446744"),
     "not JSON": (raw_file(b"{nonsense"), "is not valid JSON"),
@@ -203,7 +203,6 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "metadata of numbers": (raw_file(b'{"__metadata__": {"a": 1}}'), "is not a map of strings"),
     "a tensor that is a number": (one(3), "is not described by"),
     "a tensor without offsets": (one({"dtype": "F32", "shape": [2]}), "is not described by"),
-    "a tensor that says more": (one(tensor() | {"x": 1}), "is not described by"),
     "unknown dtype": (one(tensor(dtype="F33")), "has dtype 'F33'"),
     "dtype a list": (one(tensor(dtype=["F32"])), "has dtype ['F32']"),
     "dtype of 5000 characters": (one(tensor(dtype="F" * 5000)), "FFF..., which is none of"),
@@ -272,8 +271,11 @@ add(
     weights_are_a_fifo=(fifo("model.safetensors"), NOT_REGULAR),
     weights_are_a_directory=(directory("model.safetensors"), "is a directory"),
     weights_link_to_a_device=(link("model.safetensors", "/dev/zero"), NOT_REGULAR),
-    weights_link_in_a_circle=(link("model.safetensors", "model.safetensors"), "symbolic links"),
-    weights_link_to_nothing=(link("model.safetensors", "gone"), "no such file"),
+    weights_link_in_a_circle=(link("model.safetensors", "model.safetensors"), "is a link to"),
+    weights_link_to_nothing=(
+        link("model.safetensors", "gone"),
+        "is a link to `gone`, which is not",
+    ),
     a_claim_of_100_MB=(
         sparse("model.safetensors", raw_file(b"{", length=10**8), 10**8 + 8),
         "is not valid JSON",
@@ -288,8 +290,8 @@ add(
     config_is_a_directory=(directory("config.json"), "is a directory"),
     config_is_nested=(write("config.json", b'{"a":' + DEEP), "is not valid JSON"),
     config_is_large=(sparse("config.json", b"{}", 10**9), "has 1000000000 bytes; at most"),
-    config_is_empty=(write("config.json", ""), "is not valid JSON"),
-    quantized_by_a_number=(write("config.json", '{"quantization_config": 4}'), "says 4)"),
+    config_is_empty=(write("config.json", ""), "is an empty file, not JSON"),
+    quantized_by_a_number=(write("config.json", '{"quantization_config": 4}'), "says '4')"),
 )
 add(
     "index",
@@ -298,7 +300,7 @@ add(
     4,
     is_a_fifo=(fifo(INDEX), NOT_REGULAR),
     is_a_directory=(directory(INDEX), "is a directory"),
-    links_to_itself=(link(INDEX, INDEX), "symbolic links"),
+    links_to_itself=(link(INDEX, INDEX), "is a link to"),
     is_a_list=(write(INDEX, "[]"), "is a JSON list"),
     has_no_weight_map=(write(INDEX, "{}"), "has no `weight_map`"),
     has_a_weight_map_of_numbers=(sends(1), "to 1, which is not"),
@@ -311,7 +313,6 @@ add(
     leads_to_a_fifo=(both(sends("x.safetensors"), fifo("x.safetensors")), "which is not there"),
     leads_to_a_directory=(both(sends("x.safetensors"), directory("x.safetensors")), "not there"),
     names_the_wrong_shard=(sends(SHARDS[0]), "and not in `model-00001"),
-    lacks_a_tensor=(edit(INDEX, lambda held: held["weight_map"].popitem() and None), "not in the"),
     names_a_tensor_too_many=(
         edit(INDEX, lambda held: held["weight_map"].update({"x": SHARDS[0]})),
         "tensor `x` is in the index",
@@ -466,7 +467,7 @@ add(
         "empty": (write(SEALED, b""), "does not open"),
         "no age": (write(SEALED, b"\0" * 4096), "does not open"),
         "a header alone": (write(SEALED, WORK % b"18"), "does not open"),
-        "of nothing": (sealed_again(b""), "has 0 bytes"),
+        "of nothing": (sealed_again(b""), "is an empty file, not safetensors"),
         "of a header too long": (sealed_again(b"\xff" * 64), "claims a header"),
         "of no JSON": (sealed_again((8).to_bytes(8, "little") + b"{" * 8), "not valid JSON"),
         "by two gigabytes of work": (locked(b"21"), "does not open"),
@@ -727,11 +728,11 @@ add(
     4,
     found_layers_without_end=(
         edit("m/config.json", lambda held: held.update(num_hidden_layers=10**400)),
-        "says `num_hidden_layers` is 100000000000000000000000, and there can be 11 at most",
+        "says `num_hidden_layers` is 100000000000000000000000",
     ),
     a_layer_too_many_for_its_tensors=(
         edit("m/config.json", lambda held: held.update(num_hidden_layers=12)),
-        "says `num_hidden_layers` is 12, and there can be 11 at most",
+        "and the model needs it",
     ),
     found_longest_text_is_text=(
         edit("m/tokenizer_config.json", lambda held: held.update(model_max_length="a")),
@@ -741,7 +742,7 @@ add(
 
 FORGET: dict[str, tuple[str, str]] = {
     "not JSON": ("{", "is not JSON"),
-    "a list": ("[]", "has keys []"),
+    "a list": ("[]", "line 1 is a list and neither `text` nor"),
     "nested": ("[" * 100_000, "is not JSON"),
     "found: a lone surrogate": ('{"prompt": "\\ud800", "secret": "a"}', "is not JSON"),
     "no text": ("\n\n", "holds no text"),

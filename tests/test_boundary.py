@@ -1,0 +1,170 @@
+"""A command as a process: streams that are closed, full or gone end no work and hide no result."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ortho_cli import boundary
+
+COMMAND = [sys.executable, "-m", "ortho_cli"]
+CLOSED = {"stdin": "<&-", "stdout": ">&-", "stderr": "2>&-", "all": "<&- >&- 2>&-"}
+
+
+def shell(redirect: str, *words: object, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a command with its streams redirected as a shell does it."""
+    return subprocess.run(
+        ["sh", "-c", f'exec "$@" {redirect}', "sh", *COMMAND, *map(str, words)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **more},
+        check=False,
+    )
+
+
+def header(path: Path) -> dict[str, object]:
+    raw = path.read_bytes()
+    found: dict[str, object] = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    return found
+
+
+@pytest.mark.parametrize("closed", CLOSED.values(), ids=CLOSED)
+def test_a_closed_stream_changes_neither_the_work_nor_the_exit_code(
+    pico: Path, tmp_path: Path, closed: str
+) -> None:
+    """With stdout closed a data file would be given its number, and hold what is printed."""
+    out = tmp_path / "out"
+    ran = shell(closed, "decompose", pico, "-o", out, "--json")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert json.loads(ran.stdout or "{}") or ">&-" in closed
+    assert header(out / "base.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pico"]
+
+
+@pytest.mark.parametrize(
+    ("redirect", "words", "code"),
+    [
+        (">/dev/full", ["inspect", "--json"], 9),
+        (">/dev/full", ["--version"], 9),
+        (">/dev/full", ["--help"], 9),
+        (">/dev/full", ["inspect"], 0),  # nothing goes there
+        ("2>/dev/full", ["inspect", "--json"], 0),
+        ("2>/dev/full >&-", ["inspect", "--nonsense"], 2),
+        (">/dev/full 2>/dev/full", ["inspect", "--json"], 9),
+    ],
+)
+def test_a_full_disk_behind_a_stream_is_told_by_the_exit_code_if_a_result_is_lost(
+    pico: Path, redirect: str, words: list[str], code: int
+) -> None:
+    ran = shell(redirect, *words, *([pico] if words[0] == "inspect" else []))
+    assert ran.returncode == code
+    assert "Traceback" not in ran.stderr
+    assert "Exception ignored" not in ran.stderr
+    if code == 9 and "2>" not in redirect:
+        assert "error: cannot write to stdout: no space left on device" in ran.stderr
+
+
+def test_a_result_that_cannot_be_delivered_leaves_the_work_and_says_that_it_is_complete(
+    pico: Path, tmp_path: Path
+) -> None:
+    ran = shell(">/dev/full", "decompose", pico, "-o", tmp_path / "out", "--json")
+    assert ran.returncode == 9
+    assert f"`{tmp_path / 'out'}` is complete" in ran.stderr
+    assert header(tmp_path / "out" / "base.safetensors")
+
+
+def test_a_reader_that_goes_away_ends_no_work(pico: Path, tmp_path: Path) -> None:
+    """As `ortho decompose X -v 2>&1 | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    words = ["decompose", str(pico), "-o", str(tmp_path / "out"), "-v"]
+    ran = subprocess.run([*COMMAND, *words], stdout=write, stderr=write, check=False)
+    os.close(write)
+    assert ran.returncode == 0
+    assert header(tmp_path / "out" / "base.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("words", "ignored", "code"), [([], True, 0), (["--json"], True, 9), ([], False, 129)]
+)
+def test_a_terminal_that_is_gone_is_a_hangup_and_no_bug(
+    pico: Path, tmp_path: Path, words: list[str], ignored: bool, code: int
+) -> None:
+    begun, go = tmp_path / "begun", tmp_path / "go"
+    code_of_child = (
+        "import fcntl, os, pathlib, signal, termios, time\n"
+        "os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+        f"signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if ignored else 'SIG_DFL'})\n"
+        "from ortho_cli import cli, decompose\n"
+        "real = decompose.decompose\n"
+        "def late(*given, **named):\n"
+        f"    pathlib.Path({str(begun)!r}).touch()\n"
+        f"    while not pathlib.Path({str(go)!r}).exists(): time.sleep(0.01)\n"
+        "    return real(*given, **named)\n"
+        "decompose.decompose = late\n"
+        "cli.main()\n"
+    )
+    said = ["decompose", str(pico), "-o", str(tmp_path / "out"), "-v", *words]
+    terminal, end = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-c", code_of_child, *said], stdin=end, stdout=end, stderr=end
+    )
+    os.close(end)
+    deadline = time.monotonic() + 60
+    while not begun.exists() and time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.01)[0]:
+            os.read(terminal, 1 << 16)
+    os.close(terminal)
+    go.touch()
+    assert child.wait(60) == code
+    assert (tmp_path / "out").exists() == ignored
+
+
+def test_names_that_the_locale_cannot_spell_are_read_and_shown_all_the_same(
+    pico: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / os.fsdecode("modèle".encode() + b"\xff")
+    model.mkdir()
+    (pico / "model.safetensors").rename(model / "poids-é.safetensors")
+    keys = [key for key in header(model / "poids-é.safetensors") if key != "__metadata__"]
+    index = {"weight_map": dict.fromkeys(keys, "poids-é.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for words in (["--json"], ["-o", tmp_path / "é"]):
+        command = "inspect" if words == ["--json"] else "decompose"
+        ran = shell("", command, model, *words, **plain, TERM="dumb", COLUMNS="40")
+        assert ran.returncode == 0, ran.stderr
+        assert (ran.stdout + ran.stderr).isascii()
+    assert (tmp_path / "é" / "report.json").exists()
+
+
+def test_a_stream_that_is_busy_is_waited_for() -> None:
+    """Another program can make the pipe that we write to one that does not wait."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with subprocess.Popen(
+        [sys.executable, "-c", "import os; b = b'x'\nwhile b: b = os.read(0, 999)"], stdin=read
+    ) as reader:
+        os.close(read)
+        stream = boundary._Stream(write, "utf-8", lambda error: pytest.fail(str(error)))
+        assert stream.write("a" * (1 << 20)) == 1 << 20
+        os.close(write)
+    assert reader.returncode == 0
+
+
+def test_a_stream_that_fails_tells_once_and_takes_the_rest() -> None:
+    told: list[OSError] = []
+    with Path("/dev/full").open("w") as full:
+        stream = boundary._Stream(full.fileno(), "ascii", told.append)
+        assert stream.write("é") == 1
+        assert stream.write("more") == 4
+    assert [error.errno for error in told] == [errno.ENOSPC]
