@@ -6,7 +6,6 @@ artifact that nothing can load. Headers and JSON only; standard library only.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Collection
 from pathlib import Path
 
@@ -122,11 +121,10 @@ def _article(kind: str) -> str:
 
 def merge_command(path: Path, config: dict[str, object]) -> str:
     """Spell the command that merges an adapter into the model that it belongs to."""
-    named = str(path.absolute()) if str(path) in (".", "..") else str(path)
+    path = path.absolute() if str(path) in (".", "..") else path
     which = CLASSES.get(str(config.get("task_type")), "AutoPeftModelForCausalLM")
-    merged = f"{named}-merged"
     code = (
-        f"from peft import {which} as M; "
-        f"M.from_pretrained({named!r}).merge_and_unload().save_pretrained({merged!r})"
+        f"import sys; from peft import {which} as M; "
+        "M.from_pretrained(sys.argv[1]).merge_and_unload().save_pretrained(sys.argv[2])"
     )
-    return f"python -c {shlex.quote(code)}"
+    return hints.python(code, path, Path(f"{path}-merged"))

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ortho_cli import strict_json
 from ortho_cli.errors import OrthoError
 from ortho_cli.models import check_parts, quiet_transformers
 
@@ -27,8 +28,8 @@ def is_tied(config: Mapping[str, Any] | None) -> bool | None:
     """
     if config is None:
         return None
-    parts = [config, *(part for part in config.values() if isinstance(part, Mapping))]
-    said = [part[TIED] for part in parts if isinstance(part.get(TIED), bool)]
+    levels = strict_json.levels(config)
+    said = [level[TIED] for level in levels if isinstance(level.get(TIED), bool)]
     if not all(said):
         return False
     if isinstance(config.get(TIED), bool):

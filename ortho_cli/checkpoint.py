@@ -239,7 +239,7 @@ def check_index(
     moved = sorted(name for name in where if weight_map.get(name, where[name]) != where[name])
     extra = sorted(where.keys() - weight_map.keys())
     return [
-        f"{what}: {_some(names)}"
+        f"{what}: {hints.some(names)}"
         for what, names in (
             ("in the index, in no file, and not needed", lacking),
             ("in another file than the index says", moved),
@@ -247,11 +247,6 @@ def check_index(
         )
         if names
     ]
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(f"`{name}`" for name in names[:4]) + more
 
 
 def read_shard(path: Path, *, name: str | None = None) -> Shard:
@@ -272,8 +267,9 @@ def read_shard(path: Path, *, name: str | None = None) -> Shard:
         first = file.read(sniff.HEAD)
         kind = sniff.kind_of(first)
         if kind not in (None, sniff.SAFETENSORS):
+            kind = sniff.kind_of_file(path) or kind
             raise CheckpointError(
-                f"`{path}` is {kind}, not safetensors", hint=sniff.remedy(str(kind), path)
+                f"`{path}` is {kind}, not safetensors", hint=sniff.remedy(kind, path)
             )
         if status.st_size < 8:
             raise CheckpointError(

@@ -20,7 +20,7 @@ from typing import Any
 
 from ortho_cli import dequantize_floats as floats
 from ortho_cli import dequantize_integers as integers
-from ortho_cli import quantized
+from ortho_cli import quantized, strict_json
 from ortho_cli.errors import CheckpointError
 from ortho_cli.quantized import CAST, CONFIG_KEYS, Quantization
 from ortho_cli.quantized_parts import Held, Parts, Plan, Settings
@@ -146,8 +146,7 @@ def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _dtype(config: Mapping[str, Any] | None) -> str:
     """Name the dtype that config.json, or the first part of it, gives the model; else bfloat16."""
-    parts = [config or {}, *(v for v in (config or {}).values() if isinstance(v, dict))]
-    for part in parts:
+    for part in strict_json.levels(config):
         for key in ("dtype", "torch_dtype"):
             if (name := str(part.get(key)).removeprefix("torch.")) in DTYPES:
                 return DTYPES[name]

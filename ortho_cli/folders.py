@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ortho_cli import hints, sniff, strict_json
+from ortho_cli import hints, sniff, strict_json, tied
 from ortho_cli.errors import CheckpointError, shown
 
 SUFFIX = ".safetensors"
@@ -41,77 +41,6 @@ _TIED = re.compile(
     r"|(^|\.)predictions\.decoder\.(weight|bias)$"
 )
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
-# Model types whose head is the embedding where config.json does not say.
-TIED_BY_DEFAULT = frozenset(
-    (
-        "albert",
-        "bart",
-        "bert",
-        "bigbird_pegasus",
-        "biogpt",
-        "blenderbot",
-        "bloom",
-        "camembert",
-        "cohere",
-        "cohere2",
-        "cohere2_moe",
-        "ctrl",
-        "deberta",
-        "deberta-v2",
-        "distilbert",
-        "electra",
-        "ernie4_5",
-        "ernie4_5_moe",
-        "falcon",
-        "falcon_mamba",
-        "gemma",
-        "gemma2",
-        "gemma3",
-        "gemma3_text",
-        "gemma3n",
-        "gemma3n_text",
-        "gemma4",
-        "gemma4_text",
-        "gpt-sw3",
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neo",
-        "jetmoe",
-        "led",
-        "lfm2",
-        "lfm2_moe",
-        "longt5",
-        "m2m_100",
-        "mamba",
-        "marian",
-        "mbart",
-        "minicpm3",
-        "mistral3",
-        "modernbert-decoder",
-        "mpt",
-        "mt5",
-        "openai-gpt",
-        "opt",
-        "pegasus",
-        "plbart",
-        "recurrent_gemma",
-        "roberta",
-        "smollm3",
-        "starcoder2",
-        "switch_transformers",
-        "t5",
-        "t5gemma",
-        "trocr",
-        "umt5",
-        "vaultgemma",
-        "whisper",
-        "xglm",
-        "xlm-roberta",
-        "xlnet",
-        "zamba",
-        "zamba2",
-    )
-)  # fmt: skip - transformers 5.23, asked class by class
 _BEST_GGUF = re.compile(r"(?i)(^|[-._])(f32|bf16|f16)([-._]|$)")
 
 
@@ -153,8 +82,8 @@ def choose(folder: Path, config: Mapping[str, Any] | None) -> Choice:
     indexes, files = _list(folder, INDEX_SUFFIX), _list(folder, SUFFIX)
     if is_bin_first(folder) and files:
         raise CheckpointError(
-            f"`{folder}` holds the model as pytorch_model.bin, and beside it {_some(files)}, which "
-            "transformers does not read",
+            f"`{folder}` holds the model as pytorch_model.bin, and beside it {hints.some(files)}, "
+            "which transformers does not read",
             hint=hints.convert(folder),
         )
     if len(indexes) == 1:
@@ -220,12 +149,7 @@ def _left(folder: Path, files: Iterable[str], because: str) -> tuple[str, ...]:
     left = sorted(set(_list(folder, SUFFIX)) - set(files))
     if because in FIRST[:1] and (folder / FIRST[1]).is_file():
         left.append(FIRST[1])
-    return (f"not read, since `{because}` is: {_some(left)}",) if left else ()
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(f"`{name}`" for name in names[:4]) + more
+    return (f"not read, since `{because}` is: {hints.some(left)}",) if left else ()
 
 
 def _without_index(folder: Path, files: list[str]) -> Choice:
@@ -246,7 +170,7 @@ def _without_index(folder: Path, files: list[str]) -> Choice:
         return _one_of(folder, single)
     wanted = [key for key in sets if key[0] == "model"] or list(sets)
     if len(wanted) > 1:
-        told = _some([f"{stem}-?????-of-{count:05d}{SUFFIX}" for stem, count in wanted])
+        told = hints.some([f"{stem}-?????-of-{count:05d}{SUFFIX}" for stem, count in wanted])
         raise CheckpointError(
             f"`{folder}` holds {len(wanted)} sets of shards and no index: {told}",
             hint="move all but one of them to another folder, or restore " + FIRST[1],
@@ -377,7 +301,7 @@ def is_spare(name: str, there: Iterable[str], config: Mapping[str, Any] | None) 
     """
     if _COMPUTED.search(name):
         return True
-    levels = [config or {}, *(v for v in (config or {}).values() if isinstance(v, dict))]
+    levels = strict_json.levels(config)
     counts = [level.get("num_hidden_layers") for level in levels]
     layer = _LAYER.search(name)
     if layer is not None:  # layers past the last are for speculation, and never built
@@ -387,7 +311,7 @@ def is_spare(name: str, there: Iterable[str], config: Mapping[str, Any] | None) 
         return False
     told = [level["tie_word_embeddings"] for level in levels if "tie_word_embeddings" in level]
     types = {level.get("model_type") for level in levels}
-    return any(told) if told else bool({str(kind) for kind in types} & TIED_BY_DEFAULT)
+    return any(told) if told else not tied.HEADS.keys().isdisjoint(map(str, types))
 
 
 def is_part(path: Path) -> bool:
@@ -405,10 +329,10 @@ def refuse_file(path: Path) -> CheckpointError:
         hint = f"give its folder: `{hints.said(path.parent)}`"
     elif path.suffix in TORCH_SUFFIXES + GGUF_SUFFIXES and kind in (
         None,
-        *(sniff.TORCH, sniff.PICKLE, sniff.GGUF, sniff.TAR),
+        *(*sniff.TORCHES, sniff.GGUF),
     ):
         hint = hints.convert(path.parent if is_part(path) else path)
-    elif kind:
+    elif kind not in (None, sniff.TEXT, sniff.JSON):
         hint = sniff.remedy(kind, path)
     else:
         hint = "safetensors, torch's .bin and GGUF are read: download the model in one of these"

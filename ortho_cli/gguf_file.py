@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from ortho_cli import hints, sniff
 from ortho_cli.errors import CheckpointError, unreadable
+from ortho_cli.files import open_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-OLD_MAGICS = {b"lmgg": "GGML", b"fmgg": "GGMF", b"tjgg": "GGJT", b"algg": "GGLA"}
 SUFFIX = ".gguf"
 ASIDE = ("mmproj", "imatrix")  # in the names of files that lie beside a model and are none
 _PART = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.I)
@@ -77,13 +78,7 @@ class GgufModel:
 
 def is_gguf(path: Path) -> bool:
     """Tell whether a file is meant to be GGUF, by its name or its first bytes."""
-    if path.suffix.lower() == SUFFIX:
-        return True
-    try:
-        with path.open("rb") as opened:
-            return opened.read(len(MAGIC)) == MAGIC
-    except OSError:
-        return False
+    return path.suffix.lower() == SUFFIX or sniff.kind_of_file(path) == sniff.GGUF
 
 
 def find_gguf(folder: Path) -> Path | None:
@@ -102,16 +97,15 @@ def find_gguf(folder: Path) -> Path | None:
             part = _PART.fullmatch(path.name)
             models.setdefault(f"{part['stem']}-of-{part['count']}" if part else path.name, path)
     if len(models) > 1:
-        some = ", ".join(f"`{path.name}`" for path in list(models.values())[:4])
-        more = f" and {len(models) - 4} more" if len(models) > 4 else ""
+        some = hints.some([path.name for path in models.values()])
         raise CheckpointError(
-            f"`{folder}` holds {len(models)} GGUF models: {some}{more}",
-            hint=f"give one of them: `ortho convert {next(iter(models.values()))}`",
+            f"`{folder}` holds {len(models)} GGUF models: {some}",
+            hint=f"give one of them: `ortho convert {hints.said(next(iter(models.values())))}`",
         )
     if not found and (inside := sorted(folder.glob("*/*.gguf"))):
         raise CheckpointError(
             f"`{folder}` holds no weights, and GGUF files in folders of it",
-            hint=f"give one of them: `ortho convert {inside[0]}`",
+            hint=f"give one of them: `ortho convert {hints.said(inside[0])}`",
         )
     if found and not models:
         raise CheckpointError(
@@ -206,27 +200,17 @@ def _read(path: Path) -> Any:
 def _check_magic(path: Path) -> None:
     """Say what a file is that is not GGUF, or GGUF that cannot be read."""
     try:
-        with path.open("rb") as opened:
-            head = opened.read(64)
+        with open_regular(path) as opened:
+            head = opened.read(24)
     except OSError as error:
         raise unreadable(path, error, kind=CheckpointError, hint="may you read it?") from error
-    again = "download it again, or copy the whole file"
-    if head.startswith(b"version https://git-lfs"):
-        raise _refuse(path, "it is a Git LFS pointer", hint="`git lfs pull` fetches the weights")
-    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        raise _refuse(
-            path, "it is an HTML page", hint="download the file itself: `hf download REPO FILE`"
-        )
-    if (old := OLD_MAGICS.get(head[:4])) is not None:
-        raise _refuse(
-            path,
-            f"it is in the {old} format of before GGUF",
-            hint="get the model as GGUF, or convert it by llama.cpp's convert_llama_ggml_to_gguf",
-        )
+    kind, again = sniff.kind_of_file(path), f"the file is cut or damaged: {hints.fetch(path)}"
+    if kind not in (None, sniff.GGUF):
+        raise _refuse(path, f"it is {kind}", hint=sniff.remedy(kind, path))
     if len(head) < 24:
         raise _refuse(path, f"it ends after {len(head)} bytes, in its header", hint=again)
     if head[:4] != MAGIC:
-        raise _refuse(path, f"it begins with {head[:4]!r}", hint=f"{again}; or is it named wrongly")
+        raise _refuse(path, f"it begins with {head[:4]!r}", hint=again)
     version = int.from_bytes(head[4:8], "little")
     if version & 0xFFFF == 0:
         version = int.from_bytes(head[4:8], "big")

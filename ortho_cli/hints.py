@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 _SNAPSHOT = re.compile(r"(?:^|/)models--([^/]+?)(?:--([^/]+))?(?:/|$)")
@@ -16,9 +16,20 @@ def said(path: Path) -> str:
     return shlex.quote(f"./{text}" if text.startswith(("-", "~")) else text)
 
 
+def some(names: Sequence[str], most: int = 4) -> str:
+    """List the first names, and count the rest."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"`{name}`" for name in names[:most]) + more
+
+
 def convert(path: Path) -> str:
     """Name the command that makes safetensors of a file or folder."""
     return f"`ortho convert {said(path)}` writes it as safetensors; give the folder that it makes"
+
+
+def python(code: str, *paths: Path) -> str:
+    """Name the command that runs a program, which has no double quotes, on paths as sys.argv."""
+    return " ".join((f'`python -c "{code}"', *map(said, paths))) + "`"
 
 
 def repository_of(path: Path) -> str | None:

@@ -118,7 +118,7 @@ def _hint_without_config(path: Path) -> str:
     if not path.exists():
         return hub.advice(path) or usual
     held = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
-    foreign = [p for p in held if sniff.kind_of_file(p) in (sniff.GGUF, sniff.TORCH, sniff.PICKLE)]
+    foreign = [p for p in held if sniff.kind_of_file(p) in (sniff.GGUF, *sniff.TORCHES)]
     if foreign and not folders.is_part(foreign[0]):
         return hints.convert(foreign[0])
     return usual

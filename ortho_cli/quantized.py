@@ -11,13 +11,12 @@ Headers and JSON only; standard library only: `ortho inspect` and `--dry-run` im
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ortho_cli import strict_json
+from ortho_cli import hints, strict_json
 from ortho_cli.errors import CheckpointError, shown
 
 FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
@@ -267,7 +266,7 @@ class Quantization:
         """Say that a checkpoint is quantized, by what that is seen, and what helps."""
         return CheckpointError(
             f"`{path}` is quantized already ({self.sign})",
-            hint=f"`ortho convert {shlex.quote(str(path))}` dequantizes it"
+            hint=f"`ortho convert {hints.said(path)}` dequantizes it"
             if self.can_convert
             else "decompose the unquantized model",
         )

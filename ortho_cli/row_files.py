@@ -12,7 +12,6 @@ import csv
 import gzip
 import io
 import json
-import shlex
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,8 +21,10 @@ from typing import Any, Literal
 
 from blake3 import blake3
 
+from ortho_cli import sniff
 from ortho_cli.errors import CalibrationError, unreadable
 from ortho_cli.files import read_regular
+from ortho_cli.hints import said
 from ortho_cli.rows import EXPECTED, KNOWN, is_row, names_of
 
 MAX_UNPACKED = 1 << 30  # bytes of a file once it is unpacked: a kilobyte can claim a terabyte
@@ -43,27 +44,12 @@ SUFFIXES: Mapping[str, Kind] = {
     **dict.fromkeys((".tsv", ".tab"), "tsv"),
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
 }
-PACKED: Mapping[bytes, tuple[str, Any]] = {
-    b"\x1f\x8b": ("gzip", gzip.GzipFile),
-    b"BZh": ("bzip2", bz2.BZ2File),
+PACKED: Mapping[str | None, tuple[str, Any]] = {
+    sniff.GZIP: ("gzip", gzip.GzipFile),
+    sniff.BZIP2: ("bzip2", bz2.BZ2File),
 }
-# First bytes of what is not read, its name, and what makes it readable.
-OTHERS: tuple[tuple[bytes, str, str], ...] = (
-    (b"PK\x03\x04", "a zip archive", "unzip {}"),
-    (b"\x28\xb5\x2f\xfd", "packed by zstd", "zstd -d {}"),
-    (b"\xfd7zXZ\x00", "packed by xz", "unxz --keep {}"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x {}"),
-    (b"%PDF-", "a PDF document", "pdftotext {}"),
-    (b"version https://git-lfs", "a pointer of git LFS, not the file", "git lfs pull"),
-)
-NAMES: tuple[tuple[bytes, str], ...] = (
-    (b"ARROW1", "an Arrow file"),
-    (b"\xff\xff\xff\xff", "an Arrow stream"),
-    (b"SQLite format 3", "an SQLite database"),
-    (b"Obj\x01", "an Avro file"),
-    (b"\x89HDF", "an HDF5 file"),
-    (b"GGUF", "a GGUF model"),
-)
+# What is read as rows all the same: a text may begin like a document or an error message.
+READ = (None, sniff.PARQUET, sniff.EMPTY, sniff.XML)
 BOMS = (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff", b"\xff\xfe", b"\xfe\xff")
 ENCODINGS = ("utf-32", "utf-32", "utf-16", "utf-16")
 
@@ -82,8 +68,7 @@ def read_values(path: Path) -> tuple[Iterator[Value], bytes]:
     except OSError as error:
         if isinstance(error, IsADirectoryError):
             raise CalibrationError(
-                f"data `{path}` is a folder",
-                hint=f"give the files in it: {shlex.quote(str(path))}/*",
+                f"data `{path}` is a folder", hint=f"give the files in it: {said(path)}/*"
             ) from None
         hint = f"give files of {FORMATS}"
         raise unreadable(path, error, hint=hint, kind=CalibrationError, what="data ") from None
@@ -95,11 +80,11 @@ def read_values(path: Path) -> tuple[Iterator[Value], bytes]:
 def _unpacked(path: Path, raw: bytes) -> tuple[bytes, Kind | None]:
     """Unpack what is packed; say what the suffixes, or the first bytes, call the rest."""
     for _ in range(MAX_LAYERS):
-        found = next((held for magic, held in PACKED.items() if raw.startswith(magic)), None)
+        found = PACKED.get(sniff.kind_of(raw[: sniff.HEAD]))
         if found is None:
             break
         raw = _unpack(path, raw, *found)
-    if any(raw.startswith(magic) for magic in PACKED):
+    if sniff.kind_of(raw[: sniff.HEAD]) in PACKED:
         raise CalibrationError(
             f"data `{path}` is packed more than {MAX_LAYERS} times over",
             hint="unpack it, and give what comes out",
@@ -132,25 +117,15 @@ def _unpack(path: Path, raw: bytes, name: str, opened: Any) -> bytes:
 
 def _refuse_others(path: Path, raw: bytes) -> None:
     """Call what is no file of rows what it is."""
-    quoted = shlex.quote(str(path))
-    for magic, name, command in OTHERS:
-        if raw.startswith(magic):
-            raise CalibrationError(
-                f"data `{path}` is {name}",
-                hint=f"run `{command.format(quoted)}`, and give what comes out",
-            )
-    name = next((name for magic, name in NAMES if raw.startswith(magic)), "")
-    if not name and raw[257:262] == b"ustar":
-        name = "a tar archive"
-    if not name and raw[:1] == b"\x80" and raw[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        name = "a pickle of Python's, which can run code"
-    head = raw[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if not name and head.startswith((b"<!doctype html", b"<html")):
-        name = "an HTML page"
-    if not name and not raw.startswith((b"PAR1", *BOMS)) and b"\0" in raw:
-        name = "binary, no text"
-    if name:
-        raise CalibrationError(f"data `{path}` is {name}", hint=f"give files of {FORMATS}")
+    kind, hint = sniff.kind_of(raw[: sniff.HEAD]), f"give files of {FORMATS}"
+    if kind in READ or kind.startswith(sniff.REFUSAL):
+        kind = "binary, no text" if b"\0" in raw and not raw.startswith((b"PAR1", *BOMS)) else None
+    elif kind == sniff.PDF:
+        hint = f"run `pdftotext {said(path)}`, and give what comes out"
+    elif kind in sniff.ARCHIVES or kind in sniff.POINTERS:
+        hint = sniff.remedy(kind, path)
+    if kind is not None:
+        raise CalibrationError(f"data `{path}` is {kind}", hint=hint)
 
 
 def _kind_of(path: Path, raw: bytes, named: Kind | None) -> Kind:
@@ -187,11 +162,10 @@ def _decode(path: Path, raw: bytes) -> str:
     try:
         return raw.decode(encoding or "utf-8-sig")
     except UnicodeDecodeError as error:
-        quoted = shlex.quote(path.name)
         raise CalibrationError(
             f"data `{path}` is not {encoding.upper() or 'UTF-8'}: {error.reason} at byte "
             f"{error.start}",
-            hint=f"convert it from what it is: iconv -f WINDOWS-1252 -t UTF-8 {quoted} > new.txt",
+            hint=f"convert it: `iconv -f WINDOWS-1252 -t UTF-8 {said(path)} > new.txt`",
         ) from None
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ortho_cli import artifact, hints
+from ortho_cli import artifact, hints, strict_json
 from ortho_cli.artifact import module_of
 from ortho_cli.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.errors import CheckpointError, OrthoError, RecipeError
@@ -21,9 +21,9 @@ from ortho_cli.roles import (
     named_role,
     read_sizes,
     role_of,
-    tied_head,
 )
 from ortho_cli.settings import Override, Patterns, Recipe, Scale, matches
+from ortho_cli.tied import tied_head
 
 MIN_IN_FEATURES = 64
 IGNORED = "ignored by the recipe"
@@ -225,8 +225,7 @@ def _refuse_swapped_experts(checkpoint: Checkpoint, reasons: Mapping[str, str | 
     As soon as a Llama 4 is quantized, transformers builds one Linear for each expert, and would
     leave all of them random.
     """
-    levels = [checkpoint.config or {}]
-    levels += [value for value in levels[0].values() if isinstance(value, dict)]
+    levels = strict_json.levels(checkpoint.config)
     if not any(str(level.get("model_type")).startswith("llama4") for level in levels):
         return
     stacked = [t for t in checkpoint.tensors if len(t.shape) == 3 and _EXPERTS.search(t.name)]

@@ -30,10 +30,10 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ortho_cli import sniffing
+from ortho_cli import leaks
 from ortho_cli.errors import CheckpointError, UsageError, unreadable
 from ortho_cli.files import read_regular
-from ortho_cli.sniffing import LARGE, Kind
+from ortho_cli.leaks import LARGE, Kind
 
 CONFIG_FILE = "config.json"
 README = "SOURCE_README.md"
@@ -194,7 +194,7 @@ def choose(
 
 def _check_config(path: Path) -> None:
     """Refuse a config.json with a key or token in it: what it says is in the output's own."""
-    if path.is_file() and sniffing.holds_secret(path):
+    if path.is_file() and leaks.holds_secret(path):
         raise CheckpointError(
             f"`{path}` holds what looks like a key or an access token, and its content is in what "
             "is written",
@@ -338,9 +338,9 @@ def _explain(path: Path, name: str, arguments: _Arguments) -> Why:
         return Why.HIDDEN
     if path.is_file() and arguments.hold(path):
         return Why.ARGUMENT
-    if sniffing.names_secret(last):
+    if leaks.names_secret(last):
         return Why.SECRET
-    return Why.WEIGHTS if sniffing.names_weights(last) else Why.UNKNOWN
+    return Why.WEIGHTS if leaks.names_weights(last) else Why.UNKNOWN
 
 
 def _refuse(path: Path, name: str, arguments: _Arguments, kind: Kind) -> Why | None:
@@ -349,12 +349,12 @@ def _refuse(path: Path, name: str, arguments: _Arguments, kind: Kind) -> Why | N
     if arguments.hold(path):
         return Why.ARGUMENT
     doubtful = kind == "any" or _LEGAL.fullmatch(name) is not None
-    if doubtful and any(map(sniffing.names_secret, parts)):
+    if doubtful and any(map(leaks.names_secret, parts)):
         return Why.SECRET
-    if sniffing.leads_to_secret(path) or sniffing.holds_secret(path):
+    if leaks.leads_to_secret(path) or leaks.holds_secret(path):
         return Why.SECRET
-    named = kind == "any" and sniffing.names_weights(parts[-1])
-    if named or sniffing.holds_weights(path, path.stat().st_size, kind=kind):
+    named = kind == "any" and leaks.names_weights(parts[-1])
+    if named or leaks.holds_weights(path, path.stat().st_size, kind=kind):
         return Why.WEIGHTS
     return None
 
@@ -457,7 +457,7 @@ def _follow(folder: Path, code: list[str], there: set[str]) -> set[str]:
             waiting += new
         for match in _NAMED_FILES.finditer(text):
             files = {word.decode() for word in re.findall(rb"[\"']([\w.-]+)[\"']", match[1])}
-            safe = {f for f in files if not (sniffing.names_weights(f) or sniffing.names_secret(f))}
+            safe = {f for f in files if not (leaks.names_weights(f) or leaks.names_secret(f))}
             found |= safe & there
     return found
 

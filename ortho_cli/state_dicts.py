@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ortho_cli import hints
 from ortho_cli.errors import CheckpointError, UsageError
 
 # Keys under which scripts keep weights, each a whole model.
@@ -87,9 +88,7 @@ class _Search:
                 "joined with dots"
             )
         if left:
-            some = ", ".join(f"`{one}`" for one in left[:SHOWN])
-            more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
-            notes.append(f"left out of `{self._file.name}`: {some}{more}")
+            notes.append(f"left out of `{self._file.name}`: {hints.some(left, SHOWN)}")
         return Weights(key=_dotted(path), tensors=tensors, notes=tuple(notes))
 
     def _follow(self, node: Any, key: str) -> tuple[Any, Keys]:
@@ -256,7 +255,7 @@ class _Search:
             for key, size in told[:SHOWN]
         )
         first = next((key for key, _ in told if key != WHOLE), WHOLE)
-        command = f"ortho convert {shlex.quote(str(self._given))} --key {shlex.quote(first)}"
+        command = f"ortho convert {hints.said(self._given)} --key {shlex.quote(first)}"
         is_list = any(isinstance(parts.get(name), list | tuple) for name in names)
         whole = "" if is_list else f"; `--key {WHOLE}` takes all that the file holds"
         what = "holds several sets of weights" if len(told) > 1 else "keeps its weights in a list"
@@ -277,7 +276,7 @@ class _Search:
         if isinstance(found, list | tuple):
             dicts = [i for i, v in enumerate(found) if isinstance(v, Mapping) and self._size(v)]
             if dicts:
-                chosen = f"ortho convert {shlex.quote(str(self._given))} --key {dicts[0]}"
+                chosen = f"ortho convert {hints.said(self._given)} --key {dicts[0]}"
                 return CheckpointError(
                     f"`{self._file}` holds a {held} of {len(found)} entries, {len(dicts)} of them "
                     "with tensors, not a map of names to tensors",

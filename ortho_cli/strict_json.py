@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,12 @@ def parse(
     if not isinstance(found, dict):
         raise CheckpointError(f"{what} is a JSON {type(found).__name__}, not an object", hint=hint)
     return found
+
+
+def levels(config: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """List a config and the parts that it holds, as those of several models in one do."""
+    config = config or {}
+    return [config, *(part for part in config.values() if isinstance(part, Mapping))]
 
 
 def read(

@@ -12,8 +12,9 @@ from ortho_cli.artifact import module_of
 from ortho_cli.plan import Plan, TensorPlan
 from ortho_cli.quantization import quantization_config
 from ortho_cli.renames import rename_modules
-from ortho_cli.roles import is_embedding, tied_head
+from ortho_cli.roles import is_embedding
 from ortho_cli.selection import stacked_experts
+from ortho_cli.tied import tied_head
 from ortho_cli.writer import Layout, TensorSpec
 
 Entry = dict[str, Any]

@@ -9,7 +9,6 @@ held in memory whole.
 from __future__ import annotations
 
 import re
-import shlex
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -19,13 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ortho_cli import strict_json
+from ortho_cli import hints, sniff, strict_json
 from ortho_cli.architectures import is_tied
 from ortho_cli.checkpoint import check_index, model_name
 from ortho_cli.errors import CheckpointError
 from ortho_cli.files import open_regular
 from ortho_cli.folders import read_index
-from ortho_cli.kinds import kind_of, wrong_kind
 from ortho_cli.source import DTYPE_NAMES, Source, SourceTensor, mark
 from ortho_cli.state_dicts import find_weights
 
@@ -63,12 +61,15 @@ def is_torch_file(path: Path) -> bool:
         return False
     if path.suffix == ".distcp":
         raise _distributed(path.parent)
-    kind = kind_of(path)
-    if kind == "torch" or (kind is None and path.name.endswith(SUFFIXES)):
-        return True
-    if kind is None:
-        return False
-    raise wrong_kind(path, kind)
+    open_regular(path).close()  # says why it cannot be read
+    kind = sniff.kind_of_file(path)
+    if kind is None or kind in sniff.TORCHES:
+        return kind is not None or path.name.endswith(SUFFIXES)
+    raise _wrong_kind(path, kind)
+
+
+def _wrong_kind(path: Path, kind: str) -> CheckpointError:
+    return CheckpointError(f"`{path}` is {kind}, no torch file", hint=sniff.remedy(kind, path))
 
 
 def find_files(folder: Path) -> tuple[list[Path], dict[str, str] | None] | None:
@@ -93,8 +94,8 @@ def find_files(folder: Path) -> tuple[list[Path], dict[str, str] | None] | None:
     if (folder / "zero_to_fp32.py").is_file() and len(files) != 1:
         raise CheckpointError(
             f"`{folder}` holds a checkpoint of DeepSpeed in pieces",
-            hint=f"join them: `python {shlex.quote(str(folder / 'zero_to_fp32.py'))} "
-            f"{shlex.quote(str(folder))} OUT`, then `ortho convert OUT`",
+            hint=f"join them: `python {hints.said(folder / 'zero_to_fp32.py')} "
+            f"{hints.said(folder)} OUT`, then `ortho convert OUT`",
         )
     pieces = next((p for where in ("*.distcp", "*/*.distcp") for p in folder.glob(where)), None)
     if not files and pieces is not None:
@@ -109,7 +110,7 @@ def _several(folder: Path, files: list[Path], what: str) -> CheckpointError:
     names = ", ".join(file.name for file in files[:4])
     return CheckpointError(
         f"`{folder}` holds {len(files)} {what}: {names}",
-        hint=f"give one of the files, as in `ortho convert {shlex.quote(str(files[0]))}`, or "
+        hint=f"give one of the files, as in `ortho convert {hints.said(files[0])}`, or "
         f"restore {INDEX}",
     )
 
@@ -118,7 +119,7 @@ def _distributed(folder: Path) -> CheckpointError:
     return CheckpointError(
         f"`{folder}` is a distributed checkpoint: its .distcp files are pieces of tensors",
         hint="join them: `python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
-        f"{shlex.quote(str(folder))} model.pt`, then `ortho convert model.pt`",
+        f"{hints.said(folder)} model.pt`, then `ortho convert model.pt`",
     )
 
 
@@ -284,12 +285,12 @@ def _plain(path: Path, name: str, tensor: Tensor) -> Tensor:
 
 def _unpickle(path: Path) -> Any:
     """Read what a file holds, if it is tensors and plain containers; nothing in it is ever run."""
-    kind = kind_of(path)
+    kind = sniff.kind_of_file(path)
     if kind is None:
         with open_regular(path) as file:
             raise _unread(path, f"it begins with {file.read(8)!r}")
-    if kind != "torch":
-        raise wrong_kind(path, kind)
+    if kind not in sniff.TORCHES:
+        raise _wrong_kind(path, kind)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own internals, on old files
@@ -318,14 +319,14 @@ def _unread(path: Path, why: str) -> CheckpointError:
 def _would_run(path: Path, name: str) -> CheckpointError:
     """Refuse a file that names a class or function; a whole module or training settings do."""
     script = (
-        f"import torch; m = torch.load({str(path)!r}, weights_only=False); "
+        "import sys, torch; m = torch.load(sys.argv[1], weights_only=False); "
         "f = lambda v: v.state_dict() if hasattr(v, 'state_dict') else v; torch.save({k: f(v) "
         "for k, v in f(m).items() if isinstance(f(v), (dict, torch.Tensor))}, 'weights.pt')"
     )
     return CheckpointError(
         f"`{path}` holds the global `{name}`, which is no tensor; nothing was run",
         hint="do not trust the file; if you made it, save its tensors alone, which runs what it "
-        f'says: `python -c "{script}"`, then `ortho convert weights.pt`',
+        f"says: {hints.python(script, path)}, then `ortho convert weights.pt`",
     )
 
 

@@ -51,10 +51,11 @@ def test_adapter_folder_is_refused_with_the_command_that_merges(
     said = refused(ortho, command, source)
     assert "adapter" in said
     assert ("of `org/base`" in said) == told
-    program, flag, code = shlex.split(said.partition("merge it first: ")[2].strip())
+    command = said.partition("merge it first: `")[2].partition("`")[0]
+    program, flag, code, *paths = shlex.split(command)
     assert (program, flag) == ("python", "-c")
     compile(code, "hint", "exec")
-    assert repr(str(source)) in code
+    assert paths == [str(source), f"{source}-merged"]
     assert "merge_and_unload().save_pretrained(" in code
 
 
@@ -116,7 +117,7 @@ def test_adapter_in_a_torch_file_is_refused_by_name(tmp_path: Path, ortho: Ortho
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
 def test_adapter_file_is_refused(tmp_path: Path, ortho: Ortho, name: str) -> None:
     source = adapter(tmp_path / "a", name, peft_type="LORA") / name
-    assert "merge it first: python -c" in refused(ortho, "convert", source)
+    assert "merge it first: `python -c" in refused(ortho, "convert", source)
 
 
 def test_models_whose_own_names_speak_of_ranks_are_read(tmp_path: Path, ortho: Ortho) -> None:

@@ -227,15 +227,16 @@ def test_big_endian_file_has_its_tokenizer_and_config(
 HEADS = {
     "it is a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
     "it is an HTML page": b"\n<!DOCTYPE html><html><head><title>404</title></head></html>",
-    "GGML format": b"lmgg" + bytes(60),
-    "GGMF format": b"fmgg" + bytes(60),
-    "GGJT format": b"tjgg" + bytes(60),
+    "it is a GGML file": b"lmgg" + bytes(60),
+    "it is a GGMF file": b"fmgg" + bytes(60),
+    "it is a GGJT file": b"tjgg" + bytes(60),
     "of version 1": b"GGUF\1\0\0\0" + bytes(60),
     "of version 4": b"GGUF\4\0\0\0" + bytes(60),
     "of version 9": b"GGUF\0\0\0\x09" + bytes(60),
-    "after 0 bytes": b"",
+    "it is an empty file": b"",
     "after 12 bytes": b"GGUF\3\0\0\0\0\0\0\0",
-    "begins with b'PK": b"PK\3\4" + bytes(60),
+    "it is a zip archive": b"PK\3\4" + bytes(60),
+    "begins with b'\\x01\\x02": b"\1\2\3\4" + bytes(60),
     "promises": b"GGUF\3\0\0\0" + (9).to_bytes(8, "little") + (9).to_bytes(8, "little") + bytes(9),
 }
 

@@ -13,7 +13,7 @@ from make_renames import matches_any
 from ortho_cli.checkpoint import TensorInfo
 from ortho_cli.quantization import quantization_config
 from ortho_cli.renames import apply_rules, rename_modules
-from ortho_cli.roles import Sizes, is_embedding, read_sizes, role_of, tied_head
+from ortho_cli.roles import Sizes, is_embedding, read_sizes, role_of
 from ortho_cli.selection import MIN_IN_FEATURES, not_by_default
 
 LAYER = "self_attn.q_proj 128x128, self_attn.o_proj 128x128, mlp.down_proj 128x256"
@@ -300,27 +300,6 @@ def test_role_of_table_says_what_stays_whole_and_what_is_split(model: str) -> No
     for name, shape, expected in both:
         role = role_of(name, shape, sizes)
         assert role == (None if expected in ("", "none") else expected), name
-
-
-@pytest.mark.parametrize(
-    ("config", "head"),
-    [
-        ({}, None),
-        ({"tie_word_embeddings": True}, "lm_head"),
-        ({"model_type": "llama"}, None),
-        ({"model_type": "gemma2"}, "lm_head"),
-        ({"model_type": "gemma2", "tie_word_embeddings": False}, None),
-        ({"model_type": "whisper"}, "proj_out"),
-        ({"model_type": "bert", "tie_word_embeddings": True}, "cls.predictions.decoder"),
-        ({"model_type": "llava", "text_config": {"tie_word_embeddings": True}}, "lm_head"),
-        ({"model_type": "x", "text_config": {"model_type": "gemma3_text"}}, "lm_head"),
-        ({"text_config": "broken", "tie_word_embeddings": "yes"}, None),
-    ],
-)
-def test_tied_head_is_named_by_the_setting_or_the_default_of_the_type(
-    config: dict[str, Any], head: str | None
-) -> None:
-    assert tied_head(config) == head
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,11 @@ FILES = {
     "empty": (b"", sniff.EMPTY, "hf download"),
     "zeros": (bytes(4096), sniff.ZEROS, "hf download"),
     "torch": (torch_bytes(), sniff.TORCH, "`ortho convert "),
-    "old torch": (torch_bytes(_use_new_zipfile_serialization=False), sniff.PICKLE, "`ortho conv"),
+    "old torch": (
+        torch_bytes(_use_new_zipfile_serialization=False),
+        sniff.OLD_TORCH,
+        "`ortho conv",
+    ),
     "GGUF": (b"GGUF\3\0\0\0" + bytes(64), sniff.GGUF, "model.gguf`, then `ortho convert"),
     "zip": (zipped(), sniff.ZIP, "`unzip "),
     "tar": (tarred(), sniff.TAR, "`tar -xf "),
@@ -86,7 +90,7 @@ def test_wrong_content_under_the_name_of_json_is_called_what_it_is(
     assert f"{name}` is {FILES[content][1]}" in ran.err
 
 
-@pytest.mark.parametrize("content", ["LFS", "page", "GGUF", "zip"])
+@pytest.mark.parametrize("content", ["LFS", "page", "zip"])
 def test_wrong_content_under_the_name_of_torch_is_called_what_it_is(
     tmp_path: Path, ortho: Ortho, content: str
 ) -> None:
@@ -105,3 +109,18 @@ def test_kind_of_safetensors_whose_length_looks_like_another_mark(length: int) -
 @pytest.mark.parametrize("text", [b'{"model_type": "llama"}', b"plain words", b"\1\2\3"])
 def test_kind_of_what_is_nothing_known_is_none(text: bytes) -> None:
     assert sniff.kind_of(text) is None
+
+
+def test_unpacked_file_takes_the_place_of_no_other(tmp_path: Path) -> None:
+    for name in ("m.safetensors", "m.bin"):
+        (tmp_path / name).write_bytes(b"x")
+    assert "> " + str(tmp_path / "m.safetensors.gz.unpacked") in sniff.remedy(
+        sniff.GZIP, tmp_path / "m.safetensors.gz"
+    )
+    moved = sniff.remedy(sniff.TORCH, tmp_path / "m.safetensors")
+    assert f"`mv {tmp_path}/m.safetensors {tmp_path}/m.safetensors.bin`" in moved
+
+
+@pytest.mark.parametrize("before", [b"\xef\xbb\xbf\n", b'<?xml version="1.0"?>\n'])
+def test_kind_of_page_behind_a_mark_or_a_prolog_is_a_page(before: bytes) -> None:
+    assert sniff.kind_of(before + b"<!DOCTYPE html><html>") == sniff.PAGE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shlex
 import tarfile
@@ -391,7 +392,9 @@ def test_way_out_of_a_file_that_would_run_code_works(
     said = refused(ortho, tmp_path / "made here.pt")
     assert "nothing was run" in said
     python, command = re.findall(r"`((?:python|ortho) [^`]*)`", said)
-    exec(shlex.split(python)[2], {})
+    _, _, code, path = shlex.split(python)
+    monkeypatch.setattr("sys.argv", ["-c", path])
+    exec(code, {})
     assert ortho(*shlex.split(command)[1:], "-o", "out").code == 0
     assert same(load_file("out/model.safetensors"), dict(LINEAR.state_dict()))
 
@@ -449,25 +452,32 @@ def old_pickle(path: Path) -> None:
     torch.save(W, path, pickle_protocol=4, _use_new_zipfile_serialization=False)
 
 
+def zip_of_numpy(path: Path) -> None:
+    np.savez(path.with_suffix(".npz"), a=np.ones(2))
+    path.with_suffix(".npz").rename(path)
+
+
 KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "safetensors": (put(save(W)), "holds safetensors"),
-    "gguf": (put(b"GGUF\x03\0\0\0" + bytes(40)), "holds a GGUF model"),
-    "lfs": (put(LFS), "holds a Git LFS pointer"),
-    "html": (put(b"\n<!DOCTYPE html><html><body>404"), "holds an HTML page"),
-    "bare html": (put(b"<HTML lang=en>"), "holds an HTML page"),
-    "xml": (put(b'<?xml version="1.0"?><Error>AccessDenied</Error>'), "holds an XML document"),
-    "json": (put(b'{"error": "Repository not found"}'), "holds JSON text"),
-    "text": (put("Invalid username or password. \u2717".encode()), "holds plain text"),
-    "empty": (put(b""), "it has 0 bytes"),
-    "zeros": (put(bytes(5000)), "holds zero bytes"),
-    "gzip": (put(b"\x1f\x8b\x08" + bytes(30)), "holds gzip-compressed data"),
-    "npy": (put(b"\x93NUMPY\x01\0"), "holds a NumPy array"),
-    "hdf5": (put(b"\x89HDF\r\n\x1a\n"), "holds HDF5"),
-    "pickle": (put(PLAIN_PICKLE), "holds a plain pickle"),
-    "torchscript": (jit, "holds a TorchScript program"),
-    "nemo": (nemo, "holds a NeMo archive"),
-    "ggml": (put(b"lmgg" + bytes(40)), "holds a GGML model"),
-    "fasttext": (put(b"\xba\x16\x4f\x2f" + bytes(40)), "holds a fastText model"),
+    "safetensors": (put(save(W)), "is a safetensors file"),
+    "lfs": (put(LFS), "is a Git LFS pointer"),
+    "html": (put(b"\n<!DOCTYPE html><html><body>404"), "is an HTML page"),
+    "bare html": (put(b"<HTML lang=en>"), "is an HTML page"),
+    "xml": (put(b'<?xml version="1.0"?><Error>AccessDenied</Error>'), "is an XML document"),
+    "answer": (put(b'{"error": "Repository not found"}'), "is an error message"),
+    "words": (put("Invalid username or password. \u2717".encode()), "is an error message"),
+    "json": (put(b'\xef\xbb\xbf {"model_type": "x"}'), "is JSON text"),
+    "text": (put("\u2717".encode() * 400), "is plain text"),
+    "empty": (put(b""), "is an empty file"),
+    "zeros": (put(bytes(5000)), "is a file of zeros"),
+    "gzip": (put(b"\x1f\x8b\x08" + bytes(30)), "is a gzip file"),
+    "npy": (put(b"\x93NUMPY\x01\0"), "is a NumPy array"),
+    "hdf5": (put(b"\x89HDF\r\n\x1a\n"), "is an HDF5 file"),
+    "pickle": (put(PLAIN_PICKLE), "is a pickle, which can run code"),
+    "npz": (zip_of_numpy, "is a NumPy archive"),
+    "torchscript": (jit, "is a TorchScript program"),
+    "nemo": (nemo, "is a NeMo archive"),
+    "ggml": (put(b"lmgg" + bytes(40)), "is a GGML file of before GGUF"),
+    "fasttext": (put(b"\xba\x16\x4f\x2f" + bytes(40)), "is a fastText model"),
     "unknown": (put(b"\x01\x02\xff\xfe" * 300), "it begins with b'\\x01\\x02"),
     "protocol 4": (old_pickle, "no readable torch file: Unsupported operand 149"),
 }
@@ -486,6 +496,13 @@ def test_file_of_another_kind_is_called_what_it_is(
     assert said in refused(ortho, folder)
 
 
+def test_gguf_in_a_folder_of_torch_is_called_what_it_is(tmp_path: Path, ortho: Ortho) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"GGUF\x03\0\0\0" + bytes(40))
+    said = refused(ortho, tmp_path)
+    assert "is a GGUF file" in said
+    assert f"`ortho convert {tmp_path}/pytorch_model.bin`" in said
+
+
 def test_way_out_of_a_wrong_name_works(
     tmp_path: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -497,6 +514,32 @@ def test_way_out_of_a_wrong_name_works(
     Path(old).rename(new)
     assert ortho(*shlex.split(command)[1:], "-o", "out").code == 0
     assert same(load_file("out/model.safetensors"), W)
+
+
+def exported(path: Path) -> None:
+    torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)), path)
+
+
+def plain_pickle(path: Path) -> None:
+    path.write_bytes(pickle.dumps(nn.Linear(2, 2).state_dict()))
+
+
+@pytest.mark.parametrize("write", [jit, exported, plain_pickle])
+def test_way_out_of_another_program_makes_weights(
+    tmp_path: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "a model's"
+    folder.mkdir()
+    write(folder / "m.pt")
+    said = refused(ortho, folder / "m.pt")
+    python, command = re.findall(r"`(\w+ [^`]*)`", said.partition("hint:")[2])
+    _, _, code, path = shlex.split(python)
+    monkeypatch.setattr("sys.argv", ["-c", path])
+    with warnings.catch_warnings(action="ignore"):
+        exec(code)  # it is what the hint says
+    assert ortho(*shlex.split(command)[1:], "-o", "out").code == 0
+    assert set(load_file("out/model.safetensors")) == {"weight", "bias"}
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".ckpt", ""])

@@ -1,7 +1,8 @@
-"""What a file looks like by its name and its bytes: weights, a secret, or text.
+"""What must not be copied into a folder that may be published: weights and secrets.
 
-Side files are copied into a folder that may be published, so a wrong "yes" costs a file that is
-left out (and named), a wrong "no" a leak. Standard library only.
+They are told by name and by bytes. A wrong "yes" costs a file that is left out (and named), a
+wrong "no" is a leak: so more counts as weights here than `sniff` has words for. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from ortho_cli import sniff
 from ortho_cli.files import open_regular
 
 HEAD = 1 << 16  # bytes: every magic number lies in the first few hundred, a JSON line mostly too
@@ -55,12 +57,11 @@ _SECRET_FOLDERS = frozenset(
 )  # fmt: skip
 _VIRTUAL = ("proc", "sys", "dev")  # under /: not files on a disk, whatever their mode says
 
+_NO_WEIGHTS = (sniff.PDF, sniff.PNG, sniff.FORK, sniff.SEALED)
 _MAGICS = (
-    b"GGUF", b"FUGG", b"lmgg", b"tjgg", b"fmgg", b"algg", b"PK\x03\x04", b"PK\x05\x06",
-    b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18",
-    b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"]\x00\x00", b"\x89HDF\r\n\x1a\n", b"\x93NUMPY",
-    b"\x7fELF", b"MZqFpD", b"070701",
-)  # fmt: skip
+    *(magic for magic, kind in sniff.MAGIC.items() if kind not in _NO_WEIGHTS),
+    *(b"\x04\x22\x4d\x18", b"]\x00\x00", b"MZqFpD", b"070701"),
+)
 _MAGICS_AT = ((257, b"ustar"), (4, b"TFL3"), (4, b"ORTM"))
 # What is looked for first, since it is fast, and what then has to be there. Access tokens are those
 # of the Hub, GitHub and AWS, by their own forms: no vocabulary holds a word like that.

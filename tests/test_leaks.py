@@ -1,4 +1,4 @@
-"""What a file looks like: by its name and by its bytes."""
+"""Weights and secrets are known by their names and by their bytes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from safetensors.torch import save
 from test_side_files import AGE, PEM, PIECES, ROW, TOKEN
 
 from ortho_cli import side_files
+from ortho_cli.leaks import holds_secret, holds_weights, names_secret, names_weights
 from ortho_cli.side_files import Why, choose
-from ortho_cli.sniffing import holds_secret, holds_weights, names_secret, names_weights
 
 RAW = np.random.default_rng(0).standard_normal(50_000).astype("<f4").tobytes()
 
