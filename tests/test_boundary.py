@@ -46,7 +46,7 @@ def test_a_closed_stream_changes_neither_the_work_nor_the_exit_code(
     ran = shell(closed, "decompose", pico, "-o", out, "--json")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert json.loads(ran.stdout or "{}") or ">&-" in closed
-    assert header(out / "base.safetensors")
+    assert header(out / "model.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pico"]
 
 
@@ -79,7 +79,7 @@ def test_a_result_that_cannot_be_delivered_leaves_the_work_and_says_that_it_is_c
     ran = shell(">/dev/full", "decompose", pico, "-o", tmp_path / "out", "--json")
     assert ran.returncode == 9
     assert f"`{tmp_path / 'out'}` is complete" in ran.stderr
-    assert header(tmp_path / "out" / "base.safetensors")
+    assert header(tmp_path / "out" / "model.safetensors")
 
 
 def test_a_reader_that_goes_away_ends_no_work(pico: Path, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_reader_that_goes_away_ends_no_work(pico: Path, tmp_path: Path) -> Non
     ran = subprocess.run([*COMMAND, *words], stdout=write, stderr=write, check=False)
     os.close(write)
     assert ran.returncode == 0
-    assert header(tmp_path / "out" / "base.safetensors")
+    assert header(tmp_path / "out" / "model.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_save_that_fails_leaves_what_was_there(
     def full(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr("ortho_cli.journal.sync", full)
     with pytest.raises(ResourceError, match=r"e\.npz`: no space left"):
         save_arrays(path, {"x": np.arange(9)})
     held = load_arrays(path)

@@ -118,16 +118,21 @@ def offences(source: str) -> Iterator[str]:
             yield from () if _is_off_or_asked(node.value) else (node.arg,)
 
 
+# The command itself, begun again with its own words in another encoding of names.
+AGAIN = {"boundary": ["os.execve"]}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
 def test_no_code_comes_from_data(path: Path) -> None:
-    assert list(offences(path.read_text())) == []
+    assert list(offences(path.read_text())) == AGAIN.get(path.stem, [])
 
 
 def test_the_one_reader_of_pickles_is_looked_at() -> None:
     def careless(path: Path) -> str:
         return path.read_text().replace("weights_only=True", "weights_only=False")
 
-    assert [path.stem for path in MODULES if list(offences(careless(path)))] == ["torch_files"]
+    found = {path.stem for path in MODULES if list(offences(careless(path)))}
+    assert found - AGAIN.keys() == {"torch_files"}
 
 
 @pytest.mark.parametrize(

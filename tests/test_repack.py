@@ -412,8 +412,7 @@ def test_space_that_scratch_takes_already_is_not_asked_for_again(
 ) -> None:
     made = plan(pico, INT8)
 
-    class Usage:
-        free = made.bytes_on_disk - made.base.size - made.ortho.size
+    free = made.bytes_on_disk - made.base.size - made.ortho.size
 
     def stop(event: Event) -> None:
         if isinstance(event, Finishing) and event.step == "compact":
@@ -422,7 +421,7 @@ def test_space_that_scratch_takes_already_is_not_asked_for_again(
     with pytest.raises(Interrupted):
         split(pico, tmp_path / "out", INT8, on_event=stop)
     with monkeypatch.context() as patch:
-        patch.setattr(output.shutil, "disk_usage", lambda place: Usage)
+        patch.setattr(output, "free_bytes", lambda place: free)
         output.check_space(made.bytes_on_disk, tmp_path / "out")
         with pytest.raises(ResourceError, match="MB free and the artifact takes"):
             output.check_space(made.bytes_on_disk, tmp_path / "elsewhere")

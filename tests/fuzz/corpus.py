@@ -324,9 +324,9 @@ add(
     "convert {d}/new.pt -o {d}/o",
     4,
     would_run=(lambda d: torch.save(Runs(), d / "new.pt"), "nothing was run"),
-    would_run_by_itself=(write("new.pt", pickle.dumps(Runs())), "holds a plain pickle"),
+    would_run_by_itself=(write("new.pt", pickle.dumps(Runs())), "is a pickle, which can run code"),
     is_cut=(lambda d: os.truncate(d / "new.pt", 300), "is no readable torch file"),
-    is_empty=(write("new.pt", b""), "it has 0 bytes"),
+    is_empty=(write("new.pt", b""), "is an empty file, no torch file"),
     holds_a_number=(lambda d: torch.save(7, d / "new.pt"), "holds a int, not a map"),
     holds_no_tensor=(lambda d: torch.save({"a": 1}, d / "new.pt"), "holds no tensors"),
 )
