@@ -19,15 +19,17 @@ from ortho_cli.checkpoint import Checkpoint, ShardReader, TensorInfo
 from ortho_cli.errors import ArtifactError
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
 from ortho_cli.exact import HINT, WORDS, Array, Rows, Rules, Sums, check_figures, check_rows
-from ortho_cli.plan import TensorPlan, tile_rows
+from ortho_cli.plan import TensorPlan
 from ortho_cli.seal import OrthoFile
 from ortho_cli.summary import decibels
 from ortho_cli.writer import DataFile
 
-SAMPLE_BLOCKS = 8  # places of a weight from which rows are read back
-SAMPLE_ELEMENTS = 1 << 16  # weights that are read back of a weight with more
+SAMPLE_BLOCKS = 4  # places of a weight from which rows are read back
+SAMPLE_ELEMENTS = 1 << 15  # weights that are read back of one with more: 4 % of a plain run's time
 INDICES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64}
-TILE = 1 << 18  # weights that are checked at a time: about 40 bytes of memory for each
+# Weights that are checked at a time. Measured: of larger arrays the allocator gives pages back and
+# takes them again, which doubles the time.
+TILE = 1 << 15
 DECIBELS = 0.01  # by which sums in another order and precision may differ
 EXACT_DECIBELS = 100.0  # so little noise is rounding of sums: float32 has 24 bits, 144 dB
 Read = Callable[[memoryview, int], None]  # fills a buffer from a byte on
@@ -119,7 +121,8 @@ def _matrix(read: Read, dtype: Any, start: int, count: int, columns: int) -> Arr
 
 
 def _every_row(tensor: TensorPlan) -> Iterator[tuple[int, int]]:
-    rows, step = tensor.source.shape[0], max(1, tile_rows(tensor.source.shape) // 4)
+    rows, columns = tensor.source.shape
+    step = max(1, TILE // columns)
     for start in range(0, rows, step):
         yield start, min(step, rows - start)
 
