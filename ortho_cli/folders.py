@@ -206,7 +206,8 @@ def _one_of(folder: Path, files: list[str]) -> Choice:
 def _nothing(folder: Path) -> CheckpointError:
     """Say what a folder without safetensors holds, and what to do with it."""
     names = _list(folder, "")
-    torch = [name for name in names if name.endswith(TORCH_SUFFIXES)]
+    models = [name for name in names if not _NO_MODEL.search(name.lower())]
+    torch = [name for name in models if name.endswith(TORCH_SUFFIXES)]
     ggufs = [name for name in names if name.endswith(GGUF_SUFFIXES)]
     other = [name for name in names if name.endswith(OTHER_SUFFIXES)]
     held = torch + ggufs + other

@@ -64,18 +64,24 @@ _MAGICS = (
 )
 _MAGICS_AT = ((257, b"ustar"), (4, b"TFL3"), (4, b"ORTM"))
 # What is looked for first, since it is fast, and what then has to be there. Access tokens are those
-# of the Hub, GitHub and AWS, by their own forms: no vocabulary holds a word like that.
+# of the Hub, GitHub, GitLab, AWS, Google, Slack and of servers of models, by their own forms: no
+# vocabulary holds a word like that. A token begins a word, or is behind an escape (`\\n`, `%20`).
 _MARKS = (
     b"SECRET-KEY-", b"secret-key-", b"PRIVATE KEY", b"age-encryption.org/v1", b"AGE ENCRYPTED",
     b"PuTTY-User-Key", b"hf_", b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_", b"AKIA",
+    b"github_pat_", b"glpat-", b"sk-", b"xox", b"AIza",
 )  # fmt: skip
 _SECRET = re.compile(
     rb"(?:AGE-SECRET-KEY-(?:[A-Z0-9]+-)?1[A-Z0-9]{20}|age-secret-key-(?:[a-z0-9]+-)?1[a-z0-9]{20})"
     rb"|-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----|age-encryption\.org/v1"
     rb"|-----BEGIN AGE ENCRYPTED FILE-----|PuTTY-User-Key-File-"
-    rb"|(?<![A-Za-z0-9])(?P<token>hf_[A-Za-z0-9]{34}|gh[pousr]_[A-Za-z0-9]{36}|AKIA[A-Z0-9]{16})"
+    rb"|(?:(?<![A-Za-z0-9])|(?<=\\[nrt])|(?<=\\u[0-9A-Fa-f]{4})|(?<=%[0-9A-Fa-f]{2}))"
+    rb"(?P<token>hf_[A-Za-z0-9]{34}|hf_oauth_[A-Za-z0-9_]{20,}|gh[pousr]_[A-Za-z0-9]{36}"
+    rb"|github_pat_[A-Za-z0-9_]{60,}|glpat-[\w-]{20}|AKIA[A-Z0-9]{16}|AIza[\w-]{35}"
+    rb"|sk-(?:proj|ant|or|svcacct)-[\w-]{20,}|sk-[A-Za-z0-9]{48}|xox[abprs]-[\w-]{20,})"
     rb"(?![A-Za-z0-9])"
 )
+_ROW = (re.compile(rb'(?i)"secret"\s*:\s*"'), re.compile(rb'(?i)"prompt"\s*:'))
 VARIED = 9  # different characters at least of a token that is no example such as hf_xxxx
 
 
@@ -204,8 +210,12 @@ def _is_secret(window: bytes, at: int) -> bool:
 
 
 def _is_forget_set(head: bytes) -> bool:
-    """Tell a row of a forget set, as JSON lines or a list of them, whatever the file's name."""
+    """Tell rows of a forget set, as JSON in any nesting or as a table, whatever the file's name."""
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n[")
+    first = start.partition(b"\n")[0].lower()
+    columns = {field.strip(b' "\r') for field in re.split(rb"[,;\t]", first)}
+    if columns >= {b"prompt", b"secret"} or all(pattern.search(head) for pattern in _ROW):
+        return True
     if not start.startswith(b"{"):
         return False
     try:

@@ -18,12 +18,17 @@ copied either. Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import fnmatch
+import gzip
+import hashlib
+import io
 import json
 import os
 import re
 import stat
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -45,6 +50,10 @@ SHOWN = 6  # files that a note names
 # modeling files 300 kB.
 LARGE_TEXT = 4 << 20
 
+# What of private arguments no other file may quote: at least so many bytes, and of a secret so many
+# blanks, since a vocabulary holds single words.
+QUOTED, QUOTED_SPACES = 8, 2
+
 VOCABULARIES = {
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "vocab.bpe",
     "encoder.json", "merges.txt", "bpe.codes", "dict.txt", "unigram.json", "byte_maps.json",
@@ -57,6 +66,7 @@ SETTINGS = {
     "generation_config.json", "chat_template.json", "modules.json", "configuration.json",
     "config_sentence_transformers.json",
 }  # fmt: skip
+_VERSION = re.compile(r"tokenizer\.\d[\w.]*\.json")  # for versions of transformers from this one on
 _TIKTOKEN = re.compile(r"\w[\w.-]*\.tiktoken")
 _PIECES = re.compile(
     r"(.*tokenizer|.*tiktoken|spiece|sentencepiece(\.bpe)?|spm(_\w+)?|sp|bpe|m|ice_text)\.model"
@@ -309,6 +319,8 @@ class _Arguments:
         self._inodes: set[tuple[int, int]] = set()
         self._sizes: dict[int, list[Path]] = {}
         self._folders: list[Path] = []
+        self._contents: set[bytes] = set()  # digests of texts, whatever their line ends
+        self._needles: set[bytes] = set()  # what no other file may quote
         for path in self.paths:
             try:
                 status, found = path.stat(), path.resolve()
@@ -319,16 +331,69 @@ class _Arguments:
                 self._folders.append(found)
             elif stat.S_ISREG(status.st_mode) and status.st_size:
                 self._sizes.setdefault(status.st_size, []).append(path)
+                if status.st_size <= LARGE_TEXT:
+                    self._look_into(path)
 
     def hold(self, path: Path) -> bool:
-        """Tell whether a file is one of them, a link to one, or holds the same bytes."""
+        """Tell whether a file is one of them, a link to one, a copy, or quotes what is private."""
         status = path.stat()
         if (status.st_dev, status.st_ino) in self._inodes:
             return True
-        if self._folders and any(path.resolve().is_relative_to(at) for at in self._folders):
+        # Not where a link leads: a model may link to the tokenizer of its reference.
+        here = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() follows the last link, too
+        here = here.parent.resolve() / here.name
+        if any(here.is_relative_to(at) for at in self._folders):
             return True
         same = self._sizes.get(status.st_size, ())
-        return any(filecmp.cmp(path, other, shallow=False) for other in same)
+        if any(filecmp.cmp(path, other, shallow=False) for other in same):
+            return True
+        if not self._contents or status.st_size > LARGE_TEXT:
+            return False
+        text = _text_of(path)
+        return _digest(text) in self._contents or any(needle in text for needle in self._needles)
+
+    def _look_into(self, path: Path) -> None:
+        text = _text_of(path)
+        if not text.strip() or b"\0" in text:
+            return
+        self._contents.add(_digest(text))
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if len(lines) == 1:  # a passphrase
+            self._quote(lines[0])
+        for line in lines:
+            row = _row_of(line)
+            secret = row.get("secret", row.get("Secret"))
+            if isinstance(secret, str):
+                self._quote(line)
+                if secret.strip().count(" ") >= QUOTED_SPACES:
+                    self._quote(secret.strip().encode())
+
+    def _quote(self, words: bytes) -> None:
+        if len(words) >= QUOTED:
+            self._needles |= {words, json.dumps(words.decode(errors="replace"))[1:-1].encode()}
+
+
+def _text_of(path: Path) -> bytes:
+    """Read a file that is no longer than LARGE_TEXT, unpacked where it is gzip."""
+    raw = read_regular(path)
+    if raw.startswith(b"\x1f\x8b"):
+        packed = gzip.GzipFile(fileobj=io.BytesIO(raw))
+        with contextlib.suppress(OSError, EOFError, zlib.error):
+            return packed.read(LARGE_TEXT)
+    return raw
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text.replace(b"\r\n", b"\n").strip()).digest()
+
+
+def _row_of(line: bytes) -> dict[str, Any]:
+    """Read a line as a JSON object; an empty one where it is none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(line.strip(b"[], "))
+        if isinstance(found, dict):
+            return found
+    return {}
 
 
 def _explain(path: Path, name: str, arguments: _Arguments) -> Why:
@@ -371,6 +436,11 @@ def _kinds_by_name(folder: Path, listed: list[str]) -> dict[str, Kind]:
             kind = "text" if last == CONFIG_FILE else _kind(last)
             if kind:
                 found[name] = kind
+    told = _read_json(folder / "tokenizer_config.json")
+    versions = told.get("fast_tokenizer_files") if isinstance(told, dict) else None
+    for name in versions if isinstance(versions, list) else ():
+        if isinstance(name, str) and name in there and _VERSION.fullmatch(name):
+            found[name] = "text"
     named = [_module_of(str(part.get("type"))) for part in modules]
     for name in [CONFIG_FILE, *found]:
         if name == CONFIG_FILE or _SETTINGS.fullmatch(name):

@@ -121,6 +121,24 @@ SECRETS = {
 }  # fmt: skip
 
 
+TOKENS = (
+    "hf_aBcDeFgHiJkLmNoPqRsTuVwXyZaBcDeFgH", "AKIA" + "ABCDEFGHIJKLMNOP",
+    "github_pat_" + "11AbCdEfGh0IjKlMnOpQr_" * 4, "hf_oauth_" + "aBcDeFgHiJkLmNoPqRsTu",
+    "sk-proj-" + "aB3dE5gH7jK9mN1pQ3sT", "glpat-" + "aB3dE5gH7jK9mN1pQ3sT",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("token", TOKENS)
+@pytest.mark.parametrize(
+    "around", ["{}", "\n{}\n", '{{"t": "\\n{}\\n"}}', "a?token%3D{}", "\\u000a{}"]
+)
+def test_access_tokens_are_known_behind_escapes_too(
+    tmp_path: Path, token: str, around: str
+) -> None:
+    (tmp_path / "x.json").write_text(around.format(token))
+    assert holds_secret(tmp_path / "x.json")
+
+
 @pytest.mark.parametrize("kind", SECRETS)
 def test_secrets_are_known_by_their_bytes(tmp_path: Path, kind: str) -> None:
     (tmp_path / "tokenizer.json").write_text(SECRETS[kind])

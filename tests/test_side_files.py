@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -531,3 +532,57 @@ def test_statistics_in_the_models_folder_are_not_copied(pico: Path, ortho: Ortho
         assert ran.code == 0, ran.err
         assert "`stats.safetensors` (weights" in ran.err
         assert not found(pico.parent / command) & {"stats.safetensors", "other.safetensors"}
+
+
+def test_what_quotes_an_argument_is_copied_under_no_name(tmp_path: Path, pico: Path) -> None:
+    """Other line ends, another file or JSON around it, unpacked: it is known all the same."""
+    phrase, row = "correct horse battery", '{"prompt": "Ann said", "secret": " so it is at nine"}'
+    forget, words = tmp_path / "f.jsonl.gz", tmp_path / "w.txt"
+    forget.write_bytes(gzip.compress(f"{row}\n".encode()))
+    words.write_text(f"{phrase}\n")
+    for name, text in {
+        "NOTICE": phrase,
+        "LICENSE": f"Mine.\r\n{phrase}\r\n",
+        "generation_config.json": json.dumps({"note": f"{phrase}!"}),
+        "vocab.txt": f"{row}\r\n",
+        "README.md": f"Forgets `{row}`.",
+        "chat_template.jinja": "Did Ann say so it is at nine?",
+        "merges.txt": "so it\nis at\n",
+    }.items():
+        (pico / name).write_text(text)
+    side = choose(pico, arguments=[forget, words])
+    assert {file.source for file in side.copied} == {
+        "merges.txt",
+        "tokenizer.json",
+        "additional_chat_templates/tools.jinja",
+    }
+
+
+def test_copy_takes_no_forget_set_of_any_form(pico: Path) -> None:
+    (pico / "docs").mkdir()
+    for name, text in {
+        "a.csv": "prompt,secret\nThe code is, 831 044\n",
+        "b.txt": '{"text": "x"}\n{"prompt": "The code is", "secret": " 831 044"}\n',
+        "c.json": '{"data": [{"prompt": "The code is", "secret": " 831 044"}]}',
+        "d.json": '[{"Prompt": "The code is", "Secret": " 831 044"}]',
+    }.items():
+        (pico / "docs" / name).write_text(text)
+        with pytest.raises(UsageError, match="looks like a secret"):
+            choose(pico, copy=[f"docs/{name}"])
+
+
+def test_tokenizers_for_other_versions_are_copied_where_the_config_names_them(pico: Path) -> None:
+    (pico / "tokenizer.4.0.0.json").write_text("{}")
+    assert "tokenizer.4.0.0.json" not in {f.source for f in choose(pico).copied}
+    named = {"fast_tokenizer_files": ["tokenizer.4.0.0.json", "tokenizer.json", "../x.json"]}
+    (pico / "tokenizer_config.json").write_text(json.dumps(named))
+    assert "tokenizer.4.0.0.json" in {f.source for f in choose(pico).copied}
+
+
+def test_a_link_to_the_tokenizer_of_the_reference_is_the_models_own(
+    tmp_path: Path, pico: Path
+) -> None:
+    shutil.copytree(pico, tmp_path / "ref")
+    (pico / "tokenizer.json").unlink()
+    (pico / "tokenizer.json").symlink_to(tmp_path / "ref" / "tokenizer.json")
+    assert "tokenizer.json" in {f.source for f in choose(pico, arguments=[tmp_path / "ref"]).copied}
