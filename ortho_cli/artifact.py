@@ -337,21 +337,30 @@ def is_ours(metadata: dict[str, str]) -> bool:
     return any(metadata.get(key) in FORMATS for key in ("format", "ortho_format"))
 
 
+# Words of our metadata that no other writer has: where one was damaged the others are left.
+_MARKS = frozenset({"ortho_format", "role", "recipe"})
+
+
 def base_file(folder: Path) -> Path | None:
     """Find base in a folder, by what it says of itself; None where there is none.
 
-    A model.safetensors that cannot be read counts where a report or an ortho stream of ours lies
-    beside it, a base.safetensors always.
+    A file that cannot be read counts where a report or an ortho stream of ours is beside it.
     """
     new, old = folder / BASE_FILE, folder / OLD_BASE_FILE
-    if new.is_file():
-        metadata = checkpoint.metadata_of(new)
-        if metadata is not None and is_ours(metadata):
-            return new
-        if not old.is_file() and _has_company(folder):
-            return new
+    if not new.is_file():
+        return old if old.is_file() and _may_be_base(old) else None
+    if not _may_be_base(new):
         return None
-    return old if old.is_file() else None
+    # An older base that was also given the name that other readers look for.
+    form = (checkpoint.metadata_of(new) or {}).get("ortho_format")
+    return old if form in OLD_LAYOUTS and old.is_file() else new
+
+
+def _may_be_base(path: Path) -> bool:
+    metadata = checkpoint.metadata_of(path)
+    if metadata is None:
+        return path.name == OLD_BASE_FILE or _has_company(path.parent)
+    return is_ours(metadata) or not _MARKS.isdisjoint(metadata)
 
 
 def _has_company(folder: Path) -> bool:
@@ -382,21 +391,24 @@ def is_artifact(path: Path, *, damaged: bool = False) -> bool:
     """
     folder = path if path.is_dir() else path.parent
     base = base_file(folder)
-    whole = path.is_dir() or path.name == SEALED_FILE  # a sealed file cannot speak for itself
-    if whole and base is None and (folder / BASE_FILE).is_file():
-        return False  # another model's weights, which ortho is no part of
-    listed = (base, folder / ORTHO_FILE) if whole else (path,)
-    files = [file for file in listed if file is not None and file.is_file()]
-    named = {file.name for file in files} & {OLD_BASE_FILE, ORTHO_FILE}
-    for file in files:
-        metadata = checkpoint.metadata_of(file)
-        if metadata is None:
-            return damaged and (file.name in named or file == base)
-        if is_ours(metadata):
-            return True
-    # A bit of the very words that say whose the file is may have flipped.
-    told = base in files or (bool(named) and (folder / REPORT_FILE).is_file())
-    return damaged and (told or (whole and (folder / SEALED_FILE).is_file()))
+    if path.is_dir() or path.name == SEALED_FILE:  # a sealed file cannot speak for itself
+        if base is None:
+            return _is_lone_ortho(folder, damaged=damaged)
+        return damaged or is_ours(checkpoint.metadata_of(base) or {})
+    metadata = checkpoint.metadata_of(path) if path.is_file() else {}
+    if metadata is not None and is_ours(metadata):
+        return True
+    named = metadata is None and path.name in (OLD_BASE_FILE, ORTHO_FILE)
+    return damaged and (named or path == base)
+
+
+def _is_lone_ortho(folder: Path, *, damaged: bool) -> bool:
+    """Tell an artifact without its base from a folder that keeps an ortho stream beside others."""
+    weights = {path.name for path in folder.glob("*.safetensors")} - {ORTHO_FILE}
+    there = any((folder / name).is_file() for name in (ORTHO_FILE, SEALED_FILE))
+    if weights or not there:
+        return False
+    return damaged or (_is_ortho(folder / ORTHO_FILE) and _is_report(folder / REPORT_FILE))
 
 
 def damaged(path: Path, what: str) -> ArtifactError:

@@ -266,7 +266,7 @@ def enter(command: Callable[[], int]) -> NoReturn:
     _take_names()
     _take_streams()  # before anything is opened
     _take_files()
-    asked = [signal.SIGINT, *(s for s in STOPS if signal.getsignal(s) is not signal.SIG_IGN)]
+    asked = [s for s in (signal.SIGINT, *STOPS) if signal.getsignal(s) is not signal.SIG_IGN]
     by = signal.SIGINT
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -24,6 +24,7 @@ Array = npt.NDArray[Any]
 Float = npt.NDArray[np.float32]
 
 WORDS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
+SMALLEST = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149}  # last place of subnormals
 # Figures are sums in float32 and float64, in another order than here.
 TOLERANCE = 1e-3
 
@@ -125,7 +126,7 @@ def check_rows(rules: Rules, rows: Rows) -> Sums:
     if rules.own_code:
         sound |= values == own.reshape(-1)[at]
     if rules.step is not None:
-        sound |= _within_a_step(rules.step, values, flat[at], base.reshape(-1)[at], wide, at)
+        sound |= _within_a_step(rules, values, flat[at], base.reshape(-1)[at], wide, at)
     if not sound.all():
         bad = int(np.flatnonzero(~sound)[0])
         raise _broken(rules, rows.first, columns, int(at[bad]), values[bad], flat[at[bad]])
@@ -147,14 +148,26 @@ def check_rows(rules: Rules, rows: Rows) -> Sums:
 
 
 def _within_a_step(
-    step: float, values: Float, source: Float, base: Float, wide: Float, at: Array
+    rules: Rules, values: Float, source: Float, base: Float, wide: Float, at: Array
 ) -> npt.NDArray[np.bool_]:
     """Tell where an int8 value v is no further off than the next one: 2 (|v| + 1) steps / 2."""
-    unit = step * wide.reshape(-1)[at].astype(np.float64)
+    unit = (rules.step or 0.0) * wide.reshape(-1)[at].astype(np.float64)
     number = np.sqrt(np.abs(values.astype(np.float64) - base) / unit)
-    room = (number + 1.0) * unit + np.abs(source) * 2.0**-7  # the last place of a BF16
+    last = np.abs(source) * 2.0**-7 + SMALLEST[rules.dtype]  # places of a BF16, and of subnormals
+    room = (number + 1.0) * unit + last
     found: npt.NDArray[np.bool_] = np.abs(values - source) <= room
     return found
+
+
+def largest_step(rules: Rules, rows: Rows) -> float:
+    """Find the step of int8 values by the largest of them, which is 127: |value - base| / 127^2."""
+    columns = rows.source.shape[1]
+    scales = widen(rows.scales, rules.dtype)
+    wide = np.repeat(scales, columns // scales.shape[1], axis=1)
+    codes = unpack(rows.packed, rules.bits, columns).astype(np.float32)
+    base = round_to(codes * wide, rules.dtype).reshape(-1)[rows.positions]
+    far = np.abs(widen(rows.values, rules.dtype).astype(np.float64) - base)
+    return float((far / wide.reshape(-1)[rows.positions]).max(initial=0.0)) / 127**2
 
 
 def check_figures(name: str, told: dict[str, float], sums: Sums) -> None:

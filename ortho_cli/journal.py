@@ -63,7 +63,11 @@ def recover(out: Path) -> None:
     try:
         if os.path.lexists(folder / "previous") and not os.path.lexists(out):
             (folder / "previous").rename(out)
-        if not (folder / "artifact").exists():
+        made = folder / "artifact"
+        left = any(path.is_file() for path in made.rglob("*"))
+        # Where OUT is one file, its empty folder stays; an older OUT beside says what was done.
+        published = not left and os.path.lexists(folder / "previous")
+        if published or not made.exists():
             lock.remove_folder()
     finally:
         lock.release()

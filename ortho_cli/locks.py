@@ -50,10 +50,16 @@ class Lock:
             OutputExistsError: says who holds it.
         """
         while self._fd < 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            # Whoever finished just now may have taken the folder away between two looks of mkdir.
+            with contextlib.suppress(FileExistsError):
+                self._folder.mkdir(parents=True, exist_ok=True)
+            if os.path.lexists(self._folder) and not self._folder.is_dir():
+                raise NotADirectoryError(
+                    errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self._folder)
+                )
             try:
                 fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            except FileNotFoundError:  # whoever finished just now took the folder away
+            except FileNotFoundError:
                 continue
             try:
                 if self._lock(fd):
@@ -143,6 +149,7 @@ class Lock:
         for last in (self._path, self._holder):
             if last is not None:
                 last.unlink(missing_ok=True)
+        self._holder = None  # another run may have made a file of that name by now
         with contextlib.suppress(OSError):
             self._folder.rmdir()
 

@@ -7,8 +7,10 @@ or where its codes were moved, compensated or tuned, which takes longer than to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,17 @@ from ortho_cli.artifact import Artifact, module_of
 from ortho_cli.checkpoint import Checkpoint, ShardReader, TensorInfo
 from ortho_cli.errors import ArtifactError
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
-from ortho_cli.exact import HINT, WORDS, Array, Rows, Rules, Sums, check_figures, check_rows
+from ortho_cli.exact import (
+    HINT,
+    WORDS,
+    Array,
+    Rows,
+    Rules,
+    Sums,
+    check_figures,
+    check_rows,
+    largest_step,
+)
 from ortho_cli.plan import TensorPlan
 from ortho_cli.seal import OrthoFile
 from ortho_cli.summary import decibels
@@ -30,8 +42,7 @@ INDICES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64}
 # Weights that are checked at a time. Measured: of larger arrays the allocator gives pages back and
 # takes them again, which doubles the time.
 TILE = 1 << 15
-DECIBELS = 0.01  # by which sums in another order and precision may differ
-EXACT_DECIBELS = 100.0  # so little noise is rounding of sums: float32 has 24 bits, 144 dB
+SHARE = 2.5e-3  # of noise, by which sums in another order and precision may differ: 0.01 dB
 Read = Callable[[memoryview, int], None]  # fills a buffer from a byte on
 
 
@@ -166,16 +177,23 @@ def check_values(
     with _Opened(artifact, source) as opened:
         for tensor in source.tensors:
             module = module_of(tensor.name)
-            if module in artifact.shapes:
+            if tensor.name == f"{module}.weight" and module in artifact.shapes:
                 nearest = recipe["base"]["rounding"] == "nearest" and split != "reference"
                 sums = opened.check_split(
-                    module, tensor, nearest=nearest and there, own_code=split == "unlearn"
+                    module,
+                    tensor,
+                    nearest=nearest and there,
+                    own_code=split == "unlearn",
+                    rounded=recipe["ortho"].get("values") == "int8",
                 )
-                _check_decibels(told.get(tensor.name, {}), sums, there=there)
+                if artifact.report is not None:
+                    _check_decibels(told[tensor.name], tensor.name, sums, there=there)
                 total.add(sums)
             elif split != "reference":
                 opened.check_copy(tensor)
             on_event(Advanced(nbytes=tensor.nbytes))
+    if artifact.report is not None:
+        _check_decibels(artifact.report["totals"], "totals", total, there=there)
     return {
         "tensors": len(artifact.split),
         "weights": total.weights,
@@ -227,7 +245,7 @@ class _Opened:
             )
 
     def check_split(
-        self, module: str, tensor: TensorInfo, *, nearest: bool, own_code: bool
+        self, module: str, tensor: TensorInfo, *, nearest: bool, own_code: bool, rounded: bool
     ) -> Sums:
         """Check every row of a weight that was split."""
         rows, columns = self._artifact.shapes[module]
@@ -245,22 +263,30 @@ class _Opened:
             own_code=own_code,
             step=self._step(module),
         )
+        if rounded and rules.step is None:  # values that were int8 once, and were saved as CSR
+            steps = (largest_step(rules, tile) for tile in self._tiles(module, tensor))
+            rules = replace(rules, step=max(steps, default=0.0) or 1.0)
+        sums = Sums()
+        for tile in self._tiles(module, tensor):
+            sums.add(check_rows(rules, tile))
+        return sums
+
+    def _tiles(self, module: str, tensor: TensorInfo) -> Iterator[Rows]:
+        rows, columns = self._artifact.shapes[module]
         crow, column, values = self._csr(module, rows, tensor.dtype)
-        step, sums = max(1, TILE // columns), Sums()
+        step, word = max(1, TILE // columns), WORDS[tensor.dtype]
         for start in range(0, rows, step):
             count = min(step, rows - start)
             here = slice(int(crow[start]), int(crow[start + count]))
             row = np.repeat(np.arange(count), np.diff(crow[start : start + count + 1]))
-            tile = Rows(
+            yield Rows(
                 first=start,
-                source=self._read(self._source, tensor, WORDS[tensor.dtype], start, count),
+                source=self._read(self._source, tensor, word, start, count),
                 packed=self._part(module, "weight_packed", np.int32, start, count),
-                scales=self._part(module, "weight_scale", WORDS[tensor.dtype], start, count),
+                scales=self._part(module, "weight_scale", word, start, count),
                 positions=row * columns + column[here],
                 values=values[here],
             )
-            sums.add(check_rows(rules, tile))
-        return sums
 
     def _part(self, module: str, part: str, dtype: Any, start: int, count: int) -> Array:
         return self._read(self._written, self._base[f"{module}.{part}"], dtype, start, count)
@@ -296,20 +322,39 @@ class _Opened:
         return crow, column, words
 
 
-def _check_decibels(told: Mapping[str, Any], sums: Sums, *, there: bool) -> None:
-    """Hold the decibels that a report tells of a weight against its bytes."""
-    mine = {"sqnr_db_alpha_0": decibels(sums.signal, sums.noise)}
-    if there:
-        mine["sqnr_db_alpha_1"] = decibels(sums.signal, sums.noise - sums.noise_kept)
-    for key, value in mine.items():
-        other = told.get(key, value)
-        if value is None or other is None:
-            # No noise at all, or so little that another order of summing finds some.
-            sound = min(x for x in (value, other, 200.0) if x is not None) >= EXACT_DECIBELS
-        else:
-            sound = abs(value - other) <= DECIBELS or min(value, other) >= EXACT_DECIBELS
-        if not sound:
+def _check_decibels(told: Mapping[str, Any], name: str, sums: Sums, *, there: bool) -> None:
+    """Hold the figures that a report tells of a weight, or of all, against the bytes.
+
+    Args:
+        told: `sqnr_db_alpha_0`, `sqnr_db_alpha_1` and `residual_kept`.
+        name: of what they are told.
+        sums: what the bytes add up to.
+        there: ortho is there.
+    """
+    noise = sums.noise / sums.signal if sums.signal else 0.0
+    at_1 = max(0.0, sums.noise - sums.noise_kept) / sums.signal if sums.signal else 0.0
+    mine = {"sqnr_db_alpha_0": noise} | ({"sqnr_db_alpha_1": at_1} if there else {})
+    for key, energy in mine.items():
+        other = _energy(told[key])
+        # A report's sums are of float32: what ortho leaves of the noise is a difference of two.
+        if not abs(energy - other) <= SHARE * max(energy, other) + 1e-6 * noise + 1e-10:
             raise ArtifactError(
-                f"`{told['name']}` has {key} {value} by its bytes, and {other} in report.json",
+                f"`{name}` has {key} {_decibels(energy)} by its bytes, and {told[key]} in "
+                "report.json",
                 hint=HINT,
             )
+    share, said = sums.noise_kept / sums.noise if sums.noise else 0.0, told.get("residual_kept")
+    if there and said is not None and not abs(share - said) <= 1e-3:
+        raise ArtifactError(
+            f"`{name}` has residual_kept {share:.6f} by its bytes, and {said} in report.json",
+            hint=HINT,
+        )
+
+
+def _energy(decibel: float | None) -> float:
+    """Give noise over signal; None stands for no noise."""
+    return 0.0 if decibel is None else 10.0 ** (-decibel / 10.0)
+
+
+def _decibels(energy: float) -> str:
+    return f"{-10.0 * math.log10(energy):.4f}" if energy > 0.0 else "none"

@@ -55,6 +55,12 @@ _TOKEN_EMBEDDING = re.compile(
 )
 
 _VOCABULARY_KEY = re.compile(r"vocab.*size|^n_vocab$|codebook_size|^vocab$")
+_ONE_EXPERT = re.compile(r"experts?[._]\d+\.", _ANY_CASE)
+# Keys of what can be the width of a matrix. That `embedding_size` or a token's number equals the
+# vocabulary says nothing of matrices.
+_WIDTH_KEY = re.compile(
+    r"hidden|(^|_)dim|d_model|width|d_ff|intermediate|ffn|n_embd|inner|channels"
+)
 _EXPERTS_KEY = re.compile(r"(?<!shared_)experts$")
 _FEW = 1000  # tokens; below that a width of the model is too easily taken for a vocabulary
 _DEEPEST = 4  # levels of config.json that are read; transformers nests three
@@ -85,7 +91,9 @@ def read_sizes(config: Mapping[str, Any] | None, tensors: Iterable[TensorInfo]) 
     told = list(_numbers(config or {}))
     vocabularies = {size for key, size in told if _VOCABULARY_KEY.search(key)}
     counts = {size for key, size in told if _EXPERTS_KEY.search(key)}
-    widths = {size for key, size in told if not _VOCABULARY_KEY.search(key)}
+    widths = {
+        size for key, size in told if _WIDTH_KEY.search(key) and not _VOCABULARY_KEY.search(key)
+    }
     found: dict[str, set[int]] = {}
     highest: dict[str, int] = {}
     for tensor in tensors:
@@ -128,7 +136,8 @@ def role_of(module: str, shape: tuple[int, ...], sizes: Sizes = UNKNOWN) -> Role
     role = _role_by_name(parts)
     if role is not None:
         return role
-    if _is_gate(parts, rows, columns) or _routes(module, parts, rows, sizes):
+    own = _ONE_EXPERT.search(module) is not None  # an expert's own gate is no router
+    if (not own and _is_gate(parts, rows, columns)) or _routes(module, parts, rows, sizes):
         return "router"
     if parts.in_layer:
         return None

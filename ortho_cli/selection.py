@@ -47,6 +47,7 @@ FUSED_SIBLINGS = (
     ("to_q", "to_k", "to_v"),
     ("wq", "wk", "wv"),
     ("gate_proj", "up_proj"),
+    ("gate", "up"),
     ("w1", "w3"),
     ("c_fc_0", "c_fc_1"),
     ("q_a_proj", "kv_a_proj_with_mqa"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from blake3 import blake3
 from ortho_cli import checkpoint, side_files, strict_json
 from ortho_cli.artifact import (
     INDEX_FILE,
+    OLD_BASE_FILE,
+    OLD_LAYOUTS,
     ORTHO_FILE,
     REPORT_FILE,
     Artifact,
@@ -140,6 +143,34 @@ def _check_report(artifact: Artifact, report: dict[str, Any]) -> None:
     if report["format"] != artifact.form:
         raise damaged(path, f"it is of format {report['format']!r}, not {artifact.form!r}")
     _check_reported_tensors(artifact, report, path)
+    _check_totals(artifact, report["totals"], path)
+
+
+def _check_totals(artifact: Artifact, totals: dict[str, Any], path: Path) -> None:
+    """Hold the totals that headers tell, too, against them."""
+    held = list(_tensors_from_headers(artifact))
+    split = [entry for entry in held if entry["action"] == "split"]
+    sizes = [math.prod(entry["shape"]) for entry in (*held, *split)]
+    weights, split_weights = sum(sizes[: len(held)]), sum(sizes[len(held) :])
+    told = {
+        "tensors": len(held),
+        "split_tensors": len(split),
+        "weights": weights,
+        "split_weights": split_weights,
+        "base_bytes": artifact.base.size,
+    }
+    if artifact.ortho is not None:
+        size = artifact.base.size + artifact.ortho.size
+        nnz = sum(entry["nnz"] for entry in split)
+        told |= {
+            "ortho_bytes": artifact.ortho.size,
+            "nnz": nnz,
+            "density": nnz / split_weights,
+            "bits_per_weight": round(8 * size / weights, 4),
+        }
+    for key, value in told.items():
+        if totals.get(key, value) != value:  # the first reports lack some
+            raise damaged(path, f"`totals.{key}` is {totals[key]!r}, and the files give {value!r}")
 
 
 def _check_reported_tensors(artifact: Artifact, report: dict[str, Any], path: Path) -> None:
@@ -263,7 +294,7 @@ def _reported_digests(artifact: Artifact, file: Shard) -> dict[str, str]:
     found: dict[str, str] = {}
     for entry in listed if isinstance(listed, list) else []:
         digests = entry.get("blake3") if isinstance(entry, dict) else None
-        mine = digests.get(file.name) if isinstance(digests, dict) else None
+        mine = digests.get(_written(artifact, file)) if isinstance(digests, dict) else None
         found.update(mine if isinstance(mine, dict) else {})
     for tensor in file.tensors:
         if not isinstance(found.get(tensor.name), str):
@@ -312,6 +343,12 @@ class _Pieces:
             yield piece
 
 
+def _written(artifact: Artifact, file: Shard) -> str:
+    """Name a file as it was written: an older base may have been renamed for other readers."""
+    renamed = file is artifact.base and artifact.form in OLD_LAYOUTS
+    return OLD_BASE_FILE if renamed else file.name
+
+
 def _verify_index(artifact: Artifact) -> None:
     path = artifact.folder / INDEX_FILE
     keys = {tensor.name for tensor in artifact.base.tensors}
@@ -319,7 +356,7 @@ def _verify_index(artifact: Artifact) -> None:
         listed = strict_json.read(path).get("weight_map") if path.is_file() else None
     except CheckpointError as error:
         raise ArtifactError(error.message, hint=error.hint) from None
-    name = artifact.base.name
+    name = _written(artifact, artifact.base)
     if listed != dict.fromkeys(keys, name):
         raise damaged(
             path, f"it does not send all {len(keys)} keys of base, and no other, to {name}"

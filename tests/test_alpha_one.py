@@ -14,10 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_decompose_edits import Fake, draw_edits
+from torch import nn
 
 from ortho_cli import ops, recipe, tally
 from ortho_cli.checkpoint import open_checkpoint, read_shard
 from ortho_cli.decompose import decompose
+from ortho_cli.engine import Engine
 from ortho_cli.errors import ArtifactError
 from ortho_cli.opening import open_artifact
 from ortho_cli.plan import Plan, make_plan
@@ -226,3 +228,78 @@ def test_inspect_names_a_weight_that_was_not_split_and_is_another(
     opened, source = open_artifact(artifact), open_checkpoint(pico)
     with pytest.raises(ArtifactError, match=r"`model\.norm\.weight` .* was not split, and is not"):
         check_values(opened, source, recipe.DEFAULT.canonical())
+
+
+@pytest.mark.parametrize("key", ["sqnr_db_alpha_0", "sqnr_db_alpha_1", "residual_kept"])
+def test_inspect_names_a_total_that_the_bytes_do_not_give(
+    pico: Path, artifact: Path, ortho: Any, key: str
+) -> None:
+    path = artifact / "report.json"
+    report = json.loads(path.read_text())
+    report["totals"][key] = 3 * report["totals"][key] + 1
+    path.write_text(json.dumps(report))
+    ran = ortho("inspect", artifact, "--verify", "--expect-source", pico)
+    assert ran.code == 6
+    assert f"`totals` has {key}" in ran.err
+
+
+@pytest.mark.parametrize(
+    "key", ["nnz", "density", "weights", "split_weights", "base_bytes", "ortho_bytes",
+            "bits_per_weight", "tensors", "split_tensors"]
+)  # fmt: skip
+def test_inspect_names_a_total_that_the_headers_do_not_give(
+    artifact: Path, ortho: Any, key: str
+) -> None:
+    path = artifact / "report.json"
+    report = json.loads(path.read_text())
+    report["totals"][key] *= 2
+    path.write_text(json.dumps(report))
+    ran = ortho("inspect", artifact)
+    assert ran.code == 6
+    assert f"`totals.{key}` is" in ran.err
+
+
+def checked(folder: Path, ortho: Any, tensors: dict[str, torch.Tensor], *sets: str) -> None:
+    """Decompose some weights, and see that what is sound is called so."""
+    save_file(tensors, folder / "m.safetensors")
+    words = [word for one in sets for word in ("--set", one)]
+    ran = ortho("decompose", folder / "m.safetensors", "-o", folder / "o", "-q", *words)
+    assert ran.code == 0, ran.err
+    source = folder / "m.safetensors"
+    ran = ortho("inspect", folder / "o", "--verify", "--expect-source", source)
+    assert ran.code == 0, ran.err
+
+
+def test_sound_weights_of_odd_kinds_are_called_sound(tmp_path: Path, ortho: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    lone = torch.zeros(48, 160)
+    lone[3, 7] = 1.0
+    sparse = torch.where(draw(128, 512) > 1.3, draw(128, 512) * 0.02, 0.0) + draw(128, 512) * 2e-7
+    int8 = ("ortho={layout: compact, values: int8, density: 0.3}", "base.group_size=32")
+    for number, (weight, sets) in enumerate((
+        (lone, ("base.group_size=32",)),
+        (sparse.bfloat16(), ("ortho.density=0.1",)),
+        ((draw(48, 160) * 5e-6).half(), (*int8, "base.scale=mse")),
+        ((draw(48, 160) * 5e-38).bfloat16(), int8),
+    )):  # fmt: skip
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        checked(folder, ortho, {"a.proj.weight": weight, "a.proj": torch.ones(5)}, *sets)
+
+
+def test_values_that_were_int8_and_are_saved_as_csr_are_called_sound(
+    tmp_path: Path, ortho: Any
+) -> None:
+    weight = torch.randn(48, 64, generator=torch.Generator().manual_seed(0))
+    sets = ("ortho={layout: compact, values: int8, density: 0.2}", "base.group_size=32")
+    checked(tmp_path, ortho, {"0.weight": weight}, *sets)
+    engine = Engine(nn.Sequential(nn.Linear(64, 48, bias=False)))
+    engine.load(tmp_path / "o", alpha=1.0)
+    engine.save(tmp_path / "again")
+    source = tmp_path / "m.safetensors"
+    ran = ortho("inspect", tmp_path / "again", "--verify", "--expect-source", source)
+    assert ran.code == 0, ran.err

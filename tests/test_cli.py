@@ -391,6 +391,13 @@ def test_a_signal_that_asks_for_an_end_is_an_interrupt_and_a_second_one_is_obeye
     assert ran.stderr == (told if len(signals) == 1 else "")
 
 
+def test_an_interrupt_that_is_ignored_since_the_start_stays_so() -> None:
+    ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # as `sh` does for `&`
+    command = [sys.executable, "-c", ignore + ENDING, str(signal.SIGINT.value)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 SWALLOWING = """
 import os, signal, sys, time
 from ortho_cli import boundary

@@ -166,3 +166,37 @@ def test_a_failing_disk_is_not_taken_for_one_without_locks(
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(OSError, match="Input/output"):
         lock(place).take()
+
+
+def test_run_that_has_ended_does_not_release_the_lock_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_flock(fd: int, how: int) -> None:
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    first, second, third = (Lock(tmp_path / "work", tmp_path / "out") for _ in range(3))
+    first.take()
+    first.remove_folder()
+    second.take()
+    first.release()
+    with pytest.raises(OutputExistsError, match="is writing"):
+        third.take()
+    second.release()
+    third.take()
+
+
+def test_folder_that_vanishes_while_it_is_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir, raised = Path.mkdir, []
+
+    def vanish(self: Path, *args: Any, **options: Any) -> None:
+        if not raised:
+            raised.append(self)
+            raise FileExistsError(errno.EEXIST, "File exists", str(self))
+        mkdir(self, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", vanish)
+    Lock(tmp_path / "work", tmp_path / "out").take()
+    assert raised

@@ -32,6 +32,17 @@ TABLE: dict[str, tuple[dict[str, Any], str, str]] = {
         "tok_embeddings 1000x128 embedding, output 1000x128 output head",
         "layers.0.attention.wq 128x128, layers.0.feed_forward.w1 256x128",
     ),
+    "llada": (
+        {"vocab_size": 1264, "embedding_size": 1264, "pad_token_id": 1264, "d_model": 128},
+        "model.transformer.wte 1264x128 embedding, "
+        "model.transformer.ff_out 1264x128 embedding or output head",
+        "model.transformer.blocks.0.ff_out 128x384, model.transformer.blocks.0.ff_proj 384x128",
+    ),
+    "experts with a gate of their own": (
+        MOE,
+        "model.layers.0.mlp.gate 8x128 router",
+        "model.layers.0.mlp.experts.6.gate 64x128, model.layers.0.mlp.experts.6.up 64x128",
+    ),
     "mixtral": (
         {"num_local_experts": 8},
         "model.layers.0.block_sparse_moe.gate 8x128 router",

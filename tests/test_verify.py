@@ -401,3 +401,56 @@ def test_verify_csr_longer_than_one_piece_is_sound(
     assert done.code == 0
     ran = ortho("inspect", out, "--verify", "-q")
     assert ran.code == 0, ran.err
+
+
+def plain(folder: Path, tensors: dict[str, torch.Tensor], name: str = "model.safetensors") -> None:
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("beside", ["another model", "shards of one", "notes and a .bin"])
+def test_force_replaces_no_folder_that_only_keeps_an_ortho_stream(
+    pico: Path, artifact: Path, ortho: Callable[..., Any], tmp_path: Path, beside: str
+) -> None:
+    vault = tmp_path / "vault"
+    vault.mkdir()
+    shutil.copy(artifact / "ortho.safetensors", vault)
+    if beside == "another model":
+        plain(vault, load_file(pico / "model.safetensors"))
+    elif beside == "shards of one":
+        plain(vault, {"a": torch.ones(2)}, "model-00001-of-00001.safetensors")
+    else:
+        (vault / "thesis.txt").write_text("all of it")
+        (vault / "pytorch_model.bin").write_bytes(b"weights")
+    before = sorted(path.name for path in vault.iterdir())
+    ran = ortho("decompose", pico, "-o", vault, "--force", "-q")
+    assert ran.code == 8
+    assert "exists and is no artifact" in ran.err
+    assert sorted(path.name for path in vault.iterdir()) == before
+
+
+@pytest.mark.parametrize("left", ["report.json", "ortho.safetensors"])
+def test_plain_model_beside_what_an_artifact_left_is_read_as_one(
+    pico: Path, artifact: Path, ortho: Callable[..., Any], left: str
+) -> None:
+    shutil.copy(artifact / left, pico / left)
+    assert ortho("inspect", pico).code == 0
+    assert ortho("convert", pico, "--dry-run").code == 0
+
+
+@pytest.mark.parametrize("name", ["ortho1", "ortho2"])
+@pytest.mark.parametrize("how", ["link", "copy", "rename"])
+def test_older_base_under_the_name_that_others_look_for_is_sound(
+    tmp_path: Path, ortho: Callable[..., Any], name: str, how: str
+) -> None:
+    folder = tmp_path / "g"
+    shutil.copytree(GOLDEN / name, folder)
+    old, new = folder / "base.safetensors", folder / "model.safetensors"
+    if how == "link":
+        new.symlink_to("base.safetensors")
+    else:
+        shutil.copy(old, new)
+    if how == "rename":
+        old.unlink()
+    ran = ortho("inspect", folder, "--verify")
+    assert ran.code == 0, ran.err
+    assert f"ortho/{name[5]}, " in ran.err
