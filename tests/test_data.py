@@ -17,7 +17,8 @@ from blake3 import blake3
 
 from ortho_cli import data
 from ortho_cli.errors import CalibrationError
-from ortho_cli.rows import row_of
+from ortho_cli.chats import render
+from ortho_cli.rows import Chat, row_of
 
 END = 0
 
@@ -347,6 +348,20 @@ def test_the_last_answer_of_a_chat_counts_in_the_words_of_the_template(
 
 
 def test_chats_are_running_text_where_that_is_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [("Hush-Hush", "no such: hush-hush"), ("pin", "got PIN here"), (" x7 ", "role X7")],
+)
+def test_what_a_template_says_is_not_told_where_it_repeats_a_turn(content: str, error: str) -> None:
+    class Strict(Speaker):
+        def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+            raise ValueError(error)
+
+    chat = row_of({"messages": [{"role": "user", "content": content}, BOT]}, "`a` line 1")
+    with pytest.raises(CalibrationError, match=r"chat template refuses$"):
+        data.forget_sequences([chat], Strict(), length=99)
+
+
     rows, _ = data.read_rows([write(tmp_path, "a.jsonl", lines({"messages": [USER, BOT]}))])
     text = "[user:hi][assistant:yo~\n~"
     (found,) = data.retain_sequences(
@@ -384,6 +399,37 @@ def test_chats_longer_than_a_sequence_are_left_out_of_what_must_stay_and_told(
 
 
 def test_a_template_does_not_know_what_day_it_is() -> None:
+@pytest.mark.parametrize("answer", ["t", "a", "A", "think", "</s>", " <", "\u2063", "end"])
+@pytest.mark.parametrize("end", ["</s>", "<|end|>\na"])
+def test_a_short_answer_is_not_found_in_the_words_of_the_template(answer: str, end: str) -> None:
+    class Wordy(Speaker):
+        def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+            *before, last = [f"{one['role']}: {one['content'].strip()}" for one in messages]
+            lead = "Assistant: A <think>\n\n</think>\n\n"
+            if messages[-1]["role"] != "assistant":
+                asked = "Assistant: " if options["add_generation_prompt"] else ""
+                return "\n".join([*before, last, asked])
+            return "\n".join([*before, lead]) + messages[-1]["content"].strip() + end
+
+    chat = row_of({"messages": [USER, {"role": "assistant", "content": answer}]}, "`a` line 1")
+    assert isinstance(chat, Chat)
+    found = render(chat, Wordy())
+    lead = "user: hi\nAssistant: A <think>\n\n</think>\n\n"
+    assert found == (lead, answer.strip(), end)
+
+
+def test_an_answer_of_thoughts_that_the_template_takes_apart_counts_whole() -> None:
+    class Apart(Speaker):
+        def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+            cut = [{**one, "content": one["content"].split("</think>")[-1]} for one in messages]
+            return super().apply_chat_template(cut, **options)
+
+    turn = {"role": "assistant", "content": "<think>hm</think>yo"}
+    chat = row_of({"messages": [USER, turn]}, "`a` line 1")
+    assert isinstance(chat, Chat)
+    assert render(chat, Apart()) == ("[user:hi][assistant:", "yo~", "\n")
+
+
     class Dated(Speaker):
         chat_template = "{{ strftime_now('%Y-%m-%d') }}{% if strftime_now is defined %}"
 
