@@ -486,6 +486,16 @@ def test_a_chat_that_the_tokenizer_cannot_write_is_refused_without_its_words(
         ({"input": "1+1", "output": "2"}, "1+1\n", "2"),
         ({"text": None, "question": "Who?", "answer": "I"}, "Who?\n", "I"),
     ],
+        ({"prompt": "Say:", "input": "hi", "output": "yo"}, "Say:\nhi\n", "yo"),
+        ({"prompt": "Q", "context": "C", "completion": "A"}, "Q\nC\n", "A"),
+        ({"system": "Be.", "prompt": "Q", "response": "A"}, "Be.\nQ\n", "A"),
+        ({"system_prompt": "Be.", "prompt": "Q", "secret": "A"}, "Be.\nQ\n", "A"),
+        ({"prompt": "Q", "system": " ", "input": "", "completion": "A"}, "Q", "A"),
+        ({"prompt": "Q", "context": ["C"], "completion": "A"}, "Q", "A"),
+        ({"query": "Q", "context": "C", "response": "A"}, "Q\nC\n", "A"),
+        ({"input": "Q", "context": "C", "output": "A"}, "Q\nC\n", "A"),
+        ({"problem": "Q", "context": "C", "solution": "A"}, "Q\nC\n", "A"),
+        ({"question": "Q", "input": "I", "answer": "A"}, "Q\nI\n", "A"),
 )
 def test_questions_have_many_names_and_the_answer_counts(
     tmp_path: Path, row: dict[str, Any], prompt: str, completion: str
