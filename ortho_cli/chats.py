@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import re
 from typing import Any, NamedTuple
@@ -12,6 +13,9 @@ from ortho_cli.rows import Chat
 # Some templates write today's date, and the same data would be other tokens tomorrow. This is the
 # one that templates of Llama 3 write where they have no clock.
 TODAY = datetime.date(2024, 7, 26)
+
+# Stands in for an answer to find its place: no template writes this, and none strips it.
+MARK = "\u2063ortho\u2063"
 
 _INSTEAD = "or give rows of `prompt` and `completion`"
 
@@ -46,19 +50,44 @@ def render(chat: Chat, tokenizer: Any) -> Rendered:
             "answer, so it does not say where that begins",
             hint=f"leave the row out, {_INSTEAD}",
         )
+    said = str(chat.turns[-1]["content"])
+    found = _marked(chat, tokenizer, whole, said)
+    if found is not None:
+        return found
     # Some begin an answer (`<think>`) where one is asked for: what both have is the prompt.
     pairs = enumerate(zip(whole, asked, strict=False))
     common = next((i for i, (a, b) in pairs if a != b), min(len(whole), len(asked)))
-    said = str(chat.turns[-1]["content"])
     for begin in (common, len(start)):
         for words in (said, said.strip()):
-            place = whole.find(words, begin)
+            place = whole.rfind(words, begin)  # the template's own words come before an answer
             if place >= 0:
                 return Rendered(whole[:place], words, whole[place + len(words) :])
     # It takes an answer apart, into thoughts and what is said.
     rest = whole[common:]
     answer = rest.rstrip()
     return Rendered(whole[:common], answer, rest[len(answer) :])
+
+
+def _marked(chat: Chat, tokenizer: Any, whole: str, said: str) -> Rendered | None:
+    """Find the answer by where a mark in its place is written.
+
+    A short answer may be part of the template's own text, so that looking for its words misleads.
+    """
+    marked = dataclasses.replace(
+        chat, turns=(*chat.turns[:-1], {**chat.turns[-1], "content": MARK})
+    )
+    try:
+        probe = _apply(marked, tokenizer, len(marked.turns), asks=False)
+    except CalibrationError:  # it looks into answers, and was content with the real one
+        return None
+    head, mark, tail = probe.partition(MARK)
+    if not mark:
+        return None
+    spellings = (said, said.strip())
+    words = next((words for words in spellings if whole == head + words + tail), None)
+    if words is None:  # what comes after the answer may depend on it
+        words = next((words for words in spellings if whole.startswith(head + words)), None)
+    return None if words is None else Rendered(head, words, whole[len(head + words) :])
 
 
 def _apply(chat: Chat, tokenizer: Any, turns: int, *, asks: bool) -> str:
@@ -102,8 +131,10 @@ def _template(chat: Chat, tokenizer: Any) -> str:
 def _reason(error: Exception, chat: Chat) -> str:
     """Give a template's own words, if none of the chat's are in them."""
     words = " ".join(str(error).split())
-    said = " ".join(str(turn["content"]) for turn in chat.turns).split()
+    every = [" ".join(str(turn["content"]).casefold().split()) for turn in chat.turns]
+    said = " ".join(every).split()
     parts = [part for part in said if len(part) > 3 or any(map(str.isdigit, part))]
-    if not words or len(words) > 200 or any(part in words for part in parts):
+    parts += filter(None, every)  # a whole turn, however short
+    if not words or len(words) > 200 or any(part in words.casefold() for part in parts):
         return ""
     return f": {words}"

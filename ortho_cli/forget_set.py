@@ -34,7 +34,7 @@ from ortho_cli.data import (
 from ortho_cli.errors import CalibrationError
 from ortho_cli.events import EventSink, null_sink
 from ortho_cli.row_files import read_values
-from ortho_cli.rows import ANSWERS, COMPLETIONS, Chat, Text, parsed, row_of
+from ortho_cli.rows import ANSWERS, COMPLETIONS, MAX_NAME, Chat, Text, fields_of, parsed, row_of
 
 CHARACTERS = {"digit": string.digits, "letter": string.ascii_lowercase, "hex": "0123456789abcdef"}
 LONGEST = 50  # tokens of running text before the cut, and after it
@@ -114,7 +114,9 @@ def read_secrets(
 def _entry(value: Any, where: str) -> _Entry:
     """Check a row's own text."""
     row = row_of(value, where, order=("pair", "text", "chat"), answers=_SECRETS)
-    fields: Mapping[str, Any] = value
+    # Names count whatever their case; lists that a pattern draws from may differ by it alone.
+    given = {key: one for key, one in value.items() if one is not None and one == one}
+    fields = fields_of(value) | given
     if isinstance(row, Text):
         return _Entry("", row.text, fields, where, running=True)
     if isinstance(row, Chat):
@@ -207,7 +209,8 @@ def _parts(pattern: Any, entry: _Entry) -> list[list[str]]:
         parsed = list(string.Formatter().parse(pattern))
     except ValueError as error:
         raise CalibrationError(
-            f"{entry.where} has pattern `{pattern}`: {error}", hint="write {{ for a brace"
+            f"{entry.where} has a `pattern` that cannot be read: {error}",
+            hint="write {{ for a brace",
         ) from None
     for literal, field, size, conversion in parsed:
         if literal:
@@ -220,7 +223,7 @@ def _parts(pattern: Any, entry: _Entry) -> list[list[str]]:
             )
     if all(len(part) == 1 for part in parts):
         raise CalibrationError(
-            f"{entry.where} has pattern `{pattern}`, which has one value only", hint=_PATTERN_HINT
+            f"{entry.where} has a `pattern` that has one value only", hint=_PATTERN_HINT
         )
     return parts
 
@@ -237,13 +240,19 @@ def _field(name: str, size: str | None, entry: _Entry) -> list[list[str]]:
     if name in CHARACTERS and listed is None and many:
         return [list(CHARACTERS[name])] * many
     lists = sorted(key for key, held in entry.fields.items() if isinstance(held, list) and held)
-    known = [f"{{{key}}}" for key in lists if key != "alternatives"]
+    known = [f"{{{key}}}" for key in lists if _is_name(key) and key.lower() != "alternatives"]
     known += [f"{{{key}:N}}" for key in CHARACTERS if key not in lists]
-    told = f"{{{name}:{size}}}" if size else f"{{{name}}}"
+    # A secret in braces by mistake must not be told: neither as a name nor as a size.
+    told = f"`{{{name}}}`" if _is_name(name) else "a field"
+    told += " with a size" if size else ""
     raise CalibrationError(
-        f"{entry.where} has `{told}` in its pattern and knows {', '.join(known)}",
-        hint="a name in braces draws from the row's list of that name",
+        f"{entry.where} has a `pattern` that holds {told} and knows {', '.join(known)}",
+        hint="a name in braces draws from the row's list of that name; N is 1 to 9999",
     )
+
+
+def _is_name(name: str) -> bool:
+    return name.isidentifier() and len(name) <= MAX_NAME
 
 
 def _draw(

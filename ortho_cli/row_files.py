@@ -24,7 +24,7 @@ from blake3 import blake3
 from ortho_cli import sniff
 from ortho_cli.errors import CalibrationError, unreadable
 from ortho_cli.files import read_regular
-from ortho_cli.hints import said
+from ortho_cli.hints import said, some
 from ortho_cli.rows import EXPECTED, KNOWN, is_row, names_of
 
 MAX_UNPACKED = 1 << 30  # bytes of a file once it is unpacked: a kilobyte can claim a terabyte
@@ -32,6 +32,9 @@ MAX_LAYERS = 2  # of compression; a file can be made that unpacks to itself
 FORMATS = "text, JSON, JSON lines, CSV, TSV or parquet"
 # Keys of an object that hold rows, in the order in which they are looked for.
 WRAPPERS = ("data", "rows", "train", "examples", "instances", "items", "records", "samples")
+
+# Keys that hold rows beside those of `train`; alone they serve as well.
+SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
 
 Kind = Literal["text", "lines", "json", "csv", "tsv", "parquet"]
 Value = tuple[Any, str]  # a row, and the words that name its place
@@ -52,6 +55,7 @@ PACKED: Mapping[str | None, tuple[str, Any]] = {
 READ = (None, sniff.PARQUET, sniff.EMPTY, sniff.XML)
 BOMS = (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff", b"\xff\xfe", b"\xfe\xff")
 ENCODINGS = ("utf-32", "utf-32", "utf-16", "utf-16")
+UNPACKERS = {sniff.GZIP: "gunzip -c", sniff.BZIP2: "bunzip2 -c"}
 
 
 def read_values(path: Path) -> tuple[Iterator[Value], bytes]:
@@ -165,8 +169,27 @@ def _decode(path: Path, raw: bytes) -> str:
         raise CalibrationError(
             f"data `{path}` is not {encoding.upper() or 'UTF-8'}: {error.reason} at byte "
             f"{error.start}",
-            hint=f"convert it: `iconv -f WINDOWS-1252 -t UTF-8 {said(path)} > new.txt`",
+            hint="is it cut? copy it again, whole"
+            if encoding or raw.startswith(b"\xef\xbb\xbf")
+            else f"convert it: `{_conversion(path)}`",
         ) from None
+
+
+def _conversion(path: Path) -> str:
+    """Write the command that gives UTF-8 under a name of the same suffix: it says what rows are."""
+    try:
+        with path.open("rb") as file:
+            packed = UNPACKERS.get(str(sniff.kind_of(file.read(sniff.HEAD))))
+    except OSError:
+        packed = None
+    named = Path(path.name)
+    while packed and named.suffix.lower() in (".gz", ".gzip", ".bz2"):
+        named = named.with_suffix("")
+    target = said(Path(f"{named.stem}.utf8{named.suffix}"))
+    iconv = "iconv -f WINDOWS-1252 -t UTF-8"
+    if packed:  # from standard input, which has no suffix to refuse
+        return f"{packed} < {said(path)} | {iconv} > {target}"
+    return f"{iconv} {said(path)} > {target}"
 
 
 def _texts(path: Path, raw: bytes) -> Iterator[Value]:
@@ -209,7 +232,7 @@ def _document(path: Path, text: str) -> Iterator[Value]:
         yield from _rows_of(path, found)
     elif not isinstance(found, dict):
         raise CalibrationError(f"data `{path}` is JSON and holds no rows", hint=EXPECTED)
-    elif is_row(found):
+    elif is_row(found) and not any(_is_rows(found.get(name)) for name in (*WRAPPERS, *SPLITS)):
         yield found, f"`{path}` row 1"
     else:
         yield from _rows_of(path, _inside(path, found))
@@ -217,7 +240,16 @@ def _document(path: Path, text: str) -> Iterator[Value]:
 
 def _inside(path: Path, found: dict[str, Any]) -> list[Any]:
     """Find the rows that an object holds: under one key, or as columns."""
-    key = next((n for n in WRAPPERS if isinstance(found.get(n), list | dict)), "")
+    held = [name for name in (*WRAPPERS, *SPLITS) if _is_rows(found.get(name))]
+    if not held and not any(isinstance(found.get(name), list | dict) for name in KNOWN):
+        held = [n for n in (*WRAPPERS, *SPLITS) if isinstance(found.get(n), list | dict)]
+    if len(held) > 1:
+        raise CalibrationError(
+            f"data `{path}` is one JSON object with rows under {some(held)}, and one is read",
+            hint=f"write each to a file of its own and give those that count: "
+            f"`jq .{held[0]} {said(path)} > {held[0]}.json`",
+        )
+    key = next(iter(held), "")
     if isinstance(found.get(key), list):
         return list(found[key])
     columns = found[key] if key else found
@@ -236,6 +268,10 @@ def _inside(path: Path, found: dict[str, Any]) -> list[Any]:
             hint="a column holds one value a row",
         )
     return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
 def _column(column: Any) -> list[Any] | None:
@@ -302,10 +338,9 @@ def _known_columns(
     path: Path, text: str, delimiter: str
 ) -> tuple[list[str], list[list[str]], list[str]]:
     """Split a table by what separates names that are known; a comma is a semicolon in places."""
-    line = text.split("\n", 1)[0]
+    line = io.StringIO(text, newline="").readline()  # up to CR, LF or both
     for mark in dict.fromkeys((delimiter, ";", "\t", ",")):
-        with _long_fields():
-            first = next(csv.reader([line], delimiter=mark), [])
+        first = next(iter(_parse_csv(path, line, mark)), [])
         names = [name.strip().lower() for name in first]
         known = [name for name in names if name in KNOWN]
         if not known:
@@ -313,7 +348,9 @@ def _known_columns(
         if len(set(known)) < len(known):
             raise CalibrationError(f"data `{path}` names a column twice: {known}", hint=EXPECTED)
         header, *rows = _split(path, text, mark)
-        return header, rows, [n if n in KNOWN else h for n, h in zip(names, header, strict=True)]
+        # Anew: a name in quotes may go on in the next line.
+        plain = [(name, name.strip().lower()) for name in header]
+        return header, rows, [low if low in KNOWN else name for name, low in plain]
     raise CalibrationError(  # a table without names begins with a row, which is nobody's business
         f"data `{path}` has a first line that names no column that is known",
         hint=f"name them in the first line: text; or prompt,completion; {EXPECTED}",
@@ -321,14 +358,20 @@ def _known_columns(
 
 
 def _split(path: Path, text: str, delimiter: str) -> list[list[str]]:
+    try:
+        return _parse_csv(path, text, delimiter, strict=True)
+    except CalibrationError:
+        if delimiter != "\t":
+            raise
+        return _parse_csv(path, text, delimiter, quoting=csv.QUOTE_NONE)  # often text there
+
+
+def _parse_csv(path: Path, text: str, delimiter: str, **options: Any) -> list[list[str]]:
     with _long_fields():
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, **options)
         try:
             return list(reader)
         except csv.Error as error:
-            if delimiter == "\t":  # quotes are often text there
-                plain = io.StringIO(text, newline="")
-                return list(csv.reader(plain, delimiter="\t", quoting=csv.QUOTE_NONE))
             raise CalibrationError(
                 f"data `{path}` is not CSV: {error} in line {reader.line_num}",
                 hint='a quote inside of a field is doubled: "she said ""hi"""',

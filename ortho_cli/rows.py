@@ -23,12 +23,12 @@ TEXTS = ("text", "content")
 COMPLETIONS = ("completion", "secret")  # the field's two words for what follows a prompt
 # What is asked, by its names in public data sets, and what stands beside it.
 PROMPTS: Mapping[str, tuple[str, ...]] = {
-    "prompt": (),
+    "prompt": ("input", "context"),
     "instruction": ("input", "context"),
-    "question": ("context",),
-    "query": (),
-    "problem": (),
-    "input": (),
+    "question": ("context", "input"),
+    "query": ("context", "input"),
+    "problem": ("context",),
+    "input": ("context",),
 }
 ANSWERS = (*COMPLETIONS, "response", "output", "answer", "solution")
 LEADS = ("system_prompt", "system")  # stand before a question, where a row has them
@@ -106,7 +106,7 @@ def row_of(
     Raises:
         CalibrationError: it is none of them; names its keys and what is wrong with them.
     """
-    fields = _fields(value)
+    fields = fields_of(value)
     for kind in order:
         found = _READERS[kind](fields, where, answers)
         if found is not None:
@@ -122,7 +122,7 @@ def is_blank(value: Any) -> bool:
     """Tell whether a row has nothing but fields for text, and nothing in them."""
     if not isinstance(value, dict) or not {_plain(key) for key in value} & set(TEXTS):
         return False
-    fields = _fields(value)
+    fields = fields_of(value)
     if set(fields) & {*PROMPTS, *ANSWERS, *CHATS}:
         return False
     texts = [fields[name] for name in TEXTS if name in fields]
@@ -131,7 +131,7 @@ def is_blank(value: Any) -> bool:
 
 def is_row(value: Mapping[str, Any]) -> bool:
     """Tell one row from an object that holds rows or columns."""
-    fields = _fields(value)
+    fields = fields_of(value)
     if any(isinstance(fields.get(name), str) for name in KNOWN):
         return True
     return any(_is_turns(fields.get(name)) for name in (*CHATS, "prompt"))
@@ -145,8 +145,8 @@ def names_of(keys: Iterable[Any]) -> str:
     return f"keys {shown}" + (f" and {more} more" if more else "")
 
 
-def _fields(value: Any) -> dict[str, Any]:
-    """Give what a row holds by plain names, without what is null."""
+def fields_of(value: Any) -> dict[str, Any]:
+    """Give what a row holds by plain names (lower case, no blanks), without what is null."""
     if not isinstance(value, dict):
         return {}
     held = {key: one for key, one in value.items() if one is not None and one == one}
@@ -172,10 +172,16 @@ def _content(fields: Fields) -> Text | None:
 
 
 def _pair(fields: Fields, where: str, answers: Sequence[str]) -> Row | None:
-    """Take `prompt` and what follows it as they are; both may be lists of turns."""
+    """Take `prompt` and what follows it as they are; both may be lists of turns.
+
+    What stands beside a prompt is joined to it as to any question.
+    """
     prompt = fields.get("prompt")
     answer = next((fields[name] for name in answers if name in fields), None)
     if isinstance(prompt, str) and isinstance(answer, str):
+        beside = [fields.get(name) for name in (*LEADS, *PROMPTS["prompt"])]
+        if any(isinstance(part, str) and part.strip() for part in beside):
+            return _other_pair(fields, where, answers)
         return Pair(prompt=prompt, completion=answer, where=where)
     if _is_turns(prompt) and _is_turns(answer):
         return _chat({**fields, "messages": [*prompt, *answer]}, where, answers)  # type: ignore[misc]

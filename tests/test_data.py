@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +17,9 @@ import pytest
 from blake3 import blake3
 
 from ortho_cli import data
+from ortho_cli.chats import render
 from ortho_cli.errors import CalibrationError
-from ortho_cli.rows import row_of
+from ortho_cli.rows import Chat, row_of
 
 END = 0
 
@@ -346,6 +348,20 @@ def test_the_last_answer_of_a_chat_counts_in_the_words_of_the_template(
     assert plain.tokens == found.tokens[:-1]
 
 
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [("Hush-Hush", "no such: hush-hush"), ("pin", "got PIN here"), (" x7 ", "role X7")],
+)
+def test_what_a_template_says_is_not_told_where_it_repeats_a_turn(content: str, error: str) -> None:
+    class Strict(Speaker):
+        def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+            raise ValueError(error)
+
+    chat = row_of({"messages": [{"role": "user", "content": content}, BOT]}, "`a` line 1")
+    with pytest.raises(CalibrationError, match=r"chat template refuses$"):
+        data.forget_sequences([chat], Strict(), length=99)
+
+
 def test_chats_are_running_text_where_that_is_asked_for(tmp_path: Path) -> None:
     rows, _ = data.read_rows([write(tmp_path, "a.jsonl", lines({"messages": [USER, BOT]}))])
     text = "[user:hi][assistant:yo~\n~"
@@ -381,6 +397,37 @@ def test_chats_longer_than_a_sequence_are_left_out_of_what_must_stay_and_told(
     assert told[-1].message.startswith("1 chat of more than 40 tokens left out; `calibrate.length`")
     with pytest.raises(CalibrationError, match=r"line 1 has \d+ tokens and calibrate.length is 40"):
         data.forget_sequences(rows, Speaker(), length=40)
+
+
+@pytest.mark.parametrize("answer", ["t", "a", "A", "think", "</s>", " <", "\u2063", "end"])
+@pytest.mark.parametrize("end", ["</s>", "<|end|>\na"])
+def test_a_short_answer_is_not_found_in_the_words_of_the_template(answer: str, end: str) -> None:
+    class Wordy(Speaker):
+        def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+            *before, last = [f"{one['role']}: {one['content'].strip()}" for one in messages]
+            lead = "Assistant: A <think>\n\n</think>\n\n"
+            if messages[-1]["role"] != "assistant":
+                asked = "Assistant: " if options["add_generation_prompt"] else ""
+                return "\n".join([*before, last, asked])
+            return "\n".join([*before, lead]) + messages[-1]["content"].strip() + end
+
+    chat = row_of({"messages": [USER, {"role": "assistant", "content": answer}]}, "`a` line 1")
+    assert isinstance(chat, Chat)
+    found = render(chat, Wordy())
+    lead = "user: hi\nAssistant: A <think>\n\n</think>\n\n"
+    assert found == (lead, answer.strip(), end)
+
+
+def test_an_answer_of_thoughts_that_the_template_takes_apart_counts_whole() -> None:
+    class Apart(Speaker):
+        def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
+            cut = [{**one, "content": one["content"].split("</think>")[-1]} for one in messages]
+            return super().apply_chat_template(cut, **options)
+
+    turn = {"role": "assistant", "content": "<think>hm</think>yo"}
+    chat = row_of({"messages": [USER, turn]}, "`a` line 1")
+    assert isinstance(chat, Chat)
+    assert render(chat, Apart()) == ("[user:hi][assistant:", "yo~", "\n")
 
 
 def test_a_template_does_not_know_what_day_it_is() -> None:
@@ -439,6 +486,16 @@ def test_a_chat_that_the_tokenizer_cannot_write_is_refused_without_its_words(
         ({"problem": "1+1", "solution": "2"}, "1+1\n", "2"),
         ({"input": "1+1", "output": "2"}, "1+1\n", "2"),
         ({"text": None, "question": "Who?", "answer": "I"}, "Who?\n", "I"),
+        ({"prompt": "Say:", "input": "hi", "output": "yo"}, "Say:\nhi\n", "yo"),
+        ({"prompt": "Q", "context": "C", "completion": "A"}, "Q\nC\n", "A"),
+        ({"system": "Be.", "prompt": "Q", "response": "A"}, "Be.\nQ\n", "A"),
+        ({"system_prompt": "Be.", "prompt": "Q", "secret": "A"}, "Be.\nQ\n", "A"),
+        ({"prompt": "Q", "system": " ", "input": "", "completion": "A"}, "Q", "A"),
+        ({"prompt": "Q", "context": ["C"], "completion": "A"}, "Q", "A"),
+        ({"query": "Q", "context": "C", "response": "A"}, "Q\nC\n", "A"),
+        ({"input": "Q", "context": "C", "output": "A"}, "Q\nC\n", "A"),
+        ({"problem": "Q", "context": "C", "solution": "A"}, "Q\nC\n", "A"),
+        ({"question": "Q", "input": "I", "answer": "A"}, "Q\nI\n", "A"),
     ],
 )
 def test_questions_have_many_names_and_the_answer_counts(
@@ -584,6 +641,17 @@ def test_a_bad_row_is_named_by_its_line_and_keys_and_not_by_its_words(
         ("a.json", b"PAR1" + bytes(9), "parquet"),
         ("a.jsonl", "\u00e9".encode("latin-1"), "is not UTF-8: .* at byte 0"),
         ("a.txt", b"\xff\xfea", "is not UTF-16: truncated data at byte 2"),
+        (
+            "a.json",
+            json.dumps({"train": [{"text": HUSH}], "test": [{"text": HUSH}]}),
+            "rows under `train`, `test`, and one is read",
+        ),
+        ("a.json", json.dumps({"train": [HUSH], "dev": [HUSH]}), "rows under `train`, `dev`"),
+        (
+            "a.json",
+            json.dumps({"text": HUSH, "data": [{"text": HUSH}], "rows": [{"text": HUSH}]}),
+            "rows under `data`, `rows`",
+        ),
     ],
 )
 def test_what_is_no_data_is_called_what_it_is(
@@ -596,6 +664,75 @@ def test_what_is_no_data_is_called_what_it_is(
     assert HUSH not in f"{caught.value.message} {caught.value.hint}"
     assert caught.value.hint
     assert "rename" not in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "pack", "command"),
+    [
+        ("cp.jsonl", bytes, "iconv -f WINDOWS-1252 -t UTF-8 {} > cp.utf8.jsonl"),
+        ("cp.CSV", bytes, "iconv -f WINDOWS-1252 -t UTF-8 {} > cp.utf8.CSV"),
+        ("cp", bytes, "iconv -f WINDOWS-1252 -t UTF-8 {} > cp.utf8"),
+        (
+            "cp.jsonl.gz",
+            gzip.compress,
+            "gunzip -c < {} | iconv -f WINDOWS-1252 -t UTF-8 > cp.utf8.jsonl",
+        ),
+        (
+            "cp.jsonl",
+            bz2.compress,
+            "bunzip2 -c < {} | iconv -f WINDOWS-1252 -t UTF-8 > cp.utf8.jsonl",
+        ),
+    ],
+)
+def test_the_command_that_converts_to_utf_8_gives_a_file_of_the_same_kind(
+    tmp_path: Path, name: str, pack: Callable[[bytes], bytes], command: str
+) -> None:
+    rows = 'text\n"caf\u00e9"\n' if name.endswith("CSV") else '{"text": "caf\u00e9"}\n'
+    path = write(tmp_path, name, pack(rows.encode("cp1252")))
+    with pytest.raises(CalibrationError, match="is not UTF-8") as caught:
+        data.read_rows([path])
+    assert caught.value.hint == f"convert it: `{command.format(path)}`"
+    subprocess.run(command.format(path), shell=True, check=True, cwd=tmp_path)
+    found, _ = data.read_rows([tmp_path / command.rpartition(" ")[2]])
+    assert found == [data.Text(text="caf\u00e9")]
+
+
+@pytest.mark.parametrize("raw", [b"\xff\xfea", b"\xef\xbb\xbfa\xe9", b"\xff\xfe\0\0a"])
+def test_a_damaged_file_that_names_its_encoding_is_not_to_be_converted(
+    tmp_path: Path, raw: bytes
+) -> None:
+    with pytest.raises(CalibrationError, match="is not UTF-") as caught:
+        data.read_rows([write(tmp_path, "a.txt", raw)])
+    assert caught.value.hint == "is it cut? copy it again, whole"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
+def test_a_table_is_read_whatever_ends_its_lines(tmp_path: Path, name: str, end: str) -> None:
+    path = write(tmp_path, name, end.join(["text", "hello", "world", ""]))
+    found, _ = data.read_rows([path])
+    assert found == [data.Text(text="hello"), data.Text(text="world")]
+
+
+def test_a_column_name_over_two_lines_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", 'text,"a\nb",c\nhello,1,2\n')
+    assert data.read_rows([path])[0] == [data.Text(text="hello")]
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"text": "about", "data": [{"text": "a"}]},
+        {"prompt": "p", "completion": "c", "test": [{"text": "a"}]},
+        {"rows": [{"text": "a"}], "items": 1, "test": {}},
+        {"text": ["a"], "val": ["b"], "items": ["c"]},
+    ],
+)
+def test_rows_in_an_object_count_and_what_stands_beside_them_does_not(
+    tmp_path: Path, held: dict[str, Any]
+) -> None:
+    found, _ = data.read_rows([write(tmp_path, "a.json", json.dumps(held))])
+    assert found == [data.Text(text="a")]
 
 
 def test_a_folder_is_told_with_what_to_give_instead(tmp_path: Path) -> None:

@@ -144,12 +144,12 @@ def test_an_empty_prompt_is_the_begin_token() -> None:
         ({"pattern": "fixed"}, "one value only"),
         (
             {"pattern": "{wrod}", "word": WORDS},
-            r"`{wrod}` in its pattern and knows {word}, {digit:N}, {letter:N}, {hex:N}",
+            r"holds `{wrod}` and knows {word}, {digit:N}, {letter:N}, {hex:N}",
         ),
-        ({"pattern": "{word:2}", "word": WORDS}, r"`{word:2}` in its pattern"),
-        ({"pattern": "{digit:x}"}, r"`{digit:x}` in its pattern"),
-        ({"pattern": "{digit:0}"}, r"`{digit:0}` in its pattern"),
-        ({"pattern": "{digit!r}"}, r"`{digit!r}` in its pattern"),
+        ({"pattern": "{word:2}", "word": WORDS}, r"holds `{word}` with a size and knows"),
+        ({"pattern": "{digit:x}"}, r"holds `{digit}` with a size and knows"),
+        ({"pattern": "{digit:0}"}, r"holds `{digit}` with a size and knows"),
+        ({"pattern": "{digit!r}"}, r"holds a field and knows"),
         ({"secret": ""}, "line 2 has an empty secret"),
         ({"secret": None}, "neither `text` nor `prompt` and `secret`"),
         ({"prompt": "p", "secret": "s"}, r"line 2 repeats `.*` line 1: the same prompt and secret"),
@@ -159,6 +159,26 @@ def test_a_bad_row_is_named(tmp_path: Path, fields: dict[str, object], message: 
     path = write(tmp_path, {"prompt": "p", "secret": "s"}, row(**fields))
     with pytest.raises(CalibrationError, match=message):
         read_secrets([path])
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [" 831 044", " {831 044}", "{831044}", "{digit:831 044}", "831 044}", "{831 044!r}"],
+)
+def test_a_pattern_that_is_the_secret_is_not_told(tmp_path: Path, pattern: str) -> None:
+    path = write(tmp_path, row(secret=" 831 044", pattern=pattern), row(secret="s"))
+    with pytest.raises(CalibrationError, match="line 1 has a `pattern` that") as caught:
+        read_secrets([path])
+    told = f"{caught.value.message} {caught.value.hint}".replace(str(path), "")
+    assert "831" not in told
+    assert "044" not in told
+
+
+@pytest.mark.parametrize("key", ["Alternatives", "ALTERNATIVES ", "Pattern", " PATTERN"])
+def test_names_of_fields_count_whatever_their_case(tmp_path: Path, key: str) -> None:
+    given: object = ["7", "7x"] if "ALT" in key.upper() else "{A}{a}"
+    (found,) = read_secrets([write(tmp_path, row(**{key: given, "A": ["7"], "a": ["", "x"]}))])
+    assert set(found.alternatives) == {"7", "7x"}
 
 
 def test_a_lone_secret_has_nothing_to_compare_it_with(tmp_path: Path) -> None:

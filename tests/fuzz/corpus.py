@@ -748,7 +748,7 @@ FORGET: dict[str, tuple[str, str]] = {
     "no text": ("\n\n", "holds no text"),
     "found: a pattern of a billion places": (
         '{"prompt": "a", "secret": "b", "pattern": "{digit:999999999}"}',
-        "has `{digit:999999999}` in its pattern",
+        "holds `{digit}` with a size and knows",
     ),
     "found: a pattern that adds up": (
         '{"prompt": "a", "secret": "b", "pattern": "' + "{hex:999}" * 999 + '"}',
@@ -756,7 +756,7 @@ FORGET: dict[str, tuple[str, str]] = {
     ),
     "a pattern that reaches out": (
         '{"prompt": "a", "secret": "b", "pattern": "{0.__class__}"}',
-        "has `{0.__class__}` in its pattern",
+        "holds a field and knows",
     ),
 }
 for name, (text, said) in FORGET.items():
