@@ -404,7 +404,8 @@ def is_artifact(path: Path, *, damaged: bool = False) -> bool:
 
 def _is_lone_ortho(folder: Path, *, damaged: bool) -> bool:
     """Tell an artifact without its base from a folder that keeps an ortho stream beside others."""
-    weights = {path.name for path in folder.glob("*.safetensors")} - {ORTHO_FILE}
+    files = (path for path in folder.glob("*.safetensors") if path.is_file())
+    weights = {path.name for path in files} - {ORTHO_FILE}
     there = any((folder / name).is_file() for name in (ORTHO_FILE, SEALED_FILE))
     if weights or not there:
         return False
