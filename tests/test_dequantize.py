@@ -381,6 +381,16 @@ def test_codes_are_unpacked_like_the_slow_twin(bits: int, columns: int) -> None:
     assert found.tolist() == [reference.unpack_bits(x, bits=bits, count=columns) for x in packed]
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_word_of_zero_points_for_each_group_is_unpacked(tmp_path: Path, rows: int) -> None:
+    codes, zeros, scale = integers(0, 16, rows, 64), integers(0, 16, rows, 2), positive(rows, 2)
+    tensors = {"p.weight_packed": pack_rows(codes, 4), "p.weight_scale": scale}
+    tensors["p.weight_zero_point"] = pack_rows(zeros.T, 4).T.contiguous()
+    tensors["p.weight_shape"] = torch.tensor([rows, 64])
+    wanted = (codes - zeros.repeat_interleave(32, 1)).float() * scale.repeat_interleave(32, 1)
+    check(tmp_path, tensors, {"p.weight": wanted})
+
+
 def schemes() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for bits in (2, 3, 4, 8):
         for strategy in ("group", "channel"):
