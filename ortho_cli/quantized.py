@@ -202,6 +202,7 @@ MARKERS = frozenset({"scaled_fp8", "comfy_quant", "qscale_act"})
 # What scales beside a tensor of integers are called, after its name or its module's.
 BESIDE = ("_scale", "_scales", "._scale", ".absmax", "_scale_inv")
 BESIDE_MODULE = (*SCALE_NAMES, ".weight_scales", ".scales", ".SCB", ".absmax", ".weight_scale_2")
+SCALE_WORDS = ("scal", "amax")  # in the last part of a name: scales under whatever name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,8 +312,11 @@ def is_config_entry(key: str, value: object) -> bool:
     """Tell whether an entry of config.json, at any depth, says how the model was quantized."""
     if key in CONFIG_KEYS:
         return bool(value) and not _is_off(value)  # transformers takes whatever is there
-    is_mlx = key == MLX_KEY and isinstance(value, dict)
-    return is_mlx and not {"bits", "group_size", "quant_method"}.isdisjoint(value)  # type: ignore[arg-type]
+    if key != MLX_KEY or not isinstance(value, dict):
+        return False
+    if "quant_algo" in value:  # TensorRT-LLM writes the entry, with null, for plain models, too
+        return bool(value["quant_algo"])
+    return not {"bits", "group_size", "quant_method"}.isdisjoint(value)
 
 
 def _is_off(value: object) -> bool:
@@ -346,6 +350,7 @@ class _Examination:
         self._tensors = tensors
         self._found: list[Found] = []
         self._claimed: set[str] = set()
+        self._scales = _index_scales(tensors)
 
     def run(self, told: tuple[str, ...], settings: Mapping[str, Any]) -> Quantization:
         """Sort all tensors."""
@@ -363,6 +368,8 @@ class _Examination:
                 dropped.append(name)
             elif what := self._suspicion(tensor):
                 unknown.append((name, what))
+            elif tensor.dtype in FP8 and (other := self._other_scale(name)):
+                unknown.append((name, f"is {tensor.dtype} and lies beside `{other}`"))
             elif tensor.dtype in FP8:
                 unscaled.append(tensor)
         if unscaled and (is_quantized or unknown):
@@ -397,6 +404,10 @@ class _Examination:
     def _first(self, stem: str, names: Sequence[str]) -> str | None:
         return next((stem + name for name in names if stem + name in self._tensors), None)
 
+    def _other_scale(self, name: str) -> str | None:
+        """Find what looks like the scale of a weight, though no layout has it under that name."""
+        return self._scales.get(name) or self._scales.get(f"{name.removesuffix('.weight')}.")
+
     def _suspicion(self, tensor: Described) -> str | None:
         """Say why a tensor that no layout claims is part of a quantized weight all the same."""
         name, dtype = tensor.name, tensor.dtype
@@ -413,8 +424,23 @@ class _Examination:
             module = name.removesuffix(".weight")
             others = [name + end for end in BESIDE] + [module + end for end in BESIDE_MODULE]
             other = next((o for o in others if o != name and o in self._tensors), None)
+            if other is None and name.endswith(".weight"):
+                other = self._other_scale(name)
             return f"is {dtype} and lies beside `{other}`" if other else None
         return None
+
+
+def _index_scales(tensors: Iterable[str]) -> dict[str, str]:
+    """Find a scale for each module, which ends in a dot here, and for each name of a parameter."""
+    found: dict[str, str] = {}
+    for name in tensors:
+        module, _, last = name.rpartition(".")
+        if module and any(word in last.lower() for word in SCALE_WORDS):
+            found.setdefault(f"{module}.", name)
+            found.setdefault(module, name)
+            for place in (i for i, letter in enumerate(last) if letter == "_" and i):
+                found.setdefault(f"{module}.{last[:place]}", name)
+    return found
 
 
 def _is_activation(name: str, modules: set[str]) -> bool:
