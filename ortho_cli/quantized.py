@@ -248,9 +248,15 @@ class Quantization:
         return self.method in NEEDS_CONFIG
 
     @property
+    def is_rotated(self) -> bool:
+        """Whether the weights are those of a rotated basis, as compressed-tensors' transforms."""
+        said = self.settings.get("transform_config")
+        return bool(said.get("config_groups") if isinstance(said, dict) else said)
+
+    @property
     def can_convert(self) -> bool:
         """Whether `ortho convert` gives the plain model."""
-        return not self.unknown and not self.needs_config
+        return not (self.unknown or self.needs_config or self.is_rotated)
 
     @property
     def sign(self) -> str:

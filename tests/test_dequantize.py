@@ -760,6 +760,26 @@ def test_model_that_rounds_while_it_runs_is_refused(pico: Path) -> None:
     assert "bitnet" in refused(pico, CheckpointError)
 
 
+ROTATED = {"u": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "output"}]}}
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_rotated_weights_are_refused_by_name(tmp_path: Path, ortho: Ortho, plain: bool) -> None:
+    said = {"quant_method": "compressed-tensors", "transform_config": {"config_groups": ROTATED}}
+    tensors = {"p.weight": random(8, 64)} if plain else module(packed_four())
+    write(tmp_path / "m", tensors, {"quantization_config": said})
+    assert "`transform_config`" in refused(tmp_path / "m", CheckpointError)
+    ran = ortho("decompose", tmp_path / "m")
+    assert ran.code == CheckpointError.exit_code
+    assert "ortho convert" not in ran.err
+
+
+@pytest.mark.parametrize("said", [None, {}, {"config_groups": {}}])
+def test_rotations_of_nothing_are_no_reason_to_refuse(tmp_path: Path, said: object) -> None:
+    config = {"quantization_config": {"quant_method": "x", "transform_config": said}}
+    read(write(tmp_path / "m", module(packed_four()), config))
+
+
 def test_torch_files_are_dequantized_too(tmp_path: Path) -> None:
     codes, scale = fp8(6, 8), positive(6, 1)
     torch.save({"p.weight": codes, "p.weight_scale": scale}, tmp_path / "m.bin")
