@@ -11,6 +11,7 @@ Headers and JSON only; standard library only: `ortho inspect` and `--dry-run` im
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -300,7 +301,15 @@ def examine(
         settings |= said
     for _, value in reversed(entries):  # of several, the first and outermost holds
         settings |= value if isinstance(value, dict) else {"quant_method": value}
-    return _Examination({tensor.name: tensor for tensor in tensors}).run(tuple(told), settings)
+    named = {tensor.name: tensor for tensor in tensors}
+    return _Examination(named, _cache_heads(config)).run(tuple(told), settings)
+
+
+def _cache_heads(config: Mapping[str, Any] | None) -> frozenset[int]:
+    """Collect how many heads the cache has, by config.json and each part of it."""
+    parts = list(strict_json.levels(config))
+    found = [part.get("num_key_value_heads") or part.get("num_attention_heads") for part in parts]
+    return frozenset(heads for heads in found if type(heads) is int)
 
 
 def config_entries(
@@ -352,8 +361,8 @@ def _side_files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 class _Examination:
     """One look through all tensors; each belongs to a quantized weight, to nothing, or is plain."""
 
-    def __init__(self, tensors: dict[str, Described]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: dict[str, Described], cache_heads: frozenset[int]) -> None:
+        self._tensors, self._cache_heads = tensors, cache_heads
         self._found: list[Found] = []
         self._claimed: set[str] = set()
         self._scales = _index_scales(tensors)
@@ -370,7 +379,7 @@ class _Examination:
         for name, tensor in self._tensors.items():
             if name in self._claimed:
                 continue
-            if is_quantized and _is_activation(name, modules):
+            if is_quantized and _is_activation(tensor, modules, self._cache_heads):
                 dropped.append(name)
             elif what := self._suspicion(tensor):
                 unknown.append((name, what))
@@ -449,9 +458,12 @@ def _index_scales(tensors: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _is_activation(name: str, modules: set[str]) -> bool:
+def _is_activation(tensor: Described, modules: set[str], cache_heads: frozenset[int]) -> bool:
+    name = tensor.name
     module, _, last = name.rpartition(".")
-    if last in MARKERS or last in CACHE:
+    if last in CACHE:  # models learn scales of these names, too: one for each element of a head
+        return math.prod(tensor.shape) in {1, *cache_heads}
+    if last in MARKERS:
         return True
     if last in ACTIVATIONS:
         return module in modules

@@ -137,6 +137,21 @@ def test_scales_of_something_else_leave_fp8_without_scales_what_it_is(scale: str
     assert not found.dropped
 
 
+@pytest.mark.parametrize("name", ["q_scale", "k_scale", "v_scale"])
+@pytest.mark.parametrize(
+    ("shape", "heads", "dropped"),
+    [("1", 8, True), ("8x1x1", 8, True), ("64", 8, False), ("64", None, False), ("8", None, False)],
+)
+def test_scale_of_the_cache_is_told_from_one_that_the_model_learned(
+    name: str, shape: str, heads: int | None, dropped: bool
+) -> None:
+    tensors = headers("p.weight F8_E4M3", "p.weight_scale F32 1", f"p.{name} F32 {shape}")
+    config = {"text_config": {"num_attention_heads": 16, "num_key_value_heads": heads}}
+    found = examine(tensors, config if heads else {}, None)
+    assert found.can_convert
+    assert found.dropped == ((f"p.{name}",) if dropped else ())
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_model_is_not_taken_for_a_quantized_one(name: str) -> None:
     assert not examine(headers(*PLAIN[name]), {"model_type": "x"}, None)
