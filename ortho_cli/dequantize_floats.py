@@ -69,7 +69,8 @@ def fit(parts: Parts, role: str, shape: tuple[int, ...], settings: Settings) -> 
         block: tuple[int, int] | None = (rows if lines == 1 else 1, width)
     else:
         block = _block(rows, width, lines, columns, blocks, exact=settings.block is None)
-    if block is None or lead not in (1, matrices):
+    is_shared = lead == 1 and matrices > 1 and numel > 1  # which no format has
+    if block is None or is_shared or lead not in (1, matrices):
         ask = blocks[0]
         wanted = [*shape[:-2], math.ceil(rows / ask[0]), math.ceil(width / ask[1])]
         told = "" if settings.block else " (what config.json does not tell)"
@@ -86,11 +87,13 @@ def _matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _scale_lines(scale: tuple[int, ...], matrices: int, rows: int) -> tuple[int, int, int]:
-    """Read the shape of scales as matrices of lines."""
+    """Read the shape of scales as matrices of lines; zeros where they are not."""
     if math.prod(scale) == 1:
         return 1, 1, 1
     if len(scale) == 1:
-        return (matrices, 1, 1) if matrices > 1 else (1, scale[0], 1)
+        if matrices > 1:
+            return (matrices, 1, 1) if scale[0] == matrices else (0, 0, 0)
+        return 1, scale[0], 1
     if len(scale) == 2 and matrices > 1 and scale in ((matrices, rows), (matrices, 1)):
         return matrices, scale[1], 1
     return math.prod(scale[:-2]), scale[-2], scale[-1]

@@ -277,6 +277,21 @@ def test_weights_get_the_dtype_that_config_says(
     assert "float8" not in str(opened.config)
 
 
+@pytest.mark.parametrize("shape", [(64,), (4,), (1,), (2,), (2, 2), (64, 1), (1, 64, 1)])
+@pytest.mark.parametrize("dtype", [torch.int8, E4M3])
+def test_scales_of_fused_matrices_are_one_or_for_each_of_them(
+    tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    codes, scale = integers(-9, 9, 2, 64, 64).to(dtype), positive(*shape)
+    tensors = {"e.up": codes, "e.up_scale": scale}
+    if shape in ((1,), (2,)):
+        check(tmp_path, tensors, {"e.up": codes.float() * scale.view(-1, 1, 1)})
+    else:
+        said = refused(write(tmp_path / "m", tensors), CheckpointError)
+        assert "`e.up_scale`" in said
+        assert str(list(shape)) in said
+
+
 # --- integers of eight bits ------------------------------------------------------------------
 
 
