@@ -67,10 +67,13 @@ def fit(parts: Parts, role: str, shape: tuple[int, ...], settings: Settings) -> 
     blocks = [settings.block] if settings.block else [DEFAULT_BLOCK]
     if columns == 1 and lines in (1, rows) and lead in (1, matrices):
         block: tuple[int, int] | None = (rows if lines == 1 else 1, width)
+    elif _has_short_group(settings.group, width, columns) and lines == rows:
+        block = (1, settings.group or width)
     else:
         block = _block(rows, width, lines, columns, blocks, exact=settings.block is None)
-    is_shared = lead == 1 and matrices > 1 and numel > 1  # which no format has
-    if block is None or is_shared or lead not in (1, matrices):
+    # One grid for several matrices has to say so itself: as (1, lines, columns).
+    is_unclear = lead == 1 and matrices > 1 and numel > 1 and len(scale) < len(shape)
+    if block is None or is_unclear or lead not in (1, matrices):
         ask = blocks[0]
         wanted = [*shape[:-2], math.ceil(rows / ask[0]), math.ceil(width / ask[1])]
         told = "" if settings.block else " (what config.json does not tell)"
@@ -78,6 +81,11 @@ def fit(parts: Parts, role: str, shape: tuple[int, ...], settings: Settings) -> 
             role, f"{wanted} in blocks of {list(ask)}{told}, or one scale a row or in all"
         )
     return Grid(matrices, rows, lead, lines, columns, block, width)
+
+
+def _has_short_group(group: int | None, width: int, columns: int) -> bool:
+    """Tell whether groups of the size that config.json says fill a row but for the last one."""
+    return bool(group and width % group and columns == math.ceil(width / group))
 
 
 def _matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:

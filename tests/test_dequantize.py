@@ -284,8 +284,9 @@ def test_scales_of_fused_matrices_are_one_or_for_each_of_them(
 ) -> None:
     codes, scale = integers(-9, 9, 2, 64, 64).to(dtype), positive(*shape)
     tensors = {"e.up": codes, "e.up_scale": scale}
-    if shape in ((1,), (2,)):
-        check(tmp_path, tensors, {"e.up": codes.float() * scale.view(-1, 1, 1)})
+    if shape in ((1,), (2,), (1, 64, 1)):
+        each = scale if len(shape) == 3 else scale.view(-1, 1, 1)
+        check(tmp_path, tensors, {"e.up": codes.float() * each})
     else:
         said = refused(write(tmp_path / "m", tensors), CheckpointError)
         assert "`e.up_scale`" in said
@@ -466,6 +467,22 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     count = math.ceil(codes.shape[1] * bits / 32)
     cut = [[(n >> 32 * i) & 0xFFFFFFFF for i in range(count)] for n in numbers]
     return torch.tensor(cut, dtype=torch.int64).to(torch.int32)
+
+
+@pytest.mark.parametrize("kind", ["packed", "int8", "fp8"])
+@pytest.mark.parametrize("width", [96, 192, 200])
+def test_last_group_of_a_row_may_be_short(tmp_path: Path, kind: str, width: int) -> None:
+    codes, scale = integers(-8, 8, 4, width), positive(4, math.ceil(width / 128))
+    tensors = {"p.weight_scale": scale}
+    if kind == "packed":
+        tensors |= {"p.weight_packed": pack_rows(codes + 8, 4)}
+        tensors |= {"p.weight_shape": torch.tensor([4, width])}
+    else:
+        tensors |= {"p.weight": codes.to(torch.int8 if kind == "int8" else E4M3)}
+    weights = {"num_bits": 4 if kind == "packed" else 8, "strategy": "group", "group_size": 128}
+    said = {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": weights}}}
+    wanted = codes.float() * scale.repeat_interleave(128, 1)[:, :width]
+    check(tmp_path, tensors, {"p.weight": wanted}, {"quantization_config": said})
 
 
 def test_columns_out_of_order_take_the_scale_of_their_group(tmp_path: Path) -> None:
