@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,8 @@ INTEGERS = ("U8", "I8", "U16", "I16", "U32", "I32")
 NARROW = ("F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")  # no model computes in these
 CONFIG_KEYS = ("quantization_config", "compression_config")
 MLX_KEY = "quantization"
+MLX_EXPERTS = ("switch_mlp", "switch_glu")  # parts of names that MLX gives to joined experts
+MLX_REWRITTEN = ("qwen3_next", "qwen3_5")  # model types of which MLX adds 1 to weights of norms
 # Files that say how a model was quantized, and the keys of which one must be there to believe it.
 SIDE_FILES = {
     "quantize_config.json": ("bits", "quant_method", "checkpoint_format", "group_size"),
@@ -302,7 +304,29 @@ def examine(
     for _, value in reversed(entries):  # of several, the first and outermost holds
         settings |= value if isinstance(value, dict) else {"quant_method": value}
     named = {tensor.name: tensor for tensor in tensors}
-    return _Examination(named, _cache_heads(config)).run(tuple(told), settings)
+    found = _Examination(named, _cache_heads(config)).run(tuple(told), settings)
+    rewritten = _rewritten(found, named, config)
+    return replace(found, unknown=(*found.unknown, rewritten)) if rewritten else found
+
+
+def _rewritten(
+    what: Quantization, tensors: Mapping[str, Described], config: Mapping[str, Any] | None
+) -> tuple[str, str] | None:
+    """Name a tensor of MLX that is not the original model's, also once it is dequantized."""
+    codes = next((found.parts["codes"] for found in what.found if found.layout == "mlx"), None)
+    if codes is None:
+        return None
+    for name, tensor in tensors.items():
+        if any(part in name for part in MLX_EXPERTS):
+            return name, "holds experts as MLX joins them, which the original model keeps apart"
+        module = name.removesuffix(".weight").rpartition(".")[2]
+        is_conv = name.endswith(".weight") and module.startswith("conv")
+        if is_conv and len(tensor.shape) == 3 and tensor.shape[-1] == 1:
+            return name, "has its axes in MLX's order, and not in the original model's"
+    for part in strict_json.levels(config):
+        if (kind := str(part.get("model_type"))).startswith(MLX_REWRITTEN):
+            return codes, f"is of a {kind}, whose other weights MLX changes as well"
+    return None
 
 
 def _cache_heads(config: Mapping[str, Any] | None) -> frozenset[int]:

@@ -591,6 +591,40 @@ def test_mlx_is_dequantized(tmp_path: Path, bits: int, bias: str) -> None:
     check(tmp_path, tensors, {"p.weight": wanted}, {"quantization": said})
 
 
+def mlx(name: str = "p", *lead: int) -> Tensors:
+    return {
+        f"{name}.weight": words(*lead, 4, 8).view(torch.uint32),
+        f"{name}.scales": positive(*lead, 4, 1).half(),
+        f"{name}.biases": random(*lead, 4, 1).half(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "named"),
+    [
+        (mlx("m.switch_mlp.up", 2), {}, "m.switch_mlp.up.weight"),
+        (mlx("m.switch_glu.up", 2), {}, "m.switch_glu.up.weight"),
+        (mlx() | {"m.conv1d.weight": random(8, 4, 1)}, {}, "m.conv1d.weight"),
+        (mlx(), {"model_type": "qwen3_next"}, "p.weight"),
+        (mlx(), {"model_type": "qwen3_5_moe"}, "p.weight"),
+        (mlx(), {"model_type": "v", "text_config": {"model_type": "qwen3_5_text"}}, "p.weight"),
+    ],
+)
+def test_model_that_mlx_rewrote_is_refused_by_name(
+    tmp_path: Path, ortho: Ortho, tensors: Tensors, config: dict[str, Any], named: str
+) -> None:
+    write(tmp_path / "m", tensors, {"quantization": {"group_size": 64, "bits": 4}} | config)
+    assert f"`{named}`" in refused(tmp_path / "m", CheckpointError)
+    ran = ortho("decompose", tmp_path / "m")
+    assert ran.code == CheckpointError.exit_code
+    assert "ortho convert" not in ran.err
+
+
+def test_convolution_beside_weights_of_mlx_may_have_the_order_of_torch(tmp_path: Path) -> None:
+    tensors = mlx() | {"m.conv1d.weight": random(8, 1, 4)}
+    read(write(tmp_path / "m", tensors, {"quantization": {"group_size": 64, "bits": 4}}))
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_bitsandbytes_of_four_bits_is_dequantized(tmp_path: Path, nested: bool) -> None:
     codes, values = integers(0, 256, 63, 1).to(torch.uint8), random(16)
