@@ -602,8 +602,8 @@ def mlx(name: str = "p", *lead: int) -> Tensors:
 @pytest.mark.parametrize(
     ("tensors", "config", "named"),
     [
-        (mlx("m.switch_mlp.up", 2), {}, "m.switch_mlp.up.weight"),
-        (mlx("m.switch_glu.up", 2), {}, "m.switch_glu.up.weight"),
+        (mlx("m.switch_mlp.up", 2), {}, "m.switch_mlp.up.biases"),
+        (mlx("m.switch_glu.up", 2), {}, "m.switch_glu.up.biases"),
         (mlx() | {"m.conv1d.weight": random(8, 4, 1)}, {}, "m.conv1d.weight"),
         (mlx(), {"model_type": "qwen3_next"}, "p.weight"),
         (mlx(), {"model_type": "qwen3_5_moe"}, "p.weight"),
