@@ -6,8 +6,9 @@ artifact that nothing can load. Headers and JSON only; standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from ortho_cli import hints, strict_json
 from ortho_cli.errors import CheckpointError
@@ -31,6 +32,7 @@ CLASSES = {
     "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
 }
+OWN_ADAPTERS = ("vision_lora", "speech_lora")  # keys of config.json
 UNMERGED = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"})
 
 
@@ -52,20 +54,31 @@ def refuse_adapter(path: Path) -> None:
         raise _refusal(folder if config else path, config, by=path.name)
 
 
-def refuse_adapter_names(path: Path, names: Collection[str], *, strips: bool) -> None:
+def refuse_adapter_names(
+    path: Path, names: Collection[str], config: Mapping[str, Any] | None, *, strips: bool
+) -> None:
     """Refuse tensors that are named as an adapter's, alone or among those of a model.
 
     Args:
         path: where they are.
         names: of all tensors.
+        config: config.json, which tells models that were published with adapters of their own.
         strips: peft's prefix before every name of a merged model is taken off later.
     Raises:
         CheckpointError: names the first of them.
     """
     wrapped = [name for name in names if name.startswith(PREFIX)]
     merged = len(wrapped) == len(names)
+    own = _has_own_adapters(config or {}) and any("base_layer" in name.split(".") for name in names)
     for name in names:
         parts = not PARTS.isdisjoint(name.split("."))
+        if parts and own:
+            raise CheckpointError(
+                f"tensor `{name}` of `{path}` is an adapter's: the model was published with "
+                "adapters of its own among its weights",
+                hint="start from the revision of the model that was converted to transformers' "
+                "own format, which keeps the adapters in folders apart",
+            )
         if parts or (name.startswith(PREFIX) and not merged):
             raise CheckpointError(
                 f"tensor `{name}` of `{path}` is an adapter's, not a weight that a model has by "
@@ -79,6 +92,11 @@ def refuse_adapter_names(path: Path, names: Collection[str], *, strips: bool) ->
             "no reader looks for such names",
             hint=hints.convert(path),
         )
+
+
+def _has_own_adapters(config: Mapping[str, Any]) -> bool:
+    """Tell Phi-4-multimodal as it was published: peft's wrappers are part of its code."""
+    return config.get("model_type") == "phi4mm" or any(config.get(key) for key in OWN_ADAPTERS)
 
 
 def _has_model(folder: Path) -> bool:

@@ -36,8 +36,8 @@ def dequantize(source: Source) -> Source:
     """Replace the tensors of each quantized weight by the weight that they stand for.
 
     Raises:
-        CheckpointError: something is quantized in a way that is not read, a part is missing, or
-            the parts of a weight do not fit each other.
+        CheckpointError: something is quantized or rotated in a way that is not read, a part is
+            missing, or the parts of a weight do not fit each other.
         NumericalError: while the weight is read: a scale is NaN or infinite, or a product is.
     """
     folder = source.path if source.path.is_dir() else None
@@ -76,6 +76,12 @@ def _refuse_unknown(path: Path, what: Quantization) -> None:
         more = f"; so are {len(what.unknown) - 1} others" if len(what.unknown) > 1 else ""
         raise CheckpointError(
             f"tensor `{name}` of `{path}` {why}{more}",
+            hint="it cannot be dequantized; start from the unquantized model",
+        )
+    if what.is_rotated:
+        raise CheckpointError(
+            f"`{path}` has rotated weights (`transform_config` of its quantization has groups), "
+            "which are not the model's without the rotations",
             hint="it cannot be dequantized; start from the unquantized model",
         )
     if what.needs_config and not what.found:

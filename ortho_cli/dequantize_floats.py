@@ -67,9 +67,13 @@ def fit(parts: Parts, role: str, shape: tuple[int, ...], settings: Settings) -> 
     blocks = [settings.block] if settings.block else [DEFAULT_BLOCK]
     if columns == 1 and lines in (1, rows) and lead in (1, matrices):
         block: tuple[int, int] | None = (rows if lines == 1 else 1, width)
+    elif _has_short_group(settings.group, width, columns) and lines == rows:
+        block = (1, settings.group or width)
     else:
         block = _block(rows, width, lines, columns, blocks, exact=settings.block is None)
-    if block is None or lead not in (1, matrices):
+    # One grid for several matrices has to say so itself: as (1, lines, columns).
+    is_unclear = lead == 1 and matrices > 1 and numel > 1 and len(scale) < len(shape)
+    if block is None or is_unclear or lead not in (1, matrices):
         ask = blocks[0]
         wanted = [*shape[:-2], math.ceil(rows / ask[0]), math.ceil(width / ask[1])]
         told = "" if settings.block else " (what config.json does not tell)"
@@ -79,6 +83,11 @@ def fit(parts: Parts, role: str, shape: tuple[int, ...], settings: Settings) -> 
     return Grid(matrices, rows, lead, lines, columns, block, width)
 
 
+def _has_short_group(group: int | None, width: int, columns: int) -> bool:
+    """Tell whether groups of the size that config.json says fill a row but for the last one."""
+    return bool(group and width % group and columns == math.ceil(width / group))
+
+
 def _matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:
     if len(shape) < 2:
         return 1, math.prod(shape), 1
@@ -86,11 +95,13 @@ def _matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _scale_lines(scale: tuple[int, ...], matrices: int, rows: int) -> tuple[int, int, int]:
-    """Read the shape of scales as matrices of lines."""
+    """Read the shape of scales as matrices of lines; zeros where they are not."""
     if math.prod(scale) == 1:
         return 1, 1, 1
     if len(scale) == 1:
-        return (matrices, 1, 1) if matrices > 1 else (1, scale[0], 1)
+        if matrices > 1:
+            return (matrices, 1, 1) if scale[0] == matrices else (0, 0, 0)
+        return 1, scale[0], 1
     if len(scale) == 2 and matrices > 1 and scale in ((matrices, rows), (matrices, 1)):
         return matrices, scale[1], 1
     return math.prod(scale[:-2]), scale[-2], scale[-1]

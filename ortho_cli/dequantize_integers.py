@@ -29,7 +29,9 @@ def unpack(words: Tensor, *, bits: int, columns: int) -> Tensor:
     Returns:
         (rows, columns) int32, 0 <= code < 2^bits.
     """
-    raw = words.contiguous().view(torch.uint8).view(len(words), -1)
+    # One word a row, turned, is contiguous to torch, and its last stride is still not 1.
+    own = words.clone(memory_format=torch.contiguous_format)
+    raw = own.view(torch.uint8).view(len(words), -1)
     if bits == 8:
         return raw[:, :columns].int()
     if 8 % bits == 0:

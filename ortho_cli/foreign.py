@@ -34,7 +34,8 @@ def open_foreign(path: Path, *, key: str | None = None) -> Source:
         hint = "give a model file or folder that you may read"
         raise unreadable(path, error, kind=CheckpointError, hint=hint) from error
     try:
-        refuse_adapter_names(path, [tensor.name for tensor in source.tensors], strips=True)
+        names = [tensor.name for tensor in source.tensors]
+        refuse_adapter_names(path, names, source.config, strips=True)
         return dequantize(strip_wrappers(source))
     except BaseException:
         source.close()

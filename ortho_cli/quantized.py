@@ -11,8 +11,9 @@ Headers and JSON only; standard library only: `ortho inspect` and `--dry-run` im
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ INTEGERS = ("U8", "I8", "U16", "I16", "U32", "I32")
 NARROW = ("F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")  # no model computes in these
 CONFIG_KEYS = ("quantization_config", "compression_config")
 MLX_KEY = "quantization"
+MLX_EXPERTS = ("switch_mlp", "switch_glu")  # parts of names that MLX gives to joined experts
+MLX_REWRITTEN = ("qwen3_next", "qwen3_5")  # model types of which MLX adds 1 to weights of norms
 # Files that say how a model was quantized, and the keys of which one must be there to believe it.
 SIDE_FILES = {
     "quantize_config.json": ("bits", "quant_method", "checkpoint_format", "group_size"),
@@ -202,6 +205,7 @@ MARKERS = frozenset({"scaled_fp8", "comfy_quant", "qscale_act"})
 # What scales beside a tensor of integers are called, after its name or its module's.
 BESIDE = ("_scale", "_scales", "._scale", ".absmax", "_scale_inv")
 BESIDE_MODULE = (*SCALE_NAMES, ".weight_scales", ".scales", ".SCB", ".absmax", ".weight_scale_2")
+SCALE_WORDS = ("scal", "amax")  # in the last part of a name: scales under whatever name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,9 +251,15 @@ class Quantization:
         return self.method in NEEDS_CONFIG
 
     @property
+    def is_rotated(self) -> bool:
+        """Whether the weights are those of a rotated basis, as compressed-tensors' transforms."""
+        said = self.settings.get("transform_config")
+        return bool(said.get("config_groups") if isinstance(said, dict) else said)
+
+    @property
     def can_convert(self) -> bool:
         """Whether `ortho convert` gives the plain model."""
-        return not self.unknown and not self.needs_config
+        return not (self.unknown or self.needs_config or self.is_rotated)
 
     @property
     def sign(self) -> str:
@@ -293,7 +303,37 @@ def examine(
         settings |= said
     for _, value in reversed(entries):  # of several, the first and outermost holds
         settings |= value if isinstance(value, dict) else {"quant_method": value}
-    return _Examination({tensor.name: tensor for tensor in tensors}).run(tuple(told), settings)
+    named = {tensor.name: tensor for tensor in tensors}
+    found = _Examination(named, _cache_heads(config)).run(tuple(told), settings)
+    rewritten = _rewritten(found, named, config)
+    return replace(found, unknown=(*found.unknown, rewritten)) if rewritten else found
+
+
+def _rewritten(
+    what: Quantization, tensors: Mapping[str, Described], config: Mapping[str, Any] | None
+) -> tuple[str, str] | None:
+    """Name a tensor of MLX that is not the original model's, also once it is dequantized."""
+    codes = next((found.parts["codes"] for found in what.found if found.layout == "mlx"), None)
+    if codes is None:
+        return None
+    for name, tensor in tensors.items():
+        if any(part in name for part in MLX_EXPERTS):
+            return name, "holds experts as MLX joins them, which the original model keeps apart"
+        module = name.removesuffix(".weight").rpartition(".")[2]
+        is_conv = name.endswith(".weight") and module.startswith("conv")
+        if is_conv and len(tensor.shape) == 3 and tensor.shape[-1] == 1:
+            return name, "has its axes in MLX's order, and not in the original model's"
+    for part in strict_json.levels(config):
+        if (kind := str(part.get("model_type"))).startswith(MLX_REWRITTEN):
+            return codes, f"is of a {kind}, whose other weights MLX changes as well"
+    return None
+
+
+def _cache_heads(config: Mapping[str, Any] | None) -> frozenset[int]:
+    """Collect how many heads the cache has, by config.json and each part of it."""
+    parts = list(strict_json.levels(config))
+    found = [part.get("num_key_value_heads") or part.get("num_attention_heads") for part in parts]
+    return frozenset(heads for heads in found if type(heads) is int)
 
 
 def config_entries(
@@ -311,8 +351,11 @@ def is_config_entry(key: str, value: object) -> bool:
     """Tell whether an entry of config.json, at any depth, says how the model was quantized."""
     if key in CONFIG_KEYS:
         return bool(value) and not _is_off(value)  # transformers takes whatever is there
-    is_mlx = key == MLX_KEY and isinstance(value, dict)
-    return is_mlx and not {"bits", "group_size", "quant_method"}.isdisjoint(value)  # type: ignore[arg-type]
+    if key != MLX_KEY or not isinstance(value, dict):
+        return False
+    if "quant_algo" in value:  # TensorRT-LLM writes the entry, with null, for plain models, too
+        return bool(value["quant_algo"])
+    return not {"bits", "group_size", "quant_method"}.isdisjoint(value)
 
 
 def _is_off(value: object) -> bool:
@@ -342,10 +385,11 @@ def _side_files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 class _Examination:
     """One look through all tensors; each belongs to a quantized weight, to nothing, or is plain."""
 
-    def __init__(self, tensors: dict[str, Described]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: dict[str, Described], cache_heads: frozenset[int]) -> None:
+        self._tensors, self._cache_heads = tensors, cache_heads
         self._found: list[Found] = []
         self._claimed: set[str] = set()
+        self._scales = _index_scales(tensors)
 
     def run(self, told: tuple[str, ...], settings: Mapping[str, Any]) -> Quantization:
         """Sort all tensors."""
@@ -359,10 +403,12 @@ class _Examination:
         for name, tensor in self._tensors.items():
             if name in self._claimed:
                 continue
-            if is_quantized and _is_activation(name, modules):
+            if is_quantized and _is_activation(tensor, modules, self._cache_heads):
                 dropped.append(name)
             elif what := self._suspicion(tensor):
                 unknown.append((name, what))
+            elif tensor.dtype in FP8 and (other := self._other_scale(name)):
+                unknown.append((name, f"is {tensor.dtype} and lies beside `{other}`"))
             elif tensor.dtype in FP8:
                 unscaled.append(tensor)
         if unscaled and (is_quantized or unknown):
@@ -397,6 +443,10 @@ class _Examination:
     def _first(self, stem: str, names: Sequence[str]) -> str | None:
         return next((stem + name for name in names if stem + name in self._tensors), None)
 
+    def _other_scale(self, name: str) -> str | None:
+        """Find what looks like the scale of a weight, though no layout has it under that name."""
+        return self._scales.get(name) or self._scales.get(f"{name.removesuffix('.weight')}.")
+
     def _suspicion(self, tensor: Described) -> str | None:
         """Say why a tensor that no layout claims is part of a quantized weight all the same."""
         name, dtype = tensor.name, tensor.dtype
@@ -413,13 +463,31 @@ class _Examination:
             module = name.removesuffix(".weight")
             others = [name + end for end in BESIDE] + [module + end for end in BESIDE_MODULE]
             other = next((o for o in others if o != name and o in self._tensors), None)
+            if other is None and name.endswith(".weight"):
+                other = self._other_scale(name)
             return f"is {dtype} and lies beside `{other}`" if other else None
         return None
 
 
-def _is_activation(name: str, modules: set[str]) -> bool:
+def _index_scales(tensors: Iterable[str]) -> dict[str, str]:
+    """Find a scale for each module, which ends in a dot here, and for each name of a parameter."""
+    found: dict[str, str] = {}
+    for name in tensors:
+        module, _, last = name.rpartition(".")
+        if module and any(word in last.lower() for word in SCALE_WORDS):
+            found.setdefault(f"{module}.", name)
+            found.setdefault(module, name)
+            for place in (i for i, letter in enumerate(last) if letter == "_" and i):
+                found.setdefault(f"{module}.{last[:place]}", name)
+    return found
+
+
+def _is_activation(tensor: Described, modules: set[str], cache_heads: frozenset[int]) -> bool:
+    name = tensor.name
     module, _, last = name.rpartition(".")
-    if last in MARKERS or last in CACHE:
+    if last in CACHE:  # models learn scales of these names, too: one for each element of a head
+        return math.prod(tensor.shape) in {1, *cache_heads}
+    if last in MARKERS:
         return True
     if last in ACTIVATIONS:
         return module in modules

@@ -26,7 +26,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
                 hint="decompose the model it was made from",
             )
     names = [tensor.name for tensor in checkpoint.tensors]
-    refuse_adapter_names(checkpoint.path, names, strips=False)
+    refuse_adapter_names(checkpoint.path, names, checkpoint.config, strips=False)
     folder = checkpoint.path if checkpoint.path.is_dir() else None
     if what := examine(checkpoint.tensors, checkpoint.config, folder):
         raise what.refusal(checkpoint.path)

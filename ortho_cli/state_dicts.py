@@ -27,8 +27,17 @@ WEIGHTS = re.compile(
 )
 # Keys of what a trainer needs to go on: as large as the weights or larger, and never weights.
 TRAINING = re.compile(
+    r"optimizer|(^|_)(opt(im)?(_states?)?(_dicts?)?|grad_scaler|grads?|gradients?|exp_avg\w*"
+    r"|momentum_buffer\w*|master_weights?|callbacks?)$"
+)
+# Keys that a part of a model may have, too: `opt_model`, `sampler`. What they hold decides.
+PERHAPS_TRAINING = re.compile(
     r"optim|(^|_)(opt|sched\w*|lr_\w+|scaler|grad_scaler|rng\w*|random_\w+|grads?|gradients?"
     r"|exp_avg\w*|momentum_buffer\w*|master_weights?|callbacks?|loops?|samplers?|dataloaders?)(_|$)"
+)
+# What optimizers keep for each parameter: Adam and its kin, SGD, RMSprop, Adadelta, bitsandbytes.
+MOMENTS = re.compile(
+    r"(max_)?exp_(avg|inf)\w*|steps?|momentum\w*|square_avg|grad_avg|acc_delta|state[12]|param_groups"
 )
 # A second set of weights of this share of the largest is not left out without being asked to:
 # the head of a large model can be two hundredths of it.
@@ -314,12 +323,34 @@ def _is_training(key: str, value: Any) -> bool:
         return False
     if TRAINING.search(key.lower()):
         return True
+    if PERHAPS_TRAINING.search(key.lower()) and not _holds_matrices(value):
+        return True
     if not isinstance(value, Mapping):
         return False
     state = value.get("state")
     # Optimizers name parameters by number.
     numbered = any(isinstance(name, int) for name in value)
     return numbered or "param_groups" in value or (isinstance(state, Mapping) and "steps" in value)
+
+
+def _holds_matrices(value: Any) -> bool:
+    """Tell a part of a model from training state: matrices with names, and none of an optimizer."""
+    seen: set[int] = set()
+    found, left = False, [value]
+    while left:
+        node = left.pop()
+        if id(node) in seen:  # a dict may hold itself
+            continue
+        seen.add(id(node))
+        is_map = isinstance(node, Mapping)
+        for key, inner in _items(node):
+            if is_map and (isinstance(key, int) or MOMENTS.fullmatch(str(key).rpartition(".")[2])):
+                return False
+            if isinstance(inner, Tensor):
+                found = found or (is_map and inner.dim() > 1 and inner.is_floating_point())
+            else:
+                left.append(inner)
+    return found
 
 
 def _own(node: Mapping[Any, Any]) -> int:

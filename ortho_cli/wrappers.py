@@ -48,7 +48,8 @@ def strip_wrappers(source: Source) -> Source:
     Returns:
         The source itself where no name has a prefix.
     Raises:
-        CheckpointError: two names become one, or the tensors are FSDP's flat shards.
+        CheckpointError: two names become one, two models lie side by side, or the tensors are
+            FSDP's flat shards.
     """
     names = [tensor.name for tensor in source.tensors]
     flat = next((name for name in names if FLAT.search(name)), None)
@@ -89,6 +90,8 @@ def find_rename(names: Iterable[str], config: Mapping[str, Any] | None) -> tuple
     Args:
         names: as they are in the checkpoint.
         config: config.json, which may tell prefixes of wrappers from the model's own.
+    Raises:
+        CheckpointError: two models lie side by side, each with a prefix of its own.
     """
     steps: list[Rename] = []
     notes: list[str] = []
@@ -141,6 +144,7 @@ def _uncertain(names: list[str], config: Mapping[str, Any] | None) -> tuple[Rena
         fits = sum(step(name) in known for name in changed)
         # Half: some architectures fuse tensors while they load, so that names differ in any case.
         if changed and not known.intersection(changed) and 2 * fits >= len(changed):
+            _refuse_second_model(names, step)
             return step, [
                 f"{len(changed)} of {len(names)} names have a wrapper's prefix, which the "
                 f"architecture does not have: `{changed[0]}` becomes `{step(changed[0])}`"
@@ -148,6 +152,30 @@ def _uncertain(names: list[str], config: Mapping[str, Any] | None) -> tuple[Rena
     if known.intersection(names):
         return _same, []
     return _same, [f"no name is one of the architecture's: `{names[0]}` and others are kept"]
+
+
+def _refuse_second_model(names: list[str], step: Rename) -> None:
+    """Refuse two sets of weights side by side, as of an average and its model: which is meant?"""
+    made = {step(name): name for name in names if step(name) != name}
+    left = [name for name in names if step(name) == name]
+    twins = [(name, rest) for name in left for rest in _cut(name) if rest in made]
+    if not twins or 2 * len({name for name, _ in twins}) < len(left):
+        return
+    name, rest = twins[0]
+    first, second = made[rest].removesuffix(rest), name.removesuffix(rest)
+    raise CheckpointError(
+        f"names begin with `{first}` and with `{second}`, as `{made[rest]}` and `{name}`: "
+        f"these are two models, and both have a `{rest}`",
+        hint="save one of the two: the state_dict() of the model that is wanted",
+    )
+
+
+def _cut(name: str) -> Iterator[str]:
+    """Give a name without its first part, its first two and so on."""
+    for _ in range(MOST_PREFIX):
+        _, dot, name = name.partition(".")
+        if dot:
+            yield name
 
 
 def _same(name: str) -> str:

@@ -144,3 +144,30 @@ def test_bench_refuses_an_adapter_beside_the_artifact(
     ran = ortho("bench", artifact, flag, source, "--data", tmp_path / "text.txt")
     assert ran.code == CheckpointError.exit_code
     assert "merge it first" in ran.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("config", "own"),
+    [
+        ({"model_type": "phi4mm"}, True),
+        ({"model_type": "x", "vision_lora": {"r": 256}}, True),
+        ({"model_type": "x", "speech_lora": {"r": 320}}, True),
+        ({"model_type": "phi3", "vision_lora": None}, False),
+    ],
+)
+def test_model_with_adapters_of_its_own_is_not_sent_to_peft(
+    tmp_path: Path, ortho: Ortho, command: str, config: dict[str, object], own: bool
+) -> None:
+    source = tmp_path / "m"
+    source.mkdir()
+    name = "model.layers.0.qkv_proj"
+    tensors = {f"{name}.base_layer.weight": torch.ones(64, 64)}
+    tensors |= {f"{name}.lora_A.vision.weight": torch.ones(8, 64)}
+    save_file(tensors, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps(config))
+    said = refused(ortho, command, source)
+    assert f"`{name}." in said
+    assert ("merge_and_unload" in said) != own
+    assert ("adapters of its own" in said) == own
+    assert ("revision" in said) == own

@@ -277,6 +277,22 @@ def test_weights_get_the_dtype_that_config_says(
     assert "float8" not in str(opened.config)
 
 
+@pytest.mark.parametrize("shape", [(64,), (4,), (1,), (2,), (2, 2), (64, 1), (1, 64, 1)])
+@pytest.mark.parametrize("dtype", [torch.int8, E4M3])
+def test_scales_of_fused_matrices_are_one_or_for_each_of_them(
+    tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    codes, scale = integers(-9, 9, 2, 64, 64).to(dtype), positive(*shape)
+    tensors = {"e.up": codes, "e.up_scale": scale}
+    if shape in ((1,), (2,), (1, 64, 1)):
+        each = scale if len(shape) == 3 else scale.view(-1, 1, 1)
+        check(tmp_path, tensors, {"e.up": codes.float() * each})
+    else:
+        said = refused(write(tmp_path / "m", tensors), CheckpointError)
+        assert "`e.up_scale`" in said
+        assert str(list(shape)) in said
+
+
 # --- integers of eight bits ------------------------------------------------------------------
 
 
@@ -381,6 +397,16 @@ def test_codes_are_unpacked_like_the_slow_twin(bits: int, columns: int) -> None:
     assert found.tolist() == [reference.unpack_bits(x, bits=bits, count=columns) for x in packed]
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_word_of_zero_points_for_each_group_is_unpacked(tmp_path: Path, rows: int) -> None:
+    codes, zeros, scale = integers(0, 16, rows, 64), integers(0, 16, rows, 2), positive(rows, 2)
+    tensors = {"p.weight_packed": pack_rows(codes, 4), "p.weight_scale": scale}
+    tensors["p.weight_zero_point"] = pack_rows(zeros.T, 4).T.contiguous()
+    tensors["p.weight_shape"] = torch.tensor([rows, 64])
+    wanted = (codes - zeros.repeat_interleave(32, 1)).float() * scale.repeat_interleave(32, 1)
+    check(tmp_path, tensors, {"p.weight": wanted})
+
+
 def schemes() -> Iterator[tuple[str, str, dict[str, Any]]]:
     for bits in (2, 3, 4, 8):
         for strategy in ("group", "channel"):
@@ -441,6 +467,22 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     count = math.ceil(codes.shape[1] * bits / 32)
     cut = [[(n >> 32 * i) & 0xFFFFFFFF for i in range(count)] for n in numbers]
     return torch.tensor(cut, dtype=torch.int64).to(torch.int32)
+
+
+@pytest.mark.parametrize("kind", ["packed", "int8", "fp8"])
+@pytest.mark.parametrize("width", [96, 192, 200])
+def test_last_group_of_a_row_may_be_short(tmp_path: Path, kind: str, width: int) -> None:
+    codes, scale = integers(-8, 8, 4, width), positive(4, math.ceil(width / 128))
+    tensors = {"p.weight_scale": scale}
+    if kind == "packed":
+        tensors |= {"p.weight_packed": pack_rows(codes + 8, 4)}
+        tensors |= {"p.weight_shape": torch.tensor([4, width])}
+    else:
+        tensors |= {"p.weight": codes.to(torch.int8 if kind == "int8" else E4M3)}
+    weights = {"num_bits": 4 if kind == "packed" else 8, "strategy": "group", "group_size": 128}
+    said = {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": weights}}}
+    wanted = codes.float() * scale.repeat_interleave(128, 1)[:, :width]
+    check(tmp_path, tensors, {"p.weight": wanted}, {"quantization_config": said})
 
 
 def test_columns_out_of_order_take_the_scale_of_their_group(tmp_path: Path) -> None:
@@ -547,6 +589,40 @@ def test_mlx_is_dequantized(tmp_path: Path, bits: int, bias: str) -> None:
     tensors = {"p.weight": codes.view(torch.uint32), "p.scales": scale, f"p.{bias}": offset}
     said = {"group_size": 64, "bits": 5, "p": {"group_size": 32, "bits": bits}}
     check(tmp_path, tensors, {"p.weight": wanted}, {"quantization": said})
+
+
+def mlx(name: str = "p", *lead: int) -> Tensors:
+    return {
+        f"{name}.weight": words(*lead, 4, 8).view(torch.uint32),
+        f"{name}.scales": positive(*lead, 4, 1).half(),
+        f"{name}.biases": random(*lead, 4, 1).half(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "named"),
+    [
+        (mlx("m.switch_mlp.up", 2), {}, "m.switch_mlp.up.biases"),
+        (mlx("m.switch_glu.up", 2), {}, "m.switch_glu.up.biases"),
+        (mlx() | {"m.conv1d.weight": random(8, 4, 1)}, {}, "m.conv1d.weight"),
+        (mlx(), {"model_type": "qwen3_next"}, "p.weight"),
+        (mlx(), {"model_type": "qwen3_5_moe"}, "p.weight"),
+        (mlx(), {"model_type": "v", "text_config": {"model_type": "qwen3_5_text"}}, "p.weight"),
+    ],
+)
+def test_model_that_mlx_rewrote_is_refused_by_name(
+    tmp_path: Path, ortho: Ortho, tensors: Tensors, config: dict[str, Any], named: str
+) -> None:
+    write(tmp_path / "m", tensors, {"quantization": {"group_size": 64, "bits": 4}} | config)
+    assert f"`{named}`" in refused(tmp_path / "m", CheckpointError)
+    ran = ortho("decompose", tmp_path / "m")
+    assert ran.code == CheckpointError.exit_code
+    assert "ortho convert" not in ran.err
+
+
+def test_convolution_beside_weights_of_mlx_may_have_the_order_of_torch(tmp_path: Path) -> None:
+    tensors = mlx() | {"m.conv1d.weight": random(8, 1, 4)}
+    read(write(tmp_path / "m", tensors, {"quantization": {"group_size": 64, "bits": 4}}))
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -748,6 +824,26 @@ def test_model_that_rounds_while_it_runs_is_refused(pico: Path) -> None:
     config["quantization_config"] = {"quant_method": "bitnet", "quantization_mode": "online"}
     (pico / "config.json").write_text(json.dumps(config))
     assert "bitnet" in refused(pico, CheckpointError)
+
+
+ROTATED = {"u": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "output"}]}}
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_rotated_weights_are_refused_by_name(tmp_path: Path, ortho: Ortho, plain: bool) -> None:
+    said = {"quant_method": "compressed-tensors", "transform_config": {"config_groups": ROTATED}}
+    tensors = {"p.weight": random(8, 64)} if plain else module(packed_four())
+    write(tmp_path / "m", tensors, {"quantization_config": said})
+    assert "`transform_config`" in refused(tmp_path / "m", CheckpointError)
+    ran = ortho("decompose", tmp_path / "m")
+    assert ran.code == CheckpointError.exit_code
+    assert "ortho convert" not in ran.err
+
+
+@pytest.mark.parametrize("said", [None, {}, {"config_groups": {}}])
+def test_rotations_of_nothing_are_no_reason_to_refuse(tmp_path: Path, said: object) -> None:
+    config = {"quantization_config": {"quant_method": "x", "transform_config": said}}
+    read(write(tmp_path / "m", module(packed_four()), config))
 
 
 def test_torch_files_are_dequantized_too(tmp_path: Path) -> None:

@@ -87,6 +87,16 @@ QUANTIZED: dict[str, tuple[tuple[str, ...], bool]] = {
     "Marlin": (("p.B I32", "p.s F16"), False),
     "sparse": (("p.compressed BF16", "p.bitmask U8", "p.shape I64 2"), False),
     "torchao": (("p._weight_qdata I8", "p._weight_scale F32 64"), False),
+    **{
+        f"fp8 beside {scale}": (("p.weight F8_E4M3", f"p.{scale} F32 1"), False)
+        for scale in (
+            "weights_scaling_factor", "activation_scaling_factor", "weight.scales", "fp8_scale",
+            "weight._scale", "weight_scale_reciprocal", "weight_amax", "Scaling", "input_scale",
+        )
+    },
+    "fp8 fused beside scales": (("e.up F8_E4M3 2x8x8", "e.up_row_scales F32 2x8"), False),
+    "fp8 fused above scales": (("e.up F8_E4M3 2x8x8", "e.up.scales F32 2x8"), False),
+    "TensorRT-LLM int8": (("p.weight I8", "p.per_channel_scale F16 64"), False),
     "a scale without its weight": (("p.weight_scale_inv F32 1x1",), False),
     "a float weight beside a scale": (("p.weight BF16", "p.weight_scale BF16 64x1"), False),
     "floats of four bits": (("p.weight F4",), False),
@@ -102,6 +112,7 @@ PLAIN: dict[str, tuple[str, ...]] = {
     "tables": ("hash.table I32 64x2", "expert.map I64 64", "vocab.bytes U8 300"),
     "codebooks": ("q.codebooks F32 4x64x8", "q.embed F32 64x8", "q.cluster_size F32 64"),
     "scales of activations alone": ("a.input_scale F32 1", "a.k_scale F32 1", "r.scale F32 64"),
+    "learned scales beside integers": ("p.weight F32", "p.layer_scale F32 64", "p.map I32 64x2"),
     "batch norm": ("n.running_var F32 64", "n.num_batches_tracked I64 1"),
     "experts": ("e.up BF16 2x8x8", "e.up_bias BF16 2x8", "e.per_expert_scale BF16 8"),
     "indices": ("f.indices I64 64x64", "f.weight BF16", "f.scales F32 64"),
@@ -118,6 +129,29 @@ def test_tensors_tell_a_quantized_model_whatever_the_json_says(name: str) -> Non
     assert ("ortho convert" in str(found.refusal(Path("m")).hint)) == can_convert
 
 
+@pytest.mark.parametrize("scale", ["logit_scale", "p.q_scale", "p.layer_scale.gamma", "p.ls.gamma"])
+def test_scales_of_something_else_leave_fp8_without_scales_what_it_is(scale: str) -> None:
+    found = examine(headers("p.q.weight F8_E4M3", "embed F8_E4M3", f"{scale} F32 64"), {}, None)
+    assert found.can_convert
+    assert {weight.name for weight in found.found} == {"p.q.weight", "embed"}
+    assert not found.dropped
+
+
+@pytest.mark.parametrize("name", ["q_scale", "k_scale", "v_scale"])
+@pytest.mark.parametrize(
+    ("shape", "heads", "dropped"),
+    [("1", 8, True), ("8x1x1", 8, True), ("64", 8, False), ("64", None, False), ("8", None, False)],
+)
+def test_scale_of_the_cache_is_told_from_one_that_the_model_learned(
+    name: str, shape: str, heads: int | None, dropped: bool
+) -> None:
+    tensors = headers("p.weight F8_E4M3", "p.weight_scale F32 1", f"p.{name} F32 {shape}")
+    config = {"text_config": {"num_attention_heads": 16, "num_key_value_heads": heads}}
+    found = examine(tensors, config if heads else {}, None)
+    assert found.can_convert
+    assert found.dropped == ((f"p.{name}",) if dropped else ())
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_model_is_not_taken_for_a_quantized_one(name: str) -> None:
     assert not examine(headers(*PLAIN[name]), {"model_type": "x"}, None)
@@ -132,6 +166,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4}
         ({"quantization_config": GPTQ}, "`quantization_config` says 'gptq'"),
         ({"compression_config": {"format": "pack-quantized"}}, "`compression_config` says"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "config.json has `quantization`"),
+        ({"quantization": {"quant_algo": "FP8"}}, "`quantization` says 'FP8'"),
         ({"quantization_config": {"load_in_4bit": True}}, "config.json has `quantization_config`"),
         *(
             ({key: {"quantization_config": GPTQ}}, f"`{key}.quantization_config` says 'gptq'")
@@ -157,6 +192,7 @@ def test_config_tells_a_quantized_model_at_any_depth(config: dict[str, Any], sai
         {"compression_config": None, "text_config": {"quantization_config": None}},
         {"quantization": False},
         {"quantization": {"codebook_size": 1024}},
+        {"quantization": {"quant_algo": None, "group_size": 128}},
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": False}},
     ],
 )

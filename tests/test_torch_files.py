@@ -138,6 +138,53 @@ def test_weights_are_found_under_any_key_and_the_rest_is_named(
     assert all(f"`{other}`" in said for other in left)
 
 
+PART_NAMES = ("opt_model", "sampler", "loop", "scheduler_embed", "lr_encoder", "random_proj")
+
+
+@pytest.mark.parametrize("name", PART_NAMES)
+@pytest.mark.parametrize("nested", [False, True])
+def test_part_of_a_model_that_is_named_like_training_state_is_not_left_out(
+    tmp_path: Path, ortho: Ortho, name: str, nested: bool
+) -> None:
+    parts = {name: {"weight": torch.ones(8, 8)}, "vision": {"proj": {"weight": torch.ones(4, 4)}}}
+    torch.save({"model": parts} if nested else parts, tmp_path / "m.pt")
+    found, _ = convert(ortho, tmp_path / "m.pt")
+    assert found.keys() == {f"{name}.weight", "vision.proj.weight"}
+
+
+@pytest.mark.parametrize("name", PART_NAMES)
+def test_part_beside_weights_that_is_named_like_training_state_is_asked_about(
+    tmp_path: Path, ortho: Ortho, name: str
+) -> None:
+    torch.save({"state_dict": W, name: {"weight": torch.ones(8, 8)}}, tmp_path / "m.pt")
+    said = refused(ortho, tmp_path / "m.pt")
+    assert f"`{name}` (64 elements)" in said
+
+
+MOMENTS = {f"{name}.{of}": torch.ones(8, 8) for name in W for of in ("exp_avg", "exp_avg_sq")}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"state": {name: {"momentum_buffer": torch.ones(8, 8)} for name in W}},
+        {"state": {0: {"x": torch.ones(8, 8)}}},
+        MOMENTS,
+        {"param_groups": [{"lr": 0.1}], "shadow": {"w": torch.ones(8, 8)}},
+        {"order": torch.arange(99), "generator": torch.ones(99)},
+        [torch.ones(8, 8)],
+    ],
+)
+@pytest.mark.parametrize("name", ["opt_g", "sampler", "lr_scheduler", "loops", "optim_fp32"])
+def test_training_state_is_known_by_what_it_holds(
+    tmp_path: Path, ortho: Ortho, name: str, content: Any
+) -> None:
+    torch.save({"net": W, name: content}, tmp_path / "m.pt")
+    found, said = convert(ortho, tmp_path / "m.pt")
+    assert same(found, W)
+    assert f"left out of `m.pt`: `{name}`" in said
+
+
 @pytest.mark.parametrize("name", ["m.ckpt", "m.pkl", "m.weights", "m", "m.pt.tar", "m.BIN"])
 @pytest.mark.parametrize("legacy", [False, True])
 def test_torch_file_is_known_by_its_bytes(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ortho_cli import wrappers
+from ortho_cli.errors import CheckpointError
 
 NAMES = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight")
 LLAMA = {
@@ -211,3 +212,38 @@ def test_usual_names_ask_nobody(pico: Path, ortho: Ortho, monkeypatch: pytest.Mo
     """transformers takes seconds to import."""
     monkeypatch.setattr(wrappers, "parameter_names", None)
     assert ortho("convert", pico).code == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("teacher.", "student."),
+        ("student.", "teacher."),
+        ("ema_model.", "model."),
+        ("model.", "ema_model."),
+        ("generator.", "a.b.averaged."),
+    ],
+)
+@pytest.mark.parametrize("kind", ["torch", "safetensors"])
+def test_two_models_side_by_side_are_refused_by_both_prefixes(
+    tmp_path: Path, ortho: Ortho, kind: str, first: str, second: str
+) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    found = tensors(*(prefix + name for prefix in (first, second) for name in NAMES))
+    if kind == "torch":
+        torch.save(found, folder / "pytorch_model.bin")
+    else:
+        save_file(found, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    ran = ortho("convert", folder)
+    assert ran.code == CheckpointError.exit_code
+    assert f"`{first}`" in ran.err
+    assert f"`{second}`" in ran.err
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_head_beside_a_wrapped_model_is_no_second_model(tmp_path: Path, ortho: Ortho) -> None:
+    wrapped = [f"net.{name}" for name in NAMES]
+    found, _ = convert(tmp_path, ortho, tensors(*wrapped, "v_head.weight"), "torch", LLAMA)
+    assert found.keys() == {*NAMES, "v_head.weight"}
