@@ -346,21 +346,25 @@ def base_file(folder: Path) -> Path | None:
 
     A file that cannot be read counts where a report or an ortho stream of ours is beside it.
     """
+    found = _find_base(folder)
+    return None if found is None else found[0]
+
+
+def _find_base(folder: Path) -> tuple[Path, dict[str, str] | None] | None:
+    """Find base and its metadata, which is None where it cannot be read."""
     new, old = folder / BASE_FILE, folder / OLD_BASE_FILE
-    if not new.is_file():
-        return old if old.is_file() and _may_be_base(old) else None
-    if not _may_be_base(new):
+    path = new if new.is_file() else old
+    if not path.is_file():
         return None
-    # An older base that was also given the name that other readers look for.
-    form = (checkpoint.metadata_of(new) or {}).get("ortho_format")
-    return old if form in OLD_LAYOUTS and old.is_file() else new
-
-
-def _may_be_base(path: Path) -> bool:
     metadata = checkpoint.metadata_of(path)
     if metadata is None:
-        return path.name == OLD_BASE_FILE or _has_company(path.parent)
-    return is_ours(metadata) or not _MARKS.isdisjoint(metadata)
+        return (path, None) if path == old or _has_company(folder) else None
+    if not is_ours(metadata) and _MARKS.isdisjoint(metadata):
+        return None
+    if path == new and metadata.get("ortho_format") in OLD_LAYOUTS and old.is_file():
+        # An older base that was also given the name that other readers look for.
+        return old, checkpoint.metadata_of(old)
+    return path, metadata
 
 
 def _has_company(folder: Path) -> bool:
@@ -390,16 +394,16 @@ def is_artifact(path: Path, *, damaged: bool = False) -> bool:
             lies beside it does.
     """
     folder = path if path.is_dir() else path.parent
-    base = base_file(folder)
     if path.is_dir() or path.name == SEALED_FILE:  # a sealed file cannot speak for itself
-        if base is None:
+        found = _find_base(folder)
+        if found is None:
             return _is_lone_ortho(folder, damaged=damaged)
-        return damaged or is_ours(checkpoint.metadata_of(base) or {})
+        return damaged or is_ours(found[1] or {})
     metadata = checkpoint.metadata_of(path) if path.is_file() else {}
     if metadata is not None and is_ours(metadata):
         return True
     named = metadata is None and path.name in (OLD_BASE_FILE, ORTHO_FILE)
-    return damaged and (named or path == base)
+    return damaged and (named or path == base_file(folder))
 
 
 def _is_lone_ortho(folder: Path, *, damaged: bool) -> bool:

@@ -23,7 +23,6 @@ from ortho_cli.errors import Interrupted, OrthoError, ResourceError, UsageError,
 # Objects between two looks for garbage: imports make many, and none of it is any.
 GARBAGE = 200_000
 
-OPEN_FILES = 65_536  # more than any model has shards; some systems say a billion, and mean less
 TEXTS = (
     "--set",
     "--prompt",

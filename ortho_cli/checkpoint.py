@@ -32,7 +32,6 @@ from ortho_cli.errors import (
     way_out,
 )
 from ortho_cli.files import open_regular
-from ortho_cli.folders import read_index as read_index  # for readers of other formats
 
 # Bits an element, for every dtype that safetensors 0.8 knows.
 DTYPE_BITS = {
@@ -45,12 +44,6 @@ DTYPE_BITS = {
 MAX_HEADER = 100_000_000  # safetensors' own limit
 PIECE = 1 << 20
 MAX_DIMENSIONS = 64  # torch's own limit; a product of thousands of large numbers would take hours
-
-INDEX_SUFFIX = folders.INDEX_SUFFIX
-WEIGHT_SUFFIXES = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npy", ".npz", ".gguf", ".ggml",
-    ".onnx", ".onnx_data", ".h5", ".msgpack", ".tflite", ".ot", ".index.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,11 +34,11 @@ from ortho_cli.exact import (
 from ortho_cli.plan import TensorPlan
 from ortho_cli.seal import OrthoFile
 from ortho_cli.summary import decibels
+from ortho_cli.worker import NUMPY_DTYPES
 from ortho_cli.writer import DataFile
 
 SAMPLE_BLOCKS = 4  # places of a weight from which rows are read back
 SAMPLE_ELEMENTS = 1 << 15  # weights that are read back of one with more: 4 % of a plain run's time
-INDICES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64}
 # Weights that are checked at a time. Measured: of larger arrays the allocator gives pages back and
 # takes them again, which doubles the time.
 TILE = 1 << 15
@@ -105,9 +105,9 @@ class Recheck:
             return lambda buffer, at: output.read_into(key, buffer, start=at)
 
         source: Read = lambda buffer, at: self._reader.read_into(buffer, tensor.source, start=at)  # noqa: E731
-        crow = _read(part(crow_spec.key), INDICES[crow_spec.dtype], start, count + 1)
+        crow = _read(part(crow_spec.key), NUMPY_DTYPES[crow_spec.dtype], start, count + 1)
         first, size = int(crow[0]), int(crow[-1] - crow[0])
-        column = _read(part(column_spec.key), INDICES[column_spec.dtype], first, size)
+        column = _read(part(column_spec.key), NUMPY_DTYPES[column_spec.dtype], first, size)
         row = np.repeat(np.arange(count), np.diff(crow))
         return Rows(
             first=start,

@@ -14,7 +14,6 @@ from torch import Tensor
 from ortho_cli import folders, ops
 from ortho_cli.checkpoint import (
     DTYPE_BITS,
-    INDEX_SUFFIX,
     ShardReader,
     TensorInfo,
 )
@@ -191,4 +190,4 @@ def has_safetensors(folder: Path) -> bool:
     """Tell whether a folder's safetensors are what transformers would read of it."""
     if folders.is_bin_first(folder):
         return False
-    return any(p.name.endswith((".safetensors", INDEX_SUFFIX)) for p in folder.iterdir())
+    return any(p.name.endswith((folders.SUFFIX, folders.INDEX_SUFFIX)) for p in folder.iterdir())

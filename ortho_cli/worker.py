@@ -18,6 +18,7 @@ from ortho_cli.artifact import BASE_FILE, ORTHO_FILE
 from ortho_cli.checkpoint import Checkpoint, ShardReader
 from ortho_cli.errors import InternalError, NumericalError
 from ortho_cli.events import Advanced, EventSink, TensorDone
+from ortho_cli.exact import widen
 from ortho_cli.plan import TensorPlan
 from ortho_cli.seal import OrthoFile
 from ortho_cli.selection import IGNORED
@@ -133,7 +134,7 @@ class Worker(ABC):
         bits = raw.view(word)
         masked = np.bitwise_and(bits, exponent, out=self._bits[: raw.size].view(word))
         if masked.max() >= exponent:
-            values = widened(bits, tensor.source.dtype)
+            values = widen(bits, tensor.source.dtype)
             raise not_finite(tensor, values, start // bits.itemsize)
 
     def _read_sample(
@@ -292,13 +293,6 @@ def shape_key(tensor: TensorPlan) -> str:
 def shape_bytes(tensor: TensorPlan) -> memoryview:
     """Write down the shape of a weight that is packed."""
     return np.array(tensor.source.shape, np.int64).data.cast("B")
-
-
-def widened(bits: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
-    """Look at the words of BF16, F16 or F32 as float32."""
-    if dtype == "BF16":
-        return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return bits.view(np.float16 if dtype == "F16" else np.float32).astype(np.float32)
 
 
 def first_bad(
