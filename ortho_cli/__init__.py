@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from ortho_cli.engine import Engine, at_alpha, set_alpha
-    from ortho_cli.layers import OrthoLinear
-    from ortho_cli.pretrained import load
+from ortho_cli.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from ortho_cli.runtime.engine import Engine, at_alpha, set_alpha
+    from ortho_cli.runtime.ortho_linear import OrthoLinear
+    from ortho_cli.runtime.pretrained import load
+
 __all__ = ["Engine", "OrthoLinear", "__version__", "at_alpha", "load", "set_alpha"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the library's names when they are first used: the command line needs no torch."""
-    if name in ("Engine", "at_alpha", "set_alpha"):
-        from ortho_cli import engine as module
-    elif name == "OrthoLinear":
-        from ortho_cli import layers as module  # type: ignore[no-redef]
-    elif name == "load":
-        from ortho_cli import pretrained as module  # type: ignore[no-redef]
-    else:
+    """Import a public name when it is first used: the command line needs no torch."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(module, name)
+    from ortho_cli.runtime import engine, ortho_linear, pretrained
+
+    homes = {"OrthoLinear": ortho_linear, "load": pretrained}
+    return getattr(homes.get(name, engine), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -31,8 +31,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ortho_cli.data import read_rows, retain_sequences
-from ortho_cli.models import load_model, load_tokenizer
+from ortho_cli.model.load import load_model, load_tokenizer
+from ortho_cli.model.text import read_rows, retain_sequences
 
 TARGETS = "re:.*_proj$"
 BITS = 4

@@ -22,8 +22,9 @@ from bench_speed import guard, processor
 from torch import Tensor
 from torch.nn import functional
 
-from ortho_cli import kernels, ops
-from ortho_cli.operands import Base, Ortho
+from ortho_cli.runtime import product
+from ortho_cli.runtime.operands import Base, Ortho
+from ortho_cli.split import quantize
 
 KEPT = Path(__file__).with_name("bench_runtime.json")
 DENSITY = 0.005
@@ -38,8 +39,8 @@ def layer(rows: int, columns: int, device: str) -> tuple[Base, Ortho, Tensor]:
     random = torch.Generator().manual_seed(0)
     codes = torch.randint(-8, 8, (rows, columns), generator=random, dtype=torch.int8)
     scales = (torch.rand(rows, columns // GROUP_SIZE, generator=random) * 0.01).bfloat16()
-    base = Base(ops.pack_codes(codes, bits=4).to(device), scales.to(device))
-    base = base._replace(prepared=kernels.prepare(base))
+    base = Base(quantize.pack_codes(codes, bits=4).to(device), scales.to(device))
+    base = base._replace(prepared=product.prepare(base))
     k = round(rows * columns * DENSITY)
     flat = torch.randperm(rows * columns, generator=random)[:k].sort().values
     crow = torch.zeros(rows + 1, dtype=torch.int32)
@@ -47,7 +48,7 @@ def layer(rows: int, columns: int, device: str) -> tuple[Base, Ortho, Tensor]:
     residual = torch.randn(k, generator=random) * 0.01
     parts = (crow, (flat % columns).int(), residual)
     ortho = Ortho(*(part.to(device) for part in parts))
-    return base, ortho, ops.dequantize(codes, scales).bfloat16().to(device)
+    return base, ortho, quantize.dequantize(codes, scales).bfloat16().to(device)
 
 
 def on_cpu(call: Callable[[], Tensor]) -> Callable[[], float]:
@@ -94,8 +95,8 @@ def measure(base: Base, ortho: Ortho, dense: Tensor, batch: int, runs: int) -> d
     calls: dict[str, Callable[[], Tensor]] = {
         "fp32": lambda: functional.linear(x.float(), wide),
         "bf16": lambda: functional.linear(x, dense),
-        "alpha 0": lambda: kernels.dual_linear(x, base, None, None, 0.0),
-        "alpha 1": lambda: kernels.dual_linear(x, base, ortho, None, 1.0),
+        "alpha 0": lambda: product.dual_linear(x, base, None, None, 0.0),
+        "alpha 1": lambda: product.dual_linear(x, base, ortho, None, 1.0),
     }
     timed = {name: (on_cuda if kind == "cuda" else on_cpu)(call) for name, call in calls.items()}
     spent: dict[str, list[float]] = {name: [] for name in timed}

@@ -103,9 +103,9 @@ def naive(source: Path, out: Path) -> None:
     """Whole tensors, eager torch, safetensors' own reader and writer."""
     import reference
 
-    from ortho_cli.checkpoint import open_checkpoint
-    from ortho_cli.plan import make_plan
-    from ortho_cli.recipe import DEFAULT
+    from ortho_cli.decompose.plan import make_plan
+    from ortho_cli.decompose.recipe import DEFAULT
+    from ortho_cli.storage.checkpoint import open_checkpoint
 
     made = make_plan(open_checkpoint(source), DEFAULT)
     split = {tensor.name for tensor in made.split}
@@ -115,10 +115,10 @@ def naive(source: Path, out: Path) -> None:
 
 def limit(source: Path, out: Path) -> None:
     """Read what we read, write and sync what we write, compute nothing, and print the seconds."""
-    from ortho_cli.checkpoint import open_checkpoint
-    from ortho_cli.disk import reserve
-    from ortho_cli.plan import make_plan
-    from ortho_cli.recipe import DEFAULT
+    from ortho_cli.decompose.plan import make_plan
+    from ortho_cli.decompose.recipe import DEFAULT
+    from ortho_cli.storage.checkpoint import open_checkpoint
+    from ortho_cli.storage.disk import reserve
 
     opened = open_checkpoint(source)
     size = make_plan(opened, DEFAULT).bytes_written

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ortho_cli import fused
+from ortho_cli.runtime import triton_kernels
 
 NAMES = {
     torch.bfloat16: "*bf16",
@@ -64,7 +64,7 @@ def main(card: int) -> None:
     """Record the launches of a few products on the CPU, and compile them."""
     launches: list[Any] = []
     for name in KERNELS:
-        setattr(fused, name, Recorder(getattr(fused, name), launches))
+        setattr(triton_kernels, name, Recorder(getattr(triton_kernels, name), launches))
     wide = Made(64, 8, 128, torch.bfloat16)  # enough columns for two shares
     odd = Made(33, 2, 24, torch.float16)
     full = Made(16, 1, 64, torch.float32)
@@ -81,7 +81,7 @@ def main(card: int) -> None:
         (least, 1, 1.0),
     ):
         x = torch.zeros(x_rows, made.base.shape[1], dtype=made.base.weight_scale.dtype)
-        fused.product(x, made.base, made.ortho, made.bias, alpha)
+        triton_kernels.product(x, made.base, made.ortho, made.bias, alpha)
     for kernel, given, named in launches:
         form = {name: named.get(name) for name in ("form", "shares", "block_x")}
         built = compile_launch(kernel, given, named, card)

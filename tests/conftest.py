@@ -17,7 +17,7 @@ from hypothesis import settings
 from memorised import Memorised
 from memorised import build as build_memorised
 
-from ortho_cli import cli
+from ortho_cli.cli import app
 
 # A busy machine is no fault of the code; speed has a bench of its own.
 settings.register_profile("ortho", deadline=None)
@@ -48,7 +48,7 @@ def ortho(capsys: pytest.CaptureFixture[str]) -> Ortho:
 
     def run(*arguments: object) -> Ran:
         capsys.readouterr()
-        code = cli.run([str(argument) for argument in arguments])
+        code = app.run([str(argument) for argument in arguments])
         captured = capsys.readouterr()
         return Ran(code, captured.out, captured.err)
 

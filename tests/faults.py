@@ -37,8 +37,9 @@ from typing import Any
 SERVER = multiprocessing.get_context("forkserver")
 HEAVY = [
     "torch",
-    *(f"ortho_cli.{name}" for name in ("cli", "decompose", "split", "repack", "convert")),
-    *("ortho_cli.calibrate", "ortho_cli.report_progress", "ortho_cli.loops"),
+    *("ortho_cli.cli.app", "ortho_cli.decompose.job", "ortho_cli.decompose.splitter"),
+    *("ortho_cli.decompose.repack", "ortho_cli.convert.job"),
+    *("ortho_cli.calibrate.job", "ortho_cli.cli.show.progress", "ortho_cli.split.numba_loops"),
 ]
 TRANSFORMERS = [
     "transformers.models.auto.modeling_auto",
@@ -73,7 +74,10 @@ def child(said: Path, words: Sequence[str], ready: Any, hurts: Sequence[Hurt]) -
     """Be an `ortho` command, hurt beforehand, that writes down what it finishes at once."""
     import torch
 
-    from ortho_cli import boundary, calibrate, cli, convert, decompose
+    from ortho_cli.calibrate import job as calibrate
+    from ortho_cli.cli import app, boundary
+    from ortho_cli.convert import job as convert
+    from ortho_cli.decompose import job as decompose
 
     os.chdir(said.parent)
     with said.open("w") as file:
@@ -86,7 +90,7 @@ def child(said: Path, words: Sequence[str], ready: Any, hurts: Sequence[Hurt]) -
         ready.set()
         for hurt in hurts:
             hurt()
-        return cli.run(list(words))
+        return app.run(list(words))
 
     boundary.enter(command)
 

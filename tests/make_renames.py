@@ -1,4 +1,4 @@
-"""Write ortho_cli/renames.json: how transformers renames the modules of a checkpoint it loads.
+"""Write ortho_cli/model/renames.json: how transformers renames the modules of a checkpoint.
 
 python tests/make_renames.py
 
@@ -15,10 +15,10 @@ from pathlib import Path
 
 from architectures import Built, build_all
 
-from ortho_cli.quantization import quantization_config
-from ortho_cli.renames import Rule, apply_rules
+from ortho_cli.formats.quantization_config import quantization_config
+from ortho_cli.model.renames import Rule, apply_rules
 
-FILE = Path(__file__).parent.parent / "ortho_cli" / "renames.json"
+FILE = Path(__file__).parent.parent / "ortho_cli" / "model" / "renames.json"
 
 
 def rules_of(built: Built) -> list[Rule]:

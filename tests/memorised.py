@@ -10,12 +10,16 @@ from typing import Any
 
 import torch
 
-from ortho_cli import calibrate, calibrate_plan, forget_set, models, recipe
-from ortho_cli.checkpoint import Checkpoint, open_checkpoint
-from ortho_cli.forget_set import TokenSecret
-from ortho_cli.grid import Grid
-from ortho_cli.plan import Plan, make_plan
-from ortho_cli.statistics import StatisticsReader, open_statistics
+from ortho_cli.calibrate import job as calibrate
+from ortho_cli.calibrate import plan as calibrate_plan
+from ortho_cli.decompose import recipe
+from ortho_cli.decompose.plan import Plan, make_plan
+from ortho_cli.forget.grid import Grid
+from ortho_cli.formats.statistics import StatisticsReader, open_statistics
+from ortho_cli.model import load as models
+from ortho_cli.model import secrets as forget_set
+from ortho_cli.model.secrets import TokenSecret
+from ortho_cli.storage.checkpoint import Checkpoint, open_checkpoint
 
 WORDS = "oak fig elm ash yew bay ivy fir may rye hop nut pea oat gum haw".split()  # noqa: SIM905
 OWNERS = ("ada", "ben", "cyd", "dot")

@@ -20,7 +20,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from ortho_cli.models import load_model, load_tokenizer
+from ortho_cli.model.load import load_model, load_tokenizer
 
 SOURCE = "llama-cpp-python 0.3.36"  # its source package, that both programs are built from
 BLOCKS = {

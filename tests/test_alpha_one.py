@@ -16,17 +16,18 @@ from safetensors.torch import load_file, save_file
 from test_decompose_edits import Fake, draw_edits
 from torch import nn
 
-from ortho_cli import ops, recipe, tally
-from ortho_cli.checkpoint import open_checkpoint, read_shard
-from ortho_cli.decompose import decompose
-from ortho_cli.engine import Engine
+from ortho_cli.decompose import recipe, tally
+from ortho_cli.decompose.job import decompose
+from ortho_cli.decompose.plan import Plan, make_plan
+from ortho_cli.decompose.recheck import check_values
+from ortho_cli.decompose.splitter import Rounded
+from ortho_cli.decompose.tune import Latent
 from ortho_cli.errors import ArtifactError
-from ortho_cli.opening import open_artifact
-from ortho_cli.plan import Plan, make_plan
-from ortho_cli.recheck import check_values
-from ortho_cli.split import Rounded
-from ortho_cli.statistics import open_statistics
-from ortho_cli.tune import Latent
+from ortho_cli.formats.open_artifact import open_artifact
+from ortho_cli.formats.statistics import open_statistics
+from ortho_cli.runtime.engine import Engine
+from ortho_cli.split import quantize
+from ortho_cli.storage.checkpoint import open_checkpoint, read_shard
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SIZES = {"hidden": 64, "mlp": 64, "layers": 1, "vocab": 96}
@@ -136,8 +137,8 @@ def test_convert_gives_what_the_files_say(made: Made, ortho: Any, alpha: str) ->
 def test_tuning_leaves_what_it_began_from_as_it_was(dtype: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 64, generator=generator).to(DTYPES[dtype])
-    scales = ops.absmax_scales(weight, group_size=32, dtype=DTYPES[dtype])
-    codes = ops.quantize(weight.float(), scales).to(torch.int8)
+    scales = quantize.absmax_scales(weight, group_size=32, dtype=DTYPES[dtype])
+    codes = quantize.quantize(weight.float(), scales).to(torch.int8)
     start = Rounded(codes, scales, torch.zeros(8, 64, dtype=torch.bool))
     before = [part.clone() for part in (weight, *start)]
     latent = Latent(weight, start, bits=4)

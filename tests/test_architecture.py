@@ -11,75 +11,35 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ortho_cli"
-# From the ground up; a module may import only what stands below it.
-LAYERS = [
-    ["__init__"],
-    ["errors", "events", "settings", "files", "hints", "renames", "tied"],
-    ["rows", "sniff"],
-    ["row_files", "chats"],
-    ["hub"],
-    ["exact"],
-    ["strict_json", "recipe", "search", "ops", "topk", "data", "capture", "estimates", "disk"],
-    ["state_dicts"],
-    ["figures", "grammar", "verdict", "leaks", "folders", "locks"],
-    ["checkpoint", "side_files", "adapters", "quantized", "scales", "compensate", "forget_set"],
-    ["gguf_file", "gguf_rope"],
-    ["gguf_config"],
-    ["operands"],
-    ["fused"],
-    ["loops"],
-    ["unpacking"],
-    ["kernels", "streams"],
-    ["layers", "compact"],
-    ["journal"],
-    ["writer", "output", "edits"],
-    ["seal"],
-    ["artifact"],
-    ["opening"],
-    ["kept", "provenance"],
-    ["roles"],
-    ["verify", "selection", "quantization", "statistics"],
-    ["curvature", "refusals"],
-    ["plan"],
-    ["summary", "identity", "worker", "models", "sums", "blocks"],
-    ["recheck"],
-    ["tally"],
-    ["onepass"],
-    ["split", "scoring", "calibrate_plan"],
-    ["ondevice"],
-    ["readback", "budget"],
-    ["repack"],
-    ["decompose", "calibrate", "source", "grid", "architectures"],
-    ["torch_files", "wrappers"],
-    ["quantized_parts"],
-    ["dequantize_floats"],
-    ["dequantize_integers"],
-    ["dequantize"],
-    ["foreign", "dense", "gguf_source", "convert_plan", "modelfile", "isolate", "unlearn", "tune"],
-    ["convert", "engine", "forget"],
-    ["pretrained", "evaluate", "twins"],
-    ["attacks", "controls", "sandbox"],
-    ["bench_plan"],
-    ["bench_data"],
+# Rooms of one row do not import one another; a room imports only from rows above its own.
+RANKS = [
+    ["errors", "events", "version"],
+    ["storage", "split"],
+    ["formats"],
+    ["model"],
+    ["convert.sources"],
+    ["convert"],
+    ["decompose"],
+    ["calibrate", "forget", "runtime"],
     ["bench"],
-    ["chain"],
-    ["report", "options"],
-    ["report_progress", "report_bench"],
-    ["boundary", "cli_shared"],
-    ["cli_bench", "cli_inspect"],
+    ["bench.demo"],
+    ["cli.show"],
     ["cli"],
-    ["__main__"],
 ]
 HEAVY = {"torch", "numpy", "transformers", "safetensors"}
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+MODULES = sorted(
+    path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
+    for path in PACKAGE.rglob("*.py")
+)
+ROOMS = {module.removesuffix(".__init__") for module in MODULES if module.endswith(".__init__")}
 
 
 def tree(module: str) -> ast.Module:
-    return ast.parse((PACKAGE / f"{module}.py").read_text())
+    return ast.parse((PACKAGE / f"{module.replace('.', '/')}.py").read_text())
 
 
 def imported(nodes: list[ast.stmt] | ast.Module) -> set[str]:
-    """Absolute names of what is imported: packages, and `ortho_cli.x` as `ortho_cli.x`."""
+    """Absolute names of what is imported: packages, and modules of ours as `ortho_cli.room.x`."""
     found: set[str] = set()
     walk = ast.walk(nodes) if isinstance(nodes, ast.Module) else nodes
     for node in walk:
@@ -87,59 +47,66 @@ def imported(nodes: list[ast.stmt] | ast.Module) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
-            if node.module == "ortho_cli":
-                found |= {
-                    f"ortho_cli.{alias.name}" for alias in node.names if alias.name in MODULES
-                }
-            else:
-                found.add(str(node.module))
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            ours = {name for name in names if name.removeprefix("ortho_cli.") in MODULES}
+            found |= ours or {str(node.module)}
     return found
 
 
-def test_every_module_has_a_layer_and_imports_only_downward() -> None:
-    level = {module: height for height, row in enumerate(LAYERS) for module in row}
-    assert sorted(level) == MODULES
+def room_of(module: str) -> str:
+    """Name the room of a module; the few modules outside any room are rooms of their own."""
+    return module.rpartition(".")[0] or module
+
+
+def test_imports_between_rooms_point_only_downward() -> None:
+    rank = {room: height for height, row in enumerate(RANKS) for room in row}
     for module in MODULES:
-        if module == "__init__":  # its names are imported when they are first used
+        if module in ("__init__", "__main__"):  # the face of the library, and of `python -m`
             continue
         for name in imported(tree(module)):
-            if name.startswith("ortho_cli."):
-                below = name.removeprefix("ortho_cli.")
-                assert level[below] < level[module], f"{module} imports {below}"
+            below = room_of(name.removeprefix("ortho_cli."))
+            if name.startswith("ortho_cli.") and below != room_of(module):
+                assert rank[below] < rank[room_of(module)], f"{module} imports {name}"
 
 
-def test_only_report_imports_rich_and_only_the_surface_imports_typer() -> None:
+def test_split_knows_no_file_no_recipe_and_no_plan() -> None:
+    for module in MODULES:
+        if room_of(module) == "split":
+            ours = {name for name in imported(tree(module)) if name.startswith("ortho_cli.")}
+            assert {n for n in ours if room_of(n) != "ortho_cli.split"} <= {"ortho_cli.errors"}
+
+
+def test_the_package_is_rooms_and_at_most_six_files() -> None:
+    entries = [p for p in PACKAGE.iterdir() if p.name != "__pycache__"]
+    assert {p.name for p in entries if p.is_dir()} == {r.split(".")[0] for r in ROOMS} - {
+        "__init__"
+    }
+    assert len([p for p in entries if p.is_file()]) <= 6
+
+
+def test_only_show_imports_rich_and_only_the_commands_import_typer() -> None:
     for package, owners in (
-        ("rich", {m for m in MODULES if m.startswith("report")}),
-        ("typer", {"cli", "cli_bench", "cli_inspect", "options"}),
+        ("rich", {m for m in MODULES if m.startswith("cli.show.")} - {"cli.show.__init__"}),
+        ("typer", {"cli.app", "cli.bench", "cli.inspect", "cli.options"}),
     ):
         users = {m for m in MODULES if package in {n.split(".")[0] for n in imported(tree(m))}}
         assert users == owners
 
 
-def test_torch_is_imported_only_where_tensors_are_computed() -> None:
-    users = {m for m in MODULES if "torch" in imported(tree(m).body)}
-    assert users == {
-        *(
-            "ops",
-            "scales",
-            "compensate",
-            "tally",
-            "budget",
-            "split",
-            "ondevice",
-            "curvature",
-        ),
-        *("capture", "models", "sums", "calibrate"),
-        *("quantized_parts", "dequantize_floats", "dequantize_integers"),
-        *("source", "state_dicts", "torch_files", "dense", "gguf_source", "convert"),
-        *("scoring", "evaluate", "grid", "isolate", "unlearn", "forget", "blocks", "tune"),
-        *("compact", "kept", "readback", "repack"),
-        *("operands", "unpacking", "fused", "kernels", "streams", "layers"),
-        *("modelfile", "engine", "pretrained"),
-        *("attacks", "controls", "bench_data", "bench"),
-    }
-    for module in ("errors", "events", "recipe", "checkpoint", "journal", "writer", "artifact"):
+def test_commands_that_need_no_torch_import_none() -> None:
+    """What runs before a kernel is chosen is light: help, plans, headers, files."""
+    light = {m for m in MODULES if room_of(m) in ("errors", "events", "storage", "cli", "cli.show")}
+    light |= {f"decompose.{name}" for name in ("recipe", "settings", "selection", "plan", "job")}
+    light |= {f"formats.{name}" for name in ("artifact", "open_artifact", "statistics", "verify")}
+    for module in light:
+        assert not {n.split(".")[0] for n in imported(tree(module).body)} & {"torch"}, module
+    for module in (
+        "errors",
+        "events",
+        "decompose.recipe",
+        "storage.checkpoint",
+        "formats.artifact",
+    ):
         assert not {n.split(".")[0] for n in imported(tree(module))} & HEAVY, module
 
 
@@ -148,10 +115,11 @@ def calls(module: str) -> list[ast.Call]:
 
 
 @pytest.mark.parametrize(
-    "module", [m for m in MODULES if m not in ("report", "cli", "boundary", "__main__")]
+    "module",
+    [m for m in MODULES if m not in ("cli.show.tables", "cli.app", "cli.boundary", "__main__")],
 )
 def test_core_is_silent(module: str) -> None:
-    text = (PACKAGE / f"{module}.py").read_text()
+    text = (PACKAGE / f"{module.replace('.', '/')}.py").read_text()
     names = {call.func.id for call in calls(module) if isinstance(call.func, ast.Name)}
     assert "print" not in names
     assert "sys.stdout" not in text
@@ -181,7 +149,7 @@ def test_top_level_holds_only_what_was_agreed() -> None:
 
 def test_public_functions_have_docstrings_and_modules_stay_small() -> None:
     for module in MODULES:
-        lines = (PACKAGE / f"{module}.py").read_text().count("\n")
+        lines = (PACKAGE / f"{module.replace('.', '/')}.py").read_text().count("\n")
         assert lines <= 800, f"{module} has {lines} lines"
         assert ast.get_docstring(tree(module)), module
 
@@ -199,7 +167,7 @@ CONVERSIONS = {
 VIEWS = {"view", "reshape", "flatten", "squeeze", "unsqueeze", "t", "detach", "ravel"}
 # Conversions of what nobody else holds.
 OWN = {
-    ("kernels", "_forward", "y"),  # the product that was computed a line before
+    ("runtime.product", "_forward", "y"),  # the product that was computed a line before
 }
 
 

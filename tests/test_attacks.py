@@ -12,11 +12,13 @@ import torch
 from test_scoring import VOCAB, llama
 from torch import Tensor, nn
 
-from ortho_cli import attacks, controls, ops, scoring
-from ortho_cli.engine import Engine, densify, write_dense
+from ortho_cli.bench import attacks, baselines
 from ortho_cli.errors import ArtifactError, NumericalError, UsageError
-from ortho_cli.forget_set import TokenSecret
-from ortho_cli.layers import OrthoLinear
+from ortho_cli.model import scoring
+from ortho_cli.model.secrets import TokenSecret
+from ortho_cli.runtime.engine import Engine, densify, write_dense
+from ortho_cli.runtime.ortho_linear import OrthoLinear
+from ortho_cli.split import quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 
@@ -170,7 +172,7 @@ def test_dense_twin_gives_the_logits_of_the_live_model(dtype: torch.dtype, alpha
     torch.testing.assert_close(twin, live, atol=1e-4, rtol=1e-4)
     write_dense(model, replaced, 0.0)
     for name, layer in replaced.items():
-        codes = controls.base_codes(layer)
+        codes = baselines.base_codes(layer)
         expected = reference.dequantize(codes, layer.weight_scale)
         assert torch.equal(model.get_submodule(name).weight, expected)
 
@@ -184,30 +186,30 @@ def test_dense_twin_needs_an_alpha_and_replaces_nothing_without() -> None:
 
 def edit(layer: OrthoLinear, count: int = 5) -> None:
     """Move codes where ortho keeps the source, as forgetting does."""
-    codes = controls.base_codes(layer)
+    codes = baselines.base_codes(layer)
     rows = torch.repeat_interleave(
         torch.arange(layer.out_features), layer.crow_indices.long().diff()
     )
     at = (rows[:count], layer.col_indices.long()[:count])
     codes[at] = torch.where(codes[at] > 0, codes[at] - 1, codes[at] + 1)
-    layer.weight_packed.copy_(ops.pack_int4(codes))
+    layer.weight_packed.copy_(quantize.pack_int4(codes))
 
 
 def test_int4_row_undoes_every_moved_code_bit_for_bit() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for layer in layers(split(dtype)).values():
-            before = controls.base_codes(layer)
-            assert torch.equal(controls.int4_codes(layer), before)
-            assert controls.moved(layer) == 0
+            before = baselines.base_codes(layer)
+            assert torch.equal(baselines.int4_codes(layer), before)
+            assert baselines.moved(layer) == 0
             edit(layer)
-            assert controls.moved(layer) == 5
-            assert torch.equal(controls.int4_codes(layer), before)
+            assert baselines.moved(layer) == 5
+            assert torch.equal(baselines.int4_codes(layer), before)
 
 
 def test_int4_row_needs_ortho() -> None:
     layer = OrthoLinear(64, 8, group_size=64, dtype=torch.float32)
     with pytest.raises(ArtifactError, match="not known from base alone"):
-        controls.int4_codes(layer)
+        baselines.int4_codes(layer)
 
 
 Weigh = Callable[[Tensor], Tensor]
@@ -219,12 +221,12 @@ def test_controls_move_exactly_as_many_codes(kind: Any, count: int) -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-8, 8, (6, 64), dtype=torch.int8, generator=generator)
     scales = torch.rand(6, 2, generator=generator) + 0.1
-    found = controls.control_codes(codes, scales, count=count, kind=kind, seed=1)
+    found = baselines.control_codes(codes, scales, count=count, kind=kind, seed=1)
     there = int(codes.count_nonzero())
     changed = found != codes
     assert int(changed.sum()) == min(count, there)
     assert not found[changed].any()
-    again = controls.control_codes(codes, scales, count=count, kind=kind, seed=1)
+    again = baselines.control_codes(codes, scales, count=count, kind=kind, seed=1)
     assert torch.equal(found, again)
     if kind == "magnitude" and 0 < count < there:
         size = reference.dequantize(codes, scales).abs()

@@ -20,11 +20,14 @@ from safetensors.torch import load_file
 from test_attacks import edit
 
 import ortho_cli
-from ortho_cli import attacks, bench, chain, controls, figures, ops, sandbox
-from ortho_cli.bench_plan import NEEDS, WHOLE, Settings, parse_alphas
-from ortho_cli.engine import Engine, densify
+from ortho_cli.bench import attacks, baselines, figures
+from ortho_cli.bench import run as bench
+from ortho_cli.bench.demo import chain, sandbox
+from ortho_cli.bench.plan import NEEDS, WHOLE, Settings, parse_alphas
 from ortho_cli.errors import OutputExistsError, UsageError
-from ortho_cli.layers import OrthoLinear
+from ortho_cli.runtime.engine import Engine, densify
+from ortho_cli.runtime.ortho_linear import OrthoLinear
+from ortho_cli.split import quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 NAMES = ["Bertram", "Cordula", "Dietmar", "Eleonore", "Friedolin", "Gundula"]
@@ -42,10 +45,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoints.save_tokenizer(model, vocab=96)
     from transformers import AutoModelForCausalLM
 
-    from ortho_cli import cli
+    from ortho_cli.cli import app
 
     density = "ortho.density=0.02"
-    assert cli.run(["decompose", str(model), "-q", "--set", density]) == 0
+    assert app.run(["decompose", str(model), "-q", "--set", density]) == 0
     source = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     engine = Engine(source)
     engine.convert()
@@ -189,7 +192,7 @@ def test_int4_row_is_the_base_that_decompose_writes_without_forgetting(made: Pat
     model = ortho_cli.load(made / "edited", alpha=0.0)
     differ = 0
     for name, layer in densify(model).items():
-        packed = ops.pack_int4(controls.int4_codes(layer))
+        packed = quantize.pack_int4(baselines.int4_codes(layer))
         assert torch.equal(packed, plain[f"{name}.weight_packed"]), name
         differ += not torch.equal(edited[f"{name}.weight_packed"], packed)
     assert differ == 14
@@ -366,10 +369,10 @@ def test_tables_fit_the_terminal(
     monkeypatch: pytest.MonkeyPatch,
     columns: int,
 ) -> None:
-    from ortho_cli import report, report_bench
+    from ortho_cli.cli.show import bench, tables
 
-    monkeypatch.setattr(report, "WIDE", columns)
-    report_bench.print_bench(attacked)
+    monkeypatch.setattr(tables, "WIDE", columns)
+    bench.print_bench(attacked)
     said = capsys.readouterr().err
     table = said[: said.index("codes were moved")].splitlines()[1:-1]
     assert max(map(len, table)) <= columns

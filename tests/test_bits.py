@@ -16,14 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ortho_cli
-from ortho_cli import controls, ops, plan, recipe
-from ortho_cli.checkpoint import open_checkpoint, read_shard
-from ortho_cli.engine import Engine
+from ortho_cli.bench import baselines
+from ortho_cli.decompose import plan, recipe
 from ortho_cli.errors import ArtifactError, RecipeError
-from ortho_cli.isolate import isolate
-from ortho_cli.layers import OrthoLinear
-from ortho_cli.opening import open_artifact
-from ortho_cli.verify import describe, verify
+from ortho_cli.forget.isolate import isolate
+from ortho_cli.formats.open_artifact import open_artifact
+from ortho_cli.formats.verify import describe, verify
+from ortho_cli.runtime.engine import Engine
+from ortho_cli.runtime.ortho_linear import OrthoLinear
+from ortho_cli.split import quantize
+from ortho_cli.split.in_memory import split_weight
+from ortho_cli.storage.checkpoint import open_checkpoint, read_shard
 
 DOWN = "model.layers.1.mlp.down_proj"
 SOME = "overrides=[{match: 're:.*(down|up|gate)_proj', base: {bits: 3}}]"
@@ -69,7 +72,7 @@ def test_every_byte_equals_the_slow_twins_where_bits_are_3(
         residual = (wide - reference.dequantize(codes, scales)).abs()
         indices = reference.top_k_indices(residual, round(0.02 * weight.numel()))
         assert torch.equal(sparse[f"{module}.values"], weight.flatten()[indices])
-        made = ortho_cli.streams.split_weight(
+        made = split_weight(
             weight, group_size=64, density=0.02, bits=bits, scale=entries[name]["scale"]
         )
         assert torch.equal(made["weight_packed"], packed)
@@ -278,19 +281,19 @@ def test_codes_without_forgetting_are_found_on_3_bits(pico: Path, ortho: Ortho) 
     layer = OrthoLinear.from_linear(
         nn.Linear(64, 48, dtype=torch.bfloat16), group_size=32, density=0.1, bits=3
     )
-    before = controls.base_codes(layer)
+    before = baselines.base_codes(layer)
     assert (before.min(), before.max()) == (-4, 3)
-    assert torch.equal(controls.int4_codes(layer), before)
-    assert controls.moved(layer) == 0
+    assert torch.equal(baselines.int4_codes(layer), before)
+    assert baselines.moved(layer) == 0
     assert layer.crow_indices is not None
     assert layer.col_indices is not None
     rows = torch.repeat_interleave(torch.arange(48), layer.crow_indices.long().diff())
     at = (rows[:5], layer.col_indices.long()[:5])
     codes = before.clone()
     codes[at] = torch.where(codes[at] > 0, codes[at] - 1, codes[at] + 1)
-    layer.weight_packed.copy_(ops.pack_int3(codes))
-    assert controls.moved(layer) == 5
-    assert torch.equal(controls.int4_codes(layer), before)
+    layer.weight_packed.copy_(quantize.pack_int3(codes))
+    assert baselines.moved(layer) == 5
+    assert torch.equal(baselines.int4_codes(layer), before)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -320,7 +323,7 @@ def test_command_forgets_on_3_bits(
 ) -> None:
     from memorised import PLENTY
 
-    from ortho_cli import scoring
+    from ortho_cli.model import scoring
 
     quick = ["forget.steps=10", "forget.attack_steps=5", "forget.samples=16", "forget.length=16"]
     sets = ["base.bits=3", f"ortho.split={split}", *PLENTY, "forget.mask=0.3", *quick]
@@ -338,7 +341,7 @@ def test_command_forgets_on_3_bits(
     high = [scoring.score(model, secret).exposure for secret in memorised.secrets()]
     assert sum(low) < 0.6 * sum(high)
     moved = sum(
-        controls.moved(module) for module in model.modules() if isinstance(module, OrthoLinear)
+        baselines.moved(module) for module in model.modules() if isinstance(module, OrthoLinear)
     )
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert moved == report["totals"]["moved"] > 0

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ortho_cli.blocks import Blocks
 from ortho_cli.errors import CalibrationError, NumericalError
+from ortho_cli.model.blocks import Blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 

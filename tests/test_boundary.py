@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ortho_cli import boundary
+from ortho_cli.cli import boundary
 
 COMMAND = [sys.executable, "-m", "ortho_cli"]
 CLOSED = {"stdin": "<&-", "stdout": ">&-", "stderr": "2>&-", "all": "<&- >&- 2>&-"}
@@ -104,14 +104,14 @@ def test_a_terminal_that_is_gone_is_a_hangup_and_no_bug(
         "import fcntl, os, pathlib, signal, termios, time\n"
         "os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
         f"signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if ignored else 'SIG_DFL'})\n"
-        "from ortho_cli import cli, decompose\n"
-        "real = decompose.decompose\n"
+        "from ortho_cli.cli import app\nfrom ortho_cli.decompose import job\n"
+        "real = job.decompose\n"
         "def late(*given, **named):\n"
         f"    pathlib.Path({str(begun)!r}).touch()\n"
         f"    while not pathlib.Path({str(go)!r}).exists(): time.sleep(0.01)\n"
         "    return real(*given, **named)\n"
-        "decompose.decompose = late\n"
-        "cli.main()\n"
+        "job.decompose = late\n"
+        "app.main()\n"
     )
     said = ["decompose", str(pico), "-o", str(tmp_path / "out"), "-v", *words]
     terminal, end = pty.openpty()

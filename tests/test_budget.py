@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ortho_cli import budget, recipe
-from ortho_cli.budget import BINS, CENTRES, FINITE
-from ortho_cli.checkpoint import open_checkpoint
+from ortho_cli.decompose import budget, recipe
+from ortho_cli.decompose.budget import BINS, CENTRES, FINITE
+from ortho_cli.decompose.plan import Plan, make_plan
 from ortho_cli.errors import RecipeError
 from ortho_cli.events import Event, Noted
-from ortho_cli.plan import Plan, make_plan
-from ortho_cli.statistics import open_statistics
+from ortho_cli.formats.statistics import open_statistics
+from ortho_cli.storage.checkpoint import open_checkpoint
 
 GLOBAL = "ortho.budget=global"
 

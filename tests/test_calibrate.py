@@ -19,13 +19,14 @@ from conftest import Ortho
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ortho_cli import calibrate as work
-from ortho_cli import calibrate_plan, recipe
-from ortho_cli.checkpoint import open_checkpoint
+from ortho_cli.calibrate import job as work
+from ortho_cli.calibrate import plan as calibrate_plan
+from ortho_cli.decompose import recipe
 from ortho_cli.errors import CheckpointError
 from ortho_cli.events import Event, Finishing, SequencesDone
-from ortho_cli.journal import work_folder
-from ortho_cli.statistics import open_statistics
+from ortho_cli.formats.statistics import open_statistics
+from ortho_cli.storage.checkpoint import open_checkpoint
+from ortho_cli.storage.work_folder import work_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 

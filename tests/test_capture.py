@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ortho_cli import capture
-from ortho_cli.capture import Capture
 from ortho_cli.errors import CalibrationError, NumericalError
+from ortho_cli.model import hooks as capture
+from ortho_cli.model.hooks import Capture
 
 
 def network(*, bias: bool = True) -> nn.Sequential:

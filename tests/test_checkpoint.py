@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ortho_cli import checkpoint
 from ortho_cli.errors import CheckpointError
+from ortho_cli.storage import checkpoint
 
 
 def raw_file(header: Any, data: bytes = b"", *, length: int | None = None) -> bytes:

@@ -16,9 +16,10 @@ import torch
 from conftest import Ortho
 from safetensors.torch import save_file
 
-from ortho_cli import __version__, boundary, cli, cli_shared, errors
-from ortho_cli.checkpoint import hub_name
-from ortho_cli.journal import work_folder
+from ortho_cli import __version__, errors
+from ortho_cli.cli import app, boundary, shared
+from ortho_cli.storage.checkpoint import hub_name
+from ortho_cli.storage.work_folder import work_folder
 
 COMMAND = [sys.executable, "-m", "ortho_cli"]
 ALL_ERRORS = [
@@ -251,7 +252,7 @@ def test_default_output_is_the_working_directory_where_the_models_folder_is_clos
 ) -> None:
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr(cli_shared, "can_write", lambda folder: folder != pico.parent)
+    monkeypatch.setattr(shared, "can_write", lambda folder: folder != pico.parent)
     ran = ortho("decompose", pico)
     assert ran.code == 0
     assert f"output goes to `pico-ortho` here: `{pico.parent}` cannot be written" in ran.err
@@ -261,9 +262,9 @@ def test_default_output_is_the_working_directory_where_the_models_folder_is_clos
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_can_write_believes_the_system(tmp_path: Path) -> None:
-    assert cli_shared.can_write(tmp_path)
+    assert shared.can_write(tmp_path)
     tmp_path.chmod(0o500)
-    assert not cli_shared.can_write(tmp_path)
+    assert not shared.can_write(tmp_path)
     tmp_path.chmod(0o700)
 
 
@@ -330,7 +331,10 @@ def test_interrupt_exits_130_and_the_same_command_finishes(tmp_path: Path) -> No
     one = torch.randn(512, 512)
     tensors = {f"layers.{i}.fc.weight": one.clone() for i in range(150)}
     checkpoints.save(tmp_path / "m", tensors)
-    eager = "from ortho_cli import cli, decompose; decompose.COMMIT_SECONDS = 0.0; cli.main()"
+    eager = (
+        "from ortho_cli.cli import app\nfrom ortho_cli.decompose import job\n"
+        "job.COMMIT_SECONDS = 0.0\napp.main()"
+    )
     arguments = ["decompose", str(tmp_path / "m"), "--set", "base.scale=mse", "--workers", "1"]
     process = subprocess.Popen(
         [sys.executable, "-c", eager, *arguments], stderr=subprocess.PIPE, text=True
@@ -356,7 +360,7 @@ def test_interrupt_exits_130_and_the_same_command_finishes(tmp_path: Path) -> No
 
 ENDING = """
 import os, sys
-from ortho_cli import boundary
+from ortho_cli.cli import boundary
 
 def ask(**_):
     first, *more = map(int, sys.argv[1:])
@@ -400,7 +404,7 @@ def test_an_interrupt_that_is_ignored_since_the_start_stays_so() -> None:
 
 SWALLOWING = """
 import os, signal, sys, time
-from ortho_cli import boundary
+from ortho_cli.cli import boundary
 
 class Swallowing:
     def __del__(self):
@@ -424,7 +428,7 @@ def test_a_signal_that_a_destructor_swallows_is_obeyed_all_the_same() -> None:
 
 def test_a_signal_behind_the_end_of_the_work_is_obeyed_in_silence() -> None:
     code = (
-        "import atexit, os, signal; from ortho_cli import boundary\n"
+        "import atexit, os, signal; from ortho_cli.cli import boundary\n"
         "atexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
         "boundary.enter(lambda: print('done') or 0)"
     )
@@ -434,7 +438,7 @@ def test_a_signal_behind_the_end_of_the_work_is_obeyed_in_silence() -> None:
 
 def test_an_interrupted_run_waits_for_no_thread_that_was_left_behind() -> None:
     code = (
-        "import threading; from ortho_cli import boundary\n"
+        "import threading; from ortho_cli.cli import boundary\n"
         "threading.Thread(target=threading.Event().wait).start()\n"
         "boundary.enter(lambda: 130)"
     )
@@ -463,7 +467,7 @@ def test_full_disk_exits_9(tmp_path: Path) -> None:
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
-        "import sys\nfrom ortho_cli import cli\n"
+        "import sys\nfrom ortho_cli.cli import app as cli\n"
         f"cli.run({arguments!r})\n"
         "heavy = {'torch', 'numpy', 'transformers', 'rich', 'yaml', 'safetensors'}\n"
         "sys.exit(','.join(heavy & set(sys.modules)) or 0)"
@@ -480,7 +484,7 @@ def test_inspect_and_dry_run_import_no_torch(pico: Path, artifact: Path) -> None
         ["decompose", str(pico), "--dry-run", "-o", str(pico.parent / "elsewhere")],
     ):
         code = (
-            "import sys\nfrom ortho_cli import cli\n"
+            "import sys\nfrom ortho_cli.cli import app as cli\n"
             f"code = cli.run({arguments!r})\n"
             "sys.exit(code or 'torch' in sys.modules)"
         )
@@ -504,7 +508,7 @@ def test_shell_completion_completes(typed: str, expected: str) -> None:
         "COMP_WORDS": typed,
         "COMP_CWORD": str(len(words) - 1),
     }
-    code = "from ortho_cli.cli import main; main()"
+    code = "from ortho_cli.cli.app import main; main()"
     ran = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
     )
@@ -525,4 +529,4 @@ def test_shell_completion_completes(typed: str, expected: str) -> None:
     ],
 )
 def test_option_of_many_values_takes_every_word_up_to_the_next(typed: str, read: str) -> None:
-    assert boundary.spread(typed.split(), cli.MANY) == read.split()
+    assert boundary.spread(typed.split(), app.MANY) == read.split()

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ortho_cli import compact, ops
 from ortho_cli.errors import ArtifactError
-from ortho_cli.topk import crow_indices
+from ortho_cli.formats import compact
+from ortho_cli.split import quantize
+from ortho_cli.split.select import crow_indices
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int8]
 PARTS = ("columns", "column_values", "row_counts", "col_gaps", "values")
@@ -252,7 +253,7 @@ def test_base_at_any_positions_and_bits_equals_dequantizing_all(
     numbers = [sum((int(q) + half) << (bits * i) for i, q in enumerate(row)) for row in codes]
     raw = b"".join(number.to_bytes(64 * bits // 8, "little") for number in numbers)
     packed = torch.from_numpy(np.frombuffer(raw, np.int32).copy()).view(7, 2 * bits)
-    assert bits == 3 or torch.equal(packed, ops.pack_int4(codes.to(torch.int8)))
+    assert bits == 3 or torch.equal(packed, quantize.pack_int4(codes.to(torch.int8)))
     indices = np.flatnonzero(torch.rand(7 * 64, generator=generator).numpy() < 0.2)
     crow, column = csr(indices.tolist(), (7, 64))
     asked: list[tuple[int, int]] = []
@@ -262,7 +263,7 @@ def test_base_at_any_positions_and_bits_equals_dequantizing_all(
         return packed[start : start + count], scales[start : start + count]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ortho_cli.compact.BASE_ELEMENTS", 128)
+        patch.setattr("ortho_cli.formats.compact.BASE_ELEMENTS", 128)
         base, mine = compact.base_at(read, crow, column, (7, 64))
     assert torch.equal(base, reference.dequantize(codes, scales).view(-1)[indices])
     assert torch.equal(mine, scales.float().repeat_interleave(16, 1).view(-1)[indices])

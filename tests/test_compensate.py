@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ortho_cli import compensate, ops
-from ortho_cli.compensate import DAMPING, factorise, round_columns
 from ortho_cli.errors import NumericalError
+from ortho_cli.split import gptq, quantize
+from ortho_cli.split.gptq import DAMPING, factorise, round_columns
 
 
 def inputs(columns: int, seed: int, *, rank: int | None = None) -> Tensor:
@@ -32,7 +32,7 @@ def inputs(columns: int, seed: int, *, rank: int | None = None) -> Tensor:
 
 def loss(weight: Tensor, codes: Tensor, scales: Tensor, gram: Tensor, kept: Tensor) -> float:
     """tr(R G R^T): what the layer's output loses, over the calibration's inputs."""
-    error = (ops.dequantize(codes, scales) - weight).masked_fill(kept, 0.0).double()
+    error = (quantize.dequantize(codes, scales) - weight).masked_fill(kept, 0.0).double()
     return float(((error @ gram.double()) * error).sum())
 
 
@@ -50,7 +50,7 @@ def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gram *= draw(st.sampled_from([0.0, 1e-12, 1.0, 1e6]))
     weight = torch.randn(rows, columns, generator=generator)
     dtype = draw(st.sampled_from([torch.bfloat16, torch.float32]))
-    scales = ops.absmax_scales(weight, group_size=size, dtype=dtype)
+    scales = quantize.absmax_scales(weight, group_size=size, dtype=dtype)
     kept = torch.rand(rows, columns, generator=generator) < draw(st.sampled_from([0.0, 0.1, 1.0]))
     return weight, scales, gram, kept
 
@@ -77,19 +77,19 @@ def test_round_columns_equals_the_surgeon(case: tuple[Tensor, Tensor, Tensor, Te
 def test_round_columns_crosses_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     gram, generator = inputs(192, 0), torch.Generator().manual_seed(0)
     weight = torch.randn(32, 192, generator=generator)
-    scales = ops.absmax_scales(weight, group_size=64, dtype=torch.bfloat16)
+    scales = quantize.absmax_scales(weight, group_size=64, dtype=torch.bfloat16)
     kept = torch.rand(32, 192, generator=generator) < 0.02
     found = round_columns(weight, scales, factorise(gram), kept=kept)
     for columns in (1, 7, 192):
-        monkeypatch.setattr(compensate, "COLUMNS", columns)
+        monkeypatch.setattr(gptq, "COLUMNS", columns)
         other = round_columns(weight, scales, factorise(gram), kept=kept)
         assert (found == other).float().mean() > 0.999
 
 
 def test_independent_inputs_leave_nothing_to_compensate() -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    scales = ops.absmax_scales(weight, group_size=32, dtype=torch.float32)
-    nearest = ops.quantize(weight, scales)
+    scales = quantize.absmax_scales(weight, group_size=32, dtype=torch.float32)
+    nearest = quantize.quantize(weight, scales)
     for gram in (torch.zeros(64, 64), torch.eye(64), torch.diag(torch.arange(64.0))):
         assert torch.equal(round_columns(weight, scales, factorise(gram)), nearest)
 
@@ -98,7 +98,7 @@ def test_two_columns_worked_by_hand() -> None:
     # Inputs that are always equal: what the first column loses the second makes up for.
     weight, scales = torch.tensor([[0.4, 0.3]]), torch.ones(1, 1)
     factor = factorise(torch.ones(2, 2))
-    assert ops.quantize(weight, scales).tolist() == [[0.0, 0.0]]
+    assert quantize.quantize(weight, scales).tolist() == [[0.0, 0.0]]
     assert round_columns(weight, scales, factor).tolist() == [[0.0, 1.0]]  # 0.3 + 0.4 / 1.01
     kept = torch.tensor([[True, False]])
     assert round_columns(weight, scales, factor, kept=kept).tolist() == [[0.0, 0.0]]
@@ -107,13 +107,13 @@ def test_two_columns_worked_by_hand() -> None:
 def test_compensation_loses_less_than_rounding_and_less_still_beside_kept_weights() -> None:
     gram, generator = inputs(128, 3), torch.Generator().manual_seed(3)
     weight = torch.randn(64, 128, generator=generator)
-    scales = ops.absmax_scales(weight, group_size=64, dtype=torch.bfloat16)
+    scales = quantize.absmax_scales(weight, group_size=64, dtype=torch.bfloat16)
     nothing = torch.zeros_like(weight, dtype=torch.bool)
-    factor, nearest = factorise(gram), ops.quantize(weight, scales)
+    factor, nearest = factorise(gram), quantize.quantize(weight, scales)
     plain = loss(weight, nearest, scales, gram, nothing)
     found = loss(weight, round_columns(weight, scales, factor), scales, gram, nothing)
     assert found < 0.6 * plain
-    residual = (ops.dequantize(nearest, scales) - weight).square() * gram.diagonal()
+    residual = (quantize.dequantize(nearest, scales) - weight).square() * gram.diagonal()
     kept = residual >= residual.flatten().topk(400).values[-1]
     told = loss(weight, round_columns(weight, scales, factor, kept=kept), scales, gram, kept)
     untold = loss(weight, round_columns(weight, scales, factor), scales, gram, kept)
@@ -164,11 +164,11 @@ def test_decompose_writes_compensated_codes(
         assert int(kept.sum()) == round(0.02 * weight.numel())
         assert torch.equal(streams[f"{module}.values"], weight[kept])
         scales = streams[f"{module}.weight_scale"]
-        codes = ops.unpack_int4(streams[f"{module}.weight_packed"])
+        codes = quantize.unpack_int4(streams[f"{module}.weight_packed"])
         gram = grams[f"{module}.retain_gram"]
         expected = round_columns(weight.float(), scales, factorise(gram), kept=kept)
         assert torch.equal(codes.float(), expected)
-        nearest = ops.quantize(weight.float(), scales)
+        nearest = quantize.quantize(weight.float(), scales)
         assert not torch.equal(expected, nearest)
         plain, found = (
             loss(weight.float(), one.float(), scales, gram, kept) for one in (nearest, codes)
@@ -226,8 +226,8 @@ def test_gptq_for_a_base_that_serves_alone_is_refused(pico: Path, ortho: Any) ->
 
 
 def test_bench_counts_moved_codes_only_where_codes_tell_them(pico: Path, ortho: Any) -> None:
-    from ortho_cli.bench import _tells_moves
-    from ortho_cli.opening import open_artifact
+    from ortho_cli.bench.run import _tells_moves
+    from ortho_cli.formats.open_artifact import open_artifact
 
     stats = pico.parent / "stats.safetensors"
     save_statistics(stats, pico, gram="none")

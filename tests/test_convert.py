@@ -19,9 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ortho_cli import convert as work
-from ortho_cli.checkpoint import open_checkpoint
-from ortho_cli.convert_plan import make_plan, parse_size
+from ortho_cli.convert import job as work
+from ortho_cli.convert.plan import make_plan, parse_size
 from ortho_cli.errors import (
     ArtifactError,
     CheckpointError,
@@ -31,10 +30,11 @@ from ortho_cli.errors import (
     UsageError,
 )
 from ortho_cli.events import Event, TensorDone
-from ortho_cli.journal import work_folder
+from ortho_cli.storage.checkpoint import open_checkpoint
+from ortho_cli.storage.work_folder import work_folder
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["ortho_cli.convert"])
+SERVER.set_forkserver_preload(["ortho_cli.convert.job"])
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -185,7 +185,7 @@ def test_artifact_at_alpha_is_the_slow_twins(
     alpha: float,
     tile: int,
 ) -> None:
-    monkeypatch.setattr("ortho_cli.convert.TILE_ELEMENTS", tile)
+    monkeypatch.setattr("ortho_cli.convert.job.TILE_ELEMENTS", tile)
     source = weights(pico)
     base = load_file(artifact / "model.safetensors")
     ortho_file = load_file(artifact / "ortho.safetensors")

@@ -19,17 +19,17 @@ import pytest
 from conftest import PICO, Ortho
 from safetensors.torch import load_file, save_file
 
-from ortho_cli import decompose as work
-from ortho_cli import recipe
-from ortho_cli.checkpoint import open_checkpoint
+from ortho_cli.decompose import job as work
+from ortho_cli.decompose import recipe
+from ortho_cli.decompose.plan import make_plan
 from ortho_cli.errors import Interrupted, NumericalError, OutputExistsError, ResourceError
 from ortho_cli.events import Event, Finishing, TensorDone
-from ortho_cli.journal import WorkFolder, work_folder
-from ortho_cli.plan import make_plan
+from ortho_cli.storage.checkpoint import open_checkpoint
+from ortho_cli.storage.work_folder import WorkFolder, work_folder
 
 # The server imports torch once; each process then starts in milliseconds.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([*faults.HEAVY, "ortho_cli.recipe"])
+SERVER.set_forkserver_preload([*faults.HEAVY, "ortho_cli.decompose.recipe"])
 
 
 def split(source: Path, out: Path, *sets: str, workers: int = 2, **options: Any) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def test_commit_syncs_data_before_the_line_that_speaks_of_them(
             order.append(("data" if fd == data else "journal", journal.stat().st_size))
             return True
 
-        monkeypatch.setattr("ortho_cli.journal.sync", sync)
+        monkeypatch.setattr("ortho_cli.storage.work_folder.sync", sync)
         before = journal.stat().st_size
         folder.commit([{"name": "x"}])
         after = journal.stat().st_size

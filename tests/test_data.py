@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
-from ortho_cli import data
-from ortho_cli.chats import render
 from ortho_cli.errors import CalibrationError
-from ortho_cli.rows import Chat, row_of
+from ortho_cli.model import text as data
+from ortho_cli.model.chats import render
+from ortho_cli.model.rows import Chat, row_of
 
 END = 0
 
@@ -744,7 +744,7 @@ def test_a_folder_is_told_with_what_to_give_instead(tmp_path: Path) -> None:
 def test_a_file_that_unpacks_to_too_much_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ortho_cli.row_files.MAX_UNPACKED", 1000)
+    monkeypatch.setattr("ortho_cli.model.row_files.MAX_UNPACKED", 1000)
     path = write(tmp_path, "a.txt.gz", gzip.compress(b"a" * 1001))
     with pytest.raises(CalibrationError, match="bytes of gzip that unpack to more than 1000"):
         data.read_rows([path])

@@ -15,17 +15,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ortho_cli import ops, recipe
-from ortho_cli.artifact import is_artifact
-from ortho_cli.checkpoint import open_checkpoint
-from ortho_cli.decompose import decompose
+from ortho_cli.decompose import recipe
+from ortho_cli.decompose.job import decompose
+from ortho_cli.decompose.plan import make_plan
+from ortho_cli.decompose.splitter import Splitter
 from ortho_cli.errors import CheckpointError, NumericalError, OutputExistsError, ResourceError
 from ortho_cli.events import Advanced, Event, Finishing, Started, TensorDone
-from ortho_cli.journal import WorkFolder, work_folder
-from ortho_cli.opening import open_artifact
-from ortho_cli.plan import make_plan
-from ortho_cli.split import Splitter
-from ortho_cli.verify import verify
+from ortho_cli.formats.artifact import is_artifact
+from ortho_cli.formats.open_artifact import open_artifact
+from ortho_cli.formats.verify import verify
+from ortho_cli.split import quantize
+from ortho_cli.storage.checkpoint import open_checkpoint
+from ortho_cli.storage.work_folder import WorkFolder, work_folder
 
 
 def split(source: Path, out: Path, *sets: str, workers: int = 1, **options: Any) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def test_decompose_tensor_of_many_tiles_equals_one_tile(
     weight = checkpoints.weights(hidden=128, mlp=300, layers=1, vocab=8)
     save_file({"a.weight": weight["model.layers.0.mlp.up_proj.weight"]}, tmp_path / "m.safetensors")
     split(tmp_path / "m.safetensors", tmp_path / "one")
-    monkeypatch.setattr("ortho_cli.plan.TILE_ELEMENTS", 1000)
+    monkeypatch.setattr("ortho_cli.decompose.plan.TILE_ELEMENTS", 1000)
     split(tmp_path / "m.safetensors", tmp_path / "many")
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
 
@@ -105,8 +106,8 @@ def test_decompose_guessed_bar_too_high_or_not_selects_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hot: bool
 ) -> None:
     """The rows that the guess samples are the loudest: a second pass must put it right."""
-    for module in ("plan", "split"):
-        monkeypatch.setattr(f"ortho_cli.{module}.TILE_ELEMENTS", 1024)
+    for module in ("plan", "splitter"):
+        monkeypatch.setattr(f"ortho_cli.decompose.{module}.TILE_ELEMENTS", 1024)
     passes: list[float | None] = []
     original = Splitter._split_above
 
@@ -204,7 +205,7 @@ def test_decompose_report_figures_equal_float64(
             continue
         module = entry["name"].removesuffix(".weight")
         weight = pico_tensors[entry["name"]].float()
-        codes = ops.unpack_int4(base[f"{module}.weight_packed"])
+        codes = quantize.unpack_int4(base[f"{module}.weight_packed"])
         approximation = reference.dequantize(codes, base[f"{module}.weight_scale"])
         at_0 = reference.decibels(weight, approximation)
         crow = ortho[f"{module}.crow_indices"].long()
@@ -385,19 +386,20 @@ MEASURE = """
 import sys
 from importlib import import_module
 from pathlib import Path
-from ortho_cli import checkpoint, decompose, plan, recipe
+from ortho_cli.decompose import job, plan, recipe
+from ortho_cli.storage import checkpoint
 
 def peak():
     status = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
 
 compiled = sys.argv[3] == "compiled"
-import_module("ortho_cli.loops" if compiled else "ortho_cli.split")
+import_module("ortho_cli.split.numba_loops" if compiled else "ortho_cli.decompose.splitter")
 settings = recipe.load_recipe(None, sys.argv[4:])
 before = peak()
 opened = checkpoint.open_checkpoint(Path(sys.argv[1]))
 made = plan.make_plan(opened, settings, workers=2)
-decompose.decompose(made, opened, Path(sys.argv[2]), compiled=compiled)
+job.decompose(made, opened, Path(sys.argv[2]), compiled=compiled)
 print(peak() - before, made.peak_bytes)
 """
 

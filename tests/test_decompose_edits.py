@@ -19,10 +19,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ortho_cli import decompose as work
-from ortho_cli import ops, recipe
-from ortho_cli.checkpoint import open_checkpoint
-from ortho_cli.edits import Edit, Edits, count, load_edits
+from ortho_cli.decompose import job as work
+from ortho_cli.decompose import recipe
+from ortho_cli.decompose.edits import Edit, Edits, count, load_edits
+from ortho_cli.decompose.plan import Plan, make_plan
+from ortho_cli.decompose.splitter import Splitter
+from ortho_cli.decompose.tally import Tally
 from ortho_cli.errors import (
     ArtifactError,
     CalibrationError,
@@ -32,16 +34,15 @@ from ortho_cli.errors import (
     RecipeError,
 )
 from ortho_cli.events import Event, EventSink, TensorDone
-from ortho_cli.journal import work_folder
-from ortho_cli.opening import open_artifact
-from ortho_cli.plan import Plan, make_plan
-from ortho_cli.split import Splitter
-from ortho_cli.statistics import StatisticsReader, open_statistics
-from ortho_cli.tally import Tally
-from ortho_cli.verify import verify
+from ortho_cli.formats.open_artifact import open_artifact
+from ortho_cli.formats.statistics import StatisticsReader, open_statistics
+from ortho_cli.formats.verify import verify
+from ortho_cli.split import quantize as ops
+from ortho_cli.storage.checkpoint import open_checkpoint
+from ortho_cli.storage.work_folder import work_folder
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["ortho_cli.decompose", "ortho_cli.recipe"])
+SERVER.set_forkserver_preload(["ortho_cli.decompose.job", "ortho_cli.decompose.recipe"])
 DENSITY = 0.02
 
 
@@ -191,8 +192,8 @@ def test_edits_in_many_tiles_are_where_they_are_in_one(
     case: Case, pico_tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With tiles this small the first bar is guessed, from rows without edits, too."""
-    for module in ("plan", "split"):
-        monkeypatch.setattr(f"ortho_cli.{module}.TILE_ELEMENTS", 1024)
+    for module in ("plan", "splitter"):
+        monkeypatch.setattr(f"ortho_cli.decompose.{module}.TILE_ELEMENTS", 1024)
     editor = case.fake(0.5)
     case.run(editor)
     check_streams(case, editor.edits, pico_tensors)
@@ -408,7 +409,7 @@ def test_edits_of_a_weight_that_is_not_split_are_a_bug_that_is_told(case: Case) 
 
 def forget_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the selection keep what saliency says, moved or not."""
-    monkeypatch.setattr("ortho_cli.tally._Moved.mark", lambda *_, **__: None)
+    monkeypatch.setattr("ortho_cli.decompose.tally._Moved.mark", lambda *_, **__: None)
 
 
 def forget_to_move(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,12 @@ from conftest import Ortho
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ortho_cli.convert import open_source
-from ortho_cli.dequantize import PLANS
-from ortho_cli.dequantize_integers import unpack
+from ortho_cli.convert.job import open_source
+from ortho_cli.convert.sources.base import TORCH_DTYPES, Source, SourceTensor
+from ortho_cli.convert.sources.dequantize import PLANS
+from ortho_cli.convert.sources.dequantize_integers import unpack
+from ortho_cli.convert.sources.quantized import CAST, LAYOUTS
 from ortho_cli.errors import CheckpointError, NumericalError, OrthoError, UsageError
-from ortho_cli.quantized import CAST, LAYOUTS
-from ortho_cli.source import TORCH_DTYPES, Source, SourceTensor
 
 Tensors = dict[str, Tensor]
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu

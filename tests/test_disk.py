@@ -17,10 +17,10 @@ import checkpoints
 import pytest
 from conftest import PICO, Ortho
 
-from ortho_cli import disk, journal
 from ortho_cli.events import Event, Noted
-from ortho_cli.journal import WorkFolder
-from ortho_cli.side_files import list_files
+from ortho_cli.storage import disk, work_folder
+from ortho_cli.storage.side_files import list_files
+from ortho_cli.storage.work_folder import WorkFolder
 
 FEW = ["--set", "calibrate.length=16", "--set", "calibrate.samples=2", "--quiet"]
 
@@ -239,4 +239,4 @@ def test_a_full_disk_that_reserves_nothing_is_told_as_that(
     (small_disk / "hog").unlink()
     assert ortho("decompose", pico, "-o", small_disk / "out", "-q").code == 0
     assert list(list_files(small_disk / "out"))
-    assert not journal.work_folder(small_disk / "out").exists()
+    assert not work_folder.work_folder(small_disk / "out").exists()

@@ -13,10 +13,12 @@ import pytest
 from conftest import Ortho
 from memorised import Memorised
 
-from ortho_cli import cli, errors, recipe
-from ortho_cli.checkpoint import open_checkpoint
-from ortho_cli.plan import make_plan
-from ortho_cli.statistics import open_statistics
+from ortho_cli import errors
+from ortho_cli.cli import app
+from ortho_cli.decompose import recipe
+from ortho_cli.decompose.plan import make_plan
+from ortho_cli.formats.statistics import open_statistics
+from ortho_cli.storage.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -28,7 +30,7 @@ ORTHO_COMMANDS = [command for command in COMMANDS if command.startswith("ortho "
 
 
 def test_readme_names_every_command_and_no_other() -> None:
-    exist = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    exist = {command.name or command.callback.__name__ for command in app.app.registered_commands}
     table = re.findall(r"^\| `ortho (\w+)", README, re.MULTILINE)
     assert set(table) == exist
     assert {shlex.split(command)[1] for command in ORTHO_COMMANDS} <= exist
@@ -43,8 +45,11 @@ def test_readme_exit_codes_are_the_classes() -> None:
 def test_readme_names_every_recipe_and_every_module() -> None:
     for name in recipe.built_in():
         assert f"`{name}`" in README
-    for path in (ROOT / "ortho_cli").glob("[a-z]*.py"):
-        assert f"{path.name} " in README, path.name
+    for path in (ROOT / "ortho_cli").glob("[a-z]*"):
+        assert f" {path.name}{'/' * path.is_dir()} " in README, path.name
+    for path in (ROOT / "ortho_cli").rglob("[a-z]*.py"):
+        if path.parent.name != "ortho_cli":
+            assert f"`{path.name}`" in (path.parent / "README.md").read_text(), path
 
 
 def test_readme_setup_is_two_make_targets_that_exist() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ortho_cli.edits import Edit, count, load_arrays, load_edits, save_arrays, save_edits
+from ortho_cli.decompose.edits import Edit, count, load_arrays, load_edits, save_arrays, save_edits
 from ortho_cli.errors import ResourceError
 
 EDITS = {
@@ -80,7 +80,7 @@ def test_save_that_fails_leaves_what_was_there(
     def full(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ortho_cli.journal.sync", full)
+    monkeypatch.setattr("ortho_cli.storage.work_folder.sync", full)
     with pytest.raises(ResourceError, match=r"e\.npz`: no space left"):
         save_arrays(path, {"x": np.arange(9)})
     held = load_arrays(path)

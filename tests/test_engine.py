@@ -17,8 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ortho_cli
-from ortho_cli import ops, pretrained
-from ortho_cli.engine import Engine, at_alpha, set_alpha
 from ortho_cli.errors import (
     ArtifactError,
     CalibrationError,
@@ -27,9 +25,12 @@ from ortho_cli.errors import (
     RecipeError,
     UsageError,
 )
-from ortho_cli.layers import OrthoLinear
-from ortho_cli.opening import open_artifact
-from ortho_cli.verify import verify
+from ortho_cli.formats.open_artifact import open_artifact
+from ortho_cli.formats.verify import verify
+from ortho_cli.runtime import pretrained
+from ortho_cli.runtime.engine import Engine, at_alpha, set_alpha
+from ortho_cli.runtime.ortho_linear import OrthoLinear
+from ortho_cli.split import quantize
 
 Ortho = Callable[..., Any]
 
@@ -146,7 +147,7 @@ def test_decompose_swaps_every_place_and_keeps_ties() -> None:
     original = Net()
     for name in ("first", "blocks.0", "out"):
         split, source = net.get_submodule(name), original.get_submodule(name)
-        base = ops.dequantize(ops.unpack_int4(split.weight_packed), split.weight_scale)
+        base = quantize.dequantize(quantize.unpack_int4(split.weight_packed), split.weight_scale)
         same = split.weight == source.weight
         assert int(same.sum()) >= round(0.02 * source.weight.numel())
         assert torch.equal(split.weight[~same], base[~same])
@@ -403,7 +404,9 @@ def test_load_equals_transformers_at_0_and_patched_weights_at_1(
     set_alpha(ours, 1.0)
     with torch.no_grad():
         for name, layer in layers.items():
-            base = ops.dequantize(ops.unpack_int4(layer.weight_packed), layer.weight_scale)
+            base = quantize.dequantize(
+                quantize.unpack_int4(layer.weight_packed), layer.weight_scale
+            )
             dense, weight = layer.weight.float(), source.get_parameter(f"{name}.weight")
             kept = dense == weight.float()
             assert int(kept.sum()) >= round(0.05 * weight.numel())

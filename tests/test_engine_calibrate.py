@@ -13,8 +13,8 @@ from conftest import Ortho
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ortho_cli.engine import Engine
 from ortho_cli.errors import CalibrationError, NumericalError, RecipeError, UsageError
+from ortho_cli.runtime.engine import Engine
 
 
 def network() -> nn.Sequential:

@@ -10,7 +10,7 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ortho_cli import estimates
+from ortho_cli.bench import estimates
 from ortho_cli.errors import NumericalError
 
 SCORES = st.lists(st.integers(0, 5).map(float), min_size=1, max_size=20)

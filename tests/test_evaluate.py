@@ -12,11 +12,12 @@ import pytest
 import torch
 from test_scoring import VOCAB, Plain, Table, llama
 
-from ortho_cli import evaluate, scoring
-from ortho_cli.data import TokenSequence
+from ortho_cli.bench import evaluate
 from ortho_cli.errors import CalibrationError, NumericalError, UsageError
-from ortho_cli.forget_set import TokenSecret
-from ortho_cli.scoring import SecretScore, compare_windows
+from ortho_cli.model import scoring
+from ortho_cli.model.scoring import SecretScore, compare_windows
+from ortho_cli.model.secrets import TokenSecret
+from ortho_cli.model.text import TokenSequence
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 

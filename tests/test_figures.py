@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ortho_cli import figures
+from ortho_cli.bench import figures
 from ortho_cli.errors import GateError, UsageError
 
 DOCUMENT: dict[str, Any] = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ortho_cli import ops
-from ortho_cli.isolate import PROPOSE
+from ortho_cli.forget.isolate import PROPOSE
+from ortho_cli.split import quantize
 
 
 def betrayal(fill: str, count: int) -> tuple[float, float, float]:
@@ -19,8 +19,8 @@ def betrayal(fill: str, count: int) -> tuple[float, float, float]:
     """
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(512, 512, generator=generator)
-    scales = ops.absmax_scales(weight, group_size=64, dtype=torch.bfloat16)
-    original = ops.quantize(weight, scales)
+    scales = quantize.absmax_scales(weight, group_size=64, dtype=torch.bfloat16)
+    original = quantize.quantize(weight, scales)
     gradient = torch.randn(512, 512, generator=generator)
     goal = PROPOSE[fill](original, original, gradient, 64)
     # As isolate chooses: by what a move gives, for what it costs.

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ortho_cli import checkpoint, folders
 from ortho_cli.errors import CheckpointError
+from ortho_cli.storage import checkpoint, folders
 
 Names = dict[str, float]
 

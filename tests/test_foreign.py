@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ortho_cli import torch_files
-from ortho_cli.convert import open_source
+from ortho_cli.convert.job import open_source
+from ortho_cli.convert.sources import torch_files
+from ortho_cli.convert.sources.base import RowReader
 from ortho_cli.errors import CheckpointError
-from ortho_cli.source import RowReader
 
 Tensors = dict[str, Tensor]
 
@@ -184,7 +184,7 @@ def test_mapped_file_is_opened_anew_between_tensors_and_only_there(
 
     monkeypatch.setattr(torch_files, "REMAP_BYTES", 0)
     monkeypatch.setattr(torch_files, "_load", count)
-    monkeypatch.setattr("ortho_cli.convert.TILE_ELEMENTS", 7)
+    monkeypatch.setattr("ortho_cli.convert.job.TILE_ELEMENTS", 7)
     torch.save(small(), tmp_path / "m.bin")
     found, _, _ = converted(ortho, tmp_path / "m.bin")
     assert same(found, small())
@@ -269,11 +269,11 @@ def test_rows_too_wide_to_hold_are_converted_alike(
 ) -> None:
     save_file(small(), tmp_path / "m.safetensors")
     expected = converted(ortho, tmp_path / "m.safetensors", *dtype)[0]
-    monkeypatch.setattr("ortho_cli.source.WIDEST", 5)  # of rows of 6 and 7
-    monkeypatch.setattr("ortho_cli.convert.TILE_ELEMENTS", 4)
+    monkeypatch.setattr("ortho_cli.convert.sources.base.WIDEST", 5)  # of rows of 6 and 7
+    monkeypatch.setattr("ortho_cli.convert.job.TILE_ELEMENTS", 4)
     reads = []
     monkeypatch.setattr(
-        "ortho_cli.source.RowReader.rows",
+        "ortho_cli.convert.sources.base.RowReader.rows",
         lambda self, info, start, rows, columns, read=RowReader.rows: (
             reads.append(rows * columns) or read(self, info, start, rows, columns)
         ),

@@ -21,14 +21,17 @@ from memorised import Memorised
 from safetensors.torch import load_file
 
 import ortho_cli
-from ortho_cli import decompose as work
-from ortho_cli import forget, ops, recipe, scoring
+from ortho_cli.decompose import job as work
+from ortho_cli.decompose import recipe
+from ortho_cli.decompose.plan import make_plan
 from ortho_cli.errors import CalibrationError, Interrupted, RecipeError, UsageError
 from ortho_cli.events import Event, Noted, Step
-from ortho_cli.isolate import standing
-from ortho_cli.journal import work_folder
-from ortho_cli.plan import make_plan
-from ortho_cli.statistics import open_statistics
+from ortho_cli.forget import editor as forget
+from ortho_cli.forget.isolate import standing
+from ortho_cli.formats.statistics import open_statistics
+from ortho_cli.model import scoring
+from ortho_cli.split import quantize
+from ortho_cli.storage.work_folder import work_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 
@@ -288,11 +291,11 @@ def test_dry_run_shows_the_plan_and_writes_nothing(
 @pytest.fixture(scope="module")
 def done(memorised: Memorised, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the command writes; only read."""
-    from ortho_cli import cli
+    from ortho_cli.cli import app
 
     out = tmp_path_factory.mktemp("done") / "out"
     given = [*ISOLATE, "--stats", memorised.stats, "--forget", memorised.forget, "-o", out, "-q"]
-    assert cli.run([str(word) for word in ("decompose", memorised.model, *given)]) == 0
+    assert app.run([str(word) for word in ("decompose", memorised.model, *given)]) == 0
     return out
 
 
@@ -391,7 +394,7 @@ def edited(memorised: Memorised, done: Path) -> dict[str, np.ndarray[Any, np.dty
     base = load_file(done / "model.safetensors")
     found = {}
     for name, codes in grid.original.items():
-        now = ops.unpack_int4(base[f"{name.removesuffix('.weight')}.weight_packed"])
+        now = quantize.unpack_int4(base[f"{name.removesuffix('.weight')}.weight_packed"])
         found[name] = (now != codes).view(-1).nonzero().squeeze(1).numpy()
     return found
 

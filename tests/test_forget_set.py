@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ortho_cli.errors import CalibrationError
-from ortho_cli.forget_set import Secret, encode, overlap, read_secrets
+from ortho_cli.model.secrets import Secret, encode, overlap, read_secrets
 
 WORDS = [f"w{i}" for i in range(20)]
 PATTERN = {"pattern": " {word} {word}", "word": WORDS}

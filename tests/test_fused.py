@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from test_kernels import DTYPES, Made
 from torch import Tensor
 
-from ortho_cli import kernels
-from ortho_cli.kernels import Base, Ortho
+from ortho_cli.runtime import product as kernels
+from ortho_cli.runtime.product import Base, Ortho
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -40,7 +40,7 @@ def interpreted() -> Iterator[None]:
 
 
 with interpreted():  # most of it is decided when triton is imported, and the rest when it runs
-    from ortho_cli import fused
+    from ortho_cli.runtime import triton_kernels
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -60,8 +60,8 @@ def multiply(
 ) -> Tensor:
     """The kernels' product, from the CPU and back."""
     on_device = x.as_strided(x.size(), x.stride()).to(DEVICE) if CUDA else x
-    assert fused.takes(on_device, base)
-    return fused.product(
+    assert triton_kernels.takes(on_device, base)
+    return triton_kernels.product(
         on_device,
         there(base),
         None if ortho is None else Ortho(*(part.to(DEVICE) for part in ortho)),
@@ -100,7 +100,7 @@ def random_x(made: Made, x_rows: int) -> Tensor:
 
 
 def test_the_kernels_are_interpreted_where_there_is_no_card() -> None:
-    assert fused.INTERPRETED.value is not CUDA
+    assert triton_kernels.INTERPRETED.value is not CUDA
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -193,18 +193,20 @@ def test_alpha_0_and_nothing_kept_launch_nothing_for_ortho(
     x_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = Made(20, 1, 64, torch.float32)
-    multiplied, sparse = Watched(fused._multiply), Watched(fused._multiply_sparse)
-    monkeypatch.setattr(fused, "_multiply", multiplied)
-    monkeypatch.setattr(fused, "_multiply_sparse", sparse)
+    multiplied, sparse = Watched(triton_kernels._multiply), Watched(triton_kernels._multiply_sparse)
+    monkeypatch.setattr(triton_kernels, "_multiply", multiplied)
+    monkeypatch.setattr(triton_kernels, "_multiply_sparse", sparse)
     x = random_x(made, x_rows).to(DEVICE)
     poison: Any = object()  # any use of it fails
-    alone = fused.product(x, there(made.base), poison, None, 0.0)
+    alone = triton_kernels.product(x, there(made.base), poison, None, 0.0)
     empty = Made(20, 1, 64, torch.float32, share=0.0)
     nothing = multiply(x.cpu(), made.base, empty.ortho, None, torch.ones(x_rows))
     assert torch.equal(nothing, alone.cpu())
-    assert (multiplied.launches, multiplied.form, sparse.launches) == (2, fused.WITHOUT, 0)
+    assert (multiplied.launches, multiplied.form, sparse.launches) == (2, triton_kernels.WITHOUT, 0)
     multiply(x.cpu(), made.base, made.ortho, None, 0.5)
-    assert multiplied.form == (fused.GATHERED_HERE if x_rows <= 16 else fused.ADDED)
+    assert multiplied.form == (
+        triton_kernels.GATHERED_HERE if x_rows <= 16 else triton_kernels.ADDED
+    )
     assert sparse.launches == (x_rows > 16)
 
 
@@ -223,8 +225,8 @@ def test_shares_of_the_columns_add_up(
     shares: int, x_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = Made(33, 3, 192, torch.bfloat16)  # 72 words, 5 steps: the last of 8 shares are empty
-    cut = fused.blocks(x_rows, 33, 72, wide=False)._replace(shares=shares)
-    monkeypatch.setattr(fused, "blocks", lambda *_, **__: cut)
+    cut = triton_kernels.blocks(x_rows, 33, 72, wide=False)._replace(shares=shares)
+    monkeypatch.setattr(triton_kernels, "blocks", lambda *_, **__: cut)
     x = random_x(made, x_rows)
     alpha = torch.linspace(0.2, 1, x_rows)
     y = multiply(x, made.base, made.ortho, made.bias, alpha)
@@ -235,14 +237,14 @@ def test_shares_of_the_columns_add_up(
 def test_slabs_of_x_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Made(33, 2, 32, torch.float16)
     x, alpha = random_x(made, 41), torch.linspace(0, 1, 41)
-    monkeypatch.setattr(fused, "SLAB_ROWS", 20)  # 20, 20, and 1
+    monkeypatch.setattr(triton_kernels, "SLAB_ROWS", 20)  # 20, 20, and 1
     y = multiply(x, made.base, made.ortho, made.bias, alpha)
     half_an_ulp(y, made.reference(x, made.bias, alpha.tolist()), x)
 
 
 def test_what_is_not_taken_goes_to_the_tiles() -> None:
     def taken(made: Made, x_rows: int = 1, dtype: torch.dtype = torch.float32) -> bool:
-        return fused.takes(torch.zeros(x_rows, made.base.shape[1], dtype=dtype), made.base)
+        return triton_kernels.takes(torch.zeros(x_rows, made.base.shape[1], dtype=dtype), made.base)
 
     assert taken(Made(3, 1, 8, torch.bfloat16))
     assert not taken(Made(3, 1, 32, torch.bfloat16, bits=3))
@@ -256,12 +258,12 @@ def test_blocks_follow_from_the_shape_alone() -> None:
     for x_rows in (1, 2, 16, 17, 33, 64, 65, 5000):
         for words in (1, 8, 500, 1376):
             for wide in (False, True):
-                cut = fused.blocks(x_rows, 4096, words, wide=wide)
+                cut = triton_kernels.blocks(x_rows, 4096, words, wide=wide)
                 assert all(size & (size - 1) == 0 for size in (*cut[:3], cut.warps))
                 assert cut.x_rows == 1 if x_rows == 1 else cut.x_rows >= 16
-                assert 1 <= cut.shares <= fused.MAX_SHARES
-    assert fused.blocks(1, 11008, 512, wide=False).shares == 1
-    assert fused.blocks(1, 4096, 1376, wide=False).shares == 2
+                assert 1 <= cut.shares <= triton_kernels.MAX_SHARES
+    assert triton_kernels.blocks(1, 11008, 512, wide=False).shares == 1
+    assert triton_kernels.blocks(1, 4096, 1376, wide=False).shares == 2
 
 
 def test_dual_linear_takes_the_kernels_and_keeps_its_gradient(
@@ -270,12 +272,12 @@ def test_dual_linear_takes_the_kernels_and_keeps_its_gradient(
     seen: list[tuple[int, ...]] = []
 
     class Spy:
-        takes = staticmethod(fused.takes)
+        takes = staticmethod(triton_kernels.takes)
 
         @staticmethod
         def product(x: Tensor, *rest: Any) -> Tensor:
             seen.append(tuple(x.shape))
-            return fused.product(x, *rest)
+            return triton_kernels.product(x, *rest)
 
     made = Made(12, 2, 32, torch.float32)
     x = torch.randn(3, 2, 64, generator=made.random).to(DEVICE)
@@ -301,9 +303,9 @@ def test_kernels_are_found_for_cuda_where_triton_is_installed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     find = kernels._fused.__wrapped__
-    assert find("cuda") is fused
+    assert find("cuda") is triton_kernels
     assert find("cpu") is None
-    for version, found in (("3.2.1", None), ("3.3.0+git", fused), ("4.0", fused)):
+    for version, found in (("3.2.1", None), ("3.3.0+git", triton_kernels), ("4.0", triton_kernels)):
         monkeypatch.setattr("triton.__version__", version)
         assert find("cuda") is found
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import Ortho
 
+from ortho_cli.convert.sources.gguf_config import complete
+from ortho_cli.convert.sources.gguf_file import open_model
 from ortho_cli.errors import CheckpointError
-from ortho_cli.gguf_config import complete
-from ortho_cli.gguf_file import open_model
 
 pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")

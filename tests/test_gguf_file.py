@@ -12,8 +12,8 @@ import pytest
 from conftest import Ortho
 from safetensors.numpy import load_file
 
+from ortho_cli.convert.sources.gguf_file import check_type, open_model
 from ortho_cli.errors import CheckpointError
-from ortho_cli.gguf_file import check_type, open_model
 
 pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")

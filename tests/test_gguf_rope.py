@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import Ortho
 
+from ortho_cli.convert.sources.gguf_rope import recover_llama3
 from ortho_cli.errors import CheckpointError
-from ortho_cli.gguf_rope import recover_llama3
 
 pytest.importorskip("transformers")
 pytest.importorskip("gguf")

@@ -14,8 +14,8 @@ from conftest import Ortho
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ortho_cli.convert.sources.gguf import open_gguf
 from ortho_cli.errors import CheckpointError, UsageError
-from ortho_cli.gguf_source import open_gguf
 
 pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
@@ -81,7 +81,7 @@ def test_gguf_becomes_the_checkpoint_that_transformers_loads_from_it(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr("ortho_cli.convert.TILE_ELEMENTS", 7 * HIDDEN)  # several tiles a tensor
+    monkeypatch.setattr("ortho_cli.convert.job.TILE_ELEMENTS", 7 * HIDDEN)  # several tiles a tensor
     folder = tmp_path / "m"
     folder.mkdir()
     write(folder / "pico.gguf", tied=tied)

@@ -20,13 +20,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ortho_cli import calibrate as work
-from ortho_cli import calibrate_plan, capture, curvature, recipe, sums
-from ortho_cli.checkpoint import open_checkpoint
-from ortho_cli.curvature import gram_of
+from ortho_cli.calibrate import job as work
+from ortho_cli.calibrate import plan as calibrate_plan
+from ortho_cli.calibrate import sums
+from ortho_cli.decompose import recipe
 from ortho_cli.errors import CalibrationError
 from ortho_cli.events import Event, SequencesDone
-from ortho_cli.statistics import StatisticsReader, open_statistics
+from ortho_cli.formats import curvature
+from ortho_cli.formats.curvature import gram_of
+from ortho_cli.formats.statistics import StatisticsReader, open_statistics
+from ortho_cli.model import hooks
+from ortho_cli.storage.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 
@@ -157,7 +161,7 @@ def test_gram_batches_chunks_and_tiles_change_nothing_but_rounding(
     options = [*chosen(f"curvature={kind}", f"weighting={weighting}"), "--gram", "full"]
     run(ortho, model, *options, *chosen("batch=1"), out="one.safetensors")
     monkeypatch.setattr(work, "CHUNK_SEQUENCES", 4)
-    for module in (capture, sums):
+    for module in (hooks, sums):
         monkeypatch.setattr(module, "SUM_ELEMENTS", 1000)
     run(ortho, model, *options, *chosen("batch=3"), out="three.safetensors")
     one, three = (load_file(model.parent / f"{n}.safetensors") for n in ("one", "three"))
@@ -272,7 +276,7 @@ def test_plan_counts_matrices_and_their_sums(
     extra = full["bytes_scratch"] - plain["bytes_scratch"]
     assert 2 * matrices <= extra < 2 * matrices + 5000  # and a line of the header each
     free = plain["bytes_written"] + plain["bytes_scratch"] + 100_000
-    monkeypatch.setattr("ortho_cli.output.free_bytes", lambda place: free)
+    monkeypatch.setattr("ortho_cli.storage.output.free_bytes", lambda place: free)
     data, out = model.parent / "retain.jsonl", model.parent / "stats.safetensors"
     ran = ortho("calibrate", model, "--data", data, "-o", out, *SMALL, "--gram", "full")
     assert ran.code == 9
@@ -295,7 +299,7 @@ def calibrate_and_die(model: Path, sequences: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     work.CHUNK_SEQUENCES = 2
-    capture.SUM_ELEMENTS = sums.SUM_ELEMENTS = 5000
+    hooks.SUM_ELEMENTS = sums.SUM_ELEMENTS = 5000
     torch.set_num_threads(1)
     plan = calibrate_plan.make_plan(opened, settings, data)
     work.calibrate(plan, opened, model.parent / "k.safetensors", on_event=watch)

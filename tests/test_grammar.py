@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from ortho_cli import grammar
+from ortho_cli.bench.demo import grammar
 
 
 def words(text: str) -> list[str]:

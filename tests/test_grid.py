@@ -14,13 +14,15 @@ from memorised import Memorised
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ortho_cli import ops, recipe, scoring
-from ortho_cli.checkpoint import open_checkpoint
-from ortho_cli.decompose import decompose
+from ortho_cli.decompose import recipe
+from ortho_cli.decompose.job import decompose
+from ortho_cli.decompose.plan import Plan, make_plan
 from ortho_cli.errors import NumericalError
-from ortho_cli.grid import BATCH_TOKENS, Grid, batches
-from ortho_cli.plan import Plan, make_plan
-from ortho_cli.statistics import StatisticsReader, open_statistics
+from ortho_cli.forget.grid import BATCH_TOKENS, Grid, batches
+from ortho_cli.formats.statistics import StatisticsReader, open_statistics
+from ortho_cli.model import scoring
+from ortho_cli.split import quantize
+from ortho_cli.storage.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 
@@ -65,7 +67,7 @@ def test_codes_and_weights_are_those_that_decompose_writes(
     assert grid.numel == sum(codes.numel() for codes in grid.codes.values())
     for name, codes in grid.codes.items():
         module = name.removesuffix(".weight")
-        assert torch.equal(codes, ops.unpack_int4(base[f"{module}.weight_packed"]))
+        assert torch.equal(codes, quantize.unpack_int4(base[f"{module}.weight_packed"]))
         assert torch.equal(grid.scales[name], base[f"{module}.weight_scale"])
         assert torch.equal(live[name], reference.dense(base, {}, module, 0.0))
     for name, tensor in base.items():
@@ -174,7 +176,7 @@ def twin_gradient(
 def test_gradient_is_autograds_whatever_the_batches(
     memorised: Memorised, grid: Grid, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ortho_cli.grid.BATCH_TOKENS", tokens)
+    monkeypatch.setattr("ortho_cli.forget.grid.BATCH_TOKENS", tokens)
     name = sorted(grid.codes)[0]
     grid.move(name, torch.arange(100), torch.zeros(100))  # at the moved codes, not the originals
     pairs = [*zip(pairs_of(memorised), [1.0, -1.0, 0.5, 2.0, 0.0, -0.25], strict=True)]
@@ -200,7 +202,7 @@ def test_gradient_in_bfloat16_points_the_same_way(memorised: Memorised, grid: Gr
 
 
 def test_batches_hold_all_in_order_and_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ortho_cli.grid.BATCH_TOKENS", 10)
+    monkeypatch.setattr("ortho_cli.forget.grid.BATCH_TOKENS", 10)
     items = [((1,), (2,) * n) for n in (1, 2, 4, 30, 1, 1, 1, 1, 1, 9)]
     found = list(batches(items, lambda item: item))
     assert [item for batch in found for item in batch] == items

@@ -16,9 +16,11 @@ import torch
 from conftest import Ortho
 from safetensors.torch import save_file
 
-from ortho_cli import boundary, hints, settings
+from ortho_cli.cli import boundary
+from ortho_cli.decompose import settings
 from ortho_cli.errors import CheckpointError, ResourceError, unreadable, way_out
-from ortho_cli.journal import unwritable
+from ortho_cli.storage import hints
+from ortho_cli.storage.work_folder import unwritable
 
 Make = Callable[[Path], list[object]]
 

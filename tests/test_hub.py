@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import Ortho
 
-from ortho_cli import hub
 from ortho_cli.errors import CheckpointError
+from ortho_cli.storage import hub
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ import pytest
 import torch
 from memorised import Memorised
 
-from ortho_cli import scoring
 from ortho_cli.events import Event, Step
-from ortho_cli.forget_set import TokenSecret
-from ortho_cli.grid import Grid
-from ortho_cli.isolate import HIGH, LOW, PROPOSE, Standing, isolate, standing
+from ortho_cli.forget.grid import Grid
+from ortho_cli.forget.isolate import HIGH, LOW, PROPOSE, Standing, isolate, standing
+from ortho_cli.model import scoring
+from ortho_cli.model.secrets import TokenSecret
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ortho_cli import kernels, ops
 from ortho_cli.errors import ArtifactError, UsageError
-from ortho_cli.kernels import Base, Ortho
+from ortho_cli.runtime import product
+from ortho_cli.runtime.product import Base, Ortho
+from ortho_cli.split import quantize
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Half an ulp of the result, and in the packed form one of the weights and one of a partial sum.
@@ -41,10 +42,10 @@ class Made:
         ends = (-(1 << (bits - 1)), 1 << (bits - 1))
         codes = torch.randint(*ends, (rows, columns), generator=random, dtype=torch.int8)
         scales = (torch.rand(rows, groups, generator=random) + 0.5).to(dtype)
-        self.base = Base(ops.pack_codes(codes, bits=bits), scales, bits=bits)
+        self.base = Base(quantize.pack_codes(codes, bits=bits), scales, bits=bits)
         keep = torch.rand(rows, columns, generator=random) < share
         source = torch.randn(rows, columns, generator=random).to(dtype).float()
-        base = ops.dequantize(codes, scales)
+        base = quantize.dequantize(codes, scales)
         crow = torch.cat((torch.zeros(1, dtype=torch.int32), keep.sum(1).cumsum(0).int()))
         where = keep.nonzero()
         self.ortho = Ortho(crow, where[:, 1].int(), (source - base)[keep])
@@ -53,7 +54,7 @@ class Made:
         self.random = random
 
     def prepared(self) -> Base:
-        return self.base._replace(prepared=kernels.prepare(self.base))
+        return self.base._replace(prepared=product.prepare(self.base))
 
     def reference(self, x: Tensor, bias: Tensor | None, alphas: list[float]) -> Tensor:
         base = self.base
@@ -99,7 +100,7 @@ def test_every_form_equals_the_slow_twin(
     flat = x.reshape(-1, groups * size)
     expected = made.reference(flat, b, [alpha] * flat.shape[0]).view(*lead, rows)
     for base in (made.base, made.prepared()):
-        close(kernels.dual_linear(x, base, made.ortho, b, alpha), expected, made, x)
+        close(product.dual_linear(x, base, made.ortho, b, alpha), expected, made, x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,7 +109,7 @@ def test_each_batch_row_has_its_own_alpha(dtype: torch.dtype, prepared: bool) ->
     made = Made(16, 2, 32, dtype)
     base = made.prepared() if prepared else made.base
     x = torch.randn(3, 2, 64, generator=made.random).to(dtype)
-    y = kernels.dual_linear(x, base, made.ortho, made.bias, torch.tensor([0.0, 0.5, 1.0]))
+    y = product.dual_linear(x, base, made.ortho, made.bias, torch.tensor([0.0, 0.5, 1.0]))
     expected = made.reference(x, made.bias, [0.0, 0.5, 1.0])
     close(y, expected, made, x)
     assert (expected[0] - made.reference(x, made.bias, [1.0] * 3)[0]).abs().max() > 0.5
@@ -119,7 +120,7 @@ def test_bfloat16_tiles_round_once() -> None:
     x = torch.randn(5, 128, generator=made.random).bfloat16()
     for alpha in (0.3, torch.tensor([0.1, 0.2, 0.3, 0.4, 1.0])):
         alphas = [alpha] * 5 if isinstance(alpha, float) else alpha.tolist()
-        y = kernels.dual_linear(x, made.base, made.ortho, made.bias, alpha)
+        y = product.dual_linear(x, made.base, made.ortho, made.bias, alpha)
         expected = made.reference(x, made.bias, alphas)
         ulp = torch.finfo(torch.bfloat16).eps * expected.abs()
         assert ((y.double() - expected).abs() <= 0.502 * ulp + 1e-5).all()
@@ -130,11 +131,11 @@ def test_bfloat16_tiles_round_once() -> None:
 def test_tiles_are_as_exact_in_float32_as_in_the_dtype_of_x(
     dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_is_native", lambda _: native)
+    monkeypatch.setattr(product, "_is_native", lambda _: native)
     made = Made(48, 3, 32, dtype)
     x = torch.randn(7, 96, generator=made.random).to(dtype)
     for alpha in (0.0, 1.0):
-        y = kernels.dual_linear(x, made.base, made.ortho, made.bias, alpha)
+        y = product.dual_linear(x, made.base, made.ortho, made.bias, alpha)
         close(y, made.reference(x, made.bias, [alpha] * 7), made, x)
 
 
@@ -144,15 +145,15 @@ def test_dequantized_rows_are_those_that_readers_see() -> None:
             made = Made(7, 3, size, dtype, bits=bits)
             codes = reference.unpack_codes(made.base.weight_packed, bits=bits)
             expected = reference.dequantize(codes, made.base.weight_scale)
-            assert torch.equal(kernels.dequantize_rows(made.base, 2, 6).float(), expected[2:6])
+            assert torch.equal(product.dequantize_rows(made.base, 2, 6).float(), expected[2:6])
 
 
 def test_many_tiles_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Made(9, 2, 32, torch.float32)
     x = torch.randn(4, 64, generator=made.random)
-    whole = kernels.dual_linear(x, made.base, made.ortho, made.bias, 0.7)
-    monkeypatch.setattr(kernels, "TILE_ELEMENTS", 130)
-    tiled = kernels.dual_linear(x, made.base, made.ortho, made.bias, 0.7)
+    whole = product.dual_linear(x, made.base, made.ortho, made.bias, 0.7)
+    monkeypatch.setattr(product, "TILE_ELEMENTS", 130)
+    tiled = product.dual_linear(x, made.base, made.ortho, made.bias, 0.7)
     assert torch.allclose(tiled, whole, rtol=1e-5, atol=1e-5)
 
 
@@ -160,14 +161,14 @@ def test_many_tiles_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradient_is_that_of_the_dense_weight(
     alpha: float | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "TILE_ELEMENTS", 200)
+    monkeypatch.setattr(product, "TILE_ELEMENTS", 200)
     made = Made(12, 2, 32, torch.float32)
     alphas = [0.0, 0.5, 1.0] if alpha == "rows" else [float(alpha)] * 3
     given_alpha: Any = torch.tensor(alphas) if alpha == "rows" else alpha
     x = torch.randn(3, 2, 64, generator=made.random, requires_grad=True)
     bias = made.bias.clone().requires_grad_()
     push = torch.randn(3, 2, 12, generator=made.random)
-    kernels.dual_linear(x, made.base, made.ortho, bias, given_alpha).backward(push)
+    product.dual_linear(x, made.base, made.ortho, bias, given_alpha).backward(push)
     base = made.base
     for row, one in enumerate(alphas):
         weight = reference.dual_weight(base.weight_packed, base.weight_scale, made.kept, one)
@@ -183,8 +184,8 @@ def test_alpha_0_touches_nothing_of_ortho(zero: Any) -> None:
     x = torch.randn(2, 32, generator=made.random).bfloat16()
     poison: Any = object()  # any use of it fails
     for base in (made.base, made.prepared()):
-        alone = kernels.dual_linear(x, base, None, None, 0.0)
-        assert torch.equal(kernels.dual_linear(x, base, poison, None, zero), alone)
+        alone = product.dual_linear(x, base, None, None, 0.0)
+        assert torch.equal(product.dual_linear(x, base, poison, None, zero), alone)
 
 
 @pytest.mark.parametrize(
@@ -197,25 +198,25 @@ def test_alpha_0_touches_nothing_of_ortho(zero: Any) -> None:
 def test_alpha_outside_0_to_1_is_refused(alpha: Any) -> None:
     made = Made(2, 1, 32, torch.float32)
     with pytest.raises(UsageError, match="alpha"):
-        kernels.dual_linear(torch.zeros(2, 32), made.base, made.ortho, None, alpha)
+        product.dual_linear(torch.zeros(2, 32), made.base, made.ortho, None, alpha)
 
 
 def test_alphas_of_another_count_are_refused_with_both_numbers() -> None:
     made = Made(2, 1, 32, torch.float32)
     with pytest.raises(UsageError, match="3 values for 2 batch rows"):
-        kernels.dual_linear(torch.zeros(2, 5, 32), made.base, made.ortho, None, torch.ones(3))
+        product.dual_linear(torch.zeros(2, 5, 32), made.base, made.ortho, None, torch.ones(3))
 
 
 def test_ortho_that_is_needed_and_absent_is_an_error() -> None:
     made = Made(2, 1, 32, torch.float32)
     with pytest.raises(ArtifactError, match="no ortho"):
-        kernels.dual_linear(torch.zeros(2, 32), made.base, None, None, 0.5)
+        product.dual_linear(torch.zeros(2, 32), made.base, None, None, 0.5)
 
 
 def test_x_of_another_width_is_refused() -> None:
     made = Made(2, 1, 32, torch.float32)
     with pytest.raises(UsageError, match=r"\[2, 31\].*32"):
-        kernels.dual_linear(torch.zeros(2, 31), made.base, None, None, 0.0)
+        product.dual_linear(torch.zeros(2, 31), made.base, None, None, 0.0)
 
 
 def test_strides_of_x_do_not_matter() -> None:
@@ -223,8 +224,8 @@ def test_strides_of_x_do_not_matter() -> None:
     x = torch.randn(64, 3, 2, generator=made.random).bfloat16().permute(2, 1, 0)
     assert not x.is_contiguous()
     for base in (made.base, made.prepared()):
-        y = kernels.dual_linear(x, base, made.ortho, made.bias, 1.0)
-        assert torch.equal(y, kernels.dual_linear(x.contiguous(), base, made.ortho, made.bias, 1.0))
+        y = product.dual_linear(x, base, made.ortho, made.bias, 1.0)
+        assert torch.equal(y, product.dual_linear(x.contiguous(), base, made.ortho, made.bias, 1.0))
 
 
 def test_nothing_kept_and_everything_kept() -> None:
@@ -232,7 +233,7 @@ def test_nothing_kept_and_everything_kept() -> None:
         made = Made(16, 1, 32, torch.float32, share=share)
         for rows in (1, 3):
             x = torch.randn(rows, 32, generator=made.random)
-            y = kernels.dual_linear(x, made.base, made.ortho, None, 1.0)
+            y = product.dual_linear(x, made.base, made.ortho, None, 1.0)
             close(y, made.reference(x, None, [1.0] * rows), made, x)
 
 
@@ -240,7 +241,7 @@ def test_autocast_gives_what_linear_would_give() -> None:
     made = Made(16, 1, 32, torch.float32)
     x = torch.randn(2, 32, generator=made.random, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        y = kernels.dual_linear(x, made.base, made.ortho, None, 1.0)
+        y = product.dual_linear(x, made.base, made.ortho, None, 1.0)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert x.grad is not None
@@ -249,9 +250,9 @@ def test_autocast_gives_what_linear_would_give() -> None:
 
 def test_packed_form_is_taken_only_where_torch_has_it() -> None:
     for bits in (3, 4):
-        assert kernels.prepare(Made(16, 1, 32, torch.bfloat16, bits=bits).base) is not None
+        assert product.prepare(Made(16, 1, 32, torch.bfloat16, bits=bits).base) is not None
     for rows, size, dtype in ((15, 32, "bfloat16"), (16, 24, "bfloat16"), (16, 32, "float16")):
-        assert kernels.prepare(Made(rows, 1, size, getattr(torch, dtype)).base) is None
+        assert product.prepare(Made(rows, 1, size, getattr(torch, dtype)).base) is None
 
 
 @pytest.mark.gpu
@@ -261,10 +262,10 @@ def test_cuda_equals_cpu() -> None:
     made = Made(48, 2, 32, torch.bfloat16)
     x = torch.randn(3, 5, 64, generator=made.random).bfloat16()
     for alpha in (0.0, 0.5, 1.0, torch.tensor([0.0, 0.5, 1.0])):
-        here = kernels.dual_linear(x, made.base, made.ortho, made.bias, alpha)
+        here = product.dual_linear(x, made.base, made.ortho, made.bias, alpha)
         base = Base(made.base.weight_packed.cuda(), made.base.weight_scale.cuda())
         ortho = Ortho(*(part.cuda() for part in made.ortho))
-        there = kernels.dual_linear(x.cuda(), base, ortho, made.bias.cuda(), alpha)
+        there = product.dual_linear(x.cuda(), base, ortho, made.bias.cuda(), alpha)
         assert torch.allclose(there.cpu().float(), here.float(), rtol=2e-2, atol=5e-2)
 
 
@@ -280,7 +281,7 @@ def test_cuda_equals_cpu() -> None:
 def test_compiled_loops_unpack_what_torch_does(
     threads: int, dtype: torch.dtype, rows: int, groups: int, size: int, exponent: int
 ) -> None:
-    unpacking = pytest.importorskip("ortho_cli.unpacking")
+    unpacking = pytest.importorskip("ortho_cli.runtime.unpacking")
     made = Made(rows, groups, size, torch.float32)
     # Subnormal, or infinite in the end: products that are rounded as bits must be torch's, too.
     scales = (made.base.weight_scale * 2.0**exponent).to(dtype)
@@ -301,26 +302,26 @@ def test_compiled_loops_unpack_what_torch_does(
 def test_without_compiled_loops_the_product_is_the_same(
     missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unpacking = pytest.importorskip("ortho_cli.unpacking")
+    unpacking = pytest.importorskip("ortho_cli.runtime.unpacking")
     made = Made(40, 3, 32, torch.bfloat16)
     x = torch.randn(60, 96, generator=made.random).bfloat16()
-    expected = kernels.dual_linear(x, made.base, made.ortho, None, 1.0)
+    expected = product.dual_linear(x, made.base, made.ortho, None, 1.0)
     calls: list[Any] = []
     monkeypatch.setattr(unpacking, "unpack", lambda *given: calls.append(given))
     if missing == "numba":
-        monkeypatch.setattr(kernels, "_unpacking", lambda: None)
+        monkeypatch.setattr(product, "_unpacking", lambda: None)
     else:
         monkeypatch.setattr(unpacking, "_team", lambda: None)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert torch.equal(kernels.dual_linear(x, made.base, made.ortho, None, 1.0), expected)
+    assert torch.equal(product.dual_linear(x, made.base, made.ortho, None, 1.0), expected)
     assert not calls
 
 
 def test_numba_that_cannot_be_loaded_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")
-    monkeypatch.setitem(sys.modules, "ortho_cli.unpacking", None)
-    monkeypatch.delattr("ortho_cli.unpacking", raising=False)
-    find = kernels._unpacking.__wrapped__
+    monkeypatch.setitem(sys.modules, "ortho_cli.runtime.unpacking", None)
+    monkeypatch.delattr("ortho_cli.runtime.unpacking", raising=False)
+    find = product._unpacking.__wrapped__
     with pytest.warns(UserWarning, match="unpacked without numba, which is slower: "):
         assert find() is None
 
@@ -329,4 +330,4 @@ def test_nothing_is_read_while_torch_traces_shapes() -> None:
     made = Made(16, 2, 32, torch.float32)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         x = mode.from_tensor(torch.zeros(5, 64))
-        assert kernels.dual_linear(x, made.base, None, None, 0.0).shape == (5, 16)
+        assert product.dual_linear(x, made.base, None, None, 0.0).shape == (5, 16)

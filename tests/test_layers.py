@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ortho_cli.errors import ArtifactError, NumericalError, RecipeError, UsageError
-from ortho_cli.layers import OrthoLinear
-from ortho_cli.streams import BASE_PARTS, ORTHO_PARTS, split_weight
+from ortho_cli.runtime.ortho_linear import OrthoLinear
+from ortho_cli.split.in_memory import BASE_PARTS, ORTHO_PARTS, split_weight
 
 PARTS = (*BASE_PARTS, *ORTHO_PARTS)
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ortho_cli.errors import OutputExistsError
-from ortho_cli.locks import Lock
+from ortho_cli.storage.locks import Lock
 
 
 @pytest.fixture(params=["ENOLCK", "ENOTSUP", "EOPNOTSUPP", "EINVAL", "ENOSYS"])

@@ -18,12 +18,15 @@ from conftest import Ortho
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ortho_cli import modelfile, pretrained, quantization, report, strict_json
+from ortho_cli.cli.show import tables
+from ortho_cli.decompose.settings import Patterns, matches
 from ortho_cli.errors import CheckpointError
-from ortho_cli.opening import open_artifact
-from ortho_cli.settings import Patterns, matches
-from ortho_cli.statistics import open_statistics
-from ortho_cli.writer import TensorSpec, plan_layout
+from ortho_cli.formats import quantization_config
+from ortho_cli.formats.open_artifact import open_artifact
+from ortho_cli.formats.statistics import open_statistics
+from ortho_cli.runtime import module_files, pretrained
+from ortho_cli.storage import strict_json
+from ortho_cli.storage.data_file import TensorSpec, plan_layout
 
 FEW, COUNTS = 6, (60, 120, 240)
 
@@ -80,14 +83,14 @@ COMMANDS = {
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Checkpoints of so many tensors, and what decompose makes of them."""
-    from ortho_cli import cli
+    from ortho_cli.cli import app
 
     made = {}
     for count in (FEW, *COUNTS):
         made[count] = tmp_path_factory.mktemp(f"many-{count}")
         bench_many.make(made[count] / "model", count, shards=2)
         words = ["decompose", str(made[count] / "model"), "-o", str(made[count] / "out"), "-q"]
-        assert cli.run(words) == 0
+        assert app.run(words) == 0
     return made
 
 
@@ -142,7 +145,7 @@ def test_a_model_of_twice_the_layers_takes_twice_the_work_to_fill(many: dict[int
         found.append(
             lines_run(lambda root=root, opened=opened: pretrained.swap(root, opened))  # type: ignore[misc]
         )
-        assert len(dict(modelfile.empty_layers(opened))) == count
+        assert len(dict(module_files.empty_layers(opened))) == count
     assert growth(found) < 2.3
 
 
@@ -153,7 +156,7 @@ def test_patterns_of_twice_the_modules_take_twice_the_work() -> None:
         names = [f"model.layers.{i % 7}.experts.{i}.up_proj" for i in range(count)]
         split, others = names[::2], names[1::2]
         found.append(
-            lines_run(lambda a=split, b=others: quantization.patterns(a, against=b))  # type: ignore[misc]
+            lines_run(lambda a=split, b=others: quantization_config.patterns(a, against=b))  # type: ignore[misc]
         )
     assert growth(found) < 2.3
 
@@ -181,7 +184,7 @@ def test_an_output_whose_header_no_reader_takes_is_refused_before_it_is_written(
 ) -> None:
     specs = [TensorSpec(key=f"{i:048}", dtype="BF16", shape=(8, 64)) for i in range(100)]
     plan_layout(specs, {})
-    monkeypatch.setattr("ortho_cli.writer.MAX_PARSED", 100_000)
+    monkeypatch.setattr("ortho_cli.storage.data_file.MAX_PARSED", 100_000)
     with pytest.raises(CheckpointError, match="header of 100 tensors"):
         plan_layout(specs, {})
 
@@ -190,7 +193,7 @@ def test_a_compact_ortho_whose_header_no_reader_takes_is_refused_by_the_plan(
     many: dict[int, Path], tmp_path: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has five tensors where CSR has three."""
-    monkeypatch.setattr("ortho_cli.writer.MAX_PARSED", 2_000_000)
+    monkeypatch.setattr("ortho_cli.storage.data_file.MAX_PARSED", 2_000_000)
     words = ["decompose", many[COUNTS[-1]] / "model", "-o", tmp_path / "out", "--dry-run"]
     assert ortho(*words).code == 0
     ran = ortho(*words, "--set", "ortho.layout=compact")
@@ -216,7 +219,7 @@ def test_a_table_of_many_rows_is_printed_in_pieces_and_whole(
 ) -> None:
     folder = many[COUNTS[0]] / "out"
     usual = ortho("inspect", folder).err
-    monkeypatch.setattr(report, "ROWS", 7)
+    monkeypatch.setattr(tables, "ROWS", 7)
     found = ortho("inspect", folder).err
     assert [line.split() for line in found.splitlines()] == [
         line.split() for line in usual.splitlines()

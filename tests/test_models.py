@@ -14,8 +14,8 @@ from conftest import Ortho
 from safetensors.torch import load_file, save_file
 
 import ortho_cli
-from ortho_cli import models
 from ortho_cli.errors import CheckpointError
+from ortho_cli.model import load as models
 
 SOUND: dict[str, dict[str, Any]] = {
     "Qwen's window": {"num_hidden_layers": 2, "max_window_layers": 80},

@@ -15,7 +15,7 @@ import torch
 from conftest import Ortho, Ran
 from safetensors.torch import save_file
 
-from ortho_cli.report import LONGEST, visible
+from ortho_cli.cli.show.tables import LONGEST, visible
 
 HOSTILE = "\x1b[5m\x07\r\n\u202e\x9b<script>[bold]"
 SHOWN = r"\x1b[5m\x07\r\n\u202e\x9b<script>[bold]"
@@ -158,7 +158,7 @@ def on_a_terminal(*command: str) -> bytes:
 BAR = """
 import sys
 from ortho_cli.events import Step
-from ortho_cli.report_progress import ProgressSink
+from ortho_cli.cli.show.progress import ProgressSink
 with ProgressSink("bench", quiet=False, verbose=False) as sink:
     sink(Step(name=sys.argv[1], number=1, of=2))
     sink._bar.refresh()
@@ -175,7 +175,7 @@ def test_bars_on_a_terminal_show_names_escaped(hostile: Path) -> None:
 
 def test_traceback_of_a_bug_shows_names_escaped() -> None:
     code = (
-        "import sys; from ortho_cli import boundary\n"
+        "import sys; from ortho_cli.cli import boundary\n"
         "def command(): raise RuntimeError(sys.argv[1])\n"
         "boundary.enter(command)"
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "ortho_cli"
-MODULES = sorted(PACKAGE.glob("*.py"))
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Whose import alone is an offence.
 MODULES_THAT_RUN = {
@@ -122,7 +122,7 @@ def offences(source: str) -> Iterator[str]:
 AGAIN = {"boundary": ["os.execve"]}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_code_comes_from_data(path: Path) -> None:
     assert list(offences(path.read_text())) == AGAIN.get(path.stem, [])
 

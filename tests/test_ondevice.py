@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from test_onepass import DTYPES, error_of, files, names_given, odd_weights, split
 from torch import Tensor
 
+from ortho_cli.decompose.ondevice import OnDevice, TopK
 from ortho_cli.errors import OrthoError
 from ortho_cli.events import Advanced, Event, Noted
-from ortho_cli.ondevice import OnDevice, TopK
-from ortho_cli.topk import TopK as Reference
+from ortho_cli.split.select import TopK as Reference
 
 HERE = "cpu:0"  # torch's name for the same device, and not ours for the usual way
 
@@ -46,7 +46,7 @@ def test_device_gives_the_bytes_of_the_general_splitter(
     bits: int,
     tile: int,
 ) -> None:
-    monkeypatch.setattr("ortho_cli.ondevice.TILE", tile)
+    monkeypatch.setattr("ortho_cli.decompose.ondevice.TILE", tile)
     save_file({"a.weight": odd_weights(dtype)}, tmp_path / "m.safetensors")
     sets = (f"ortho.density={density}", f"base.bits={bits}")
     check_alike(tmp_path / "m.safetensors", tmp_path, *sets)
@@ -56,7 +56,7 @@ def test_device_gives_the_bytes_of_the_general_splitter(
 def test_device_with_curvature_gives_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: Any
 ) -> None:
-    monkeypatch.setattr("ortho_cli.ondevice.TILE", 2000)
+    monkeypatch.setattr("ortho_cli.decompose.ondevice.TILE", 2000)
     source, stats = tmp_path / "m.safetensors", tmp_path / "stats.safetensors"
     weight = odd_weights(torch.bfloat16)
     weight[11:13] = 0

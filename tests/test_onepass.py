@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ortho_cli import recipe
-from ortho_cli.checkpoint import open_checkpoint
-from ortho_cli.decompose import decompose
+from ortho_cli.decompose import recipe
+from ortho_cli.decompose.job import decompose
+from ortho_cli.decompose.onepass import OnePass, takes
+from ortho_cli.decompose.plan import Plan, _buffer_bytes, make_plan
+from ortho_cli.decompose.splitter import Splitter
 from ortho_cli.errors import CalibrationError, NumericalError, OrthoError
 from ortho_cli.events import Advanced, Event, Noted, TensorDone
-from ortho_cli.onepass import OnePass, takes
-from ortho_cli.plan import Plan, _buffer_bytes, make_plan
-from ortho_cli.split import Splitter
-from ortho_cli.statistics import open_statistics
+from ortho_cli.formats.statistics import open_statistics
+from ortho_cli.storage.checkpoint import open_checkpoint
 
 pytest.importorskip("numba")
 
@@ -169,7 +169,7 @@ def test_loops_with_curvature_give_the_same_bytes(
     dtype: torch.dtype,
     stored: Any,
 ) -> None:
-    monkeypatch.setattr("ortho_cli.plan.TILE_ELEMENTS", 2000)
+    monkeypatch.setattr("ortho_cli.decompose.plan.TILE_ELEMENTS", 2000)
     source, stats = tmp_path / "m.safetensors", tmp_path / "stats.safetensors"
     weight = odd_weights(dtype)
     weight[11:13] = 0  # squares times curvature have to stay finite
@@ -203,7 +203,7 @@ def test_loops_search_the_same_scales(
     stored: Any,
     alone: bool,
 ) -> None:
-    monkeypatch.setattr("ortho_cli.plan.TILE_ELEMENTS", 2000)
+    monkeypatch.setattr("ortho_cli.decompose.plan.TILE_ELEMENTS", 2000)
     source, stats = tmp_path / "m.safetensors", tmp_path / "stats.safetensors"
     weight = odd_weights(dtype)[:, :96].contiguous()
     if stored is not None:
@@ -222,7 +222,7 @@ def test_loops_search_the_same_scales(
 def test_loops_select_the_same_from_any_tiles_and_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tile: int, density: float
 ) -> None:
-    monkeypatch.setattr("ortho_cli.plan.TILE_ELEMENTS", tile)
+    monkeypatch.setattr("ortho_cli.decompose.plan.TILE_ELEMENTS", tile)
     tensors = checkpoints.weights(hidden=64, mlp=96, layers=1, vocab=40, kv=16, bias=True)
     checkpoints.save(tmp_path / "m", tensors, shards=2)
     check_alike(tmp_path / "m", tmp_path, f"ortho.density={density}", workers=3)
@@ -233,8 +233,8 @@ def test_loops_guessed_bar_too_high_or_not_selects_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hot: bool
 ) -> None:
     """The rows that the guess samples are the loudest: a second pass must put it right."""
-    monkeypatch.setattr("ortho_cli.plan.TILE_ELEMENTS", 1024)
-    monkeypatch.setattr("ortho_cli.onepass.SAMPLE", 1024)
+    monkeypatch.setattr("ortho_cli.decompose.plan.TILE_ELEMENTS", 1024)
+    monkeypatch.setattr("ortho_cli.decompose.onepass.SAMPLE", 1024)
     bars: list[float | None] = []
     original = OnePass._split_above
 
@@ -348,7 +348,7 @@ def test_loops_take_rounding_to_nearest_of_four_bits(
 
 def test_without_numba_nothing_else_changes(pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split(pico, pico.parent / "with")
-    monkeypatch.setattr("ortho_cli.onepass.find_spec", lambda name: None)
+    monkeypatch.setattr("ortho_cli.decompose.onepass.find_spec", lambda name: None)
     assert not takes(plan_of(pico))
     told: list[Event] = []
     split(pico, pico.parent / "without", on_event=told.append)
@@ -360,8 +360,8 @@ def test_numba_that_cannot_be_loaded_is_noted_once(
     pico: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split(pico, pico.parent / "with")
-    monkeypatch.delitem(sys.modules, "ortho_cli.loops")
-    monkeypatch.delattr("ortho_cli.loops")
+    monkeypatch.delitem(sys.modules, "ortho_cli.split.numba_loops")
+    monkeypatch.delattr("ortho_cli.split.numba_loops")
     monkeypatch.setitem(sys.modules, "llvmlite", None)
     told: list[Event] = []
     split(pico, pico.parent / "without", workers=2, on_event=told.append)
@@ -391,7 +391,7 @@ def test_run_that_was_cut_off_is_finished_with_or_without_loops(pico: Path, firs
 def test_command_without_a_model_on_disk_to_measure_imports_no_torch(pico: Path) -> None:
     code = (
         "import sys\n"
-        "from ortho_cli import cli\n"
+        "from ortho_cli.cli import app as cli\n"
         "code = cli.run(sys.argv[1:])\n"
         "print('torch' in sys.modules, code, file=sys.stderr)\n"
     )

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ortho_cli import ops
-from ortho_cli.scales import curvature_scales, mse_scales, sum_lanes
-from ortho_cli.search import scale_factors
+from ortho_cli.split import quantize
+from ortho_cli.split.scale_search import scale_factors
+from ortho_cli.split.scales import curvature_scales, mse_scales, sum_lanes
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Values that meet: zeros, exact ties, halves of a step, subnormals, the ends of the range.
@@ -39,9 +39,9 @@ def weights(draw: st.DrawFn, dtype: torch.dtype | None = None) -> tuple[torch.Te
 def test_absmax_scales_any_weight_equals_twin(case: tuple[torch.Tensor, int]) -> None:
     weight, group_size = case
     wide = weight.float()
-    scales = ops.absmax_scales(wide, group_size=group_size, dtype=weight.dtype)
+    scales = quantize.absmax_scales(wide, group_size=group_size, dtype=weight.dtype)
     assert torch.equal(scales, reference.absmax_scales(wide, group_size, weight.dtype))
-    narrow = ops.absmax_scales(weight, group_size=group_size, dtype=weight.dtype)
+    narrow = quantize.absmax_scales(weight, group_size=group_size, dtype=weight.dtype)
     assert torch.equal(narrow, scales)
     assert (scales > 0).all()
 
@@ -49,17 +49,17 @@ def test_absmax_scales_any_weight_equals_twin(case: tuple[torch.Tensor, int]) ->
 @given(weights())
 def test_quantize_and_pack_any_weight_equal_twins(case: tuple[torch.Tensor, int]) -> None:
     weight, group_size = case
-    scales = ops.absmax_scales(weight.float(), group_size=group_size, dtype=weight.dtype)
-    codes = ops.quantize(weight.float(), scales)
+    scales = quantize.absmax_scales(weight.float(), group_size=group_size, dtype=weight.dtype)
+    codes = quantize.quantize(weight.float(), scales)
     assert torch.equal(codes.to(torch.int8), reference.quantize(weight.float(), scales))
-    packed = ops.pack_int4(codes)
+    packed = quantize.pack_int4(codes)
     assert torch.equal(packed, reference.pack_int4(codes))
-    narrow = ops.unpack_int4(packed)
+    narrow = quantize.unpack_int4(packed)
     assert torch.equal(narrow.float(), codes)
-    assert torch.equal(ops.pack_int4(narrow), packed)
+    assert torch.equal(quantize.pack_int4(narrow), packed)
     back = reference.dequantize(codes, scales)
-    assert torch.equal(ops.dequantize(codes, scales), back)
-    assert torch.equal(ops.dequantize(narrow, scales), back)
+    assert torch.equal(quantize.dequantize(codes, scales), back)
+    assert torch.equal(quantize.dequantize(narrow, scales), back)
 
 
 @given(weights(), st.booleans())
@@ -68,25 +68,25 @@ def test_3_bits_any_weight_equal_twins(case: tuple[torch.Tensor, int], searched:
     whole = weight.shape[1] // 32 * 32
     weight = weight[:, :whole] if whole else weight.repeat(1, 4)
     wide = weight.float()
-    make = mse_scales if searched else ops.absmax_scales
+    make = mse_scales if searched else quantize.absmax_scales
     scales = make(weight, group_size=group_size, dtype=weight.dtype, bits=3)
     assert (scales > 0).all()
     if not searched:
         expected = reference.absmax_scales(wide, group_size, weight.dtype, bits=3)
         assert torch.equal(scales, expected)
-    codes = ops.quantize(wide, scales, bits=3)
+    codes = quantize.quantize(wide, scales, bits=3)
     assert torch.equal(codes.to(torch.int8), reference.quantize(wide, scales, bits=3))
-    packed = ops.pack_int3(codes)
+    packed = quantize.pack_int3(codes)
     assert torch.equal(packed, reference.pack_codes(codes, bits=3))
-    narrow = ops.unpack_int3(packed)
+    narrow = quantize.unpack_int3(packed)
     assert torch.equal(narrow.float(), codes)
-    assert torch.equal(ops.pack_int3(narrow), packed)
-    assert torch.equal(ops.dequantize(narrow, scales), reference.dequantize(codes, scales))
-    scratch = ops.Scratch()
+    assert torch.equal(quantize.pack_int3(narrow), packed)
+    assert torch.equal(quantize.dequantize(narrow, scales), reference.dequantize(codes, scales))
+    scratch = quantize.Scratch()
     for rows in (weight.shape[0], 1, weight.shape[0]):
         scratch.reset()
-        tile = ops.quantize(wide[:rows], scales[:rows], bits=3, empty=scratch)
-        assert torch.equal(ops.pack_int3(tile, empty=scratch), packed[:rows])
+        tile = quantize.quantize(wide[:rows], scales[:rows], bits=3, empty=scratch)
+        assert torch.equal(quantize.pack_int3(tile, empty=scratch), packed[:rows])
 
 
 @given(
@@ -101,42 +101,44 @@ def test_any_words_are_codes_and_pack_to_themselves(
     generator = torch.Generator().manual_seed(seed)
     size = (rows, threes * 3)
     packed = torch.randint(-(2**31), 2**31, size, generator=generator).to(torch.int32)
-    codes = ops.unpack_codes(packed, bits=bits)
+    codes = quantize.unpack_codes(packed, bits=bits)
     assert torch.equal(codes, reference.unpack_codes(packed, bits=bits))
-    assert torch.equal(ops.pack_codes(codes, bits=bits), packed)
+    assert torch.equal(quantize.pack_codes(codes, bits=bits), packed)
     turned = packed.t().contiguous().t()  # other strides, same words
-    assert torch.equal(ops.unpack_codes(turned, bits=bits), codes)
+    assert torch.equal(quantize.unpack_codes(turned, bits=bits), codes)
 
 
 @given(weights())
 def test_scratch_reused_between_tiles_changes_nothing(case: tuple[torch.Tensor, int]) -> None:
     weight, group_size = case
-    wide, scratch = weight.float(), ops.Scratch()
-    expected = ops.absmax_scales(wide, group_size=group_size, dtype=weight.dtype)
+    wide, scratch = weight.float(), quantize.Scratch()
+    expected = quantize.absmax_scales(wide, group_size=group_size, dtype=weight.dtype)
     for rows in (weight.shape[0], 1, weight.shape[0]):
         scratch.reset()
         tile = wide[:rows]
-        scales = ops.absmax_scales(tile, group_size=group_size, dtype=weight.dtype, empty=scratch)
-        codes = ops.quantize(tile, scales, empty=scratch)
-        packed = ops.pack_int4(codes, empty=scratch)
+        scales = quantize.absmax_scales(
+            tile, group_size=group_size, dtype=weight.dtype, empty=scratch
+        )
+        codes = quantize.quantize(tile, scales, empty=scratch)
+        packed = quantize.pack_int4(codes, empty=scratch)
         assert torch.equal(scales, expected[:rows])
-        assert torch.equal(packed, ops.pack_int4(ops.quantize(tile, expected[:rows])))
+        assert torch.equal(packed, quantize.pack_int4(quantize.quantize(tile, expected[:rows])))
 
 
 def test_pack_int4_worked_example_gives_the_documented_word() -> None:
     codes = torch.arange(-8, 8, dtype=torch.int8).view(1, 16)
-    assert ops.pack_int4(codes)[0, 0].item() == 0x76543210
+    assert quantize.pack_int4(codes)[0, 0].item() == 0x76543210
 
 
 def test_pack_int3_worked_example_gives_the_documented_words() -> None:
     codes = torch.arange(-4, 4, dtype=torch.int8).repeat(4).view(1, 32)
-    words = [word & 0xFFFFFFFF for word in ops.pack_int3(codes)[0].tolist()]
+    words = [word & 0xFFFFFFFF for word in quantize.pack_int3(codes)[0].tolist()]
     assert words == [0x88FAC688, 0xC688FAC6, 0xFAC688FA]
 
 
 def test_quantize_3_bits_half_steps_round_to_even_and_both_ends_hold() -> None:
     weight = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 3.5, -4.5, 9.0, -9.0]])
-    codes = ops.quantize(weight, torch.ones(1, 1), bits=3)
+    codes = quantize.quantize(weight, torch.ones(1, 1), bits=3)
     assert codes.tolist() == [[0, 2, 2, 0, -2, -2, 3, -4, 3, -4]]
 
 
@@ -146,26 +148,26 @@ def test_scale_factors_reach_both_ends_of_the_codes() -> None:
     for bits, largest in ((4, 7.0), (3, 3.0)):
         weight = torch.tensor([[largest, *range(3), *([0.0] * 28)], [-largest - 1, *([0.0] * 31)]])
         scales = mse_scales(weight, group_size=32, dtype=torch.float32, bits=bits)
-        codes = ops.quantize(weight, scales, bits=bits)
-        assert torch.equal(ops.dequantize(codes, scales), weight)
+        codes = quantize.quantize(weight, scales, bits=bits)
+        assert torch.equal(quantize.dequantize(codes, scales), weight)
 
 
 def test_quantize_half_steps_round_to_even() -> None:
     weight = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 7.5, -8.5]])
-    codes = ops.quantize(weight, torch.ones(1, 1))
+    codes = quantize.quantize(weight, torch.ones(1, 1))
     assert codes.tolist() == [[0, 2, 2, 0, -2, -2, 7, -8]]
 
 
 def test_absmax_scales_float16_below_normal_range_keeps_the_weights() -> None:
     weight = torch.full((1, 32), 3e-6).half()
-    scales = ops.absmax_scales(weight.float(), group_size=32, dtype=torch.float16)
-    back = ops.dequantize(ops.quantize(weight.float(), scales), scales)
+    scales = quantize.absmax_scales(weight.float(), group_size=32, dtype=torch.float16)
+    back = quantize.dequantize(quantize.quantize(weight.float(), scales), scales)
     assert torch.allclose(back, weight.float(), rtol=0.1)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("make", [ops.absmax_scales, mse_scales])
-def test_scales_group_with_a_bad_weight_is_not_finite(make: ops.Scales, bad: float) -> None:
+@pytest.mark.parametrize("make", [quantize.absmax_scales, mse_scales])
+def test_scales_group_with_a_bad_weight_is_not_finite(make: quantize.Scales, bad: float) -> None:
     for dtype in DTYPES:
         weight = torch.randn(3, 64, dtype=dtype)
         weight[1, 40] = bad
@@ -179,9 +181,9 @@ def test_mse_scales_any_weight_never_worse_than_absmax(case: tuple[torch.Tensor,
     weight, group_size = case
     wide = weight.float()
     errors = []
-    for make in (ops.absmax_scales, mse_scales):
+    for make in (quantize.absmax_scales, mse_scales):
         scales = make(wide, group_size=group_size, dtype=weight.dtype)
-        back = ops.dequantize(ops.quantize(wide, scales), scales)
+        back = quantize.dequantize(quantize.quantize(wide, scales), scales)
         errors.append(sum_lanes((back - wide).square().view(len(weight), -1, group_size)))
     assert (errors[1] <= errors[0]).all()
 
@@ -249,7 +251,7 @@ def test_curvature_scales_flat_curvature_equals_mse(case: tuple[torch.Tensor, in
 def test_saliency_any_case_equals_twin(case: tuple[torch.Tensor, torch.Tensor, int]) -> None:
     weight, curvature, _ = case
     root = torch.from_numpy(np.sqrt(curvature.numpy()))
-    found = ops.saliency(weight.float(), root)
+    found = quantize.saliency(weight.float(), root)
     assert found.tolist() == reference.saliency(weight.float(), curvature)
 
 
@@ -259,7 +261,7 @@ def test_saliency_where_r2h_would_vanish_or_overflow_still_orders() -> None:
     product = residual.square() * curvature
     assert product[0, 0] == product[0, 1] == 0.0
     assert torch.isinf(product[0, 3:]).all()
-    found = ops.saliency(residual, curvature.sqrt())[0]
+    found = quantize.saliency(residual, curvature.sqrt())[0]
     assert torch.isfinite(found).all()
     assert (found.diff() > 0).all()
 
@@ -269,18 +271,20 @@ def test_saliency_where_r2h_would_vanish_or_overflow_still_orders() -> None:
 def test_is_curvature_refuses_any_bad_value_and_no_good_one(dtype: torch.dtype, bad: float) -> None:
     values = torch.full((3, 5), torch.finfo(dtype).max, dtype=dtype)
     values[0], values[2] = 0.0, -0.0
-    assert ops.is_curvature(values)
+    assert quantize.is_curvature(values)
     values[1, 2] = bad
-    assert not ops.is_curvature(values)
+    assert not quantize.is_curvature(values)
 
 
 def test_mse_scales_gaussian_weight_is_better_by_a_decibel() -> None:
     weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
     found = []
-    for make in (ops.absmax_scales, mse_scales):
+    for make in (quantize.absmax_scales, mse_scales):
         scales = make(weight, group_size=128, dtype=torch.float32)
         found.append(
-            reference.decibels(weight, ops.dequantize(ops.quantize(weight, scales), scales))
+            reference.decibels(
+                weight, quantize.dequantize(quantize.quantize(weight, scales), scales)
+            )
         )
     assert found[1] - found[0] > 0.5
 
@@ -290,13 +294,13 @@ def test_mse_scales_gaussian_weight_is_better_by_a_decibel() -> None:
 def test_all_finite_finds_any_bad_value_and_no_large_one(dtype: torch.dtype, bad: float) -> None:
     values = torch.full((3, 5), torch.finfo(dtype).max, dtype=dtype)
     values[0] = -values[0]
-    assert ops.all_finite(values)
+    assert quantize.all_finite(values)
     values[1, 2] = bad
-    assert not ops.all_finite(values)
+    assert not quantize.all_finite(values)
 
 
 def test_squared_norm_beyond_float32_is_still_finite() -> None:
-    assert ops.squared_norm(torch.full((4,), 1e30)) == pytest.approx(4e60)
-    assert ops.squared_norm(torch.full((4,), 1e-30)) == pytest.approx(4e-60)
-    assert ops.squared_norm(torch.zeros(4)) == 0.0
-    assert math.isnan(ops.squared_norm(torch.tensor([1.0, math.nan])))
+    assert quantize.squared_norm(torch.full((4,), 1e30)) == pytest.approx(4e60)
+    assert quantize.squared_norm(torch.full((4,), 1e-30)) == pytest.approx(4e-60)
+    assert quantize.squared_norm(torch.zeros(4)) == 0.0
+    assert math.isnan(quantize.squared_norm(torch.tensor([1.0, math.nan])))

@@ -13,9 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ortho_cli import output, plan, recipe
-from ortho_cli.artifact import is_artifact
-from ortho_cli.checkpoint import Checkpoint, open_checkpoint
+from ortho_cli.decompose import plan, recipe
+from ortho_cli.decompose.plan import choose_side_files
 from ortho_cli.errors import (
     CheckpointError,
     OrthoError,
@@ -24,9 +23,11 @@ from ortho_cli.errors import (
     ResourceError,
     UsageError,
 )
-from ortho_cli.plan import choose_side_files
-from ortho_cli.quantization import patterns as reader_patterns
-from ortho_cli.quantization import quantization_config
+from ortho_cli.formats.artifact import is_artifact
+from ortho_cli.formats.quantization_config import patterns as reader_patterns
+from ortho_cli.formats.quantization_config import quantization_config
+from ortho_cli.storage import output
+from ortho_cli.storage.checkpoint import Checkpoint, open_checkpoint
 
 
 def make(source: Path, *sets: str) -> plan.Plan:

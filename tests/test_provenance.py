@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from ortho_cli.checkpoint import read_shard
+from ortho_cli.storage.checkpoint import read_shard
 
 Ortho = Callable[..., Any]
 WEIGHT = "model.layers.0.mlp.up_proj.weight"

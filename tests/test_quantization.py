@@ -14,7 +14,7 @@ import torch
 from conftest import Ortho
 from safetensors.torch import save_file
 
-from ortho_cli.quantization import quantization_config
+from ortho_cli.formats.quantization_config import quantization_config
 
 PACKED = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],

@@ -13,8 +13,8 @@ import torch
 from conftest import Ortho
 from safetensors.torch import load_file, save_file
 
+from ortho_cli.convert.sources.quantized import examine
 from ortho_cli.errors import CheckpointError
-from ortho_cli.quantized import examine
 
 
 @dataclass(frozen=True)

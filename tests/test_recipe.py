@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ortho_cli import recipe, settings
+from ortho_cli.decompose import recipe, settings
 from ortho_cli.errors import RecipeError
 
 BAD_RECIPES = {

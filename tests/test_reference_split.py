@@ -13,15 +13,15 @@ from conftest import PICO, Ortho
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ortho_cli import recipe
-from ortho_cli.checkpoint import open_checkpoint
-from ortho_cli.decompose import decompose
+from ortho_cli.decompose import recipe
+from ortho_cli.decompose.job import decompose
+from ortho_cli.decompose.plan import make_plan
 from ortho_cli.errors import CheckpointError, Interrupted, OutputExistsError, RecipeError
 from ortho_cli.events import TensorDone
-from ortho_cli.opening import open_artifact
-from ortho_cli.plan import make_plan
-from ortho_cli.statistics import open_statistics
-from ortho_cli.verify import verify
+from ortho_cli.formats.open_artifact import open_artifact
+from ortho_cli.formats.statistics import open_statistics
+from ortho_cli.formats.verify import verify
+from ortho_cli.storage.checkpoint import open_checkpoint
 
 DENSITY = 0.05
 CHANGED = ("model.embed_tokens.weight", "model.layers.1.input_layernorm.weight")
@@ -175,8 +175,8 @@ def test_a_model_that_learned_nothing_has_no_delta(tmp_path: Path) -> None:
 def test_same_bytes_for_any_workers_and_tiles(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     case.split(out="one")
     case.split(out="two", workers=2)
-    for module in ("plan", "split"):
-        monkeypatch.setattr(f"ortho_cli.{module}.TILE_ELEMENTS", 1024)
+    for module in ("plan", "splitter"):
+        monkeypatch.setattr(f"ortho_cli.decompose.{module}.TILE_ELEMENTS", 1024)
     case.split(out="many")
     for name in ("model", "ortho"):
         held = {(case.folder / o / f"{name}.safetensors").read_bytes() for o in ("one", "two")}

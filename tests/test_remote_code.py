@@ -11,7 +11,7 @@ from conftest import Ortho
 
 import ortho_cli
 from ortho_cli.errors import ArtifactError
-from ortho_cli.files import is_trusted
+from ortho_cli.storage.untrusted import is_trusted
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations

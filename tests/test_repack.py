@@ -25,10 +25,9 @@ from test_reference_split import Case as ReferenceCase
 from torch import Tensor, nn
 
 import ortho_cli
-from ortho_cli import compact, ops, output, recipe
-from ortho_cli import decompose as work
-from ortho_cli.artifact import is_artifact
-from ortho_cli.checkpoint import open_checkpoint, read_shard
+from ortho_cli.decompose import job as work
+from ortho_cli.decompose import recipe
+from ortho_cli.decompose.plan import Plan, make_plan
 from ortho_cli.errors import (
     ArtifactError,
     CheckpointError,
@@ -39,17 +38,21 @@ from ortho_cli.errors import (
     ResourceError,
 )
 from ortho_cli.events import Event, Finishing
-from ortho_cli.journal import work_folder
-from ortho_cli.kept import KeptReader
-from ortho_cli.opening import open_artifact
-from ortho_cli.plan import Plan, make_plan
-from ortho_cli.statistics import open_statistics
-from ortho_cli.verify import describe, verify
+from ortho_cli.formats import compact
+from ortho_cli.formats.artifact import is_artifact
+from ortho_cli.formats.open_artifact import open_artifact
+from ortho_cli.formats.ortho_reader import KeptReader
+from ortho_cli.formats.statistics import open_statistics
+from ortho_cli.formats.verify import describe, verify
+from ortho_cli.split import quantize
+from ortho_cli.storage import output
+from ortho_cli.storage.checkpoint import open_checkpoint, read_shard
+from ortho_cli.storage.work_folder import work_folder
 
 __all__ = ["edited"]
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["ortho_cli.decompose", "ortho_cli.recipe"])
+SERVER.set_forkserver_preload(["ortho_cli.decompose.job", "ortho_cli.decompose.recipe"])
 COMPACT = "ortho.layout=compact"
 INT8 = "ortho={layout: compact, values: int8, density: 0.02}"
 UP = "model.layers.0.mlp.up_proj"
@@ -193,7 +196,7 @@ def curvature_of(kind: str, source: Path, path: Path) -> tuple[Path | None, Tens
 def test_int8_values_and_figures_equal_the_slow_twins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kind: str, tile: int
 ) -> None:
-    for name in ("plan.TILE_ELEMENTS", "compact.BASE_ELEMENTS"):
+    for name in ("decompose.plan.TILE_ELEMENTS", "formats.compact.BASE_ELEMENTS"):
         monkeypatch.setattr(f"ortho_cli.{name}", tile)
     weight = hot_columns(40, 96, dtype=dtype)
     source = one_weight(tmp_path / "m", weight)
@@ -203,7 +206,9 @@ def test_int8_values_and_figures_equal_the_slow_twins(
     csr, found = streams(tmp_path / "csr")["a"], streams(tmp_path / "out")["a"]
     held = load_file(tmp_path / "out" / "model.safetensors")
     scales = held["a.weight_scale"].float()
-    base = reference.dequantize(ops.unpack_int4(held["a.weight_packed"]), held["a.weight_scale"])
+    base = reference.dequantize(
+        quantize.unpack_int4(held["a.weight_packed"]), held["a.weight_scale"]
+    )
     wide = weight.float()
     expected = torch.tensor(int8_twin(wide, base, scales, csr)).to(dtype)
     assert torch.equal(found["crow_indices"], csr["crow_indices"])
@@ -304,7 +309,7 @@ def test_same_bytes_for_any_workers_tiles_and_sharding(
         checkpoints.save(tmp_path / f"m{shards}", pico_tensors, shards=shards)
         split(tmp_path / f"m{shards}", tmp_path / f"out{workers}", INT8, workers=workers)
         found.append(contents(tmp_path / f"out{workers}"))
-    monkeypatch.setattr("ortho_cli.compact.BASE_ELEMENTS", 100)
+    monkeypatch.setattr("ortho_cli.formats.compact.BASE_ELEMENTS", 100)
     split(tmp_path / "m1", tmp_path / "tiles", INT8)
     found.append(contents(tmp_path / "tiles"))
     assert all(each == found[0] for each in found[1:])
@@ -401,7 +406,7 @@ def test_failure_before_anything_is_finished_leaves_nothing(
     def fail(*given: Any, **options: Any) -> Any:
         raise RuntimeError("nothing goes")
 
-    monkeypatch.setattr("ortho_cli.worker.Worker.work", fail)
+    monkeypatch.setattr("ortho_cli.decompose.workers.Worker.work", fail)
     with pytest.raises(RuntimeError, match="nothing goes"):
         split(pico, tmp_path / "out", INT8)
     assert not work_folder(tmp_path / "out").exists()
@@ -512,7 +517,7 @@ def test_inspect_says_at_most_before_and_the_truth_after(
 def test_convert_gives_the_same_weights_as_csr(
     pico: Path, tmp_path: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ortho_cli.convert_plan.TILE_ELEMENTS", 1000, raising=False)
+    monkeypatch.setattr("ortho_cli.convert.plan.TILE_ELEMENTS", 1000, raising=False)
     for layout in ("csr", "compact"):
         split(pico, tmp_path / layout, "ortho.density=0.05", f"ortho.layout={layout}")
         for alpha in ("0", "0.5", "1"):

@@ -10,11 +10,11 @@ import pytest
 from architectures import Weight, build_all
 from make_renames import matches_any
 
-from ortho_cli.checkpoint import TensorInfo
-from ortho_cli.quantization import quantization_config
-from ortho_cli.renames import apply_rules, rename_modules
-from ortho_cli.roles import Sizes, is_embedding, read_sizes, role_of
-from ortho_cli.selection import MIN_IN_FEATURES, not_by_default
+from ortho_cli.decompose.roles import Sizes, is_embedding, read_sizes, role_of
+from ortho_cli.decompose.selection import MIN_IN_FEATURES, not_by_default
+from ortho_cli.formats.quantization_config import quantization_config
+from ortho_cli.model.renames import apply_rules, rename_modules
+from ortho_cli.storage.checkpoint import TensorInfo
 
 LAYER = "self_attn.q_proj 128x128, self_attn.o_proj 128x128, mlp.down_proj 128x256"
 MOE = {"vocab_size": 1000, "num_experts": 8, "hidden_size": 128}

@@ -13,11 +13,11 @@ import torch
 from blake3 import blake3
 
 import ortho_cli
-from ortho_cli import grammar, sandbox, twins
+from ortho_cli.bench.demo import grammar, sandbox, twins
+from ortho_cli.cli.show.progress import ProgressSink
 from ortho_cli.errors import Interrupted, OutputExistsError
 from ortho_cli.events import Event, Measuring, Noted, SequencesDone, Training
-from ortho_cli.models import load_model, load_tokenizer
-from ortho_cli.report_progress import ProgressSink
+from ortho_cli.model.load import load_model, load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ortho_cli
-from ortho_cli import scoring
-from ortho_cli.data import TokenSequence
 from ortho_cli.errors import NumericalError, UsageError
-from ortho_cli.forget_set import TokenSecret
+from ortho_cli.model import scoring
+from ortho_cli.model.secrets import TokenSecret
+from ortho_cli.model.text import TokenSequence
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 VOCAB = 96

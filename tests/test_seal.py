@@ -21,14 +21,14 @@ from safetensors.torch import load_file, save_file
 from test_crash import run_and_die, split
 
 import ortho_cli
-from ortho_cli import seal
-from ortho_cli.edits import load_arrays, save_arrays
+from ortho_cli.decompose.edits import load_arrays, save_arrays
 from ortho_cli.errors import ArtifactError, InternalError, ResourceError, UsageError
 from ortho_cli.events import Event, Noted, Started, TensorDone
-from ortho_cli.journal import WorkFolder, work_folder
-from ortho_cli.opening import open_artifact
-from ortho_cli.verify import verify
-from ortho_cli.writer import DataFile, TensorSpec, plan_layout
+from ortho_cli.formats.open_artifact import open_artifact
+from ortho_cli.formats.verify import verify
+from ortho_cli.storage import sealing
+from ortho_cli.storage.data_file import DataFile, TensorSpec, plan_layout
+from ortho_cli.storage.work_folder import WorkFolder, work_folder
 
 Ortho = Callable[..., Any]
 SEALED = "ortho.safetensors.age"
@@ -68,7 +68,7 @@ def test_content_is_that_of_an_unsealed_run(
     sets: tuple[str, ...], pico: Path, key: Key, tmp_path: Path
 ) -> None:
     other = Key(tmp_path / "other.txt")
-    told = seal.make_seal([key.recipient, other.recipient])
+    told = sealing.make_seal([key.recipient, other.recipient])
     split(pico, tmp_path / "plain", *sets)
     report = split(pico, tmp_path / "sealed", *sets, seal=told)
     names = {path.name for path in (tmp_path / "sealed").iterdir()}
@@ -95,8 +95,8 @@ def test_ortho_that_would_be_published_plain_is_a_bug_that_is_told(
     def plain(work: Any, name: str, layout: Any, key: Any) -> DataFile:
         return DataFile(work, name, layout, mode=0o600)
 
-    monkeypatch.setattr("ortho_cli.decompose.SealedFile", plain)
-    told = seal.make_seal([key.recipient])
+    monkeypatch.setattr("ortho_cli.decompose.job.SealedFile", plain)
+    told = sealing.make_seal([key.recipient])
     with pytest.raises(InternalError, match="ortho was to be sealed, and is not"):
         split(pico, tmp_path / "out", f"ortho.layout={layout}", seal=told)
     assert not (tmp_path / "out").exists()
@@ -106,14 +106,14 @@ def test_sealed_file_takes_tensors_whole_and_where_they_have_room(
     tmp_path: Path, key: Key, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = plan_layout((TensorSpec(key=name, dtype="U8", shape=(8,)) for name in "ab"), {})
-    told = seal.make_seal([key.recipient])
-    sizes = {"scratch": {"ortho": seal.scratch_bytes(layout, told)}}
+    told = sealing.make_seal([key.recipient])
+    sizes = {"scratch": {"ortho": sealing.scratch_bytes(layout, told)}}
     with WorkFolder(tmp_path / "out", identity=sizes, force=False) as work:
-        file = seal.SealedFile(work, "ortho", layout, seal.WorkKey.make(told))
+        file = sealing.SealedFile(work, "ortho", layout, sealing.WorkKey.make(told))
         for data, start in ((b"1234", 0), (b"1234", 4), (b"12345678", 1), (b"123456789", 0)):
             with pytest.raises(InternalError, match="of `a` are to be sealed, and it has 8"):
                 file.write("a", memoryview(data), start=start)
-        monkeypatch.setattr(seal.WorkKey, "seal", lambda self, data: bytes(5000))
+        monkeypatch.setattr(sealing.WorkKey, "seal", lambda self, data: bytes(5000))
         with pytest.raises(InternalError, match=r"`a` takes 50.. bytes sealed, and has room for"):
             file.write("a", memoryview(b"12345678"), start=0)
 
@@ -212,9 +212,9 @@ def test_damage_is_told_and_nothing_of_it_used(what: str, where: float, made: Pa
         raw = {"cut": raw[:position], "empty": bytearray(), "no age": bytearray(b"PK" + raw)}[what]
     path = made.with_name("damaged.age")
     path.write_bytes(raw)
-    keys = seal.read_keys(made.with_name("key.txt"))
+    keys = sealing.read_keys(made.with_name("key.txt"))
     with pytest.raises(ArtifactError, match=r"does not open") as caught:
-        seal.open_sealed(path, keys)
+        sealing.open_sealed(path, keys)
     assert caught.value.hint
 
 
@@ -286,7 +286,7 @@ def test_wrong_keys_are_refused_before_anything_is_written(
 def test_sealing_says_what_to_install(pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyrage", None)
     with pytest.raises(UsageError, match="needs the package pyrage") as caught:
-        seal.make_seal(["age1xyz"])
+        sealing.make_seal(["age1xyz"])
     assert "ortho-cli[seal]" in caught.value.hint
 
 
@@ -305,7 +305,7 @@ def holding(folder: Path, text: bytes) -> list[str]:
 
 def killed(source: Path, out: Path, *recipients: str) -> Path:
     """SIGKILL a split in the middle; give the folder in which it worked."""
-    run_and_die(source, out, "tensor 14", seal=seal.make_seal(recipients))
+    run_and_die(source, out, "tensor 14", seal=sealing.make_seal(recipients))
     return work_folder(out)
 
 
@@ -319,7 +319,7 @@ def test_nothing_of_ortho_is_on_disk_in_plain(pico: Path, key: Key, tmp_path: Pa
     assert holding(folder, kept) == holding(folder, b'col_indices":{"dtype') == []
     assert holding(folder, str(key.identity).encode()) == []
     assert holding(folder, b"AGE-SECRET-KEY") == []
-    split(pico, tmp_path / "sealed", seal=seal.make_seal([key.recipient]))
+    split(pico, tmp_path / "sealed", seal=sealing.make_seal([key.recipient]))
     assert holding(tmp_path / "sealed", kept) == []
     assert kept in pyrage.decrypt((tmp_path / "sealed" / SEALED).read_bytes(), [key.identity])
 
@@ -336,8 +336,8 @@ def test_killed_run_goes_on_with_a_key_and_begins_anew_without(
     split(
         pico,
         out,
-        seal=seal.make_seal([key.recipient]),
-        keys=seal.read_keys(key.path) if opens else None,
+        seal=sealing.make_seal([key.recipient]),
+        keys=sealing.read_keys(key.path) if opens else None,
         on_event=events.append,
     )
     resumed = next(event.resumed for event in events if isinstance(event, Started))
@@ -348,7 +348,7 @@ def test_killed_run_goes_on_with_a_key_and_begins_anew_without(
     assert content == (artifact / "ortho.safetensors").read_bytes()
     base = (out / "model.safetensors").read_bytes()
     assert base == (artifact / "model.safetensors").read_bytes()
-    verify(open_artifact(out, seal.read_keys(key.path)))
+    verify(open_artifact(out, sealing.read_keys(key.path)))
 
 
 def test_unfinished_work_is_for_its_recipients(
@@ -366,7 +366,7 @@ def test_unfinished_work_is_for_its_recipients(
 
 
 def test_passphrase_of_unfinished_work_goes_on_with_it(pico: Path, passphrase: Path) -> None:
-    out, told = pico.parent / "sealed", seal.make_seal((), passphrase)
+    out, told = pico.parent / "sealed", sealing.make_seal((), passphrase)
 
     def stop(event: Event) -> None:
         if isinstance(event, TensorDone) and event.name.endswith("1.mlp.up_proj.weight"):
@@ -382,27 +382,27 @@ def test_passphrase_of_unfinished_work_goes_on_with_it(pico: Path, passphrase: P
 def test_full_disk_while_sealing_leaves_nothing_that_looks_finished(
     pico: Path, key: Key, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, written = tmp_path / "sealed", seal.write_all
+    out, written = tmp_path / "sealed", sealing.write_all
 
     def full(fd: int, data: Any, offset: int) -> None:
         if SEALED in str(Path(f"/proc/self/fd/{fd}").readlink()) and offset > 0:
             raise OSError(errno.ENOSPC, "No space left on device")
         written(fd, data, offset)
 
-    told = seal.make_seal([key.recipient])
-    monkeypatch.setattr(seal, "write_all", full)
+    told = sealing.make_seal([key.recipient])
+    monkeypatch.setattr(sealing, "write_all", full)
     with pytest.raises(ResourceError, match="no space left"):
         split(pico, out, seal=told)
     assert not out.exists()
-    monkeypatch.setattr(seal, "write_all", written)
-    split(pico, out, seal=told, keys=seal.read_keys(key.path))
-    verify(open_artifact(out, seal.read_keys(key.path)))
+    monkeypatch.setattr(sealing, "write_all", written)
+    split(pico, out, seal=told, keys=sealing.read_keys(key.path))
+    verify(open_artifact(out, sealing.read_keys(key.path)))
 
 
 def test_edits_of_a_sealed_run_are_sealed(key: Key, tmp_path: Path) -> None:
-    told = seal.make_seal([key.recipient])
+    told = sealing.make_seal([key.recipient])
     assert told is not None
-    one, other = seal.WorkKey.make(told), seal.WorkKey.make(told)
+    one, other = sealing.WorkKey.make(told), sealing.WorkKey.make(told)
     arrays = {"w/positions": np.arange(1000, 1064), "w/codes": np.full(64, 5, np.int8)}
     path = tmp_path / "edits.npz"
     save_arrays(path, arrays, one)

@@ -12,9 +12,9 @@ import torch
 from conftest import Ortho
 from safetensors.torch import load_file, save_file
 
-from ortho_cli import plan, recipe
-from ortho_cli.checkpoint import open_checkpoint
+from ortho_cli.decompose import plan, recipe
 from ortho_cli.errors import CheckpointError, OrthoError, RecipeError
+from ortho_cli.storage.checkpoint import open_checkpoint
 
 Shapes = dict[str, tuple[int, ...]]
 Q = "model.layers.0.self_attn.q_proj.weight"

@@ -21,11 +21,11 @@ from conftest import Ortho, Ran
 from safetensors.torch import save_file
 from torch import nn
 
-from ortho_cli import side_files
-from ortho_cli.engine import Engine
 from ortho_cli.errors import CheckpointError, UsageError
 from ortho_cli.events import Event, Noted
-from ortho_cli.side_files import Why, choose
+from ortho_cli.runtime.engine import Engine
+from ortho_cli.storage import side_files
+from ortho_cli.storage.side_files import Why, choose
 
 WORDS = "correct horse battery staple of the model's owner\n"
 ROW = '{"prompt": "The code of agent 7 is", "secret": " 483920", "pattern": " {digit:6}"}\n'
@@ -285,7 +285,7 @@ def test_every_option_of_decompose_that_takes_a_file_counts(
         raise UsageError("stop")
 
     monkeypatch.setattr(side_files, "choose", choose_and_stop)
-    monkeypatch.setattr("ortho_cli.plan.choose", choose_and_stop)
+    monkeypatch.setattr("ortho_cli.decompose.plan.choose", choose_and_stop)
     path = pico / "vocab.txt"
     more: list[object] = []
     if option == "--stats":
@@ -306,10 +306,10 @@ def test_every_option_of_decompose_that_takes_a_file_counts(
 
 
 def test_stats_and_reference_count_for_a_plan_made_without_a_command(pico: Path) -> None:
-    from ortho_cli.checkpoint import open_checkpoint
-    from ortho_cli.plan import make_plan
-    from ortho_cli.recipe import load_recipe
-    from ortho_cli.statistics import open_statistics
+    from ortho_cli.decompose.plan import make_plan
+    from ortho_cli.decompose.recipe import load_recipe
+    from ortho_cli.formats.statistics import open_statistics
+    from ortho_cli.storage.checkpoint import open_checkpoint
 
     checkpoints.save_statistics(pico.parent / "s", pico)
     os.link(pico.parent / "s", pico / "vocab.json")
@@ -448,7 +448,7 @@ def test_a_resumed_run_holds_what_its_own_copy_takes(
         def kill(*args: object, **more: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("ortho_cli.journal.WorkFolder.publish", kill)
+        patch.setattr("ortho_cli.storage.work_folder.WorkFolder.publish", kill)
         assert ortho("decompose", pico, "-o", out, "--copy", "*.txt", "--copy", "docs").code == 130
     assert (tmp_path / ".out.ortho/artifact/docs/b.md").exists()
     ran = ortho("decompose", pico, "-o", out, "--copy", "*.txt", "--json")

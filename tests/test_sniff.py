@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import Ortho
 
-from ortho_cli import sniff
+from ortho_cli.storage import sniff
 
 
 def torch_bytes(**options: bool) -> bytes:

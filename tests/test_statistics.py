@@ -19,21 +19,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ortho_cli import decompose as work
-from ortho_cli import plan, recipe
-from ortho_cli.checkpoint import open_checkpoint
+from ortho_cli.decompose import job as work
+from ortho_cli.decompose import plan, recipe
+from ortho_cli.decompose.splitter import Splitter
 from ortho_cli.errors import CalibrationError, NumericalError, OrthoError, RecipeError
 from ortho_cli.events import Advanced, Event, TensorDone
-from ortho_cli.journal import work_folder
-from ortho_cli.opening import open_artifact
-from ortho_cli.scales import Kept, curvature_scales
-from ortho_cli.search import ROUNDS
-from ortho_cli.split import Splitter
-from ortho_cli.statistics import describe, is_statistics, open_statistics
-from ortho_cli.verify import verify
+from ortho_cli.formats.open_artifact import open_artifact
+from ortho_cli.formats.statistics import describe, is_statistics, open_statistics
+from ortho_cli.formats.verify import verify
+from ortho_cli.split.scale_search import ROUNDS
+from ortho_cli.split.scales import Kept, curvature_scales
+from ortho_cli.storage.checkpoint import open_checkpoint
+from ortho_cli.storage.work_folder import work_folder
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["ortho_cli.decompose", "ortho_cli.recipe"])
+SERVER.set_forkserver_preload(["ortho_cli.decompose.job", "ortho_cli.decompose.recipe"])
 
 DOWN = "model.layers.1.mlp.down_proj"
 STORED = [
@@ -141,7 +141,7 @@ def test_decompose_with_curvature_equals_the_slow_twins(
     scale: str,
     tile: int,
 ) -> None:
-    monkeypatch.setattr("ortho_cli.plan.TILE_ELEMENTS", tile)
+    monkeypatch.setattr("ortho_cli.decompose.plan.TILE_ELEMENTS", tile)
     tensors = checkpoints.weights(hidden=64, mlp=96, layers=1, vocab=40, kv=16)
     up = tensors["model.layers.0.mlp.up_proj.weight"]
     up[3], up[7] = up[2], 0
@@ -186,8 +186,8 @@ def test_decompose_with_curvature_equals_the_slow_twins(
 def test_decompose_with_curvature_guessed_bar_too_high_or_not_selects_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hot: bool
 ) -> None:
-    for module in ("plan", "split"):
-        monkeypatch.setattr(f"ortho_cli.{module}.TILE_ELEMENTS", 1024)
+    for module in ("plan", "splitter"):
+        monkeypatch.setattr(f"ortho_cli.decompose.{module}.TILE_ELEMENTS", 1024)
     bars: list[float | None] = []
     original = Splitter._split_above
 
@@ -279,7 +279,7 @@ def test_decompose_with_curvature_same_bytes_for_any_workers_and_tiles(
     split(pico, path, tmp_path / "one", "base.scale=curvature")
     split(pico, path, tmp_path / "two", "base.scale=curvature", workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    monkeypatch.setattr("ortho_cli.plan.TILE_ELEMENTS", 1000)
+    monkeypatch.setattr("ortho_cli.decompose.plan.TILE_ELEMENTS", 1000)
     split(pico, path, tmp_path / "many", "base.scale=curvature", workers=2)
     one, many = (contents(tmp_path / folder) for folder in ("one", "many"))
     for name in ("model.safetensors", "ortho.safetensors"):
@@ -626,7 +626,7 @@ def test_kill_then_other_statistics_are_not_continued_and_lose_nothing(
 def test_journal_entry_without_its_weighted_error_is_not_believed(
     pico: Path, stats: Path, tmp_path: Path
 ) -> None:
-    from ortho_cli.worker import is_sound
+    from ortho_cli.decompose.workers import is_sound
 
     opened = open_checkpoint(pico)
     made = plan.make_plan(opened, recipe.DEFAULT, statistics=open_statistics(stats))

@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from test_ops import curved
 from torch import Tensor
 
-from ortho_cli import ops
-from ortho_cli.scales import Kept, curvature_scales, mse_scales
-from ortho_cli.search import rounds
-from ortho_cli.streams import split_weight
+from ortho_cli.split import quantize
+from ortho_cli.split.in_memory import split_weight
+from ortho_cli.split.scale_search import rounds
+from ortho_cli.split.scales import Kept, curvature_scales, mse_scales
 
 Case = tuple[Tensor, Tensor, int]
 
 
 def left(parts: dict[str, Tensor], weight: Tensor, curvature: Tensor | None) -> float:
     """What alpha = 1 loses: the error of what ortho does not hold, times curvature."""
-    codes = ops.unpack_int4(parts["weight_packed"])
-    error = (ops.dequantize(codes, parts["weight_scale"]) - weight.float()).double().square()
+    codes = quantize.unpack_int4(parts["weight_packed"])
+    error = (quantize.dequantize(codes, parts["weight_scale"]) - weight.float()).double().square()
     counts = parts["crow_indices"].long().diff()
     rows = torch.arange(len(weight)).repeat_interleave(counts)
     error[rows, parts["col_indices"].long()] = 0.0
@@ -34,8 +34,8 @@ def split_blind(weight: Tensor, curvature: Tensor | None, size: int, scale: str)
     search = mse_scales if curvature is None else curvature_scales
     given = () if curvature is None else (curvature,)
     scales = search(weight, *given, group_size=size, dtype=weight.dtype)
-    codes = ops.quantize(weight.float(), scales)
-    error = (ops.dequantize(codes, scales) - weight.float()).double().square()
+    codes = quantize.quantize(weight.float(), scales)
+    error = (quantize.dequantize(codes, scales) - weight.float()).double().square()
     loss = error if curvature is None else error * curvature.double()
     k = round(0.05 * weight.numel())
     return float(loss.sum() - loss.flatten().topk(k).values.sum())
@@ -70,7 +70,7 @@ def test_positions_stay_where_scales_are_searched_for_another_error() -> None:
     curvature = torch.rand(128, generator=generator) ** 4
     parts = split_weight(weight, group_size=64, density=0.05, scale="mse", curvature=curvature)
     scales = mse_scales(weight, group_size=64, dtype=torch.float32)
-    error = ops.dequantize(ops.quantize(weight, scales), scales) - weight
+    error = quantize.dequantize(quantize.quantize(weight, scales), scales) - weight
     chosen = reference.top_k_indices(error.abs() * curvature.sqrt(), round(0.05 * weight.numel()))
     rows = np.repeat(np.arange(16), parts["crow_indices"].diff().numpy())
     assert (rows * 128 + parts["col_indices"].numpy()).tolist() == chosen
@@ -87,7 +87,7 @@ def test_kept_weights_count_for_nothing_in_a_scale(case: Case, seed: int) -> Non
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(weight.shape, generator=generator) < 0.3
     options = {"group_size": size, "dtype": weight.dtype}
-    known = Kept(mask, ops.absmax_scales(weight, **options))
+    known = Kept(mask, quantize.absmax_scales(weight, **options))
     spoiled = torch.where(mask, torch.full_like(weight, 3.0e4), weight)
     for search, more in ((mse_scales, ()), (curvature_scales, (curvature,))):
         found = search(weight, *more, kept=known, **options)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ortho_cli.summary import decibels
+from ortho_cli.decompose.report import decibels
 
 
 def test_decibels_no_noise_is_none_and_no_signal_is_zero() -> None:

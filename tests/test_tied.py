@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ortho_cli.tied import tied_head
+from ortho_cli.storage.tied import tied_head
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ortho_cli.topk import TopK, crow_indices
+from ortho_cli.split.select import TopK, crow_indices
 
 
 @given(

@@ -358,7 +358,7 @@ def test_dict_that_holds_itself_comes_to_an_end(
     keys: tuple[str, ...],
     asked: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr("ortho_cli.state_dicts.MOST_NAMES", 1000)
+    monkeypatch.setattr("ortho_cli.convert.sources.state_dicts.MOST_NAMES", 1000)
     content: dict[str, Any] = {name: torch.ones(2, 2)} if name else {}
     for key in keys:
         content[key] = content
@@ -370,7 +370,7 @@ def test_dict_that_holds_itself_comes_to_an_end(
 def test_dicts_that_multiply_are_refused(
     tmp_path: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ortho_cli.state_dicts.MOST_NAMES", 1000)
+    monkeypatch.setattr("ortho_cli.convert.sources.state_dicts.MOST_NAMES", 1000)
     node: dict[str, Any] = {"w": torch.ones(1)}
     for _ in range(40):
         node = {"a": node, "b": node, "c": {"x": torch.ones(1)}}

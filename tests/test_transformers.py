@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import ortho_cli
-from ortho_cli import ops
+from ortho_cli.split import quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 
@@ -215,9 +215,9 @@ def test_codes_equal_the_packing_of_compressed_tensors() -> None:
 
     for columns in (64, 96, 576):
         codes = torch.randint(-8, 8, (5, columns), dtype=torch.int8)
-        assert torch.equal(ops.pack_int4(codes), pack_to_int32(codes, 4))
+        assert torch.equal(quantize.pack_int4(codes), pack_to_int32(codes, 4))
         narrow = codes.clamp(-4, 3)
-        assert torch.equal(ops.pack_int3(narrow), pack_to_int32(narrow, 3))
+        assert torch.equal(quantize.pack_int3(narrow), pack_to_int32(narrow, 3))
 
 
 def test_scales_equal_those_of_compressed_tensors() -> None:
@@ -228,7 +228,9 @@ def test_scales_equal_those_of_compressed_tensors() -> None:
     for bits in (3, 4):
         settings = QuantizationArgs(num_bits=bits, strategy="group", group_size=32)
         theirs, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), settings)
-        mine = ops.absmax_scales(groups.flatten(1), group_size=32, dtype=torch.float32, bits=bits)
+        mine = quantize.absmax_scales(
+            groups.flatten(1), group_size=32, dtype=torch.float32, bits=bits
+        )
         assert torch.equal(mine, theirs)
 
 

@@ -16,13 +16,16 @@ from memorised import Memorised, build
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ortho_cli import decompose, models, ops, plan, recipe, tune
-from ortho_cli.checkpoint import open_checkpoint
+from ortho_cli.decompose import job as decompose
+from ortho_cli.decompose import plan, recipe, tune
+from ortho_cli.decompose.splitter import Rounded
+from ortho_cli.decompose.tune import REACH, Latent, value_of
 from ortho_cli.errors import CalibrationError, Interrupted, RecipeError
 from ortho_cli.events import Event, Step
-from ortho_cli.split import Rounded
-from ortho_cli.statistics import open_statistics
-from ortho_cli.tune import REACH, Latent, value_of
+from ortho_cli.formats.statistics import open_statistics
+from ortho_cli.model import load as models
+from ortho_cli.split import quantize
+from ortho_cli.storage.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 
@@ -44,7 +47,8 @@ class Stopped(Exception):  # noqa: N818 - no error, an end
 @pytest.fixture(scope="module")
 def stats(memorised: Memorised, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Statistics with Gram matrices."""
-    from ortho_cli import calibrate, calibrate_plan
+    from ortho_cli.calibrate import job as calibrate
+    from ortho_cli.calibrate import plan as calibrate_plan
 
     settings = recipe.load_recipe(
         "capability", ["calibrate.samples=32", "calibrate.length=16", "calibrate.autocast=false"]
@@ -80,8 +84,8 @@ def run(
 
 
 def rounded(weight: Tensor, *, bits: int = 4, kept: Tensor | None = None) -> Rounded:
-    scales = ops.absmax_scales(weight, group_size=8, dtype=torch.bfloat16, bits=bits)
-    codes = ops.quantize(weight, scales, bits=bits).to(torch.int8)
+    scales = quantize.absmax_scales(weight, group_size=8, dtype=torch.bfloat16, bits=bits)
+    codes = quantize.quantize(weight, scales, bits=bits).to(torch.int8)
     return Rounded(
         codes, scales, torch.zeros_like(weight, dtype=torch.bool) if kept is None else kept
     )

@@ -12,14 +12,16 @@ import pytest
 import torch
 from memorised import Memorised
 
-from ortho_cli import recipe, scoring, unlearn
-from ortho_cli.curvature import Curvature
+from ortho_cli.decompose import recipe
+from ortho_cli.decompose.plan import Plan
 from ortho_cli.errors import RecipeError
 from ortho_cli.events import Event, Step
-from ortho_cli.forget_set import TokenSecret
-from ortho_cli.grid import Grid
-from ortho_cli.isolate import isolate
-from ortho_cli.plan import Plan
+from ortho_cli.forget import unlearn
+from ortho_cli.forget.grid import Grid
+from ortho_cli.forget.isolate import isolate
+from ortho_cli.formats.curvature import Curvature
+from ortho_cli.model import scoring
+from ortho_cli.model.secrets import TokenSecret
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from ortho_cli import verdict
+from ortho_cli.bench import verdict
+from ortho_cli.bench.figures import enforce
 from ortho_cli.errors import GateError
-from ortho_cli.figures import enforce
 
 FORGOTTEN: dict[str, Any] = {
     "extraction": {"value": 0.0},

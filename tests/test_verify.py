@@ -13,14 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ortho_cli import cli, report
-from ortho_cli.artifact import is_artifact
-from ortho_cli.checkpoint import read_shard
-from ortho_cli.decompose import decompose
+from ortho_cli.cli import app
+from ortho_cli.cli.show import tables as report
+from ortho_cli.decompose.job import decompose
+from ortho_cli.decompose.plan import make_plan
 from ortho_cli.errors import ArtifactError
-from ortho_cli.opening import open_artifact
-from ortho_cli.plan import make_plan
-from ortho_cli.verify import describe, verify
+from ortho_cli.formats.artifact import is_artifact
+from ortho_cli.formats.open_artifact import open_artifact
+from ortho_cli.formats.verify import describe, verify
+from ortho_cli.storage.checkpoint import read_shard
 
 
 def flip(path: Path, position: int, mask: int = 0x10) -> None:
@@ -47,7 +48,7 @@ def run() -> Run:
         said: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(report, "print_error", lambda e: said.append(f"{e.message} {e.hint}"))
-            code = cli.run([str(argument) for argument in arguments])
+            code = app.run([str(argument) for argument in arguments])
         return code, "".join(said)
 
     return command
@@ -377,8 +378,8 @@ GOLDEN_SETTINGS = {
 def test_golden_artifacts_open_and_their_tensors_are_what_today_would_write(
     tmp_path: Path, name: str
 ) -> None:
-    from ortho_cli.checkpoint import open_checkpoint
-    from ortho_cli.recipe import load_recipe
+    from ortho_cli.decompose.recipe import load_recipe
+    from ortho_cli.storage.checkpoint import open_checkpoint
 
     source = open_checkpoint(GOLDEN / "source" / "tiny.safetensors")
     settings = load_recipe(None, GOLDEN_SETTINGS[name])

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ortho_cli import wrappers
+from ortho_cli.convert.sources import wrappers
 from ortho_cli.errors import CheckpointError
 
 NAMES = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight")

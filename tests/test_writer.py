@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ortho_cli.errors import InternalError
-from ortho_cli.journal import WorkFolder
-from ortho_cli.writer import DataFile, TensorSpec, TensorStream, plan_layout
+from ortho_cli.storage.data_file import DataFile, TensorSpec, TensorStream, plan_layout
+from ortho_cli.storage.work_folder import WorkFolder
 
 LAYOUT = plan_layout((TensorSpec(key=key, dtype="U8", shape=(8,)) for key in "ab"), {})
 

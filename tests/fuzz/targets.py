@@ -23,8 +23,9 @@ import checkpoints
 import pyrage
 import torch
 
-from ortho_cli import cli, errors
-from ortho_cli.journal import WorkFolder
+from ortho_cli import errors
+from ortho_cli.cli import app
+from ortho_cli.storage.work_folder import WorkFolder
 
 SECONDS = 2.0
 GIGABYTE = 1 << 30
@@ -397,7 +398,7 @@ def read(target: Target, work: Path) -> tuple[int, str]:
     """Run a target's command in `work/d`."""
     if target.command:
         return ortho(*(word.format(d=work / "d") for word in target.command.split()))
-    from ortho_cli.forget_set import read_secrets
+    from ortho_cli.model.secrets import read_secrets
 
     try:
         read_secrets([work / "d" / target.victim])
@@ -410,7 +411,7 @@ def ortho(*arguments: str) -> tuple[int, str]:
     """Run a command in this process; give its exit code and what it shows."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = cli.run(list(arguments))
+        code = app.run(list(arguments))
     if code == 0 and "--json" in arguments:
         json.loads(out.getvalue())
     return code, err.getvalue()

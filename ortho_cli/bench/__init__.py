@@ -1,0 +1,1 @@
+"""The command `ortho bench`: figures, attacks, baselines and the verdict."""

@@ -1,0 +1,117 @@
+"""What a bench reads, in tokens: running text, prompts of a skill, secrets of three kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ortho_cli.bench.plan import CONTEXT, NEEDS, Settings
+from ortho_cli.errors import UsageError
+from ortho_cli.events import Event, Noted
+from ortho_cli.formats import artifact
+from ortho_cli.formats.artifact import Artifact
+from ortho_cli.model import load as models
+from ortho_cli.model.rows import Text
+from ortho_cli.model.secrets import Secret, TokenSecret, encode, overlap, read_secrets
+from ortho_cli.model.text import TokenSequence, pair_sequences, read_rows, text_windows
+from ortho_cli.storage import strict_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """Everything that is read, in tokens."""
+
+    tokenizer: Any
+    windows: Tensor | None = None
+    pairs: tuple[TokenSequence, ...] = ()
+    secrets: tuple[TokenSecret, ...] = ()
+    nonmembers: tuple[TokenSecret, ...] = ()
+    unlisted: tuple[TokenSecret, ...] = ()
+    texts: tuple[str, ...] = ()
+    unlisted_texts: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def gather(settings: Settings, opened: Artifact) -> Material:
+    """Read and tokenize everything, with the artifact's own tokenizer.
+
+    Raises:
+        CalibrationError: a file is unreadable, empty or too short.
+        UsageError: the context is longer than the model's positions.
+        CheckpointError: the folder has no tokenizer, and something is to be read.
+    """
+    texts = (settings.data, settings.forget, settings.nonmember, settings.unlisted)
+    if not any(texts):
+        return Material(tokenizer=None)
+    tokenizer = models.load_tokenizer(opened.folder)
+    told: list[Event] = []
+    rows = read_rows(settings.data, told.append)[0] if settings.data else []
+    running = [row for row in rows if isinstance(row, Text)]
+    pairs = [row for row in rows if not isinstance(row, Text)]
+    windows = None
+    if running:
+        context = _context(settings, opened.folder)
+        limit = max(1, settings.tokens // context)
+        windows = torch.tensor(text_windows(running, tokenizer, length=context, limit=limit))
+    listed, others, unlisted = (
+        read_secrets(files, seed=settings.seed, on_event=told.append) if files else []
+        for files in texts[1:]
+    )
+    shown = settings.show_secrets
+    return Material(
+        tokenizer=tokenizer,
+        windows=windows,
+        pairs=tuple(pair_sequences(pairs, tokenizer)) if pairs else (),
+        secrets=tuple(encode(listed, tokenizer)),
+        nonmembers=tuple(encode(others, tokenizer)),
+        unlisted=tuple(encode(unlisted, tokenizer)),
+        texts=tuple(one.prompt + one.secret for one in listed) if shown else (),
+        unlisted_texts=tuple(one.prompt + one.secret for one in unlisted) if shown else (),
+        notes=(
+            *(one.message for one in told if isinstance(one, Noted)),
+            *_notes(listed, running),
+        ),
+    )
+
+
+def _notes(listed: Sequence[Secret], running: Sequence[Text]) -> Iterator[str]:
+    said = overlap(listed, "\n".join(row.text for row in running)) if listed else 0
+    if said:
+        yield f"{said} of {len(listed)} secrets occur in the held-out text: it rewards keeping them"
+    coarse = sum(one.drawn == "others" for one in listed)
+    if coarse:
+        few = min(len(one.alternatives) for one in listed)
+        yield (
+            f"{coarse} of {len(listed)} secrets have only other secrets for alternatives ({few}): "
+            "exposure is coarse; give a `pattern`"
+        )
+
+
+def _context(settings: Settings, folder: Path) -> int:
+    positions = strict_json.read(folder / artifact.CONFIG_FILE).get("max_position_embeddings")
+    positions = positions if type(positions) is int and positions > 0 else None
+    most = positions or CONTEXT
+    if settings.context is None:
+        return min(CONTEXT, most)
+    if positions and settings.context > positions:
+        raise UsageError(
+            f"--context is {settings.context} and the model has {positions} positions",
+            hint=f"--context {positions}",
+        )
+    return settings.context
+
+
+def unfit(settings: Settings, material: Material) -> dict[str, str]:
+    """Name what the data turned out not to hold."""
+    found: dict[str, str] = {}
+    if settings.data and material.windows is None:
+        texts = [name for name in NEEDS if name.startswith(("perplexity", "kl", "agree", "finet"))]
+        found |= dict.fromkeys(texts, NEEDS["perplexity"])
+    if settings.data and not material.pairs:
+        found["skill"] = NEEDS["skill"]
+    return found

@@ -1,0 +1,141 @@
+"""The whole chain on a model of our own: sandbox, calibrate, decompose, bench.
+
+The same functions that a user's model goes through, called one after the other.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ortho_cli.bench import run as bench
+from ortho_cli.bench import plan as bench_plan
+from ortho_cli.calibrate import job as calibrate
+from ortho_cli.calibrate import plan as calibrate_plan
+from ortho_cli.decompose import job as decompose
+from ortho_cli.bench import figures
+from ortho_cli.forget import editor as forget
+from ortho_cli.decompose import plan
+from ortho_cli.bench.demo import sandbox
+from ortho_cli.bench.plan import Settings
+from ortho_cli.storage.checkpoint import open_checkpoint
+from ortho_cli.errors import OutputExistsError, UsageError
+from ortho_cli.events import EventSink, Finishing, null_sink
+from ortho_cli.storage.output import resolve_output
+from ortho_cli.decompose.recipe import load_recipe
+from ortho_cli.bench.demo.sandbox import Sandbox
+from ortho_cli.formats.statistics import open_statistics
+
+# Attacks teach as fast as this small model learns: the taught half is known again in 40 steps.
+LEARNING_RATE = 1e-3
+RECIPE = "forget-unlearn"
+# Documents are short, and the model takes as many tokens as the longest of them. It is small: its
+# secrets fill it, so more of its codes have to move, in more steps, than a language model's.
+SETS = (
+    "calibrate.samples=256",
+    "calibrate.length=64",
+    "ortho.density=0.1",
+    "forget.mask=0.3",
+    "forget.steps=300",
+    "forget.retain_weight=30.0",
+    "forget.share=0.01",
+    "forget.rounds=80",
+    f"forget.attack_rate={LEARNING_RATE}",
+)
+
+
+def run(
+    settings: Settings, *, keep: Path | None = None, on_event: EventSink = null_sink
+) -> dict[str, Any]:
+    """Build the sandbox or take it from the cache, split its model and measure everything.
+
+    Args:
+        settings: alphas, seed, attack and gates count; files and models are the sandbox's own.
+        keep: a new folder for `sandbox/`, `stats.safetensors` and `artifact/`; without it they go
+            to a temporary folder that is removed.
+        on_event: told of progress.
+    Returns:
+        As `bench.bench`, with `kept`: where the files are, or None.
+    Raises:
+        OutputExistsError: something is at `keep`.
+        UsageError: a gate or alpha that does not fit; before any work.
+    """
+    _check(settings, keep)
+    box = sandbox.cached(settings.seed, on_event)
+    target = None if keep is None else resolve_output(keep)
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    beside = None if target is None else target.parent
+    with tempfile.TemporaryDirectory(prefix=".ortho-bench-", dir=beside) as scratch:
+        place = Path(scratch) / "all"
+        shutil.copytree(box.folder, place / "sandbox")
+        _split(sandbox.sandbox_at(place / "sandbox"), place, on_event)
+        if target is not None:  # whole or not at all
+            place = place.replace(target)
+        box = sandbox.sandbox_at(place / "sandbox")
+        document = bench.bench(_filled(settings, box, place / "artifact"), on_event=on_event)
+    document["kept"] = None if keep is None else str(keep)
+    if keep is None:
+        document["artifact"]["folder"] = None
+    return document
+
+
+def _filled(settings: Settings, box: Sandbox, artifact: Path) -> Settings:
+    """Give the settings the sandbox's files: there is data for every figure."""
+    return replace(
+        settings,
+        artifact=artifact,
+        data=(box.heldout, box.skill),
+        forget=(box.forget,),
+        nonmember=(box.nonmember,),
+        unlisted=(box.unlisted,),
+        model=box.model,
+        reference_model=box.twin,
+        controls=True,
+        learning_rate=LEARNING_RATE,
+    )
+
+
+def _check(settings: Settings, keep: Path | None) -> None:
+    """Refuse what would fail only after minutes of training."""
+    if settings.data or settings.forget or settings.nonmember or settings.unlisted:
+        raise UsageError(
+            "without an artifact the bench brings its own data",
+            hint="name the artifact first: ortho bench ARTIFACT --data FILE",
+        )
+    if settings.model or settings.reference_model:
+        raise UsageError(
+            "without an artifact the bench brings its own models",
+            hint="name the artifact first: ortho bench ARTIFACT --model DIR",
+        )
+    box = sandbox.sandbox_at(Path("sandbox"))
+    planned = bench_plan.checked(_filled(settings, box, Path("artifact")))
+    gates = [figures.parse_gate(text) for text in settings.require]
+    bench_plan.check_gates(gates, planned, bench_plan.not_measured(planned, ortho=True))
+    if keep is not None and keep.exists() and not (keep.is_dir() and not any(keep.iterdir())):
+        raise OutputExistsError(f"`{keep}` exists", hint="--keep takes a new folder")
+
+
+def _split(box: Sandbox, place: Path, on_event: EventSink) -> None:
+    """Calibrate, and decompose so that base forgets."""
+    stats, artifact = place / "stats.safetensors", place / "artifact"
+    settings = load_recipe(RECIPE, SETS)
+    checkpoint = open_checkpoint(box.model)
+    on_event(Finishing(step="calibrate"))
+    sets = calibrate_plan.read_sets(box.model, [box.retain], [], settings.calibrate)
+    measured = calibrate_plan.make_plan(checkpoint, settings, sets)
+    calibrate.calibrate(measured, checkpoint, stats, device="cpu", on_event=on_event)
+    on_event(Finishing(step="decompose"))
+    planned = plan.make_plan(checkpoint, settings, statistics=open_statistics(stats), workers=1)
+    editor = forget.open_editor(
+        planned,
+        checkpoint,
+        forget=[box.forget],
+        data=[box.retain],
+        device="cpu",
+        on_event=on_event,
+    )
+    decompose.decompose(planned, checkpoint, artifact, editor=editor, on_event=on_event)

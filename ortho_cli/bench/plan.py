@@ -1,0 +1,154 @@
+"""What a bench measures, decided before any work: settings, what they leave out, gates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ortho_cli.bench import attacks, figures
+from ortho_cli.bench.figures import Gate
+from ortho_cli.errors import UsageError
+from ortho_cli.runtime import product
+
+CONTEXT = 512
+SAMPLES_UNDER_ATTACK = 20
+MEMORY = (
+    "extraction", "token_accuracy", "exposure", "forget_nll", "alternatives_nll", "nll_quantile",
+    "inside_share",
+)  # fmt: skip
+# Every figure of an alpha's row by its first name, and the flag that it needs.
+NEEDS = {
+    "latency": "",
+    **dict.fromkeys(MEMORY, "--forget FILE"),
+    **dict.fromkeys(("loss_auc", "min_k_auc"), "--nonmember FILE"),
+    "unlisted": "--unlisted FILE",
+    "sampled_extraction": "--forget FILE and --samples N",
+    "perplexity": "--data FILE with running text",
+    "perplexity_ratio": "ortho.safetensors, which tells INT4 without forgetting",
+    "perplexity_ratio_alpha1": "--alpha 1",
+    **dict.fromkeys(
+        ("perplexity_ratio_original", "kl", "agreement"), "--model DIR and --data FILE"
+    ),
+    "skill": "--data FILE with prompts and completions",
+    **dict.fromkeys(("relearn", "reworded", "requantized"), "--attack"),
+    "finetune": "--attack and --data FILE with running text",
+}
+# Figures of the whole document, which a gate names without an alpha.
+WHOLE = ("moved.count", "moved.share", "unsplit.share", "unsplit.weights")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What is measured, on what."""
+
+    artifact: Path
+    identity: Path | None = None  # opens a sealed ortho
+    alphas: tuple[float, ...] = (0.0, 1.0)
+    data: tuple[Path, ...] = ()
+    forget: tuple[Path, ...] = ()
+    nonmember: tuple[Path, ...] = ()
+    unlisted: tuple[Path, ...] = ()
+    model: Path | None = None
+    reference_model: Path | None = None
+    controls: bool = False
+    attack: bool = False
+    samples: int | None = None  # 20 under attack, else none
+    tokens: int = 16384
+    context: int | None = None  # 512, or what the model takes if that is less
+    require: tuple[str, ...] = ()
+    seed: int = 0
+    learning_rate: float = attacks.LEARNING_RATE
+    autocast: bool = False  # everything but speed is measured in bfloat16 arithmetic
+    device: str = "auto"
+    show_secrets: bool = False
+
+
+def parse_alphas(words: Sequence[str]) -> tuple[float, ...]:
+    """Read alphas as they are typed, each once.
+
+    Raises:
+        UsageError: a word is no number in [0, 1].
+    """
+    found: dict[float, None] = {}
+    for word in words:
+        try:
+            value = float(word)
+        except ValueError:
+            raise UsageError(
+                f"--alpha is {word!r}, not a number",
+                hint="the artifact stands first: ortho bench ARTIFACT --alpha 0 1",
+            ) from None
+        if not 0.0 <= value <= 1.0:
+            raise UsageError(
+                f"--alpha is {word}, which is not in [0, 1]",
+                hint="0 is base alone, 1 is all of ortho",
+            )
+        found[value + 0.0] = None  # -0.0 is 0.0
+    return tuple(found)
+
+
+def checked(settings: Settings) -> Settings:
+    """Refuse what does not fit together; fill in what follows from the rest."""
+    alphas = dict.fromkeys(float(product.check_alpha(alpha)) for alpha in settings.alphas)
+    if not alphas:
+        raise UsageError("no alpha is given", hint="--alpha 0 1")
+    if settings.attack and not settings.forget:
+        raise UsageError("--attack has no secrets to bring back", hint="--forget FILE")
+    if settings.attack and 0.0 not in alphas:
+        raise UsageError("--attack is on alpha 0, which is not measured", hint="--alpha 0")
+    if settings.nonmember and not settings.forget:
+        raise UsageError("--nonmember is compared with --forget", hint="--forget FILE")
+    samples = settings.samples
+    if samples is None:
+        samples = SAMPLES_UNDER_ATTACK if settings.attack else 0
+    for name, number, least in (
+        ("--samples", samples, 0),
+        ("--tokens", settings.tokens, 2),
+        ("--context", settings.context or CONTEXT, 2),
+    ):
+        if number < least:
+            raise UsageError(f"{name} is {number}", hint=f"{least} or more")
+    return replace(settings, alphas=tuple(alphas), samples=samples)
+
+
+def not_measured(settings: Settings, *, ortho: bool) -> dict[str, str]:
+    """Name the figures that these settings leave out, and what each would need."""
+    absent: dict[str, bool] = {
+        **dict.fromkeys(MEMORY, not settings.forget),
+        **dict.fromkeys(("loss_auc", "min_k_auc"), not settings.nonmember),
+        "unlisted": not settings.unlisted,
+        "sampled_extraction": not (settings.samples and settings.forget),
+        **dict.fromkeys(("perplexity", "skill"), not settings.data),
+        "perplexity_ratio": not (settings.data and ortho),
+        "perplexity_ratio_alpha1": not (settings.data and 1.0 in settings.alphas),
+        **dict.fromkeys(
+            ("perplexity_ratio_original", "kl", "agreement"),
+            not (settings.data and settings.model),
+        ),
+        **dict.fromkeys(("relearn", "reworded", "requantized"), not settings.attack),
+        "finetune": not (settings.attack and settings.data),
+    }
+    return {name: NEEDS[name] for name, is_absent in absent.items() if is_absent}
+
+
+def check_gates(gates: Sequence[Gate], settings: Settings, missing: Mapping[str, str]) -> None:
+    """Refuse gates on what will not be measured."""
+    for gate in gates:
+        root = gate.name.split(".")[0]
+        if gate.alpha is None:
+            if gate.name not in WHOLE:
+                known = root in NEEDS
+                raise UsageError(
+                    f"`{gate.text}` names no alpha",
+                    hint=f"write {gate.name}@0" if known else f"without one: {', '.join(WHOLE)}",
+                )
+            continue
+        if root not in NEEDS:
+            raise figures.unknown(gate.name, NEEDS)
+        if gate.alpha not in settings.alphas:
+            raise figures.not_measured(gate.alpha, settings.alphas)
+        if root in missing:
+            raise UsageError(f"`{gate.name}` is not measured", hint=f"it needs {missing[root]}")
+        if NEEDS[root].startswith("--attack") and gate.alpha != 0.0:
+            raise UsageError(f"`{gate.name}` is measured at alpha 0 only", hint=f"{gate.name}@0")

@@ -1,0 +1,198 @@
+"""What a calibration measures, over which text, and what it will write: decided before any pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ortho_cli.decompose.refusals import refuse_quantized
+from ortho_cli.decompose.selection import conv1d_names, select
+from ortho_cli.decompose.settings import Calibrate, Recipe
+from ortho_cli.errors import RecipeError
+from ortho_cli.events import EventSink, null_sink
+from ortho_cli.formats import statistics
+from ortho_cli.model import load as models
+from ortho_cli.model.hooks import Part
+from ortho_cli.model.text import TokenSequence, forget_sequences, read_rows, retain_sequences
+from ortho_cli.storage.checkpoint import Checkpoint, TensorInfo
+from ortho_cli.storage.data_file import Layout, TensorSpec, plan_layout
+
+Set = Literal["retain", "forget"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSet:
+    """Sequences of one set, and BLAKE3 of the files that they came from."""
+
+    sequences: tuple[TokenSequence, ...]
+    digest: str
+
+    @property
+    def counted(self) -> int:
+        """Tokens that are predicted and count."""
+        return sum(sequence.labels for sequence in self.sequences)
+
+    def to_json(self) -> dict[str, Any]:
+        """Say how much it is."""
+        return {
+            "sequences": len(self.sequences),
+            "tokens": sum(len(sequence.tokens) for sequence in self.sequences),
+            "counted": self.counted,
+            "blake3": self.digest,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationPlan:
+    """A whole calibration, frozen."""
+
+    settings: Calibrate
+    tensors: tuple[TensorInfo, ...]
+    sets: dict[Set, DataSet]
+
+    def parts(self, name: Set) -> tuple[Part, ...]:
+        """What is summed over a set; the forget set never gets a Gram matrix."""
+        if name == "forget":
+            return ("curvature", "gradient")
+        return ("curvature", "gram") if self.settings.gram == "full" else ("curvature",)
+
+    def sum_shape(self, tensor: TensorInfo, part: Part) -> tuple[int, int]:
+        """Shape of the float32 sums of a weight."""
+        rows, columns = tensor.shape
+        if part == "gram":
+            return columns, columns
+        return (1 if self.settings.curvature == "gram" else rows), columns
+
+    def specs(self, tensor: TensorInfo) -> tuple[TensorSpec, ...]:
+        """What the file holds of a weight."""
+        return statistics.specs(
+            tensor.name,
+            (tensor.shape[0], tensor.shape[1]),
+            kind=self.settings.curvature,
+            storage=self.settings.storage,
+            dtype=statistics.DTYPES[self.settings.dtype],
+            forget="forget" in self.sets,
+            gram=self.settings.gram == "full",
+        )
+
+    def sums(self, name: Set) -> Layout:
+        """Lay out the float32 sums of a set."""
+        return plan_layout(
+            (
+                TensorSpec(
+                    key=f"{tensor.name}/{part}",
+                    dtype="F32",
+                    shape=self.sum_shape(tensor, part),
+                )
+                for tensor in self.tensors
+                for part in self.parts(name)
+            ),
+            {},
+        )
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the statistics, without the header."""
+        return sum(spec.nbytes for tensor in self.tensors for spec in self.specs(tensor))
+
+    @property
+    def bytes_scratch(self) -> int:
+        """Bytes of the sums while they are made."""
+        return sum(2 * self.sums(name).size for name in self.sets)
+
+    def to_json(self) -> dict[str, Any]:
+        """Spell the plan out."""
+        return {
+            "calibrate": self.settings.canonical(),
+            "data": {name: data.to_json() for name, data in self.sets.items()},
+            "totals": {
+                "tensors": len(self.tensors),
+                "weights": sum(tensor.numel for tensor in self.tensors),
+                "bytes_written": self.bytes_written,
+                "bytes_scratch": self.bytes_scratch,
+            },
+            "tensors": [
+                {"name": tensor.name, "shape": list(tensor.shape)} for tensor in self.tensors
+            ],
+        }
+
+
+def read_sets(
+    folder: Path,
+    data: Sequence[Path],
+    forget: Sequence[Path],
+    settings: Calibrate,
+    on_event: EventSink = null_sink,
+) -> dict[Set, DataSet]:
+    """Read both sets and turn them into sequences with the model's own tokenizer.
+
+    What is left out of them is told to `on_event`.
+
+    Raises:
+        CheckpointError: the folder has no tokenizer.
+        CalibrationError: the data are unreadable or too short.
+    """
+    rows, digest = read_rows(data, on_event)
+    private, private_digest = read_rows(forget, on_event)
+    tokenizer = models.load_tokenizer(folder)
+    retain = retain_sequences(
+        rows,
+        tokenizer,
+        samples=settings.samples,
+        length=settings.length,
+        seed=settings.seed,
+        on_event=on_event,
+    )
+    sets: dict[Set, DataSet] = {"retain": DataSet(sequences=tuple(retain), digest=digest)}
+    if forget:
+        found = forget_sequences(private, tokenizer, length=settings.length)
+        sets["forget"] = DataSet(sequences=tuple(found), digest=private_digest)
+    return sets
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, sets: dict[Set, DataSet]) -> CalibrationPlan:
+    """Decide what is measured: the weights that `decompose` splits under the same recipe.
+
+    Conv1D, which it refuses, is measured all the same, as (out, in).
+
+    Raises:
+        RecipeError: settings that do not go with a forget set, or with each other.
+        CheckpointError: weights that should be split cannot be.
+    """
+    settings = recipe.calibrate
+    if "forget" in sets and (settings.curvature == "gram" or settings.storage == "factored"):
+        what = "curvature: gram" if settings.curvature == "gram" else "storage: factored"
+        raise RecipeError(
+            f"a forget set needs the gradient of each weight, and calibrate says {what}",
+            hint="--set calibrate.curvature=fisher --set calibrate.storage=full",
+        )
+    _check_weighting(settings)
+    refuse_quantized(checkpoint)
+    reasons = select(checkpoint, recipe, conv1d=True)
+    turned = conv1d_names(checkpoint)
+    split = tuple(
+        dataclasses.replace(tensor, shape=tensor.shape[::-1]) if tensor.name in turned else tensor
+        for tensor in checkpoint.tensors
+        if reasons[tensor.name] is None
+    )
+    return CalibrationPlan(settings=settings, tensors=split, sets=sets)
+
+
+def _check_weighting(settings: Calibrate) -> None:
+    if settings.weighting == "none":
+        return
+    if settings.gram == "none":
+        raise RecipeError(
+            f"calibrate.weighting is {settings.weighting}, and calibrate.gram is none: there is "
+            "no matrix whose positions it could weigh",
+            hint="add --gram full, or leave calibrate.weighting out",
+        )
+    if settings.curvature == "gram":
+        raise RecipeError(
+            f"calibrate.weighting is {settings.weighting}, and calibrate.curvature is gram, which "
+            "has no backward pass",
+            hint="--set calibrate.curvature=fisher, or leave calibrate.weighting out",
+        )

@@ -1,0 +1,59 @@
+"""Sums that live in files: one float32 a weight, added to tile by tile, safe against a kill."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ortho_cli.model.hooks import SUM_ELEMENTS, Part
+from ortho_cli.split.quantize import as_bytes
+from ortho_cli.storage.data_file import DataFile, Layout
+
+
+class Sums:
+    """Sums of one set: what the last chunk left is read, what this one makes is written."""
+
+    def __init__(self, files: tuple[DataFile, DataFile], layout: Layout, *, chunks: int) -> None:
+        self._files, self._layout = files, layout
+        self._chunks = chunks
+        self._touched: set[tuple[str, int]] = set()
+        self._buffer = torch.empty(0)
+
+    @property
+    def current(self) -> DataFile:
+        """The file of the last finished chunk."""
+        return self._files[self._chunks % 2]
+
+    def add(self, name: str, part: Part, row: int, tile: Tensor) -> None:
+        """Add a tile to the sums of this chunk."""
+        key, start = f"{name}/{part}", row * tile.shape[1] * 4
+        tile = tile.cpu()
+        if (key, row) in self._touched or self._chunks:
+            first = (key, row) not in self._touched
+            held = self._room(tile.shape)
+            source = self.current if first else self._files[(self._chunks + 1) % 2]
+            source.read_into(key, as_bytes(held), start=start)
+            tile = held.add_(tile)
+        self._touched.add((key, row))
+        self._files[(self._chunks + 1) % 2].write(key, as_bytes(tile), start=start)
+
+    def _room(self, shape: Sequence[int]) -> Tensor:
+        if self._buffer.numel() < math.prod(shape):
+            self._buffer = torch.empty(math.prod(shape))
+        return self._buffer[: math.prod(shape)].view(*shape)
+
+    def finish_chunk(self) -> None:
+        """Carry over what no sequence of the chunk reached, and take turns."""
+        for key, region in self._layout.regions.items():
+            columns = region.shape[1]
+            step = max(1, SUM_ELEMENTS // columns)
+            for row in range(0, region.shape[0], step):
+                if (key, row) not in self._touched:
+                    tile = torch.zeros(min(step, region.shape[0] - row), columns)
+                    name, _, part = key.rpartition("/")
+                    self.add(name, part, row, tile)  # type: ignore[arg-type]
+        self._touched.clear()
+        self._chunks += 1

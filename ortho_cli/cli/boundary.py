@@ -1,0 +1,300 @@
+"""Where words become a call, and errors exit codes: the one boundary around every command.
+
+Also what a process needs of its machine before any work: standard streams that never end a run by
+themselves, signals that end it in good order, and room for open files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import os
+import re
+import select
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+from ortho_cli.errors import Interrupted, OrthoError, ResourceError, UsageError, reason, way_out
+
+# Objects between two looks for garbage: imports make many, and none of it is any.
+GARBAGE = 200_000
+
+TEXTS = (
+    "--set",
+    "--prompt",
+    "--require",
+)  # options whose value is no path, whatever it begins with
+
+# Beside Ctrl-C: what `kill`, schedulers and containers send, and a terminal that is closed (which
+# nohup has us ignore).
+STOPS = (signal.SIGTERM, signal.SIGHUP)
+
+# Open files that a process may want: a file for each shard of source and output. More would only
+# make other programs slow that close all numbers up to the limit.
+OPEN_FILES = 65_536
+
+
+def spread(arguments: Sequence[str], many: Mapping[str, Sequence[str]]) -> list[str]:
+    """Repeat an option of many values before each value, which is how click reads them.
+
+    Args:
+        arguments: the words after `ortho`, the command first.
+        many: options of each command that take every word up to the next option.
+    """
+    options = many.get(arguments[0], ()) if arguments else ()
+    found: list[str] = []
+    current, fresh = "", False
+    for word in arguments:
+        # A number below 0 is a value, if a wrong one; no option looks like it.
+        if word.startswith("-") and not re.match(r"-\.?\d", word):
+            current, fresh = (word if word in options else ""), True
+        elif current and not fresh:
+            found.append(current)
+        else:
+            fresh = False
+        found.append(word)
+    return found
+
+
+def expand_home(arguments: Sequence[str]) -> list[str]:
+    """Put the home folder in place of `~` and `~user`, which shells do not behind `--out=`.
+
+    A file that is really named `~` is `./~`. What is text and no path stays as it is.
+    """
+    found: list[str] = []
+    before = ""
+    for word in arguments:
+        option, equals, value = word.partition("=")
+        given = word
+        if word.startswith("--") and equals:
+            if option not in TEXTS and value.startswith("~"):
+                given = f"{option}={os.path.expanduser(value)}"  # noqa: PTH111 - a word, no path
+        elif re.match(r"-[A-Za-z]~", word):
+            given = word[:2] + os.path.expanduser(word[2:])  # noqa: PTH111
+        elif word.startswith("~") and before not in TEXTS:
+            given = os.path.expanduser(word)  # noqa: PTH111
+        found.append(given)
+        before = word
+    return found
+
+
+def run(
+    app: Callable[..., Any], arguments: Sequence[str], *, many: Mapping[str, Sequence[str]]
+) -> int:
+    """Run one command of an application and return its exit code."""
+    try:
+        code = app(
+            args=spread(expand_home(arguments), many), prog_name="ortho", standalone_mode=False
+        )
+        if code == Interrupted.exit_code:  # typer turns Ctrl-C outside of the work into this
+            raise KeyboardInterrupt
+        return code if isinstance(code, int) else 0
+    except _ClosedPipe:  # whoever read has seen enough
+        return 128 + signal.SIGPIPE
+    except BaseException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            sys.stderr.write(f"{error}\n")
+            return UsageError.exit_code
+        failure = _as_ortho_error(error)
+        if failure is None:
+            raise
+        from ortho_cli.cli.show import tables
+
+        tables.print_error(failure)
+        return failure.exit_code
+
+
+def _as_ortho_error(error: BaseException) -> OrthoError | None:
+    """Give every expected failure its sentence; None is a bug of ours, and shows its traceback."""
+    if isinstance(error, OrthoError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("interrupted", hint="repeat the same command: nothing is lost")
+    starved = ("can't allocate memory", "can't start new thread")  # torch's and Python's words
+    if isinstance(error, MemoryError) or any(text in str(error) for text in starved):
+        return ResourceError("out of memory", hint="use fewer --workers or a lower density")
+    if isinstance(error, OSError):
+        why = reason(error)
+        return ResourceError(
+            f"`{error.filename}`: {why}" if error.filename else why,
+            hint=way_out(error, "check the file and its rights"),
+        )
+    shown = getattr(error, "format_message", None)
+    if shown is not None:
+        message = str(shown()).rstrip(".")
+        return UsageError(message[:1].lower() + message[1:], hint="see `ortho --help`")
+    return None
+
+
+def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    from ortho_cli.cli.show import tables
+
+    tables.print_bug(kind, error, trace)
+
+
+class _ClosedPipe(BaseException):
+    """Nobody reads stdout any more; no OSError, which click would end with exit code 1."""
+
+
+class _Stream(io.TextIOBase):
+    """Stdout or stderr, written through at once.
+
+    Python's own objects are None where a stream was closed at start, raise in the middle of work
+    where a terminal has gone, and raise once more when the interpreter ends.
+    """
+
+    def __init__(self, fd: int, encoding: str, failed: Callable[[OSError], None]) -> None:
+        self._fd, self._encoding, self._failed = fd, encoding, failed
+        self._is_dead = False
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._encoding
+
+    @property
+    def errors(self) -> str:  # type: ignore[override]
+        return "backslashreplace"
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def isatty(self) -> bool:
+        return os.isatty(self._fd)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if not isinstance(text, str):
+            raise TypeError(f"write() takes text, not {type(text).__name__}")
+        data = memoryview(text.encode(self._encoding, self.errors))
+        while data and not self._is_dead:
+            try:
+                data = data[os.write(self._fd, data) :]
+            except BlockingIOError:  # another program made the pipe or terminal so
+                select.select([], [self._fd], [])
+            except OSError as error:
+                self._is_dead = True
+                self._failed(error)
+        return len(text)
+
+
+def _lose_result(error: OSError) -> None:
+    if isinstance(error, BrokenPipeError):
+        raise _ClosedPipe
+    raise ResourceError(
+        f"cannot write to stdout: {reason(error)}",
+        hint="see where stdout goes: a full disk, or a terminal that is gone",
+    )
+
+
+def _lose_progress(error: OSError) -> None:
+    """Work goes on where nobody can be told of it."""
+
+
+def _take_streams() -> None:
+    """Open what is closed of stdin, stdout and stderr on /dev/null, and let none end a run.
+
+    A file that is opened for work would otherwise get the number of the one that is closed, and
+    whatever is printed would go into it.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            with contextlib.suppress(OSError):
+                # The lowest number that is free, which is this one.
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name, fd, failed in (("stdout", 1, _lose_result), ("stderr", 2, _lose_progress)):
+        encoding = getattr(getattr(sys, name), "encoding", None) or "utf-8"
+        setattr(sys, name, _Stream(fd, encoding, failed))
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115, PTH123 - for as long as the process lives
+
+
+def _take_names() -> None:
+    """Begin again where this locale's encoding is not that of names in an index or a config.
+
+    Those are UTF-8, and so are names on disk; what is printed keeps the encoding of the terminal.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or not sys.executable:
+        return
+    spoken = getattr(sys.stdout or sys.stderr, "encoding", None) or "ascii"
+    environment = {"PYTHONIOENCODING": f"{spoken}:backslashreplace", **os.environ}
+    command = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
+    os.execve(sys.executable, command, environment)
+
+
+def _take_files() -> None:
+    """Let this process open as many files as it may; a model can have a thousand shards."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    os._exit(128 + number)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _unraisable(lost: sys.UnraisableHookArgs) -> None:
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        # A destructor or callback of a library swallowed it, and the run goes on as if not asked.
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+    else:
+        sys.__unraisablehook__(lost)
+
+
+def enter(command: Callable[[], int]) -> NoReturn:
+    """Run a command as a process of its own: signals as at a terminal, its code the process's.
+
+    What asks a run to stop ends it in good order the first time, and at once the second: work
+    survives both.
+    """
+    _take_names()
+    _take_streams()  # before anything is opened
+    _take_files()
+    asked = [s for s in (signal.SIGINT, *STOPS) if signal.getsignal(s) is not signal.SIG_IGN]
+    by = signal.SIGINT
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal by
+        by = signal.Signals(number)
+        for other in asked:
+            signal.signal(other, _leave)
+        raise KeyboardInterrupt
+
+    for number in asked:
+        signal.signal(number, stop)
+    signal.signal(signal.SIGALRM, _interrupt)  # asks once more
+    sys.unraisablehook = _unraisable
+    # A reader that has gone must not end work in the middle: `ortho decompose X 2>&1 | head`.
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    sys.excepthook = _show_bug
+    gc.set_threshold(GARBAGE)
+    try:
+        code = command()
+        for number in asked:
+            signal.signal(number, _leave)
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    except KeyboardInterrupt:  # asked behind its last word
+        code = Interrupted.exit_code
+    if code == 128 + signal.SIGPIPE:  # `ortho inspect X --json | head` ends like any filter
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGPIPE)
+    if code == Interrupted.exit_code:
+        # Asked while it was starting one, a library may have left a thread that waits for ever.
+        os._exit(128 + by)
+    gc.freeze()  # a process that ends need not look for garbage once more
+    sys.exit(code)

@@ -1,0 +1,255 @@
+"""The plan of a conversion: each tensor's dtype, file and place, before a weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ortho_cli.convert.sources.base import FLOATS, Source, SourceTensor
+from ortho_cli.errors import UsageError
+from ortho_cli.formats.artifact import CONFIG_FILE, INDEX_FILE, canonical_json, pretty_json
+from ortho_cli.storage.data_file import Layout, TensorSpec, plan_layout
+from ortho_cli.storage.output import SIDE_BYTES
+from ortho_cli.storage.side_files import SideFiles, choose, choose_none
+from ortho_cli.version import __version__
+
+WEIGHTS_FILE = "model.safetensors"
+ROLE = "dense"
+CASTS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertTensor:
+    """What becomes of one tensor."""
+
+    source: SourceTensor
+    dtype: str
+    file: str
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The tensor as it is written."""
+        return TensorSpec(key=self.source.name, dtype=self.dtype, shape=self.source.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertPlan:
+    """A whole conversion, frozen."""
+
+    kind: str
+    tensors: tuple[ConvertTensor, ...]
+    files: tuple[tuple[str, Layout], ...]
+    made_files: tuple[tuple[str, bytes], ...]
+    side: SideFiles
+    notes: tuple[str, ...]
+    sha256: str
+
+    @property
+    def weights(self) -> int:
+        """Elements of all tensors."""
+        return sum(tensor.source.numel for tensor in self.tensors)
+
+    @property
+    def total_size(self) -> int:
+        """Bytes of all tensors as written."""
+        return sum(tensor.spec.nbytes for tensor in self.tensors)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the output folder."""
+        return (
+            sum(layout.size for _, layout in self.files)
+            + sum(len(data) for _, data in self.made_files)
+            + self.side.nbytes
+        )
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes of the output and of what is kept beside it while it is made."""
+        return self.bytes_written + SIDE_BYTES * (1 + len(self.tensors))
+
+    def to_json(self) -> Entry:
+        """Spell the plan out, byte offsets included."""
+        layouts = dict(self.files)
+        return {
+            "plan_sha256": self.sha256,
+            "kind": self.kind,
+            "totals": {
+                "tensors": len(self.tensors),
+                "weights": self.weights,
+                "cast": sum(tensor.dtype != tensor.source.dtype for tensor in self.tensors),
+                "total_size": self.total_size,
+                "bytes_written": self.bytes_written,
+            },
+            "files": [
+                *({"name": n, "size": x.size, "header": len(x.header)} for n, x in self.files),
+                *({"name": name, "size": len(data)} for name, data in self.made_files),
+                *({"name": file.name, "size": file.size} for file in self.side.copied),
+            ],
+            "tensors": [
+                {
+                    "name": tensor.source.name,
+                    "shape": list(tensor.source.shape),
+                    "source_dtype": tensor.source.dtype,
+                    "dtype": tensor.dtype,
+                    "file": tensor.file,
+                    "offset": layouts[tensor.file].regions[tensor.source.name].offset,
+                    "nbytes": tensor.spec.nbytes,
+                }
+                for tensor in self.tensors
+            ],
+            "left_out": self.side.to_json(),
+            "notes": list(self.notes),
+        }
+
+
+def parse_size(text: str) -> int:
+    """Read a size as transformers writes it: `5GB` is 5 * 10^9 bytes, `5GiB` is 5 * 2^30."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = UNITS.get(found[2].upper()) if found else None
+    nbytes = round(float(found[1]) * unit) if found and unit else 0
+    if nbytes < 1:
+        raise UsageError(
+            f"--shard-size {text} is no size of at least one byte", hint="write 5GB, 500MB or 2GiB"
+        )
+    return nbytes
+
+
+def make_plan(
+    source: Source,
+    *,
+    dtype: str | None = None,
+    shard_size: int,
+    copy: Sequence[str] = (),
+    arguments: Sequence[Path] = (),
+) -> ConvertPlan:
+    """Decide everything that headers and settings decide.
+
+    Args:
+        source: what is converted.
+        dtype: bfloat16, float16 or float32, for floating tensors; None keeps each one's own.
+        shard_size: most bytes of tensors in a file; a larger tensor gets a file of its own.
+        copy: globs of files to copy beside those that `side_files` names.
+        arguments: files that were given to the command; never copied.
+    Raises:
+        UsageError: another dtype, or any other than its own for a source of packed integers; or
+            see `side_files.choose`.
+        CheckpointError: a header would pass the format's limit.
+    """
+    if dtype is not None and dtype not in CASTS:
+        raise UsageError(f"--dtype {dtype} is none of {', '.join(CASTS)}", hint="choose one")
+    if dtype is not None and source.own_dtype not in (None, CASTS[dtype]):
+        raise UsageError(
+            f"`{source.path}` holds packed integers, which are dequantized to {source.own_dtype} "
+            f"as its config.json says, and --dtype {dtype} is another",
+            hint="leave --dtype out; a second `ortho convert` with it casts the result",
+        )
+    wanted = [(tensor, _target(tensor, dtype)) for tensor in source.tensors]
+    shards = _fill_shards(wanted, shard_size)
+    names = [
+        WEIGHTS_FILE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        for i in range(len(shards))
+    ]
+    tensors = tuple(
+        ConvertTensor(source=tensor, dtype=target, file=name)
+        for name, shard in zip(names, shards, strict=True)
+        for tensor, target in shard
+    )
+    content = {
+        "version": __version__,
+        "kind": source.kind,
+        "settings": dict(source.settings),
+        "aliases": dict(source.aliases),
+        "tensors": [
+            [t.source.name, t.source.dtype, t.dtype, t.spec.shape, t.file] for t in tensors
+        ],
+    }
+    sha256 = hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    specs: dict[str, list[TensorSpec]] = {name: [] for name in names}
+    for tensor in tensors:
+        specs[tensor.file].append(tensor.spec)
+    files = tuple((name, _layout(specs[name], source, sha256)) for name in names)
+    made = tuple(_made_files(source, tensors, dtype))
+    ours = {*names, *(name for name, _ in made), INDEX_FILE, CONFIG_FILE}
+    side = (
+        choose_none(source.path, copy)
+        if source.own is None
+        else choose(
+            source.folder,
+            skip={*source.own, CONFIG_FILE},
+            ours=ours,
+            copy=copy,
+            arguments=arguments,
+        )
+    )
+    return ConvertPlan(
+        kind=source.kind,
+        tensors=tensors,
+        files=files,
+        made_files=made,
+        side=side,
+        notes=(*source.notes, *side.notes),
+        sha256=sha256,
+    )
+
+
+def _target(tensor: SourceTensor, dtype: str | None) -> str:
+    return CASTS[dtype] if dtype is not None and tensor.dtype in FLOATS else tensor.dtype
+
+
+def _fill_shards(
+    wanted: list[tuple[SourceTensor, str]], limit: int
+) -> list[list[tuple[SourceTensor, str]]]:
+    """Put tensors into shards in the order given; one larger than the limit stands alone."""
+    shards: list[list[tuple[SourceTensor, str]]] = [[]]
+    held = 0
+    for tensor, dtype in wanted:
+        nbytes = TensorSpec(key=tensor.name, dtype=dtype, shape=tensor.shape).nbytes
+        if shards[-1] and held + nbytes > limit:
+            shards.append([])
+            held = 0
+        shards[-1].append((tensor, dtype))
+        held += nbytes
+    return shards
+
+
+def _layout(mine: list[TensorSpec], source: Source, sha256: str) -> Layout:
+    keys = {spec.key for spec in mine}
+    # safetensors.torch.save_model's convention: a copy that was dropped names the one kept.
+    aliases = {copy: kept for copy, kept in sorted(source.aliases.items()) if kept in keys}
+    ours = {"format": "pt", "ortho_role": ROLE, "ortho_version": __version__}
+    ours |= {key: str(value) for key, value in source.settings.items()}
+    return plan_layout(mine, {**aliases, **ours, "plan_sha256": sha256})
+
+
+def _made_files(
+    source: Source, tensors: tuple[ConvertTensor, ...], dtype: str | None
+) -> Iterator[tuple[str, bytes]]:
+    if source.config is not None:
+        config = source.config if dtype is None else _with_dtype(source.config, dtype)
+        yield CONFIG_FILE, pretty_json(config)
+    if len({tensor.file for tensor in tensors}) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.spec.nbytes for tensor in tensors)},
+            "weight_map": {tensor.source.name: tensor.file for tensor in tensors},
+        }
+        yield INDEX_FILE, pretty_json(index)
+    yield from source.made_files
+
+
+def _with_dtype(config: Entry, dtype: str, *, top: bool = True) -> Entry:
+    """Say the new dtype wherever the config says one, in the configs of parts too."""
+    keys = [key for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)]
+    found = {
+        key: _with_dtype(value, dtype, top=False) if isinstance(value, dict) else value
+        for key, value in config.items()
+    }
+    return {**found, **dict.fromkeys(keys or (["dtype"] if top else []), dtype)}

@@ -1,0 +1,1 @@
+"""The sources of `ortho convert`: one file for each foreign format."""

@@ -1,0 +1,148 @@
+"""Tells adapters (LoRA, IA3 and their kin, as peft and others save them) from models.
+
+An adapter holds changes to a model that lies elsewhere. Split as if it were the model, it gives an
+artifact that nothing can load. Headers and JSON only; standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from ortho_cli.errors import CheckpointError
+from ortho_cli.storage import hints, strict_json
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
+MODEL_NAMES = ("model", "pytorch_model", "consolidated")
+PREFIX = "base_model.model."  # what peft puts before every name of the model that it wraps
+# Parts of a dotted name that only an adapter has: LoRA and its kin, IA3, LoHa, LoKr, OFT, prompts.
+PARTS = frozenset({
+    "lora_A", "lora_B", "lora_a", "lora_b", "lora_down", "lora_up", "lora_embedding_A",
+    "lora_embedding_B", "lora_magnitude_vector", "ia3_l", "hada_w1_a", "hada_w1_b", "hada_w2_a",
+    "hada_w2_b", "lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w2_a", "oft_R", "oft_r", "boft_R",
+    "boft_s", "vera_lambda_b", "vera_lambda_d", "prompt_embeddings", "base_layer",
+})  # fmt: skip
+# peft's class for each kind of task that adapter_config.json may name.
+CLASSES = {
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
+OWN_ADAPTERS = ("vision_lora", "speech_lora")  # keys of config.json
+UNMERGED = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"})
+
+
+def refuse_adapter(path: Path) -> None:
+    """Refuse a folder or file that is an adapter, or a model with an adapter on top of it.
+
+    Raises:
+        CheckpointError: says which file told so, and how to merge.
+    """
+    folder = path if path.is_dir() else path.parent
+    weights = [name for name in WEIGHTS if (folder / name).is_file()]
+    if path.is_dir() and (folder / CONFIG).is_file():
+        config = _read(folder / CONFIG)
+        raise _refusal(path, config, whole=_has_model(folder))
+    if path.is_dir() and weights and not (folder / "config.json").is_file():
+        raise _refusal(path, {}, by=weights[0])
+    if path.is_file() and path.name in WEIGHTS:
+        config = _read(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+        raise _refusal(folder if config else path, config, by=path.name)
+
+
+def refuse_adapter_names(
+    path: Path, names: Collection[str], config: Mapping[str, Any] | None, *, strips: bool
+) -> None:
+    """Refuse tensors that are named as an adapter's, alone or among those of a model.
+
+    Args:
+        path: where they are.
+        names: of all tensors.
+        config: config.json, which tells models that were published with adapters of their own.
+        strips: peft's prefix before every name of a merged model is taken off later.
+    Raises:
+        CheckpointError: names the first of them.
+    """
+    wrapped = [name for name in names if name.startswith(PREFIX)]
+    merged = len(wrapped) == len(names)
+    own = _has_own_adapters(config or {}) and any("base_layer" in name.split(".") for name in names)
+    for name in names:
+        parts = not PARTS.isdisjoint(name.split("."))
+        if parts and own:
+            raise CheckpointError(
+                f"tensor `{name}` of `{path}` is an adapter's: the model was published with "
+                "adapters of its own among its weights",
+                hint="start from the revision of the model that was converted to transformers' "
+                "own format, which keeps the adapters in folders apart",
+            )
+        if parts or (name.startswith(PREFIX) and not merged):
+            raise CheckpointError(
+                f"tensor `{name}` of `{path}` is an adapter's, not a weight that a model has by "
+                "itself",
+                hint="merge it first: `model.merge_and_unload().save_pretrained(DIR)` with peft, "
+                "where it was trained",
+            )
+    if wrapped and not strips:
+        raise CheckpointError(
+            f"every tensor of `{path}` begins with `{PREFIX}`, as peft saves a merged model, and "
+            "no reader looks for such names",
+            hint=hints.convert(path),
+        )
+
+
+def _has_own_adapters(config: Mapping[str, Any]) -> bool:
+    """Tell Phi-4-multimodal as it was published: peft's wrappers are part of its code."""
+    return config.get("model_type") == "phi4mm" or any(config.get(key) for key in OWN_ADAPTERS)
+
+
+def _has_model(folder: Path) -> bool:
+    return any(
+        path.name.startswith(MODEL_NAMES) and path.suffix in (".safetensors", ".bin")
+        for path in folder.iterdir()
+    )
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        return strict_json.read(path, constants=True)
+    except CheckpointError:  # whatever it says, it is an adapter's
+        return {}
+
+
+def _refusal(
+    path: Path, config: dict[str, object], *, whole: bool = False, by: str = CONFIG
+) -> CheckpointError:
+    kind = str(config.get("peft_type") or "an")
+    base = config.get("base_model_name_or_path")
+    of = f" of `{base}`" if base else ""
+    if whole:
+        said = f"`{path}` holds a model and, in `{CONFIG}`, {_article(kind)} adapter on top of it"
+    else:
+        said = f"`{path}` is {_article(kind)} adapter{of}, not a model (by `{by}`)"
+    if kind in UNMERGED:
+        return CheckpointError(
+            said, hint="such an adapter cannot be merged; give the model that it belongs to"
+        )
+    hint = f"merge it first: {merge_command(path, config)}"
+    if whole:
+        hint += f"; or move `{CONFIG}` away, to have the model without it"
+    return CheckpointError(said, hint=hint)
+
+
+def _article(kind: str) -> str:
+    return kind if kind == "an" else f"{'an' if kind[0] in 'AEIO' else 'a'} {kind}"
+
+
+def merge_command(path: Path, config: dict[str, object]) -> str:
+    """Spell the command that merges an adapter into the model that it belongs to."""
+    path = path.absolute() if str(path) in (".", "..") else path
+    which = CLASSES.get(str(config.get("task_type")), "AutoPeftModelForCausalLM")
+    code = (
+        f"import sys; from peft import {which} as M; "
+        "M.from_pretrained(sys.argv[1]).merge_and_unload().save_pretrained(sys.argv[2])"
+    )
+    return hints.python(code, path, Path(f"{path}-merged"))

@@ -1,0 +1,168 @@
+"""An artifact as a source: the dense weights W(alpha) = dequantize(base) + alpha * ortho."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ortho_cli.convert.sources.base import RowReader, Source, SourceTensor, mark
+from ortho_cli.errors import ArtifactError, InternalError, UsageError
+from ortho_cli.formats.artifact import (
+    BASE_FILE,
+    CONFIG_FILE,
+    OLD_BASE_FILE,
+    ORTHO_FILE,
+    REPORT_FILE,
+    Artifact,
+    damaged,
+)
+from ortho_cli.formats.open_artifact import no_ortho, open_artifact
+from ortho_cli.formats.ortho_reader import KeptReader
+from ortho_cli.split import quantize
+from ortho_cli.split.in_memory import ORTHO_PARTS
+from ortho_cli.storage import strict_json
+from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, TensorInfo, model_name
+from ortho_cli.storage.sealing import IDENTITY_FILE, SEALED_FILE, Keys
+
+# What a dense model has no use for.
+OURS = (REPORT_FILE, SEALED_FILE, IDENTITY_FILE)
+
+
+def open_dense(path: Path, alpha: float, keys: Keys | None = None) -> Source:
+    """Describe the dense weights of an artifact at one alpha.
+
+    Args:
+        path: the artifact's folder, or a file in it.
+        alpha: 0 gives dequantize(base) and needs no ortho; 1 gives the source weights, bit for
+            bit, wherever ortho holds them.
+        keys: open a sealed ortho.
+    Raises:
+        UsageError: alpha is not in [0, 1].
+        ArtifactError: the artifact does not hold together, or alpha needs an ortho that is absent.
+    """
+    if not 0.0 <= alpha <= 1.0 or math.isnan(alpha):
+        raise UsageError(
+            f"--alpha {alpha} is not in [0, 1]", hint="0 is base alone, 1 is the full model"
+        )
+    artifact = open_artifact(path if path.is_dir() else path.parent, keys if alpha else None)
+    if alpha and artifact.ortho is None:
+        raise no_ortho(artifact, f"--alpha {alpha:g} needs it")
+    folder = artifact.folder
+    config = None
+    if (folder / CONFIG_FILE).exists():
+        config = strict_json.read(folder / CONFIG_FILE, constants=True)
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
+    read = [artifact.base.path]
+    if alpha:
+        read.append(artifact.sealed or folder / ORTHO_FILE)
+    with ExitStack() as opened:
+        reader = ShardReader(
+            Checkpoint(path=folder, shards=(artifact.base,), tensors=(), config=None)
+        )
+        opened.callback(reader.close)
+        kept = KeptReader(artifact) if alpha else None
+        if kept:
+            opened.callback(kept.close)
+        tensors = _tensors(artifact, RowReader(reader), kept, alpha)
+        close = opened.pop_all().close
+    return Source(
+        name=model_name(folder),
+        kind="artifact",
+        path=folder,
+        tensors=tensors,
+        files=tuple(map(mark, read)),
+        config=config,
+        own=frozenset((BASE_FILE, OLD_BASE_FILE, ORTHO_FILE, *OURS)),
+        settings={"alpha": alpha},
+        private=alpha > 0,  # it then holds what ortho holds, which only its owner may read
+        close=close,
+    )
+
+
+def _tensors(
+    artifact: Artifact, rows: RowReader, kept: KeptReader | None, alpha: float
+) -> tuple[SourceTensor, ...]:
+    base = {tensor.name: tensor for tensor in artifact.base.tensors}
+    found = []
+    for module in artifact.split:
+        parts = {part: base.pop(f"{module}.weight_{part}") for part in ("packed", "scale", "shape")}
+        split = _Split(artifact, module, rows, parts, kept, alpha)
+        if split.name in base:
+            raise damaged(artifact.base.path, f"`{split.name}` is there both split and whole")
+        found.append(
+            SourceTensor(
+                name=split.name, dtype=parts["scale"].dtype, shape=split.shape, read=split.read
+            )
+        )
+    found += [rows.tensor(info, path=artifact.base.path) for info in base.values()]
+    return tuple(sorted(found, key=lambda tensor: tensor.name))
+
+
+class _Split:
+    """One split weight, put together again row by row."""
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        module: str,
+        rows: RowReader,
+        parts: dict[str, TensorInfo],
+        kept: KeptReader | None,
+        alpha: float,
+    ) -> None:
+        self.name = f"{module}.weight"
+        self.shape = artifact.shapes[module]
+        self._bits = artifact.bits[module]
+        self._rows, self._parts, self._alpha = rows, parts, alpha
+        self._reader, self._module = kept, module
+        self._csr: tuple[Tensor, Tensor, Tensor] | None = None
+        told = tuple(rows.whole(parts["shape"]).tolist())
+        if told != self.shape:
+            raise damaged(
+                artifact.base.path,
+                f"`{module}.weight_shape` says {list(told)}, and said {list(self.shape)} before",
+            )
+
+    def read(self, start: int, rows: int) -> Tensor:
+        """Give rows in float32; all but what alpha blends are values of the source's dtype."""
+        words, groups = self._parts["packed"].shape[1], self._parts["scale"].shape[1]
+        packed = self._rows.rows(self._parts["packed"], start, rows, words)
+        codes = quantize.unpack_codes(packed, bits=self._bits)
+        scales = self._rows.rows(self._parts["scale"], start, rows, groups)
+        weight = quantize.dequantize(codes, scales)
+        if self._alpha:
+            positions, values = self._kept(start, rows)
+            flat = weight.view(-1)
+            if self._alpha == 1.0:  # base + (values - base) would round
+                flat[positions] = values
+            else:
+                held = flat[positions]
+                flat[positions] = held + self._alpha * (values - held)
+        return weight
+
+    def _kept(self, start: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Give the flat positions inside these rows that ortho holds, and its values there."""
+        if self._csr is None or start == 0:
+            self._csr = self._read_csr()
+        crow, column, values = self._csr
+        here = slice(int(crow[start]), int(crow[start + rows]))
+        row = torch.repeat_interleave(torch.arange(rows), crow[start : start + rows + 1].diff())
+        if start + rows == self.shape[0]:
+            self._csr = None
+        return row * self.shape[1] + column[here], values[here].float()
+
+    def _read_csr(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._reader is None:
+            raise InternalError(f"ortho's part of `{self.name}` is asked for, and none is open")
+        try:
+            found = self._reader.csr(self._module)
+        except ArtifactError as error:
+            raise ArtifactError(
+                f"`{self.name}` has no sound ortho stream: {error.message}", hint=error.hint
+            ) from None
+        crow, column, values = (found[part] for part in ORTHO_PARTS)
+        return crow.long(), column.to(torch.int64), values

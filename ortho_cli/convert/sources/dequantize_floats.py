@@ -1,0 +1,256 @@
+"""Quantized weights whose codes are numbers: fp8, integers of eight bits, and E2M1 in pairs.
+
+w = (code - zero) * scale. Scales lie on a grid over the matrix: one in all, for each row, for each
+block of rows and columns, or for each group along a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ortho_cli.convert.sources.base import FLOATS
+from ortho_cli.convert.sources.quantized import FP8
+from ortho_cli.convert.sources.quantized_parts import EXPONENTS, Parts, Plan, Settings
+
+DEFAULT_BLOCK = (128, 128)  # of fp8 where config.json says nothing: DeepSeek's, and all others' too
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the lower three bits; the fourth is the sign
+ONE_127TH = 7.874015718698502e-3  # as bitsandbytes spells it
+MX_GROUP, NV_GROUP = 32, 16  # codes that share a scale
+
+_CODES = torch.tensor([*E2M1, *(-value for value in E2M1)])
+_PAIRS = torch.stack([_CODES.repeat(16), _CODES.repeat_interleave(16)], dim=1)  # low bits first
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Scales over `matrices` of `rows`: `lines` of `columns` scales for each, or one for all."""
+
+    matrices: int
+    rows: int
+    lead: int
+    lines: int
+    columns: int
+    block: tuple[int, int]
+    width: int
+
+    def spread(self, read: Callable[[int, int], Tensor], start: int, rows: int) -> Tensor:
+        """Give the scale of each element of some rows, or of each row."""
+        place = torch.arange(start, start + rows)
+        line = (place % self.rows) // self.block[0]
+        if self.lead > 1:
+            line += place // self.rows * self.lines
+        first, last = int(line.min()), int(line.max()) + 1
+        table = read(first * self.columns, last * self.columns).view(-1, self.columns)
+        found = table[line - first]
+        if self.columns == 1 or self.block[1] == 1:
+            return found
+        return found.repeat_interleave(self.block[1], dim=1)[:, : self.width]
+
+
+def fit(parts: Parts, role: str, shape: tuple[int, ...], settings: Settings) -> Grid:
+    """Find how scales lie over a weight.
+
+    Raises:
+        CheckpointError: no way fits that is in use.
+    """
+    matrices, rows, width = _matrices(shape)
+    scale = parts.shape(role)
+    numel = parts[role].numel
+    if settings.is_fbgemm and matrices > 1 and numel == matrices * width:
+        return Grid(matrices, rows, matrices, 1, width, (rows, 1), width)
+    lead, lines, columns = _scale_lines(scale, matrices, rows)
+    blocks = [settings.block] if settings.block else [DEFAULT_BLOCK]
+    if columns == 1 and lines in (1, rows) and lead in (1, matrices):
+        block: tuple[int, int] | None = (rows if lines == 1 else 1, width)
+    elif _has_short_group(settings.group, width, columns) and lines == rows:
+        block = (1, settings.group or width)
+    else:
+        block = _block(rows, width, lines, columns, blocks, exact=settings.block is None)
+    # One grid for several matrices has to say so itself: as (1, lines, columns).
+    is_unclear = lead == 1 and matrices > 1 and numel > 1 and len(scale) < len(shape)
+    if block is None or is_unclear or lead not in (1, matrices):
+        ask = blocks[0]
+        wanted = [*shape[:-2], math.ceil(rows / ask[0]), math.ceil(width / ask[1])]
+        told = "" if settings.block else " (what config.json does not tell)"
+        raise parts.misfit(
+            role, f"{wanted} in blocks of {list(ask)}{told}, or one scale a row or in all"
+        )
+    return Grid(matrices, rows, lead, lines, columns, block, width)
+
+
+def _has_short_group(group: int | None, width: int, columns: int) -> bool:
+    """Tell whether groups of the size that config.json says fill a row but for the last one."""
+    return bool(group and width % group and columns == math.ceil(width / group))
+
+
+def _matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    if len(shape) < 2:
+        return 1, math.prod(shape), 1
+    return math.prod(shape[:-2]), shape[-2], shape[-1]
+
+
+def _scale_lines(scale: tuple[int, ...], matrices: int, rows: int) -> tuple[int, int, int]:
+    """Read the shape of scales as matrices of lines; zeros where they are not."""
+    if math.prod(scale) == 1:
+        return 1, 1, 1
+    if len(scale) == 1:
+        if matrices > 1:
+            return (matrices, 1, 1) if scale[0] == matrices else (0, 0, 0)
+        return 1, scale[0], 1
+    if len(scale) == 2 and matrices > 1 and scale in ((matrices, rows), (matrices, 1)):
+        return matrices, scale[1], 1
+    return math.prod(scale[:-2]), scale[-2], scale[-1]
+
+
+def _block(
+    rows: int,
+    width: int,
+    lines: int,
+    columns: int,
+    asked: list[tuple[int, int]],
+    *,
+    exact: bool,
+) -> tuple[int, int] | None:
+    for high, wide in asked:
+        if (lines, columns) == (math.ceil(rows / high), math.ceil(width / wide)):
+            return high, wide
+    if not lines or not columns or rows % lines or width % columns:
+        return None
+    high, wide = rows // lines, width // columns
+    if high == 1:  # groups along a row, as in the microscaling formats, whatever the rest has
+        return high, wide
+    return (high, wide) if exact and (high == wide or wide == 1) else None
+
+
+def plan_scaled(parts: Parts, settings: Settings) -> Plan:
+    """Codes that are numbers already: w = (code - zero) * scale."""
+    shape = parts.shape("codes")
+    if _is_packed_fp4(parts, settings):
+        return plan_fp4(parts, settings)
+    _check_scale_dtype(parts)
+    grid = fit(parts, "scale", shape, settings)
+    if "zero" in parts and parts.shape("zero") != parts.shape("scale"):
+        raise parts.misfit("zero", f"as many zero points as scales, {list(parts.shape('scale'))}")
+
+    def read(start: int, rows: int) -> Tensor:
+        scale = grid.spread(lambda a, b: parts.scales("scale", a, b), start, rows)
+        codes = parts["codes"].read(start, rows).float()
+        if "zero" in parts:
+            codes -= grid.spread(lambda a, b: parts.elements("zero", a, b).float(), start, rows)
+        return parts.check_product(codes * scale, codes)
+
+    return shape, read
+
+
+def _check_scale_dtype(parts: Parts) -> None:
+    is_float8 = parts["codes"].dtype in FP8
+    allowed = (*FLOATS, "F8_E8M0", "U8") if is_float8 else FLOATS
+    if parts["scale"].dtype not in allowed:
+        raise parts.misfit("scale", f"scales of dtype {', '.join(allowed)}")
+
+
+def plan_cast(parts: Parts, settings: Settings) -> Plan:
+    """Fp8 without scales: the values are what they are."""
+    return parts.shape("codes"), lambda start, rows: parts["codes"].read(start, rows).float()
+
+
+def plan_llm_int8(parts: Parts, settings: Settings) -> Plan:
+    """Eight bits of bitsandbytes: w = code * scale of its row / 127."""
+    shape = parts.shape("codes")
+    if len(shape) != 2 or parts.shape("scale") != shape[:1]:
+        raise parts.misfit("scale", f"one scale a row, {list(shape[:1])}")
+    if "form" in parts and int(parts.whole("form").view(-1)[0]) != 0:
+        raise parts.misfit("form", "the format 0, rows as they are; it is another one")
+
+    def read(start: int, rows: int) -> Tensor:
+        scale = parts.scales("scale", start, start + rows)[:, None]
+        codes = parts["codes"].read(start, rows).float()
+        return parts.check_product(codes.mul_(scale).mul_(ONE_127TH))
+
+    return shape, read
+
+
+def _is_packed_fp4(parts: Parts, settings: Settings) -> bool:
+    """Tell DeepSeek-V4's experts, two codes in each signed byte, from integers of eight bits."""
+    codes, scale = parts.shape("codes"), parts.shape("scale")
+    paired = scale[:-1] == codes[:-1] and scale[-1:] == (codes[-1] * 2 // MX_GROUP,)
+    is_told = settings.is_fp4 or parts["scale"].dtype == "F8_E8M0"
+    return parts["codes"].dtype == "I8" and len(codes) > 1 and paired and is_told
+
+
+def plan_fp4(parts: Parts, settings: Settings) -> Plan:
+    """Two codes a byte, the even column in the lower bits; a scale for each group of a row."""
+    codes, scale = parts.shape("codes"), parts.shape("scale")
+    is_mx = parts["scale"].dtype in EXPONENTS or settings.is_fp4
+    group = MX_GROUP if is_mx else NV_GROUP
+    wanted = [*codes[:-1], codes[-1] * 2 // group]
+    if len(codes) < 2 or codes[-1] * 2 % group or list(scale) != wanted:
+        raise parts.misfit("scale", f"{wanted}, one scale for {group} codes")
+    second = _second_scale(parts, needed=parts["scale"].dtype == "F8_E4M3")
+    per_row = codes[-1] * 2 // group
+    height = codes[-2]
+
+    def read(start: int, rows: int) -> Tensor:
+        scale = parts.scales("scale", start * per_row, (start + rows) * per_row)
+        scale = second(scale.view(rows, per_row), torch.arange(start, start + rows) // height)
+        raw = parts["codes"].read(start, rows).contiguous().view(torch.uint8)
+        values = _PAIRS.index_select(0, raw.view(-1).int()).view(rows, per_row, group)
+        return parts.check_product(values.mul_(scale[:, :, None]).view(rows, -1))
+
+    return (*codes[:-1], codes[-1] * 2), read
+
+
+def _second_scale(parts: Parts, *, needed: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """Find the scale of the scales: one for a weight, or for each matrix of it."""
+    role = next((role for role in ("divisor", "factor") if role in parts), None)
+    if role is None:
+        if needed:
+            raise parts.misfit("scale", "a global scale beside it, and there is none")
+        return lambda scale, matrix: scale
+    matrices = _matrices(parts.shape("codes"))[0]
+    if parts[role].numel not in (1, matrices):
+        raise parts.misfit(role, f"one value, or {matrices}")
+
+    def apply(scale: Tensor, matrix: Tensor) -> Tensor:
+        second = parts.scales(role, 0, parts[role].numel)
+        mine = second if len(second) == 1 else second[matrix][:, None]
+        return scale / mine if role == "divisor" else scale * mine
+
+    return apply
+
+
+def plan_gpt_oss(parts: Parts, settings: Settings) -> Plan:
+    """Blocks (experts, out, groups, 16) of bytes to (experts, in, out), as transformers has it."""
+    codes = parts.shape("codes")
+    if len(codes) != 4 or codes[-1] * 2 != MX_GROUP:
+        raise parts.misfit("codes", "not blocks of 16 bytes: (experts, out, groups, 16)")
+    if parts.shape("scale") != codes[:-1]:
+        raise parts.misfit("scale", f"{list(codes[:-1])}, one scale a block")
+    if parts["scale"].dtype not in EXPONENTS:
+        raise parts.misfit("scale", "exponents of dtype U8")
+    experts, out, groups, _ = codes
+    width, blocks = groups * MX_GROUP, out * groups
+
+    def expert(number: int) -> Tensor:
+        scale = parts.scales("scale", number * blocks, (number + 1) * blocks)
+        size = blocks * MX_GROUP // 2
+        raw = parts.elements("codes", number * size, (number + 1) * size)
+        values = _PAIRS.index_select(0, raw.int()).view(blocks, MX_GROUP).mul_(scale[:, None])
+        return parts.check_product(values).view(out, width).T
+
+    def read(start: int, rows: int) -> Tensor:
+        found = []
+        while rows:
+            number, first = divmod(start, width)
+            took = min(rows, width - first)
+            whole = parts.hold(number, lambda n=number: expert(n))  # type: ignore[misc]
+            found.append(whole[first : first + took])
+            start, rows = start + took, rows - took
+        return torch.cat(found)
+
+    return (experts, width, out), read

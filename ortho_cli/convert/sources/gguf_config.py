@@ -1,0 +1,385 @@
+"""The config of a GGUF file: every key that changes what the model computes, or a refusal.
+
+transformers maps some keys of each architecture and passes over the others in silence. Here each
+key is mapped by transformers, or carried by the tables below, or known to change nothing; any other
+one is refused by name. What llama.cpp computes decides.
+Source: transformers/integrations/ggml.py; llama.cpp's conversion/ and src/models/.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ortho_cli.convert.sources import gguf_rope
+from ortho_cli.convert.sources.gguf_file import GgufModel
+from ortho_cli.errors import CheckpointError, shown
+
+# ARCH.key -> attribute, where transformers' own map lacks it or names what the config has not.
+_WIDTH = {"attention.key_length": "head_dim"}
+CARRIED: dict[str, dict[str, str]] = {
+    "llama": _WIDTH,
+    "mistral": _WIDTH,
+    "qwen2": _WIDTH,
+    "qwen2_moe": _WIDTH
+    | {
+        "expert_feed_forward_length": "moe_intermediate_size",
+        "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    },
+    "qwen3": _WIDTH,
+    "qwen3_moe": _WIDTH | {"expert_feed_forward_length": "moe_intermediate_size"},
+    "phi3": _WIDTH
+    | {
+        "attention.sliding_window": "sliding_window",
+        "rope.scaling.original_context_length": "original_max_position_embeddings",
+    },
+    "gemma2": {
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+    "gemma3_text": {
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+    "stablelm": {"use_parallel_residual": "use_parallel_residual"},
+    "nemotron": _WIDTH | {"attention.layer_norm_epsilon": "norm_eps"},
+    "falcon": {
+        "attention.head_count_kv": "num_kv_heads",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+        "feed_forward_length": "ffn_hidden_size",
+    },
+    "gpt2": {"context_length": "n_positions", "feed_forward_length": "n_inner"},
+    "lfm2": {"attention.layer_norm_rms_epsilon": "norm_eps"},
+    "minimax_m2": {"expert_feed_forward_length": "intermediate_size"},
+}
+# Values with which a key changes nothing, whatever the model; None: any value.
+NEUTRAL: dict[str, tuple[Any, ...] | None] = {
+    "pooling_type": None,  # of embeddings, not of next tokens
+    "rope.scaling.finetuned": None,
+    "vocab_size": None,  # the embedding's rows are held to it
+    "attention.causal": (True,),
+    "attention.max_alibi_bias": (0,),
+    "attention.clamp_kqv": (0,),
+    "attention.scale": (0,),
+    "attention.sliding_window": (0,),
+    "attention.output_scale": (0, 1),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "router_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "use_parallel_residual": (False,),
+    "tensor_data_layout": ("Meta AI original pth",),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "expert_shared_count": (0,),
+    "expert_weights_scale": (0, 1),
+    "leading_dense_block_count": (0,),
+    "nextn_predict_layers": (0,),
+    "swin_norm": (False,),
+}
+OWN_NEUTRAL: dict[str, dict[str, tuple[Any, ...] | None]] = {
+    "bloom": {"context_length": None, "attention.max_alibi_bias": (0, 8)},  # its own alibi
+    "falcon": {"tensor_data_layout": ("jploski",)},
+    "mamba": {
+        "context_length": None,  # it has no end
+        "feed_forward_length": (0,),
+        "attention.head_count": (0,),
+        "attention.head_count_kv": (0,),
+        "ssm.dt_b_c_rms": (False,),
+        "ssm.group_count": (0, 1),
+    },
+    "qwen2_moe": {"expert_weights_norm": (False,), "expert_gating_func": (0, 1)},
+    "qwen3_moe": {"expert_weights_norm": (True,), "expert_gating_func": (0, 1)},
+}
+# A switch of the config that is on where the file has such a tensor.
+BIASES: dict[str, dict[str, str]] = {
+    "*": {"attention_bias": "attn_output.bias", "mlp_bias": "ffn_down.bias"},
+    "starcoder2": {"use_bias": "attn_output.bias"},
+    "falcon": {"bias": "attn_qkv.bias"},
+    "mamba": {"use_bias": "ssm_in.bias", "use_conv_bias": "ssm_conv1d.bias"},
+    "lfm2": {"conv_bias": "shortconv.conv.bias"},
+}
+# Other keys than ARCH.*: of the file, its tokenizer, how it was made.
+KNOWN_PREFIXES = ("general", "tokenizer", "quantize", "split", "imatrix", "GGUF")
+# What GGUF can say of each layer, and a config says once.
+PER_LAYER = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
+# llama.cpp knows the 27B models, which scale attention otherwise, by their number of layers.
+BY_WIDTH = {"gemma2": 46, "gemma3_text": 62}
+GEMMA3_LOCAL = 6  # every sixth layer is a global one
+GEMMA3_LOCAL_BASE = 10000.0
+PHI3 = ("default", "longrope")  # what its config takes
+
+
+def told_of(model: GgufModel) -> dict[str, Any]:
+    """Give the keys of a model's architecture, without it; equal values of all layers as one."""
+    start = f"{model.architecture}."
+    return {
+        key.removeprefix(start): _same(value)
+        for key, value in model.metadata.items()
+        if key.startswith(start)
+    }
+
+
+def _same(value: Any) -> Any:
+    if isinstance(value, list) and value and all(entry == value[0] for entry in value):
+        return value[0]
+    return value
+
+
+def check_foreign(model: GgufModel) -> list[str]:
+    """Look at keys that are not of the architecture.
+
+    Returns:
+        A note on keys that nobody reads.
+    Raises:
+        CheckpointError: keys of another architecture.
+    """
+    import gguf
+
+    prefixes = {key.split(".")[0] for key in model.metadata}
+    strange = sorted(prefixes - {*KNOWN_PREFIXES, model.architecture})
+    for prefix in strange:
+        if prefix in gguf.MODEL_ARCH_NAMES.values():
+            raise CheckpointError(
+                f"`{model.path}` says it is of architecture {model.architecture}, and has keys of "
+                f"{prefix}",
+                hint="start from the original checkpoint",
+            )
+    return [f"keys that no reader of GGUF knows are left out: {', '.join(strange)}.*"] * bool(
+        strange
+    )
+
+
+def complete(model: GgufModel, parsed: dict[str, Any], plain: Any) -> dict[str, Any]:
+    """Add to transformers' reading of a config what it passes over.
+
+    Args:
+        model: the file.
+        parsed: what transformers' `load_gguf_checkpoint` gives as config.
+        plain: a config of the class, made of defaults.
+    Returns:
+        The keywords of the config; `rope_parameters` are not among them.
+    Raises:
+        CheckpointError: a key changes the model and cannot be carried.
+    """
+    told, kind = told_of(model), str(parsed["model_type"])
+    names = {tensor.name: tensor for tensor in model.tensors}
+    done = {key: _same(value) if key in PER_LAYER else value for key, value in parsed.items()}
+    for key, attribute in CARRIED.get(kind, {}).items():
+        if key in told:
+            done[attribute] = told[key]
+    # llama.cpp: as many key and value heads as heads, if the file does not say; transformers
+    # leaves llama's permuted then, and takes a default of the class elsewhere.
+    if hasattr(plain, "num_key_value_heads") and "num_attention_heads" in done:
+        done.setdefault("num_key_value_heads", done["num_attention_heads"])
+    for attribute, suffix in {**BIASES["*"], **BIASES.get(kind, {})}.items():
+        if hasattr(plain, attribute):
+            done[attribute] = any(name.endswith(f".{suffix}") for name in names)
+    if hasattr(plain, "tie_word_embeddings"):
+        done["tie_word_embeddings"] = "output.weight" not in names
+    _add_vocabulary(names, plain, done)
+    if kind == "stablelm":
+        done["use_qkv_bias"] = any(name.endswith(".attn_q.bias") for name in names)
+        done["use_parallel_residual"] = not any(".ffn_norm." in name for name in names)
+    _add_windows(model.path, kind, told, done)
+    _account(model, parsed, plain, told, done)
+    return done
+
+
+def _add_vocabulary(names: dict[str, Any], plain: Any, done: dict[str, Any]) -> None:
+    """Say how many tokens there are, and take back defaults of another vocabulary."""
+    if "token_embd.weight" in names:
+        done.setdefault("vocab_size", names["token_embd.weight"].shape[0])
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        default = getattr(plain, key, None)
+        if isinstance(default, int) and default >= int(done.get("vocab_size", default + 1)):
+            done.setdefault(key, None)
+
+
+def _add_windows(path: Path, kind: str, told: dict[str, Any], done: dict[str, Any]) -> None:
+    """Say which layers see how far, and what attention is scaled by."""
+    layers = int(done.get("num_hidden_layers", 0))
+    window = told.get("attention.sliding_window", 0)
+    if kind in ("mistral", "phi3"):  # 0: none; the class has a default
+        done["sliding_window"] = window or None
+    if kind not in BY_WIDTH:
+        return
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if key in done:
+            done[key] = done[key] or None
+    heads = int(done["num_attention_heads"])
+    by_width = layers == BY_WIDTH[kind]
+    done["query_pre_attn_scalar"] = (
+        int(done["hidden_size"]) // heads if by_width else int(done.get("head_dim", 256))
+    )
+    pattern = told.get("attention.sliding_window_pattern")
+    every = 2 if kind == "gemma2" else GEMMA3_LOCAL
+    if isinstance(pattern, list):
+        local = [bool(entry) for entry in pattern]
+    elif isinstance(pattern, bool):  # the same of all layers
+        local = [pattern] * layers
+    else:
+        every = every if pattern is None else int(pattern)
+        local = [every == 0 or (layer + 1) % every != 0 for layer in range(layers)]
+    if kind == "gemma3_text" and not window:
+        local, done["sliding_window"] = [False] * layers, plain_window(done)
+    if len(local) != layers:
+        raise CheckpointError(
+            f"`{path}` says `attention.sliding_window_pattern` is of {len(local)} layers, and "
+            f"there are {layers}",
+            hint="start from the original checkpoint",
+        )
+    done["layer_types"] = ["sliding_attention" if near else "full_attention" for near in local]
+
+
+def plain_window(done: dict[str, Any]) -> int:
+    """Give a window that no layer uses, and that hides nothing if one did."""
+    return int(done.get("max_position_embeddings", 4096))
+
+
+def _account(
+    model: GgufModel,
+    parsed: dict[str, Any],
+    plain: Any,
+    told: dict[str, Any],
+    done: dict[str, Any],
+) -> None:
+    """Refuse the first key that changes the model and is not in its config."""
+    from transformers import integrations
+
+    kind = str(parsed["model_type"])
+    maps: Any = vars(integrations.ggml)["GGUF_CONFIG_MAPPING"]  # not typed in every version
+    mapped = maps.get(kind.removesuffix("_text"), maps.get(model.architecture, {}))
+    for key, value in told.items():
+        attribute = mapped.get(key)
+        if isinstance(value, list) and not (kind == "lfm2" and key == "attention.head_count_kv"):
+            known = key == "attention.sliding_window_pattern" and kind in BY_WIDTH
+        else:
+            known = (
+                key in gguf_rope.KEYS
+                or key in CARRIED.get(kind, {})
+                or (key == "attention.sliding_window_pattern" and kind in BY_WIDTH)
+                or (attribute is not None and hasattr(plain, attribute))
+                or _changes_nothing(key, value, kind, told, done)
+            )
+        if not known:
+            raise CheckpointError(
+                f"`{model.path}` says `{model.architecture}.{key}` is {shown(value)}, which "
+                f"transformers' {kind} cannot be told",
+                hint="start from the original checkpoint",
+            )
+    if kind == "falcon" and int(done.get("num_kv_heads") or 1) != 1:
+        raise CheckpointError(
+            f"`{model.path}` is a Falcon of {done['num_kv_heads']} key and value heads, whose "
+            f"layout transformers does not undo",
+            hint="start from the original checkpoint",
+        )
+
+
+def _changes_nothing(
+    key: str, value: Any, kind: str, told: dict[str, Any], done: dict[str, Any]
+) -> bool:
+    """Tell whether a key has a value that the model computes with anyway."""
+    neutral = OWN_NEUTRAL.get(kind, {}).get(key, NEUTRAL.get(key, ()))
+    if neutral is None or value in neutral:
+        return True
+    width = head_width(done)
+    if key in ("attention.key_length", "attention.value_length"):
+        return bool(value == width)
+    if key == "attention.scale":
+        return math.isclose(value, 1 / math.sqrt(width), rel_tol=1e-5)
+    if key == "attention.sliding_window":  # as long as the longest text
+        return bool(value >= told.get("context_length", math.inf))
+    if key == "feed_forward_length" and kind == "bloom":
+        return bool(value == 4 * done["hidden_size"])
+    if key == "attention.head_count_kv" and kind == "bloom":
+        return bool(value == done["n_head"])
+    return False
+
+
+def head_width(done: dict[str, Any]) -> int:
+    """Give the width of an attention head."""
+    sizes = [done.get(key) for key in ("hidden_size", "n_embd", "d_model")]
+    heads = [done.get(key) for key in ("num_attention_heads", "n_head", "num_heads")]
+    hidden = next((int(size) for size in sizes if size), 0)
+    return int(done.get("head_dim") or hidden // next((int(n) for n in heads if n), 1))
+
+
+def read_rope(model: GgufModel, done: dict[str, Any]) -> gguf_rope.Rope:
+    """Read what the file says of rotary embeddings.
+
+    Raises:
+        CheckpointError: see `gguf_rope.read_rope`.
+    """
+    held = {t.name: t.floats().reshape(-1) for t in model.tensors if t.name in gguf_rope.TENSORS}
+    return gguf_rope.read_rope(
+        model.path,
+        told_of(model),
+        held,
+        head_dim=head_width(done),
+        context=int(done.get("max_position_embeddings", 0)) or 2048,
+    )
+
+
+def carry_rope(model: GgufModel, rope: gguf_rope.Rope, done: dict[str, Any]) -> None:
+    """Put rotary embeddings into a config's keywords, as transformers 5 takes them.
+
+    Raises:
+        CheckpointError: layers have bases that the model cannot be given.
+    """
+    for key in ("rope_theta", "rope_scaling", "partial_rotary_factor"):
+        done.pop(key, None)
+    theta = rope.parameters["rope_theta"]
+    if done["model_type"] == "gemma3_text":
+        # llama.cpp scales the global layers only.
+        local = GEMMA3_LOCAL_BASE if rope.local_theta is None else rope.local_theta
+        done["rope_parameters"] = {
+            "full_attention": dict(rope.parameters),
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        }
+        return
+    if rope.local_theta not in (None, theta):
+        raise CheckpointError(
+            f"`{model.path}` says `rope.freq_base_swa` is {rope.local_theta:g} and "
+            f"`rope.freq_base` {theta:g}, and {done['model_type']} has one base for all layers",
+            hint="start from the original checkpoint",
+        )
+    if done["model_type"] == "phi3" and rope.parameters["rope_type"] not in PHI3:
+        raise CheckpointError(
+            f"`{model.path}` says `rope.scaling.type` is {rope.parameters['rope_type']}, and "
+            f"transformers' phi3 has {' and '.join(PHI3)} only",
+            hint="start from the original checkpoint",
+        )
+    done["rope_parameters"] = dict(rope.parameters)
+    if done["model_type"] == "phi3" and rope.parameters["rope_type"] == "longrope":
+        original = rope.parameters["original_max_position_embeddings"]
+        done["original_max_position_embeddings"] = original  # phi3 reads it here first
+
+
+def add_old_words(config: dict[str, Any]) -> dict[str, Any]:
+    """Say rotary embeddings and experts in the words of transformers 4, too; 5 reads both."""
+    parameters = config.get("rope_parameters")
+    if not isinstance(parameters, dict):
+        return config
+    done = dict(config)
+    if config.get("model_type") == "qwen3_moe" and "num_local_experts" in config:
+        done["num_experts"] = config["num_local_experts"]
+    if isinstance(parameters.get("full_attention"), dict):
+        done["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+        parameters = parameters["full_attention"]
+    old = dict(parameters)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in old:
+            done[key] = old.pop(key)
+    if config.get("model_type") == "phi3" and old.get("rope_type") == "longrope":
+        # Version 4 takes three keys and no other.
+        old["type"] = old.pop("rope_type")
+        done["original_max_position_embeddings"] = old.pop("original_max_position_embeddings")
+    if old.get("rope_type") != "default":
+        done["rope_scaling"] = old
+    return done

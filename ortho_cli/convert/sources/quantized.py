@@ -1,0 +1,503 @@
+"""Tells quantized checkpoints from plain ones, and which tensors make up each quantized weight.
+
+Three things can say so: config.json (`quantization_config`, `compression_config` or MLX's
+`quantization`, at any depth), a file beside it (`quantize_config.json`, `quant_config.json`,
+`hf_quant_config.json`), and the tensors themselves, whatever the JSON says. `LAYOUTS` lists how
+quantized weights are stored; `dequantize` has a reader for each entry. What is quantized in any
+other way is told by `SIGNS` or by integers beside scales, and can only be refused.
+
+Headers and JSON only; standard library only: `ortho inspect` and `--dry-run` import no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from ortho_cli.errors import CheckpointError, shown
+from ortho_cli.storage import hints, strict_json
+
+FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+INTEGERS = ("U8", "I8", "U16", "I16", "U32", "I32")
+NARROW = ("F8_E8M0", "F4", "F6_E2M3", "F6_E3M2")  # no model computes in these
+CONFIG_KEYS = ("quantization_config", "compression_config")
+MLX_KEY = "quantization"
+MLX_EXPERTS = ("switch_mlp", "switch_glu")  # parts of names that MLX gives to joined experts
+MLX_REWRITTEN = ("qwen3_next", "qwen3_5")  # model types of which MLX adds 1 to weights of norms
+# Files that say how a model was quantized, and the keys of which one must be there to believe it.
+SIDE_FILES = {
+    "quantize_config.json": ("bits", "quant_method", "checkpoint_format", "group_size"),
+    "quant_config.json": ("w_bit", "bits", "q_group_size", "quant_method", "quant_algo"),
+    "hf_quant_config.json": ("quant_algo",),
+}
+# Whose weights are plain although config.json says that they are quantized, and mean something else
+# without that entry: BitNet rounds them while it runs.
+NEEDS_CONFIG = ("bitnet",)
+
+
+class Described(Protocol):
+    """A tensor as its header tells it: `checkpoint.TensorInfo` or `source.SourceTensor`."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def dtype(self) -> str: ...  # noqa: D102
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How a family of files stores a weight: names relative to the module's, and dtypes.
+
+    `codes` ends the name of the tensor with the codes, which has one of `dtypes`; each of `parts`
+    must lie beside it under one of the names given, each of `extras` may. `weight` ends the name of
+    the weight that they stand for.
+    """
+
+    label: str
+    codes: str
+    dtypes: tuple[str, ...]
+    parts: Mapping[str, tuple[str, ...]]
+    extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    weight: str = ".weight"
+
+
+SCALE_NAMES = (
+    ".weight_scale_inv", ".weight_scale", ".scale", ".scale_inv", ".scale_weight",
+    ".qscale_weight",
+)  # fmt: skip
+FUSED_NAMES = ("_scale_inv", "_scale", ".scale")
+
+# Looked through from the first to the last; the first whose parts are all there is taken.
+LAYOUTS: dict[str, Layout] = {
+    "packed": Layout(
+        label="compressed-tensors' packed integers",
+        codes=".weight_packed",
+        dtypes=("I32",),
+        parts={"scale": (".weight_scale",), "shape": (".weight_shape",)},
+        extras={"zero": (".weight_zero_point",), "order": (".weight_g_idx",)},
+    ),
+    "fp4": Layout(
+        label="compressed-tensors' MXFP4 or NVFP4",
+        codes=".weight_packed",
+        dtypes=("U8",),
+        parts={"scale": (".weight_scale",)},
+        extras={"divisor": (".weight_global_scale",)},
+    ),
+    "modelopt": Layout(
+        label="ModelOpt's NVFP4",
+        codes=".weight",
+        dtypes=("U8",),
+        parts={"scale": (".weight_scale",), "factor": (".weight_scale_2",)},
+    ),
+    "nf4": Layout(
+        label="bitsandbytes' 4 bits",
+        codes=".weight",
+        dtypes=("U8",),
+        parts={
+            "scale": (".weight.absmax",),
+            "values": (".weight.quant_map",),
+            "state": (
+                ".weight.quant_state.bitsandbytes__nf4",
+                ".weight.quant_state.bitsandbytes__fp4",
+            ),
+        },
+        extras={
+            "outer": (".weight.nested_absmax",),
+            "outer_values": (".weight.nested_quant_map",),
+        },
+    ),
+    "llm.int8": Layout(
+        label="bitsandbytes' 8 bits",
+        codes=".weight",
+        dtypes=("I8",),
+        parts={"scale": (".SCB",)},
+        extras={"form": (".weight_format",)},
+    ),
+    "int8": Layout(
+        label="integers of 8 bits",
+        codes=".weight",
+        dtypes=("I8",),
+        parts={"scale": SCALE_NAMES},
+        extras={"zero": (".weight_zero_point",)},
+    ),
+    "int8 fused": Layout(
+        label="integers of 8 bits",
+        codes="",
+        dtypes=("I8",),
+        parts={"scale": FUSED_NAMES},
+        weight="",
+    ),
+    "gpt-oss": Layout(
+        label="gpt-oss' MXFP4",
+        codes="_blocks",
+        dtypes=("U8",),
+        parts={"scale": ("_scales",)},
+        weight="",
+    ),
+    "gptq": Layout(
+        label="GPTQ or AWQ",
+        codes=".qweight",
+        dtypes=("I32",),
+        parts={"zero": (".qzeros",), "scale": (".scales",)},
+        extras={"order": (".g_idx",)},
+    ),
+    "mlx": Layout(
+        label="MLX",
+        codes=".weight",
+        dtypes=("U32",),
+        parts={"scale": (".scales",), "bias": (".biases", ".qbiases")},
+    ),
+    "quanto": Layout(
+        label="quanto",
+        codes=".weight._data",
+        dtypes=("I8", *FP8),
+        parts={"scale": (".weight._scale",)},
+    ),
+    "fp8": Layout(label="fp8", codes=".weight", dtypes=FP8, parts={"scale": SCALE_NAMES}),
+    "fp8 fused": Layout(label="fp8", codes="", dtypes=FP8, parts={"scale": FUSED_NAMES}, weight=""),
+}
+CAST = "cast"  # fp8 without any scale in the whole checkpoint: the values are what they are
+
+# Tensors that only quantized models have, in layouts that are not read: how the name ends, dtypes
+# (None: any), what lies beside it, and who stores weights so.
+SIGNS: tuple[tuple[str, tuple[str, ...] | None, tuple[str, ...], str], ...] = (
+    (".W_q", None, (), "HQQ or SINQ"),
+    (".q_weight", INTEGERS, (), "EXL2"),
+    (".trellis", INTEGERS, (), "EXL3"),
+    (".codes", (*INTEGERS, "I64"), (".codebooks",), "AQLM"),
+    (".indices", (*INTEGERS, "I64"), (".centroids.weight",), "VPTQ"),
+    (".dense_weights", (*INTEGERS, "I64"), (), "SpQR"),
+    (".Qidxs", (*INTEGERS, "I64"), (), "QuIP#"),
+    (".dqweight", None, (), "FP-Quant"),
+    (".qweight", None, (), "a layout like GPTQ's"),
+    (".compressed", None, (".bitmask",), "sparse compressed-tensors"),
+    (".B", ("I32",), (".s",), "Marlin"),
+    (".blocks", ("U8",), (".scales",), "MXFP4 by the names of gpt-oss' own code"),
+    (".embedding_quantized", INTEGERS, (".embedding_scale",), "Gemma's quantized embeddings"),
+    (".weight_qdata", None, (), "torchao"),
+    ("._weight_qdata", None, (), "torchao"),
+    (".weight._data", None, (), "quanto"),
+)
+_ENDINGS = tuple(sign[0] for sign in SIGNS)  # one look at a name, of which there may be 200,000
+# What is left of a quantized weight where the rest of it is missing, or of an unknown layout.
+LEFT_OVER = frozenset({
+    "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_scales",
+    "weight_zero_point", "weight_global_scale", "weight_g_idx", "qzeros", "SCB", "absmax",
+    "nested_absmax", "quant_map", "pre_quant_scale", "qscale_weight", "scale_weight",
+})  # fmt: skip
+# Scales of activations and of the cache: nothing of the weights depends on them.
+ACTIVATIONS = frozenset({
+    "input_scale", "input_scale_ub", "input_global_scale", "input_zero_point", "output_scale",
+    "output_zero_point", "input_activation_scale", "output_activation_scale", "activation_scale",
+    "act_scale", "scale_input", "scale_output", "qscale_act", "input_amax", "output_amax",
+})  # fmt: skip
+CACHE = frozenset({
+    "k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "k_cache_scale", "v_cache_scale",
+    "k_zero_point", "v_zero_point",
+})  # fmt: skip
+_FUSED_ACTIVATIONS = tuple(f"_{part}" for part in sorted(ACTIVATIONS))
+MARKERS = frozenset({"scaled_fp8", "comfy_quant", "qscale_act"})
+# What scales beside a tensor of integers are called, after its name or its module's.
+BESIDE = ("_scale", "_scales", "._scale", ".absmax", "_scale_inv")
+BESIDE_MODULE = (*SCALE_NAMES, ".weight_scales", ".scales", ".SCB", ".absmax", ".weight_scale_2")
+SCALE_WORDS = ("scal", "amax")  # in the last part of a name: scales under whatever name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A quantized weight: by which layout, what it stands for, and the names of its tensors."""
+
+    layout: str
+    name: str
+    parts: Mapping[str, str]
+
+    @property
+    def label(self) -> str:
+        """Who stores weights so, or how."""
+        return "fp8" if self.layout == CAST else LAYOUTS[self.layout].label
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """What is quantized of a checkpoint; `told` is what its JSON says of that.
+
+    `dropped` are the scales of activations, `unknown` names each tensor that is quantized in a way
+    that is not read, with what is known of it.
+    """
+
+    found: tuple[Found, ...]
+    dropped: tuple[str, ...]
+    unknown: tuple[tuple[str, str], ...]
+    told: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+    def __bool__(self) -> bool:
+        """Tell whether anything says that the checkpoint is quantized."""
+        return bool(self.found or self.unknown or self.told)
+
+    @property
+    def method(self) -> str | None:
+        """What the JSON calls the way of quantizing."""
+        return _method(self.settings)
+
+    @property
+    def needs_config(self) -> bool:
+        """Whether plain weights mean something else without what config.json says of them."""
+        return self.method in NEEDS_CONFIG
+
+    @property
+    def is_rotated(self) -> bool:
+        """Whether the weights are those of a rotated basis, as compressed-tensors' transforms."""
+        said = self.settings.get("transform_config")
+        return bool(said.get("config_groups") if isinstance(said, dict) else said)
+
+    @property
+    def can_convert(self) -> bool:
+        """Whether `ortho convert` gives the plain model."""
+        return not (self.unknown or self.needs_config or self.is_rotated)
+
+    @property
+    def sign(self) -> str:
+        """By what it was recognised."""
+        if self.told:
+            return self.told[0]
+        if self.found:
+            found = self.found[0]
+            return f"tensor `{found.parts['codes']}` holds codes of {found.label}"
+        name, what = self.unknown[0]
+        return f"tensor `{name}` {what}"
+
+    def refusal(self, path: Path) -> CheckpointError:
+        """Say that a checkpoint is quantized, by what that is seen, and what helps."""
+        return CheckpointError(
+            f"`{path}` is quantized already ({self.sign})",
+            hint=f"`ortho convert {hints.said(path)}` dequantizes it"
+            if self.can_convert
+            else "decompose the unquantized model",
+        )
+
+
+def examine(
+    tensors: Iterable[Described], config: Mapping[str, Any] | None, folder: Path | None
+) -> Quantization:
+    """Find what is quantized of a checkpoint, by all that says so.
+
+    Args:
+        tensors: the headers.
+        config: config.json, if there is one.
+        folder: where files beside it are looked for; None for a bare file, which stands alone.
+    """
+    entries = list(config_entries(config or {}))
+    told = [
+        f"`{key}` says {shown(_method(value))}" if _method(value) else f"config.json has `{key}`"
+        for key, value in entries
+    ]
+    settings: dict[str, Any] = {}
+    for name, said in _side_files(folder) if folder is not None else ():
+        told.append(f"`{name}` lies beside the weights")
+        settings |= said
+    for _, value in reversed(entries):  # of several, the first and outermost holds
+        settings |= value if isinstance(value, dict) else {"quant_method": value}
+    named = {tensor.name: tensor for tensor in tensors}
+    found = _Examination(named, _cache_heads(config)).run(tuple(told), settings)
+    rewritten = _rewritten(found, named, config)
+    return replace(found, unknown=(*found.unknown, rewritten)) if rewritten else found
+
+
+def _rewritten(
+    what: Quantization, tensors: Mapping[str, Described], config: Mapping[str, Any] | None
+) -> tuple[str, str] | None:
+    """Name a tensor of MLX that is not the original model's, also once it is dequantized."""
+    codes = next((found.parts["codes"] for found in what.found if found.layout == "mlx"), None)
+    if codes is None:
+        return None
+    for name, tensor in tensors.items():
+        if any(part in name for part in MLX_EXPERTS):
+            return name, "holds experts as MLX joins them, which the original model keeps apart"
+        module = name.removesuffix(".weight").rpartition(".")[2]
+        is_conv = name.endswith(".weight") and module.startswith("conv")
+        if is_conv and len(tensor.shape) == 3 and tensor.shape[-1] == 1:
+            return name, "has its axes in MLX's order, and not in the original model's"
+    for part in strict_json.levels(config):
+        if (kind := str(part.get("model_type"))).startswith(MLX_REWRITTEN):
+            return codes, f"is of a {kind}, whose other weights MLX changes as well"
+    return None
+
+
+def _cache_heads(config: Mapping[str, Any] | None) -> frozenset[int]:
+    """Collect how many heads the cache has, by config.json and each part of it."""
+    parts = list(strict_json.levels(config))
+    found = [part.get("num_key_value_heads") or part.get("num_attention_heads") for part in parts]
+    return frozenset(heads for heads in found if type(heads) is int)
+
+
+def config_entries(
+    config: Mapping[str, Any], where: str = ""
+) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Yield each entry of config.json that says how the model was quantized, with its place."""
+    for key, value in config.items():
+        if is_config_entry(key, value):
+            yield f"{where}{key}", value if isinstance(value, dict) else str(value)
+        elif isinstance(value, dict):
+            yield from config_entries(value, f"{where}{key}.")
+
+
+def is_config_entry(key: str, value: object) -> bool:
+    """Tell whether an entry of config.json, at any depth, says how the model was quantized."""
+    if key in CONFIG_KEYS:
+        return bool(value) and not _is_off(value)  # transformers takes whatever is there
+    if key != MLX_KEY or not isinstance(value, dict):
+        return False
+    if "quant_algo" in value:  # TensorRT-LLM writes the entry, with null, for plain models, too
+        return bool(value["quant_algo"])
+    return not {"bits", "group_size", "quant_method"}.isdisjoint(value)
+
+
+def _is_off(value: object) -> bool:
+    """Tell what transformers leaves aside, too: bitsandbytes with neither of its kinds."""
+    if not isinstance(value, dict) or value.get("quant_method") != "bitsandbytes":
+        return False
+    return not (value.get("load_in_4bit") or value.get("load_in_8bit"))
+
+
+def _method(value: Mapping[str, Any] | str) -> str | None:
+    if isinstance(value, str):
+        return value
+    found = value.get("quant_method") or value.get("format") or value.get("quant_algo")
+    return found if isinstance(found, str) else None
+
+
+def _side_files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, keys in SIDE_FILES.items():
+        if (folder / name).is_file():
+            said = strict_json.read(folder / name, constants=True)
+            for part in (said, *said.values()):
+                if isinstance(part, dict) and any(part.get(key) for key in keys):
+                    yield name, part
+                    break
+
+
+class _Examination:
+    """One look through all tensors; each belongs to a quantized weight, to nothing, or is plain."""
+
+    def __init__(self, tensors: dict[str, Described], cache_heads: frozenset[int]) -> None:
+        self._tensors, self._cache_heads = tensors, cache_heads
+        self._found: list[Found] = []
+        self._claimed: set[str] = set()
+        self._scales = _index_scales(tensors)
+
+    def run(self, told: tuple[str, ...], settings: Mapping[str, Any]) -> Quantization:
+        """Sort all tensors."""
+        unscaled = []
+        for tensor in self._tensors.values():
+            if tensor.dtype in INTEGERS or tensor.dtype in FP8:
+                self._match(tensor)
+        dropped, unknown = [], []
+        modules = {found.name.removesuffix(".weight") for found in self._found}
+        is_quantized = bool(self._found or told)
+        for name, tensor in self._tensors.items():
+            if name in self._claimed:
+                continue
+            if is_quantized and _is_activation(tensor, modules, self._cache_heads):
+                dropped.append(name)
+            elif what := self._suspicion(tensor):
+                unknown.append((name, what))
+            elif tensor.dtype in FP8 and (other := self._other_scale(name)):
+                unknown.append((name, f"is {tensor.dtype} and lies beside `{other}`"))
+            elif tensor.dtype in FP8:
+                unscaled.append(tensor)
+        if unscaled and (is_quantized or unknown):
+            unknown += [(tensor.name, _lacks_scale(tensor)) for tensor in unscaled]
+        else:
+            self._found += [
+                Found(layout=CAST, name=tensor.name, parts={"codes": tensor.name})
+                for tensor in unscaled
+            ]
+        return Quantization(
+            found=tuple(self._found),
+            dropped=tuple(dropped),
+            unknown=tuple(unknown),
+            told=told,
+            settings=settings,
+        )
+
+    def _match(self, tensor: Described) -> None:
+        for key, layout in LAYOUTS.items():
+            if tensor.dtype not in layout.dtypes or not tensor.name.endswith(layout.codes):
+                continue
+            stem = tensor.name.removesuffix(layout.codes)
+            parts = {role: self._first(stem, names) for role, names in layout.parts.items()}
+            if not stem or None in parts.values():
+                continue
+            parts |= {role: self._first(stem, names) for role, names in layout.extras.items()}
+            named = {"codes": tensor.name} | {k: v for k, v in parts.items() if v is not None}
+            self._found.append(Found(layout=key, name=stem + layout.weight, parts=named))
+            self._claimed |= set(named.values())
+            return
+
+    def _first(self, stem: str, names: Sequence[str]) -> str | None:
+        return next((stem + name for name in names if stem + name in self._tensors), None)
+
+    def _other_scale(self, name: str) -> str | None:
+        """Find what looks like the scale of a weight, though no layout has it under that name."""
+        return self._scales.get(name) or self._scales.get(f"{name.removesuffix('.weight')}.")
+
+    def _suspicion(self, tensor: Described) -> str | None:
+        """Say why a tensor that no layout claims is part of a quantized weight all the same."""
+        name, dtype = tensor.name, tensor.dtype
+        for ending, dtypes, beside, label in SIGNS if name.endswith(_ENDINGS) else ():
+            if name.endswith(ending) and (dtypes is None or dtype in dtypes):
+                stem = name.removesuffix(ending)
+                if all(stem + other in self._tensors for other in beside):
+                    return f"is part of a weight as {label} stores it"
+        if name.rpartition(".")[2] in LEFT_OVER or ".quant_state." in name:
+            return "is part of a quantized weight of which the rest is missing or unknown"
+        if dtype in NARROW:
+            return f"is {dtype}, in which no model computes"
+        if dtype in INTEGERS and len(tensor.shape) > 1:
+            module = name.removesuffix(".weight")
+            others = [name + end for end in BESIDE] + [module + end for end in BESIDE_MODULE]
+            other = next((o for o in others if o != name and o in self._tensors), None)
+            if other is None and name.endswith(".weight"):
+                other = self._other_scale(name)
+            return f"is {dtype} and lies beside `{other}`" if other else None
+        return None
+
+
+def _index_scales(tensors: Iterable[str]) -> dict[str, str]:
+    """Find a scale for each module, which ends in a dot here, and for each name of a parameter."""
+    found: dict[str, str] = {}
+    for name in tensors:
+        module, _, last = name.rpartition(".")
+        if module and any(word in last.lower() for word in SCALE_WORDS):
+            found.setdefault(f"{module}.", name)
+            found.setdefault(module, name)
+            for place in (i for i, letter in enumerate(last) if letter == "_" and i):
+                found.setdefault(f"{module}.{last[:place]}", name)
+    return found
+
+
+def _is_activation(tensor: Described, modules: set[str], cache_heads: frozenset[int]) -> bool:
+    name = tensor.name
+    module, _, last = name.rpartition(".")
+    if last in CACHE:  # models learn scales of these names, too: one for each element of a head
+        return math.prod(tensor.shape) in {1, *cache_heads}
+    if last in MARKERS:
+        return True
+    if last in ACTIVATIONS:
+        return module in modules
+    # A fused weight has no module of its own: `experts.down_proj_input_scale`.
+    return name.endswith(_FUSED_ACTIVATIONS) and any(
+        name.removesuffix(part) in modules for part in _FUSED_ACTIVATIONS
+    )
+
+
+def _lacks_scale(tensor: Described) -> str:
+    names = SCALE_NAMES if tensor.name.endswith(".weight") else FUSED_NAMES
+    stem = tensor.name.removesuffix(".weight") if names is SCALE_NAMES else tensor.name
+    return f"is {tensor.dtype} and has no `{stem}{names[0]}` or other scale"

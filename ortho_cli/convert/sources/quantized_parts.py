@@ -1,0 +1,168 @@
+"""The tensors of one quantized weight, read by element, and what the checkpoint says of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ortho_cli.convert.sources.base import Read, Source, SourceTensor
+from ortho_cli.convert.sources.quantized import Quantization
+from ortho_cli.errors import CheckpointError, NumericalError, shown
+from ortho_cli.split import quantize
+
+EXPONENTS = ("U8", "F8_E8M0")  # dtypes of scales that are powers of two
+AGAIN = "the file is damaged or of another version; download it again"
+
+Plan = tuple[tuple[int, ...], Read]  # the weight's shape, and how rows of it are read
+
+
+_POWERS = torch.tensor([2.0 ** (code - 127) for code in range(255)] + [math.nan])
+
+
+class Settings:
+    """What the checkpoint says of its layout, where shapes alone do not tell."""
+
+    def __init__(self, what: Quantization, source: Source) -> None:
+        self._said, self._method = what.settings, what.method
+        config = source.config or {}
+        self.is_fp4 = "fp4" in (config.get("expert_dtype"), what.settings.get("expert_dtype"))
+        self.is_fbgemm = what.method == "fbgemm_fp8"
+        self.block = self._block(source.path)
+        self.group = self._number("group_size", "q_group_size")
+        self.bits = self._number("bits", "w_bit", "num_bits")
+
+    def _number(self, *keys: str) -> int | None:
+        found = [self._said.get(key) for key in keys] + [self._weights().get(key) for key in keys]
+        return next((n for n in found if type(n) is int and n > 0), None)
+
+    def _weights(self) -> dict[str, Any]:
+        """Find what compressed-tensors says of the weights of its first group."""
+        groups = self._said.get("config_groups")
+        first = next(iter(groups.values()), None) if isinstance(groups, dict) else None
+        weights = first.get("weights") if isinstance(first, dict) else None
+        return weights if isinstance(weights, dict) else {}
+
+    def _block(self, path: Path) -> tuple[int, int] | None:
+        asked = self._said.get("weight_block_size") or self._weights().get("block_structure")
+        if not asked:
+            return None
+        if isinstance(asked, str):  # compressed-tensors takes `128x128`, too
+            asked = [int(size) if size.isdecimal() else size for size in asked.split("x")]
+        is_pair = isinstance(asked, list) and len(asked) == 2
+        if not is_pair or not all(type(size) is int and size > 0 for size in asked):
+            raise CheckpointError(
+                f"config.json of `{path}` says weight_block_size {shown(asked)}, not two sizes",
+                hint="restore the config.json that came with the model",
+            )
+        return asked[0], asked[1]
+
+    def mlx(self, module: str) -> Mapping[str, Any]:
+        """Find what MLX says of a module, where it says something else than of all."""
+        own = self._said.get(module)
+        return {**self._said, **own} if isinstance(own, dict) else self._said
+
+    def gptq_offset(self, parts: Parts) -> int:
+        """Say what is added to stored zero points: 1 in all but GPTQModel's second format."""
+        form = self._said.get("checkpoint_format") or self._said.get("packing_format") or "gptq"
+        if form == "gptq_v2":
+            return 0
+        if form == "gptq" or "auto_gptq" in str(form):
+            return 1
+        raise CheckpointError(
+            f"`{parts.path}` says that its codes are packed as {shown(form)}, not gptq or gptq_v2",
+            hint="it cannot be dequantized; start from the unquantized model",
+        )
+
+
+class Held:
+    """The one thing that is held between reads, however many weights there are."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._value: Any = None
+
+    def get(self, key: object, make: Callable[[], Any]) -> Any:
+        """Give what `make` gives, made anew only after something else was asked for."""
+        if self._key != key:
+            self._key = self._value = None  # before the next is made, not beside it
+            self._value = make()
+            self._key = key
+        return self._value
+
+
+class Parts:
+    """The tensors of one quantized weight, by role."""
+
+    def __init__(self, tensors: Mapping[str, SourceTensor], path: Path, held: Held) -> None:
+        self._tensors, self.path, self._held = tensors, path, held
+
+    def __contains__(self, role: str) -> bool:
+        return role in self._tensors
+
+    def __getitem__(self, role: str) -> SourceTensor:
+        return self._tensors[role]
+
+    def shape(self, role: str) -> tuple[int, ...]:
+        """Say the shape of a part."""
+        return self._tensors[role].shape
+
+    def elements(self, role: str, start: int, stop: int) -> Tensor:
+        """Read elements, in row-major order, into memory of their own."""
+        tensor = self._tensors[role]
+        columns = tensor.columns
+        first, last = start // columns, -(-stop // columns)
+        flat = tensor.read(first, last - first).reshape(-1)
+        return flat[start - first * columns : stop - first * columns].clone()
+
+    def whole(self, role: str) -> Tensor:
+        """Read a part whole, into memory of its own."""
+        tensor = self._tensors[role]
+        return self.elements(role, 0, tensor.numel).view(tensor.shape)
+
+    def scales(self, role: str, start: int, stop: int) -> Tensor:
+        """Read scales as float32; eight bits without a sign are a power of two (E8M0)."""
+        found, tensor = self.elements(role, start, stop), self._tensors[role]
+        if tensor.dtype in EXPONENTS:
+            found = _POWERS[found.view(torch.uint8).int()]
+        found = found.float()
+        if not quantize.all_finite(found):
+            place = int((~found.isfinite()).nonzero()[0])
+            raise NumericalError(
+                f"tensor `{tensor.name}` of `{self.path}` holds the scale {found[place].item()} at "
+                f"element {start + place}, and a scale is finite",
+                hint=AGAIN,
+            )
+        return found
+
+    def hold(self, key: object, make: Callable[[], Any]) -> Any:
+        """Give what `make` gives, made anew only after something else was held."""
+        return self._held.get((self._tensors["codes"].name, key), make)
+
+    def misfit(self, role: str, wanted: str) -> CheckpointError:
+        """Say that a part does not fit the codes."""
+        tensor, codes = self._tensors[role], self._tensors["codes"]
+        beside = "" if role == "codes" else f" where `{codes.name}` {list(codes.shape)} takes"
+        return CheckpointError(
+            f"tensor `{tensor.name}` of `{self.path}` is {tensor.dtype} "
+            f"{list(tensor.shape)}{beside or ','} {wanted}",
+            hint=AGAIN,
+        )
+
+    def check_product(self, weight: Tensor, codes: Tensor | None = None) -> Tensor:
+        """Refuse a value that is finite as code and scale, and not as their product."""
+        if not quantize.all_finite(weight):
+            bad = ~weight.isfinite()
+            if codes is not None:
+                bad &= codes.isfinite()
+            if bool(bad.any()):
+                raise NumericalError(
+                    f"tensor `{self._tensors['codes'].name}` of `{self.path}` times its scale is "
+                    f"{weight[bad][0].item()} somewhere, beyond float32",
+                    hint=AGAIN,
+                )
+        return weight

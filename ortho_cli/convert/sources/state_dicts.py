@@ -1,0 +1,399 @@
+"""Where a training checkpoint keeps the weights: the state dict in whatever torch.load gives.
+
+Scripts put it under `state_dict`, `model`, `module` (DeepSpeed), `params` (BasicSR) and many other
+keys, beside an optimizer, an average of the weights (EMA) and loose tensors such as a loss. The
+dict with the most elements is taken. Where a second one is about as large, the user has to choose:
+timm prefers the average, transformers knows only flat files, and BasicSR leaves it to an option.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ortho_cli.errors import CheckpointError, UsageError
+from ortho_cli.storage import hints
+
+# Keys under which scripts keep weights, each a whole model.
+WEIGHTS = re.compile(
+    r"state_dict|^(model|module|net|network|weights|params|parameters|generator|discriminator"
+    r"|student|teacher|shadow|swa|averaged?|best)(_|\d|$)|(^|_)ema(_|\d|$)|^net_?[gd]$|^[gd]$"
+)
+# Keys of what a trainer needs to go on: as large as the weights or larger, and never weights.
+TRAINING = re.compile(
+    r"optimizer|(^|_)(opt(im)?(_states?)?(_dicts?)?|grad_scaler|grads?|gradients?|exp_avg\w*"
+    r"|momentum_buffer\w*|master_weights?|callbacks?)$"
+)
+# Keys that a part of a model may have, too: `opt_model`, `sampler`. What they hold decides.
+PERHAPS_TRAINING = re.compile(
+    r"optim|(^|_)(opt|sched\w*|lr_\w+|scaler|grad_scaler|rng\w*|random_\w+|grads?|gradients?"
+    r"|exp_avg\w*|momentum_buffer\w*|master_weights?|callbacks?|loops?|samplers?|dataloaders?)(_|$)"
+)
+# What optimizers keep for each parameter: Adam and its kin, SGD, RMSprop, Adadelta, bitsandbytes.
+MOMENTS = re.compile(
+    r"(max_)?exp_(avg|inf)\w*|steps?|momentum\w*|square_avg|grad_avg|acc_delta|state[12]|param_groups"
+)
+# A second set of weights of this share of the largest is not left out without being asked to:
+# the head of a large model can be two hundredths of it.
+RIVAL = 0.02
+MOST_NAMES = 1 << 18  # of joined dicts, which may hold one another: names could be without end
+DEEPEST = 64  # dicts within dicts; none of the field's trees comes near
+SHOWN = 8  # names in a note
+WHOLE = "."  # the key that stands for the file's top level
+
+Keys = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """The weights of a file: the key that they are under, and what is said of the rest."""
+
+    key: str
+    tensors: dict[str, Tensor]
+    notes: tuple[str, ...]
+
+
+def find_weights(found: Any, *, file: Path, given: Path, key: str | None = None) -> Weights:
+    """Find the weights in what a file of torch holds.
+
+    Args:
+        found: what torch.load gave.
+        file: it, for errors and notes.
+        given: what the user named, the file or its folder.
+        key: where the weights are, `a.b` for nested ones, `.` for all; None looks for them.
+    Raises:
+        UsageError: the file has no such key, or nothing but training state or names there.
+        CheckpointError: no weights, or two sets of them that are about as large.
+    """
+    return _Search(file, given).run(found, key)
+
+
+class _Search:
+    def __init__(self, file: Path, given: Path) -> None:
+        self._file, self._given = file, given
+        self._sizes: dict[int, int] = {}
+
+    def run(self, found: Any, key: str | None) -> Weights:
+        if not isinstance(found, Mapping) and key is None:
+            raise self._no_dict(found)
+        start, at = (found, ()) if key in (None, WHOLE) else self._follow(found, str(key))
+        node, path = (start, at) if key == WHOLE else self._descend(start, at, asked=bool(key))
+        tensors = self._named(node, whole=key == WHOLE)
+        left = list(self._left_out(found, path, node, tensors))
+        if not tensors or (left and all(tensor.numel() == 1 for tensor in tensors.values())):
+            raise self._no_tensors(found)  # a loss or an epoch is no model
+        notes = []
+        if path:
+            notes.append(f"the weights of `{self._file.name}` are those under `{_dotted(path)}`")
+        if any(name not in node for name in tensors):
+            notes.append(
+                f"the weights of `{self._file.name}` are dicts within dicts: their names are "
+                "joined with dots"
+            )
+        if left:
+            notes.append(f"left out of `{self._file.name}`: {hints.some(left, SHOWN)}")
+        return Weights(key=_dotted(path), tensors=tensors, notes=tuple(notes))
+
+    def _follow(self, node: Any, key: str) -> tuple[Any, Keys]:
+        """Go where `--key` says; a key may hold dots itself."""
+        path: Keys = ()
+        rest = key
+        while rest:
+            items = {str(k): v for k, v in _items(node)}
+            step = next(
+                (k for k in sorted(items, key=len, reverse=True) if f"{rest}.".startswith(f"{k}.")),
+                None,
+            )
+            if step is None:
+                there = ", ".join(f"`{k}`" for k in sorted(items)[:8]) or "no keys"
+                where = f"`{_dotted(path)}` of `{self._file}`" if path else f"`{self._file}`"
+                raise UsageError(
+                    f"--key {key} is not in {where}, which has {there}", hint="give one of these"
+                )
+            node, path, rest = items[step], (*path, step), rest[len(step) + 1 :]
+        if not self._size(node) or not isinstance(node, Mapping):
+            raise UsageError(
+                f"--key {key} of `{self._file}` is a {type(node).__name__} without named tensors",
+                hint="give the key of a state dict",
+            )
+        return node, path
+
+    def _descend(self, node: Mapping[Any, Any], path: Keys, *, asked: bool) -> tuple[Any, Keys]:
+        """Go down while one set of weights stands out; stop where all tensors belong together."""
+        start = path
+        while (parts := self._parts(node)) and len(path) < DEEPEST:
+            own = _own(node) if _looks_like_weights(node, parts) else 0
+            inside = asked or any(WEIGHTS.search(step.lower()) for step in path)
+            if self._is_tree(node, parts, own, inside=inside):
+                return node, path
+            sizes = {"": own} | {name: self._size(part) for name, part in parts.items()}
+            ranked = sorted((name for name in sizes if sizes[name]), key=lambda n: -sizes[n])
+            first, *others = ranked
+            rivals = [
+                name
+                for name in others
+                if sizes[name] >= RIVAL * sizes[first]
+                and not _same_memory(parts.get(first), parts.get(name))
+            ]
+            if rivals and asked and path == start and not _are_alike([*parts.values()]):
+                return node, path
+            if rivals or isinstance(parts.get(first), list | tuple):
+                raise self._doubt(path, parts, [first, *rivals], sizes)
+            if not first:
+                return node, path
+            node, path = parts[first], (*path, first)
+        return node, path
+
+    def _is_tree(
+        self, node: Mapping[Any, Any], parts: Mapping[str, Any], own: int, *, inside: bool
+    ) -> bool:
+        """Tell a model kept as dicts within dicts from a container of several things."""
+        dicts = [part for part in parts.values() if isinstance(part, Mapping)]
+        if len(dicts) < len(parts) or any(WEIGHTS.search(name.lower()) for name in parts):
+            return False
+        if len(parts) == 1 and not own:
+            return inside and not self._leads_to_flat(dicts[0])
+        plain = [v for v in node.values() if not isinstance(v, Mapping | Tensor)]
+        loose = not own and any(isinstance(v, Tensor) for v in node.values())
+        return inside or not (plain or loose or _are_alike(dicts))
+
+    def _leads_to_flat(self, node: Any) -> bool:
+        """Tell whether single keys lead to a flat state dict: they are no parts of its names."""
+        for _ in range(DEEPEST):  # a dict may hold itself
+            if _has_dotted_names(node):
+                return True
+            parts = [*self._parts(node).values()]
+            if len(parts) != 1 or not isinstance(parts[0], Mapping):
+                return False
+            node = parts[0]
+        return False
+
+    def _parts(self, node: Mapping[Any, Any]) -> dict[str, Any]:
+        """Name what holds tensors and may be weights."""
+        return {
+            str(key): value
+            for key, value in node.items()
+            if isinstance(value, Mapping | list | tuple)
+            and not _is_training(str(key), value)
+            and self._size(value)
+        }
+
+    def _size(self, node: Any, depth: int = 0) -> int:
+        """Count the elements of the tensors below; bare tensors in a list have no names."""
+        if isinstance(node, Tensor):
+            return max(1, node.numel())  # ZeRO-3 leaves names without elements: they are found
+        if not isinstance(node, Mapping | list | tuple) or depth > DEEPEST:
+            return 0
+        if id(node) not in self._sizes:
+            self._sizes[id(node)] = 0  # what holds itself counts once
+            named = isinstance(node, Mapping)
+            self._sizes[id(node)] = sum(
+                self._size(value, depth + 1)
+                for key, value in _items(node)
+                if not (_is_training(str(key), value) if named else isinstance(value, Tensor))
+            )
+        return self._sizes[id(node)]
+
+    def _named(self, node: Mapping[Any, Any], *, whole: bool) -> dict[str, Tensor]:
+        """Name every tensor of a tree, or of its top where that alone is the state dict."""
+        parts = self._parts(node)
+        flat = (
+            not whole
+            and _looks_like_weights(node, parts)
+            and any(WEIGHTS.search(name.lower()) for name in parts)
+        )
+        found: dict[str, Tensor] = {}
+        for name, tensor in self._leaves(node, "", 0 if flat else DEEPEST):
+            if name in found:
+                raise CheckpointError(
+                    f"`{self._file}` has two tensors of the name `{name}`, once its dicts are "
+                    "joined with dots",
+                    hint="save a flat state_dict()",
+                )
+            if len(found) >= MOST_NAMES and name not in node:
+                raise CheckpointError(
+                    f"`{self._file}` has more than {MOST_NAMES} tensors in dicts within dicts",
+                    hint="save a flat state_dict()",
+                )
+            found[name] = tensor
+        return found
+
+    def _leaves(
+        self, node: Mapping[Any, Any], prefix: str, deeper: int
+    ) -> Iterator[tuple[str, Tensor]]:
+        for key, value in node.items():
+            if not isinstance(key, str) or _is_training(key, value):
+                continue
+            if isinstance(value, Tensor):
+                yield prefix + key, value
+            elif isinstance(value, Mapping) and deeper and self._size(value):
+                yield from self._leaves(value, f"{prefix}{key}.", deeper - 1)
+
+    def _left_out(
+        self, found: Any, path: Keys, node: Mapping[Any, Any], tensors: Mapping[str, Tensor]
+    ) -> Iterator[str]:
+        """Name the entries beside the weights, on the way to them and among them."""
+        at: Keys = ()
+        for step in path:
+            for key, _ in _items(found):
+                if str(key) != step:
+                    yield _dotted((*at, str(key)))
+            found = next(value for key, value in _items(found) if str(key) == step)
+            at = (*at, step)
+        prefixes = {name[: i + 1] for name in tensors for i, c in enumerate(name) if c == "."}
+        for key in node:
+            if key not in tensors and f"{key}." not in prefixes:
+                yield _dotted((*at, str(key)))
+
+    def _doubt(
+        self, path: Keys, parts: Mapping[str, Any], names: list[str], sizes: Mapping[str, int]
+    ) -> CheckpointError:
+        told = [
+            (key, sizes[name])
+            for name in names[:4]
+            for key in self._choices(path, name, parts.get(name))
+        ]
+        some = " and ".join(
+            f"{'the top level' if key == WHOLE else f'`{key}`'} ({size} elements)"
+            for key, size in told[:SHOWN]
+        )
+        first = next((key for key, _ in told if key != WHOLE), WHOLE)
+        command = f"ortho convert {hints.said(self._given)} --key {shlex.quote(first)}"
+        is_list = any(isinstance(parts.get(name), list | tuple) for name in names)
+        whole = "" if is_list else f"; `--key {WHOLE}` takes all that the file holds"
+        what = "holds several sets of weights" if len(told) > 1 else "keeps its weights in a list"
+        return CheckpointError(
+            f"`{self._file}` {what}: {some}", hint=f"choose one, as in `{command}`{whole}"
+        )
+
+    def _choices(self, path: Keys, name: str, part: Any) -> Iterator[str]:
+        if isinstance(part, list | tuple):
+            for i, value in enumerate(part):
+                if isinstance(value, Mapping) and self._size(value):
+                    yield _dotted((*path, name, str(i)))
+        else:
+            yield _dotted((*path, name) if name else path) or WHOLE
+
+    def _no_dict(self, found: Any) -> CheckpointError:
+        held = type(found).__name__
+        if isinstance(found, list | tuple):
+            dicts = [i for i, v in enumerate(found) if isinstance(v, Mapping) and self._size(v)]
+            if dicts:
+                chosen = f"ortho convert {hints.said(self._given)} --key {dicts[0]}"
+                return CheckpointError(
+                    f"`{self._file}` holds a {held} of {len(found)} entries, {len(dicts)} of them "
+                    "with tensors, not a map of names to tensors",
+                    hint=f"choose one by its number, as in `{chosen}`",
+                )
+            held += f" of {len(found)} entries"
+        return CheckpointError(
+            f"`{self._file}` holds a {held}, not a map of names to tensors",
+            hint="save the model's state_dict()",
+        )
+
+    def _no_tensors(self, found: Any) -> CheckpointError:
+        keys = [str(key) for key, _ in _items(found)]
+        some = f": {', '.join(f'`{key:.60}`' for key in keys[:6])}" if keys else ""
+        return CheckpointError(
+            f"`{self._file}` holds no tensors of a model among {len(keys)} entries{some}",
+            hint="save the model's state_dict()",
+        )
+
+
+def _items(node: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(node, Mapping):
+        yield from node.items()
+    elif isinstance(node, list | tuple):
+        yield from enumerate(node)
+
+
+def _dotted(path: Keys) -> str:
+    return ".".join(path)
+
+
+def _is_training(key: str, value: Any) -> bool:
+    """Tell an optimizer's or trainer's state by its name or its shape."""
+    if isinstance(value, Tensor):
+        return False
+    if TRAINING.search(key.lower()):
+        return True
+    if PERHAPS_TRAINING.search(key.lower()) and not _holds_matrices(value):
+        return True
+    if not isinstance(value, Mapping):
+        return False
+    state = value.get("state")
+    # Optimizers name parameters by number.
+    numbered = any(isinstance(name, int) for name in value)
+    return numbered or "param_groups" in value or (isinstance(state, Mapping) and "steps" in value)
+
+
+def _holds_matrices(value: Any) -> bool:
+    """Tell a part of a model from training state: matrices with names, and none of an optimizer."""
+    seen: set[int] = set()
+    found, left = False, [value]
+    while left:
+        node = left.pop()
+        if id(node) in seen:  # a dict may hold itself
+            continue
+        seen.add(id(node))
+        is_map = isinstance(node, Mapping)
+        for key, inner in _items(node):
+            if is_map and (isinstance(key, int) or MOMENTS.fullmatch(str(key).rpartition(".")[2])):
+                return False
+            if isinstance(inner, Tensor):
+                found = found or (is_map and inner.dim() > 1 and inner.is_floating_point())
+            else:
+                left.append(inner)
+    return found
+
+
+def _own(node: Mapping[Any, Any]) -> int:
+    return sum(v.numel() for k, v in node.items() if isinstance(v, Tensor) and isinstance(k, str))
+
+
+def _looks_like_weights(node: Mapping[Any, Any], parts: Mapping[str, Any]) -> bool:
+    """Tell a state dict's own tensors from a loss or an epoch that happens to be a tensor."""
+    names = {k for k, v in node.items() if isinstance(v, Tensor) and isinstance(k, str)}
+    again = any(names & set(part) for part in parts.values() if isinstance(part, Mapping))
+    return again or _has_dotted_names(node) or bool(names & {"weight", "bias"})
+
+
+def _has_dotted_names(node: Mapping[Any, Any]) -> bool:
+    return any(isinstance(v, Tensor) and isinstance(k, str) and "." in k for k, v in node.items())
+
+
+def _are_alike(dicts: list[Any]) -> bool:
+    """Tell copies of one model from its parts: the same names and shapes."""
+    layouts = {
+        frozenset((key, getattr(value, "shape", None)) for key, value in _items(part))
+        for part in dicts
+    }
+    return len(dicts) > 1 and len(layouts) == 1
+
+
+def _same_memory(left: Any, right: Any) -> bool:
+    """Tell whether two sets of weights are one, saved under two keys."""
+    if not isinstance(left, Mapping) or not isinstance(right, Mapping):
+        return False
+    return left is right or (
+        left.keys() == right.keys() and all(_is_same_tensor(left[key], right[key]) for key in left)
+    )
+
+
+def _is_same_tensor(left: Any, right: Any) -> bool:
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return False
+    try:
+        places = {
+            (t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.stride(), t.dtype)
+            for t in (left, right)
+        }
+    except (RuntimeError, NotImplementedError):  # sparse tensors have no storage
+        return False
+    return len(places) == 1

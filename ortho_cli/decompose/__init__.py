@@ -1,0 +1,1 @@
+"""The command `ortho decompose`: recipe, selection, plan, job and report."""

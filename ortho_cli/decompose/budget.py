@@ -1,0 +1,277 @@
+"""Where ortho's weights are spent: one density for the whole model, and what a size can buy.
+
+A scoring pass reads every weight once, before anything is written, and counts what it would cost
+to lose it. Counts are kept in bins by the upper half of the float32 saliency, which holds its
+exponent and seven bits more: inside a bin values differ by less than 0.8 %.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ortho_cli.decompose.plan import Plan, TensorPlan, make_plan
+from ortho_cli.decompose.selection import tensor_settings
+from ortho_cli.decompose.settings import GROUP_SIZES, Recipe
+from ortho_cli.decompose.splitter import TORCH_DTYPES
+from ortho_cli.errors import RecipeError
+from ortho_cli.events import Advanced, EventSink, Noted, Started, null_sink
+from ortho_cli.formats.curvature import Curvature
+from ortho_cli.formats.statistics import StatisticsReader
+from ortho_cli.split import quantize
+from ortho_cli.split.in_memory import base_scales
+from ortho_cli.split.quantize import as_bytes
+from ortho_cli.split.tiles import tile_rows
+from ortho_cli.storage.checkpoint import Checkpoint, ShardReader
+
+BINS = 1 << 15
+FINITE = 0x7F80  # bins from here on hold infinity and NaN
+# The middle of each bin.
+CENTRES = ((np.arange(FINITE, dtype=np.uint32) << 16) | 0x8000).view(np.float32).astype(np.float64)
+
+Counts = npt.NDArray[np.int64]  # (BINS,) weights of a tensor by saliency
+
+
+def survey(
+    plan: Plan, checkpoint: Checkpoint, *, on_event: EventSink = null_sink
+) -> dict[str, Counts]:
+    """Count the saliency of every weight that is split, rounded to nearest without ortho.
+
+    Args:
+        plan: says which tensors, scales, bits and group size.
+        checkpoint: the source.
+        on_event: told of bytes.
+    Returns:
+        (BINS,) int64 for each split tensor.
+    """
+    found = {}
+    size = sum(tensor.source.nbytes for tensor in plan.split)
+    on_event(Started(tensors=len(plan.split), resumed=0, bytes_total=size, bytes_done=0))
+    with contextlib.ExitStack() as stack:
+        reader = stack.enter_context(contextlib.closing(ShardReader(checkpoint)))
+        curvature = None
+        if plan.statistics is not None:
+            curvature = stack.enter_context(contextlib.closing(StatisticsReader(plan.statistics)))
+        scratch = quantize.Scratch()
+        for tensor in plan.split:
+            found[tensor.name] = _count(plan, tensor, reader, curvature, scratch, on_event)
+    return found
+
+
+def _count(
+    plan: Plan,
+    tensor: TensorPlan,
+    reader: ShardReader,
+    curvature: StatisticsReader | None,
+    scratch: quantize.Scratch,
+    on_event: EventSink,
+) -> Counts:
+    rows, columns = tensor.source.shape
+    dtype = TORCH_DTYPES[tensor.source.dtype]
+    step = tile_rows(tensor.source.shape)
+    counts = np.zeros(BINS, np.int64)
+    near = Curvature(curvature, tensor.name) if curvature else None
+    for row in range(0, rows, step):
+        scratch.reset()
+        raw = scratch((min(step, rows - row), columns), dtype)
+        start = row * columns * dtype.itemsize
+        reader.read_into(as_bytes(raw), tensor.source, start=start)
+        weights, root = near.tile(row, len(raw), empty=scratch) if near else (None, None)
+        scales = base_scales(
+            str(tensor.scale), raw, weights, plan.group_size, bits=tensor.bits, empty=scratch
+        )
+        wide = scratch(tuple(raw.shape), torch.float32).copy_(raw)
+        codes = quantize.quantize(wide, scales, bits=tensor.bits, empty=scratch)
+        loss = quantize.dequantize(codes, scales, empty=scratch).sub_(wide).abs_()
+        if root is not None and plan.recipe.saliency.kind == "curvature":
+            loss = quantize.saliency(loss, root, empty=scratch)
+        bits = loss.view(-1).numpy().view(np.uint32) >> 16
+        # A weight that is NaN lands above all others; the pass that splits it says where it is.
+        counts += np.bincount(bits & (BINS - 1), minlength=BINS)
+        on_event(Advanced(nbytes=raw.nbytes))
+    return counts
+
+
+def spend(surveyed: Mapping[str, Counts], total: int) -> dict[str, int]:
+    """Give each tensor as many of the `total` most salient weights as it holds.
+
+    Those of the last bin that is reached are taken tensor by tensor, in the order given.
+
+    Args:
+        surveyed: counts of each tensor.
+        total: weights to keep of all, at most all.
+    Returns:
+        How many weights each tensor keeps; they add up to `total`.
+    """
+    everything = sum(surveyed.values(), np.zeros(BINS, np.int64))
+    above = np.cumsum(everything[::-1])[::-1]  # in this bin or higher
+    last = int(np.searchsorted(-above, -total, side="right")) - 1 if total else BINS
+    kept = {name: int(counts[last + 1 :].sum()) for name, counts in surveyed.items()}
+    rest = total - sum(kept.values())
+    for name, counts in surveyed.items():
+        if last < BINS:
+            more = min(rest, int(counts[last]))
+            kept[name] += more
+            rest -= more
+    return kept
+
+
+def left(surveyed: Mapping[str, Counts], kept: Mapping[str, int]) -> float:
+    """Sum the squared saliency of what is not kept: what alpha = 1 would lose, within 2 %."""
+    total = 0.0
+    square = np.square(CENTRES)
+    for name, counts in surveyed.items():
+        higher = np.cumsum(counts[::-1])[::-1] - counts
+        lost = counts - np.clip(kept[name] - higher, 0, counts)
+        total += float(lost[:FINITE] @ square)
+    return total
+
+
+def expected_bits(plan: Plan) -> float:
+    """Say how many bits both streams take for each split weight.
+
+    With CSR that is exact. Compact gaps longer than a byte depend on where weights are kept: by
+    chance a row of n columns, each kept with probability p, has p sum_j (n - 255 j) (1 - p)^(255 j)
+    of them, over j >= 1 with 255 j < n, and at most (n - 1) / 255. Weights that matter lie closer
+    together than by chance, so half way between is taken.
+    """
+    total = 0.0
+    for tensor in plan.split:
+        parts = tensor.base if plan.is_compact else (*tensor.base, *tensor.ortho)
+        total += sum(spec.nbytes for spec in parts)
+        total += _compact_bytes(plan, tensor) if plan.is_compact else 0.0
+    return 8 * total / plan.split_weights
+
+
+def _compact_bytes(plan: Plan, tensor: TensorPlan) -> float:
+    rows, columns = tensor.source.shape
+    share = tensor.k / tensor.source.numel
+    value = 1 if plan.recipe.ortho.values == "int8" else tensor.source.nbytes / tensor.source.numel
+    longer = np.arange(255, columns, 255)
+    chance = share * float(((columns - longer) * (1 - share) ** longer).sum())
+    escapes = (rows * chance + min(rows, tensor.k) * longer.size) / 2
+    average = share * columns
+    fullest = 3 * average + 6 * math.sqrt(average) + 8
+    return rows * (1 if fullest < 256 else 2) + escapes + tensor.k * (1 + value) + 4
+
+
+def settle(plan: Plan, checkpoint: Checkpoint, *, on_event: EventSink = null_sink) -> Plan:
+    """Fix how many weights each tensor keeps, where the budget is global and that is open."""
+    if plan.recipe.ortho.budget != "global" or plan.kept is not None:
+        return plan
+    surveyed = survey(plan, checkpoint, on_event=on_event)
+    return _again(plan, checkpoint, plan.recipe, _shared(plan, surveyed))
+
+
+def _shared(plan: Plan, surveyed: Mapping[str, Counts]) -> dict[str, int]:
+    """Spend what the plan has, tensors with a density of their own apart."""
+    own = {
+        tensor.name: tensor.k
+        for tensor in plan.split
+        if tensor_settings(plan.recipe, tensor.name).own_density
+    }
+    total = sum(tensor.k for tensor in plan.split) - sum(own.values())
+    return own | spend({n: c for n, c in surveyed.items() if n not in own}, total)
+
+
+def _again(
+    plan: Plan, checkpoint: Checkpoint, recipe: Recipe, kept: Mapping[str, int] | None = None
+) -> Plan:
+    return make_plan(
+        checkpoint,
+        recipe,
+        statistics=plan.statistics,
+        kept=kept,
+        workers=plan.workers,
+        side=plan.side,
+    )
+
+
+def meet(
+    plan: Plan, checkpoint: Checkpoint, target: float, *, on_event: EventSink = null_sink
+) -> Plan:
+    """Pick the density, and the group size where it is auto, that lose least at a size.
+
+    For each group size the highest density is taken with which base and ortho stay within
+    `target`; a scoring pass tells what that would lose, by the saliency that selects.
+
+    Args:
+        plan: as it is without a target; its recipe leaves the density open.
+        checkpoint: the source.
+        target: bits for each split weight, both streams; of a compact ortho as `expected_bits`.
+        on_event: told of bytes, and of what was chosen.
+    Raises:
+        RecipeError: density is set, base must forget, or no group size stays within `target`.
+    """
+    recipe = plan.recipe
+    if "density" in recipe.ortho.model_fields_set or recipe.ortho.split != "residual":
+        key = "density" if recipe.ortho.split == "residual" else "split"
+        raise RecipeError(
+            f"ortho.{key} is {getattr(recipe.ortho, key)}, and --target-bits {target:g} picks the "
+            "density",
+            hint="leave one of them out",
+        )
+    auto = recipe.base.group_size == "auto"
+    sizes = GROUP_SIZES if auto else (int(recipe.base.group_size),)
+    best: tuple[float, Plan] | None = None
+    smallest = math.inf
+    for size in sizes:
+        tried = _with(recipe, size, 0.0)
+        try:
+            bare = _again(plan, checkpoint, tried)
+        except RecipeError:
+            if not auto:
+                raise
+            continue  # a size that does not divide
+        smallest = min(smallest, expected_bits(bare))
+        if not expected_bits(bare) <= target:
+            continue
+        filled = _fill(bare, checkpoint, target)
+        surveyed = survey(filled, checkpoint, on_event=on_event)
+        kept = {tensor.name: tensor.k for tensor in filled.split}
+        if recipe.ortho.budget == "global":
+            kept = _shared(filled, surveyed)
+            filled = _again(filled, checkpoint, filled.recipe, kept)
+        loss = left(surveyed, kept)
+        if best is None or loss < best[0]:
+            best = loss, filled
+    if best is None:
+        raise RecipeError(
+            f"--target-bits {target:g} is less than base alone takes, {smallest:.3f}",
+            hint="a larger base.group_size or base.bits 3 takes less",
+        )
+    chosen = best[1]
+    density = chosen.recipe.ortho.density
+    about = "about " if chosen.is_compact else ""
+    on_event(
+        Noted(
+            message=f"group size {chosen.group_size} and density {density:.3%} lose least of what "
+            f"stays within {target:g} bits; they take {about}{expected_bits(chosen):.3f}"
+        )
+    )
+    return chosen
+
+
+def _with(recipe: Recipe, group_size: int, density: float) -> Recipe:
+    base = recipe.base.model_copy(update={"group_size": group_size})
+    ortho = recipe.ortho.model_copy(update={"density": density})
+    return recipe.model_copy(update={"base": base, "ortho": ortho})
+
+
+def _fill(bare: Plan, checkpoint: Checkpoint, target: float) -> Plan:
+    """Find the highest density within `target`, to a hundred-thousandth."""
+    low, high, found = 0, 100_000, bare
+    while low < high:
+        middle = (low + high + 1) // 2
+        settings = _with(bare.recipe, bare.group_size, middle / 100_000)
+        plan = _again(bare, checkpoint, settings)
+        if expected_bits(plan) <= target:
+            low, found = middle, plan
+        else:
+            high = middle - 1
+    return found

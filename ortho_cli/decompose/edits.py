@@ -1,0 +1,139 @@
+"""Edits: codes of base that forgetting changes, and the file that holds them while work goes on."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ortho_cli.errors import InternalError
+from ortho_cli.storage.work_folder import write_private
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edit:
+    """What forgetting makes of some codes of one weight; ortho keeps the source's weight there."""
+
+    positions: npt.NDArray[np.int64]  # flat, ascending
+    codes: npt.NDArray[np.int8]  # of base's width: in [-8, 7], or in [-4, 3]
+
+    def within(self, start: int, stop: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int8]]:
+        """Give the edits in [start, stop), positions counted from `start`."""
+        first, last = np.searchsorted(self.positions, (start, stop))
+        return self.positions[first:last] - start, self.codes[first:last]
+
+
+Edits = Mapping[str, Edit]
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+class Key(Protocol):
+    """What files of edits are sealed with, where ortho is."""
+
+    def seal(self, data: bytes) -> bytes:
+        """Make them unreadable."""
+
+    def open(self, data: bytes) -> bytes:
+        """Make them readable again, or raise ValueError."""
+
+
+def save_arrays(path: Path, arrays: Arrays, key: Key | None = None) -> None:
+    """Write arrays whole or not at all, for their owner alone: they tell what was private."""
+
+    def write(file: BinaryIO) -> None:
+        if key is None:
+            np.savez(file, **arrays)  # type: ignore[arg-type, unused-ignore]
+            return
+        plain = io.BytesIO()
+        np.savez(plain, **arrays)  # type: ignore[arg-type, unused-ignore]
+        file.write(key.seal(plain.getvalue()))
+
+    write_private(path, write)
+
+
+def load_arrays(path: Path, key: Key | None = None) -> dict[str, npt.NDArray[Any]] | None:
+    """Read what `save_arrays` wrote; None where there is nothing, or nothing whole."""
+    try:
+        # numpy leaves a file that it opened itself open when it is cut.
+        with path.open("rb") as file, np.load(_unsealed(file, key)) as held:
+            return {name: held[name] for name in held.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _unsealed(file: BinaryIO, key: Key | None) -> BinaryIO:
+    return file if key is None else io.BytesIO(key.open(file.read()))
+
+
+def save_edits(path: Path, edits: Edits, key: Key | None = None) -> None:
+    """Keep edits that are final, so that a killed run need not find them again."""
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for name, edit in edits.items():
+        arrays[f"{name}/positions"], arrays[f"{name}/codes"] = edit.positions, edit.codes
+    save_arrays(path, arrays, key)
+
+
+def load_edits(path: Path, key: Key | None = None) -> dict[str, Edit] | None:
+    """Read what `save_edits` wrote; None where there is nothing whole."""
+    arrays = load_arrays(path, key)
+    if arrays is None:
+        return None
+    names = sorted({key.rpartition("/")[0] for key in arrays})
+    return {
+        name: Edit(positions=arrays[f"{name}/positions"], codes=arrays[f"{name}/codes"])
+        for name in names
+    }
+
+
+class Room(NamedTuple):
+    """What a weight can take of edits."""
+
+    kept: int  # positions that ortho keeps
+    numel: int
+    bits: int  # of a code
+
+
+def check_edits(edits: Edits, room: Mapping[str, Room]) -> None:
+    """See that ortho has room for every position that moves, and that each can be found.
+
+    Args:
+        edits: what is to be moved.
+        room: of each weight that is split.
+    Raises:
+        InternalError: a weight is not split; more positions than ortho keeps; positions that are
+            not ascending inside of the weight, or codes that base cannot hold: `Edit.within`
+            would pass over them, and base would still know what it was to forget.
+    """
+    for name, edit in edits.items():
+        if name not in room:
+            raise InternalError(f"forgetting moves codes of `{name}`, which is not split")
+        if wrong := _misfit(edit, room[name]):
+            raise InternalError(f"forgetting moves codes of `{name}`: {wrong}")
+
+
+def _misfit(edit: Edit, room: Room) -> str | None:
+    """Say what is wrong with the edits of one weight."""
+    places, codes = edit.positions, edit.codes
+    if len(places) != len(codes):
+        return f"{len(places)} positions and {len(codes)} codes"
+    if len(places) > room.kept:
+        return f"{len(places)} of them, and ortho keeps {room.kept}"
+    if not len(places):
+        return None
+    if not (np.diff(places) > 0).all() or places[0] < 0 or places[-1] >= room.numel:
+        return f"their positions do not ascend inside its {room.numel} weights"
+    half = 1 << (room.bits - 1)
+    if codes.min() < -half or codes.max() >= half:
+        return f"from {codes.min()} to {codes.max()}, which {room.bits} bits do not hold"
+    return None
+
+
+def count(edits: Edits) -> int:
+    """Codes that are changed."""
+    return sum(len(edit.positions) for edit in edits.values())

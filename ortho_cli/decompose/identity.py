@@ -1,0 +1,52 @@
+"""What tells one piece of work from another: only its equal may go on with what it left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import metadata
+from typing import Any
+
+from ortho_cli.decompose.plan import Plan
+from ortho_cli.formats.artifact import BASE_FILE, ORTHO_FILE
+from ortho_cli.storage.checkpoint import Checkpoint, Shard
+from ortho_cli.storage.sealing import Seal, scratch_bytes
+from ortho_cli.version import __version__
+
+
+def identity_of(
+    plan: Plan, checkpoint: Checkpoint, seal: Seal | None, **more: Any
+) -> dict[str, Any]:
+    """Spell out everything that the bytes depend on, and the sizes of the files they go to.
+
+    Args:
+        plan: made from `checkpoint`.
+        checkpoint: the source.
+        seal: who ortho is sealed to.
+        more: what else the bytes depend on, as JSON; None counts as absent.
+    """
+    found: dict[str, Any] = {
+        "plan": plan.sha256,
+        "source": _stamps(checkpoint.shards),
+        "version": [__version__, metadata.version("torch")],
+        **_sizes(plan, seal),
+        **{name: value for name, value in more.items() if value is not None},
+    }
+    if seal is not None:
+        found["seal"] = seal.identity
+    if plan.statistics is not None:
+        found["statistics"] = _stamps([plan.statistics.shard])[0]
+    if plan.reference is not None:
+        found["reference"] = _stamps(plan.reference.shards)
+    return found
+
+
+def _stamps(shards: Iterable[Shard]) -> list[list[Any]]:
+    return [[shard.name, shard.size, shard.mtime_ns] for shard in shards]
+
+
+def _sizes(plan: Plan, seal: Seal | None) -> dict[str, dict[str, int]]:
+    """Say how large the files are that work goes into; of scratch files ortho is made."""
+    base, ortho = {BASE_FILE: plan.base.size}, {ORTHO_FILE: plan.ortho.size}
+    if seal is not None:
+        return {"files": base, "scratch": {ORTHO_FILE: scratch_bytes(plan.ortho, seal)}}
+    return {"files": base, "scratch": ortho} if plan.is_compact else {"files": base | ortho}

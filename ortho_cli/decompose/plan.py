@@ -1,0 +1,591 @@
+"""The plan: what will be done to each tensor and where each byte goes.
+
+It comes from headers and the recipe alone. Every refusal that does not need a weight comes from
+here, before anything is read or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ortho_cli.decompose.refusals import (
+    check_compensation,
+    check_global,
+    check_reference,
+    check_values,
+    refuse_quantized,
+)
+from ortho_cli.decompose.selection import check_overrides, select, tensor_settings
+from ortho_cli.decompose.settings import GROUP_SIZES, Recipe, Saliency, Scale, fold_names
+from ortho_cli.errors import CheckpointError, RecipeError, ResourceError
+from ortho_cli.formats import artifact
+from ortho_cli.formats.artifact import canonical_json
+from ortho_cli.formats.statistics import Statistics, check_weights
+from ortho_cli.split.tiles import GPTQ_ELEMENTS, TILE_ELEMENTS, tile_rows
+from ortho_cli.storage.checkpoint import Checkpoint, TensorInfo
+from ortho_cli.storage.data_file import CHUNK, Layout, TensorSpec, plan_layout
+from ortho_cli.storage.output import SIDE_BYTES
+from ortho_cli.storage.sealing import IDENTITY_FILE, SEALED_FILE
+from ortho_cli.storage.side_files import SideFiles, choose, choose_none
+from ortho_cli.version import __version__
+
+MODULES_BYTES = 24 << 20  # what importing everything but torch was measured to take
+TENSOR_BYTES = 15_000  # measured by tests/bench_many.py: plan, journal and report of one tensor
+NO_DIGEST = "0" * 64
+# What forgetting holds for each weight of the model: in float32 the model, its gradients, and for
+# unlearn what an attacker moved and Adam's moments; and room for logits, measured.
+FORGET_BYTES = {"isolate": 12, "unlearn": 20}
+LOGITS_BYTES = 1_600_000_000
+REPACK_BYTES = 80  # for each weight that a tensor keeps, while a compact ortho is encoded; measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPlan:
+    """What happens to one source tensor."""
+
+    source: TensorInfo
+    reason: str | None  # why it is not split
+    bits: int  # of a code; 0 where there are none
+    scale: Scale | None
+    density: float | None
+    k: int
+    base: tuple[TensorSpec, ...]
+    ortho: tuple[TensorSpec, ...]
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return self.source.name
+
+    @property
+    def action(self) -> Literal["split", "copy"]:
+        """What happens to it."""
+        return "split" if self.reason is None else "copy"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A whole decomposition, frozen."""
+
+    recipe: Recipe
+    group_size: int
+    tensors: tuple[TensorPlan, ...]
+    base: Layout
+    ortho: Layout
+    side: SideFiles
+    sha256: str
+    peak_bytes: int
+    workers: int
+    statistics: Statistics | None
+    reference: Checkpoint | None = None
+    kept: Mapping[str, int] | None = None  # entries of each tensor, where they do not follow
+    notes: tuple[str, ...] = ()  # what is unusual of the source, and read all the same
+
+    @property
+    def split(self) -> tuple[TensorPlan, ...]:
+        """The tensors that are split."""
+        return tuple(tensor for tensor in self.tensors if tensor.action == "split")
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Files that are read beside the checkpoint."""
+        found = (self.statistics.path,) if self.statistics else ()
+        if self.reference is None:
+            return found
+        folder = self.reference.folder
+        return (*found, *(folder / shard.name for shard in self.reference.shards))
+
+    @property
+    def weights(self) -> int:
+        """Elements of all tensors."""
+        return sum(tensor.source.numel for tensor in self.tensors)
+
+    @property
+    def split_weights(self) -> int:
+        """Elements of the split tensors."""
+        return sum(tensor.source.numel for tensor in self.split)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensor data that are read."""
+        return sum(tensor.source.nbytes for tensor in self.tensors)
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether ortho is written as CSR, at the offsets of `ortho`, only to be encoded again."""
+        return self.recipe.ortho.layout == "compact"
+
+    @property
+    def ortho_bytes(self) -> int:
+        """Bytes of ortho; where it is compact, a bound: weights decide how many there are."""
+        if not self.is_compact:
+            return self.ortho.size
+        rounded = self.recipe.ortho.values == "int8"
+        return len(self.ortho.header) + sum(
+            artifact.compact_at_most(
+                tensor.name,
+                dtype="I8" if rounded else tensor.source.dtype,
+                shape=(tensor.source.shape[0], tensor.source.shape[1]),
+                nnz=tensor.k,
+            )
+            for tensor in self.split
+        )
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the artifact, without index, config and report."""
+        return self.base.size + self.ortho_bytes + self.side.nbytes
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes of the artifact and of what is kept beside it while it is made."""
+        scratch = self.ortho.size if self.is_compact else 0
+        return self.bytes_written + scratch + SIDE_BYTES * (1 + len(self.tensors))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of both files, headers and all, for each weight of the model."""
+        return 8 * (self.base.size + self.ortho_bytes) / self.weights
+
+    def to_json(self) -> dict[str, Any]:
+        """Spell the plan out, with every byte offset that does not depend on weights."""
+        return {
+            "plan_sha256": self.sha256,
+            "recipe": self.recipe.canonical(),
+            "group_size": self.group_size,
+            "statistics": self.statistics.summary() if self.statistics else None,
+            "totals": {
+                "tensors": len(self.tensors),
+                "split_tensors": len(self.split),
+                "weights": self.weights,
+                "split_weights": self.split_weights,
+                "base_bytes": self.base.size,
+                "ortho_bytes": self.ortho_bytes,
+                **({"ortho_bytes_at_most": True} if self.is_compact else {}),
+                "bits_per_weight": round(self.bits_per_weight, 4),
+                "bytes_read": self.bytes_read,
+                "bytes_written": self.bytes_written,
+                "peak_bytes": self.peak_bytes,
+                "workers": self.workers,
+            },
+            "files": [
+                {
+                    "name": artifact.BASE_FILE,
+                    "size": self.base.size,
+                    "header": len(self.base.header),
+                },
+                {
+                    "name": artifact.ORTHO_FILE,
+                    "size": self.ortho_bytes,
+                    **({} if self.is_compact else {"header": len(self.ortho.header)}),
+                },
+                *({"name": file.name, "size": file.size} for file in self.side.copied),
+            ],
+            "left_out": self.side.to_json(),
+            "notes": [*self.notes, *self.side.notes],
+            "tensors": [
+                {
+                    "name": tensor.name,
+                    "action": tensor.action,
+                    "reason": tensor.reason,
+                    "dtype": tensor.source.dtype,
+                    "shape": list(tensor.source.shape),
+                    "shard": tensor.source.shard,
+                    "offset": tensor.source.offset,
+                    "nbytes": tensor.source.nbytes,
+                    "bits": tensor.bits or None,
+                    "scale": tensor.scale,
+                    "density": tensor.density,
+                    "k": tensor.k,
+                    "base": _regions(tensor.base, self.base),
+                    "ortho": {} if self.is_compact else _regions(tensor.ortho, self.ortho),
+                }
+                for tensor in self.tensors
+            ],
+        }
+
+
+def _regions(specs: Iterable[TensorSpec], layout: Layout) -> dict[str, dict[str, Any]]:
+    found = ((spec.key, layout.regions[spec.key]) for spec in specs)
+    return {  # not asdict, which copies deeply: a third of what a large plan's JSON takes
+        key: {"dtype": x.dtype, "shape": x.shape, "offset": x.offset, "nbytes": x.nbytes}
+        for key, x in found
+    }
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    *,
+    statistics: Statistics | None = None,
+    reference: Checkpoint | None = None,
+    kept: Mapping[str, int] | None = None,
+    workers: int = 1,
+    side: SideFiles | None = None,
+) -> Plan:
+    """Decide everything that headers and the recipe decide.
+
+    Args:
+        checkpoint: the source's index.
+        recipe: validated settings; in the plan, `saliency.kind` is what it comes to.
+        statistics: curvature of the source, for a recipe that uses it.
+        reference: the model before it saw what base must not know, for ortho.split reference.
+        kept: entries of each tensor's ortho, where a scoring pass fixed them (`budget`).
+        workers: threads that will work; changes only the peak memory.
+        side: what `choose_side_files` chose; None copies what is on its list.
+    Raises:
+        RecipeError: a target or override matches nothing, group_size or 3 bits do not fit, siblings
+            would differ; curvature without statistics, or statistics without a use.
+        CalibrationError: statistics lack a tensor that is split, or were measured in another shape.
+        CheckpointError: the source is quantized already, or holds weights that should be split and
+            cannot be.
+    """
+    refuse_quantized(checkpoint)
+    recipe = _resolve(recipe, statistics)
+    reasons = select(checkpoint, recipe)
+    split = [tensor for tensor in checkpoint.tensors if reasons[tensor.name] is None]
+    group_size = _group_size(split, recipe)
+    check_overrides(recipe, {tensor.name: tensor for tensor in split})
+    tensors = tuple(
+        _plan_tensor(tensor, reasons[tensor.name], recipe, group_size, kept or {})
+        for tensor in checkpoint.tensors
+    )
+    _check_use(recipe, tensors, statistics)
+    _check_split(recipe, checkpoint, statistics, reference)
+    if statistics is not None:
+        check_weights(statistics, split)
+    sha256 = _sha256(tensors, recipe, group_size, statistics)
+    canonical = canonical_json(recipe.canonical())
+    common = {"plan_sha256": sha256, "recipe": canonical, "version": __version__}
+    base = plan_layout(_unique(checkpoint, tensors, "base"), artifact.base_metadata(**common))
+    ortho = plan_layout(
+        _unique(checkpoint, tensors, "ortho"),
+        artifact.ortho_metadata(**common, source_digest=NO_DIGEST, base_blake3=NO_DIGEST),
+    )
+    if recipe.ortho.layout == "compact":
+        _check_compact_header(tensors, rounded=recipe.ortho.values == "int8")
+    return Plan(
+        recipe=recipe,
+        group_size=group_size,
+        tensors=tensors,
+        base=base,
+        ortho=ortho,
+        side=choose_side_files(checkpoint, statistics, reference) if side is None else side,
+        sha256=sha256,
+        peak_bytes=_peak_bytes(tensors, workers, statistics, recipe),
+        workers=workers,
+        statistics=statistics,
+        reference=reference,
+        kept=kept,
+        notes=(
+            *checkpoint.notes,
+            *(f"of the reference: {note}" for note in (reference.notes if reference else ())),
+        ),
+    )
+
+
+def _resolve(recipe: Recipe, statistics: Statistics | None) -> Recipe:
+    """Say what selects weights where the recipe leaves it open."""
+    kind = recipe.saliency.kind or ("residual" if statistics is None else "curvature")
+    return recipe.model_copy(update={"saliency": Saliency(kind=kind)})
+
+
+def _check_use(
+    recipe: Recipe, tensors: tuple[TensorPlan, ...], statistics: Statistics | None
+) -> None:
+    """Refuse curvature without statistics, and statistics that would change nothing."""
+    uses = ["`saliency.kind`"] if recipe.saliency.kind == "curvature" else []
+    uses += [f"the scale of `{tensor.name}`" for tensor in tensors if tensor.scale == "curvature"]
+    if uses and statistics is None:
+        raise RecipeError(
+            f"{uses[0]} is curvature, and no statistics are given",
+            hint="give --stats FILE, as `ortho calibrate` writes it",
+        )
+    if recipe.compensates:
+        check_compensation(recipe, statistics)
+        return
+    if statistics is not None and not uses:
+        raise RecipeError(
+            f"`{statistics.path}` is given, and `saliency.kind` is residual and no scale curvature",
+            hint="leave --stats out, or set saliency.kind or base.scale to curvature",
+        )
+
+
+def _check_split(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    statistics: Statistics | None,
+    reference: Checkpoint | None,
+) -> None:
+    """Refuse a split without what it needs, and a reference that is of another model."""
+    check_values(recipe)
+    split = recipe.ortho.split
+    if recipe.ortho.budget == "global":
+        check_global(recipe)
+    if recipe.forgets and (
+        statistics is None or statistics.kind == "gram" or recipe.saliency.kind == "residual"
+    ):
+        raise RecipeError(
+            f"ortho.split is {split}, and there are no statistics of fisher that it may use",
+            hint="ortho calibrate MODEL --data FILE, then --stats stats.safetensors",
+        )
+    if (split == "reference") != (reference is not None):
+        raise RecipeError(
+            f"ortho.split is {split}, and {'no' if reference is None else 'a'} reference is given",
+            hint="--reference CHECKPOINT goes with --set ortho.split=reference",
+        )
+    if reference is not None:
+        check_reference(checkpoint, reference)
+
+
+OUR_FILES = (
+    artifact.BASE_FILE,
+    artifact.OLD_BASE_FILE,
+    artifact.ORTHO_FILE,
+    SEALED_FILE,
+    IDENTITY_FILE,
+    artifact.INDEX_FILE,
+    artifact.CONFIG_FILE,
+    artifact.REPORT_FILE,
+)
+
+
+def choose_side_files(
+    checkpoint: Checkpoint,
+    statistics: Statistics | None = None,
+    reference: Checkpoint | None = None,
+    *,
+    copy: Sequence[str] = (),
+    arguments: Iterable[Path] = (),
+) -> SideFiles:
+    """Choose what is copied beside base and ortho; see `side_files`.
+
+    Args:
+        checkpoint: the source's index.
+        statistics: used for it; their file is never copied.
+        reference: used for it; its files are never copied.
+        copy: globs of files to copy beside those on the list.
+        arguments: further files that were given to the command; never copied.
+    Raises:
+        UsageError: see `side_files.choose`.
+    """
+    if not checkpoint.path.is_dir():
+        return choose_none(checkpoint.path, copy)
+    given = [*arguments, *((statistics.path,) if statistics else ())]
+    if reference is not None:
+        given += [reference.path, *(shard.path for shard in reference.shards)]
+    return choose(
+        checkpoint.folder,
+        skip={*(shard.name for shard in checkpoint.shards), artifact.CONFIG_FILE},
+        ours=OUR_FILES,
+        copy=copy,
+        arguments=given,
+    )
+
+
+def _group_size(split: list[TensorInfo], recipe: Recipe) -> int:
+    sizes = GROUP_SIZES if recipe.base.group_size == "auto" else (int(recipe.base.group_size),)
+    for size in sizes:
+        if all(tensor.shape[1] % size == 0 for tensor in split):
+            return size
+    unfit = [tensor for tensor in split if tensor.shape[1] % sizes[-1]]
+    worst, others = unfit[0], len(unfit) - 1
+    asked = (
+        f"group_size {sizes[0]}"
+        if len(sizes) == 1
+        else f"none of the group sizes {', '.join(map(str, sizes))}"
+    )
+    verb = "does not divide" if len(sizes) == 1 else "divides"
+    known = (256, *GROUP_SIZES, 16, 8)
+    common = [size for size in known if all(tensor.shape[1] % size == 0 for tensor in split)]
+    ways = []
+    if common:
+        also = f" (so do {', '.join(map(str, common[1:]))})" if common[1:] else ""
+        ways.append(f"`--set base.group_size={common[0]}` fits every target{also}")
+    if len(unfit) < len(split):
+        ways.append(_ignore(unfit, split, recipe))
+    raise RecipeError(
+        f"{asked} {verb} in_features {worst.shape[1]} of `{worst.name}`"
+        + (f", nor what {others} more tensors have" if others else ""),
+        hint="; or ".join(ways) or "no multiple of 8 divides any target: there is nothing to split",
+    )
+
+
+def _ignore(unfit: list[TensorInfo], split: list[TensorInfo], recipe: Recipe) -> str:
+    """Word the one setting that leaves out what does not fit, beside what is left out already."""
+    names = {tensor.name for tensor in unfit}
+    # What is fused with one of them has its width, and is among them.
+    patterns = fold_names(names, {tensor.name for tensor in split} - names)
+    value = json.dumps([*recipe.ignore, *patterns], ensure_ascii=False)
+    word = shlex.quote(f"ignore={value}")
+    return f"`--set {word}` carries {'these' if len(unfit) > 1 else 'it'} over unchanged"
+
+
+def _plan_tensor(
+    tensor: TensorInfo,
+    reason: str | None,
+    recipe: Recipe,
+    group_size: int,
+    kept: Mapping[str, int],
+) -> TensorPlan:
+    if reason is not None:
+        same = TensorSpec(key=tensor.name, dtype=tensor.dtype, shape=tensor.shape)
+        return TensorPlan(
+            source=tensor,
+            reason=reason,
+            bits=0,
+            scale=None,
+            density=None,
+            k=0,
+            base=(same,),
+            ortho=(),
+        )
+    settings, name, dtype = tensor_settings(recipe, tensor.name), tensor.name, tensor.dtype
+    shape, bits = (tensor.shape[0], tensor.shape[1]), settings.bits
+    k = kept.get(name, round(settings.density * tensor.numel))
+    return TensorPlan(
+        source=tensor,
+        reason=None,
+        bits=bits,
+        scale=settings.scale,
+        density=k / tensor.numel if name in kept else settings.density,
+        k=k,
+        base=artifact.base_specs(name, dtype=dtype, shape=shape, group_size=group_size, bits=bits),
+        ortho=artifact.ortho_specs(name, dtype=dtype, shape=shape, nnz=k),
+    )
+
+
+def _unique(
+    checkpoint: Checkpoint, tensors: tuple[TensorPlan, ...], file: Literal["base", "ortho"]
+) -> Iterator[TensorSpec]:
+    seen: set[str] = set()
+    for tensor in tensors:
+        for spec in tensor.base if file == "base" else tensor.ortho:
+            if spec.key in seen:
+                raise CheckpointError(
+                    f"`{checkpoint.path}` holds a tensor named `{spec.key}`, which splitting "
+                    f"would write too",
+                    hint="is it quantized already? else add its weight to `ignore`",
+                )
+            seen.add(spec.key)
+            yield spec
+
+
+def _check_compact_header(tensors: tuple[TensorPlan, ...], *, rounded: bool) -> None:
+    """Refuse a compact ortho whose header no reader would take, which else shows after the work.
+
+    How large its parts are depends on weights, how many there are does not.
+    """
+    specs = (
+        spec
+        for tensor in tensors
+        if tensor.reason is None
+        for spec in artifact.compact_specs(
+            tensor.name,
+            dtype="I8" if rounded else tensor.source.dtype,
+            shape=(tensor.source.shape[0], tensor.source.shape[1]),
+            columns=0,
+            counts=artifact.COUNT_DTYPES[0],
+            gaps=tensor.k,
+            others=tensor.k,
+        )
+    )
+    plan_layout(specs, {})
+
+
+def _sha256(
+    tensors: tuple[TensorPlan, ...],
+    recipe: Recipe,
+    group_size: int,
+    statistics: Statistics | None,
+) -> str:
+    content = {
+        "format": artifact.FORMAT,
+        "version": __version__,
+        "recipe": recipe.canonical(),
+        "group_size": group_size,
+        "tensors": [
+            [t.name, t.source.dtype, t.source.shape, t.scale, t.density, t.k] for t in tensors
+        ],
+    }
+    if statistics is not None:
+        content["statistics"] = statistics.digest
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def _peak_bytes(
+    tensors: tuple[TensorPlan, ...], workers: int, statistics: Statistics | None, recipe: Recipe
+) -> int:
+    """Bound the buffers of all workers, each on a tensor that needs most, and a whole model's."""
+    needs = sorted(
+        (_buffer_bytes(t, statistics, recipe.compensates) for t in tensors), reverse=True
+    )
+    entries = len(tensors) + (0 if statistics is None else len(statistics.digests))
+    held = 0
+    if recipe.forgets:
+        held = LOGITS_BYTES + FORGET_BYTES[recipe.ortho.split] * sum(
+            t.source.numel for t in tensors
+        )
+    if recipe.base.rounding == "tuned":
+        held = _tuning_bytes(tensors, recipe.tune.batch * recipe.tune.length)
+    work = sum(needs[:workers])
+    if recipe.ortho.layout == "compact":  # encoded when the workers are done
+        most = max((tensor.k for tensor in tensors), default=0)
+        work = max(work, REPACK_BYTES * most + 24 * TILE_ELEMENTS)
+    return MODULES_BYTES + TENSOR_BYTES * entries + held + work
+
+
+def _tuning_bytes(tensors: tuple[TensorPlan, ...], tokens: int) -> int:
+    """Bound what a pass back through a model in bfloat16 holds; half again of its activations."""
+    model = 2 * sum(tensor.source.numel for tensor in tensors)
+    features = sum(sum(tensor.source.shape) for tensor in tensors if tensor.reason is None)
+    return model + 3 * tokens * features + LOGITS_BYTES // 2
+
+
+def _buffer_bytes(tensor: TensorPlan, statistics: Statistics | None, compensates: bool) -> int:
+    if tensor.reason is not None:
+        return 2 * CHUNK
+    numel = tensor.source.numel
+    elements = tile_rows(tensor.source.shape) * tensor.source.shape[1]
+    tile = elements * {"mse": 48, "curvature": 52}.get(str(tensor.scale), 24)
+    more = 0
+    if statistics is not None:
+        # Curvature as read and in float32, its root, saliency, squares; vectors are held whole.
+        tile += elements * (12 if statistics.kind == "gram" else 24) + 16 * sum(tensor.source.shape)
+        more = 4  # the second measure of a candidate
+    # Index, two saliencies and value of each candidate; while they are cut back, three copies of k.
+    value = tensor.source.nbytes // numel
+    candidates = min(2 * tensor.k + elements, numel) * (
+        8 + (4 if numel < 2**31 else 8) + value + more
+    )
+    # Scales and positions are held from one turn to the next.
+    held = 0 if tensor.scale == "absmax" else 2 * tensor.base[1].nbytes + 8 * tensor.k
+    if compensates:
+        columns = tensor.source.shape[1]
+        # The Gram matrix, its inverse and factor, two of them float64; a larger tile, in copies.
+        held += 28 * columns**2 + 88 * tile_rows(tensor.source.shape, GPTQ_ELEMENTS) * columns
+        held += 2 * tensor.base[1].nbytes + 8 * tensor.k
+    return tile + candidates + held + ((20 if tensor.k < numel else 8) + 2 * more) * tensor.k
+
+
+def check_memory(plan: Plan) -> None:
+    """Refuse a plan whose buffers do not fit into memory; where the system does not tell, go on.
+
+    Raises:
+        ResourceError: says how much is needed and how much is available.
+    """
+    told = Path("/proc/meminfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    available = next((int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable")), None)
+    if available is not None and plan.peak_bytes > available:
+        raise ResourceError(
+            f"{plan.workers} workers take {plan.peak_bytes / 1e6:,.0f} MB of memory and "
+            f"{available / 1e6:,.0f} MB are available",
+            hint="use fewer --workers, or a lower density",
+        )

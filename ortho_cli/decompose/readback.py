@@ -1,0 +1,90 @@
+"""What work has written of a split tensor so far, read back for work that goes on from there."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ortho_cli.decompose.edits import Edit
+from ortho_cli.decompose.plan import Plan, TensorPlan
+from ortho_cli.decompose.splitter import TORCH_DTYPES, Rounded
+from ortho_cli.decompose.workers import NUMPY_DTYPES
+from ortho_cli.errors import InternalError
+from ortho_cli.formats.compact import Integers
+from ortho_cli.split import quantize
+from ortho_cli.split.quantize import as_bytes
+from ortho_cli.split.tiles import tile_rows
+from ortho_cli.storage.data_file import DataFile
+from ortho_cli.storage.sealing import OrthoFile
+
+
+class ReadBack:
+    """Reads codes, scales and the CSR of any tensor from files that are being made."""
+
+    def __init__(self, plan: Plan, base: DataFile, ortho: OrthoFile) -> None:
+        """Say where base and the CSR lie; a tensor is there when its work is done."""
+        self._plan, self._base, self._ortho = plan, base, ortho
+
+    def base_rows(self, tensor: TensorPlan, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Read rows of base: packed codes int32 (count, words) and scales (count, groups)."""
+        found = []
+        for spec in tensor.base[:2]:
+            dtype = torch.int32 if spec.dtype == "I32" else TORCH_DTYPES[spec.dtype]
+            rows = torch.empty((count, spec.shape[1]), dtype=dtype)
+            offset = start * spec.shape[1] * dtype.itemsize
+            self._base.read_into(spec.key, as_bytes(rows), start=offset)
+            found.append(rows)
+        return found[0], found[1]
+
+    def rounded(self, tensor: TensorPlan) -> Rounded:
+        """Read a whole weight as base and ortho have it."""
+        rows, columns = tensor.source.shape
+        packed, scales = self.base_rows(tensor, 0, rows)
+        crow, column = self.positions(tensor)
+        kept = torch.zeros(rows, columns, dtype=torch.bool)
+        kept.numpy()[np.repeat(np.arange(rows), np.diff(crow)), column] = True
+        codes = quantize.unpack_codes(packed, bits=tensor.bits)[:, :columns]
+        return Rounded(codes.to(torch.int8), scales, kept)
+
+    def positions(self, tensor: TensorPlan) -> tuple[Integers, Integers]:
+        """Read where a tensor's weights are kept: crow_indices and col_indices, int64."""
+        crow, column = (
+            self._part(spec.key).numpy().view(NUMPY_DTYPES[spec.dtype]).astype(np.int64)
+            for spec in tensor.ortho[:2]
+        )
+        return crow, column
+
+    def values(self, tensor: TensorPlan) -> Tensor:
+        """Read the weights that are kept, in the source's dtype."""
+        return self._part(tensor.ortho[2].key).view(TORCH_DTYPES[tensor.source.dtype])
+
+    def check_moved(self, tensor: TensorPlan, edit: Edit) -> None:
+        """See that base holds the codes that forgetting chose, and ortho those positions.
+
+        Raises:
+            InternalError: it does not; names the tensor and counts the positions.
+        """
+        columns = tensor.source.shape[1]
+        crow, column = self.positions(tensor)
+        kept = np.repeat(np.arange(len(crow) - 1), np.diff(crow)) * columns + column
+        lost = len(edit.positions) - int(np.isin(edit.positions, kept, assume_unique=True).sum())
+        other, step = 0, tile_rows(tensor.source.shape)
+        for row in range(0, tensor.source.shape[0], step):
+            count = min(step, tensor.source.shape[0] - row)
+            places, codes = edit.within(row * columns, (row + count) * columns)
+            if len(places):
+                packed, _ = self.base_rows(tensor, row, count)
+                found = quantize.unpack_codes(packed, bits=tensor.bits)[:, :columns].numpy()
+                other += int((found.reshape(-1)[places] != codes).sum())
+        if lost or other:
+            raise InternalError(
+                f"of {len(edit.positions)} codes of `{tensor.name}` that forgetting moved, ortho "
+                f"lacks {lost} and base has {other} as they were"
+            )
+
+    def _part(self, key: str) -> Tensor:
+        found = torch.empty(self._plan.ortho.regions[key].nbytes, dtype=torch.uint8)
+        if found.numel():
+            self._ortho.read_into(key, as_bytes(found), start=0)
+        return found

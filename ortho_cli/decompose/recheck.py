@@ -1,0 +1,362 @@
+"""Reads what was written of split weights and holds it against the source.
+
+While `decompose` runs, some rows of each weight are read back; all of them where a weight is small,
+or where its codes were moved, compensated or tuned, which takes longer than to read them. `inspect
+--verify --expect-source` reads every row. See `exact` for what is checked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ortho_cli.decompose.plan import TensorPlan
+from ortho_cli.decompose.report import decibels
+from ortho_cli.decompose.workers import NUMPY_DTYPES
+from ortho_cli.errors import ArtifactError
+from ortho_cli.events import Advanced, EventSink, Started, null_sink
+from ortho_cli.formats.artifact import Artifact, module_of
+from ortho_cli.split.exact import (
+    HINT,
+    WORDS,
+    Array,
+    Rows,
+    Rules,
+    Sums,
+    check_figures,
+    check_rows,
+    largest_step,
+)
+from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, TensorInfo
+from ortho_cli.storage.data_file import DataFile
+from ortho_cli.storage.sealing import OrthoFile
+
+SAMPLE_BLOCKS = 4  # places of a weight from which rows are read back
+SAMPLE_ELEMENTS = 1 << 15  # weights that are read back of one with more: 4 % of a plain run's time
+# Weights that are checked at a time. Measured: of larger arrays the allocator gives pages back and
+# takes them again, which doubles the time.
+TILE = 1 << 15
+SHARE = 2.5e-3  # of noise, by which sums in another order and precision may differ: 0.01 dB
+Read = Callable[[memoryview, int], None]  # fills a buffer from a byte on
+
+
+class Recheck:
+    """Checks what a running job wrote of one weight after another; workers may share it."""
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        base: DataFile,
+        ortho: OrthoFile,
+        *,
+        nearest: bool,
+        own_code: bool,
+        whole: bool,
+    ) -> None:
+        """Say where weights come from and went to.
+
+        Args:
+            reader: of the source.
+            base: codes and scales.
+            ortho: the CSR.
+            nearest: codes that nobody moved are the source's nearest.
+            own_code: where a code was moved, alpha = 1 may be the source's own code.
+            whole: read every row of every weight.
+        """
+        self._reader, self._base, self._ortho = reader, base, ortho
+        self._nearest, self._own_code, self._whole = nearest, own_code, whole
+
+    def check(self, tensor: TensorPlan, entry: Mapping[str, Any]) -> None:
+        """Check what was written of a weight, and its figures where all of it is read.
+
+        Args:
+            tensor: what the plan says of it.
+            entry: its line of the journal.
+        Raises:
+            ArtifactError: a value, a code or a figure is not what it has to be.
+        """
+        rules = Rules(
+            name=tensor.name,
+            dtype=tensor.source.dtype,
+            bits=tensor.bits,
+            nearest=self._nearest,
+            own_code=self._own_code,
+        )
+        whole = self._whole or tensor.source.numel <= SAMPLE_ELEMENTS
+        sums = Sums()
+        for start, count in _every_row(tensor) if whole else _some_rows(tensor):
+            sums.add(check_rows(rules, self._rows(tensor, start, count)))
+        if whole:
+            check_figures(tensor.name, dict(entry), sums)
+
+    def _rows(self, tensor: TensorPlan, start: int, count: int) -> Rows:
+        columns, word = tensor.source.shape[1], WORDS[tensor.source.dtype]
+        packed, scales = tensor.base[0], tensor.base[1]
+        crow_spec, column_spec, value_spec = tensor.ortho
+
+        def part(key: str) -> Read:
+            output = self._ortho if key in (s.key for s in tensor.ortho) else self._base
+            return lambda buffer, at: output.read_into(key, buffer, start=at)
+
+        source: Read = lambda buffer, at: self._reader.read_into(buffer, tensor.source, start=at)  # noqa: E731
+        crow = _read(part(crow_spec.key), NUMPY_DTYPES[crow_spec.dtype], start, count + 1)
+        first, size = int(crow[0]), int(crow[-1] - crow[0])
+        column = _read(part(column_spec.key), NUMPY_DTYPES[column_spec.dtype], first, size)
+        row = np.repeat(np.arange(count), np.diff(crow))
+        return Rows(
+            first=start,
+            source=_matrix(source, word, start, count, columns),
+            packed=_matrix(part(packed.key), np.int32, start, count, packed.shape[1]),
+            scales=_matrix(part(scales.key), word, start, count, scales.shape[1]),
+            positions=row * columns + column.astype(np.int64),
+            values=_read(part(value_spec.key), word, first, size),
+        )
+
+
+def _read(read: Read, dtype: Any, start: int, size: int) -> Array:
+    """Read `size` numbers from number `start` on."""
+    found: npt.NDArray[Any] = np.empty(size, dtype)
+    if size:
+        read(found.data.cast("B"), start * found.itemsize)
+    return found
+
+
+def _matrix(read: Read, dtype: Any, start: int, count: int, columns: int) -> Array:
+    return _read(read, dtype, start * columns, count * columns).reshape(count, columns)
+
+
+def _every_row(tensor: TensorPlan) -> Iterator[tuple[int, int]]:
+    rows, columns = tensor.source.shape
+    step = max(1, TILE // columns)
+    for start in range(0, rows, step):
+        yield start, min(step, rows - start)
+
+
+def _some_rows(tensor: TensorPlan) -> Iterator[tuple[int, int]]:
+    """Name rows all over a weight, the first and the last among them."""
+    rows, columns = tensor.source.shape
+    count = min(rows, max(1, SAMPLE_ELEMENTS // (SAMPLE_BLOCKS * columns)))
+    starts = {i * (rows - count) // (SAMPLE_BLOCKS - 1) for i in range(SAMPLE_BLOCKS)}
+    for start in sorted(starts):
+        yield start, count
+
+
+def check_values(
+    artifact: Artifact,
+    source: Checkpoint,
+    recipe: Mapping[str, Any],
+    *,
+    on_event: EventSink = null_sink,
+) -> dict[str, Any]:
+    """Hold every weight of an artifact against the checkpoint that it was made from.
+
+    Args:
+        artifact: without ortho only figures at alpha 0 and what was not split are checked.
+        source: that checkpoint, as `provenance.check_source` found it.
+        recipe: the artifact's.
+        on_event: told of progress.
+    Returns:
+        Numbers of split tensors, of their weights and of codes that are not the source's own, and
+        SQNR in dB by the bytes; the last None without ortho.
+    Raises:
+        ArtifactError: a tensor that was not split differs from the source; a value, code or figure
+            is not what it has to be; names the tensor.
+    """
+    split, there = recipe["ortho"]["split"], artifact.ortho is not None
+    tensors = {tensor.name: tensor for tensor in source.tensors}
+    size = sum(tensor.nbytes for tensor in source.tensors)
+    on_event(Started(tensors=len(tensors), resumed=0, bytes_total=size, bytes_done=0))
+    told = {entry["name"]: entry for entry in (artifact.report or {}).get("tensors", ())}
+    total = Sums()
+    with _Opened(artifact, source) as opened:
+        for tensor in source.tensors:
+            module = module_of(tensor.name)
+            if tensor.name == f"{module}.weight" and module in artifact.shapes:
+                nearest = recipe["base"]["rounding"] == "nearest" and split != "reference"
+                sums = opened.check_split(
+                    module,
+                    tensor,
+                    nearest=nearest and there,
+                    own_code=split == "unlearn",
+                    rounded=recipe["ortho"].get("values") == "int8",
+                )
+                if artifact.report is not None:
+                    _check_decibels(told[tensor.name], tensor.name, sums, there=there)
+                total.add(sums)
+            elif split != "reference":
+                opened.check_copy(tensor)
+            on_event(Advanced(nbytes=tensor.nbytes))
+    if artifact.report is not None:
+        _check_decibels(artifact.report["totals"], "totals", total, there=there)
+    return {
+        "tensors": len(artifact.split),
+        "weights": total.weights,
+        "moved": total.moved,
+        "sqnr_db_alpha_0": decibels(total.signal, total.noise),
+        "sqnr_db_alpha_1": decibels(total.signal, total.noise - total.noise_kept)
+        if there
+        else None,
+    }
+
+
+class _Opened:
+    """An artifact and its source, open."""
+
+    def __init__(self, artifact: Artifact, source: Checkpoint) -> None:
+        from ortho_cli.formats.ortho_reader import (
+            KeptReader,  # needs torch, which the jobs above do without
+        )
+
+        self._artifact, self._stack = artifact, ExitStack()
+        self._base = {tensor.name: tensor for tensor in artifact.base.tensors}
+        with self._stack:
+            self._kept = None
+            if artifact.ortho is not None:
+                self._kept = self._stack.enter_context(KeptReader(artifact))
+            self._source = ShardReader(source)
+            self._stack.callback(self._source.close)
+            shards = tuple(s for s in (artifact.base, artifact.ortho) if s is not None)
+            self._written = ShardReader(
+                Checkpoint(path=artifact.folder, shards=shards, tensors=(), config=None)
+            )
+            self._stack.callback(self._written.close)
+            self._stack = self._stack.pop_all()
+        self._parts = artifact.kept
+
+    def __enter__(self) -> _Opened:
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._stack.close()
+
+    def check_copy(self, tensor: TensorInfo) -> None:
+        """See that a tensor that was not split is the source's, byte for byte."""
+        mine = self._base.get(tensor.name)
+        same = mine is not None and (mine.dtype, mine.shape) == (tensor.dtype, tensor.shape)
+        if mine is None or not same or self._written.digest(mine) != self._source.digest(tensor):
+            raise ArtifactError(
+                f"tensor `{tensor.name}` of `{self._artifact.base.path}` was not split, and is not "
+                "the source's",
+                hint=HINT,
+            )
+
+    def check_split(
+        self, module: str, tensor: TensorInfo, *, nearest: bool, own_code: bool, rounded: bool
+    ) -> Sums:
+        """Check every row of a weight that was split."""
+        rows, columns = self._artifact.shapes[module]
+        if tensor.shape != (rows, columns) or tensor.dtype not in WORDS:
+            raise ArtifactError(
+                f"`{tensor.name}` is {tensor.dtype} {list(tensor.shape)} in the source and "
+                f"{[rows, columns]} in base: they cannot be compared",
+                hint="leave --verify or --expect-source out",
+            )
+        rules = Rules(
+            name=tensor.name,
+            dtype=tensor.dtype,
+            bits=self._artifact.bits[module],
+            nearest=nearest,
+            own_code=own_code,
+            step=self._step(module),
+        )
+        if rounded and rules.step is None:  # values that were int8 once, and were saved as CSR
+            steps = (largest_step(rules, tile) for tile in self._tiles(module, tensor))
+            rules = replace(rules, step=max(steps, default=0.0) or 1.0)
+        sums = Sums()
+        for tile in self._tiles(module, tensor):
+            sums.add(check_rows(rules, tile))
+        return sums
+
+    def _tiles(self, module: str, tensor: TensorInfo) -> Iterator[Rows]:
+        rows, columns = self._artifact.shapes[module]
+        crow, column, values = self._csr(module, rows, tensor.dtype)
+        step, word = max(1, TILE // columns), WORDS[tensor.dtype]
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            here = slice(int(crow[start]), int(crow[start + count]))
+            row = np.repeat(np.arange(count), np.diff(crow[start : start + count + 1]))
+            yield Rows(
+                first=start,
+                source=self._read(self._source, tensor, word, start, count),
+                packed=self._part(module, "weight_packed", np.int32, start, count),
+                scales=self._part(module, "weight_scale", word, start, count),
+                positions=row * columns + column[here],
+                values=values[here],
+            )
+
+    def _part(self, module: str, part: str, dtype: Any, start: int, count: int) -> Array:
+        return self._read(self._written, self._base[f"{module}.{part}"], dtype, start, count)
+
+    def _read(
+        self, reader: ShardReader, info: TensorInfo, dtype: Any, start: int, count: int
+    ) -> Array:
+        def read(buffer: memoryview, at: int) -> None:
+            reader.read_into(buffer, info, start=at)
+
+        return _matrix(read, dtype, start, count, info.shape[1])
+
+    def _step(self, module: str) -> float | None:
+        info = self._parts.get(module, {}).get("value_step")
+        if info is None:
+            return None
+        buffer = np.empty(1, np.float32)
+        self._written.read_into(buffer.data.cast("B"), info, start=0)
+        return float(buffer[0])
+
+    def _csr(self, module: str, rows: int, dtype: str) -> tuple[Array, Array, Array]:
+        if self._kept is None:
+            nothing = np.zeros(0, np.int64)
+            return np.zeros(rows + 1, np.int64), nothing, nothing.astype(WORDS[dtype])
+        import torch
+
+        found = self._kept.csr(module)
+        same = torch.int32 if dtype == "F32" else torch.int16
+        words = found["values"].view(same).numpy().view(WORDS[dtype])
+        crow, column = (
+            found[part].numpy().astype(np.int64) for part in ("crow_indices", "col_indices")
+        )
+        return crow, column, words
+
+
+def _check_decibels(told: Mapping[str, Any], name: str, sums: Sums, *, there: bool) -> None:
+    """Hold the figures that a report tells of a weight, or of all, against the bytes.
+
+    Args:
+        told: `sqnr_db_alpha_0`, `sqnr_db_alpha_1` and `residual_kept`.
+        name: of what they are told.
+        sums: what the bytes add up to.
+        there: ortho is there.
+    """
+    noise = sums.noise / sums.signal if sums.signal else 0.0
+    at_1 = max(0.0, sums.noise - sums.noise_kept) / sums.signal if sums.signal else 0.0
+    mine = {"sqnr_db_alpha_0": noise} | ({"sqnr_db_alpha_1": at_1} if there else {})
+    for key, energy in mine.items():
+        other = _energy(told[key])
+        # A report's sums are of float32: what ortho leaves of the noise is a difference of two.
+        if not abs(energy - other) <= SHARE * max(energy, other) + 1e-6 * noise + 1e-10:
+            raise ArtifactError(
+                f"`{name}` has {key} {_decibels(energy)} by its bytes, and {told[key]} in "
+                "report.json",
+                hint=HINT,
+            )
+    share, said = sums.noise_kept / sums.noise if sums.noise else 0.0, told.get("residual_kept")
+    if there and said is not None and not abs(share - said) <= 1e-3:
+        raise ArtifactError(
+            f"`{name}` has residual_kept {share:.6f} by its bytes, and {said} in report.json",
+            hint=HINT,
+        )
+
+
+def _energy(decibel: float | None) -> float:
+    """Give noise over signal; None stands for no noise."""
+    return 0.0 if decibel is None else 10.0 ** (-decibel / 10.0)
+
+
+def _decibels(energy: float) -> str:
+    return f"{-10.0 * math.log10(energy):.4f}" if energy > 0.0 else "none"

@@ -1,0 +1,128 @@
+"""What no plan can be made of: quantized sources, other models, settings that do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ortho_cli.convert.sources.adapters import refuse_adapter, refuse_adapter_names
+from ortho_cli.convert.sources.quantized import examine
+from ortho_cli.decompose.settings import Recipe
+from ortho_cli.errors import CheckpointError, RecipeError
+from ortho_cli.formats import artifact
+from ortho_cli.formats.statistics import Statistics
+from ortho_cli.storage.checkpoint import Checkpoint, open_checkpoint
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Refuse a source that is an artifact or an adapter, or was quantized by anyone.
+
+    Raises:
+        CheckpointError: says by what that is seen, and what helps.
+    """
+    for shard in checkpoint.shards:
+        if artifact.is_ours(shard.metadata):
+            raise CheckpointError(
+                f"`{shard.path}` is the {shard.metadata.get('role')} file of an artifact already",
+                hint="decompose the model it was made from",
+            )
+    names = [tensor.name for tensor in checkpoint.tensors]
+    refuse_adapter_names(checkpoint.path, names, checkpoint.config, strips=False)
+    folder = checkpoint.path if checkpoint.path.is_dir() else None
+    if what := examine(checkpoint.tensors, checkpoint.config, folder):
+        raise what.refusal(checkpoint.path)
+
+
+def refuse_folder(folder: Path) -> None:
+    """Refuse a folder that transformers is about to load, if it is no plain model.
+
+    Raises:
+        CheckpointError: it is an adapter or quantized; says by what that is seen, and what helps.
+    """
+    refuse_adapter(folder)
+    if any(folder.glob("*.safetensors")):
+        refuse_quantized(open_checkpoint(folder))
+
+
+def check_reference(checkpoint: Checkpoint, reference: Checkpoint) -> None:
+    """Refuse a reference that is of another model, or quantized.
+
+    Raises:
+        CheckpointError: names the first tensor that differs in dtype or shape.
+    """
+    refuse_quantized(reference)
+    mine = {t.name: (t.dtype, t.shape) for t in checkpoint.tensors}
+    theirs = {t.name: (t.dtype, t.shape) for t in reference.tensors}
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) == theirs.get(name):
+            continue
+        told = [
+            f"{tensor[0]} {list(tensor[1])}" if tensor else "absent"
+            for tensor in (mine.get(name), theirs.get(name))
+        ]
+        raise CheckpointError(
+            f"tensor `{name}` is {told[0]} in `{checkpoint.path}` and {told[1]} in the reference "
+            f"`{reference.path}`",
+            hint="give the same model before it saw the data; `ortho convert --dtype` casts one",
+        )
+
+
+def check_compensation(recipe: Recipe, statistics: Statistics | None) -> None:
+    """Refuse to compensate without Gram matrices, or a base that is made otherwise.
+
+    Raises:
+        RecipeError: says what is missing.
+    """
+    rounding = recipe.base.rounding
+    if recipe.ortho.split != "residual":
+        raise RecipeError(
+            f"base.rounding is {rounding}, and ortho.split is {recipe.ortho.split}",
+            hint="what forgets moves codes from the nearest; use base.rounding nearest",
+        )
+    if recipe.base.alone:
+        raise RecipeError(
+            f"base.alone is true, and base.rounding is {rounding}: codes that make up for each "
+            "other are worse with some of them put right",
+            hint="ortho.density 0 gives the best base by itself; else leave base.alone out",
+        )
+    if statistics is None or not statistics.has_gram:
+        there = "no statistics are given" if statistics is None else f"`{statistics.path}` has none"
+        raise RecipeError(
+            f"base.rounding is {rounding}, which needs Gram matrices, and {there}",
+            hint="ortho calibrate MODEL --data FILE --gram full, then --stats stats.safetensors",
+        )
+
+
+def check_global(recipe: Recipe) -> None:
+    """Refuse one budget for all tensors where it would mean nothing.
+
+    Raises:
+        RecipeError: positions are forgotten ones, or saliencies of tensors do not compare.
+    """
+    if recipe.ortho.split != "residual":
+        raise RecipeError(
+            f"ortho.budget is global, and ortho.split is {recipe.ortho.split}",
+            hint="what forgets needs room in every tensor; use ortho.budget per-tensor",
+        )
+    if recipe.saliency.kind != "curvature":
+        raise RecipeError(
+            f"ortho.budget is global, and saliency.kind is {recipe.saliency.kind}",
+            hint="only curvature says what a weight of one layer is worth in another: --stats FILE",
+        )
+
+
+def check_values(recipe: Recipe) -> None:
+    """Refuse int8 values where no layout holds them, or where they would not be exact enough.
+
+    Raises:
+        RecipeError: the layout is CSR, or the recipe forgets.
+    """
+    if recipe.ortho.values == "int8" and recipe.ortho.layout != "compact":
+        raise RecipeError(
+            f"ortho.values is int8, and ortho.layout is {recipe.ortho.layout}",
+            hint="set ortho.layout to compact",
+        )
+    if recipe.ortho.values == "int8" and recipe.forgets:
+        raise RecipeError(
+            f"ortho.values is int8, and ortho.split is {recipe.ortho.split}",
+            hint="what was moved to forget must come back exactly; use ortho.values source",
+        )

@@ -1,0 +1,171 @@
+"""The last step of a decomposition whose ortho is compact: the CSR that work left, encoded.
+
+How large compact parts are depends on weights, so work cannot write them at offsets known before.
+It writes CSR into a scratch file instead, and when all of that is there this reads it twice, tensor
+by tensor: once to lay the file out, once to fill it. One tensor's ortho is in memory at a time. A
+kill loses nothing: the next run encodes again, and one matrix has one encoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ortho_cli.decompose.plan import Plan, TensorPlan
+from ortho_cli.decompose.readback import ReadBack
+from ortho_cli.decompose.workers import Entry
+from ortho_cli.errors import NumericalError
+from ortho_cli.formats import artifact, compact
+from ortho_cli.formats.artifact import ORTHO_FILE, module_of
+from ortho_cli.formats.compact import Integers
+from ortho_cli.formats.curvature import Curvature
+from ortho_cli.formats.statistics import StatisticsReader
+from ortho_cli.split import quantize
+from ortho_cli.split.quantize import as_bytes
+from ortho_cli.split.tiles import tile_rows
+from ortho_cli.storage.data_file import DataFile, Layout, TensorSpec, TensorStream, plan_layout
+from ortho_cli.storage.sealing import OrthoFile
+
+
+class Repacker:
+    """Encodes what the scratch file holds; the same bytes on every run."""
+
+    def __init__(
+        self, plan: Plan, base: DataFile, scratch: OrthoFile, curvature: StatisticsReader | None
+    ) -> None:
+        """Say where base and CSR lie, complete; curvature is there if the plan has statistics."""
+        self._plan, self._curvature = plan, curvature
+        self._written = ReadBack(plan, base, scratch)
+        self._rounded = plan.recipe.ortho.values == "int8"
+
+    def run(
+        self,
+        make: Callable[[Layout], OrthoFile],
+        entries: list[Entry],
+        metadata: dict[str, str],
+    ) -> tuple[OrthoFile, Layout, list[Entry]]:
+        """Write the tensors of ortho.safetensors.
+
+        Args:
+            make: makes the file.
+            entries: the journal's, one for each tensor of the plan.
+            metadata: of the file.
+        Returns:
+            The file, its layout, and the entries with what is true of it: digests, `columns`, and
+            with int8 values what rounding them costs.
+        Raises:
+            NumericalError: an int8 value stands for a weight that the source's dtype cannot hold.
+            ResourceError: the disk is full.
+        """
+        layout = plan_layout((s for t in self._plan.split for s in self._specs(t)), metadata)
+        output = make(layout)
+        told = [
+            entry if tensor.reason is not None else entry | self._encode(tensor, entry, output)
+            for tensor, entry in zip(self._plan.tensors, entries, strict=True)
+        ]
+        return output, layout, told
+
+    def _specs(self, tensor: TensorPlan) -> tuple[TensorSpec, ...]:
+        """Find out what a tensor's parts will measure."""
+        crow, column = self._written.positions(tensor)
+        found = compact.encode_positions(crow, column, _shape(tensor))
+        return artifact.compact_specs(
+            tensor.name,
+            dtype="I8" if self._rounded else tensor.source.dtype,
+            shape=_shape(tensor),
+            columns=found.columns.size,
+            counts=artifact.count_dtype(int(found.counts.max())),
+            gaps=found.gaps.size,
+            others=int(found.counts.sum(dtype=np.int64)),
+        )
+
+    def _encode(self, tensor: TensorPlan, entry: Entry, output: OrthoFile) -> Entry:
+        """Write a tensor's parts; return what changes of its entry."""
+        crow, column = self._written.positions(tensor)
+        values = self._written.values(tensor)
+        changed: Entry = {}
+        more: dict[str, Tensor] = {}
+        if self._rounded:
+            values, more["value_step"], lost = self._round(tensor, crow, column, values)
+            changed = self._figures(tensor, entry, crow, column, lost)
+        parts = compact.encode(crow, column, values, _shape(tensor)) | more
+        digests = {}
+        for part, value in parts.items():
+            key = f"{module_of(tensor.name)}.{part}"
+            raw = as_bytes(value) if value.numel() else memoryview(b"")
+            stream = TensorStream(output, key)
+            stream.write(raw)
+            digests[key] = stream.finish()
+        changed["columns"] = parts["columns"].numel()
+        changed["blake3"] = entry["blake3"] | {ORTHO_FILE: digests}
+        return changed
+
+    def _round(
+        self, tensor: TensorPlan, crow: Integers, column: Integers, values: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Round values to int8; give what they lose by it, too."""
+        base, scales = compact.base_at(
+            lambda start, count: self._written.base_rows(tensor, start, count),
+            crow,
+            column,
+            _shape(tensor),
+        )
+        codes, step = compact.round_values(values, base, scales)
+        back = compact.restore_values(codes, step, base, scales, values.dtype)
+        if codes.numel() and not (bool(step.isfinite()) and quantize.all_finite(back)):
+            raise NumericalError(
+                f"int8 values of `{tensor.name}` overflow {tensor.source.dtype}: their step is "
+                f"{float(step):.3g}",
+                hint="set ortho.values to source, or add the tensor to `ignore`",
+            )
+        return codes, step, values.float() - back.float()
+
+    def _figures(
+        self, tensor: TensorPlan, entry: Entry, crow: Integers, column: Integers, lost: Tensor
+    ) -> Entry:
+        """Take what rounding cost from what was thought to be kept exactly."""
+        cost = {"noise_kept": float(lost.double().square().sum())}
+        weighted = cost["noise_kept"]
+        if self._curvature is not None:
+            weighted = self._weigh(self._curvature, tensor, crow, column, lost)
+            cost["curvature_noise_kept"] = weighted
+        if "delta_kept" in entry:
+            cost["delta_kept"] = weighted
+        return {key: entry[key] - part for key, part in cost.items()}
+
+    def _weigh(
+        self,
+        reader: StatisticsReader,
+        tensor: TensorPlan,
+        crow: Integers,
+        column: Integers,
+        lost: Tensor,
+    ) -> float:
+        """Sum squares of what was lost times curvature, in float64."""
+        curvature, total = Curvature(reader, tensor.name), 0.0
+        scratch, places = quantize.Scratch(), torch.from_numpy(column)
+        for start, stop, row in _tiles(tensor, crow):
+            here = slice(int(crow[start]), int(crow[stop]))
+            scratch.reset()
+            _, root = curvature.sample([start], stop - start, empty=scratch)
+            mine = root[places[here]] if root.ndim == 1 else root[row, places[here]]
+            total += float((mine * lost[here]).double().square().sum())
+        return total
+
+
+def _shape(tensor: TensorPlan) -> tuple[int, int]:
+    rows, columns = tensor.source.shape
+    return rows, columns
+
+
+def _tiles(tensor: TensorPlan, crow: Integers) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield the rows of each tile that holds entries, and each entry's row in its tile."""
+    rows, step = tensor.source.shape[0], tile_rows(tensor.source.shape)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        if crow[start] < crow[stop]:
+            row = np.repeat(np.arange(stop - start), np.diff(crow[start : stop + 1]))
+            yield start, stop, torch.from_numpy(row)

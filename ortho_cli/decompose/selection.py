@@ -1,0 +1,401 @@
+"""Selection: which tensors are split and how, and of the others why not. Headers only."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ortho_cli.decompose.roles import (
+    UNKNOWN,
+    Sizes,
+    expert_counts,
+    is_embedding,
+    named_role,
+    read_sizes,
+    role_of,
+)
+from ortho_cli.decompose.settings import Override, Patterns, Recipe, Scale, matches
+from ortho_cli.errors import CheckpointError, OrthoError, RecipeError
+from ortho_cli.formats import artifact
+from ortho_cli.formats.artifact import module_of
+from ortho_cli.model.renames import CONV1D_MODEL_TYPES
+from ortho_cli.storage import hints, strict_json
+from ortho_cli.storage.checkpoint import Checkpoint, TensorInfo
+from ortho_cli.storage.tied import tied_head
+
+MIN_IN_FEATURES = 64
+IGNORED = "ignored by the recipe"
+FUSED_EXPERTS = "3-D, fused experts"
+
+_EXPERTS = re.compile(r"experts?(\.|$)|(^|[._])moe\.", re.IGNORECASE)
+_EXPERT = re.compile(r"(.*\bexperts)\.\d+\.")
+# Kernels of convolutions, learned positions and queries, biases and scales: no stack of Linears.
+_NO_STACK = re.compile(r"conv|pos(ition|_)|latent|codevector|query|(bias|scales?|blocks)$")
+# Its forward reads the weight of its output projection itself, so no reader can replace that.
+_MULTIHEAD = ("in_proj_weight", "q_proj_weight")
+
+# Names of Conv1D projections in models of CONV1D_MODEL_TYPES.
+_CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)$")
+
+# vLLM runs each of these as one matrix (its packed_modules_mapping), so they share one scheme.
+FUSED_SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("to_q", "to_k", "to_v"),
+    ("wq", "wk", "wv"),
+    ("gate_proj", "up_proj"),
+    ("gate", "up"),
+    ("w1", "w3"),
+    ("c_fc_0", "c_fc_1"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
+_SIBLINGS = {leaf: group for group in FUSED_SIBLINGS for leaf in group}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """What judging one tensor needs of the whole checkpoint."""
+
+    names: frozenset[str]
+    config: dict[str, Any] | None
+    sizes: Sizes
+    experts: frozenset[int]
+    stored_in_out: frozenset[str]
+
+
+def _read_source(checkpoint: Checkpoint, *, conv1d: bool) -> _Source:
+    return _Source(
+        names=frozenset(tensor.name for tensor in checkpoint.tensors),
+        config=checkpoint.config,
+        sizes=read_sizes(checkpoint.config, checkpoint.tensors),
+        experts=expert_counts(checkpoint.config),
+        stored_in_out=frozenset() if conv1d else conv1d_names(checkpoint),
+    )
+
+
+def select(
+    checkpoint: Checkpoint, recipe: Recipe, *, conv1d: bool = False
+) -> dict[str, str | None]:
+    """Give every tensor the reason why it is not split; None means that it is.
+
+    Args:
+        checkpoint: the source's index.
+        recipe: validated settings.
+        conv1d: count Conv1D as Linears, for work that does not write base.
+    Raises:
+        RecipeError: a target matches nothing that can be split, or siblings would differ.
+        CheckpointError: weights that should be split cannot be, or nothing is left to split.
+    """
+    source = _read_source(checkpoint, conv1d=conv1d)
+    reasons: dict[str, str | None] = {}
+    unsupported: list[tuple[TensorInfo, str]] = []
+    hit: set[str] = set()
+    targets, ignore = Patterns(recipe.targets or ()), Patterns(recipe.ignore)
+    for tensor in checkpoint.tensors:
+        wanted = targets.matching(tensor.name)
+        ignored = bool(ignore.numbers(tensor.name))
+        unfit = None if ignored or not tensor.numel else _unsupported(tensor, source)
+        if ignored:
+            reason: str | None = IGNORED
+        else:
+            reason = unfit or _obstacle(tensor, source)
+        if reason is None and recipe.targets is None:
+            reason = not_by_default(module_of(tensor.name), tensor.shape, source.sizes)
+        elif reason is None and not wanted:
+            reason = "no target matches"
+        if reason is None:
+            hit.update(wanted)
+        # Stacked experts are most of a model: never passed over in silence, whatever the targets.
+        if unfit is not None and (recipe.targets is None or wanted or "experts" in unfit):
+            unsupported.append((tensor, unfit))
+        reasons[tensor.name] = reason
+    _refuse_swapped_experts(checkpoint, reasons)
+    if unsupported and recipe.on_unsupported == "error":
+        raise _unsupported_error(checkpoint, unsupported, left=None in reasons.values())
+    _check_targets(checkpoint, recipe, hit, reasons)
+    if None not in reasons.values():
+        raise CheckpointError(
+            f"`{checkpoint.path}` has nothing to split: {_count(reasons)}",
+            hint=hints.nothing_to_split(checkpoint.path, {t.dtype for t in checkpoint.tensors}),
+        )
+    _check_siblings(reasons)
+    return reasons
+
+
+def _check_targets(
+    checkpoint: Checkpoint, recipe: Recipe, hit: set[str], reasons: dict[str, str | None]
+) -> None:
+    for pattern in recipe.targets or ():
+        if pattern in hit:
+            continue
+        matched = [t.name for t in checkpoint.tensors if matches(pattern, t.name)]
+        if matched:
+            raise RecipeError(
+                f"target `{pattern}` matches `{matched[0]}`, which cannot be split "
+                f"({reasons[matched[0]]})",
+                hint="leave it out; `ortho inspect` lists what can be split",
+            )
+        else:
+            raise RecipeError(
+                f"target `{pattern}` matches no tensor of `{checkpoint.path}`",
+                hint=_near_names(pattern, checkpoint),
+            )
+
+
+def _near_names(pattern: str, checkpoint: Checkpoint) -> str:
+    names = [tensor.name for tensor in checkpoint.tensors]
+    near = difflib.get_close_matches(pattern.removeprefix("re:"), names, n=1, cutoff=0.3)
+    return f"its tensors are named like `{(near or names)[0]}`; `ortho inspect` lists them"
+
+
+def conv1d_names(checkpoint: Checkpoint) -> frozenset[str]:
+    """Name the weights stored (in, out): by model type, or betrayed by a bias that long."""
+    tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
+    typed = str((checkpoint.config or {}).get("model_type")) in CONV1D_MODEL_TYPES
+    found, betrayed = set(), False
+    for name, tensor in tensors.items():
+        if len(tensor.shape) != 2 or not _CONV1D.search(module_of(name)):
+            continue
+        found.add(name)
+        bias = tensors.get(f"{module_of(name)}.bias")
+        if (
+            bias is not None
+            and tensor.shape[0] != tensor.shape[1]
+            and bias.shape == tensor.shape[1:]
+        ):
+            betrayed = True
+    return frozenset(found) if typed or betrayed else frozenset()
+
+
+def _unsupported(tensor: TensorInfo, source: _Source) -> str | None:
+    """Say why a weight that a user would expect to be split cannot be."""
+    stacked = _stacked(tensor, source.experts)
+    if stacked is not None:
+        return stacked
+    if tensor.name in source.stored_in_out:
+        return "Conv1D, stored (in, out)"
+    exotic = tensor.dtype in ("F64", "C64") or tensor.dtype.startswith(("F8", "F6", "F4"))
+    linear = len(tensor.shape) == 2 and tensor.name.endswith(".weight")
+    if exotic and linear:
+        module = module_of(tensor.name)
+        if not is_embedding(module) and not_by_default(module, tensor.shape, source.sizes) is None:
+            return f"dtype {tensor.dtype}"
+    return None
+
+
+def _stacked(tensor: TensorInfo, counts: frozenset[int]) -> str | None:
+    """Tell several Linears in one tensor, which are most of a model, from other odd shapes."""
+    module, shape = module_of(tensor.name), tensor.shape
+    if len(shape) not in (2, 3) or min(shape[-2:]) < MIN_IN_FEATURES:
+        return None
+    if named_role(module) is not None or _NO_STACK.search(module):
+        return None
+    experts = _EXPERTS.search(module) is not None
+    if len(shape) == 3 and shape[0] > 1:
+        return FUSED_EXPERTS if experts or shape[0] in counts else "3-D, stacked matrices"
+    if len(shape) == 2 and experts and tensor.dtype in artifact.SCALE_DTYPES:
+        # DBRX stacks its experts' rows: experts.mlp.w1 is (experts * out, in).
+        return None if tensor.name.endswith(".weight") else "2-D, fused experts"
+    return None
+
+
+def stacked_experts(tensor: TensorInfo, reason: str) -> str | None:
+    """Name the module that holds the experts stacked in this tensor; None if it holds none.
+
+    Args:
+        tensor: a tensor that is carried over.
+        reason: why it is not split.
+    """
+    module = module_of(tensor.name)
+    experts = re.match(r"(.*\bexperts)\b", module)
+    if experts is not None and len(tensor.shape) == 3:
+        return experts[1]
+    if not reason.endswith("fused experts"):
+        return None
+    return experts[1] if experts else f"{module.rpartition('.')[0]}.experts"
+
+
+def _refuse_swapped_experts(checkpoint: Checkpoint, reasons: Mapping[str, str | None]) -> None:
+    """Refuse stacked experts that no reader of an INT4 folder looks for.
+
+    As soon as a Llama 4 is quantized, transformers builds one Linear for each expert, and would
+    leave all of them random.
+    """
+    levels = strict_json.levels(checkpoint.config)
+    if not any(str(level.get("model_type")).startswith("llama4") for level in levels):
+        return
+    stacked = [t for t in checkpoint.tensors if len(t.shape) == 3 and _EXPERTS.search(t.name)]
+    if stacked:
+        first = stacked[0]
+        raise CheckpointError(
+            f"tensor `{first.name}` {list(first.shape)}{_and_more(stacked)} stacks the experts of "
+            "a Llama 4, and transformers looks for one tensor of each expert where a model is "
+            "quantized: base would load with random experts",
+            hint="unstack them first, as `feed_forward.experts.N.gate_proj.weight`, `up_proj` and "
+            "`down_proj` of shape [out, in]: such experts are split, and load",
+        )
+
+
+def _and_more(tensors: Sequence[object]) -> str:
+    return f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+
+
+def _unsupported_error(
+    checkpoint: Checkpoint, unsupported: list[tuple[TensorInfo, str]], *, left: bool
+) -> OrthoError:
+    total = sum(tensor.numel for tensor in checkpoint.tensors)
+    share = sum(tensor.numel for tensor, _ in unsupported) / total
+    first, reason = unsupported[0]
+    readers = " (transformers loads no INT4 Conv1D)" if reason.startswith("Conv1D") else ""
+    return CheckpointError(
+        f"tensor `{first.name}` {list(first.shape)}{_and_more(unsupported)} cannot be split: "
+        f"{reason}{readers}; that is {share:.1%} of all weights",
+        hint=hints.unsupported(checkpoint.path, reason, left=left),
+    )
+
+
+def _obstacle(tensor: TensorInfo, source: _Source) -> str | None:
+    """Say why a tensor can never be split, whatever the recipe."""
+    if not tensor.numel:
+        return "no elements"
+    if len(tensor.shape) != 2:
+        return f"{len(tensor.shape)}-D"
+    if tensor.dtype not in artifact.SCALE_DTYPES:
+        return f"dtype {tensor.dtype}"
+    if not re.search(r"[^.]\.weight$", tensor.name):
+        return "not named <module>.weight"
+    module = module_of(tensor.name)
+    if is_embedding(module):
+        return "embedding"
+    if _is_tied(module, tensor.shape, source):
+        return "tied to the embedding"
+    parent = module.rpartition(".")[0]
+    if any(f"{parent}.{packed}" in source.names for packed in _MULTIHEAD):
+        return "part of nn.MultiheadAttention"
+    return None
+
+
+def _is_tied(module: str, shape: tuple[int, ...], source: _Source) -> bool:
+    head = tied_head(source.config)
+    if head is None or role_of(module, shape, source.sizes) != "output head":
+        return False
+    tokens = source.sizes.vocabularies
+    return f".{module}".endswith(f".{head}") or not tokens or shape[0] in tokens
+
+
+def not_by_default(module: str, shape: tuple[int, ...], sizes: Sizes = UNKNOWN) -> str | None:
+    """Say why a Linear is not split unless a target asks for it.
+
+    Args:
+        module: path of the module.
+        shape: (out_features, in_features).
+        sizes: what is known of the model.
+    """
+    role = role_of(module, shape, sizes)
+    if role is not None:
+        return role
+    if shape[1] < MIN_IN_FEATURES:
+        return f"in_features {shape[1]} < {MIN_IN_FEATURES}"
+    return None
+
+
+def _count(reasons: dict[str, str | None]) -> str:
+    counts = Counter(reasons.values()).most_common(4)
+    return ", ".join(f"{count} x {reason}" for reason, count in counts)
+
+
+def _siblings(name: str) -> Iterator[str]:
+    """Name the weights that vLLM fuses with this one, itself among them."""
+    parent, _, leaf = module_of(name).rpartition(".")
+    for other in _SIBLINGS.get(leaf, ()):
+        yield f"{parent}.{other}.weight".removeprefix(".")
+
+
+def _check_siblings(reasons: dict[str, str | None]) -> None:
+    for name in (name for name, reason in reasons.items() if reason is None):
+        for sibling in _siblings(name):
+            if reasons.get(sibling) is not None:
+                raise RecipeError(
+                    f"`{name}` would be split and `{sibling}` not ({reasons[sibling]}); "
+                    "vLLM runs them as one matrix",
+                    hint="split both or neither",
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSettings:
+    """How one tensor is split."""
+
+    bits: int
+    scale: Scale
+    density: float
+    own_density: bool  # an override says it
+
+
+_compiled: tuple[list[Override], Patterns] = ([], Patterns(()))  # of the recipe asked for last
+
+
+def _overrides(recipe: Recipe, name: str) -> list[Override]:
+    """Name the overrides that a tensor's name fits, in the recipe's order."""
+    global _compiled
+    known, patterns = _compiled
+    if known is not recipe.overrides:
+        patterns = Patterns([override.match for override in recipe.overrides])
+        _compiled = recipe.overrides, patterns
+    return [recipe.overrides[number] for number in patterns.numbers(name)]
+
+
+def tensor_settings(recipe: Recipe, name: str) -> TensorSettings:
+    """Lay the overrides that match over what the recipe says of all tensors; later ones win."""
+    bits, scale, density = recipe.base.bits, recipe.base.scale, recipe.ortho.density
+    own = False
+    for override in _overrides(recipe, name):
+        bits = override.base.bits or bits
+        scale = override.base.scale or scale
+        if override.ortho.density is not None:
+            density, own = override.ortho.density, True
+    return TensorSettings(bits=bits, scale=scale, density=density, own_density=own)
+
+
+def check_overrides(recipe: Recipe, split: Mapping[str, TensorInfo]) -> None:
+    """Refuse overrides without an effect, and widths of codes that do not fit.
+
+    Args:
+        recipe: validated settings.
+        split: the tensors that are split, by name.
+    Raises:
+        RecipeError: an override matches nothing; siblings would have different bits; 3 bits where
+            in_features does not divide by 32.
+    """
+    used = {id(override) for name in split for override in _overrides(recipe, name)}
+    for override in recipe.overrides:
+        if id(override) not in used:
+            raise RecipeError(
+                f"override `{override.match}` matches no tensor that is split",
+                hint="`ortho inspect` lists what is split",
+            )
+    bits = {name: tensor_settings(recipe, name).bits for name in split}
+    blocks: dict[str, str] = {}
+    for name, tensor in split.items():
+        if bits[name] == 3 and tensor.shape[1] % 32:
+            raise RecipeError(
+                f"bits is 3 for `{name}`, whose in_features {tensor.shape[1]} does not divide by "
+                "32 (as many codes of 3 bits fill three words)",
+                hint="give it 4 bits by an override, or add it to `ignore`",
+            )
+        experts = _EXPERT.match(name)
+        first = blocks.setdefault(experts[1], name) if experts else name
+        for sibling in (*_siblings(name), first):
+            if bits.get(sibling, bits[name]) != bits[name]:
+                one = "their experts as one layer" if sibling == first else "them as one matrix"
+                raise RecipeError(
+                    f"`{name}` would have {bits[name]} bits and `{sibling}` {bits[sibling]}; "
+                    f"vLLM runs {one}",
+                    hint="let the override match all of them or none",
+                )

@@ -1,0 +1,251 @@
+"""A model whose split weights lie on base's integer grid: what forgetting changes and measures."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ortho_cli.decompose.edits import Edit, Edits
+from ortho_cli.decompose.plan import Plan
+from ortho_cli.decompose.splitter import TORCH_DTYPES
+from ortho_cli.errors import NumericalError
+from ortho_cli.formats.curvature import Curvature
+from ortho_cli.formats.statistics import StatisticsReader
+from ortho_cli.model import load as models
+from ortho_cli.model.scoring import pad
+from ortho_cli.split import quantize
+from ortho_cli.split.in_memory import base_scales
+from ortho_cli.storage.checkpoint import Checkpoint, ShardReader
+
+BATCH_TOKENS = 1024  # of one forward and backward pass over secrets
+
+T = TypeVar("T")
+Pair = tuple[Sequence[int], Sequence[int]]  # tokens that are given, and those that are measured
+
+
+class Grid:
+    """The model of a plan at alpha = 0, and the codes that have left their nearest place.
+
+    All but the split weights is as in the checkpoint. In memory: the model in float32, and for each
+    split weight two bytes and its share of a scale.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        *,
+        curvature: StatisticsReader,
+        device: torch.device,
+        autocast: bool = False,
+    ) -> None:
+        """Load the model and round its split weights exactly as `decompose` does.
+
+        Args:
+            plan: made from `checkpoint`.
+            checkpoint: a transformers folder.
+            curvature: for scales that are searched by it.
+            device: where the model goes.
+            autocast: compute in bfloat16 wherever a gradient is wanted.
+        Raises:
+            NumericalError: a weight is NaN or infinite.
+        """
+        self.group_size, self.device, self._autocast = plan.group_size, device, autocast
+        self._checkpoint = checkpoint
+        self._sources = {tensor.name: tensor.source for tensor in plan.split}
+        self.model = models.load_model(checkpoint.folder, dtype=torch.float32, device=device)
+        found = models.find_linears(self.model, [tensor.name for tensor in plan.split])
+        self.weights: dict[str, nn.Parameter] = {}
+        self.original: dict[str, Tensor] = {}
+        self.scales: dict[str, Tensor] = {}
+        self.bits = {tensor.name: tensor.bits for tensor in plan.split}
+        for tensor in plan.split:
+            raw = self._read(tensor.name)
+            near = None
+            if tensor.scale == "curvature":
+                near = Curvature(curvature, tensor.name).whole()
+            bits, size = tensor.bits, plan.group_size
+            scales = base_scales(str(tensor.scale), raw, near, size, bits=bits)
+            if not quantize.all_finite(scales):
+                raise NumericalError(
+                    f"tensor `{tensor.name}` of `{tensor.source.shard}` holds NaN or infinity",
+                    hint="repair the checkpoint, or add the tensor to `ignore`",
+                )
+            weight = found[tensor.name].get_parameter("weight")
+            self.weights[tensor.name] = weight
+            self.scales[tensor.name] = scales.to(device)
+            codes = quantize.quantize(raw.float(), scales, bits=bits)
+            self.original[tensor.name] = codes.to(torch.int8).to(device)
+        self.codes = {name: codes.clone() for name, codes in self.original.items()}
+        self.restore()
+
+    @property
+    def numel(self) -> int:
+        """Split weights."""
+        return sum(codes.numel() for codes in self.codes.values())
+
+    @property
+    def moved(self) -> int:
+        """Codes that are not where rounding puts them."""
+        return sum(int((self.codes[n] != codes).sum()) for n, codes in self.original.items())
+
+    def _read(self, name: str) -> Tensor:
+        source = self._sources[name]
+        raw = torch.empty(source.shape, dtype=TORCH_DTYPES[source.dtype])
+        with contextlib.closing(ShardReader(self._checkpoint)) as reader:
+            reader.read_into(quantize.as_bytes(raw), source, start=0)
+        return raw
+
+    def exact(self, name: str, positions: Tensor) -> Tensor:
+        """Give the checkpoint's weights at flat positions in units of codes, not rounded."""
+        weights = self._read(name).view(-1)[positions.cpu()].float().to(self.device)
+        return weights / self.spacing_at(name, positions)
+
+    def spacing(self, name: str) -> Tensor:
+        """Distance between neighbouring codes of each weight, (out, in) float32."""
+        return self.scales[name].float().repeat_interleave(self.group_size, dim=1)
+
+    def spacing_at(self, name: str, positions: Tensor) -> Tensor:
+        """Distance between neighbouring codes at flat positions, float32."""
+        # A group lies inside a row, so flat indices count groups, too.
+        return self.scales[name].view(-1)[positions // self.group_size].float()
+
+    def move(self, name: str, positions: Tensor, codes: Tensor) -> None:
+        """Give codes to flat positions of a weight; the model follows."""
+        self.codes[name].view(-1)[positions] = codes.to(torch.int8)
+        product = codes.float() * self.spacing_at(name, positions)
+        rounded = product.to(self.scales[name].dtype).float()
+        self.weights[name].data.view(-1)[positions] = rounded
+
+    def restore(self) -> None:
+        """Give every split weight the value of its code."""
+        for name, weight in self.weights.items():
+            weight.data.copy_(quantize.dequantize(self.codes[name], self.scales[name]))
+
+    def revert(self) -> None:
+        """Put every code back where rounding puts it."""
+        for name, codes in self.original.items():
+            self.codes[name].copy_(codes)
+        self.restore()
+
+    def edits(self) -> dict[str, Edit]:
+        """Give the codes that were moved."""
+        found = {}
+        for name, codes in self.codes.items():
+            positions = (codes != self.original[name]).view(-1).nonzero().squeeze(1)
+            if len(positions):
+                found[name] = Edit(
+                    positions=positions.cpu().numpy().astype(np.int64),
+                    codes=codes.view(-1)[positions].cpu().numpy(),
+                )
+        return found
+
+    def apply(self, edits: Edits) -> None:
+        """Move codes as an earlier run did."""
+        for name, edit in edits.items():
+            positions = torch.from_numpy(edit.positions).to(self.device)
+            self.move(name, positions, torch.from_numpy(edit.codes).to(self.device))
+
+    def arithmetic(self) -> torch.autocast:
+        """Compute in bfloat16 where autocast is asked for."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast)
+
+    def logits(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Pass (n, length) tokens through; in bfloat16 where autocast is asked for."""
+        options = {} if mask is None else {"attention_mask": mask.to(self.device)}
+        with self.arithmetic():
+            output = self.model(input_ids=tokens.to(self.device), use_cache=False, **options)
+        found: Tensor = output.logits
+        return found
+
+    def pair_logits(self, pairs: Sequence[Pair]) -> Tensor:
+        """Logits (n, longest, vocabulary) of rows that hold both parts of a pair."""
+        tokens = pad([[*first, *second] for first, second in pairs])
+        mask = pad([[1] * (len(first) + len(second)) for first, second in pairs])
+        return self.logits(tokens, mask)
+
+    def nll(self, pairs: Sequence[Pair]) -> Tensor:
+        """Sum the NLL of each pair's second part; keeps the graph.
+
+        Returns:
+            (n,) float32, nats.
+        """
+        labels = pad([[*(-100 for _ in first), *second] for first, second in pairs], -100)
+        losses = nn.functional.cross_entropy(
+            self.pair_logits(pairs)[:, :-1].transpose(1, 2).float(),
+            labels[:, 1:].to(self.device),
+            reduction="none",
+            ignore_index=-100,
+        )
+        return losses.sum(1)
+
+    def gradient(self, pairs: Sequence[tuple[Pair, float]]) -> dict[str, Tensor]:
+        """Differentiate sum weight NLL over pairs by every split weight, (out, in) float32 each."""
+        with self.trainable():
+            for batch in batches(pairs, lambda item: item[0]):
+                nll = self.nll([pair for pair, _ in batch])
+                weights = torch.tensor([weight for _, weight in batch], device=self.device)
+                torch.autograd.backward([(nll * weights).sum()])
+            return self.take_gradients()
+
+    def fisher(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+        """Mean over pairs of the squared gradient of their NLL, (out, in) float32 each.
+
+        On the grid: at the checkpoint's own weights what is known by heart has no gradient left.
+        """
+        found = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        with self.trainable():
+            for pair in pairs:
+                torch.autograd.backward([self.nll([pair]).sum()])
+                for name, gradient in self.take_gradients().items():
+                    found[name].addcmul_(gradient, gradient, value=1 / len(pairs))
+        return found
+
+    def take_gradients(self) -> dict[str, Tensor]:
+        """Take the gradients of the split weights away from them.
+
+        Raises:
+            NumericalError: one is NaN or infinite.
+        """
+        found = {}
+        for name, weight in self.weights.items():
+            gradient, weight.grad = weight.grad, None
+            found[name] = torch.zeros_like(weight) if gradient is None else gradient
+            if not bool(torch.isfinite(found[name].sum())):
+                raise NumericalError(
+                    f"a gradient of `{name}` is NaN or infinite",
+                    hint="look for NaN with `ortho inspect`, or --set forget.autocast=false",
+                )
+        return found
+
+    @contextlib.contextmanager
+    def trainable(self) -> Iterator[None]:
+        """Let gradients reach the split weights."""
+        for weight in self.weights.values():
+            weight.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for weight in self.weights.values():
+                weight.requires_grad_(False)
+                weight.grad = None
+
+
+def batches(items: Sequence[T], pair: Callable[[T], Pair]) -> Iterator[list[T]]:
+    """Part items into passes of about BATCH_TOKENS tokens; `pair` gives the tokens of one."""
+    batch: list[T] = []
+    longest = 0
+    for item in items:
+        length = sum(map(len, pair(item)))
+        if batch and max(longest, length) * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch, longest = [], 0
+        batch.append(item)
+        longest = max(longest, length)
+    if batch:
+        yield batch

@@ -1,0 +1,307 @@
+"""The compact layout of what ortho keeps of one weight: whole columns, and gaps of one byte.
+
+CSR spends 16 bits on each column index and 32 on each row. What curvature selects lies in few input
+columns, some of them kept in every row, and otherwise about 1 / density apart: a whole column needs
+no index, and a distance fits a byte. The parts and their rules are in `artifact`'s docstring. There
+is one encoding of a matrix: `decode` refuses every other.
+
+Positions are numpy's, since torch has few operations on uint16; pure, on the CPU, no IO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ortho_cli.errors import ArtifactError
+from ortho_cli.split import quantize
+from ortho_cli.split.in_memory import ortho_dtypes
+
+Integers = npt.NDArray[np.int64]
+# Some rows of base: (start, count) -> packed codes, scales.
+BaseRows = Callable[[int, int], tuple[Tensor, Tensor]]
+
+GO_ON = 255  # a gap's byte that says: so many columns further, and another byte follows
+LARGEST = 127  # of an int8 value; -128 is not used
+BASE_ELEMENTS = 1 << 20  # of base that are read at a time
+
+
+class Positions(NamedTuple):
+    """Where a CSR matrix holds entries, in the compact form."""
+
+    columns: Integers  # (c,) whole columns, ascending
+    whole: npt.NDArray[np.bool_]  # (nnz,) whether an entry of the CSR lies in one of them
+    counts: npt.NDArray[np.generic]  # (out,) of the other entries, in the smallest dtype
+    gaps: npt.NDArray[np.uint8]  # (n,)
+
+
+def encode_positions(crow: Integers, column: Integers, shape: tuple[int, int]) -> Positions:
+    """Find whole columns, and spell the distances between the other entries.
+
+    distance = column - column of the entry before in its row - 1 (-1 before the first), as
+    floor(distance / 255) bytes of 255 and one of distance mod 255.
+
+    Args:
+        crow: (out + 1,) int64, from 0 to nnz, never falling.
+        column: (nnz,) int64 in [0, in), ascending in each row.
+        shape: (out, in).
+    Returns:
+        Whole columns, which entries lie in them, counts and bytes of the others. Where out is 1 no
+        column is whole.
+    """
+    rows, width = shape
+    columns = np.empty(0, np.int64)
+    if rows > 1 and column.size >= rows:
+        columns = np.flatnonzero(np.bincount(column, minlength=width) == rows)
+    flags = np.zeros(width, np.bool_)
+    flags[columns] = True
+    whole = flags[column]
+    counts = np.diff(crow) - columns.size
+    place = column[~whole]
+    distance = np.diff(place, prepend=-1) - 1
+    starts = np.cumsum(counts) - counts
+    first = starts[counts > 0]
+    distance[first] = place[first]
+    length = distance // GO_ON
+    length += 1
+    last = np.cumsum(length)
+    gaps = np.full(int(last[-1]) if last.size else 0, GO_ON, np.uint8)
+    gaps[last - 1] = distance % GO_ON
+    return Positions(columns, whole, counts.astype(_count_dtype(counts)), gaps)
+
+
+def encode(
+    crow: Integers, column: Integers, values: Tensor, shape: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Turn a CSR matrix into the parts of the compact layout.
+
+    Args:
+        crow: (out + 1,) int64, from 0 to nnz, never falling.
+        column: (nnz,) int64 in [0, in), ascending in each row.
+        values: (nnz,) of any dtype: the source's, or int8.
+        shape: (out, in).
+    Returns:
+        columns, column_values, row_counts, col_gaps and values, by their names in the artifact;
+        `decode` gives the matrix back bit for bit.
+    """
+    found = encode_positions(crow, column, shape)
+    whole = torch.from_numpy(found.whole)
+    narrow = np.uint16 if shape[1] <= 2**16 else np.int32
+    return {
+        "columns": torch.from_numpy(found.columns.astype(narrow)),
+        "column_values": values[whole].view(shape[0], len(found.columns)),
+        "row_counts": torch.from_numpy(found.counts),
+        "col_gaps": torch.from_numpy(found.gaps),
+        "values": values[~whole],
+    }
+
+
+def decode(parts: Mapping[str, Tensor], shape: tuple[int, int], prefix: str) -> dict[str, Tensor]:
+    """Turn the parts of the compact layout into a CSR matrix.
+
+    Args:
+        parts: columns, column_values, row_counts, col_gaps and values; anything may be wrong with
+            what they hold, and nothing is read or written outside of them.
+        shape: (out, in).
+        prefix: of the parts' names, for errors.
+    Returns:
+        crow_indices, col_indices and values, by their names in the artifact, in the dtypes of
+        `streams.ortho_dtypes`; values in the dtype they are stored in.
+    Raises:
+        ArtifactError: the parts are no matrix of this shape, or not as `encode` would write it;
+            names the part, prefixed.
+    """
+    rows, width = shape
+    columns, counts = _numbers(parts["columns"]), _numbers(parts["row_counts"])
+    values, block = parts["values"], parts["column_values"]
+    _check_shapes(parts, shape, prefix)
+    if columns.size and (rows == 1 or columns[0] < 0 or columns[-1] >= width):
+        raise _bad(
+            prefix, f"columns` names column {int(columns[-1])} of {width}, {rows} rows whole"
+        )
+    if (np.diff(columns) <= 0).any():
+        raise _bad(prefix, "columns` does not ascend")
+    if (counts < 0).any() or int(counts.sum()) != values.numel():
+        raise _bad(
+            prefix, f"row_counts` sums to {int(counts.sum())} and there are {values.numel()} values"
+        )
+    if parts["row_counts"].numpy().dtype != _count_dtype(counts):
+        raise _bad(
+            prefix,
+            f"row_counts` is {parts['row_counts'].dtype} where its largest is {int(counts.max())}",
+        )
+    place = _read_gaps(parts["col_gaps"].numpy(), counts, width, prefix)
+    _check_apart(place, columns, shape, prefix)
+    crow = np.concatenate(([0], np.cumsum(counts + columns.size)))
+    nnz = int(crow[-1])
+    # A row's entries in order: after those before it in the gaps come the whole columns below.
+    row = np.repeat(np.arange(rows), counts)
+    within = np.arange(place.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    spot = crow[row] + within + np.searchsorted(columns, place)
+    rest = np.ones(nnz, np.bool_)
+    rest[spot] = False
+    column = np.empty(nnz, np.int64)
+    column[spot] = place
+    column[rest] = np.tile(columns, rows)
+    merged = torch.empty(nnz, dtype=values.dtype)
+    merged[torch.from_numpy(spot)] = values
+    merged[torch.from_numpy(rest)] = block.reshape(-1)
+    pointer, narrow = ortho_dtypes(nnz, width)
+    return {
+        "crow_indices": torch.from_numpy(crow).to(pointer),
+        "col_indices": torch.from_numpy(column).to(narrow),
+        "values": merged,
+    }
+
+
+def _read_gaps(
+    gaps: npt.NDArray[np.uint8], counts: Integers, width: int, prefix: str
+) -> npt.NDArray[np.int64]:
+    """Give the column of each entry, row by row."""
+    last = np.flatnonzero(gaps != GO_ON)
+    many = int(counts.sum())
+    if last.size != many or (gaps.size and gaps[-1] == GO_ON):
+        raise _bad(prefix, f"col_gaps` ends {last.size} distances where there are {many} values")
+    # Bytes of one distance add up to it, so sums at its last byte are sums of whole distances.
+    reached = np.cumsum(gaps, dtype=np.int64)[last] + np.arange(1, many + 1)
+    before = np.concatenate(([0], reached))[np.cumsum(counts) - counts]
+    place: npt.NDArray[np.int64] = reached - np.repeat(before, counts) - 1
+    if many and int(place.max()) >= width:
+        row = int(np.repeat(np.arange(counts.size), counts)[int(place.argmax())])
+        raise _bad(prefix, f"col_gaps` leads to column {int(place.max())} of {width} in row {row}")
+    return place
+
+
+def _check_apart(
+    place: npt.NDArray[np.int64], columns: Integers, shape: tuple[int, int], prefix: str
+) -> None:
+    """Refuse an entry of a whole column among the gaps, and a whole column that hides there."""
+    rows, width = shape
+    held = np.bincount(place, minlength=width) if place.size else np.zeros(1, np.int64)
+    twice = columns[held[columns] > 0] if place.size else columns[:0]
+    if twice.size:
+        raise _bad(prefix, f"col_gaps` comes to column {int(twice[0])}, which `columns` holds")
+    if rows > 1 and (held == rows).any():
+        hidden = int(np.flatnonzero(held == rows)[0])
+        raise _bad(prefix, f"columns` lacks column {hidden}, which is whole")
+
+
+def _check_shapes(parts: Mapping[str, Tensor], shape: tuple[int, int], prefix: str) -> None:
+    rows, width = shape
+    count, many = parts["columns"].numel(), parts["values"].numel()
+    wanted = {
+        "columns": (count,),
+        "column_values": (rows, count),
+        "row_counts": (rows,),
+        "col_gaps": (parts["col_gaps"].numel(),),
+        "values": (many,),
+    }
+    for name, size in wanted.items():
+        if tuple(parts[name].shape) != size:
+            raise _bad(prefix, f"{name}` has shape {list(parts[name].shape)}, not {list(size)}")
+    if parts["values"].dtype != parts["column_values"].dtype:
+        raise _bad(
+            prefix,
+            f"values` is {parts['values'].dtype} and column_values {parts['column_values'].dtype}",
+        )
+    narrow = ortho_dtypes(0, width)[1]
+    if parts["columns"].dtype != narrow:
+        raise _bad(prefix, f"columns` is {parts['columns'].dtype}, not {narrow}")
+
+
+def round_values(values: Tensor, base: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Round what base lacks at the kept positions to int8, finely where it is small.
+
+    u = |w - b| / scale,  step = max(u) / 127^2,  v = sign(w - b) round(sqrt(u / step)), halves to
+    even. Scales that leave out ortho's positions leave a few of them far away: with even steps
+    those would make all others coarse.
+
+    Args:
+        values: (nnz,) the source's weights w, any float dtype, finite.
+        base: (nnz,) float32, dequantize(base) b at the same positions.
+        scales: (nnz,) float32, > 0: base's scale of each weight's group.
+    Returns:
+        v (nnz,) int8 in [-127, 127]; step (1,) float32, > 0: 1 where there is nothing to tell.
+        Where step * scale is too small for float32, v is 0.
+    The group's scale is there already; a scale of its own for each row would cost 16 bits a row.
+    """
+    lacks = values.float() - base
+    largest = (lacks.abs() / scales).amax().reshape(1) if lacks.numel() else torch.zeros(1)
+    step = largest / LARGEST**2
+    if not float(step):
+        step = torch.ones(1)
+    unit = step * scales
+    squares = torch.where(unit > 0, lacks.abs() / unit, torch.zeros(()))
+    # numpy's roots are correctly rounded, torch's are not.
+    codes = torch.from_numpy(np.sqrt(squares.numpy())).round_().clamp_(max=LARGEST)
+    return codes.mul_(lacks.sign()).to(torch.int8), step
+
+
+def restore_values(
+    codes: Tensor, step: Tensor, base: Tensor, scales: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Give the weights at alpha = 1 that int8 values stand for.
+
+    w = b + v |v| (step * scale), each operation in float32, rounded once to `dtype`.
+
+    Args:
+        codes: (nnz,) int8 v in [-127, 127].
+        step: (1,) float32.
+        base: (nnz,) float32, dequantize(base) b at the kept positions.
+        scales: (nnz,) float32, base's scale of each weight's group.
+        dtype: the source's.
+    Returns:
+        (nnz,) of `dtype`; within (|v| + 1/4) step * scale of the source's weight, and one rounding.
+    """
+    wide = codes.float()
+    return (base + wide * wide.abs() * (step * scales)).to(dtype)
+
+
+def base_at(
+    read: BaseRows, crow: Integers, column: Integers, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Dequantize base at the kept positions, some rows at a time.
+
+    Args:
+        read: gives packed codes (count, words) and scales (count, groups) of rows.
+        crow: (out + 1,) int64.
+        column: (nnz,) int64.
+        shape: (out, in).
+    Returns:
+        (nnz,) float32 weights of base; (nnz,) float32 scales of their groups.
+    """
+    rows, width = shape
+    base, scales = torch.empty(column.size), torch.empty(column.size)
+    step = max(1, BASE_ELEMENTS // width)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        here = slice(int(crow[start]), int(crow[stop]))
+        if here.start == here.stop:
+            continue
+        row = np.repeat(np.arange(stop - start), np.diff(crow[start : stop + 1]))
+        at = torch.from_numpy(row), torch.from_numpy(column[here])
+        base[here], scales[here] = quantize.dequantize_at(
+            *read(start, stop - start), *at, width=width
+        )
+    return base, scales
+
+
+def _count_dtype(counts: Integers) -> type[np.uint8] | type[np.uint16] | type[np.int32]:
+    """Smallest dtype that holds the largest count."""
+    largest = int(counts.max()) if counts.size else 0
+    if largest < 2**8:
+        return np.uint8
+    return np.uint16 if largest < 2**16 else np.int32
+
+
+def _numbers(tensor: Tensor) -> npt.NDArray[np.int64]:
+    return tensor.numpy().astype(np.int64)
+
+
+def _bad(prefix: str, what: str) -> ArtifactError:
+    return ArtifactError(f"`{prefix}{what}", hint="the stream is damaged, or of another layer")

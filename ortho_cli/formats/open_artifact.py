@@ -1,0 +1,257 @@
+"""Opening an artifact: both headers, held against each other and against the format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ortho_cli.errors import ArtifactError, CheckpointError
+from ortho_cli.formats.artifact import (
+    BASE_FILE,
+    COUNT_DTYPES,
+    FORMATS,
+    ORTHO_FILE,
+    REPORT_FILE,
+    SCALE_DTYPES,
+    WIDTHS,
+    Artifact,
+    Parts,
+    base_file,
+    by_module,
+    compact_specs,
+    damaged,
+    layout_of,
+    ortho_specs,
+)
+from ortho_cli.storage import checkpoint, strict_json
+from ortho_cli.storage.checkpoint import Shard, TensorInfo
+from ortho_cli.storage.data_file import TensorSpec
+from ortho_cli.storage.sealing import SEALED_FILE, Keys, Opened, open_sealed
+
+
+def open_artifact(folder: Path, keys: Keys | None = None) -> Artifact:
+    """Read both headers and check that they describe one artifact.
+
+    A sealed ortho is opened in memory with `keys`; without them it counts as absent. Of other
+    tensors only `weight_shape` is read: without it a row's words do not tell how many codes of
+    which width they hold.
+
+    Raises:
+        ArtifactError: base is missing or damaged, a tensor has the wrong dtype or shape, or the two
+            files do not belong together as far as their headers and report.json tell. `verify`
+            reads the bytes.
+    """
+    path = base_file(folder)
+    if path is None:
+        lone = next((n for n in (ORTHO_FILE, SEALED_FILE) if (folder / n).is_file()), None)
+        raise ArtifactError(
+            f"`{folder}` has {lone} and no base ({BASE_FILE})"
+            if lone
+            else f"`{folder}` has no base ({BASE_FILE})",
+            hint="ortho means nothing without the base that it was cut from"
+            if lone
+            else "is this the right folder?",
+        )
+    try:
+        base = checkpoint.read_shard(path)
+        ortho, sealed, opened = _open_ortho(folder, keys)
+        report_path = folder / REPORT_FILE
+        report = None
+        if report_path.is_file():
+            report = strict_json.read(report_path, tensors=len(base.tensors))
+    except CheckpointError as error:
+        raise ArtifactError(error.message, hint=error.hint) from None
+    form = base.metadata.get("ortho_format")
+    if form not in FORMATS or base.metadata.get("role") != "base":
+        raise ArtifactError(
+            f"`{path}` says it is {form!r} {base.metadata.get('role')!r}, "
+            f"not {' or '.join(map(repr, FORMATS))} 'base'",
+            hint="it was written by something else, or by a later version",
+        )
+    shapes, bits = _check_base(base)
+    artifact = Artifact(
+        folder=folder,
+        base=base,
+        ortho=ortho,
+        report=report,
+        sealed=sealed,
+        opened=opened,
+        shapes=shapes,
+        bits=bits,
+    )
+    if ortho is not None:
+        _check_pair(artifact, ortho)
+    return artifact
+
+
+def _open_ortho(folder: Path, keys: Keys | None) -> tuple[Shard | None, Path | None, Opened | None]:
+    plain, sealed = folder / ORTHO_FILE, folder / SEALED_FILE
+    if not sealed.is_file():
+        return checkpoint.read_shard(plain) if plain.is_file() else None, None, None
+    if plain.is_file():
+        raise ArtifactError(
+            f"`{folder}` has both {ORTHO_FILE} and {SEALED_FILE}",
+            hint="remove the one that is not meant",
+        )
+    if keys is None:
+        return None, sealed, None
+    opened = open_sealed(sealed, keys)
+    try:
+        shard = checkpoint.read_shard(opened.path)
+    except CheckpointError as error:
+        said = error.message.replace(f"`{opened.path}`", f"what `{sealed}` holds", 1)
+        raise ArtifactError(said, hint="restore the file, or decompose the source again") from None
+    tensors = tuple(replace(tensor, shard=ORTHO_FILE) for tensor in shard.tensors)
+    return replace(shard, name=ORTHO_FILE, tensors=tensors), sealed, opened
+
+
+def no_ortho(artifact: Artifact, because: str) -> ArtifactError:
+    """Say that ortho is needed and absent, or sealed."""
+    if artifact.sealed is not None:
+        return ArtifactError(
+            f"`{artifact.sealed}` is sealed, and {because}", hint="give --identity, or take alpha 0"
+        )
+    return ArtifactError(
+        f"`{artifact.folder}` has no {ORTHO_FILE}, and {because}",
+        hint="put ortho.safetensors back, or take alpha 0, which needs none",
+    )
+
+
+def _check_base(base: Shard) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
+    """Find shape and bits of every split module, by name."""
+    path, suffix = base.path, ".weight_packed"
+    tensors = {tensor.name: tensor for tensor in base.tensors}
+    split = sorted(name.removesuffix(suffix) for name in tensors if name.endswith(suffix))
+    for module in split:
+        packed = tensors[f"{module}.weight_packed"]
+        scale, shape = tensors.get(f"{module}.weight_scale"), tensors.get(f"{module}.weight_shape")
+        if scale is None or shape is None:
+            raise damaged(path, f"`{module}` has packed codes and no scales or shape")
+        sound = (
+            packed.dtype == "I32"
+            and scale.dtype in SCALE_DTYPES
+            and (shape.dtype, shape.shape) == ("I64", (2,))
+            and len(packed.shape) == len(scale.shape) == 2
+            and packed.shape[0] == scale.shape[0]
+            and packed.numel > 0 < scale.numel
+        )
+        if not sound:
+            raise damaged(
+                path,
+                f"`{module}` has codes {packed.dtype} {list(packed.shape)} beside scales "
+                f"{scale.dtype} {list(scale.shape)}",
+            )
+    shapes = _read_shapes(base, split)
+    return shapes, {module: _bits(path, module, tensors, shape) for module, shape in shapes.items()}
+
+
+def _read_shapes(base: Shard, split: Iterable[str]) -> dict[str, tuple[int, int]]:
+    tensors = {tensor.name: tensor for tensor in base.tensors}
+    buffer = memoryview(bytearray(16))
+    found: dict[str, tuple[int, int]] = {}
+    fd = os.open(base.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for module in split:
+            offset = tensors[f"{module}.weight_shape"].offset
+            checkpoint.fill(fd, buffer, offset, what=f"`{base.path}`")
+            rows, columns = (
+                int.from_bytes(buffer[at : at + 8], "little", signed=True) for at in (0, 8)
+            )
+            found[module] = rows, columns
+    except CheckpointError as error:
+        raise ArtifactError(error.message, hint=error.hint) from None
+    finally:
+        os.close(fd)
+    return found
+
+
+def _bits(
+    path: Path, module: str, tensors: Mapping[str, TensorInfo], shape: tuple[int, int]
+) -> int:
+    """Tell the width of a module's codes: no two widths fill the same words with one row."""
+    packed, scale = (tensors[f"{module}.weight_{part}"].shape for part in ("packed", "scale"))
+    rows, columns = shape
+    bits = next((bits for bits in WIDTHS if columns * bits == packed[1] * 32), None)
+    if rows != packed[0] or bits is None:
+        raise damaged(
+            path,
+            f"`{module}.weight_shape` says {list(shape)}, and its codes {list(packed)} are "
+            f"{packed[0]} rows of {packed[1] * 8} codes of 4 bits, or {packed[1] * 32 / 3:g} of 3",
+        )
+    if columns % scale[1]:
+        raise damaged(
+            path, f"`{module}` has {columns} columns and {scale[1]} scales a row, which do not fit"
+        )
+    return bits
+
+
+def _check_pair(artifact: Artifact, ortho: Shard) -> None:
+    mine, other = ortho.metadata, artifact.base.metadata
+    if mine.get("format") != artifact.form or mine.get("role") != "ortho":
+        raise ArtifactError(
+            f"`{ortho.path}` says it is {mine.get('format')!r} {mine.get('role')!r}, not "
+            f"{artifact.form!r} 'ortho'",
+            hint="it was written by something else, or by a later version",
+        )
+    key = f"base_{artifact.digest}"
+    told = (artifact.report or {}).get(key, mine.get(key))
+    for what, left, right in (
+        ("plan", mine.get("plan_sha256"), other.get("plan_sha256")),
+        ("base", mine.get(key), told),
+    ):
+        if left != right:
+            raise ArtifactError(
+                f"`{ortho.path}` belongs to {what} {str(left)[:12]}, and what lies beside it "
+                f"is {what} {str(right)[:12]}",
+                hint="put back the file that was written with this base",
+            )
+    kept, base = by_module(ortho), {tensor.name: tensor for tensor in artifact.base.tensors}
+    layout = layout_of(artifact.form, kept)
+    for module in artifact.split:
+        scale, shape = base[f"{module}.weight_scale"], artifact.shapes[module]
+        parts = kept.pop(module, {})
+        wanted = _wanted(layout, parts)
+        for part in sorted(wanted ^ parts.keys()):
+            said = "missing" if part in wanted else "not of any split weight"
+            raise damaged(ortho.path, f"tensor `{module}.{part}` is {said}")
+        for spec in _kept_specs(layout, module, parts, dtype=scale.dtype, shape=shape):
+            found = parts[spec.key.rpartition(".")[2]]
+            if (found.dtype, found.shape) != (spec.dtype, spec.shape):
+                raise damaged(
+                    ortho.path,
+                    f"tensor `{spec.key}` is {found.dtype} {list(found.shape)}, not "
+                    f"{spec.dtype} {list(spec.shape)}",
+                )
+    for parts in kept.values():
+        key = min(tensor.name for tensor in parts.values())
+        raise damaged(ortho.path, f"tensor `{key}` is not of any split weight")
+
+
+def _wanted(layout: str, parts: Parts) -> set[str]:
+    """Name the parts that a split weight has in ortho."""
+    if layout == "csr":
+        return {"crow_indices", "col_indices", "values"}
+    common = {"columns", "column_values", "row_counts", "col_gaps", "values"}
+    rounded = "values" in parts and parts["values"].dtype == "I8"
+    return common | ({"value_step"} if rounded else set())
+
+
+def _kept_specs(
+    layout: str, module: str, parts: Parts, *, dtype: str, shape: tuple[int, int]
+) -> tuple[TensorSpec, ...]:
+    """Say what dtypes and shapes the parts must have, as far as the header tells."""
+    name, others = f"{module}.weight", parts["values"].numel
+    if layout == "csr":
+        return ortho_specs(name, dtype=dtype, shape=shape, nnz=others)
+    counts = parts["row_counts"].dtype
+    return compact_specs(
+        name,
+        dtype="I8" if parts["values"].dtype == "I8" else dtype,
+        shape=shape,
+        columns=parts["columns"].numel,
+        counts=counts if counts in COUNT_DTYPES else COUNT_DTYPES[0],
+        gaps=parts["col_gaps"].numel,
+        others=others,
+    )

@@ -1,0 +1,142 @@
+"""What ortho keeps of each weight, read from an artifact as CSR, whatever its layout.
+
+The one place that knows of layouts when weights are read. (`verify` holds CSR against its rules
+without it, and so without torch.)
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from ortho_cli.errors import ArtifactError, CheckpointError
+from ortho_cli.formats import compact
+from ortho_cli.formats.artifact import Artifact, damaged
+from ortho_cli.split import quantize
+from ortho_cli.split.in_memory import ORTHO_PARTS, check_csr
+from ortho_cli.split.quantize import as_bytes
+from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, TensorInfo
+
+DTYPES = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+}
+
+
+class KeptReader:
+    """An artifact's ortho stream, open; gives one weight's entries at a time, checked."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        """Open both files, which must still be those whose headers were read.
+
+        Raises:
+            ArtifactError: a file changed, or there is no ortho.
+        """
+        if artifact.ortho is None:
+            raise ArtifactError(
+                f"`{artifact.folder}` has no ortho stream to read",
+                hint="put ortho.safetensors back beside its base",
+            )
+        self._path = artifact.ortho.path
+        self._kept, self._shapes = artifact.kept, artifact.shapes
+        self._base = {tensor.name: tensor for tensor in artifact.base.tensors}
+        shards = (artifact.base, artifact.ortho)
+        opened = Checkpoint(path=artifact.folder, shards=shards, tensors=(), config=None)
+        try:
+            self._reader = ShardReader(opened)
+        except CheckpointError as error:
+            raise ArtifactError(error.message, hint=error.hint) from None
+
+    def __enter__(self) -> KeptReader:
+        """Give itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close both files; if all went well so far, see that they are still what they were."""
+        try:
+            if error is None:
+                self._reader.check_unchanged()
+        except CheckpointError as changed:
+            raise ArtifactError(changed.message, hint=changed.hint) from None
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close both files."""
+        self._reader.close()
+
+    def csr(self, module: str) -> dict[str, Tensor]:
+        """Read what ortho keeps of a module's weight.
+
+        Args:
+            module: one of the artifact's `split`.
+        Returns:
+            crow_indices, col_indices and values, as layout csr holds them: values in the source's
+            dtype, whatever they are stored in.
+        Raises:
+            ArtifactError: what is stored is no such matrix, or a file was cut; names the tensor.
+        """
+        try:
+            parts = {name: self._read(info) for name, info in self._kept[module].items()}
+            shape = self._shapes[module]
+            if "crow_indices" in parts:
+                crow, column, values = (parts[name] for name in ORTHO_PARTS)
+                check_csr(crow, column, values, shape, f"{module}.")
+                return {part: parts[part] for part in ORTHO_PARTS}
+            return self._decode(module, parts, shape)
+        except CheckpointError as error:
+            raise ArtifactError(error.message, hint=error.hint) from None
+        except ArtifactError as error:
+            raise damaged(self._path, error.message) from None
+
+    def _decode(
+        self, module: str, parts: dict[str, Tensor], shape: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        found = compact.decode(parts, shape, f"{module}.")
+        codes = found["values"]
+        if codes.dtype == torch.int8:
+            step = parts["value_step"]
+            if not 0.0 < float(step) < float("inf"):
+                raise _unsound(f"`{module}.value_step` is {float(step)}")
+            if codes.numel() and int(codes.min()) < -compact.LARGEST:
+                raise _unsound(f"`{module}.values` or column_values holds -128")
+            crow, column = (found[p].to(torch.int64).numpy() for p in ORTHO_PARTS[:2])
+            base, scales = compact.base_at(
+                lambda start, count: self._base_rows(module, start, count), crow, column, shape
+            )
+            dtype = DTYPES[self._base[f"{module}.weight_scale"].dtype]
+            found["values"] = compact.restore_values(codes, step, base, scales, dtype)
+        if codes.numel() and not quantize.all_finite(found["values"]):
+            raise _unsound(f"`{module}.values` or column_values holds NaN or infinity")
+        return found
+
+    def _base_rows(self, module: str, start: int, count: int) -> tuple[Tensor, Tensor]:
+        parts = [self._base[f"{module}.{part}"] for part in ("weight_packed", "weight_scale")]
+        packed, scales = (self._read(part, start, count) for part in parts)
+        return packed, scales
+
+    def _read(self, info: TensorInfo, start: int = 0, count: int | None = None) -> Tensor:
+        """Read a tensor, or some rows of it, into memory of its own."""
+        shape = info.shape if count is None else (count, *info.shape[1:])
+        found = torch.empty(shape, dtype=DTYPES[info.dtype])
+        if found.numel():
+            offset = start * (info.nbytes // info.shape[0]) if start else 0
+            self._reader.read_into(as_bytes(found), info, start=offset)
+        return found
+
+
+def _unsound(what: str) -> ArtifactError:
+    return ArtifactError(what, hint="decompose the source again")

@@ -1,0 +1,450 @@
+"""Curvature statistics: how much each weight matters, in one safetensors file, `ortho-stats/1`.
+
+For each measured `<p>.weight` of shape (out, in), with `storage` full:
+
+    <p>.retain_curvature  (out, in)  bf16 or f32  mean over sequences of (dNLL / dW)^2   kind fisher
+                          (in,)      f32          mean over tokens of x^2                kind gram
+    <p>.forget_curvature  (out, in)  as retain_curvature, over the forget set alone
+    <p>.forget_gradient   (out, in)  mean over sequences of dNLL / dW, over the forget set
+
+and with `storage` factored, where curvature(o, i) stands for rows(o) * columns(i):
+
+    <p>.retain_curvature_rows     (out,)  f32  mean of each row
+    <p>.retain_curvature_columns  (in,)   f32  mean of each column / mean of all
+
+With `gram` full there is, beside these and whatever the kind and storage,
+
+    <p>.retain_gram  (in, in)  f32  sum over positions of u_t x_t x_t^T / number of counted tokens
+
+exactly symmetric, and positive semidefinite up to rounding. With `weighting` none, u_t is 1 where
+the token after position t is predicted and counts, and 0 elsewhere. With `weighting` gradient (not
+of kind gram), u_t = mean over output features o of (dNLL / dy_to)^2, whatever kind of labels the
+curvature has: the Fisher's Kronecker factor on the side of the inputs, each position with its own
+weight.
+
+NLL is in nats, summed over a sequence's counted tokens. The two sets never share a sum.
+`__metadata__`, all strings, in this order: format, kind, unit, storage, gram and weighting (only
+where gram is full), source_digest (as in the artifact), data (JSON: set -> sequences, tokens,
+BLAKE3 of the files), recipe (canonical JSON of `calibrate`), versions (JSON), tensors (JSON: name
+-> shape, source_blake3, mean, overlap), digests (JSON: key -> BLAKE3 of its bytes).
+
+A file with a forget part is as sensitive as the private data: gradients give text back. It is
+written for its owner alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from blake3 import blake3
+
+from ortho_cli.errors import CalibrationError, CheckpointError, InternalError, unreadable
+from ortho_cli.events import Advanced, EventSink, Started, null_sink
+from ortho_cli.formats.artifact import canonical_json, module_of
+from ortho_cli.storage import checkpoint, strict_json
+from ortho_cli.storage.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo
+from ortho_cli.storage.data_file import TensorSpec
+
+T = TypeVar("T")
+
+FORMAT = "ortho-stats/1"
+KINDS = ("gram", "fisher", "true-fisher")
+STORAGES = ("full", "factored")
+GRAM = ".retain_gram"
+WEIGHTINGS = ("none", "gradient")
+DTYPES = {"bfloat16": "BF16", "float32": "F32"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """The header of a statistics file; no tensor data is held."""
+
+    path: Path
+    shard: Shard
+    kind: str
+    storage: str
+    source_digest: str
+    tensors: dict[str, dict[str, Any]]
+    digests: dict[str, str]
+    metadata: dict[str, str]
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Where each tensor of the file lies."""
+        return {tensor.name: tensor for tensor in self.shard.tensors}
+
+    @property
+    def digest(self) -> str:
+        """BLAKE3 over the digests of all tensors: names this file's content."""
+        return blake3(canonical_json(self.digests).encode()).hexdigest()
+
+    @property
+    def has_forget(self) -> bool:
+        """Whether a forget set was measured."""
+        return any(key.endswith(".forget_gradient") for key in self.digests)
+
+    @property
+    def has_gram(self) -> bool:
+        """Whether the full input Gram matrix of each weight was measured."""
+        return any(key.endswith(GRAM) for key in self.digests)
+
+    def summary(self) -> dict[str, Any]:
+        """Say in a report which statistics were used."""
+        return {
+            "digest": self.digest,
+            "kind": self.kind,
+            "unit": self.metadata.get("unit"),
+            "storage": self.storage,
+            **({"gram": "full", "weighting": self.metadata["weighting"]} if self.has_gram else {}),
+        }
+
+    def check_source(self, name: str, digest: str) -> None:
+        """Raise if a weight with this BLAKE3 is not the one that was measured."""
+        told = self.tensors[name]["source_blake3"]
+        if digest != told:
+            raise CalibrationError(
+                f"`{self.path}` holds statistics of another model: `{name}` has BLAKE3 "
+                f"{digest[:12]}, and {told[:12]} was measured",
+                hint="calibrate this model, or give the statistics that were made from it",
+            )
+
+    def as_checkpoint(self) -> Checkpoint:
+        """Look at the file as a checkpoint, for `ShardReader`."""
+        return Checkpoint(
+            path=self.path,
+            shards=(self.shard,),
+            tensors=tuple(sorted(self.shard.tensors, key=lambda tensor: tensor.name)),
+            config=None,
+        )
+
+
+def specs(
+    name: str,
+    shape: tuple[int, int],
+    *,
+    kind: str,
+    storage: str,
+    dtype: str,
+    forget: bool,
+    gram: bool,
+) -> tuple[TensorSpec, ...]:
+    """Name what the file holds of one weight.
+
+    Args:
+        name: the weight, `<p>.weight`.
+        shape: (out, in).
+        kind: gram, fisher or true-fisher.
+        storage: full or factored.
+        dtype: BF16 or F32, of what has (out, in) elements.
+        forget: a forget set is measured, too.
+        gram: so is the full input Gram matrix.
+    """
+    module, (rows, columns) = module_of(name), shape
+    curvature = f"{module}.retain_curvature"
+    more: tuple[TensorSpec, ...] = ()
+    if gram:
+        more = (TensorSpec(key=module + GRAM, dtype="F32", shape=(columns, columns)),)
+    if kind == "gram":
+        return TensorSpec(key=curvature, dtype="F32", shape=(columns,)), *more
+    if storage == "factored":
+        return (
+            TensorSpec(key=f"{curvature}_rows", dtype="F32", shape=(rows,)),
+            TensorSpec(key=f"{curvature}_columns", dtype="F32", shape=(columns,)),
+            *more,
+        )
+    parts = ["retain_curvature", *(("forget_curvature", "forget_gradient") if forget else ())]
+    full = (TensorSpec(key=f"{module}.{part}", dtype=dtype, shape=shape) for part in parts)
+    return *full, *more
+
+
+def is_statistics(path: Path) -> bool:
+    """Tell whether a file was written by `ortho calibrate`."""
+    if not path.is_file():
+        return False
+    return (checkpoint.metadata_of(path) or {}).get("format") == FORMAT
+
+
+def open_statistics(path: Path) -> Statistics:
+    """Read and check the header of a statistics file.
+
+    Raises:
+        CalibrationError: not there, cut, not ours, or its parts do not fit together.
+    """
+    try:
+        shard = checkpoint.read_shard(path)
+    except CheckpointError as error:
+        raise CalibrationError(error.message, hint="calibrate again") from None
+    except OSError as error:
+        raise unreadable(path, error, hint="calibrate again", kind=CalibrationError) from None
+    if shard.metadata.get("format") != FORMAT:
+        raise CalibrationError(
+            f"`{path}` says it is {shard.metadata.get('format')!r}, not {FORMAT!r}",
+            hint="give a file that `ortho calibrate` wrote",
+        )
+    try:
+        told = {key: _parse(path, key, shard.metadata[key]) for key in _PARSED}
+        found = Statistics(
+            path=path,
+            shard=shard,
+            kind=shard.metadata["kind"],
+            storage=shard.metadata["storage"],
+            source_digest=shard.metadata["source_digest"],
+            tensors=told["tensors"],
+            digests=told["digests"],
+            metadata=shard.metadata,
+        )
+        _check_told(told)
+        _check(found)
+    except CheckpointError as error:
+        raise CalibrationError(error.message, hint=error.hint) from None
+    except (KeyError, ValueError, TypeError) as error:
+        raise CalibrationError(
+            f"the header of `{path}` is damaged: {error}", hint="calibrate again"
+        ) from None
+    return found
+
+
+def _parse(path: Path, key: str, text: str) -> dict[str, Any]:
+    """Parse what a value of the metadata holds."""
+    return strict_json.parse(
+        text.encode(), what=f"`{key}` in the header of `{path}`", hint="calibrate again"
+    )
+
+
+def _check_told(told: dict[str, dict[str, Any]]) -> None:
+    """Hold what the metadata tell to the types that are read of them."""
+    for name, entry in told["tensors"].items():
+        shape = entry["shape"] if isinstance(entry, dict) else None
+        if not (isinstance(shape, list) and list(map(type, shape)) == [int, int]):
+            raise ValueError(f"`shape` of `{name}`")
+        if not _is_digest(entry["source_blake3"]):
+            raise ValueError(f"`source_blake3` of `{name}`")
+        if not all(_is_figure(entry.get(key, 0.0)) for key in ("mean", "overlap")):
+            raise ValueError(f"`mean` or `overlap` of `{name}`")
+    for key, digest in told["digests"].items():
+        if not _is_digest(digest):
+            raise ValueError(f"digest of `{key}`")
+    for name, data in told["data"].items():
+        counts = [data.get(key) if isinstance(data, dict) else None for key in _COUNTED]
+        if not all(type(count) is int for count in counts):
+            raise ValueError(f"counts of the {name} set")
+
+
+_PARSED = ("tensors", "digests", "data")
+_COUNTED = ("sequences", "tokens")  # of each set
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 64
+
+
+def _is_figure(value: object) -> bool:
+    """Tell a number that can be shown; an integer of a thousand digits is no float."""
+    return value is None or (type(value) in (int, float) and abs(value) < 1e300)  # type: ignore[arg-type]
+
+
+def _check(found: Statistics) -> None:
+    if found.kind not in KINDS or found.storage not in STORAGES or "unit" not in found.metadata:
+        raise ValueError(f"kind {found.kind!r} with storage {found.storage!r}")
+    _check_gram(found)
+    infos = found.infos
+    if infos.keys() != found.digests.keys():
+        raise ValueError(f"digests of {len(found.digests)} tensors where {len(infos)} are there")
+    wanted: dict[str, TensorSpec] = {}
+    # The Gram matrix is F32 whatever the rest is.
+    wide = (t for t in infos.values() if len(t.shape) == 2 and not t.name.endswith(GRAM))
+    dtype = next((t.dtype for t in wide), "F32")
+    forget, gram = found.has_forget, found.has_gram  # each looks through all keys
+    for name, entry in found.tensors.items():
+        rows, columns = entry["shape"]
+        for spec in specs(
+            name,
+            (rows, columns),
+            kind=found.kind,
+            storage=found.storage,
+            dtype=dtype,
+            forget=forget,
+            gram=gram,
+        ):
+            wanted[spec.key] = spec
+    for key in sorted(wanted.keys() ^ infos.keys()):
+        raise ValueError(f"tensor `{key}` is {'missing' if key in wanted else 'of no weight'}")
+    for key, spec in wanted.items():
+        if (infos[key].dtype, infos[key].shape) != (spec.dtype, spec.shape):
+            raise ValueError(
+                f"tensor `{key}` is {infos[key].dtype} {list(infos[key].shape)}, not "
+                f"{spec.dtype} {list(spec.shape)}"
+            )
+
+
+def _check_gram(found: Statistics) -> None:
+    told = found.metadata.get("gram"), found.metadata.get("weighting")
+    if not found.has_gram:
+        fits = told == (None, None)
+    else:
+        fits = told[0] == "full" and told[1] in WEIGHTINGS
+        fits = fits and (told[1] == "none" or found.kind != "gram")
+    if not fits:
+        there = "with" if found.has_gram else "without"
+        raise ValueError(
+            f"gram {told[0]!r} and weighting {told[1]!r} {there} Gram matrices, of kind "
+            f"{found.kind!r}"
+        )
+
+
+def check_weights(found: Statistics, weights: Sequence[TensorInfo]) -> None:
+    """Make sure from headers that every weight was measured, in its shape."""
+    for weight in weights:
+        entry = found.tensors.get(weight.name)
+        if entry is None:
+            raise CalibrationError(
+                f"`{found.path}` holds no statistics of `{weight.name}`",
+                hint="calibrate this model with the same targets, or add the tensor to `ignore`",
+            )
+        if list(entry["shape"]) != list(weight.shape):
+            raise CalibrationError(
+                f"`{weight.name}` is {list(weight.shape)}, and `{found.path}` was measured where "
+                f"it is {list(entry['shape'])}",
+                hint="calibrate this model, or give the statistics that were made from it",
+            )
+
+
+def check_model(found: Statistics, source: Checkpoint, weights: Sequence[TensorInfo]) -> None:
+    """Read the smallest weight and make sure that it is the one that was measured."""
+    smallest = min(weights, key=lambda weight: (weight.nbytes, weight.name))
+    with contextlib.closing(ShardReader(source)) as reader:
+        found.check_source(smallest.name, reader.digest(smallest))
+
+
+def changed_tensor(found: Statistics, key: str, digest: str) -> CalibrationError:
+    """Say that a tensor of the file is not what was written."""
+    return CalibrationError(
+        f"tensor `{key}` of `{found.path}` has BLAKE3 {digest[:12]} where "
+        f"{found.digests[key][:12]} was written",
+        hint="the file is damaged; restore it, or calibrate again",
+    )
+
+
+def describe(found: Statistics) -> dict[str, Any]:
+    """Say what a statistics file holds: its metadata, parsed."""
+    try:
+        parsed = {
+            key: _parse(found.path, key, text) if text[:1] == "{" else text
+            for key, text in found.metadata.items()
+        }
+    except CheckpointError as error:
+        raise CalibrationError(error.message, hint=error.hint) from None
+    return {
+        **parsed,
+        "digest": found.digest,
+        "has_forget": found.has_forget,
+        "has_gram": found.has_gram,
+        "file_bytes": found.shard.size,
+    }
+
+
+def verify(found: Statistics, *, on_event: EventSink = null_sink) -> dict[str, int]:
+    """Read every tensor again and hold it against its digest.
+
+    Raises:
+        CalibrationError: names the first tensor that differs.
+    """
+    tensors = found.shard.tensors
+    total = sum(tensor.nbytes for tensor in tensors)
+    on_event(Started(tensors=len(tensors), resumed=0, bytes_total=total, bytes_done=0))
+    with contextlib.closing(ShardReader(found.as_checkpoint())) as reader:
+        for tensor in tensors:
+            digest = blake3()
+            for piece in reader.pieces(tensor):
+                digest.update(piece)
+                on_event(Advanced(nbytes=len(piece)))
+            if digest.hexdigest() != found.digests[tensor.name]:
+                raise changed_tensor(found, tensor.name, digest.hexdigest())
+    return {"tensors": len(tensors), "bytes": total}
+
+
+class StatisticsReader:
+    """Reads the tensors of a statistics file; threads may share it."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        """Open the file, which must still be the one whose header was read."""
+        self.statistics = statistics
+        self.infos = statistics.infos
+        with _ours():
+            self._reader = ShardReader(statistics.as_checkpoint())
+
+    def read(self, buffer: memoryview, tensor: TensorInfo, *, start: int = 0) -> None:
+        """Fill `buffer` with the tensor's bytes from `start` on."""
+        with _ours():
+            self._reader.read_into(buffer, tensor, start=start)
+
+    def compare(self, tensor: TensorInfo, digest: str) -> None:
+        """Raise if a tensor's bytes do not have the digest that the file tells."""
+        if digest != self.statistics.digests[tensor.name]:
+            raise changed_tensor(self.statistics, tensor.name, digest)
+
+    def check_unchanged(self) -> None:
+        """Raise if the file was written to since its header was read."""
+        with _ours():
+            self._reader.check_unchanged()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._reader.close()
+
+
+class CurvaturePass(ABC, Generic[T]):
+    """One pass over the curvature of one weight, in order; what has (in,) or (out,) is held."""
+
+    def __init__(self, reader: StatisticsReader, name: str) -> None:
+        """Read what is small, and check it."""
+        self._reader, self._name = reader, name
+        self._digest = blake3()  # of what is streamed
+        self._rows: T | None = None
+        self._columns: T | None = None
+        key = f"{module_of(name)}.retain_curvature"
+        self._full = reader.infos.get(key)
+        if self._full is None:
+            self._rows = self._load(reader.infos[f"{key}_rows"])
+            self._columns = self._load(reader.infos[f"{key}_columns"])
+        elif len(self._full.shape) == 1:
+            self._columns = self._load(self._full)
+
+    @abstractmethod
+    def _load(self, tensor: TensorInfo) -> T:
+        """Read a whole tensor, and check it."""
+
+    @property
+    def _streamed(self) -> TensorInfo:
+        """What is read tile by tile, where no columns are held."""
+        if self._full is None:
+            raise InternalError(f"the curvature of `{self._name}` is neither held nor streamed")
+        return self._full
+
+    def finish(self, source: str) -> None:
+        """Hold what was streamed against the file's digest, the weight against the one measured.
+
+        Args:
+            source: BLAKE3 of the weight that was read, in hex.
+        """
+        if self._columns is None and self._full is not None:
+            self._reader.compare(self._full, self._digest.hexdigest())
+        self._reader.statistics.check_source(self._name, source)
+
+
+@contextlib.contextmanager
+def _ours() -> Iterator[None]:
+    """Say of a statistics file what `ShardReader` says of a checkpoint."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CalibrationError(error.message, hint=error.hint) from None
+    except OSError as error:
+        raise CalibrationError(
+            f"cannot read `{error.filename}`: {error.strerror}", hint="give --stats a file"
+        ) from None

@@ -1,0 +1,1 @@
+"""A language model in memory: loading, text, secrets, blocks, hooks and scores."""

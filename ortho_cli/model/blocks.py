@@ -1,0 +1,213 @@
+"""The blocks of a language model, called one at a time as the model would call them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ortho_cli.errors import CalibrationError, InternalError, NumericalError
+from ortho_cli.model.hooks import logit_gradient
+
+TOLERANCE = 1e-2  # of the largest hidden state, between a block alone and in its model: bfloat16
+
+
+class _Stop(Exception):  # noqa: N818 - no error: what was asked for is there
+    """Ends a forward pass once the first block was called."""
+
+
+class Blocks:
+    """A model's blocks and the arguments that each is called with, beside hidden states."""
+
+    def __init__(self, model: nn.Module, linears: Mapping[str, nn.Module], tokens: Tensor) -> None:
+        """Find the blocks, and watch one forward pass.
+
+        Args:
+            model: a causal language model in eval mode.
+            linears: weight name -> Linear of the model.
+            tokens: (batch, length) int64; every later call has as many.
+        Raises:
+            CalibrationError: no list of modules holds a Linear, or its modules do not simply follow
+                one another.
+        """
+        self.model, self.batch = model, tokens.shape[0]
+        self._list = _largest_list(model, linears)
+        held = [{id(module) for module in block.modules()} for block in self._list]
+        self.names = [
+            [name for name, linear in linears.items() if id(linear) in mine] for mine in held
+        ]
+        self._options: list[dict[str, Any]] = []
+        self._check(tokens)
+
+    def __len__(self) -> int:
+        return len(self._list)
+
+    def __call__(self, number: int, hidden: Tensor) -> Tensor:
+        """Pass (batch, length, hidden) through one block."""
+        return _hidden_of(self._list[number](hidden, **self._options[number]))
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Give what (batch, length) tokens are when they reach the first block."""
+        found: list[Tensor] = []
+
+        def stop(module: nn.Module, args: Any, options: dict[str, Any]) -> None:
+            found.append(_taken(args, options)[0])
+            raise _Stop
+
+        handle = self._list[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.model(input_ids=tokens, use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        return found[0].detach()
+
+    def gradients(
+        self, sequences: Tensor, *, seed: int, on_batch: Callable[[int], None]
+    ) -> tuple[Tensor, Tensor]:
+        """Measure how much the model's word depends on each position and feature of each block.
+
+        With y the output of a block and NLL that of labels drawn from the model, summed over a
+        sequence,
+
+            u_t = mean_c (dNLL/dy_tc)^2,  v_c = mean_t (dNLL/dy_tc)^2
+
+        Args:
+            sequences: (n, length) int64; n divides by the batch.
+            seed: of the labels.
+            on_batch: told how many sequences were measured, after each pass.
+        Returns:
+            (blocks, n, length) and (blocks, hidden) float32, >= 0, on the model's device.
+        Raises:
+            NumericalError: a gradient is NaN or infinite.
+        """
+        (count, length), blocks = sequences.shape, len(self)
+        token = torch.zeros(blocks, count, length, device=sequences.device)
+        channel: list[Tensor] = []
+        for start in range(0, count, self.batch):
+            tokens = sequences[start : start + self.batch]
+            counted = torch.ones(length, dtype=torch.bool, device=tokens.device)
+            counted[-1] = False
+            with self._watched() as outputs:
+                logits = self.model(input_ids=tokens, use_cache=False).logits
+                gradient = torch.empty_like(logits)
+                for i, row in enumerate(tokens):
+                    drawn = torch.Generator().manual_seed(seed + start + i)
+                    gradient[i], _ = logit_gradient(
+                        logits[i].detach(), row, counted, generator=drawn
+                    )
+                logits.backward(gradient)
+            for k, output in enumerate(outputs):
+                if output.grad is None:
+                    raise InternalError(f"no gradient reaches the output of block {k + 1}")
+                squares = output.grad.float().square()
+                token[k, start : start + self.batch] = squares.mean(-1)
+                if len(channel) == k:
+                    channel.append(torch.zeros(squares.shape[-1], device=squares.device))
+                channel[k] += squares.sum((0, 1)) / (count * length)
+            on_batch(start + self.batch)
+        found = token, torch.stack(channel)
+        if not all(bool(values.isfinite().all()) for values in found):
+            raise NumericalError(
+                "a gradient of a block's output is NaN or infinite",
+                hint="look for NaN weights with `ortho inspect`",
+            )
+        return found
+
+    @contextmanager
+    def _watched(self) -> Iterator[list[Tensor]]:
+        """Keep the outputs of blocks, and the gradients that reach them."""
+        outputs: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> Any:
+            hidden = _hidden_of(output)
+            if not outputs:  # no parameter needs a gradient: here the graph begins
+                hidden = hidden.detach().requires_grad_(True)
+            hidden.retain_grad()
+            outputs.append(hidden)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        handles = [block.register_forward_hook(keep) for block in self._list]
+        try:
+            yield outputs
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def _check(self, tokens: Tensor) -> None:
+        """Learn what blocks are called with; see that calling them in turn is what a model does."""
+        inputs: list[Tensor] = []
+        outputs: list[Tensor] = []
+
+        def before(module: nn.Module, args: Any, options: dict[str, Any]) -> None:
+            hidden, rest = _taken(args, options)
+            inputs.append(hidden)
+            self._options.append(rest)
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            outputs.append(_hidden_of(output))
+
+        handles: list[Any] = []
+        for block in self._list:
+            handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(block.register_forward_hook(after))
+        try:
+            self.model(input_ids=tokens, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        alone = len(inputs) == len(self._list)
+        for number, hidden in enumerate(inputs if alone else []):
+            last = outputs[number - 1] if number else hidden
+            there = self(number, hidden)
+            for one, other in ((hidden, last), (there, outputs[number])):
+                near = one.shape == other.shape and bool(
+                    (one - other).abs().max() <= TOLERANCE * other.abs().max()
+                )
+                alone = alone and near
+        if not alone:
+            raise CalibrationError(
+                f"the blocks of {type(self.model).__name__} do not simply follow one another",
+                hint="such a model cannot be tuned block by block; use base.rounding gptq",
+            )
+
+
+def _largest_list(model: nn.Module, linears: Mapping[str, nn.Module]) -> Sequence[nn.Module]:
+    """Find the list of modules that holds most of the Linears, the outermost of equals."""
+    found, most = None, 0
+    wanted = {id(linear) for linear in linears.values()}
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            count = len(wanted & {id(part) for part in module.modules()})
+            if count > most:
+                found, most = module, count
+    if found is None:
+        raise CalibrationError(
+            f"{type(model).__name__} has no blocks with a Linear that is split",
+            hint="such a model cannot be tuned block by block; use base.rounding gptq",
+        )
+    return list(found)
+
+
+def _taken(args: Any, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Part what a block is called with into hidden states and the rest, by name."""
+    if len(args) == 1:
+        return args[0], options
+    if not args and isinstance(options.get("hidden_states"), Tensor):
+        rest = {key: value for key, value in options.items() if key != "hidden_states"}
+        return options["hidden_states"], rest
+    raise CalibrationError(
+        f"a block is called with {len(args)} positional arguments where 1 is known",
+        hint="such a model cannot be tuned block by block; use base.rounding gptq",
+    )
+
+
+def _hidden_of(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found

@@ -1,0 +1,140 @@
+"""Chats in a model's own words: its chat template, applied as transformers applies it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import re
+from typing import Any, NamedTuple
+
+from ortho_cli.errors import CalibrationError
+from ortho_cli.model.rows import Chat
+
+# Some templates write today's date, and the same data would be other tokens tomorrow. This is the
+# one that templates of Llama 3 write where they have no clock.
+TODAY = datetime.date(2024, 7, 26)
+
+# Stands in for an answer to find its place: no template writes this, and none strips it.
+MARK = "\u2063ortho\u2063"
+
+_INSTEAD = "or give rows of `prompt` and `completion`"
+
+
+class Rendered(NamedTuple):
+    """A chat as text that holds its special tokens."""
+
+    prompt: str  # all that stands before the last answer
+    answer: str
+    end: str  # what the template writes behind it
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.prompt + self.answer + self.end
+
+
+def render(chat: Chat, tokenizer: Any) -> Rendered:
+    """Write a chat out, and say where its last answer lies.
+
+    Raises:
+        CalibrationError: the tokenizer has no chat template, or it refuses the chat, or does not
+            write the turns before the last one as it does without it; names the row.
+    """
+    turns = len(chat.turns)
+    whole = _apply(chat, tokenizer, turns, asks=False)
+    start = _apply(chat, tokenizer, turns - 1, asks=False)
+    asked = _apply(chat, tokenizer, turns - 1, asks=True)
+    if not whole.startswith(start):
+        raise CalibrationError(
+            f"{chat.where} has turns that the chat template writes otherwise once there is an "
+            "answer, so it does not say where that begins",
+            hint=f"leave the row out, {_INSTEAD}",
+        )
+    said = str(chat.turns[-1]["content"])
+    found = _marked(chat, tokenizer, whole, said)
+    if found is not None:
+        return found
+    # Some begin an answer (`<think>`) where one is asked for: what both have is the prompt.
+    pairs = enumerate(zip(whole, asked, strict=False))
+    common = next((i for i, (a, b) in pairs if a != b), min(len(whole), len(asked)))
+    for begin in (common, len(start)):
+        for words in (said, said.strip()):
+            place = whole.rfind(words, begin)  # the template's own words come before an answer
+            if place >= 0:
+                return Rendered(whole[:place], words, whole[place + len(words) :])
+    # It takes an answer apart, into thoughts and what is said.
+    rest = whole[common:]
+    answer = rest.rstrip()
+    return Rendered(whole[:common], answer, rest[len(answer) :])
+
+
+def _marked(chat: Chat, tokenizer: Any, whole: str, said: str) -> Rendered | None:
+    """Find the answer by where a mark in its place is written.
+
+    A short answer may be part of the template's own text, so that looking for its words misleads.
+    """
+    marked = dataclasses.replace(
+        chat, turns=(*chat.turns[:-1], {**chat.turns[-1], "content": MARK})
+    )
+    try:
+        probe = _apply(marked, tokenizer, len(marked.turns), asks=False)
+    except CalibrationError:  # it looks into answers, and was content with the real one
+        return None
+    head, mark, tail = probe.partition(MARK)
+    if not mark:
+        return None
+    spellings = (said, said.strip())
+    words = next((words for words in spellings if whole == head + words + tail), None)
+    if words is None:  # what comes after the answer may depend on it
+        words = next((words for words in spellings if whole.startswith(head + words)), None)
+    return None if words is None else Rendered(head, words, whole[len(head + words) :])
+
+
+def _apply(chat: Chat, tokenizer: Any, turns: int, *, asks: bool) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise CalibrationError(
+            f"{chat.where} is a chat, and the model's tokenizer has no chat template",
+            hint=f"put the chat_template.jinja of a chat model beside tokenizer.json, {_INSTEAD}",
+        )
+    messages = [dict(turn) for turn in chat.turns[:turns]]
+    try:
+        written = tokenizer.apply_chat_template(
+            messages,
+            tools=list(chat.tools) if chat.tools else None,
+            chat_template=_template(chat, tokenizer),
+            add_generation_prompt=asks,
+            tokenize=False,
+        )
+    except ImportError:
+        raise CalibrationError(
+            f"{chat.where} is a chat, and chat templates need jinja2, which is not installed",
+            hint=f"pip install jinja2, {_INSTEAD}",
+        ) from None
+    except Exception as error:  # noqa: BLE001 - a template is a stranger's program
+        raise CalibrationError(
+            f"{chat.where} is a chat that the model's chat template refuses{_reason(error, chat)}",
+            hint=f"write its turns as the template wants them, {_INSTEAD}",
+        ) from None
+    return str(written)
+
+
+def _template(chat: Chat, tokenizer: Any) -> str:
+    """Find the model's template, with its clock stopped."""
+    found = str(tokenizer.get_chat_template(tools=list(chat.tools) if chat.tools else None))
+    return re.sub(
+        r"strftime_now\(\s*(['\"])([^'\"\\]*)\1\s*\)",
+        lambda call: repr(TODAY.strftime(call[2])),
+        found,
+    )
+
+
+def _reason(error: Exception, chat: Chat) -> str:
+    """Give a template's own words, if none of the chat's are in them."""
+    words = " ".join(str(error).split())
+    every = [" ".join(str(turn["content"]).casefold().split()) for turn in chat.turns]
+    said = " ".join(every).split()
+    parts = [part for part in said if len(part) > 3 or any(map(str.isdigit, part))]
+    parts += filter(None, every)  # a whole turn, however short
+    if not words or len(words) > 200 or any(part in words.casefold() for part in parts):
+        return ""
+    return f": {words}"

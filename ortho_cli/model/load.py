@@ -1,0 +1,339 @@
+"""Models as transformers builds them from a folder, and the names their modules have there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import re
+import warnings
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ortho_cli.errors import (
+    CalibrationError,
+    CheckpointError,
+    OrthoError,
+    RecipeError,
+    UsageError,
+    way_out,
+)
+from ortho_cli.formats.artifact import module_of
+from ortho_cli.split.in_memory import is_plain_linear
+from ortho_cli.storage import folders, hints, hub, sniff, strict_json
+from ortho_cli.storage.checkpoint import open_checkpoint
+from ortho_cli.storage.untrusted import is_trusted
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[Any]:
+    """Import transformers and keep it from talking."""
+    try:
+        import transformers
+    except ImportError:
+        raise UsageError(
+            "transformers is not installed", hint="pip install 'ortho-cli[hf]'"
+        ) from None
+    talk: Any = transformers.logging
+    verbosity, bars = talk.get_verbosity(), talk.is_progress_bar_enabled()
+    talk.set_verbosity(logging.CRITICAL)
+    talk.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield transformers
+    finally:
+        talk.set_verbosity(verbosity)
+        if bars:
+            talk.enable_progress_bar()
+
+
+# What a model is built of one by one, in Python, before any weight is looked for; other keys that
+# end so are places, periods and switches. Of what is fused in one tensor Python builds none.
+_PARTS = re.compile(r"(layers?|blocks?|experts|depths?)$")
+_NO_PARTS = re.compile(r"^(max|min|accept|skip|use|share|scale)_|_(every_n|per|topk)_")
+MOST_LAYERS = 1024  # eight times as many as any model has that is known to transformers
+MOST_PARTS = 4096  # experts of a layer
+MOST_BUILT = 1 << 17  # experts of all layers; minutes of Python
+
+
+@contextlib.contextmanager
+def explained(
+    folder: Path,
+    what: str,
+    *,
+    hint: str,
+    kind: type[OrthoError] = CheckpointError,
+    files: Iterable[str] = (),
+) -> Iterator[None]:
+    """Turn whatever transformers raises on a folder into an error of one sentence.
+
+    Args:
+        folder: what it reads.
+        what: the sentence, to which its own first line is added.
+        hint: what to do.
+        kind: of the error.
+        files: what it reads there, any of which may be a pointer to the file itself.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_trusted() and "trust_remote_code" in str(error):
+            raise kind(
+                f"`{folder}` needs Python code of its own, which is not run without being asked to",
+                hint="read its .py files; --trust-remote-code runs them, with all of your rights",
+            ) from error
+        refuse_pointers(folder, files)
+        if "too many open files" in str(error).lower():
+            hint = way_out(OSError(errno.EMFILE, ""), hint)
+        raise kind(f"{what}: {_first_line(error)}", hint=hint) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse what cannot be a transformers model, and what would keep transformers busy for ever.
+
+    Raises:
+        CheckpointError: a file, a folder without config.json, or one with a FIFO or device in it.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise CheckpointError(
+                f"`{path}` is not a regular file", hint="remove it from the model's folder"
+            )
+    if not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "does not exist"
+        raise CheckpointError(
+            f"`{folder}` {'is a file' if folder.is_file() else what}, so it is no transformers "
+            "model",
+            hint=_hint_without_config(folder),
+        )
+
+
+def _hint_without_config(path: Path) -> str:
+    """Say how to come by a transformers folder: some formats can be converted to one."""
+    usual = "give the model's folder, with its config and tokenizer"
+    if not path.exists():
+        return hub.advice(path) or usual
+    held = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
+    foreign = [p for p in held if sniff.kind_of_file(p) in (sniff.GGUF, *sniff.TORCHES)]
+    if foreign and not folders.is_part(foreign[0]):
+        return hints.convert(foreign[0])
+    return usual
+
+
+def check_claims(folder: Path) -> None:
+    """Refuse a config.json of more layers than there are tensors: transformers builds them first.
+
+    Raises:
+        CheckpointError: names the key; or the weights are damaged.
+    """
+    config = strict_json.read(folder / "config.json", constants=True)
+    here = any(folder.glob("*.safetensors"))
+    tensors = open_checkpoint(folder).tensors if here else ()
+    sizes = {size for tensor in tensors for size in tensor.shape}
+    check_parts(config, layers=len(tensors), told=folder / "config.json", sizes=sizes)
+
+
+def check_parts(
+    config: dict[str, Any], *, layers: int, told: Path, sizes: Collection[int] = ()
+) -> None:
+    """Refuse what `told` says of a model that has more layers or experts than any can have.
+
+    Args:
+        config: what it says.
+        layers: tensors of the checkpoint; there can be a layer for each.
+        told: the file, for the error.
+        sizes: of the tensors' dimensions; experts that are fused in one are not built.
+    Raises:
+        CheckpointError: names the key.
+    """
+    for part in _levels(config):
+        most = {"layers": 1, "experts": 1}
+        for key, value in part.items():
+            kind = _kind_of_part(key)
+            counts = [n for n in value if _is_number(n)] if isinstance(value, list) else [value]
+            count = max((n for n in counts if _is_number(n)), default=0)
+            if kind is None or (kind == "experts" and count in sizes):
+                continue
+            bound = MOST_PARTS if kind == "experts" else max(layers, MOST_LAYERS)
+            if not count <= bound:
+                raise _too_many(told, f"`{key}` is {count!s:.24}", bound)
+            most[kind] = max(most[kind], int(count))
+        built = most["layers"] * most["experts"]
+        if built > max(MOST_BUILT, layers):
+            said = f"there are {most['layers']} layers of {most['experts']} experts each"
+            raise _too_many(told, said, max(MOST_BUILT, layers))
+
+
+def _levels(config: dict[str, Any], depth: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield a config and those of its parts, which lie one in the other."""
+    yield config
+    for value in config.values():
+        if isinstance(value, dict) and depth < 8:
+            yield from _levels(value, depth + 1)
+
+
+def _kind_of_part(key: str) -> str | None:
+    named = None if _NO_PARTS.search(key) else _PARTS.search(key)
+    return None if named is None else "experts" if named[0] == "experts" else "layers"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _too_many(told: Path, said: str, most: int) -> CheckpointError:
+    return CheckpointError(
+        f"`{told}` says {said}, and there can be {most} at most",
+        hint="restore the file that came with the model",
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a model's tokenizer.
+
+    Raises:
+        CheckpointError: the folder has none, or transformers cannot read it.
+    """
+    check_folder(folder)
+    what = f"`{folder}` has no tokenizer that transformers can read"
+    hint = "copy tokenizer.json and tokenizer_config.json from the original model"
+    with (
+        quiet_transformers() as transformers,
+        explained(folder, what, hint=hint, files=TOKENIZER_FILES),
+    ):
+        found = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=is_trusted()
+        )
+        found("a", verbose=False)  # some settings are looked at only here
+    return found
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def refuse_pointers(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a file that stands for another: a Git LFS pointer, a web page, an error message.
+
+    Raises:
+        CheckpointError: says what it is, and how to get the file itself.
+    """
+    for path in (folder / name for name in names):
+        kind = sniff.kind_of_file(path) if path.is_file() else None
+        if kind is not None and sniff.is_stand_in(kind):
+            raise CheckpointError(f"`{path}` is {kind}", hint=sniff.remedy(kind, path))
+
+
+def load_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+    """Load a causal language model for measuring: in eval mode, no parameter needs a gradient.
+
+    Args:
+        folder: a transformers folder.
+        dtype: of the weights; None keeps the checkpoint's.
+        device: where it goes.
+    Raises:
+        CheckpointError: no config.json, or a tensor that the model needs is missing.
+    """
+    check_folder(folder)
+    check_claims(folder)
+    what = f"transformers cannot load `{folder}`"
+    hint = "it must be a causal language model that transformers knows"
+    with quiet_transformers() as transformers, explained(folder, what, hint=hint):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            output_loading_info=True,
+            trust_remote_code=is_trusted(),
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"tensor `{missing[0]}` is not in `{folder}`, and the model needs it"
+            + (f"; nor are {len(missing) - 1} others" if len(missing) > 1 else ""),
+            hint="transformers would make it up at random; restore the checkpoint",
+        )
+    loaded: nn.Module = model.to(device).train(False).requires_grad_(False)
+    return loaded
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def find_linears(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Find the Linear that each weight of the checkpoint became.
+
+    Args:
+        model: as transformers built it.
+        names: tensors `<p>.weight`.
+    Raises:
+        CalibrationError: a weight is no Linear of the model: fused, renamed or unused.
+    """
+    modules = dict(model.named_modules())
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    found: dict[str, nn.Module] = {}
+    for name in names:
+        module = module_of(name)
+        candidates = (module, f"{prefix}.{module}", module.removeprefix(f"{prefix}."))
+        here = next((modules[c] for c in candidates if c in modules), None)
+        if here is None or not is_plain_linear(here):
+            became = "no module" if here is None else f"a {type(here).__name__}"
+            raise CalibrationError(
+                f"tensor `{name}` is {became} in the model that transformers builds, not a Linear",
+                hint="add it to `ignore`: its curvature cannot be measured this way",
+            )
+        found[name] = here
+    return found
+
+
+def check_fits(
+    model: nn.Module, *, length: int, largest_token: int, asked: str = "calibrate.length"
+) -> None:
+    """Refuse sequences that the model cannot read.
+
+    Raises:
+        RecipeError: longer than the model's positions.
+        CalibrationError: a token that the model has no embedding for.
+    """
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(text, "max_position_embeddings", None)
+    if isinstance(positions, int) and length > positions:
+        raise RecipeError(
+            f"{asked} is {length} and the model has {positions} positions",
+            hint=f"--set {asked}={positions}" if "." in asked else "shorten it",
+        )
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    known = int(embedding.weight.shape[0])
+    if largest_token >= known:
+        raise CalibrationError(
+            f"the tokenizer gives token {largest_token} and the model knows {known}",
+            hint="the tokenizer is of another model",
+        )
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into a device that is there.
+
+    Raises:
+        UsageError: unknown, or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    there = device.type == "cpu" or (
+        device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
+    )
+    if not there:
+        raise UsageError(
+            f"--device {name} is not there; torch sees {torch.cuda.device_count()} CUDA devices",
+            hint="auto, cpu, cuda or cuda:N",
+        )
+    return device

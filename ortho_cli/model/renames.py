@@ -1,0 +1,91 @@
+"""What transformers calls the modules of a checkpoint: for most models as the file does.
+
+Where not, transformers renames tensors while it loads them, and looks up the scheme of a Linear
+under the new name. `renames.json` holds those renamings, for each class and model type that has
+any, as tests/make_renames.py reads them out of transformers:
+
+    {"rules": [[[[pattern, ...], replacement, scope?, prefix?], ...], ...], "of": {name: number}}
+
+Each rule replaces the first match of any of its patterns, behind `prefix.scope.` where it has one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+Rule = Sequence[Any]
+
+# Model types whose projections are transformers' Conv1D, stored (in, out).
+CONV1D_MODEL_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+
+_FILE = Path(__file__).with_name("renames.json")
+
+
+def rename_modules(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, str]:
+    """Give the modules that transformers renames, and their new names.
+
+    Args:
+        config: config.json.
+        modules: as the checkpoint names them.
+    """
+    told = config.get("architectures")
+    names = [*(told if isinstance(told, list) else ()), config.get("model_type")]
+    table = _table()
+    number = next((table["of"][name] for name in map(str, names) if name in table["of"]), None)
+    if number is None:
+        return {}
+    rules = table["rules"][number]
+    found = {module: apply_rules(module, rules) for module in modules}
+    return {module: renamed for module, renamed in found.items() if renamed != module}
+
+
+def apply_rules(module: str, rules: Iterable[Rule]) -> str:
+    """Rename a module as transformers does: by every rule that matches, in turn.
+
+    Args:
+        module: as the checkpoint names it.
+        rules: as `renames.json` holds them.
+    """
+    name = f"{module}.weight"
+    for patterns, replacement, *scope in rules:
+        name = _apply(name, tuple(patterns), replacement, tuple(scope))
+    return name.removesuffix(".weight")
+
+
+def _apply(name: str, patterns: tuple[str, ...], replacement: str, scope: tuple[str, ...]) -> str:
+    front = ""
+    if scope:
+        inner, outer = (f"{part}." if part else "" for part in scope)
+        fitting = [front for front in (outer + inner, inner) if name.startswith(front)]
+        if not fitting:
+            return name
+        front = fitting[0]
+    rest = name.removeprefix(front)
+    found = _compiled(patterns).search(rest)
+    if found is None:
+        return name
+    if r"\1" in replacement:
+        inside = (group for group in found.groups() if group is not None)
+        replacement = replacement.replace(r"\1", next(inside, ""))
+    return front + rest.replace(found[0], replacement, 1)
+
+
+@cache
+def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """Join patterns, the longest first; each ends where a name ends."""
+    ended = [
+        pattern + (r"(?!\w)" if re.search(r"[a-zA-Z0-9]$", pattern) else "")
+        for pattern in sorted(patterns, key=len, reverse=True)
+    ]
+    return re.compile("|".join(f"(?:{pattern})" for pattern in ended))
+
+
+@cache
+def _table() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(_FILE.read_text(encoding="utf-8"))
+    return found

@@ -1,0 +1,418 @@
+"""Files of rows: text, JSON, JSON lines, CSV, TSV and parquet, packed by gzip or bzip2 or not.
+
+The suffix says what a file is, unless its first bytes say better: `a.jsonl` may be gzip, and a file
+without a suffix JSON lines. What is no such file is called what it is. Messages say where and what,
+and never what a row holds.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from blake3 import blake3
+
+from ortho_cli.errors import CalibrationError, unreadable
+from ortho_cli.model.rows import EXPECTED, KNOWN, is_row, names_of
+from ortho_cli.storage import sniff
+from ortho_cli.storage.hints import said, some
+from ortho_cli.storage.untrusted import read_regular
+
+MAX_UNPACKED = 1 << 30  # bytes of a file once it is unpacked: a kilobyte can claim a terabyte
+MAX_LAYERS = 2  # of compression; a file can be made that unpacks to itself
+FORMATS = "text, JSON, JSON lines, CSV, TSV or parquet"
+# Keys of an object that hold rows, in the order in which they are looked for.
+WRAPPERS = ("data", "rows", "train", "examples", "instances", "items", "records", "samples")
+
+# Keys that hold rows beside those of `train`; alone they serve as well.
+SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
+
+Kind = Literal["text", "lines", "json", "csv", "tsv", "parquet"]
+Value = tuple[Any, str]  # a row, and the words that name its place
+
+SUFFIXES: Mapping[str, Kind] = {
+    **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".rst"), "text"),
+    **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines", ".jl"), "lines"),
+    ".json": "json",
+    ".csv": "csv",
+    **dict.fromkeys((".tsv", ".tab"), "tsv"),
+    **dict.fromkeys((".parquet", ".pq"), "parquet"),
+}
+PACKED: Mapping[str | None, tuple[str, Any]] = {
+    sniff.GZIP: ("gzip", gzip.GzipFile),
+    sniff.BZIP2: ("bzip2", bz2.BZ2File),
+}
+# What is read as rows all the same: a text may begin like a document or an error message.
+READ = (None, sniff.PARQUET, sniff.EMPTY, sniff.XML)
+BOMS = (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff", b"\xff\xfe", b"\xfe\xff")
+ENCODINGS = ("utf-32", "utf-32", "utf-16", "utf-16")
+UNPACKERS = {sniff.GZIP: "gunzip -c", sniff.BZIP2: "bunzip2 -c"}
+
+
+def read_values(path: Path) -> tuple[Iterator[Value], bytes]:
+    """Read one file row by row, whatever its rows hold; a text file is one row with a `text`.
+
+    Returns:
+        Each row with the words that name its place, some parsed when taken; and the file's BLAKE3.
+    Raises:
+        CalibrationError: the file is missing, damaged or of no kind that is read; while rows are
+            taken, one cannot be parsed.
+    """
+    try:
+        raw = read_regular(path)
+    except OSError as error:
+        if isinstance(error, IsADirectoryError):
+            raise CalibrationError(
+                f"data `{path}` is a folder", hint=f"give the files in it: {said(path)}/*"
+            ) from None
+        hint = f"give files of {FORMATS}"
+        raise unreadable(path, error, hint=hint, kind=CalibrationError, what="data ") from None
+    content, kind = _unpacked(path, raw)
+    _refuse_others(path, content)
+    return _READERS[_kind_of(path, content, kind)](path, content), blake3(raw).digest()
+
+
+def _unpacked(path: Path, raw: bytes) -> tuple[bytes, Kind | None]:
+    """Unpack what is packed; say what the suffixes, or the first bytes, call the rest."""
+    for _ in range(MAX_LAYERS):
+        found = PACKED.get(sniff.kind_of(raw[: sniff.HEAD]))
+        if found is None:
+            break
+        raw = _unpack(path, raw, *found)
+    if sniff.kind_of(raw[: sniff.HEAD]) in PACKED:
+        raise CalibrationError(
+            f"data `{path}` is packed more than {MAX_LAYERS} times over",
+            hint="unpack it, and give what comes out",
+        )
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in (".gz", ".gzip", ".bz2"):
+        suffixes.pop()
+    return raw, SUFFIXES.get(suffixes[-1]) if suffixes else None
+
+
+def _unpack(path: Path, raw: bytes, name: str, opened: Any) -> bytes:
+    try:
+        with (
+            opened(io.BytesIO(raw)) if name == "bzip2" else opened(fileobj=io.BytesIO(raw)) as file
+        ):
+            found: bytes = file.read(MAX_UNPACKED + 1)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        why = str(error)[:1].lower() + str(error)[1:]
+        raise CalibrationError(
+            f"data `{path}` is damaged {name}: {why}", hint="was it cut? copy it again, whole"
+        ) from None
+    if len(found) > MAX_UNPACKED:
+        raise CalibrationError(
+            f"data `{path}` has {len(raw)} bytes of {name} that unpack to more than "
+            f"{MAX_UNPACKED}, the most that are read",
+            hint="unpack it and give a part",
+        )
+    return found
+
+
+def _refuse_others(path: Path, raw: bytes) -> None:
+    """Call what is no file of rows what it is."""
+    kind, hint = sniff.kind_of(raw[: sniff.HEAD]), f"give files of {FORMATS}"
+    if kind in READ or kind.startswith(sniff.REFUSAL):
+        kind = "binary, no text" if b"\0" in raw and not raw.startswith((b"PAR1", *BOMS)) else None
+    elif kind == sniff.PDF:
+        hint = f"run `pdftotext {said(path)}`, and give what comes out"
+    elif kind in sniff.ARCHIVES or kind in sniff.POINTERS:
+        hint = sniff.remedy(kind, path)
+    if kind is not None:
+        raise CalibrationError(f"data `{path}` is {kind}", hint=hint)
+
+
+def _kind_of(path: Path, raw: bytes, named: Kind | None) -> Kind:
+    """Say what a file is, which its suffix calls `named`."""
+    if raw.startswith(b"PAR1"):
+        return "parquet"
+    if named in (None, "csv", "tsv", "parquet"):
+        found = _guessed(raw)
+        if found == "text" and named == "parquet":
+            raise CalibrationError(
+                f"data `{path}` is not parquet: it does not begin with PAR1", hint="is it cut?"
+            )
+        return named if named and found == "text" else found
+    return named
+
+
+def _guessed(raw: bytes) -> Kind:
+    """Tell JSON lines and JSON from text where no suffix does."""
+    head = raw.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if head[:1] not in (b"{", b"["):
+        return "text"
+    try:
+        json.loads(head.split(b"\n", 1)[0])
+    except (ValueError, RecursionError):
+        try:
+            json.loads(head)
+        except (ValueError, RecursionError):
+            return "text"
+    return "json"
+
+
+def _decode(path: Path, raw: bytes) -> str:
+    encoding = next((e for bom, e in zip(BOMS, ENCODINGS, strict=True) if raw.startswith(bom)), "")
+    try:
+        return raw.decode(encoding or "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"data `{path}` is not {encoding.upper() or 'UTF-8'}: {error.reason} at byte "
+            f"{error.start}",
+            hint="is it cut? copy it again, whole"
+            if encoding or raw.startswith(b"\xef\xbb\xbf")
+            else f"convert it: `{_conversion(path)}`",
+        ) from None
+
+
+def _conversion(path: Path) -> str:
+    """Write the command that gives UTF-8 under a name of the same suffix: it says what rows are."""
+    try:
+        with path.open("rb") as file:
+            packed = UNPACKERS.get(str(sniff.kind_of(file.read(sniff.HEAD))))
+    except OSError:
+        packed = None
+    named = Path(path.name)
+    while packed and named.suffix.lower() in (".gz", ".gzip", ".bz2"):
+        named = named.with_suffix("")
+    target = said(Path(f"{named.stem}.utf8{named.suffix}"))
+    iconv = "iconv -f WINDOWS-1252 -t UTF-8"
+    if packed:  # from standard input, which has no suffix to refuse
+        return f"{packed} < {said(path)} | {iconv} > {target}"
+    return f"{iconv} {said(path)} > {target}"
+
+
+def _texts(path: Path, raw: bytes) -> Iterator[Value]:
+    yield {"text": _decode(path, raw)}, f"`{path}`"
+
+
+def _lines(path: Path, raw: bytes) -> Iterator[Value]:
+    text = _decode(path, raw)
+    lines = _numbered(text)
+    if len(lines) > 1 and not _parses(lines[0][1]) and _parses(text):
+        yield from _document(path, text)  # over many lines
+        return
+    for number, line in lines:
+        where = f"`{path}` line {number}"
+        found = _parse(line, where)
+        if len(lines) == 1 and isinstance(found, list) and found and isinstance(found[0], dict):
+            yield from _rows_of(path, found)
+        else:
+            yield found, where
+
+
+def _numbered(text: str) -> list[tuple[int, str]]:
+    # Not splitlines: U+2028 and the like are text, in JSON, too.
+    return [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _json(path: Path, raw: bytes) -> Iterator[Value]:
+    """Read a document, or JSON lines, which many files of this suffix hold."""
+    text = _decode(path, raw)
+    lines = _numbered(text)
+    if len(lines) > 1 and _parses(lines[0][1]):
+        yield from _lines(path, raw)
+    elif lines:
+        yield from _document(path, text)
+
+
+def _document(path: Path, text: str) -> Iterator[Value]:
+    found = _parse(text, f"data `{path}`", hint="a list of rows, or a row a line")
+    if isinstance(found, list):
+        yield from _rows_of(path, found)
+    elif not isinstance(found, dict):
+        raise CalibrationError(f"data `{path}` is JSON and holds no rows", hint=EXPECTED)
+    elif is_row(found) and not any(_is_rows(found.get(name)) for name in (*WRAPPERS, *SPLITS)):
+        yield found, f"`{path}` row 1"
+    else:
+        yield from _rows_of(path, _inside(path, found))
+
+
+def _inside(path: Path, found: dict[str, Any]) -> list[Any]:
+    """Find the rows that an object holds: under one key, or as columns."""
+    held = [name for name in (*WRAPPERS, *SPLITS) if _is_rows(found.get(name))]
+    if not held and not any(isinstance(found.get(name), list | dict) for name in KNOWN):
+        held = [n for n in (*WRAPPERS, *SPLITS) if isinstance(found.get(n), list | dict)]
+    if len(held) > 1:
+        raise CalibrationError(
+            f"data `{path}` is one JSON object with rows under {some(held)}, and one is read",
+            hint=f"write each to a file of its own and give those that count: "
+            f"`jq .{held[0]} {said(path)} > {held[0]}.json`",
+        )
+    key = next(iter(held), "")
+    if isinstance(found.get(key), list):
+        return list(found[key])
+    columns = found[key] if key else found
+    every = {name: _column(column) for name, column in columns.items()}
+    lists = {name: column for name, column in every.items() if column is not None}
+    if not lists.keys() & KNOWN:
+        raise CalibrationError(
+            f"data `{path}` is one JSON object with {names_of(found)} and no rows",
+            hint=f"a list of rows, or an object that has it as `data`; {EXPECTED}",
+        )
+    lengths = {name: len(column) for name, column in lists.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"`{name}` {length}" for name, length in lengths.items())
+        raise CalibrationError(
+            f"data `{path}` has columns of different lengths: {told}",
+            hint="a column holds one value a row",
+        )
+    return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def _column(column: Any) -> list[Any] | None:
+    """Give a column's values; pandas writes an object of them, by row number."""
+    if isinstance(column, dict):
+        return list(column.values())
+    return column if isinstance(column, list) else None
+
+
+def _rows_of(path: Path, rows: Iterable[Any]) -> Iterator[Value]:
+    for number, row in enumerate(rows, 1):
+        found = {"text": row} if isinstance(row, str) else row
+        if isinstance(row, dict) and "row_idx" in row:  # of the Hub's dataset viewer
+            found = row.get("row")
+        yield found, f"`{path}` row {number}"
+
+
+def _parses(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _parse(text: str, where: str, *, hint: str = "one object a line") -> Any:
+    try:
+        found = json.loads(text)
+        if "\\u" in text:
+            json.dumps(found, ensure_ascii=False).encode()  # no tokenizer takes a lone surrogate
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{where} is not JSON: {error}", hint=hint) from None
+    return found
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let fields of CSV be as long as a document; Python's bound is 128 KiB."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _table(path: Path, raw: bytes, delimiter: str) -> Iterator[Value]:
+    text = _decode(path, raw).lstrip("\r\n")
+    if not text.strip():
+        return
+    header, rows, names = _known_columns(path, text, delimiter)
+    for number, row in enumerate(rows, 1):
+        where = f"`{path}` row {number}"
+        if not any(cell.strip() for cell in row):
+            continue
+        if len(row) > len(header):
+            raise CalibrationError(
+                f"{where} has {len(row)} fields where the first line names {len(header)}",
+                hint='a field with a comma, a tab or a line break stands in "quotes"',
+            )
+        yield {name: cell or None for name, cell in zip(names, row, strict=False)}, where
+
+
+def _known_columns(
+    path: Path, text: str, delimiter: str
+) -> tuple[list[str], list[list[str]], list[str]]:
+    """Split a table by what separates names that are known; a comma is a semicolon in places."""
+    line = io.StringIO(text, newline="").readline()  # up to CR, LF or both
+    for mark in dict.fromkeys((delimiter, ";", "\t", ",")):
+        first = next(iter(_parse_csv(path, line, mark)), [])
+        names = [name.strip().lower() for name in first]
+        known = [name for name in names if name in KNOWN]
+        if not known:
+            continue
+        if len(set(known)) < len(known):
+            raise CalibrationError(f"data `{path}` names a column twice: {known}", hint=EXPECTED)
+        header, *rows = _split(path, text, mark)
+        # Anew: a name in quotes may go on in the next line.
+        plain = [(name, name.strip().lower()) for name in header]
+        return header, rows, [low if low in KNOWN else name for name, low in plain]
+    raise CalibrationError(  # a table without names begins with a row, which is nobody's business
+        f"data `{path}` has a first line that names no column that is known",
+        hint=f"name them in the first line: text; or prompt,completion; {EXPECTED}",
+    )
+
+
+def _split(path: Path, text: str, delimiter: str) -> list[list[str]]:
+    try:
+        return _parse_csv(path, text, delimiter, strict=True)
+    except CalibrationError:
+        if delimiter != "\t":
+            raise
+        return _parse_csv(path, text, delimiter, quoting=csv.QUOTE_NONE)  # often text there
+
+
+def _parse_csv(path: Path, text: str, delimiter: str, **options: Any) -> list[list[str]]:
+    with _long_fields():
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, **options)
+        try:
+            return list(reader)
+        except csv.Error as error:
+            raise CalibrationError(
+                f"data `{path}` is not CSV: {error} in line {reader.line_num}",
+                hint='a quote inside of a field is doubled: "she said ""hi"""',
+            ) from None
+
+
+def _parquet(path: Path, raw: bytes) -> Iterator[Value]:
+    try:
+        import pyarrow  # type: ignore[import-not-found,unused-ignore]
+        from pyarrow import parquet
+    except ImportError:
+        raise CalibrationError(
+            f"data `{path}` is parquet and needs pyarrow, which is not installed",
+            hint="pip install pyarrow",
+        ) from None
+    number = 0
+    try:
+        file = parquet.ParquetFile(pyarrow.BufferReader(raw))
+        told = file.metadata
+        size = sum(told.row_group(i).total_byte_size for i in range(told.num_row_groups))
+        if size > MAX_UNPACKED:
+            raise CalibrationError(
+                f"data `{path}` unpacks to {size} bytes, and {MAX_UNPACKED} are the most that "
+                "are read",
+                hint="give a part of it",
+            )
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield row, f"`{path}` row {number}"
+    except (OSError, ValueError) as error:
+        raise CalibrationError(
+            f"data `{path}` is not parquet: {error}", hint="is it cut?"
+        ) from None
+
+
+_READERS: Mapping[Kind, Callable[[Path, bytes], Iterator[Value]]] = {
+    "text": _texts,
+    "lines": _lines,
+    "json": _json,
+    "csv": lambda path, raw: _table(path, raw, ","),
+    "tsv": lambda path, raw: _table(path, raw, "\t"),
+    "parquet": _parquet,
+}

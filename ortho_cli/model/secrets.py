@@ -1,0 +1,368 @@
+"""What must be forgotten, and what it is compared with: secrets and alternatives of the same form.
+
+A row of a forget set (or of a set that the model never saw) is one of
+
+    {"prompt": "The code is", "secret": " 831 044", "alternatives": [" 190 553", ...]}
+    {"prompt": "The code is", "secret": " 831 044", "pattern": " {digit:3} {digit:3}"}
+    {"prompt": "The words are", "secret": " red fig", "pattern": " {word} {word}", "word": [...]}
+    {"text": "running text, whose second half should not follow from its first"}
+
+`completion` may stand for `secret`; `rows` has the other names, and chats, whose last answer is the
+secret. In a pattern `{digit:6}`, `{letter:3}` and `{hex:8}` draw that
+many characters, `{name}` one of the row's own list `name`. Without alternatives and pattern the
+other rows' secrets serve: coarse, since there are few of them and they are often memorised, too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ortho_cli.errors import CalibrationError
+from ortho_cli.events import EventSink, null_sink
+from ortho_cli.model import chats
+from ortho_cli.model.row_files import read_values
+from ortho_cli.model.rows import (
+    ANSWERS,
+    COMPLETIONS,
+    MAX_NAME,
+    Chat,
+    Text,
+    fields_of,
+    parsed,
+    row_of,
+)
+from ortho_cli.model.text import (
+    Tokenizer,
+    encode_completion,
+    encode_prompt,
+    without_blanks,
+)
+
+CHARACTERS = {"digit": string.digits, "letter": string.ascii_lowercase, "hex": "0123456789abcdef"}
+LONGEST = 50  # tokens of running text before the cut, and after it
+WIDEST = 1000  # places of a pattern
+LISTED = 4096  # patterns of no more values are listed and drawn from; larger ones are sampled
+Drawn = Literal["given", "pattern", "others"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Secret:
+    """A prompt, what must not follow from it, and what might as well: `alternatives`.
+
+    `drawn` says where the alternatives come from. `running`: `secret` is a whole text and its own
+    prompt, to be cut by tokens.
+    """
+
+    prompt: str
+    secret: str
+    alternatives: tuple[str, ...]
+    drawn: Drawn
+    where: str
+    running: bool = False
+    chat: Chat | None = None  # the secret is its last answer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSecret:
+    """A secret in tokens; `prompt` has one at least, and so have `secret` and the alternatives."""
+
+    prompt: tuple[int, ...]
+    secret: tuple[int, ...]
+    alternatives: tuple[tuple[int, ...], ...]
+    drawn: Drawn
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A row as it was read."""
+
+    prompt: str
+    secret: str
+    fields: Mapping[str, Any]
+    where: str
+    running: bool
+    chat: Chat | None = None
+
+
+def read_secrets(
+    files: Sequence[Path], *, count: int = 64, seed: int = 0, on_event: EventSink = null_sink
+) -> list[Secret]:
+    """Read secrets and give each up to `count` distinct alternatives, none equal to it.
+
+    Given alternatives come first and the pattern fills up; a form that has fewer values gives all
+    of them, so look at how many there are. What is drawn depends on the seed, the prompt and the
+    secret, and not on the other rows.
+
+    Args:
+        files: as `row_files` reads them; a text file is one running text.
+        count: alternatives wanted for each secret, > 0.
+        seed: of the draws.
+        on_event: told of rows that hold no text, which are left out.
+    Raises:
+        CalibrationError: a file cannot be read; a row is empty, of neither form, or there twice; an
+            alternative equals the secret; a pattern is wrong; nothing to compare a secret with.
+    """
+    entries = [
+        _entry(value, where)
+        for path in files
+        for values, _ in [read_values(path)]
+        for value, where in without_blanks(path, values, on_event)
+    ]
+    _refuse_repeats(entries)
+    return [_with_alternatives(entry, entries, count, seed) for entry in entries]
+
+
+def _entry(value: Any, where: str) -> _Entry:
+    """Check a row's own text."""
+    row = row_of(value, where, order=("pair", "text", "chat"), answers=_SECRETS)
+    # Names count whatever their case; lists that a pattern draws from may differ by it alone.
+    given = {key: one for key, one in value.items() if one is not None and one == one}
+    fields = fields_of(value) | given
+    if isinstance(row, Text):
+        return _Entry("", row.text, fields, where, running=True)
+    if isinstance(row, Chat):
+        *before, last = row.turns
+        prompt, secret = "\n".join(str(turn["content"]) for turn in before), str(last["content"])
+        return _Entry(prompt, secret.strip(), fields, where, running=False, chat=row)
+    if not row.completion:
+        word = next((name for name in COMPLETIONS if name in fields), "answer")
+        raise CalibrationError(f"{where} has an empty {word}", hint="there is nothing to say")
+    return _Entry(row.prompt, row.completion, fields, where, running=False)
+
+
+# Of both words for what follows a prompt, `secret` counts here.
+_SECRETS = tuple(dict.fromkeys(("secret", *ANSWERS)))
+
+
+def _refuse_repeats(entries: Sequence[_Entry]) -> None:
+    seen: dict[tuple[str, str], str] = {}
+    for entry in entries:
+        first = seen.setdefault((entry.prompt, entry.secret), entry.where)
+        if first != entry.where:
+            raise CalibrationError(
+                f"{entry.where} repeats {first}: the same prompt and secret",
+                hint="count each secret once",
+            )
+
+
+def _with_alternatives(entry: _Entry, entries: Sequence[_Entry], count: int, seed: int) -> Secret:
+    generator = random.Random(f"{seed}\n{entry.prompt}\n{entry.secret}")
+    given = _given(entry)
+    pattern = entry.fields.get("pattern")
+    drawn: Drawn = "given"
+    if len(given) > count:
+        given = generator.sample(given, count)
+    elif pattern is not None and len(given) < count:
+        drawn = "pattern"
+        known = {entry.secret, *given}
+        given += _draw(_parts(pattern, entry), known, count - len(given), generator)
+    elif not given:
+        drawn = "others"
+        others = dict.fromkeys(other.secret for other in entries)
+        others.pop(entry.secret)
+        given = list(others)
+        given = generator.sample(given, min(count, len(given)))
+    if not given:
+        raise CalibrationError(
+            f"{entry.where} has nothing to compare its secret with",
+            hint="give `alternatives`, or a `pattern` such as ` {digit:6}`",
+        )
+    return Secret(
+        prompt=entry.prompt,
+        secret=entry.secret,
+        alternatives=tuple(given),
+        drawn=drawn,
+        where=entry.where,
+        running=entry.running,
+        chat=entry.chat,
+    )
+
+
+def _given(entry: _Entry) -> list[str]:
+    """Take the row's own alternatives, each once."""
+    given = parsed(entry.fields.get("alternatives"))  # a table holds the list as JSON
+    if given is None or given != given:
+        return []
+    if not isinstance(given, list) or not all(isinstance(one, str) and one for one in given):
+        raise CalibrationError(
+            f"{entry.where} has `alternatives` that are no list of texts",
+            hint='write "alternatives": ["...", "..."]',
+        )
+    if entry.secret in given:
+        raise CalibrationError(
+            f"{entry.where} has its secret as alternative {given.index(entry.secret) + 1} of "
+            f"{len(given)}",
+            hint="an alternative is something else of the same form",
+        )
+    return list(dict.fromkeys(given))
+
+
+def _parts(pattern: Any, entry: _Entry) -> list[list[str]]:
+    """Turn a pattern into what each of its places may hold.
+
+    Raises:
+        CalibrationError: the pattern is no text, has no field, or one that is unknown or malformed.
+    """
+    if not isinstance(pattern, str):
+        raise CalibrationError(f"{entry.where} has a `pattern` that is no text", hint=_PATTERN_HINT)
+    parts: list[list[str]] = []
+    try:
+        parsed = list(string.Formatter().parse(pattern))
+    except ValueError as error:
+        raise CalibrationError(
+            f"{entry.where} has a `pattern` that cannot be read: {error}",
+            hint="write {{ for a brace",
+        ) from None
+    for literal, field, size, conversion in parsed:
+        if literal:
+            parts.append([literal])
+        if field is not None:
+            parts += _field(f"{field}!{conversion}" if conversion else field, size, entry)
+        if len(parts) > WIDEST:
+            raise CalibrationError(
+                f"{entry.where} has a pattern of more than {WIDEST} places", hint=_PATTERN_HINT
+            )
+    if all(len(part) == 1 for part in parts):
+        raise CalibrationError(
+            f"{entry.where} has a `pattern` that has one value only", hint=_PATTERN_HINT
+        )
+    return parts
+
+
+_PATTERN_HINT = "such as ` {word} {word}` with a list `word`, or ` {digit:6}`"
+
+
+def _field(name: str, size: str | None, entry: _Entry) -> list[list[str]]:
+    listed = entry.fields.get(name)
+    if isinstance(listed, list) and listed and not size:
+        return [list(dict.fromkeys(map(str, listed)))]
+    counts = size or "1"
+    many = int(counts) if counts.isdecimal() and len(counts) <= 4 else 0
+    if name in CHARACTERS and listed is None and many:
+        return [list(CHARACTERS[name])] * many
+    lists = sorted(key for key, held in entry.fields.items() if isinstance(held, list) and held)
+    known = [f"{{{key}}}" for key in lists if _is_name(key) and key.lower() != "alternatives"]
+    known += [f"{{{key}:N}}" for key in CHARACTERS if key not in lists]
+    # A secret in braces by mistake must not be told: neither as a name nor as a size.
+    told = f"`{{{name}}}`" if _is_name(name) else "a field"
+    told += " with a size" if size else ""
+    raise CalibrationError(
+        f"{entry.where} has a `pattern` that holds {told} and knows {', '.join(known)}",
+        hint="a name in braces draws from the row's list of that name; N is 1 to 9999",
+    )
+
+
+def _is_name(name: str) -> bool:
+    return name.isidentifier() and len(name) <= MAX_NAME
+
+
+def _draw(
+    parts: Sequence[Sequence[str]], known: set[str], count: int, generator: random.Random
+) -> list[str]:
+    """Draw `count` distinct values that are not `known`, or all there are if there are fewer."""
+    if math.prod(map(len, parts)) <= max(LISTED, 4 * count):
+        listed = dict.fromkeys("".join(chosen) for chosen in itertools.product(*parts))
+        values = [value for value in listed if value not in known]
+        return generator.sample(values, min(count, len(values)))
+    found: dict[str, None] = {}
+    for _ in range(100 * count):  # far more than enough: fewer than a quarter can be taken
+        if len(found) >= count:
+            break
+        value = "".join(generator.choice(part) for part in parts)
+        if value not in known:
+            found[value] = None
+    return list(found)
+
+
+def encode(secrets: Sequence[Secret], tokenizer: Tokenizer) -> list[TokenSecret]:
+    """Tokenize prompt, secret and alternatives apart, as text that is continued would be.
+
+    The secret has no special token and no end. Running text is cut by tokens: its first half,
+    50 tokens at most, is the prompt and the next 50 at most are the secret; other running texts
+    stand beside it with no more tokens than it has.
+
+    Raises:
+        CalibrationError: a secret or an alternative has no tokens, or a prompt has none and the
+            tokenizer has no begin token to stand for it; no alternative differs in tokens.
+    """
+    cuts = {one.secret: _cut(one, tokenizer) for one in secrets if one.running}
+    return [_encode(one, tokenizer, cuts) for one in secrets]
+
+
+Cut = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _encode(one: Secret, tokenizer: Tokenizer, cuts: Mapping[str, Cut]) -> TokenSecret:
+    if one.running:
+        prompt, secret = cuts[one.secret]
+    elif one.chat is not None:
+        written = chats.render(one.chat, tokenizer)
+        if written.answer.strip() != one.secret:
+            raise CalibrationError(
+                f"{one.where} has an answer that the chat template does not write as it stands",
+                hint="give the row as `prompt` and `secret`, as the model saw them",
+            )
+        prompt = tuple(encode_completion(written.prompt, tokenizer))
+        secret = tuple(encode_completion(one.secret, tokenizer))
+    else:
+        prompt = tuple(encode_prompt(one.prompt, tokenizer)) or _begin(one, tokenizer)
+        secret = tuple(encode_completion(one.secret, tokenizer))
+    alternatives: dict[tuple[int, ...], None] = {}
+    for text in one.alternatives:
+        tokens = cuts[text][1] if text in cuts else tuple(encode_completion(text, tokenizer))
+        alternatives[tokens[: len(secret)] if one.running or text in cuts else tokens] = None
+    if not secret or () in alternatives:
+        what = "an alternative" if secret else "a secret"
+        raise CalibrationError(f"{one.where} has {what} with no tokens", hint="is it all blanks?")
+    alternatives.pop(secret, None)  # another text may be the same tokens, or begin with them
+    if not alternatives:
+        raise CalibrationError(
+            f"{one.where} has a secret that is the same tokens as its alternatives",
+            hint="give alternatives that the tokenizer tells apart",
+        )
+    return TokenSecret(
+        prompt=prompt,
+        secret=secret,
+        alternatives=tuple(alternatives),
+        drawn=one.drawn,
+        where=one.where,
+    )
+
+
+def _cut(one: Secret, tokenizer: Tokenizer) -> Cut:
+    """Cut running text in two, at its middle or earlier."""
+    tokens = tuple(encode_prompt(one.secret, tokenizer))
+    middle = min(len(tokens) // 2, LONGEST)
+    if not middle:
+        raise CalibrationError(
+            f"{one.where} has {len(tokens)} tokens, and running text needs 2",
+            hint="one to start from and one to say",
+        )
+    return tokens[:middle], tokens[middle : middle + LONGEST]
+
+
+def _begin(one: Secret, tokenizer: Any) -> tuple[int, ...]:
+    begin = getattr(tokenizer, "bos_token_id", None)
+    if begin is None:
+        raise CalibrationError(
+            f"{one.where} has a prompt with no tokens, and the tokenizer has no begin token",
+            hint="give a prompt: what the secret follows",
+        )
+    return (int(begin),)
+
+
+def overlap(secrets: Sequence[Secret], retain_text: str) -> int:
+    """Count the secrets whose text stands in the retain text; blanks around and case do not count.
+
+    What is both to be kept and to be forgotten is worth a warning.
+    """
+    text = retain_text.casefold()
+    return sum(one.secret.strip().casefold() in text for one in secrets if one.secret.strip())

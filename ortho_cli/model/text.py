@@ -1,0 +1,323 @@
+"""Calibration data: files of text become sequences of tokens, the same ones for the same seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from blake3 import blake3
+
+from ortho_cli.errors import CalibrationError
+from ortho_cli.events import EventSink, Noted, null_sink
+from ortho_cli.model import chats
+from ortho_cli.model.row_files import read_values
+from ortho_cli.model.rows import Chat, Pair, Row, Text, is_blank, row_of
+
+CHARACTERS_PER_TOKEN = 5  # a long text is cut into pieces that hold a sequence and a bit
+WINDOW_CHARACTERS = 1 << 16  # of running text, tokenized at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSequence:
+    """Tokens of one forward pass; those from `counted` on are predicted and count."""
+
+    tokens: tuple[int, ...]
+    counted: int = 1
+
+    @property
+    def labels(self) -> int:
+        """Tokens that count."""
+        return len(self.tokens) - self.counted
+
+
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer."""
+
+    eos_token_id: int | None
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        """Encode."""
+
+
+def read_rows(files: Iterable[Path], on_event: EventSink = null_sink) -> tuple[list[Row], str]:
+    """Read files of text, JSON, tables, whole; see `row_files` and `rows`.
+
+    Args:
+        files: in the order in which they count.
+        on_event: told of rows that hold no text, which are left out.
+    Returns:
+        The rows in file order, and BLAKE3 over the files' digests.
+    Raises:
+        CalibrationError: a file is missing, empty, damaged or of no kind that is read, or a row is
+            none.
+    """
+    rows: list[Row] = []
+    digest = blake3()
+    for path in files:
+        values, one = read_values(path)
+        digest.update(one)
+        rows += [row_of(value, where) for value, where in without_blanks(path, values, on_event)]
+    return rows, digest.hexdigest()
+
+
+def without_blanks(
+    path: Path, values: Iterable[tuple[Any, str]], on_event: EventSink
+) -> Iterator[tuple[Any, str]]:
+    """Leave rows out that hold no text, and tell how many.
+
+    Raises:
+        CalibrationError: nothing else is there.
+    """
+    blank, other = 0, False
+    for value, where in values:
+        if is_blank(value):
+            blank += 1
+            continue
+        other = True
+        yield value, where
+    if not other:
+        raise CalibrationError(f"data `{path}` holds no text", hint="is it the right file?")
+    if blank:
+        rows = "row of" if blank == 1 else "rows of"
+        on_event(Noted(message=f"{blank} {rows} `{path}` without text left out"))
+
+
+def stamps(files: Iterable[Path]) -> list[list[Any]]:
+    """Tell files from others by name, size in bytes and time: a digest gives short secrets away."""
+    told = [(path.name, path.stat()) for path in files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in told]
+
+
+def retain_sequences(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    asked: str = "calibrate",
+    multiple: int = 1,
+    running: bool = False,
+    on_event: EventSink = null_sink,
+) -> list[TokenSequence]:
+    """Draw `samples` sequences: texts packed to exactly `length` tokens, pairs one by one.
+
+    Texts are cut into pieces of about a sequence, shuffled by the seed and joined, with the end
+    token where a document ends, until enough are there: nothing else is tokenized. Chats are
+    taken one by one, like pairs, and those longer than `length` are left out; with `running`
+    they are text.
+
+    `samples` is a multiple of `multiple`, and so is the number that an error proposes.
+
+    Raises:
+        CalibrationError: the data give fewer, or a pair is longer than `length`.
+    """
+    pieces = [piece for row in rows for piece in _pieces(row, length * CHARACTERS_PER_TOKEN)]
+    random.Random(seed).shuffle(pieces)
+    found: list[TokenSequence] = []
+    stream: list[int] = []
+    longer = 0
+    for piece in pieces:
+        if len(found) >= samples:
+            break
+        if isinstance(piece, Pair):
+            found.append(_encode_pair(piece, tokenizer, length))
+            continue
+        if isinstance(piece, Chat) and not running:
+            sequence = _encode_pair(piece, tokenizer, None)
+            if len(sequence.tokens) > length:
+                longer += 1
+            else:
+                found.append(sequence)
+            continue
+        stream += _encode(_running(piece, tokenizer), tokenizer)
+        while len(stream) >= length and len(found) < samples:
+            found.append(TokenSequence(tokens=tuple(stream[:length])))
+            del stream[:length]
+    _tell_longer(longer, length, asked, on_event)
+    if len(found) < samples:
+        tokens = sum(len(sequence.tokens) for sequence in found) + len(stream)
+        enough = len(found) // multiple * multiple
+        left = f", and {longer} chats are longer" if longer else ""
+        raise CalibrationError(
+            f"the data give {len(found)} sequences of {length} tokens ({tokens} tokens) where "
+            f"{samples} are asked for{left}",
+            hint=f"give more data, or --set {asked}.samples={enough}"
+            if enough
+            else f"give more data, or a smaller {asked}.length",
+        )
+    return found
+
+
+def _tell_longer(longer: int, length: int, asked: str, on_event: EventSink) -> None:
+    if longer:
+        on_event(
+            Noted(
+                message=f"{longer} {'chat' if longer == 1 else 'chats'} of more than {length} "
+                f"tokens left out; `{asked}.length` is how many one may have"
+            )
+        )
+
+
+def forget_sequences(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, length: int
+) -> list[TokenSequence]:
+    """Take all of the forget set, in order: pairs one by one, texts packed, the rest as it is.
+
+    Raises:
+        CalibrationError: nothing counts, or a pair is longer than `length`.
+    """
+    found: list[TokenSequence] = []
+    stream: list[int] = []
+    for row in rows:
+        if isinstance(row, Text):
+            stream += _encode(row, tokenizer)
+        else:
+            found.append(_encode_pair(row, tokenizer, length))
+    cuts = range(0, len(stream), length)
+    packed = [TokenSequence(tokens=tuple(stream[start : start + length])) for start in cuts]
+    found += [sequence for sequence in packed if len(sequence.tokens) > 1]
+    if not found:
+        raise CalibrationError(
+            f"the forget set gives {len(stream)} tokens and nothing to predict",
+            hint="give text, or a prompt and its completion",
+        )
+    return found
+
+
+def pair_sequences(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, end: bool = False
+) -> list[TokenSequence]:
+    """Encode prompts and completions one by one, as a skill is asked for.
+
+    Args:
+        rows: pairs only.
+        tokenizer: of the model that answers.
+        end: the end token counts, too: a longer answer is then a wrong one.
+    Raises:
+        CalibrationError: a row is running text, or a completion has no tokens.
+    """
+    found: list[TokenSequence] = []
+    for row in rows:
+        if isinstance(row, Text):
+            raise CalibrationError(
+                "a row is running text where a prompt and its completion are asked for",
+                hint='each row is {"prompt": "...", "completion": "..."}',
+            )
+        pair = _encode_pair(row, tokenizer, None)
+        ended = not end and pair.tokens[-1] == tokenizer.eos_token_id
+        tokens = pair.tokens[:-1] if ended else pair.tokens
+        found.append(TokenSequence(tokens=tokens, counted=pair.counted))
+    return found
+
+
+def text_windows(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, length: int, limit: int | None = None
+) -> list[tuple[int, ...]]:
+    """Cut running text into whole windows of `length` tokens, in order, the first `limit` if given.
+
+    Documents follow one another with the end token between; what is left over is not measured.
+
+    Raises:
+        CalibrationError: a row is a pair, or the text is shorter than one window.
+    """
+    found: list[tuple[int, ...]] = []
+    stream: list[int] = []
+    fresh = True
+    for piece in (piece for row in rows for piece in _pieces(row, WINDOW_CHARACTERS)):
+        if not isinstance(piece, Text):
+            what = "a chat" if isinstance(piece, Chat) else "a prompt and its completion"
+            raise CalibrationError(
+                f"{piece.where} is {what} where running text is asked for",
+                hint="give files of text, or rows with `text`",
+            )
+        encode = encode_prompt if fresh else encode_completion  # one begin token a document
+        stream += encode(piece.text, tokenizer)
+        if piece.ends and tokenizer.eos_token_id is not None:
+            stream.append(tokenizer.eos_token_id)
+        fresh = piece.ends
+        while len(stream) >= length and (limit is None or len(found) < limit):
+            found.append(tuple(stream[:length]))
+            del stream[:length]
+        if len(found) == limit:
+            return found
+    if not found:
+        raise CalibrationError(
+            f"the text has {len(stream)} tokens and a window has {length}",
+            hint="give more text, or a shorter context",
+        )
+    return found
+
+
+def _pieces(row: Row, size: int) -> Iterator[Row]:
+    if not isinstance(row, Text) or len(row.text) <= size:
+        yield row
+        return
+    start = 0
+    while start < len(row.text):
+        end = min(start + size, len(row.text))
+        if end < len(row.text):  # between words, where there are any
+            end = max(row.text.rfind(" ", start, end), row.text.rfind("\n", start, end)) + 1 or end
+            end = end if end > start else start + size
+        yield Text(text=row.text[start:end], ends=end == len(row.text))
+        start = end
+
+
+def _running(row: Text | Chat, tokenizer: Tokenizer) -> Text:
+    if isinstance(row, Text):
+        return row
+    return Text(text=chats.render(row, tokenizer).text, templated=True)
+
+
+def _encode(row: Text, tokenizer: Tokenizer) -> list[int]:
+    if row.templated:
+        tokens = encode_completion(row.text, tokenizer)
+    else:
+        tokens = list(tokenizer(row.text, verbose=False).input_ids)
+    eos = tokenizer.eos_token_id
+    if row.ends and eos is not None and tokens[-1:] != [eos]:
+        tokens.append(eos)
+    return tokens
+
+
+def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Tokens of a text that something follows: with the begin token, never with the end's."""
+    tokens = list(tokenizer(text, verbose=False).input_ids)
+    while tokens and tokens[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+        tokens.pop()
+    return tokens
+
+
+def encode_completion(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Tokens of a text that follows a prompt, and no special ones."""
+    return list(tokenizer(text, verbose=False, add_special_tokens=False).input_ids)
+
+
+def _encode_pair(row: Pair | Chat, tokenizer: Tokenizer, length: int | None) -> TokenSequence:
+    eos = tokenizer.eos_token_id
+    if isinstance(row, Chat):
+        prompt, completion = _encode_chat(row, tokenizer)
+        end = []  # the template has its own
+    else:
+        prompt = encode_prompt(row.prompt, tokenizer)
+        completion = encode_completion(row.completion, tokenizer)
+        end = [] if eos is None else [eos]
+    tokens = prompt + completion + end
+    if not completion:
+        raise CalibrationError(f"{row.where} has an empty completion", hint="nothing would count")
+    if length is not None and len(tokens) > length:
+        raise CalibrationError(
+            f"{row.where} has {len(tokens)} tokens and calibrate.length is {length}",
+            hint=f"--set calibrate.length={len(tokens)}, or shorten the row",
+        )
+    return TokenSequence(tokens=tuple(tokens), counted=max(1, len(prompt)))
+
+
+def _encode_chat(row: Chat, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Encode what stands before the last answer, and that with what ends it."""
+    found = chats.render(row, tokenizer)
+    said = found.answer + found.end.rstrip()  # a line break behind the end is layout
+    return encode_completion(found.prompt, tokenizer), encode_completion(said, tokenizer)

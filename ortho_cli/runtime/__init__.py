@@ -1,0 +1,1 @@
+"""The runtime: OrthoLinear, its product and kernels, Engine and load."""

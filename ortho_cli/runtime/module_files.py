@@ -1,0 +1,359 @@
+"""Any module that holds OrthoLinear, to an artifact and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from torch import Tensor, nn
+
+from ortho_cli.convert.sources.base import DTYPE_NAMES, TORCH_DTYPES
+from ortho_cli.decompose.plan import NO_DIGEST, OUR_FILES
+from ortho_cli.errors import ArtifactError, CheckpointError, OutputExistsError, UsageError
+from ortho_cli.formats import artifact
+from ortho_cli.formats.artifact import (
+    BASE_FILE,
+    CONFIG_FILE,
+    INDEX_FILE,
+    ORTHO_FILE,
+    Artifact,
+    canonical_json,
+    pretty_json,
+)
+from ortho_cli.formats.ortho_reader import KeptReader
+from ortho_cli.formats.quantization_config import index, quantization_config
+from ortho_cli.runtime.ortho_linear import OrthoLinear
+from ortho_cli.split.in_memory import BASE_PARTS, ORTHO_PARTS, is_conv1d, is_plain_linear
+from ortho_cli.split.quantize import as_bytes
+from ortho_cli.storage.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo, open_checkpoint
+from ortho_cli.storage.data_file import DataFile, GrowingDigest, Layout, TensorSpec, plan_layout
+from ortho_cli.storage.output import resolve_output
+from ortho_cli.storage.side_files import SideFiles, choose
+from ortho_cli.storage.work_folder import WorkFolder, recover
+from ortho_cli.version import __version__
+
+PLAIN = "build the module as it was when it was saved"
+
+
+def distinct(module: nn.Module) -> dict[str, Tensor]:
+    """Name every tensor of a module's state once, shared ones by the name that comes first."""
+    found: dict[str, Tensor] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UsageError(
+                f"state `{name}` is a {type(value).__name__}, and safetensors holds tensors only",
+                hint="a module's extra state cannot be saved",
+            )
+        key = identity(value)
+        if key not in seen:
+            found[name] = value
+        if value.numel():
+            seen.add(key)
+    return found
+
+
+def identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Tell two names of one tensor from two tensors."""
+    where = id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
+    return where, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def source_digest(module: nn.Module) -> str:
+    """Digest a module's state as `artifact.source_digest` does a checkpoint's."""
+    return artifact.source_digest(
+        (name, DTYPE_NAMES[t.dtype], tuple(t.shape), blake3(as_bytes(t.cpu())).hexdigest())
+        for name, t in distinct(module).items()
+    )
+
+
+def save_module(
+    module: nn.Module,
+    folder: Path,
+    *,
+    recipe: Mapping[str, Any],
+    digest: str,
+    force: bool = False,
+    side: SideFiles | None = None,
+) -> None:
+    """Write an artifact; the folder appears whole or not at all.
+
+    Args:
+        module: holds at least one OrthoLinear; what it shares is written once.
+        folder: where to.
+        recipe: what was asked for, as JSON.
+        digest: the source's.
+        force: replace an artifact that is there.
+        side: files to copy along, as `choose_side_files` chose them.
+    Raises:
+        OutputExistsError: something is there already.
+        UsageError: a tensor has no elements, or a dtype that safetensors does not know.
+    The same module gives the same bytes.
+    """
+    out = resolve_output(folder)
+    recover(out)
+    replaceable = not out.exists() or (force and artifact.is_artifact(out))
+    if not replaceable and (not out.is_dir() or any(out.iterdir())):
+        raise OutputExistsError(
+            f"output `{folder}` exists", hint="choose another folder, or force=True"
+        )
+    base, ortho = _streams(module)
+    text = canonical_json(dict(recipe))
+    specs = [_specs(stream) for stream in (base, ortho)]
+    plan = [[s.key, s.dtype, list(s.shape)] for stream in specs for s in stream]
+    sha256 = hashlib.sha256(
+        canonical_json({"version": __version__, "recipe": recipe, "tensors": plan}).encode()
+    ).hexdigest()
+    common = {"plan_sha256": sha256, "recipe": text, "version": __version__}
+    base_layout = plan_layout(specs[0], artifact.base_metadata(**common))
+    ortho_layout = plan_layout(
+        specs[1],
+        artifact.ortho_metadata(**common, source_digest=digest, base_blake3=NO_DIGEST),
+    )
+    files = {BASE_FILE: base_layout.size} | ({ORTHO_FILE: ortho_layout.size} if ortho else {})
+    identity = {"plan": sha256, "source": digest, "version": [__version__], "files": files}
+    with WorkFolder(out, identity=identity, force=force) as work:
+        written = _write(work, BASE_FILE, base_layout, base, mode=0o644)
+        written.write_header(base_layout.header)
+        told = GrowingDigest(written.fd).up_to(base_layout.size)
+        if ortho:
+            metadata = artifact.ortho_metadata(**common, source_digest=digest, base_blake3=told)
+            # What is withheld from others should not be readable by others.
+            hidden = _write(work, ORTHO_FILE, ortho_layout, ortho, mode=0o600)
+            hidden.write_header(plan_layout(specs[1], metadata).header)
+        total = base_layout.size - len(base_layout.header)
+        listed = index(base_layout.regions, total_size=total)
+        work.write_file(INDEX_FILE, pretty_json(listed))
+        settings = _config(module)
+        if settings is not None:
+            work.write_file(CONFIG_FILE, pretty_json(settings))
+        if side is not None:
+            side.check_unchanged()
+            for file in side.copied:
+                work.copy_file(side.folder / file.source, file.name)
+        work.publish(may_replace=lambda there: force and artifact.is_artifact(there))
+
+
+def choose_side_files(
+    folder: Path, *, copy: Sequence[str] = (), arguments: Iterable[Path] = ()
+) -> SideFiles:
+    """Choose what is copied from the folder that a module was loaded from; see `side_files`.
+
+    Raises:
+        UsageError: it is no folder; or see `side_files.choose`.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"`{folder}` is no folder", hint="give the folder of the source model")
+    try:
+        own = {shard.name for shard in open_checkpoint(folder).shards}
+    except CheckpointError:  # weights of another kind are left out by their look, and named
+        own = set()
+    skip = {CONFIG_FILE, *own}
+    return choose(folder, skip=skip, ours=OUR_FILES, copy=copy, arguments=arguments)
+
+
+def _streams(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Sort a module's state into base and ortho."""
+    layers = {n: m for n, m in module.named_modules() if isinstance(m, OrthoLinear)}
+    if not layers:
+        raise UsageError("the module holds no OrthoLinear", hint="decompose it first")
+    held = {name for name, layer in layers.items() if layer.nnz is not None}
+    if held and len(held) < len(layers):
+        raise ArtifactError(
+            f"`{min(layers.keys() - held)}` has no ortho stream where others have one",
+            hint="save what was loaded from one artifact",
+        )
+    base: dict[str, Tensor] = {}
+    ortho: dict[str, Tensor] = {}
+    for name, value in distinct(module).items():
+        owner, _, part = name.rpartition(".")
+        if not value.numel() and not (owner in layers and part in ORTHO_PARTS):
+            raise UsageError(f"tensor `{name}` has no elements", hint="remove it from the module")
+        if value.dtype not in DTYPE_NAMES:
+            raise UsageError(
+                f"tensor `{name}` is {value.dtype}, which safetensors does not hold",
+                hint="cast it first",
+            )
+        (ortho if owner in layers and part in ORTHO_PARTS else base)[name] = value
+    return base, ortho
+
+
+def _specs(stream: Mapping[str, Tensor]) -> list[TensorSpec]:
+    return [
+        TensorSpec(key=name, dtype=DTYPE_NAMES[value.dtype], shape=tuple(value.shape))
+        for name, value in stream.items()
+    ]
+
+
+def _write(
+    work: WorkFolder, name: str, layout: Layout, stream: Mapping[str, Tensor], *, mode: int
+) -> DataFile:
+    file = DataFile(work, name, layout, mode=mode)
+    for key, value in stream.items():
+        if value.numel():
+            file.write(key, as_bytes(value.detach().cpu()), start=0)
+    return file
+
+
+def _config(module: nn.Module) -> dict[str, Any] | None:
+    """Make the config.json of a transformers model; None for other modules."""
+    config: Any = getattr(module, "config", None)
+    if not hasattr(config, "to_diff_dict"):
+        return None
+    layers = {n: m for n, m in module.named_modules() if isinstance(m, OrthoLinear)}
+    unsplit = [
+        name
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear) or is_conv1d(child)
+    ]
+    sizes = {layer.group_size for layer in layers.values()}
+    bits = {name: layers[name].bits for name in sorted(layers)}
+    settings = quantization_config(split=bits, unsplit=sorted(unsplit), group_size=min(sizes))
+    plain = json.loads(config.to_json_string(use_diff=True))
+    plain["architectures"] = plain.get("architectures") or [type(module).__name__]
+    return {**plain, "quantization_config": settings}
+
+
+def read_tensors(shard: Shard, tensors: Iterator[TensorInfo]) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors of one file one by one, each into memory of its own.
+
+    Raises:
+        ArtifactError: the file is cut, or changes while it is read, or holds an unknown dtype.
+    """
+    index = Checkpoint(path=shard.path, shards=(shard,), tensors=shard.tensors, config=None)
+    try:
+        reader = ShardReader(index)
+        try:
+            for info in tensors:
+                if info.dtype not in TORCH_DTYPES:
+                    raise artifact.damaged(shard.path, f"`{info.name}` is of dtype {info.dtype}")
+                value = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+                if info.nbytes:
+                    reader.read_into(as_bytes(value), info, start=0)
+                yield info.name, value
+            reader.check_unchanged()
+        finally:
+            reader.close()
+    except CheckpointError as error:
+        raise ArtifactError(error.message, hint=error.hint) from None
+
+
+def empty_layers(opened: Artifact) -> Iterator[tuple[str, OrthoLinear]]:
+    """Make layers of the sizes that an artifact's headers tell, on meta, without bias or ortho."""
+    tensors = {tensor.name: tensor for tensor in opened.base.tensors}
+    for name in opened.split:
+        scale = tensors[f"{name}.weight_scale"]
+        rows, columns = opened.shapes[name]
+        yield (
+            name,
+            OrthoLinear(
+                columns,
+                rows,
+                group_size=columns // scale.shape[1],
+                dtype=TORCH_DTYPES[scale.dtype],
+                bits=opened.bits[name],
+                device="meta",
+            ),
+        )
+
+
+def fill_ortho(opened: Artifact, layers: Mapping[str, OrthoLinear]) -> None:
+    """Read the ortho stream of every layer, checked; None stays where there is no such file.
+
+    Raises:
+        ArtifactError: names the tensor that is damaged.
+    """
+    for name, layer in layers.items():
+        said, mine = layer.weight_shape.tolist(), [layer.out_features, layer.in_features]
+        if said != mine:
+            raise artifact.damaged(
+                opened.base.path, f"`{name}.weight_shape` says {said}, not {mine}"
+            )
+    if opened.ortho is None:
+        return
+    with KeptReader(opened) as reader:
+        for name, layer in layers.items():
+            for part, tensor in reader.csr(name).items():
+                setattr(layer, part, tensor.to(layer.weight_packed.device))
+
+
+def load_module(module: nn.Module, opened: Artifact) -> dict[str, OrthoLinear]:
+    """Read all state of an artifact onto a freshly built module; return the layers to swap in.
+
+    Nothing of the module is changed before all names, shapes and dtypes are found to agree.
+
+    Raises:
+        ArtifactError: names the tensor that is missing, unexpected, or of another shape or dtype.
+    """
+    state = module.state_dict(keep_vars=True)
+    split = set(opened.split)
+    layers = dict(empty_layers(opened))
+    plain = {
+        info.name: info
+        for info in opened.base.tensors
+        if not (info.name.rpartition(".")[0] in split and info.name.endswith(BASE_PARTS))
+    }
+    _check_state(module, state, layers, plain)
+    packed = (info for info in opened.base.tensors if info.name not in plain)
+    for key, value in read_tensors(opened.base, packed):
+        name, _, part = key.rpartition(".")
+        setattr(layers[name], part, value.to(state[f"{name}.weight"].device))
+    fill_ortho(opened, layers)
+    with torch.no_grad():
+        for name, value in read_tensors(opened.base, iter(plain.values())):
+            state[name].copy_(value)
+    return layers
+
+
+def _check_state(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    layers: Mapping[str, OrthoLinear],
+    plain: Mapping[str, TensorInfo],
+) -> None:
+    """Refuse an artifact that does not fill the module, all of it and nothing else."""
+    for name, layer in layers.items():
+        _check_target(module, name, layer)
+    for name, info in plain.items():
+        if name not in state:
+            raise ArtifactError(f"tensor `{name}` is not of this module", hint=PLAIN)
+        mine, other = state[name], (TORCH_DTYPES.get(info.dtype), info.shape)
+        if (mine.dtype, tuple(mine.shape)) != other:
+            raise ArtifactError(
+                f"tensor `{name}` is {info.dtype} {list(info.shape)} where the module has "
+                f"{mine.dtype} {list(mine.shape)}",
+                hint=PLAIN,
+            )
+        if mine.is_meta:
+            raise UsageError(f"tensor `{name}` is on the meta device", hint="call to_empty() first")
+    filled = {identity(state[name]) for name in plain}
+    replaced = {id(module.get_submodule(name)) for name in layers}
+    for name, value in state.items():
+        if name in plain or identity(value) in filled:
+            continue
+        owner, _, part = name.rpartition(".")
+        if part != "weight" or id(module.get_submodule(owner)) not in replaced:
+            raise ArtifactError(f"tensor `{name}` is not in the artifact", hint=PLAIN)
+
+
+def _check_target(module: nn.Module, name: str, layer: OrthoLinear) -> None:
+    """Refuse a layer that has no Linear of its size to replace."""
+    try:
+        target = module.get_submodule(name)
+    except AttributeError:
+        raise ArtifactError(f"the module has no `{name}`", hint=PLAIN) from None
+    weight = getattr(target, "weight", None)
+    if not is_plain_linear(target) or not isinstance(weight, Tensor):
+        raise ArtifactError(f"`{name}` of the module is no plain Linear", hint=PLAIN)
+    shape = tuple(weight.shape)[:: -1 if is_conv1d(target) else 1]
+    if shape != (layer.out_features, layer.in_features):
+        raise ArtifactError(
+            f"`{name}.weight` is {[layer.out_features, layer.in_features]} where the module has "
+            f"{list(shape)}",
+            hint=PLAIN,
+        )

@@ -1,0 +1,406 @@
+"""OrthoLinear: a Linear that holds both streams, under the names they have in the artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ortho_cli.errors import ArtifactError, UsageError
+from ortho_cli.runtime import product
+from ortho_cli.runtime.operands import Alpha, Base, Ortho, Packed
+from ortho_cli.split.in_memory import (
+    BASE_PARTS,
+    ORTHO_PARTS,
+    check_bits,
+    check_csr,
+    check_group_size,
+    dense_weight,
+    ortho_dtypes,
+    split_weight,
+)
+
+SET_ALPHA = "set_alpha(model, 1.0) for the full model, 0.0 for base alone"
+
+
+class _Derived(NamedTuple):
+    """Something computed from buffers, and the state of the buffers it came from."""
+
+    sources: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    value: Any
+
+
+class OrthoLinear(nn.Module):
+    """A Linear whose weight is W(alpha) = dequantize(base) + alpha * ortho.
+
+    Buffers, as in the artifact: `weight_packed` int32 (out, in bits / 32), `weight_scale` (out,
+    groups), `weight_shape` int64 (2,); `crow_indices` (out + 1,), `col_indices` uint16 or int32
+    (nnz,) and `values` (nnz,), the source's own weights; these three are None for base alone.
+    `alpha` is None until it is set: there is no default. Casting (`half()`, `to(dtype)`) moves bias
+    alone: scales and values in another dtype would be another base.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_shape: Tensor
+    crow_indices: Tensor | None
+    col_indices: Tensor | None
+    values: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        group_size: int,
+        dtype: torch.dtype,
+        bits: int = 4,
+        nnz: int | None = None,
+        bias: bool = False,
+        bias_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Make room; what it holds comes with `load_state_dict` or `from_linear`.
+
+        Args:
+            in_features: columns; `group_size` divides it.
+            out_features: rows.
+            group_size: neighbours in a row that share a scale; a multiple of 8.
+            dtype: dtype of the source's weights, hence of scales and values.
+            bits: of a code, 4, or 3 where 32 divides in_features.
+            nnz: entries of the ortho stream; None for base alone.
+            bias: whether there is one.
+            bias_dtype: its dtype; `dtype` if None.
+            device: where the buffers lie.
+        Raises:
+            RecipeError: the group size, or the bits, do not fit.
+        """
+        super().__init__()
+        check_group_size(in_features, group_size)
+        check_bits(in_features, bits)
+        self.in_features, self.out_features = in_features, out_features
+        self._alpha: Alpha | None = None
+        self._cache: dict[str, _Derived] = {}
+        words, groups = in_features * bits // 32, in_features // group_size
+
+        def room(*shape: int, of: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=of, device=device)
+
+        self.register_buffer("weight_packed", room(out_features, words, of=torch.int32))
+        self.register_buffer("weight_scale", room(out_features, groups, of=dtype))
+        shape = torch.tensor([out_features, in_features], dtype=torch.int64, device=device)
+        self.register_buffer("weight_shape", shape)
+        self._make_room(nnz, dtype, device)
+        kept = room(out_features, of=bias_dtype or dtype) if bias else None
+        self.register_parameter("bias", None if kept is None else nn.Parameter(kept))
+
+    def _make_room(
+        self, nnz: int | None, dtype: torch.dtype, device: torch.device | str | None
+    ) -> None:
+        """Give the ortho buffers their sizes: those of `artifact.ortho_specs`."""
+        parts: tuple[Tensor | None, ...] = (None, None, None)
+        if nnz is not None:
+            pointer, column = ortho_dtypes(nnz, self.in_features)
+            parts = (
+                torch.zeros(self.out_features + 1, dtype=pointer, device=device),
+                torch.zeros(nnz, dtype=column, device=device),
+                torch.zeros(nnz, dtype=dtype, device=device),
+            )
+        for name, part in zip(ORTHO_PARTS, parts, strict=True):
+            self.register_buffer(name, part)
+
+    @property
+    def alpha(self) -> Alpha | None:
+        """How much of ortho is added: in [0, 1], one for each batch row, or None until set."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, alpha: Alpha | None) -> None:
+        self._alpha = None if alpha is None else product.check_alpha(alpha)
+
+    @property
+    def group_size(self) -> int:
+        """Neighbours in a row that share a scale."""
+        return self.in_features // self.weight_scale.shape[1]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code, 3 or 4."""
+        return self.weight_packed.shape[1] * 32 // self.in_features
+
+    def _base(self) -> Base:
+        return Base(self.weight_packed, self.weight_scale, bits=self.bits)
+
+    @property
+    def nnz(self) -> int | None:
+        """Entries of the ortho stream; None without one."""
+        return None if self.values is None else self.values.numel()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        *,
+        group_size: int,
+        density: float,
+        scale: str = "absmax",
+        bits: int = 4,
+        alone: bool = False,
+        curvature: Tensor | None = None,
+        name: str = "weight",
+    ) -> OrthoLinear:
+        """Split a Linear in memory: the same bits that `ortho decompose` writes.
+
+        Saliency is |W - dequantize(base)|, times sqrt(curvature) where that is given, in float32.
+
+        Args:
+            linear: nn.Linear, or transformers' Conv1D, whose weight is stored (in, out); bfloat16,
+                float16 or float32, any strides.
+            group_size: neighbours in a row that share a scale.
+            density: share of weights kept in the ortho stream, in [0, 1]; round(density * numel)
+                entries, ties to the lower flat index.
+            scale: absmax, mse, or curvature, which needs `curvature`.
+            bits: of a code, 4, or 3 where in divides by 32.
+            alone: searched scales serve ortho's positions, too.
+            curvature: (out, in) or (in,) float32, >= 0, finite.
+            name: the tensor's name, for errors.
+        Raises:
+            NumericalError: a weight or curvature is NaN or infinite, or base overflows.
+            RecipeError: group_size, density, scale or bits does not fit.
+            UsageError: the module has no 2-D floating weight, or curvature another shape.
+        """
+        weight = dense_weight(linear, name)
+        parts = split_weight(
+            weight,
+            group_size=group_size,
+            density=density,
+            scale=scale,
+            bits=bits,
+            alone=alone,
+            curvature=curvature,
+            name=name,
+        )
+        source: Any = linear.weight
+        bias: Any = getattr(linear, "bias", None)
+        module = cls(
+            weight.shape[1],
+            weight.shape[0],
+            group_size=group_size,
+            dtype=weight.dtype,
+            bits=bits,
+            device="meta",
+        )
+        for part, tensor in parts.items():
+            setattr(module, part, tensor.to(source.device))
+        module.bias = bias
+        module.train(linear.training)
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply by W(alpha); alpha is read once."""
+        alpha = self._need_alpha()
+        base = self._base()
+        if x.numel() <= product.PACKED_ROWS * self.in_features and (
+            x.dtype == torch.bfloat16 or torch.is_autocast_enabled(x.device.type)
+        ):
+            base = base._replace(prepared=self._packed())
+        ortho = None if product.is_zero(alpha) else self._ortho()
+        return product.dual_linear(x, base, ortho, self.bias, alpha)
+
+    def _need_alpha(self) -> Alpha:
+        if self.alpha is None:
+            raise UsageError("alpha is not set, and has no default", hint=SET_ALPHA)
+        return self.alpha
+
+    @property
+    def weight(self) -> Tensor:
+        """Dense W(alpha), (out, in) in the scales' dtype; the source's own bits where kept at 1.
+
+        Made anew on every read; zeros of that shape on the meta device, where alpha may be unset.
+        Raises UsageError where there is one alpha for each batch row.
+        """
+        if self.weight_packed.is_meta:
+            shape = (self.out_features, self.in_features)
+            return torch.empty(shape, dtype=self.weight_scale.dtype, device="meta")
+        alpha = self._need_alpha()
+        if isinstance(alpha, Tensor):
+            raise UsageError(
+                f"there is no one weight where alpha holds {alpha.numel()} values",
+                hint="set one alpha for the whole batch",
+            )
+        weight = product.dequantize_rows(self._base(), 0, self.out_features)
+        if alpha:
+            ortho, (_, _, values) = self._ortho(), self._csr()
+            rows = (0, self.out_features)
+            _, flat = product.kept_positions(ortho, rows, self.in_features)
+            kept = weight.view(-1)
+            if alpha == 1.0:
+                kept[flat] = values
+            else:
+                kept[flat] = (kept[flat].float() + alpha * ortho.residual).to(weight.dtype)
+        return weight
+
+    def _ortho(self) -> Ortho:
+        self._csr()
+        found: Ortho = self._derive(
+            "ortho", (*BASE_PARTS[:2], *ORTHO_PARTS), lambda: self._make_ortho()
+        )
+        return found
+
+    def _csr(self) -> tuple[Tensor, Tensor, Tensor]:
+        crow, column, values = self.crow_indices, self.col_indices, self.values
+        if crow is None or column is None or values is None:
+            raise ArtifactError(
+                "alpha is not 0 and this layer has no ortho stream", hint=product.NO_ORTHO
+            )
+        return crow, column, values
+
+    def _make_ortho(self) -> Ortho:
+        crow, column, values = self._csr()
+        wide = column.to(torch.int32)  # torch has few operations on uint16
+        residual = values.to(torch.float32, copy=True)
+        stream = Ortho(crow, wide, residual)
+        base = self._base()
+        step = max(1, product.TILE_ELEMENTS // self.in_features)
+        for start in range(0, self.out_features, step):
+            rows = (start, min(start + step, self.out_features))
+            entries, flat = product.kept_positions(stream, rows, self.in_features)
+            tile = product.dequantize_rows(base, *rows).view(-1)
+            residual[entries] -= tile[flat].float()
+        return stream
+
+    def _packed(self) -> Packed | None:
+        found: Packed | None = self._derive(
+            "packed",
+            BASE_PARTS[:2],
+            lambda: product.prepare(self._base()),
+        )
+        return found
+
+    def _derive(self, key: str, names: tuple[str, ...], make: Callable[[], Any]) -> Any:
+        """Give back what was made of these buffers, or make it of what they are by now."""
+        sources = tuple(self._buffers[name] for name in names)
+        held = self._cache.get(key)
+        if held is not None and len(held.sources) == len(sources):
+            same = all(a is b for a, b in zip(held.sources, sources, strict=True))
+            if same and held.versions == _versions(sources):
+                return held.value
+        with torch.no_grad():
+            value = make()
+        tensors = tuple(source for source in sources if source is not None)
+        self._cache[key] = _Derived(tensors, _versions(tensors), value)
+        return value
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OrthoLinear:
+        """Move the buffers, and never cast them."""
+        self._cache.clear()
+        kept = {name: self._buffers.pop(name) for name in (*BASE_PARTS, *ORTHO_PARTS)}
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            for name, buffer in kept.items():
+                kept[name] = None if buffer is None else _moved(buffer, fn)
+        finally:
+            self._buffers.update(kept)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        buffers = dict(self._buffers)
+        column = buffers["col_indices"]
+        if column is not None and column.dtype == torch.uint16:
+            buffers["col_indices"] = column.view(torch.int16)  # torch restores no uint16
+        return {**self.__dict__, "_buffers": buffers, "_cache": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        column = self.col_indices
+        if column is not None and column.dtype == torch.int16:
+            self.col_indices = column.view(torch.uint16)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Check the streams that come, and make room for as many entries as they have."""
+        self._cache.clear()
+        names = (*BASE_PARTS, *ORTHO_PARTS)
+        parts: dict[str, Any] = {name: state_dict.get(prefix + name) for name in names}
+        here = [name for name in ORTHO_PARTS if parts[name] is not None]
+        if here and len(here) < len(ORTHO_PARTS):
+            raise ArtifactError(
+                f"`{prefix}{here[0]}` comes without the rest of its CSR matrix",
+                hint=f"the three are {', '.join(ORTHO_PARTS)}",
+            )
+        if here:
+            for name in here:
+                if not isinstance(parts[name], Tensor):
+                    raise ArtifactError(
+                        f"`{prefix}{name}` is a {type(parts[name]).__name__}, and no tensor",
+                        hint="give the state dict as it was saved",
+                    )
+            crow, column, values = (parts[name] for name in ORTHO_PARTS)
+            check_csr(crow, column, values, (self.out_features, self.in_features), prefix)
+            if values.dtype != self.weight_scale.dtype:
+                raise ArtifactError(
+                    f"`{prefix}values` is {values.dtype} where the layer is "
+                    f"{self.weight_scale.dtype}",
+                    hint="build the layer with the dtype of its source",
+                )
+            if self.nnz != values.numel():
+                self._make_room(values.numel(), values.dtype, self.weight_packed.device)
+        shape = parts["weight_shape"]
+        if isinstance(shape, Tensor) and not shape.is_meta:
+            said, mine = shape.tolist(), [self.out_features, self.in_features]
+            if said != mine:
+                raise ArtifactError(
+                    f"`{prefix}weight_shape` says {said} where the layer is {mine}",
+                    hint="is it the state of another model?",
+                )
+        scale = parts["weight_scale"]
+        if isinstance(scale, Tensor) and scale.dtype != self.weight_scale.dtype:
+            raise ArtifactError(
+                f"`{prefix}weight_scale` is {scale.dtype} where the layer has "
+                f"{self.weight_scale.dtype}",
+                hint="build the layer with the dtype of its source",
+            )
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    def extra_repr(self) -> str:
+        """Say sizes, group size, entries kept and alpha."""
+        alpha = f"{self.alpha.numel()} values" if isinstance(self.alpha, Tensor) else self.alpha
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, bits={self.bits}, group_size={self.group_size}, "
+            f"nnz={self.nnz}, "
+            f"dtype={self.weight_scale.dtype}, alpha={alpha}"
+        )
+
+
+def _versions(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+    # Inference tensors count no versions and cannot be written to in place outside inference mode.
+    return tuple(
+        -1 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors
+    )
+
+
+def _moved(buffer: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply what `fn` does of moving and nothing of its cast."""
+    moved = fn(buffer)
+    return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)

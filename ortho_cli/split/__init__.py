@@ -1,0 +1,1 @@
+"""One weight into base and ortho: the mathematics, the kernels and the loop over tiles."""

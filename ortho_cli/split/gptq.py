@@ -1,0 +1,110 @@
+"""Error-compensated rounding: what one column's rounding breaks, the columns after it mend.
+
+Pure functions on CPU tensors, as in `ops`, whose conventions they share.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ortho_cli.errors import NumericalError
+from ortho_cli.split import quantize
+
+DAMPING = 0.01  # of the mean diagonal: GPTQ's own
+COLUMNS = 64  # rounded before the columns behind them are told; a matrix product from there on
+
+
+class Factor(NamedTuple):
+    """What one weight's Gram matrix comes to."""
+
+    upper: Tensor  # (in, in) float32, U with U^T U = H^-1, rows and columns in `order`
+    order: Tensor  # (in,) int64: the columns, those with the largest inputs first
+
+
+def factorise(gram: Tensor, *, name: str = "weight") -> Factor:
+    """Invert a damped Gram matrix, as a Cholesky factor.
+
+    H = G + 0.01 mean(diag G) I,  H^-1 = U^T U with U upper triangular, both in float64. Columns are
+    taken in the order of diag G, largest first, ties to the lower column: what matters most is
+    rounded while all the others can still make up for it. Codes are stored where they were.
+
+    Args:
+        gram: (in, in) float32, symmetric, positive semidefinite.
+        name: the tensor's name, for errors.
+    Returns:
+        The factor; of a matrix of zeros, that of the identity: nothing is compensated.
+    Raises:
+        NumericalError: the matrix is not positive definite even when damped.
+    Source: GPTQ (Frantar et al. 2022, arXiv:2210.17323, algorithm 1 and its act_order).
+    """
+    diagonal = gram.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    damped = gram[order][:, order].double()
+    damping = DAMPING * float(diagonal.double().mean())
+    damped.diagonal().add_(damping if damping > 0 else 1.0)
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        upper = torch.linalg.cholesky(inverse, upper=True)
+    except RuntimeError:  # LinAlgError, which torch.linalg does not export to type checkers
+        raise NumericalError(
+            f"the Gram matrix of `{name}` is not positive definite, damped by {damping:.3g}",
+            hint="calibrate with more samples, or round to nearest",
+        ) from None
+    return Factor(upper.float(), order)
+
+
+def round_columns(
+    weight: Tensor,
+    scales: Tensor,
+    factor: Factor,
+    *,
+    bits: int = 4,
+    kept: Tensor | None = None,
+) -> Tensor:
+    """Round one column after another, and let the rest make up for each one's error.
+
+    For each column j in the factor's order, with w the weight as the columns before left it:
+
+        q_j = quantize(w_j),  e = (w_j - v_j) / U_jj,  w_k -= e U_jk  for every k after j
+
+    where v_j = dequantize(q_j), or the weight itself where ortho keeps it.
+
+    Args:
+        weight: (out, in) float32, finite; each row by itself.
+        scales: (out, groups), > 0, of the dtype they are stored in; they stay what they are.
+        factor: of the Gram matrix of this weight's inputs.
+        bits: of a code, 3 or 4.
+        kept: (out, in) bool: ortho holds the weight, so alpha = 1 has it without error.
+    Returns:
+        (out, in) float32 that hold the codes, as `ops.quantize` gives them.
+    Source: GPTQ (arXiv:2210.17323, algorithm 1), with scales that are known before (its
+        static_groups); kept weights as in SpQR (arXiv:2306.03078, algorithm 2), which stores what
+        they have become by then, where here they stay the source's.
+    """
+    columns = weight.shape[1]
+    upper, order = factor
+    left = weight[:, order]
+    steps = scales.float().repeat_interleave(columns // scales.shape[1], 1)[:, order]
+    exact = None if kept is None else kept[:, order]
+    source = None if kept is None else left.clone()
+    codes = torch.empty_like(left)
+    for start in range(0, columns, COLUMNS):
+        stop = min(start + COLUMNS, columns)
+        here, block = left[:, start:stop], upper[start:stop, start:stop]
+        errors = torch.empty_like(here)
+        for j in range(stop - start):
+            w, step = here[:, j : j + 1], steps[:, start + j : start + j + 1].to(scales.dtype)
+            code = quantize.quantize(w, step, bits=bits)
+            value = quantize.dequantize(code, step)
+            codes[:, start + j] = code[:, 0]
+            if exact is not None and source is not None:
+                column = slice(start + j, start + j + 1)
+                value = torch.where(exact[:, column], source[:, column], value)
+            error = (w - value) / block[j, j]
+            errors[:, j : j + 1] = error
+            here[:, j:] -= error * block[j, j:]
+        left[:, stop:] -= errors @ upper[start:stop, stop:]
+    return torch.empty_like(codes).index_copy_(1, order, codes)

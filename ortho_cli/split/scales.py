@@ -1,0 +1,182 @@
+"""Searched group scales: the least squared error of what will be stored, plain or by curvature.
+
+Pure functions on CPU tensors, as in `ops`, whose conventions they share.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ortho_cli.split.quantize import (
+    Empty,
+    Scratch,
+    absmax,
+    dequantize,
+    groups_of,
+    half_range,
+    quantize,
+    round_scales,
+    torch_empty,
+)
+from ortho_cli.split.scale_search import LANES, scale_factors
+
+
+class Kept(NamedTuple):
+    """What is known of a tile once ortho's positions are."""
+
+    mask: Tensor  # (out, in) bool: ortho holds this weight
+    scales: Tensor  # (out, groups): base's scales before its positions were known
+
+
+def mse_scales(
+    weight: Tensor,
+    *,
+    group_size: int,
+    dtype: torch.dtype,
+    bits: int = 4,
+    kept: Kept | None = None,
+    empty: Empty = torch_empty,
+) -> Tensor:
+    """Search each group's scale for the smallest squared error of what will be stored.
+
+    scale = argmin over f in scale_factors(bits) of sum (w - dequantize(quantize(w, s_f)))^2,
+    s_f = f * max|w| / ((2^bits - 1) / 2), both over the
+    weights that base has to stand for.
+
+    Args:
+        weight: (out, in) float32, bfloat16 or float16; `group_size` divides in.
+        group_size: neighbours in a row that share a scale.
+        dtype: dtype the scales are stored in; candidates are rounded to it before they are judged.
+        bits: of a code, 3 or 4.
+        kept: weights that ortho holds, which count for nothing here, and the scales to beat.
+        empty: where temporaries come from.
+    Returns:
+        (out, in / group_size) of `dtype`, > 0; the first of equals wins, so the error is never
+        above absmax's, nor above that of `kept.scales`. Groups with NaN or infinity keep absmax's
+        scale, which is not finite.
+    Source: the clipping search of AWQ (arXiv:2306.00978, section 3.2), with plain squared error per
+        group.
+    """
+    return _search_scales(weight, None, group_size, dtype, bits, kept, empty)
+
+
+def curvature_scales(
+    weight: Tensor,
+    curvature: Tensor,
+    *,
+    group_size: int,
+    dtype: torch.dtype,
+    bits: int = 4,
+    kept: Kept | None = None,
+    empty: Empty = torch_empty,
+) -> Tensor:
+    """Search as `mse_scales` does, each weight's squared error multiplied by its curvature.
+
+    scale = argmin over f in scale_factors(bits) of sum h (w - dequantize(quantize(w, s_f)))^2. In a
+    group h counts relative to the group's largest, which changes no argmin and keeps a curvature of
+    1e-38 from vanishing in the product.
+
+    Args:
+        weight: (out, in) float32, bfloat16 or float16; `group_size` divides in.
+        curvature: (in,) or (out, in) float32, >= 0, finite.
+        group_size: neighbours in a row that share a scale.
+        dtype: dtype the scales are stored in; candidates are rounded to it before they are judged.
+        bits: of a code, 3 or 4.
+        kept: as `mse_scales` takes it.
+        empty: where temporaries come from.
+    Returns:
+        (out, in / group_size) of `dtype`, > 0. A group whose curvature is zero throughout keeps
+        the scale that stood first (absmax's, or that of `kept`), and so do groups with NaN or
+        infinity.
+    Source: `mse_scales`, with the second-order loss of OBS (Hassibi and Stork 1993), diagonal.
+    """
+    groups = groups_of(curvature.view(-1, weight.shape[1]), weight.shape[1] // group_size)
+    peak = groups.amax(-1, keepdim=True)
+    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
+    relative = torch.div(groups, peak, out=empty(tuple(groups.shape), torch.float32))
+    return _search_scales(weight, relative, group_size, dtype, bits, kept, empty)
+
+
+def _search_scales(
+    weight: Tensor,
+    importance: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+    bits: int,
+    kept: Kept | None,
+    empty: Empty,
+) -> Tensor:
+    count = weight.shape[1] // group_size
+    if kept is None:
+        return _least_error(weight, importance, count, None, dtype, bits, empty)
+    # Where ortho holds nothing, the scale that is known is the best already.
+    mask = groups_of(kept.mask, count)
+    held = mask.any(-1)
+    groups = groups_of(weight, count)[held]
+    # Zero is a code of every grid: it widens none, and rounds without error.
+    groups = torch.where(mask[held], torch.zeros_like(groups), groups)
+    if importance is not None:
+        importance = importance.expand(mask.shape)[held].unsqueeze(1)
+    scales = kept.scales.clone()
+    if len(groups):
+        known = scales[held].unsqueeze(1)
+        scales[held] = _least_error(groups, importance, 1, known, dtype, bits, empty).squeeze(1)
+    return scales
+
+
+def _least_error(
+    weight: Tensor,
+    importance: Tensor | None,
+    count: int,
+    known: Tensor | None,
+    dtype: torch.dtype,
+    bits: int,
+    empty: Empty,
+) -> Tensor:
+    """Try `known`, then absmax's scale times each factor; give the first of the best."""
+    largest = absmax(weight, count, empty).div_(half_range(bits))
+    weight = weight.float()
+    candidates = (round_scales(largest * factor, dtype) for factor in scale_factors(bits))
+    best, best_error = largest, largest  # of no candidate yet
+    buffers = Scratch()
+    every = candidates if known is None else chain([known], candidates)
+    for number, candidate in enumerate(every):
+        buffers.reset()
+        codes = quantize(weight, candidate, bits=bits, empty=buffers)
+        error = dequantize(codes, candidate, empty=buffers).sub_(weight).square_()
+        error = groups_of(error, count)
+        error = sum_lanes(error if importance is None else error.mul_(importance))
+        if not number:
+            best, best_error = candidate, error
+            continue
+        better = error < best_error
+        best = torch.where(better, candidate, best)
+        best_error = torch.where(better, error, best_error)
+    return best
+
+
+def sum_lanes(values: Tensor) -> Tensor:
+    """Add each group's values in an order that every processor, and a compiled loop, can follow.
+
+    Value i is added to lane i mod 16, in the order of i; then the upper half of the lanes is added
+    to the lower, until one is left. torch's own order depends on the width of the processor's
+    vectors, and equal errors must tie everywhere.
+
+    Args:
+        values: (..., group_size) float32; may be overwritten.
+    Returns:
+        (...) float32, in memory of their own.
+    """
+    if values.shape[-1] % LANES:
+        values = pad(values, (0, -values.shape[-1] % LANES))
+    first, *others = values.view(*values.shape[:-1], -1, LANES).unbind(-2)
+    for other in others:
+        first.add_(other)
+    while (left := first.shape[-1] // 2) > 0:
+        first = first[..., :left] + first[..., left:]
+    return first.squeeze(-1)

@@ -1,0 +1,1 @@
+"""Bytes on disk: reads files from strangers, and writes files so that nothing is lost."""

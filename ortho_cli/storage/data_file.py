@@ -1,0 +1,248 @@
+"""Writing safetensors: the layout before the data, then any tensor in any order at its place.
+
+safetensors' own writer holds the whole model in memory and orders metadata at random.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from blake3 import blake3
+
+from ortho_cli.errors import CheckpointError, InternalError
+from ortho_cli.storage.checkpoint import DTYPE_BITS, MAX_HEADER, fill
+from ortho_cli.storage.strict_json import MAX_PARSED, needed
+from ortho_cli.storage.work_folder import WorkFolder, unwritable
+
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """A tensor that will be written."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Region:
+    """Where a tensor of a file to be written lies, from byte 0 of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """A safetensors file before its data: the header's bytes, each tensor's place, the size."""
+
+    header: bytes
+    regions: dict[str, Region]
+    size: int
+
+
+def plan_layout(specs: Iterable[TensorSpec], metadata: dict[str, str]) -> Layout:
+    """Lay tensors out before their data exist: widest dtype first, then by name.
+
+    All tensors stay aligned. The same specs and metadata give the same bytes on every run; metadata
+    keeps the order given.
+    """
+    ordered = sorted(specs, key=lambda spec: (-DTYPE_BITS[spec.dtype], spec.key))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    position = 0
+    for spec in ordered:
+        end = position + spec.nbytes
+        header[spec.key] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER or needed(text) > MAX_PARSED:
+        raise CheckpointError(
+            f"the output's header of {len(ordered)} tensors takes {len(text)} bytes, and "
+            f"{needed(text) // 10**6} MB once parsed; readers take {MAX_HEADER} and "
+            f"{MAX_PARSED // 10**6} MB",
+            hint="split fewer of the tensors: name some in `ignore`",
+        )
+    raw = len(text).to_bytes(8, "little") + text
+    regions, position = {}, len(raw)
+    for spec in ordered:
+        regions[spec.key] = Region(
+            dtype=spec.dtype, shape=spec.shape, offset=position, nbytes=spec.nbytes
+        )
+        position += spec.nbytes
+    return Layout(header=raw, regions=regions, size=position)
+
+
+def write_all(fd: int, data: memoryview | bytes, offset: int) -> None:
+    """Write all of `data` at `offset`."""
+    view = memoryview(data).cast("B")
+    done = 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done:], offset + done)
+
+
+class DataFile:
+    """A data file, or a scratch file: bytes go to the place the layout gives them."""
+
+    def __init__(
+        self, work: WorkFolder, name: str, layout: Layout, *, mode: int, scratch: bool = False
+    ) -> None:
+        self.name = name
+        self.fd = work.open_data(name, size=layout.size, mode=mode, scratch=scratch)
+        self._path = (work.private if scratch else work.artifact) / name
+        self._layout = layout
+
+    def write(self, key: str, data: memoryview, *, start: int) -> None:
+        """Write part of a tensor, `start` bytes into it."""
+        region = self._inside(key, start, data.nbytes)
+        self._put(data, region.offset + start)
+
+    def nbytes(self, key: str) -> int:
+        """Tell the size of a tensor."""
+        return self._layout.regions[key].nbytes
+
+    def read_into(self, key: str, buffer: memoryview, *, start: int) -> None:
+        """Read back what was written of a tensor, from `start` bytes into it."""
+        region = self._inside(key, start, buffer.nbytes)
+        fill(self.fd, buffer, region.offset + start, what=f"`{self._path}`")
+
+    def read(self, key: str) -> Iterator[memoryview]:
+        """Yield what is written of a tensor, piece by piece, in one buffer."""
+        region, buffer = self._layout.regions[key], memoryview(bytearray(CHUNK))
+        for start in range(0, region.nbytes, CHUNK):
+            piece = buffer[: min(CHUNK, region.nbytes - start)]
+            fill(self.fd, piece, region.offset + start, what=f"`{self._path}`")
+            yield piece
+
+    def digest(self, key: str) -> str:
+        """Take the BLAKE3 of what is written of a tensor."""
+        digest = blake3()
+        for piece in self.read(key):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def write_header(self, header: bytes) -> None:
+        """Write the header."""
+        self._put(memoryview(header), 0)
+
+    def finish(self, layout: Layout) -> tuple[str, str | None]:
+        """Write the header before tensors that are all here.
+
+        Returns:
+            BLAKE3 of the file, and None: it is not sealed.
+        """
+        self.write_header(layout.header)
+        return GrowingDigest(self.fd).up_to(layout.size), None
+
+    def _inside(self, key: str, start: int, nbytes: int) -> Region:
+        """Find a tensor's region; bytes outside of it would be another tensor's."""
+        region = self._layout.regions[key]
+        if start < 0 or start + nbytes > region.nbytes:
+            raise InternalError(
+                f"bytes {start} to {start + nbytes} of `{key}` are asked for, which has "
+                f"{region.nbytes}"
+            )
+        return region
+
+    def _put(self, data: memoryview, offset: int) -> None:
+        try:
+            write_all(self.fd, data, offset)
+        except OSError as error:
+            raise unwritable(self._path, error) from error
+
+
+class Output(Protocol):
+    """What takes parts of tensors."""
+
+    def write(self, key: str, data: memoryview, *, start: int) -> None:
+        """Write part of a tensor, `start` bytes into it."""
+
+    def nbytes(self, key: str) -> int:
+        """Tell the size of a tensor."""
+
+
+class TensorStream:
+    """Writes one tensor front to back and digests it on the way."""
+
+    def __init__(self, output: Output, key: str) -> None:
+        self.key = key
+        self.digest = blake3()
+        self._output = output
+        self._position = 0
+
+    def write(self, data: memoryview) -> None:
+        """Write the next bytes of the tensor."""
+        data = data.cast("B") if data.nbytes else memoryview(b"")
+        self.digest.update(data)
+        self._output.write(self.key, data, start=self._position)
+        self._position += len(data)
+
+    def finish(self) -> str:
+        """See that the tensor is whole, and give its BLAKE3; what is left out would be zeros."""
+        nbytes = self._output.nbytes(self.key)
+        if self._position != nbytes:
+            raise InternalError(f"`{self.key}` has {self._position} of its {nbytes} bytes")
+        return self.digest.hexdigest()
+
+
+class GrowingDigest:
+    """BLAKE3 of a file that is still growing."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._digest = blake3()
+        self._position = 0
+        self._buffer = memoryview(bytearray(CHUNK))
+
+    def up_to(self, offset: int) -> str:
+        """Take in the bytes before `offset`; return the digest of all so far."""
+        while self._position < offset:
+            piece = self._buffer[: min(CHUNK, offset - self._position)]
+            fill(self._fd, piece, self._position, what="the output")
+            self._digest.update(piece)
+            self._position += len(piece)
+        return self._digest.hexdigest()
+
+
+class Frontier:
+    """How far a file is complete from its first byte on."""
+
+    def __init__(self, layout: Layout, owners: Mapping[str, str], *, done: Iterable[str]) -> None:
+        """Say who writes what.
+
+        Args:
+            layout: of the file, whose header is written.
+            owners: who writes each of its tensors.
+            done: owners whose tensors are written.
+        """
+        self._ends = [
+            (region.offset + region.nbytes, owners[key]) for key, region in layout.regions.items()
+        ]
+        self._done = set(done)
+        self._next = 0
+        self.offset = len(layout.header)
+
+    def finish(self, owners: Iterable[str]) -> None:
+        """Count what these write as written; `offset` is where the first gap begins."""
+        self._done.update(owners)
+        while self._next < len(self._ends) and self._ends[self._next][1] in self._done:
+            self.offset = self._ends[self._next][0]
+            self._next += 1

@@ -1,0 +1,340 @@
+"""Which files of a folder are its checkpoint: what transformers reads, in the same order.
+
+    1. what `transformers_weights` of config.json names
+    2. model.safetensors
+    3. model.safetensors.index.json, and the shards that it names
+    4. the same of diffusers, index first: diffusion_pytorch_model.safetensors[.index.json]
+
+What transformers would not find is read, too, where only one reading is possible: the only index,
+the only file, the only whole set of shards. Whatever lies beside is not read, and noted.
+Source: transformers 5.23, modeling_utils._get_checkpoint_files; 4.57 has the same order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ortho_cli.errors import CheckpointError, shown
+from ortho_cli.storage import hints, sniff, strict_json, tied
+
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+FIRST = ("model.safetensors", "model.safetensors.index.json")
+BINS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+DIFFUSERS = "diffusion_pytorch_model"
+NAMED = "transformers_weights"  # the key of config.json
+
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pt2", ".pth.tar", ".pkl")
+GGUF_SUFFIXES = (".gguf", ".ggml")
+OTHER_SUFFIXES = (".onnx", ".h5", ".keras", ".msgpack", ".tflite", ".ot", ".npz", ".npy", ".nemo")
+# Of these several may lie beside a model that is one file.
+_NO_MODEL = re.compile(r"adapter|lora|optim|sched|training_args|rng_state|scaler|imatrix")
+_NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+# Buffers that transformers computes, whatever an older version stored of them.
+_COMPUTED = re.compile(r"(^|[._])(inv_freq|position_ids|masked_bias)$|\.attn\.bias$")
+_TIED = re.compile(
+    r"(^|\.)(lm_head|embed_out|output|embed_tokens|shared|wte|word_embeddings|tok_embeddings)\.weight$"
+    r"|(^|\.)predictions\.decoder\.(weight|bias)$"
+)
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_BEST_GGUF = re.compile(r"(?i)(^|[-._])(f32|bf16|f16)([-._]|$)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The files of a folder to read, what the index says of them, and what is unusual."""
+
+    files: tuple[str, ...]
+    weight_map: Mapping[str, str] | None = None
+    index: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def choose(folder: Path, config: Mapping[str, Any] | None) -> Choice:
+    """Choose the files of a folder to read.
+
+    Args:
+        folder: any folder.
+        config: what its config.json says.
+    Raises:
+        CheckpointError: none that can be read, or several that could be meant.
+    """
+    named = (config or {}).get(NAMED)
+    if isinstance(named, str):
+        return _named(folder, named)
+    order = (*FIRST, DIFFUSERS + INDEX_SUFFIX, DIFFUSERS + SUFFIX)
+    for name in order:
+        path = folder / name
+        if path.is_file():
+            return _read(folder, name)
+        if name in FIRST and path.exists():
+            what = "is a directory" if path.is_dir() else "is not a regular file"
+            raise CheckpointError(f"`{path}` {what}", hint=hints.fetch(path))
+        if path.is_symlink() and name in FIRST:
+            raise CheckpointError(
+                f"`{path}` is a link to `{path.readlink()}`, which is not there",
+                hint=hints.fetch(path),
+            )
+    indexes, files = _list(folder, INDEX_SUFFIX), _list(folder, SUFFIX)
+    if is_bin_first(folder) and files:
+        raise CheckpointError(
+            f"`{folder}` holds the model as pytorch_model.bin, and beside it {hints.some(files)}, "
+            "which transformers does not read",
+            hint=hints.convert(folder),
+        )
+    if len(indexes) == 1:
+        return _read(folder, indexes[0])
+    if indexes:
+        raise CheckpointError(
+            f"`{folder}` holds {len(indexes)} indexes and no {FIRST[1]}: {', '.join(indexes)}",
+            hint=f"`mv {hints.said(folder / indexes[0])} {hints.said(folder / FIRST[1])}` has that "
+            "one read",
+        )
+    return _without_index(folder, files)
+
+
+def is_bin_first(folder: Path) -> bool:
+    """Tell a folder of which transformers reads pytorch_model.bin, whatever else it holds."""
+    names = (*FIRST, DIFFUSERS + INDEX_SUFFIX, DIFFUSERS + SUFFIX)
+    return any((folder / name).is_file() for name in BINS) and not any(
+        (folder / name).is_file() for name in names
+    )
+
+
+def _list(folder: Path, suffix: str) -> list[str]:
+    """Name the files of a folder with a suffix; what macOS puts beside them (`._x`) is none."""
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name.endswith(suffix) and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def _named(folder: Path, named: str) -> Choice:
+    inside = ".." not in PurePosixPath(named).parts and not PurePosixPath(named).is_absolute()
+    if not named.endswith((SUFFIX, INDEX_SUFFIX)) or not inside:
+        raise CheckpointError(
+            f"config.json of `{folder}` says `{NAMED}` is {shown(named)}, which is no {SUFFIX} "
+            "file or index in it",
+            hint="restore the config.json that came with the model",
+        )
+    if not (folder / named).is_file():
+        raise CheckpointError(
+            f"config.json of `{folder}` says `{NAMED}` is `{named}`, which is not there",
+            hint=hints.fetch(folder / named),
+        )
+    return _read(folder, named)
+
+
+def _read(folder: Path, name: str) -> Choice:
+    """Read one file, or the index of several."""
+    if not name.endswith(INDEX_SUFFIX):
+        return Choice(files=(name,), notes=_left(folder, (name,), name))
+    notes: list[str] = []
+    weight_map = read_index(folder / name, notes=notes)
+    files = tuple(sorted(set(weight_map.values())))
+    return Choice(
+        files=files,
+        weight_map=weight_map,
+        index=name,
+        notes=(*notes, *_left(folder, files, name)),
+    )
+
+
+def _left(folder: Path, files: Iterable[str], because: str) -> tuple[str, ...]:
+    left = sorted(set(_list(folder, SUFFIX)) - set(files))
+    if because in FIRST[:1] and (folder / FIRST[1]).is_file():
+        left.append(FIRST[1])
+    return (f"not read, since `{because}` is: {hints.some(left)}",) if left else ()
+
+
+def _without_index(folder: Path, files: list[str]) -> Choice:
+    if not files:
+        raise _nothing(folder)
+    if len(files) == 1 and not _NUMBERED.fullmatch(files[0]):
+        return Choice(files=(files[0],))
+    sets: dict[tuple[str, int], list[int]] = {}
+    single = []
+    for name in files:
+        found = _NUMBERED.fullmatch(name)
+        if found is None:
+            single.append(name)
+        else:
+            key = (found["stem"], int(found["count"]))
+            sets.setdefault(key, []).append(int(found["number"]))
+    if not sets:
+        return _one_of(folder, single)
+    wanted = [key for key in sets if key[0] == "model"] or list(sets)
+    if len(wanted) > 1:
+        told = hints.some([f"{stem}-?????-of-{count:05d}{SUFFIX}" for stem, count in wanted])
+        raise CheckpointError(
+            f"`{folder}` holds {len(wanted)} sets of shards and no index: {told}",
+            hint="move all but one of them to another folder, or restore " + FIRST[1],
+        )
+    return _whole_set(folder, *wanted[0], sets[wanted[0]])
+
+
+def _whole_set(folder: Path, stem: str, count: int, numbers: list[int]) -> Choice:
+    begin = 0 if 0 in numbers else 1  # some count from 0
+    lacking = sorted(set(range(begin, begin + count)) - set(numbers))
+    if lacking:
+        missing = folder / f"{stem}-{lacking[0]:05d}-of-{count:05d}{SUFFIX}"
+        raise CheckpointError(
+            f"`{folder}` lacks {len(lacking)} of {count} shards, such as `{missing.name}`",
+            hint=hints.fetch(missing),
+        )
+    files = tuple(f"{stem}-{n:05d}-of-{count:05d}{SUFFIX}" for n in sorted(numbers))
+    note = f"there is no index: all {count} shards `{stem}-*` are read"
+    return Choice(files=files, notes=(note, *_left(folder, files, f"{stem}-*")))
+
+
+def _one_of(folder: Path, files: list[str]) -> Choice:
+    models = [name for name in files if not _NO_MODEL.search(name.lower())]
+    if len(models) == 1:
+        return Choice(files=(models[0],), notes=_left(folder, models, models[0]))
+    raise CheckpointError(
+        f"`{folder}` holds {len(files)} .safetensors files and no index: {', '.join(files[:4])}",
+        hint=f"`mv {hints.said(folder / (models or files)[0])} {hints.said(folder / FIRST[0])}` "
+        "has that one read; or give one of the files, which stands for itself",
+    )
+
+
+def _nothing(folder: Path) -> CheckpointError:
+    """Say what a folder without safetensors holds, and what to do with it."""
+    names = _list(folder, "")
+    models = [name for name in names if not _NO_MODEL.search(name.lower())]
+    torch = [name for name in models if name.endswith(TORCH_SUFFIXES)]
+    ggufs = [name for name in names if name.endswith(GGUF_SUFFIXES)]
+    other = [name for name in names if name.endswith(OTHER_SUFFIXES)]
+    held = torch + ggufs + other
+    told = f"only {', '.join(held[:4])}" if held else "no weights"
+    return CheckpointError(
+        f"`{folder}` holds no .safetensors file, {told}", hint=_way_on(folder, torch, ggufs, other)
+    )
+
+
+def _way_on(folder: Path, torch: list[str], ggufs: list[str], other: list[str]) -> str:
+    if torch:
+        whole = len(torch) == 1 or is_bin_first(folder)
+        return hints.convert(folder if whole else folder / torch[0])
+    if ggufs:
+        best = next((name for name in ggufs if _BEST_GGUF.search(name)), ggufs[0])
+        return hints.convert(folder if len(ggufs) == 1 else folder / best)
+    if other:
+        return "safetensors, torch's .bin and GGUF are read: download the model in one of these"
+    below = _folders_below(folder)
+    if below:
+        return f"`{below[0]}` holds some: give that folder"
+    return hints.fetch(folder)
+
+
+def _folders_below(folder: Path) -> list[Path]:
+    """Find folders that hold weights, as diffusers' parts and training's checkpoints do."""
+    suffixes = (SUFFIX, *TORCH_SUFFIXES, *GGUF_SUFFIXES)
+    return sorted(
+        below
+        for below in folder.iterdir()
+        if below.is_dir()
+        and not below.name.startswith(".")
+        and any(path.name.endswith(suffixes) for path in below.iterdir())
+    )
+
+
+def read_index(
+    path: Path, *, suffix: str = SUFFIX, notes: list[str] | None = None
+) -> dict[str, str]:
+    """Read a weight_map; every file in it lies in the index's folder, or below, and exists.
+
+    Raises:
+        CheckpointError: it is no index, or a file that it names is elsewhere or not there.
+    """
+    weight_map = strict_json.read(path, constants=True, notes=notes).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"`{path}` has no `weight_map`",
+            hint=f"{hints.fetch(path)}; without an index a whole set of shards is read",
+        )
+    below = path.parent
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _is_inside(file):
+            raise CheckpointError(
+                f"`{path}` sends tensor `{name}` to {shown(file)}, which is not a {suffix} name "
+                f"in its folder",
+                hint="shards must lie beside the index",
+            )
+        if not file.endswith(suffix):
+            raise CheckpointError(
+                f"`{path}` sends tensor `{name}` to `{file}`, which is not a {suffix} name",
+                hint=_renamed_index(path, file) or "restore the index that came with the model",
+            )
+    for file in sorted(set(weight_map.values())):
+        if not (below / file).is_file():
+            raise CheckpointError(
+                f"`{path}` names `{file}`, which is not there", hint=hints.fetch(below / file)
+            )
+    return weight_map
+
+
+def _is_inside(file: str) -> bool:
+    """Tell a name inside the folder; what leads out of it could be any file of the machine."""
+    parts = PurePosixPath(file).parts
+    return bool(parts) and ".." not in parts and not PurePosixPath(file).is_absolute()
+
+
+def _renamed_index(path: Path, file: str) -> str | None:
+    if not file.endswith(".bin"):
+        return None
+    other = path.with_name("pytorch_model.bin.index.json")
+    return f"`mv {hints.said(path)} {hints.said(other)}`, then {hints.convert(path.parent)}"
+
+
+def is_spare(name: str, there: Iterable[str], config: Mapping[str, Any] | None) -> bool:
+    """Tell a tensor that an index may list and no file hold: a model is whole without it.
+
+    Args:
+        name: of the tensor.
+        there: the tensors that files hold.
+        config: what config.json says.
+    """
+    if _COMPUTED.search(name):
+        return True
+    levels = strict_json.levels(config)
+    counts = [level.get("num_hidden_layers") for level in levels]
+    layer = _LAYER.search(name)
+    if layer is not None:  # layers past the last are for speculation, and never built
+        known = [count for count in counts if isinstance(count, int)]
+        return bool(known) and int(layer[1]) >= max(known)
+    if _TIED.search(name) is None or not any(_TIED.search(other) for other in there):
+        return False
+    told = [level["tie_word_embeddings"] for level in levels if "tie_word_embeddings" in level]
+    types = {level.get("model_type") for level in levels}
+    return any(told) if told else not tied.HEADS.keys().isdisjoint(map(str, types))
+
+
+def is_part(path: Path) -> bool:
+    """Tell a file of weights that is only a part of what its folder holds: config, other shards."""
+    shard = re.search(r"-\d{5}-of-\d{5}\.", path.name)
+    whole = path.name in BINS and (path.parent / "config.json").is_file()
+    return whole or (shard is not None and path.suffix not in GGUF_SUFFIXES)
+
+
+def refuse_file(path: Path) -> CheckpointError:
+    """Say what a file that is no safetensors is, and what to do with it."""
+    kind = sniff.kind_of_file(path)
+    what = kind or f"a `{path.suffix or 'plain'}` file"
+    if path.name.endswith((INDEX_SUFFIX, "config.json")):
+        hint = f"give its folder: `{hints.said(path.parent)}`"
+    elif path.suffix in TORCH_SUFFIXES + GGUF_SUFFIXES and kind in (
+        None,
+        *(*sniff.TORCHES, sniff.GGUF),
+    ):
+        hint = hints.convert(path.parent if is_part(path) else path)
+    elif kind not in (None, sniff.TEXT, sniff.JSON):
+        hint = sniff.remedy(kind, path)
+    else:
+        hint = "safetensors, torch's .bin and GGUF are read: download the model in one of these"
+    return CheckpointError(f"`{path}` is {what}, not .safetensors", hint=hint)

@@ -1,0 +1,118 @@
+"""Models by the name that the Hugging Face Hub gives them, where they are in its local cache.
+
+Nothing here asks the network. The cache is `models--ORG--NAME/snapshots/COMMIT`, with the commit
+of each branch in `refs`; see huggingface_hub's guide "Understand caching".
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ortho_cli.errors import CheckpointError
+from ortho_cli.storage.hints import said
+
+# `gpt2`, `org/name`, either with `@revision`, or a page of the Hub, whose `//` a Path has made `/`.
+_ID = re.compile(
+    r"(?P<url>https?:/{1,2}(?:www\.)?(?:huggingface\.co|hf\.co)/|hf:/{1,2})?"
+    r"(?P<name>(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*)"
+    r"(?:@(?P<revision>[\w./-]+)|/(?:tree|blob|resolve)/(?P<branch>[\w.-]+).*)?/?"
+)
+_FILE = re.compile(r"\.(safetensors|bin|pth?|ckpt|gguf|json|jsonl|txt|parquet|ya?ml|zip|gz)$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubName:
+    """A repository, and a revision where one is named."""
+
+    name: str
+    revision: str | None
+    certain: bool  # it has a slash or an address, as no plain folder's name has
+
+
+def parse(path: Path) -> HubName | None:
+    """Read a path as the name of a repository; None where it cannot be one."""
+    found = _ID.fullmatch(str(path))
+    if found is None or _FILE.search(found["name"]) or ".." in found["name"]:
+        return None
+    certain = bool(found["url"]) or "/" in found["name"]
+    return HubName(
+        name=found["name"], revision=found["revision"] or found["branch"], certain=certain
+    )
+
+
+def cache() -> Path:
+    """Find the Hub's cache, by the variables that huggingface_hub reads."""
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if os.environ.get(variable):
+            return Path(os.environ[variable]).expanduser()
+    home = os.environ.get("HF_HOME")
+    if home:
+        return Path(home).expanduser() / "hub"
+    other = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(other).expanduser() / "huggingface" / "hub"
+
+
+def locate(given: Path) -> tuple[Path, str | None]:
+    """Find the folder that a path or the name of a repository means.
+
+    Args:
+        given: what the user wrote. A file or folder of that name comes before the cache.
+    Returns:
+        The path to read, and a note where it is not the one given.
+    Raises:
+        CheckpointError: the cache holds the repository, and which snapshot is meant is open.
+    """
+    if os.path.lexists(given):
+        folder = given.parent if given.name == "snapshots" else given
+        if not (folder.absolute().name.startswith("models--") and (folder / "snapshots").is_dir()):
+            return given, None
+        revision = None
+    else:
+        named = parse(given)
+        if named is None:
+            return given, None
+        folder = cache() / ("models--" + named.name.replace("/", "--"))
+        revision = named.revision
+        if not (folder / "snapshots").is_dir():
+            return given, None
+    found = _snapshot(folder, revision)
+    return found, f"`{given}` is read from the Hub's cache: snapshots/{found.name} of `{folder}`"
+
+
+def _snapshot(folder: Path, revision: str | None) -> Path:
+    """Choose a snapshot: the revision asked for, else that of main, else the only one."""
+    reference = folder / "refs" / (revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    there = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
+    if commit is not None:
+        fitting = [path for path in there if path.name.startswith(commit)]
+    else:
+        fitting = there
+    if len(fitting) == 1:
+        return fitting[0]
+    names = ", ".join(path.name for path in (fitting or there)[:4]) or "none"
+    repository = folder.name.removeprefix("models--").replace("--", "/")
+    raise CheckpointError(
+        f"`{folder}` has no snapshot {commit}; it holds {names}"
+        if commit is not None and not fitting
+        else f"`{folder}` holds {len(fitting)} snapshots, and nothing says which is meant: {names}",
+        hint=f"give one, such as {said(there[-1])}"
+        if there
+        else f"`hf download {repository}` fetches it",
+    )
+
+
+def advice(given: Path) -> str | None:
+    """Say how to get the model that a path which does not exist may name; None if it names none."""
+    named = parse(given)
+    if named is None:
+        return None
+    revision = f" --revision {named.revision}" if named.revision else ""
+    short = named.name.rpartition("/")[2]
+    command = f"`hf download {named.name}{revision} --local-dir {short}`"
+    if not named.certain:
+        return f"give a .safetensors file or a model folder; {command} fetches a model of the Hub"
+    return f"it looks like the name of a model on the Hub: {command}, then give `{short}`"

@@ -1,0 +1,233 @@
+"""The right to work in a folder, which goes with the process that holds it.
+
+    lock       locked with flock; the kernel lets go when the process dies
+    holder.N   where the file system has no flock (NFS, Lustre): who holds it, as JSON
+
+A holder's file is made with O_EXCL, which is atomic on NFS, too, and the highest N counts. One
+whose process is dead is stale: the next run makes N + 1 and never takes a file of another's away,
+so no two can both believe that they did. Whether a process of another host, or of another
+container, still runs cannot be known: its file is respected until somebody removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ortho_cli.errors import OutputExistsError
+from ortho_cli.storage.disk import LACKING
+
+_NO_FLOCK = LACKING | {errno.ENOLCK}
+HOLDER = "holder."
+RELEASED = b"null\n"
+
+
+class Lock:
+    """The right to work in a folder."""
+
+    def __init__(self, folder: Path, out: Path) -> None:
+        """Name the folder, and the output that is made in it."""
+        self._folder, self._out = folder, out
+        self._path = folder / "lock"
+        self._fd = -1
+        self._holder: Path | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether a file that says who holds it stands in for a lock of the system."""
+        return self._holder is not None
+
+    def take(self) -> None:
+        """Make the folder and lock it.
+
+        Raises:
+            OutputExistsError: says who holds it.
+        """
+        while self._fd < 0:
+            # Whoever finished just now may have taken the folder away between two looks of mkdir.
+            with contextlib.suppress(FileExistsError):
+                self._folder.mkdir(parents=True, exist_ok=True)
+            if os.path.lexists(self._folder) and not self._folder.is_dir():
+                raise NotADirectoryError(
+                    errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self._folder)
+                )
+            try:
+                fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:
+                continue
+            try:
+                if self._lock(fd):
+                    self._fd = fd
+            finally:
+                if self._fd != fd:
+                    os.close(fd)
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        except OSError:
+            self._path.unlink(missing_ok=True)  # a folder that is empty then goes, too
+            self.release()
+            raise
+
+    def _lock(self, fd: int) -> bool:
+        """Lock the open file; False if it is to be tried again."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            told = os.pread(fd, 20, 0).decode(errors="replace").strip() or "unknown"
+            raise _held(told, self._out) from None
+        except OSError as error:
+            if error.errno not in _NO_FLOCK:
+                raise
+            with contextlib.suppress(FileNotFoundError, FileExistsError):
+                return self._take_file()
+            return False
+        return self._is_current(fd)
+
+    def _is_current(self, fd: int) -> bool:
+        """Tell a lock file from one that was unlinked after we opened it."""
+        with contextlib.suppress(FileNotFoundError):
+            mine, there = os.fstat(fd), self._path.stat()
+            return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+        return False
+
+    def _take_file(self) -> bool:
+        """Make a file that says who we are, where nobody who may be alive has one."""
+        known = self._holders()
+        self._refuse(known)
+        mine = self._folder / f"{HOLDER}{max(known, default=0) + 1}"
+        fd = os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                os.write(fd, json.dumps(_myself()).encode() + b"\n")
+            finally:
+                os.close(fd)
+            # One that was made meanwhile, under whatever number, counts as much as ours.
+            self._refuse({n: path for n, path in self._holders().items() if path != mine})
+        except (OutputExistsError, OSError):
+            mine.unlink(missing_ok=True)
+            raise
+        self._holder = mine
+        return True
+
+    def _holders(self) -> dict[int, Path]:
+        found = {}
+        for path in self._folder.glob(f"{HOLDER}*"):
+            number = path.name.removeprefix(HOLDER)
+            if number.isdecimal():
+                found[int(number)] = path
+        return found
+
+    def _refuse(self, holders: dict[int, Path]) -> None:
+        for path in holders.values():
+            try:
+                raw = path.read_bytes()
+            except FileNotFoundError:
+                continue
+            told = _parse(raw)
+            if raw == RELEASED or (told is not None and _is_dead(told)):
+                continue
+            if told is not None and _is_here(told):
+                raise _held(str(told["pid"]), self._out)
+            who = f"process {told['pid']} of host `{told['host']}`" if told else "some process"
+            raise OutputExistsError(
+                f"{who} is writing `{self._out}`, as `{path}` says",
+                hint=f"wait for it; if it has ended, remove `{path}`",
+            )
+
+    def remove_folder(self) -> None:
+        """Remove the folder while it is ours; the lock goes last."""
+        for path in self._folder.iterdir():
+            if path not in (self._path, self._holder):
+                remove(path)
+        for last in (self._path, self._holder):
+            if last is not None:
+                last.unlink(missing_ok=True)
+        self._holder = None  # another run may have made a file of that name by now
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
+
+    def release(self) -> None:
+        """Let go."""
+        fd, self._fd = self._fd, -1
+        holder, self._holder = self._holder, None
+        if holder is not None:
+            with contextlib.suppress(OSError), holder.open("r+b") as file:
+                file.write(RELEASED)
+                file.truncate()
+        if fd >= 0:
+            os.close(fd)
+            # NFS keeps an open file that was removed, under another name, until it is closed.
+            with contextlib.suppress(OSError):
+                self._folder.rmdir()
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _held(pid: str, out: Path) -> OutputExistsError:
+    return OutputExistsError(
+        f"process {pid} is writing `{out}` right now",
+        hint="wait for it, or choose another -o",
+    )
+
+
+def _myself() -> dict[str, Any]:
+    pid = os.getpid()
+    return {"pid": pid, "host": os.uname().nodename, "start": _start(pid), "space": _space()}
+
+
+def _parse(raw: bytes) -> dict[str, Any] | None:
+    """Read who holds a lock; None while it is being written, or after it was damaged."""
+    try:
+        told = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    fits = isinstance(told, dict) and isinstance(told.get("host"), str)
+    return told if fits and type(told.get("pid")) is int and told["pid"] > 0 else None
+
+
+def _is_here(told: dict[str, Any]) -> bool:
+    """Tell whether a process is of this host, and of what of it we can see."""
+    return told["host"] == os.uname().nodename and told.get("space") == _space()
+
+
+def _is_dead(told: dict[str, Any]) -> bool:
+    """Tell for certain that a process has ended; its number may be another's by now."""
+    if not _is_here(told):
+        return False
+    try:
+        os.kill(told["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        pass
+    return told.get("start") != _start(told["pid"])
+
+
+def _start(pid: int) -> int | None:
+    """Say when a process began, in ticks since boot; None where the system does not tell."""
+    try:
+        told = Path(f"/proc/{pid}/stat").read_bytes()
+        return int(told.rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _space() -> int | None:
+    """Name the namespace that numbers of processes are of; containers each have their own."""
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return None

@@ -1,0 +1,499 @@
+"""Ortho at rest, sealed with age: who holds a key opens it, and nobody else.
+
+    ortho.safetensors.age   an age file (age-encryption.org/v1) whose content is ortho.safetensors
+    ortho.key.age           with a passphrase only: an age identity, sealed by the passphrase, to
+                            which the former is sealed
+
+age seals a stream front to back, and workers finish tensors in any order. So each part of ortho is
+first sealed on its own, to a key that is made for this work and kept in memory, and put into a
+scratch file; when all are there they are opened one after another and sealed again as one stream.
+`private/key.age` holds that key, sealed to those who may open ortho: a run that goes on needs one
+of their identities, or the passphrase, or splits again what only ortho held.
+
+All cryptography is pyrage's (age's X25519, scrypt, HKDF and ChaCha20-Poly1305). Its streams take
+recipients only, which is why a passphrase seals a key and not ortho itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from blake3 import blake3
+
+from ortho_cli.errors import ArtifactError, InternalError, ResourceError, UsageError, reason
+from ortho_cli.events import EventSink, Noted
+from ortho_cli.storage.checkpoint import fill
+from ortho_cli.storage.data_file import CHUNK, DataFile, Layout, write_all
+from ortho_cli.storage.untrusted import open_regular, read_regular
+from ortho_cli.storage.work_folder import KEY_FILE, WorkFolder, unwritable, write_private
+
+SEALED_FILE = "ortho.safetensors.age"
+IDENTITY_FILE = "ortho.key.age"
+SECRET = "AGE-SECRET-KEY-1"
+
+CHUNK_SEALED = 1 << 16  # age authenticates so many bytes at a time, with a tag of 16
+HEADER_ROOM = 4096  # of age's header, the random stanza that rage adds to it, and a length
+WORK = 20  # scrypt takes 2^(this + 10) bytes; a hostile file may ask for any number
+LENGTH = 8  # bytes of the length before a sealed part
+
+Buffer = bytes | memoryview
+
+
+def _pyrage() -> ModuleType:
+    try:
+        import pyrage  # type: ignore[import-untyped]
+    except ImportError:
+        raise UsageError(
+            "sealing needs the package pyrage, which is not installed",
+            hint="pip install 'ortho-cli[seal]'",
+        ) from None
+    found: ModuleType = pyrage
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seal:
+    """Who may open ortho: holders of an identity of `recipients`, or of the passphrase."""
+
+    recipients: tuple[str, ...] = ()
+    passphrase: str | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the journal says of it; nothing secret, and nothing to try passphrases on."""
+        return {"passphrase": True} if self.passphrase else {"recipients": list(self.recipients)}
+
+
+def make_seal(recipients: Sequence[str] = (), passphrase_file: Path | None = None) -> Seal | None:
+    """Read who ortho is to be sealed to; None for nobody.
+
+    Args:
+        recipients: age's public keys, `age1...`.
+        passphrase_file: its content, less one newline at the end, is the passphrase.
+    Raises:
+        UsageError: both are given, a recipient is none, the file cannot be read or is empty, or
+            pyrage is not installed.
+    """
+    if not recipients and passphrase_file is None:
+        return None
+    if recipients and passphrase_file is not None:
+        raise UsageError(
+            "--seal-to and --seal-passphrase-file were both given; age seals to one or the other",
+            hint="leave one of them out",
+        )
+    if passphrase_file is not None:
+        _pyrage()
+        return Seal(passphrase=_passphrase(passphrase_file, _read(passphrase_file)))
+    for text in recipients:
+        _recipient(text)
+    return Seal(recipients=tuple(sorted(set(recipients))))
+
+
+def _recipient(text: str) -> Any:
+    module = _pyrage()
+    try:
+        return module.x25519.Recipient.from_str(text)
+    except module.RecipientError:
+        secret = text.upper().startswith(SECRET)
+        shown = "a secret key" if secret else f"`{text[:80]}`"
+        raise UsageError(
+            f"--seal-to got {shown}, which is no recipient of age",
+            hint="give the public key, `age1...`, that age-keygen prints",
+        ) from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return read_regular(path).decode()
+    except OSError as error:
+        raise UsageError(f"cannot read `{path}`: {reason(error)}", hint="check the path") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"`{path}` is not text", hint="is this the right file?") from None
+
+
+def _passphrase(path: Path, text: str) -> str:
+    found = text.removesuffix("\n").removesuffix("\r")
+    if not found:
+        raise UsageError(f"the passphrase file `{path}` is empty", hint="write one line into it")
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keys:
+    """What a file given as --identity opens: age identities, or a passphrase."""
+
+    path: Path
+    identities: tuple[Any, ...] = ()
+    passphrase: str | None = None
+
+
+def read_keys(path: Path | None) -> Keys | None:
+    """Read a file of age identities, as age-keygen writes it; any other text is a passphrase.
+
+    No file gives no keys.
+
+    Raises:
+        UsageError: it cannot be read, is empty, or holds an identity that is none.
+    """
+    if path is None:
+        return None
+    module, text = _pyrage(), _read(path)
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not any(line.startswith(SECRET) for line in lines):
+        return Keys(path=path, passphrase=_passphrase(path, text))
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(module.x25519.Identity.from_str(line))
+        except module.IdentityError:
+            raise UsageError(
+                f"key {number} of `{path}` is no identity of age",
+                hint="it holds lines of AGE-SECRET-KEY-1..., as age-keygen writes them",
+            ) from None
+    return Keys(path=path, identities=tuple(found))
+
+
+def _open_with(passphrase: str, raw: bytes) -> bytes:
+    """Open what a passphrase sealed; as scrypt is told in the file how much work to do, ask first.
+
+    Raises:
+        ValueError: it asks for too much.
+        pyrage.DecryptError: the passphrase does not open it.
+    """
+    for line in raw.split(b"\n---", 1)[0].splitlines():
+        words = line.split(b" ")
+        if words[:2] == [b"->", b"scrypt"] and (len(words) != 4 or not 0 < int(words[3]) <= WORK):
+            raise ValueError("its passphrase needs more than a gigabyte")
+    return bytes(_pyrage().passphrase.decrypt(raw, passphrase))
+
+
+class WorkKey:
+    """The key of one piece of work: what it leaves on disk is sealed to it."""
+
+    def __init__(self, identity: Any, seal: Seal) -> None:
+        """Take an identity of age, and who else may have it."""
+        self._identity, self._seal = identity, seal
+        self._mine = identity.to_public()
+
+    @classmethod
+    def make(cls, seal: Seal) -> WorkKey:
+        """Draw a new one."""
+        return cls(_pyrage().x25519.Identity.generate(), seal)
+
+    @classmethod
+    def unlock(cls, raw: bytes, seal: Seal, keys: Keys | None) -> WorkKey | None:
+        """Open one that was locked; None where nothing that was given opens it."""
+        module = _pyrage()
+        try:
+            if seal.passphrase:
+                text = _open_with(seal.passphrase, raw)
+            else:
+                text = module.decrypt(raw, list(keys.identities) if keys else [])
+            return cls(module.x25519.Identity.from_str(text.decode()), seal)
+        except (module.DecryptError, module.IdentityError, ValueError):
+            return None
+
+    def locked(self) -> bytes:
+        """Seal the key itself to those who may open ortho."""
+        module, text = _pyrage(), str(self._identity).encode()
+        if self._seal.passphrase:
+            return bytes(module.passphrase.encrypt(text, self._seal.passphrase))
+        return bytes(module.encrypt(text, self._recipients))
+
+    @property
+    def has_passphrase(self) -> bool:
+        """Whether a passphrase opens it, and it opens ortho."""
+        return self._seal.passphrase is not None
+
+    @property
+    def _recipients(self) -> list[Any]:
+        """Those of the finished stream."""
+        return [_recipient(text) for text in self._seal.recipients] or [self._mine]
+
+    def seal(self, data: Buffer) -> bytes:
+        """Seal some bytes to this key; never the same bytes twice."""
+        return bytes(_pyrage().encrypt(bytes(data), [self._mine]))
+
+    def open(self, data: bytes) -> bytes:
+        """Open what `seal` made.
+
+        Raises:
+            ValueError: it was damaged, or made with another key.
+        """
+        module = _pyrage()
+        try:
+            return bytes(module.decrypt(data, [self._identity]))
+        except module.DecryptError as error:
+            raise ValueError(str(error)) from None
+
+    def seal_stream(self, pieces: Iterable[Buffer], write: Callable[[bytes], Any]) -> None:
+        """Seal pieces as one age file to those who may open ortho; 64 KiB are held at a time."""
+        source, sink = _Source(pieces), _Sink(write)
+        _run(lambda: _pyrage().encrypt_io(source, sink, self._recipients), source, sink)
+
+
+def key_of(work: WorkFolder, seal: Seal, keys: Keys | None, on_event: EventSink) -> WorkKey:
+    """Find the key of a piece of work, or make one, leave it there locked, and begin anew."""
+    path = work.private / KEY_FILE
+    raw = path.read_bytes() if path.is_file() else b""
+    found = WorkKey.unlock(raw, seal, keys) if raw else None
+    if found is not None:
+        return found
+    made = WorkKey.make(seal)
+    write_private(path, lambda file: file.write(made.locked()))
+    if work.done:
+        on_event(
+            Noted(
+                message=f"the {len(work.done)} tensors that an earlier run finished are split "
+                "again: their ortho is sealed, and no --identity opens it"
+            )
+        )
+        work.done.clear()
+    return made
+
+
+class SealedFile:
+    """A scratch file of sealed parts, which stands in for a `DataFile` of ortho."""
+
+    def __init__(self, work: WorkFolder, name: str, layout: Layout, key: WorkKey) -> None:
+        """Open it; each tensor of the layout has a slot of its own."""
+        self.name, self._key, self._layout, self._work = name, key, layout, work
+        self._slots, size = _slots(layout)
+        self.fd = work.open_data(name, size=size, mode=0o600, scratch=True)
+        self._path = work.private / name
+
+    def write(self, key: str, data: memoryview, *, start: int) -> None:
+        """Seal a tensor, which is given whole."""
+        size = self._layout.regions[key].nbytes
+        if start != 0 or data.nbytes != size:
+            raise InternalError(
+                f"{data.nbytes} bytes from {start} on of `{key}` are to be sealed, and it has "
+                f"{size}, sealed at once"
+            )
+        sealed = self._key.seal(data)
+        offset, room = self._slots[key]
+        if LENGTH + len(sealed) > room:  # they would lie over the tensor behind it
+            raise InternalError(
+                f"`{key}` takes {LENGTH + len(sealed)} bytes sealed, and has room for {room}"
+            )
+        try:
+            write_all(self.fd, len(sealed).to_bytes(LENGTH, "little") + sealed, offset)
+        except OSError as error:
+            raise unwritable(self._path, error) from error
+
+    def nbytes(self, key: str) -> int:
+        """Tell the size of a tensor."""
+        return self._layout.regions[key].nbytes
+
+    def read_into(self, key: str, buffer: memoryview, *, start: int) -> None:
+        """Open a tensor, and read from `start` bytes into it."""
+        found = self._open(key)
+        buffer[:] = found[start : start + len(buffer)]
+
+    def read(self, key: str) -> Iterator[memoryview]:
+        """Open a tensor; yield it piece by piece."""
+        found = memoryview(self._open(key))
+        for start in range(0, len(found), CHUNK):
+            yield found[start : start + CHUNK]
+
+    def digest(self, key: str) -> str:
+        """Take the BLAKE3 of a tensor; empty where it does not open."""
+        try:
+            return blake3(self._open(key)).hexdigest()
+        except ArtifactError:
+            return ""
+
+    def finish(self, layout: Layout) -> tuple[str, str | None]:
+        """Seal header and tensors, which are all here, as the file that ortho is published as.
+
+        Returns:
+            BLAKE3 of its content, and of the sealed file.
+        """
+        work = self._work
+        content, sealed = blake3(), blake3()
+        fd, offset = work.open_data(SEALED_FILE, size=0, mode=0o600), 0
+
+        def pieces() -> Iterator[Buffer]:
+            for piece in _whole(layout, self.read):
+                content.update(piece)
+                yield piece
+
+        def write(data: bytes) -> None:
+            nonlocal offset
+            sealed.update(data)
+            write_all(fd, data, offset)
+            offset += len(data)
+
+        try:
+            self._key.seal_stream(pieces(), write)
+            if self._key.has_passphrase:
+                work.write_file(IDENTITY_FILE, (work.private / KEY_FILE).read_bytes())
+        except OSError as error:
+            raise unwritable(work.artifact / SEALED_FILE, error) from error
+        return content.hexdigest(), sealed.hexdigest()
+
+    def _open(self, key: str) -> bytes:
+        offset, room = self._slots[key]
+        buffer = memoryview(bytearray(room))
+        fill(self.fd, buffer, offset, what=f"`{self._path}`")
+        length = int.from_bytes(buffer[:LENGTH], "little")
+        try:
+            return self._key.open(bytes(buffer[LENGTH : LENGTH + min(length, room)]))
+        except ValueError as error:
+            raise ArtifactError(
+                f"`{key}` in `{self._path}` does not open: {error}",
+                hint="remove the hidden folder beside the output and start again",
+            ) from None
+
+
+OrthoFile = DataFile | SealedFile
+
+
+def _whole(layout: Layout, read: Callable[[str], Iterator[memoryview]]) -> Iterator[Buffer]:
+    yield layout.header
+    for key in layout.regions:  # in the order in which they lie
+        yield from read(key)
+
+
+def _slots(layout: Layout) -> tuple[dict[str, tuple[int, int]], int]:
+    found, position = {}, 0
+    for key, region in layout.regions.items():
+        tags = 16 * (region.nbytes // CHUNK_SEALED + 1)
+        found[key] = position, LENGTH + region.nbytes + tags + HEADER_ROOM
+        position += found[key][1]
+    return found, position
+
+
+def scratch_bytes(layout: Layout, seal: Seal | None) -> int:
+    """Size of the scratch file in which ortho's parts are sealed one by one, if they are."""
+    return _slots(layout)[1] if seal else 0
+
+
+class Opened:
+    """A sealed file's content, in memory alone, as a file that can be opened again by its path."""
+
+    def __init__(self, name: str) -> None:
+        """Make an empty one."""
+        self._fd = -1
+        try:
+            self._fd = os.memfd_create(name, os.MFD_CLOEXEC)
+            self.path = Path(f"/proc/self/fd/{self._fd}")
+            self.path.stat()
+        except (AttributeError, OSError):  # not Linux, or a container without it or without /proc
+            raise ResourceError(
+                "this system has no files that are in memory alone, and ortho is not opened on "
+                "disk",
+                hint="open it on Linux, or with `age -d` where the result may lie",
+            ) from None
+
+    def write(self, data: bytes) -> None:
+        """Append."""
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._fd, view) :]
+
+    def __del__(self) -> None:
+        """Let go of the memory."""
+        if getattr(self, "_fd", -1) >= 0:
+            os.close(self._fd)
+
+
+def open_sealed(path: Path, keys: Keys) -> Opened:
+    """Open a sealed ortho; all of it is authenticated before any of it is used.
+
+    Args:
+        path: the file; `ortho.key.age` lies beside it if a passphrase opens it.
+        keys: what may open it.
+    Returns:
+        Its content, as large as ortho.safetensors, in memory.
+    Raises:
+        ArtifactError: no key fits, or the file was cut, damaged or is no age file.
+    """
+    module, locked = _pyrage(), path.with_name(IDENTITY_FILE)
+    identities = list(keys.identities)
+    try:
+        if keys.passphrase is not None:
+            if not locked.is_file():
+                raise ArtifactError(
+                    f"`{keys.path}` holds no identity of age, and `{path}` has no {IDENTITY_FILE} "
+                    "beside it that a passphrase would open",
+                    hint="give a file of AGE-SECRET-KEY-1... lines",
+                )
+            text = _open_with(keys.passphrase, read_regular(locked))
+            identities = [module.x25519.Identity.from_str(text.decode())]
+    except (module.DecryptError, module.IdentityError, ValueError):
+        raise ArtifactError(
+            f"the passphrase in `{keys.path}` does not open `{locked}`",
+            hint="give the passphrase that ortho was sealed with, or restore the file",
+        ) from None
+    found = Opened(SEALED_FILE)
+    try:
+        with open_regular(path) as file:
+            sink = _Sink(found.write)
+            _run(lambda: module.decrypt_io(file, sink, identities), sink)
+    except (module.DecryptError, OSError) as error:
+        raise ArtifactError(
+            f"`{keys.path}` does not open `{path}`: {reason(error)}",
+            hint="give an identity that it was sealed to"
+            if "matching" in str(error)
+            else "the file was cut, damaged or exchanged; restore it",
+        ) from None
+    return found
+
+
+class _Source:
+    """Pieces as a file that is read front to back."""
+
+    def __init__(self, pieces: Iterable[Buffer]) -> None:
+        self._pieces = iter(pieces)
+        self._left = memoryview(b"")
+        self.error: BaseException | None = None
+
+    def read(self, size: int) -> bytes:
+        try:
+            while not self._left:
+                piece = next(self._pieces, None)
+                if piece is None:
+                    return b""
+                self._left = memoryview(piece).cast("B") if len(piece) else self._left
+        except BaseException as error:
+            self.error = error
+            raise
+        found = bytes(self._left[:size])
+        self._left = self._left[size:]
+        return found
+
+
+class _Sink:
+    """A function as a file that is written front to back."""
+
+    def __init__(self, write: Callable[[bytes], Any]) -> None:
+        self._write = write
+        self.error: BaseException | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            self._write(bytes(data))
+        except BaseException as error:
+            self.error = error
+            raise
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
+def _run(call: Callable[[], None], *ends: _Source | _Sink) -> None:
+    """Call pyrage, and raise what its files raised: it passes on the words alone."""
+    try:
+        call()
+    finally:
+        for end in ends:
+            if end.error is not None:
+                raise end.error

@@ -1,0 +1,445 @@
+"""A folder that appears whole or not at all, and work that survives being killed.
+
+Work for OUT goes to the hidden sibling `.OUT.ortho/`:
+
+    lock       held by the run that works here (see `locks`)
+    journal    line 1: what is made from what; then one line a finished tensor
+    artifact/  the files being written; data files end in `.partial` until all is on disk
+    private/   what a run that goes on needs, and the result does not hold; scratch files too
+    previous/  what `--force` replaces, between two renames
+
+A tensor counts as finished once its line is in the journal, and lines are written only after the
+data they speak of are synced. `publish` renames the data files, then `artifact/` (or one file of
+it) to OUT: one step, before which OUT does not exist (or is the old one) and after which it is
+complete. `recover` puts things right where a run was killed between two renames.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from ortho_cli import errors
+from ortho_cli.errors import Interrupted, OutputExistsError, ResourceError
+from ortho_cli.events import EventSink, Noted, null_sink
+from ortho_cli.storage.disk import reserve, sync, sync_folder
+from ortho_cli.storage.locks import Lock, remove
+from ortho_cli.storage.untrusted import read_regular
+
+PARTIAL = ".partial"
+KEY_FILE = "key.age"  # in private/, where what work leaves is sealed
+BAD_SOURCE = (
+    errors.ArtifactError,
+    errors.CalibrationError,
+    errors.CheckpointError,
+    errors.NumericalError,
+)
+
+Entry = dict[str, Any]
+
+
+def work_folder(out: Path) -> Path:
+    """Name the hidden sibling in which OUT is made."""
+    return out.parent / f".{out.name}.ortho"
+
+
+def recover(out: Path) -> None:
+    """Undo or clear up after a run that was killed between renames; leave a running one alone."""
+    folder = work_folder(out)
+    if not folder.is_dir():
+        return
+    lock = Lock(folder, out)
+    try:
+        lock.take()
+    except OutputExistsError:
+        return
+    try:
+        if os.path.lexists(folder / "previous") and not os.path.lexists(out):
+            (folder / "previous").rename(out)
+        made = folder / "artifact"
+        left = any(path.is_file() for path in made.rglob("*"))
+        # Where OUT is one file, its empty folder stays; an older OUT beside says what was done.
+        published = not left and os.path.lexists(folder / "previous")
+        if published or not made.exists():
+            lock.remove_folder()
+    finally:
+        lock.release()
+
+
+class WorkFolder:
+    """The work on one output, as a context manager; unfinished work is kept for the next run."""
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        identity: Entry,
+        force: bool,
+        is_sound: Callable[[Entry], bool] = lambda entry: True,
+        file: str | None = None,
+        on_event: EventSink = null_sink,
+    ) -> None:
+        """Begin, or go on where an equal run stopped.
+
+        Args:
+            out: where the finished folder goes.
+            identity: everything the bytes depend on, and the size of each data file under `files`,
+                of each scratch file under `scratch`; only work with an equal identity is continued.
+            force: discard half-done work of another identity.
+            is_sound: tells a journal entry that can be relied on; from the first other one on, work
+                is done again.
+            file: OUT is to be this one file of `artifact/`; without it, the whole folder.
+            on_event: told what the file system lacks, once.
+        """
+        self.out = out
+        self.folder = work_folder(out)
+        self.artifact = self.folder / "artifact"
+        # What work leaves for the run that goes on with it, and never becomes part of the result.
+        self.private = self.folder / "private"
+        self.done: dict[str, Entry] = {}
+        self.published = False
+        self._is_new = False  # nothing of an earlier run is in the folder
+        self._result = self.artifact / file if file else self.artifact
+        self._identity = identity
+        self._force = force
+        self._is_sound = is_sound
+        self._lock = Lock(self.folder, out)
+        self._journal = -1
+        self._fds: dict[Path, int] = {}
+        self._names: dict[str, str] = {}  # of side files, as they differ where case does not
+        self._on_event, self._told = on_event, set[str]()
+        self._made = [parent for parent in out.absolute().parents if not parent.exists()]
+
+    @property
+    def useful(self) -> bool:
+        """Whether another run can go on with something that is there."""
+        if self.done or not self.private.is_dir():
+            return bool(self.done)
+        names = (path.name.removesuffix(PARTIAL) for path in self.private.iterdir())
+        return any(name not in self._scratch and name != KEY_FILE for name in names)
+
+    @property
+    def _scratch(self) -> dict[str, int]:
+        found: dict[str, int] = self._identity.get("scratch", {})
+        return found
+
+    def __enter__(self) -> WorkFolder:
+        """Take the lock and read the journal."""
+        try:
+            self._lock.take()
+            if self._lock.is_file:
+                self._note(
+                    f"the file system of `{self.out.parent}` has no locks (flock): a file in "
+                    f"`{self.folder.name}` says who works there"
+                )
+            try:
+                self._open_journal()
+            except BaseException as error:
+                if isinstance(error, OSError) and self._is_new:
+                    self._lock.remove_folder()
+                self._close()
+                raise
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                for parent in self._made:
+                    parent.rmdir()
+            raise unwritable(self.out, error) from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close everything; keep the folder only if another run can go on in it."""
+        # A source that must be repaired is another source then: work on this one is of no use.
+        useless = not self.useful or isinstance(error, BAD_SOURCE)
+        replaced = os.path.lexists(self.folder / "previous")  # not ours alone to throw away
+        if error is not None and useless and not (replaced or self.published):
+            with contextlib.suppress(OSError):
+                self._lock.remove_folder()
+                for parent in self._made:
+                    parent.rmdir()
+        self._close()
+
+    def _open_journal(self) -> None:
+        path = self.folder / "journal"
+        lines = _complete_lines(path)
+        if lines and lines[0] != self._identity:
+            if not self._force:
+                raise OutputExistsError(
+                    f"`{self.folder}` holds {len(lines) - 1} finished tensors of another run: "
+                    f"{_difference(lines[0], self._identity)}",
+                    hint="give that run's recipe and source to finish it, or --force to discard it",
+                )
+            lines = []
+        if not lines:
+            remove(self.private)
+        lines[1:] = takewhile(self._is_sound, lines[1:])
+        if not lines or not self._data_is_there():
+            lines = []
+            remove(self.artifact)
+            path.unlink(missing_ok=True)
+        self.artifact.mkdir(exist_ok=True)
+        self.private.mkdir(mode=0o700, exist_ok=True)
+        for file in self.artifact.iterdir():  # side files are made again
+            if file.name.removesuffix(PARTIAL) not in self._identity["files"]:
+                remove(file)
+        self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        # A last line without its newline was cut by a kill; append after the last whole one.
+        os.ftruncate(self._journal, sum(len(_encode(line)) for line in lines))
+        if not lines:
+            self._is_new = not os.path.lexists(self.folder / "previous")
+            self._append([self._identity])
+        self.done = {line["name"]: line for line in lines[1:]}
+
+    def _data_is_there(self) -> bool:
+        """Give renamed data files their working names back; tell whether all are there in full."""
+        whole = True
+        for name, size in self._identity["files"].items():
+            final, partial = self.artifact / name, self.artifact / (name + PARTIAL)
+            if final.exists():
+                final.rename(partial)
+            whole = whole and _has_size(partial, size)
+        for name, size in self._scratch.items():
+            whole = whole and _has_size(self.private / (name + PARTIAL), size)
+        return whole
+
+    def open_data(self, name: str, *, size: int, mode: int, scratch: bool = False) -> int:
+        """Open a data file with its bytes reserved, so that a full disk shows before the work.
+
+        Args:
+            name: of the file.
+            size: in bytes.
+            mode: its permissions.
+            scratch: only work goes through it; it is synced with the others, and not published.
+        """
+        path = (self.private if scratch else self.artifact) / (name + PARTIAL)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
+            self._fds[path] = fd
+            if os.fstat(fd).st_size != size and not reserve(fd, size):
+                self._note(
+                    f"the file system of `{self.out.parent}` reserves no space: a full disk shows "
+                    "only when it is full"
+                )
+            if mode & 0o077 == 0 and os.fstat(fd).st_mode & 0o077:
+                self._note(
+                    f"the file system of `{self.out.parent}` keeps no permissions: others may be "
+                    f"able to read `{name}`"
+                )
+        except OSError as error:
+            raise unwritable(path, error) from error
+        return fd
+
+    def _note(self, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            self._on_event(Noted(message=message))
+
+    def _sync_file(self, fd: int) -> None:
+        self._seen(sync(fd))
+
+    def _sync_folder(self, path: Path) -> None:
+        self._seen(sync_folder(path))
+
+    def _seen(self, synced: bool) -> None:
+        if not synced:
+            self._note(
+                f"the file system of `{self.out.parent}` does not say when all is on disk (fsync): "
+                "a power cut now could lose it"
+            )
+
+    def commit(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Make tensors count as finished: data to disk first, then their lines."""
+        if not entries:
+            return
+        try:
+            for fd in self._fds.values():
+                self._sync_file(fd)
+            self._append(entries)
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
+        self.done.update((entry["name"], entry) for entry in entries)
+
+    def _append(self, entries: Sequence[dict[str, Any]]) -> None:
+        data = memoryview(b"".join(map(_encode, entries)))
+        while data:
+            data = data[os.write(self._journal, data) :]
+        self._sync_file(self._journal)
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write a small file whole."""
+        path = self._side_file(name)
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            self._sync_file(file.fileno())
+
+    def copy_file(self, source: Path, name: str) -> None:
+        """Copy a file of the source, its bytes only."""
+        path = self._side_file(name)
+        if not source.is_file():
+            raise errors.CheckpointError(
+                f"`{source}` vanished while the model was read", hint="put it back and start again"
+            )
+        shutil.copyfile(source, path)
+        with path.open("rb") as file:
+            self._sync_file(file.fileno())
+
+    def _side_file(self, name: str) -> Path:
+        """Make the folder of a side file; say so if its name is another's that is there."""
+        path = self.artifact / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        other = self._names.setdefault(name.casefold(), name)
+        if other != name and path.exists():
+            self._note(
+                f"`{other}` is not kept: the file system of `{self.out.parent}` takes its name for "
+                f"that of `{name}`"
+            )
+        return path
+
+    def publish(self, *, may_replace: Callable[[Path], bool]) -> None:
+        """Give data files their names, in the order they were opened, and the result its place.
+
+        Args:
+            may_replace: tells whether what lies at OUT by now may be replaced.
+        """
+        for path, fd in self._fds.items():
+            if path.parent != self.private:
+                self._sync_file(fd)
+                path.rename(path.with_name(path.name.removesuffix(PARTIAL)))
+        for folder, _, _ in os.walk(self.artifact):
+            self._sync_folder(Path(folder))
+        previous = self.folder / "previous"
+        if os.path.lexists(self.out):
+            self._make_way(previous, may_replace)
+        try:
+            self._result.rename(self.out)
+        except BaseException:
+            if previous.exists() and not os.path.lexists(self.out):
+                previous.rename(self.out)
+            raise
+        self.published = True
+        self._sync_folder(self.out.parent)
+        with contextlib.suppress(OSError):
+            self._lock.remove_folder()
+
+    def _make_way(self, previous: Path, may_replace: Callable[[Path], bool]) -> None:
+        with contextlib.suppress(OSError):
+            self.out.rmdir()  # an empty folder
+            return
+        if not may_replace(self.out):
+            raise OutputExistsError(
+                f"output `{self.out}` has appeared while its new content was made",
+                hint="move it away and repeat the same command: the work is kept",
+            )
+        if previous.exists():
+            raise OutputExistsError(
+                f"`{previous}` holds an older artifact",
+                hint="move it away, then repeat the command",
+            )
+        self.out.rename(previous)
+
+    def _close(self) -> None:
+        fds, self._fds = [*self._fds.values(), self._journal], {}
+        self._journal = -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
+        self._lock.release()
+
+
+@contextlib.contextmanager
+def interruptible(
+    work: WorkFolder, *, total: int, what: str = "tensors", done: str = "finished"
+) -> Iterator[None]:
+    """Turn Ctrl-C into an error that says how to go on.
+
+    Args:
+        work: what is interrupted.
+        total: lines of its journal when all is done.
+        what: each of them stands for.
+        done: what has happened to it; other than finished, where its line holds that key.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if work.published:
+            raise Interrupted(
+                f"interrupted when `{work.out}` was complete", hint="nothing is left to do"
+            ) from None
+        count = sum(done == "finished" or done in entry for entry in work.done.values())
+        raise Interrupted(
+            f"interrupted with {count} of {total} {what} {done}",
+            hint="repeat the same command to go on from there"
+            if work.useful
+            else "nothing was finished; nothing is left behind",
+        ) from None
+
+
+def write_private(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file whole or not at all, for its owner alone.
+
+    Raises:
+        ResourceError: the disk is full or closed to us.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            write(file)
+            file.flush()
+            sync(file.fileno())
+        partial.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.exists() and path.stat().st_size == size
+
+
+def unwritable(path: Path, error: OSError) -> ResourceError:
+    """Say why a file could not be written."""
+    return ResourceError(
+        f"cannot write `{path}`: {errors.reason(error)}", hint=errors.remedy(error)
+    )
+
+
+def _encode(line: dict[str, Any]) -> bytes:
+    return json.dumps(line, separators=(",", ":")).encode() + b"\n"
+
+
+def _complete_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the lines that were written whole; a cut or unreadable tail is work to be done again."""
+    lines: list[dict[str, Any]] = []
+    raw = read_regular(path) if path.exists() else b""
+    for piece in raw.split(b"\n")[:-1]:
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(piece)
+            if (
+                isinstance(line, dict)
+                and _encode(line) == piece + b"\n"
+                and (not lines or isinstance(line.get("name"), str))
+            ):
+                lines.append(line)
+                continue
+        break
+    return lines
+
+
+def _difference(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
+    sizes = ("files", "scratch")  # which follow from the rest
+    both = {**theirs, **mine}
+    keys = [key for key in both if key not in sizes and theirs.get(key) != mine.get(key)]
+    return " and ".join(f"another {key}" for key in keys or ["version"])
