@@ -31,14 +31,14 @@ check: install ## lint, format and types
 
 # What guards privacy, exactness and data must not be an assertion, which -O leaves out; those of
 # tests count all the same, since pytest rewrites them (and warns that others do not).
-CORE := $(addprefix tests/test_,data.py decompose_edits.py forget_set.py seal.py writer.py)
+CORE := $(addprefix tests/,decompose/test_job_edits.py model/test_secrets.py model/test_text.py storage/test_data_file.py storage/test_sealing.py)
 
 test: check ## all of check, then the tests, and their core once more under python -O
 	$(BIN)/pytest
 	$(BIN)/python -O -m pytest -W 'ignore:assertions not in test modules' $(CORE)
 
 fuzz: install ## damage every kind of file that is read, for MINUTES=30; findings go to demo/fuzz
-	PYTHONPATH=tests $(BIN)/python tests/fuzz/long.py --minutes $(or $(MINUTES),30)
+	PYTHONPATH=.:tests $(BIN)/python tests/fuzz/long.py --minutes $(or $(MINUTES),30)
 
 faults: install ## kill, starve and disturb real runs at random moments; prints what was lost (an hour; root mounts small disks)
 	$(BIN)/python tests/faults.py

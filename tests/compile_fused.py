@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels for a named card, with none at hand: each launch of some products.
 
-    python tests/compile_fused.py 90
+    PYTHONPATH=. python tests/compile_fused.py 90
 
 The interpreter runs Python, so it takes what Triton's compiler refuses. Prints one line a kernel.
 """
@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import triton
-from test_kernels import Made
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ortho_cli.runtime import triton_kernels
+from tests.runtime.test_product import Made
 
 NAMES = {
     torch.bfloat16: "*bf16",

@@ -13,7 +13,6 @@ import own_reader
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_decompose_edits import Fake, draw_edits
 from torch import nn
 
 from ortho_cli.decompose import recipe, tally
@@ -28,6 +27,7 @@ from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.runtime.engine import Engine
 from ortho_cli.split import quantize
 from ortho_cli.storage.checkpoint import open_checkpoint, read_shard
+from tests.decompose.test_job_edits import Fake, draw_edits
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SIZES = {"hidden": 64, "mlp": 64, "layers": 1, "vocab": 96}

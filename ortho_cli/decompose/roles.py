@@ -5,7 +5,7 @@ embedding, `lm_head.decoder` a head. A word that other layers use too (`output`,
 only where the shape agrees: a head has one row for each token, a router one for each expert. Sizes
 come from config.json and, where there is none, from the other tensors of the checkpoint.
 
-tests/test_roles.py holds these rules against the classes of all models that transformers builds.
+tests/decompose/test_roles.py holds these rules against every class that transformers builds.
 """
 
 from __future__ import annotations

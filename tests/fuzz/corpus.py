@@ -1,6 +1,6 @@
 """Malformed files, each with the command that reads it, its exit code and a piece of what it says.
 
-    PYTHONPATH=tests python tests/fuzz/corpus.py [KIND ...]    runs them under a gigabyte of memory
+    PYTHONPATH=.:tests python tests/fuzz/corpus.py [KIND ...]    runs them in a gigabyte of memory
 
 All are made on the spot, alike on every run. What broke a promise when it was first tried:
 

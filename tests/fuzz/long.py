@@ -1,6 +1,6 @@
 """Fuzz for as long as is asked: `make fuzz MINUTES=30`.
 
-    PYTHONPATH=tests python tests/fuzz/long.py [--minutes 30] [--seed 0] [--keep DIR] [TARGET ...]
+    PYTHONPATH=.:tests python tests/fuzz/long.py [--minutes 30] [--seed 0] [--keep DIR] [TARGET ...]
 
 Runs in one process under an address space of its own size plus a gigabyte. What breaks a promise is
 kept in `--keep`, with its traceback; the exit code says whether anything did.

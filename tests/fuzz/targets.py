@@ -170,7 +170,7 @@ def data(folder: Path) -> None:
 
 def gguf(folder: Path) -> None:
     """A one-layer Llama as llama.cpp keeps it."""
-    from test_gguf_source import write
+    from tests.convert.test_gguf import write
 
     folder.mkdir(parents=True)
     write(folder / "m.gguf")

@@ -18,7 +18,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_crash import run_and_die, split
 
 import ortho_cli
 from ortho_cli.decompose.edits import load_arrays, save_arrays
@@ -29,6 +28,7 @@ from ortho_cli.formats.verify import verify
 from ortho_cli.storage import sealing
 from ortho_cli.storage.data_file import DataFile, TensorSpec, plan_layout
 from ortho_cli.storage.work_folder import WorkFolder, work_folder
+from tests.test_crash import run_and_die, split
 
 Ortho = Callable[..., Any]
 SEALED = "ortho.safetensors.age"

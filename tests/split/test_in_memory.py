@@ -8,13 +8,13 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops import curved
 from torch import Tensor
 
 from ortho_cli.split import quantize
 from ortho_cli.split.in_memory import split_weight
 from ortho_cli.split.scale_search import rounds
 from ortho_cli.split.scales import Kept, curvature_scales, mse_scales
+from tests.split.test_quantize import curved
 
 Case = tuple[Tensor, Tensor, int]
 

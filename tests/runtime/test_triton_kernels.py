@@ -16,18 +16,18 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import DTYPES, Made
 from torch import Tensor
 
 from ortho_cli.runtime import product as kernels
 from ortho_cli.runtime.product import Base, Ortho
+from tests.runtime.test_product import DTYPES, Made
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
 
 
 @contextmanager

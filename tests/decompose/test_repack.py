@@ -19,9 +19,6 @@ import torch
 from conftest import Ortho
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_decompose_edits import Case as EditCase
-from test_decompose_edits import case as edited
-from test_reference_split import Case as ReferenceCase
 from torch import Tensor, nn
 
 import ortho_cli
@@ -48,6 +45,9 @@ from ortho_cli.split import quantize
 from ortho_cli.storage import output
 from ortho_cli.storage.checkpoint import open_checkpoint, read_shard
 from ortho_cli.storage.work_folder import work_folder
+from tests.decompose.test_job_edits import Case as EditCase
+from tests.decompose.test_job_edits import case as edited
+from tests.decompose.test_reference_split import Case as ReferenceCase
 
 __all__ = ["edited"]
 

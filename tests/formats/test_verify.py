@@ -35,7 +35,7 @@ LAYOUTS = {
     "compact": "{layout: compact, density: 0.1}",
     "int8": "{layout: compact, values: int8, density: 0.1}",
 }
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 FILES = ("model.safetensors", "ortho.safetensors")
 Run = Callable[..., tuple[int, str]]
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import reference
 import torch
-from test_scoring import VOCAB, llama
 from torch import Tensor, nn
 
 from ortho_cli.bench import attacks, baselines
@@ -19,6 +18,7 @@ from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.runtime.engine import Engine, densify, write_dense
 from ortho_cli.runtime.ortho_linear import OrthoLinear
 from ortho_cli.split import quantize
+from tests.model.test_scoring import VOCAB, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 

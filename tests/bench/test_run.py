@@ -17,7 +17,6 @@ import torch
 from conftest import Ortho, Ran
 from memorised import PLENTY, Memorised
 from safetensors.torch import load_file
-from test_attacks import edit
 
 import ortho_cli
 from ortho_cli.bench import attacks, baselines, figures
@@ -28,6 +27,7 @@ from ortho_cli.errors import OutputExistsError, UsageError
 from ortho_cli.runtime.engine import Engine, densify
 from ortho_cli.runtime.ortho_linear import OrthoLinear
 from ortho_cli.split import quantize
+from tests.bench.test_attacks import edit
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 NAMES = ["Bertram", "Cordula", "Dietmar", "Eleonore", "Friedolin", "Gundula"]

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
-from test_side_files import AGE, PEM, PIECES, ROW, TOKEN
 
 from ortho_cli.storage import side_files
 from ortho_cli.storage.leaks import holds_secret, holds_weights, names_secret, names_weights
 from ortho_cli.storage.side_files import Why, choose
+from tests.storage.test_side_files import AGE, PEM, PIECES, ROW, TOKEN
 
 RAW = np.random.default_rng(0).standard_normal(50_000).astype("<f4").tobytes()
 

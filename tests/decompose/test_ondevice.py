@@ -9,13 +9,13 @@ import checkpoints
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_onepass import DTYPES, error_of, files, names_given, odd_weights, split
 from torch import Tensor
 
 from ortho_cli.decompose.ondevice import OnDevice, TopK
 from ortho_cli.errors import OrthoError
 from ortho_cli.events import Advanced, Event, Noted
 from ortho_cli.split.select import TopK as Reference
+from tests.decompose.test_onepass import DTYPES, error_of, files, names_given, odd_weights, split
 
 HERE = "cpu:0"  # torch's name for the same device, and not ours for the usual way
 

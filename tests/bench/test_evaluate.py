@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_scoring import VOCAB, Plain, Table, llama
 
 from ortho_cli.bench import evaluate
 from ortho_cli.errors import CalibrationError, NumericalError, UsageError
@@ -18,6 +17,7 @@ from ortho_cli.model import scoring
 from ortho_cli.model.scoring import SecretScore, compare_windows
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.text import TokenSequence
+from tests.model.test_scoring import VOCAB, Plain, Table, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 
