@@ -26,7 +26,7 @@ from ortho_cli.events import Advanced, EventSink, Finishing, Noted, Started, Ten
 from ortho_cli.formats.artifact import is_artifact
 from ortho_cli.split import quantize
 from ortho_cli.split.quantize import as_bytes
-from ortho_cli.split.tiles import TILE_ELEMENTS
+from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage import checkpoint
 from ortho_cli.storage.checkpoint import MODEL_SUFFIXES
 from ortho_cli.storage.data_file import DataFile, TensorStream
@@ -49,6 +49,7 @@ def open_source(
     alpha: float | None = None,
     keys: Keys | None = None,
     key: str | None = None,
+    sizes: Sizes = DEFAULT_SIZES,
 ) -> Source:
     """Describe any checkpoint; an artifact at one alpha.
 
@@ -57,6 +58,7 @@ def open_source(
         alpha: for an artifact, and required there.
         keys: open a sealed ortho.
         key: where a file of torch.save keeps its weights, as in `--key`.
+        sizes: of tiles of an artifact's base.
     Raises:
         UsageError: an artifact without alpha, or alpha for anything else; a key that is not there,
             or for anything but a file of torch.save.
@@ -77,7 +79,7 @@ def open_source(
                 f"`{path}` is an artifact, and no --alpha says which of its models is meant",
                 hint="--alpha 1 is the full model, --alpha 0 is base alone",
             )
-        return open_dense(path, alpha, keys)
+        return open_dense(path, alpha, keys, sizes=sizes)
     if alpha is not None and path.exists():
         raise UsageError(
             f"`{path}` is no artifact, and --alpha {alpha:g} is for artifacts",
@@ -227,9 +229,8 @@ class _Job:
         """Take one tensor from its first row to its last; return its digest."""
         source = tensor.source
         stream = TensorStream(self._files[tensor.file], source.name)
-        step = max(1, TILE_ELEMENTS // max(1, source.columns))
-        for row in range(0, source.rows, step):
-            read = source.read(row, min(step, source.rows - row))
+        for row, count in self._plan.sizes.tiles("convert", (source.rows, source.columns)):
+            read = source.read(row, count)
             cast = _round(tensor, read, row * source.columns)
             stream.write(as_bytes(cast))
             self._emit(Advanced(nbytes=cast.nbytes))

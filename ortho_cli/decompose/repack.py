@@ -25,7 +25,6 @@ from ortho_cli.formats.curvature import Curvature
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.split import quantize
 from ortho_cli.split.quantize import as_bytes
-from ortho_cli.split.tiles import tile_rows
 from ortho_cli.storage.data_file import DataFile, Layout, TensorSpec, TensorStream, plan_layout
 from ortho_cli.storage.sealing import OrthoFile
 
@@ -112,6 +111,7 @@ class Repacker:
             crow,
             column,
             _shape(tensor),
+            sizes=self._plan.sizes,
         )
         codes, step = compact.round_values(values, base, scales)
         back = compact.restore_values(codes, step, base, scales, values.dtype)
@@ -147,7 +147,7 @@ class Repacker:
         """Sum squares of what was lost times curvature, in float64."""
         curvature, total = Curvature(reader, tensor.name), 0.0
         scratch, places = quantize.Scratch(), torch.from_numpy(column)
-        for start, stop, row in _tiles(tensor, crow):
+        for start, stop, row in self._tiles(tensor, crow):
             here = slice(int(crow[start]), int(crow[stop]))
             scratch.reset()
             _, root = curvature.sample([start], stop - start, empty=scratch)
@@ -155,17 +155,15 @@ class Repacker:
             total += float((mine * lost[here]).double().square().sum())
         return total
 
+    def _tiles(self, tensor: TensorPlan, crow: Integers) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield the rows of each tile that holds entries, and each entry's row in its tile."""
+        for start, count in self._plan.sizes.tiles("split", tensor.source.shape):
+            stop = start + count
+            if crow[start] < crow[stop]:
+                row = np.repeat(np.arange(count), np.diff(crow[start : stop + 1]))
+                yield start, stop, torch.from_numpy(row)
+
 
 def _shape(tensor: TensorPlan) -> tuple[int, int]:
     rows, columns = tensor.source.shape
     return rows, columns
-
-
-def _tiles(tensor: TensorPlan, crow: Integers) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield the rows of each tile that holds entries, and each entry's row in its tile."""
-    rows, step = tensor.source.shape[0], tile_rows(tensor.source.shape)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        if crow[start] < crow[stop]:
-            row = np.repeat(np.arange(stop - start), np.diff(crow[start : stop + 1]))
-            yield start, stop, torch.from_numpy(row)

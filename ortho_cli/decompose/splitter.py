@@ -36,7 +36,7 @@ from ortho_cli.split.quantize import as_bytes
 from ortho_cli.split.scale_search import chosen_alike, rounds, take_turns
 from ortho_cli.split.scales import Kept
 from ortho_cli.split.select import guess_bar
-from ortho_cli.split.tiles import GPTQ_ELEMENTS, TILE_ELEMENTS, tile_rows
+from ortho_cli.split.sizes import Part, Sizes
 from ortho_cli.storage.checkpoint import ShardReader
 from ortho_cli.storage.data_file import DataFile, TensorStream
 from ortho_cli.storage.sealing import OrthoFile
@@ -80,6 +80,7 @@ class Splitter(Worker):
         ortho: OrthoFile,
         *,
         group_size: int,
+        sizes: Sizes,
         curvature: StatisticsReader | None = None,
         by_curvature: bool = False,
         edits: Edits | None = None,
@@ -93,7 +94,14 @@ class Splitter(Worker):
     ) -> None:
         """Say where tensors come from and go to, what selects a weight, and what stops the work."""
         super().__init__(
-            reader, base, ortho, reference=reference, check=check, stop=stop, on_event=on_event
+            reader,
+            base,
+            ortho,
+            sizes=sizes,
+            reference=reference,
+            check=check,
+            stop=stop,
+            on_event=on_event,
         )
         self._edits = edits or {}
         self._moved_to_code = moved_to_code
@@ -153,7 +161,7 @@ class Splitter(Worker):
 
     def _guess_bar(self, tensor: TensorPlan) -> float | None:
         """Guess from rows all over the tensor what saliency the k-th largest will exceed."""
-        sample = None if self._reference else sample_rows(tensor, TILE_ELEMENTS // 2)
+        sample = None if self._reference else sample_rows(tensor, self._sizes.split // 2)
         if sample is None:
             return None
         starts, count = sample
@@ -241,7 +249,7 @@ class Splitter(Worker):
         """
         scratch = self._tile  # valid for one tile
         self._held.reset()  # valid for one tensor
-        rows, columns = tensor.source.shape
+        columns = tensor.source.shape[1]
         dtype = TORCH_DTYPES[tensor.source.dtype]
         curvature = self._open_curvature(tensor)
         edit = self._edits.get(tensor.name)
@@ -250,7 +258,7 @@ class Splitter(Worker):
         packed, stored = base = [TensorStream(self._base, spec.key) for spec in tensor.base[:2]]
         again = self._rounds(tensor) or self._compensate
         scales = torch.empty(tensor.base[1].shape, dtype=dtype) if again else None
-        step = tile_rows(tensor.source.shape, GPTQ_ELEMENTS if factor else TILE_ELEMENTS)
+        part: Part = "gptq" if factor else "split"
         sums = Tally(
             tensor,
             bar,
@@ -258,12 +266,11 @@ class Splitter(Worker):
             curvature=curvature is not None,
             reference=self._reference is not None,
             to_code=self._moved_to_code,
-            stretch=step * columns,
+            stretch=self._sizes.rows(part, tensor.source.shape) * columns,
             empty=self._held.array,
         )
-        for row in range(0, rows, step):
+        for row, count in self._sizes.tiles(part, tensor.source.shape):
             scratch.reset()
-            count = min(step, rows - row)
             raw = scratch((count, columns), dtype)
             self._read(tensor, as_bytes(raw), digest, start=row * columns * dtype.itemsize)
             weights = curvature.tile(row, count, empty=scratch) if curvature else None

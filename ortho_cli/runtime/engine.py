@@ -35,6 +35,7 @@ from ortho_cli.runtime.module_files import (
 from ortho_cli.runtime.operands import Alpha
 from ortho_cli.runtime.ortho_linear import OrthoLinear
 from ortho_cli.split.in_memory import is_conv1d
+from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage import strict_json
 from ortho_cli.storage.sealing import read_keys
 
@@ -168,9 +169,14 @@ class Engine:
     Gram matrix, where that was measured.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        """Look at a module; nothing is changed."""
-        self.module = module
+    def __init__(self, module: nn.Module, *, sizes: Sizes = DEFAULT_SIZES) -> None:
+        """Look at a module; nothing is changed.
+
+        Args:
+            module: holds the Linears.
+            sizes: of the tiles that weights are split in; the result does not depend on them.
+        """
+        self.module, self._sizes = module, sizes
         self.curvature: dict[str, Tensor] = {}
         self.gram: dict[str, Tensor] = {}
         self._chosen: tuple[str, ...] = ()
@@ -345,6 +351,7 @@ class Engine:
                 alone=alone,
                 curvature=None if given is None else given[weight],
                 name=weight,
+                sizes=self._sizes,
             )
             for name, weight in weights.items()
         }

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from conftest import SmallTiles
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,6 +39,7 @@ from ortho_cli.formats.open_artifact import open_artifact
 from ortho_cli.formats.statistics import StatisticsReader, open_statistics
 from ortho_cli.formats.verify import verify
 from ortho_cli.split import quantize as ops
+from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage.checkpoint import open_checkpoint
 from ortho_cli.storage.work_folder import work_folder
 
@@ -94,21 +96,29 @@ class Case:
     def place(self) -> Path:
         return self.source.parent
 
-    def plan(self, *sets: str, workers: int = 1) -> Plan:
+    def plan(self, *sets: str, workers: int = 1, sizes: Sizes = DEFAULT_SIZES) -> Plan:
         return make_plan(
             open_checkpoint(self.source),
             recipe.load_recipe(None, ["ortho.split=isolate", f"ortho.density={DENSITY}", *sets]),
             statistics=open_statistics(self.stats),
             workers=workers,
+            sizes=sizes,
         )
 
     def fake(self, share: float = 0.25, **options: Any) -> Fake:
         return Fake(draw_edits(self.plan(), share), self.place / "count", **options)
 
-    def run(self, editor: Fake, *sets: str, workers: int = 1, **options: Any) -> dict[str, Any]:
+    def run(
+        self,
+        editor: Fake,
+        *sets: str,
+        workers: int = 1,
+        sizes: Sizes = DEFAULT_SIZES,
+        **options: Any,
+    ) -> dict[str, Any]:
         opened = open_checkpoint(self.source)
         out = options.pop("out", self.place / "out")
-        plan = self.plan(*sets, workers=workers)
+        plan = self.plan(*sets, workers=workers, sizes=sizes)
         return work.decompose(plan, opened, out, editor=editor, **options)
 
 
@@ -189,13 +199,11 @@ def test_edits_of_some_tensors_leave_the_others_alone(
 
 
 def test_edits_in_many_tiles_are_where_they_are_in_one(
-    case: Case, pico_tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    case: Case, pico_tensors: dict[str, Tensor], small_tiles: SmallTiles
 ) -> None:
-    """With tiles this small the first bar is guessed, from rows without edits, too."""
-    for module in ("plan", "splitter"):
-        monkeypatch.setattr(f"ortho_cli.decompose.{module}.TILE_ELEMENTS", 1024)
     editor = case.fake(0.5)
-    case.run(editor)
+    case.run(editor, sizes=small_tiles)
+    small_tiles.prove("split", "check")
     check_streams(case, editor.edits, pico_tensors)
 
 

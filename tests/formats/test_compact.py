@@ -15,6 +15,7 @@ from ortho_cli.errors import ArtifactError
 from ortho_cli.formats import compact
 from ortho_cli.split import quantize
 from ortho_cli.split.select import crow_indices
+from ortho_cli.split.sizes import Sizes
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int8]
 PARTS = ("columns", "column_values", "row_counts", "col_gaps", "values")
@@ -262,9 +263,7 @@ def test_base_at_any_positions_and_bits_equals_dequantizing_all(
         asked.append((start, count))
         return packed[start : start + count], scales[start : start + count]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ortho_cli.formats.compact.BASE_ELEMENTS", 128)
-        base, mine = compact.base_at(read, crow, column, (7, 64))
+    base, mine = compact.base_at(read, crow, column, (7, 64), sizes=Sizes(values=128))
     assert torch.equal(base, reference.dequantize(codes, scales).view(-1)[indices])
     assert torch.equal(mine, scales.float().repeat_interleave(16, 1).view(-1)[indices])
     assert max((count for _, count in asked), default=0) <= 2

@@ -24,6 +24,7 @@ from ortho_cli.formats.open_artifact import no_ortho, open_artifact
 from ortho_cli.formats.ortho_reader import KeptReader
 from ortho_cli.split import quantize
 from ortho_cli.split.in_memory import ORTHO_PARTS
+from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage import strict_json
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, TensorInfo, model_name
 from ortho_cli.storage.sealing import IDENTITY_FILE, SEALED_FILE, Keys
@@ -32,7 +33,9 @@ from ortho_cli.storage.sealing import IDENTITY_FILE, SEALED_FILE, Keys
 OURS = (REPORT_FILE, SEALED_FILE, IDENTITY_FILE)
 
 
-def open_dense(path: Path, alpha: float, keys: Keys | None = None) -> Source:
+def open_dense(
+    path: Path, alpha: float, keys: Keys | None = None, *, sizes: Sizes = DEFAULT_SIZES
+) -> Source:
     """Describe the dense weights of an artifact at one alpha.
 
     Args:
@@ -40,6 +43,7 @@ def open_dense(path: Path, alpha: float, keys: Keys | None = None) -> Source:
         alpha: 0 gives dequantize(base) and needs no ortho; 1 gives the source weights, bit for
             bit, wherever ortho holds them.
         keys: open a sealed ortho.
+        sizes: of tiles of base.
     Raises:
         UsageError: alpha is not in [0, 1].
         ArtifactError: the artifact does not hold together, or alpha needs an ortho that is absent.
@@ -64,7 +68,7 @@ def open_dense(path: Path, alpha: float, keys: Keys | None = None) -> Source:
             Checkpoint(path=folder, shards=(artifact.base,), tensors=(), config=None)
         )
         opened.callback(reader.close)
-        kept = KeptReader(artifact) if alpha else None
+        kept = KeptReader(artifact, sizes=sizes) if alpha else None
         if kept:
             opened.callback(kept.close)
         tensors = _tensors(artifact, RowReader(reader), kept, alpha)
