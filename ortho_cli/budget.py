@@ -21,7 +21,7 @@ from ortho_cli.curvature import Curvature
 from ortho_cli.errors import RecipeError
 from ortho_cli.events import Advanced, EventSink, Noted, Started, null_sink
 from ortho_cli.ops import as_bytes
-from ortho_cli.plan import Plan, TensorPlan, make_plan, tile_rows
+from ortho_cli.plan import Plan, TensorPlan, make_plan
 from ortho_cli.selection import tensor_settings
 from ortho_cli.settings import GROUP_SIZES, Recipe
 from ortho_cli.split import TORCH_DTYPES
@@ -70,17 +70,16 @@ def _count(
     scratch: ops.Scratch,
     on_event: EventSink,
 ) -> Counts:
-    rows, columns = tensor.source.shape
+    columns = tensor.source.shape[1]
     dtype = TORCH_DTYPES[tensor.source.dtype]
-    step = tile_rows(tensor.source.shape)
     counts = np.zeros(BINS, np.int64)
     near = Curvature(curvature, tensor.name) if curvature else None
-    for row in range(0, rows, step):
+    for row, count in plan.sizes.tiles("split", tensor.source.shape):
         scratch.reset()
-        raw = scratch((min(step, rows - row), columns), dtype)
+        raw = scratch((count, columns), dtype)
         start = row * columns * dtype.itemsize
         reader.read_into(as_bytes(raw), tensor.source, start=start)
-        weights, root = near.tile(row, len(raw), empty=scratch) if near else (None, None)
+        weights, root = near.tile(row, count, empty=scratch) if near else (None, None)
         scales = base_scales(
             str(tensor.scale), raw, weights, plan.group_size, bits=tensor.bits, empty=scratch
         )
@@ -188,6 +187,7 @@ def _again(
         kept=kept,
         workers=plan.workers,
         side=plan.side,
+        sizes=plan.sizes,
     )
 
 

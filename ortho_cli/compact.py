@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ortho_cli import ops
 from ortho_cli.errors import ArtifactError
+from ortho_cli.sizes import Sizes
 from ortho_cli.streams import ortho_dtypes
 
 Integers = npt.NDArray[np.int64]
@@ -28,7 +29,6 @@ BaseRows = Callable[[int, int], tuple[Tensor, Tensor]]
 
 GO_ON = 255  # a gap's byte that says: so many columns further, and another byte follows
 LARGEST = 127  # of an int8 value; -128 is not used
-BASE_ELEMENTS = 1 << 20  # of base that are read at a time
 
 
 class Positions(NamedTuple):
@@ -263,7 +263,12 @@ def restore_values(
 
 
 def base_at(
-    read: BaseRows, crow: Integers, column: Integers, shape: tuple[int, int]
+    read: BaseRows,
+    crow: Integers,
+    column: Integers,
+    shape: tuple[int, int],
+    *,
+    sizes: Sizes,
 ) -> tuple[Tensor, Tensor]:
     """Dequantize base at the kept positions, some rows at a time.
 
@@ -272,20 +277,19 @@ def base_at(
         crow: (out + 1,) int64.
         column: (nnz,) int64.
         shape: (out, in).
+        sizes: of tiles.
     Returns:
         (nnz,) float32 weights of base; (nnz,) float32 scales of their groups.
     """
-    rows, width = shape
     base, scales = torch.empty(column.size), torch.empty(column.size)
-    step = max(1, BASE_ELEMENTS // width)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
+    for start, count in sizes.tiles("values", shape):
+        stop = start + count
         here = slice(int(crow[start]), int(crow[stop]))
         if here.start == here.stop:
             continue
-        row = np.repeat(np.arange(stop - start), np.diff(crow[start : stop + 1]))
+        row = np.repeat(np.arange(count), np.diff(crow[start : stop + 1]))
         at = torch.from_numpy(row), torch.from_numpy(column[here])
-        base[here], scales[here] = ops.dequantize_at(*read(start, stop - start), *at, width=width)
+        base[here], scales[here] = ops.dequantize_at(*read(start, count), *at, width=shape[1])
     return base, scales
 
 

@@ -28,8 +28,8 @@ from ortho_cli.gguf_source import open_gguf
 from ortho_cli.journal import WorkFolder, interruptible, unwritable
 from ortho_cli.ops import as_bytes
 from ortho_cli.output import check_output, check_space, resolve_output
-from ortho_cli.plan import TILE_ELEMENTS
 from ortho_cli.seal import Keys
+from ortho_cli.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.source import TORCH_DTYPES, Source
 from ortho_cli.writer import DataFile, TensorStream
 
@@ -47,6 +47,7 @@ def open_source(
     alpha: float | None = None,
     keys: Keys | None = None,
     key: str | None = None,
+    sizes: Sizes = DEFAULT_SIZES,
 ) -> Source:
     """Describe any checkpoint; an artifact at one alpha.
 
@@ -55,6 +56,7 @@ def open_source(
         alpha: for an artifact, and required there.
         keys: open a sealed ortho.
         key: where a file of torch.save keeps its weights, as in `--key`.
+        sizes: of tiles of an artifact's base.
     Raises:
         UsageError: an artifact without alpha, or alpha for anything else; a key that is not there,
             or for anything but a file of torch.save.
@@ -75,7 +77,7 @@ def open_source(
                 f"`{path}` is an artifact, and no --alpha says which of its models is meant",
                 hint="--alpha 1 is the full model, --alpha 0 is base alone",
             )
-        return open_dense(path, alpha, keys)
+        return open_dense(path, alpha, keys, sizes=sizes)
     if alpha is not None and path.exists():
         raise UsageError(
             f"`{path}` is no artifact, and --alpha {alpha:g} is for artifacts",
@@ -225,9 +227,8 @@ class _Job:
         """Take one tensor from its first row to its last; return its digest."""
         source = tensor.source
         stream = TensorStream(self._files[tensor.file], source.name)
-        step = max(1, TILE_ELEMENTS // max(1, source.columns))
-        for row in range(0, source.rows, step):
-            read = source.read(row, min(step, source.rows - row))
+        for row, count in self._plan.sizes.tiles("convert", (source.rows, source.columns)):
+            read = source.read(row, count)
             cast = _round(tensor, read, row * source.columns)
             stream.write(as_bytes(cast))
             self._emit(Advanced(nbytes=cast.nbytes))

@@ -14,6 +14,7 @@ from ortho_cli.artifact import CONFIG_FILE, INDEX_FILE, canonical_json, pretty_j
 from ortho_cli.errors import UsageError
 from ortho_cli.plan import SIDE_BYTES
 from ortho_cli.side_files import SideFiles, choose, choose_none
+from ortho_cli.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.source import FLOATS, Source, SourceTensor
 from ortho_cli.writer import Layout, TensorSpec, plan_layout
 
@@ -51,6 +52,7 @@ class ConvertPlan:
     side: SideFiles
     notes: tuple[str, ...]
     sha256: str
+    sizes: Sizes  # nothing that is written depends on them
 
     @property
     def weights(self) -> int:
@@ -130,6 +132,7 @@ def make_plan(
     shard_size: int,
     copy: Sequence[str] = (),
     arguments: Sequence[Path] = (),
+    sizes: Sizes = DEFAULT_SIZES,
 ) -> ConvertPlan:
     """Decide everything that headers and settings decide.
 
@@ -139,6 +142,7 @@ def make_plan(
         shard_size: most bytes of tensors in a file; a larger tensor gets a file of its own.
         copy: globs of files to copy beside those that `side_files` names.
         arguments: files that were given to the command; never copied.
+        sizes: of tiles.
     Raises:
         UsageError: another dtype, or any other than its own for a source of packed integers; or
             see `side_files.choose`.
@@ -198,6 +202,7 @@ def make_plan(
         side=side,
         notes=(*source.notes, *side.notes),
         sha256=sha256,
+        sizes=sizes,
     )
 
 

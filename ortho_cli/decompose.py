@@ -304,6 +304,7 @@ class _Job:
             own_code=recipe.ortho.split == "unlearn",
             # Beside what finds codes to move or to tune, reading them back takes no time.
             whole=recipe.forgets or recipe.compensates,
+            sizes=plan.sizes,
         )
 
     def _ortho_file(self, name: str, layout: Layout, *, scratch: bool = False) -> OrthoFile:
@@ -494,6 +495,7 @@ class _Job:
             self._base,
             self._ortho,
             group_size=self._plan.group_size,
+            sizes=self._plan.sizes,
             curvature=self._curvature,
             by_curvature=self._plan.recipe.saliency.kind == "curvature",
             edits=self._edits,
@@ -510,6 +512,7 @@ class _Job:
         places = (self._reader, self._base, self._ortho)
         options: dict[str, Any] = {
             "group_size": self._plan.group_size,
+            "sizes": self._plan.sizes,
             "curvature": self._curvature,
             "other": self._splitter,
             "check": self._recheck.check,

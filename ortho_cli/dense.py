@@ -24,6 +24,7 @@ from ortho_cli.errors import ArtifactError, InternalError, UsageError
 from ortho_cli.kept import KeptReader
 from ortho_cli.opening import no_ortho, open_artifact
 from ortho_cli.seal import IDENTITY_FILE, SEALED_FILE, Keys
+from ortho_cli.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.source import RowReader, Source, SourceTensor, mark
 from ortho_cli.streams import ORTHO_PARTS
 
@@ -31,7 +32,9 @@ from ortho_cli.streams import ORTHO_PARTS
 OURS = (REPORT_FILE, SEALED_FILE, IDENTITY_FILE)
 
 
-def open_dense(path: Path, alpha: float, keys: Keys | None = None) -> Source:
+def open_dense(
+    path: Path, alpha: float, keys: Keys | None = None, *, sizes: Sizes = DEFAULT_SIZES
+) -> Source:
     """Describe the dense weights of an artifact at one alpha.
 
     Args:
@@ -39,6 +42,7 @@ def open_dense(path: Path, alpha: float, keys: Keys | None = None) -> Source:
         alpha: 0 gives dequantize(base) and needs no ortho; 1 gives the source weights, bit for
             bit, wherever ortho holds them.
         keys: open a sealed ortho.
+        sizes: of tiles of base.
     Raises:
         UsageError: alpha is not in [0, 1].
         ArtifactError: the artifact does not hold together, or alpha needs an ortho that is absent.
@@ -63,7 +67,7 @@ def open_dense(path: Path, alpha: float, keys: Keys | None = None) -> Source:
             Checkpoint(path=folder, shards=(artifact.base,), tensors=(), config=None)
         )
         opened.callback(reader.close)
-        kept = KeptReader(artifact) if alpha else None
+        kept = KeptReader(artifact, sizes=sizes) if alpha else None
         if kept:
             opened.callback(kept.close)
         tensors = _tensors(artifact, RowReader(reader), kept, alpha)

@@ -28,6 +28,7 @@ from ortho_cli.roles import is_embedding
 from ortho_cli.seal import read_keys
 from ortho_cli.selection import IGNORED, not_by_default
 from ortho_cli.settings import GROUP_SIZES, Recipe, matches
+from ortho_cli.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.streams import is_conv1d
 
 TWICE = "a base that is quantized again is another base; build the model anew"
@@ -160,9 +161,14 @@ class Engine:
     Gram matrix, where that was measured.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        """Look at a module; nothing is changed."""
-        self.module = module
+    def __init__(self, module: nn.Module, *, sizes: Sizes = DEFAULT_SIZES) -> None:
+        """Look at a module; nothing is changed.
+
+        Args:
+            module: holds the Linears.
+            sizes: of the tiles that weights are split in; the result does not depend on them.
+        """
+        self.module, self._sizes = module, sizes
         self.curvature: dict[str, Tensor] = {}
         self.gram: dict[str, Tensor] = {}
         self._chosen: tuple[str, ...] = ()
@@ -337,6 +343,7 @@ class Engine:
                 alone=alone,
                 curvature=None if given is None else given[weight],
                 name=weight,
+                sizes=self._sizes,
             )
             for name, weight in weights.items()
         }

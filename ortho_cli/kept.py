@@ -16,6 +16,7 @@ from ortho_cli.artifact import Artifact, damaged
 from ortho_cli.checkpoint import Checkpoint, ShardReader, TensorInfo
 from ortho_cli.errors import ArtifactError, CheckpointError
 from ortho_cli.ops import as_bytes
+from ortho_cli.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.streams import ORTHO_PARTS, check_csr
 
 DTYPES = {
@@ -33,9 +34,12 @@ DTYPES = {
 class KeptReader:
     """An artifact's ortho stream, open; gives one weight's entries at a time, checked."""
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact, *, sizes: Sizes = DEFAULT_SIZES) -> None:
         """Open both files, which must still be those whose headers were read.
 
+        Args:
+            artifact: with an ortho stream.
+            sizes: of tiles.
         Raises:
             ArtifactError: a file changed, or there is no ortho.
         """
@@ -44,7 +48,7 @@ class KeptReader:
                 f"`{artifact.folder}` has no ortho stream to read",
                 hint="put ortho.safetensors back beside its base",
             )
-        self._path = artifact.ortho.path
+        self._path, self._sizes = artifact.ortho.path, sizes
         self._kept, self._shapes = artifact.kept, artifact.shapes
         self._base = {tensor.name: tensor for tensor in artifact.base.tensors}
         shards = (artifact.base, artifact.ortho)
@@ -114,7 +118,11 @@ class KeptReader:
                 raise _unsound(f"`{module}.values` or column_values holds -128")
             crow, column = (found[p].to(torch.int64).numpy() for p in ORTHO_PARTS[:2])
             base, scales = compact.base_at(
-                lambda start, count: self._base_rows(module, start, count), crow, column, shape
+                lambda start, count: self._base_rows(module, start, count),
+                crow,
+                column,
+                shape,
+                sizes=self._sizes,
             )
             dtype = DTYPES[self._base[f"{module}.weight_scale"].dtype]
             found["values"] = compact.restore_values(codes, step, base, scales, dtype)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ortho_cli import kernels
 from ortho_cli.errors import ArtifactError, UsageError
 from ortho_cli.operands import Alpha, Base, Ortho, Packed
+from ortho_cli.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.streams import (
     BASE_PARTS,
     ORTHO_PARTS,
@@ -152,6 +153,7 @@ class OrthoLinear(nn.Module):
         alone: bool = False,
         curvature: Tensor | None = None,
         name: str = "weight",
+        sizes: Sizes = DEFAULT_SIZES,
     ) -> OrthoLinear:
         """Split a Linear in memory: the same bits that `ortho decompose` writes.
 
@@ -168,6 +170,7 @@ class OrthoLinear(nn.Module):
             alone: searched scales serve ortho's positions, too.
             curvature: (out, in) or (in,) float32, >= 0, finite.
             name: the tensor's name, for errors.
+            sizes: of tiles.
         Raises:
             NumericalError: a weight or curvature is NaN or infinite, or base overflows.
             RecipeError: group_size, density, scale or bits does not fit.
@@ -183,6 +186,7 @@ class OrthoLinear(nn.Module):
             alone=alone,
             curvature=curvature,
             name=name,
+            sizes=sizes,
         )
         source: Any = linear.weight
         bias: Any = getattr(linear, "bias", None)

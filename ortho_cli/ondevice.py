@@ -26,13 +26,10 @@ from ortho_cli import ops
 from ortho_cli.events import Advanced
 from ortho_cli.onepass import WORDS, CurvatureTile, Plain, Refused
 from ortho_cli.ops import as_bytes
-from ortho_cli.plan import TensorPlan, tile_rows
+from ortho_cli.plan import TensorPlan
 from ortho_cli.split import TORCH_DTYPES
 from ortho_cli.worker import Entry
 from ortho_cli.writer import TensorStream
-
-# Weights of a tile: enough to keep a card busy, and 40 bytes of its memory for each.
-TILE = 1 << 22
 
 
 class OnDevice(Plain):
@@ -45,8 +42,7 @@ class OnDevice(Plain):
         self._lanes = (_Lane(self._device), _Lane(self._device))
 
     def _split(self, tensor: TensorPlan) -> Entry:
-        rows, columns = tensor.source.shape
-        step = tile_rows(tensor.source.shape, TILE)
+        columns = tensor.source.shape[1]
         curvature = self._open(tensor)
         digest, sums = blake3(), np.zeros(3)
         packed, stored = base = [TensorStream(self._base, spec.key) for spec in tensor.base[:2]]
@@ -65,9 +61,9 @@ class OnDevice(Plain):
             begun.lane.wait()
             self._on_event(Advanced(nbytes=begun.nbytes))
 
-        for i, row in enumerate(range(0, rows, step)):
+        for i, (row, count) in enumerate(self._sizes.tiles("device", tensor.source.shape)):
             lane = self._lanes[i % 2]
-            raw = lane.tile("raw", (min(step, rows - row), columns), WORDS[tensor.source.dtype])
+            raw = lane.tile("raw", (count, columns), WORDS[tensor.source.dtype])
             data = raw.reshape(-1).view(np.uint8).data
             self._read(tensor, data, digest, start=row * columns * raw.itemsize)
             weight = curvature.tile(row, len(raw), lane) if curvature else CurvatureTile()

@@ -23,7 +23,7 @@ from blake3 import blake3
 
 from ortho_cli.checkpoint import TensorInfo
 from ortho_cli.events import Advanced, EventSink, Noted, null_sink
-from ortho_cli.plan import Plan, TensorPlan, tile_rows
+from ortho_cli.plan import Plan, TensorPlan
 from ortho_cli.search import LANES, chosen_alike, rounds, scale_factors, take_turns
 from ortho_cli.statistics import CurvaturePass, StatisticsReader
 from ortho_cli.topk import TopK, guess_bar
@@ -33,9 +33,6 @@ from ortho_cli.writer import TensorStream
 # Words that the loop tells apart, and the smallest scale of each dtype, as in `ops`.
 WORDS = {"BF16": np.uint16, "F16": np.int16, "F32": np.uint32}
 FLOORS = {"BF16": 2.0**-126, "F16": 2.0**-24, "F32": 2.0**-126}
-
-# Weights from all over a tensor from which the selection's first bar is guessed.
-SAMPLE = 1 << 16
 
 Array = npt.NDArray[Any]
 
@@ -206,8 +203,7 @@ class OnePass(Plain):
         before: _Found | None = None,
     ) -> _Found | None:
         """Split one tensor in one pass; None if fewer than k weights exceed `bar`."""
-        rows, columns = tensor.source.shape
-        step = tile_rows(tensor.source.shape)
+        shape, columns = tensor.source.shape, tensor.source.shape[1]
         word = WORDS[tensor.source.dtype]
         curvature = self._open(tensor)
         digest, sums = blake3(), np.zeros(3)
@@ -216,15 +212,14 @@ class OnePass(Plain):
         top = TopK(
             tensor.k,
             length=tensor.source.numel,
-            stretch=step * columns,
+            stretch=self._sizes.rows("split", shape) * columns,
             payloads=self._payloads(tensor),
             bar=bar,
             empty=self._room,
         )
         every = np.empty(tensor.base[1].shape, word) if self._rounds(tensor) else None
-        for row in range(0, rows, step):
-            shape_here = (min(step, rows - row), columns)
-            raw = self._room.tile("raw", shape_here, word)
+        for row, count in self._sizes.tiles("split", shape):
+            raw = self._room.tile("raw", (count, columns), word)
             self._read(tensor, _bytes(raw), digest, start=row * columns * raw.itemsize)
             weight = curvature.tile(row, len(raw), self._room) if curvature else CurvatureTile()
             codes, scales = self._loop(tensor, raw, weight, top, sums, row=row, before=before)
@@ -298,7 +293,7 @@ class OnePass(Plain):
 
     def _guess_bar(self, tensor: TensorPlan) -> float | None:
         """Guess from rows all over the tensor what saliency the k-th largest will exceed."""
-        sample = sample_rows(tensor, SAMPLE)
+        sample = sample_rows(tensor, self._sizes.bar_sample)
         if sample is None:
             return None
         starts, count = sample

@@ -29,14 +29,10 @@ from ortho_cli.seal import IDENTITY_FILE, SEALED_FILE
 from ortho_cli.selection import check_overrides, select, tensor_settings
 from ortho_cli.settings import GROUP_SIZES, Recipe, Saliency, Scale, fold_names
 from ortho_cli.side_files import SideFiles, choose, choose_none
+from ortho_cli.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.statistics import Statistics, check_weights
-from ortho_cli.writer import CHUNK, Layout, TensorSpec, plan_layout
+from ortho_cli.writer import Layout, TensorSpec, plan_layout
 
-TILE_ELEMENTS = (
-    1 << 19
-)  # measured: two threads run 2.8 GB/s at 256 Ki elements and half of that at 64 Ki
-# One column of a tile is rounded at a time: more rows cost little more.
-GPTQ_ELEMENTS = 4 * TILE_ELEMENTS
 MODULES_BYTES = 24 << 20  # what importing everything but torch was measured to take
 TENSOR_BYTES = 15_000  # measured by tests/bench_many.py: plan, journal and report of one tensor
 SIDE_BYTES = 2_048  # what index and report take for one tensor, about
@@ -86,6 +82,7 @@ class Plan:
     peak_bytes: int
     workers: int
     statistics: Statistics | None
+    sizes: Sizes = DEFAULT_SIZES  # nothing that is written depends on them
     reference: Checkpoint | None = None
     kept: Mapping[str, int] | None = None  # entries of each tensor, where they do not follow
     notes: tuple[str, ...] = ()  # what is unusual of the source, and read all the same
@@ -231,6 +228,7 @@ def make_plan(
     kept: Mapping[str, int] | None = None,
     workers: int = 1,
     side: SideFiles | None = None,
+    sizes: Sizes = DEFAULT_SIZES,
 ) -> Plan:
     """Decide everything that headers and the recipe decide.
 
@@ -242,6 +240,7 @@ def make_plan(
         kept: entries of each tensor's ortho, where a scoring pass fixed them (`budget`).
         workers: threads that will work; changes only the peak memory.
         side: what `choose_side_files` chose; None copies what is on its list.
+        sizes: of tiles; they change only the peak memory, too.
     Raises:
         RecipeError: a target or override matches nothing, group_size or 3 bits do not fit, siblings
             would differ; curvature without statistics, or statistics without a use.
@@ -281,9 +280,10 @@ def make_plan(
         ortho=ortho,
         side=choose_side_files(checkpoint, statistics, reference) if side is None else side,
         sha256=sha256,
-        peak_bytes=_peak_bytes(tensors, workers, statistics, recipe),
+        peak_bytes=_peak_bytes(tensors, workers, statistics, recipe, sizes),
         workers=workers,
         statistics=statistics,
+        sizes=sizes,
         reference=reference,
         kept=kept,
         notes=(
@@ -522,17 +522,16 @@ def _sha256(
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
-def tile_rows(shape: tuple[int, ...], elements: int = TILE_ELEMENTS) -> int:
-    """Rows of a tile: about so many elements, at least one row."""
-    return max(1, min(shape[0], elements // max(1, shape[1])))
-
-
 def _peak_bytes(
-    tensors: tuple[TensorPlan, ...], workers: int, statistics: Statistics | None, recipe: Recipe
+    tensors: tuple[TensorPlan, ...],
+    workers: int,
+    statistics: Statistics | None,
+    recipe: Recipe,
+    sizes: Sizes,
 ) -> int:
     """Bound the buffers of all workers, each on a tensor that needs most, and a whole model's."""
     needs = sorted(
-        (_buffer_bytes(t, statistics, recipe.compensates) for t in tensors), reverse=True
+        (_buffer_bytes(t, statistics, recipe.compensates, sizes) for t in tensors), reverse=True
     )
     entries = len(tensors) + (0 if statistics is None else len(statistics.digests))
     held = 0
@@ -545,7 +544,7 @@ def _peak_bytes(
     work = sum(needs[:workers])
     if recipe.ortho.layout == "compact":  # encoded when the workers are done
         most = max((tensor.k for tensor in tensors), default=0)
-        work = max(work, REPACK_BYTES * most + 24 * TILE_ELEMENTS)
+        work = max(work, REPACK_BYTES * most + 24 * sizes.split)
     return MODULES_BYTES + TENSOR_BYTES * entries + held + work
 
 
@@ -556,11 +555,13 @@ def _tuning_bytes(tensors: tuple[TensorPlan, ...], tokens: int) -> int:
     return model + 3 * tokens * features + LOGITS_BYTES // 2
 
 
-def _buffer_bytes(tensor: TensorPlan, statistics: Statistics | None, compensates: bool) -> int:
+def _buffer_bytes(
+    tensor: TensorPlan, statistics: Statistics | None, compensates: bool, sizes: Sizes
+) -> int:
     if tensor.reason is not None:
-        return 2 * CHUNK
+        return 2 * sizes.copy_bytes
     numel = tensor.source.numel
-    elements = tile_rows(tensor.source.shape) * tensor.source.shape[1]
+    elements = sizes.rows("split", tensor.source.shape) * tensor.source.shape[1]
     tile = elements * {"mse": 48, "curvature": 52}.get(str(tensor.scale), 24)
     more = 0
     if statistics is not None:
@@ -577,7 +578,7 @@ def _buffer_bytes(tensor: TensorPlan, statistics: Statistics | None, compensates
     if compensates:
         columns = tensor.source.shape[1]
         # The Gram matrix, its inverse and factor, two of them float64; a larger tile, in copies.
-        held += 28 * columns**2 + 88 * tile_rows(tensor.source.shape, GPTQ_ELEMENTS) * columns
+        held += 28 * columns**2 + 88 * sizes.rows("gptq", tensor.source.shape) * columns
         held += 2 * tensor.base[1].nbytes + 8 * tensor.k
     return tile + candidates + held + ((20 if tensor.k < numel else 8) + 2 * more) * tensor.k
 

@@ -11,7 +11,7 @@ from ortho_cli.compact import Integers
 from ortho_cli.edits import Edit
 from ortho_cli.errors import InternalError
 from ortho_cli.ops import as_bytes
-from ortho_cli.plan import Plan, TensorPlan, tile_rows
+from ortho_cli.plan import Plan, TensorPlan
 from ortho_cli.seal import OrthoFile
 from ortho_cli.split import TORCH_DTYPES, Rounded
 from ortho_cli.worker import NUMPY_DTYPES
@@ -68,9 +68,8 @@ class ReadBack:
         crow, column = self.positions(tensor)
         kept = np.repeat(np.arange(len(crow) - 1), np.diff(crow)) * columns + column
         lost = len(edit.positions) - int(np.isin(edit.positions, kept, assume_unique=True).sum())
-        other, step = 0, tile_rows(tensor.source.shape)
-        for row in range(0, tensor.source.shape[0], step):
-            count = min(step, tensor.source.shape[0] - row)
+        other = 0
+        for row, count in self._plan.sizes.tiles("split", tensor.source.shape):
             places, codes = edit.within(row * columns, (row + count) * columns)
             if len(places):
                 packed, _ = self.base_rows(tensor, row, count)

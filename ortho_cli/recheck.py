@@ -33,15 +33,12 @@ from ortho_cli.exact import (
 )
 from ortho_cli.plan import TensorPlan
 from ortho_cli.seal import OrthoFile
+from ortho_cli.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.summary import decibels
 from ortho_cli.worker import NUMPY_DTYPES
 from ortho_cli.writer import DataFile
 
 SAMPLE_BLOCKS = 4  # places of a weight from which rows are read back
-SAMPLE_ELEMENTS = 1 << 15  # weights that are read back of one with more: 4 % of a plain run's time
-# Weights that are checked at a time. Measured: of larger arrays the allocator gives pages back and
-# takes them again, which doubles the time.
-TILE = 1 << 15
 SHARE = 2.5e-3  # of noise, by which sums in another order and precision may differ: 0.01 dB
 Read = Callable[[memoryview, int], None]  # fills a buffer from a byte on
 
@@ -58,6 +55,7 @@ class Recheck:
         nearest: bool,
         own_code: bool,
         whole: bool,
+        sizes: Sizes,
     ) -> None:
         """Say where weights come from and went to.
 
@@ -68,9 +66,11 @@ class Recheck:
             nearest: codes that nobody moved are the source's nearest.
             own_code: where a code was moved, alpha = 1 may be the source's own code.
             whole: read every row of every weight.
+            sizes: of tiles.
         """
         self._reader, self._base, self._ortho = reader, base, ortho
         self._nearest, self._own_code, self._whole = nearest, own_code, whole
+        self._sizes = sizes
 
     def check(self, tensor: TensorPlan, entry: Mapping[str, Any]) -> None:
         """Check what was written of a weight, and its figures where all of it is read.
@@ -88,9 +88,10 @@ class Recheck:
             nearest=self._nearest,
             own_code=self._own_code,
         )
-        whole = self._whole or tensor.source.numel <= SAMPLE_ELEMENTS
+        whole = self._whole or tensor.source.numel <= self._sizes.check_sample
+        every = self._sizes.tiles("check", tensor.source.shape)
         sums = Sums()
-        for start, count in _every_row(tensor) if whole else _some_rows(tensor):
+        for start, count in every if whole else _some_rows(tensor, self._sizes.check_sample):
             sums.add(check_rows(rules, self._rows(tensor, start, count)))
         if whole:
             check_figures(tensor.name, dict(entry), sums)
@@ -131,17 +132,10 @@ def _matrix(read: Read, dtype: Any, start: int, count: int, columns: int) -> Arr
     return _read(read, dtype, start * columns, count * columns).reshape(count, columns)
 
 
-def _every_row(tensor: TensorPlan) -> Iterator[tuple[int, int]]:
-    rows, columns = tensor.source.shape
-    step = max(1, TILE // columns)
-    for start in range(0, rows, step):
-        yield start, min(step, rows - start)
-
-
-def _some_rows(tensor: TensorPlan) -> Iterator[tuple[int, int]]:
+def _some_rows(tensor: TensorPlan, elements: int) -> Iterator[tuple[int, int]]:
     """Name rows all over a weight, the first and the last among them."""
     rows, columns = tensor.source.shape
-    count = min(rows, max(1, SAMPLE_ELEMENTS // (SAMPLE_BLOCKS * columns)))
+    count = min(rows, max(1, elements // (SAMPLE_BLOCKS * columns)))
     starts = {i * (rows - count) // (SAMPLE_BLOCKS - 1) for i in range(SAMPLE_BLOCKS)}
     for start in sorted(starts):
         yield start, count
@@ -152,6 +146,7 @@ def check_values(
     source: Checkpoint,
     recipe: Mapping[str, Any],
     *,
+    sizes: Sizes = DEFAULT_SIZES,
     on_event: EventSink = null_sink,
 ) -> dict[str, Any]:
     """Hold every weight of an artifact against the checkpoint that it was made from.
@@ -160,6 +155,7 @@ def check_values(
         artifact: without ortho only figures at alpha 0 and what was not split are checked.
         source: that checkpoint, as `provenance.check_source` found it.
         recipe: the artifact's.
+        sizes: of tiles.
         on_event: told of progress.
     Returns:
         Numbers of split tensors, of their weights and of codes that are not the source's own, and
@@ -174,7 +170,7 @@ def check_values(
     on_event(Started(tensors=len(tensors), resumed=0, bytes_total=size, bytes_done=0))
     told = {entry["name"]: entry for entry in (artifact.report or {}).get("tensors", ())}
     total = Sums()
-    with _Opened(artifact, source) as opened:
+    with _Opened(artifact, source, sizes) as opened:
         for tensor in source.tensors:
             module = module_of(tensor.name)
             if tensor.name == f"{module}.weight" and module in artifact.shapes:
@@ -208,15 +204,15 @@ def check_values(
 class _Opened:
     """An artifact and its source, open."""
 
-    def __init__(self, artifact: Artifact, source: Checkpoint) -> None:
+    def __init__(self, artifact: Artifact, source: Checkpoint, sizes: Sizes) -> None:
         from ortho_cli.kept import KeptReader  # needs torch, which the jobs above do without
 
-        self._artifact, self._stack = artifact, ExitStack()
+        self._artifact, self._sizes, self._stack = artifact, sizes, ExitStack()
         self._base = {tensor.name: tensor for tensor in artifact.base.tensors}
         with self._stack:
             self._kept = None
             if artifact.ortho is not None:
-                self._kept = self._stack.enter_context(KeptReader(artifact))
+                self._kept = self._stack.enter_context(KeptReader(artifact, sizes=sizes))
             self._source = ShardReader(source)
             self._stack.callback(self._source.close)
             shards = tuple(s for s in (artifact.base, artifact.ortho) if s is not None)
@@ -272,11 +268,10 @@ class _Opened:
         return sums
 
     def _tiles(self, module: str, tensor: TensorInfo) -> Iterator[Rows]:
-        rows, columns = self._artifact.shapes[module]
+        rows, columns = shape = self._artifact.shapes[module]
         crow, column, values = self._csr(module, rows, tensor.dtype)
-        step, word = max(1, TILE // columns), WORDS[tensor.dtype]
-        for start in range(0, rows, step):
-            count = min(step, rows - start)
+        word = WORDS[tensor.dtype]
+        for start, count in self._sizes.tiles("check", shape):
             here = slice(int(crow[start]), int(crow[start + count]))
             row = np.repeat(np.arange(count), np.diff(crow[start : start + count + 1]))
             yield Rows(

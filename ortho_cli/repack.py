@@ -20,7 +20,7 @@ from ortho_cli.compact import Integers
 from ortho_cli.curvature import Curvature
 from ortho_cli.errors import NumericalError
 from ortho_cli.ops import as_bytes
-from ortho_cli.plan import Plan, TensorPlan, tile_rows
+from ortho_cli.plan import Plan, TensorPlan
 from ortho_cli.readback import ReadBack
 from ortho_cli.seal import OrthoFile
 from ortho_cli.statistics import StatisticsReader
@@ -110,6 +110,7 @@ class Repacker:
             crow,
             column,
             _shape(tensor),
+            sizes=self._plan.sizes,
         )
         codes, step = compact.round_values(values, base, scales)
         back = compact.restore_values(codes, step, base, scales, values.dtype)
@@ -145,7 +146,7 @@ class Repacker:
         """Sum squares of what was lost times curvature, in float64."""
         curvature, total = Curvature(reader, tensor.name), 0.0
         scratch, places = ops.Scratch(), torch.from_numpy(column)
-        for start, stop, row in _tiles(tensor, crow):
+        for start, stop, row in self._tiles(tensor, crow):
             here = slice(int(crow[start]), int(crow[stop]))
             scratch.reset()
             _, root = curvature.sample([start], stop - start, empty=scratch)
@@ -153,17 +154,15 @@ class Repacker:
             total += float((mine * lost[here]).double().square().sum())
         return total
 
+    def _tiles(self, tensor: TensorPlan, crow: Integers) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield the rows of each tile that holds entries, and each entry's row in its tile."""
+        for start, count in self._plan.sizes.tiles("split", tensor.source.shape):
+            stop = start + count
+            if crow[start] < crow[stop]:
+                row = np.repeat(np.arange(count), np.diff(crow[start : stop + 1]))
+                yield start, stop, torch.from_numpy(row)
+
 
 def _shape(tensor: TensorPlan) -> tuple[int, int]:
     rows, columns = tensor.source.shape
     return rows, columns
-
-
-def _tiles(tensor: TensorPlan, crow: Integers) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield the rows of each tile that holds entries, and each entry's row in its tile."""
-    rows, step = tensor.source.shape[0], tile_rows(tensor.source.shape)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        if crow[start] < crow[stop]:
-            row = np.repeat(np.arange(stop - start), np.diff(crow[start : stop + 1]))
-            yield start, stop, torch.from_numpy(row)

@@ -21,10 +21,11 @@ from ortho_cli.edits import Edits
 from ortho_cli.errors import InternalError
 from ortho_cli.events import Advanced, EventSink, null_sink
 from ortho_cli.ops import as_bytes
-from ortho_cli.plan import GPTQ_ELEMENTS, TILE_ELEMENTS, TensorPlan, tile_rows
+from ortho_cli.plan import TensorPlan
 from ortho_cli.scales import Kept
 from ortho_cli.seal import OrthoFile
 from ortho_cli.search import chosen_alike, rounds, take_turns
+from ortho_cli.sizes import Part, Sizes
 from ortho_cli.statistics import StatisticsReader
 from ortho_cli.streams import base_scales, kept_within
 from ortho_cli.tally import Tally, Tile, flat_of, measures_of
@@ -79,6 +80,7 @@ class Splitter(Worker):
         ortho: OrthoFile,
         *,
         group_size: int,
+        sizes: Sizes,
         curvature: StatisticsReader | None = None,
         by_curvature: bool = False,
         edits: Edits | None = None,
@@ -92,7 +94,14 @@ class Splitter(Worker):
     ) -> None:
         """Say where tensors come from and go to, what selects a weight, and what stops the work."""
         super().__init__(
-            reader, base, ortho, reference=reference, check=check, stop=stop, on_event=on_event
+            reader,
+            base,
+            ortho,
+            sizes=sizes,
+            reference=reference,
+            check=check,
+            stop=stop,
+            on_event=on_event,
         )
         self._edits = edits or {}
         self._moved_to_code = moved_to_code
@@ -152,7 +161,7 @@ class Splitter(Worker):
 
     def _guess_bar(self, tensor: TensorPlan) -> float | None:
         """Guess from rows all over the tensor what saliency the k-th largest will exceed."""
-        sample = None if self._reference else sample_rows(tensor, TILE_ELEMENTS // 2)
+        sample = None if self._reference else sample_rows(tensor, self._sizes.split // 2)
         if sample is None:
             return None
         starts, count = sample
@@ -240,7 +249,7 @@ class Splitter(Worker):
         """
         scratch = self._tile  # valid for one tile
         self._held.reset()  # valid for one tensor
-        rows, columns = tensor.source.shape
+        columns = tensor.source.shape[1]
         dtype = TORCH_DTYPES[tensor.source.dtype]
         curvature = self._open_curvature(tensor)
         edit = self._edits.get(tensor.name)
@@ -249,7 +258,7 @@ class Splitter(Worker):
         packed, stored = base = [TensorStream(self._base, spec.key) for spec in tensor.base[:2]]
         again = self._rounds(tensor) or self._compensate
         scales = torch.empty(tensor.base[1].shape, dtype=dtype) if again else None
-        step = tile_rows(tensor.source.shape, GPTQ_ELEMENTS if factor else TILE_ELEMENTS)
+        part: Part = "gptq" if factor else "split"
         sums = Tally(
             tensor,
             bar,
@@ -257,12 +266,11 @@ class Splitter(Worker):
             curvature=curvature is not None,
             reference=self._reference is not None,
             to_code=self._moved_to_code,
-            stretch=step * columns,
+            stretch=self._sizes.rows(part, tensor.source.shape) * columns,
             empty=self._held.array,
         )
-        for row in range(0, rows, step):
+        for row, count in self._sizes.tiles(part, tensor.source.shape):
             scratch.reset()
-            count = min(step, rows - row)
             raw = scratch((count, columns), dtype)
             self._read(tensor, as_bytes(raw), digest, start=row * columns * dtype.itemsize)
             weights = curvature.tile(row, count, empty=scratch) if curvature else None

@@ -13,12 +13,12 @@ from ortho_cli import ops
 from ortho_cli.errors import ArtifactError, InternalError, NumericalError, RecipeError, UsageError
 from ortho_cli.scales import Kept, curvature_scales, mse_scales
 from ortho_cli.search import chosen_alike, rounds, take_turns
+from ortho_cli.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.topk import TopK, crow_indices
 
 BASE_PARTS = ("weight_packed", "weight_scale", "weight_shape")
 ORTHO_PARTS = ("crow_indices", "col_indices", "values")
 SCALES = ("absmax", "mse", "curvature")
-TILE_ELEMENTS = 1 << 18
 
 
 def ortho_dtypes(nnz: int, columns: int) -> tuple[torch.dtype, torch.dtype]:
@@ -39,6 +39,7 @@ def split_weight(
     alone: bool = False,
     curvature: Tensor | None = None,
     name: str = "weight",
+    sizes: Sizes = DEFAULT_SIZES,
 ) -> dict[str, Tensor]:
     """Split a weight in memory: the same bits that `ortho decompose` writes.
 
@@ -53,6 +54,7 @@ def split_weight(
         alone: searched scales serve ortho's positions, too: no turns are taken.
         curvature: (out, in) or (in,) float32, >= 0, finite; None counts as ones.
         name: the tensor's name, for errors.
+        sizes: of tiles.
     Returns:
         The six parts of both streams, by their names in the artifact.
     Raises:
@@ -81,6 +83,7 @@ def split_weight(
         "scale": scale,
         "bits": bits,
         "name": name,
+        "sizes": sizes,
     }
     k = round(density * weight.numel())
 
@@ -128,6 +131,7 @@ def _split_once(
     scale: str,
     bits: int,
     name: str,
+    sizes: Sizes,
 ) -> _Split:
     """Split in one pass; what the one before kept is left out of the scales."""
     rows, columns = weight.shape
@@ -135,12 +139,12 @@ def _split_once(
     scales = torch.empty((rows, columns // group_size), dtype=weight.dtype)
     raw_bits = torch.int32 if weight.dtype.itemsize == 4 else torch.int16
     payload = np.int32 if weight.dtype.itemsize == 4 else np.int16
-    step = max(1, TILE_ELEMENTS // columns)
+    stretch = sizes.rows("in_memory", (rows, columns)) * columns
     stays = before is not None and not chosen_alike(scale, by_curvature=root is not None)
-    top = TopK(k, length=weight.numel(), stretch=step * columns, payloads=[payload])
-    for row in range(0, rows, step):
-        raw = weight[row : row + step].contiguous()
-        here = slice(row, row + raw.shape[0])
+    top = TopK(k, length=weight.numel(), stretch=stretch, payloads=[payload])
+    for row, count in sizes.tiles("in_memory", (rows, columns)):
+        here = slice(row, row + count)
+        raw = weight[here].contiguous()
         near = curvature if curvature is None or curvature.ndim == 1 else curvature[here]
         found = None
         if before is not None:

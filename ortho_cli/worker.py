@@ -22,8 +22,9 @@ from ortho_cli.exact import widen
 from ortho_cli.plan import TensorPlan
 from ortho_cli.seal import OrthoFile
 from ortho_cli.selection import IGNORED
+from ortho_cli.sizes import Sizes
 from ortho_cli.topk import crow_indices
-from ortho_cli.writer import CHUNK, DataFile, TensorStream
+from ortho_cli.writer import DataFile, TensorStream
 
 NUMPY_DTYPES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64}
 # Words of each float dtype and their exponent bits; all set means infinity or NaN.
@@ -71,6 +72,7 @@ class Worker(ABC):
         base: DataFile,
         ortho: OrthoFile,
         *,
+        sizes: Sizes,
         reference: Reference | None = None,
         check: Check | None = None,
         stop: threading.Event,
@@ -79,7 +81,7 @@ class Worker(ABC):
         """Say where tensors come from and go to, what checks what was written, and what stops."""
         self._check = check
         self._reader, self._base, self._ortho = reader, base, ortho
-        self._reference = reference
+        self._sizes, self._reference = sizes, reference
         self._stop, self._on_event = stop, on_event
         self._piece, self._bits = np.empty(0, np.uint8), np.empty(0, np.uint8)
 
@@ -106,12 +108,13 @@ class Worker(ABC):
 
     def _copy(self, tensor: TensorPlan) -> Entry:
         """Carry a tensor over unchanged, through one buffer."""
+        size = self._sizes.copy_bytes
         if not self._piece.size:
-            self._piece, self._bits = np.empty(CHUNK, np.uint8), np.empty(CHUNK, np.uint8)
+            self._piece, self._bits = np.empty(size, np.uint8), np.empty(size, np.uint8)
         # A weight that is NaN ruins the model wherever it is; other buffers may mean it.
         checked = tensor.name.endswith("weight") and tensor.reason != IGNORED
         digest, written, nbytes = blake3(), blake3(), tensor.source.nbytes
-        for start in range(0, nbytes, CHUNK):
+        for start in range(0, nbytes, size):
             raw = self._piece[: nbytes - start]
             self._read(tensor, raw.data, digest, start=start)
             if self._reference:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ortho_cli"
 # From the ground up; a module may import only what stands below it.
 LAYERS = [
     ["__init__"],
-    ["errors", "events", "settings", "files", "hints", "renames", "tied"],
+    ["errors", "events", "settings", "files", "hints", "renames", "sizes", "tied"],
     ["rows", "sniff"],
     ["row_files", "chats"],
     ["hub"],
