@@ -6,7 +6,9 @@ import json
 import signal
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from hypothesis import settings
 from memorised import Memorised
 from memorised import build as build_memorised
 
-from ortho_cli import cli
+from ortho_cli import cli, convert, convert_plan, plan, recheck
+from ortho_cli.sizes import Part, Sizes
 
 # A busy machine is no fault of the code; speed has a bench of its own.
 settings.register_profile("ortho", deadline=None)
@@ -53,6 +56,62 @@ def ortho(capsys: pytest.CaptureFixture[str]) -> Ortho:
         return Ran(code, captured.out, captured.err)
 
     return run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmallTiles(Sizes):
+    """Sizes that cut even a pico tensor into many tiles, and count the tiles that were made."""
+
+    split: int = 1000
+    gptq: int = 1100
+    device: int = 900
+    in_memory: int = 1000
+    check: int = 800
+    values: int = 300
+    convert: int = 700
+    bar_sample: int = 1024
+    copy_bytes: int = 1 << 8
+    made: list[tuple[Part, int, int]] = field(default_factory=list)  # part, weights, tiles
+    proven: list[Part] = field(default_factory=list)
+
+    def tiles(self, part: Part, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+        """Cut a tensor, and count its tiles when the last one was taken."""
+        count = 0
+        for tile in Sizes.tiles(self, part, shape):
+            count += 1
+            yield tile
+        self.made.append((part, shape[0] * shape[1], count))
+
+    def prove(self, *parts: Part) -> None:
+        """See that each part of the work cut tensors, those larger than a tile into several."""
+        for part in parts:
+            size = getattr(self, part)
+            counts = [tiles for one, weights, tiles in self.made if one == part and weights > size]
+            assert counts, f"nothing larger than a tile was cut for `{part}`"
+            assert min(counts) > 1, f"a tensor was one tile for `{part}`: {counts}"
+        self.made.clear()
+        self.proven.extend(parts)
+
+    @contextmanager
+    def in_commands(self) -> Iterator[None]:
+        """Give these sizes to what the commands call."""
+        with pytest.MonkeyPatch.context() as patch:
+            for module, name in (
+                (plan, "make_plan"),
+                (convert_plan, "make_plan"),
+                (convert, "open_source"),
+                (recheck, "check_values"),
+            ):
+                patch.setattr(module, name, partial(getattr(module, name), sizes=self))
+            yield
+
+
+@pytest.fixture
+def small_tiles() -> Iterator[SmallTiles]:
+    """Sizes that make many tiles of a tensor; the test has to prove that they did."""
+    sizes = SmallTiles()
+    yield sizes
+    assert sizes.proven, "nothing proves that there was more than one tile: call `prove`"
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ortho_cli import compact, ops
 from ortho_cli.errors import ArtifactError
+from ortho_cli.sizes import Sizes
 from ortho_cli.topk import crow_indices
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.int8]
@@ -261,9 +262,7 @@ def test_base_at_any_positions_and_bits_equals_dequantizing_all(
         asked.append((start, count))
         return packed[start : start + count], scales[start : start + count]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ortho_cli.compact.BASE_ELEMENTS", 128)
-        base, mine = compact.base_at(read, crow, column, (7, 64))
+    base, mine = compact.base_at(read, crow, column, (7, 64), sizes=Sizes(values=128))
     assert torch.equal(base, reference.dequantize(codes, scales).view(-1)[indices])
     assert torch.equal(mine, scales.float().repeat_interleave(16, 1).view(-1)[indices])
     assert max((count for _, count in asked), default=0) <= 2

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import stat
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import Ortho
+from conftest import Ortho, SmallTiles
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -176,21 +177,23 @@ def test_dry_run_writes_nothing_and_its_sizes_come_true(pico: Path, ortho: Ortho
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
-@pytest.mark.parametrize("tile", [1 << 19, 200])
+@pytest.mark.parametrize("small", [False, True])
 def test_artifact_at_alpha_is_the_slow_twins(
     pico: Path,
     artifact: Path,
     ortho: Ortho,
-    monkeypatch: pytest.MonkeyPatch,
     alpha: float,
-    tile: int,
+    small: bool,
 ) -> None:
-    monkeypatch.setattr("ortho_cli.convert.TILE_ELEMENTS", tile)
     source = weights(pico)
     base = load_file(artifact / "model.safetensors")
     ortho_file = load_file(artifact / "ortho.safetensors")
     out = pico.parent / "out"
-    assert ortho("convert", artifact, "--alpha", alpha, "-o", out, "-q").code == 0
+    sizes = SmallTiles()
+    with sizes.in_commands() if small else nullcontext():
+        assert ortho("convert", artifact, "--alpha", alpha, "-o", out, "-q").code == 0
+    if small:
+        sizes.prove("convert")
     found = weights(out)
     assert found.keys() == source.keys()
     for name, tensor in found.items():
@@ -198,7 +201,7 @@ def test_artifact_at_alpha_is_the_slow_twins(
         if f"{module}.values" not in ortho_file:
             assert torch.equal(tensor, source[name])
             continue
-        if ".layers.0." in name and tile == 1 << 19:
+        if ".layers.0." in name and not small:
             continue  # the slow twin is slow
         wanted = reference.dense(base, ortho_file, module, alpha).to(tensor.dtype)
         assert torch.equal(bits(tensor), bits(wanted)), name

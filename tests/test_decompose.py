@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from conftest import SmallTiles
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -24,13 +25,21 @@ from ortho_cli.events import Advanced, Event, Finishing, Started, TensorDone
 from ortho_cli.journal import WorkFolder, work_folder
 from ortho_cli.opening import open_artifact
 from ortho_cli.plan import make_plan
+from ortho_cli.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.split import Splitter
 from ortho_cli.verify import verify
 
 
-def split(source: Path, out: Path, *sets: str, workers: int = 1, **options: Any) -> dict[str, Any]:
+def split(
+    source: Path,
+    out: Path,
+    *sets: str,
+    workers: int = 1,
+    sizes: Sizes = DEFAULT_SIZES,
+    **options: Any,
+) -> dict[str, Any]:
     opened = open_checkpoint(source)
-    made = make_plan(opened, recipe.load_recipe(None, sets), workers=workers)
+    made = make_plan(opened, recipe.load_recipe(None, sets), workers=workers, sizes=sizes)
     return decompose(made, opened, out, **options)
 
 
@@ -90,23 +99,21 @@ def test_decompose_every_byte_equals_the_slow_twins(
 
 
 def test_decompose_tensor_of_many_tiles_equals_one_tile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, small_tiles: SmallTiles
 ) -> None:
     weight = checkpoints.weights(hidden=128, mlp=300, layers=1, vocab=8)
     save_file({"a.weight": weight["model.layers.0.mlp.up_proj.weight"]}, tmp_path / "m.safetensors")
     split(tmp_path / "m.safetensors", tmp_path / "one")
-    monkeypatch.setattr("ortho_cli.plan.TILE_ELEMENTS", 1000)
-    split(tmp_path / "m.safetensors", tmp_path / "many")
+    split(tmp_path / "m.safetensors", tmp_path / "many", sizes=small_tiles)
+    small_tiles.prove("split")
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
 
 
 @pytest.mark.parametrize("hot", [False, True])
 def test_decompose_guessed_bar_too_high_or_not_selects_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hot: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_tiles: SmallTiles, hot: bool
 ) -> None:
     """The rows that the guess samples are the loudest: a second pass must put it right."""
-    for module in ("plan", "split"):
-        monkeypatch.setattr(f"ortho_cli.{module}.TILE_ELEMENTS", 1024)
     passes: list[float | None] = []
     original = Splitter._split_above
 
@@ -121,8 +128,9 @@ def test_decompose_guessed_bar_too_high_or_not_selects_the_same(
     weight = weight.bfloat16()
     save_file({"a.weight": weight}, tmp_path / "m.safetensors")
     moved: list[Event] = []
-    options: dict[str, Any] = {"compiled": False, "on_event": moved.append}
+    options: dict[str, Any] = {"compiled": False, "on_event": moved.append, "sizes": small_tiles}
     split(tmp_path / "m.safetensors", tmp_path / "out", "ortho.density=0.05", **options)
+    small_tiles.prove("split")
     base, ortho = (load_file(tmp_path / "out" / f"{f}.safetensors") for f in ("model", "ortho"))
     check_tensor(base, ortho, "a.weight", weight, group_size=64, density=0.05)
     assert len(passes) == (2 if hot else 1)

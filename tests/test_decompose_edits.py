@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from conftest import SmallTiles
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,6 +36,7 @@ from ortho_cli.events import Event, EventSink, TensorDone
 from ortho_cli.journal import work_folder
 from ortho_cli.opening import open_artifact
 from ortho_cli.plan import Plan, make_plan
+from ortho_cli.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.split import Splitter
 from ortho_cli.statistics import StatisticsReader, open_statistics
 from ortho_cli.tally import Tally
@@ -93,21 +95,29 @@ class Case:
     def place(self) -> Path:
         return self.source.parent
 
-    def plan(self, *sets: str, workers: int = 1) -> Plan:
+    def plan(self, *sets: str, workers: int = 1, sizes: Sizes = DEFAULT_SIZES) -> Plan:
         return make_plan(
             open_checkpoint(self.source),
             recipe.load_recipe(None, ["ortho.split=isolate", f"ortho.density={DENSITY}", *sets]),
             statistics=open_statistics(self.stats),
             workers=workers,
+            sizes=sizes,
         )
 
     def fake(self, share: float = 0.25, **options: Any) -> Fake:
         return Fake(draw_edits(self.plan(), share), self.place / "count", **options)
 
-    def run(self, editor: Fake, *sets: str, workers: int = 1, **options: Any) -> dict[str, Any]:
+    def run(
+        self,
+        editor: Fake,
+        *sets: str,
+        workers: int = 1,
+        sizes: Sizes = DEFAULT_SIZES,
+        **options: Any,
+    ) -> dict[str, Any]:
         opened = open_checkpoint(self.source)
         out = options.pop("out", self.place / "out")
-        plan = self.plan(*sets, workers=workers)
+        plan = self.plan(*sets, workers=workers, sizes=sizes)
         return work.decompose(plan, opened, out, editor=editor, **options)
 
 
@@ -188,13 +198,11 @@ def test_edits_of_some_tensors_leave_the_others_alone(
 
 
 def test_edits_in_many_tiles_are_where_they_are_in_one(
-    case: Case, pico_tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    case: Case, pico_tensors: dict[str, Tensor], small_tiles: SmallTiles
 ) -> None:
-    """With tiles this small the first bar is guessed, from rows without edits, too."""
-    for module in ("plan", "split"):
-        monkeypatch.setattr(f"ortho_cli.{module}.TILE_ELEMENTS", 1024)
     editor = case.fake(0.5)
-    case.run(editor)
+    case.run(editor, sizes=small_tiles)
+    small_tiles.prove("split", "check")
     check_streams(case, editor.edits, pico_tensors)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Ortho
+from conftest import Ortho, SmallTiles
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -174,7 +175,7 @@ def test_views_and_transposed_tensors_are_written_as_values(tmp_path: Path, orth
 
 
 def test_mapped_file_is_opened_anew_between_tensors_and_only_there(
-    tmp_path: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch, small_tiles: SmallTiles
 ) -> None:
     loads, load = [], torch_files._load
 
@@ -184,14 +185,17 @@ def test_mapped_file_is_opened_anew_between_tensors_and_only_there(
 
     monkeypatch.setattr(torch_files, "REMAP_BYTES", 0)
     monkeypatch.setattr(torch_files, "_load", count)
-    monkeypatch.setattr("ortho_cli.convert.TILE_ELEMENTS", 7)
     torch.save(small(), tmp_path / "m.bin")
-    found, _, _ = converted(ortho, tmp_path / "m.bin")
+    sizes = replace(small_tiles, convert=7)
+    with sizes.in_commands():
+        found, _, _ = converted(ortho, tmp_path / "m.bin")
+    sizes.prove("convert")
     assert same(found, small())
     assert len(loads) == 1 + len(small())
     loads.clear()
     torch.save(small(), tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-    found, _, _ = converted(ortho, tmp_path / "old.bin")
+    with sizes.in_commands():
+        found, _, _ = converted(ortho, tmp_path / "old.bin")
     assert same(found, small())
     assert len(loads) == 2  # held whole: to read it again would free nothing
 
@@ -265,12 +269,16 @@ def test_source_that_changes_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [(), ("--dtype", "bfloat16")])
 def test_rows_too_wide_to_hold_are_converted_alike(
-    tmp_path: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch, dtype: tuple[str, ...]
+    tmp_path: Path,
+    ortho: Ortho,
+    monkeypatch: pytest.MonkeyPatch,
+    small_tiles: SmallTiles,
+    dtype: tuple[str, ...],
 ) -> None:
     save_file(small(), tmp_path / "m.safetensors")
     expected = converted(ortho, tmp_path / "m.safetensors", *dtype)[0]
     monkeypatch.setattr("ortho_cli.source.WIDEST", 5)  # of rows of 6 and 7
-    monkeypatch.setattr("ortho_cli.convert.TILE_ELEMENTS", 4)
+    sizes = replace(small_tiles, convert=4)
     reads = []
     monkeypatch.setattr(
         "ortho_cli.source.RowReader.rows",
@@ -278,6 +286,8 @@ def test_rows_too_wide_to_hold_are_converted_alike(
             reads.append(rows * columns) or read(self, info, start, rows, columns)
         ),
     )
-    found = converted(ortho, tmp_path / "m.safetensors", "--force", *dtype)[0]
+    with sizes.in_commands():
+        found = converted(ortho, tmp_path / "m.safetensors", "--force", *dtype)[0]
+    sizes.prove("convert")
     assert same(found, expected)
     assert max(reads) == 4

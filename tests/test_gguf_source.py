@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Ortho
+from conftest import Ortho, SmallTiles
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -77,17 +77,18 @@ def write(
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("place", ["file", "folder"])
 def test_gguf_becomes_the_checkpoint_that_transformers_loads_from_it(
-    tmp_path: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch, tied: bool, place: str
+    tmp_path: Path, ortho: Ortho, small_tiles: SmallTiles, tied: bool, place: str
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr("ortho_cli.convert.TILE_ELEMENTS", 7 * HIDDEN)  # several tiles a tensor
     folder = tmp_path / "m"
     folder.mkdir()
     write(folder / "pico.gguf", tied=tied)
     out = tmp_path / "out"
     source = folder / "pico.gguf" if place == "file" else folder
-    ran = ortho("convert", source, "-o", out)
+    with small_tiles.in_commands():
+        ran = ortho("convert", source, "-o", out)
+    small_tiles.prove("convert")
     assert ran.code == 0, ran.err
     assert "no tokenizer is written" in ran.err
     assert "float32" in ran.err

@@ -8,6 +8,7 @@ from typing import Any
 import checkpoints
 import pytest
 import torch
+from conftest import SmallTiles
 from safetensors.torch import save_file
 from test_onepass import DTYPES, error_of, files, names_given, odd_weights, split
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from ortho_cli.errors import OrthoError
 from ortho_cli.events import Advanced, Event, Noted
 from ortho_cli.ondevice import OnDevice, TopK
+from ortho_cli.sizes import Sizes
 from ortho_cli.topk import TopK as Reference
 
 HERE = "cpu:0"  # torch's name for the same device, and not ours for the usual way
@@ -39,24 +41,17 @@ def check_alike(source: Path, folder: Path, *sets: str, **options: Any) -> None:
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("tile", [1, 1000, 1 << 22])
 def test_device_gives_the_bytes_of_the_general_splitter(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    dtype: torch.dtype,
-    density: float,
-    bits: int,
-    tile: int,
+    tmp_path: Path, dtype: torch.dtype, density: float, bits: int, tile: int
 ) -> None:
-    monkeypatch.setattr("ortho_cli.ondevice.TILE", tile)
     save_file({"a.weight": odd_weights(dtype)}, tmp_path / "m.safetensors")
     sets = (f"ortho.density={density}", f"base.bits={bits}")
-    check_alike(tmp_path / "m.safetensors", tmp_path, *sets)
+    check_alike(tmp_path / "m.safetensors", tmp_path, *sets, sizes=Sizes(device=tile))
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32, "gram", "factored"])
 def test_device_with_curvature_gives_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: Any
+    tmp_path: Path, small_tiles: SmallTiles, stored: Any
 ) -> None:
-    monkeypatch.setattr("ortho_cli.ondevice.TILE", 2000)
     source, stats = tmp_path / "m.safetensors", tmp_path / "stats.safetensors"
     weight = odd_weights(torch.bfloat16)
     weight[11:13] = 0
@@ -73,7 +68,8 @@ def test_device_with_curvature_gives_the_same_bytes(
     checkpoints.save_statistics(
         stats, source, kind=kind, storage=storage, dtype=kept, change=flatten
     )
-    check_alike(source, tmp_path, "ortho.density=0.02", stats=stats)
+    check_alike(source, tmp_path, "ortho.density=0.02", stats=stats, sizes=small_tiles)
+    small_tiles.prove("device", "split")
 
 
 def test_device_any_workers_and_shards_the_same_and_every_byte_is_told(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import checkpoints
 import pytest
 import reference
 import torch
+from conftest import SmallTiles
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from ortho_cli.errors import CalibrationError, NumericalError, OrthoError
 from ortho_cli.events import Advanced, Event, Noted, TensorDone
 from ortho_cli.onepass import OnePass, takes
 from ortho_cli.plan import Plan, _buffer_bytes, make_plan
+from ortho_cli.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.split import Splitter
 from ortho_cli.statistics import open_statistics
 
@@ -37,16 +40,22 @@ FIGURES: dict[str, dict[str, float]] = {
 }
 
 
-def plan_of(source: Path, *sets: str, stats: Path | None = None, workers: int = 1) -> Plan:
+def plan_of(source: Path, *sets: str, stats: Path | None = None, **options: Any) -> Plan:
     found = open_statistics(stats) if stats else None
     settings = recipe.load_recipe(None, sets)
-    return make_plan(open_checkpoint(source), settings, statistics=found, workers=workers)
+    return make_plan(open_checkpoint(source), settings, statistics=found, **options)
 
 
 def split(
-    source: Path, out: Path, *sets: str, stats: Path | None = None, workers: int = 1, **options: Any
+    source: Path,
+    out: Path,
+    *sets: str,
+    stats: Path | None = None,
+    workers: int = 1,
+    sizes: Sizes = DEFAULT_SIZES,
+    **options: Any,
 ) -> dict[str, Any]:
-    plan = plan_of(source, *sets, stats=stats, workers=workers)
+    plan = plan_of(source, *sets, stats=stats, workers=workers, sizes=sizes)
     return decompose(plan, open_checkpoint(source), out, **options)
 
 
@@ -164,19 +173,16 @@ def save_odd_curvature(stats: Path, source: Path, stored: Any) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32, "gram", "factored"])
 def test_loops_with_curvature_give_the_same_bytes(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    dtype: torch.dtype,
-    stored: Any,
+    tmp_path: Path, small_tiles: SmallTiles, dtype: torch.dtype, stored: Any
 ) -> None:
-    monkeypatch.setattr("ortho_cli.plan.TILE_ELEMENTS", 2000)
     source, stats = tmp_path / "m.safetensors", tmp_path / "stats.safetensors"
     weight = odd_weights(dtype)
     weight[11:13] = 0  # squares times curvature have to stay finite
     save_file({"a.weight": weight, "b.weight": weight[:32].clone()}, source)
 
     save_odd_curvature(stats, source, stored)
-    check_alike(source, tmp_path, "ortho.density=0.02", stats=stats)
+    check_alike(source, tmp_path, "ortho.density=0.02", stats=stats, sizes=small_tiles)
+    small_tiles.prove("split")
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -197,13 +203,12 @@ def test_loops_with_curvature_give_the_same_bytes(
 )
 def test_loops_search_the_same_scales(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    small_tiles: SmallTiles,
     dtype: torch.dtype,
     scale: str,
     stored: Any,
     alone: bool,
 ) -> None:
-    monkeypatch.setattr("ortho_cli.plan.TILE_ELEMENTS", 2000)
     source, stats = tmp_path / "m.safetensors", tmp_path / "stats.safetensors"
     weight = odd_weights(dtype)[:, :96].contiguous()
     if stored is not None:
@@ -214,27 +219,27 @@ def test_loops_search_the_same_scales(
     if stored is not None:
         save_odd_curvature(stats, source, stored)
     given = None if stored is None else stats
-    check_alike(source, tmp_path, *sets, "ortho.density=0.03", stats=given)
+    check_alike(source, tmp_path, *sets, "ortho.density=0.03", stats=given, sizes=small_tiles)
+    small_tiles.prove("split")
 
 
 @pytest.mark.parametrize("tile", [128, 1000, 1 << 19])
 @pytest.mark.parametrize("density", [0.005, 0.3])
 def test_loops_select_the_same_from_any_tiles_and_workers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tile: int, density: float
+    tmp_path: Path, small_tiles: SmallTiles, tile: int, density: float
 ) -> None:
-    monkeypatch.setattr("ortho_cli.plan.TILE_ELEMENTS", tile)
     tensors = checkpoints.weights(hidden=64, mlp=96, layers=1, vocab=40, kv=16, bias=True)
     checkpoints.save(tmp_path / "m", tensors, shards=2)
-    check_alike(tmp_path / "m", tmp_path, f"ortho.density={density}", workers=3)
+    sizes = replace(small_tiles, split=tile)
+    check_alike(tmp_path / "m", tmp_path, f"ortho.density={density}", workers=3, sizes=sizes)
+    sizes.prove("split" if tile < 1 << 19 else "check")
 
 
 @pytest.mark.parametrize("hot", [False, True])
 def test_loops_guessed_bar_too_high_or_not_selects_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hot: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_tiles: SmallTiles, hot: bool
 ) -> None:
     """The rows that the guess samples are the loudest: a second pass must put it right."""
-    monkeypatch.setattr("ortho_cli.plan.TILE_ELEMENTS", 1024)
-    monkeypatch.setattr("ortho_cli.onepass.SAMPLE", 1024)
     bars: list[float | None] = []
     original = OnePass._split_above
 
@@ -249,7 +254,9 @@ def test_loops_guessed_bar_too_high_or_not_selects_the_same(
     source = tmp_path / "m.safetensors"
     save_file({"a.weight": weight.bfloat16()}, source)
     moved: list[Event] = []
-    check_alike(source, tmp_path, "ortho.density=0.05", on_event=moved.append)
+    options: dict[str, Any] = {"on_event": moved.append, "sizes": small_tiles}
+    check_alike(source, tmp_path, "ortho.density=0.05", **options)
+    small_tiles.prove("split")
     assert len(bars) == (2 if hot else 1)
     assert bars[0] is not None
     assert sum(e.nbytes for e in moved if isinstance(e, Advanced)) == 2 * 2 * weight.numel()
@@ -420,4 +427,4 @@ def test_plan_peak_bounds_what_the_loops_hold(
     monkeypatch.setattr(OnePass, "split", watched)
     split(source, tmp_path / "out", stats=stats)
     made = plan_of(source, stats=stats)
-    assert 0 < max(held) <= _buffer_bytes(made.tensors[0], made.statistics, compensates=False)
+    assert 0 < max(held) <= _buffer_bytes(made.tensors[0], made.statistics, False, made.sizes)

@@ -9,7 +9,7 @@ import checkpoints
 import pytest
 import reference
 import torch
-from conftest import PICO, Ortho
+from conftest import PICO, Ortho, SmallTiles
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from ortho_cli.errors import CheckpointError, Interrupted, OutputExistsError, Re
 from ortho_cli.events import TensorDone
 from ortho_cli.opening import open_artifact
 from ortho_cli.plan import make_plan
+from ortho_cli.sizes import DEFAULT_SIZES
 from ortho_cli.statistics import open_statistics
 from ortho_cli.verify import verify
 
@@ -60,6 +61,7 @@ class Case:
             reference=open_checkpoint(self.folder / "before"),
             statistics=open_statistics(stats) if stats else None,
             workers=options.pop("workers", 1),
+            sizes=options.pop("sizes", DEFAULT_SIZES),
         )
         return decompose(plan, opened, self.folder / out, **options)
 
@@ -172,12 +174,11 @@ def test_a_model_that_learned_nothing_has_no_delta(tmp_path: Path) -> None:
     check_selection(case, None)
 
 
-def test_same_bytes_for_any_workers_and_tiles(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_bytes_for_any_workers_and_tiles(case: Case, small_tiles: SmallTiles) -> None:
     case.split(out="one")
     case.split(out="two", workers=2)
-    for module in ("plan", "split"):
-        monkeypatch.setattr(f"ortho_cli.{module}.TILE_ELEMENTS", 1024)
-    case.split(out="many")
+    case.split(out="many", sizes=small_tiles)
+    small_tiles.prove("split")
     for name in ("model", "ortho"):
         held = {(case.folder / o / f"{name}.safetensors").read_bytes() for o in ("one", "two")}
         assert held == {(case.folder / "many" / f"{name}.safetensors").read_bytes()}

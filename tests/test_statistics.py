@@ -14,7 +14,7 @@ import checkpoints
 import pytest
 import reference
 import torch
-from conftest import Ortho
+from conftest import Ortho, SmallTiles
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,6 +28,7 @@ from ortho_cli.journal import work_folder
 from ortho_cli.opening import open_artifact
 from ortho_cli.scales import Kept, curvature_scales
 from ortho_cli.search import ROUNDS
+from ortho_cli.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.split import Splitter
 from ortho_cli.statistics import describe, is_statistics, open_statistics
 from ortho_cli.verify import verify
@@ -52,11 +53,17 @@ def stats(pico: Path) -> Path:
 
 
 def split(
-    source: Path, stats: Path, out: Path, *sets: str, workers: int = 1, **options: Any
+    source: Path,
+    stats: Path,
+    out: Path,
+    *sets: str,
+    workers: int = 1,
+    sizes: Sizes = DEFAULT_SIZES,
+    **options: Any,
 ) -> dict[str, Any]:
     opened, found = open_checkpoint(source), open_statistics(stats)
     settings = recipe.load_recipe(None, sets)
-    made = plan.make_plan(opened, settings, statistics=found, workers=workers)
+    made = plan.make_plan(opened, settings, statistics=found, workers=workers, sizes=sizes)
     return work.decompose(made, opened, out, **options)
 
 
@@ -131,17 +138,15 @@ def check_tensor(
 
 @pytest.mark.parametrize(("kind", "storage", "dtype"), STORED)
 @pytest.mark.parametrize("scale", ["absmax", "curvature"])
-@pytest.mark.parametrize("tile", [1000, plan.TILE_ELEMENTS])
+@pytest.mark.parametrize("small", [True, False])
 def test_decompose_with_curvature_equals_the_slow_twins(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     kind: str,
     storage: str,
     dtype: torch.dtype,
     scale: str,
-    tile: int,
+    small: bool,
 ) -> None:
-    monkeypatch.setattr("ortho_cli.plan.TILE_ELEMENTS", tile)
     tensors = checkpoints.weights(hidden=64, mlp=96, layers=1, vocab=40, kv=16)
     up = tensors["model.layers.0.mlp.up_proj.weight"]
     up[3], up[7] = up[2], 0
@@ -158,7 +163,11 @@ def test_decompose_with_curvature_equals_the_slow_twins(
     curvature = checkpoints.save_statistics(
         stats, tmp_path / "m", kind=kind, storage=storage, dtype=dtype, change=tie
     )
-    report = split(tmp_path / "m", stats, out, "ortho.density=0.02", f"base.scale={scale}")
+    sizes = SmallTiles() if small else DEFAULT_SIZES
+    sets = ("ortho.density=0.02", f"base.scale={scale}")
+    report = split(tmp_path / "m", stats, out, *sets, sizes=sizes)
+    if isinstance(sizes, SmallTiles):
+        sizes.prove("split")
     assert verify(open_artifact(out)).tensors
     stored, totals = load_file(stats), {"before": 0.0, "after": 0.0}
     entries = {entry["name"]: entry for entry in report["tensors"]}
@@ -184,10 +193,8 @@ def test_decompose_with_curvature_equals_the_slow_twins(
 
 @pytest.mark.parametrize("hot", [False, True])
 def test_decompose_with_curvature_guessed_bar_too_high_or_not_selects_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hot: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_tiles: SmallTiles, hot: bool
 ) -> None:
-    for module in ("plan", "split"):
-        monkeypatch.setattr(f"ortho_cli.{module}.TILE_ELEMENTS", 1024)
     bars: list[float | None] = []
     original = Splitter._split_above
 
@@ -206,8 +213,9 @@ def test_decompose_with_curvature_guessed_bar_too_high_or_not_selects_the_same(
 
     curvature = checkpoints.save_statistics(stats, source, change=heat)["a.weight"]
     moved: list[Event] = []
-    options: dict[str, Any] = {"compiled": False, "on_event": moved.append}
+    options: dict[str, Any] = {"compiled": False, "on_event": moved.append, "sizes": small_tiles}
     split(source, stats, tmp_path / "out", "ortho.density=0.05", **options)
+    small_tiles.prove("split")
     k = round(0.05 * weight.numel())
     root = curvature.double().sqrt().float()
     check_tensor(tmp_path / "out", "a.weight", weight, curvature, root, scale="absmax", k=k)
@@ -269,7 +277,7 @@ def test_decompose_density_one_has_no_weighted_error_left(
 def test_decompose_with_curvature_same_bytes_for_any_workers_and_tiles(
     pico: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    small_tiles: SmallTiles,
     kind: str,
     storage: str,
     dtype: torch.dtype,
@@ -279,8 +287,8 @@ def test_decompose_with_curvature_same_bytes_for_any_workers_and_tiles(
     split(pico, path, tmp_path / "one", "base.scale=curvature")
     split(pico, path, tmp_path / "two", "base.scale=curvature", workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    monkeypatch.setattr("ortho_cli.plan.TILE_ELEMENTS", 1000)
-    split(pico, path, tmp_path / "many", "base.scale=curvature", workers=2)
+    split(pico, path, tmp_path / "many", "base.scale=curvature", workers=2, sizes=small_tiles)
+    small_tiles.prove("split")
     one, many = (contents(tmp_path / folder) for folder in ("one", "many"))
     for name in ("model.safetensors", "ortho.safetensors"):
         assert one[name] == many[name]
@@ -335,7 +343,7 @@ def test_plan_peak_bounds_what_a_worker_holds(
     settings = recipe.load_recipe(None, [f"base.scale={scale}"])
     made = plan.make_plan(opened, settings, statistics=found)
     work.decompose(made, opened, tmp_path / "out", compiled=False)
-    bound = plan._buffer_bytes(made.tensors[0], found, compensates=False)
+    bound = plan._buffer_bytes(made.tensors[0], found, False, made.sizes)
     assert max(held) <= bound <= 2 * max(held)
 
 
