@@ -49,6 +49,8 @@ class _Moved:
 
     def mark(self, at: Any, tile: Tile, flat: Sequence[Any], *, by_curvature: bool) -> None:
         """Sum up what the moves of a tile cost, and let the selection take them."""
+        if not len(at):  # torch cannot group none into groups
+            return
         if self._to_code:
             self._remember(torch.from_numpy(at), tile, by_curvature=by_curvature)
         for i, measure in enumerate(flat):
