@@ -13,7 +13,15 @@ import typer
 from ortho_cli import __version__, boundary
 from ortho_cli.cli_bench import bench
 from ortho_cli.cli_inspect import inspect
-from ortho_cli.cli_shared import located, place_output, plan_of, run_facts, show, show_plan
+from ortho_cli.cli_shared import (
+    located,
+    place_output,
+    plan_of,
+    run_facts,
+    settled,
+    show,
+    show_plan,
+)
 from ortho_cli.errors import UsageError
 from ortho_cli.options import (
     BeforeOption,
@@ -147,7 +155,7 @@ def decompose(
     given = [*(forget or []), *(data or []), seal_passphrase_file, identity]
     checkpoint, plan = plan_of(model, stats, recipe, sets, workers, before, copy, given)
     target, said = place_output(out, model)
-    plan = _meet(plan, checkpoint, target_bits, quiet=quiet)
+    plan = _meet(plan, checkpoint, target_bits, target, quiet=quiet)
     read = files_of(checkpoint, *plan.inputs, *(forget or []), *(data or []))
     check_output(target, read, force=force, is_ours=is_artifact)
     check_space(plan.bytes_on_disk + scratch_bytes(plan.ortho, seal), target)
@@ -155,6 +163,7 @@ def decompose(
     notes: list[Event] = []
     more = _model_work(plan, checkpoint, forget or [], data or [], device, notes.append)
     if dry_run:
+        plan = settled(plan, checkpoint, target, quiet=quiet, verbose=verbose)
         show_plan(plan, model, as_json=as_json, quiet=quiet, notes=said)
         return
     from ortho_cli import report
@@ -362,15 +371,20 @@ def _note(message: str) -> Event:
     return Noted(message=message)
 
 
-def _meet(plan: Plan, checkpoint: Any, target_bits: float | None, *, quiet: bool) -> Plan:
+def _meet(
+    plan: Plan, checkpoint: Any, target_bits: float | None, out: Path, *, quiet: bool
+) -> Plan:
     """Pick what a size can buy, where one is asked for."""
     if target_bits is None:
         return plan
     from ortho_cli.budget import meet
+    from ortho_cli.output import resolve_output
     from ortho_cli.report_progress import ProgressSink
+    from ortho_cli.survey import load_surveys
 
+    known = load_surveys(resolve_output(out))
     with ProgressSink("score", quiet=quiet, verbose=False) as sink:
-        return meet(plan, checkpoint, target_bits, on_event=sink)
+        return meet(plan, checkpoint, target_bits, known=known, on_event=sink)
 
 
 def _model_work(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ortho_cli.cli_shared import located, plan_of, show, show_plan
+from ortho_cli.cli_shared import located, plan_of, settled, show, show_plan
 from ortho_cli.errors import UsageError
 from ortho_cli.opening import open_artifact
 from ortho_cli.options import (
@@ -80,7 +80,8 @@ def inspect(
                 f"`{path}` is no artifact, and --verify checks artifacts and statistics",
                 hint="leave --verify out",
             )
-        _, plan = plan_of(path, stats, recipe, sets, workers)
+        checkpoint, plan = plan_of(path, stats, recipe, sets, workers)
+        plan = settled(plan, checkpoint, quiet=quiet, verbose=verbose)
         show_plan(plan, path, as_json=as_json, quiet=quiet)
         return
     if recipe or sets or stats:

@@ -31,6 +31,7 @@ from ortho_cli.settings import GROUP_SIZES, Recipe, Saliency, Scale, fold_names
 from ortho_cli.side_files import SideFiles, choose, choose_none
 from ortho_cli.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.statistics import Statistics, check_weights
+from ortho_cli.survey import Survey
 from ortho_cli.writer import Layout, TensorSpec, plan_layout
 
 MODULES_BYTES = 24 << 20  # what importing everything but torch was measured to take
@@ -85,6 +86,7 @@ class Plan:
     sizes: Sizes = DEFAULT_SIZES  # nothing that is written depends on them
     reference: Checkpoint | None = None
     kept: Mapping[str, int] | None = None  # entries of each tensor, where they do not follow
+    surveys: tuple[Survey, ...] = ()  # from which the density, or what tensors keep, was chosen
     notes: tuple[str, ...] = ()  # what is unusual of the source, and read all the same
 
     @property
@@ -115,6 +117,11 @@ class Plan:
     def bytes_read(self) -> int:
         """Bytes of tensor data that are read."""
         return sum(tensor.source.nbytes for tensor in self.tensors)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a survey of all weights has to say yet what each tensor keeps."""
+        return self.recipe.ortho.budget == "global" and self.kept is None
 
     @property
     def is_compact(self) -> bool:

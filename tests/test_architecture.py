@@ -32,7 +32,7 @@ LAYERS = [
     ["kernels", "streams"],
     ["layers", "compact"],
     ["journal"],
-    ["writer", "output", "edits"],
+    ["writer", "output", "edits", "survey"],
     ["seal"],
     ["artifact"],
     ["opening"],
