@@ -341,7 +341,9 @@ def test_command_forgets_on_3_bits(
     high = [scoring.score(model, secret).exposure for secret in memorised.secrets()]
     assert sum(low) < 0.6 * sum(high)
     moved = sum(
-        baselines.count_moved(module) for module in model.modules() if isinstance(module, OrthoLinear)
+        baselines.count_moved(module)
+        for module in model.modules()
+        if isinstance(module, OrthoLinear)
     )
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert moved == report["totals"]["moved"] > 0
