@@ -17,10 +17,11 @@ from ortho_cli.convert.sources.gguf_file import (
     GgufModel,
     GgufTensor,
     Metadata,
+    not_expressible,
     read_count,
     read_number,
 )
-from ortho_cli.errors import CheckpointError, shown
+from ortho_cli.errors import shown
 
 Config = dict[str, object]  # keywords of a config of transformers
 
@@ -155,10 +156,9 @@ def check_foreign(model: GgufModel) -> list[str]:
     strange = sorted(prefixes - {*KNOWN_PREFIXES, model.architecture})
     for prefix in strange:
         if prefix in gguf.MODEL_ARCH_NAMES.values():
-            raise CheckpointError(
+            raise not_expressible(
                 f"`{model.path}` says it is of architecture {model.architecture}, and has keys of "
-                f"{prefix}",
-                hint="start from the original checkpoint",
+                f"{prefix}"
             )
     if not strange:
         return []
@@ -242,10 +242,9 @@ def _add_windows(path: Path, kind: str, told: Metadata, done: Config) -> None:
         # No layer uses it, and one that did would see all positions.
         done["sliding_window"] = read_count(path, done, "max_position_embeddings", 4096)
     if len(local) != layers:
-        raise CheckpointError(
+        raise not_expressible(
             f"`{path}` says `attention.sliding_window_pattern` is of {len(local)} layers, and "
-            f"there are {layers}",
-            hint="start from the original checkpoint",
+            f"there are {layers}"
         )
     done["layer_types"] = ["sliding_attention" if near else "full_attention" for near in local]
 
@@ -274,16 +273,14 @@ def _check_keys(
                 or _changes_nothing(model.path, key, value, kind, told, done)
             )
         if not known:
-            raise CheckpointError(
+            raise not_expressible(
                 f"`{model.path}` says `{model.architecture}.{key}` is {shown(value)}, which "
-                f"transformers' {kind} has no setting for",
-                hint="start from the original checkpoint",
+                f"transformers' {kind} has no setting for"
             )
     if kind == "falcon" and (done.get("num_kv_heads") or 1) != 1:
-        raise CheckpointError(
+        raise not_expressible(
             f"`{model.path}` is a Falcon of {done['num_kv_heads']} key and value heads, whose "
-            f"layout transformers does not undo",
-            hint="start from the original checkpoint",
+            f"layout transformers does not undo"
         )
 
 
@@ -355,16 +352,14 @@ def carry_rope(model: GgufModel, rope: gguf_rope.Rope, done: Config) -> None:
         }
         return
     if rope.local_theta not in (None, rope.theta):
-        raise CheckpointError(
+        raise not_expressible(
             f"`{model.path}` says `rope.freq_base_swa` is {rope.local_theta:g} and "
-            f"`rope.freq_base` {rope.theta:g}; {done['model_type']} has one base for all layers",
-            hint="start from the original checkpoint",
+            f"`rope.freq_base` {rope.theta:g}; {done['model_type']} has one base for all layers"
         )
     if done["model_type"] == "phi3" and rope.kind not in PHI3:
-        raise CheckpointError(
+        raise not_expressible(
             f"`{model.path}` says `rope.scaling.type` is {rope.kind}, and "
-            f"transformers' phi3 has {' and '.join(PHI3)} only",
-            hint="start from the original checkpoint",
+            f"transformers' phi3 has {' and '.join(PHI3)} only"
         )
     done["rope_parameters"] = dict(rope.parameters)
     if done["model_type"] == "phi3" and rope.kind == "longrope":

@@ -86,6 +86,11 @@ class GgufModel:
         return str(self.metadata["general.architecture"])
 
 
+def not_expressible(message: str) -> CheckpointError:
+    """Make the error of a file that no config or checkpoint of transformers can express."""
+    return CheckpointError(message, hint="start from the original checkpoint")
+
+
 def read_number(path: Path, metadata: Metadata, key: str, default: float) -> float:
     """Read a number of a file's metadata.
 

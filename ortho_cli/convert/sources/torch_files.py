@@ -20,14 +20,7 @@ import torch
 from torch import Tensor
 
 from ortho_cli.convert.sources.architectures import is_tied
-from ortho_cli.convert.sources.base import (
-    DTYPE_NAMES,
-    Format,
-    Opener,
-    Source,
-    SourceTensor,
-    mark,
-)
+from ortho_cli.convert.sources.base import DTYPE_NAMES, Format, Opener, Source, SourceTensor, mark
 from ortho_cli.convert.sources.safetensors_files import has_safetensors
 from ortho_cli.convert.sources.state_dicts import Weights, find_weights
 from ortho_cli.errors import CheckpointError
