@@ -17,7 +17,7 @@ from torch import Tensor
 from ortho_cli.convert.plan import ROLE, ConvertPlan, ConvertTensor
 from ortho_cli.convert.sources.adapters import refuse_adapter
 from ortho_cli.convert.sources.artifact import open_dense
-from ortho_cli.convert.sources.base import TORCH_DTYPES, Source
+from ortho_cli.convert.sources.base import Source
 from ortho_cli.convert.sources.gguf import open_gguf
 from ortho_cli.convert.sources.gguf_file import find_gguf, is_gguf
 from ortho_cli.convert.sources.open_source import open_foreign
@@ -25,6 +25,7 @@ from ortho_cli.errors import NumericalError, UsageError
 from ortho_cli.events import Advanced, EventSink, Finishing, Noted, Started, TensorDone, null_sink
 from ortho_cli.formats.artifact import is_artifact
 from ortho_cli.split import quantize
+from ortho_cli.split.dtypes import torch_dtypes
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage import checkpoint
@@ -250,7 +251,7 @@ class _Job:
 
 def _round(tensor: ConvertTensor, read: Tensor, start: int) -> Tensor:
     """Round to the dtype that is written; nothing finite may become infinite."""
-    dtype = TORCH_DTYPES[tensor.dtype]
+    dtype = torch_dtypes()[tensor.dtype]
     if read.dtype == dtype:
         return read
     cast = read.to(dtype)

@@ -115,7 +115,6 @@ INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 REPORT_FILE = "report.json"
 
-SCALE_DTYPES = ("BF16", "F16", "F32")
 WIDTHS = (3, 4)  # bits of a code
 COUNT_DTYPES = ("U8", "U16", "I32")  # of row_counts, smallest first
 CHUNK = 1 << 20

@@ -14,7 +14,6 @@ from ortho_cli.formats.artifact import (
     FORMATS,
     ORTHO_FILE,
     REPORT_FILE,
-    SCALE_DTYPES,
     WIDTHS,
     Artifact,
     Parts,
@@ -25,6 +24,7 @@ from ortho_cli.formats.artifact import (
     layout_of,
     ortho_specs,
 )
+from ortho_cli.split.dtypes import SPLIT
 from ortho_cli.storage import checkpoint, strict_json
 from ortho_cli.storage.checkpoint import Shard, TensorInfo
 from ortho_cli.storage.data_file import TensorSpec
@@ -131,7 +131,7 @@ def _check_base(base: Shard) -> tuple[dict[str, tuple[int, int]], dict[str, int]
             raise damaged(path, f"`{module}` has packed codes and no scales or shape")
         sound = (
             packed.dtype == "I32"
-            and scale.dtype in SCALE_DTYPES
+            and scale.dtype in SPLIT
             and (shape.dtype, shape.shape) == ("I64", (2,))
             and len(packed.shape) == len(scale.shape) == 2
             and packed.shape[0] == scale.shape[0]

@@ -15,21 +15,11 @@ from ortho_cli.errors import ArtifactError, CheckpointError
 from ortho_cli.formats import compact
 from ortho_cli.formats.artifact import Artifact, damaged
 from ortho_cli.split import quantize
+from ortho_cli.split.dtypes import torch_dtypes
 from ortho_cli.split.in_memory import ORTHO_PARTS, check_csr
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, TensorInfo
-
-DTYPES = {
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-}
 
 
 class KeptReader:
@@ -125,7 +115,7 @@ class KeptReader:
                 shape,
                 sizes=self._sizes,
             )
-            dtype = DTYPES[self._base[f"{module}.weight_scale"].dtype]
+            dtype = torch_dtypes()[self._base[f"{module}.weight_scale"].dtype]
             found["values"] = compact.restore_values(codes, step, base, scales, dtype)
         if codes.numel() and not quantize.all_finite(found["values"]):
             raise _unsound(f"`{module}.values` or column_values holds NaN or infinity")
@@ -139,7 +129,7 @@ class KeptReader:
     def _read(self, info: TensorInfo, start: int = 0, count: int | None = None) -> Tensor:
         """Read a tensor, or some rows of it, into memory of its own."""
         shape = info.shape if count is None else (count, *info.shape[1:])
-        found = torch.empty(shape, dtype=DTYPES[info.dtype])
+        found = torch.empty(shape, dtype=torch_dtypes()[info.dtype])
         if found.numel():
             offset = start * (info.nbytes // info.shape[0]) if start else 0
             self._reader.read_into(as_bytes(found), info, start=offset)

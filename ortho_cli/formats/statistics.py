@@ -57,7 +57,6 @@ KINDS = ("gram", "fisher", "true-fisher")
 STORAGES = ("full", "factored")
 GRAM = ".retain_gram"
 WEIGHTINGS = ("none", "gradient")
-DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

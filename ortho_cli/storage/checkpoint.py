@@ -30,17 +30,10 @@ from ortho_cli.errors import (
     unreadable,
     way_out,
 )
+from ortho_cli.split.dtypes import DTYPES
 from ortho_cli.storage import folders, hints, hub, sniff, strict_json
 from ortho_cli.storage.untrusted import open_regular
 
-# Bits an element, for every dtype that safetensors 0.8 knows.
-DTYPE_BITS = {
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
-    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
 MAX_HEADER = 100_000_000  # safetensors' own limit
 PIECE = 1 << 20
 MAX_DIMENSIONS = 64  # torch's own limit; a product of thousands of large numbers would take hours
@@ -324,8 +317,8 @@ def _parse_tensor(
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise bad("is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise bad(f"has dtype {shown(dtype)}, which is none of {', '.join(DTYPE_BITS)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise bad(f"has dtype {shown(dtype)}, which is none of {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
         raise bad(f"has shape {shown(shape)}, which is not a list of counts")
     if len(shape) > MAX_DIMENSIONS:
@@ -335,7 +328,7 @@ def _parse_tensor(
     begin, end = offsets
     if not begin <= end <= data_size:
         raise bad(f"claims bytes {begin} to {end} of {data_size}")
-    needed = math.prod(shape) * DTYPE_BITS[dtype]
+    needed = math.prod(shape) * DTYPES[dtype].bits
     if needed != 8 * (end - begin):
         raise bad(f"has {end - begin} bytes where {dtype} {shown(shape)} takes {needed // 8}")
     return TensorInfo(

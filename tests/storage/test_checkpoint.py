@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ortho_cli.errors import CheckpointError
+from ortho_cli.split import dtypes
 from ortho_cli.storage import checkpoint
 
 
@@ -238,7 +239,7 @@ HEADERS: dict[str, bytes] = {
     "a dtype of no reader": raw_file({"w": entry("F8_E3M4", (8,), (0, 8))}, bytes(8)),
     **{
         f"dtype {name}": raw_file({"w": entry(name, (8,), (0, bits))}, bytes(bits))
-        for name, bits in checkpoint.DTYPE_BITS.items()
+        for name, (bits, *_) in dtypes.DTYPES.items()
     },
 }
 

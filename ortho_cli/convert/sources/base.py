@@ -8,44 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ortho_cli.errors import CheckpointError
 from ortho_cli.split import quantize
+from ortho_cli.split.dtypes import DTYPES, torch_dtypes
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.storage import folders
-from ortho_cli.storage.checkpoint import (
-    DTYPE_BITS,
-    ShardReader,
-    TensorInfo,
-)
+from ortho_cli.storage.checkpoint import ShardReader, TensorInfo
 
-TORCH_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
-# Scales of the microscaling formats; where torch is too old to know them, their bytes.
-TORCH_DTYPES["F8_E8M0"] = getattr(torch, "float8_e8m0fnu", torch.uint8)
-DTYPE_NAMES = {dtype: name for name, dtype in reversed(TORCH_DTYPES.items())}
 WIDEST = 1 << 22  # elements of a row that is held
-FLOATS = ("F16", "BF16", "F32", "F64")  # what a cast applies to
 
 Read = Callable[[int, int], Tensor]
 
@@ -156,7 +128,7 @@ class RowReader:
     def rows(self, tensor: TensorInfo, start: int, rows: int, columns: int) -> Tensor:
         """Read `rows` rows of `columns` elements; valid until the next call."""
         self._scratch.reset()
-        dtype = TORCH_DTYPES[tensor.dtype]
+        dtype = torch_dtypes()[tensor.dtype]
         found = self._scratch((rows, columns), dtype)
         if found.numel():
             offset = start * columns * dtype.itemsize
@@ -169,11 +141,11 @@ class RowReader:
 
     def tensor(self, info: TensorInfo, *, path: Path) -> SourceTensor:
         """Describe a tensor that is carried over."""
-        if info.dtype not in TORCH_DTYPES:
+        if info.dtype not in torch_dtypes():
             raise CheckpointError(
-                f"tensor `{info.name}` of `{path}` is {info.dtype} ({DTYPE_BITS[info.dtype]} bits "
+                f"tensor `{info.name}` of `{path}` is {info.dtype} ({DTYPES[info.dtype].bits} bits "
                 f"an element), which torch cannot hold",
-                hint=f"what can be converted: {', '.join(TORCH_DTYPES)}",
+                hint=f"what can be converted: {', '.join(torch_dtypes())}",
             )
         columns = info.shape[-1] if len(info.shape) > 1 else 1
         # A row is held whole; blocks of fp8 scales need one.
