@@ -87,7 +87,7 @@ def calibrate(
     for note in checkpoint.notes:
         on_event(Noted(message=note))
     on_event(Finishing(step="digest the model"))
-    with contextlib.closing(ShardReader(checkpoint)) as reader:
+    with contextlib.closing(ShardReader(checkpoint.shards)) as reader:
         digests = {tensor.name: reader.digest(tensor) for tensor in checkpoint.tensors}
         reader.check_unchanged()
     source = artifact.source_digest(

@@ -170,7 +170,7 @@ def decompose(
 
     curvature: StatisticsReader | None = None
     reference: Reference | None = None
-    reader = ShardReader(checkpoint)
+    reader = ShardReader(checkpoint.shards)
     try:
         curvature = StatisticsReader(plan.statistics) if plan.statistics else None
         reference = Reference(plan.reference) if plan.reference else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from blake3 import blake3
 from torch import Tensor, nn
 
 from ortho_cli.decompose.plan import NO_DIGEST, OUR_FILES
-from ortho_cli.errors import ArtifactError, CheckpointError, OutputExistsError, UsageError
+from ortho_cli.errors import ArtifactError, CheckpointError, OutputExistsError, UsageError, blamed
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import (
     BASE_FILE,
@@ -30,7 +31,7 @@ from ortho_cli.runtime.ortho_linear import OrthoLinear
 from ortho_cli.split.dtypes import names_of_torch, torch_dtypes
 from ortho_cli.split.in_memory import BASE_PARTS, ORTHO_PARTS, is_conv1d, is_plain_linear
 from ortho_cli.split.quantize import as_bytes
-from ortho_cli.storage.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo, open_checkpoint
+from ortho_cli.storage.checkpoint import Shard, ShardReader, TensorInfo, open_checkpoint
 from ortho_cli.storage.data_file import DataFile, GrowingDigest, Layout, TensorSpec, plan_layout
 from ortho_cli.storage.output import resolve_output
 from ortho_cli.storage.side_files import SideFiles, choose
@@ -225,22 +226,15 @@ def read_tensors(shard: Shard, tensors: Iterator[TensorInfo]) -> Iterator[tuple[
     Raises:
         ArtifactError: the file is cut, or changes while it is read, or holds an unknown dtype.
     """
-    index = Checkpoint(path=shard.path, shards=(shard,), tensors=shard.tensors, config=None)
-    try:
-        reader = ShardReader(index)
-        try:
-            for info in tensors:
-                if info.dtype not in torch_dtypes():
-                    raise artifact.damaged(shard.path, f"`{info.name}` is of dtype {info.dtype}")
-                value = torch.empty(info.shape, dtype=torch_dtypes()[info.dtype])
-                if info.nbytes:
-                    reader.read_into(as_bytes(value), info, start=0)
-                yield info.name, value
-            reader.check_unchanged()
-        finally:
-            reader.close()
-    except CheckpointError as error:
-        raise ArtifactError(error.message, hint=error.hint) from None
+    with blamed(ArtifactError), contextlib.closing(ShardReader([shard])) as reader:
+        for info in tensors:
+            if info.dtype not in torch_dtypes():
+                raise artifact.damaged(shard.path, f"`{info.name}` is of dtype {info.dtype}")
+            value = torch.empty(info.shape, dtype=torch_dtypes()[info.dtype])
+            if info.nbytes:
+                reader.read_into(as_bytes(value), info, start=0)
+            yield info.name, value
+        reader.check_unchanged()
 
 
 def empty_layers(opened: Artifact) -> Iterator[tuple[str, OrthoLinear]]:

@@ -24,10 +24,10 @@ from typing import Any
 from ortho_cli.errors import (
     CheckpointError,
     ResourceError,
+    blamed,
     is_starved,
     reason,
     shown,
-    unreadable,
     way_out,
 )
 from ortho_cli.split.dtypes import DTYPES
@@ -95,11 +95,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: nothing there, nothing readable, or a header or index that does not hold
             together.
     """
-    try:
+    hint = "give a .safetensors file or a model folder that you may read"
+    with blamed(CheckpointError, path=path, hint=hint):
         return _open(path)
-    except OSError as error:
-        hint = "give a .safetensors file or a model folder that you may read"
-        raise unreadable(path, error, kind=CheckpointError, hint=hint) from error
 
 
 def _open(path: Path) -> Checkpoint:
@@ -362,13 +360,13 @@ def _check_coverage(path: Path, tensors: list[TensorInfo], *, data_start: int, s
 class ShardReader:
     """Reads byte ranges of shards into buffers of the caller; threads may share it."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, shards: Iterable[Shard]) -> None:
         """Open every shard and make sure each is still the file whose header was read.
 
         Where the system allows fewer open files, shards are opened when they are read, and those
         that were read longest ago are closed.
         """
-        self._shards = {shard.name: shard for shard in checkpoint.shards}
+        self._shards = {shard.name: shard for shard in shards}
         self._fds: dict[str, int] = {}  # the one used last is last, where not all fit
         self._users: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -497,8 +495,8 @@ def metadata_of(path: Path) -> dict[str, str] | None:
 
 
 def check_in_place(checkpoint: Checkpoint) -> None:
-    """Raise if what bears a shard's name is not the file, or not as, its header was read from."""
-    ShardReader(checkpoint).close()
+    """Raise if a shard's name leads to another file by now, or to one that was changed."""
+    ShardReader(checkpoint.shards).close()
 
 
 def fill(fd: int, buffer: memoryview, offset: int, *, what: str) -> None:

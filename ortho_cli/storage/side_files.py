@@ -35,7 +35,7 @@ from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ortho_cli.errors import CheckpointError, UsageError, unreadable
+from ortho_cli.errors import CheckpointError, UsageError, blamed
 from ortho_cli.storage import leaks
 from ortho_cli.storage.leaks import LARGE, Kind
 from ortho_cli.storage.untrusted import read_regular
@@ -192,14 +192,10 @@ def choose(
         CheckpointError: a file or the folder cannot be read, or config.json holds a key or token.
     """
     globs = {pattern: _split_glob(pattern) for pattern in copy}
-    try:
+    with blamed(CheckpointError, path=folder, hint="give a model folder that you may read"):
         _check_config(folder / CONFIG_FILE)
         choice = _Choice(folder, set(skip), ours, _Arguments(folder, arguments))
         return choice.make(globs)
-    except OSError as error:
-        raise unreadable(
-            folder, error, kind=CheckpointError, hint="give a model folder that you may read"
-        ) from error
 
 
 def _check_config(path: Path) -> None:

@@ -58,7 +58,7 @@ def _open_safetensors(checkpoint: Checkpoint) -> Source:
     path, names = checkpoint.path, {tensor.name for tensor in checkpoint.tensors}
     told = {k: v for shard in checkpoint.shards for k, v in shard.metadata.items()}
     own = frozenset(shard.name for shard in checkpoint.shards) if path.is_dir() else None
-    reader = ShardReader(checkpoint)
+    reader = ShardReader(checkpoint.shards)
     rows = RowReader(reader)
     try:
         tensors = tuple(rows.tensor(info, path=path) for info in checkpoint.tensors)
