@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from blake3 import blake3
 
@@ -63,7 +63,7 @@ def plan_layout(specs: Iterable[TensorSpec], metadata: dict[str, str]) -> Layout
     keeps the order given.
     """
     ordered = sorted(specs, key=lambda spec: (-DTYPES[spec.dtype].bits, spec.key))
-    header: dict[str, Any] = {"__metadata__": metadata}
+    header: dict[str, object] = {"__metadata__": metadata}
     position = 0
     for spec in ordered:
         end = position + spec.nbytes

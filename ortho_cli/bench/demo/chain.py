@@ -11,23 +11,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ortho_cli.bench import run as bench
+from ortho_cli.bench import figures
 from ortho_cli.bench import plan as bench_plan
+from ortho_cli.bench import run as bench
+from ortho_cli.bench.demo import sandbox
+from ortho_cli.bench.demo.sandbox import Sandbox
+from ortho_cli.bench.plan import Settings
 from ortho_cli.calibrate import job as calibrate
 from ortho_cli.calibrate import plan as calibrate_plan
 from ortho_cli.decompose import job as decompose
-from ortho_cli.bench import figures
-from ortho_cli.forget import editor as forget
 from ortho_cli.decompose import plan
-from ortho_cli.bench.demo import sandbox
-from ortho_cli.bench.plan import Settings
-from ortho_cli.storage.checkpoint import open_checkpoint
+from ortho_cli.decompose.recipe import load_recipe
 from ortho_cli.errors import OutputExistsError, UsageError
 from ortho_cli.events import EventSink, Finishing, null_sink
-from ortho_cli.storage.output import resolve_output
-from ortho_cli.decompose.recipe import load_recipe
-from ortho_cli.bench.demo.sandbox import Sandbox
+from ortho_cli.forget import editor as forget
 from ortho_cli.formats.statistics import open_statistics
+from ortho_cli.storage.checkpoint import open_checkpoint
+from ortho_cli.storage.output import resolve_output
 
 # Attacks teach as fast as this small model learns: the taught half is known again in 40 steps.
 LEARNING_RATE = 1e-3

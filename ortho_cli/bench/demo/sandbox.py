@@ -28,13 +28,13 @@ from typing import Any
 
 from blake3 import blake3
 
-from ortho_cli.formats.artifact import canonical_json
-from ortho_cli.storage.disk import sync
-from ortho_cli.version import __version__
+from ortho_cli.bench.demo.twins import Data, Settings, train
 from ortho_cli.errors import OutputExistsError, UsageError
 from ortho_cli.events import EventSink, Noted, null_sink
+from ortho_cli.formats.artifact import canonical_json
+from ortho_cli.storage.disk import sync
 from ortho_cli.storage.work_folder import WorkFolder, interruptible, recover, unwritable
-from ortho_cli.bench.demo.twins import Data, Settings, train
+from ortho_cli.version import __version__
 
 FORMAT = "ortho-sandbox/1"
 FACTS_FILE = "sandbox.json"
