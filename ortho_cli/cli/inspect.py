@@ -23,6 +23,7 @@ from ortho_cli.cli.options import (
 from ortho_cli.cli.shared import located, plan_of, settled, show, show_plan
 from ortho_cli.errors import UsageError
 from ortho_cli.formats.open_artifact import open_artifact
+from ortho_cli.formats.provenance import recipe_of
 
 
 def inspect(
@@ -99,7 +100,7 @@ def inspect(
 
         with ProgressSink("source", quiet=quiet, verbose=verbose) as sink:
             source = open_checkpoint(expect_source)
-            read = check_source(document, source, on_event=sink)
+            read = check_source(found, source, on_event=sink)
         document["source_checked"] = {"source": str(expect_source), "tensors": read}
     if verify:
         with ProgressSink("verify", quiet=quiet, verbose=verbose) as sink:
@@ -108,7 +109,7 @@ def inspect(
         from ortho_cli.decompose.recheck import check_values
 
         with ProgressSink("values", quiet=quiet, verbose=verbose) as sink:
-            said = check_values(found, source, document["recipe"], on_event=sink)
+            said = check_values(found, source, recipe_of(found.base), on_event=sink)
             document["values_checked"] = said
     show(document, tables.print_artifact, as_json, quiet, folder=str(path))
 

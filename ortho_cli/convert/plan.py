@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ortho_cli.convert.sources.base import FLOATS, Source, SourceTensor
+from ortho_cli.convert.sources.base import Source, SourceTensor
 from ortho_cli.errors import UsageError
 from ortho_cli.formats.artifact import CONFIG_FILE, INDEX_FILE, canonical_json, pretty_json
+from ortho_cli.split.dtypes import BY_CONFIG, FLOATS
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage.data_file import Layout, TensorSpec, plan_layout
 from ortho_cli.storage.output import SIDE_BYTES
@@ -20,7 +21,6 @@ from ortho_cli.version import __version__
 
 WEIGHTS_FILE = "model.safetensors"
 ROLE = "dense"
-CASTS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -148,9 +148,9 @@ def make_plan(
             see `side_files.choose`.
         CheckpointError: a header would pass the format's limit.
     """
-    if dtype is not None and dtype not in CASTS:
-        raise UsageError(f"--dtype {dtype} is none of {', '.join(CASTS)}", hint="choose one")
-    if dtype is not None and source.own_dtype not in (None, CASTS[dtype]):
+    if dtype is not None and dtype not in BY_CONFIG:
+        raise UsageError(f"--dtype {dtype} is none of {', '.join(BY_CONFIG)}", hint="choose one")
+    if dtype is not None and source.own_dtype not in (None, BY_CONFIG[dtype]):
         raise UsageError(
             f"`{source.path}` holds packed integers, which are dequantized to {source.own_dtype} "
             f"as its config.json says, and --dtype {dtype} is another",
@@ -207,7 +207,7 @@ def make_plan(
 
 
 def _target(tensor: SourceTensor, dtype: str | None) -> str:
-    return CASTS[dtype] if dtype is not None and tensor.dtype in FLOATS else tensor.dtype
+    return BY_CONFIG[dtype] if dtype is not None and tensor.dtype in FLOATS else tensor.dtype
 
 
 def _fill_shards(

@@ -168,7 +168,7 @@ def decompose(
 
     curvature: StatisticsReader | None = None
     reference: Reference | None = None
-    reader = ShardReader(checkpoint)
+    reader = ShardReader(checkpoint.shards)
     try:
         curvature = StatisticsReader(plan.statistics) if plan.statistics else None
         reference = Reference(plan.reference) if plan.reference else None
@@ -384,7 +384,7 @@ class _Job:
                 opened.check_unchanged()
         entries = [done[tensor.name] for tensor in plan.tensors]
         digest = artifact.source_digest(
-            (t.name, t.source.dtype, t.source.shape, done[t.name]["source_blake3"])
+            (t.name, t.source.dtype, t.source.shape, str(done[t.name]["source_blake3"]))
             for t in plan.tensors
         )
         told = artifact.ortho_metadata(

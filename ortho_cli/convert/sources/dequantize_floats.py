@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ortho_cli.convert.sources.base import FLOATS
 from ortho_cli.convert.sources.quantized import FP8
 from ortho_cli.convert.sources.quantized_parts import EXPONENTS, Parts, Plan, Settings
+from ortho_cli.split.dtypes import FLOATS
 
 DEFAULT_BLOCK = (128, 128)  # of fp8 where config.json says nothing: DeepSeek's, and all others' too
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the lower three bits; the fourth is the sign

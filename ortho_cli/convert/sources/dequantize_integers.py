@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ortho_cli.convert.sources.base import FLOATS
 from ortho_cli.convert.sources.dequantize_floats import Grid, fit
 from ortho_cli.convert.sources.quantized_parts import AGAIN, Parts, Plan, Settings
 from ortho_cli.errors import CheckpointError, shown
+from ortho_cli.split.dtypes import FLOATS
 
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word AutoAWQ puts the code of each column
 
