@@ -46,17 +46,11 @@ REPACK_BYTES = 80  # for each weight that a tensor keeps, while a compact ortho 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TensorPlan:
-    """What happens to one source tensor."""
+class CopyTensor:
+    """A source tensor that base holds unchanged."""
 
     source: TensorInfo
-    reason: str | None  # why it is not split
-    bits: int  # of a code; 0 where there are none
-    scale: Scale | None
-    density: float | None
-    k: int
-    base: tuple[TensorSpec, ...]
-    ortho: tuple[TensorSpec, ...]
+    reason: str  # why it is not split
 
     @property
     def name(self) -> str:
@@ -64,9 +58,36 @@ class TensorPlan:
         return self.source.name
 
     @property
-    def action(self) -> Literal["split", "copy"]:
-        """What happens to it."""
-        return "split" if self.reason is None else "copy"
+    def base(self) -> tuple[TensorSpec, ...]:
+        """The tensor that base holds of it."""
+        source = self.source
+        return (TensorSpec(key=source.name, dtype=source.dtype, shape=source.shape),)
+
+    @property
+    def ortho(self) -> tuple[TensorSpec, ...]:
+        """The tensors that ortho holds of it: none."""
+        return ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitTensor:
+    """A weight that is split: base holds its codes and scales, ortho `k` of its entries."""
+
+    source: TensorInfo
+    bits: int  # per code
+    scale: Scale
+    density: float  # k as a share of its weights
+    k: int
+    base: tuple[TensorSpec, ...]  # weight_packed, weight_scale, weight_shape
+    ortho: tuple[TensorSpec, ...]  # crow_indices, col_indices, values
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return self.source.name
+
+
+TensorPlan = SplitTensor | CopyTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +110,9 @@ class Plan:
     notes: tuple[str, ...] = ()  # what is unusual of the source, and read all the same
 
     @property
-    def split(self) -> tuple[TensorPlan, ...]:
+    def split(self) -> tuple[SplitTensor, ...]:
         """The tensors that are split."""
-        return tuple(tensor for tensor in self.tensors if tensor.action == "split")
+        return tuple(tensor for tensor in self.tensors if isinstance(tensor, SplitTensor))
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -190,29 +211,30 @@ class Plan:
             ],
             "left_out": self.side.to_json(),
             "notes": [*self.notes, *self.side.notes],
-            "tensors": [
-                {
-                    "name": tensor.name,
-                    "action": tensor.action,
-                    "reason": tensor.reason,
-                    "dtype": tensor.source.dtype,
-                    "shape": list(tensor.source.shape),
-                    "shard": tensor.source.shard,
-                    "offset": tensor.source.offset,
-                    "nbytes": tensor.source.nbytes,
-                    "bits": tensor.bits or None,
-                    "scale": tensor.scale,
-                    "density": tensor.density,
-                    "k": tensor.k,
-                    "base": _regions(tensor.base, self.base),
-                    "ortho": {} if self.is_compact else _regions(tensor.ortho, self.ortho),
-                }
-                for tensor in self.tensors
-            ],
+            "tensors": [self._tensor_json(tensor) for tensor in self.tensors],
+        }
+
+    def _tensor_json(self, tensor: TensorPlan) -> dict[str, object]:
+        source, split = tensor.source, tensor if isinstance(tensor, SplitTensor) else None
+        return {
+            "name": tensor.name,
+            "action": "split" if split else "copy",
+            "reason": None if isinstance(tensor, SplitTensor) else tensor.reason,
+            "dtype": source.dtype,
+            "shape": list(source.shape),
+            "shard": source.shard,
+            "offset": source.offset,
+            "nbytes": source.nbytes,
+            "bits": split and split.bits,
+            "scale": split and split.scale,
+            "density": split and split.density,
+            "k": split.k if split else 0,
+            "base": _regions(tensor.base, self.base),
+            "ortho": {} if self.is_compact else _regions(tensor.ortho, self.ortho),
         }
 
 
-def _regions(specs: Iterable[TensorSpec], layout: Layout) -> dict[str, dict[str, Any]]:
+def _regions(specs: Iterable[TensorSpec], layout: Layout) -> dict[str, dict[str, object]]:
     found = ((spec.key, layout.regions[spec.key]) for spec in specs)
     return {  # not asdict, which copies deeply: a third of what a large plan's JSON takes
         key: {"dtype": x.dtype, "shape": x.shape, "offset": x.offset, "nbytes": x.nbytes}
@@ -252,17 +274,18 @@ def make_plan(
     refuse_quantized(checkpoint)
     recipe = _resolve(recipe, statistics)
     reasons = select(checkpoint, recipe)
-    split = [tensor for tensor in checkpoint.tensors if reasons[tensor.name] is None]
-    group_size = _group_size(split, recipe)
-    check_overrides(recipe, {tensor.name: tensor for tensor in split})
+    weights = [tensor for tensor in checkpoint.tensors if reasons[tensor.name] is None]
+    group_size = _group_size(weights, recipe)
+    check_overrides(recipe, {tensor.name: tensor for tensor in weights})
     tensors = tuple(
         _plan_tensor(tensor, reasons[tensor.name], recipe, group_size, kept or {})
         for tensor in checkpoint.tensors
     )
-    _check_use(recipe, tensors, statistics)
+    split = tuple(tensor for tensor in tensors if isinstance(tensor, SplitTensor))
+    _check_use(recipe, split, statistics)
     _check_split(recipe, checkpoint, statistics, reference)
     if statistics is not None:
-        check_weights(statistics, split)
+        check_weights(statistics, weights)
     sha256 = _sha256(tensors, recipe, group_size, statistics)
     canonical = canonical_json(recipe.canonical())
     common = {"plan_sha256": sha256, "recipe": canonical, "version": __version__}
@@ -272,7 +295,7 @@ def make_plan(
         artifact.ortho_metadata(**common, source_digest=NO_DIGEST, base_blake3=NO_DIGEST),
     )
     if recipe.ortho.layout == "compact":
-        _check_compact_header(tensors, rounded=recipe.ortho.values == "int8")
+        _check_compact_header(split, rounded=recipe.ortho.values == "int8")
     return Plan(
         recipe=recipe,
         group_size=group_size,
@@ -301,11 +324,11 @@ def _resolve(recipe: Recipe, statistics: Statistics | None) -> Recipe:
 
 
 def _check_use(
-    recipe: Recipe, tensors: tuple[TensorPlan, ...], statistics: Statistics | None
+    recipe: Recipe, split: tuple[SplitTensor, ...], statistics: Statistics | None
 ) -> None:
     """Refuse curvature without statistics, and statistics that would change nothing."""
     uses = ["`saliency.kind`"] if recipe.saliency.kind == "curvature" else []
-    uses += [f"the scale of `{tensor.name}`" for tensor in tensors if tensor.scale == "curvature"]
+    uses += [f"the scale of `{tensor.name}`" for tensor in split if tensor.scale == "curvature"]
     if uses and statistics is None:
         raise RecipeError(
             f"{uses[0]} is curvature, and no statistics are given",
@@ -439,23 +462,12 @@ def _plan_tensor(
     kept: Mapping[str, int],
 ) -> TensorPlan:
     if reason is not None:
-        same = TensorSpec(key=tensor.name, dtype=tensor.dtype, shape=tensor.shape)
-        return TensorPlan(
-            source=tensor,
-            reason=reason,
-            bits=0,
-            scale=None,
-            density=None,
-            k=0,
-            base=(same,),
-            ortho=(),
-        )
+        return CopyTensor(source=tensor, reason=reason)
     settings, name, dtype = tensor_settings(recipe, tensor.name), tensor.name, tensor.dtype
     shape, bits = (tensor.shape[0], tensor.shape[1]), settings.bits
     k = kept.get(name, round(settings.density * tensor.numel))
-    return TensorPlan(
+    return SplitTensor(
         source=tensor,
-        reason=None,
         bits=bits,
         scale=settings.scale,
         density=k / tensor.numel if name in kept else settings.density,
@@ -481,15 +493,14 @@ def _unique(
             yield spec
 
 
-def _check_compact_header(tensors: tuple[TensorPlan, ...], *, rounded: bool) -> None:
+def _check_compact_header(split: tuple[SplitTensor, ...], *, rounded: bool) -> None:
     """Refuse a compact ortho whose header no reader would take, which else shows after the work.
 
     How large its parts are depends on weights, how many there are does not.
     """
     specs = (
         spec
-        for tensor in tensors
-        if tensor.reason is None
+        for tensor in split
         for spec in artifact.compact_specs(
             tensor.name,
             dtype="I8" if rounded else tensor.source.dtype,
@@ -515,7 +526,17 @@ def _sha256(
         "recipe": recipe.canonical(),
         "group_size": group_size,
         "tensors": [
-            [t.name, t.source.dtype, t.source.shape, t.scale, t.density, t.k] for t in tensors
+            [
+                tensor.name,
+                tensor.source.dtype,
+                tensor.source.shape,
+                *(
+                    (tensor.scale, tensor.density, tensor.k)
+                    if isinstance(tensor, SplitTensor)
+                    else (None, None, 0)
+                ),
+            ]
+            for tensor in tensors
         ],
     }
     if statistics is not None:
@@ -544,7 +565,7 @@ def _peak_bytes(
         held = _tuning_bytes(tensors, recipe.tune.batch * recipe.tune.length)
     work = sum(needs[:workers])
     if recipe.ortho.layout == "compact":  # encoded when the workers are done
-        most = max((tensor.k for tensor in tensors), default=0)
+        most = max(t.k for t in tensors if isinstance(t, SplitTensor))
         work = max(work, REPACK_BYTES * most + 24 * sizes.split)
     return MODULES_BYTES + TENSOR_BYTES * entries + held + work
 
@@ -552,18 +573,18 @@ def _peak_bytes(
 def _tuning_bytes(tensors: tuple[TensorPlan, ...], tokens: int) -> int:
     """Bound what a pass back through a model in bfloat16 holds; half again of its activations."""
     model = 2 * sum(tensor.source.numel for tensor in tensors)
-    features = sum(sum(tensor.source.shape) for tensor in tensors if tensor.reason is None)
+    features = sum(sum(t.source.shape) for t in tensors if isinstance(t, SplitTensor))
     return model + 3 * tokens * features + LOGITS_BYTES // 2
 
 
 def _buffer_bytes(
     tensor: TensorPlan, statistics: Statistics | None, compensates: bool, sizes: Sizes
 ) -> int:
-    if tensor.reason is not None:
+    if isinstance(tensor, CopyTensor):
         return 2 * sizes.copy_bytes
     numel = tensor.source.numel
     elements = sizes.rows("split", tensor.source.shape) * tensor.source.shape[1]
-    tile = elements * {"mse": 48, "curvature": 52}.get(str(tensor.scale), 24)
+    tile = elements * {"mse": 48, "curvature": 52}.get(tensor.scale, 24)
     more = 0
     if statistics is not None:
         # Curvature as read and in float32, its root, saliency, squares; vectors are held whole.

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ortho_cli.decompose.plan import TensorPlan
+from ortho_cli.decompose.plan import SplitTensor
 from ortho_cli.decompose.report import decibels
 from ortho_cli.decompose.workers import NUMPY_DTYPES
 from ortho_cli.errors import ArtifactError
@@ -72,7 +72,7 @@ class Recheck:
         self._nearest, self._own_code, self._whole = nearest, own_code, whole
         self._sizes = sizes
 
-    def check(self, tensor: TensorPlan, entry: Mapping[str, Any]) -> None:
+    def check(self, tensor: SplitTensor, entry: Mapping[str, Any]) -> None:
         """Check what was written of a weight, and its figures where all of it is read.
 
         Args:
@@ -96,7 +96,7 @@ class Recheck:
         if whole:
             check_figures(tensor.name, dict(entry), sums)
 
-    def _rows(self, tensor: TensorPlan, start: int, count: int) -> Rows:
+    def _rows(self, tensor: SplitTensor, start: int, count: int) -> Rows:
         columns, word = tensor.source.shape[1], WORDS[tensor.source.dtype]
         packed, scales = tensor.base[0], tensor.base[1]
         crow_spec, column_spec, value_spec = tensor.ortho
@@ -132,7 +132,7 @@ def _matrix(read: Read, dtype: Any, start: int, count: int, columns: int) -> Arr
     return _read(read, dtype, start * columns, count * columns).reshape(count, columns)
 
 
-def _some_rows(tensor: TensorPlan, elements: int) -> Iterator[tuple[int, int]]:
+def _some_rows(tensor: SplitTensor, elements: int) -> Iterator[tuple[int, int]]:
     """Name rows all over a weight, the first and the last among them."""
     rows, columns = tensor.source.shape
     count = min(rows, max(1, elements // (SAMPLE_BLOCKS * columns)))

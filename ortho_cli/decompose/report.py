@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
-from ortho_cli.decompose.plan import Plan, TensorPlan
+from ortho_cli.decompose.plan import CopyTensor, Plan, SplitTensor, TensorPlan
 from ortho_cli.decompose.roles import is_embedding
 from ortho_cli.decompose.selection import stacked_experts
 from ortho_cli.formats import artifact
@@ -27,7 +27,7 @@ def make_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
     unsplit: set[str] = set()
     others: set[str] = set()
     for tensor in plan.tensors:
-        if tensor.reason is None:
+        if isinstance(tensor, SplitTensor):
             continue
         module = module_of(tensor.name)
         stacked = stacked_experts(tensor.source, tensor.reason)
@@ -82,7 +82,9 @@ def make_report(
         for tensor, entry in zip(plan.tensors, entries, strict=True)
     ]
     split = [
-        entry for tensor, entry in zip(plan.tensors, entries, strict=True) if tensor.reason is None
+        entry
+        for tensor, entry in zip(plan.tensors, entries, strict=True)
+        if isinstance(tensor, SplitTensor)
     ]
     signal, noise, kept = (
         sum(entry[key] for entry in split) for key in ("signal", "noise", "noise_kept")
@@ -162,11 +164,11 @@ def _reference_figures(plan: Plan, entries: list[Entry]) -> dict[str, Any]:
     if plan.reference is None:
         return {}
     told = list(zip(plan.tensors, entries, strict=True))
-    split = [entry for tensor, entry in told if tensor.reason is None]
+    split = [entry for tensor, entry in told if isinstance(tensor, SplitTensor)]
     other = [
         tensor
         for tensor, entry in told
-        if tensor.reason is not None
+        if isinstance(tensor, CopyTensor)
         and entry["blake3"][artifact.BASE_FILE][tensor.name] != entry["source_blake3"]
     ]
     delta, kept = (sum(float(entry[key]) for entry in split) for key in ("delta", "delta_kept"))
@@ -182,13 +184,13 @@ def _report_tensor(plan: Plan, tensor: TensorPlan, entry: Entry, ortho: Layout) 
     nbytes = _nbytes(tensor.base) + _kept_bytes(entry, ortho)
     found: dict[str, Any] = {
         "name": tensor.name,
-        "action": tensor.action,
-        "reason": tensor.reason,
+        "action": "split" if isinstance(tensor, SplitTensor) else "copy",
+        "reason": None if isinstance(tensor, SplitTensor) else tensor.reason,
         "dtype": tensor.source.dtype,
         "shape": list(tensor.source.shape),
         "bits_per_weight": round(8 * nbytes / numel, 4) if numel else 0.0,
     }
-    if tensor.reason is None:
+    if isinstance(tensor, SplitTensor):
         found |= {
             "bits": tensor.bits,
             "scale": tensor.scale,
