@@ -8,19 +8,25 @@ exponent and seven bits more: inside a bin values differ by less than 0.8 %.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from blake3 import blake3
+from ortho_cli.version import __version__
 
+from ortho_cli.decompose.identity import stamps
 from ortho_cli.decompose.plan import Plan, SplitTensor, make_plan
 from ortho_cli.decompose.selection import tensor_settings
 from ortho_cli.decompose.settings import GROUP_SIZES, Recipe
 from ortho_cli.decompose.splitter import TORCH_DTYPES
+from ortho_cli.decompose.survey import BINS, Counts, Survey
 from ortho_cli.errors import RecipeError
 from ortho_cli.events import Advanced, EventSink, Noted, Started, null_sink
+from ortho_cli.formats.artifact import canonical_json
 from ortho_cli.formats.curvature import Curvature
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.split import quantize
@@ -28,27 +34,25 @@ from ortho_cli.split.in_memory import base_scales
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader
 
-BINS = 1 << 15
 FINITE = 0x7F80  # bins from here on hold infinity and NaN
 # The middle of each bin.
 CENTRES = ((np.arange(FINITE, dtype=np.uint32) << 16) | 0x8000).view(np.float32).astype(np.float64)
 
-Counts = npt.NDArray[np.int64]  # (BINS,) weights of a tensor by saliency
-
 
 def survey(
-    plan: Plan, checkpoint: Checkpoint, *, on_event: EventSink = null_sink
-) -> dict[str, Counts]:
+    plan: Plan,
+    checkpoint: Checkpoint,
+    *,
+    on_event: EventSink = null_sink,
+) -> Survey:
     """Count the saliency of every weight that is split, rounded to nearest without ortho.
 
     Args:
         plan: says which tensors, scales, bits and group size.
         checkpoint: the source.
         on_event: told of bytes.
-    Returns:
-        (BINS,) int64 for each split tensor.
     """
-    found = {}
+    counts, digests = {}, {}
     size = sum(tensor.source.nbytes for tensor in plan.split)
     on_event(Started(tensors=len(plan.split), resumed=0, bytes_total=size, bytes_done=0))
     with contextlib.ExitStack() as stack:
@@ -58,8 +62,40 @@ def survey(
             curvature = stack.enter_context(contextlib.closing(StatisticsReader(plan.statistics)))
         scratch = quantize.Scratch()
         for tensor in plan.split:
-            found[tensor.name] = _count(plan, tensor, reader, curvature, scratch, on_event)
-    return found
+            digest = blake3()
+            counts[tensor.name] = _count(plan, tensor, reader, curvature, digest, scratch, on_event)
+            digests[tensor.name] = digest.hexdigest()
+    return Survey(of=_subject(plan, checkpoint), counts=counts, digests=digests)
+
+
+def _known(plan: Plan, checkpoint: Checkpoint, known: Sequence[Survey]) -> Survey | None:
+    """Find the survey that would be made for a plan among those of an earlier run."""
+    if not known:
+        return None
+    of = _subject(plan, checkpoint)
+    return next((one for one in known if one.of == of and _is_whole(one, plan)), None)
+
+
+def _subject(plan: Plan, checkpoint: Checkpoint) -> str:
+    """Digest everything that counts depend on, as far as headers tell it."""
+    statistics = plan.statistics
+    content = {
+        "version": [__version__, torch.__version__],
+        "source": stamps(checkpoint.shards),
+        "statistics": statistics and [statistics.digest, *stamps([statistics.shard])],
+        "saliency": plan.recipe.saliency.kind,
+        "group_size": plan.group_size,
+        "tensors": [
+            [t.name, t.source.dtype, list(t.source.shape), t.scale, t.bits] for t in plan.split
+        ],
+    }
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def _is_whole(found: Survey, plan: Plan) -> bool:
+    """Tell whether each split tensor's counts add up to its weights."""
+    sizes = {tensor.name: tensor.source.numel for tensor in plan.split}
+    return sizes == {name: int(counts.sum()) for name, counts in found.counts.items()}
 
 
 def _count(
@@ -67,6 +103,7 @@ def _count(
     tensor: SplitTensor,
     reader: ShardReader,
     curvature: StatisticsReader | None,
+    digest: blake3,
     scratch: quantize.Scratch,
     on_event: EventSink,
 ) -> Counts:
@@ -79,6 +116,7 @@ def _count(
         raw = scratch((count, columns), dtype)
         start = row * columns * dtype.itemsize
         reader.read_into(as_bytes(raw), tensor.source, start=start)
+        digest.update(as_bytes(raw))
         weights, root = near.tile(row, count, empty=scratch) if near else (None, None)
         scales = base_scales(
             str(tensor.scale), raw, weights, plan.group_size, bits=tensor.bits, empty=scratch
@@ -158,12 +196,30 @@ def _compact_bytes(plan: Plan, tensor: SplitTensor) -> float:
     return rows * (1 if fullest < 256 else 2) + escapes + tensor.k * (1 + value) + 4
 
 
-def settle(plan: Plan, checkpoint: Checkpoint, *, on_event: EventSink = null_sink) -> Plan:
-    """Fix how many weights each tensor keeps, where the budget is global and that is open."""
-    if plan.recipe.ortho.budget != "global" or plan.kept is not None:
+def settle(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    *,
+    known: Sequence[Survey] = (),
+    on_event: EventSink = null_sink,
+) -> Plan:
+    """Fix how many weights each tensor keeps, where the budget is global and that is open.
+
+    Args:
+        plan: made from `checkpoint`.
+        checkpoint: the source.
+        known: surveys of an earlier run; where one fits, no weight is read.
+        on_event: told of bytes.
+    """
+    if not plan.is_open:
         return plan
-    surveyed = survey(plan, checkpoint, on_event=on_event)
-    return _again(plan, checkpoint, plan.recipe, _shared(plan, surveyed))
+    found = _known(plan, checkpoint, known)
+    if found is None:
+        message = "ortho.budget is global: every weight is read once to find what each tensor keeps"
+        on_event(Noted(message=message))
+        found = survey(plan, checkpoint, on_event=on_event)
+    settled = _again(plan, checkpoint, plan.recipe, _shared(plan, found.counts))
+    return replace(settled, surveys=(found,))
 
 
 def _shared(plan: Plan, surveyed: Mapping[str, Counts]) -> dict[str, int]:
@@ -192,7 +248,12 @@ def _again(
 
 
 def meet(
-    plan: Plan, checkpoint: Checkpoint, target: float, *, on_event: EventSink = null_sink
+    plan: Plan,
+    checkpoint: Checkpoint,
+    target: float,
+    *,
+    known: Sequence[Survey] = (),
+    on_event: EventSink = null_sink,
 ) -> Plan:
     """Pick the density, and the group size where it is auto, that lose least at a size.
 
@@ -203,6 +264,7 @@ def meet(
         plan: as it is without a target; its recipe leaves the density open.
         checkpoint: the source.
         target: bits for each split weight, both streams; of a compact ortho as `expected_bits`.
+        known: surveys of an earlier run; where one fits, no weight is read.
         on_event: told of bytes, and of what was chosen.
     Raises:
         RecipeError: density is set, base must forget, or no group size stays within `target`.
@@ -218,6 +280,7 @@ def meet(
     auto = recipe.base.group_size == "auto"
     sizes = GROUP_SIZES if auto else (int(recipe.base.group_size),)
     best: tuple[float, Plan] | None = None
+    surveys: list[Survey] = []
     smallest = math.inf
     for size in sizes:
         tried = _with(recipe, size, 0.0)
@@ -231,12 +294,15 @@ def meet(
         if not expected_bits(bare) <= target:
             continue
         filled = _fill(bare, checkpoint, target)
-        surveyed = survey(filled, checkpoint, on_event=on_event)
+        found = _known(filled, checkpoint, known)
+        found = found or survey(filled, checkpoint, on_event=on_event)
+        surveys.append(found)
+        counts = found.counts
         kept = {tensor.name: tensor.k for tensor in filled.split}
         if recipe.ortho.budget == "global":
-            kept = _shared(filled, surveyed)
+            kept = _shared(filled, counts)
             filled = _again(filled, checkpoint, filled.recipe, kept)
-        loss = left(surveyed, kept)
+        loss = left(counts, kept)
         if best is None or loss < best[0]:
             best = loss, filled
     if best is None:
@@ -253,7 +319,7 @@ def meet(
             f"stays within {target:g} bits; they take {about}{expected_bits(chosen):.3f}"
         )
     )
-    return chosen
+    return replace(chosen, surveys=tuple(surveys))
 
 
 def _with(recipe: Recipe, group_size: int, density: float) -> Recipe:
