@@ -12,11 +12,11 @@ import numpy as np
 import own_reader
 import pytest
 import torch
+from jobs import decompose
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ortho_cli.decompose import recipe, tally
-from ortho_cli.decompose.job import decompose
 from ortho_cli.decompose.plan import Plan, make_plan
 from ortho_cli.decompose.recheck import check_values
 from ortho_cli.decompose.splitter import Rounded

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ortho_cli.convert.sources.base import FLOATS, Source, SourceTensor
 from ortho_cli.errors import UsageError
@@ -23,8 +22,6 @@ ROLE = "dense"
 CASTS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-Entry = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +75,12 @@ class ConvertPlan:
         """Bytes of the output and of what is kept beside it while it is made."""
         return self.bytes_written + SIDE_BYTES * (1 + len(self.tensors))
 
-    def to_json(self) -> Entry:
-        """Spell the plan out, byte offsets included."""
+    def to_json(self, digests: Mapping[str, str] | None = None) -> dict[str, object]:
+        """Give the document of `ortho convert --json`, byte offsets included.
+
+        Args:
+            digests: BLAKE3 of each tensor as it was written, once it is.
+        """
         layouts = dict(self.files)
         return {
             "plan_sha256": self.sha256,
@@ -105,6 +106,7 @@ class ConvertPlan:
                     "file": tensor.file,
                     "offset": layouts[tensor.file].regions[tensor.source.name].offset,
                     "nbytes": tensor.spec.nbytes,
+                    **({"blake3": digests[tensor.source.name]} if digests else {}),
                 }
                 for tensor in self.tensors
             ],
@@ -250,7 +252,7 @@ def _made_files(
     yield from source.made_files
 
 
-def _with_dtype(config: Entry, dtype: str, *, top: bool = True) -> Entry:
+def _with_dtype(config: Mapping[str, object], dtype: str, *, top: bool = True) -> dict[str, object]:
     """Say the new dtype wherever the config says one, in the configs of parts too."""
     keys = [key for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)]
     found = {

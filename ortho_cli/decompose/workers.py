@@ -17,7 +17,7 @@ from blake3 import blake3
 from ortho_cli.decompose.plan import CopyTensor, SplitTensor, TensorPlan
 from ortho_cli.decompose.selection import IGNORED
 from ortho_cli.errors import InternalError, NumericalError
-from ortho_cli.events import Advanced, EventSink, TensorDone
+from ortho_cli.events import Advanced, EventSink
 from ortho_cli.formats.artifact import BASE_FILE, ORTHO_FILE
 from ortho_cli.split.exact import widen
 from ortho_cli.split.select import crow_indices
@@ -93,7 +93,6 @@ class Worker(ABC):
             entry = self.split(tensor)
             if self._check is not None:
                 self._check(tensor, entry)
-        self._on_event(TensorDone(name=tensor.name))
         return entry
 
     @abstractmethod

@@ -11,10 +11,10 @@ import checkpoints
 import pytest
 import torch
 from conftest import Ortho, SmallTiles
+from jobs import decompose
 from safetensors.torch import load_file
 
 from ortho_cli.decompose import budget, recipe
-from ortho_cli.decompose.job import decompose
 from ortho_cli.decompose.onepass import takes
 from ortho_cli.decompose.plan import Plan, make_plan
 from ortho_cli.decompose.recheck import check_values

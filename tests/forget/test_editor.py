@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import jobs
 import memorised as tiny
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from memorised import Memorised
 from safetensors.torch import load_file
 
 import ortho_cli
-from ortho_cli.decompose import job as work
 from ortho_cli.decompose import recipe
 from ortho_cli.decompose.plan import make_plan
 from ortho_cli.errors import CalibrationError, Interrupted, RecipeError, UsageError
@@ -354,7 +354,7 @@ def test_unlearn_that_was_interrupted_goes_on_to_the_same_bytes(
                     raise KeyboardInterrupt
 
         given, _ = editor(memorised, *UNLEARN, split="unlearn", data=[memorised.retain])
-        work.decompose(plan, memorised.checkpoint, out, editor=given, on_event=watch)
+        jobs.decompose(plan, memorised.checkpoint, out, editor=given, on_event=watch)
 
     run(tmp_path / "whole")
     with pytest.raises(Interrupted) as caught:
