@@ -326,12 +326,13 @@ def convert(
     from ortho_cli.cli.show.progress import ProgressSink
     from ortho_cli.convert import job as work
     from ortho_cli.convert.plan import make_plan, parse_size
+    from ortho_cli.convert.sources.open_source import open_source
     from ortho_cli.storage.sealing import read_keys
 
     size = parse_size(shard_size)
     source = located(source, quiet=quiet)
     keys = read_keys(identity)
-    opening = work.open_source(source, alpha=alpha, keys=keys, key=key)
+    opening = open_source(source, alpha=alpha, keys=keys, key=key)
     with contextlib.closing(opening) as opened:
         given = [identity] if identity else []
         plan = make_plan(opened, dtype=dtype, shard_size=size, copy=copy or (), arguments=given)

@@ -90,6 +90,7 @@ def bench(
     from ortho_cli.bench import run as work
     from ortho_cli.bench.demo import chain
     from ortho_cli.bench.plan import Settings, parse_alphas
+    from ortho_cli.bench.records import to_json
     from ortho_cli.cli.show import bench as report_bench
     from ortho_cli.cli.show import tables
     from ortho_cli.cli.show.progress import ProgressSink
@@ -123,16 +124,19 @@ def bench(
     figures.check_csv(csv)
     began = time.perf_counter()
     with ProgressSink("bench", quiet=quiet, verbose=verbose) as sink:
-        document = (
+        report = (
             work.bench(settings, on_event=sink)
             if artifact
             else chain.run(settings, keep=keep, on_event=sink)
         )
+    document = to_json(report)
+    if not artifact:
+        document["kept"] = None if keep is None else str(keep)
     document["run"] = {"seconds": round(time.perf_counter() - began, 3)}
     if csv:
-        csv.write_text(figures.to_csv(document), encoding="utf-8", errors="backslashreplace")
+        csv.write_text(figures.to_csv(report.rows), encoding="utf-8", errors="backslashreplace")
     if as_json:
         tables.print_json(document)
     elif not quiet:
         report_bench.print_bench(document)
-    figures.enforce(document)
+    figures.enforce(report.gates, report.verdict)

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from ortho_cli.bench.attacks import ATTACKS
 from ortho_cli.cli.show.tables import make_console, size, visible
 
 LABELS = 26  # columns for the names of figures
@@ -36,12 +37,6 @@ SHOWN = (
     ("latency.decode", "decode, tokens/s", ",.1f"),
     ("latency.memory", "memory", "size"),
 )
-ATTACKS = (
-    ("relearn", "relearning half, {} steps"),
-    ("finetune", "innocent text, {} steps"),
-    ("reworded", "prompt: {}"),
-    ("requantized", "other grid: {}"),
-)
 
 
 def print_bench(document: Mapping[str, Any]) -> None:
@@ -55,7 +50,7 @@ def print_bench(document: Mapping[str, Any]) -> None:
         shown = rows[start : start + across]
         console.print()
         console.print(_table(shown, SHOWN, samples))
-    attacked = [row for row in rows if "relearn" in row["figures"]]
+    attacked = [row for row in rows if any(one.name in row["figures"] for one in ATTACKS)]
     if attacked:
         console.print()
         console.print(_attacks(attacked))
@@ -103,7 +98,7 @@ def _table(
 def _attacks(rows: Sequence[Mapping[str, Any]]) -> Table:
     """What attacks bring back: exposure in bits, and token accuracy."""
     table = _make_table(rows)
-    for kind, label in ATTACKS:
+    for kind, label in ((attack.name, attack.label) for attack in ATTACKS):
         for key in rows[0]["figures"].get(kind, {}):
             cells = []
             for row in rows:
