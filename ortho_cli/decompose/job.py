@@ -35,7 +35,7 @@ from ortho_cli.decompose.workers import (
     shape_key,
 )
 from ortho_cli.errors import CheckpointError, InternalError, RecipeError
-from ortho_cli.events import EventSink, Finishing, Noted, null_sink
+from ortho_cli.events import Event, EventSink, Finishing, Noted, null_sink
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import (
     BASE_FILE,
@@ -80,7 +80,7 @@ class Editor(Protocol):
     """Finds the codes of base that have to move so that it forgets."""
 
     @property
-    def identity(self) -> Any:
+    def identity(self) -> object:
         """What its edits depend on beside plan and source, as JSON."""
 
     def find(
@@ -93,7 +93,7 @@ class Tuner(Protocol):
     """Finds better codes and scales for what was rounded."""
 
     @property
-    def identity(self) -> Any:
+    def identity(self) -> object:
         """What it finds depends on beside plan and source, as JSON."""
 
     def tune(
@@ -513,12 +513,13 @@ class _Job:
         frontier.finish(self._work.done)
         digest = GrowingDigest(self._base.fd)
         results: Results = SimpleQueue()
-        options: dict[str, Any] = {"workers": self._plan.workers, "stop": self._stop}
         with job.Commits(self._work, self._emit) as commits:
             try:
                 if self.fast and pending:  # beside the copies, which come first
                     threading.Thread(target=self._loops.get).start()
-                with at_work(self._worker, pending, results, **options):
+                with at_work(
+                    self._worker, pending, results, workers=self._plan.workers, stop=self._stop
+                ):
                     for _ in pending:
                         entry = results.get()
                         if isinstance(entry, BaseException):
@@ -575,7 +576,7 @@ class _Job:
             return OnePass(*places, loops=self._loops, alone=alone, **options)
         return self._splitter()
 
-    def _emit(self, event: Any) -> None:
+    def _emit(self, event: Event) -> None:
         with self._event_lock:
             self._on_event(event)
 

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ortho_cli.decompose.refusals import (
     check_compensation,
@@ -182,7 +182,7 @@ class Plan:
         """Bits of both files, headers and all, for each weight of the model."""
         return 8 * (self.base.size + self.ortho_bytes) / self.weights
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Spell the plan out, with every byte offset that does not depend on weights."""
         return {
             "plan_sha256": self.sha256,

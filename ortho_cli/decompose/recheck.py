@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -120,15 +120,15 @@ class Recheck:
         )
 
 
-def _read(read: Read, dtype: Any, start: int, size: int) -> Array:
+def _read(read: Read, dtype: npt.DTypeLike, start: int, size: int) -> Array:
     """Read `size` numbers from number `start` on."""
-    found: npt.NDArray[Any] = np.empty(size, dtype)
+    found: Array = np.empty(size, dtype)
     if size:
         read(found.data.cast("B"), start * found.itemsize)
     return found
 
 
-def _matrix(read: Read, dtype: Any, start: int, count: int, columns: int) -> Array:
+def _matrix(read: Read, dtype: npt.DTypeLike, start: int, count: int, columns: int) -> Array:
     return _read(read, dtype, start * columns, count * columns).reshape(count, columns)
 
 
@@ -141,14 +141,25 @@ def _some_rows(tensor: SplitTensor, elements: int) -> Iterator[tuple[int, int]]:
         yield start, count
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValuesChecked:
+    """What was read and held against the source."""
+
+    tensors: int  # that were split
+    weights: int  # of them
+    moved: int  # codes that are not the source's own
+    sqnr_db_alpha_0: float | None  # by the bytes; None where there is no error
+    sqnr_db_alpha_1: float | None  # None without ortho, too
+
+
 def check_values(
     artifact: Artifact,
     source: Checkpoint,
-    recipe: Mapping[str, Any],
+    recipe: Mapping[str, object],
     *,
     sizes: Sizes = DEFAULT_SIZES,
     on_event: EventSink = null_sink,
-) -> dict[str, Any]:
+) -> ValuesChecked:
     """Hold every weight of an artifact against the checkpoint that it was made from.
 
     Args:
@@ -158,13 +169,12 @@ def check_values(
         sizes: of tiles.
         on_event: told of progress.
     Returns:
-        Numbers of split tensors, of their weights and of codes that are not the source's own, and
-        SQNR in dB by the bytes; the last None without ortho.
+        What was checked, and SQNR by the bytes.
     Raises:
         ArtifactError: a tensor that was not split differs from the source; a value, code or figure
             is not what it has to be; names the tensor.
     """
-    split, there = recipe["ortho"]["split"], artifact.ortho is not None
+    split, there = _setting(recipe, "ortho", "split"), artifact.ortho is not None
     tensors = {tensor.name: tensor for tensor in source.tensors}
     size = sum(tensor.nbytes for tensor in source.tensors)
     on_event(Started(tensors=len(tensors), resumed=0, bytes_total=size, bytes_done=0))
@@ -174,13 +184,13 @@ def check_values(
         for tensor in source.tensors:
             module = module_of(tensor.name)
             if tensor.name == f"{module}.weight" and module in artifact.shapes:
-                nearest = recipe["base"]["rounding"] == "nearest" and split != "reference"
+                nearest = _setting(recipe, "base", "rounding") == "nearest" and split != "reference"
                 sums = opened.check_split(
                     module,
                     tensor,
                     nearest=nearest and there,
                     own_code=split == "unlearn",
-                    rounded=recipe["ortho"].get("values") == "int8",
+                    rounded=_setting(recipe, "ortho", "values") == "int8",
                 )
                 if artifact.report is not None:
                     _check_decibels(told[tensor.name], tensor.name, sums, there=there)
@@ -190,15 +200,19 @@ def check_values(
             on_event(Advanced(nbytes=tensor.nbytes))
     if artifact.report is not None:
         _check_decibels(artifact.report["totals"], "totals", total, there=there)
-    return {
-        "tensors": len(artifact.split),
-        "weights": total.weights,
-        "moved": total.moved,
-        "sqnr_db_alpha_0": decibels(total.signal, total.noise),
-        "sqnr_db_alpha_1": decibels(total.signal, total.noise - total.noise_kept)
-        if there
-        else None,
-    }
+    at_1 = decibels(total.signal, total.noise - total.noise_kept) if there else None
+    return ValuesChecked(
+        tensors=len(artifact.split),
+        weights=total.weights,
+        moved=total.moved,
+        sqnr_db_alpha_0=decibels(total.signal, total.noise),
+        sqnr_db_alpha_1=at_1,
+    )
+
+
+def _setting(recipe: Mapping[str, object], section: str, key: str) -> object:
+    found = recipe[section]
+    return found.get(key) if isinstance(found, dict) else None
 
 
 class _Opened:
@@ -228,7 +242,7 @@ class _Opened:
     def __enter__(self) -> _Opened:
         return self
 
-    def __exit__(self, *raised: Any) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._stack.close()
 
     def check_copy(self, tensor: TensorInfo) -> None:
@@ -285,11 +299,11 @@ class _Opened:
                 values=values[here],
             )
 
-    def _part(self, module: str, part: str, dtype: Any, start: int, count: int) -> Array:
+    def _part(self, module: str, part: str, dtype: npt.DTypeLike, start: int, count: int) -> Array:
         return self._read(self._written, self._base[f"{module}.{part}"], dtype, start, count)
 
     def _read(
-        self, reader: ShardReader, info: TensorInfo, dtype: Any, start: int, count: int
+        self, reader: ShardReader, info: TensorInfo, dtype: npt.DTypeLike, start: int, count: int
     ) -> Array:
         def read(buffer: memoryview, at: int) -> None:
             reader.read_into(buffer, info, start=at)
@@ -319,7 +333,7 @@ class _Opened:
         return crow, column, words
 
 
-def _check_decibels(told: Mapping[str, Any], name: str, sums: Sums, *, there: bool) -> None:
+def _check_decibels(told: Mapping[str, object], name: str, sums: Sums, *, there: bool) -> None:
     """Hold the figures that a report tells of a weight, or of all, against the bytes.
 
     Args:
@@ -341,16 +355,16 @@ def _check_decibels(told: Mapping[str, Any], name: str, sums: Sums, *, there: bo
                 hint=HINT,
             )
     share, said = sums.noise_kept / sums.noise if sums.noise else 0.0, told.get("residual_kept")
-    if there and said is not None and not abs(share - said) <= 1e-3:
+    if there and isinstance(said, int | float) and not abs(share - said) <= 1e-3:
         raise ArtifactError(
             f"`{name}` has residual_kept {share:.6f} by its bytes, and {said} in report.json",
             hint=HINT,
         )
 
 
-def _energy(decibel: float | None) -> float:
-    """Give noise over signal; None stands for no noise."""
-    return 0.0 if decibel is None else 10.0 ** (-decibel / 10.0)
+def _energy(decibel: object) -> float:
+    """Give noise over signal; None means no noise."""
+    return 10.0 ** (-decibel / 10.0) if isinstance(decibel, int | float) else 0.0
 
 
 def _decibels(energy: float) -> str:

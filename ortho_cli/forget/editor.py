@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -43,7 +42,7 @@ class ForgetEditor:
     device: torch.device
 
     @property
-    def identity(self) -> Any:
+    def identity(self) -> object:
         """What edits depend on beside plan and source, as JSON."""
         return [*stamps(self.files), self.device.type]
 
