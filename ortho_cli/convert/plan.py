@@ -150,14 +150,8 @@ def make_plan(
             see `side_files.choose`.
         CheckpointError: a header would pass the format's limit.
     """
-    if dtype is not None and dtype not in CASTS:
-        raise UsageError(f"--dtype {dtype} is none of {', '.join(CASTS)}", hint="choose one")
-    if dtype is not None and source.own_dtype not in (None, CASTS[dtype]):
-        raise UsageError(
-            f"`{source.path}` holds packed integers, which are dequantized to {source.own_dtype} "
-            f"as its config.json says, and --dtype {dtype} is another",
-            hint="leave --dtype out; a second `ortho convert` with it casts the result",
-        )
+    if dtype is not None:
+        _check_dtype(dtype, source)
     wanted = [(tensor, _target(tensor, dtype)) for tensor in source.tensors]
     shards = _fill_shards(wanted, shard_size)
     names = [
@@ -169,33 +163,18 @@ def make_plan(
         for name, shard in zip(names, shards, strict=True)
         for tensor, target in shard
     )
-    content = {
-        "version": __version__,
-        "kind": source.kind,
-        "settings": dict(source.settings),
-        "aliases": dict(source.aliases),
-        "tensors": [
-            [t.source.name, t.source.dtype, t.dtype, t.spec.shape, t.file] for t in tensors
-        ],
-    }
-    sha256 = hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    sha256 = _sha256(source, tensors)
     specs: dict[str, list[TensorSpec]] = {name: [] for name in names}
     for tensor in tensors:
         specs[tensor.file].append(tensor.spec)
     files = tuple((name, _layout(specs[name], source, sha256)) for name in names)
     made = tuple(_made_files(source, tensors, dtype))
-    ours = {*names, *(name for name, _ in made), INDEX_FILE, CONFIG_FILE}
-    side = (
-        choose_none(source.path, copy)
-        if source.own is None
-        else choose(
-            source.folder,
-            skip={*source.own, CONFIG_FILE},
-            ours=ours,
-            copy=copy,
-            arguments=arguments,
-        )
-    )
+    if source.own is None:
+        side = choose_none(source.path, copy)
+    else:
+        ours = {*names, *(name for name, _ in made), INDEX_FILE, CONFIG_FILE}
+        skip = {*source.own, CONFIG_FILE}
+        side = choose(source.folder, skip=skip, ours=ours, copy=copy, arguments=arguments)
     return ConvertPlan(
         kind=source.kind,
         tensors=tensors,
@@ -206,6 +185,30 @@ def make_plan(
         sha256=sha256,
         sizes=sizes,
     )
+
+
+def _check_dtype(dtype: str, source: Source) -> None:
+    if dtype not in CASTS:
+        raise UsageError(f"--dtype {dtype} is none of {', '.join(CASTS)}", hint="choose one")
+    if source.own_dtype not in (None, CASTS[dtype]):
+        raise UsageError(
+            f"`{source.path}` holds packed integers, which are dequantized to {source.own_dtype} "
+            f"as its config.json says, and --dtype {dtype} is another",
+            hint="leave --dtype out; a second `ortho convert` with it casts the result",
+        )
+
+
+def _sha256(source: Source, tensors: tuple[ConvertTensor, ...]) -> str:
+    content = {
+        "version": __version__,
+        "kind": source.kind,
+        "settings": dict(source.settings),
+        "aliases": dict(source.aliases),
+        "tensors": [
+            [t.source.name, t.source.dtype, t.dtype, t.spec.shape, t.file] for t in tensors
+        ],
+    }
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
 def _target(tensor: SourceTensor, dtype: str | None) -> str:

@@ -161,11 +161,10 @@ def decompose(
         tuner: for a recipe that tunes its rounding.
         seal: who ortho is sealed to; nothing of it is on disk otherwise, while it is made or after.
         keys: open what an earlier, unfinished run sealed; the passphrase of `seal` does, too.
-        compiled: use numba's loops where it is installed and they do what the plan asks for; the
-            bytes of base and ortho are the same without.
+        compiled: use numba's loops where they do what the plan asks for; the bytes are the same.
         device: cuda or cuda:N splits there what takes one pass, and notes what does not; the bytes
-            of base and ortho are the same, again.
-        on_event: told of progress, from any thread, one call at a time.
+            are the same, again.
+        on_event: gets progress, from any thread, one call at a time.
     Returns:
         What report.json says.
     Raises:
@@ -182,39 +181,23 @@ def decompose(
         on_event(Noted(message=note))
     plan = _settled(plan, checkpoint, target.path, on_event)
     more = {"forget": editor and editor.identity, "tune": tuner and tuner.identity}
-    tensors = {tensor.name: tensor for tensor in plan.tensors}
-
-    def is_known(entry: Entry) -> bool:
-        tensor = tensors.get(entry["name"])
-        measured = plan.statistics is not None
-        return tensor is not None and is_sound(entry, tensor, curvature=measured)
-
     with (
         _open_inputs(plan, checkpoint) as inputs,
         job.open_job(
             target,
             identity=identity_of(plan, checkpoint, seal, **more),
             total=len(plan.tensors),
-            is_sound=is_known,
+            is_sound=_fits(plan),
             on_event=on_event,
         ) as work,
     ):
         save_surveys(work.private, plan.surveys)  # from here on a kill does not cost them
         key = key_of(work, seal, keys, on_event) if seal else None
-        edits: Edits = {}
-        if editor is not None and inputs.curvature is not None:
-            edits = _find_edits(plan, editor, work, inputs.curvature, key, on_event)
+        edits = _find_edits(plan, editor, work, inputs.curvature, key, on_event)
         running = _Job(plan, checkpoint, inputs, edits, key, work, on_event)
         running.device = _device_of(plan, device, on_event)
         running.fast = compiled and running.device == "cpu" and takes(plan)
-        with _many_small_operations(), nullcontext() if running.fast else _one_thread_of_torch():
-            base_blake3 = running.split()
-        if tuner is not None:
-            base_blake3 = running.tune(tuner)
-        if editor is not None or tuner is not None:
-            check_in_place(checkpoint)  # their model was read by its files' names
-        with _many_small_operations():
-            return running.finish(base_blake3)
+        return running.run(tuner)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,6 +227,18 @@ def _open_inputs(plan: Plan, checkpoint: Checkpoint) -> Iterator[_Inputs]:
         yield _Inputs(source=source, curvature=curvature, reference=reference)
 
 
+def _fits(plan: Plan) -> Callable[[Entry], bool]:
+    """Tell whether a journal line is one that this plan could have written."""
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+
+    def fits(entry: Entry) -> bool:
+        tensor = tensors.get(entry["name"])
+        measured = plan.statistics is not None
+        return tensor is not None and is_sound(entry, tensor, curvature=measured)
+
+    return fits
+
+
 def _settled(plan: Plan, checkpoint: Checkpoint, out: Path, on_event: EventSink) -> Plan:
     """Fix what a global budget leaves open, by the survey of an earlier run if there is one."""
     if not plan.is_open:
@@ -268,24 +263,26 @@ def _check_has_what_it_needs(plan: Plan, editor: Editor | None, tuner: Tuner | N
 
 def _find_edits(
     plan: Plan,
-    editor: Editor,
+    editor: Editor | None,
     work: WorkFolder,
-    curvature: StatisticsReader,
+    curvature: StatisticsReader | None,
     key: WorkKey | None,
     on_event: EventSink,
 ) -> Edits:
     """Find the edits, or take up those that an earlier run found."""
-    kept = work.private / EDITS_FILE
+    if editor is None or curvature is None:
+        return {}
+    path = work.private / EDITS_FILE
     room = {t.name: Room(t.k, t.source.numel, t.bits) for t in plan.split}
-    edits: Edits | None = load_edits(kept, key)
-    if edits is None:
-        work.done.clear()  # nothing that was split before can be relied on without its edits
-        edits = editor.find(work.private, curvature=curvature, key=key, on_event=on_event)
-        check_edits(edits, room)
-        save_edits(kept, edits, key)
-        return edits
-    check_edits(edits, room)
-    return edits
+    known: Edits | None = load_edits(path, key)
+    if known is None:
+        work.done.clear()  # a tensor that was split before cannot be relied on without its edits
+        found = editor.find(work.private, curvature=curvature, key=key, on_event=on_event)
+        check_edits(found, room)
+        save_edits(path, found, key)
+        return found
+    check_edits(known, room)
+    return known
 
 
 def _device_of(plan: Plan, device: str, on_event: EventSink) -> str:
@@ -361,6 +358,17 @@ class _Job:
             return SealedFile(self._work, name, layout, self._key)
         # What is withheld from others should not be readable by others.
         return DataFile(self._work, name, layout, mode=0o600, scratch=scratch)
+
+    def run(self, tuner: Tuner | None) -> Report:
+        """Split, tune and finish."""
+        with _many_small_operations(), nullcontext() if self.fast else _one_thread_of_torch():
+            base_blake3 = self.split()
+        if tuner is not None:
+            base_blake3 = self.tune(tuner)
+        if self._plan.recipe.forgets or tuner is not None:
+            check_in_place(self._checkpoint)  # transformers read the model by its files' names
+        with _many_small_operations():
+            return self.finish(base_blake3)
 
     def split(self) -> str:
         """Split every tensor that no earlier run has split; return base's BLAKE3."""

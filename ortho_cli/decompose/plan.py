@@ -275,8 +275,7 @@ def make_plan(
         RecipeError: a target or override matches nothing, group_size or 3 bits do not fit, siblings
             would differ; curvature without statistics, or statistics without a use.
         CalibrationError: statistics lack a tensor that is split, or were measured in another shape.
-        CheckpointError: the source is quantized already, or holds weights that should be split and
-            cannot be.
+        CheckpointError: the source is quantized, or has weights that should be split and cannot.
     """
     refuse_quantized(checkpoint)
     recipe = _resolve(recipe, statistics)
@@ -290,19 +289,10 @@ def make_plan(
     )
     split = tuple(tensor for tensor in tensors if isinstance(tensor, SplitTensor))
     _check_use(recipe, split, statistics)
-    _check_split(recipe, checkpoint, statistics, reference)
-    if statistics is not None:
-        check_weights(statistics, weights)
+    _check_split(recipe, checkpoint, split, statistics, reference)
     sha256 = _sha256(tensors, recipe, group_size, statistics)
-    canonical = canonical_json(recipe.canonical())
-    common = {"plan_sha256": sha256, "recipe": canonical, "version": __version__}
-    base = plan_layout(_unique(checkpoint, tensors, "base"), artifact.base_metadata(**common))
-    ortho = plan_layout(
-        _unique(checkpoint, tensors, "ortho"),
-        artifact.ortho_metadata(**common, source_digest=NO_DIGEST, base_blake3=NO_DIGEST),
-    )
-    if recipe.ortho.layout == "compact":
-        _check_compact_header(split, rounded=recipe.ortho.values == "int8")
+    base, ortho = _layouts(checkpoint, tensors, recipe, sha256)
+    _check_compact_header(split, recipe)
     return Plan(
         recipe=recipe,
         group_size=group_size,
@@ -317,11 +307,13 @@ def make_plan(
         sizes=sizes,
         reference=reference,
         kept=kept,
-        notes=(
-            *checkpoint.notes,
-            *(f"of the reference: {note}" for note in (reference.notes if reference else ())),
-        ),
+        notes=_notes(checkpoint, reference),
     )
+
+
+def _notes(checkpoint: Checkpoint, reference: Checkpoint | None) -> tuple[str, ...]:
+    theirs = reference.notes if reference else ()
+    return (*checkpoint.notes, *(f"of the reference: {note}" for note in theirs))
 
 
 def _resolve(recipe: Recipe, statistics: Statistics | None) -> Recipe:
@@ -354,28 +346,31 @@ def _check_use(
 def _check_split(
     recipe: Recipe,
     checkpoint: Checkpoint,
+    split: tuple[SplitTensor, ...],
     statistics: Statistics | None,
     reference: Checkpoint | None,
 ) -> None:
-    """Refuse a split without what it needs, and a reference that is of another model."""
+    """Refuse a split without what it needs, and statistics or a reference of another model."""
     check_values(recipe)
-    split = recipe.ortho.split
+    kind = recipe.ortho.split
     if recipe.ortho.budget == "global":
         check_global(recipe)
     if recipe.forgets and (
         statistics is None or statistics.kind == "gram" or recipe.saliency.kind == "residual"
     ):
         raise RecipeError(
-            f"ortho.split is {split}, and there are no statistics of fisher that it may use",
+            f"ortho.split is {kind}, and there are no statistics of fisher that it may use",
             hint="ortho calibrate MODEL --data FILE, then --stats stats.safetensors",
         )
-    if (split == "reference") != (reference is not None):
+    if (kind == "reference") != (reference is not None):
         raise RecipeError(
-            f"ortho.split is {split}, and {'no' if reference is None else 'a'} reference is given",
+            f"ortho.split is {kind}, and {'no' if reference is None else 'a'} reference is given",
             hint="--reference CHECKPOINT goes with --set ortho.split=reference",
         )
     if reference is not None:
         check_reference(checkpoint, reference)
+    if statistics is not None:
+        check_weights(statistics, [tensor.source for tensor in split])
 
 
 OUR_FILES = (
@@ -484,6 +479,20 @@ def _plan_tensor(
     )
 
 
+def _layouts(
+    checkpoint: Checkpoint, tensors: tuple[TensorPlan, ...], recipe: Recipe, sha256: str
+) -> tuple[Layout, Layout]:
+    """Lay out base and ortho; digests that only work tells are zeros of the same length."""
+    canonical = canonical_json(recipe.canonical())
+    common = {"plan_sha256": sha256, "recipe": canonical, "version": __version__}
+    base = plan_layout(_unique(checkpoint, tensors, "base"), artifact.base_metadata(**common))
+    ortho = plan_layout(
+        _unique(checkpoint, tensors, "ortho"),
+        artifact.ortho_metadata(**common, source_digest=NO_DIGEST, base_blake3=NO_DIGEST),
+    )
+    return base, ortho
+
+
 def _unique(
     checkpoint: Checkpoint, tensors: tuple[TensorPlan, ...], file: Literal["base", "ortho"]
 ) -> Iterator[TensorSpec]:
@@ -500,11 +509,14 @@ def _unique(
             yield spec
 
 
-def _check_compact_header(split: tuple[SplitTensor, ...], *, rounded: bool) -> None:
+def _check_compact_header(split: tuple[SplitTensor, ...], recipe: Recipe) -> None:
     """Refuse a compact ortho whose header no reader would take, which else shows after the work.
 
     How large its parts are depends on weights, how many there are does not.
     """
+    if recipe.ortho.layout != "compact":
+        return
+    rounded = recipe.ortho.values == "int8"
     specs = (
         spec
         for tensor in split
