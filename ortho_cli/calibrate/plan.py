@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ortho_cli.decompose.refusals import refuse_quantized
 from ortho_cli.decompose.selection import conv1d_names, select
@@ -36,7 +36,7 @@ class DataSet:
         """Tokens that are predicted and count."""
         return sum(sequence.labels for sequence in self.sequences)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Say how much it is."""
         return {
             "sequences": len(self.sequences),
@@ -104,8 +104,13 @@ class CalibrationPlan:
         """Bytes of the sums while they are made."""
         return sum(2 * self.sums(name).size for name in self.sets)
 
-    def to_json(self) -> dict[str, Any]:
-        """Spell the plan out."""
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes of the statistics and of the sums beside them."""
+        return self.bytes_written + self.bytes_scratch
+
+    def to_json(self) -> dict[str, object]:
+        """Give the document of `ortho calibrate --dry-run --json`."""
         return {
             "calibrate": self.settings.canonical(),
             "data": {name: data.to_json() for name, data in self.sets.items()},

@@ -138,10 +138,8 @@ def decompose(
 
     A killed or interrupted run goes on where it stopped when the same command is given again.
     """
-    from ortho_cli.decompose.plan import check_memory
-    from ortho_cli.formats.artifact import is_artifact
-    from ortho_cli.storage.output import check_output, check_space, files_of
-    from ortho_cli.storage.sealing import make_seal, read_keys, scratch_bytes
+    from ortho_cli.decompose.job import check_target
+    from ortho_cli.storage.sealing import make_seal, read_keys
 
     splits_on = _split_device(device)
     seal = make_seal(seal_to or (), seal_passphrase_file)
@@ -155,16 +153,14 @@ def decompose(
     before = located(reference, quiet=quiet) if reference else None
     given = [*(forget or []), *(data or []), seal_passphrase_file, identity]
     checkpoint, plan = plan_of(model, stats, recipe, sets, workers, before, copy, given)
-    target, said = place_output(out, model)
-    plan = _meet(plan, checkpoint, target_bits, target, quiet=quiet)
-    read = files_of(checkpoint, *plan.inputs, *(forget or []), *(data or []))
-    check_output(target, read, force=force, is_ours=is_artifact)
-    check_space(plan.bytes_on_disk + scratch_bytes(plan.ortho, seal), target)
-    check_memory(plan)
+    out, said = place_output(out, model)
+    plan = _meet(plan, checkpoint, target_bits, out, quiet=quiet)
+    reads = [*(forget or []), *(data or [])]
+    target = check_target(plan, checkpoint, out, force=force, seal=seal, reads=reads)
     notes: list[Event] = []
     more = _model_work(plan, checkpoint, forget or [], data or [], device, notes.append)
     if dry_run:
-        plan = settled(plan, checkpoint, target, quiet=quiet, verbose=verbose)
+        plan = settled(plan, checkpoint, out, quiet=quiet, verbose=verbose)
         show_plan(plan, model, as_json=as_json, quiet=quiet, notes=said)
         return
     from ortho_cli.cli.show import tables
@@ -175,10 +171,12 @@ def decompose(
     with ProgressSink("decompose", quiet=quiet, verbose=verbose) as sink:
         for note in (*map(_note, said), *notes):
             sink(note)
-        more |= {"device": splits_on, "force": force, "seal": seal, "keys": keys}
-        document = run(plan, checkpoint, target, on_event=sink, **more)
-    document["left_out"] = plan.side.to_json()  # of no concern to whoever gets report.json
-    document["run"] = run_facts(target, began)
+        more |= {"device": splits_on, "seal": seal, "keys": keys}
+        report = run(plan, checkpoint, target, on_event=sink, **more)
+    document = report.to_json() | {
+        "left_out": plan.side.to_json(),  # report.json is read by people who have no source
+        "run": run_facts(out, began),
+    }
     show(document, tables.print_done, as_json, quiet)
 
 
@@ -225,15 +223,14 @@ def calibrate(
     same command is given again.
     """
     from ortho_cli.calibrate.job import calibrate as run
+    from ortho_cli.calibrate.job import check_target
     from ortho_cli.calibrate.plan import make_plan, read_sets
     from ortho_cli.cli.show import tables
     from ortho_cli.cli.show.progress import ProgressSink
     from ortho_cli.convert.sources.adapters import refuse_adapter
     from ortho_cli.decompose.recipe import load_recipe
     from ortho_cli.decompose.refusals import refuse_quantized
-    from ortho_cli.formats.statistics import is_statistics
     from ortho_cli.storage.checkpoint import open_checkpoint
-    from ortho_cli.storage.output import check_output, check_space, files_of
 
     asked = () if gram is None else (f"calibrate.gram={gram}",)
     settings = load_recipe(recipe, [*(sets or ()), *asked])
@@ -241,18 +238,11 @@ def calibrate(
     refuse_adapter(model)
     checkpoint = open_checkpoint(model)
     refuse_quantized(checkpoint)  # before data and tokenizer are read
-    check_output(
-        out,
-        [*files_of(checkpoint), *data, *(forget or [])],
-        force=force,
-        is_ours=is_statistics,
-        kind="statistics file",
-        is_file=True,
-    )
+    target = check_target(checkpoint, out, force=force, reads=[*data, *(forget or [])])
     notes: list[Event] = []
     sets_read = read_sets(model, data, forget or [], settings.calibrate, notes.append)
     plan = make_plan(checkpoint, settings, sets_read)
-    check_space(plan.bytes_written + plan.bytes_scratch, out, kind="statistics with their sums")
+    target.check_space(plan.bytes_on_disk, of="statistics with their sums")
     if dry_run:
         document = plan.to_json() | {"notes": list(checkpoint.notes)}
         show(document, tables.print_calibration_plan, as_json, quiet, source=str(model))
@@ -261,8 +251,8 @@ def calibrate(
     with ProgressSink("calibrate", quiet=quiet, verbose=verbose) as sink:
         for note in notes:
             sink(note)
-        document = run(plan, checkpoint, out, device=device, force=force, on_event=sink)
-    document["run"] = run_facts(out, began)
+        found = run(plan, checkpoint, target, device=device, on_event=sink)
+    document = found.to_json() | {"run": run_facts(out, began)}
     show(document, tables.print_calibrated, as_json, quiet)
 
 
@@ -347,19 +337,18 @@ def convert(
         given = [identity] if identity else []
         plan = make_plan(opened, dtype=dtype, shard_size=size, copy=copy or (), arguments=given)
         folder = opened.folder if opened.kind == "artifact" else source
-        target, said = place_output(out, folder, "converted" if alpha is None else "dense")
-        work.check_target(plan, opened, target, force=force)
+        out, said = place_output(out, folder, "converted" if alpha is None else "dense")
+        target = work.check_target(plan, opened, out, force=force)
         if dry_run:
-            told = plan.to_json()
-            told["notes"] += said
+            told = plan.to_json() | {"notes": [*plan.notes, *said]}
             show(told, tables.print_convert_plan, as_json, quiet, source=str(source))
             return
         began = time.perf_counter()
         with ProgressSink("convert", quiet=quiet, verbose=verbose) as sink:
             for note in said:
                 sink(_note(note))
-            document = work.convert(plan, opened, target, force=force, on_event=sink)
-    document["run"] = run_facts(target, began)
+            digests = work.convert(plan, opened, target, on_event=sink)
+    document = plan.to_json(digests) | {"run": run_facts(out, began)}
     show(document, tables.print_converted, as_json, quiet)
 
 

@@ -110,7 +110,7 @@ def inspect(
 
         with ProgressSink("values", quiet=quiet, verbose=verbose) as sink:
             said = check_values(found, source, recipe_of(found.base), on_event=sink)
-            document["values_checked"] = said
+            document["values_checked"] = asdict(said)
     show(document, tables.print_artifact, as_json, quiet, folder=str(path))
 
 

@@ -98,8 +98,7 @@ def show_plan(
     """Print a plan that is not carried out, with what else is to be said."""
     from ortho_cli.cli.show import tables
 
-    document = plan.to_json()
-    document["notes"] += notes
+    document = plan.to_json() | {"notes": [*plan.notes, *plan.side.notes, *notes]}
     show(document, tables.print_plan, as_json, quiet, source=str(model))
 
 

@@ -18,7 +18,7 @@ import torch
 from blake3 import blake3
 
 from ortho_cli.decompose.identity import stamps
-from ortho_cli.decompose.plan import Plan, TensorPlan, make_plan
+from ortho_cli.decompose.plan import Plan, SplitTensor, make_plan
 from ortho_cli.decompose.selection import tensor_settings
 from ortho_cli.decompose.settings import GROUP_SIZES, Recipe
 from ortho_cli.decompose.splitter import TORCH_DTYPES
@@ -100,7 +100,7 @@ def _is_whole(found: Survey, plan: Plan) -> bool:
 
 def _count(
     plan: Plan,
-    tensor: TensorPlan,
+    tensor: SplitTensor,
     reader: ShardReader,
     curvature: StatisticsReader | None,
     digest: blake3,
@@ -184,7 +184,7 @@ def expected_bits(plan: Plan) -> float:
     return 8 * total / plan.split_weights
 
 
-def _compact_bytes(plan: Plan, tensor: TensorPlan) -> float:
+def _compact_bytes(plan: Plan, tensor: SplitTensor) -> float:
     rows, columns = tensor.source.shape
     share = tensor.k / tensor.source.numel
     value = 1 if plan.recipe.ortho.values == "int8" else tensor.source.nbytes / tensor.source.numel

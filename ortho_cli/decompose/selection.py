@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ortho_cli.decompose.roles import (
     UNKNOWN,
@@ -63,7 +62,7 @@ class _Source:
     """What judging one tensor needs of the whole checkpoint."""
 
     names: frozenset[str]
-    config: dict[str, Any] | None
+    config: Mapping[str, object] | None
     sizes: Sizes
     experts: frozenset[int]
     stored_in_out: frozenset[str]

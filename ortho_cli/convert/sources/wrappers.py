@@ -2,8 +2,8 @@
 
 A reader that looks for `model.layers.0.mlp.up_proj.weight` does not find it under `module.`.
 Prefixes that only wrappers use are stripped anywhere in a name. `model.` may be Lightning's or the
-model's own: it is stripped only where, by transformers, the architecture of config.json has the names
-without it and not those with it.
+model's own: it is stripped only where, by transformers, the architecture of config.json has the
+names without it and not those with it.
 """
 
 from __future__ import annotations
