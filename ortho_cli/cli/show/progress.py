@@ -1,4 +1,4 @@
-"""What eyes see while work goes on: bars on a terminal, and else a line now and then."""
+"""Progress of a running command: a bar on a terminal; elsewhere a line every few seconds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from ortho_cli.cli.show.tables import make_console, visible
+from ortho_cli.cli.show.console import make_console, visible
 from ortho_cli.events import (
     Advanced,
     Event,
@@ -29,14 +29,14 @@ from ortho_cli.events import (
     Training,
 )
 
-QUIET_FOR = 10.0  # seconds between lines about training where there is no bar
+LINE_SECONDS = 10.0  # between lines about training or steps, where there is no bar
 
 
 class ProgressSink:
-    """Shows events: a bar on a terminal, notes, and each tensor with `verbose`."""
+    """Shows events as a bar and notes; with `verbose`, the name of each finished tensor."""
 
     def __init__(self, verb: str, *, quiet: bool, verbose: bool) -> None:
-        """Name what is being done."""
+        """Start at `verb`, the command or stage that the bar names."""
         self._console = make_console()
         self._verb = verb
         self._quiet, self._verbose = quiet, verbose
@@ -134,7 +134,7 @@ class ProgressSink:
                 self._bar = self._counter(self._bar, event.stage, event.steps)
             rest = f"steps, loss {event.loss:.3f}"
             self._bar.update(self._task, completed=event.step, rest=rest)
-        elif fresh or event.step == event.steps or time.monotonic() - self._said > QUIET_FOR:
+        elif fresh or event.step == event.steps or time.monotonic() - self._said > LINE_SECONDS:
             self._said = time.monotonic()
             self._say(f"{event.stage}: step {event.step} of {event.steps}, loss {event.loss:.3f}")
 
@@ -145,7 +145,7 @@ class ProgressSink:
                 self._bar = self._counter(self._bar, self._verb, event.of)
             self._bar.update(self._task, completed=event.number - 1, total=event.of)
             self._bar.update(self._task, rest=visible(event.name))
-        elif self._verbose or time.monotonic() - self._said > QUIET_FOR:
+        elif self._verbose or time.monotonic() - self._said > LINE_SECONDS:
             self._said = time.monotonic()
             self._say(f"{event.number} of {event.of}: {event.name}")
         self._stage = self._verb
