@@ -28,7 +28,7 @@ RANKS = [
 ]
 COMMANDS = ("decompose", "calibrate", "convert", "inspect", "bench")
 # What may write to stdout and stderr.
-SPEAKERS = ("cli.show.console", "cli.app", "cli.boundary", "__main__")
+SPEAKERS = ("cli.show.console", "cli.app", "cli.boundary", "cli.log", "__main__")
 HEAVY = {"torch", "numpy", "transformers", "safetensors"}
 MODULES = sorted(
     path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")

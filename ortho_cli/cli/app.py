@@ -13,6 +13,7 @@ from ortho_cli.cli.calibrate import calibrate
 from ortho_cli.cli.convert import convert
 from ortho_cli.cli.decompose import decompose
 from ortho_cli.cli.inspect import inspect
+from ortho_cli.cli.log import logged
 from ortho_cli.version import __version__
 
 # rich help would cost as much again as everything else that `--help` imports.
@@ -21,10 +22,12 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    epilog="ORTHO_LOG=FILE logs what a command decides and how long it takes, without secrets; "
+    "ORTHO_LOG=debug logs to stderr.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _command in (decompose, calibrate, convert, inspect, bench):
-    app.command()(_command)
+    app.command()(logged(_command))
 
 # Options that take every word up to the next option: `--data a.txt b.txt`.
 MANY = {

@@ -112,6 +112,6 @@ VerboseOption = Annotated[
         "-v",
         count=True,
         show_default=False,
-        help="Name every tensor as it is finished.",
+        help="Name every tensor as it is finished, and log decisions; -vv logs more.",
     ),
 ]
