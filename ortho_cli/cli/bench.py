@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,7 @@ from ortho_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from ortho_cli.bench.plan import Settings
+    from ortho_cli.bench.records import Report
 
 ArtifactArgument = Annotated[
     Path | None,
@@ -152,6 +153,7 @@ def bench(
     """
     from ortho_cli.bench.figures import check_csv, enforce, to_csv
     from ortho_cli.bench.plan import Settings, parse_alphas
+    from ortho_cli.bench.records import to_json
     from ortho_cli.cli.show.bench import print_bench
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
@@ -182,25 +184,26 @@ def bench(
     if keep and artifact:
         raise UsageError("--keep is for a bench without ARTIFACT", hint="leave one of them out")
     check_csv(csv)
-    document = _measure(settings, keep, output, has_artifact=artifact is not None)
+    began = time.perf_counter()
+    report = _measure(settings, keep, output, has_artifact=artifact is not None)
+    document = to_json(report)
+    if artifact is None:
+        document["kept"] = None if keep is None else str(keep)
+    document["run"] = {"seconds": round(time.perf_counter() - began, 3)}
     if csv:
-        csv.write_text(to_csv(document), encoding="utf-8", errors="backslashreplace")
+        csv.write_text(to_csv(report.rows), encoding="utf-8", errors="backslashreplace")
     output.show(document, print_bench)
-    enforce(document)
+    enforce(report.gates, report.verdict)
 
 
 def _measure(
     settings: Settings, keep: Path | None, output: Output, *, has_artifact: bool
-) -> dict[str, Any]:
+) -> Report:
     """Bench the artifact, or without one the chain on a small model of our own."""
     from ortho_cli.bench import run
     from ortho_cli.bench.demo import chain
 
-    began = time.perf_counter()
     with output.progress("bench") as sink:
         if has_artifact:
-            document = run.bench(settings, on_event=sink)
-        else:
-            document = chain.run(settings, keep=keep, on_event=sink)
-    document["run"] = {"seconds": round(time.perf_counter() - began, 3)}
-    return document
+            return run.bench(settings, on_event=sink)
+        return chain.run(settings, keep=keep, on_event=sink)

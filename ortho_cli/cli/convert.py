@@ -95,13 +95,14 @@ def convert(
     from ortho_cli.cli.show.convert import print_convert_plan, print_converted
     from ortho_cli.convert import job
     from ortho_cli.convert.plan import make_plan, parse_size
+    from ortho_cli.convert.sources.open_source import open_source
     from ortho_cli.storage.sealing import read_keys
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     size = parse_size(shard_size)
     source = located(source, quiet=quiet)
     keys = read_keys(identity)
-    with contextlib.closing(job.open_source(source, alpha=alpha, keys=keys, key=key)) as opened:
+    with contextlib.closing(open_source(source, alpha=alpha, keys=keys, key=key)) as opened:
         given = [identity] if identity else []
         plan = make_plan(opened, dtype=dtype, shard_size=size, copy=copy or (), arguments=given)
         folder = opened.folder if opened.kind == "artifact" else source

@@ -15,23 +15,14 @@ import torch
 from torch import Tensor
 
 from ortho_cli.convert.plan import ROLE, ConvertPlan, ConvertTensor
-from ortho_cli.convert.sources.adapters import refuse_adapter
-from ortho_cli.convert.sources.artifact import open_dense
 from ortho_cli.convert.sources.base import TORCH_DTYPES, Source
-from ortho_cli.convert.sources.gguf import open_gguf
-from ortho_cli.convert.sources.gguf_file import find_gguf, is_gguf
-from ortho_cli.convert.sources.open_source import open_foreign
-from ortho_cli.errors import NumericalError, UsageError
+from ortho_cli.errors import NumericalError
 from ortho_cli.events import Advanced, EventSink, Finishing, Noted, Started, TensorDone, null_sink
-from ortho_cli.formats.artifact import is_artifact
 from ortho_cli.split import quantize
 from ortho_cli.split.quantize import as_bytes
-from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage import checkpoint
-from ortho_cli.storage.checkpoint import MODEL_SUFFIXES
 from ortho_cli.storage.data_file import DataFile, TensorStream
 from ortho_cli.storage.output import check_output, check_space, resolve_output
-from ortho_cli.storage.sealing import Keys
 from ortho_cli.storage.work_folder import WorkFolder, interruptible, unwritable
 from ortho_cli.version import __version__
 
@@ -41,66 +32,6 @@ KIND = "converted checkpoint"
 COMMIT_SECONDS = 0.5
 
 Entry = dict[str, Any]
-
-
-def open_source(
-    path: Path,
-    *,
-    alpha: float | None = None,
-    keys: Keys | None = None,
-    key: str | None = None,
-    sizes: Sizes = DEFAULT_SIZES,
-) -> Source:
-    """Describe any checkpoint; an artifact at one alpha.
-
-    Args:
-        path: of the checkpoint or artifact.
-        alpha: for an artifact, and required there.
-        keys: open a sealed ortho.
-        key: where a file of torch.save keeps its weights, as in `--key`.
-        sizes: of tiles of an artifact's base.
-    Raises:
-        UsageError: an artifact without alpha, or alpha for anything else; a key that is not there,
-            or for anything but a file of torch.save.
-        CheckpointError: see `open_foreign`.
-        ArtifactError: see `open_dense`.
-    """
-    ours = is_artifact(path, damaged=True)
-    found = None if ours else _gguf_of(path)
-    if key is not None and (ours or found):
-        what = "an artifact" if ours else "a GGUF model"
-        raise UsageError(
-            f"--key {key} is for files of torch.save, and `{path}` is {what}",
-            hint="leave --key out",
-        )
-    if ours:
-        if alpha is None:
-            raise UsageError(
-                f"`{path}` is an artifact, and no --alpha says which of its models is meant",
-                hint="--alpha 1 is the full model, --alpha 0 is base alone",
-            )
-        return open_dense(path, alpha, keys, sizes=sizes)
-    if alpha is not None and path.exists():
-        raise UsageError(
-            f"`{path}` is no artifact, and --alpha {alpha:g} is for artifacts",
-            hint="leave --alpha out",
-        )
-    refuse_adapter(path)
-    found = _gguf_of(path)
-    return open_foreign(path, key=key) if found is None else open_gguf(found)
-
-
-def _gguf_of(path: Path) -> Path | None:
-    """Find the GGUF file meant by a path: the file, or a folder's if no other weights are there."""
-    if path.is_file():
-        return path if is_gguf(path) else None
-    if not path.is_dir() or any(_is_other(found) for found in path.iterdir()):
-        return None
-    return find_gguf(path)
-
-
-def _is_other(path: Path) -> bool:
-    return path.name.endswith(MODEL_SUFFIXES) and path.suffix != ".gguf"
 
 
 def is_converted(folder: Path) -> bool:

@@ -16,7 +16,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 from blake3 import blake3
-from ortho_cli.version import __version__
 
 from ortho_cli.decompose.identity import stamps
 from ortho_cli.decompose.plan import Plan, TensorPlan, make_plan
@@ -33,6 +32,7 @@ from ortho_cli.split import quantize
 from ortho_cli.split.in_memory import base_scales
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader
+from ortho_cli.version import __version__
 
 FINITE = 0x7F80  # bins from here on hold infinity and NaN
 # The middle of each bin.

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ortho_cli.convert import job as work
 from ortho_cli.convert.plan import make_plan, parse_size
+from ortho_cli.convert.sources.open_source import open_source
 from ortho_cli.errors import (
     ArtifactError,
     CheckpointError,
@@ -357,7 +358,7 @@ def test_missing_or_unknown_sources_are_refused(tmp_path: Path, ortho: Ortho) ->
 
 
 def converted(source: Path, out: Path, alpha: float | None = None, **options: Any) -> None:
-    opened = work.open_source(source, alpha=alpha)
+    opened = open_source(source, alpha=alpha)
     try:
         work.convert(make_plan(opened, shard_size=50_000), opened, out, **options)
     finally:

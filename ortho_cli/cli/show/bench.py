@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
+from ortho_cli.bench.attacks import ATTACKS
 from ortho_cli.cli.show.console import make_console, print_lines, size, visible
 from ortho_cli.cli.show.document import Document
 
@@ -37,13 +38,6 @@ FIGURES = (
     ("latency.decode", "decode, tokens/s", ",.1f"),
     ("latency.memory", "memory", "size"),
 )
-# Key of each attack, and its label.
-ATTACKS = (
-    ("relearn", "relearning half, {} steps"),
-    ("finetune", "innocent text, {} steps"),
-    ("reworded", "prompt: {}"),
-    ("requantized", "other grid: {}"),
-)
 
 
 def print_bench(result: Mapping[str, object]) -> None:
@@ -56,7 +50,7 @@ def print_bench(result: Mapping[str, object]) -> None:
     for start in range(0, len(rows), across):
         console.print()
         console.print(_figures_table(rows[start : start + across], samples))
-    attacked = [row for row in rows if "relearn" in row.part("figures")]
+    attacked = [row for row in rows if any(a.name in row.part("figures") for a in ATTACKS)]
     if attacked:
         console.print()
         console.print(_attacks_table(attacked))
@@ -105,11 +99,11 @@ def _figures_table(rows: Sequence[Document], samples: str) -> Table:
 def _attacks_table(rows: Sequence[Document]) -> Table:
     """Show what each attack brings back: exposure in bits, and token accuracy."""
     table = _make_table(rows)
-    for kind, label in ATTACKS:
-        attacks = [row.part("figures").optional(kind) for row in rows]
-        for key in attacks[0] or ():
-            cells = (_recalled(attack and attack.optional(key)) for attack in attacks)
-            table.add_row(label.format(key.replace("_", " ")), *cells)
+    for attack in ATTACKS:
+        results = [row.part("figures").optional(attack.name) for row in rows]
+        for key in results[0] or ():
+            cells = (_recalled(result and result.optional(key)) for result in results)
+            table.add_row(attack.label.format(key.replace("_", " ")), *cells)
     table.add_row(Text("exposure, token accuracy", style="dim"))
     return table
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ortho_cli.convert.sources.base import RowReader, Source, SourceTensor, mark
+from ortho_cli.convert.sources.base import Source, SourceTensor, mark
+from ortho_cli.convert.sources.safetensors_files import RowReader
 from ortho_cli.errors import ArtifactError, InternalError, UsageError
 from ortho_cli.formats.artifact import (
     BASE_FILE,
