@@ -27,7 +27,7 @@ from ortho_cli.split import quantize
 from ortho_cli.split.in_memory import ORTHO_PARTS
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage import strict_json
-from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, TensorInfo, model_name
+from ortho_cli.storage.checkpoint import ShardReader, TensorInfo, model_name
 from ortho_cli.storage.sealing import IDENTITY_FILE, SEALED_FILE, Keys
 
 # Files of an artifact that are not copied to a dense model.
@@ -65,9 +65,7 @@ def open_dense(
     if alpha:
         read.append(artifact.sealed or folder / ORTHO_FILE)
     with ExitStack() as opened:
-        reader = ShardReader(
-            Checkpoint(path=folder, shards=(artifact.base,), tensors=(), config=None)
-        )
+        reader = ShardReader([artifact.base])
         opened.callback(reader.close)
         kept = KeptReader(artifact, sizes=sizes) if alpha else None
         if kept:

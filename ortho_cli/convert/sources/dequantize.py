@@ -26,11 +26,11 @@ from ortho_cli.convert.sources.quantized import CAST, CONFIG_KEYS, Quantization
 from ortho_cli.convert.sources.quantized_parts import Cache, Parts, Plan, Settings
 from ortho_cli.errors import CheckpointError
 from ortho_cli.model.renames import CONV1D_MODEL_TYPES
+from ortho_cli.split.dtypes import BY_CONFIG
 from ortho_cli.storage import strict_json
 
 # Layouts that always store (out, in), also where the model itself has (in, out).
 TURNED = ("gptq", "nf4", "llm.int8")
-DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def dequantize(source: Source) -> Source:
@@ -154,8 +154,8 @@ def _dtype(config: Mapping[str, object] | None) -> str:
     """Read the dtype of config.json, or of the first part of it that has one; else bfloat16."""
     for part in strict_json.levels(config):
         for key in ("dtype", "torch_dtype"):
-            if (name := str(part.get(key)).removeprefix("torch.")) in DTYPES:
-                return DTYPES[name]
+            if (name := str(part.get(key)).removeprefix("torch.")) in BY_CONFIG:
+                return BY_CONFIG[name]
     return "BF16"
 
 

@@ -16,9 +16,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ortho_cli.convert.sources.base import FLOATS
 from ortho_cli.convert.sources.quantized import FP8
 from ortho_cli.convert.sources.quantized_parts import EXPONENTS, Parts, Plan, Settings
+from ortho_cli.split.dtypes import FLOATS
 
 DEFAULT_BLOCK = (128, 128)  # rows, columns: of DeepSeek's fp8, and of all others so far
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # values by the lower three bits; then the sign
@@ -209,7 +209,7 @@ def plan_fp4(parts: Parts, settings: Settings) -> Plan:
 
 
 def _second_scale(parts: Parts, *, needed: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """Give what applies the second scale, of all scales of a weight or of a matrix of it."""
+    """Make a function that applies the second scale: one per weight, or per matrix of it."""
     role = next((role for role in ("divisor", "factor") if role in parts), None)
     if role is None:
         if needed:

@@ -87,7 +87,7 @@ class _Mapped:
 
 
 def open_gguf(path: Path) -> Source:
-    """Describe a GGUF file as the transformers checkpoint that it stands for, in float32.
+    """Describe a GGUF file as a checkpoint of transformers, in float32.
 
     Args:
         path: a file, or any part of a split model.
@@ -255,7 +255,7 @@ def _check_rope(
     rope: gguf_rope.Rope | None,
 ) -> None:
     """Compare the angles that the model will compute with those that the file asks for."""
-    held = {tensor.name for tensor in model.tensors} & set(gguf_rope.TENSORS)
+    factors = {tensor.name for tensor in model.tensors} & set(gguf_rope.TENSORS)
     found = False
     for module in built.modules():
         keys = [key for key in module._buffers if key.endswith("inv_freq")]
@@ -268,7 +268,7 @@ def _check_rope(
                 _check_angles(model, computed, key, rope)
         break  # the others are made of the same config
     scaling = gguf_config.own_metadata(model).get("rope.scaling.type", "none")
-    if not found and (held or scaling != "none"):
+    if not found and (factors or scaling != "none"):
         raise not_expressible(
             f"`{model.path}` scales rotary embeddings, and transformers' {config.model_type} has "
             f"none"
@@ -378,13 +378,13 @@ def _tokenizer(model: GgufModel) -> tuple[list[tuple[str, bytes]], list[str]]:
     ]
 
 
-def _aliases(model: GgufModel, mapped: _Mapped, held: set[str]) -> dict[str, str]:
+def _aliases(model: GgufModel, mapped: _Mapped, made: set[str]) -> dict[str, str]:
     """Map each parameter that has no tensor to the one that it is tied to."""
     parameters: dict[str, Tensor] = mapped.model.state_dict(keep_vars=True)
-    by_identity = {id(parameters[name]): name for name in held & parameters.keys()}
+    by_identity = {id(parameters[name]): name for name in made & parameters.keys()}
     aliases = {}
     for name in parameters:
-        if name in held or _has_experts(name, held):
+        if name in made or _has_experts(name, made):
             continue
         kept = by_identity.get(id(parameters[name]))
         if kept is None:
@@ -396,11 +396,11 @@ def _aliases(model: GgufModel, mapped: _Mapped, held: set[str]) -> dict[str, str
     return aliases
 
 
-def _has_experts(name: str, held: set[str]) -> bool:
+def _has_experts(name: str, made: set[str]) -> bool:
     """Tell whether every part of merged experts has a tensor of its own."""
     start, _, fused = name.rpartition(".")
     parts = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.get(fused, ())
-    return bool(parts) and all(f"{start}.0.{part}_proj.weight" in held for part in parts)
+    return bool(parts) and all(f"{start}.0.{part}_proj.weight" in made for part in parts)
 
 
 class _Weight:

@@ -67,7 +67,7 @@ CARRIED: dict[str, dict[str, str]] = {
 NEUTRAL: dict[str, tuple[object, ...] | None] = {
     "pooling_type": None,  # of embeddings, not of next tokens
     "rope.scaling.finetuned": None,
-    "vocab_size": None,  # the embedding's rows are held to it
+    "vocab_size": None,  # the shape of the embedding is compared with the model's
     "attention.causal": (True,),
     "attention.max_alibi_bias": (0,),
     "attention.clamp_kqv": (0,),
@@ -177,12 +177,12 @@ def complete(model: GgufModel, parsed: Config, plain: object) -> Config:
     Raises:
         CheckpointError: a key changes the model and cannot be carried.
     """
-    told, kind = own_metadata(model), str(parsed["model_type"])
+    metadata, kind = own_metadata(model), str(parsed["model_type"])
     names = {tensor.name: tensor for tensor in model.tensors}
     done = {key: _same(value) if key in PER_LAYER else value for key, value in parsed.items()}
     for key, attribute in CARRIED.get(kind, {}).items():
-        if key in told:
-            done[attribute] = told[key]
+        if key in metadata:
+            done[attribute] = metadata[key]
     # llama.cpp takes as many key and value heads as heads, if the file does not say. transformers
     # then leaves the weights of llama permuted, and takes a default of the class elsewhere.
     if hasattr(plain, "num_key_value_heads") and "num_attention_heads" in done:
@@ -196,8 +196,8 @@ def complete(model: GgufModel, parsed: Config, plain: object) -> Config:
     if kind == "stablelm":
         done["use_qkv_bias"] = any(name.endswith(".attn_q.bias") for name in names)
         done["use_parallel_residual"] = not any(".ffn_norm." in name for name in names)
-    _add_windows(model.path, kind, told, done)
-    _check_keys(model, parsed, plain, told, done)
+    _add_windows(model.path, kind, metadata, done)
+    _check_keys(model, parsed, plain, metadata, done)
     return done
 
 
@@ -212,10 +212,10 @@ def _add_vocabulary(names: Mapping[str, GgufTensor], plain: object, done: Config
             done.setdefault(key, None)
 
 
-def _add_windows(path: Path, kind: str, told: Metadata, done: Config) -> None:
+def _add_windows(path: Path, kind: str, metadata: Metadata, done: Config) -> None:
     """Set the sliding window, the layers that have one, and the scale of attention."""
     layers = read_count(path, done, "num_hidden_layers", 0)
-    window = told.get("attention.sliding_window", 0)
+    window = metadata.get("attention.sliding_window", 0)
     if kind in ("mistral", "phi3"):  # not absent: the class has a default
         done["sliding_window"] = window or None
     if kind not in BY_WIDTH:
@@ -229,13 +229,13 @@ def _add_windows(path: Path, kind: str, told: Metadata, done: Config) -> None:
     else:
         done["query_pre_attn_scalar"] = read_count(path, done, "head_dim", 256)
     key = "attention.sliding_window_pattern"
-    pattern = told.get(key)
+    pattern = metadata.get(key)
     if isinstance(pattern, list):
         local = [bool(entry) for entry in pattern]
     elif isinstance(pattern, bool):  # the same for all layers
         local = [pattern] * layers
     else:
-        every = read_count(path, told, key, 2 if kind == "gemma2" else GEMMA3_LOCAL)
+        every = read_count(path, metadata, key, 2 if kind == "gemma2" else GEMMA3_LOCAL)
         local = [every == 0 or (layer + 1) % every != 0 for layer in range(layers)]
     if kind == "gemma3_text" and not window:
         local = [False] * layers
@@ -250,7 +250,7 @@ def _add_windows(path: Path, kind: str, told: Metadata, done: Config) -> None:
 
 
 def _check_keys(
-    model: GgufModel, parsed: Config, plain: object, told: Metadata, done: Config
+    model: GgufModel, parsed: Config, plain: object, metadata: Metadata, done: Config
 ) -> None:
     """Refuse the first key that changes the model and is not in its config."""
     from transformers import integrations
@@ -260,7 +260,7 @@ def _check_keys(
     mapped: Mapping[str, str | None] = maps.get(
         kind.removesuffix("_text"), maps.get(model.architecture, {})
     )
-    for key, value in told.items():
+    for key, value in metadata.items():
         attribute = mapped.get(key)
         if isinstance(value, list) and not (kind == "lfm2" and key == "attention.head_count_kv"):
             known = key == "attention.sliding_window_pattern" and kind in BY_WIDTH
@@ -270,7 +270,7 @@ def _check_keys(
                 or key in CARRIED.get(kind, {})
                 or (key == "attention.sliding_window_pattern" and kind in BY_WIDTH)
                 or (attribute is not None and hasattr(plain, attribute))
-                or _changes_nothing(model.path, key, value, kind, told, done)
+                or _changes_nothing(model.path, key, value, kind, metadata, done)
             )
         if not known:
             raise not_expressible(
@@ -285,7 +285,7 @@ def _check_keys(
 
 
 def _changes_nothing(
-    path: Path, key: str, value: object, kind: str, told: Metadata, done: Config
+    path: Path, key: str, value: object, kind: str, metadata: Metadata, done: Config
 ) -> bool:
     """Tell whether a key has a value with which the model computes the same as without it."""
     neutral = OWN_NEUTRAL.get(kind, {}).get(key, NEUTRAL.get(key, ()))
@@ -301,7 +301,7 @@ def _changes_nothing(
     if key == "attention.scale":
         return math.isclose(value, 1 / math.sqrt(width), rel_tol=1e-5)
     # A window as long as the longest text hides nothing.
-    longest = read_number(path, told, "context_length", math.inf)
+    longest = read_number(path, metadata, "context_length", math.inf)
     return key == "attention.sliding_window" and value >= longest
 
 
@@ -325,11 +325,11 @@ def read_rope(model: GgufModel, done: Config) -> gguf_rope.Rope:
     Raises:
         CheckpointError: see `gguf_rope.read_rope`.
     """
-    held = {t.name: t.floats().reshape(-1) for t in model.tensors if t.name in gguf_rope.TENSORS}
+    tensors = {t.name: t.floats().reshape(-1) for t in model.tensors if t.name in gguf_rope.TENSORS}
     return gguf_rope.read_rope(
         model.path,
         own_metadata(model),
-        held,
+        tensors,
         head_dim=head_width(done),
         context=read_count(model.path, done, "max_position_embeddings", 0) or 2048,
     )

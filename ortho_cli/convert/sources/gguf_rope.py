@@ -67,14 +67,14 @@ class _File:
     """The keys and tensors of a file that tell of rotary embeddings."""
 
     path: Path
-    told: Metadata
+    metadata: Metadata
     tensors: Mapping[str, npt.NDArray[np.float32]]
     theta: float
     base: Array  # (dim / 2,) angles at position 1, without scaling
     context: int
 
     def number(self, key: str, default: float) -> float:
-        return read_number(self.path, self.told, key, default)
+        return read_number(self.path, self.metadata, key, default)
 
     @property
     def original(self) -> int:
@@ -91,7 +91,7 @@ class _Scaling(NamedTuple):
 
 def read_rope(
     path: Path,
-    told: Metadata,
+    metadata: Metadata,
     tensors: Mapping[str, npt.NDArray[np.float32]],
     *,
     head_dim: int,
@@ -101,7 +101,7 @@ def read_rope(
 
     Args:
         path: of the file, for errors.
-        told: the file's metadata, without `ARCH.` before its keys.
+        metadata: the keys of its architecture, without `ARCH.`.
         tensors: those of `TENSORS` that the file has, each of one dimension.
         head_dim: width of a head; all of it is rotated where the file gives no other number.
         context: most positions; the model was trained on as many where the file gives no number.
@@ -109,19 +109,21 @@ def read_rope(
         CheckpointError: scaling that transformers has no parameters for, or no number where one
             belongs.
     """
-    theta = read_number(path, told, "rope.freq_base", BASE)
-    dim = int(read_number(path, told, "rope.dimension_count", head_dim))
+    theta = read_number(path, metadata, "rope.freq_base", BASE)
+    dim = int(read_number(path, metadata, "rope.dimension_count", head_dim))
     if not 1 < theta < math.inf:
         raise _refused(path, "rope.freq_base", theta)
     if dim % 2 or not 0 < dim <= max(head_dim, dim) <= WIDEST:
         raise _refused(path, "rope.dimension_count", dim)
     base = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-    file = _File(path=path, told=told, tensors=tensors, theta=theta, base=base, context=context)
+    file = _File(
+        path=path, metadata=metadata, tensors=tensors, theta=theta, base=base, context=context
+    )
     found = _scaling(file)
     parameters = {"rope_type": found.kind, **found.parameters, "rope_theta": theta}
     if dim != head_dim:
         parameters["partial_rotary_factor"] = dim / head_dim
-    has_local = "rope.freq_base_swa" in told
+    has_local = "rope.freq_base_swa" in metadata
     return Rope(
         kind=found.kind,
         theta=theta,
@@ -144,7 +146,7 @@ def _scaling(file: _File) -> _Scaling:
         ("rope.scaling.yarn_log_multiplier", (0,)),
         ("rope.scaling.yarn_ext_factor", (1, -1)),  # -1: not set
     ):
-        if (value := file.told.get(key, neutral[0])) not in neutral:
+        if (value := file.metadata.get(key, neutral[0])) not in neutral:
             raise _refused(file.path, key, value)
     kind, factor = _kind(file)
     if LONG in file.tensors or SHORT in file.tensors:
@@ -163,13 +165,13 @@ def _scaling(file: _File) -> _Scaling:
         found = _Scaling("default", {}, file.base)
     for key in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
         if not math.isclose(file.number(key, 1.0), 1.0, rel_tol=1e-6):
-            raise _refused(file.path, key, file.told[key])
+            raise _refused(file.path, key, file.metadata[key])
     return found
 
 
 def _kind(file: _File) -> tuple[str, float]:
     """Name the scaling and its factor; llama.cpp scales linearly if no type is given."""
-    kind = str(file.told.get("rope.scaling.type", "linear")).lower()
+    kind = str(file.metadata.get("rope.scaling.type", "linear")).lower()
     if kind not in ("none", "linear", "yarn", "longrope"):
         raise _refused(file.path, "rope.scaling.type", kind)
     factor = file.number("rope.scaling.factor", file.number("rope.scale_linear", 0.0))

@@ -245,7 +245,7 @@ def examine(
     ]
     settings: dict[str, object] = {}
     for name, said in _side_files(folder) if folder is not None else ():
-        declared.append(f"`{name}` lies beside the weights")
+        declared.append(f"`{name}` is beside the weights")
         settings |= said
     for _, value in reversed(entries):  # of several, the first and outermost counts
         settings |= value if isinstance(value, dict) else {"quant_method": value}
@@ -354,7 +354,7 @@ class _Examination:
             elif what := self._suspicion(tensor):
                 unsupported.append((name, what))
             elif tensor.dtype in FP8 and (other := self._other_scale(name)):
-                unsupported.append((name, f"is {tensor.dtype} and lies beside `{other}`"))
+                unsupported.append((name, f"is {tensor.dtype} and is beside `{other}`"))
             elif tensor.dtype in FP8:
                 unscaled.append(tensor)
         if unscaled and (is_quantized or unsupported):
@@ -412,7 +412,7 @@ class _Examination:
             other = next((o for o in others if o != name and o in self._tensors), None)
             if other is None and name.endswith(".weight"):
                 other = self._other_scale(name)
-            return f"is {dtype} and lies beside `{other}`" if other else None
+            return f"is {dtype} and is beside `{other}`" if other else None
         return None
 
 
