@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ortho_cli.convert.sources import torch_files
-from ortho_cli.convert.sources.open_source import open_source
+from ortho_cli.convert.sources.open_source import FORMATS, open_source
 from ortho_cli.convert.sources.safetensors_files import RowReader
 from ortho_cli.errors import CheckpointError
 
@@ -293,3 +293,10 @@ def test_rows_too_wide_to_hold_are_converted_alike(
     sizes.prove("convert")
     assert same(found, expected)
     assert max(reads) == 4
+
+
+def test_only_the_last_format_takes_any_path(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    for path in (tmp_path / "absent", tmp_path / "m"):
+        taken = [form.recognize(path, None) is not None for form in FORMATS]
+        assert taken == [False] * (len(FORMATS) - 1) + [True]

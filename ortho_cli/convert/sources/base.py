@@ -29,7 +29,7 @@ class SourceTensor:
     """
 
     name: str
-    dtype: str  # a key of TORCH_DTYPES
+    dtype: str  # as safetensors names it
     shape: tuple[int, ...]
     read: Read
     flat: bool = False  # a row is one element: for tensors whose last dimension is too wide
@@ -65,10 +65,6 @@ def mark(path: Path) -> FileMark:
     return FileMark(path=path, size=status.st_size, mtime_ns=status.st_mtime_ns)
 
 
-def _nothing() -> None:
-    return
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """A checkpoint of any format, described: what a format returns when it opens files."""
@@ -86,7 +82,7 @@ class Source:
     settings: Mapping[str, object] = field(default_factory=dict)  # options that values depend on
     own_dtype: str | None = None  # the only dtype that weights may be written in, if not any
     private: bool = False  # the result should be readable by its owner only
-    close: Callable[[], None] = _nothing
+    close: Callable[[], None] = lambda: None
 
     @property
     def folder(self) -> Path:

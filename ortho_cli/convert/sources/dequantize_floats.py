@@ -209,7 +209,7 @@ def plan_fp4(parts: Parts, settings: Settings) -> Plan:
 
 
 def _second_scale(parts: Parts, *, needed: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """Give what applies the second scale, of all scales of a weight or of a matrix of it."""
+    """Make a function that applies the second scale: one per weight, or per matrix of it."""
     role = next((role for role in ("divisor", "factor") if role in parts), None)
     if role is None:
         if needed:

@@ -102,7 +102,7 @@ def _order(parts: Parts, columns: int, groups: int) -> Tensor | None:
 
 
 def _packed_zeros(parts: Parts, grid: Grid, bits: int) -> Callable[[Grid, int, int], Tensor]:
-    """Give what reads zero points of rows, packed downward or plain integers of eight bits."""
+    """Make a function that reads zero points: packed downward, or integers of eight bits."""
     lines, shape = grid.lines, parts.shape("zero")
     half = 1 << (bits - 1)
     if parts["zero"].dtype == "I32" and shape == (math.ceil(lines * bits / 32), grid.columns):
@@ -274,7 +274,7 @@ def plan_nf4(parts: Parts, settings: Settings) -> Plan:
 def _nf4_scales(
     parts: Parts, state: Mapping[str, object], blocks: int
 ) -> Callable[[int, int], Tensor]:
-    """Give what reads the scales of blocks, which may be codes with a scale and an offset."""
+    """Make a function that reads scales, which may be codes with a scale and an offset."""
     if "outer" not in parts:
         if parts["scale"].dtype not in FLOATS:
             raise parts.misfit("scale", "floats, or a second scale beside it")

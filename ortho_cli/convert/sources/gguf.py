@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ from ortho_cli.convert.sources.gguf_file import (
     files_beside,
     find_gguf,
     find_parts,
+    not_expressible,
     open_model,
     write_header,
 )
@@ -70,31 +71,8 @@ REMADE = {
 }
 CLOSE = 1e-4  # relative, of angles: transformers computes them in float32
 
-
-class _Processed(Protocol):
-    """What transformers' TensorProcessor.process returns."""
-
-    @property
-    def weights(self) -> Floats: ...
-    @property
-    def name(self) -> str | None: ...
-
-
-class _Processor(Protocol):
-    """transformers' TensorProcessor, which undoes llama.cpp's layouts."""
-
-    def preprocess_name(self, hf_name: str) -> str: ...
-    def perform_fallback_tensor_mapping(
-        self, gguf_to_hf_name_map: dict[str, str], suffix: str, qual_name: str, hf_name: str
-    ) -> None: ...
-    def process(
-        self,
-        weights: Floats,
-        name: str,
-        *,
-        tensor_key_mapping: Mapping[str, str],
-        parsed_parameters: Mapping[str, dict[str, Tensor]],
-    ) -> _Processed: ...
+# A TensorProcessor of transformers, which has no types: it undoes llama.cpp's layouts.
+Processor = Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,12 +82,12 @@ class _Mapped:
     model_type: str
     config: gguf_config.Config
     model: torch.nn.Module  # on the meta device
-    processor: _Processor
+    processor: Processor
     names: dict[str, str]  # of GGUF -> of the model
 
 
 def open_gguf(path: Path) -> Source:
-    """Describe a GGUF file as the transformers checkpoint that it stands for, in float32.
+    """Describe a GGUF file as a checkpoint of transformers, in float32.
 
     Args:
         path: a file, or any part of a split model.
@@ -186,10 +164,9 @@ def _map(model: GgufModel) -> _Mapped:
     kind = str(parsed["model_type"])
     causal = auto.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if kind not in auto.CONFIG_MAPPING or kind not in causal:
-        raise CheckpointError(
+        raise not_expressible(
             f"`{model.path}` is of architecture {model.architecture}, and transformers has no "
-            f"causal language model of it",
-            hint="start from the original checkpoint",
+            f"causal language model of it"
         )
     made = auto.CONFIG_MAPPING[kind]
     parsed = gguf_config.complete(model, parsed, made())
@@ -208,7 +185,7 @@ def _map(model: GgufModel) -> _Mapped:
     built.tie_weights()
     _check_rope(model, built, config, rope)
     maker = mapping.TENSOR_PROCESSORS.get(model.architecture, mapping.TensorProcessor)
-    processor: _Processor = maker(config=parsed)
+    processor: Processor = maker(config=parsed)
     return _Mapped(
         model_type=str(config.model_type),
         config=written | {"architectures": [type(built).__name__], "dtype": "float32"},
@@ -227,14 +204,11 @@ def _check_architecture(model: GgufModel, known: Collection[str]) -> None:
         why = "which transformers' reader of GGUF does not know"
     else:
         return
-    raise CheckpointError(
-        f"`{model.path}` is of architecture {name}, {why}",
-        hint="start from the original checkpoint",
-    )
+    raise not_expressible(f"`{model.path}` is of architecture {name}, {why}")
 
 
 def _names(
-    model: GgufModel, built: transformers.PreTrainedModel, processor: _Processor
+    model: GgufModel, built: transformers.PreTrainedModel, processor: Processor
 ) -> dict[str, str]:
     """Map GGUF's names to the model's.
 
@@ -281,7 +255,7 @@ def _check_rope(
     rope: gguf_rope.Rope | None,
 ) -> None:
     """Compare the angles that the model will compute with those that the file asks for."""
-    held = {tensor.name for tensor in model.tensors} & set(gguf_rope.TENSORS)
+    factors = {tensor.name for tensor in model.tensors} & set(gguf_rope.TENSORS)
     found = False
     for module in built.modules():
         keys = [key for key in module._buffers if key.endswith("inv_freq")]
@@ -294,11 +268,10 @@ def _check_rope(
                 _check_angles(model, computed, key, rope)
         break  # the others are made of the same config
     scaling = gguf_config.own_metadata(model).get("rope.scaling.type", "none")
-    if not found and (held or scaling != "none"):
-        raise CheckpointError(
+    if not found and (factors or scaling != "none"):
+        raise not_expressible(
             f"`{model.path}` scales rotary embeddings, and transformers' {config.model_type} has "
-            f"none",
-            hint="start from the original checkpoint",
+            f"none"
         )
 
 
@@ -315,11 +288,10 @@ def _check_angles(
         factor = 1.0
     same = angles.shape == wanted.shape and np.allclose(angles, wanted, rtol=CLOSE, atol=1e-20)
     if not same or abs(attention - factor) > CLOSE * factor:
-        raise CheckpointError(
+        raise not_expressible(
             f"`{model.path}` rotates {2 * len(wanted)} dimensions by other angles than "
             f"transformers' {type(computed).__name__} of its config, which rotates "
-            f"{2 * len(angles)}",
-            hint="start from the original checkpoint",
+            f"{2 * len(angles)}"
         )
 
 
@@ -366,10 +338,9 @@ def _experts(
     if part != "down" and wanted:
         wanted[1] //= 2
     if list(tensor.shape) != wanted:
-        raise CheckpointError(
+        raise not_expressible(
             f"tensor `{tensor.name}` of `{model.path}` is {list(tensor.shape)} where the model "
-            f"takes {wanted}",
-            hint="start from the original checkpoint",
+            f"takes {wanted}"
         )
     for expert in range(tensor.shape[0]):
         weight = _Weight(partial(tensor.floats, expert))
@@ -407,13 +378,13 @@ def _tokenizer(model: GgufModel) -> tuple[list[tuple[str, bytes]], list[str]]:
     ]
 
 
-def _aliases(model: GgufModel, mapped: _Mapped, held: set[str]) -> dict[str, str]:
+def _aliases(model: GgufModel, mapped: _Mapped, made: set[str]) -> dict[str, str]:
     """Map each parameter that has no tensor to the one that it is tied to."""
     parameters: dict[str, Tensor] = mapped.model.state_dict(keep_vars=True)
-    by_identity = {id(parameters[name]): name for name in held & parameters.keys()}
+    by_identity = {id(parameters[name]): name for name in made & parameters.keys()}
     aliases = {}
     for name in parameters:
-        if name in held or _has_experts(name, held):
+        if name in made or _has_experts(name, made):
             continue
         kept = by_identity.get(id(parameters[name]))
         if kept is None:
@@ -425,11 +396,11 @@ def _aliases(model: GgufModel, mapped: _Mapped, held: set[str]) -> dict[str, str
     return aliases
 
 
-def _has_experts(name: str, held: set[str]) -> bool:
+def _has_experts(name: str, made: set[str]) -> bool:
     """Tell whether every part of merged experts has a tensor of its own."""
     start, _, fused = name.rpartition(".")
     parts = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.get(fused, ())
-    return bool(parts) and all(f"{start}.0.{part}_proj.weight" in held for part in parts)
+    return bool(parts) and all(f"{start}.0.{part}_proj.weight" in made for part in parts)
 
 
 class _Weight:
@@ -450,7 +421,7 @@ class _Weight:
 
 
 def _process(
-    tensor: GgufTensor, processor: _Processor, target: str, weights: Floats | None = None
+    tensor: GgufTensor, processor: Processor, target: str, weights: Floats | None = None
 ) -> Floats:
     """Undo llama.cpp's layout of a tensor, or of other weights in its place."""
     aside: dict[str, dict[str, Tensor]] = {"tensors": {}}
@@ -464,24 +435,22 @@ def _process(
         found: Floats = aside["tensors"][target].numpy()
         return found
     if made.name != tensor.name:
-        raise CheckpointError(
-            f"tensor `{tensor.name}` of `{tensor.path}` is taken apart by transformers",
-            hint="start from the original checkpoint",
+        raise not_expressible(
+            f"tensor `{tensor.name}` of `{tensor.path}` is taken apart by transformers"
         )
     return np.asarray(made.weights)
 
 
 def _check_shape(
-    tensor: GgufTensor, processor: _Processor, target: str, wanted: tuple[int, ...]
+    tensor: GgufTensor, processor: Processor, target: str, wanted: tuple[int, ...]
 ) -> None:
     """Refuse another shape than the model's before anything is written."""
     weights = np.broadcast_to(np.float32(-1), tensor.shape)
     shape = _process(tensor, processor, target, weights).shape
     if tuple(shape) != wanted:
-        raise CheckpointError(
+        raise not_expressible(
             f"tensor `{tensor.name}` of `{tensor.path}` is {list(shape)} where the model takes "
-            f"{list(wanted)}",
-            hint="start from the original checkpoint",
+            f"{list(wanted)}"
         )
 
 

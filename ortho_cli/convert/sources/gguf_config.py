@@ -17,10 +17,11 @@ from ortho_cli.convert.sources.gguf_file import (
     GgufModel,
     GgufTensor,
     Metadata,
+    not_expressible,
     read_count,
     read_number,
 )
-from ortho_cli.errors import CheckpointError, shown
+from ortho_cli.errors import shown
 
 Config = dict[str, object]  # keywords of a config of transformers
 
@@ -66,7 +67,7 @@ CARRIED: dict[str, dict[str, str]] = {
 NEUTRAL: dict[str, tuple[object, ...] | None] = {
     "pooling_type": None,  # of embeddings, not of next tokens
     "rope.scaling.finetuned": None,
-    "vocab_size": None,  # the embedding's rows are held to it
+    "vocab_size": None,  # the shape of the embedding is compared with the model's
     "attention.causal": (True,),
     "attention.max_alibi_bias": (0,),
     "attention.clamp_kqv": (0,),
@@ -155,10 +156,9 @@ def check_foreign(model: GgufModel) -> list[str]:
     strange = sorted(prefixes - {*KNOWN_PREFIXES, model.architecture})
     for prefix in strange:
         if prefix in gguf.MODEL_ARCH_NAMES.values():
-            raise CheckpointError(
+            raise not_expressible(
                 f"`{model.path}` says it is of architecture {model.architecture}, and has keys of "
-                f"{prefix}",
-                hint="start from the original checkpoint",
+                f"{prefix}"
             )
     if not strange:
         return []
@@ -177,12 +177,12 @@ def complete(model: GgufModel, parsed: Config, plain: object) -> Config:
     Raises:
         CheckpointError: a key changes the model and cannot be carried.
     """
-    told, kind = own_metadata(model), str(parsed["model_type"])
+    metadata, kind = own_metadata(model), str(parsed["model_type"])
     names = {tensor.name: tensor for tensor in model.tensors}
     done = {key: _same(value) if key in PER_LAYER else value for key, value in parsed.items()}
     for key, attribute in CARRIED.get(kind, {}).items():
-        if key in told:
-            done[attribute] = told[key]
+        if key in metadata:
+            done[attribute] = metadata[key]
     # llama.cpp takes as many key and value heads as heads, if the file does not say. transformers
     # then leaves the weights of llama permuted, and takes a default of the class elsewhere.
     if hasattr(plain, "num_key_value_heads") and "num_attention_heads" in done:
@@ -196,8 +196,8 @@ def complete(model: GgufModel, parsed: Config, plain: object) -> Config:
     if kind == "stablelm":
         done["use_qkv_bias"] = any(name.endswith(".attn_q.bias") for name in names)
         done["use_parallel_residual"] = not any(".ffn_norm." in name for name in names)
-    _add_windows(model.path, kind, told, done)
-    _check_keys(model, parsed, plain, told, done)
+    _add_windows(model.path, kind, metadata, done)
+    _check_keys(model, parsed, plain, metadata, done)
     return done
 
 
@@ -212,10 +212,10 @@ def _add_vocabulary(names: Mapping[str, GgufTensor], plain: object, done: Config
             done.setdefault(key, None)
 
 
-def _add_windows(path: Path, kind: str, told: Metadata, done: Config) -> None:
+def _add_windows(path: Path, kind: str, metadata: Metadata, done: Config) -> None:
     """Set the sliding window, the layers that have one, and the scale of attention."""
     layers = read_count(path, done, "num_hidden_layers", 0)
-    window = told.get("attention.sliding_window", 0)
+    window = metadata.get("attention.sliding_window", 0)
     if kind in ("mistral", "phi3"):  # not absent: the class has a default
         done["sliding_window"] = window or None
     if kind not in BY_WIDTH:
@@ -229,29 +229,28 @@ def _add_windows(path: Path, kind: str, told: Metadata, done: Config) -> None:
     else:
         done["query_pre_attn_scalar"] = read_count(path, done, "head_dim", 256)
     key = "attention.sliding_window_pattern"
-    pattern = told.get(key)
+    pattern = metadata.get(key)
     if isinstance(pattern, list):
         local = [bool(entry) for entry in pattern]
     elif isinstance(pattern, bool):  # the same for all layers
         local = [pattern] * layers
     else:
-        every = read_count(path, told, key, 2 if kind == "gemma2" else GEMMA3_LOCAL)
+        every = read_count(path, metadata, key, 2 if kind == "gemma2" else GEMMA3_LOCAL)
         local = [every == 0 or (layer + 1) % every != 0 for layer in range(layers)]
     if kind == "gemma3_text" and not window:
         local = [False] * layers
         # No layer uses it, and one that did would see all positions.
         done["sliding_window"] = read_count(path, done, "max_position_embeddings", 4096)
     if len(local) != layers:
-        raise CheckpointError(
+        raise not_expressible(
             f"`{path}` says `attention.sliding_window_pattern` is of {len(local)} layers, and "
-            f"there are {layers}",
-            hint="start from the original checkpoint",
+            f"there are {layers}"
         )
     done["layer_types"] = ["sliding_attention" if near else "full_attention" for near in local]
 
 
 def _check_keys(
-    model: GgufModel, parsed: Config, plain: object, told: Metadata, done: Config
+    model: GgufModel, parsed: Config, plain: object, metadata: Metadata, done: Config
 ) -> None:
     """Refuse the first key that changes the model and is not in its config."""
     from transformers import integrations
@@ -261,7 +260,7 @@ def _check_keys(
     mapped: Mapping[str, str | None] = maps.get(
         kind.removesuffix("_text"), maps.get(model.architecture, {})
     )
-    for key, value in told.items():
+    for key, value in metadata.items():
         attribute = mapped.get(key)
         if isinstance(value, list) and not (kind == "lfm2" and key == "attention.head_count_kv"):
             known = key == "attention.sliding_window_pattern" and kind in BY_WIDTH
@@ -271,24 +270,22 @@ def _check_keys(
                 or key in CARRIED.get(kind, {})
                 or (key == "attention.sliding_window_pattern" and kind in BY_WIDTH)
                 or (attribute is not None and hasattr(plain, attribute))
-                or _changes_nothing(model.path, key, value, kind, told, done)
+                or _changes_nothing(model.path, key, value, kind, metadata, done)
             )
         if not known:
-            raise CheckpointError(
+            raise not_expressible(
                 f"`{model.path}` says `{model.architecture}.{key}` is {shown(value)}, which "
-                f"transformers' {kind} has no setting for",
-                hint="start from the original checkpoint",
+                f"transformers' {kind} has no setting for"
             )
     if kind == "falcon" and (done.get("num_kv_heads") or 1) != 1:
-        raise CheckpointError(
+        raise not_expressible(
             f"`{model.path}` is a Falcon of {done['num_kv_heads']} key and value heads, whose "
-            f"layout transformers does not undo",
-            hint="start from the original checkpoint",
+            f"layout transformers does not undo"
         )
 
 
 def _changes_nothing(
-    path: Path, key: str, value: object, kind: str, told: Metadata, done: Config
+    path: Path, key: str, value: object, kind: str, metadata: Metadata, done: Config
 ) -> bool:
     """Tell whether a key has a value with which the model computes the same as without it."""
     neutral = OWN_NEUTRAL.get(kind, {}).get(key, NEUTRAL.get(key, ()))
@@ -304,7 +301,7 @@ def _changes_nothing(
     if key == "attention.scale":
         return math.isclose(value, 1 / math.sqrt(width), rel_tol=1e-5)
     # A window as long as the longest text hides nothing.
-    longest = read_number(path, told, "context_length", math.inf)
+    longest = read_number(path, metadata, "context_length", math.inf)
     return key == "attention.sliding_window" and value >= longest
 
 
@@ -328,11 +325,11 @@ def read_rope(model: GgufModel, done: Config) -> gguf_rope.Rope:
     Raises:
         CheckpointError: see `gguf_rope.read_rope`.
     """
-    held = {t.name: t.floats().reshape(-1) for t in model.tensors if t.name in gguf_rope.TENSORS}
+    tensors = {t.name: t.floats().reshape(-1) for t in model.tensors if t.name in gguf_rope.TENSORS}
     return gguf_rope.read_rope(
         model.path,
         own_metadata(model),
-        held,
+        tensors,
         head_dim=head_width(done),
         context=read_count(model.path, done, "max_position_embeddings", 0) or 2048,
     )
@@ -355,16 +352,14 @@ def carry_rope(model: GgufModel, rope: gguf_rope.Rope, done: Config) -> None:
         }
         return
     if rope.local_theta not in (None, rope.theta):
-        raise CheckpointError(
+        raise not_expressible(
             f"`{model.path}` says `rope.freq_base_swa` is {rope.local_theta:g} and "
-            f"`rope.freq_base` {rope.theta:g}; {done['model_type']} has one base for all layers",
-            hint="start from the original checkpoint",
+            f"`rope.freq_base` {rope.theta:g}; {done['model_type']} has one base for all layers"
         )
     if done["model_type"] == "phi3" and rope.kind not in PHI3:
-        raise CheckpointError(
+        raise not_expressible(
             f"`{model.path}` says `rope.scaling.type` is {rope.kind}, and "
-            f"transformers' phi3 has {' and '.join(PHI3)} only",
-            hint="start from the original checkpoint",
+            f"transformers' phi3 has {' and '.join(PHI3)} only"
         )
     done["rope_parameters"] = dict(rope.parameters)
     if done["model_type"] == "phi3" and rope.kind == "longrope":

@@ -82,8 +82,13 @@ class GgufModel:
 
     @property
     def architecture(self) -> str:
-        """What llama.cpp calls the kind of model."""
+        """llama.cpp's name for the kind of model."""
         return str(self.metadata["general.architecture"])
+
+
+def not_expressible(message: str) -> CheckpointError:
+    """Make the error of a file that no config or checkpoint of transformers can express."""
+    return CheckpointError(message, hint="start from the original checkpoint")
 
 
 def read_number(path: Path, metadata: Metadata, key: str, default: float) -> float:
@@ -269,7 +274,7 @@ def _metadata(reader: gguf.GGUFReader) -> dict[str, object]:
     }
 
 
-def _check_parts(parts: list[Path], metadata: list[dict[str, object]], held: list[int]) -> None:
+def _check_parts(parts: list[Path], metadata: list[dict[str, object]], counts: list[int]) -> None:
     """Refuse parts that are fewer than they say, or not of one model."""
     first = metadata[0]
     count, no = first.get("split.count"), first.get("split.no", 0)
@@ -297,10 +302,10 @@ def _check_parts(parts: list[Path], metadata: list[dict[str, object]], held: lis
                     f"{first[key]!s:.40}",
                     hint=f"the parts are of different models; {anew}",
                 )
-    promised = first.get("split.tensors.count", sum(held))
-    if promised != sum(held):
+    promised = first.get("split.tensors.count", sum(counts))
+    if promised != sum(counts):
         raise CheckpointError(
-            f"the parts of `{parts[0]}` hold {sum(held)} tensors, and `split.tensors.count` is "
+            f"the parts of `{parts[0]}` hold {sum(counts)} tensors, and `split.tensors.count` is "
             f"{promised}",
             hint=f"the parts are of different models; {anew}",
         )

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ortho_cli.convert.sources.gguf_file import Metadata, read_count, read_number
+from ortho_cli.convert.sources.gguf_file import Metadata, not_expressible, read_number
 from ortho_cli.errors import CheckpointError, shown
 
 Array = npt.NDArray[np.float64]
@@ -62,6 +62,26 @@ class Rope:
     local_theta: float | None  # of layers with a sliding window, if the file has it
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _File:
+    """The keys and tensors of a file that tell of rotary embeddings."""
+
+    path: Path
+    metadata: Metadata
+    tensors: Mapping[str, npt.NDArray[np.float32]]
+    theta: float
+    base: Array  # (dim / 2,) angles at position 1, without scaling
+    context: int
+
+    def number(self, key: str, default: float) -> float:
+        return read_number(self.path, self.metadata, key, default)
+
+    @property
+    def original(self) -> int:
+        """The context of training, 0 where the file does not say."""
+        return int(self.number("rope.scaling.original_context_length", 0))
+
+
 class _Scaling(NamedTuple):
     kind: str
     parameters: dict[str, object]
@@ -71,7 +91,7 @@ class _Scaling(NamedTuple):
 
 def read_rope(
     path: Path,
-    told: Metadata,
+    metadata: Metadata,
     tensors: Mapping[str, npt.NDArray[np.float32]],
     *,
     head_dim: int,
@@ -81,7 +101,7 @@ def read_rope(
 
     Args:
         path: of the file, for errors.
-        told: the file's metadata, without `ARCH.` before its keys.
+        metadata: the keys of its architecture, without `ARCH.`.
         tensors: those of `TENSORS` that the file has, each of one dimension.
         head_dim: width of a head; all of it is rotated where the file gives no other number.
         context: most positions; the model was trained on as many where the file gives no number.
@@ -89,181 +109,149 @@ def read_rope(
         CheckpointError: scaling that transformers has no parameters for, or no number where one
             belongs.
     """
-    theta = read_number(path, told, "rope.freq_base", BASE)
-    dim = read_count(path, told, "rope.dimension_count", head_dim)
+    theta = read_number(path, metadata, "rope.freq_base", BASE)
+    dim = int(read_number(path, metadata, "rope.dimension_count", head_dim))
     if not 1 < theta < math.inf:
         raise _refused(path, "rope.freq_base", theta)
     if dim % 2 or not 0 < dim <= max(head_dim, dim) <= WIDEST:
         raise _refused(path, "rope.dimension_count", dim)
-    _check_neutral(path, told)
     base = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-    kind, factor = _kind(path, told)
-    if LONG in tensors or SHORT in tensors:
-        found = _longrope(path, told, tensors, base, kind=kind, factor=factor, context=context)
-    elif FREQS in tensors:
-        found = _divided(path, told, tensors[FREQS], base, theta, scaled=kind != "default")
-    elif kind == "longrope":
-        raise CheckpointError(
-            f"`{path}` says `rope.scaling.type` is longrope, and has no tensor `{LONG}`",
-            hint="start from the original checkpoint",
-        )
-    elif kind == "yarn":
-        found = _yarn(path, told, base, theta, factor=factor, context=context)
-    elif kind == "linear":
-        found = _Scaling("linear", {"factor": factor}, base / factor)
-    else:
-        found = _Scaling("default", {}, base)
-    if found.kind in ("default", "linear", "llama3"):
-        _check_attention(path, told)
+    file = _File(
+        path=path, metadata=metadata, tensors=tensors, theta=theta, base=base, context=context
+    )
+    found = _scaling(file)
     parameters = {"rope_type": found.kind, **found.parameters, "rope_theta": theta}
     if dim != head_dim:
         parameters["partial_rotary_factor"] = dim / head_dim
-    has_local = "rope.freq_base_swa" in told
+    has_local = "rope.freq_base_swa" in metadata
     return Rope(
         kind=found.kind,
         theta=theta,
         parameters=parameters,
         frequencies=found.frequencies,
         attention=found.attention,
-        local_theta=read_number(path, told, "rope.freq_base_swa", theta) if has_local else None,
+        local_theta=file.number("rope.freq_base_swa", theta) if has_local else None,
     )
 
 
 def _refused(path: Path, key: str, value: object) -> CheckpointError:
-    return CheckpointError(
-        f"`{path}` says `{key}` is {shown(value)}, which config.json cannot express",
-        hint="start from the original checkpoint",
+    return not_expressible(
+        f"`{path}` says `{key}` is {shown(value)}, which config.json cannot express"
     )
 
 
-def _check_neutral(path: Path, told: Metadata) -> None:
-    """Refuse keys that transformers cannot follow, unless their values change nothing."""
-    for key, neutral in (
+def _scaling(file: _File) -> _Scaling:
+    for key, neutral in (  # transformers has none of these
         ("rope.scaling.alpha", (0, 1)),
         ("rope.scaling.yarn_log_multiplier", (0,)),
         ("rope.scaling.yarn_ext_factor", (1, -1)),  # -1: not set
     ):
-        value = told.get(key, neutral[0])
-        if value not in neutral:
-            raise _refused(path, key, value)
-
-
-def _check_attention(path: Path, told: Metadata) -> None:
+        if (value := file.metadata.get(key, neutral[0])) not in neutral:
+            raise _refused(file.path, key, value)
+    kind, factor = _kind(file)
+    if LONG in file.tensors or SHORT in file.tensors:
+        return _longrope(file, kind=kind, factor=factor)
+    if kind == "longrope" and FREQS not in file.tensors:
+        raise not_expressible(
+            f"`{file.path}` says `rope.scaling.type` is longrope, and has no tensor `{LONG}`"
+        )
+    if kind == "yarn" and FREQS not in file.tensors:
+        return _yarn(file, factor)
+    if FREQS in file.tensors:
+        found = _divided(file, scaled=kind != "default")
+    elif kind == "linear":
+        found = _Scaling("linear", {"factor": factor}, file.base / factor)
+    else:
+        found = _Scaling("default", {}, file.base)
     for key in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
-        if not math.isclose(read_number(path, told, key, 1.0), 1.0, rel_tol=1e-6):
-            raise _refused(path, key, told[key])
+        if not math.isclose(file.number(key, 1.0), 1.0, rel_tol=1e-6):
+            raise _refused(file.path, key, file.metadata[key])
+    return found
 
 
-def _kind(path: Path, told: Metadata) -> tuple[str, float]:
+def _kind(file: _File) -> tuple[str, float]:
     """Name the scaling and its factor; llama.cpp scales linearly if no type is given."""
-    kind = str(told.get("rope.scaling.type", "linear")).lower()
+    kind = str(file.metadata.get("rope.scaling.type", "linear")).lower()
     if kind not in ("none", "linear", "yarn", "longrope"):
-        raise _refused(path, "rope.scaling.type", kind)
-    key = next((k for k in ("rope.scaling.factor", "rope.scale_linear") if k in told), "")
-    factor = read_number(path, told, key, 0.0)
+        raise _refused(file.path, "rope.scaling.type", kind)
+    factor = file.number("rope.scaling.factor", file.number("rope.scale_linear", 0.0))
     if not 0 <= factor < math.inf:
-        raise _refused(path, "rope.scaling.factor", factor)
+        raise _refused(file.path, "rope.scaling.factor", factor)
     factor = factor or 1.0
     plain = kind == "none" or (kind == "linear" and factor == 1.0)
     return ("default", 1.0) if plain else (kind, factor)
 
 
-def _yarn(
-    path: Path, told: Metadata, base: Array, theta: float, *, factor: float, context: int
-) -> _Scaling:
-    original = read_count(path, told, "rope.scaling.original_context_length", 0) or context
-    parameters: dict[str, object] = {
-        "factor": factor,
-        "original_max_position_embeddings": original,
-    }
-    fast = read_number(path, told, "rope.scaling.yarn_beta_fast", 32.0)
-    slow = read_number(path, told, "rope.scaling.yarn_beta_slow", 1.0)
+def _yarn(file: _File, factor: float) -> _Scaling:
+    original, base = file.original or file.context, file.base
+    parameters: dict[str, object] = {"factor": factor, "original_max_position_embeddings": original}
+    fast = file.number("rope.scaling.yarn_beta_fast", 32.0)
+    slow = file.number("rope.scaling.yarn_beta_slow", 1.0)
     if (fast, slow) != (32.0, 1.0):
         parameters |= {"beta_fast": fast, "beta_slow": slow}
     usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
     # llama.cpp multiplies by attn_factor; its converter writes yarn_attn_factor for what
     # config.json calls attention_factor.
-    attention = read_number(path, told, "rope.scaling.yarn_attn_factor", usual)
-    attention *= read_number(path, told, "rope.scaling.attn_factor", 1.0)
+    attention = file.number("rope.scaling.yarn_attn_factor", usual)
+    attention *= file.number("rope.scaling.attn_factor", 1.0)
     if not math.isclose(attention, usual, rel_tol=1e-6):
         parameters["attention_factor"] = attention
     dim = 2 * len(base)
 
     def turns(count: float) -> float:
-        return dim * math.log(original / (count * 2 * math.pi)) / (2 * math.log(theta))
+        return dim * math.log(original / (count * 2 * math.pi)) / (2 * math.log(file.theta))
 
     low, high = max(0, math.floor(turns(fast))), min(dim - 1, math.ceil(turns(slow)))
     ramp = np.clip((np.arange(dim // 2) - low) / max(0.001, high - low), 0, 1)
     return _Scaling("yarn", parameters, base / factor * ramp + base * (1 - ramp), attention)
 
 
-def _longrope(
-    path: Path,
-    told: Metadata,
-    tensors: Mapping[str, npt.NDArray[np.float32]],
-    base: Array,
-    *,
-    kind: str,
-    factor: float,
-    context: int,
-) -> _Scaling:
-    both = [tensors.get(name) for name in (LONG, SHORT)]
+def _longrope(file: _File, *, kind: str, factor: float) -> _Scaling:
+    both = [file.tensors.get(name) for name in (LONG, SHORT)]
     for name, found in zip((LONG, SHORT), both, strict=True):
-        if found is None or len(found) != len(base):
+        if found is None or len(found) != len(file.base):
             size = "missing" if found is None else f"of {len(found)} values"
-            raise CheckpointError(
-                f"`{path}` has rotary embeddings of {len(base)} angles, and `{name}` is {size}",
-                hint="start from the original checkpoint",
+            raise not_expressible(
+                f"`{file.path}` has rotary embeddings of {len(file.base)} angles, and `{name}` is "
+                f"{size}"
             )
     long, short = ([float(value) for value in found] for found in both if found is not None)
-    original = read_count(path, told, "rope.scaling.original_context_length", 0) or context
-    ratio = context / original
-    if kind not in ("default", "longrope") or not (
-        factor == 1.0 or math.isclose(factor, ratio, rel_tol=1e-4)
-    ):
-        raise _refused(path, "rope.scaling.factor", factor)
+    original = file.original or file.context
+    ratio = file.context / original
+    is_usual = factor == 1.0 or math.isclose(factor, ratio, rel_tol=1e-4)
+    if kind not in ("default", "longrope") or not is_usual:
+        raise _refused(file.path, "rope.scaling.factor", factor)
     parameters: dict[str, object] = {
         "long_factor": long,
         "short_factor": short,
         "original_max_position_embeddings": original,
     }
     usual = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
-    attention = read_number(path, told, "rope.scaling.attn_factor", usual)
+    attention = file.number("rope.scaling.attn_factor", usual)
     if not math.isclose(attention, usual, rel_tol=1e-6):
         parameters["attention_factor"] = attention
-    return _Scaling("longrope", parameters, base / np.asarray(short), attention)
+    return _Scaling("longrope", parameters, file.base / np.asarray(short), attention)
 
 
-def _divided(
-    path: Path,
-    told: Metadata,
-    divisors: npt.NDArray[np.float32],
-    base: Array,
-    theta: float,
-    *,
-    scaled: bool,
-) -> _Scaling:
+def _divided(file: _File, *, scaled: bool) -> _Scaling:
     """Find the scaling that made the divisors of `rope_freqs.weight`."""
-    values = np.asarray(divisors, dtype=np.float64).reshape(-1)
-    if len(values) != len(base):
-        raise CheckpointError(
-            f"`{path}` has rotary embeddings of {len(base)} angles, and `{FREQS}` is of "
-            f"{len(values)} values",
-            hint="start from the original checkpoint",
+    values = file.tensors[FREQS].astype(np.float64)
+    if len(values) != len(file.base):
+        raise not_expressible(
+            f"`{file.path}` has rotary embeddings of {len(file.base)} angles, and `{FREQS}` is of "
+            f"{len(values)} values"
         )
     if np.all(values == 1.0) and not scaled:
-        return _Scaling("default", {}, base)
-    original = read_count(path, told, "rope.scaling.original_context_length", 0)
+        return _Scaling("default", {}, file.base)
     if not scaled and np.all(np.isfinite(values)) and values.min() >= 1.0:
         if np.all(values == values[0]):
-            return _Scaling("linear", {"factor": float(values[0])}, base / values)
-        found = recover_llama3(values, theta=theta, original=original)
+            return _Scaling("linear", {"factor": float(values[0])}, file.base / values)
+        found = recover_llama3(values, theta=file.theta, original=file.original)
         if found is not None:
-            return _Scaling("llama3", {**found}, base / values)
-    raise CheckpointError(
-        f"`{path}` scales rotary embeddings by `{FREQS}`, and no llama3 scaling makes its values "
-        f"({', '.join(f'{value:.5g}' for value in values[:3])} ... {values[-1]:.5g})",
-        hint="start from the original checkpoint",
+            return _Scaling("llama3", {**found}, file.base / values)
+    raise not_expressible(
+        f"`{file.path}` scales rotary embeddings by `{FREQS}`, and no llama3 scaling makes its "
+        f"values ({', '.join(f'{value:.5g}' for value in values[:3])} ... {values[-1]:.5g})"
     )
 
 

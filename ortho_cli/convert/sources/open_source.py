@@ -1,8 +1,8 @@
 """Opens any checkpoint for `ortho convert`: finds its format, and makes names and weights plain.
 
 `FORMATS` lists the formats of others; each is one file of this room. An artifact of ours is opened
-by `artifact.py`. What a format gives is then freed of the prefixes that training wrappers add to
-names, and of quantization.
+by `artifact.py`. Then prefixes of training wrappers are stripped from names, and quantized weights
+become plain.
 """
 
 from __future__ import annotations

@@ -15,10 +15,16 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from ortho_cli.errors import CheckpointError, shown
 from ortho_cli.storage import hints, strict_json
+
+if TYPE_CHECKING:  # importing the first would import torch
+    from ortho_cli.convert.sources.base import SourceTensor
+    from ortho_cli.storage.checkpoint import TensorInfo
+
+    Header = SourceTensor | TensorInfo
 
 FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 INTEGERS = ("U8", "I8", "U16", "I16", "U32", "I32")
@@ -38,18 +44,7 @@ SIDE_FILES = {
 NEEDS_CONFIG = ("bitnet",)
 
 
-class Header(Protocol):
-    """Name, dtype and shape of a tensor: a `checkpoint.TensorInfo` or `base.SourceTensor`."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def dtype(self) -> str: ...  # noqa: D102
-    @property
-    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Layout:
     """One way to store a quantized weight as several tensors; their names share a stem."""
 
@@ -70,92 +65,50 @@ FUSED_NAMES = ("_scale_inv", "_scale", ".scale")
 # The first whose parts are all there is taken.
 LAYOUTS: dict[str, Layout] = {
     "packed": Layout(
-        label="compressed-tensors' packed integers",
-        codes=".weight_packed",
-        dtypes=("I32",),
-        parts={"scale": (".weight_scale",), "shape": (".weight_shape",)},
+        "compressed-tensors' packed integers", ".weight_packed", ("I32",),
+        {"scale": (".weight_scale",), "shape": (".weight_shape",)},
         extras={"zero": (".weight_zero_point",), "order": (".weight_g_idx",)},
     ),
     "fp4": Layout(
-        label="compressed-tensors' MXFP4 or NVFP4",
-        codes=".weight_packed",
-        dtypes=("U8",),
-        parts={"scale": (".weight_scale",)},
-        extras={"divisor": (".weight_global_scale",)},
+        "compressed-tensors' MXFP4 or NVFP4", ".weight_packed", ("U8",),
+        {"scale": (".weight_scale",)}, extras={"divisor": (".weight_global_scale",)},
     ),
     "modelopt": Layout(
-        label="ModelOpt's NVFP4",
-        codes=".weight",
-        dtypes=("U8",),
-        parts={"scale": (".weight_scale",), "factor": (".weight_scale_2",)},
+        "ModelOpt's NVFP4", ".weight", ("U8",),
+        {"scale": (".weight_scale",), "factor": (".weight_scale_2",)},
     ),
     "nf4": Layout(
-        label="bitsandbytes' 4 bits",
-        codes=".weight",
-        dtypes=("U8",),
-        parts={
+        "bitsandbytes' 4 bits", ".weight", ("U8",),
+        {
             "scale": (".weight.absmax",),
             "values": (".weight.quant_map",),
-            "state": (
-                ".weight.quant_state.bitsandbytes__nf4",
-                ".weight.quant_state.bitsandbytes__fp4",
-            ),
+            "state": tuple(f".weight.quant_state.bitsandbytes__{k}" for k in ("nf4", "fp4")),
         },
         extras={
-            "outer": (".weight.nested_absmax",),
-            "outer_values": (".weight.nested_quant_map",),
+            "outer": (".weight.nested_absmax",), "outer_values": (".weight.nested_quant_map",),
         },
     ),
     "llm.int8": Layout(
-        label="bitsandbytes' 8 bits",
-        codes=".weight",
-        dtypes=("I8",),
-        parts={"scale": (".SCB",)},
-        extras={"form": (".weight_format",)},
+        "bitsandbytes' 8 bits", ".weight", ("I8",),
+        {"scale": (".SCB",)}, extras={"form": (".weight_format",)},
     ),
     "int8": Layout(
-        label="integers of 8 bits",
-        codes=".weight",
-        dtypes=("I8",),
-        parts={"scale": SCALE_NAMES},
-        extras={"zero": (".weight_zero_point",)},
+        "integers of 8 bits", ".weight", ("I8",),
+        {"scale": SCALE_NAMES}, extras={"zero": (".weight_zero_point",)},
     ),
-    "int8 fused": Layout(
-        label="integers of 8 bits",
-        codes="",
-        dtypes=("I8",),
-        parts={"scale": FUSED_NAMES},
-        weight="",
-    ),
-    "gpt-oss": Layout(
-        label="gpt-oss' MXFP4",
-        codes="_blocks",
-        dtypes=("U8",),
-        parts={"scale": ("_scales",)},
-        weight="",
-    ),
+    "int8 fused": Layout("integers of 8 bits", "", ("I8",), {"scale": FUSED_NAMES}, weight=""),
+    "gpt-oss": Layout("gpt-oss' MXFP4", "_blocks", ("U8",), {"scale": ("_scales",)}, weight=""),
     "gptq": Layout(
-        label="GPTQ or AWQ",
-        codes=".qweight",
-        dtypes=("I32",),
-        parts={"zero": (".qzeros",), "scale": (".scales",)},
-        extras={"order": (".g_idx",)},
+        "GPTQ or AWQ", ".qweight", ("I32",),
+        {"zero": (".qzeros",), "scale": (".scales",)}, extras={"order": (".g_idx",)},
     ),
     "mlx": Layout(
-        label="MLX",
-        codes=".weight",
-        dtypes=("U32",),
-        parts={"scale": (".scales",), "bias": (".biases", ".qbiases")},
+        "MLX", ".weight", ("U32",), {"scale": (".scales",), "bias": (".biases", ".qbiases")}
     ),
-    "quanto": Layout(
-        label="quanto",
-        codes=".weight._data",
-        dtypes=("I8", *FP8),
-        parts={"scale": (".weight._scale",)},
-    ),
-    "fp8": Layout(label="fp8", codes=".weight", dtypes=FP8, parts={"scale": SCALE_NAMES}),
-    "fp8 fused": Layout(label="fp8", codes="", dtypes=FP8, parts={"scale": FUSED_NAMES}, weight=""),
-}
+    "quanto": Layout("quanto", ".weight._data", ("I8", *FP8), {"scale": (".weight._scale",)}),
+    "fp8": Layout("fp8", ".weight", FP8, {"scale": SCALE_NAMES}),
+    "fp8 fused": Layout("fp8", "", FP8, {"scale": FUSED_NAMES}, weight=""),
+}  # fmt: skip
 CAST = "cast"  # fp8 without any scale in the whole checkpoint: codes are values
 
 # Tensors that only quantized models have, in layouts that are not read: the ending of the name,
@@ -292,7 +245,7 @@ def examine(
     ]
     settings: dict[str, object] = {}
     for name, said in _side_files(folder) if folder is not None else ():
-        declared.append(f"`{name}` lies beside the weights")
+        declared.append(f"`{name}` is beside the weights")
         settings |= said
     for _, value in reversed(entries):  # of several, the first and outermost counts
         settings |= value if isinstance(value, dict) else {"quant_method": value}
@@ -401,7 +354,7 @@ class _Examination:
             elif what := self._suspicion(tensor):
                 unsupported.append((name, what))
             elif tensor.dtype in FP8 and (other := self._other_scale(name)):
-                unsupported.append((name, f"is {tensor.dtype} and lies beside `{other}`"))
+                unsupported.append((name, f"is {tensor.dtype} and is beside `{other}`"))
             elif tensor.dtype in FP8:
                 unscaled.append(tensor)
         if unscaled and (is_quantized or unsupported):
@@ -459,7 +412,7 @@ class _Examination:
             other = next((o for o in others if o != name and o in self._tensors), None)
             if other is None and name.endswith(".weight"):
                 other = self._other_scale(name)
-            return f"is {dtype} and lies beside `{other}`" if other else None
+            return f"is {dtype} and is beside `{other}`" if other else None
         return None
 
 

@@ -48,7 +48,7 @@ class RowReader:
         return self.rows(tensor, 0, 1, tensor.numel).clone().view(tensor.shape)
 
     def tensor(self, info: TensorInfo, *, path: Path) -> SourceTensor:
-        """Describe a tensor that is written as it is read."""
+        """Describe a tensor whose dtype torch has."""
         if info.dtype not in torch_dtypes():
             raise CheckpointError(
                 f"tensor `{info.name}` of `{path}` is {info.dtype} ({DTYPES[info.dtype].bits} bits "

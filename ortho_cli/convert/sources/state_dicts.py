@@ -300,19 +300,19 @@ class _Search:
             yield _dotted((*path, name) if name else path) or WHOLE
 
     def _no_dict(self, found: object) -> CheckpointError:
-        held = type(found).__name__
+        kind = type(found).__name__
         if isinstance(found, list | tuple):
             dicts = [i for i, v in enumerate(found) if isinstance(v, Mapping) and self._size(v)]
             if dicts:
                 chosen = f"ortho convert {hints.said(self._given)} --key {dicts[0]}"
                 return CheckpointError(
-                    f"`{self._file}` holds a {held} of {len(found)} entries, {len(dicts)} of them "
+                    f"`{self._file}` holds a {kind} of {len(found)} entries, {len(dicts)} of them "
                     "with tensors, not a map of names to tensors",
                     hint=f"choose one by its number, as in `{chosen}`",
                 )
-            held += f" of {len(found)} entries"
+            kind += f" of {len(found)} entries"
         return CheckpointError(
-            f"`{self._file}` holds a {held}, not a map of names to tensors",
+            f"`{self._file}` holds a {kind}, not a map of names to tensors",
             hint="save the model's state_dict()",
         )
 
