@@ -46,7 +46,7 @@ WHOLE = ("moved.count", "moved.share", "unsplit.share", "unsplit.weights")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What a bench measures, and with which files and models."""
+    """The settings of a bench: figures to measure, files and models to measure with."""
 
     artifact: Path
     identity: Path | None = None  # opens a sealed ortho
