@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ortho_cli.errors import ArtifactError, InternalError, UsageError
+from ortho_cli.formats import csr
 from ortho_cli.runtime import product
 from ortho_cli.runtime.operands import Alpha, Base, Ortho, Packed
 from ortho_cli.split.in_memory import (
     BASE_PARTS,
     ORTHO_PARTS,
     check_bits,
-    check_csr,
     check_group_size,
     dense_weight,
     ortho_dtypes,
@@ -357,7 +357,7 @@ class OrthoLinear(nn.Module):
                 )
             tensors.append(part)
         crow, column, values = tensors
-        check_csr(crow, column, values, (self.out_features, self.in_features), prefix)
+        csr.check_tensors(crow, column, values, (self.out_features, self.in_features), prefix)
         self._check_dtype(values, f"{prefix}values")
         return values
 
