@@ -37,7 +37,7 @@ BEFORE = "It is late, and this was written down some time ago. "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What an attack is given.
+    """The input of an attack.
 
     Args:
         model: dense (`engine.densify`), in float32; an attack puts it back.

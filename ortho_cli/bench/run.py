@@ -54,7 +54,7 @@ PROMPT = 128  # tokens of the pass that is timed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
-    """What every row is measured with."""
+    """The settings and data that every row is measured with."""
 
     settings: Settings
     material: Material

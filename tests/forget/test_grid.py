@@ -152,7 +152,7 @@ def test_nll_of_a_text_without_a_prompt_counts_all_but_its_first_token(
     text = memorised.secrets()[0].prompt
     with torch.no_grad():
         found = grid.nll([((), text)])
-    expected = scoring.token_losses(grid.model, torch.tensor([text])).sum()
+    expected = scoring.compare_windows(grid.model, torch.tensor([text])).nll.sum()
     torch.testing.assert_close(found[0], expected, atol=1e-4, rtol=0)
 
 

@@ -52,7 +52,7 @@ def exposures(memorised: Memorised, grid: Grid) -> list[float]:
 
 
 def perplexity(memorised: Memorised, grid: Grid) -> float:
-    return float(scoring.token_losses(grid.model, memorised.windows()).mean().exp())
+    return float(scoring.compare_windows(grid.model, memorised.windows()).nll.mean().exp())
 
 
 @pytest.fixture
