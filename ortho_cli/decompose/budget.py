@@ -13,22 +13,21 @@ from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from ortho_cli.decompose.kernels import Kernels
 from ortho_cli.decompose.plan import Plan, TensorPlan, make_plan
 from ortho_cli.decompose.selection import tensor_settings
 from ortho_cli.decompose.settings import GROUP_SIZES, Recipe
-from ortho_cli.decompose.splitter import TORCH_DTYPES
+from ortho_cli.decompose.workers import ShardRows, task_of
 from ortho_cli.errors import RecipeError
-from ortho_cli.events import Advanced, EventSink, Noted, Started, null_sink
+from ortho_cli.events import EventSink, Noted, Started, null_sink
 from ortho_cli.formats.curvature import Curvature
 from ortho_cli.formats.statistics import StatisticsReader
-from ortho_cli.split import quantize
-from ortho_cli.split.in_memory import base_scales
-from ortho_cli.split.quantize import as_bytes
+from ortho_cli.split import pipeline
+from ortho_cli.split.select import BINS
+from ortho_cli.split.task import Inputs
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader
 
-BINS = 1 << 15
 FINITE = 0x7F80  # bins from here on hold infinity and NaN
 # The middle of each bin.
 CENTRES = ((np.arange(FINITE, dtype=np.uint32) << 16) | 0x8000).view(np.float32).astype(np.float64)
@@ -47,52 +46,24 @@ def survey(
         on_event: told of bytes.
     Returns:
         (BINS,) int64 for each split tensor.
+    Raises:
+        NumericalError: a weight is NaN or infinite.
     """
     found = {}
     size = sum(tensor.source.nbytes for tensor in plan.split)
     on_event(Started(tensors=len(plan.split), resumed=0, bytes_total=size, bytes_done=0))
+    kernel = Kernels(plan, on_event=on_event).make()
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(contextlib.closing(ShardReader(checkpoint)))
         curvature = None
         if plan.statistics is not None:
             curvature = stack.enter_context(contextlib.closing(StatisticsReader(plan.statistics)))
-        scratch = quantize.Scratch()
         for tensor in plan.split:
-            found[tensor.name] = _count(plan, tensor, reader, curvature, scratch, on_event)
+            rows = ShardRows(reader, tensor, on_event=on_event)
+            near = Curvature(curvature, tensor.name) if curvature else None
+            task = task_of(plan, tensor)
+            found[tensor.name] = pipeline.survey(task, Inputs(rows, near), kernel)
     return found
-
-
-def _count(
-    plan: Plan,
-    tensor: TensorPlan,
-    reader: ShardReader,
-    curvature: StatisticsReader | None,
-    scratch: quantize.Scratch,
-    on_event: EventSink,
-) -> Counts:
-    columns = tensor.source.shape[1]
-    dtype = TORCH_DTYPES[tensor.source.dtype]
-    counts = np.zeros(BINS, np.int64)
-    near = Curvature(curvature, tensor.name) if curvature else None
-    for row, count in plan.sizes.tiles("split", tensor.source.shape):
-        scratch.reset()
-        raw = scratch((count, columns), dtype)
-        start = row * columns * dtype.itemsize
-        reader.read_into(as_bytes(raw), tensor.source, start=start)
-        weights, root = near.tile(row, count, empty=scratch) if near else (None, None)
-        scales = base_scales(
-            str(tensor.scale), raw, weights, plan.group_size, bits=tensor.bits, empty=scratch
-        )
-        wide = scratch(tuple(raw.shape), torch.float32).copy_(raw)
-        codes = quantize.quantize(wide, scales, bits=tensor.bits, empty=scratch)
-        loss = quantize.dequantize(codes, scales, empty=scratch).sub_(wide).abs_()
-        if root is not None and plan.recipe.saliency.kind == "curvature":
-            loss = quantize.saliency(loss, root, empty=scratch)
-        bits = loss.view(-1).numpy().view(np.uint32) >> 16
-        # A weight that is NaN lands above all others; the pass that splits it says where it is.
-        counts += np.bincount(bits & (BINS - 1), minlength=BINS)
-        on_event(Advanced(nbytes=raw.nbytes))
-    return counts
 
 
 def spend(surveyed: Mapping[str, Counts], total: int) -> dict[str, int]:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,20 +20,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ortho_cli.decompose.edits import Edits, Key, Room, check_edits, count, load_edits, save_edits
 from ortho_cli.decompose.identity import identity_of
-from ortho_cli.decompose.onepass import Loops, OnePass, is_plain, takes
+from ortho_cli.decompose.kernels import Kernels
 from ortho_cli.decompose.plan import Plan, TensorPlan
 from ortho_cli.decompose.recheck import Recheck
+from ortho_cli.decompose.record import TensorRecord
 from ortho_cli.decompose.report import make_config, make_report
-from ortho_cli.decompose.workers import (
-    Entry,
-    Reference,
-    Results,
-    Worker,
-    at_work,
-    is_sound,
-    shape_bytes,
-    shape_key,
-)
+from ortho_cli.decompose.workers import Reference, Results, Worker, at_work, shape_bytes, shape_key
 from ortho_cli.errors import InternalError, RecipeError
 from ortho_cli.events import EventSink, Finishing, Noted, Started, null_sink
 from ortho_cli.formats import artifact
@@ -65,7 +58,7 @@ from ortho_cli.storage.work_folder import WorkFolder, interruptible, unwritable
 from ortho_cli.version import __version__
 
 if TYPE_CHECKING:  # to import torch takes longer than to decompose a billion weights
-    from ortho_cli.decompose.splitter import Rounded, Splitter
+    from ortho_cli.split.quantize import Rounded
 
 # How often finished tensors are made durable: a kill costs at most this much work.
 COMMIT_SECONDS = 0.5
@@ -118,7 +111,7 @@ def decompose(
     compiled: bool = True,
     device: str = "cpu",
     on_event: EventSink = null_sink,
-) -> Entry:
+) -> dict[str, Any]:
     """Carry a plan out.
 
     Args:
@@ -163,10 +156,10 @@ def decompose(
     identity = identity_of(plan, checkpoint, seal, **more)
     tensors = {tensor.name: tensor for tensor in plan.tensors}
 
-    def is_known(entry: Entry) -> bool:
-        tensor = tensors.get(entry["name"])
+    def is_known(line: dict[str, Any]) -> bool:
+        record, tensor = TensorRecord.from_json(line), tensors.get(line["name"])
         measured = plan.statistics is not None
-        return tensor is not None and is_sound(entry, tensor, curvature=measured)
+        return bool(record and tensor and record.fits(tensor, curvature=measured))
 
     curvature: StatisticsReader | None = None
     reference: Reference | None = None
@@ -185,9 +178,9 @@ def decompose(
             if editor is not None and curvature is not None:
                 edits = _find_edits(plan, editor, work, curvature, key, on_event)
             job = _Job(plan, checkpoint, reader, curvature, reference, edits, key, work, on_event)
-            job.device = _device_of(plan, device, on_event)
-            job.fast = compiled and job.device == "cpu" and takes(plan)
-            with _many_small_operations(), nullcontext() if job.fast else _one_thread_of_torch():
+            job.kernels = Kernels(plan, compiled=compiled, device=device, on_event=job.emit)
+            torch_alone = nullcontext() if job.kernels.compiled else _one_thread_of_torch()
+            with _many_small_operations(), torch_alone:
                 base_blake3 = job.split()
             if tuner is not None:
                 base_blake3 = job.tune(tuner)
@@ -238,14 +231,6 @@ def _find_edits(
     return edits
 
 
-def _device_of(plan: Plan, device: str, on_event: EventSink) -> str:
-    """Name the device that the split is done on."""
-    if device != "cpu" and not is_plain(plan):
-        on_event(Noted(message=f"split on the CPU: on {device} one pass has to be all"))
-        return "cpu"
-    return device
-
-
 @contextmanager
 def _many_small_operations() -> Iterator[None]:
     """Set the interpreter up for workers on tiles, and back."""
@@ -285,7 +270,7 @@ class _Job:
     ) -> None:
         self._plan = plan
         self._key = key
-        self.fast, self.device = False, "cpu"
+        self.kernels = Kernels(plan, on_event=on_event)
         self._edits = edits
         self._checkpoint = checkpoint
         self._reader, self._curvature, self._reference = reader, curvature, reference
@@ -293,7 +278,6 @@ class _Job:
         self._on_event = on_event
         self._event_lock = threading.Lock()
         self._stop = threading.Event()
-        self._loops = Loops(self._emit)
         self._base = DataFile(work, BASE_FILE, plan.base, mode=0o644)
         self._ortho = self._ortho_file(ORTHO_FILE, plan.ortho, scratch=plan.is_compact)
         recipe = plan.recipe
@@ -317,12 +301,13 @@ class _Job:
     def split(self) -> str:
         """Split every tensor that no earlier run has split; return base's BLAKE3."""
         plan, done = self._plan, self._work.done
+        records = self._done()
         for tensor in plan.tensors:
-            if tensor.name in done and not self._is_intact(tensor, done[tensor.name]):
+            if tensor.name in done and not self._is_intact(tensor, records[tensor.name]):
                 del done[tensor.name]
-        for name in _torn(done):
+        for name in _torn(self._done()):
             del done[name]
-        self._emit(
+        self.emit(
             Started(
                 tensors=len(plan.tensors),
                 resumed=len(done),
@@ -331,7 +316,7 @@ class _Job:
             )
         )
         for note in plan.side.notes:
-            self._emit(Noted(message=note))
+            self.emit(Noted(message=note))
         self._base.write_header(plan.base.header)
         for tensor in plan.split:  # they lie first: who hashes base need not wait for the last one
             self._base.write(shape_key(tensor), shape_bytes(tensor), start=0)
@@ -344,38 +329,42 @@ class _Job:
         are. A kill before leaves bytes that the old lines do not fit, one between them lines of a
         part of the block: either way the next run splits those tensors again, and tunes them.
         """
-        from ortho_cli.decompose.readback import ReadBack
+        from ortho_cli.decompose.readback import ReadBack, given_of
 
         written = ReadBack(self._plan, self._base, self._ortho)
         tensors = {tensor.name: tensor for tensor in self._plan.split}
-        tuned = [name for name, entry in self._work.done.items() if entry.get("tuned")]
+        tuned = [name for name, record in self._done().items() if record.tuned]
         self._stop.clear()  # no worker is left that it was for
-        splitter = self._splitter()
+        worker = self._worker()
         with interruptible(self._work, total=len(tensors), done="tuned"):
             for found in tuner.tune(
-                lambda name: written.rounded(tensors[name]), tuned, on_event=self._emit
+                lambda name: written.rounded(tensors[name]), tuned, on_event=self.emit
             ):
-                told = {"tuned": [min(found), len(found)]}
-                entries = [
-                    splitter.rewrite(tensors[name], rounded) | told
-                    for name, rounded in found.items()
-                ]
-                for entry in entries:
-                    self._recheck.check(tensors[entry["name"]], entry)
-                self._work.commit(entries)
+                block = (min(found), len(found))
+                records = []
+                for name, rounded in found.items():
+                    record = worker.split(tensors[name], given_of(rounded))
+                    records.append(replace(record, tuned=block))
+                    self._recheck.check(tensors[name], record)
+                self._work.commit([record.to_json() for record in records])
         return GrowingDigest(self._base.fd).up_to(self._plan.base.size)
 
-    def finish(self, base_blake3: str) -> Entry:
+    def _done(self) -> dict[str, TensorRecord]:
+        """Give the records of finished tensors."""
+        found = ((name, TensorRecord.from_json(line)) for name, line in self._work.done.items())
+        return {name: record for name, record in found if record is not None}
+
+    def finish(self, base_blake3: str) -> dict[str, Any]:
         """See that nothing changed meanwhile, and write all but the split tensors."""
-        plan, done = self._plan, self._work.done
-        self._emit(Finishing(step="digests"))
+        plan, done = self._plan, self._done()
+        self.emit(Finishing(step="digests"))
         self._reader.check_unchanged()
         for opened in (self._curvature, self._reference):
             if opened:
                 opened.check_unchanged()
-        entries = [done[tensor.name] for tensor in plan.tensors]
+        records = [done[tensor.name] for tensor in plan.tensors]
         digest = artifact.source_digest(
-            (t.name, t.source.dtype, t.source.shape, done[t.name]["source_blake3"])
+            (t.name, t.source.dtype, t.source.shape, done[t.name].source_blake3)
             for t in plan.tensors
         )
         told = artifact.ortho_metadata(
@@ -388,34 +377,34 @@ class _Job:
         self._check_forgotten()
         ortho, layout = self._ortho, plan.ortho
         if plan.is_compact:
-            self._emit(Finishing(step="compact"))
+            self.emit(Finishing(step="compact"))
             from ortho_cli.decompose.repack import Repacker
 
             repacker = Repacker(plan, self._base, self._ortho, self._curvature)
             # Where it is sealed, the CSR that it is made of is in a scratch file of ortho's name.
             make = partial(self._ortho_file, ORTHO_FILE if self._key is None else COMPACT_FILE)
             with _one_thread_of_torch():
-                ortho, layout, entries = repacker.run(make, entries, told)
+                ortho, layout, records = repacker.run(make, records, told)
         else:
             layout = plan_layout((s for t in plan.tensors for s in t.ortho), told)
             if layout.regions != plan.ortho.regions:  # what was written lies elsewhere
                 raise InternalError("ortho's tensors do not lie where the plan says")
         if self._key is not None:
-            self._emit(Finishing(step="seal"))
+            self.emit(Finishing(step="seal"))
         ortho_blake3, sealed_blake3 = ortho.finish(layout)
         self._check_sealed(sealed_blake3)
         report = make_report(
             plan,
-            entries,
+            records,
             ortho=layout,
             moved=count(self._edits),
             source_digest=digest,
             base_blake3=base_blake3,
             ortho_blake3=ortho_blake3,
             sealed_blake3=sealed_blake3,
-            device=self.device.partition(":")[0],
+            device=self.kernels.device.partition(":")[0],
         )
-        self._emit(Finishing(step="sync"))
+        self.emit(Finishing(step="sync"))
         self._write_side_files(report)
         return report
 
@@ -443,16 +432,13 @@ class _Job:
         if sealed_blake3 is None or plain:
             raise InternalError(f"ortho was to be sealed, and is not: {plain or here}")
 
-    def _is_intact(self, tensor: TensorPlan, entry: Entry) -> bool:
+    def _is_intact(self, tensor: TensorPlan, record: TensorRecord) -> bool:
         """Tell whether a tensor that an earlier run finished has the bytes it read and wrote."""
         # Files of an archive or image all have one time: another model can look like this one.
-        if self._reader.digest(tensor.source) != entry["source_blake3"]:
+        if self._reader.digest(tensor.source) != record.source_blake3:
             return False
-        for output in (self._base, self._ortho):
-            for key, told in entry["blake3"].get(output.name, {}).items():
-                if output.digest(key) != told:
-                    return False
-        return True
+        parts = ((self._base, record.base), (self._ortho, record.ortho))
+        return all(out.digest(key) == told for out, part in parts for key, told in part.items())
 
     def _work_through(self, pending: list[TensorPlan]) -> str:
         """Work on every pending tensor; return base's BLAKE3."""
@@ -461,20 +447,20 @@ class _Job:
         frontier = Frontier(self._plan.base, owners | shapes, done=[""])
         frontier.finish(self._work.done)
         digest = GrowingDigest(self._base.fd)
-        finished: list[Entry] = []
+        finished: list[dict[str, Any]] = []
         results: Results = SimpleQueue()
         options: dict[str, Any] = {"workers": self._plan.workers, "stop": self._stop}
         try:
-            if self.fast and pending:  # beside the copies, which come first
-                threading.Thread(target=self._loops.get).start()
+            if self.kernels.compiled and pending:  # beside the copies, which come first
+                threading.Thread(target=self.kernels.load).start()
             with at_work(self._worker, pending, results, **options):
                 committed = time.monotonic()
                 for _ in pending:
-                    entry = results.get()
-                    if isinstance(entry, BaseException):
-                        raise entry
-                    finished.append(entry)
-                    frontier.finish([entry["name"]])
+                    record = results.get()
+                    if isinstance(record, BaseException):
+                        raise record
+                    finished.append(record.to_json())
+                    frontier.finish([record.name])
                     digest.up_to(frontier.offset)
                     if time.monotonic() - committed >= COMMIT_SECONDS:
                         self._work.commit(finished)
@@ -482,58 +468,32 @@ class _Job:
         except BaseException:
             while not results.empty():  # what workers finished and nobody has taken yet
                 result = results.get()
-                finished += [] if isinstance(result, BaseException) else [result]
+                finished += [] if isinstance(result, BaseException) else [result.to_json()]
             self._work.commit(finished)
             raise
         self._work.commit(finished)
         return digest.up_to(self._plan.base.size)
 
-    def _splitter(self) -> Splitter:
-        from ortho_cli.decompose.splitter import Splitter
-
-        return Splitter(
+    def _worker(self) -> Worker:
+        return Worker(
+            self._plan,
             self._reader,
             self._base,
             self._ortho,
-            group_size=self._plan.group_size,
-            sizes=self._plan.sizes,
+            make_kernel=self.kernels.make,
             curvature=self._curvature,
-            by_curvature=self._plan.recipe.saliency.kind == "curvature",
-            edits=self._edits,
-            moved_to_code=self._plan.recipe.ortho.split == "unlearn",
-            alone=self._plan.recipe.forgets or self._plan.recipe.base.alone,
-            compensate=self._plan.recipe.compensates,
             reference=self._reference,
+            edits=self._edits,
             check=self._recheck.check,
             stop=self._stop,
-            on_event=self._emit,
+            on_event=self.emit,
         )
 
-    def _worker(self) -> Worker:
-        places = (self._reader, self._base, self._ortho)
-        options: dict[str, Any] = {
-            "group_size": self._plan.group_size,
-            "sizes": self._plan.sizes,
-            "curvature": self._curvature,
-            "other": self._splitter,
-            "check": self._recheck.check,
-            "stop": self._stop,
-            "on_event": self._emit,
-        }
-        if self.device != "cpu":
-            from ortho_cli.decompose.ondevice import OnDevice
-
-            return OnDevice(*places, device=self.device, **options)
-        if self.fast:
-            alone = self._plan.recipe.base.alone
-            return OnePass(*places, loops=self._loops, alone=alone, **options)
-        return self._splitter()
-
-    def _emit(self, event: Any) -> None:
+    def emit(self, event: Any) -> None:
         with self._event_lock:
             self._on_event(event)
 
-    def _write_side_files(self, report: Entry) -> None:
+    def _write_side_files(self, report: dict[str, Any]) -> None:
         plan, checkpoint, work = self._plan, self._checkpoint, self._work
         try:
             names = [file.name for file in plan.side.copied] + [INDEX_FILE]
@@ -553,15 +513,15 @@ class _Job:
             raise unwritable(work.artifact, error) from error
 
 
-def _torn(done: dict[str, Entry]) -> list[str]:
+def _torn(done: dict[str, TensorRecord]) -> list[str]:
     """Find tuned tensors of blocks that are not tuned as a whole."""
-    blocks: dict[str, list[str]] = {}
-    for name, entry in done.items():
-        if "tuned" in entry:
-            blocks.setdefault(canonical_json(entry["tuned"]), []).append(name)
+    blocks: dict[tuple[str, int], list[str]] = {}
+    for name, record in done.items():
+        if record.tuned is not None:
+            blocks.setdefault(record.tuned, []).append(name)
     return [
         name
         for block, names in blocks.items()
-        if block != canonical_json([min(names), len(names)])
+        if block != (min(names), len(names))
         for name in names
     ]

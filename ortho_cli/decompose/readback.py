@@ -8,12 +8,13 @@ from torch import Tensor
 
 from ortho_cli.decompose.edits import Edit
 from ortho_cli.decompose.plan import Plan, TensorPlan
-from ortho_cli.decompose.splitter import TORCH_DTYPES, Rounded
 from ortho_cli.decompose.workers import NUMPY_DTYPES
 from ortho_cli.errors import InternalError
 from ortho_cli.formats.compact import Integers
 from ortho_cli.split import quantize
-from ortho_cli.split.quantize import as_bytes
+from ortho_cli.split.pipeline import Given
+from ortho_cli.split.quantize import TORCH_DTYPES, Rounded, as_bytes
+from ortho_cli.split.torch_kernel import words_of
 from ortho_cli.storage.data_file import DataFile
 from ortho_cli.storage.sealing import OrthoFile
 
@@ -86,3 +87,10 @@ class ReadBack:
         if found.numel():
             self._ortho.read_into(key, as_bytes(found), start=0)
         return found
+
+
+def given_of(rounded: Rounded) -> Given:
+    """Say that a weight is to be written as it was rounded, with the positions it has already."""
+    codes, scales, kept = rounded
+    positions = np.flatnonzero(kept.numpy())
+    return Given(positions, words_of(scales), stays=True, codes=codes.numpy())

@@ -8,17 +8,17 @@ from importlib import metadata
 from typing import Any
 
 from ortho_cli.decompose.plan import Plan, TensorPlan
+from ortho_cli.decompose.record import TensorRecord
 from ortho_cli.decompose.roles import is_embedding
 from ortho_cli.decompose.selection import stacked_experts
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import module_of
 from ortho_cli.formats.quantization_config import quantization_config
 from ortho_cli.model.renames import rename_modules
+from ortho_cli.split.task import Figures
 from ortho_cli.storage.data_file import Layout, TensorSpec
 from ortho_cli.storage.tied import tied_head
 from ortho_cli.version import __version__
-
-Entry = dict[str, Any]
 
 
 def make_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def make_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
 
 def make_report(
     plan: Plan,
-    entries: list[Entry],
+    records: list[TensorRecord],
     *,
     ortho: Layout,
     moved: int,
@@ -78,18 +78,14 @@ def make_report(
     whole. With int8 values what rounding them costs is part of every figure at alpha = 1.
     """
     tensors = [
-        _report_tensor(plan, tensor, entry, ortho)
-        for tensor, entry in zip(plan.tensors, entries, strict=True)
+        _report_tensor(plan, tensor, record, ortho)
+        for tensor, record in zip(plan.tensors, records, strict=True)
     ]
-    split = [
-        entry for tensor, entry in zip(plan.tensors, entries, strict=True) if tensor.reason is None
-    ]
-    signal, noise, kept = (
-        sum(entry[key] for entry in split) for key in ("signal", "noise", "noise_kept")
-    )
+    split = [record.figures for record in records if record.figures is not None]
+    signal, noise, kept = (_sum(split, key) for key in ("signal", "noise", "noise_kept"))
     nnz = sum(tensor.k for tensor in plan.split)
     base_bits = 8 * sum(_nbytes(tensor.base) for tensor in plan.split)
-    ortho_bits = 8 * sum(_kept_bytes(entry, ortho) for entry in entries)
+    ortho_bits = 8 * sum(_kept_bytes(record, ortho) for record in records)
     bits = 8 * (plan.base.size + ortho.size) / plan.weights
     return {
         "format": artifact.FORMAT,
@@ -120,7 +116,7 @@ def make_report(
             "sqnr_db_alpha_1": decibels(signal, noise - kept),
             "residual_kept": _share(kept, noise),
             **_saliency_figures(plan, split),
-            **_reference_figures(plan, entries),
+            **_reference_figures(plan, records),
         },
         "tensors": tensors,
     }
@@ -130,46 +126,45 @@ def _nbytes(specs: Iterable[TensorSpec]) -> int:
     return sum(spec.nbytes for spec in specs)
 
 
-def _kept_bytes(entry: Entry, ortho: Layout) -> int:
+def _kept_bytes(record: TensorRecord, ortho: Layout) -> int:
     """Count the bytes that ortho holds of a tensor."""
-    return sum(ortho.regions[key].nbytes for key in entry["blake3"].get(artifact.ORTHO_FILE, ()))
+    return sum(ortho.regions[key].nbytes for key in record.ortho)
+
+
+def _sum(figures: Iterable[Figures], key: str) -> float:
+    """Add up one figure of all weights; one that was not measured counts as 0."""
+    return sum(getattr(one, key) or 0.0 for one in figures)
 
 
 def _share(part: float, whole: float) -> float | None:
     return round(part / whole, 6) if whole > 0 else None
 
 
-def _saliency_figures(plan: Plan, entries: list[Entry]) -> dict[str, Any]:
+def _saliency_figures(plan: Plan, figures: list[Figures]) -> dict[str, Any]:
     """Sum up what the error costs by curvature, and what share of the saliency is kept."""
     measure = "curvature_noise" if plan.recipe.saliency.kind == "curvature" else "noise"
-
-    def total(key: str) -> float:
-        return sum(float(entry[key]) for entry in entries)
-
     at_0 = at_1 = None
     if plan.statistics is not None:
-        at_0 = total("curvature_noise")
-        at_1 = max(0.0, at_0 - total("curvature_noise_kept"))
+        at_0 = _sum(figures, "curvature_noise")
+        at_1 = max(0.0, at_0 - _sum(figures, "curvature_noise_kept"))
     return {
         "curvature_error_alpha_0": at_0,
         "curvature_error_alpha_1": at_1,
-        "saliency_kept": _share(total(f"{measure}_kept"), total(measure)),
+        "saliency_kept": _share(_sum(figures, f"{measure}_kept"), _sum(figures, measure)),
     }
 
 
-def _reference_figures(plan: Plan, entries: list[Entry]) -> dict[str, Any]:
+def _reference_figures(plan: Plan, records: list[TensorRecord]) -> dict[str, Any]:
     """Say what of source - reference ortho holds, and what it cannot hold: tensors not split."""
     if plan.reference is None:
         return {}
-    told = list(zip(plan.tensors, entries, strict=True))
-    split = [entry for tensor, entry in told if tensor.reason is None]
+    split = [record.figures for record in records if record.figures is not None]
     other = [
         tensor
-        for tensor, entry in told
-        if tensor.reason is not None
-        and entry["blake3"][artifact.BASE_FILE][tensor.name] != entry["source_blake3"]
+        for tensor, record in zip(plan.tensors, records, strict=True)
+        if record.figures is None and record.base[tensor.name] != record.source_blake3
     ]
-    delta, kept = (sum(float(entry[key]) for entry in split) for key in ("delta", "delta_kept"))
+    delta, kept = (_sum(split, key) for key in ("delta", "delta_kept"))
     return {
         "delta_kept": _share(kept, delta),
         "unsplit_of_reference": [tensor.name for tensor in other],
@@ -177,9 +172,11 @@ def _reference_figures(plan: Plan, entries: list[Entry]) -> dict[str, Any]:
     }
 
 
-def _report_tensor(plan: Plan, tensor: TensorPlan, entry: Entry, ortho: Layout) -> dict[str, Any]:
-    numel = tensor.source.numel
-    nbytes = _nbytes(tensor.base) + _kept_bytes(entry, ortho)
+def _report_tensor(
+    plan: Plan, tensor: TensorPlan, record: TensorRecord, ortho: Layout
+) -> dict[str, Any]:
+    numel, figures = tensor.source.numel, record.figures
+    nbytes = _nbytes(tensor.base) + _kept_bytes(record, ortho)
     found: dict[str, Any] = {
         "name": tensor.name,
         "action": tensor.action,
@@ -188,18 +185,18 @@ def _report_tensor(plan: Plan, tensor: TensorPlan, entry: Entry, ortho: Layout) 
         "shape": list(tensor.source.shape),
         "bits_per_weight": round(8 * nbytes / numel, 4) if numel else 0.0,
     }
-    if tensor.reason is None:
+    if figures is not None:
         found |= {
             "bits": tensor.bits,
             "scale": tensor.scale,
             "nnz": tensor.k,
-            **({"columns": entry["columns"]} if plan.is_compact else {}),
-            "sqnr_db_alpha_0": decibels(entry["signal"], entry["noise"]),
-            "sqnr_db_alpha_1": decibels(entry["signal"], entry["noise"] - entry["noise_kept"]),
-            "residual_kept": _share(entry["noise_kept"], entry["noise"]),
-            **_saliency_figures(plan, [entry]),
+            **({"columns": record.columns} if plan.is_compact else {}),
+            "sqnr_db_alpha_0": decibels(figures.signal, figures.noise),
+            "sqnr_db_alpha_1": decibels(figures.signal, figures.noise - figures.noise_kept),
+            "residual_kept": _share(figures.noise_kept, figures.noise),
+            **_saliency_figures(plan, [figures]),
         }
-    return found | {"source_blake3": entry["source_blake3"], "blake3": entry["blake3"]}
+    return found | {"source_blake3": record.source_blake3, "blake3": record.digests}
 
 
 def decibels(signal: float, noise: float) -> float | None:

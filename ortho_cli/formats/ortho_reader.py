@@ -14,8 +14,8 @@ from torch import Tensor
 from ortho_cli.errors import ArtifactError, CheckpointError
 from ortho_cli.formats import compact
 from ortho_cli.formats.artifact import Artifact, damaged
+from ortho_cli.formats.csr import ORTHO_PARTS, check_csr
 from ortho_cli.split import quantize
-from ortho_cli.split.in_memory import ORTHO_PARTS, check_csr
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, TensorInfo
@@ -98,7 +98,7 @@ class KeptReader:
             shape = self._shapes[module]
             if "crow_indices" in parts:
                 crow, column, values = (parts[name] for name in ORTHO_PARTS)
-                check_csr(crow, column, values, shape, f"{module}.")
+                check_tensors(crow, column, values, shape, f"{module}.")
                 return {part: parts[part] for part in ORTHO_PARTS}
             return self._decode(module, parts, shape)
         except CheckpointError as error:
@@ -148,3 +148,32 @@ class KeptReader:
 
 def _unsound(what: str) -> ArtifactError:
     return ArtifactError(what, hint="decompose the source again")
+
+
+def check_tensors(
+    crow: Tensor, column: Tensor, values: Tensor, shape: tuple[int, int], prefix: str
+) -> None:
+    """Check a CSR matrix that is in memory; of one on the meta device, the shapes alone.
+
+    Raises:
+        ArtifactError: names the part, prefixed.
+    """
+    if tuple(crow.shape) != (shape[0] + 1,) or column.shape != values.shape or values.ndim != 1:
+        raise ArtifactError(
+            f"`{prefix}crow_indices` {list(crow.shape)}, col_indices {list(column.shape)} and "
+            f"values {list(values.shape)} are no CSR matrix of {shape[0]} rows",
+            hint="the stream is damaged, or of another layer",
+        )
+    if any(part.is_meta for part in (crow, column, values)):
+        return
+    dtype = next(name for name, dtype in DTYPES.items() if dtype == values.dtype)
+    word = torch.int32 if dtype == "F32" else torch.int16
+    check_csr(
+        crow.cpu().numpy(),
+        [column.cpu().numpy()],
+        [values.detach().cpu().view(word).numpy()],
+        nnz=values.numel(),
+        width=shape[1],
+        dtype=dtype,
+        prefix=prefix,
+    )

@@ -386,32 +386,28 @@ def _verify_csr(
     """Hold a weight's CSR against the rules, piece by piece."""
     import numpy as np
 
-    crow_info, column_info = parts["crow_indices"], parts["col_indices"]
-    nnz, width = column_info.numel, artifact.shapes[module][1]
-    numpy_dtypes = {"I32": np.int32, "I64": np.int64, "U16": np.uint16}
+    from ortho_cli.formats.csr import ORTHO_PARTS, check_csr
+
+    dtypes = {"I32": np.int32, "I64": np.int64, "U16": np.uint16, "F32": np.uint32}
 
     def numbers(tensor: TensorInfo) -> Iterator[Any]:
         for piece in pieces(tensor):
-            yield np.frombuffer(piece, numpy_dtypes[tensor.dtype]).astype(np.int64)
+            yield np.frombuffer(piece, dtypes.get(tensor.dtype, np.uint16))
 
-    # Only crow is held: rows + 1 numbers, and base has a row of words for each.
-    crow = np.concatenate(list(numbers(crow_info)))
-    if crow[0] != 0 or crow[-1] != nnz or (np.diff(crow) < 0).any():
-        raise damaged(ortho.path, f"`{module}.crow_indices` does not climb from 0 to {nnz}")
-    at, last = 0, -1
-    for column in numbers(column_info):
-        if column.min() < 0 or column.max() >= width:
-            raise damaged(
-                ortho.path, f"`{module}.col_indices` names column {int(column.max())} of {width}"
-            )
-        climbs = np.diff(column, prepend=last) > 0
-        first, beyond = np.searchsorted(crow, (at, at + column.size))
-        climbs[crow[first:beyond] - at] = True  # rows that start here
-        if not climbs.all():
-            place = at + int(np.flatnonzero(~climbs)[0])
-            row = int(np.searchsorted(crow, place, side="right")) - 1
-            raise damaged(ortho.path, f"`{module}.col_indices` does not ascend in row {row}")
-        at, last = at + column.size, int(column[-1])
+    crow, column, values = (parts[part] for part in ORTHO_PARTS)
+    try:
+        check_csr(
+            # Only crow is held: rows + 1 numbers, and base has a row of words for each.
+            np.concatenate(list(numbers(crow))),
+            numbers(column),
+            numbers(values),
+            nnz=column.numel,
+            width=artifact.shapes[module][1],
+            dtype=values.dtype,
+            prefix=f"{module}.",
+        )
+    except ArtifactError as error:
+        raise damaged(ortho.path, error.message) from None
 
 
 def file_digest(path: Path, algorithm: str = "blake3", *, on_event: EventSink = null_sink) -> str:

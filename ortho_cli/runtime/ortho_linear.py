@@ -9,19 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from ortho_cli.errors import ArtifactError, UsageError
+from ortho_cli.formats.csr import BASE_PARTS, ORTHO_PARTS
+from ortho_cli.formats.ortho_reader import check_tensors
+from ortho_cli.model.linears import dense_weight
 from ortho_cli.runtime import product
 from ortho_cli.runtime.operands import Alpha, Base, Ortho, Packed
-from ortho_cli.split.in_memory import (
-    BASE_PARTS,
-    ORTHO_PARTS,
-    check_bits,
-    check_csr,
-    check_group_size,
-    dense_weight,
-    ortho_dtypes,
-    split_weight,
-)
+from ortho_cli.split.in_memory import split_weight
+from ortho_cli.split.quantize import ortho_dtypes
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
+from ortho_cli.split.task import check_bits, check_group_size
 
 SET_ALPHA = "set_alpha(model, 1.0) for the full model, 0.0 for base alone"
 
@@ -352,7 +348,7 @@ class OrthoLinear(nn.Module):
                         hint="give the state dict as it was saved",
                     )
             crow, column, values = (parts[name] for name in ORTHO_PARTS)
-            check_csr(crow, column, values, (self.out_features, self.in_features), prefix)
+            check_tensors(crow, column, values, (self.out_features, self.in_features), prefix)
             if values.dtype != self.weight_scale.dtype:
                 raise ArtifactError(
                     f"`{prefix}values` is {values.dtype} where the layer is "
