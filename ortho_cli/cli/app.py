@@ -34,7 +34,15 @@ from ortho_cli.cli.options import (
     VerboseOption,
     WorkersOption,
 )
-from ortho_cli.cli.shared import located, place_output, plan_of, run_facts, show, show_plan
+from ortho_cli.cli.shared import (
+    located,
+    place_output,
+    plan_of,
+    run_facts,
+    settled,
+    show,
+    show_plan,
+)
 from ortho_cli.errors import UsageError
 from ortho_cli.version import __version__
 
@@ -148,7 +156,7 @@ def decompose(
     given = [*(forget or []), *(data or []), seal_passphrase_file, identity]
     checkpoint, plan = plan_of(model, stats, recipe, sets, workers, before, copy, given)
     target, said = place_output(out, model)
-    plan = _meet(plan, checkpoint, target_bits, quiet=quiet)
+    plan = _meet(plan, checkpoint, target_bits, target, quiet=quiet)
     read = files_of(checkpoint, *plan.inputs, *(forget or []), *(data or []))
     check_output(target, read, force=force, is_ours=is_artifact)
     check_space(plan.bytes_on_disk + scratch_bytes(plan.ortho, seal), target)
@@ -156,6 +164,7 @@ def decompose(
     notes: list[Event] = []
     more = _model_work(plan, checkpoint, forget or [], data or [], device, notes.append)
     if dry_run:
+        plan = settled(plan, checkpoint, target, quiet=quiet, verbose=verbose)
         show_plan(plan, model, as_json=as_json, quiet=quiet, notes=said)
         return
     from ortho_cli.cli.show import tables
@@ -363,15 +372,20 @@ def _note(message: str) -> Event:
     return Noted(message=message)
 
 
-def _meet(plan: Plan, checkpoint: Any, target_bits: float | None, *, quiet: bool) -> Plan:
+def _meet(
+    plan: Plan, checkpoint: Any, target_bits: float | None, out: Path, *, quiet: bool
+) -> Plan:
     """Pick what a size can buy, where one is asked for."""
     if target_bits is None:
         return plan
     from ortho_cli.cli.show.progress import ProgressSink
     from ortho_cli.decompose.budget import meet
+    from ortho_cli.decompose.survey import load_surveys
+    from ortho_cli.storage.output import resolve_output
 
+    known = load_surveys(resolve_output(out))
     with ProgressSink("score", quiet=quiet, verbose=False) as sink:
-        return meet(plan, checkpoint, target_bits, on_event=sink)
+        return meet(plan, checkpoint, target_bits, known=known, on_event=sink)
 
 
 def _model_work(

@@ -20,7 +20,7 @@ from ortho_cli.cli.options import (
     VerboseOption,
     WorkersOption,
 )
-from ortho_cli.cli.shared import located, plan_of, show, show_plan
+from ortho_cli.cli.shared import located, plan_of, settled, show, show_plan
 from ortho_cli.errors import UsageError
 from ortho_cli.formats.open_artifact import open_artifact
 
@@ -81,7 +81,8 @@ def inspect(
                 f"`{path}` is no artifact, and --verify checks artifacts and statistics",
                 hint="leave --verify out",
             )
-        _, plan = plan_of(path, stats, recipe, sets, workers)
+        checkpoint, plan = plan_of(path, stats, recipe, sets, workers)
+        plan = settled(plan, checkpoint, quiet=quiet, verbose=verbose)
         show_plan(plan, path, as_json=as_json, quiet=quiet)
         return
     if recipe or sets or stats:

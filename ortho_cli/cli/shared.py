@@ -66,6 +66,32 @@ def plan_of(
     return checkpoint, plan
 
 
+def settled(
+    plan: Plan, checkpoint: Any, out: Path | None = None, *, quiet: bool, verbose: bool
+) -> Plan:
+    """Make a plan that is only shown the one that would be carried out.
+
+    Where the budget is global, that takes what the run does first: to read every weight once.
+
+    Args:
+        plan: made from `checkpoint`.
+        checkpoint: the source.
+        out: where the run would go, whose unfinished work may hold a survey.
+        quiet: say nothing.
+        verbose: say more.
+    """
+    if not plan.is_open:
+        return plan
+    from ortho_cli.cli.show.progress import ProgressSink
+    from ortho_cli.decompose.budget import settle
+    from ortho_cli.decompose.survey import load_surveys
+    from ortho_cli.storage.output import resolve_output
+
+    known = () if out is None else load_surveys(resolve_output(out))
+    with ProgressSink("survey", quiet=quiet, verbose=verbose) as sink:
+        return settle(plan, checkpoint, known=known, on_event=sink)
+
+
 def show_plan(
     plan: Plan, model: Path, *, as_json: bool, quiet: bool, notes: Iterable[str] = ()
 ) -> None:

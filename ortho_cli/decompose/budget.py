@@ -8,48 +8,53 @@ exponent and seven bits more: inside a bin values differ by less than 0.8 %.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib import metadata
 
 import numpy as np
-import numpy.typing as npt
 
+from ortho_cli.decompose.identity import stamps
 from ortho_cli.decompose.kernels import Kernels
 from ortho_cli.decompose.plan import Plan, TensorPlan, make_plan
 from ortho_cli.decompose.selection import tensor_settings
 from ortho_cli.decompose.settings import GROUP_SIZES, Recipe
+from ortho_cli.decompose.survey import Counts, Survey
 from ortho_cli.decompose.workers import ShardRows, task_of
 from ortho_cli.errors import RecipeError
 from ortho_cli.events import EventSink, Noted, Started, null_sink
+from ortho_cli.formats.artifact import canonical_json
 from ortho_cli.formats.curvature import Curvature
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.split import pipeline
 from ortho_cli.split.select import BINS
 from ortho_cli.split.task import Inputs
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader
+from ortho_cli.version import __version__
 
 FINITE = 0x7F80  # bins from here on hold infinity and NaN
 # The middle of each bin.
 CENTRES = ((np.arange(FINITE, dtype=np.uint32) << 16) | 0x8000).view(np.float32).astype(np.float64)
 
-Counts = npt.NDArray[np.int64]  # (BINS,) weights of a tensor by saliency
-
 
 def survey(
-    plan: Plan, checkpoint: Checkpoint, *, on_event: EventSink = null_sink
-) -> dict[str, Counts]:
+    plan: Plan,
+    checkpoint: Checkpoint,
+    *,
+    on_event: EventSink = null_sink,
+) -> Survey:
     """Count the saliency of every weight that is split, rounded to nearest without ortho.
 
     Args:
         plan: says which tensors, scales, bits and group size.
         checkpoint: the source.
         on_event: told of bytes.
-    Returns:
-        (BINS,) int64 for each split tensor.
     Raises:
         NumericalError: a weight is NaN or infinite.
     """
-    found = {}
+    counts, digests = {}, {}
     size = sum(tensor.source.nbytes for tensor in plan.split)
     on_event(Started(tensors=len(plan.split), resumed=0, bytes_total=size, bytes_done=0))
     kernel = Kernels(plan, on_event=on_event).make()
@@ -62,8 +67,39 @@ def survey(
             rows = ShardRows(reader, tensor, on_event=on_event)
             near = Curvature(curvature, tensor.name) if curvature else None
             task = task_of(plan, tensor)
-            found[tensor.name] = pipeline.survey(task, Inputs(rows, near), kernel)
-    return found
+            counts[tensor.name] = pipeline.survey(task, Inputs(rows, near), kernel)
+            digests[tensor.name] = rows.digest
+    return Survey(of=_subject(plan, checkpoint), counts=counts, digests=digests)
+
+
+def _known(plan: Plan, checkpoint: Checkpoint, known: Sequence[Survey]) -> Survey | None:
+    """Find the survey that would be made for a plan among those of an earlier run."""
+    if not known:
+        return None
+    of = _subject(plan, checkpoint)
+    return next((one for one in known if one.of == of and _is_whole(one, plan)), None)
+
+
+def _subject(plan: Plan, checkpoint: Checkpoint) -> str:
+    """Digest everything that counts depend on, as far as headers tell it."""
+    statistics = plan.statistics
+    content = {
+        "version": [__version__, metadata.version("torch")],
+        "source": stamps(checkpoint.shards),
+        "statistics": statistics and [statistics.digest, *stamps([statistics.shard])],
+        "saliency": plan.recipe.saliency.kind,
+        "group_size": plan.group_size,
+        "tensors": [
+            [t.name, t.source.dtype, list(t.source.shape), t.scale, t.bits] for t in plan.split
+        ],
+    }
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def _is_whole(found: Survey, plan: Plan) -> bool:
+    """Tell whether each split tensor's counts add up to its weights."""
+    sizes = {tensor.name: tensor.source.numel for tensor in plan.split}
+    return sizes == {name: int(counts.sum()) for name, counts in found.counts.items()}
 
 
 def spend(surveyed: Mapping[str, Counts], total: int) -> dict[str, int]:
@@ -129,12 +165,30 @@ def _compact_bytes(plan: Plan, tensor: TensorPlan) -> float:
     return rows * (1 if fullest < 256 else 2) + escapes + tensor.k * (1 + value) + 4
 
 
-def settle(plan: Plan, checkpoint: Checkpoint, *, on_event: EventSink = null_sink) -> Plan:
-    """Fix how many weights each tensor keeps, where the budget is global and that is open."""
-    if plan.recipe.ortho.budget != "global" or plan.kept is not None:
+def settle(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    *,
+    known: Sequence[Survey] = (),
+    on_event: EventSink = null_sink,
+) -> Plan:
+    """Fix how many weights each tensor keeps, where the budget is global and that is open.
+
+    Args:
+        plan: made from `checkpoint`.
+        checkpoint: the source.
+        known: surveys of an earlier run; where one fits, no weight is read.
+        on_event: told of bytes.
+    """
+    if not plan.is_open:
         return plan
-    surveyed = survey(plan, checkpoint, on_event=on_event)
-    return _again(plan, checkpoint, plan.recipe, _shared(plan, surveyed))
+    found = _known(plan, checkpoint, known)
+    if found is None:
+        message = "ortho.budget is global: every weight is read once to find what each tensor keeps"
+        on_event(Noted(message=message))
+        found = survey(plan, checkpoint, on_event=on_event)
+    settled = _again(plan, checkpoint, plan.recipe, _shared(plan, found.counts))
+    return replace(settled, surveys=(found,))
 
 
 def _shared(plan: Plan, surveyed: Mapping[str, Counts]) -> dict[str, int]:
@@ -163,7 +217,12 @@ def _again(
 
 
 def meet(
-    plan: Plan, checkpoint: Checkpoint, target: float, *, on_event: EventSink = null_sink
+    plan: Plan,
+    checkpoint: Checkpoint,
+    target: float,
+    *,
+    known: Sequence[Survey] = (),
+    on_event: EventSink = null_sink,
 ) -> Plan:
     """Pick the density, and the group size where it is auto, that lose least at a size.
 
@@ -174,6 +233,7 @@ def meet(
         plan: as it is without a target; its recipe leaves the density open.
         checkpoint: the source.
         target: bits for each split weight, both streams; of a compact ortho as `expected_bits`.
+        known: surveys of an earlier run; where one fits, no weight is read.
         on_event: told of bytes, and of what was chosen.
     Raises:
         RecipeError: density is set, base must forget, or no group size stays within `target`.
@@ -189,6 +249,7 @@ def meet(
     auto = recipe.base.group_size == "auto"
     sizes = GROUP_SIZES if auto else (int(recipe.base.group_size),)
     best: tuple[float, Plan] | None = None
+    surveys: list[Survey] = []
     smallest = math.inf
     for size in sizes:
         tried = _with(recipe, size, 0.0)
@@ -202,12 +263,15 @@ def meet(
         if not expected_bits(bare) <= target:
             continue
         filled = _fill(bare, checkpoint, target)
-        surveyed = survey(filled, checkpoint, on_event=on_event)
+        found = _known(filled, checkpoint, known)
+        found = found or survey(filled, checkpoint, on_event=on_event)
+        surveys.append(found)
+        counts = found.counts
         kept = {tensor.name: tensor.k for tensor in filled.split}
         if recipe.ortho.budget == "global":
-            kept = _shared(filled, surveyed)
+            kept = _shared(filled, counts)
             filled = _again(filled, checkpoint, filled.recipe, kept)
-        loss = left(surveyed, kept)
+        loss = left(counts, kept)
         if best is None or loss < best[0]:
             best = loss, filled
     if best is None:
@@ -224,7 +288,7 @@ def meet(
             f"stays within {target:g} bits; they take {about}{expected_bits(chosen):.3f}"
         )
     )
-    return chosen
+    return replace(chosen, surveys=tuple(surveys))
 
 
 def _with(recipe: Recipe, group_size: int, density: float) -> Recipe:

@@ -7,6 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from ortho_cli.decompose.plan import Plan
+from ortho_cli.decompose.survey import KEY, digest_of
 from ortho_cli.formats.artifact import BASE_FILE, ORTHO_FILE
 from ortho_cli.storage.checkpoint import Checkpoint, Shard
 from ortho_cli.storage.sealing import Seal, scratch_bytes
@@ -26,7 +27,7 @@ def identity_of(
     """
     found: dict[str, Any] = {
         "plan": plan.sha256,
-        "source": _stamps(checkpoint.shards),
+        "source": stamps(checkpoint.shards),
         "version": [__version__, metadata.version("torch")],
         **_sizes(plan, seal),
         **{name: value for name, value in more.items() if value is not None},
@@ -34,13 +35,16 @@ def identity_of(
     if seal is not None:
         found["seal"] = seal.identity
     if plan.statistics is not None:
-        found["statistics"] = _stamps([plan.statistics.shard])[0]
+        found["statistics"] = stamps([plan.statistics.shard])[0]
     if plan.reference is not None:
-        found["reference"] = _stamps(plan.reference.shards)
+        found["reference"] = stamps(plan.reference.shards)
+    if plan.surveys:
+        found[KEY] = digest_of(plan.surveys)
     return found
 
 
-def _stamps(shards: Iterable[Shard]) -> list[list[Any]]:
+def stamps(shards: Iterable[Shard]) -> list[list[Any]]:
+    """Say by what files are known again before they are read."""
     return [[shard.name, shard.size, shard.mtime_ns] for shard in shards]
 
 

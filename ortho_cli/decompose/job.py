@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -25,8 +25,9 @@ from ortho_cli.decompose.plan import Plan, TensorPlan
 from ortho_cli.decompose.recheck import Recheck
 from ortho_cli.decompose.record import TensorRecord
 from ortho_cli.decompose.report import make_config, make_report
+from ortho_cli.decompose.survey import load_surveys, save_surveys
 from ortho_cli.decompose.workers import Reference, Results, Worker, at_work, shape_bytes, shape_key
-from ortho_cli.errors import InternalError, RecipeError
+from ortho_cli.errors import CheckpointError, InternalError, RecipeError
 from ortho_cli.events import EventSink, Finishing, Noted, Started, null_sink
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import (
@@ -146,10 +147,7 @@ def decompose(
     check_space(plan.bytes_on_disk + scratch_bytes(plan.ortho, seal), out)
     for note in plan.notes:
         on_event(Noted(message=note))
-    if plan.recipe.ortho.budget == "global" and plan.kept is None:
-        from ortho_cli.decompose.budget import settle
-
-        plan = settle(plan, checkpoint, on_event=on_event)
+    plan = _settled(plan, checkpoint, out, on_event)
     if plan.statistics is not None:
         check_model(plan.statistics, checkpoint, [tensor.source for tensor in plan.split])
     more = {"forget": editor and editor.identity, "tune": tuner and tuner.identity}
@@ -173,6 +171,7 @@ def decompose(
             ) as work,
             interruptible(work, total=len(plan.tensors)),
         ):
+            save_surveys(work.private, plan.surveys)  # from here on a kill does not cost them
             key = key_of(work, seal, keys, on_event) if seal else None
             edits: Edits = {}
             if editor is not None and curvature is not None:
@@ -194,6 +193,15 @@ def decompose(
         for opened in (reader, curvature, reference):
             if opened:
                 opened.close()
+
+
+def _settled(plan: Plan, checkpoint: Checkpoint, out: Path, on_event: EventSink) -> Plan:
+    """Fix what a global budget leaves open, by the survey of an earlier run if there is one."""
+    if not plan.is_open:
+        return plan
+    from ortho_cli.decompose.budget import settle
+
+    return settle(plan, checkpoint, known=load_surveys(out), on_event=on_event)
 
 
 def _check_has_what_it_needs(plan: Plan, editor: Editor | None, tuner: Tuner | None) -> None:
@@ -307,6 +315,7 @@ class _Job:
                 del done[tensor.name]
         for name in _torn(self._done()):
             del done[name]
+        self._check_surveyed(self._done().values())
         self.emit(
             Started(
                 tensors=len(plan.tensors),
@@ -432,6 +441,18 @@ class _Job:
         if sealed_blake3 is None or plain:
             raise InternalError(f"ortho was to be sealed, and is not: {plain or here}")
 
+    def _check_surveyed(self, records: Iterable[TensorRecord]) -> None:
+        """See that what was split is what was surveyed: times and sizes of files can be alike."""
+        for record in records:
+            for survey in self._plan.surveys:
+                told = survey.digests.get(record.name, record.source_blake3)
+                if told != record.source_blake3:
+                    raise CheckpointError(
+                        f"`{record.name}` has BLAKE3 {record.source_blake3}, and had {told} "
+                        "when weights were surveyed for the budget",
+                        hint="the source has changed; repeat the command to begin anew",
+                    )
+
     def _is_intact(self, tensor: TensorPlan, record: TensorRecord) -> bool:
         """Tell whether a tensor that an earlier run finished has the bytes it read and wrote."""
         # Files of an archive or image all have one time: another model can look like this one.
@@ -459,6 +480,7 @@ class _Job:
                     record = results.get()
                     if isinstance(record, BaseException):
                         raise record
+                    self._check_surveyed([record])
                     finished.append(record.to_json())
                     frontier.finish([record.name])
                     digest.up_to(frontier.offset)

@@ -23,6 +23,7 @@ from ortho_cli.decompose.refusals import (
 )
 from ortho_cli.decompose.selection import check_overrides, select, tensor_settings
 from ortho_cli.decompose.settings import GROUP_SIZES, Recipe, Saliency, Scale, fold_names
+from ortho_cli.decompose.survey import Survey
 from ortho_cli.errors import CheckpointError, RecipeError, ResourceError
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import canonical_json
@@ -86,6 +87,7 @@ class Plan:
     sizes: Sizes = DEFAULT_SIZES  # nothing that is written depends on them
     reference: Checkpoint | None = None
     kept: Mapping[str, int] | None = None  # entries of each tensor, where they do not follow
+    surveys: tuple[Survey, ...] = ()  # from which the density, or what tensors keep, was chosen
     notes: tuple[str, ...] = ()  # what is unusual of the source, and read all the same
 
     @property
@@ -116,6 +118,11 @@ class Plan:
     def bytes_read(self) -> int:
         """Bytes of tensor data that are read."""
         return sum(tensor.source.nbytes for tensor in self.tensors)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a survey of all weights has to say yet what each tensor keeps."""
+        return self.recipe.ortho.budget == "global" and self.kept is None
 
     @property
     def is_compact(self) -> bool:

@@ -50,6 +50,12 @@ def work_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.ortho"
 
 
+def identity_left(out: Path) -> Entry | None:
+    """Read what unfinished work on OUT was of; None where there is none."""
+    lines = _complete_lines(work_folder(out) / "journal")
+    return lines[0] if lines else None
+
+
 def recover(out: Path) -> None:
     """Undo or clear up after a run that was killed between renames; leave a running one alone."""
     folder = work_folder(out)

@@ -199,7 +199,7 @@ def test_meet_picks_what_fits_and_loses_least(
             other = budget.meet(alone, opened, target)
         except RecipeError:
             continue  # base alone takes more
-        surveyed = budget.survey(other, opened)
+        surveyed = budget.survey(other, opened).counts
         lost[size] = budget.left(surveyed, {tensor.name: tensor.k for tensor in other.split})
     assert plan.group_size == min(lost, key=lambda size: lost[size])
 
