@@ -20,8 +20,8 @@ from memorised import Memorised
 from memorised import build as build_memorised
 
 from ortho_cli.cli import app
-from ortho_cli.convert import job as convert
 from ortho_cli.convert import plan as convert_plan
+from ortho_cli.convert.sources import open_source
 from ortho_cli.decompose import plan, recheck
 from ortho_cli.split import pipeline
 from ortho_cli.split.sizes import Part, Sizes
@@ -126,7 +126,7 @@ class SmallTiles(Sizes):
             for module, name in (
                 (plan, "make_plan"),
                 (convert_plan, "make_plan"),
-                (convert, "open_source"),
+                (open_source, "open_source"),
                 (recheck, "check_values"),
             ):
                 patch.setattr(module, name, partial(getattr(module, name), sizes=self))

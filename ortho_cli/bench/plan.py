@@ -1,4 +1,4 @@
-"""What a bench measures, decided before any work: settings, what they leave out, gates."""
+"""The plan of a bench, made before any work: settings, figures that they leave out, gates."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ortho_cli.bench import attacks, figures
+from ortho_cli.bench import figures
+from ortho_cli.bench.attacks import ATTACKS, LEARNING_RATE
 from ortho_cli.bench.figures import Gate
 from ortho_cli.errors import UsageError
 from ortho_cli.runtime import product
@@ -31,16 +32,21 @@ NEEDS = {
         ("perplexity_ratio_original", "kl", "agreement"), "--model DIR and --data FILE"
     ),
     "skill": "--data FILE with prompts and completions",
-    **dict.fromkeys(("relearn", "reworded", "requantized"), "--attack"),
-    "finetune": "--attack and --data FILE with running text",
+    **{attack.name: attack.needs for attack in ATTACKS},
 }
+# Figures that need running text, which --data may turn out not to hold.
+TEXT_FIGURES = (
+    *(name for name in NEEDS if name.startswith("perplexity")),
+    *("kl", "agreement"),
+    *(attack.name for attack in ATTACKS if attack.needs_text),
+)
 # Figures of the whole document, which a gate names without an alpha.
 WHOLE = ("moved.count", "moved.share", "unsplit.share", "unsplit.weights")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What is measured, on what."""
+    """What a bench measures, and with which files and models."""
 
     artifact: Path
     identity: Path | None = None  # opens a sealed ortho
@@ -58,7 +64,7 @@ class Settings:
     context: int | None = None  # 512, or what the model takes if that is less
     require: tuple[str, ...] = ()
     seed: int = 0
-    learning_rate: float = attacks.LEARNING_RATE
+    learning_rate: float = LEARNING_RATE
     autocast: bool = False  # everything but speed is measured in bfloat16 arithmetic
     device: str = "auto"
     show_secrets: bool = False
@@ -77,7 +83,7 @@ def parse_alphas(words: Sequence[str]) -> tuple[float, ...]:
         except ValueError:
             raise UsageError(
                 f"--alpha is {word!r}, not a number",
-                hint="the artifact stands first: ortho bench ARTIFACT --alpha 0 1",
+                hint="the artifact comes first: ortho bench ARTIFACT --alpha 0 1",
             ) from None
         if not 0.0 <= value <= 1.0:
             raise UsageError(
@@ -126,8 +132,8 @@ def not_measured(settings: Settings, *, ortho: bool) -> dict[str, str]:
             ("perplexity_ratio_original", "kl", "agreement"),
             not (settings.data and settings.model),
         ),
-        **dict.fromkeys(("relearn", "reworded", "requantized"), not settings.attack),
-        "finetune": not (settings.attack and settings.data),
+        **{one.name: not settings.attack for one in ATTACKS if not one.needs_text},
+        **{one.name: not (settings.attack and settings.data) for one in ATTACKS if one.needs_text},
     }
     return {name: NEEDS[name] for name, is_absent in absent.items() if is_absent}
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from ortho_cli.decompose.identity import stamps
 from ortho_cli.decompose.kernels import Kernels
-from ortho_cli.decompose.plan import Plan, TensorPlan, make_plan
+from ortho_cli.decompose.plan import Plan, SplitTensor, make_plan
 from ortho_cli.decompose.selection import tensor_settings
 from ortho_cli.decompose.settings import GROUP_SIZES, Recipe
 from ortho_cli.decompose.survey import Counts, Survey
@@ -59,7 +59,7 @@ def survey(
     on_event(Started(tensors=len(plan.split), resumed=0, bytes_total=size, bytes_done=0))
     kernel = Kernels(plan, on_event=on_event).make()
     with contextlib.ExitStack() as stack:
-        reader = stack.enter_context(contextlib.closing(ShardReader(checkpoint)))
+        reader = stack.enter_context(contextlib.closing(ShardReader(checkpoint.shards)))
         curvature = None
         if plan.statistics is not None:
             curvature = stack.enter_context(contextlib.closing(StatisticsReader(plan.statistics)))
@@ -153,7 +153,7 @@ def expected_bits(plan: Plan) -> float:
     return 8 * total / plan.split_weights
 
 
-def _compact_bytes(plan: Plan, tensor: TensorPlan) -> float:
+def _compact_bytes(plan: Plan, tensor: SplitTensor) -> float:
     rows, columns = tensor.source.shape
     share = tensor.k / tensor.source.numel
     value = 1 if plan.recipe.ortho.values == "int8" else tensor.source.nbytes / tensor.source.numel

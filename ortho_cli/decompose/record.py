@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from ortho_cli.decompose.plan import TensorPlan
+from ortho_cli.decompose.plan import SplitTensor, TensorPlan
 from ortho_cli.formats.artifact import BASE_FILE, ORTHO_FILE
 from ortho_cli.split.task import Figures
 
@@ -38,10 +38,10 @@ class TensorRecord:
         }
 
     @property
-    def digests(self) -> dict[str, dict[str, str]]:
+    def digests(self) -> dict[str, Digests]:
         """Digests by file."""
-        ortho = {ORTHO_FILE: dict(self.ortho)} if self.ortho else {}
-        return {BASE_FILE: dict(self.base), **ortho}
+        ortho = {ORTHO_FILE: self.ortho} if self.ortho else {}
+        return {BASE_FILE: self.base, **ortho}
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> TensorRecord | None:
@@ -79,7 +79,7 @@ class TensorRecord:
     def fits(self, tensor: TensorPlan, *, curvature: bool) -> bool:
         """Tell whether it is the record of this tensor, all of whose parts it names."""
         figures = self.figures
-        if (figures is None) != (not tensor.ortho):
+        if (figures is None) == isinstance(tensor, SplitTensor):
             return False
         if (
             figures is not None

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ortho_cli.decompose.plan import Plan, TensorPlan
+from ortho_cli.decompose.plan import Plan, SplitTensor
 from ortho_cli.decompose.readback import ReadBack
 from ortho_cli.decompose.record import TensorRecord
 from ortho_cli.errors import InternalError, NumericalError
@@ -65,12 +65,12 @@ class Repacker:
         layout = plan_layout((s for t in self._plan.split for s in self._specs(t)), metadata)
         output = make(layout)
         told = [
-            self._encode(tensor, record, output) if record.figures else record
+            self._encode(tensor, record, output) if isinstance(tensor, SplitTensor) else record
             for tensor, record in zip(self._plan.tensors, records, strict=True)
         ]
         return output, layout, told
 
-    def _specs(self, tensor: TensorPlan) -> tuple[TensorSpec, ...]:
+    def _specs(self, tensor: SplitTensor) -> tuple[TensorSpec, ...]:
         """Find out what a tensor's parts will measure."""
         crow, column = self._written.positions(tensor)
         found = compact.encode_positions(crow, column, _shape(tensor))
@@ -84,7 +84,7 @@ class Repacker:
             others=int(found.counts.sum(dtype=np.int64)),
         )
 
-    def _encode(self, tensor: TensorPlan, record: TensorRecord, output: OrthoFile) -> TensorRecord:
+    def _encode(self, tensor: SplitTensor, record: TensorRecord, output: OrthoFile) -> TensorRecord:
         """Write a tensor's parts; return its record with what is true of them."""
         crow, column = self._written.positions(tensor)
         values, figures = self._written.values(tensor), record.figures
@@ -104,7 +104,7 @@ class Repacker:
         return replace(record, figures=figures, columns=columns, ortho=digests)
 
     def _round(
-        self, tensor: TensorPlan, crow: Integers, column: Integers, values: Tensor
+        self, tensor: SplitTensor, crow: Integers, column: Integers, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Round values to int8; give what they lose by it, too."""
         base, scales = compact.base_at(
@@ -126,7 +126,7 @@ class Repacker:
 
     def _figures(
         self,
-        tensor: TensorPlan,
+        tensor: SplitTensor,
         figures: Figures,
         crow: Integers,
         column: Integers,
@@ -148,7 +148,7 @@ class Repacker:
     def _weigh(
         self,
         reader: StatisticsReader,
-        tensor: TensorPlan,
+        tensor: SplitTensor,
         crow: Integers,
         column: Integers,
         lost: Tensor,
@@ -168,7 +168,7 @@ class Repacker:
             total += float((mine * lost[here]).double().square().sum())
         return total
 
-    def _tiles(self, tensor: TensorPlan, crow: Integers) -> Iterator[tuple[int, int, Tensor]]:
+    def _tiles(self, tensor: SplitTensor, crow: Integers) -> Iterator[tuple[int, int, Tensor]]:
         """Yield the rows of each tile that holds entries, and each entry's row in its tile."""
         for start, count in self._plan.sizes.tiles("split", tensor.source.shape):
             stop = start + count
@@ -177,6 +177,6 @@ class Repacker:
                 yield start, stop, torch.from_numpy(row)
 
 
-def _shape(tensor: TensorPlan) -> tuple[int, int]:
+def _shape(tensor: SplitTensor) -> tuple[int, int]:
     rows, columns = tensor.source.shape
     return rows, columns

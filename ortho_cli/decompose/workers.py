@@ -14,11 +14,11 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from ortho_cli.decompose.edits import Edits
-from ortho_cli.decompose.plan import Plan, TensorPlan
+from ortho_cli.decompose.plan import CopyTensor, Plan, SplitTensor, TensorPlan
 from ortho_cli.decompose.record import TensorRecord
 from ortho_cli.decompose.selection import IGNORED
 from ortho_cli.errors import InternalError
-from ortho_cli.events import Advanced, EventSink, TensorDone
+from ortho_cli.events import Advanced, EventSink
 from ortho_cli.formats.curvature import Curvature, gram_of
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.split import pipeline
@@ -42,7 +42,7 @@ from ortho_cli.storage.sealing import OrthoFile
 NUMPY_DTYPES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64}
 
 Results = SimpleQueue[TensorRecord | BaseException]
-Check = Callable[[TensorPlan, TensorRecord], None]  # raises where what was written is wrong
+Check = Callable[[SplitTensor, TensorRecord], None]  # raises where what was written is wrong
 
 
 class Reference:
@@ -50,7 +50,7 @@ class Reference:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Open it."""
-        self._reader = ShardReader(checkpoint)
+        self._reader = ShardReader(checkpoint.shards)
         self._tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
 
     def read_into(self, buffer: memoryview, name: str, *, start: int) -> None:
@@ -68,7 +68,7 @@ class Reference:
 
 def task_of(
     plan: Plan,
-    tensor: TensorPlan,
+    tensor: SplitTensor,
     *,
     edits: Edits | None = None,
     curvature: StatisticsReader | None = None,
@@ -89,7 +89,7 @@ def task_of(
         dtype=tensor.source.dtype,
         bits=tensor.bits,
         group_size=plan.group_size,
-        scale=str(tensor.scale),
+        scale=tensor.scale,
         k=tensor.k,
         by_curvature=recipe.saliency.kind == "curvature",
         alone=recipe.forgets or recipe.base.alone,
@@ -115,7 +115,7 @@ class ShardRows:
     def __init__(
         self,
         reader: ShardReader,
-        tensor: TensorPlan,
+        tensor: SplitTensor,
         *,
         stop: threading.Event | None = None,
         on_event: EventSink,
@@ -171,7 +171,7 @@ class _ReferenceRows:
 class _FileSink:
     """Codes and scales on their way into base."""
 
-    def __init__(self, base: DataFile, tensor: TensorPlan) -> None:
+    def __init__(self, base: DataFile, tensor: SplitTensor) -> None:
         self._base, self._specs = base, tensor.base[:2]
         self.streams: list[TensorStream] = []
 
@@ -229,16 +229,14 @@ class Worker:
 
     def work(self, tensor: TensorPlan) -> TensorRecord:
         """Carry out what the plan says of one tensor; return its record."""
-        if tensor.reason is not None:
-            record = self._copy(tensor)
-        else:
-            record = self.split(tensor)
-            if self._check is not None:
-                self._check(tensor, record)
-        self._on_event(TensorDone(name=tensor.name))
+        if isinstance(tensor, CopyTensor):
+            return self._copy(tensor)
+        record = self.split(tensor)
+        if self._check is not None:
+            self._check(tensor, record)
         return record
 
-    def split(self, tensor: TensorPlan, given: Given | None = None) -> TensorRecord:
+    def split(self, tensor: SplitTensor, given: Given | None = None) -> TensorRecord:
         """Split one weight, or write it again with codes and scales that are given."""
         self._kernel = kernel = self._kernel or self._make_kernel()
         task = task_of(self._plan, tensor, edits=self._edits, curvature=self._curvature)
@@ -254,7 +252,7 @@ class Worker:
             near.finish(rows.digest)
         return self._record(tensor, rows.digest, sink.streams, found)
 
-    def _copy(self, tensor: TensorPlan) -> TensorRecord:
+    def _copy(self, tensor: CopyTensor) -> TensorRecord:
         """Carry a tensor over unchanged, through one buffer."""
         size = self._plan.sizes.copy_bytes
         if not self._piece.size:
@@ -279,7 +277,7 @@ class Worker:
         there = written.hexdigest() if self._reference else hexdigest
         return TensorRecord(name=tensor.name, source_blake3=hexdigest, base={tensor.name: there})
 
-    def _check_finite(self, tensor: TensorPlan, raw: npt.NDArray[np.uint8], start: int) -> None:
+    def _check_finite(self, tensor: CopyTensor, raw: npt.NDArray[np.uint8], start: int) -> None:
         source, exponent = tensor.source, EXPONENTS[tensor.source.dtype]
         bits = raw.view(np.uint32 if source.dtype == "F32" else np.uint16)
         masked = np.bitwise_and(bits, exponent, out=self._bits[: raw.size].view(bits.dtype))
@@ -288,7 +286,7 @@ class Worker:
             raise not_finite(tensor.name, source.shard, source.shape, values, first)
 
     def _record(
-        self, tensor: TensorPlan, source: str, base: list[TensorStream], found: Outcome
+        self, tensor: SplitTensor, source: str, base: list[TensorStream], found: Outcome
     ) -> TensorRecord:
         """Write what ortho keeps of a weight, and make its record.
 
@@ -307,7 +305,7 @@ class Worker:
             figures=found.figures,
         )
 
-    def _write_csr(self, tensor: TensorPlan, indices: Array, values: Array) -> dict[str, str]:
+    def _write_csr(self, tensor: SplitTensor, indices: Array, values: Array) -> dict[str, str]:
         rows, columns = tensor.source.shape
         if len(indices) != tensor.k or len(values) != tensor.k:
             raise InternalError(
@@ -377,11 +375,11 @@ def _digests_of(streams: Iterable[TensorStream]) -> dict[str, str]:
     return {stream.key: stream.finish() for stream in streams}
 
 
-def shape_key(tensor: TensorPlan) -> str:
+def shape_key(tensor: SplitTensor) -> str:
     """Name the tensor of base that holds a packed weight's shape."""
     return tensor.base[2].key
 
 
-def shape_bytes(tensor: TensorPlan) -> memoryview:
+def shape_bytes(tensor: SplitTensor) -> memoryview:
     """Write down the shape of a weight that is packed."""
     return np.array(tensor.source.shape, np.int64).data.cast("B")

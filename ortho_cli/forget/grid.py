@@ -21,9 +21,9 @@ from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.model import load as models
 from ortho_cli.model.scoring import pad
 from ortho_cli.split import quantize
+from ortho_cli.split.dtypes import torch_dtypes
 from ortho_cli.split.in_memory import MemorySink
 from ortho_cli.split.pipeline import split_weight
-from ortho_cli.split.quantize import TORCH_DTYPES
 from ortho_cli.split.task import Inputs
 from ortho_cli.split.torch_kernel import TorchKernel, tensor_of
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader
@@ -71,7 +71,7 @@ class Grid:
         self.scales: dict[str, Tensor] = {}
         self.bits = {tensor.name: tensor.bits for tensor in plan.split}
         kernel = TorchKernel(plan.sizes)
-        with contextlib.closing(ShardReader(checkpoint)) as reader:
+        with contextlib.closing(ShardReader(checkpoint.shards)) as reader:
             for tensor in plan.split:
                 task = replace(task_of(plan, tensor), k=0)  # base alone, as if there were no ortho
                 near = Curvature(curvature, tensor.name) if task.scale == "curvature" else None
@@ -97,8 +97,8 @@ class Grid:
 
     def _read(self, name: str) -> Tensor:
         source = self._sources[name]
-        raw = torch.empty(source.shape, dtype=TORCH_DTYPES[source.dtype])
-        with contextlib.closing(ShardReader(self._checkpoint)) as reader:
+        raw = torch.empty(source.shape, dtype=torch_dtypes()[source.dtype])
+        with contextlib.closing(ShardReader(self._checkpoint.shards)) as reader:
             reader.read_into(quantize.as_bytes(raw), source, start=0)
         return raw
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ortho_cli.errors import ArtifactError, UsageError
+from ortho_cli.formats import csr
 from ortho_cli.formats.csr import BASE_PARTS, ORTHO_PARTS
-from ortho_cli.formats.ortho_reader import check_tensors
 from ortho_cli.model.linears import dense_weight
 from ortho_cli.runtime import product
 from ortho_cli.runtime.operands import Alpha, Base, Ortho, Packed
@@ -348,7 +348,7 @@ class OrthoLinear(nn.Module):
                         hint="give the state dict as it was saved",
                     )
             crow, column, values = (parts[name] for name in ORTHO_PARTS)
-            check_tensors(crow, column, values, (self.out_features, self.in_features), prefix)
+            csr.check_tensors(crow, column, values, (self.out_features, self.in_features), prefix)
             if values.dtype != self.weight_scale.dtype:
                 raise ArtifactError(
                     f"`{prefix}values` is {values.dtype} where the layer is "

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ortho_cli.split import quantize
+from ortho_cli.split.dtypes import torch_dtypes
 from ortho_cli.split.select import TopK
 from ortho_cli.split.sizes import DEFAULT_SIZES, Part, Sizes
 from ortho_cli.split.task import (
@@ -53,7 +54,7 @@ class CudaKernel:
 
     def begin(self, task: SplitTask, tile: Tile) -> _Begun:
         """Send a tile there, and ask for all that does not depend on other tiles."""
-        lane, dtype = self._lanes[0], quantize.TORCH_DTYPES[task.dtype]
+        lane, dtype = self._lanes[0], torch_dtypes()[task.dtype]
         with lane.at_work():
             there = lane.send(tile.raw).view(dtype)
             half = torch.full((), quantize.half_range(task.bits), device=self._device)

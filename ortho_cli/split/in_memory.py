@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ortho_cli.errors import NumericalError, RecipeError, UsageError
 from ortho_cli.split import pipeline, quantize
+from ortho_cli.split.dtypes import names_of_torch
 from ortho_cli.split.select import crow_indices
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.split.task import (
@@ -26,7 +27,6 @@ from ortho_cli.split.task import (
 from ortho_cli.split.torch_kernel import TorchKernel, tensor_of, words_of
 
 SCALES = ("absmax", "mse", "curvature")
-DTYPE_NAMES = {dtype: name for name, dtype in quantize.TORCH_DTYPES.items()}
 
 
 def split_weight(
@@ -77,7 +77,7 @@ def split_weight(
     task = SplitTask(
         name=name,
         shape=(rows, columns),
-        dtype=DTYPE_NAMES[weight.dtype],
+        dtype=names_of_torch()[weight.dtype],
         bits=bits,
         group_size=group_size,
         scale=scale,

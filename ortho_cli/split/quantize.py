@@ -20,8 +20,6 @@ from torch import Tensor
 
 CODE_MIN, CODE_MAX = -8, 7  # of 4 bits; `code_range` knows the others
 
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 Scales = Callable[..., Tensor]
 

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ortho_cli.errors import RecipeError
+from ortho_cli.split.dtypes import DTYPES, SPLIT
 from ortho_cli.split.sizes import Part, Sizes
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 WORDS: dict[str, type[np.generic]] = {"BF16": np.uint16, "F16": np.int16, "F32": np.uint32}
 
 # Exponent bits of a word; all set means infinity or NaN.
-EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+EXPONENTS = {name: DTYPES[name].exponent or 0 for name in SPLIT}
 
 # Where each sum of squares is in `sums`; `Figures` says what they are.
 SIGNAL, NOISE, CURVATURE_NOISE, DELTA = range(4)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ortho_cli.split import quantize
+from ortho_cli.split.dtypes import torch_dtypes
 from ortho_cli.split.gptq import round_columns
-from ortho_cli.split.quantize import TORCH_DTYPES
 from ortho_cli.split.scales import Kept, base_scales
 from ortho_cli.split.select import Own, TopK
 from ortho_cli.split.sizes import DEFAULT_SIZES, Part, Sizes
@@ -114,7 +114,7 @@ class TorchKernel:
 def tensor_of(words: Array, dtype: str) -> Tensor:
     """Look at words as the numbers that they are; torch knows signed words alone."""
     signed = words.view(np.int32 if words.itemsize == 4 else np.int16)
-    return torch.from_numpy(signed).view(TORCH_DTYPES[dtype])
+    return torch.from_numpy(signed).view(torch_dtypes()[dtype])
 
 
 def words_of(values: Tensor) -> Array:

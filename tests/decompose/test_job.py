@@ -13,11 +13,11 @@ import pytest
 import reference
 import torch
 from conftest import Pass, SmallTiles
+from jobs import decompose
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ortho_cli.decompose import recipe
-from ortho_cli.decompose.job import decompose
 from ortho_cli.decompose.plan import make_plan
 from ortho_cli.errors import CheckpointError, NumericalError, OutputExistsError, ResourceError
 from ortho_cli.events import Advanced, Event, Finishing, Started, TensorDone
@@ -398,7 +398,8 @@ settings = recipe.load_recipe(None, sys.argv[4:])
 before = peak()
 opened = checkpoint.open_checkpoint(Path(sys.argv[1]))
 made = plan.make_plan(opened, settings, workers=2)
-job.decompose(made, opened, Path(sys.argv[2]), compiled=compiled)
+target = job.check_target(made, opened, Path(sys.argv[2]))
+job.decompose(made, opened, target, compiled=compiled)
 print(peak() - before, made.peak_bytes)
 """
 
