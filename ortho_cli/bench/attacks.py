@@ -25,7 +25,7 @@ from ortho_cli.model import scoring
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.tokenizer import Tokenizer
 from ortho_cli.split import quantize
-from ortho_cli.split.in_memory import base_scales
+from ortho_cli.split.scales import base_scales
 
 STEPS = (5, 10, 20, 40)
 LEARNING_RATE = 5e-5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,7 +22,6 @@ from ortho_cli.cli.options import (
 from ortho_cli.cli.shared import Output, located, run_facts
 
 if TYPE_CHECKING:
-    from ortho_cli.calibrate.plan import CalibrationPlan
     from ortho_cli.events import Event
     from ortho_cli.storage.checkpoint import Checkpoint
 

@@ -11,29 +11,21 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ortho_cli.decompose.edits import Edits, Key, Room, check_edits, count, load_edits, save_edits
 from ortho_cli.decompose.identity import identity_of
-from ortho_cli.decompose.onepass import Loops, OnePass, is_plain, takes
+from ortho_cli.decompose.kernels import Kernels
 from ortho_cli.decompose.plan import Plan, TensorPlan, check_memory
 from ortho_cli.decompose.recheck import Recheck
-from ortho_cli.decompose.report import Report, make_config, make_report, record_of
+from ortho_cli.decompose.record import TensorRecord
+from ortho_cli.decompose.report import Report, make_config, make_report
 from ortho_cli.decompose.survey import load_surveys, save_surveys
-from ortho_cli.decompose.workers import (
-    Entry,
-    Reference,
-    Results,
-    Worker,
-    at_work,
-    is_sound,
-    shape_bytes,
-    shape_key,
-)
+from ortho_cli.decompose.workers import Reference, Results, Worker, at_work, shape_bytes, shape_key
 from ortho_cli.errors import CheckpointError, InternalError, RecipeError
 from ortho_cli.events import Event, EventSink, Finishing, Noted, null_sink
 from ortho_cli.formats import artifact
@@ -68,7 +60,7 @@ from ortho_cli.storage.work_folder import WorkFolder, interruptible
 from ortho_cli.version import __version__
 
 if TYPE_CHECKING:  # to import torch takes longer than to decompose a billion weights
-    from ortho_cli.decompose.splitter import Rounded, Splitter
+    from ortho_cli.split.quantize import Rounded
 
 SWITCH_SECONDS = 0.0002  # see `_many_small_operations`
 
@@ -195,8 +187,7 @@ def decompose(
         key = key_of(work, seal, keys, on_event) if seal else None
         edits = _find_edits(plan, editor, work, inputs.curvature, key, on_event)
         running = _Job(plan, checkpoint, inputs, edits, key, work, on_event)
-        running.device = _device_of(plan, device, on_event)
-        running.fast = compiled and running.device == "cpu" and takes(plan)
+        running.kernels = Kernels(plan, compiled=compiled, device=device, on_event=running.emit)
         return running.run(tuner)
 
 
@@ -227,14 +218,14 @@ def _open_inputs(plan: Plan, checkpoint: Checkpoint) -> Iterator[_Inputs]:
         yield _Inputs(source=source, curvature=curvature, reference=reference)
 
 
-def _fits(plan: Plan) -> Callable[[Entry], bool]:
+def _fits(plan: Plan) -> Callable[[job.Line], bool]:
     """Tell whether a journal line is one that this plan could have written."""
     tensors = {tensor.name: tensor for tensor in plan.tensors}
 
-    def fits(entry: Entry) -> bool:
-        tensor = tensors.get(entry["name"])
+    def fits(line: job.Line) -> bool:
+        record, tensor = TensorRecord.from_json(line), tensors.get(line["name"])
         measured = plan.statistics is not None
-        return tensor is not None and is_sound(entry, tensor, curvature=measured)
+        return bool(record and tensor and record.fits(tensor, curvature=measured))
 
     return fits
 
@@ -285,14 +276,6 @@ def _find_edits(
     return known
 
 
-def _device_of(plan: Plan, device: str, on_event: EventSink) -> str:
-    """Name the device that the split is done on."""
-    if device != "cpu" and not is_plain(plan):
-        on_event(Noted(message=f"split on the CPU: on {device} one pass has to be all"))
-        return "cpu"
-    return device
-
-
 @contextmanager
 def _many_small_operations() -> Iterator[None]:
     """Set the interpreter up for workers on tiles, and back."""
@@ -330,7 +313,7 @@ class _Job:
     ) -> None:
         self._plan = plan
         self._key = key
-        self.fast, self.device = False, "cpu"
+        self.kernels = Kernels(plan, on_event=on_event)
         self._edits = edits
         self._checkpoint = checkpoint
         self._inputs, self._reader = inputs, inputs.source
@@ -338,7 +321,6 @@ class _Job:
         self._on_event = on_event
         self._event_lock = threading.Lock()
         self._stop = threading.Event()
-        self._loops = Loops(self._emit)
         self._base = DataFile(work, BASE_FILE, plan.base, mode=0o644)
         self._ortho = self._ortho_file(ORTHO_FILE, plan.ortho, scratch=plan.is_compact)
         recipe = plan.recipe
@@ -361,7 +343,8 @@ class _Job:
 
     def run(self, tuner: Tuner | None) -> Report:
         """Split, tune and finish."""
-        with _many_small_operations(), nullcontext() if self.fast else _one_thread_of_torch():
+        torch_alone = nullcontext() if self.kernels.compiled else _one_thread_of_torch()
+        with _many_small_operations(), torch_alone:
             base_blake3 = self.split()
         if tuner is not None:
             base_blake3 = self.tune(tuner)
@@ -373,14 +356,15 @@ class _Job:
     def split(self) -> str:
         """Split every tensor that no earlier run has split; return base's BLAKE3."""
         plan, done = self._plan, self._work.done
+        records = self._done()
         for tensor in plan.tensors:
-            if tensor.name in done and not self._is_intact(tensor, done[tensor.name]):
+            if tensor.name in done and not self._is_intact(tensor, records[tensor.name]):
                 del done[tensor.name]
-        for name in _torn(done):
+        for name in _torn(self._done()):
             del done[name]
-        self._check_surveyed(done.values())
+        self._check_surveyed(self._done().values())
         nbytes = {tensor.name: tensor.source.nbytes for tensor in plan.tensors}
-        job.report_start(self._work, nbytes, plan.side.notes, self._emit)
+        job.report_start(self._work, nbytes, plan.side.notes, self.emit)
         self._base.write_header(plan.base.header)
         for tensor in plan.split:  # they lie first: who hashes base need not wait for the last one
             self._base.write(shape_key(tensor), shape_bytes(tensor), start=0)
@@ -393,35 +377,39 @@ class _Job:
         are. A kill before leaves bytes that the old lines do not fit, one between them lines of a
         part of the block: either way the next run splits those tensors again, and tunes them.
         """
-        from ortho_cli.decompose.readback import ReadBack
+        from ortho_cli.decompose.readback import ReadBack, given_of
 
         written = ReadBack(self._plan, self._base, self._ortho)
         tensors = {tensor.name: tensor for tensor in self._plan.split}
-        tuned = [name for name, entry in self._work.done.items() if entry.get("tuned")]
+        tuned = [name for name, record in self._done().items() if record.tuned]
         self._stop.clear()  # no worker is left that it was for
-        splitter = self._splitter()
+        worker = self._worker()
         with interruptible(self._work, total=len(tensors), done="tuned"):
             for found in tuner.tune(
-                lambda name: written.rounded(tensors[name]), tuned, on_event=self._emit
+                lambda name: written.rounded(tensors[name]), tuned, on_event=self.emit
             ):
-                told = {"tuned": [min(found), len(found)]}
-                entries = [
-                    splitter.rewrite(tensors[name], rounded) | told
-                    for name, rounded in found.items()
-                ]
-                for entry in entries:
-                    self._recheck.check(tensors[entry["name"]], entry)
-                self._work.commit(entries)
+                block = (min(found), len(found))
+                records = []
+                for name, rounded in found.items():
+                    record = worker.split(tensors[name], given_of(rounded))
+                    self._recheck.check(tensors[name], record)
+                    records.append(replace(record, tuned=block))
+                self._work.commit([record.to_json() for record in records])
         return GrowingDigest(self._base.fd).up_to(self._plan.base.size)
+
+    def _done(self) -> dict[str, TensorRecord]:
+        """Give the records of finished tensors."""
+        found = ((name, TensorRecord.from_json(line)) for name, line in self._work.done.items())
+        return {name: record for name, record in found if record is not None}
 
     def finish(self, base_blake3: str) -> Report:
         """See that nothing changed meanwhile, and write all but the split tensors."""
-        plan, done = self._plan, self._work.done
-        self._emit(Finishing(step="digests"))
+        plan, done = self._plan, self._done()
+        self.emit(Finishing(step="digests"))
         self._inputs.check_unchanged()
-        entries = [done[tensor.name] for tensor in plan.tensors]
+        records = [done[tensor.name] for tensor in plan.tensors]
         digest = artifact.source_digest(
-            (t.name, t.source.dtype, t.source.shape, str(done[t.name]["source_blake3"]))
+            (t.name, t.source.dtype, t.source.shape, done[t.name].source_blake3)
             for t in plan.tensors
         )
         told = artifact.ortho_metadata(
@@ -434,33 +422,33 @@ class _Job:
         self._check_forgotten()
         ortho, layout = self._ortho, plan.ortho
         if plan.is_compact:
-            self._emit(Finishing(step="compact"))
+            self.emit(Finishing(step="compact"))
             from ortho_cli.decompose.repack import Repacker
 
             repacker = Repacker(plan, self._base, self._ortho, self._inputs.curvature)
             # Where it is sealed, the CSR that it is made of is in a scratch file of ortho's name.
             make = partial(self._ortho_file, ORTHO_FILE if self._key is None else COMPACT_FILE)
             with _one_thread_of_torch():
-                ortho, layout, entries = repacker.run(make, entries, told)
+                ortho, layout, records = repacker.run(make, records, told)
         else:
             layout = plan_layout((s for t in plan.tensors for s in t.ortho), told)
             if layout.regions != plan.ortho.regions:  # what was written lies elsewhere
                 raise InternalError("ortho's tensors do not lie where the plan says")
         if self._key is not None:
-            self._emit(Finishing(step="seal"))
+            self.emit(Finishing(step="seal"))
         ortho_blake3, sealed_blake3 = ortho.finish(layout)
         self._check_sealed(sealed_blake3)
-        self._emit(Finishing(step="sync"))
+        self.emit(Finishing(step="sync"))
         report = make_report(
             plan,
-            [record_of(entry) for entry in entries],
+            records,
             ortho=layout,
             moved=count(self._edits),
             source_digest=digest,
             base_blake3=base_blake3,
             ortho_blake3=ortho_blake3,
             sealed_blake3=sealed_blake3,
-            device=self.device.partition(":")[0],
+            device=self.kernels.device.partition(":")[0],
             side_files=self._write_side_files(),
         )
         job.write_files(self._work, {REPORT_FILE: pretty_json(report.to_json())})
@@ -490,28 +478,25 @@ class _Job:
         if sealed_blake3 is None or plain:
             raise InternalError(f"ortho was to be sealed, and is not: {plain or here}")
 
-    def _check_surveyed(self, entries: Iterable[Entry]) -> None:
+    def _check_surveyed(self, records: Iterable[TensorRecord]) -> None:
         """See that what was split is what was surveyed: times and sizes of files can be alike."""
-        for entry in entries:
+        for record in records:
             for survey in self._plan.surveys:
-                told = survey.digests.get(entry["name"], entry["source_blake3"])
-                if told != entry["source_blake3"]:
+                told = survey.digests.get(record.name, record.source_blake3)
+                if told != record.source_blake3:
                     raise CheckpointError(
-                        f"`{entry['name']}` has BLAKE3 {entry['source_blake3']}, and had {told} "
+                        f"`{record.name}` has BLAKE3 {record.source_blake3}, and had {told} "
                         "when weights were surveyed for the budget",
                         hint="the source has changed; repeat the command to begin anew",
                     )
 
-    def _is_intact(self, tensor: TensorPlan, entry: Entry) -> bool:
+    def _is_intact(self, tensor: TensorPlan, record: TensorRecord) -> bool:
         """Tell whether a tensor that an earlier run finished has the bytes it read and wrote."""
         # Files of an archive or image all have one time: another model can look like this one.
-        if self._reader.digest(tensor.source) != entry["source_blake3"]:
+        if self._reader.digest(tensor.source) != record.source_blake3:
             return False
-        for output in (self._base, self._ortho):
-            for key, told in entry["blake3"].get(output.name, {}).items():
-                if output.digest(key) != told:
-                    return False
-        return True
+        parts = ((self._base, record.base), (self._ortho, record.ortho))
+        return all(out.digest(key) == told for out, part in parts for key, told in part.items())
 
     def _work_through(self, pending: list[TensorPlan]) -> str:
         """Work on every pending tensor; return base's BLAKE3."""
@@ -521,70 +506,44 @@ class _Job:
         frontier.finish(self._work.done)
         digest = GrowingDigest(self._base.fd)
         results: Results = SimpleQueue()
-        with job.Commits(self._work, self._emit) as commits:
+        with job.Commits(self._work, self.emit) as commits:
             try:
-                if self.fast and pending:  # beside the copies, which come first
-                    threading.Thread(target=self._loops.get).start()
+                if self.kernels.compiled and pending:  # beside the copies, which come first
+                    threading.Thread(target=self.kernels.load).start()
                 with at_work(
                     self._worker, pending, results, workers=self._plan.workers, stop=self._stop
                 ):
                     for _ in pending:
-                        entry = results.get()
-                        if isinstance(entry, BaseException):
-                            raise entry
-                        self._check_surveyed([entry])
-                        commits.add(entry)
-                        frontier.finish([entry["name"]])
+                        record = results.get()
+                        if isinstance(record, BaseException):
+                            raise record
+                        self._check_surveyed([record])
+                        commits.add(record.to_json())
+                        frontier.finish([record.name])
                         digest.up_to(frontier.offset)
             finally:
                 while not results.empty():  # tensors that were finished when another one failed
                     result = results.get()
                     if not isinstance(result, BaseException):
-                        commits.keep(result)
+                        commits.keep(result.to_json())
         return digest.up_to(self._plan.base.size)
 
-    def _splitter(self) -> Splitter:
-        from ortho_cli.decompose.splitter import Splitter
-
-        return Splitter(
+    def _worker(self) -> Worker:
+        return Worker(
+            self._plan,
             self._reader,
             self._base,
             self._ortho,
-            group_size=self._plan.group_size,
-            sizes=self._plan.sizes,
+            make_kernel=self.kernels.make,
             curvature=self._inputs.curvature,
-            by_curvature=self._plan.recipe.saliency.kind == "curvature",
-            edits=self._edits,
-            moved_to_code=self._plan.recipe.ortho.split == "unlearn",
-            alone=self._plan.recipe.forgets or self._plan.recipe.base.alone,
-            compensate=self._plan.recipe.compensates,
             reference=self._inputs.reference,
+            edits=self._edits,
             check=self._recheck.check,
             stop=self._stop,
-            on_event=self._emit,
+            on_event=self.emit,
         )
 
-    def _worker(self) -> Worker:
-        places = (self._reader, self._base, self._ortho)
-        options: dict[str, Any] = {
-            "group_size": self._plan.group_size,
-            "sizes": self._plan.sizes,
-            "curvature": self._inputs.curvature,
-            "other": self._splitter,
-            "check": self._recheck.check,
-            "stop": self._stop,
-            "on_event": self._emit,
-        }
-        if self.device != "cpu":
-            from ortho_cli.decompose.ondevice import OnDevice
-
-            return OnDevice(*places, device=self.device, **options)
-        if self.fast:
-            alone = self._plan.recipe.base.alone
-            return OnePass(*places, loops=self._loops, alone=alone, **options)
-        return self._splitter()
-
-    def _emit(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
         with self._event_lock:
             self._on_event(event)
 
@@ -600,15 +559,15 @@ class _Job:
         return {artifact.spelled(n): file_digest(self._work.artifact / n) for n in names}
 
 
-def _torn(done: dict[str, Entry]) -> list[str]:
+def _torn(done: dict[str, TensorRecord]) -> list[str]:
     """Find tuned tensors of blocks that are not tuned as a whole."""
-    blocks: dict[str, list[str]] = {}
-    for name, entry in done.items():
-        if "tuned" in entry:
-            blocks.setdefault(canonical_json(entry["tuned"]), []).append(name)
+    blocks: dict[tuple[str, int], list[str]] = {}
+    for name, record in done.items():
+        if record.tuned is not None:
+            blocks.setdefault(record.tuned, []).append(name)
     return [
         name
         for block, names in blocks.items()
-        if block != canonical_json([min(names), len(names)])
+        if block != (min(names), len(names))
         for name in names
     ]

@@ -11,12 +11,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ortho_cli.decompose.plan import SplitTensor
+from ortho_cli.decompose.record import TensorRecord
 from ortho_cli.decompose.report import decibels
 from ortho_cli.decompose.workers import NUMPY_DTYPES
 from ortho_cli.errors import ArtifactError
@@ -73,12 +73,12 @@ class Recheck:
         self._nearest, self._own_code, self._whole = nearest, own_code, whole
         self._sizes = sizes
 
-    def check(self, tensor: SplitTensor, entry: Mapping[str, Any]) -> None:
+    def check(self, tensor: SplitTensor, record: TensorRecord) -> None:
         """Check what was written of a weight, and its figures where all of it is read.
 
         Args:
             tensor: what the plan says of it.
-            entry: its line of the journal.
+            record: of it.
         Raises:
             ArtifactError: a value, a code or a figure is not what it has to be.
         """
@@ -94,8 +94,8 @@ class Recheck:
         sums = Sums()
         for start, count in every if whole else _some_rows(tensor, self._sizes.check_sample):
             sums.add(check_rows(rules, self._rows(tensor, start, count)))
-        if whole:
-            check_figures(tensor.name, dict(entry), sums)
+        if whole and record.figures is not None:
+            check_figures(tensor.name, record.figures, sums)
 
     def _rows(self, tensor: SplitTensor, start: int, count: int) -> Rows:
         columns, word = tensor.source.shape[1], WORDS[tensor.source.dtype]

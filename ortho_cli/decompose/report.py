@@ -14,60 +14,19 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
-from typing import Any
 
 from ortho_cli.decompose.plan import CopyTensor, Plan, SplitTensor, TensorPlan
+from ortho_cli.decompose.record import TensorRecord
 from ortho_cli.decompose.roles import is_embedding
 from ortho_cli.decompose.selection import stacked_experts
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import module_of
 from ortho_cli.formats.quantization_config import quantization_config
 from ortho_cli.model.renames import rename_modules
+from ortho_cli.split.task import Figures
 from ortho_cli.storage.data_file import Layout, TensorSpec
 from ortho_cli.storage.tied import tied_head
 from ortho_cli.version import __version__
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
-    """Sums over one weight, as its journal line holds them."""
-
-    signal: float
-    noise: float
-    noise_kept: float
-    curvature_noise: float | None = None  # noise times curvature; with statistics
-    curvature_noise_kept: float | None = None
-    delta: float | None = None  # (source - reference)^2; with a reference
-    delta_kept: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorRecord:
-    """What was read and written of one source tensor."""
-
-    source_blake3: str
-    base: Mapping[str, str]  # key of a tensor of the artifact -> BLAKE3
-    ortho: Mapping[str, str]
-    figures: Figures | None  # of a weight that was split
-    columns: int | None  # that a compact ortho holds whole
-
-    @property
-    def digests(self) -> dict[str, Mapping[str, str]]:
-        """Digests by file."""
-        ortho = {artifact.ORTHO_FILE: self.ortho} if self.ortho else {}
-        return {artifact.BASE_FILE: self.base, **ortho}
-
-
-def record_of(line: Mapping[str, Any]) -> TensorRecord:
-    """Read a journal line."""
-    measured = {one.name: line[one.name] for one in fields(Figures) if one.name in line}
-    return TensorRecord(
-        source_blake3=line["source_blake3"],
-        base=line["blake3"][artifact.BASE_FILE],
-        ortho=line["blake3"].get(artifact.ORTHO_FILE, {}),
-        figures=Figures(**measured) if measured else None,
-        columns=line.get("columns"),
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

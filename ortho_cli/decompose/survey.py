@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from ortho_cli.split.select import BINS
 from ortho_cli.storage.untrusted import read_regular
 from ortho_cli.storage.work_folder import identity_left, work_folder, write_private
 
 SURVEY_FILE = "survey.json"  # in private/ of the work folder
 KEY = "survey"  # of the identity of work
-BINS = 1 << 15  # of saliencies, by the upper half of their float32
 
 Counts = npt.NDArray[np.int64]  # (BINS,) weights of a tensor by saliency
 

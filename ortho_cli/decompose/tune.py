@@ -36,7 +36,6 @@ from torch import Tensor, nn
 
 from ortho_cli.decompose.plan import Plan
 from ortho_cli.decompose.settings import Tune
-from ortho_cli.decompose.splitter import Rounded
 from ortho_cli.errors import CalibrationError, InternalError, RecipeError
 from ortho_cli.events import EventSink, Finishing, Noted, Step, null_sink
 from ortho_cli.model import load as models
@@ -44,6 +43,7 @@ from ortho_cli.model.blocks import Blocks
 from ortho_cli.model.rows import Pair
 from ortho_cli.model.text import read_rows, retain_sequences, stamps
 from ortho_cli.split import quantize
+from ortho_cli.split.quantize import Rounded
 from ortho_cli.storage.checkpoint import Checkpoint
 
 REACH = 0.48  # from a code to the latents that begin there: on the way to the next, not at its door

@@ -172,7 +172,7 @@ def step_round(
         goal = propose(codes, original, gradient, grid.group_size, grid.bits[name])
         ratio = (goal - codes) * spacing * gradient
         far = (goal - original) * spacing
-        near = Curvature(curvature, name).whole().to(grid.device)
+        near = torch.from_numpy(Curvature(curvature, name).whole()).to(grid.device)
         ratio /= far.square_().mul_(near).add_(floor)
         free = room[name] - int((codes != original).sum())
         if free < size:  # no new places once it is full; those that moved may go on
@@ -203,7 +203,7 @@ def _mean_damage(grid: Grid, curvature: StatisticsReader) -> float:
     """Mean over all weights of what moving by one code costs: spacing^2 F."""
     total = 0.0
     for name in grid.codes:
-        near = Curvature(curvature, name).whole().to(grid.device)
+        near = torch.from_numpy(Curvature(curvature, name).whole()).to(grid.device)
         total += float((grid.spacing(name).square_() * near).sum(dtype=torch.float64))
     return total / grid.numel
 

@@ -327,7 +327,7 @@ def _mask(
     """
     every = max(1, grid.numel // SAMPLE)
     ratios = grid.fisher([(secret.prompt, secret.secret) for secret in secrets])
-    retain = {n: Curvature(curvature, n).whole() for n in ratios}
+    retain = {n: torch.from_numpy(Curvature(curvature, n).whole()) for n in ratios}
     median = float(torch.cat([part.flatten()[::every] for part in retain.values()]).median())
     for name, ratio in ratios.items():
         ratio /= retain.pop(name).to(grid.device) + median

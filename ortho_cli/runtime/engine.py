@@ -24,6 +24,7 @@ from ortho_cli.events import EventSink, Noted, null_sink
 from ortho_cli.formats.open_artifact import open_artifact
 from ortho_cli.formats.provenance import recipe_of
 from ortho_cli.model.hooks import Batch, Capture, Loss, frozen, measure_batch, symmetrize
+from ortho_cli.model.linears import is_conv1d
 from ortho_cli.runtime import product
 from ortho_cli.runtime.module_files import (
     choose_side_files,
@@ -34,7 +35,6 @@ from ortho_cli.runtime.module_files import (
 )
 from ortho_cli.runtime.operands import Alpha
 from ortho_cli.runtime.ortho_linear import OrthoLinear
-from ortho_cli.split.in_memory import is_conv1d
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage.sealing import read_keys
 

@@ -25,11 +25,12 @@ from ortho_cli.formats.artifact import (
     canonical_json,
     pretty_json,
 )
+from ortho_cli.formats.csr import BASE_PARTS, ORTHO_PARTS
 from ortho_cli.formats.ortho_reader import KeptReader
 from ortho_cli.formats.quantization_config import index, quantization_config
+from ortho_cli.model.linears import is_conv1d, is_plain_linear
 from ortho_cli.runtime.ortho_linear import OrthoLinear
 from ortho_cli.split.dtypes import names_of_torch, torch_dtypes
-from ortho_cli.split.in_memory import BASE_PARTS, ORTHO_PARTS, is_conv1d, is_plain_linear
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.storage.checkpoint import Shard, ShardReader, TensorInfo, open_checkpoint
 from ortho_cli.storage.data_file import DataFile, GrowingDigest, Layout, TensorSpec, plan_layout

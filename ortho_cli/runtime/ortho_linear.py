@@ -10,18 +10,14 @@ from torch import Tensor, nn
 
 from ortho_cli.errors import ArtifactError, InternalError, UsageError
 from ortho_cli.formats import csr
+from ortho_cli.formats.csr import BASE_PARTS, ORTHO_PARTS
+from ortho_cli.model.linears import dense_weight
 from ortho_cli.runtime import product
 from ortho_cli.runtime.operands import Alpha, Base, Ortho, Packed
-from ortho_cli.split.in_memory import (
-    BASE_PARTS,
-    ORTHO_PARTS,
-    check_bits,
-    check_group_size,
-    dense_weight,
-    ortho_dtypes,
-    split_weight,
-)
+from ortho_cli.split.in_memory import split_weight
+from ortho_cli.split.quantize import ortho_dtypes
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
+from ortho_cli.split.task import check_bits, check_group_size
 
 SET_ALPHA = "set_alpha(model, 1.0) for the full model, 0.0 for base alone"
 

@@ -19,13 +19,13 @@ from torch import nn
 from ortho_cli.errors import ArtifactError, blamed
 from ortho_cli.formats.artifact import CONFIG_FILE, Artifact
 from ortho_cli.formats.open_artifact import no_ortho, open_artifact
+from ortho_cli.model.linears import is_conv1d, is_plain_linear
 from ortho_cli.model.load import check_claims, check_folder, explained, quiet_transformers
 from ortho_cli.runtime import product
 from ortho_cli.runtime.engine import set_alpha
 from ortho_cli.runtime.module_files import empty_layers, fill_ortho
 from ortho_cli.runtime.operands import Alpha
 from ortho_cli.runtime.ortho_linear import OrthoLinear
-from ortho_cli.split.in_memory import is_conv1d, is_plain_linear
 from ortho_cli.storage.sealing import read_keys
 from ortho_cli.storage.untrusted import is_trusted, trusting
 

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ortho_cli.decompose import plan, recipe, tune
-from ortho_cli.decompose.splitter import Rounded
 from ortho_cli.decompose.tune import REACH, Latent, value_of
 from ortho_cli.errors import CalibrationError, Interrupted, RecipeError
 from ortho_cli.events import Event, Step
 from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.model import load as models
 from ortho_cli.split import quantize
+from ortho_cli.split.quantize import Rounded
 from ortho_cli.storage.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
