@@ -215,7 +215,9 @@ def make_config(plan: Plan, config: Mapping[str, object]) -> dict[str, object]:
         module = module_of(tensor.name)
         stacked = stacked_experts(tensor.source, tensor.reason)
         if stacked is not None:
-            unsplit.add(f"{stacked}.0.gate_proj")  # what vLLM asks for, whatever lies there
+            unsplit.add(
+                f"{stacked}.0.gate_proj"
+            )  # the name that vLLM looks up, whatever its own is
         elif len(tensor.source.shape) == 2:
             (others if is_embedding(module) else unsplit).add(module)
     head = tied_head(config)
