@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ortho_cli.version import __version__
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from ortho_cli.runtime.pretrained import load
 
 __all__ = ["Engine", "OrthoLinear", "__version__", "at_alpha", "load", "set_alpha"]
+
+
+# Silent unless an application, or `ortho -v`, adds a handler of its own.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

@@ -133,7 +133,7 @@ def calibrate(
     for note in checkpoint.notes:
         on_event(Noted(message=note))
     on_event(Finishing(step="digest the model"))
-    with contextlib.closing(ShardReader(checkpoint)) as reader:
+    with contextlib.closing(ShardReader(checkpoint.shards)) as reader:
         digests = {tensor.name: reader.digest(tensor) for tensor in checkpoint.tensors}
         reader.check_unchanged()
     source = artifact.source_digest(
@@ -195,7 +195,8 @@ class _Job:
             files = tuple(DataFile(work, f"{name}.{turn}", layout, mode=mode) for turn in range(2))
             done = next(i for i in range(len(chunks) + 1) if f"{name} {i}" not in work.done)
             self._sums[name] = Sums((files[0], files[1]), layout, chunks=done)
-            self._nll[name] = math.fsum(work.done[f"{name} {i}"]["nll"] for i in range(done))
+            nlls = (work.done[f"{name} {i}"]["nll"] for i in range(done))
+            self._nll[name] = math.fsum(nll for nll in nlls if isinstance(nll, float))
             pending += len(chunks) - done
         if pending:
             self._measure()

@@ -17,6 +17,7 @@ from ortho_cli.formats import statistics
 from ortho_cli.model import load as models
 from ortho_cli.model.hooks import Part
 from ortho_cli.model.text import TokenSequence, forget_sequences, read_rows, retain_sequences
+from ortho_cli.split.dtypes import BY_CONFIG
 from ortho_cli.storage.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.storage.data_file import Layout, TensorSpec, plan_layout
 
@@ -73,7 +74,7 @@ class CalibrationPlan:
             (tensor.shape[0], tensor.shape[1]),
             kind=self.settings.curvature,
             storage=self.settings.storage,
-            dtype=statistics.DTYPES[self.settings.dtype],
+            dtype=BY_CONFIG[self.settings.dtype],
             forget="forget" in self.sets,
             gram=self.settings.gram == "full",
         )

@@ -102,9 +102,9 @@ def run(
         failure = _as_ortho_error(error)
         if failure is None:
             raise
-        from ortho_cli.cli.show import tables
+        from ortho_cli.cli.show import console
 
-        tables.print_error(failure)
+        console.print_error(failure)
         return failure.exit_code
 
 
@@ -131,9 +131,9 @@ def _as_ortho_error(error: BaseException) -> OrthoError | None:
 
 
 def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    from ortho_cli.cli.show import tables
+    from ortho_cli.cli.show import console
 
-    tables.print_bug(kind, error, trace)
+    console.print_bug(kind, error, trace)
 
 
 class _ClosedPipe(BaseException):

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ortho_cli.convert.plan import ROLE, ConvertPlan, ConvertTensor
-from ortho_cli.convert.sources.base import TORCH_DTYPES, Source
+from ortho_cli.convert.sources.base import Source
 from ortho_cli.errors import NumericalError
 from ortho_cli.events import Advanced, EventSink, Finishing, null_sink
 from ortho_cli.split import quantize
+from ortho_cli.split.dtypes import torch_dtypes
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.split.sizes import Sizes
 from ortho_cli.storage import checkpoint, job
@@ -126,7 +127,7 @@ def _write(tensor: ConvertTensor, file: DataFile, sizes: Sizes, on_event: EventS
 
 def _round(tensor: ConvertTensor, read: Tensor, start: int) -> Tensor:
     """Round to the dtype that is written; refuse finite values that become infinite."""
-    dtype = TORCH_DTYPES[tensor.dtype]
+    dtype = torch_dtypes()[tensor.dtype]
     if read.dtype == dtype:
         return read
     cast = read.to(dtype)

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ortho_cli.convert.sources.base import FLOATS, Source, SourceTensor
+from ortho_cli.convert.sources.base import Source, SourceTensor
 from ortho_cli.errors import UsageError
 from ortho_cli.formats.artifact import CONFIG_FILE, INDEX_FILE, canonical_json, pretty_json
+from ortho_cli.split.dtypes import BY_CONFIG, FLOATS
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage.data_file import Layout, TensorSpec, plan_layout
 from ortho_cli.storage.output import SIDE_BYTES
@@ -19,7 +20,6 @@ from ortho_cli.version import __version__
 
 WEIGHTS_FILE = "model.safetensors"
 ROLE = "dense"
-CASTS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -188,9 +188,9 @@ def make_plan(
 
 
 def _check_dtype(dtype: str, source: Source) -> None:
-    if dtype not in CASTS:
-        raise UsageError(f"--dtype {dtype} is none of {', '.join(CASTS)}", hint="choose one")
-    if source.own_dtype not in (None, CASTS[dtype]):
+    if dtype not in BY_CONFIG:
+        raise UsageError(f"--dtype {dtype} is none of {', '.join(BY_CONFIG)}", hint="choose one")
+    if source.own_dtype not in (None, BY_CONFIG[dtype]):
         raise UsageError(
             f"`{source.path}` holds packed integers, which are dequantized to {source.own_dtype} "
             f"as its config.json says, and --dtype {dtype} is another",
@@ -212,7 +212,7 @@ def _sha256(source: Source, tensors: tuple[ConvertTensor, ...]) -> str:
 
 
 def _target(tensor: SourceTensor, dtype: str | None) -> str:
-    return CASTS[dtype] if dtype is not None and tensor.dtype in FLOATS else tensor.dtype
+    return BY_CONFIG[dtype] if dtype is not None and tensor.dtype in FLOATS else tensor.dtype
 
 
 def _fill_shards(

@@ -56,7 +56,7 @@ def survey(
     size = sum(tensor.source.nbytes for tensor in plan.split)
     on_event(Started(tensors=len(plan.split), resumed=0, bytes_total=size, bytes_done=0))
     with contextlib.ExitStack() as stack:
-        reader = stack.enter_context(contextlib.closing(ShardReader(checkpoint)))
+        reader = stack.enter_context(contextlib.closing(ShardReader(checkpoint.shards)))
         curvature = None
         if plan.statistics is not None:
             curvature = stack.enter_context(contextlib.closing(StatisticsReader(plan.statistics)))

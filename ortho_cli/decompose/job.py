@@ -220,7 +220,7 @@ class _Inputs:
 @contextmanager
 def _open_inputs(plan: Plan, checkpoint: Checkpoint) -> Iterator[_Inputs]:
     with ExitStack() as stack:
-        source = stack.enter_context(closing(ShardReader(checkpoint)))
+        source = stack.enter_context(closing(ShardReader(checkpoint.shards)))
         curvature = reference = None
         if plan.statistics is not None:
             curvature = stack.enter_context(closing(StatisticsReader(plan.statistics)))
@@ -426,7 +426,7 @@ class _Job:
         self._inputs.check_unchanged()
         entries = [done[tensor.name] for tensor in plan.tensors]
         digest = artifact.source_digest(
-            (t.name, t.source.dtype, t.source.shape, done[t.name]["source_blake3"])
+            (t.name, t.source.dtype, t.source.shape, str(done[t.name]["source_blake3"]))
             for t in plan.tensors
         )
         told = artifact.ortho_metadata(

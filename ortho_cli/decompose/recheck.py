@@ -21,7 +21,8 @@ from ortho_cli.decompose.report import decibels
 from ortho_cli.decompose.workers import NUMPY_DTYPES
 from ortho_cli.errors import ArtifactError
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
-from ortho_cli.formats.artifact import Artifact, module_of
+from ortho_cli.formats.artifact import REPORT_FILE, Artifact, module_of
+from ortho_cli.formats.report import Figures, read_report, rows_of
 from ortho_cli.split.exact import (
     HINT,
     WORDS,
@@ -178,7 +179,9 @@ def check_values(
     tensors = {tensor.name: tensor for tensor in source.tensors}
     size = sum(tensor.nbytes for tensor in source.tensors)
     on_event(Started(tensors=len(tensors), resumed=0, bytes_total=size, bytes_done=0))
-    told = {entry["name"]: entry for entry in (artifact.report or {}).get("tensors", ())}
+    report = read_report(artifact)
+    rows = rows_of(report, artifact.folder / REPORT_FILE) if report is not None else ()
+    told: dict[str, Figures] = {row.name: row for row in rows}
     total = Sums()
     with _Opened(artifact, source, sizes) as opened:
         for tensor in source.tensors:
@@ -192,14 +195,14 @@ def check_values(
                     own_code=split == "unlearn",
                     rounded=_setting(recipe, "ortho", "values") == "int8",
                 )
-                if artifact.report is not None:
+                if report is not None:
                     _check_decibels(told[tensor.name], tensor.name, sums, there=there)
                 total.add(sums)
             elif split != "reference":
                 opened.check_copy(tensor)
             on_event(Advanced(nbytes=tensor.nbytes))
-    if artifact.report is not None:
-        _check_decibels(artifact.report["totals"], "totals", total, there=there)
+    if report is not None:
+        _check_decibels(report.totals, "totals", total, there=there)
     at_1 = decibels(total.signal, total.noise - total.noise_kept) if there else None
     return ValuesChecked(
         tensors=len(artifact.split),
@@ -229,12 +232,9 @@ class _Opened:
             self._kept = None
             if artifact.ortho is not None:
                 self._kept = self._stack.enter_context(KeptReader(artifact, sizes=sizes))
-            self._source = ShardReader(source)
+            self._source = ShardReader(source.shards)
             self._stack.callback(self._source.close)
-            shards = tuple(s for s in (artifact.base, artifact.ortho) if s is not None)
-            self._written = ShardReader(
-                Checkpoint(path=artifact.folder, shards=shards, tensors=(), config=None)
-            )
+            self._written = ShardReader(artifact.files)
             self._stack.callback(self._written.close)
             self._stack = self._stack.pop_all()
         self._parts = artifact.kept
@@ -333,7 +333,7 @@ class _Opened:
         return crow, column, words
 
 
-def _check_decibels(told: Mapping[str, object], name: str, sums: Sums, *, there: bool) -> None:
+def _check_decibels(told: Figures, name: str, sums: Sums, *, there: bool) -> None:
     """Compare the figures of a weight, or of all weights, in report.json with the bytes.
 
     Args:
@@ -346,25 +346,26 @@ def _check_decibels(told: Mapping[str, object], name: str, sums: Sums, *, there:
     at_1 = max(0.0, sums.noise - sums.noise_kept) / sums.signal if sums.signal else 0.0
     mine = {"sqnr_db_alpha_0": noise} | ({"sqnr_db_alpha_1": at_1} if there else {})
     for key, energy in mine.items():
-        other = _energy(told[key])
+        decibel: float | None = getattr(told, key)
+        other = _energy(decibel)
         # A report's sums are of float32, and noise at alpha 1 is a difference of two of them.
         if not abs(energy - other) <= SHARE * max(energy, other) + 1e-6 * noise + 1e-10:
             raise ArtifactError(
-                f"`{name}` has {key} {_decibels(energy)} by its bytes, and {told[key]} in "
+                f"`{name}` has {key} {_decibels(energy)} by its bytes, and {decibel} in "
                 "report.json",
                 hint=HINT,
             )
-    share, said = sums.noise_kept / sums.noise if sums.noise else 0.0, told.get("residual_kept")
-    if there and isinstance(said, int | float) and not abs(share - said) <= 1e-3:
+    share, said = sums.noise_kept / sums.noise if sums.noise else 0.0, told.residual_kept
+    if there and said is not None and not abs(share - said) <= 1e-3:
         raise ArtifactError(
             f"`{name}` has residual_kept {share:.6f} by its bytes, and {said} in report.json",
             hint=HINT,
         )
 
 
-def _energy(decibel: object) -> float:
-    """Give noise over signal; None means no noise."""
-    return 10.0 ** (-decibel / 10.0) if isinstance(decibel, int | float) else 0.0
+def _energy(decibel: float | None) -> float:
+    """Return noise over signal; None means no noise."""
+    return 0.0 if decibel is None else 10.0 ** (-decibel / 10.0)
 
 
 def _decibels(energy: float) -> str:

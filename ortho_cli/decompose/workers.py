@@ -47,7 +47,7 @@ class Reference:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Open it."""
-        self._reader = ShardReader(checkpoint)
+        self._reader = ShardReader(checkpoint.shards)
         self._tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
 
     def read_into(self, buffer: memoryview, name: str, *, start: int) -> None:

@@ -374,9 +374,9 @@ def test_tables_fit_the_terminal(
     monkeypatch: pytest.MonkeyPatch,
     columns: int,
 ) -> None:
-    from ortho_cli.cli.show import bench, tables
+    from ortho_cli.cli.show import bench, console
 
-    monkeypatch.setattr(tables, "WIDE", columns)
+    monkeypatch.setattr(console, "WIDE", columns)
     bench.print_bench(attacked)
     said = capsys.readouterr().err
     table = said[: said.index("codes were moved")].splitlines()[1:-1]

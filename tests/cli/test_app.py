@@ -244,7 +244,7 @@ def test_no_output_is_made_up_where_we_are_in_the_hub_cache_too(
         assert "hint: say where it should go: -o ~/tiny-ortho" in ran.err
     ran = ortho("decompose", snapshot, "-o", snapshot.parent / "mine")  # whoever says so gets it
     assert ran.code == 0
-    assert "mine` lies in the Hub's cache: it is no revision there" in ran.err
+    assert "mine` is in the Hub's cache, and no revision there" in ran.err
 
 
 def test_default_output_is_the_working_directory_where_the_models_folder_is_closed(

@@ -490,8 +490,8 @@ def test_open_statistics_cut_damaged_or_foreign_is_one_sentence(
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("kind", "hessian", "kind 'hessian'"),
-        ("storage", "sparse", "storage 'sparse'"),
+        ("kind", "hessian", "`kind` is 'hessian'"),
+        ("storage", "sparse", "`storage` is 'sparse'"),
         ("tensors", "[]", "is a JSON list, not an object"),
         ("tensors", "{", "is not valid JSON"),
         ("digests", "{}", "digests of 0 tensors where 14"),
