@@ -1,8 +1,10 @@
-"""Calibration: a model, sets of text, and for each weight how much it matters to each set.
+"""The job of `ortho calibrate`: pass text through a model, and write curvature statistics.
 
-Sums live in files, one float32 per weight, not in memory: each pass reads, adds and writes them
-back, one tile at a time. Two files a set take turns, so that one of them always holds the sums
-of the last finished chunk of sequences, from which a killed run goes on with the same bytes.
+    curvature of a weight = mean over sequences of (dNLL/dw)^2        (kind fisher; see formats)
+
+Sums are in files, not in memory: one float32 per weight and set, and a second file of the same size
+(see `sums`). A killed run resumes after its last finished chunk of sequences, and ends in the same
+bytes.
 """
 
 from __future__ import annotations
@@ -185,7 +187,7 @@ class _Job:
     def run(self, source: str, digests: dict[str, str]) -> Calibration:
         """Measure what no earlier run has measured, and write the file."""
         plan, work = self._plan, self._work
-        # What says something of private data is for its owner alone.
+        # Statistics of private data are for their owner alone.
         mode = 0o600 if "forget" in plan.sets else 0o644
         pending = 0
         for name, chunks in self._chunks.items():
@@ -203,7 +205,7 @@ class _Job:
 
     def _measure(self) -> None:
         settings = self._plan.settings
-        # Without autocast everything is float32; with it, weights stay what they are.
+        # Without autocast all is float32; with it, weights keep their dtype.
         dtype = None if settings.autocast else torch.float32
         model = models.load_model(self._checkpoint.folder, dtype=dtype, device=self._device)
         everything = [s for data in self._plan.sets.values() for s in data.sequences]
@@ -250,8 +252,8 @@ class _Job:
             self._on_event(
                 SequencesDone(sequences=len(batch), tokens=sum(len(s.tokens) for s in batch))
             )
-        # transformers reads the files by their names, after they were digested; nothing that a
-        # model of other bytes gave may count.
+        # transformers reads the files by name, after they were digested: no gradient of a model of
+        # other bytes may count.
         check_in_place(self._checkpoint)
         self._sums[name].finish_chunk()
         self._nll[name] += nll
@@ -263,7 +265,7 @@ class _Job:
         """Pass one batch through the model and back; return its NLL."""
         settings = self._plan.settings
         longest = max(len(sequence.tokens) for sequence in batch)
-        # Padding stands behind what is read: in a causal model nothing before it can see it.
+        # Padding follows the text: in a causal model no token before it depends on it.
         tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
         there = torch.zeros(len(batch), longest, dtype=torch.bool)
         counted = torch.zeros(len(batch), longest, dtype=torch.bool)
@@ -387,7 +389,7 @@ class _Job:
             yield key, mean.to(stored)
 
     def _describe(self, tensor: TensorInfo, mean: Tensor, digest: str) -> WeightEntry:
-        """Say what the curvature of a weight is like.
+        """Summarise the curvature of a weight.
 
         Raises:
             CalibrationError: it is zero everywhere.

@@ -1,8 +1,7 @@
-"""The main job: walk every tensor tile by tile, split it, and write the artifact.
+"""The job of `ortho decompose`: split every tensor in worker threads, and write the artifact.
 
-A tensor belongs to one worker from its first tile to its last, so its bytes cannot depend on how
-many workers there are. While workers compute, the calling thread makes finished tensors durable and
-hashes base as far as it is complete.
+One worker handles all tiles of a tensor, so no byte depends on the number of workers. Meanwhile the
+calling thread commits finished tensors to the journal, and hashes base up to its first gap.
 """
 
 from __future__ import annotations
@@ -65,35 +64,38 @@ if TYPE_CHECKING:  # to import torch takes longer than to decompose a billion we
 SWITCH_SECONDS = 0.0002  # see `_many_small_operations`
 
 EDITS_FILE = "edits.npz"
-COMPACT_FILE = "compact"  # ortho in that layout, on its way to being sealed
+COMPACT_FILE = "compact"  # scratch: the compact ortho before it is sealed
 
 
 class Editor(Protocol):
-    """Finds the codes of base that have to move so that it forgets."""
+    """Finds the codes of base that must change so that base forgets; see `forget/`."""
 
     @property
     def identity(self) -> object:
-        """What its edits depend on beside plan and source, as JSON."""
+        """Everything that its edits depend on beside plan and source, as JSON."""
 
     def find(
         self, folder: Path, *, curvature: StatisticsReader, key: Key | None, on_event: EventSink
     ) -> Edits:
-        """Find the edits; unfinished work may be kept in `folder`, sealed with `key` if any."""
+        """Find the edits; unfinished work goes to `folder`, sealed with `key` if there is one."""
 
 
 class Tuner(Protocol):
-    """Finds better codes and scales for what was rounded."""
+    """Finds better codes and scales for rounded weights; see `tune`."""
 
     @property
     def identity(self) -> object:
-        """What it finds depends on beside plan and source, as JSON."""
+        """Everything that its result depends on beside plan and source, as JSON."""
 
     def tune(
         self, start: Callable[[str], Rounded], tuned: Collection[str], *, on_event: EventSink
     ) -> Iterator[dict[str, Rounded]]:
-        """Yield weights, some at a time, as they are to be, beginning from what `start` gives.
+        """Yield tuned weights, a block at a time, by name.
 
-        What of `tuned` need not be found again is not yielded.
+        Args:
+            start: gives a weight as base and ortho have it.
+            tuned: weights that an earlier run has tuned; a block of these alone is not yielded.
+            on_event: gets progress.
         """
 
 
@@ -116,7 +118,7 @@ def check_target(
         checkpoint: the source.
         out: the folder to make.
         force: replace an artifact at `out`, and discard half-done work of another plan.
-        seal: who ortho is sealed to.
+        seal: recipients of ortho, if it is sealed.
         reads: files that are read beside the plan's.
     Raises:
         OutputExistsError: something is at `out`.
@@ -149,10 +151,10 @@ def decompose(
         plan: made from `checkpoint`.
         checkpoint: the source.
         target: the folder to make, as `check_target` passed it; appears only when complete.
-        editor: for a recipe that forgets.
-        tuner: for a recipe that tunes its rounding.
-        seal: who ortho is sealed to; nothing of it is on disk otherwise, while it is made or after.
-        keys: open what an earlier, unfinished run sealed; the passphrase of `seal` does, too.
+        editor: finds the edits of a recipe that forgets.
+        tuner: tunes the rounding of a recipe that asks for it.
+        seal: recipients of ortho; if given, ortho is never on disk unsealed, not even meanwhile.
+        keys: open the work of an earlier, unfinished run; so does the passphrase of `seal`.
         compiled: use numba's loops where they do what the plan asks for; the bytes are the same.
         device: cuda or cuda:N splits there what takes one pass, and notes what does not; the bytes
             are the same, again.
@@ -193,7 +195,7 @@ def decompose(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Inputs:
-    """The files that work reads, open."""
+    """The open files that a job reads."""
 
     source: ShardReader
     curvature: StatisticsReader | None
@@ -231,7 +233,7 @@ def _fits(plan: Plan) -> Callable[[job.Line], bool]:
 
 
 def _settled(plan: Plan, checkpoint: Checkpoint, out: Path, on_event: EventSink) -> Plan:
-    """Fix what a global budget leaves open, by the survey of an earlier run if there is one."""
+    """Choose each tensor's nnz under a global budget; use an earlier run's survey if it fits."""
     if not plan.is_open:
         return plan
     from ortho_cli.decompose.budget import settle
@@ -242,12 +244,12 @@ def _settled(plan: Plan, checkpoint: Checkpoint, out: Path, on_event: EventSink)
 def _check_has_what_it_needs(plan: Plan, editor: Editor | None, tuner: Tuner | None) -> None:
     if plan.recipe.forgets and editor is None:
         raise RecipeError(
-            f"ortho.split is {plan.recipe.ortho.split}, and nothing finds what base must not know",
+            f"ortho.split is {plan.recipe.ortho.split}, and there is no editor",
             hint="give `editor`, as `ortho_cli.forget.editor.open_editor` makes it",
         )
     if plan.recipe.base.rounding == "tuned" and tuner is None:
         raise RecipeError(
-            "base.rounding is tuned, and nothing tunes it",
+            "base.rounding is tuned, and there is no tuner",
             hint="give `tuner`, as `ortho_cli.decompose.tune.open_tuner` makes it",
         )
 
@@ -260,7 +262,7 @@ def _find_edits(
     key: WorkKey | None,
     on_event: EventSink,
 ) -> Edits:
-    """Find the edits, or take up those that an earlier run found."""
+    """Find the edits, or load those that an earlier run found."""
     if editor is None or curvature is None:
         return {}
     path = work.private / EDITS_FILE
@@ -278,9 +280,9 @@ def _find_edits(
 
 @contextmanager
 def _many_small_operations() -> Iterator[None]:
-    """Set the interpreter up for workers on tiles, and back."""
+    """Let threads switch more often: tiles are many short operations."""
     interval = sys.getswitchinterval()
-    # Workers hold the interpreter for microseconds; waiting the usual 5 ms for it costs 5 %.
+    # Workers hold the interpreter lock for microseconds; the default wait of 5 ms costs 5 %.
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
         yield
@@ -338,7 +340,7 @@ class _Job:
     def _ortho_file(self, name: str, layout: Layout, *, scratch: bool = False) -> OrthoFile:
         if self._key is not None:
             return SealedFile(self._work, name, layout, self._key)
-        # What is withheld from others should not be readable by others.
+        # Ortho holds what others must not read.
         return DataFile(self._work, name, layout, mode=0o600, scratch=scratch)
 
     def run(self, tuner: Tuner | None) -> Report:
@@ -354,7 +356,7 @@ class _Job:
             return self.finish(base_blake3)
 
     def split(self) -> str:
-        """Split every tensor that no earlier run has split; return base's BLAKE3."""
+        """Split every tensor that no earlier run has finished; return base's BLAKE3."""
         plan, done = self._plan, self._work.done
         records = self._done()
         for tensor in plan.tensors:
@@ -366,23 +368,25 @@ class _Job:
         nbytes = {tensor.name: tensor.source.nbytes for tensor in plan.tensors}
         job.report_start(self._work, nbytes, plan.side.notes, self.emit)
         self._base.write_header(plan.base.header)
-        for tensor in plan.split:  # they lie first: who hashes base need not wait for the last one
+        # They are first in the file: hashing it need not wait for their weights.
+        for tensor in plan.split:
             self._base.write(shape_key(tensor), shape_bytes(tensor), start=0)
         return self._work_through([t for t in plan.tensors if t.name not in done])
 
     def tune(self, tuner: Tuner) -> str:
-        """Put codes and scales in place of those that splitting found; return base's BLAKE3.
+        """Replace codes and scales by tuned ones; return base's BLAKE3.
 
-        A block's journal lines are written together, behind its data, and each says how many there
-        are. A kill before leaves bytes that the old lines do not fit, one between them lines of a
-        part of the block: either way the next run splits those tensors again, and tunes them.
+        The journal lines of a block are written together, after its data, and each holds the size
+        of the block. After a kill before them, the old lines do not fit the new bytes; after a kill
+        among them, lines of the block are missing. In both cases the next run splits and tunes the
+        tensors of that block again.
         """
         from ortho_cli.decompose.readback import ReadBack, given_of
 
         written = ReadBack(self._plan, self._base, self._ortho)
         tensors = {tensor.name: tensor for tensor in self._plan.split}
         tuned = [name for name, record in self._done().items() if record.tuned]
-        self._stop.clear()  # no worker is left that it was for
+        self._stop.clear()  # the workers that it stopped have ended
         worker = self._worker()
         with interruptible(self._work, total=len(tensors), done="tuned"):
             for found in tuner.tune(
@@ -403,7 +407,7 @@ class _Job:
         return {name: record for name, record in found if record is not None}
 
     def finish(self, base_blake3: str) -> Report:
-        """See that nothing changed meanwhile, and write all but the split tensors."""
+        """Check that no input has changed, and write ortho and the files beside it."""
         plan, done = self._plan, self._done()
         self.emit(Finishing(step="digests"))
         self._inputs.check_unchanged()
@@ -426,14 +430,14 @@ class _Job:
             from ortho_cli.decompose.repack import Repacker
 
             repacker = Repacker(plan, self._base, self._ortho, self._inputs.curvature)
-            # Where it is sealed, the CSR that it is made of is in a scratch file of ortho's name.
+            # Where ortho is sealed, a scratch file of its name holds the CSR.
             make = partial(self._ortho_file, ORTHO_FILE if self._key is None else COMPACT_FILE)
             with _one_thread_of_torch():
                 ortho, layout, records = repacker.run(make, records, told)
         else:
             layout = plan_layout((s for t in plan.tensors for s in t.ortho), told)
-            if layout.regions != plan.ortho.regions:  # what was written lies elsewhere
-                raise InternalError("ortho's tensors do not lie where the plan says")
+            if layout.regions != plan.ortho.regions:
+                raise InternalError("ortho's tensors are at other offsets than the plan says")
         if self._key is not None:
             self.emit(Finishing(step="seal"))
         ortho_blake3, sealed_blake3 = ortho.finish(layout)
@@ -455,10 +459,9 @@ class _Job:
         return report
 
     def _check_forgotten(self) -> None:
-        """Hold what is written against what forgetting moved: base has the codes, ortho the rest.
+        """Check that base has the codes of each edit, and ortho the weights at its positions.
 
-        Of all promises this is the one whose breach nobody would see: base would still know what
-        it was to forget, or ortho would lack what base no longer knows.
+        No figure would show a breach: base would still know the secret, or ortho would lack it.
         """
         if not self._edits:
             return
@@ -470,7 +473,7 @@ class _Job:
                 written.check_moved(tensor, self._edits[tensor.name])
 
     def _check_sealed(self, sealed_blake3: str | None) -> None:
-        """See that what was to be sealed is, and that none of it is about to be published plain."""
+        """Check that ortho is sealed where it should be, and that no plain ortho is published."""
         if self._key is None:
             return
         here = [path.name for path in self._work.artifact.glob(f"{ORTHO_FILE}*")]
@@ -479,7 +482,7 @@ class _Job:
             raise InternalError(f"ortho was to be sealed, and is not: {plain or here}")
 
     def _check_surveyed(self, records: Iterable[TensorRecord]) -> None:
-        """See that what was split is what was surveyed: times and sizes of files can be alike."""
+        """Check that split weights were surveyed as they are: other files can have equal stamps."""
         for record in records:
             for survey in self._plan.surveys:
                 told = survey.digests.get(record.name, record.source_blake3)
@@ -487,19 +490,19 @@ class _Job:
                     raise CheckpointError(
                         f"`{record.name}` has BLAKE3 {record.source_blake3}, and had {told} "
                         "when weights were surveyed for the budget",
-                        hint="the source has changed; repeat the command to begin anew",
+                        hint="the source has changed; repeat the command to start again",
                     )
 
     def _is_intact(self, tensor: TensorPlan, record: TensorRecord) -> bool:
-        """Tell whether a tensor that an earlier run finished has the bytes it read and wrote."""
-        # Files of an archive or image all have one time: another model can look like this one.
+        """Tell whether source and output of a finished tensor still have the journal's digests."""
+        # All files of an archive or image have one time, so stamps cannot tell two models apart.
         if self._reader.digest(tensor.source) != record.source_blake3:
             return False
         parts = ((self._base, record.base), (self._ortho, record.ortho))
         return all(out.digest(key) == told for out, part in parts for key, told in part.items())
 
     def _work_through(self, pending: list[TensorPlan]) -> str:
-        """Work on every pending tensor; return base's BLAKE3."""
+        """Run the workers on every pending tensor; return base's BLAKE3."""
         owners = {spec.key: t.name for t in self._plan.tensors for spec in t.base}
         shapes = {shape_key(tensor): "" for tensor in self._plan.split}  # they are written
         frontier = Frontier(self._plan.base, owners | shapes, done=[""])
@@ -508,7 +511,7 @@ class _Job:
         results: Results = SimpleQueue()
         with job.Commits(self._work, self.emit) as commits:
             try:
-                if self.kernels.compiled and pending:  # beside the copies, which come first
+                if self.kernels.compiled and pending:  # while copies, which come first, are written
                     threading.Thread(target=self.kernels.load).start()
                 with at_work(
                     self._worker, pending, results, workers=self._plan.workers, stop=self._stop
@@ -560,7 +563,7 @@ class _Job:
 
 
 def _torn(done: dict[str, TensorRecord]) -> list[str]:
-    """Find tuned tensors of blocks that are not tuned as a whole."""
+    """Find the tensors of blocks of which some records say that they are tuned, and some do not."""
     blocks: dict[tuple[str, int], list[str]] = {}
     for name, record in done.items():
         if record.tuned is not None:

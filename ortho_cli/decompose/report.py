@@ -5,7 +5,8 @@
     residual_kept   = noise_kept / noise
 
 signal is the sum of W^2, noise that of (W - base)^2, and noise_kept the part of noise at the
-positions that ortho holds.
+positions that ortho holds. The same ratio for what selects is saliency_kept; curvature_error is the
+sum of (W - base)^2 times curvature. With int8 values, figures at alpha 1 include their rounding.
 """
 
 from __future__ import annotations
@@ -22,23 +23,12 @@ from ortho_cli.decompose.selection import stacked_experts
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import module_of
 from ortho_cli.formats.quantization_config import quantization_config
+from ortho_cli.formats.report import Figures as Quality
 from ortho_cli.model.renames import rename_modules
 from ortho_cli.split.task import Figures
 from ortho_cli.storage.data_file import Layout, TensorSpec
 from ortho_cli.storage.tied import tied_head
 from ortho_cli.version import __version__
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quality:
-    """Figures of one weight or of all; with int8 values they include what rounding those costs."""
-
-    sqnr_db_alpha_0: float | None  # dB; None where there is no error
-    sqnr_db_alpha_1: float | None
-    residual_kept: float | None  # noise at alpha 1 is (1 - residual_kept) of that at alpha 0
-    curvature_error_alpha_0: float | None  # sum of residual^2 times curvature; None without it
-    curvature_error_alpha_1: float | None
-    saliency_kept: float | None  # the same share of what selects
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +48,7 @@ class SplitReport:
             "scale": self.scale,
             "nnz": self.nnz,
             **({} if self.columns is None else {"columns": self.columns}),
-            **asdict(self.quality),
+            **self.quality.model_dump(),
         }
 
 
@@ -123,7 +113,7 @@ class Totals:
         """Give the section `totals`."""
         parts = ("quality", "reference")
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in parts}
-        return own | asdict(self.quality) | (asdict(self.reference) if self.reference else {})
+        return own | self.quality.model_dump() | (asdict(self.reference) if self.reference else {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +164,9 @@ def make_config(plan: Plan, config: Mapping[str, object]) -> dict[str, object]:
         module = module_of(tensor.name)
         stacked = stacked_experts(tensor.source, tensor.reason)
         if stacked is not None:
-            unsplit.add(f"{stacked}.0.gate_proj")  # what vLLM asks for, whatever lies there
+            unsplit.add(
+                f"{stacked}.0.gate_proj"
+            )  # the name that vLLM looks up, whatever its own is
         elif len(tensor.source.shape) == 2:
             (others if is_embedding(module) else unsplit).add(module)
     head = tied_head(config)

@@ -233,7 +233,7 @@ def test_without_data_or_a_tuner_it_is_refused(
     checkpoint = open_checkpoint(memorised.model)
     settings = recipe.load_recipe(None, list(TUNED))
     planned = plan.make_plan(checkpoint, settings, statistics=open_statistics(stats))
-    with pytest.raises(RecipeError, match="nothing tunes it"):
+    with pytest.raises(RecipeError, match="there is no tuner"):
         decompose(planned, checkpoint, tmp_path / "o")
     sets = ["--set", "base.rounding=tuned"]
     told = ortho("decompose", memorised.model, "--dry-run", *sets, "--data", memorised.retain)
