@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import errno
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _STARVED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO})
@@ -191,3 +193,26 @@ def unreadable(
     message = f"cannot read {what}`{error.filename or path}`: {reason(error)}"
     hint = way_out(error, hint, path=path)
     return ResourceError(message, hint=hint) if is_starved(error) else kind(message, hint=hint)
+
+
+@contextmanager
+def blamed(
+    kind: type[OrthoError], *, path: Path | None = None, hint: str | None = None
+) -> Iterator[None]:
+    """Turn an error of the readers in storage into one of the kind of file that is read.
+
+    Args:
+        kind: class of the error that a CheckpointError becomes.
+        path: the file; with it, an OSError becomes an error of that kind, too: see `unreadable`.
+        hint: what to do about a file of that kind; the reader's own hint where none is given.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if kind is CheckpointError:
+            raise
+        raise kind(error.message, hint=hint or error.hint) from None
+    except OSError as error:
+        if path is None:
+            raise
+        raise unreadable(path, error, kind=kind, hint=hint or "may you read it?") from error

@@ -12,11 +12,11 @@ import numpy as np
 import own_reader
 import pytest
 import torch
+from jobs import decompose
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ortho_cli.decompose import recipe, tally
-from ortho_cli.decompose.job import decompose
 from ortho_cli.decompose.plan import Plan, make_plan
 from ortho_cli.decompose.recheck import check_values
 from ortho_cli.decompose.splitter import Rounded
@@ -118,7 +118,7 @@ def test_alpha_one_is_the_source_or_its_own_code_where_ortho_holds_it(
     assert (moved_at_all > 50) == (method in ("isolate", "unlearn"))
     recipe_of = made.plan(method, f"ortho.layout={layout}").recipe.canonical()
     checked = check_values(open_artifact(out), open_checkpoint(made.source), recipe_of)
-    assert checked["tensors"] == 7
+    assert checked.tensors == 7
 
 
 @pytest.mark.parametrize("alpha", ["0", "1"])

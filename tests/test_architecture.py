@@ -14,7 +14,8 @@ PACKAGE = ROOT / "ortho_cli"
 # Rooms of one row do not import one another; a room imports only from rows above its own.
 RANKS = [
     ["errors", "events", "version"],
-    ["storage", "split"],
+    ["split"],
+    ["storage"],
     ["formats"],
     ["model"],
     ["convert.sources"],

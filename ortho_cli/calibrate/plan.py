@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ortho_cli.decompose.refusals import refuse_quantized
 from ortho_cli.decompose.selection import conv1d_names, select
@@ -17,6 +17,7 @@ from ortho_cli.formats import statistics
 from ortho_cli.model import load as models
 from ortho_cli.model.hooks import Part
 from ortho_cli.model.text import TokenSequence, forget_sequences, read_rows, retain_sequences
+from ortho_cli.split.dtypes import BY_CONFIG
 from ortho_cli.storage.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.storage.data_file import Layout, TensorSpec, plan_layout
 
@@ -35,7 +36,7 @@ class DataSet:
         """Tokens that are predicted and count."""
         return sum(sequence.labels for sequence in self.sequences)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Say how much it is."""
         return {
             "sequences": len(self.sequences),
@@ -73,7 +74,7 @@ class CalibrationPlan:
             (tensor.shape[0], tensor.shape[1]),
             kind=self.settings.curvature,
             storage=self.settings.storage,
-            dtype=statistics.DTYPES[self.settings.dtype],
+            dtype=BY_CONFIG[self.settings.dtype],
             forget="forget" in self.sets,
             gram=self.settings.gram == "full",
         )
@@ -103,8 +104,13 @@ class CalibrationPlan:
         """Bytes of the sums while they are made."""
         return sum(2 * self.sums(name).size for name in self.sets)
 
-    def to_json(self) -> dict[str, Any]:
-        """Spell the plan out."""
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes of the statistics and of the sums beside them."""
+        return self.bytes_written + self.bytes_scratch
+
+    def to_json(self) -> dict[str, object]:
+        """Give the document of `ortho calibrate --dry-run --json`."""
         return {
             "calibrate": self.settings.canonical(),
             "data": {name: data.to_json() for name, data in self.sets.items()},

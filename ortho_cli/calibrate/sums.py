@@ -29,7 +29,10 @@ class Sums:
 
     def add(self, name: str, part: Part, row: int, tile: Tensor) -> None:
         """Add a tile to the sums of this chunk."""
-        key, start = f"{name}/{part}", row * tile.shape[1] * 4
+        self._add(f"{name}/{part}", row, tile)
+
+    def _add(self, key: str, row: int, tile: Tensor) -> None:
+        start = row * tile.shape[1] * 4
         tile = tile.cpu()
         if (key, row) in self._touched or self._chunks:
             first = (key, row) not in self._touched
@@ -53,7 +56,6 @@ class Sums:
             for row in range(0, region.shape[0], step):
                 if (key, row) not in self._touched:
                     tile = torch.zeros(min(step, region.shape[0] - row), columns)
-                    name, _, part = key.rpartition("/")
-                    self.add(name, part, row, tile)  # type: ignore[arg-type]
+                    self._add(key, row, tile)
         self._touched.clear()
         self._chunks += 1

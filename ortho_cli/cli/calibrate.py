@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,7 +22,6 @@ from ortho_cli.cli.options import (
 from ortho_cli.cli.shared import Output, located, run_facts
 
 if TYPE_CHECKING:
-    from ortho_cli.calibrate.plan import CalibrationPlan
     from ortho_cli.events import Event
     from ortho_cli.storage.checkpoint import Checkpoint
 
@@ -82,6 +80,7 @@ def calibrate(
     same command is given again.
     """
     from ortho_cli.calibrate.job import calibrate as run
+    from ortho_cli.calibrate.job import check_target
     from ortho_cli.calibrate.plan import make_plan, read_sets
     from ortho_cli.cli.show.calibrate import print_calibrated, print_calibration_plan
     from ortho_cli.decompose.recipe import load_recipe
@@ -91,11 +90,11 @@ def calibrate(
     settings = load_recipe(recipe, [*(sets or ()), *asked])
     model = located(model, quiet=quiet)
     checkpoint = _open_plain(model)
-    _check_output(checkpoint, out, [*data, *(forget or [])], force=force)
+    target = check_target(checkpoint, out, force=force, reads=[*data, *(forget or [])])
     notes: list[Event] = []
     rows = read_sets(model, data, forget or [], settings.calibrate, notes.append)
     plan = make_plan(checkpoint, settings, rows)
-    _check_space(plan, out)
+    target.check_space(plan.bytes_on_disk, of="statistics with their sums")
     if dry_run:
         document = plan.to_json() | {"notes": list(checkpoint.notes)}
         output.show(document, print_calibration_plan, source=str(model))
@@ -104,8 +103,8 @@ def calibrate(
     with output.progress("calibrate") as sink:
         for note in notes:
             sink(note)
-        document = run(plan, checkpoint, out, device=device, force=force, on_event=sink)
-    document["run"] = run_facts(out, began)
+        calibration = run(plan, checkpoint, target, device=device, on_event=sink)
+    document = calibration.to_json() | {"run": run_facts(out, began)}
     output.show(document, print_calibrated)
 
 
@@ -119,23 +118,3 @@ def _open_plain(model: Path) -> Checkpoint:
     checkpoint = open_checkpoint(model)
     refuse_quantized(checkpoint)
     return checkpoint
-
-
-def _check_output(checkpoint: Checkpoint, out: Path, rows: Sequence[Path], *, force: bool) -> None:
-    from ortho_cli.formats.statistics import is_statistics
-    from ortho_cli.storage.output import check_output, files_of
-
-    check_output(
-        out,
-        [*files_of(checkpoint), *rows],
-        force=force,
-        is_ours=is_statistics,
-        kind="statistics file",
-        is_file=True,
-    )
-
-
-def _check_space(plan: CalibrationPlan, out: Path) -> None:
-    from ortho_cli.storage.output import check_space
-
-    check_space(plan.bytes_written + plan.bytes_scratch, out, kind="statistics with their sums")

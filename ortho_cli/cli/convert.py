@@ -106,17 +106,16 @@ def convert(
         given = [identity] if identity else []
         plan = make_plan(opened, dtype=dtype, shard_size=size, copy=copy or (), arguments=given)
         folder = opened.folder if opened.kind == "artifact" else source
-        target, notes = place_output(out, folder, "converted" if alpha is None else "dense")
-        job.check_target(plan, opened, target, force=force)
+        out, notes = place_output(out, folder, "converted" if alpha is None else "dense")
+        target = job.check_target(plan, opened, out, force=force)
         if dry_run:
-            document = plan.to_json()
-            document["notes"] += notes
+            document = plan.to_json() | {"notes": [*plan.notes, *notes]}
             output.show(document, print_convert_plan, source=str(source))
             return
         began = time.perf_counter()
         with output.progress("convert") as sink:
             for note in notes:
                 sink(Noted(message=note))
-            document = job.convert(plan, opened, target, force=force, on_event=sink)
-    document["run"] = run_facts(target, began)
+            digests = job.convert(plan, opened, target, on_event=sink)
+    document = plan.to_json(digests) | {"run": run_facts(out, began)}
     output.show(document, print_converted)

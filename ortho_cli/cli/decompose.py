@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -116,7 +115,6 @@ DeviceOption = Annotated[
 ]
 
 
-# Longer than 60 lines: the signature and the call of the job name every option.
 def decompose(
     model: Annotated[Path, typer.Argument(help="A .safetensors file, or a model folder.")],
     out: OutOption = None,
@@ -145,6 +143,9 @@ def decompose(
 
     A killed or interrupted run resumes when the same command is given again.
     """
+    from ortho_cli.decompose.job import check_target
+    from ortho_cli.decompose.job import decompose as run
+
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     splits_on = _split_device(device)
     seal, keys = _seal_and_keys(seal_to, seal_passphrase_file, identity)
@@ -153,23 +154,23 @@ def decompose(
     rows = [*(forget or []), *(data or [])]
     private = [*rows, seal_passphrase_file, identity]
     checkpoint, plan = plan_of(model, stats, recipe, sets, workers, before, copy, private)
-    target, unusual = place_output(out, model)
+    out, unusual = place_output(out, model)
     if target_bits is not None:
-        plan = _fit(plan, checkpoint, target_bits, target, output)
-    _check_before(plan, checkpoint, target, rows, seal, force=force)
+        plan = _fit(plan, checkpoint, target_bits, out, output)
+    target = check_target(plan, checkpoint, out, force=force, seal=seal, reads=rows)
     notes: list[Event] = [Noted(message=note) for note in unusual]
     editor, tuner = _model_work(plan, checkpoint, forget or [], data or [], device, notes.append)
     if dry_run:
-        plan = settled(plan, checkpoint, target, output=output)
+        plan = settled(plan, checkpoint, out, output=output)
         output.show_plan(plan, model, notes=unusual)
         return
-    from ortho_cli.decompose.job import decompose as run
+    from ortho_cli.cli.show.decompose import print_done
 
     began = time.perf_counter()
     with output.progress("decompose") as sink:
         for note in notes:
             sink(note)
-        document = run(
+        report = run(
             plan,
             checkpoint,
             target,
@@ -177,11 +178,12 @@ def decompose(
             tuner=tuner,
             seal=seal,
             keys=keys,
-            force=force,
             device=splits_on,
             on_event=sink,
         )
-    _show_done(document, plan, run_facts(target, began), output)
+    # Not in report.json: what was left out of the source's folder concerns this user alone.
+    done = {"left_out": plan.side.to_json(), "run": run_facts(out, began)}
+    output.show(report.to_json() | done, print_done)
 
 
 def _split_device(device: str) -> str:
@@ -220,27 +222,6 @@ def _fit(plan: Plan, checkpoint: Checkpoint, target_bits: float, out: Path, outp
         return meet(plan, checkpoint, target_bits, known=known, on_event=sink)
 
 
-def _check_before(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    out: Path,
-    rows: Sequence[Path],
-    seal: Seal | None,
-    *,
-    force: bool,
-) -> None:
-    """Refuse a bad output and too little disk or memory, before data and models are read."""
-    from ortho_cli.decompose.plan import check_memory
-    from ortho_cli.formats.artifact import is_artifact
-    from ortho_cli.storage.output import check_output, check_space, files_of
-    from ortho_cli.storage.sealing import scratch_bytes
-
-    read = files_of(checkpoint, *plan.inputs, *rows)
-    check_output(out, read, force=force, is_ours=is_artifact)
-    check_space(plan.bytes_on_disk + scratch_bytes(plan.ortho, seal), out)
-    check_memory(plan)
-
-
 def _model_work(
     plan: Plan,
     checkpoint: Checkpoint,
@@ -262,14 +243,3 @@ def _model_work(
         plan, checkpoint, forget=forget, data=data, device=device, on_event=on_event
     )
     return editor, None
-
-
-def _show_done(
-    document: dict[str, object], plan: Plan, run: dict[str, object], output: Output
-) -> None:
-    from ortho_cli.cli.show.decompose import print_done
-
-    # Not in report.json: what was left out of the source's folder concerns this user alone.
-    document["left_out"] = plan.side.to_json()
-    document["run"] = run
-    output.show(document, print_done)

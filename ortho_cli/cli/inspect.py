@@ -22,6 +22,7 @@ from ortho_cli.cli.options import (
 from ortho_cli.cli.shared import Output, located, plan_of, settled
 from ortho_cli.errors import UsageError
 from ortho_cli.formats.open_artifact import open_artifact
+from ortho_cli.formats.provenance import recipe_of
 
 VerifyOption = Annotated[
     bool,
@@ -110,7 +111,7 @@ def _show_artifact(
 
         with output.progress("source") as sink:
             source = open_checkpoint(expect_source)
-            tensors = check_source(document, source, on_event=sink)
+            tensors = check_source(artifact, source, on_event=sink)
         document["source_checked"] = {"source": str(expect_source), "tensors": tensors}
     if verify:
         with output.progress("verify") as sink:
@@ -119,9 +120,8 @@ def _show_artifact(
         from ortho_cli.decompose.recheck import check_values
 
         with output.progress("values") as sink:
-            document["values_checked"] = check_values(
-                artifact, source, document["recipe"], on_event=sink
-            )
+            checked = check_values(artifact, source, recipe_of(artifact.base), on_event=sink)
+            document["values_checked"] = asdict(checked)
     output.show(document, print_artifact, folder=str(path))
 
 

@@ -60,8 +60,7 @@ class Output:
         """Print a plan that is not carried out, and more notes."""
         from ortho_cli.cli.show.decompose import print_plan
 
-        document = plan.to_json()
-        document["notes"] += notes
+        document = plan.to_json() | {"notes": [*plan.notes, *plan.side.notes, *notes]}
         self.show(document, print_plan, source=str(model))
 
 

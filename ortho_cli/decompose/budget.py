@@ -18,7 +18,7 @@ import torch
 from blake3 import blake3
 
 from ortho_cli.decompose.identity import stamps
-from ortho_cli.decompose.plan import Plan, TensorPlan, make_plan
+from ortho_cli.decompose.plan import Plan, SplitTensor, make_plan
 from ortho_cli.decompose.selection import tensor_settings
 from ortho_cli.decompose.settings import GROUP_SIZES, Recipe
 from ortho_cli.decompose.splitter import TORCH_DTYPES
@@ -56,7 +56,7 @@ def survey(
     size = sum(tensor.source.nbytes for tensor in plan.split)
     on_event(Started(tensors=len(plan.split), resumed=0, bytes_total=size, bytes_done=0))
     with contextlib.ExitStack() as stack:
-        reader = stack.enter_context(contextlib.closing(ShardReader(checkpoint)))
+        reader = stack.enter_context(contextlib.closing(ShardReader(checkpoint.shards)))
         curvature = None
         if plan.statistics is not None:
             curvature = stack.enter_context(contextlib.closing(StatisticsReader(plan.statistics)))
@@ -100,7 +100,7 @@ def _is_whole(found: Survey, plan: Plan) -> bool:
 
 def _count(
     plan: Plan,
-    tensor: TensorPlan,
+    tensor: SplitTensor,
     reader: ShardReader,
     curvature: StatisticsReader | None,
     digest: blake3,
@@ -184,7 +184,7 @@ def expected_bits(plan: Plan) -> float:
     return 8 * total / plan.split_weights
 
 
-def _compact_bytes(plan: Plan, tensor: TensorPlan) -> float:
+def _compact_bytes(plan: Plan, tensor: SplitTensor) -> float:
     rows, columns = tensor.source.shape
     share = tensor.k / tensor.source.numel
     value = 1 if plan.recipe.ortho.values == "int8" else tensor.source.nbytes / tensor.source.numel

@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,7 @@ class Edit:
 
 
 Edits = Mapping[str, Edit]
-Arrays = Mapping[str, npt.NDArray[Any]]
+Arrays = Mapping[str, npt.NDArray[np.generic]]
 
 
 class Key(Protocol):
@@ -48,16 +48,24 @@ def save_arrays(path: Path, arrays: Arrays, key: Key | None = None) -> None:
 
     def write(file: BinaryIO) -> None:
         if key is None:
-            np.savez(file, **arrays)  # type: ignore[arg-type, unused-ignore]
+            _save_npz(file, arrays)
             return
         plain = io.BytesIO()
-        np.savez(plain, **arrays)  # type: ignore[arg-type, unused-ignore]
+        _save_npz(plain, arrays)
         file.write(key.seal(plain.getvalue()))
 
     write_private(path, write)
 
 
-def load_arrays(path: Path, key: Key | None = None) -> dict[str, npt.NDArray[Any]] | None:
+def _save_npz(file: BinaryIO, arrays: Arrays) -> None:
+    """Write what np.savez writes, without its pickles."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def load_arrays(path: Path, key: Key | None = None) -> dict[str, npt.NDArray[np.generic]] | None:
     """Read what `save_arrays` wrote; None where there is nothing, or nothing whole."""
     try:
         # numpy leaves a file that it opened itself open when it is cut.
@@ -73,7 +81,7 @@ def _unsealed(file: BinaryIO, key: Key | None) -> BinaryIO:
 
 def save_edits(path: Path, edits: Edits, key: Key | None = None) -> None:
     """Keep edits that are final, so that a killed run need not find them again."""
-    arrays: dict[str, npt.NDArray[Any]] = {}
+    arrays: dict[str, npt.NDArray[np.generic]] = {}
     for name, edit in edits.items():
         arrays[f"{name}/positions"], arrays[f"{name}/codes"] = edit.positions, edit.codes
     save_arrays(path, arrays, key)
@@ -86,7 +94,10 @@ def load_edits(path: Path, key: Key | None = None) -> dict[str, Edit] | None:
         return None
     names = sorted({key.rpartition("/")[0] for key in arrays})
     return {
-        name: Edit(positions=arrays[f"{name}/positions"], codes=arrays[f"{name}/codes"])
+        name: Edit(
+            positions=arrays[f"{name}/positions"].astype(np.int64, copy=False),
+            codes=arrays[f"{name}/codes"].astype(np.int8, copy=False),
+        )
         for name in names
     }
 

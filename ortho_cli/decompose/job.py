@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ortho_cli.decompose.edits import Edits, Key, Room, check_edits, count, load_edits, save_edits
 from ortho_cli.decompose.identity import identity_of
 from ortho_cli.decompose.onepass import Loops, OnePass, is_plain, takes
-from ortho_cli.decompose.plan import Plan, TensorPlan
+from ortho_cli.decompose.plan import Plan, TensorPlan, check_memory
 from ortho_cli.decompose.recheck import Recheck
-from ortho_cli.decompose.report import make_config, make_report
+from ortho_cli.decompose.report import Report, make_config, make_report, record_of
 from ortho_cli.decompose.survey import load_surveys, save_surveys
 from ortho_cli.decompose.workers import (
     Entry,
@@ -35,7 +35,7 @@ from ortho_cli.decompose.workers import (
     shape_key,
 )
 from ortho_cli.errors import CheckpointError, InternalError, RecipeError
-from ortho_cli.events import EventSink, Finishing, Noted, Started, null_sink
+from ortho_cli.events import Event, EventSink, Finishing, Noted, null_sink
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import (
     BASE_FILE,
@@ -47,11 +47,13 @@ from ortho_cli.formats.artifact import (
     pretty_json,
 )
 from ortho_cli.formats.quantization_config import index
-from ortho_cli.formats.statistics import StatisticsReader, check_model
+from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.formats.verify import file_digest
+from ortho_cli.storage import job
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, check_in_place
 from ortho_cli.storage.data_file import DataFile, Frontier, GrowingDigest, Layout, plan_layout
-from ortho_cli.storage.output import check_output, check_space, files_of, resolve_output
+from ortho_cli.storage.job import Kind, Target
+from ortho_cli.storage.output import files_of
 from ortho_cli.storage.sealing import (
     SEALED_FILE,
     Keys,
@@ -62,16 +64,13 @@ from ortho_cli.storage.sealing import (
     key_of,
     scratch_bytes,
 )
-from ortho_cli.storage.work_folder import WorkFolder, interruptible, unwritable
+from ortho_cli.storage.work_folder import WorkFolder, interruptible
 from ortho_cli.version import __version__
 
 if TYPE_CHECKING:  # to import torch takes longer than to decompose a billion weights
     from ortho_cli.decompose.splitter import Rounded, Splitter
 
-# How often finished tensors are made durable: a kill costs at most this much work.
-COMMIT_SECONDS = 0.5
-
-SWITCH_SECONDS = 0.0002
+SWITCH_SECONDS = 0.0002  # see `_many_small_operations`
 
 EDITS_FILE = "edits.npz"
 COMPACT_FILE = "compact"  # ortho in that layout, on its way to being sealed
@@ -81,7 +80,7 @@ class Editor(Protocol):
     """Finds the codes of base that have to move so that it forgets."""
 
     @property
-    def identity(self) -> Any:
+    def identity(self) -> object:
         """What its edits depend on beside plan and source, as JSON."""
 
     def find(
@@ -94,7 +93,7 @@ class Tuner(Protocol):
     """Finds better codes and scales for what was rounded."""
 
     @property
-    def identity(self) -> Any:
+    def identity(self) -> object:
         """What it finds depends on beside plan and source, as JSON."""
 
     def tune(
@@ -106,100 +105,138 @@ class Tuner(Protocol):
         """
 
 
-def decompose(
+KIND = Kind(name="artifact", is_ours=artifact.is_artifact)
+
+
+def check_target(
     plan: Plan,
     checkpoint: Checkpoint,
     out: Path,
+    *,
+    force: bool = False,
+    seal: Seal | None = None,
+    reads: Iterable[Path] = (),
+) -> Target:
+    """Refuse an output that would lose something, or work that disk or memory cannot hold.
+
+    Args:
+        plan: made from `checkpoint`.
+        checkpoint: the source.
+        out: the folder to make.
+        force: replace an artifact at `out`, and discard half-done work of another plan.
+        seal: who ortho is sealed to.
+        reads: files that are read beside the plan's.
+    Raises:
+        OutputExistsError: something is at `out`.
+        UsageError: `out` is a file that is read, or inside or around one.
+        ResourceError: disk or memory is too small.
+    """
+    sources = [*files_of(checkpoint, *plan.inputs), *reads]
+    target = job.check_target(out, KIND, sources, force=force)
+    target.check_space(plan.bytes_on_disk + scratch_bytes(plan.ortho, seal))
+    check_memory(plan)
+    return target
+
+
+def decompose(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    target: Target,
     *,
     editor: Editor | None = None,
     tuner: Tuner | None = None,
     seal: Seal | None = None,
     keys: Keys | None = None,
-    force: bool = False,
     compiled: bool = True,
     device: str = "cpu",
     on_event: EventSink = null_sink,
-) -> Entry:
+) -> Report:
     """Carry a plan out.
 
     Args:
         plan: made from `checkpoint`.
         checkpoint: the source.
-        out: the folder to make; appears only when complete.
+        target: the folder to make, as `check_target` passed it; appears only when complete.
         editor: for a recipe that forgets.
         tuner: for a recipe that tunes its rounding.
         seal: who ortho is sealed to; nothing of it is on disk otherwise, while it is made or after.
         keys: open what an earlier, unfinished run sealed; the passphrase of `seal` does, too.
-        force: replace an artifact at `out`, and discard half-done work of another plan.
-        compiled: use numba's loops where it is installed and they do what the plan asks for; the
-            bytes of base and ortho are the same without.
+        compiled: use numba's loops where they do what the plan asks for; the bytes are the same.
         device: cuda or cuda:N splits there what takes one pass, and notes what does not; the bytes
-            of base and ortho are the same, again.
-        on_event: told of progress, from any thread, one call at a time.
+            are the same, again.
+        on_event: gets progress, from any thread, one call at a time.
     Returns:
-        The report, as written to report.json.
+        What report.json says.
     Raises:
         CheckpointError: the source changed or is shorter than its header says.
         CalibrationError: the statistics are of another model, damaged, or no curvature.
         NumericalError: a weight that is to be split is NaN or infinite.
         RecipeError: the recipe forgets and there is no editor, or tunes and there is no tuner.
-        OutputExistsError: something is at `out`, or half-done work of another plan beside it.
+        OutputExistsError: half-done work of another plan is beside the output.
         ResourceError: the disk is full or closed to us.
         Interrupted: Ctrl-C; finished tensors are kept.
     """
     _check_has_what_it_needs(plan, editor, tuner)
-    out = resolve_output(out)
-    sources = files_of(checkpoint, *plan.inputs)
-    check_output(out, sources, force=force, is_ours=artifact.is_artifact)
-    check_space(plan.bytes_on_disk + scratch_bytes(plan.ortho, seal), out)
     for note in plan.notes:
         on_event(Noted(message=note))
-    plan = _settled(plan, checkpoint, out, on_event)
-    if plan.statistics is not None:
-        check_model(plan.statistics, checkpoint, [tensor.source for tensor in plan.split])
+    plan = _settled(plan, checkpoint, target.path, on_event)
     more = {"forget": editor and editor.identity, "tune": tuner and tuner.identity}
-    identity = identity_of(plan, checkpoint, seal, **more)
+    with (
+        _open_inputs(plan, checkpoint) as inputs,
+        job.open_job(
+            target,
+            identity=identity_of(plan, checkpoint, seal, **more),
+            total=len(plan.tensors),
+            is_sound=_fits(plan),
+            on_event=on_event,
+        ) as work,
+    ):
+        save_surveys(work.private, plan.surveys)  # from here on a kill does not cost them
+        key = key_of(work, seal, keys, on_event) if seal else None
+        edits = _find_edits(plan, editor, work, inputs.curvature, key, on_event)
+        running = _Job(plan, checkpoint, inputs, edits, key, work, on_event)
+        running.device = _device_of(plan, device, on_event)
+        running.fast = compiled and running.device == "cpu" and takes(plan)
+        return running.run(tuner)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Inputs:
+    """The files that work reads, open."""
+
+    source: ShardReader
+    curvature: StatisticsReader | None
+    reference: Reference | None
+
+    def check_unchanged(self) -> None:
+        """Raise if a file was written to since its header was read."""
+        for opened in (self.source, self.curvature, self.reference):
+            if opened:
+                opened.check_unchanged()
+
+
+@contextmanager
+def _open_inputs(plan: Plan, checkpoint: Checkpoint) -> Iterator[_Inputs]:
+    with ExitStack() as stack:
+        source = stack.enter_context(closing(ShardReader(checkpoint.shards)))
+        curvature = reference = None
+        if plan.statistics is not None:
+            curvature = stack.enter_context(closing(StatisticsReader(plan.statistics)))
+        if plan.reference is not None:
+            reference = stack.enter_context(closing(Reference(plan.reference)))
+        yield _Inputs(source=source, curvature=curvature, reference=reference)
+
+
+def _fits(plan: Plan) -> Callable[[Entry], bool]:
+    """Tell whether a journal line is one that this plan could have written."""
     tensors = {tensor.name: tensor for tensor in plan.tensors}
 
-    def is_known(entry: Entry) -> bool:
+    def fits(entry: Entry) -> bool:
         tensor = tensors.get(entry["name"])
         measured = plan.statistics is not None
         return tensor is not None and is_sound(entry, tensor, curvature=measured)
 
-    curvature: StatisticsReader | None = None
-    reference: Reference | None = None
-    reader = ShardReader(checkpoint)
-    try:
-        curvature = StatisticsReader(plan.statistics) if plan.statistics else None
-        reference = Reference(plan.reference) if plan.reference else None
-        with (
-            WorkFolder(
-                out, identity=identity, force=force, is_sound=is_known, on_event=on_event
-            ) as work,
-            interruptible(work, total=len(plan.tensors)),
-        ):
-            save_surveys(work.private, plan.surveys)  # from here on a kill does not cost them
-            key = key_of(work, seal, keys, on_event) if seal else None
-            edits: Edits = {}
-            if editor is not None and curvature is not None:
-                edits = _find_edits(plan, editor, work, curvature, key, on_event)
-            job = _Job(plan, checkpoint, reader, curvature, reference, edits, key, work, on_event)
-            job.device = _device_of(plan, device, on_event)
-            job.fast = compiled and job.device == "cpu" and takes(plan)
-            with _many_small_operations(), nullcontext() if job.fast else _one_thread_of_torch():
-                base_blake3 = job.split()
-            if tuner is not None:
-                base_blake3 = job.tune(tuner)
-            if editor is not None or tuner is not None:
-                check_in_place(checkpoint)  # their model was read by its files' names
-            with _many_small_operations():
-                report = job.finish(base_blake3)
-            work.publish(may_replace=lambda there: force and artifact.is_artifact(there))
-            return report
-    finally:
-        for opened in (reader, curvature, reference):
-            if opened:
-                opened.close()
+    return fits
 
 
 def _settled(plan: Plan, checkpoint: Checkpoint, out: Path, on_event: EventSink) -> Plan:
@@ -215,35 +252,37 @@ def _check_has_what_it_needs(plan: Plan, editor: Editor | None, tuner: Tuner | N
     if plan.recipe.forgets and editor is None:
         raise RecipeError(
             f"ortho.split is {plan.recipe.ortho.split}, and nothing finds what base must not know",
-            hint="give `editor`, as `ortho_cli.forget.open_editor` makes it",
+            hint="give `editor`, as `ortho_cli.forget.editor.open_editor` makes it",
         )
     if plan.recipe.base.rounding == "tuned" and tuner is None:
         raise RecipeError(
             "base.rounding is tuned, and nothing tunes it",
-            hint="give `tuner`, as `ortho_cli.tune.open_tuner` makes it",
+            hint="give `tuner`, as `ortho_cli.decompose.tune.open_tuner` makes it",
         )
 
 
 def _find_edits(
     plan: Plan,
-    editor: Editor,
+    editor: Editor | None,
     work: WorkFolder,
-    curvature: StatisticsReader,
+    curvature: StatisticsReader | None,
     key: WorkKey | None,
     on_event: EventSink,
 ) -> Edits:
     """Find the edits, or take up those that an earlier run found."""
-    kept = work.private / EDITS_FILE
+    if editor is None or curvature is None:
+        return {}
+    path = work.private / EDITS_FILE
     room = {t.name: Room(t.k, t.source.numel, t.bits) for t in plan.split}
-    edits: Edits | None = load_edits(kept, key)
-    if edits is None:
-        work.done.clear()  # nothing that was split before can be relied on without its edits
-        edits = editor.find(work.private, curvature=curvature, key=key, on_event=on_event)
-        check_edits(edits, room)
-        save_edits(kept, edits, key)
-        return edits
-    check_edits(edits, room)
-    return edits
+    known: Edits | None = load_edits(path, key)
+    if known is None:
+        work.done.clear()  # a tensor that was split before cannot be relied on without its edits
+        found = editor.find(work.private, curvature=curvature, key=key, on_event=on_event)
+        check_edits(found, room)
+        save_edits(path, found, key)
+        return found
+    check_edits(known, room)
+    return known
 
 
 def _device_of(plan: Plan, device: str, on_event: EventSink) -> str:
@@ -283,9 +322,7 @@ class _Job:
         self,
         plan: Plan,
         checkpoint: Checkpoint,
-        reader: ShardReader,
-        curvature: StatisticsReader | None,
-        reference: Reference | None,
+        inputs: _Inputs,
         edits: Edits,
         key: WorkKey | None,
         work: WorkFolder,
@@ -296,7 +333,7 @@ class _Job:
         self.fast, self.device = False, "cpu"
         self._edits = edits
         self._checkpoint = checkpoint
-        self._reader, self._curvature, self._reference = reader, curvature, reference
+        self._inputs, self._reader = inputs, inputs.source
         self._work = work
         self._on_event = on_event
         self._event_lock = threading.Lock()
@@ -306,10 +343,10 @@ class _Job:
         self._ortho = self._ortho_file(ORTHO_FILE, plan.ortho, scratch=plan.is_compact)
         recipe = plan.recipe
         self._recheck = Recheck(
-            reader,
+            inputs.source,
             self._base,
             self._ortho,
-            nearest=not recipe.compensates and reference is None,
+            nearest=not recipe.compensates and inputs.reference is None,
             own_code=recipe.ortho.split == "unlearn",
             # Beside what finds codes to move or to tune, reading them back takes no time.
             whole=recipe.forgets or recipe.compensates,
@@ -322,6 +359,17 @@ class _Job:
         # What is withheld from others should not be readable by others.
         return DataFile(self._work, name, layout, mode=0o600, scratch=scratch)
 
+    def run(self, tuner: Tuner | None) -> Report:
+        """Split, tune and finish."""
+        with _many_small_operations(), nullcontext() if self.fast else _one_thread_of_torch():
+            base_blake3 = self.split()
+        if tuner is not None:
+            base_blake3 = self.tune(tuner)
+        if self._plan.recipe.forgets or tuner is not None:
+            check_in_place(self._checkpoint)  # transformers read the model by its files' names
+        with _many_small_operations():
+            return self.finish(base_blake3)
+
     def split(self) -> str:
         """Split every tensor that no earlier run has split; return base's BLAKE3."""
         plan, done = self._plan, self._work.done
@@ -331,16 +379,8 @@ class _Job:
         for name in _torn(done):
             del done[name]
         self._check_surveyed(done.values())
-        self._emit(
-            Started(
-                tensors=len(plan.tensors),
-                resumed=len(done),
-                bytes_total=plan.bytes_read,
-                bytes_done=sum(t.source.nbytes for t in plan.tensors if t.name in done),
-            )
-        )
-        for note in plan.side.notes:
-            self._emit(Noted(message=note))
+        nbytes = {tensor.name: tensor.source.nbytes for tensor in plan.tensors}
+        job.report_start(self._work, nbytes, plan.side.notes, self._emit)
         self._base.write_header(plan.base.header)
         for tensor in plan.split:  # they lie first: who hashes base need not wait for the last one
             self._base.write(shape_key(tensor), shape_bytes(tensor), start=0)
@@ -374,17 +414,14 @@ class _Job:
                 self._work.commit(entries)
         return GrowingDigest(self._base.fd).up_to(self._plan.base.size)
 
-    def finish(self, base_blake3: str) -> Entry:
+    def finish(self, base_blake3: str) -> Report:
         """See that nothing changed meanwhile, and write all but the split tensors."""
         plan, done = self._plan, self._work.done
         self._emit(Finishing(step="digests"))
-        self._reader.check_unchanged()
-        for opened in (self._curvature, self._reference):
-            if opened:
-                opened.check_unchanged()
+        self._inputs.check_unchanged()
         entries = [done[tensor.name] for tensor in plan.tensors]
         digest = artifact.source_digest(
-            (t.name, t.source.dtype, t.source.shape, done[t.name]["source_blake3"])
+            (t.name, t.source.dtype, t.source.shape, str(done[t.name]["source_blake3"]))
             for t in plan.tensors
         )
         told = artifact.ortho_metadata(
@@ -400,7 +437,7 @@ class _Job:
             self._emit(Finishing(step="compact"))
             from ortho_cli.decompose.repack import Repacker
 
-            repacker = Repacker(plan, self._base, self._ortho, self._curvature)
+            repacker = Repacker(plan, self._base, self._ortho, self._inputs.curvature)
             # Where it is sealed, the CSR that it is made of is in a scratch file of ortho's name.
             make = partial(self._ortho_file, ORTHO_FILE if self._key is None else COMPACT_FILE)
             with _one_thread_of_torch():
@@ -413,9 +450,10 @@ class _Job:
             self._emit(Finishing(step="seal"))
         ortho_blake3, sealed_blake3 = ortho.finish(layout)
         self._check_sealed(sealed_blake3)
+        self._emit(Finishing(step="sync"))
         report = make_report(
             plan,
-            entries,
+            [record_of(entry) for entry in entries],
             ortho=layout,
             moved=count(self._edits),
             source_digest=digest,
@@ -423,9 +461,9 @@ class _Job:
             ortho_blake3=ortho_blake3,
             sealed_blake3=sealed_blake3,
             device=self.device.partition(":")[0],
+            side_files=self._write_side_files(),
         )
-        self._emit(Finishing(step="sync"))
-        self._write_side_files(report)
+        job.write_files(self._work, {REPORT_FILE: pretty_json(report.to_json())})
         return report
 
     def _check_forgotten(self) -> None:
@@ -482,32 +520,27 @@ class _Job:
         frontier = Frontier(self._plan.base, owners | shapes, done=[""])
         frontier.finish(self._work.done)
         digest = GrowingDigest(self._base.fd)
-        finished: list[Entry] = []
         results: Results = SimpleQueue()
-        options: dict[str, Any] = {"workers": self._plan.workers, "stop": self._stop}
-        try:
-            if self.fast and pending:  # beside the copies, which come first
-                threading.Thread(target=self._loops.get).start()
-            with at_work(self._worker, pending, results, **options):
-                committed = time.monotonic()
-                for _ in pending:
-                    entry = results.get()
-                    if isinstance(entry, BaseException):
-                        raise entry
-                    self._check_surveyed([entry])
-                    finished.append(entry)
-                    frontier.finish([entry["name"]])
-                    digest.up_to(frontier.offset)
-                    if time.monotonic() - committed >= COMMIT_SECONDS:
-                        self._work.commit(finished)
-                        finished, committed = [], time.monotonic()
-        except BaseException:
-            while not results.empty():  # what workers finished and nobody has taken yet
-                result = results.get()
-                finished += [] if isinstance(result, BaseException) else [result]
-            self._work.commit(finished)
-            raise
-        self._work.commit(finished)
+        with job.Commits(self._work, self._emit) as commits:
+            try:
+                if self.fast and pending:  # beside the copies, which come first
+                    threading.Thread(target=self._loops.get).start()
+                with at_work(
+                    self._worker, pending, results, workers=self._plan.workers, stop=self._stop
+                ):
+                    for _ in pending:
+                        entry = results.get()
+                        if isinstance(entry, BaseException):
+                            raise entry
+                        self._check_surveyed([entry])
+                        commits.add(entry)
+                        frontier.finish([entry["name"]])
+                        digest.up_to(frontier.offset)
+            finally:
+                while not results.empty():  # tensors that were finished when another one failed
+                    result = results.get()
+                    if not isinstance(result, BaseException):
+                        commits.keep(result)
         return digest.up_to(self._plan.base.size)
 
     def _splitter(self) -> Splitter:
@@ -519,13 +552,13 @@ class _Job:
             self._ortho,
             group_size=self._plan.group_size,
             sizes=self._plan.sizes,
-            curvature=self._curvature,
+            curvature=self._inputs.curvature,
             by_curvature=self._plan.recipe.saliency.kind == "curvature",
             edits=self._edits,
             moved_to_code=self._plan.recipe.ortho.split == "unlearn",
             alone=self._plan.recipe.forgets or self._plan.recipe.base.alone,
             compensate=self._plan.recipe.compensates,
-            reference=self._reference,
+            reference=self._inputs.reference,
             check=self._recheck.check,
             stop=self._stop,
             on_event=self._emit,
@@ -536,7 +569,7 @@ class _Job:
         options: dict[str, Any] = {
             "group_size": self._plan.group_size,
             "sizes": self._plan.sizes,
-            "curvature": self._curvature,
+            "curvature": self._inputs.curvature,
             "other": self._splitter,
             "check": self._recheck.check,
             "stop": self._stop,
@@ -551,28 +584,20 @@ class _Job:
             return OnePass(*places, loops=self._loops, alone=alone, **options)
         return self._splitter()
 
-    def _emit(self, event: Any) -> None:
+    def _emit(self, event: Event) -> None:
         with self._event_lock:
             self._on_event(event)
 
-    def _write_side_files(self, report: Entry) -> None:
-        plan, checkpoint, work = self._plan, self._checkpoint, self._work
-        try:
-            names = [file.name for file in plan.side.copied] + [INDEX_FILE]
-            plan.side.check_unchanged()
-            for file in plan.side.copied:
-                work.copy_file(plan.side.folder / file.source, file.name)
-            if checkpoint.config is not None:
-                names.append(CONFIG_FILE)
-                work.write_file(CONFIG_FILE, pretty_json(make_config(plan, checkpoint.config)))
-            size = plan.base.size - len(plan.base.header)
-            work.write_file(INDEX_FILE, pretty_json(index(plan.base.regions, total_size=size)))
-            report["side_files"] = {
-                artifact.spelled(n): file_digest(work.artifact / n) for n in sorted(names)
-            }
-            work.write_file(REPORT_FILE, pretty_json(report))
-        except OSError as error:
-            raise unwritable(work.artifact, error) from error
+    def _write_side_files(self) -> dict[str, str]:
+        """Write config.json, the index and what is copied; return the BLAKE3 of each, by name."""
+        plan, config = self._plan, self._checkpoint.config
+        size = plan.base.size - len(plan.base.header)
+        made = {INDEX_FILE: pretty_json(index(plan.base.regions, total_size=size))}
+        if config is not None:
+            made[CONFIG_FILE] = pretty_json(make_config(plan, config))
+        job.write_side_files(self._work, plan.side, made)
+        names = sorted([*made, *(file.name for file in plan.side.copied)])
+        return {artifact.spelled(n): file_digest(self._work.artifact / n) for n in names}
 
 
 def _torn(done: dict[str, Entry]) -> list[str]:

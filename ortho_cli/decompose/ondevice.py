@@ -23,7 +23,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from ortho_cli.decompose.onepass import WORDS, CurvatureTile, Plain, Refused
-from ortho_cli.decompose.plan import TensorPlan
+from ortho_cli.decompose.plan import SplitTensor
 from ortho_cli.decompose.splitter import TORCH_DTYPES
 from ortho_cli.decompose.workers import Entry
 from ortho_cli.events import Advanced
@@ -41,7 +41,7 @@ class OnDevice(Plain):
         self._device = torch.device(device)
         self._lanes = (_Lane(self._device), _Lane(self._device))
 
-    def _split(self, tensor: TensorPlan) -> Entry:
+    def _split(self, tensor: SplitTensor) -> Entry:
         columns = tensor.source.shape[1]
         curvature = self._open(tensor)
         digest, sums = blake3(), np.zeros(3)
@@ -78,7 +78,7 @@ class OnDevice(Plain):
 
     def _begin(
         self,
-        tensor: TensorPlan,
+        tensor: SplitTensor,
         lane: _Lane,
         raw: npt.NDArray[Any],
         curvature: CurvatureTile,

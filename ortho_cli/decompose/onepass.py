@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from ortho_cli.decompose.plan import Plan, TensorPlan
+from ortho_cli.decompose.plan import Plan, SplitTensor
 from ortho_cli.decompose.workers import EXPONENTS, Entry, Worker, sample_rows, short_of
 from ortho_cli.events import Advanced, EventSink, Noted, null_sink
 from ortho_cli.formats.statistics import CurvaturePass, StatisticsReader
@@ -109,7 +109,7 @@ class Plain(Worker):
         self._other = other
         self._made: Worker | None = None
 
-    def split(self, tensor: TensorPlan) -> Entry:
+    def split(self, tensor: SplitTensor) -> Entry:
         """Split one tensor: quantize it, and keep the k weights that lose most."""
         with suppress(Refused):
             return self._split(tensor)
@@ -117,15 +117,15 @@ class Plain(Worker):
         return self._made.split(tensor)
 
     @abstractmethod
-    def _split(self, tensor: TensorPlan) -> Entry:
+    def _split(self, tensor: SplitTensor) -> Entry:
         """Split one tensor, or raise `Refused`."""
 
-    def _open(self, tensor: TensorPlan) -> CurvatureWords | None:
+    def _open(self, tensor: SplitTensor) -> CurvatureWords | None:
         return CurvatureWords(self._curvature, tensor.name) if self._curvature else None
 
     def _close(
         self,
-        tensor: TensorPlan,
+        tensor: SplitTensor,
         source: blake3,
         base: list[TensorStream],
         curvature: CurvatureWords | None,
@@ -175,7 +175,7 @@ class OnePass(Plain):
         self._group = np.empty((2, padded), np.float32)
         self._room = _Room()
 
-    def _split(self, tensor: TensorPlan) -> Entry:
+    def _split(self, tensor: SplitTensor) -> Entry:
         if not self._loops.get():  # not before: another worker may copy while this one loads them
             raise Refused
         found = self._split_above(tensor, self._guess_bar(tensor), self._on_event)
@@ -183,13 +183,13 @@ class OnePass(Plain):
         found = found or self._split_again(tensor, None)
         return take_turns(found, partial(self._split_again, tensor), self._rounds(tensor)).entry
 
-    def _split_again(self, tensor: TensorPlan, before: _Found | None) -> _Found:
+    def _split_again(self, tensor: SplitTensor, before: _Found | None) -> _Found:
         found = self._split_above(tensor, None, null_sink, before)
         if found is None:
             raise short_of(tensor)
         return found
 
-    def _rounds(self, tensor: TensorPlan) -> int:
+    def _rounds(self, tensor: SplitTensor) -> int:
         if self._alone:
             return 0
         alike, numel = self._curvature is not None, tensor.source.numel
@@ -197,7 +197,7 @@ class OnePass(Plain):
 
     def _split_above(
         self,
-        tensor: TensorPlan,
+        tensor: SplitTensor,
         bar: float | None,
         on_event: EventSink,
         before: _Found | None = None,
@@ -236,7 +236,7 @@ class OnePass(Plain):
 
     def _loop(
         self,
-        tensor: TensorPlan,
+        tensor: SplitTensor,
         raw: Array,
         weight: CurvatureTile,
         top: TopK,
@@ -291,7 +291,7 @@ class OnePass(Plain):
         top.took(found)
         return codes, scales
 
-    def _guess_bar(self, tensor: TensorPlan) -> float | None:
+    def _guess_bar(self, tensor: SplitTensor) -> float | None:
         """Guess from rows all over the tensor what saliency the k-th largest will exceed."""
         sample = sample_rows(tensor, self._sizes.bar_sample)
         if sample is None:
@@ -314,13 +314,13 @@ class OnePass(Plain):
         self._loop(tensor, raw, weight, every, np.zeros(3), row=0)
         return guess_bar(saliency, tensor.k / tensor.source.numel)
 
-    def _payloads(self, tensor: TensorPlan) -> list[npt.DTypeLike]:
+    def _payloads(self, tensor: SplitTensor) -> list[npt.DTypeLike]:
         """Say what is carried along: words, and with curvature the residual, too."""
         words: list[npt.DTypeLike] = [WORDS[tensor.source.dtype]]
         return [*words, np.float32] if self._curvature else words
 
 
-def _measured(tensor: TensorPlan, sums: Array, kept: Sequence[Array]) -> dict[str, float]:
+def _measured(tensor: SplitTensor, sums: Array, kept: Sequence[Array]) -> dict[str, float]:
     """Say what rounding costs, and what of that ortho takes away."""
     signal, *noise = map(float, sums)
     entry = {"signal": signal}

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ortho_cli.decompose.refusals import (
     check_compensation,
@@ -47,17 +47,11 @@ REPACK_BYTES = 80  # for each weight that a tensor keeps, while a compact ortho 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TensorPlan:
-    """What happens to one source tensor."""
+class CopyTensor:
+    """A source tensor that base holds unchanged."""
 
     source: TensorInfo
-    reason: str | None  # why it is not split
-    bits: int  # of a code; 0 where there are none
-    scale: Scale | None
-    density: float | None
-    k: int
-    base: tuple[TensorSpec, ...]
-    ortho: tuple[TensorSpec, ...]
+    reason: str  # why it is not split
 
     @property
     def name(self) -> str:
@@ -65,9 +59,36 @@ class TensorPlan:
         return self.source.name
 
     @property
-    def action(self) -> Literal["split", "copy"]:
-        """What happens to it."""
-        return "split" if self.reason is None else "copy"
+    def base(self) -> tuple[TensorSpec, ...]:
+        """The tensor that base holds of it."""
+        source = self.source
+        return (TensorSpec(key=source.name, dtype=source.dtype, shape=source.shape),)
+
+    @property
+    def ortho(self) -> tuple[TensorSpec, ...]:
+        """The tensors that ortho holds of it: none."""
+        return ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitTensor:
+    """A weight that is split: base holds its codes and scales, ortho `k` of its entries."""
+
+    source: TensorInfo
+    bits: int  # per code
+    scale: Scale
+    density: float  # k as a share of its weights
+    k: int
+    base: tuple[TensorSpec, ...]  # weight_packed, weight_scale, weight_shape
+    ortho: tuple[TensorSpec, ...]  # crow_indices, col_indices, values
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return self.source.name
+
+
+TensorPlan = SplitTensor | CopyTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,9 +112,9 @@ class Plan:
     notes: tuple[str, ...] = ()  # what is unusual of the source, and read all the same
 
     @property
-    def split(self) -> tuple[TensorPlan, ...]:
+    def split(self) -> tuple[SplitTensor, ...]:
         """The tensors that are split."""
-        return tuple(tensor for tensor in self.tensors if tensor.action == "split")
+        return tuple(tensor for tensor in self.tensors if isinstance(tensor, SplitTensor))
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -161,7 +182,7 @@ class Plan:
         """Bits of both files, headers and all, for each weight of the model."""
         return 8 * (self.base.size + self.ortho_bytes) / self.weights
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Spell the plan out, with every byte offset that does not depend on weights."""
         return {
             "plan_sha256": self.sha256,
@@ -197,29 +218,30 @@ class Plan:
             ],
             "left_out": self.side.to_json(),
             "notes": [*self.notes, *self.side.notes],
-            "tensors": [
-                {
-                    "name": tensor.name,
-                    "action": tensor.action,
-                    "reason": tensor.reason,
-                    "dtype": tensor.source.dtype,
-                    "shape": list(tensor.source.shape),
-                    "shard": tensor.source.shard,
-                    "offset": tensor.source.offset,
-                    "nbytes": tensor.source.nbytes,
-                    "bits": tensor.bits or None,
-                    "scale": tensor.scale,
-                    "density": tensor.density,
-                    "k": tensor.k,
-                    "base": _regions(tensor.base, self.base),
-                    "ortho": {} if self.is_compact else _regions(tensor.ortho, self.ortho),
-                }
-                for tensor in self.tensors
-            ],
+            "tensors": [self._tensor_json(tensor) for tensor in self.tensors],
+        }
+
+    def _tensor_json(self, tensor: TensorPlan) -> dict[str, object]:
+        source, split = tensor.source, tensor if isinstance(tensor, SplitTensor) else None
+        return {
+            "name": tensor.name,
+            "action": "split" if split else "copy",
+            "reason": None if isinstance(tensor, SplitTensor) else tensor.reason,
+            "dtype": source.dtype,
+            "shape": list(source.shape),
+            "shard": source.shard,
+            "offset": source.offset,
+            "nbytes": source.nbytes,
+            "bits": split and split.bits,
+            "scale": split and split.scale,
+            "density": split and split.density,
+            "k": split.k if split else 0,
+            "base": _regions(tensor.base, self.base),
+            "ortho": {} if self.is_compact else _regions(tensor.ortho, self.ortho),
         }
 
 
-def _regions(specs: Iterable[TensorSpec], layout: Layout) -> dict[str, dict[str, Any]]:
+def _regions(specs: Iterable[TensorSpec], layout: Layout) -> dict[str, dict[str, object]]:
     found = ((spec.key, layout.regions[spec.key]) for spec in specs)
     return {  # not asdict, which copies deeply: a third of what a large plan's JSON takes
         key: {"dtype": x.dtype, "shape": x.shape, "offset": x.offset, "nbytes": x.nbytes}
@@ -253,33 +275,24 @@ def make_plan(
         RecipeError: a target or override matches nothing, group_size or 3 bits do not fit, siblings
             would differ; curvature without statistics, or statistics without a use.
         CalibrationError: statistics lack a tensor that is split, or were measured in another shape.
-        CheckpointError: the source is quantized already, or holds weights that should be split and
-            cannot be.
+        CheckpointError: the source is quantized, or has weights that should be split and cannot.
     """
     refuse_quantized(checkpoint)
     recipe = _resolve(recipe, statistics)
     reasons = select(checkpoint, recipe)
-    split = [tensor for tensor in checkpoint.tensors if reasons[tensor.name] is None]
-    group_size = _group_size(split, recipe)
-    check_overrides(recipe, {tensor.name: tensor for tensor in split})
+    weights = [tensor for tensor in checkpoint.tensors if reasons[tensor.name] is None]
+    group_size = _group_size(weights, recipe)
+    check_overrides(recipe, {tensor.name: tensor for tensor in weights})
     tensors = tuple(
         _plan_tensor(tensor, reasons[tensor.name], recipe, group_size, kept or {})
         for tensor in checkpoint.tensors
     )
-    _check_use(recipe, tensors, statistics)
-    _check_split(recipe, checkpoint, statistics, reference)
-    if statistics is not None:
-        check_weights(statistics, split)
+    split = tuple(tensor for tensor in tensors if isinstance(tensor, SplitTensor))
+    _check_use(recipe, split, statistics)
+    _check_split(recipe, checkpoint, split, statistics, reference)
     sha256 = _sha256(tensors, recipe, group_size, statistics)
-    canonical = canonical_json(recipe.canonical())
-    common = {"plan_sha256": sha256, "recipe": canonical, "version": __version__}
-    base = plan_layout(_unique(checkpoint, tensors, "base"), artifact.base_metadata(**common))
-    ortho = plan_layout(
-        _unique(checkpoint, tensors, "ortho"),
-        artifact.ortho_metadata(**common, source_digest=NO_DIGEST, base_blake3=NO_DIGEST),
-    )
-    if recipe.ortho.layout == "compact":
-        _check_compact_header(tensors, rounded=recipe.ortho.values == "int8")
+    base, ortho = _layouts(checkpoint, tensors, recipe, sha256)
+    _check_compact_header(split, recipe)
     return Plan(
         recipe=recipe,
         group_size=group_size,
@@ -294,11 +307,13 @@ def make_plan(
         sizes=sizes,
         reference=reference,
         kept=kept,
-        notes=(
-            *checkpoint.notes,
-            *(f"of the reference: {note}" for note in (reference.notes if reference else ())),
-        ),
+        notes=_notes(checkpoint, reference),
     )
+
+
+def _notes(checkpoint: Checkpoint, reference: Checkpoint | None) -> tuple[str, ...]:
+    theirs = reference.notes if reference else ()
+    return (*checkpoint.notes, *(f"of the reference: {note}" for note in theirs))
 
 
 def _resolve(recipe: Recipe, statistics: Statistics | None) -> Recipe:
@@ -308,11 +323,11 @@ def _resolve(recipe: Recipe, statistics: Statistics | None) -> Recipe:
 
 
 def _check_use(
-    recipe: Recipe, tensors: tuple[TensorPlan, ...], statistics: Statistics | None
+    recipe: Recipe, split: tuple[SplitTensor, ...], statistics: Statistics | None
 ) -> None:
     """Refuse curvature without statistics, and statistics that would change nothing."""
     uses = ["`saliency.kind`"] if recipe.saliency.kind == "curvature" else []
-    uses += [f"the scale of `{tensor.name}`" for tensor in tensors if tensor.scale == "curvature"]
+    uses += [f"the scale of `{tensor.name}`" for tensor in split if tensor.scale == "curvature"]
     if uses and statistics is None:
         raise RecipeError(
             f"{uses[0]} is curvature, and no statistics are given",
@@ -331,28 +346,31 @@ def _check_use(
 def _check_split(
     recipe: Recipe,
     checkpoint: Checkpoint,
+    split: tuple[SplitTensor, ...],
     statistics: Statistics | None,
     reference: Checkpoint | None,
 ) -> None:
-    """Refuse a split without what it needs, and a reference that is of another model."""
+    """Refuse a split without what it needs, and statistics or a reference of another model."""
     check_values(recipe)
-    split = recipe.ortho.split
+    kind = recipe.ortho.split
     if recipe.ortho.budget == "global":
         check_global(recipe)
     if recipe.forgets and (
         statistics is None or statistics.kind == "gram" or recipe.saliency.kind == "residual"
     ):
         raise RecipeError(
-            f"ortho.split is {split}, and there are no statistics of fisher that it may use",
+            f"ortho.split is {kind}, and there are no statistics of fisher that it may use",
             hint="ortho calibrate MODEL --data FILE, then --stats stats.safetensors",
         )
-    if (split == "reference") != (reference is not None):
+    if (kind == "reference") != (reference is not None):
         raise RecipeError(
-            f"ortho.split is {split}, and {'no' if reference is None else 'a'} reference is given",
+            f"ortho.split is {kind}, and {'no' if reference is None else 'a'} reference is given",
             hint="--reference CHECKPOINT goes with --set ortho.split=reference",
         )
     if reference is not None:
         check_reference(checkpoint, reference)
+    if statistics is not None:
+        check_weights(statistics, [tensor.source for tensor in split])
 
 
 OUR_FILES = (
@@ -446,23 +464,12 @@ def _plan_tensor(
     kept: Mapping[str, int],
 ) -> TensorPlan:
     if reason is not None:
-        same = TensorSpec(key=tensor.name, dtype=tensor.dtype, shape=tensor.shape)
-        return TensorPlan(
-            source=tensor,
-            reason=reason,
-            bits=0,
-            scale=None,
-            density=None,
-            k=0,
-            base=(same,),
-            ortho=(),
-        )
+        return CopyTensor(source=tensor, reason=reason)
     settings, name, dtype = tensor_settings(recipe, tensor.name), tensor.name, tensor.dtype
     shape, bits = (tensor.shape[0], tensor.shape[1]), settings.bits
     k = kept.get(name, round(settings.density * tensor.numel))
-    return TensorPlan(
+    return SplitTensor(
         source=tensor,
-        reason=None,
         bits=bits,
         scale=settings.scale,
         density=k / tensor.numel if name in kept else settings.density,
@@ -470,6 +477,20 @@ def _plan_tensor(
         base=artifact.base_specs(name, dtype=dtype, shape=shape, group_size=group_size, bits=bits),
         ortho=artifact.ortho_specs(name, dtype=dtype, shape=shape, nnz=k),
     )
+
+
+def _layouts(
+    checkpoint: Checkpoint, tensors: tuple[TensorPlan, ...], recipe: Recipe, sha256: str
+) -> tuple[Layout, Layout]:
+    """Lay out base and ortho; digests that only work tells are zeros of the same length."""
+    canonical = canonical_json(recipe.canonical())
+    common = {"plan_sha256": sha256, "recipe": canonical, "version": __version__}
+    base = plan_layout(_unique(checkpoint, tensors, "base"), artifact.base_metadata(**common))
+    ortho = plan_layout(
+        _unique(checkpoint, tensors, "ortho"),
+        artifact.ortho_metadata(**common, source_digest=NO_DIGEST, base_blake3=NO_DIGEST),
+    )
+    return base, ortho
 
 
 def _unique(
@@ -488,15 +509,17 @@ def _unique(
             yield spec
 
 
-def _check_compact_header(tensors: tuple[TensorPlan, ...], *, rounded: bool) -> None:
+def _check_compact_header(split: tuple[SplitTensor, ...], recipe: Recipe) -> None:
     """Refuse a compact ortho whose header no reader would take, which else shows after the work.
 
     How large its parts are depends on weights, how many there are does not.
     """
+    if recipe.ortho.layout != "compact":
+        return
+    rounded = recipe.ortho.values == "int8"
     specs = (
         spec
-        for tensor in tensors
-        if tensor.reason is None
+        for tensor in split
         for spec in artifact.compact_specs(
             tensor.name,
             dtype="I8" if rounded else tensor.source.dtype,
@@ -522,7 +545,17 @@ def _sha256(
         "recipe": recipe.canonical(),
         "group_size": group_size,
         "tensors": [
-            [t.name, t.source.dtype, t.source.shape, t.scale, t.density, t.k] for t in tensors
+            [
+                tensor.name,
+                tensor.source.dtype,
+                tensor.source.shape,
+                *(
+                    (tensor.scale, tensor.density, tensor.k)
+                    if isinstance(tensor, SplitTensor)
+                    else (None, None, 0)
+                ),
+            ]
+            for tensor in tensors
         ],
     }
     if statistics is not None:
@@ -551,7 +584,7 @@ def _peak_bytes(
         held = _tuning_bytes(tensors, recipe.tune.batch * recipe.tune.length)
     work = sum(needs[:workers])
     if recipe.ortho.layout == "compact":  # encoded when the workers are done
-        most = max((tensor.k for tensor in tensors), default=0)
+        most = max(t.k for t in tensors if isinstance(t, SplitTensor))
         work = max(work, REPACK_BYTES * most + 24 * sizes.split)
     return MODULES_BYTES + TENSOR_BYTES * entries + held + work
 
@@ -559,18 +592,18 @@ def _peak_bytes(
 def _tuning_bytes(tensors: tuple[TensorPlan, ...], tokens: int) -> int:
     """Bound what a pass back through a model in bfloat16 holds; half again of its activations."""
     model = 2 * sum(tensor.source.numel for tensor in tensors)
-    features = sum(sum(tensor.source.shape) for tensor in tensors if tensor.reason is None)
+    features = sum(sum(t.source.shape) for t in tensors if isinstance(t, SplitTensor))
     return model + 3 * tokens * features + LOGITS_BYTES // 2
 
 
 def _buffer_bytes(
     tensor: TensorPlan, statistics: Statistics | None, compensates: bool, sizes: Sizes
 ) -> int:
-    if tensor.reason is not None:
+    if isinstance(tensor, CopyTensor):
         return 2 * sizes.copy_bytes
     numel = tensor.source.numel
     elements = sizes.rows("split", tensor.source.shape) * tensor.source.shape[1]
-    tile = elements * {"mse": 48, "curvature": 52}.get(str(tensor.scale), 24)
+    tile = elements * {"mse": 48, "curvature": 52}.get(tensor.scale, 24)
     more = 0
     if statistics is not None:
         # Curvature as read and in float32, its root, saliency, squares; vectors are held whole.

@@ -10,18 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ortho_cli.decompose.plan import TensorPlan
+from ortho_cli.decompose.plan import SplitTensor
 from ortho_cli.decompose.report import decibels
 from ortho_cli.decompose.workers import NUMPY_DTYPES
 from ortho_cli.errors import ArtifactError
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
-from ortho_cli.formats.artifact import Artifact, module_of
+from ortho_cli.formats.artifact import REPORT_FILE, Artifact, module_of
+from ortho_cli.formats.report import Figures, read_report, rows_of
 from ortho_cli.split.exact import (
     HINT,
     WORDS,
@@ -72,7 +73,7 @@ class Recheck:
         self._nearest, self._own_code, self._whole = nearest, own_code, whole
         self._sizes = sizes
 
-    def check(self, tensor: TensorPlan, entry: Mapping[str, Any]) -> None:
+    def check(self, tensor: SplitTensor, entry: Mapping[str, Any]) -> None:
         """Check what was written of a weight, and its figures where all of it is read.
 
         Args:
@@ -96,7 +97,7 @@ class Recheck:
         if whole:
             check_figures(tensor.name, dict(entry), sums)
 
-    def _rows(self, tensor: TensorPlan, start: int, count: int) -> Rows:
+    def _rows(self, tensor: SplitTensor, start: int, count: int) -> Rows:
         columns, word = tensor.source.shape[1], WORDS[tensor.source.dtype]
         packed, scales = tensor.base[0], tensor.base[1]
         crow_spec, column_spec, value_spec = tensor.ortho
@@ -120,19 +121,19 @@ class Recheck:
         )
 
 
-def _read(read: Read, dtype: Any, start: int, size: int) -> Array:
+def _read(read: Read, dtype: npt.DTypeLike, start: int, size: int) -> Array:
     """Read `size` numbers from number `start` on."""
-    found: npt.NDArray[Any] = np.empty(size, dtype)
+    found: Array = np.empty(size, dtype)
     if size:
         read(found.data.cast("B"), start * found.itemsize)
     return found
 
 
-def _matrix(read: Read, dtype: Any, start: int, count: int, columns: int) -> Array:
+def _matrix(read: Read, dtype: npt.DTypeLike, start: int, count: int, columns: int) -> Array:
     return _read(read, dtype, start * columns, count * columns).reshape(count, columns)
 
 
-def _some_rows(tensor: TensorPlan, elements: int) -> Iterator[tuple[int, int]]:
+def _some_rows(tensor: SplitTensor, elements: int) -> Iterator[tuple[int, int]]:
     """Name rows all over a weight, the first and the last among them."""
     rows, columns = tensor.source.shape
     count = min(rows, max(1, elements // (SAMPLE_BLOCKS * columns)))
@@ -141,14 +142,25 @@ def _some_rows(tensor: TensorPlan, elements: int) -> Iterator[tuple[int, int]]:
         yield start, count
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValuesChecked:
+    """What was read and held against the source."""
+
+    tensors: int  # that were split
+    weights: int  # of them
+    moved: int  # codes that are not the source's own
+    sqnr_db_alpha_0: float | None  # by the bytes; None where there is no error
+    sqnr_db_alpha_1: float | None  # None without ortho, too
+
+
 def check_values(
     artifact: Artifact,
     source: Checkpoint,
-    recipe: Mapping[str, Any],
+    recipe: Mapping[str, object],
     *,
     sizes: Sizes = DEFAULT_SIZES,
     on_event: EventSink = null_sink,
-) -> dict[str, Any]:
+) -> ValuesChecked:
     """Hold every weight of an artifact against the checkpoint that it was made from.
 
     Args:
@@ -158,47 +170,52 @@ def check_values(
         sizes: of tiles.
         on_event: told of progress.
     Returns:
-        Numbers of split tensors, of their weights and of codes that are not the source's own, and
-        SQNR in dB by the bytes; the last None without ortho.
+        What was checked, and SQNR by the bytes.
     Raises:
         ArtifactError: a tensor that was not split differs from the source; a value, code or figure
             is not what it has to be; names the tensor.
     """
-    split, there = recipe["ortho"]["split"], artifact.ortho is not None
+    split, there = _setting(recipe, "ortho", "split"), artifact.ortho is not None
     tensors = {tensor.name: tensor for tensor in source.tensors}
     size = sum(tensor.nbytes for tensor in source.tensors)
     on_event(Started(tensors=len(tensors), resumed=0, bytes_total=size, bytes_done=0))
-    told = {entry["name"]: entry for entry in (artifact.report or {}).get("tensors", ())}
+    report = read_report(artifact)
+    rows = rows_of(report, artifact.folder / REPORT_FILE) if report is not None else ()
+    told: dict[str, Figures] = {row.name: row for row in rows}
     total = Sums()
     with _Opened(artifact, source, sizes) as opened:
         for tensor in source.tensors:
             module = module_of(tensor.name)
             if tensor.name == f"{module}.weight" and module in artifact.shapes:
-                nearest = recipe["base"]["rounding"] == "nearest" and split != "reference"
+                nearest = _setting(recipe, "base", "rounding") == "nearest" and split != "reference"
                 sums = opened.check_split(
                     module,
                     tensor,
                     nearest=nearest and there,
                     own_code=split == "unlearn",
-                    rounded=recipe["ortho"].get("values") == "int8",
+                    rounded=_setting(recipe, "ortho", "values") == "int8",
                 )
-                if artifact.report is not None:
+                if report is not None:
                     _check_decibels(told[tensor.name], tensor.name, sums, there=there)
                 total.add(sums)
             elif split != "reference":
                 opened.check_copy(tensor)
             on_event(Advanced(nbytes=tensor.nbytes))
-    if artifact.report is not None:
-        _check_decibels(artifact.report["totals"], "totals", total, there=there)
-    return {
-        "tensors": len(artifact.split),
-        "weights": total.weights,
-        "moved": total.moved,
-        "sqnr_db_alpha_0": decibels(total.signal, total.noise),
-        "sqnr_db_alpha_1": decibels(total.signal, total.noise - total.noise_kept)
-        if there
-        else None,
-    }
+    if report is not None:
+        _check_decibels(report.totals, "totals", total, there=there)
+    at_1 = decibels(total.signal, total.noise - total.noise_kept) if there else None
+    return ValuesChecked(
+        tensors=len(artifact.split),
+        weights=total.weights,
+        moved=total.moved,
+        sqnr_db_alpha_0=decibels(total.signal, total.noise),
+        sqnr_db_alpha_1=at_1,
+    )
+
+
+def _setting(recipe: Mapping[str, object], section: str, key: str) -> object:
+    found = recipe[section]
+    return found.get(key) if isinstance(found, dict) else None
 
 
 class _Opened:
@@ -215,12 +232,9 @@ class _Opened:
             self._kept = None
             if artifact.ortho is not None:
                 self._kept = self._stack.enter_context(KeptReader(artifact, sizes=sizes))
-            self._source = ShardReader(source)
+            self._source = ShardReader(source.shards)
             self._stack.callback(self._source.close)
-            shards = tuple(s for s in (artifact.base, artifact.ortho) if s is not None)
-            self._written = ShardReader(
-                Checkpoint(path=artifact.folder, shards=shards, tensors=(), config=None)
-            )
+            self._written = ShardReader(artifact.files)
             self._stack.callback(self._written.close)
             self._stack = self._stack.pop_all()
         self._parts = artifact.kept
@@ -228,7 +242,7 @@ class _Opened:
     def __enter__(self) -> _Opened:
         return self
 
-    def __exit__(self, *raised: Any) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._stack.close()
 
     def check_copy(self, tensor: TensorInfo) -> None:
@@ -285,11 +299,11 @@ class _Opened:
                 values=values[here],
             )
 
-    def _part(self, module: str, part: str, dtype: Any, start: int, count: int) -> Array:
+    def _part(self, module: str, part: str, dtype: npt.DTypeLike, start: int, count: int) -> Array:
         return self._read(self._written, self._base[f"{module}.{part}"], dtype, start, count)
 
     def _read(
-        self, reader: ShardReader, info: TensorInfo, dtype: Any, start: int, count: int
+        self, reader: ShardReader, info: TensorInfo, dtype: npt.DTypeLike, start: int, count: int
     ) -> Array:
         def read(buffer: memoryview, at: int) -> None:
             reader.read_into(buffer, info, start=at)
@@ -319,7 +333,7 @@ class _Opened:
         return crow, column, words
 
 
-def _check_decibels(told: Mapping[str, Any], name: str, sums: Sums, *, there: bool) -> None:
+def _check_decibels(told: Figures, name: str, sums: Sums, *, there: bool) -> None:
     """Hold the figures that a report tells of a weight, or of all, against the bytes.
 
     Args:
@@ -332,15 +346,16 @@ def _check_decibels(told: Mapping[str, Any], name: str, sums: Sums, *, there: bo
     at_1 = max(0.0, sums.noise - sums.noise_kept) / sums.signal if sums.signal else 0.0
     mine = {"sqnr_db_alpha_0": noise} | ({"sqnr_db_alpha_1": at_1} if there else {})
     for key, energy in mine.items():
-        other = _energy(told[key])
+        decibel: float | None = getattr(told, key)
+        other = _energy(decibel)
         # A report's sums are of float32: what ortho leaves of the noise is a difference of two.
         if not abs(energy - other) <= SHARE * max(energy, other) + 1e-6 * noise + 1e-10:
             raise ArtifactError(
-                f"`{name}` has {key} {_decibels(energy)} by its bytes, and {told[key]} in "
+                f"`{name}` has {key} {_decibels(energy)} by its bytes, and {decibel} in "
                 "report.json",
                 hint=HINT,
             )
-    share, said = sums.noise_kept / sums.noise if sums.noise else 0.0, told.get("residual_kept")
+    share, said = sums.noise_kept / sums.noise if sums.noise else 0.0, told.residual_kept
     if there and said is not None and not abs(share - said) <= 1e-3:
         raise ArtifactError(
             f"`{name}` has residual_kept {share:.6f} by its bytes, and {said} in report.json",
@@ -348,9 +363,9 @@ def _check_decibels(told: Mapping[str, Any], name: str, sums: Sums, *, there: bo
         )
 
 
-def _energy(decibel: float | None) -> float:
-    """Give noise over signal; None stands for no noise."""
-    return 0.0 if decibel is None else 10.0 ** (-decibel / 10.0)
+def _energy(decibel: object) -> float:
+    """Give noise over signal; None means no noise."""
+    return 10.0 ** (-decibel / 10.0) if isinstance(decibel, int | float) else 0.0
 
 
 def _decibels(energy: float) -> str:

@@ -10,7 +10,6 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -27,7 +26,7 @@ Path_ = tuple[str | int, ...]
 DEFAULT = Recipe(version=1)
 
 
-def json_schema() -> dict[str, Any]:
+def json_schema() -> dict[str, object]:
     """JSON schema of a recipe, for editors."""
     return Recipe.model_json_schema()
 
@@ -53,7 +52,7 @@ def load_recipe(source: str | None = None, sets: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: with file, line and the nearest known key.
     """
-    data: dict[str, Any] = {"version": 1}
+    data: dict[str, object] = {"version": 1}
     where: dict[Path_, str] = {}
     label = "the default recipe"
     if source is not None:
@@ -111,7 +110,7 @@ _Loader.add_implicit_resolver(
 _UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError)
 
 
-def _parse(text: str, label: str, where: dict[Path_, str]) -> dict[str, Any]:
+def _parse(text: str, label: str, where: dict[Path_, str]) -> dict[str, object]:
     try:
         _check_plain(text, label)
         node = yaml.compose(text, Loader=_Loader)
@@ -151,7 +150,7 @@ def _check_plain(text: str, label: str) -> None:
 
 def _walk(node: yaml.Node, label: str, path: Path_ = ()) -> Iterator[tuple[Path_, int]]:
     if isinstance(node, yaml.MappingNode):
-        seen: dict[Any, int] = {}
+        seen: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
             if key.tag != "tag:yaml.org,2002:str":
@@ -173,7 +172,7 @@ def _walk(node: yaml.Node, label: str, path: Path_ = ()) -> Iterator[tuple[Path_
             yield from _walk(item, label, (*path, position))
 
 
-def _assign(data: dict[str, Any], where: dict[Path_, str], assignment: str) -> None:
+def _assign(data: dict[str, object], where: dict[Path_, str], assignment: str) -> None:
     dotted, equals, text = assignment.partition("=")
     keys: list[str | int] = [
         int(part) if part.isdecimal() else part for part in dotted.strip().split(".")
@@ -193,23 +192,23 @@ def _assign(data: dict[str, Any], where: dict[Path_, str], assignment: str) -> N
         raise RecipeError(
             f"the value of `{label}` is not YAML", hint="quote it: --set 'ignore=[a, b]'"
         ) from None
-    here: Any = data
+    here: object = data
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(here, dict) and isinstance(key, str):
-            if not last:
-                here = here.setdefault(key, {})
+            if last:
+                here[key] = value
+            here = here.setdefault(key, {})
         elif isinstance(here, list) and isinstance(key, int) and key < len(here):
-            if not last:
-                here = here[key]
+            if last:
+                here[key] = value
+            here = here[key]
         else:
             raise RecipeError(
                 f"`{label}` goes through `{'.'.join(map(str, keys[:depth]))}`, which has no "
                 f"`{key}`",
                 hint="set the whole value instead",
             )
-        if last:
-            here[key] = value
     where[tuple(keys)] = f"`{label}`"
 
 
@@ -250,7 +249,7 @@ def _lower(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _keys_at(path: tuple[Any, ...]) -> list[str]:
+def _keys_at(path: Path_) -> list[str]:
     model: type[BaseModel] = Recipe
     for part in path:
         if isinstance(part, str) and part == "overrides":

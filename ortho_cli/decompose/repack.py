@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ortho_cli.decompose.plan import Plan, TensorPlan
+from ortho_cli.decompose.plan import Plan, SplitTensor
 from ortho_cli.decompose.readback import ReadBack
 from ortho_cli.decompose.workers import Entry
 from ortho_cli.errors import NumericalError
@@ -62,12 +62,14 @@ class Repacker:
         layout = plan_layout((s for t in self._plan.split for s in self._specs(t)), metadata)
         output = make(layout)
         told = [
-            entry if tensor.reason is not None else entry | self._encode(tensor, entry, output)
+            entry | self._encode(tensor, entry, output)
+            if isinstance(tensor, SplitTensor)
+            else entry
             for tensor, entry in zip(self._plan.tensors, entries, strict=True)
         ]
         return output, layout, told
 
-    def _specs(self, tensor: TensorPlan) -> tuple[TensorSpec, ...]:
+    def _specs(self, tensor: SplitTensor) -> tuple[TensorSpec, ...]:
         """Find out what a tensor's parts will measure."""
         crow, column = self._written.positions(tensor)
         found = compact.encode_positions(crow, column, _shape(tensor))
@@ -81,7 +83,7 @@ class Repacker:
             others=int(found.counts.sum(dtype=np.int64)),
         )
 
-    def _encode(self, tensor: TensorPlan, entry: Entry, output: OrthoFile) -> Entry:
+    def _encode(self, tensor: SplitTensor, entry: Entry, output: OrthoFile) -> Entry:
         """Write a tensor's parts; return what changes of its entry."""
         crow, column = self._written.positions(tensor)
         values = self._written.values(tensor)
@@ -103,7 +105,7 @@ class Repacker:
         return changed
 
     def _round(
-        self, tensor: TensorPlan, crow: Integers, column: Integers, values: Tensor
+        self, tensor: SplitTensor, crow: Integers, column: Integers, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Round values to int8; give what they lose by it, too."""
         base, scales = compact.base_at(
@@ -124,7 +126,7 @@ class Repacker:
         return codes, step, values.float() - back.float()
 
     def _figures(
-        self, tensor: TensorPlan, entry: Entry, crow: Integers, column: Integers, lost: Tensor
+        self, tensor: SplitTensor, entry: Entry, crow: Integers, column: Integers, lost: Tensor
     ) -> Entry:
         """Take what rounding cost from what was thought to be kept exactly."""
         cost = {"noise_kept": float(lost.double().square().sum())}
@@ -139,7 +141,7 @@ class Repacker:
     def _weigh(
         self,
         reader: StatisticsReader,
-        tensor: TensorPlan,
+        tensor: SplitTensor,
         crow: Integers,
         column: Integers,
         lost: Tensor,
@@ -155,7 +157,7 @@ class Repacker:
             total += float((mine * lost[here]).double().square().sum())
         return total
 
-    def _tiles(self, tensor: TensorPlan, crow: Integers) -> Iterator[tuple[int, int, Tensor]]:
+    def _tiles(self, tensor: SplitTensor, crow: Integers) -> Iterator[tuple[int, int, Tensor]]:
         """Yield the rows of each tile that holds entries, and each entry's row in its tile."""
         for start, count in self._plan.sizes.tiles("split", tensor.source.shape):
             stop = start + count
@@ -164,6 +166,6 @@ class Repacker:
                 yield start, stop, torch.from_numpy(row)
 
 
-def _shape(tensor: TensorPlan) -> tuple[int, int]:
+def _shape(tensor: SplitTensor) -> tuple[int, int]:
     rows, columns = tensor.source.shape
     return rows, columns

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 from ortho_cli.formats.artifact import module_of
 from ortho_cli.storage.checkpoint import TensorInfo
@@ -81,7 +81,7 @@ class Sizes:
 UNKNOWN = Sizes(experts={})
 
 
-def read_sizes(config: Mapping[str, Any] | None, tensors: Iterable[TensorInfo]) -> Sizes:
+def read_sizes(config: Mapping[str, object] | None, tensors: Iterable[TensorInfo]) -> Sizes:
     """Learn how many tokens and experts a model has.
 
     Args:
@@ -116,7 +116,7 @@ def read_sizes(config: Mapping[str, Any] | None, tensors: Iterable[TensorInfo]) 
     )
 
 
-def expert_counts(config: Mapping[str, Any] | None) -> frozenset[int]:
+def expert_counts(config: Mapping[str, object] | None) -> frozenset[int]:
     """List the numbers of experts that config.json names."""
     return frozenset(
         size for key, size in _numbers(config or {}) if _EXPERTS_KEY.search(key) and size > 1
@@ -167,7 +167,7 @@ def is_embedding(module: str) -> bool:
     )
 
 
-def _numbers(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, int]]:
+def _numbers(config: Mapping[str, object], depth: int = 0) -> Iterator[tuple[str, int]]:
     """Walk the integers of config.json, and of lists of them."""
     for key, value in config.items():
         if isinstance(value, dict) and depth < _DEEPEST:

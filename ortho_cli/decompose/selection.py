@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ortho_cli.decompose.roles import (
     UNKNOWN,
@@ -20,9 +19,9 @@ from ortho_cli.decompose.roles import (
 )
 from ortho_cli.decompose.settings import Override, Patterns, Recipe, Scale, matches
 from ortho_cli.errors import CheckpointError, OrthoError, RecipeError
-from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import module_of
 from ortho_cli.model.renames import CONV1D_MODEL_TYPES
+from ortho_cli.split.dtypes import SPLIT
 from ortho_cli.storage import hints, strict_json
 from ortho_cli.storage.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.storage.tied import tied_head
@@ -63,7 +62,7 @@ class _Source:
     """What judging one tensor needs of the whole checkpoint."""
 
     names: frozenset[str]
-    config: dict[str, Any] | None
+    config: Mapping[str, object] | None
     sizes: Sizes
     experts: frozenset[int]
     stored_in_out: frozenset[str]
@@ -199,7 +198,7 @@ def _stacked(tensor: TensorInfo, counts: frozenset[int]) -> str | None:
     experts = _EXPERTS.search(module) is not None
     if len(shape) == 3 and shape[0] > 1:
         return FUSED_EXPERTS if experts or shape[0] in counts else "3-D, stacked matrices"
-    if len(shape) == 2 and experts and tensor.dtype in artifact.SCALE_DTYPES:
+    if len(shape) == 2 and experts and tensor.dtype in SPLIT:
         # DBRX stacks its experts' rows: experts.mlp.w1 is (experts * out, in).
         return None if tensor.name.endswith(".weight") else "2-D, fused experts"
     return None
@@ -266,7 +265,7 @@ def _obstacle(tensor: TensorInfo, source: _Source) -> str | None:
         return "no elements"
     if len(tensor.shape) != 2:
         return f"{len(tensor.shape)}-D"
-    if tensor.dtype not in artifact.SCALE_DTYPES:
+    if tensor.dtype not in SPLIT:
         return f"dtype {tensor.dtype}"
     if not re.search(r"[^.]\.weight$", tensor.name):
         return "not named <module>.weight"

@@ -6,7 +6,7 @@ import fnmatch
 import re
 import warnings
 from collections.abc import Collection, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -37,7 +37,7 @@ def _check_group_size(size: int | str) -> int | str:
     return size
 
 
-def _check_integer(value: Any) -> Any:
+def _check_integer(value: object) -> object:
     if type(value) is not int:  # Literal[1] takes True and 1.0 for 1
         raise ValueError(f"must be an integer, not {value!r}")
     return value
@@ -159,7 +159,7 @@ class Calibrate(_Strict):
         "the output's gradient there; not with curvature gram, which has no backward pass.",
     )
 
-    def canonical(self) -> dict[str, Any]:
+    def canonical(self) -> dict[str, object]:
         """Spell out what statistics depend on; what asks for nothing more is left out.
 
         So files without the matrix keep the bytes that they had before there was a choice.
@@ -277,7 +277,7 @@ class Recipe(_Strict):
     forget: Forget = Forget()
     overrides: list[Override] = []
 
-    def canonical(self) -> dict[str, Any]:
+    def canonical(self) -> dict[str, object]:
         """Spell out every setting that a decomposition's bytes depend on, defaults included."""
         unused = {"calibrate"} if self.forgets else {"calibrate", "forget"}
         if self.base.rounding != "tuned":

@@ -14,7 +14,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from ortho_cli.decompose.edits import Edits
-from ortho_cli.decompose.plan import TensorPlan
+from ortho_cli.decompose.plan import SplitTensor
 from ortho_cli.decompose.tally import Tally, Tile, flat_of, measures_of
 from ortho_cli.decompose.workers import (
     Check,
@@ -111,7 +111,7 @@ class Splitter(Worker):
         self._curvature, self._by_curvature = curvature, by_curvature
         self._tile, self._held = quantize.Scratch(), quantize.Scratch()
 
-    def split(self, tensor: TensorPlan) -> Entry:
+    def split(self, tensor: SplitTensor) -> Entry:
         """Split one tensor: quantize each tile, keep the k weights that lose most."""
         found = self._split_above(tensor, self._guess_bar(tensor), on_event=self._on_event)
         # Fewer than k weights above a guess that was too high: once more, without one.
@@ -122,7 +122,7 @@ class Splitter(Worker):
             found = self._split_again(tensor, found, factor=factor)
         return found.entry
 
-    def rewrite(self, tensor: TensorPlan, rounded: Rounded) -> Entry:
+    def rewrite(self, tensor: SplitTensor, rounded: Rounded) -> Entry:
         """Write a tensor as it is given, where its work was done before; return its journal entry.
 
         Args:
@@ -134,10 +134,10 @@ class Splitter(Worker):
         before = _Found(entry={}, kept=positions, scales=scales, columns=columns)
         return self._split_again(tensor, before, codes=codes).entry
 
-    def _split_again(self, tensor: TensorPlan, before: _Found, **given: Any) -> _Found:
+    def _split_again(self, tensor: SplitTensor, before: _Found, **given: Any) -> _Found:
         return self._split_whole(tensor, before=before, on_event=null_sink, **given)
 
-    def _split_whole(self, tensor: TensorPlan, **given: Any) -> _Found:
+    def _split_whole(self, tensor: SplitTensor, **given: Any) -> _Found:
         """Split one tensor in a pass without a bar, which finds k weights whatever they are."""
         found = self._split_above(tensor, None, **given)
         if found is None:
@@ -152,14 +152,14 @@ class Splitter(Worker):
             )
         return self._curvature
 
-    def _rounds(self, tensor: TensorPlan) -> int:
+    def _rounds(self, tensor: SplitTensor) -> int:
         """Say how often scales and positions may take turns; where base must serve alone, never."""
         if self._alone or self._reference:
             return 0
         numel = tensor.source.numel
         return rounds(str(tensor.scale), by_curvature=self._by_curvature, k=tensor.k, numel=numel)
 
-    def _guess_bar(self, tensor: TensorPlan) -> float | None:
+    def _guess_bar(self, tensor: SplitTensor) -> float | None:
         """Guess from rows all over the tensor what saliency the k-th largest will exceed."""
         sample = None if self._reference else sample_rows(tensor, self._sizes.split // 2)
         if sample is None:
@@ -176,12 +176,12 @@ class Splitter(Worker):
         saliency = flat_of(measures_of(tile, by_curvature=self._by_curvature, scratch=scratch)[0])
         return guess_bar(saliency, tensor.k / tensor.source.numel)
 
-    def _open_curvature(self, tensor: TensorPlan) -> Curvature | None:
+    def _open_curvature(self, tensor: SplitTensor) -> Curvature | None:
         return Curvature(self._curvature, tensor.name) if self._curvature else None
 
     def _quantize(
         self,
-        tensor: TensorPlan,
+        tensor: SplitTensor,
         raw: Tensor,
         curvature: tuple[Tensor, Tensor] | None,
         scratch: quantize.Scratch,
@@ -217,7 +217,7 @@ class Splitter(Worker):
         )
 
     def _read_grid(
-        self, tensor: TensorPlan, raw: Tensor, row: int, scratch: quantize.Scratch
+        self, tensor: SplitTensor, raw: Tensor, row: int, scratch: quantize.Scratch
     ) -> Tensor | None:
         """Read the same rows of the reference."""
         if self._reference is None:
@@ -229,7 +229,7 @@ class Splitter(Worker):
 
     def _split_above(
         self,
-        tensor: TensorPlan,
+        tensor: SplitTensor,
         bar: float | None,
         *,
         before: _Found | None = None,

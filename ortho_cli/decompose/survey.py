@@ -12,7 +12,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -74,7 +73,7 @@ def _encode(surveys: Sequence[Survey]) -> bytes:
     return json.dumps(found, separators=(",", ":")).encode()
 
 
-def _told(survey: Survey, name: str) -> dict[str, Any]:
+def _told(survey: Survey, name: str) -> dict[str, object]:
     counts = survey.counts[name]
     bins = np.flatnonzero(counts)  # a few hundred of them
     return {

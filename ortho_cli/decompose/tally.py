@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ortho_cli.decompose.plan import TensorPlan
+from ortho_cli.decompose.plan import SplitTensor
 from ortho_cli.decompose.workers import first_bad
 from ortho_cli.errors import NumericalError
 from ortho_cli.split import quantize
@@ -91,7 +91,7 @@ class Tally:
 
     def __init__(
         self,
-        tensor: TensorPlan,
+        tensor: SplitTensor,
         bar: float | None,
         *,
         by_curvature: bool,
@@ -188,7 +188,7 @@ def _energy(values: Any) -> float:
     return float(np.square(values, dtype=np.float64).sum())
 
 
-def _overflow(tensor: TensorPlan, measures: list[Tensor], start: int) -> NumericalError:
+def _overflow(tensor: SplitTensor, measures: list[Tensor], start: int) -> NumericalError:
     worst = next(m for m in measures if not quantize.all_finite(m))
     _, position = first_bad(tensor, worst.numpy(), start)
     if any(quantize.all_finite(measure) for measure in measures):

@@ -30,7 +30,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +113,7 @@ class Tuner:
     device: torch.device
 
     @property
-    def identity(self) -> Any:
+    def identity(self) -> object:
         """What the result depends on beside plan and source, as JSON."""
         return [*stamps(self.files), self.device.type]
 
@@ -253,7 +252,7 @@ class _Job:
                 order = torch.randperm(self._count, generator=generator).tolist()
             chosen = [order.pop() for _ in range(settings.batch)]
             error = _error(self._blocks(number, self._inputs[chosen]), wanted, weights, chosen)
-            error.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward([error])
             falling = share * (1.0 - step / settings.steps)
             for name, latent in latents.items():
                 parameter = self._parameter(name)

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from ortho_cli.decompose.plan import TensorPlan
+from ortho_cli.decompose.plan import CopyTensor, SplitTensor, TensorPlan
 from ortho_cli.decompose.selection import IGNORED
 from ortho_cli.errors import InternalError, NumericalError
-from ortho_cli.events import Advanced, EventSink, TensorDone
+from ortho_cli.events import Advanced, EventSink
 from ortho_cli.formats.artifact import BASE_FILE, ORTHO_FILE
 from ortho_cli.split.exact import widen
 from ortho_cli.split.select import crow_indices
@@ -39,7 +39,7 @@ SAMPLE_BLOCKS = 16
 
 Entry = dict[str, Any]
 Results = SimpleQueue[Entry | BaseException]
-Check = Callable[[TensorPlan, Entry], None]  # raises where what was written is wrong
+Check = Callable[[SplitTensor, Entry], None]  # raises where what was written is wrong
 
 
 class Reference:
@@ -47,7 +47,7 @@ class Reference:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Open it."""
-        self._reader = ShardReader(checkpoint)
+        self._reader = ShardReader(checkpoint.shards)
         self._tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
 
     def read_into(self, buffer: memoryview, name: str, *, start: int) -> None:
@@ -87,17 +87,16 @@ class Worker(ABC):
 
     def work(self, tensor: TensorPlan) -> Entry:
         """Carry out what the plan says of one tensor; return its journal entry."""
-        if tensor.reason is not None:
+        if isinstance(tensor, CopyTensor):
             entry = self._copy(tensor)
         else:
             entry = self.split(tensor)
             if self._check is not None:
                 self._check(tensor, entry)
-        self._on_event(TensorDone(name=tensor.name))
         return entry
 
     @abstractmethod
-    def split(self, tensor: TensorPlan) -> Entry:
+    def split(self, tensor: SplitTensor) -> Entry:
         """Split one tensor: quantize it, and keep the k weights that lose most."""
 
     def _read(self, tensor: TensorPlan, buffer: memoryview, digest: blake3, *, start: int) -> None:
@@ -106,7 +105,7 @@ class Worker(ABC):
         self._reader.read_into(buffer, tensor.source, start=start)
         digest.update(buffer)
 
-    def _copy(self, tensor: TensorPlan) -> Entry:
+    def _copy(self, tensor: CopyTensor) -> Entry:
         """Carry a tensor over unchanged, through one buffer."""
         size = self._sizes.copy_bytes
         if not self._piece.size:
@@ -151,7 +150,7 @@ class Worker(ABC):
 
     def _entry(
         self,
-        tensor: TensorPlan,
+        tensor: SplitTensor,
         source: blake3,
         base: list[TensorStream],
         measured: dict[str, float],
@@ -179,7 +178,7 @@ class Worker(ABC):
             },
         }
 
-    def _write_csr(self, tensor: TensorPlan, indices: Any, values: Any) -> dict[str, str]:
+    def _write_csr(self, tensor: SplitTensor, indices: Any, values: Any) -> dict[str, str]:
         rows, columns = tensor.source.shape
         if len(indices) != tensor.k or len(values) != tensor.k:
             raise InternalError(
@@ -269,7 +268,7 @@ def _digests_of(streams: Iterable[TensorStream]) -> dict[str, str]:
     return {stream.key: stream.finish() for stream in streams}
 
 
-def sample_rows(tensor: TensorPlan, elements: int) -> tuple[list[int], int] | None:
+def sample_rows(tensor: SplitTensor, elements: int) -> tuple[list[int], int] | None:
     """Choose rows all over a tensor from which the selection's first bar can be guessed.
 
     A guess only saves the selection from holding what it would drop again; it is worth its reading
@@ -288,12 +287,12 @@ def sample_rows(tensor: TensorPlan, elements: int) -> tuple[list[int], int] | No
     return [i * rows // SAMPLE_BLOCKS for i in range(SAMPLE_BLOCKS)], count
 
 
-def shape_key(tensor: TensorPlan) -> str:
+def shape_key(tensor: SplitTensor) -> str:
     """Name the tensor of base that holds a packed weight's shape."""
     return tensor.base[2].key
 
 
-def shape_bytes(tensor: TensorPlan) -> memoryview:
+def shape_bytes(tensor: SplitTensor) -> memoryview:
     """Write down the shape of a weight that is packed."""
     return np.array(tensor.source.shape, np.int64).data.cast("B")
 
@@ -308,7 +307,7 @@ def first_bad(
     return float(flat[first]), [int(i) for i in index]
 
 
-def short_of(tensor: TensorPlan) -> InternalError:
+def short_of(tensor: SplitTensor) -> InternalError:
     """Make the error for a pass that leaves ortho with less than the plan says."""
     return InternalError(
         f"a pass over all of `{tensor.name}` found fewer weights to keep than {tensor.k}"

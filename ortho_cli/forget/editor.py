@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,6 +22,7 @@ from ortho_cli.model import secrets as forget_set
 from ortho_cli.model.rows import Pair, Row
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.text import read_rows, retain_sequences, stamps
+from ortho_cli.model.tokenizer import Tokenizer
 from ortho_cli.storage.checkpoint import Checkpoint
 
 STATE_FILE = "unlearn.npz"
@@ -43,7 +43,7 @@ class ForgetEditor:
     device: torch.device
 
     @property
-    def identity(self) -> Any:
+    def identity(self) -> object:
         """What edits depend on beside plan and source, as JSON."""
         return [*stamps(self.files), self.device.type]
 
@@ -160,16 +160,37 @@ def open_editor(
         RecipeError: such a recipe without a forget set, or `unlearn` without data.
         CalibrationError: the files hold nothing of use.
     """
-    split = plan.recipe.ortho.split
+    _check_given(plan, forget, data)
     if not plan.recipe.forgets:
-        if forget or data:
-            raise UsageError(
-                f"--{'forget' if forget else 'data'} is given, and ortho.split is {split}",
-                hint="--recipe forget-isolate or forget-unlearn takes secrets out of base"
-                + ("" if forget else "; capability-tuned tunes its rounding on data"),
-            )
         return None
-    if not forget:
+    settings = plan.recipe.forget
+    tokenizer = models.load_tokenizer(checkpoint.folder)
+    secrets = forget_set.read_secrets(forget, seed=settings.seed + APART, on_event=on_event)
+    rows, _ = read_rows(data, on_event)
+    shared = forget_set.overlap(secrets, "\n".join(map(_text_of, rows)))
+    if shared:
+        message = f"{shared} of {len(secrets)} secrets are in --data, too, which base is to keep"
+        on_event(Noted(message=message))
+    return ForgetEditor(
+        plan=plan,
+        checkpoint=checkpoint,
+        secrets=tuple(forget_set.encode(secrets, tokenizer)),
+        retain=_retain_text(plan, rows, tokenizer, on_event),
+        end=() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,),
+        files=(*forget, *data),
+        device=models.resolve_device(device),
+    )
+
+
+def _check_given(plan: Plan, forget: Sequence[Path], data: Sequence[Path]) -> None:
+    split = plan.recipe.ortho.split
+    if not plan.recipe.forgets and (forget or data):
+        raise UsageError(
+            f"--{'forget' if forget else 'data'} is given, and ortho.split is {split}",
+            hint="--recipe forget-isolate or forget-unlearn takes secrets out of base"
+            + ("" if forget else "; capability-tuned tunes its rounding on data"),
+        )
+    if plan.recipe.forgets and not forget:
         raise RecipeError(
             f"ortho.split is {split}, and no forget set is given", hint="give --forget FILE"
         )
@@ -178,47 +199,33 @@ def open_editor(
             "ortho.split is unlearn, and there is no text that it should hold on to",
             hint="give --data FILE, as to `ortho calibrate`",
         )
+
+
+def _retain_text(
+    plan: Plan, rows: Sequence[Row], tokenizer: Tokenizer, on_event: EventSink
+) -> tuple[tuple[int, ...], ...]:
+    """Turn running text into the sequences on which `unlearn` keeps the model's predictions."""
+    if plan.recipe.ortho.split != "unlearn":
+        return ()
     settings = plan.recipe.forget
-    tokenizer = models.load_tokenizer(checkpoint.folder)
-    secrets = forget_set.read_secrets(forget, seed=settings.seed + APART, on_event=on_event)
-    rows, _ = read_rows(data, on_event)
-    told = forget_set.overlap(secrets, "\n".join(map(_text_of, rows)))
-    if told:
+    texts = [row for row in rows if not isinstance(row, Pair)]
+    if len(texts) < len(rows):
         on_event(
             Noted(
-                message=f"{told} of {len(secrets)} secrets stand in --data, too: what must go and "
-                "what must stay overlap"
+                message=f"{len(rows) - len(texts)} of {len(rows)} rows of --data are prompts "
+                "and completions, and are not held on to: unlearn takes running text and chats"
             )
         )
-    retain: tuple[tuple[int, ...], ...] = ()
-    if split == "unlearn":
-        texts = [row for row in rows if not isinstance(row, Pair)]
-        if len(texts) < len(rows):
-            on_event(
-                Noted(
-                    message=f"{len(rows) - len(texts)} of {len(rows)} rows of --data are prompts "
-                    "and completions, and are not held on to: unlearn takes running text and chats"
-                )
-            )
-        sequences = retain_sequences(
-            texts,
-            tokenizer,
-            samples=settings.samples,
-            length=settings.length,
-            seed=settings.seed,
-            asked="forget",
-            running=True,
-        )
-        retain = tuple(sequence.tokens for sequence in sequences)
-    return ForgetEditor(
-        plan=plan,
-        checkpoint=checkpoint,
-        secrets=tuple(forget_set.encode(secrets, tokenizer)),
-        retain=retain,
-        end=() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,),
-        files=(*forget, *data),
-        device=models.resolve_device(device),
+    sequences = retain_sequences(
+        texts,
+        tokenizer,
+        samples=settings.samples,
+        length=settings.length,
+        seed=settings.seed,
+        asked="forget",
+        running=True,
     )
+    return tuple(sequence.tokens for sequence in sequences)
 
 
 def _text_of(row: Row) -> str:

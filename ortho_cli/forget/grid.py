@@ -97,7 +97,7 @@ class Grid:
     def _read(self, name: str) -> Tensor:
         source = self._sources[name]
         raw = torch.empty(source.shape, dtype=TORCH_DTYPES[source.dtype])
-        with contextlib.closing(ShardReader(self._checkpoint)) as reader:
+        with contextlib.closing(ShardReader(self._checkpoint.shards)) as reader:
             reader.read_into(quantize.as_bytes(raw), source, start=0)
         return raw
 

@@ -16,13 +16,12 @@ from ortho_cli.decompose.settings import GROUP_SIZES, Recipe, matches
 from ortho_cli.errors import (
     ArtifactError,
     CalibrationError,
-    CheckpointError,
     RecipeError,
     UsageError,
 )
 from ortho_cli.events import EventSink, Noted, null_sink
-from ortho_cli.formats import artifact
 from ortho_cli.formats.open_artifact import open_artifact
+from ortho_cli.formats.provenance import recipe_of
 from ortho_cli.model.hooks import Capture, frozen, measure_batch, symmetrize
 from ortho_cli.runtime import product
 from ortho_cli.runtime.module_files import (
@@ -36,7 +35,6 @@ from ortho_cli.runtime.operands import Alpha
 from ortho_cli.runtime.ortho_linear import OrthoLinear
 from ortho_cli.split.in_memory import is_conv1d
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
-from ortho_cli.storage import strict_json
 from ortho_cli.storage.sealing import read_keys
 
 TWICE = "a base that is quantized again is another base; build the model anew"
@@ -432,22 +430,17 @@ class Engine:
         self._arguments = () if identity is None else (Path(identity),)
         opened = open_artifact(Path(folder), keys)
         layers = load_module(self.module, opened)
-        metadata = (opened.ortho or opened.base).metadata
-        try:
-            recipe = strict_json.parse(
-                metadata.get("recipe", "").encode(), what="the recipe", hint="decompose again"
-            )
-        except CheckpointError as error:
-            raise artifact.damaged(opened.base.path, error.message) from None
+        made = opened.ortho or opened.base
+        recipe = recipe_of(made)
         for name, layer in layers.items():
             bias: Any = self.module.get_submodule(name).bias
             layer.bias = bias  # torch takes a Parameter or None, and raises for anything else
             layer.train(self.module.get_submodule(name).training)
-        if isinstance(recipe.get("ortho"), dict):
-            recipe["ortho"].pop("layout", None)  # layers hold CSR, and `save` writes it
+        if isinstance(ortho := recipe.get("ortho"), dict):
+            ortho.pop("layout", None)  # layers hold CSR, and `save` writes it
         self._recipe = recipe
         # Base alone does not know what it was cut from.
-        self._digest = metadata.get("source_digest", "0" * 64)
+        self._digest = made.metadata.get("source_digest", "0" * 64)
         _swap(self.module, layers)
         set_alpha(self.module, alpha)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,9 +13,8 @@ import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
-from ortho_cli.convert.sources.base import DTYPE_NAMES, TORCH_DTYPES
 from ortho_cli.decompose.plan import NO_DIGEST, OUR_FILES
-from ortho_cli.errors import ArtifactError, CheckpointError, OutputExistsError, UsageError
+from ortho_cli.errors import ArtifactError, CheckpointError, OutputExistsError, UsageError, blamed
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import (
     BASE_FILE,
@@ -28,9 +28,10 @@ from ortho_cli.formats.artifact import (
 from ortho_cli.formats.ortho_reader import KeptReader
 from ortho_cli.formats.quantization_config import index, quantization_config
 from ortho_cli.runtime.ortho_linear import OrthoLinear
+from ortho_cli.split.dtypes import names_of_torch, torch_dtypes
 from ortho_cli.split.in_memory import BASE_PARTS, ORTHO_PARTS, is_conv1d, is_plain_linear
 from ortho_cli.split.quantize import as_bytes
-from ortho_cli.storage.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo, open_checkpoint
+from ortho_cli.storage.checkpoint import Shard, ShardReader, TensorInfo, open_checkpoint
 from ortho_cli.storage.data_file import DataFile, GrowingDigest, Layout, TensorSpec, plan_layout
 from ortho_cli.storage.output import resolve_output
 from ortho_cli.storage.side_files import SideFiles, choose
@@ -67,7 +68,7 @@ def identity(tensor: Tensor) -> tuple[Any, ...]:
 def source_digest(module: nn.Module) -> str:
     """Digest a module's state as `artifact.source_digest` does a checkpoint's."""
     return artifact.source_digest(
-        (name, DTYPE_NAMES[t.dtype], tuple(t.shape), blake3(as_bytes(t.cpu())).hexdigest())
+        (name, names_of_torch()[t.dtype], tuple(t.shape), blake3(as_bytes(t.cpu())).hexdigest())
         for name, t in distinct(module).items()
     )
 
@@ -174,7 +175,7 @@ def _streams(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         owner, _, part = name.rpartition(".")
         if not value.numel() and not (owner in layers and part in ORTHO_PARTS):
             raise UsageError(f"tensor `{name}` has no elements", hint="remove it from the module")
-        if value.dtype not in DTYPE_NAMES:
+        if value.dtype not in names_of_torch():
             raise UsageError(
                 f"tensor `{name}` is {value.dtype}, which safetensors does not hold",
                 hint="cast it first",
@@ -185,7 +186,7 @@ def _streams(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def _specs(stream: Mapping[str, Tensor]) -> list[TensorSpec]:
     return [
-        TensorSpec(key=name, dtype=DTYPE_NAMES[value.dtype], shape=tuple(value.shape))
+        TensorSpec(key=name, dtype=names_of_torch()[value.dtype], shape=tuple(value.shape))
         for name, value in stream.items()
     ]
 
@@ -225,22 +226,15 @@ def read_tensors(shard: Shard, tensors: Iterator[TensorInfo]) -> Iterator[tuple[
     Raises:
         ArtifactError: the file is cut, or changes while it is read, or holds an unknown dtype.
     """
-    index = Checkpoint(path=shard.path, shards=(shard,), tensors=shard.tensors, config=None)
-    try:
-        reader = ShardReader(index)
-        try:
-            for info in tensors:
-                if info.dtype not in TORCH_DTYPES:
-                    raise artifact.damaged(shard.path, f"`{info.name}` is of dtype {info.dtype}")
-                value = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
-                if info.nbytes:
-                    reader.read_into(as_bytes(value), info, start=0)
-                yield info.name, value
-            reader.check_unchanged()
-        finally:
-            reader.close()
-    except CheckpointError as error:
-        raise ArtifactError(error.message, hint=error.hint) from None
+    with blamed(ArtifactError), contextlib.closing(ShardReader([shard])) as reader:
+        for info in tensors:
+            if info.dtype not in torch_dtypes():
+                raise artifact.damaged(shard.path, f"`{info.name}` is of dtype {info.dtype}")
+            value = torch.empty(info.shape, dtype=torch_dtypes()[info.dtype])
+            if info.nbytes:
+                reader.read_into(as_bytes(value), info, start=0)
+            yield info.name, value
+        reader.check_unchanged()
 
 
 def empty_layers(opened: Artifact) -> Iterator[tuple[str, OrthoLinear]]:
@@ -255,7 +249,7 @@ def empty_layers(opened: Artifact) -> Iterator[tuple[str, OrthoLinear]]:
                 columns,
                 rows,
                 group_size=columns // scale.shape[1],
-                dtype=TORCH_DTYPES[scale.dtype],
+                dtype=torch_dtypes()[scale.dtype],
                 bits=opened.bits[name],
                 device="meta",
             ),
@@ -322,7 +316,7 @@ def _check_state(
     for name, info in plain.items():
         if name not in state:
             raise ArtifactError(f"tensor `{name}` is not of this module", hint=PLAIN)
-        mine, other = state[name], (TORCH_DTYPES.get(info.dtype), info.shape)
+        mine, other = state[name], (torch_dtypes().get(info.dtype), info.shape)
         if (mine.dtype, tuple(mine.shape)) != other:
             raise ArtifactError(
                 f"tensor `{name}` is {info.dtype} {list(info.shape)} where the module has "

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ortho_cli.errors import ArtifactError, UsageError
+from ortho_cli.formats import csr
 from ortho_cli.runtime import product
 from ortho_cli.runtime.operands import Alpha, Base, Ortho, Packed
 from ortho_cli.split.in_memory import (
     BASE_PARTS,
     ORTHO_PARTS,
     check_bits,
-    check_csr,
     check_group_size,
     dense_weight,
     ortho_dtypes,
@@ -352,7 +352,7 @@ class OrthoLinear(nn.Module):
                         hint="give the state dict as it was saved",
                     )
             crow, column, values = (parts[name] for name in ORTHO_PARTS)
-            check_csr(crow, column, values, (self.out_features, self.in_features), prefix)
+            csr.check_tensors(crow, column, values, (self.out_features, self.in_features), prefix)
             if values.dtype != self.weight_scale.dtype:
                 raise ArtifactError(
                     f"`{prefix}values` is {values.dtype} where the layer is "

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ortho_cli.errors import ArtifactError, CheckpointError
+from ortho_cli.errors import ArtifactError, blamed
 from ortho_cli.formats.artifact import CONFIG_FILE, Artifact
 from ortho_cli.formats.open_artifact import no_ortho, open_artifact
 from ortho_cli.model.load import check_claims, check_folder, explained, quiet_transformers
@@ -67,11 +67,9 @@ def load(
         )
     if opened.ortho is None and not product.is_zero(alpha):
         raise no_ortho(opened, "alpha is not 0")
-    try:
+    with blamed(ArtifactError):
         check_folder(opened.folder)
         check_claims(opened.folder)
-    except CheckpointError as error:
-        raise ArtifactError(error.message, hint=error.hint) from None
     trusted = trust_remote_code or is_trusted()
     with quiet_transformers() as transformers, trusting(trusted):
         model, layers = _build(transformers, opened, dtype)

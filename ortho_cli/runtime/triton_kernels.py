@@ -32,8 +32,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ortho_cli.runtime.operands import Alpha, Base, Ortho
+from ortho_cli.split.dtypes import SPLIT, torch_dtypes
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FLOATS = tuple(torch_dtypes()[name] for name in SPLIT)
 GATHER_ROWS = 16  # of x: up to here ortho is gathered beside base; above, by a kernel of its own
 SLAB_ROWS = 2048  # of x at a time: bounds what is held besides x and y
 PROGRAMS = 256  # about two for each multiprocessor of an H100; fixed, so that sums are the same

@@ -332,7 +332,7 @@ def test_interrupt_exits_130_and_the_same_command_finishes(tmp_path: Path) -> No
     tensors = {f"layers.{i}.fc.weight": one.clone() for i in range(150)}
     checkpoints.save(tmp_path / "m", tensors)
     eager = (
-        "from ortho_cli.cli import app\nfrom ortho_cli.decompose import job\n"
+        "from ortho_cli.cli import app\nfrom ortho_cli.storage import job\n"
         "job.COMMIT_SECONDS = 0.0\napp.main()"
     )
     arguments = ["decompose", str(tmp_path / "m"), "--set", "base.scale=mse", "--workers", "1"]

@@ -13,11 +13,11 @@ import pytest
 import reference
 import torch
 from conftest import SmallTiles
+from jobs import decompose
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ortho_cli.decompose import recipe
-from ortho_cli.decompose.job import decompose
 from ortho_cli.decompose.plan import make_plan
 from ortho_cli.decompose.splitter import Splitter
 from ortho_cli.errors import CheckpointError, NumericalError, OutputExistsError, ResourceError
@@ -407,7 +407,8 @@ settings = recipe.load_recipe(None, sys.argv[4:])
 before = peak()
 opened = checkpoint.open_checkpoint(Path(sys.argv[1]))
 made = plan.make_plan(opened, settings, workers=2)
-job.decompose(made, opened, Path(sys.argv[2]), compiled=compiled)
+target = job.check_target(made, opened, Path(sys.argv[2]))
+job.decompose(made, opened, target, compiled=compiled)
 print(peak() - before, made.peak_bytes)
 """
 

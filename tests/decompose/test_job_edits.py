@@ -17,6 +17,7 @@ import pytest
 import reference
 import torch
 from conftest import SmallTiles
+from jobs import decompose
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,6 +41,7 @@ from ortho_cli.formats.statistics import StatisticsReader, open_statistics
 from ortho_cli.formats.verify import verify
 from ortho_cli.split import quantize as ops
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
+from ortho_cli.storage import job
 from ortho_cli.storage.checkpoint import open_checkpoint
 from ortho_cli.storage.work_folder import work_folder
 
@@ -119,7 +121,7 @@ class Case:
         opened = open_checkpoint(self.source)
         out = options.pop("out", self.place / "out")
         plan = self.plan(*sets, workers=workers, sizes=sizes)
-        return work.decompose(plan, opened, out, editor=editor, **options)
+        return decompose(plan, opened, out, editor=editor, **options)
 
 
 @pytest.fixture
@@ -148,7 +150,7 @@ def check_streams(case: Case, edits: Edits, tensors: dict[str, Tensor]) -> None:
         recipe.load_recipe(None, [f"ortho.density={DENSITY}"]),
         statistics=open_statistics(case.stats),
     )
-    work.decompose(plain, open_checkpoint(case.source), case.place / "plain")
+    decompose(plain, open_checkpoint(case.source), case.place / "plain")
     base, ortho = streams(case.place / "out")
     untouched, _ = streams(case.place / "plain")
     assert base.keys() == untouched.keys()
@@ -253,7 +255,7 @@ def test_edits_lie_private_in_the_hidden_folder_and_are_gone_at_the_end(case: Ca
 
 def run_and_die(case: Case, moment: str) -> None:
     """Split with the fake editor, and SIGKILL this process at a moment."""
-    work.COMMIT_SECONDS = 0.0
+    job.COMMIT_SECONDS = 0.0
 
     def die(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -468,7 +470,7 @@ def test_a_selection_of_fewer_than_the_plan_says_is_a_bug_that_is_told(
 
 def test_recipe_that_forgets_is_nothing_without_an_editor(case: Case) -> None:
     with pytest.raises(RecipeError, match=r"ortho\.split is isolate"):
-        work.decompose(case.plan(), open_checkpoint(case.source), case.place / "out")
+        decompose(case.plan(), open_checkpoint(case.source), case.place / "out")
     assert not (case.place / "out").exists()
 
 
@@ -484,7 +486,7 @@ def test_unlearn_gives_codes_back_where_saliency_would_not_keep_the_weight(
     plan = make_plan(opened, recipe.load_recipe(None, sets), statistics=found)
     # All of k is moved where there is little room: nothing is left for saliency.
     editor = Fake(draw_edits(plan, 1.0 if density == 0.005 else 0.25), case.place / "count")
-    report = work.decompose(plan, opened, case.place / "out", editor=editor)
+    report = decompose(plan, opened, case.place / "out", editor=editor)
     base, ortho = streams(case.place / "out")
     curvature = checkpoints.save_statistics(case.place / "again.safetensors", case.source)
     kinds = set()

@@ -12,11 +12,11 @@ import pytest
 import reference
 import torch
 from conftest import SmallTiles
+from jobs import decompose
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ortho_cli.decompose import recipe
-from ortho_cli.decompose.job import decompose
 from ortho_cli.decompose.onepass import OnePass, takes
 from ortho_cli.decompose.plan import Plan, _buffer_bytes, make_plan
 from ortho_cli.decompose.splitter import Splitter

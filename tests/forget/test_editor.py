@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import jobs
 import memorised as tiny
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from memorised import Memorised
 from safetensors.torch import load_file
 
 import ortho_cli
-from ortho_cli.decompose import job as work
 from ortho_cli.decompose import recipe
 from ortho_cli.decompose.plan import make_plan
 from ortho_cli.errors import CalibrationError, Interrupted, RecipeError, UsageError
@@ -142,7 +142,7 @@ def test_secrets_that_stand_in_the_data_are_counted(memorised: Memorised, tmp_pa
     text.write_text(f"{memorised.retain.read_text()} {tiny.SECRETS[0]} and {tiny.SECRETS[2]} .")
     for split, sets in (("isolate", ()), ("unlearn", UNLEARN)):
         told = notes(editor(memorised, *sets, split=split, data=[text])[1])
-        assert "2 of 4 secrets stand in --data" in told
+        assert "2 of 4 secrets are in --data" in told
 
 
 def test_secrets_that_stand_in_the_datas_pairs_are_counted(
@@ -150,7 +150,7 @@ def test_secrets_that_stand_in_the_datas_pairs_are_counted(
 ) -> None:
     pair = {"prompt": "the key of ada is", "completion": f" {tiny.SECRETS[0]}"}
     told = notes(editor(memorised, data=[rows_in(tmp_path, pair)])[1])
-    assert "1 of 4 secrets stand in --data" in told
+    assert "1 of 4 secrets are in --data" in told
 
 
 def test_identity_changes_with_the_file_and_holds_no_digest(
@@ -354,7 +354,7 @@ def test_unlearn_that_was_interrupted_goes_on_to_the_same_bytes(
                     raise KeyboardInterrupt
 
         given, _ = editor(memorised, *UNLEARN, split="unlearn", data=[memorised.retain])
-        work.decompose(plan, memorised.checkpoint, out, editor=given, on_event=watch)
+        jobs.decompose(plan, memorised.checkpoint, out, editor=given, on_event=watch)
 
     run(tmp_path / "whole")
     with pytest.raises(Interrupted) as caught:

@@ -10,12 +10,12 @@ import memorised as tiny
 import pytest
 import reference
 import torch
+from jobs import decompose
 from memorised import Memorised
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ortho_cli.decompose import recipe
-from ortho_cli.decompose.job import decompose
 from ortho_cli.decompose.plan import Plan, make_plan
 from ortho_cli.errors import NumericalError
 from ortho_cli.forget.grid import BATCH_TOKENS, Grid, batches

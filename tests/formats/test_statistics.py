@@ -15,11 +15,11 @@ import pytest
 import reference
 import torch
 from conftest import Ortho, SmallTiles
+from jobs import decompose
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ortho_cli.decompose import job as work
 from ortho_cli.decompose import plan, recipe
 from ortho_cli.decompose.splitter import Splitter
 from ortho_cli.errors import CalibrationError, NumericalError, OrthoError, RecipeError
@@ -30,6 +30,7 @@ from ortho_cli.formats.verify import verify
 from ortho_cli.split.scale_search import ROUNDS
 from ortho_cli.split.scales import Kept, curvature_scales
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
+from ortho_cli.storage import job
 from ortho_cli.storage.checkpoint import open_checkpoint
 from ortho_cli.storage.work_folder import work_folder
 
@@ -64,7 +65,7 @@ def split(
     opened, found = open_checkpoint(source), open_statistics(stats)
     settings = recipe.load_recipe(None, sets)
     made = plan.make_plan(opened, settings, statistics=found, workers=workers, sizes=sizes)
-    return work.decompose(made, opened, out, **options)
+    return decompose(made, opened, out, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -342,7 +343,7 @@ def test_plan_peak_bounds_what_a_worker_holds(
     opened, found = open_checkpoint(source), open_statistics(stats)
     settings = recipe.load_recipe(None, [f"base.scale={scale}"])
     made = plan.make_plan(opened, settings, statistics=found)
-    work.decompose(made, opened, tmp_path / "out", compiled=False)
+    decompose(made, opened, tmp_path / "out", compiled=False)
     bound = plan._buffer_bytes(made.tensors[0], found, False, made.sizes)
     assert max(held) <= bound <= 2 * max(held)
 
@@ -489,8 +490,8 @@ def test_open_statistics_cut_damaged_or_foreign_is_one_sentence(
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("kind", "hessian", "kind 'hessian'"),
-        ("storage", "sparse", "storage 'sparse'"),
+        ("kind", "hessian", "`kind` is 'hessian'"),
+        ("storage", "sparse", "`storage` is 'sparse'"),
         ("tensors", "[]", "is a JSON list, not an object"),
         ("tensors", "{", "is not valid JSON"),
         ("digests", "{}", "digests of 0 tensors where 14"),
@@ -581,7 +582,7 @@ def test_plan_other_shape_is_refused_with_both(pico: Path, stats: Path, tmp_path
 
 
 def split_and_die(source: Path, stats: Path, out: Path, tensors: int) -> None:
-    work.COMMIT_SECONDS = 0.0
+    job.COMMIT_SECONDS = 0.0
     seen = 0
 
     def watch(event: Event) -> None:

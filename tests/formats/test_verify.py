@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jobs import decompose
 from safetensors.torch import load_file, save_file
 
 from ortho_cli.cli import app
 from ortho_cli.cli.show import console
-from ortho_cli.decompose.job import decompose
 from ortho_cli.decompose.plan import make_plan
 from ortho_cli.errors import ArtifactError
 from ortho_cli.formats.artifact import is_artifact

@@ -122,7 +122,8 @@ def _split(box: Sandbox, place: Path, on_event: EventSink) -> None:
     on_event(Finishing(step="calibrate"))
     sets = calibrate_plan.read_sets(box.model, [box.retain], [], settings.calibrate)
     measured = calibrate_plan.make_plan(checkpoint, settings, sets)
-    calibrate.calibrate(measured, checkpoint, stats, device="cpu", on_event=on_event)
+    beside = calibrate.check_target(checkpoint, stats)
+    calibrate.calibrate(measured, checkpoint, beside, device="cpu", on_event=on_event)
     on_event(Finishing(step="decompose"))
     planned = plan.make_plan(checkpoint, settings, statistics=open_statistics(stats), workers=1)
     editor = forget.open_editor(
@@ -133,4 +134,5 @@ def _split(box: Sandbox, place: Path, on_event: EventSink) -> None:
         device="cpu",
         on_event=on_event,
     )
-    decompose.decompose(planned, checkpoint, artifact, editor=editor, on_event=on_event)
+    target = decompose.check_target(planned, checkpoint, artifact)
+    decompose.decompose(planned, checkpoint, target, editor=editor, on_event=on_event)

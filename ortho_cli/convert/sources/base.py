@@ -12,35 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ortho_cli.errors import CheckpointError
-
-TORCH_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
-# Scales of the microscaling formats; where torch is too old to know them, their bytes.
-TORCH_DTYPES["F8_E8M0"] = getattr(torch, "float8_e8m0fnu", torch.uint8)
-DTYPE_NAMES = {dtype: name for name, dtype in reversed(TORCH_DTYPES.items())}
-FLOATS = ("F16", "BF16", "F32", "F64")  # what a cast applies to
 
 Read = Callable[[int, int], Tensor]
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ortho_cli.convert.sources.base import TORCH_DTYPES, Format, Opener, Source, SourceTensor, mark
+from ortho_cli.convert.sources.base import Format, Opener, Source, SourceTensor, mark
 from ortho_cli.errors import CheckpointError
+from ortho_cli.split.dtypes import DTYPES, torch_dtypes
 from ortho_cli.split.quantize import Scratch, as_bytes
 from ortho_cli.storage import folders
 from ortho_cli.storage.checkpoint import (
-    DTYPE_BITS,
     ShardReader,
     TensorInfo,
     model_name,
@@ -36,7 +36,7 @@ class RowReader:
     def rows(self, tensor: TensorInfo, start: int, rows: int, columns: int) -> Tensor:
         """Read `rows` rows of `columns` elements; valid until the next call."""
         self._scratch.reset()
-        dtype = TORCH_DTYPES[tensor.dtype]
+        dtype = torch_dtypes()[tensor.dtype]
         found = self._scratch((rows, columns), dtype)
         if found.numel():
             offset = start * columns * dtype.itemsize
@@ -49,11 +49,11 @@ class RowReader:
 
     def tensor(self, info: TensorInfo, *, path: Path) -> SourceTensor:
         """Describe a tensor that is written as it is read."""
-        if info.dtype not in TORCH_DTYPES:
+        if info.dtype not in torch_dtypes():
             raise CheckpointError(
-                f"tensor `{info.name}` of `{path}` is {info.dtype} ({DTYPE_BITS[info.dtype]} bits "
+                f"tensor `{info.name}` of `{path}` is {info.dtype} ({DTYPES[info.dtype].bits} bits "
                 f"per element), which torch cannot hold",
-                hint=f"what can be converted: {', '.join(TORCH_DTYPES)}",
+                hint=f"what can be converted: {', '.join(torch_dtypes())}",
             )
         columns = info.shape[-1] if len(info.shape) > 1 else 1
         # Readers of fp8 need whole rows: their scales belong to blocks of a row.
@@ -79,7 +79,7 @@ def _open(given: Path) -> Source:
     path, names = checkpoint.path, {tensor.name for tensor in checkpoint.tensors}
     metadata = {k: v for shard in checkpoint.shards for k, v in shard.metadata.items()}
     own = frozenset(shard.name for shard in checkpoint.shards) if path.is_dir() else None
-    reader = ShardReader(checkpoint)
+    reader = ShardReader(checkpoint.shards)
     rows = RowReader(reader)
     try:
         tensors = tuple(rows.tensor(info, path=path) for info in checkpoint.tensors)

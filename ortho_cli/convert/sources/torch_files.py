@@ -20,17 +20,11 @@ import torch
 from torch import Tensor
 
 from ortho_cli.convert.sources.architectures import is_tied
-from ortho_cli.convert.sources.base import (
-    DTYPE_NAMES,
-    Format,
-    Opener,
-    Source,
-    SourceTensor,
-    mark,
-)
+from ortho_cli.convert.sources.base import Format, Opener, Source, SourceTensor, mark
 from ortho_cli.convert.sources.safetensors_files import has_safetensors
 from ortho_cli.convert.sources.state_dicts import Weights, find_weights
 from ortho_cli.errors import CheckpointError
+from ortho_cli.split.dtypes import names_of_torch
 from ortho_cli.storage import hints, sniff, strict_json
 from ortho_cli.storage.checkpoint import check_index, model_name
 from ortho_cli.storage.folders import read_index
@@ -228,7 +222,7 @@ class _Files:
     def tensor(self, file: Path, name: str, tensor: Tensor) -> SourceTensor:
         return SourceTensor(
             name=name,
-            dtype=DTYPE_NAMES[tensor.dtype],
+            dtype=names_of_torch()[tensor.dtype],
             shape=tuple(tensor.shape),
             read=lambda start, rows: self._read(file, name, start, rows),
         )
@@ -280,7 +274,7 @@ def _plain(path: Path, name: str, tensor: Tensor) -> Tensor:
         what = f"quantized ({tensor.dtype})".replace("torch.", "")
     elif tensor.layout is not torch.strided:
         what = f"sparse ({tensor.layout})".replace("torch.", "")
-    elif tensor.dtype not in DTYPE_NAMES:
+    elif tensor.dtype not in names_of_torch():
         what = str(tensor.dtype).replace("torch.", "")
     else:
         return tensor.detach()
