@@ -7,6 +7,7 @@ hashes base as far as it is complete.
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -69,6 +70,8 @@ from ortho_cli.version import __version__
 
 if TYPE_CHECKING:  # to import torch takes longer than to decompose a billion weights
     from ortho_cli.decompose.splitter import Rounded, Splitter
+
+log = logging.getLogger(__name__)
 
 SWITCH_SECONDS = 0.0002  # see `_many_small_operations`
 
@@ -275,6 +278,7 @@ def _find_edits(
     path = work.private / EDITS_FILE
     room = {t.name: Room(t.k, t.source.numel, t.bits) for t in plan.split}
     known: Edits | None = load_edits(path, key)
+    log.info("moves of codes are %s", "searched" if known is None else "those of an earlier run")
     if known is None:
         work.done.clear()  # a tensor that was split before cannot be relied on without its edits
         found = editor.find(work.private, curvature=curvature, key=key, on_event=on_event)
