@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -45,6 +46,8 @@ from ortho_cli.storage.job import Kind, Target
 from ortho_cli.storage.output import files_of
 from ortho_cli.storage.work_folder import WorkFolder
 from ortho_cli.version import __version__
+
+log = logging.getLogger(__name__)
 
 # Sequences from one sync of the sums to the next: a kill costs at most this many.
 CHUNK_SEQUENCES = 16
@@ -130,6 +133,16 @@ def calibrate(
         Interrupted: Ctrl-C; finished chunks are kept.
     """
     chosen = models.resolve_device(device)
+    # No digest of the plan: it depends on the forget set, and short secrets can be found by trial.
+    log.info(
+        "measures %d weights on %s: curvature %s, gram %s, storage %s, %d threads of torch",
+        len(plan.tensors),
+        chosen,
+        plan.settings.curvature,
+        plan.settings.gram,
+        plan.settings.storage,
+        torch.get_num_threads(),
+    )
     for note in checkpoint.notes:
         on_event(Noted(message=note))
     on_event(Finishing(step="digest the model"))

@@ -6,6 +6,7 @@ calling thread commits finished tensors to the journal, and hashes base up to it
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -60,6 +61,8 @@ from ortho_cli.version import __version__
 
 if TYPE_CHECKING:  # to import torch takes longer than to decompose a billion weights
     from ortho_cli.split.quantize import Rounded
+
+log = logging.getLogger(__name__)
 
 SWITCH_SECONDS = 0.0002  # see `_many_small_operations`
 
@@ -268,6 +271,7 @@ def _find_edits(
     path = work.private / EDITS_FILE
     room = {t.name: Room(t.k, t.source.numel, t.bits) for t in plan.split}
     known: Edits | None = load_edits(path, key)
+    log.info("moves of codes are %s", "searched" if known is None else "those of an earlier run")
     if known is None:
         work.done.clear()  # a tensor that was split before cannot be relied on without its edits
         found = editor.find(work.private, curvature=curvature, key=key, on_event=on_event)
