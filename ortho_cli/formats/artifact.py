@@ -90,13 +90,13 @@ is not.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ortho_cli.errors import ArtifactError
 from ortho_cli.storage import checkpoint
@@ -115,7 +115,6 @@ INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 REPORT_FILE = "report.json"
 
-SCALE_DTYPES = ("BF16", "F16", "F32")
 WIDTHS = (3, 4)  # bits of a code
 COUNT_DTYPES = ("U8", "U16", "I32")  # of row_counts, smallest first
 CHUNK = 1 << 20
@@ -294,11 +293,16 @@ class Artifact:
     folder: Path
     base: Shard
     ortho: Shard | None
-    report: dict[str, Any] | None
+    report: dict[str, object] | None  # as it was parsed; `report.read_report` validates it
     sealed: Path | None  # the file that holds ortho, where that is sealed
     opened: Opened | None  # what it was opened into; has to live as long as that is read
     shapes: Mapping[str, tuple[int, int]]  # (out, in) of each split module, from weight_shape
     bits: Mapping[str, int]  # of a code of each of them
+
+    @property
+    def files(self) -> tuple[Shard, ...]:
+        """Base, and ortho where it is there and open."""
+        return (self.base, self.ortho) if self.ortho else (self.base,)
 
     @property
     def form(self) -> str:
@@ -419,6 +423,15 @@ def _is_lone_ortho(folder: Path, *, damaged: bool) -> bool:
 def damaged(path: Path, what: str) -> ArtifactError:
     """Say what is wrong with a file of an artifact."""
     return ArtifactError(f"`{path}`: {what}", hint="decompose the source again")
+
+
+@contextlib.contextmanager
+def damage_in(path: Path) -> Iterator[None]:
+    """Add the file to the errors of checks that know only names of tensors."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise damaged(path, error.message) from None
 
 
 def source_digest(tensors: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ortho_cli.errors import ArtifactError
+from ortho_cli.formats.csr import unsound
 from ortho_cli.split import quantize
-from ortho_cli.split.in_memory import ortho_dtypes
+from ortho_cli.split.quantize import ortho_dtypes
 from ortho_cli.split.sizes import Sizes
 
 Integers = npt.NDArray[np.int64]
@@ -306,4 +307,4 @@ def _numbers(tensor: Tensor) -> npt.NDArray[np.int64]:
 
 
 def _bad(prefix: str, what: str) -> ArtifactError:
-    return ArtifactError(f"`{prefix}{what}", hint="the stream is damaged, or of another layer")
+    return unsound(f"`{prefix}{what}")

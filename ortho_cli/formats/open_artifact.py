@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ortho_cli.errors import ArtifactError, CheckpointError
+from ortho_cli.errors import ArtifactError, CheckpointError, blamed
 from ortho_cli.formats.artifact import (
     BASE_FILE,
     COUNT_DTYPES,
     FORMATS,
     ORTHO_FILE,
     REPORT_FILE,
-    SCALE_DTYPES,
     WIDTHS,
     Artifact,
     Parts,
@@ -25,8 +24,9 @@ from ortho_cli.formats.artifact import (
     layout_of,
     ortho_specs,
 )
+from ortho_cli.split.dtypes import SPLIT
 from ortho_cli.storage import checkpoint, strict_json
-from ortho_cli.storage.checkpoint import Shard, TensorInfo
+from ortho_cli.storage.checkpoint import Shard, ShardReader, TensorInfo
 from ortho_cli.storage.data_file import TensorSpec
 from ortho_cli.storage.sealing import SEALED_FILE, Keys, Opened, open_sealed
 
@@ -54,15 +54,12 @@ def open_artifact(folder: Path, keys: Keys | None = None) -> Artifact:
             if lone
             else "is this the right folder?",
         )
-    try:
+    report, report_path = None, folder / REPORT_FILE
+    with blamed(ArtifactError):
         base = checkpoint.read_shard(path)
         ortho, sealed, opened = _open_ortho(folder, keys)
-        report_path = folder / REPORT_FILE
-        report = None
         if report_path.is_file():
             report = strict_json.read(report_path, tensors=len(base.tensors))
-    except CheckpointError as error:
-        raise ArtifactError(error.message, hint=error.hint) from None
     form = base.metadata.get("ortho_format")
     if form not in FORMATS or base.metadata.get("role") != "base":
         raise ArtifactError(
@@ -131,7 +128,7 @@ def _check_base(base: Shard) -> tuple[dict[str, tuple[int, int]], dict[str, int]
             raise damaged(path, f"`{module}` has packed codes and no scales or shape")
         sound = (
             packed.dtype == "I32"
-            and scale.dtype in SCALE_DTYPES
+            and scale.dtype in SPLIT
             and (shape.dtype, shape.shape) == ("I64", (2,))
             and len(packed.shape) == len(scale.shape) == 2
             and packed.shape[0] == scale.shape[0]
@@ -151,19 +148,13 @@ def _read_shapes(base: Shard, split: Iterable[str]) -> dict[str, tuple[int, int]
     tensors = {tensor.name: tensor for tensor in base.tensors}
     buffer = memoryview(bytearray(16))
     found: dict[str, tuple[int, int]] = {}
-    fd = os.open(base.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with blamed(ArtifactError), contextlib.closing(ShardReader([base])) as reader:
         for module in split:
-            offset = tensors[f"{module}.weight_shape"].offset
-            checkpoint.fill(fd, buffer, offset, what=f"`{base.path}`")
+            reader.read_into(buffer, tensors[f"{module}.weight_shape"], start=0)
             rows, columns = (
                 int.from_bytes(buffer[at : at + 8], "little", signed=True) for at in (0, 8)
             )
             found[module] = rows, columns
-    except CheckpointError as error:
-        raise ArtifactError(error.message, hint=error.hint) from None
-    finally:
-        os.close(fd)
     return found
 
 

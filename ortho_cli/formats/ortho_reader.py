@@ -6,30 +6,20 @@ without it, and so without torch.)
 
 from __future__ import annotations
 
+import contextlib
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from ortho_cli.errors import ArtifactError, CheckpointError
-from ortho_cli.formats import compact
-from ortho_cli.formats.artifact import Artifact, damaged
-from ortho_cli.split import quantize
-from ortho_cli.split.in_memory import ORTHO_PARTS, check_csr
+from ortho_cli.errors import ArtifactError, blamed
+from ortho_cli.formats import compact, csr
+from ortho_cli.formats.artifact import Artifact, damage_in
+from ortho_cli.formats.csr import ORTHO_PARTS
+from ortho_cli.split.dtypes import torch_dtypes
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
-from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, TensorInfo
-
-DTYPES = {
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-}
+from ortho_cli.storage.checkpoint import ShardReader, TensorInfo
 
 
 class KeptReader:
@@ -52,12 +42,8 @@ class KeptReader:
         self._path, self._sizes = artifact.ortho.path, sizes
         self._kept, self._shapes = artifact.kept, artifact.shapes
         self._base = {tensor.name: tensor for tensor in artifact.base.tensors}
-        shards = (artifact.base, artifact.ortho)
-        opened = Checkpoint(path=artifact.folder, shards=shards, tensors=(), config=None)
-        try:
-            self._reader = ShardReader(opened)
-        except CheckpointError as error:
-            raise ArtifactError(error.message, hint=error.hint) from None
+        with blamed(ArtifactError):
+            self._reader = ShardReader(artifact.files)
 
     def __enter__(self) -> KeptReader:
         """Give itself."""
@@ -70,13 +56,9 @@ class KeptReader:
         trace: TracebackType | None,
     ) -> None:
         """Close both files; if all went well so far, see that they are still what they were."""
-        try:
+        with blamed(ArtifactError), contextlib.closing(self._reader):
             if error is None:
                 self._reader.check_unchanged()
-        except CheckpointError as changed:
-            raise ArtifactError(changed.message, hint=changed.hint) from None
-        finally:
-            self.close()
 
     def close(self) -> None:
         """Close both files."""
@@ -93,18 +75,15 @@ class KeptReader:
         Raises:
             ArtifactError: what is stored is no such matrix, or a file was cut; names the tensor.
         """
-        try:
+        with blamed(ArtifactError):
             parts = {name: self._read(info) for name, info in self._kept[module].items()}
             shape = self._shapes[module]
-            if "crow_indices" in parts:
+            with damage_in(self._path):
+                if "crow_indices" not in parts:
+                    return self._decode(module, parts, shape)
                 crow, column, values = (parts[name] for name in ORTHO_PARTS)
-                check_csr(crow, column, values, shape, f"{module}.")
+                csr.check_tensors(crow, column, values, shape, f"{module}.")
                 return {part: parts[part] for part in ORTHO_PARTS}
-            return self._decode(module, parts, shape)
-        except CheckpointError as error:
-            raise ArtifactError(error.message, hint=error.hint) from None
-        except ArtifactError as error:
-            raise damaged(self._path, error.message) from None
 
     def _decode(
         self, module: str, parts: dict[str, Tensor], shape: tuple[int, int]
@@ -114,9 +93,9 @@ class KeptReader:
         if codes.dtype == torch.int8:
             step = parts["value_step"]
             if not 0.0 < float(step) < float("inf"):
-                raise _unsound(f"`{module}.value_step` is {float(step)}")
+                raise csr.unsound(f"`{module}.value_step` is {float(step)}")
             if codes.numel() and int(codes.min()) < -compact.LARGEST:
-                raise _unsound(f"`{module}.values` or column_values holds -128")
+                raise csr.unsound(f"`{module}.values` or column_values holds -128")
             crow, column = (found[p].to(torch.int64).numpy() for p in ORTHO_PARTS[:2])
             base, scales = compact.base_at(
                 lambda start, count: self._base_rows(module, start, count),
@@ -125,10 +104,9 @@ class KeptReader:
                 shape,
                 sizes=self._sizes,
             )
-            dtype = DTYPES[self._base[f"{module}.weight_scale"].dtype]
+            dtype = torch_dtypes()[self._base[f"{module}.weight_scale"].dtype]
             found["values"] = compact.restore_values(codes, step, base, scales, dtype)
-        if codes.numel() and not quantize.all_finite(found["values"]):
-            raise _unsound(f"`{module}.values` or column_values holds NaN or infinity")
+        csr.check_finite(found["values"], f"{module}.column_values or ")
         return found
 
     def _base_rows(self, module: str, start: int, count: int) -> tuple[Tensor, Tensor]:
@@ -139,12 +117,8 @@ class KeptReader:
     def _read(self, info: TensorInfo, start: int = 0, count: int | None = None) -> Tensor:
         """Read a tensor, or some rows of it, into memory of its own."""
         shape = info.shape if count is None else (count, *info.shape[1:])
-        found = torch.empty(shape, dtype=DTYPES[info.dtype])
+        found = torch.empty(shape, dtype=torch_dtypes()[info.dtype])
         if found.numel():
             offset = start * (info.nbytes // info.shape[0]) if start else 0
             self._reader.read_into(as_bytes(found), info, start=offset)
         return found
-
-
-def _unsound(what: str) -> ArtifactError:
-    return ArtifactError(what, hint="decompose the source again")

@@ -2,81 +2,105 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
+import contextlib
+from dataclasses import dataclass
 
-from ortho_cli.errors import ArtifactError
+from ortho_cli.errors import ArtifactError, blamed
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
 from ortho_cli.formats.artifact import (
     ORTHO_FILE,
     REPORT_FILE,
     Artifact,
     canonical_json,
-    damaged,
     source_digest,
 )
-from ortho_cli.storage.checkpoint import Checkpoint, ShardReader
+from ortho_cli.formats.report import Report, read_report, rows_of
+from ortho_cli.storage import strict_json
+from ortho_cli.storage.checkpoint import Checkpoint, Shard, ShardReader
 
 
-def provenance(artifact: Artifact) -> dict[str, Any]:
-    """Say what an artifact was made from, and by what.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What an artifact was made from, and by what; None where the files do not tell."""
 
+    plan_sha256: str | None
+    recipe: dict[str, object]
+    versions: dict[str, str | None]
+    source_digest: str | None
+
+    def to_json(self) -> dict[str, object]:
+        """Spell it as report.json does."""
+        return {
+            "plan_sha256": self.plan_sha256,
+            "recipe": self.recipe,
+            "versions": self.versions,
+            "source_digest": self.source_digest,
+        }
+
+
+def provenance(artifact: Artifact, report: Report | None) -> Origin:
+    """Read from the headers where an artifact comes from; hold report.json against them.
+
+    Args:
+        artifact: with or without ortho.
+        report: its validated report.json, where it has one.
     Returns:
-        `plan_sha256`, `recipe`, `versions` and `source_digest`, as report.json has them; the last
-        is None for a base that is alone, without report.json.
+        `source_digest` is None for a base that is alone, without report.json.
     Raises:
         ArtifactError: a header and report.json, or two headers, tell different origins.
     """
     base = artifact.base.metadata
-    ortho = artifact.ortho.metadata if artifact.ortho else {}
-    found: dict[str, Any] = {
-        "plan_sha256": base.get("plan_sha256"),
-        "recipe": _recipe(artifact, base.get("recipe")),
-        "versions": {"ortho": base.get("ortho_version")},
-        "source_digest": ortho.get("source_digest"),
-    }
-    told = [("plan_sha256", base), ("recipe", base), ("ortho_version", base)]
-    if ortho:
-        for key, header in told:
-            if ortho.get(key) != header.get(key):
-                raise _differs(key, ORTHO_FILE, ortho.get(key), artifact.base.name, header.get(key))
-        told.append(("source_digest", ortho))
-    if artifact.report is None:
-        return found
-    report = artifact.report
-    said = {**report, "recipe": canonical_json(report["recipe"])}
-    said["ortho_version"] = report["versions"]["ortho"]
-    for key, header in told:
-        if said[key] != header.get(key):
-            file = ORTHO_FILE if header is ortho else artifact.base.name
-            raise _differs(key, REPORT_FILE, said[key], file, header.get(key))
-    return {key: report[key] for key in found}
+    ortho = artifact.ortho.metadata if artifact.ortho else None
+    recipe = recipe_of(artifact.base)
+    for key in ("plan_sha256", "recipe", "ortho_version"):
+        if ortho is not None and ortho.get(key) != base.get(key):
+            raise _differs(key, ORTHO_FILE, ortho.get(key), artifact.base.name, base.get(key))
+    source = ortho.get("source_digest") if ortho is not None else None
+    if report is not None:
+        pairs = [
+            ("plan_sha256", report.plan_sha256, base),
+            ("recipe", canonical_json(report.recipe), base),
+            ("ortho_version", report.versions.ortho, base),
+            *([("source_digest", report.source_digest, ortho)] if ortho is not None else []),
+        ]
+        for key, said, header in pairs:
+            if said != header.get(key):
+                file = artifact.base.name if header is base else ORTHO_FILE
+                raise _differs(key, REPORT_FILE, said, file, header.get(key))
+        source = report.source_digest
+    return Origin(
+        plan_sha256=base.get("plan_sha256"),
+        recipe=recipe,
+        versions={"ortho": base.get("ortho_version")},
+        source_digest=source,
+    )
 
 
-def _recipe(artifact: Artifact, text: str | None) -> dict[str, Any]:
-    try:
-        found = json.loads(text or "")
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise damaged(artifact.base.path, "its header holds no recipe")
-    return found
+def recipe_of(file: Shard) -> dict[str, object]:
+    """Parse the recipe in the header of base or ortho.
+
+    Raises:
+        ArtifactError: there is none, or it is no JSON object.
+    """
+    text = file.metadata.get("recipe", "")
+    with blamed(ArtifactError):
+        return strict_json.parse(
+            text.encode(), what=f"the recipe in `{file.path}`", hint="decompose the source again"
+        )
 
 
-def _differs(key: str, file: str, value: Any, other: str, told: Any) -> ArtifactError:
+def _differs(key: str, file: str, value: object, other: str, told: object) -> ArtifactError:
     return ArtifactError(
         f"`{key}` is {str(value)[:64]} in {file} and {str(told)[:64]} in {other}",
         hint="put back the files that were written together",
     )
 
 
-def check_source(
-    told: dict[str, Any], source: Checkpoint, *, on_event: EventSink = null_sink
-) -> int:
+def check_source(artifact: Artifact, source: Checkpoint, *, on_event: EventSink = null_sink) -> int:
     """Hold every byte of a checkpoint against what an artifact was made from.
 
     Args:
-        told: what `verify.describe` says of the artifact.
+        artifact: with ortho or report.json.
         source: the checkpoint; its sharding does not matter.
         on_event: told of progress.
     Returns:
@@ -85,45 +109,43 @@ def check_source(
         ArtifactError: the artifact knows nothing of its source, or `source` is another; names the
             first tensor that differs where report.json is there.
     """
-    if told["source_digest"] is None:
+    report = read_report(artifact)
+    expected = provenance(artifact, report).source_digest
+    if expected is None:
         raise ArtifactError(
             f"a base without {REPORT_FILE} and {ORTHO_FILE} holds no digest of its source",
             hint="put one of them back",
         )
+    rows = rows_of(report, artifact.folder / REPORT_FILE) if report is not None else ()
+    known = {row.name: (row.dtype, row.shape, row.source_blake3) for row in rows}
     where = f"`{source.path}`"
-    known = {entry["name"]: entry for entry in told["tensors"] if "source_blake3" in entry}
     tensors = {tensor.name: tensor for tensor in source.tensors}
     for name in sorted(known.keys() ^ tensors.keys()) if known else ():
         has = "has no" if name in known else "has a"
         raise _other(f"{where} {has} tensor `{name}`, unlike the source of the artifact")
     total = sum(tensor.nbytes for tensor in source.tensors)
     on_event(Started(tensors=len(tensors), resumed=0, bytes_total=total, bytes_done=0))
-    listed, reader = [], ShardReader(source)
-    try:
+    listed = []
+    with contextlib.closing(ShardReader(source.shards)) as reader:
         for name, tensor in tensors.items():
             mine = (tensor.dtype, list(tensor.shape), reader.digest(tensor))
             on_event(Advanced(nbytes=tensor.nbytes))
-            entry = known.get(name, {})
-            theirs = (entry.get("dtype"), entry.get("shape"), entry.get("source_blake3"))
-            if known and mine != theirs:
+            if known and mine != known[name]:
                 raise _other(
                     f"tensor `{name}` of {where} is {_words(*mine)}, and the artifact was made "
-                    f"from {_words(*theirs)}"
+                    f"from {_words(*known[name])}"
                 )
             listed.append((name, tensor.dtype, tensor.shape, mine[2]))
         reader.check_unchanged()
-    finally:
-        reader.close()
     digest = source_digest(listed)
-    if digest != told["source_digest"]:
+    if digest != expected:
         raise _other(
-            f"{where} has digest {digest[:12]}, and the artifact was made from "
-            f"{told['source_digest'][:12]}"
+            f"{where} has digest {digest[:12]}, and the artifact was made from {expected[:12]}"
         )
     return len(listed)
 
 
-def _words(dtype: Any, shape: Any, digest: Any) -> str:
+def _words(dtype: str, shape: list[int], digest: str | None) -> str:
     return f"{dtype} {shape} {str(digest)[:12]}"
 
 

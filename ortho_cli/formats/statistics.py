@@ -35,29 +35,55 @@ written for its owner alone.
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Literal
 
 from blake3 import blake3
+from pydantic import Field, ValidationError
 
-from ortho_cli.errors import CalibrationError, CheckpointError, InternalError, unreadable
+from ortho_cli.errors import CalibrationError, CheckpointError, blamed
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
 from ortho_cli.formats.artifact import canonical_json, module_of
+from ortho_cli.formats.schema import Digest, Figure, Validated, fault
 from ortho_cli.storage import checkpoint, strict_json
 from ortho_cli.storage.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo
 from ortho_cli.storage.data_file import TensorSpec
 
-T = TypeVar("T")
-
 FORMAT = "ortho-stats/1"
-KINDS = ("gram", "fisher", "true-fisher")
-STORAGES = ("full", "factored")
 GRAM = ".retain_gram"
 WEIGHTINGS = ("none", "gradient")
-DTYPES = {"bfloat16": "BF16", "float32": "F32"}
+
+
+class Measured(Validated):
+    """What the header tells of a weight that was measured."""
+
+    shape: Annotated[list[int], Field(min_length=2, max_length=2)]
+    source_blake3: Digest
+    mean: Figure | None = None  # of the curvature
+    overlap: Figure | None = None  # of the retain set's curvature and the forget set's
+
+
+class DataSet(Validated):
+    """What the header tells of a set of texts."""
+
+    sequences: int
+    tokens: int
+
+
+class _Header(Validated):
+    """The metadata of the file, with the JSON in it parsed."""
+
+    kind: Literal["gram", "fisher", "true-fisher"]
+    unit: str
+    storage: Literal["full", "factored"]
+    source_digest: str
+    gram: str | None = None
+    weighting: str | None = None
+    data: dict[str, DataSet]
+    tensors: dict[str, Measured]
+    digests: dict[str, Digest]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +95,7 @@ class Statistics:
     kind: str
     storage: str
     source_digest: str
-    tensors: dict[str, dict[str, Any]]
+    tensors: dict[str, Measured]
     digests: dict[str, str]
     metadata: dict[str, str]
 
@@ -93,7 +119,7 @@ class Statistics:
         """Whether the full input Gram matrix of each weight was measured."""
         return any(key.endswith(GRAM) for key in self.digests)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, object]:
         """Say in a report which statistics were used."""
         return {
             "digest": self.digest,
@@ -105,22 +131,13 @@ class Statistics:
 
     def check_source(self, name: str, digest: str) -> None:
         """Raise if a weight with this BLAKE3 is not the one that was measured."""
-        told = self.tensors[name]["source_blake3"]
+        told = self.tensors[name].source_blake3
         if digest != told:
             raise CalibrationError(
                 f"`{self.path}` holds statistics of another model: `{name}` has BLAKE3 "
                 f"{digest[:12]}, and {told[:12]} was measured",
                 hint="calibrate this model, or give the statistics that were made from it",
             )
-
-    def as_checkpoint(self) -> Checkpoint:
-        """Look at the file as a checkpoint, for `ShardReader`."""
-        return Checkpoint(
-            path=self.path,
-            shards=(self.shard,),
-            tensors=tuple(sorted(self.shard.tensors, key=lambda tensor: tensor.name)),
-            config=None,
-        )
 
 
 def specs(
@@ -175,82 +192,50 @@ def open_statistics(path: Path) -> Statistics:
     Raises:
         CalibrationError: not there, cut, not ours, or its parts do not fit together.
     """
-    try:
+    with blamed(CalibrationError, path=path, hint="calibrate again"):
         shard = checkpoint.read_shard(path)
-    except CheckpointError as error:
-        raise CalibrationError(error.message, hint="calibrate again") from None
-    except OSError as error:
-        raise unreadable(path, error, hint="calibrate again", kind=CalibrationError) from None
     if shard.metadata.get("format") != FORMAT:
         raise CalibrationError(
             f"`{path}` says it is {shard.metadata.get('format')!r}, not {FORMAT!r}",
             hint="give a file that `ortho calibrate` wrote",
         )
     try:
-        told = {key: _parse(path, key, shard.metadata[key]) for key in _PARSED}
+        header = _Header.model_validate(
+            {
+                key: _parse(path, key, text) if key in ("tensors", "digests", "data") else text
+                for key, text in shard.metadata.items()
+            }
+        )
         found = Statistics(
             path=path,
             shard=shard,
-            kind=shard.metadata["kind"],
-            storage=shard.metadata["storage"],
-            source_digest=shard.metadata["source_digest"],
-            tensors=told["tensors"],
-            digests=told["digests"],
+            kind=header.kind,
+            storage=header.storage,
+            source_digest=header.source_digest,
+            tensors=header.tensors,
+            digests=header.digests,
             metadata=shard.metadata,
         )
-        _check_told(told)
         _check(found)
-    except CheckpointError as error:
-        raise CalibrationError(error.message, hint=error.hint) from None
-    except (KeyError, ValueError, TypeError) as error:
-        raise CalibrationError(
-            f"the header of `{path}` is damaged: {error}", hint="calibrate again"
-        ) from None
+    except ValidationError as error:
+        raise _damaged(path, fault(error)) from None
+    except ValueError as error:
+        raise _damaged(path, str(error)) from None
     return found
 
 
-def _parse(path: Path, key: str, text: str) -> dict[str, Any]:
-    """Parse what a value of the metadata holds."""
-    return strict_json.parse(
-        text.encode(), what=f"`{key}` in the header of `{path}`", hint="calibrate again"
-    )
+def _damaged(path: Path, what: str) -> CalibrationError:
+    return CalibrationError(f"the header of `{path}` is damaged: {what}", hint="calibrate again")
 
 
-def _check_told(told: dict[str, dict[str, Any]]) -> None:
-    """Hold what the metadata tell to the types that are read of them."""
-    for name, entry in told["tensors"].items():
-        shape = entry["shape"] if isinstance(entry, dict) else None
-        if not (isinstance(shape, list) and list(map(type, shape)) == [int, int]):
-            raise ValueError(f"`shape` of `{name}`")
-        if not _is_digest(entry["source_blake3"]):
-            raise ValueError(f"`source_blake3` of `{name}`")
-        if not all(_is_figure(entry.get(key, 0.0)) for key in ("mean", "overlap")):
-            raise ValueError(f"`mean` or `overlap` of `{name}`")
-    for key, digest in told["digests"].items():
-        if not _is_digest(digest):
-            raise ValueError(f"digest of `{key}`")
-    for name, data in told["data"].items():
-        counts = [data.get(key) if isinstance(data, dict) else None for key in _COUNTED]
-        if not all(type(count) is int for count in counts):
-            raise ValueError(f"counts of the {name} set")
-
-
-_PARSED = ("tensors", "digests", "data")
-_COUNTED = ("sequences", "tokens")  # of each set
-
-
-def _is_digest(value: object) -> bool:
-    return isinstance(value, str) and len(value) == 64
-
-
-def _is_figure(value: object) -> bool:
-    """Tell a number that can be shown; an integer of a thousand digits is no float."""
-    return value is None or (type(value) in (int, float) and abs(value) < 1e300)  # type: ignore[arg-type]
+def _parse(path: Path, key: str, text: str) -> dict[str, object]:
+    """Parse the JSON that a value of the metadata is."""
+    what = f"`{key}` in the header of `{path}`"
+    with blamed(CalibrationError):
+        return strict_json.parse(text.encode(), what=what, hint="calibrate again")
 
 
 def _check(found: Statistics) -> None:
-    if found.kind not in KINDS or found.storage not in STORAGES or "unit" not in found.metadata:
-        raise ValueError(f"kind {found.kind!r} with storage {found.storage!r}")
     _check_gram(found)
     infos = found.infos
     if infos.keys() != found.digests.keys():
@@ -261,7 +246,7 @@ def _check(found: Statistics) -> None:
     dtype = next((t.dtype for t in wide), "F32")
     forget, gram = found.has_forget, found.has_gram  # each looks through all keys
     for name, entry in found.tensors.items():
-        rows, columns = entry["shape"]
+        rows, columns = entry.shape
         for spec in specs(
             name,
             (rows, columns),
@@ -306,10 +291,10 @@ def check_weights(found: Statistics, weights: Sequence[TensorInfo]) -> None:
                 f"`{found.path}` holds no statistics of `{weight.name}`",
                 hint="calibrate this model with the same targets, or add the tensor to `ignore`",
             )
-        if list(entry["shape"]) != list(weight.shape):
+        if entry.shape != list(weight.shape):
             raise CalibrationError(
                 f"`{weight.name}` is {list(weight.shape)}, and `{found.path}` was measured where "
-                f"it is {list(entry['shape'])}",
+                f"it is {entry.shape}",
                 hint="calibrate this model, or give the statistics that were made from it",
             )
 
@@ -317,7 +302,7 @@ def check_weights(found: Statistics, weights: Sequence[TensorInfo]) -> None:
 def check_model(found: Statistics, source: Checkpoint, weights: Sequence[TensorInfo]) -> None:
     """Read the smallest weight and make sure that it is the one that was measured."""
     smallest = min(weights, key=lambda weight: (weight.nbytes, weight.name))
-    with contextlib.closing(ShardReader(source)) as reader:
+    with contextlib.closing(ShardReader(source.shards)) as reader:
         found.check_source(smallest.name, reader.digest(smallest))
 
 
@@ -330,15 +315,12 @@ def changed_tensor(found: Statistics, key: str, digest: str) -> CalibrationError
     )
 
 
-def describe(found: Statistics) -> dict[str, Any]:
-    """Say what a statistics file holds: its metadata, parsed."""
-    try:
-        parsed = {
-            key: _parse(found.path, key, text) if text[:1] == "{" else text
-            for key, text in found.metadata.items()
-        }
-    except CheckpointError as error:
-        raise CalibrationError(error.message, hint=error.hint) from None
+def describe(found: Statistics) -> dict[str, object]:
+    """Say what a statistics file holds: its metadata, parsed, as `ortho inspect --json` prints."""
+    parsed = {
+        key: _parse(found.path, key, text) if text[:1] == "{" else text
+        for key, text in found.metadata.items()
+    }
     return {
         **parsed,
         "digest": found.digest,
@@ -357,7 +339,7 @@ def verify(found: Statistics, *, on_event: EventSink = null_sink) -> dict[str, i
     tensors = found.shard.tensors
     total = sum(tensor.nbytes for tensor in tensors)
     on_event(Started(tensors=len(tensors), resumed=0, bytes_total=total, bytes_done=0))
-    with contextlib.closing(ShardReader(found.as_checkpoint())) as reader:
+    with contextlib.closing(ShardReader([found.shard])) as reader:
         for tensor in tensors:
             digest = blake3()
             for piece in reader.pieces(tensor):
@@ -376,7 +358,7 @@ class StatisticsReader:
         self.statistics = statistics
         self.infos = statistics.infos
         with _ours():
-            self._reader = ShardReader(statistics.as_checkpoint())
+            self._reader = ShardReader([statistics.shard])
 
     def read(self, buffer: memoryview, tensor: TensorInfo, *, start: int = 0) -> None:
         """Fill `buffer` with the tensor's bytes from `start` on."""
@@ -396,45 +378,6 @@ class StatisticsReader:
     def close(self) -> None:
         """Close the file."""
         self._reader.close()
-
-
-class CurvaturePass(ABC, Generic[T]):
-    """One pass over the curvature of one weight, in order; what has (in,) or (out,) is held."""
-
-    def __init__(self, reader: StatisticsReader, name: str) -> None:
-        """Read what is small, and check it."""
-        self._reader, self._name = reader, name
-        self._digest = blake3()  # of what is streamed
-        self._rows: T | None = None
-        self._columns: T | None = None
-        key = f"{module_of(name)}.retain_curvature"
-        self._full = reader.infos.get(key)
-        if self._full is None:
-            self._rows = self._load(reader.infos[f"{key}_rows"])
-            self._columns = self._load(reader.infos[f"{key}_columns"])
-        elif len(self._full.shape) == 1:
-            self._columns = self._load(self._full)
-
-    @abstractmethod
-    def _load(self, tensor: TensorInfo) -> T:
-        """Read a whole tensor, and check it."""
-
-    @property
-    def _streamed(self) -> TensorInfo:
-        """What is read tile by tile, where no columns are held."""
-        if self._full is None:
-            raise InternalError(f"the curvature of `{self._name}` is neither held nor streamed")
-        return self._full
-
-    def finish(self, source: str) -> None:
-        """Hold what was streamed against the file's digest, the weight against the one measured.
-
-        Args:
-            source: BLAKE3 of the weight that was read, in hex.
-        """
-        if self._columns is None and self._full is not None:
-            self._reader.compare(self._full, self._digest.hexdigest())
-        self._reader.statistics.check_source(self._name, source)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
-"""Safetensors checkpoints: an index that reads no data, a reader by offset, a layout before data.
+"""Reading safetensors checkpoints: an index of headers, and a reader of byte ranges.
 
-The file format is safetensors' own: 8 bytes little-endian header length, a JSON header, then the
-tensors back to back. Headers come from strangers, so every claim in them is checked against the
-file's size before it is believed. Standard library only: `ortho inspect` and `--dry-run` import no
-torch.
+The file format is safetensors' own: 8 bytes of header length, little-endian, a JSON header, then
+the tensors back to back. Headers come from strangers: every claim in them is checked against the
+file's size before it is used. Standard library only, since `ortho inspect` and `--dry-run` import
+no torch.
 """
 
 from __future__ import annotations
@@ -19,28 +19,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ortho_cli.errors import (
     CheckpointError,
     ResourceError,
+    blamed,
     is_starved,
     reason,
     shown,
-    unreadable,
     way_out,
 )
+from ortho_cli.split.dtypes import DTYPES
 from ortho_cli.storage import folders, hints, hub, sniff, strict_json
 from ortho_cli.storage.untrusted import open_regular
 
-# Bits an element, for every dtype that safetensors 0.8 knows.
-DTYPE_BITS = {
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
-    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
 MAX_HEADER = 100_000_000  # safetensors' own limit
 PIECE = 1 << 20
 MAX_DIMENSIONS = 64  # torch's own limit; a product of thousands of large numbers would take hours
@@ -48,7 +40,7 @@ MAX_DIMENSIONS = 64  # torch's own limit; a product of thousands of large number
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """Where a tensor lies: `nbytes` bytes from `offset` of file `shard`."""
+    """The place of a tensor: `nbytes` bytes from `offset` of file `shard`."""
 
     name: str
     dtype: str
@@ -82,7 +74,7 @@ class Checkpoint:
     path: Path
     shards: tuple[Shard, ...]
     tensors: tuple[TensorInfo, ...]
-    config: dict[str, Any] | None
+    config: dict[str, object] | None
     notes: tuple[str, ...] = ()  # what is unusual, and read all the same
 
     @property
@@ -102,11 +94,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: nothing there, nothing readable, or a header or index that does not hold
             together.
     """
-    try:
+    hint = "give a .safetensors file or a model folder that you may read"
+    with blamed(CheckpointError, path=path, hint=hint):
         return _open(path)
-    except OSError as error:
-        hint = "give a .safetensors file or a model folder that you may read"
-        raise unreadable(path, error, kind=CheckpointError, hint=hint) from error
 
 
 def _open(path: Path) -> Checkpoint:
@@ -148,7 +138,7 @@ def _checkpoint(
     shards: tuple[Shard, ...],
     choice: folders.Choice,
     *,
-    config: dict[str, Any] | None = None,
+    config: dict[str, object] | None = None,
     noted: Iterable[str] = (),
 ) -> Checkpoint:
     notes = [*noted, *choice.notes]
@@ -175,7 +165,7 @@ def _checkpoint(
 
 
 def _settle(first: Shard, one: TensorInfo, last: Shard, other: TensorInfo, told: str | None) -> str:
-    """Say which of two tensors of one name counts, or refuse where readers would differ."""
+    """Note which of two tensors of one name is read, or refuse where readers would differ."""
     both = f"tensor `{one.name}` is in both `{first.name}` and `{last.name}`"
     if told is not None and told != last.name and not _is_same(first, one, last, other):
         raise CheckpointError(
@@ -206,7 +196,7 @@ def check_index(
     where: Mapping[str, str],
     weight_map: Mapping[str, str],
     *,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, object] | None = None,
 ) -> list[str]:
     """Hold an index against the files; say what is unusual, and refuse what a model would lack.
 
@@ -255,6 +245,39 @@ def read_shard(path: Path, *, name: str | None = None) -> Shard:
     """
     again = f"the file is cut or damaged: {hints.fetch(path)}"
     name = name or path.name
+    raw, status = _read_header(path, again)
+    header = strict_json.parse(raw, what=f"the header of `{path}`", hint=again)
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise CheckpointError(f"`__metadata__` of `{path}` is not a map of strings", hint=again)
+    start = 8 + len(raw)
+    tensors = [
+        _parse_tensor(
+            path, key, entry, shard=name, data_start=start, data_size=status.st_size - start
+        )
+        for key, entry in header.items()
+    ]
+    _check_coverage(path, tensors, data_start=start, size=status.st_size)
+    return Shard(
+        name=name,
+        path=path,
+        size=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        metadata=metadata,
+        tensors=tuple(tensors),
+    )
+
+
+def _read_header(path: Path, again: str) -> tuple[bytes, os.stat_result]:
+    """Read the bytes of a header, once its length and first byte are known to be sound.
+
+    Args:
+        path: the file.
+        again: what to do about one that is damaged.
+    """
     with open_regular(path) as file:
         status = os.fstat(file.fileno())
         first = file.read(sniff.HEAD)
@@ -275,38 +298,13 @@ def read_shard(path: Path, *, name: str | None = None) -> Shard:
                 f"`{path}` claims a header of {length} bytes where {limit} fit", hint=again
             )
         file.seek(8)
-        raw = file.read(length).lstrip(b" \t\r\n")
-    if not raw.startswith(b"{"):
+        raw = file.read(length)
+    begin = raw.lstrip(b" \t\r\n")[:1]
+    if begin != b"{":
         raise CheckpointError(
-            f"the header of `{path}` starts with {raw[:1]!r}, not b'{{'", hint=again
+            f"the header of `{path}` starts with {begin!r}, not b'{{'", hint=again
         )
-    header = strict_json.parse(raw, what=f"the header of `{path}`", hint=again)
-    metadata = header.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or not all(
-        isinstance(value, str) for value in metadata.values()
-    ):
-        raise CheckpointError(f"`__metadata__` of `{path}` is not a map of strings", hint=again)
-    tensors = [
-        _parse_tensor(
-            path,
-            key,
-            entry,
-            shard=name,
-            data_start=8 + length,
-            data_size=status.st_size - 8 - length,
-        )
-        for key, entry in header.items()
-    ]
-    _check_coverage(path, tensors, data_start=8 + length, size=status.st_size)
-    return Shard(
-        name=name,
-        path=path,
-        size=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        metadata=metadata,
-        tensors=tuple(tensors),
-    )
+    return raw, status
 
 
 def _is_count(value: object) -> bool:
@@ -324,8 +322,8 @@ def _parse_tensor(
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise bad("is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise bad(f"has dtype {shown(dtype)}, which is none of {', '.join(DTYPE_BITS)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise bad(f"has dtype {shown(dtype)}, which is none of {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
         raise bad(f"has shape {shown(shape)}, which is not a list of counts")
     if len(shape) > MAX_DIMENSIONS:
@@ -335,7 +333,7 @@ def _parse_tensor(
     begin, end = offsets
     if not begin <= end <= data_size:
         raise bad(f"claims bytes {begin} to {end} of {data_size}")
-    needed = math.prod(shape) * DTYPE_BITS[dtype]
+    needed = math.prod(shape) * DTYPES[dtype].bits
     if needed != 8 * (end - begin):
         raise bad(f"has {end - begin} bytes where {dtype} {shown(shape)} takes {needed // 8}")
     return TensorInfo(
@@ -369,13 +367,13 @@ def _check_coverage(path: Path, tensors: list[TensorInfo], *, data_start: int, s
 class ShardReader:
     """Reads byte ranges of shards into buffers of the caller; threads may share it."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, shards: Iterable[Shard]) -> None:
         """Open every shard and make sure each is still the file whose header was read.
 
         Where the system allows fewer open files, shards are opened when they are read, and those
         that were read longest ago are closed.
         """
-        self._shards = {shard.name: shard for shard in checkpoint.shards}
+        self._shards = {shard.name: shard for shard in shards}
         self._fds: dict[str, int] = {}  # the one used last is last, where not all fit
         self._users: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -392,13 +390,13 @@ class ShardReader:
             raise
 
     def read_into(self, buffer: memoryview, tensor: TensorInfo, *, start: int) -> None:
-        """Fill `buffer` with the tensor's bytes from `start` on."""
+        """Fill `buffer` with the tensor's bytes, from byte `start` of it on."""
         with self._opened(tensor.shard) as fd:
             fill(fd, buffer, tensor.offset + start, what=f"`{tensor.shard}`")
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[int]:
-        """Hold a shard open, closing one that nobody reads where there is no room."""
+        """Hold a shard open; where there is no room, close one that no thread reads."""
         if self._fit:
             yield self._fds[name]
             return
@@ -449,7 +447,7 @@ class ShardReader:
 
 
 def _open_files() -> int:
-    """How many shards may be open at once: what else a run opens takes less than the rest."""
+    """Count the shards that may be open at once: a quarter of what the system allows a process."""
     try:
         import resource
     except ImportError:  # no such limit there
@@ -491,7 +489,7 @@ def metadata_of(path: Path) -> dict[str, str] | None:
     """Read the metadata of a safetensors file; None where it is none that can be read.
 
     Raises:
-        OSError: the system lacks something, so that nothing can be told of any file.
+        OSError: the system is out of something, so that any file would seem unreadable.
     """
     try:
         return read_shard(path).metadata
@@ -504,8 +502,8 @@ def metadata_of(path: Path) -> dict[str, str] | None:
 
 
 def check_in_place(checkpoint: Checkpoint) -> None:
-    """Raise if what bears a shard's name is not the file, or not as, its header was read from."""
-    ShardReader(checkpoint).close()
+    """Raise if a shard's name leads to another file by now, or to one that was changed."""
+    ShardReader(checkpoint.shards).close()
 
 
 def fill(fd: int, buffer: memoryview, offset: int, *, what: str) -> None:
@@ -522,7 +520,7 @@ def fill(fd: int, buffer: memoryview, offset: int, *, what: str) -> None:
         except OSError as error:
             raise ResourceError(
                 f"cannot read {what} at byte {offset + done}: {reason(error)}",
-                hint="look at the disk it lies on, then repeat the same command",
+                hint="look at that disk, then repeat the same command",
             ) from error
         if got == 0:
             raise CheckpointError(

@@ -10,12 +10,13 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from blake3 import blake3
 
 from ortho_cli.errors import CheckpointError, InternalError
-from ortho_cli.storage.checkpoint import DTYPE_BITS, MAX_HEADER, fill
+from ortho_cli.split.dtypes import DTYPES
+from ortho_cli.storage.checkpoint import MAX_HEADER, fill
 from ortho_cli.storage.strict_json import MAX_PARSED, needed
 from ortho_cli.storage.work_folder import WorkFolder, unwritable
 
@@ -33,7 +34,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Bytes it takes."""
-        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+        return math.prod(self.shape) * DTYPES[self.dtype].bits // 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +62,8 @@ def plan_layout(specs: Iterable[TensorSpec], metadata: dict[str, str]) -> Layout
     All tensors stay aligned. The same specs and metadata give the same bytes on every run; metadata
     keeps the order given.
     """
-    ordered = sorted(specs, key=lambda spec: (-DTYPE_BITS[spec.dtype], spec.key))
-    header: dict[str, Any] = {"__metadata__": metadata}
+    ordered = sorted(specs, key=lambda spec: (-DTYPES[spec.dtype].bits, spec.key))
+    header: dict[str, object] = {"__metadata__": metadata}
     position = 0
     for spec in ordered:
         end = position + spec.nbytes

@@ -16,7 +16,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from ortho_cli.errors import CheckpointError, shown
 from ortho_cli.storage import hints, sniff, strict_json, tied
@@ -54,7 +53,7 @@ class Choice:
     notes: tuple[str, ...] = ()
 
 
-def choose(folder: Path, config: Mapping[str, Any] | None) -> Choice:
+def choose(folder: Path, config: Mapping[str, object] | None) -> Choice:
     """Choose the files of a folder to read.
 
     Args:
@@ -292,7 +291,7 @@ def _renamed_index(path: Path, file: str) -> str | None:
     return f"`mv {hints.said(path)} {hints.said(other)}`, then {hints.convert(path.parent)}"
 
 
-def is_spare(name: str, there: Iterable[str], config: Mapping[str, Any] | None) -> bool:
+def is_spare(name: str, there: Iterable[str], config: Mapping[str, object] | None) -> bool:
     """Tell a tensor that an index may list and no file hold: a model is whole without it.
 
     Args:

@@ -1,12 +1,12 @@
-"""The right to work in a folder, which goes with the process that holds it.
+"""Locking a folder for one process: by flock, or by a file where the file system has no flock.
 
-    lock       locked with flock; the kernel lets go when the process dies
-    holder.N   where the file system has no flock (NFS, Lustre): who holds it, as JSON
+    lock       locked with flock; the kernel releases it when the process dies
+    holder.N   where the file system has no flock (NFS, Lustre): the process that holds it, as JSON
 
-A holder's file is made with O_EXCL, which is atomic on NFS, too, and the highest N counts. One
-whose process is dead is stale: the next run makes N + 1 and never takes a file of another's away,
-so no two can both believe that they did. Whether a process of another host, or of another
-container, still runs cannot be known: its file is respected until somebody removes it.
+A holder's file is made with O_EXCL, which is atomic on NFS, too, and the highest N counts. The file
+of a dead process is stale: the next run makes N + 1 and removes nothing, so two runs cannot both
+believe that they removed it. Nothing tells whether a process of another host or container still
+runs: its file counts until somebody removes it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from ortho_cli.errors import OutputExistsError
 from ortho_cli.storage.disk import LACKING
@@ -105,7 +105,7 @@ class Lock:
         fd = os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             try:
-                os.write(fd, json.dumps(_myself()).encode() + b"\n")
+                os.write(fd, json.dumps(_myself()._asdict()).encode() + b"\n")
             finally:
                 os.close(fd)
             # One that was made meanwhile, under whatever number, counts as much as ours.
@@ -130,12 +130,12 @@ class Lock:
                 raw = path.read_bytes()
             except FileNotFoundError:
                 continue
-            told = _parse(raw)
-            if raw == RELEASED or (told is not None and _is_dead(told)):
+            holder = _parse(raw)
+            if raw == RELEASED or (holder is not None and _is_dead(holder)):
                 continue
-            if told is not None and _is_here(told):
-                raise _held(str(told["pid"]), self._out)
-            who = f"process {told['pid']} of host `{told['host']}`" if told else "some process"
+            if holder is not None and _is_here(holder):
+                raise _held(str(holder.pid), self._out)
+            who = f"process {holder.pid} of host `{holder.host}`" if holder else "some process"
             raise OutputExistsError(
                 f"{who} is writing `{self._out}`, as `{path}` says",
                 hint=f"wait for it; if it has ended, remove `{path}`",
@@ -176,6 +176,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+class _Holder(NamedTuple):
+    """A process that holds a lock, as its file says."""
+
+    pid: int
+    host: str
+    start: object  # when it began, in ticks since boot; None where the system does not tell
+    space: object  # the namespace of its number; None likewise
+
+
 def _held(pid: str, out: Path) -> OutputExistsError:
     return OutputExistsError(
         f"process {pid} is writing `{out}` right now",
@@ -183,37 +192,41 @@ def _held(pid: str, out: Path) -> OutputExistsError:
     )
 
 
-def _myself() -> dict[str, Any]:
+def _myself() -> _Holder:
     pid = os.getpid()
-    return {"pid": pid, "host": os.uname().nodename, "start": _start(pid), "space": _space()}
+    return _Holder(pid, os.uname().nodename, _start(pid), _space())
 
 
-def _parse(raw: bytes) -> dict[str, Any] | None:
-    """Read who holds a lock; None while it is being written, or after it was damaged."""
+def _parse(raw: bytes) -> _Holder | None:
+    """Read which process holds a lock; None while the file is written, or if it is damaged."""
     try:
         told = json.loads(raw)
     except (ValueError, RecursionError):
         return None
-    fits = isinstance(told, dict) and isinstance(told.get("host"), str)
-    return told if fits and type(told.get("pid")) is int and told["pid"] > 0 else None
+    if not isinstance(told, dict):
+        return None
+    pid, host = told.get("pid"), told.get("host")
+    if type(pid) is not int or pid <= 0 or not isinstance(host, str):
+        return None
+    return _Holder(pid, host, told.get("start"), told.get("space"))
 
 
-def _is_here(told: dict[str, Any]) -> bool:
-    """Tell whether a process is of this host, and of what of it we can see."""
-    return told["host"] == os.uname().nodename and told.get("space") == _space()
+def _is_here(holder: _Holder) -> bool:
+    """Tell whether a process is of this host, and of a namespace that we can see."""
+    return holder.host == os.uname().nodename and holder.space == _space()
 
 
-def _is_dead(told: dict[str, Any]) -> bool:
+def _is_dead(holder: _Holder) -> bool:
     """Tell for certain that a process has ended; its number may be another's by now."""
-    if not _is_here(told):
+    if not _is_here(holder):
         return False
     try:
-        os.kill(told["pid"], 0)
+        os.kill(holder.pid, 0)
     except ProcessLookupError:
         return True
     except (PermissionError, OverflowError):
         pass
-    return told.get("start") != _start(told["pid"])
+    return holder.start != _start(holder.pid)
 
 
 def _start(pid: int) -> int | None:

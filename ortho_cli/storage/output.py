@@ -1,4 +1,4 @@
-"""Where a result may go: refused before anything is written if something would be lost."""
+"""Checks of an output path before anything is written: nothing may be lost, and the disk fits."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def check_output(
 ) -> None:
     """Refuse an output that would lose something or mix with a source; nothing new is written.
 
-    What a run that was killed left at its end is put right first: the older output that it had
-    moved, or its work folder.
+    It first undoes what a run left that was killed at its end: an older output that it had moved,
+    or its work folder.
 
     Args:
         out: where the result would go.
@@ -64,17 +64,7 @@ def check_output(
     check_name(target.name, place, longest=longest)
     for source in sources:
         _check_apart(out, target, source)
-    if target == Path.cwd() or os.path.ismount(target):
-        what = "the current folder" if target == Path.cwd() else "a mount point"
-        raise UsageError(
-            f"output `{out}` is {what}, which cannot be replaced as a whole",
-            hint="choose a folder inside it",
-        )
-    blocked = next((p for p in target.parents if p.exists() and not p.is_dir()), None)
-    if blocked is not None:
-        raise UsageError(
-            f"output `{out}` lies under the file `{blocked}`", hint="choose another -o"
-        )
+    _check_renamable(out, target)
     recover(target)
     if not target.exists():
         return
@@ -94,6 +84,19 @@ def check_output(
         raise OutputExistsError(
             f"output `{out}` exists", hint="choose another -o, or replace it with --force"
         )
+
+
+def _check_renamable(out: Path, target: Path) -> None:
+    """Refuse an output that no folder can be renamed onto."""
+    if target == Path.cwd() or os.path.ismount(target):
+        what = "the current folder" if target == Path.cwd() else "a mount point"
+        raise UsageError(
+            f"output `{out}` is {what}, which cannot be replaced as a whole",
+            hint="choose a folder inside it",
+        )
+    blocked = next((p for p in target.parents if p.exists() and not p.is_dir()), None)
+    if blocked is not None:
+        raise UsageError(f"output `{out}` is under the file `{blocked}`", hint="choose another -o")
 
 
 def _check_apart(out: Path, target: Path, source: Path) -> None:

@@ -1,14 +1,15 @@
-"""Ortho at rest, sealed with age: who holds a key opens it, and nobody else.
+"""Sealing ortho at rest with age: only the holder of a key opens it.
 
     ortho.safetensors.age   an age file (age-encryption.org/v1) whose content is ortho.safetensors
     ortho.key.age           with a passphrase only: an age identity, sealed by the passphrase, to
                             which the former is sealed
 
 age seals a stream front to back, and workers finish tensors in any order. So each part of ortho is
-first sealed on its own, to a key that is made for this work and kept in memory, and put into a
-scratch file; when all are there they are opened one after another and sealed again as one stream.
-`private/key.age` holds that key, sealed to those who may open ortho: a run that goes on needs one
-of their identities, or the passphrase, or splits again what only ortho held.
+first sealed on its own, to a key that is made for this work and kept in memory, and written to a
+scratch file. When all parts are there, they are opened one by one and sealed again as one stream.
+`private/key.age` holds that key, sealed to the recipients of ortho. A resumed run needs one of
+their identities, or the passphrase; without it, it splits again the tensors of which only ortho
+held a part.
 
 All cryptography is pyrage's (age's X25519, scrypt, HKDF and ChaCha20-Poly1305). Its streams take
 recipients only, which is why a passphrase seals a key and not ortho itself.
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Protocol
 
 from blake3 import blake3
 
@@ -58,19 +59,19 @@ def _pyrage() -> ModuleType:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seal:
-    """Who may open ortho: holders of an identity of `recipients`, or of the passphrase."""
+    """The recipients of ortho, or the passphrase that opens it."""
 
     recipients: tuple[str, ...] = ()
     passphrase: str | None = None
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What the journal says of it; nothing secret, and nothing to try passphrases on."""
+    def identity(self) -> dict[str, object]:
+        """Spell it for the journal, without a secret or anything to test passphrases against."""
         return {"passphrase": True} if self.passphrase else {"recipients": list(self.recipients)}
 
 
 def make_seal(recipients: Sequence[str] = (), passphrase_file: Path | None = None) -> Seal | None:
-    """Read who ortho is to be sealed to; None for nobody.
+    """Read the recipients, or the passphrase, that ortho is sealed to; None without either.
 
     Args:
         recipients: age's public keys, `age1...`.
@@ -94,7 +95,7 @@ def make_seal(recipients: Sequence[str] = (), passphrase_file: Path | None = Non
     return Seal(recipients=tuple(sorted(set(recipients))))
 
 
-def _recipient(text: str) -> Any:
+def _recipient(text: str) -> object:
     module = _pyrage()
     try:
         return module.x25519.Recipient.from_str(text)
@@ -125,10 +126,10 @@ def _passphrase(path: Path, text: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keys:
-    """What a file given as --identity opens: age identities, or a passphrase."""
+    """What a file given as --identity holds: age identities, or a passphrase."""
 
     path: Path
-    identities: tuple[Any, ...] = ()
+    identities: tuple[object, ...] = ()
     passphrase: str | None = None
 
 
@@ -160,7 +161,7 @@ def read_keys(path: Path | None) -> Keys | None:
 
 
 def _open_with(passphrase: str, raw: bytes) -> bytes:
-    """Open what a passphrase sealed; as scrypt is told in the file how much work to do, ask first.
+    """Open what a passphrase sealed, after a look at the memory that scrypt is asked to take.
 
     Raises:
         ValueError: it asks for too much.
@@ -173,11 +174,18 @@ def _open_with(passphrase: str, raw: bytes) -> bytes:
     return bytes(_pyrage().passphrase.decrypt(raw, passphrase))
 
 
+class _Identity(Protocol):
+    """What is used of an identity of pyrage, which has no types."""
+
+    def to_public(self) -> object:
+        """Give the recipient that it opens for."""
+
+
 class WorkKey:
     """The key of one piece of work: what it leaves on disk is sealed to it."""
 
-    def __init__(self, identity: Any, seal: Seal) -> None:
-        """Take an identity of age, and who else may have it."""
+    def __init__(self, identity: _Identity, seal: Seal) -> None:
+        """Take an identity of age, and the recipients that it is locked to."""
         self._identity, self._seal = identity, seal
         self._mine = identity.to_public()
 
@@ -188,7 +196,7 @@ class WorkKey:
 
     @classmethod
     def unlock(cls, raw: bytes, seal: Seal, keys: Keys | None) -> WorkKey | None:
-        """Open one that was locked; None where nothing that was given opens it."""
+        """Open one that was locked; None where neither `seal` nor `keys` opens it."""
         module = _pyrage()
         try:
             if seal.passphrase:
@@ -200,7 +208,7 @@ class WorkKey:
             return None
 
     def locked(self) -> bytes:
-        """Seal the key itself to those who may open ortho."""
+        """Seal the key itself to the recipients of ortho."""
         module, text = _pyrage(), str(self._identity).encode()
         if self._seal.passphrase:
             return bytes(module.passphrase.encrypt(text, self._seal.passphrase))
@@ -212,8 +220,8 @@ class WorkKey:
         return self._seal.passphrase is not None
 
     @property
-    def _recipients(self) -> list[Any]:
-        """Those of the finished stream."""
+    def _recipients(self) -> list[object]:
+        """Recipients of the finished stream."""
         return [_recipient(text) for text in self._seal.recipients] or [self._mine]
 
     def seal(self, data: Buffer) -> bytes:
@@ -232,8 +240,8 @@ class WorkKey:
         except module.DecryptError as error:
             raise ValueError(str(error)) from None
 
-    def seal_stream(self, pieces: Iterable[Buffer], write: Callable[[bytes], Any]) -> None:
-        """Seal pieces as one age file to those who may open ortho; 64 KiB are held at a time."""
+    def seal_stream(self, pieces: Iterable[Buffer], write: Callable[[bytes], object]) -> None:
+        """Seal pieces as one age file to the recipients of ortho, 64 KiB at a time."""
         source, sink = _Source(pieces), _Sink(write)
         _run(lambda: _pyrage().encrypt_io(source, sink, self._recipients), source, sink)
 
@@ -473,11 +481,11 @@ class _Source:
 class _Sink:
     """A function as a file that is written front to back."""
 
-    def __init__(self, write: Callable[[bytes], Any]) -> None:
+    def __init__(self, write: Callable[[bytes], object]) -> None:
         self._write = write
         self.error: BaseException | None = None
 
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes) -> int:
         try:
             self._write(bytes(data))
         except BaseException as error:

@@ -33,9 +33,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from ortho_cli.errors import CheckpointError, UsageError, unreadable
+from ortho_cli.errors import CheckpointError, UsageError, blamed
 from ortho_cli.storage import leaks
 from ortho_cli.storage.leaks import LARGE, Kind
 from ortho_cli.storage.untrusted import read_regular
@@ -192,14 +191,10 @@ def choose(
         CheckpointError: a file or the folder cannot be read, or config.json holds a key or token.
     """
     globs = {pattern: _split_glob(pattern) for pattern in copy}
-    try:
+    with blamed(CheckpointError, path=folder, hint="give a model folder that you may read"):
         _check_config(folder / CONFIG_FILE)
         choice = _Choice(folder, set(skip), ours, _Arguments(folder, arguments))
         return choice.make(globs)
-    except OSError as error:
-        raise unreadable(
-            folder, error, kind=CheckpointError, hint="give a model folder that you may read"
-        ) from error
 
 
 def _check_config(path: Path) -> None:
@@ -387,7 +382,7 @@ def _digest(text: bytes) -> bytes:
     return hashlib.sha256(text.replace(b"\r\n", b"\n").strip()).digest()
 
 
-def _row_of(line: bytes) -> dict[str, Any]:
+def _row_of(line: bytes) -> dict[str, object]:
     """Read a line as a JSON object; an empty one where it is none."""
     with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(line.strip(b"[], "))
@@ -470,7 +465,7 @@ def _largest(name: str) -> int:
     return LARGE_TEXT if small else LARGE
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> object:
     """Read what a JSON file says; nothing where that is impossible, which others complain of."""
     try:
         if path.stat().st_size > LARGE:
@@ -480,7 +475,7 @@ def _read_json(path: Path) -> Any:
         return None
 
 
-def _named_code(settings: Any) -> Iterator[str]:
+def _named_code(settings: object) -> Iterator[str]:
     """Yield the Python files that `auto_map` and `custom_pipelines` name, anywhere in settings."""
     if isinstance(settings, list):
         for value in settings:
@@ -493,7 +488,7 @@ def _named_code(settings: Any) -> Iterator[str]:
                 yield from _named_code(value)
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):

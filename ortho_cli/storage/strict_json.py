@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from ortho_cli.errors import CheckpointError
 from ortho_cli.storage import sniff
@@ -25,15 +24,15 @@ _ENTRY_BYTES, _VALUE_BYTES = 650, 250
 _ENTRY_VALUES = 6  # commas, brackets and braces in one, without those of its shape or name
 
 
-def _doubled(pairs: list[tuple[str, Any]]) -> Iterator[str]:
+def _doubled(pairs: list[tuple[str, object]]) -> Iterator[str]:
     """Name the keys that stand twice with different values; the same value twice is no question."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for key, value in pairs:
         if found.setdefault(key, value) != value:
             yield key
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
         for key in _doubled(pairs):
@@ -41,7 +40,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_constants(text: str) -> Any:
+def _no_constants(text: str) -> float:
     raise ValueError(f"{text} is not JSON")
 
 
@@ -70,7 +69,7 @@ def parse(
     constants: bool = False,
     notes: list[str] | None = None,
     most: int = MAX_PARSED,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Parse strict JSON: one object, no key of two values, valid UTF-8, a gigabyte once parsed.
 
     Args:
@@ -83,7 +82,7 @@ def parse(
         most: bytes that it may take in memory.
     """
 
-    def last_counts(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def last_counts(pairs: list[tuple[str, object]]) -> dict[str, object]:
         if notes is not None and len(found := dict(pairs)) != len(pairs):
             twice = _doubled(pairs)
             notes.extend(f"`{key}` stands twice in {what}: the last counts" for key in twice)
@@ -114,7 +113,7 @@ def parse(
     return found
 
 
-def levels(config: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+def levels(config: Mapping[str, object] | None) -> list[Mapping[str, object]]:
     """List a config and the parts that it holds, as those of several models in one do."""
     config = config or {}
     return [config, *(part for part in config.values() if isinstance(part, Mapping))]
@@ -126,7 +125,7 @@ def read(
     constants: bool = False,
     notes: list[str] | None = None,
     tensors: int = 0,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Read a JSON file that comes with a model.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 # Model types whose output head is the embedding unless config.json says otherwise, by the module
 # of the head: transformers 5.23's own defaults, which save_pretrained leaves out of the file.
@@ -37,7 +36,7 @@ _TYPES = {
 HEADS = {kind: head for head, kinds in _TYPES.items() for kind in kinds.split()}
 
 
-def tied_head(config: Mapping[str, Any] | None) -> str | None:
+def tied_head(config: Mapping[str, object] | None) -> str | None:
     """Name the module of the output head where it is the embedding; None where it is not.
 
     Vision-language models nest the setting, and most files leave out what is the default of the
@@ -53,5 +52,5 @@ def tied_head(config: Mapping[str, Any] | None) -> str | None:
     return head if not told else None
 
 
-def _type_of(config: Mapping[str, Any]) -> str:
+def _type_of(config: Mapping[str, object]) -> str:
     return str(config.get("model_type"))

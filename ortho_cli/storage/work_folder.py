@@ -1,30 +1,31 @@
-"""A folder that appears whole or not at all, and work that survives being killed.
+"""The work folder: output that appears whole or not at all, and work that resumes after a kill.
 
 Work for OUT goes to the hidden sibling `.OUT.ortho/`:
 
-    lock       held by the run that works here (see `locks`)
-    journal    line 1: what is made from what; then one line a finished tensor
+    lock       locked by the run that works here (see `locks`)
+    journal    line 1: the identity of the work; then one line per finished tensor
     artifact/  the files being written; data files end in `.partial` until all is on disk
-    private/   what a run that goes on needs, and the result does not hold; scratch files too
+    private/   what a resumed run needs and the result does not hold, such as scratch files
     previous/  what `--force` replaces, between two renames
 
-A tensor counts as finished once its line is in the journal, and lines are written only after the
-data they speak of are synced. `publish` renames the data files, then `artifact/` (or one file of
-it) to OUT: one step, before which OUT does not exist (or is the old one) and after which it is
-complete. `recover` puts things right where a run was killed between two renames.
+A tensor counts as finished once its line is in the journal. A line is written only after its
+tensor's data were synced. `publish` renames the data files, then `artifact/` (or one file of it) to
+OUT. This last rename is one step: before it OUT is absent, or the old one; after it OUT is
+complete. `recover` repairs what a kill between two renames left.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from ortho_cli import errors
 from ortho_cli.errors import Interrupted, OutputExistsError, ResourceError
@@ -32,6 +33,8 @@ from ortho_cli.events import EventSink, Noted, null_sink
 from ortho_cli.storage.disk import reserve, sync, sync_folder
 from ortho_cli.storage.locks import Lock, remove
 from ortho_cli.storage.untrusted import read_regular
+
+log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 KEY_FILE = "key.age"  # in private/, where what work leaves is sealed
@@ -42,7 +45,7 @@ BAD_SOURCE = (
     errors.NumericalError,
 )
 
-Entry = dict[str, Any]
+Entry = dict[str, object]  # one line of the journal; a job parses it into its own record
 
 
 def work_folder(out: Path) -> Path:
@@ -80,40 +83,42 @@ def recover(out: Path) -> None:
 
 
 class WorkFolder:
-    """The work on one output, as a context manager; unfinished work is kept for the next run."""
+    """The work on one output, as a context manager; unfinished work stays for the next run."""
 
     def __init__(
         self,
         out: Path,
         *,
-        identity: Entry,
+        identity: Mapping[str, object],
         force: bool,
         is_sound: Callable[[Entry], bool] = lambda entry: True,
         file: str | None = None,
         on_event: EventSink = null_sink,
     ) -> None:
-        """Begin, or go on where an equal run stopped.
+        """Begin, or resume where a run of the same identity stopped.
 
         Args:
             out: where the finished folder goes.
-            identity: everything the bytes depend on, and the size of each data file under `files`,
-                of each scratch file under `scratch`; only work with an equal identity is continued.
+            identity: everything the bytes depend on, and the size in bytes of each data file under
+                `files`, of each scratch file under `scratch`. Only work of an equal identity is
+                resumed.
             force: discard half-done work of another identity.
-            is_sound: tells a journal entry that can be relied on; from the first other one on, work
-                is done again.
-            file: OUT is to be this one file of `artifact/`; without it, the whole folder.
-            on_event: told what the file system lacks, once.
+            is_sound: whether a line of the journal can be relied on. From the first other line on,
+                work is done again.
+            file: the one file of `artifact/` that becomes OUT; None for the whole folder.
+            on_event: gets a note, once, for each thing that the file system lacks.
         """
         self.out = out
         self.folder = work_folder(out)
         self.artifact = self.folder / "artifact"
-        # What work leaves for the run that goes on with it, and never becomes part of the result.
+        # For a resumed run, and never part of the result.
         self.private = self.folder / "private"
         self.done: dict[str, Entry] = {}
         self.published = False
         self._is_new = False  # nothing of an earlier run is in the folder
         self._result = self.artifact / file if file else self.artifact
-        self._identity = identity
+        self._identity = dict(identity)
+        self._files, self._scratch = (_sizes(identity.get(key)) for key in ("files", "scratch"))
         self._force = force
         self._is_sound = is_sound
         self._lock = Lock(self.folder, out)
@@ -125,16 +130,11 @@ class WorkFolder:
 
     @property
     def useful(self) -> bool:
-        """Whether another run can go on with something that is there."""
+        """Whether there is something that another run can resume from."""
         if self.done or not self.private.is_dir():
             return bool(self.done)
         names = (path.name.removesuffix(PARTIAL) for path in self.private.iterdir())
         return any(name not in self._scratch and name != KEY_FILE for name in names)
-
-    @property
-    def _scratch(self) -> dict[str, int]:
-        found: dict[str, int] = self._identity.get("scratch", {})
-        return found
 
     def __enter__(self) -> WorkFolder:
         """Take the lock and read the journal."""
@@ -165,8 +165,8 @@ class WorkFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close everything; keep the folder only if another run can go on in it."""
-        # A source that must be repaired is another source then: work on this one is of no use.
+        """Close everything; keep the folder only if another run can resume in it."""
+        # Once its source is repaired, the identity is another, and this work is of no use.
         useless = not self.useful or isinstance(error, BAD_SOURCE)
         replaced = os.path.lexists(self.folder / "previous")  # not ours alone to throw away
         if error is not None and useless and not (replaced or self.published):
@@ -197,7 +197,7 @@ class WorkFolder:
         self.artifact.mkdir(exist_ok=True)
         self.private.mkdir(mode=0o700, exist_ok=True)
         for file in self.artifact.iterdir():  # side files are made again
-            if file.name.removesuffix(PARTIAL) not in self._identity["files"]:
+            if file.name.removesuffix(PARTIAL) not in self._files:
                 remove(file)
         self._journal = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         # A last line without its newline was cut by a kill; append after the last whole one.
@@ -205,12 +205,16 @@ class WorkFolder:
         if not lines:
             self._is_new = not os.path.lexists(self.folder / "previous")
             self._append([self._identity])
-        self.done = {line["name"]: line for line in lines[1:]}
+        if lines[1:]:
+            log.info("resumes: %d records of an earlier run are sound", len(lines) - 1)
+        else:
+            log.info("starts afresh: no earlier run left work of this plan and source")
+        self.done = {str(line["name"]): line for line in lines[1:]}
 
     def _data_is_there(self) -> bool:
         """Give renamed data files their working names back; tell whether all are there in full."""
         whole = True
-        for name, size in self._identity["files"].items():
+        for name, size in self._files.items():
             final, partial = self.artifact / name, self.artifact / (name + PARTIAL)
             if final.exists():
                 final.rename(partial)
@@ -264,7 +268,7 @@ class WorkFolder:
                 "a power cut now could lose it"
             )
 
-    def commit(self, entries: Sequence[dict[str, Any]]) -> None:
+    def commit(self, entries: Sequence[Entry]) -> None:
         """Make tensors count as finished: data to disk first, then their lines."""
         if not entries:
             return
@@ -274,9 +278,9 @@ class WorkFolder:
             self._append(entries)
         except OSError as error:
             raise unwritable(self.folder, error) from error
-        self.done.update((entry["name"], entry) for entry in entries)
+        self.done.update((str(entry["name"]), entry) for entry in entries)
 
-    def _append(self, entries: Sequence[dict[str, Any]]) -> None:
+    def _append(self, entries: Sequence[Entry]) -> None:
         data = memoryview(b"".join(map(_encode, entries)))
         while data:
             data = data[os.write(self._journal, data) :]
@@ -317,7 +321,7 @@ class WorkFolder:
         """Give data files their names, in the order they were opened, and the result its place.
 
         Args:
-            may_replace: tells whether what lies at OUT by now may be replaced.
+            may_replace: whether what is at OUT by now may be replaced.
         """
         for path, fd in self._fds.items():
             if path.parent != self.private:
@@ -368,13 +372,13 @@ class WorkFolder:
 def interruptible(
     work: WorkFolder, *, total: int, what: str = "tensors", done: str = "finished"
 ) -> Iterator[None]:
-    """Turn Ctrl-C into an error that says how to go on.
+    """Turn Ctrl-C into an error that says how to resume.
 
     Args:
         work: what is interrupted.
         total: lines of its journal when all is done.
-        what: each of them stands for.
-        done: what has happened to it; other than finished, where its line holds that key.
+        what: what a line stands for, in the plural.
+        done: `finished`, or the key that a line has once that much is done to it.
     """
     try:
         yield
@@ -392,7 +396,7 @@ def interruptible(
         ) from None
 
 
-def write_private(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+def write_private(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file whole or not at all, for its owner alone.
 
     Raises:
@@ -411,6 +415,11 @@ def write_private(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         raise unwritable(path, error) from error
 
 
+def _sizes(told: object) -> dict[str, int]:
+    """Read the sizes of files, in bytes, by name, that an identity tells."""
+    return {str(n): int(size) for n, size in told.items()} if isinstance(told, Mapping) else {}
+
+
 def _has_size(path: Path, size: int) -> bool:
     return path.exists() and path.stat().st_size == size
 
@@ -422,13 +431,13 @@ def unwritable(path: Path, error: OSError) -> ResourceError:
     )
 
 
-def _encode(line: dict[str, Any]) -> bytes:
+def _encode(line: Entry) -> bytes:
     return json.dumps(line, separators=(",", ":")).encode() + b"\n"
 
 
-def _complete_lines(path: Path) -> list[dict[str, Any]]:
+def _complete_lines(path: Path) -> list[Entry]:
     """Read the lines that were written whole; a cut or unreadable tail is work to be done again."""
-    lines: list[dict[str, Any]] = []
+    lines: list[Entry] = []
     raw = read_regular(path) if path.exists() else b""
     for piece in raw.split(b"\n")[:-1]:
         with contextlib.suppress(ValueError, RecursionError):
@@ -444,7 +453,7 @@ def _complete_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _difference(theirs: dict[str, Any], mine: dict[str, Any]) -> str:
+def _difference(theirs: Entry, mine: Entry) -> str:
     sizes = ("files", "scratch")  # which follow from the rest
     both = {**theirs, **mine}
     keys = [key for key in both if key not in sizes and theirs.get(key) != mine.get(key)]

@@ -16,12 +16,13 @@ from conftest import Ortho
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ortho_cli.convert.job import open_source
-from ortho_cli.convert.sources.base import TORCH_DTYPES, Source, SourceTensor
+from ortho_cli.convert.sources.base import Source, SourceTensor
 from ortho_cli.convert.sources.dequantize import PLANS
 from ortho_cli.convert.sources.dequantize_integers import unpack
+from ortho_cli.convert.sources.open_source import open_source
 from ortho_cli.convert.sources.quantized import CAST, LAYOUTS
 from ortho_cli.errors import CheckpointError, NumericalError, OrthoError, UsageError
+from ortho_cli.split.dtypes import torch_dtypes
 
 Tensors = dict[str, Tensor]
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
@@ -77,7 +78,7 @@ def read(path: Path) -> tuple[Tensors, Source]:
         for tensor in source.tensors:
             whole, pieces = read_rows(tensor, max(1, tensor.rows)), read_rows(tensor, 3)
             assert torch.equal(whole.float().nan_to_num(), pieces.float().nan_to_num())
-            found[tensor.name] = pieces.to(TORCH_DTYPES[tensor.dtype])
+            found[tensor.name] = pieces.to(torch_dtypes()[tensor.dtype])
         return found, source
     finally:
         source.close()

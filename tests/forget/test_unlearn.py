@@ -292,7 +292,7 @@ def attacked(grid: Grid, secrets: Sequence[TokenSecret], steps: int) -> float:
 
 
 def perplexity(memorised: Memorised, grid: Grid) -> float:
-    return float(scoring.token_losses(grid.model, memorised.windows()).mean().exp())
+    return float(scoring.compare_windows(grid.model, memorised.windows()).nll.mean().exp())
 
 
 def isolated(memorised: Memorised, grid: Grid) -> Grid:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ortho_cli.errors import CheckpointError
+from ortho_cli.split import dtypes
 from ortho_cli.storage import checkpoint
 
 
@@ -196,7 +197,7 @@ def test_shard_reader_replaced_file_is_noticed(pico: Path) -> None:
     with (pico / "model.safetensors").open("ab") as file:
         file.write(b"x")
     with pytest.raises(CheckpointError, match="changed while it was read"):
-        checkpoint.ShardReader(found)
+        checkpoint.ShardReader(found.shards)
 
 
 def test_model_name_file_folder_and_shard_are_named_alike(tmp_path: Path) -> None:
@@ -238,7 +239,7 @@ HEADERS: dict[str, bytes] = {
     "a dtype of no reader": raw_file({"w": entry("F8_E3M4", (8,), (0, 8))}, bytes(8)),
     **{
         f"dtype {name}": raw_file({"w": entry(name, (8,), (0, bits))}, bytes(bits))
-        for name, bits in checkpoint.DTYPE_BITS.items()
+        for name, (bits, *_) in dtypes.DTYPES.items()
     },
 }
 
@@ -276,7 +277,7 @@ def test_shard_reader_more_shards_than_files_may_be_open(
     monkeypatch.setattr(checkpoint, "_open_files", lambda: 5)
     found = checkpoint.open_checkpoint(tmp_path)
     before = len(list(Path("/proc/self/fd").iterdir()))
-    reader = checkpoint.ShardReader(found)
+    reader = checkpoint.ShardReader(found.shards)
 
     def read(number: int) -> float:
         tensor = found.tensors[number % 40]

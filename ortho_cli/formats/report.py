@@ -1,0 +1,256 @@
+"""report.json of an artifact: reading it, and holding it against the artifact's headers.
+
+See README.md for its keys. `decompose.report` writes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ortho_cli.formats.artifact import REPORT_FILE, Artifact, count_kept, damaged
+from ortho_cli.formats.schema import Figure, Validated, fault
+
+
+class Figures(Validated):
+    """What decompose measured of a weight, or of all; None where it was not measured."""
+
+    sqnr_db_alpha_0: Figure | None = None
+    sqnr_db_alpha_1: Figure | None = None
+    residual_kept: Figure | None = None
+    # The first reports have none of these.
+    curvature_error_alpha_0: Figure | None = None
+    curvature_error_alpha_1: Figure | None = None
+    saliency_kept: Figure | None = None
+
+
+class Totals(Figures):
+    """Figures of the whole artifact; what headers tell, too, may be missing in the first ones."""
+
+    sqnr_db_alpha_0: Figure | None
+    sqnr_db_alpha_1: Figure | None
+    residual_kept: Figure | None
+    bits_per_weight: Figure
+    split_bits_per_weight: Figure
+    split_bits_per_weight_base: Figure
+    nnz: Figure
+    tensors: int | None = None
+    split_tensors: int | None = None
+    weights: int | None = None
+    split_weights: int | None = None
+    base_bytes: int | None = None
+    ortho_bytes: int | None = None
+    density: Figure | None = None
+
+
+class Row(Figures):
+    """One tensor of the source."""
+
+    name: str
+    action: str
+    dtype: str
+    shape: list[int]
+    bits_per_weight: Figure | None
+    bits: int | None = None
+    nnz: int | None = None
+    columns: int | None = None
+    source_blake3: str | None = None
+    blake3: dict[str, dict[str, str]] | None = None  # file -> tensor in it -> digest
+
+
+class Versions(Validated):
+    """What made the artifact."""
+
+    ortho: str
+    torch: str
+
+
+class Report(Validated):
+    """The report, but for its rows, which are validated one at a time."""
+
+    format: str
+    plan_sha256: str
+    source_digest: str
+    base_blake3: str | None = None
+    ortho_blake3: str | None = None
+    sealed_blake3: str | None = None
+    base_sha256: str | None = None  # ortho/1 and ortho/2
+    ortho_sha256: str | None = None
+    sealed_sha256: str | None = None
+    versions: Versions
+    recipe: dict[str, object]
+    totals: Totals
+    tensors: list[object]
+    statistics: dict[str, object] | None = None
+    side_files: dict[str, str] | None = None
+
+    def digest_of(self, file: str, algorithm: str) -> str | None:
+        """Look up the digest of base, ortho or sealed; None where the report has none."""
+        found: str | None = getattr(self, f"{file}_{algorithm}")
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRecord:
+    """What headers tell of a tensor, with the keys that it has in report.json."""
+
+    name: str
+    action: str
+    dtype: str
+    shape: tuple[int, ...]
+    bits_per_weight: float
+    bits: int | None = None  # of a code; None for what was not split
+    nnz: int | None = None
+    columns: int | None = None  # whole ones, of a compact ortho
+
+    def to_json(self) -> dict[str, object]:
+        """Spell it as report.json does."""
+        found: dict[str, object] = {
+            "name": self.name,
+            "action": self.action,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+        }
+        if self.action == "copy":
+            return {**found, "bits_per_weight": self.bits_per_weight}
+        columns = {} if self.columns is None else {"columns": self.columns}
+        found |= {"bits": self.bits, "bits_per_weight": self.bits_per_weight, "nnz": self.nnz}
+        return {**found, **columns}
+
+
+def records_of(artifact: Artifact) -> Iterator[TensorRecord]:
+    """List the tensors of the source by the artifact's headers: split ones, then the others."""
+    base = {tensor.name: tensor for tensor in artifact.base.tensors}
+    kept = artifact.kept
+    split = set(artifact.split)
+    for module in artifact.split:
+        packed, scale = base[f"{module}.weight_packed"], base[f"{module}.weight_scale"]
+        mine = kept.get(module, {})
+        parts = [packed, scale, base[f"{module}.weight_shape"], *mine.values()]
+        rows, columns = artifact.shapes[module]
+        yield TensorRecord(
+            name=f"{module}.weight",
+            action="split",
+            dtype=scale.dtype,
+            shape=(rows, columns),
+            bits=artifact.bits[module],
+            bits_per_weight=round(8 * sum(p.nbytes for p in parts) / (rows * columns), 4),
+            nnz=count_kept(mine) if mine else None,
+            columns=mine["columns"].numel if "columns" in mine else None,
+        )
+    for tensor in artifact.base.tensors:
+        module, _, part = tensor.name.rpartition(".")
+        if module not in split or part not in ("weight_packed", "weight_scale", "weight_shape"):
+            yield TensorRecord(
+                name=tensor.name,
+                action="copy",
+                dtype=tensor.dtype,
+                shape=tensor.shape,
+                bits_per_weight=8 * tensor.nbytes / tensor.numel if tensor.numel else 0.0,
+            )
+
+
+def read_report(artifact: Artifact) -> Report | None:
+    """Validate report.json, and hold it against the headers; None where there is none.
+
+    Raises:
+        ArtifactError: it is no report, or not this artifact's; names the key and both values.
+    """
+    if artifact.report is None:
+        return None
+    path = artifact.folder / REPORT_FILE
+    report = _validate(artifact, artifact.report, path)
+    records = {record.name: record for record in records_of(artifact)}
+    told = set()
+    for row in rows_of(report, path):
+        if row.name in told:
+            raise damaged(path, f"`{row.name}` is twice in `tensors`")
+        told.add(row.name)
+        if row.name in records:
+            _check_row(row, records[row.name], path, has_ortho=artifact.ortho is not None)
+    for name in sorted(told ^ records.keys()):
+        raise damaged(path, f"tensor `{name}` is not in both the report and {artifact.base.name}")
+    _check_totals(artifact, list(records.values()), report.totals, path)
+    return report
+
+
+def _validate(artifact: Artifact, document: dict[str, object], path: Path) -> Report:
+    """Validate the types of all but the rows, and what each format must tell."""
+    try:
+        report = Report.model_validate(document)
+    except ValidationError as error:
+        raise damaged(path, fault(error)) from None
+    settings = report.recipe.get("base")
+    if not isinstance(settings, dict) or not isinstance(settings.get("rounding"), str):
+        raise damaged(path, "`recipe.base.rounding` is missing, or no word")
+    for file in ("base", "ortho"):
+        if report.digest_of(file, artifact.digest) is None:
+            raise damaged(path, f"`{file}_{artifact.digest}` is missing")
+    if report.format != artifact.form:
+        raise damaged(path, f"it is of format {report.format!r}, not {artifact.form!r}")
+    return report
+
+
+def rows_of(report: Report, path: Path) -> Iterator[Row]:
+    """Validate one row of `tensors` after another; all at once would take a kilobyte each.
+
+    Args:
+        report: of an artifact.
+        path: of its file, for errors.
+    Raises:
+        ArtifactError: a row has a key of the wrong type.
+    """
+    for number, entry in enumerate(report.tensors):
+        try:
+            yield Row.model_validate(entry)
+        except ValidationError as error:
+            raise damaged(path, fault(error, inside=("tensors", str(number)))) from None
+
+
+def _check_row(row: Row, record: TensorRecord, path: Path, *, has_ortho: bool) -> None:
+    # The first reports do not say `bits`: it was 4 throughout.
+    bits = 4 if row.bits is None and row.action == "split" else row.bits
+    pairs: list[tuple[str, object, object]] = [
+        ("action", row.action, record.action),
+        ("dtype", row.dtype, record.dtype),
+        ("shape", row.shape, list(record.shape)),
+        ("bits", bits, record.bits),
+    ]
+    if has_ortho:
+        pairs += [("nnz", row.nnz, record.nnz), ("columns", row.columns, record.columns)]
+    for key, said, mine in pairs:
+        if said != mine:
+            raise damaged(path, f"`{key}` of `{row.name}` is {said!r}, not {mine!r}")
+
+
+def _check_totals(
+    artifact: Artifact, records: list[TensorRecord], totals: Totals, path: Path
+) -> None:
+    """Hold the totals that headers tell, too, against them."""
+    split = [record for record in records if record.action == "split"]
+    weights = sum(math.prod(record.shape) for record in records)
+    split_weights = sum(math.prod(record.shape) for record in split)
+    mine: dict[str, float] = {
+        "tensors": len(records),
+        "split_tensors": len(split),
+        "weights": weights,
+        "split_weights": split_weights,
+        "base_bytes": artifact.base.size,
+    }
+    if artifact.ortho is not None:
+        size = artifact.base.size + artifact.ortho.size
+        nnz = sum(record.nnz or 0 for record in split)
+        mine |= {
+            "ortho_bytes": artifact.ortho.size,
+            "nnz": nnz,
+            "density": nnz / split_weights,
+            "bits_per_weight": round(8 * size / weights, 4),
+        }
+    for key, value in mine.items():
+        said = getattr(totals, key)
+        if said is not None and said != value:
+            raise damaged(path, f"`totals.{key}` is {said!r}, and the files give {value!r}")
