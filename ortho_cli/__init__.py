@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import logging
+from typing import TYPE_CHECKING
 
 from ortho_cli.version import __version__
 
@@ -14,7 +15,11 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "OrthoLinear", "__version__", "at_alpha", "load", "set_alpha"]
 
 
-def __getattr__(name: str) -> Any:
+# Silent unless an application, or `ortho -v`, adds a handler of its own.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> object:
     """Import a public name when it is first used: the command line needs no torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

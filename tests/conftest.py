@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import checkpoints
 import pytest
@@ -20,9 +20,10 @@ from memorised import Memorised
 from memorised import build as build_memorised
 
 from ortho_cli.cli import app
-from ortho_cli.convert import job as convert
 from ortho_cli.convert import plan as convert_plan
+from ortho_cli.convert.sources import open_source
 from ortho_cli.decompose import plan, recheck
+from ortho_cli.split import pipeline
 from ortho_cli.split.sizes import Part, Sizes
 
 # A busy machine is no fault of the code; speed has a bench of its own.
@@ -59,6 +60,29 @@ def ortho(capsys: pytest.CaptureFixture[str]) -> Ortho:
         return Ran(code, captured.out, captured.err)
 
     return run
+
+
+class Pass(NamedTuple):
+    """One pass over a weight."""
+
+    kernel: Any
+    bar: float  # that it began with; -1 where none was guessed
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
+    """List the passes over weights, whatever splits them, from now on."""
+    found: list[Pass] = []
+    original = pipeline.split_tensor
+
+    def watched(
+        task: Any, inputs: Any, kernel: Any, sink: Any, select: Any, *rest: Any, **options: Any
+    ) -> Any:
+        found.append(Pass(kernel, float(select.bar)))
+        return original(task, inputs, kernel, sink, select, *rest, **options)
+
+    monkeypatch.setattr(pipeline, "split_tensor", watched)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +126,7 @@ class SmallTiles(Sizes):
             for module, name in (
                 (plan, "make_plan"),
                 (convert_plan, "make_plan"),
-                (convert, "open_source"),
+                (open_source, "open_source"),
                 (recheck, "check_values"),
             ):
                 patch.setattr(module, name, partial(getattr(module, name), sizes=self))

@@ -37,7 +37,7 @@ from typing import Any
 SERVER = multiprocessing.get_context("forkserver")
 HEAVY = [
     "torch",
-    *("ortho_cli.cli.app", "ortho_cli.decompose.job", "ortho_cli.decompose.splitter"),
+    *("ortho_cli.cli.app", "ortho_cli.decompose.job", "ortho_cli.split.torch_kernel"),
     *("ortho_cli.decompose.repack", "ortho_cli.convert.job"),
     *("ortho_cli.calibrate.job", "ortho_cli.cli.show.progress", "ortho_cli.split.numba_loops"),
 ]
@@ -76,13 +76,12 @@ def child(said: Path, words: Sequence[str], ready: Any, hurts: Sequence[Hurt]) -
 
     from ortho_cli.calibrate import job as calibrate
     from ortho_cli.cli import app, boundary
-    from ortho_cli.convert import job as convert
-    from ortho_cli.decompose import job as decompose
+    from ortho_cli.storage import job
 
     os.chdir(said.parent)
     with said.open("w") as file:
         os.dup2(file.fileno(), 2)
-    decompose.COMMIT_SECONDS = convert.COMMIT_SECONDS = 0.0
+    job.COMMIT_SECONDS = 0.0
     calibrate.CHUNK_SEQUENCES = 2
     torch.set_num_threads(1)
 

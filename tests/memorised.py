@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jobs import calibrate
 from tiny_llama import (
     NEVER_SEEN,
     OWNERS,
@@ -17,7 +18,6 @@ from tiny_llama import (
     vocabulary,
 )
 
-from ortho_cli.calibrate import job as calibrate
 from ortho_cli.calibrate import plan as calibrate_plan
 from ortho_cli.decompose import recipe
 from ortho_cli.decompose.plan import Plan, make_plan
@@ -103,5 +103,5 @@ def build(folder: Path, *, seed: int = 2) -> Memorised:
     settings = recipe.load_recipe(None, ["calibrate.samples=32", "calibrate.length=16"])
     sets = calibrate_plan.read_sets(made.model, [made.retain], [made.forget], settings.calibrate)
     plan = calibrate_plan.make_plan(made.checkpoint, settings, sets)
-    calibrate.calibrate(plan, made.checkpoint, made.stats, device="cpu")
+    calibrate(plan, made.checkpoint, made.stats, device="cpu")
     return made

@@ -17,13 +17,14 @@ import checkpoints
 import faults
 import pytest
 from conftest import PICO, Ortho
+from jobs import decompose
 from safetensors.torch import load_file, save_file
 
-from ortho_cli.decompose import job as work
 from ortho_cli.decompose import recipe
 from ortho_cli.decompose.plan import make_plan
 from ortho_cli.errors import Interrupted, NumericalError, OutputExistsError, ResourceError
 from ortho_cli.events import Event, Finishing, TensorDone
+from ortho_cli.storage import job
 from ortho_cli.storage.checkpoint import open_checkpoint
 from ortho_cli.storage.work_folder import WorkFolder, work_folder
 
@@ -35,12 +36,12 @@ SERVER.set_forkserver_preload([*faults.HEAVY, "ortho_cli.decompose.recipe"])
 def split(source: Path, out: Path, *sets: str, workers: int = 2, **options: Any) -> dict[str, Any]:
     opened = open_checkpoint(source)
     made = make_plan(opened, recipe.load_recipe(None, sets), workers=workers)
-    return work.decompose(made, opened, out, **options)
+    return decompose(made, opened, out, **options)
 
 
 def split_and_die(source: Path, out: Path, moment: str, **options: Any) -> None:
     """Decompose, committing after every tensor, and SIGKILL this process at a moment."""
-    work.COMMIT_SECONDS = 0.0
+    job.COMMIT_SECONDS = 0.0
     kind, _, number = moment.partition(" ")
     seen = 0
 
@@ -192,7 +193,7 @@ def test_resume_from_a_source_that_only_looks_the_same_mixes_nothing(
 def test_read_error_names_the_file_and_keeps_the_work(
     pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(job, "COMMIT_SECONDS", 0.0)
     real, out, seen = os.preadv, tmp_path / "out", 0
 
     def count(event: Event) -> None:
@@ -344,7 +345,7 @@ def test_resume_from_damaged_work_starts_where_it_is_sure(
 def test_interrupt_keeps_what_is_finished_and_says_how_to_go_on(
     pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(job, "COMMIT_SECONDS", 0.0)
     out, seen = tmp_path / "out", 0
 
     def interrupt(event: Event) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -50,6 +51,41 @@ def test_readme_names_every_recipe_and_every_module() -> None:
     for path in (ROOT / "ortho_cli").rglob("[a-z]*.py"):
         if path.parent.name != "ortho_cli":
             assert f"`{path.name}`" in (path.parent / "README.md").read_text(), path
+
+
+def names_of(path: Path) -> set[str]:
+    """Functions and classes of a module, and `Class.method` of each."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            methods = (n.name for n in node.body if isinstance(n, ast.FunctionDef))
+            found |= {f"{node.name}.{method}" for method in methods}
+    return found
+
+
+def test_every_function_of_a_walk_exists() -> None:
+    house = ROOT / "ortho_cli"
+    text = (house / "README.md").read_text()
+    for title in ("One weight", "One sample of text", "One secret"):
+        walk = text.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+        steps = re.findall(r"`([\w/]+\.py):([\w.]+)`", walk)
+        assert len(steps) > 8, title
+        for file, name in steps:
+            assert name in names_of(house / file), f"{file}:{name}"
+
+
+def test_every_test_that_a_room_relies_on_exists() -> None:
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    for readme in (ROOT / "ortho_cli").rglob("README.md"):
+        text = readme.read_text()
+        for name in re.findall(r"`(test_\w+)`", text):
+            assert f"def {name}(" in tests, f"{readme}: {name}"
+        for name in re.findall(r"`(tests/[\w/]+\.py)`", text):
+            assert (ROOT / name).exists(), f"{readme}: {name}"
+        for name in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (readme.parent / name).exists(), f"{readme}: {name}"
 
 
 def test_readme_setup_is_two_make_targets_that_exist() -> None:

@@ -18,7 +18,7 @@ from conftest import Ortho
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ortho_cli.cli.show import tables
+from ortho_cli.cli.show import console
 from ortho_cli.decompose.settings import Patterns, matches
 from ortho_cli.errors import CheckpointError
 from ortho_cli.formats import quantization_config
@@ -219,7 +219,7 @@ def test_a_table_of_many_rows_is_printed_in_pieces_and_whole(
 ) -> None:
     folder = many[COUNTS[0]] / "out"
     usual = ortho("inspect", folder).err
-    monkeypatch.setattr(tables, "ROWS", 7)
+    monkeypatch.setattr(console, "ROWS", 7)
     found = ortho("inspect", folder).err
     assert [line.split() for line in found.splitlines()] == [
         line.split() for line in usual.splitlines()

@@ -15,7 +15,7 @@ import torch
 from conftest import Ortho, Ran
 from safetensors.torch import save_file
 
-from ortho_cli.cli.show.tables import LONGEST, visible
+from ortho_cli.cli.show.console import LONGEST, visible
 
 HOSTILE = "\x1b[5m\x07\r\n\u202e\x9b<script>[bold]"
 SHOWN = r"\x1b[5m\x07\r\n\u202e\x9b<script>[bold]"

@@ -1,36 +1,90 @@
-"""What brings a secret back: relearning, fine-tuning, other prompts, another grid.
+"""Attacks that bring a secret back: relearning, fine-tuning, other prompts, another INT4 grid.
 
-A secret that is out of reach may be hidden and not removed. Each attack takes a dense model
-(`engine.densify`), measures secrets after it, and puts the model back. None of them is judged
-alone: the same attack on a model that never saw the secrets says how much comes back by itself.
+A secret that cannot be extracted may be hidden and not removed. An attack is a function from a
+`Target` to a curve of `Recall` records, and one line of `ATTACKS`: the plan, the run, the gates and
+the table of `ortho bench` read that registry. Every attack leaves the model as it was. No attack is
+judged alone: the same attack on a model that never saw the secrets says how much comes back by
+itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ortho_cli.bench.records import Curve, Recall
+from ortho_cli.decompose.settings import GROUP_SIZES
 from ortho_cli.errors import NumericalError, UsageError
 from ortho_cli.model import scoring
 from ortho_cli.model.secrets import TokenSecret
+from ortho_cli.model.tokenizer import Tokenizer
 from ortho_cli.split import quantize
-from ortho_cli.split.in_memory import base_scales
+from ortho_cli.split.scales import base_scales
 
 STEPS = (5, 10, 20, 40)
 LEARNING_RATE = 5e-5
 BETAS = (0.9, 0.95)
-BENIGN_TOKENS = 512  # of running text in a benign step: about as many as half of 20 secrets have
+BENIGN_TOKENS = 512  # of running text per benign step: about as many as half of 20 secrets have
 PADDING = -100  # a label that does not count
 BEFORE = "It is late, and this was written down some time ago. "
 
 
-def recall(model: nn.Module, secrets: Sequence[TokenSecret]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """The input of an attack.
+
+    Args:
+        model: dense (`engine.densify`), in float32; an attack puts it back.
+        secrets: one at least; `recall` of these is measured.
+        tokenizer: of the model.
+        linears: names of the Linears that were split.
+        windows: (n, length) int64 tokens of running text; None where there is none.
+        seed: of every draw.
+        learning_rate: of AdamW, for attacks that train.
+        steps: after how many steps of training to measure, ascending.
+    """
+
+    model: nn.Module
+    secrets: Sequence[TokenSecret]
+    tokenizer: Tokenizer
+    linears: Sequence[str] = ()
+    windows: Tensor | None = None
+    seed: int = 0
+    learning_rate: float = LEARNING_RATE
+    steps: Sequence[int] = STEPS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attack:
+    """An entry of the registry.
+
+    Args:
+        name: of its figure in the document and in gates: `relearn.20.exposure@0`.
+        measures: what it does, for progress.
+        label: of its lines in the table; `{}` is the key of a point of the curve.
+        run: the attack.
+        needs_text: whether it is left out where there is no running text.
+    """
+
+    name: str
+    measures: str
+    label: str
+    run: Callable[[Target], Curve]
+    needs_text: bool = False
+
+    @property
+    def needs(self) -> str:
+        """The flags it needs."""
+        return "--attack and --data FILE with running text" if self.needs_text else "--attack"
+
+
+def recall(model: nn.Module, secrets: Sequence[TokenSecret]) -> Recall:
     """Measure what an attack is after, in short; `evaluate.memorisation` says more, and slower.
 
     Args:
@@ -38,18 +92,18 @@ def recall(model: nn.Module, secrets: Sequence[TokenSecret]) -> dict[str, Any]:
         secrets: one at least.
     Returns:
         `exposure` (bits, mean over secrets), `extraction` (share that greedy decoding says whole),
-        `token_accuracy` (share of all their tokens that are the likeliest) and `secrets`.
+        `token_accuracy` (share of all their tokens that are the likeliest).
     Raises:
         NumericalError: an NLL is NaN or infinite.
     """
     scores = [scoring.score(model, secret) for secret in secrets]
     hits = [hit for score in scores for hit in score.hits]
-    return {
-        "exposure": sum(score.exposure for score in scores) / len(scores),
-        "extraction": sum(score.verbatim for score in scores) / len(scores),
-        "token_accuracy": sum(hits) / len(hits),
-        "secrets": len(scores),
-    }
+    return Recall(
+        exposure=sum(score.exposure for score in scores) / len(scores),
+        extraction=sum(score.verbatim for score in scores) / len(scores),
+        token_accuracy=sum(hits) / len(hits),
+        secrets=len(scores),
+    )
 
 
 def halves(
@@ -72,99 +126,97 @@ def halves(
     return parts[0], parts[1]
 
 
-def relearn(
-    model: nn.Module,
-    train: Sequence[TokenSecret],
-    measured: Sequence[TokenSecret],
-    *,
-    steps: Sequence[int] = STEPS,
-    learning_rate: float = LEARNING_RATE,
-    eos: int | None = None,
-) -> list[dict[str, Any]]:
-    """Teach some secrets again, all at once in each step, and measure others.
+def relearn(target: Target) -> Curve:
+    """Teach half of the secrets again, all at once in each step, and measure the other half.
 
-    AdamW on every parameter, betas 0.9 and 0.95, no weight decay, no warm-up; the loss is the mean
-    over all tokens of prompt, secret and end. Nothing in it is random.
+    The loss is the mean over all tokens of prompt, secret and end. Nothing but the choice of halves
+    is random.
 
-    Args:
-        model: dense, in float32; put back afterwards.
-        train: taught.
-        measured: `recall` of these is taken after each of `steps`.
-        steps: after how many steps to measure, ascending.
-        learning_rate: of AdamW.
-        eos: the end token, where the model has one.
     Returns:
-        For each of `steps`, `recall` with `steps` and the `loss` of the last step.
+        As `tune`.
     Raises:
+        UsageError: fewer than two secrets.
         NumericalError: the loss is NaN or infinite: the learning rate is too high.
     Source: the attack on half of the data of arXiv:2410.08827 (fine-tuning on facts that are
         independent of those measured) and arXiv:2406.13356.
     """
+    taught, others = halves(target.secrets, target.seed)
+    eos = target.tokenizer.eos_token_id
     end = () if eos is None else (eos,)
-    batch = [(*one.prompt, *one.secret, *end) for one in train]
-    return _tune(model, lambda: batch, measured, steps, learning_rate)
+    batch = [(*one.prompt, *one.secret, *end) for one in taught]
+    return tune(target, lambda: batch, others)
 
 
-def finetune(
-    model: nn.Module,
-    windows: Tensor,
-    measured: Sequence[TokenSecret],
-    *,
-    steps: Sequence[int] = STEPS,
-    learning_rate: float = LEARNING_RATE,
-    seed: int = 0,
-) -> list[dict[str, Any]]:
-    """Train on innocent text, as `relearn` trains on secrets, and measure secrets.
+def finetune(target: Target) -> Curve:
+    """Train on innocent text, as `relearn` trains on secrets, and measure all secrets.
 
-    Args:
-        model: dense, in float32; put back afterwards.
-        windows: (n, length) int64 tokens; each step takes about 512 tokens, drawn by the seed.
-        measured: `recall` of these is taken after each of `steps`.
-        steps: after how many steps to measure, ascending.
-        learning_rate: of AdamW.
-        seed: of the draws.
+    Each step takes about 512 tokens of running text, drawn by the seed.
+
     Returns:
-        As `relearn`.
+        As `tune`; nothing without running text.
     Raises:
         NumericalError: the loss is NaN or infinite.
     Source: benign relearning, arXiv:2406.13356.
     """
-    generator = random.Random(seed)
-    rows = [tuple(row) for row in windows.tolist()]
-    count = max(1, BENIGN_TOKENS // windows.shape[1])
-
-    def draw() -> list[tuple[int, ...]]:
-        return generator.sample(rows, min(count, len(rows)))
-
-    return _tune(model, draw, measured, steps, learning_rate)
+    if target.windows is None:
+        return {}
+    generator = random.Random(target.seed)
+    rows = [tuple(row) for row in target.windows.tolist()]
+    count = min(max(1, BENIGN_TOKENS // target.windows.shape[1]), len(rows))
+    return tune(target, lambda: generator.sample(rows, count), target.secrets)
 
 
-def _tune(
-    model: nn.Module,
-    draw: Callable[[], list[tuple[int, ...]]],
+def tune(
+    target: Target,
+    draw: Callable[[], Sequence[Sequence[int]]],
     measured: Sequence[TokenSecret],
-    steps: Sequence[int],
-    learning_rate: float,
-) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    with trainable(model) as parameters:
-        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=BETAS, weight_decay=0.0)
-        for step in range(1, max(steps, default=0) + 1):
+) -> Curve:
+    """Train every parameter with AdamW and measure secrets on the way; put the model back.
+
+    Betas 0.9 and 0.95, no weight decay, no warm-up; the loss is the mean NLL over every token but
+    the first of each sequence.
+
+    Args:
+        target: the model, learning rate and steps.
+        draw: gives the sequences of a step.
+        measured: `recall` of these is taken after each of the target's steps.
+    Returns:
+        `recall`, and the loss of the last step, by the number of steps.
+    Raises:
+        NumericalError: the loss is NaN or infinite.
+        UsageError: a parameter is not float32: its steps would be rounded away.
+    """
+    parameters = list(target.model.parameters())
+    for parameter in parameters:
+        if parameter.dtype != torch.float32:
+            raise UsageError(
+                f"a parameter is {parameter.dtype}, and small steps are lost in it",
+                hint="model.float() first",
+            )
+    found: dict[str, Recall] = {}
+    with restored(parameters), torch.enable_grad():
+        for parameter in parameters:
+            parameter.requires_grad_()
+        optimizer = torch.optim.AdamW(
+            parameters, lr=target.learning_rate, betas=BETAS, weight_decay=0.0
+        )
+        for step in range(1, max(target.steps, default=0) + 1):
             optimizer.zero_grad(set_to_none=True)
-            loss = _loss(model, draw())
+            loss = _loss(target.model, draw())
             if not bool(torch.isfinite(loss)):
                 raise NumericalError(
                     f"the loss of step {step} is {loss.item()}", hint="lower the learning rate"
                 )
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward([loss])
             optimizer.step()
-            if step in steps:
-                found.append({"steps": step, **recall(model, measured), "loss": loss.item()})
+            if step in target.steps:
+                left = recall(target.model, measured)
+                found[str(step)] = dataclasses.replace(left, loss=loss.item())
     return found
 
 
 def _loss(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """Mean NLL over every token but the first of each; padding stands on the right."""
+    """Mean NLL over every token but the first of each; padding is on the right."""
     device = scoring.device_of(model)
     labels = scoring.pad(sequences, PADDING).to(device)
     logits: Tensor = model(labels.clamp_min(0)).logits[:, :-1]
@@ -174,24 +226,11 @@ def _loss(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Tensor:
 
 
 @contextmanager
-def trainable(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Let every floating parameter learn, then put back its value and whether it may learn.
-
-    Raises:
-        UsageError: a parameter is not float32: its steps would be rounded away.
-    """
-    before = [(p, p.detach().clone(), p.requires_grad) for p in model.parameters()]
-    for parameter, _, _ in before:
-        if parameter.dtype != torch.float32:
-            raise UsageError(
-                f"a parameter is {parameter.dtype}, and small steps are lost in it",
-                hint="model.float() first",
-            )
+def restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Put back the value of each parameter, and whether it needs a gradient, after the block."""
+    before = [(p, p.detach().clone(), p.requires_grad) for p in parameters]
     try:
-        with torch.enable_grad():
-            for parameter, _, _ in before:
-                parameter.requires_grad_()
-            yield [parameter for parameter, _, _ in before]
+        yield
     finally:
         for parameter, value, learns in before:
             parameter.grad = None
@@ -200,12 +239,11 @@ def trainable(model: nn.Module) -> Iterator[list[nn.Parameter]]:
                 parameter.copy_(value)
 
 
-def reworded(secrets: Sequence[TokenSecret], tokenizer: Any) -> dict[str, list[TokenSecret]]:
-    """Ask for each secret in other words, its own tokens and alternatives unchanged.
+def rewordings(
+    secrets: Sequence[TokenSecret], tokenizer: Tokenizer
+) -> dict[str, list[TokenSecret]]:
+    """Write each secret's prompt in other words, its own tokens and alternatives unchanged.
 
-    Args:
-        secrets: as `forget_set.encode` gives them.
-        tokenizer: of the model.
     Returns:
         `shorter`: the last half of the prompt's tokens; `longer`: a sentence in front of it;
         `lower`: in lower case. A prompt that comes out empty keeps its last token.
@@ -227,40 +265,52 @@ def reworded(secrets: Sequence[TokenSecret], tokenizer: Any) -> dict[str, list[T
     }
 
 
-def requantized(
-    model: nn.Module,
-    names: Sequence[str],
-    measured: Sequence[TokenSecret],
-    *,
-    group_size: int,
-    scale: str = "mse",
-) -> dict[str, Any]:
-    """Round the split weights to another INT4 grid, as a second quantizer would, and measure.
+def reword(target: Target) -> Curve:
+    """Ask for each secret in other words; see `rewordings`."""
+    asked = rewordings(target.secrets, target.tokenizer)
+    return {kind: recall(target.model, secrets) for kind, secrets in asked.items()}
 
-    Args:
-        model: dense; put back afterwards.
-        names: Linears whose weight is rounded.
-        measured: `recall` of these is taken.
-        group_size: neighbours in a row that share a scale; divides every in_features.
-        scale: absmax or mse.
+
+def requantize(target: Target) -> Curve:
+    """Round the split weights to other INT4 grids, as a second quantizer would, and measure.
+
+    Scales have the least squared error. A group size is left out where it does not divide every
+    in_features.
+
     Raises:
         NumericalError: an NLL is NaN or infinite.
     Source: arXiv:2410.16454: rounding brings back what training hid in small differences.
     """
-    weights: Mapping[str, Tensor] = {name: _weight(model, name) for name in names}
-    before = {name: weight.detach().clone() for name, weight in weights.items()}
-    try:
-        with torch.no_grad():
-            for name, weight in weights.items():
-                wide = before[name].float().cpu()
-                scales = base_scales(scale, wide, None, group_size)
-                weight.copy_(quantize.dequantize(quantize.quantize(wide, scales), scales))
-        return recall(model, measured)
-    finally:
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(before[name])
+    weights = [target.model.get_submodule(n).get_parameter("weight") for n in target.linears]
+    found: dict[str, Recall] = {}
+    for group_size in GROUP_SIZES:
+        if any(weight.shape[1] % group_size for weight in weights):
+            continue
+        with restored(weights):
+            for weight in weights:
+                wide = weight.detach().float().cpu()
+                scales = base_scales("mse", wide, None, group_size)
+                with torch.no_grad():
+                    weight.copy_(quantize.dequantize(quantize.quantize(wide, scales), scales))
+            found[f"group_{group_size}"] = recall(target.model, target.secrets)
+    return found
 
 
-def _weight(model: nn.Module, name: str) -> Tensor:
-    return model.get_submodule(name).get_parameter("weight")
+# In the order in which they run. README.md of this folder says how to add one.
+ATTACKS = (
+    Attack(
+        name="relearn",
+        measures="relearning half",
+        label="relearning half, {} steps",
+        run=relearn,
+    ),
+    Attack(
+        name="finetune",
+        measures="fine-tuning on innocent text",
+        label="innocent text, {} steps",
+        run=finetune,
+        needs_text=True,
+    ),
+    Attack(name="reworded", measures="other prompts", label="prompt: {}", run=reword),
+    Attack(name="requantized", measures="another grid", label="other grid: {}", run=requantize),
+)

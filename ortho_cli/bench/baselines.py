@@ -1,8 +1,8 @@
-"""What an artifact is compared with, made of its own parts.
+"""Baselines of a bench, made from the artifact: INT4 with nothing forgotten, and control edits.
 
-That is INT4 with nothing forgotten, and edits of the same size that know nothing of the secrets.
-Both files hold what is needed: base's codes were moved only at positions that the ortho stream
-keeps, and its values there, the source's weights or its own INT4, round to the source's codes.
+A control edit moves as many codes as forgetting did, and knows no secrets. The artifact suffices
+for both: forgetting moves base's codes only at positions of the ortho stream, and ortho's values
+there, the source's weights or its own INT4, round to the source's codes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def base_codes(layer: OrthoLinear) -> Tensor:
 def int4_codes(layer: OrthoLinear) -> Tensor:
     """Find the codes that the source itself rounds to on the artifact's grid.
 
-        q = clamp(round(w / scale), -8, 7) where ortho keeps w; base's code everywhere else
+        q = clamp(round(w / scale), -8, 7) where ortho has w; base's code everywhere else
 
     Args:
         layer: with both streams; where base has codes of 3 bits, they end at -4 and 3.
@@ -38,7 +38,8 @@ def int4_codes(layer: OrthoLinear) -> Tensor:
         (out, in) int8; base's own codes where nothing was moved, bit for bit.
     Raises:
         ArtifactError: there is no ortho stream.
-    Exact, since what forgetting moves it also keeps. Halves round to even, as in `ops.quantize`.
+    Exact, since ortho has every position that forgetting moves. Halves round to even, as in
+    `quantize.quantize`.
     """
     crow, column, values = layer.crow_indices, layer.col_indices, layer.values
     if crow is None or column is None or values is None:
@@ -58,7 +59,7 @@ def dequantized(layer: OrthoLinear, codes: Tensor) -> Tensor:
     return quantize.dequantize(codes, layer.weight_scale.cpu())
 
 
-def moved(layer: OrthoLinear) -> int:
+def count_moved(layer: OrthoLinear) -> int:
     """Count the codes of base that are not the source's own."""
     return int((base_codes(layer) != int4_codes(layer)).sum())
 
@@ -75,17 +76,16 @@ def control_codes(codes: Tensor, scales: Tensor, *, count: int, kind: Kind, seed
     Returns:
         (out, in) int8, new.
     """
-    found = codes.clone()
-    flat = found.view(-1)
-    there = int(flat.count_nonzero())
-    count = min(count, there)
+    moved = codes.clone()
+    flat = moved.view(-1)
+    nonzero = flat.nonzero()[:, 0]
+    count = min(count, len(nonzero))
     if kind == "random":
-        places = flat.nonzero()[:, 0]
         generator = torch.Generator().manual_seed(seed)
-        flat[places[torch.randperm(there, generator=generator)[:count]]] = 0
+        flat[nonzero[torch.randperm(len(nonzero), generator=generator)[:count]]] = 0
     elif count:
         size = quantize.dequantize(codes, scales.cpu()).abs_().view(-1)
         top = TopK(count, length=size.numel(), stretch=size.numel(), payloads=[])
         top.push(size.numpy(), [], start=0)
         flat[torch.from_numpy(top.finish()[0].copy()).long()] = 0
-    return found
+    return moved

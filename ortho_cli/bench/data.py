@@ -1,16 +1,15 @@
-"""What a bench reads, in tokens: running text, prompts of a skill, secrets of three kinds."""
+"""The data of a bench, tokenized: running text, prompts of a skill, secrets of three kinds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ortho_cli.bench.plan import CONTEXT, NEEDS, Settings
+from ortho_cli.bench.plan import CONTEXT, NEEDS, TEXT_FIGURES, Settings
 from ortho_cli.errors import UsageError
 from ortho_cli.events import Event, Noted
 from ortho_cli.formats import artifact
@@ -19,14 +18,15 @@ from ortho_cli.model import load as models
 from ortho_cli.model.rows import Text
 from ortho_cli.model.secrets import Secret, TokenSecret, encode, overlap, read_secrets
 from ortho_cli.model.text import TokenSequence, pair_sequences, read_rows, text_windows
+from ortho_cli.model.tokenizer import Tokenizer
 from ortho_cli.storage import strict_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Material:
-    """Everything that is read, in tokens."""
+    """All data in tokens; `texts` are those of secrets, where they are to be shown."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer | None = None
     windows: Tensor | None = None
     pairs: tuple[TokenSequence, ...] = ()
     secrets: tuple[TokenSecret, ...] = ()
@@ -38,7 +38,7 @@ class Material:
 
 
 def gather(settings: Settings, opened: Artifact) -> Material:
-    """Read and tokenize everything, with the artifact's own tokenizer.
+    """Read and tokenize all data with the artifact's own tokenizer.
 
     Raises:
         CalibrationError: a file is unreadable, empty or too short.
@@ -47,10 +47,10 @@ def gather(settings: Settings, opened: Artifact) -> Material:
     """
     texts = (settings.data, settings.forget, settings.nonmember, settings.unlisted)
     if not any(texts):
-        return Material(tokenizer=None)
+        return Material()
     tokenizer = models.load_tokenizer(opened.folder)
-    told: list[Event] = []
-    rows = read_rows(settings.data, told.append)[0] if settings.data else []
+    events: list[Event] = []
+    rows = read_rows(settings.data, events.append)[0] if settings.data else []
     running = [row for row in rows if isinstance(row, Text)]
     pairs = [row for row in rows if not isinstance(row, Text)]
     windows = None
@@ -59,7 +59,7 @@ def gather(settings: Settings, opened: Artifact) -> Material:
         limit = max(1, settings.tokens // context)
         windows = torch.tensor(text_windows(running, tokenizer, length=context, limit=limit))
     listed, others, unlisted = (
-        read_secrets(files, seed=settings.seed, on_event=told.append) if files else []
+        read_secrets(files, seed=settings.seed, on_event=events.append) if files else []
         for files in texts[1:]
     )
     shown = settings.show_secrets
@@ -73,16 +73,18 @@ def gather(settings: Settings, opened: Artifact) -> Material:
         texts=tuple(one.prompt + one.secret for one in listed) if shown else (),
         unlisted_texts=tuple(one.prompt + one.secret for one in unlisted) if shown else (),
         notes=(
-            *(one.message for one in told if isinstance(one, Noted)),
+            *(one.message for one in events if isinstance(one, Noted)),
             *_notes(listed, running),
         ),
     )
 
 
 def _notes(listed: Sequence[Secret], running: Sequence[Text]) -> Iterator[str]:
-    said = overlap(listed, "\n".join(row.text for row in running)) if listed else 0
-    if said:
-        yield f"{said} of {len(listed)} secrets occur in the held-out text: it rewards keeping them"
+    count = overlap(listed, "\n".join(row.text for row in running)) if listed else 0
+    if count:
+        yield (
+            f"{count} of {len(listed)} secrets occur in the held-out text: it rewards keeping them"
+        )
     coarse = sum(one.drawn == "others" for one in listed)
     if coarse:
         few = min(len(one.alternatives) for one in listed)
@@ -107,11 +109,10 @@ def _context(settings: Settings, folder: Path) -> int:
 
 
 def unfit(settings: Settings, material: Material) -> dict[str, str]:
-    """Name what the data turned out not to hold."""
+    """Name the figures that the data turned out not to allow, and what each would need."""
     found: dict[str, str] = {}
     if settings.data and material.windows is None:
-        texts = [name for name in NEEDS if name.startswith(("perplexity", "kl", "agree", "finet"))]
-        found |= dict.fromkeys(texts, NEEDS["perplexity"])
+        found |= dict.fromkeys(TEXT_FIGURES, NEEDS["perplexity"].words)
     if settings.data and not material.pairs:
-        found["skill"] = NEEDS["skill"]
+        found["skill"] = NEEDS["skill"].words
     return found

@@ -1,23 +1,18 @@
-"""Estimates with their intervals: shares, means, areas under curves.
-
-Each figure is a plain dict, ready for JSON: `value`, its 95 % interval `low` to `high`, and `n`,
-how many samples it rests on.
-"""
+"""Estimates with their 95 % intervals: shares, means, areas under ROC curves, Min-K%."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ortho_cli.bench.records import Auc, Figure, Share
 from ortho_cli.errors import NumericalError
 
-Z = 1.959963984540054  # 95 % of a normal distribution lie within +-Z
+Z = 1.959963984540054  # standard deviations: 95 % of a normal distribution are within +-Z
 Interval = tuple[float, float]
-Figure = dict[str, Any]
 Values = NDArray[np.float64]
 
 
@@ -37,7 +32,7 @@ def wilson(hits: int, n: int) -> Interval:
     Source: Wilson 1927, Journal of the American Statistical Association 22, 209-212.
     """
     if not 0 <= hits <= n:
-        raise NumericalError(f"{hits} hits of {n}", hint="hits lie between 0 and n")
+        raise NumericalError(f"{hits} hits of {n}", hint="hits are between 0 and n")
     if n == 0:
         return 0.0, 1.0
     p, z2 = hits / n, Z * Z / n
@@ -79,7 +74,7 @@ def bootstrap(
 
 def auc(
     positives: Sequence[float], negatives: Sequence[float], *, seed: int = 0, rounds: int = 1000
-) -> Figure:
+) -> Auc:
     """Give the chance that a positive is above a negative: the area under the ROC curve.
 
         AUC = (#{p > n} + #{p = n} / 2) / (|P| |N|)
@@ -90,8 +85,7 @@ def auc(
         seed: of the bootstrap, which draws both sides anew.
         rounds: of the bootstrap.
     Returns:
-        A figure in [0, 1]; 0.5 where all are equal. `n` counts both sides, in `positives` and
-        `negatives` each.
+        A figure in [0, 1]; 0.5 where all are equal.
     Raises:
         NumericalError: a side is empty, or a score is NaN or infinite.
     """
@@ -102,8 +96,15 @@ def auc(
         return side[generator.integers(len(side), size=len(side))]
 
     drawn = [_auc(again(above), again(below)) for _ in range(rounds)]
-    counts = {"positives": len(above), "negatives": len(below)}
-    return figure(_auc(above, below), _interval(drawn), len(above) + len(below), **counts)
+    low, high = _interval(drawn)
+    return Auc(
+        value=_auc(above, below),
+        low=low,
+        high=high,
+        n=len(above) + len(below),
+        positives=len(above),
+        negatives=len(below),
+    )
 
 
 def _auc(positives: Values, negatives: Values) -> float:
@@ -132,19 +133,16 @@ def min_k(token_nlls: Sequence[float], share: float = 0.2) -> float:
     return -float(values[-count:].mean())
 
 
-def figure(value: float, interval: Interval, n: int, **more: Any) -> Figure:
-    """Put an estimate into the form that every figure has."""
-    return {"value": value, "low": interval[0], "high": interval[1], "n": n, **more}
-
-
-def share(hits: int, n: int) -> Figure:
+def share(hits: int, n: int) -> Share:
     """Give a share of n >= 1 trials, with Wilson's interval."""
-    return figure(hits / n, wilson(hits, n), n, hits=hits)
+    low, high = wilson(hits, n)
+    return Share(value=hits / n, low=low, high=high, n=n, hits=hits)
 
 
 def mean_figure(values: Sequence[float], *, seed: int) -> Figure:
     """Give a mean of n >= 1 values, with its bootstrap interval."""
-    return figure(average(values), bootstrap(values, seed=seed), len(values))
+    low, high = bootstrap(values, seed=seed)
+    return Figure(value=average(values), low=low, high=high, n=len(values))
 
 
 def average(values: Sequence[float]) -> float:

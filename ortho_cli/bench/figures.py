@@ -1,8 +1,7 @@
-"""Figures by name: what was measured flattened, required of a run, or put into a table.
+"""Figures by their dotted name: gates (`--require`) and the CSV table of `ortho bench`.
 
-A document of `ortho bench` has `rows`, each with nested `figures`. A figure's name is its keys
-joined by dots: `exposure.interval` or `relearn.20.exposure`; where a nested figure has a headline
-(`value`), the name without it serves: `exposure` is `exposure.value`.
+A figure's name is its keys in the JSON document, joined by dots: `exposure.low` or
+`relearn.20.exposure`. `value` may be left out: `exposure` is `exposure.value`.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from ortho_cli.bench.records import GateResult, Row, Verdict, to_json
 from ortho_cli.errors import GateError, OutputExistsError, UsageError
 
 HEADLINE = "value"
@@ -34,7 +33,7 @@ _HINT = "such as `exposure@0<=2`: a figure, the alpha, one of <= >= == < >, a nu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """What is required of a figure: of one alpha's row, or of the whole document without alpha."""
+    """A bound on a figure: of one alpha's row, or without alpha of the whole document."""
 
     text: str
     name: str
@@ -72,9 +71,11 @@ def _number(word: str, text: str) -> float:
     return value
 
 
-def flatten(figures: Mapping[str, Any]) -> dict[str, float]:
-    """Name every number of nested figures; lists and texts are none.
+def flatten(figures: Mapping[str, object]) -> dict[str, float]:
+    """Name every number of nested figures; lists and texts are left out.
 
+    Args:
+        figures: as `to_json` writes them.
     Returns:
         Dotted names to numbers, in the order of the figures; NaN where a figure is NaN.
     """
@@ -91,7 +92,7 @@ def flatten(figures: Mapping[str, Any]) -> dict[str, float]:
 
 
 def unknown(name: str, known: Iterable[str]) -> UsageError:
-    """Say that there is no such figure, and which are near."""
+    """Make the error for an unknown figure; it lists the most similar names."""
     listed = list(known)
     near = difflib.get_close_matches(name, listed, n=3, cutoff=0.5) or listed[:8]
     return UsageError(
@@ -99,71 +100,63 @@ def unknown(name: str, known: Iterable[str]) -> UsageError:
     )
 
 
-def row_at(document: Mapping[str, Any], alpha: float) -> Mapping[str, Any]:
-    """Find the figures of one alpha.
-
-    Raises:
-        UsageError: that alpha was not measured.
-    """
-    rows = [row for row in document["rows"] if row["alpha"] is not None]
-    for row in rows:
-        if row["alpha"] == alpha:
-            figures: Mapping[str, Any] = row["figures"]
-            return figures
-    raise not_measured(alpha, [row["alpha"] for row in rows])
-
-
 def not_measured(alpha: float, alphas: Sequence[float]) -> UsageError:
-    """Say that an alpha is not among those of the run."""
+    """Make the error for an alpha that is not among those of the run."""
     return UsageError(
         f"alpha {alpha:g} is not measured, {', '.join(f'{a:g}' for a in alphas)} are",
         hint=f"--alpha {' '.join(f'{a:g}' for a in [*alphas, alpha])}",
     )
 
 
-def judge(gates: Sequence[Gate], document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Hold a document to its gates; a figure that is NaN misses whatever is asked.
+def judge(
+    gates: Sequence[Gate], rows: Sequence[Row], whole: Mapping[str, object]
+) -> tuple[GateResult, ...]:
+    """Compare figures with gates; a figure that is NaN misses every gate.
 
+    Args:
+        gates: bounds.
+        rows: where the figures of each alpha are.
+        whole: figures of the whole run as JSON, for gates without an alpha.
     Raises:
         UsageError: a figure is unknown, or its alpha was not measured.
     """
+    at = {row.alpha: row for row in rows if row.alpha is not None}
     found = []
     for gate in gates:
-        source = document if gate.alpha is None else row_at(document, gate.alpha)
-        held = flatten(source)
-        if gate.name not in held:
-            raise unknown(gate.name, held)
-        value = held[gate.name]
+        if gate.alpha is not None and gate.alpha not in at:
+            raise not_measured(gate.alpha, list(at))
+        named = flatten(whole if gate.alpha is None else to_json(at[gate.alpha].figures))
+        if gate.name not in named:
+            raise unknown(gate.name, named)
+        value = named[gate.name]
         met = bool(OPERATORS[gate.comparison](value, gate.bound))  # never true of NaN
-        found.append({"require": gate.text, "value": value, "met": met})
-    return found
+        found.append(GateResult(require=gate.text, value=value, met=met))
+    return tuple(found)
 
 
-def enforce(document: Mapping[str, Any]) -> None:
+def enforce(gates: Sequence[GateResult], verdict: Verdict) -> None:
     """Fail where a gate was missed, or where ortho makes the model worse.
 
     Raises:
         GateError: lists each missed gate with the figure's value.
     """
-    judged = document.get("verdict", {})
-    if judged.get("full") == "lost":
-        said = next(s for s in judged["sentences"] if s.startswith("the full model"))
+    if verdict.full == "lost":
         raise GateError(
-            said,
+            next(one for one in verdict.sentences if one.startswith("the full model")),
             hint="`ortho inspect ARTIFACT --verify --expect-source MODEL` finds damaged weights",
         )
-    missed = [gate for gate in document.get("gates", ()) if not gate["met"]]
+    missed = [gate for gate in gates if not gate.met]
     if missed:
-        told = "; ".join(f"`{gate['require']}` is {gate['value']:.4g}" for gate in missed)
-        count = len(document["gates"])
+        listed = "; ".join(f"`{gate.require}` is {gate.value:.4g}" for gate in missed)
         raise GateError(
-            f"{len(missed)} of {count} {'gate' if count == 1 else 'gates'} missed: {told}",
+            f"{len(missed)} of {len(gates)} {'gate' if len(gates) == 1 else 'gates'} missed: "
+            f"{listed}",
             hint="look at the interval of a figure that missed by little",
         )
 
 
 def check_csv(path: Path | None) -> None:
-    """Refuse a place for a table that would lose something else.
+    """Refuse a path for a table where another file or folder is.
 
     Raises:
         OutputExistsError: a file that is no such table, or a folder.
@@ -172,23 +165,23 @@ def check_csv(path: Path | None) -> None:
     if path is None:
         return
     if not path.parent.is_dir():
-        raise UsageError(f"--csv `{path}` has no folder to lie in", hint="make it first")
+        raise UsageError(f"--csv `{path}` has no folder to be in", hint="make it first")
     if path.exists() and not (path.is_file() and path.read_bytes()[:6] in (b"", b"alpha,")):
         raise OutputExistsError(
             f"--csv `{path}` exists and is no table of a bench", hint="choose another file"
         )
 
 
-def to_csv(document: Mapping[str, Any]) -> str:
+def to_csv(rows: Sequence[Row]) -> str:
     """Write one line for each alpha, one column for each figure that any alpha has."""
-    rows = [
-        {"alpha": row["alpha"], **flatten(row["figures"])}
-        for row in document["rows"]
-        if row["alpha"] is not None
+    listed = [
+        {"alpha": row.alpha, **flatten(to_json(row.figures))}
+        for row in rows
+        if row.alpha is not None
     ]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns = list(dict.fromkeys(name for row in listed for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(listed)
     return text.getvalue()

@@ -1,18 +1,21 @@
-"""Calibration: a model, sets of text, and for each weight how much it matters to each set.
+"""The job of `ortho calibrate`: pass text through a model, and write curvature statistics.
 
-Sums live in files, one float32 per weight, not in memory: each pass reads, adds and writes them
-back, one tile at a time. Two files a set take turns, so that one of them always holds the sums
-of the last finished chunk of sequences, from which a killed run goes on with the same bytes.
+    curvature of a weight = mean over sequences of (dNLL/dw)^2        (kind fisher; see formats)
+
+Sums are in files, not in memory: one float32 per weight and set, and a second file of the same size
+(see `sums`). A killed run resumes after its last finished chunk of sequences, and ends in the same
+bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from blake3 import blake3
@@ -28,6 +31,7 @@ from ortho_cli.model import load as models
 from ortho_cli.model.hooks import (
     TOP_SHARE,
     Capture,
+    Part,
     factor,
     logit_gradient,
     symmetrize,
@@ -35,25 +39,80 @@ from ortho_cli.model.hooks import (
 )
 from ortho_cli.model.text import TokenSequence
 from ortho_cli.split.quantize import as_bytes
+from ortho_cli.storage import job
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, TensorInfo, check_in_place
 from ortho_cli.storage.data_file import DataFile, TensorStream, plan_layout
-from ortho_cli.storage.output import check_output, check_space, files_of, resolve_output
-from ortho_cli.storage.work_folder import WorkFolder, interruptible
+from ortho_cli.storage.job import Kind, Target
+from ortho_cli.storage.output import files_of
+from ortho_cli.storage.work_folder import WorkFolder
 from ortho_cli.version import __version__
 
-# A kill costs at most this many sequences; each time, sums are synced to disk.
+log = logging.getLogger(__name__)
+
+# Sequences from one sync of the sums to the next: a kill costs at most this many.
 CHUNK_SEQUENCES = 16
+
+KIND = Kind(name="statistics file", is_ours=statistics.is_statistics, is_file=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightEntry:
+    """What the file's metadata say of one weight."""
+
+    shape: tuple[int, ...]
+    source_blake3: str
+    mean: float  # of its curvature on the retain set
+    overlap: float | None  # of the top weights by full and by factored curvature; None for gram
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """A finished calibration."""
+
+    nbytes: int  # of the file
+    metadata: Mapping[str, str]  # of the file; most are JSON
+    perplexity: Mapping[Set, float]  # of the model on each set
+
+    def to_json(self) -> dict[str, object]:
+        """Give the document of `ortho calibrate --json`."""
+        plain = {key: value for key, value in self.metadata.items() if key not in _JSON_KEYS}
+        parsed = {key: json.loads(self.metadata[key]) for key in _JSON_KEYS}
+        return {
+            "output_bytes": self.nbytes,
+            **plain,
+            **parsed,
+            "perplexity": dict(self.perplexity),
+        }
+
+
+_JSON_KEYS = ("data", "recipe", "versions", "tensors", "digests")
+
+
+def check_target(
+    checkpoint: Checkpoint, out: Path, *, force: bool = False, reads: Iterable[Path] = ()
+) -> Target:
+    """Refuse an output that would lose something, before data are read.
+
+    Args:
+        checkpoint: the model.
+        out: the file to make.
+        force: replace statistics at `out`, and discard half-done work of another plan.
+        reads: files that are read beside the model's.
+    Raises:
+        OutputExistsError: something is at `out`.
+        UsageError: `out` is a file that is read, or in the model's folder.
+    """
+    return job.check_target(out, KIND, [*files_of(checkpoint), *reads], force=force)
 
 
 def calibrate(
     plan: CalibrationPlan,
     checkpoint: Checkpoint,
-    out: Path,
+    target: Target,
     *,
     device: str = "auto",
-    force: bool = False,
     on_event: EventSink = null_sink,
-) -> dict[str, Any]:
+) -> Calibration:
     """Carry a plan out: load the model, pass the data through it, write the statistics.
 
     Memory: the model, the activations of one batch, and 16 MB tiles of one layer's sums; while the
@@ -62,28 +121,28 @@ def calibrate(
     Args:
         plan: made from `checkpoint`.
         checkpoint: a transformers folder.
-        out: the file to make; appears only when complete.
+        target: the file to make, as `check_target` passed it; appears only when complete.
         device: auto, cpu, cuda or cuda:N.
-        force: replace statistics at `out`, and discard half-done work of another plan.
         on_event: told of progress.
     Returns:
-        What was measured, as `ortho calibrate --json` prints it.
+        What was measured.
     Raises:
         CalibrationError: a weight that no token reached, or that is no Linear of the model.
         NumericalError: a gradient is NaN or infinite.
+        OutputExistsError: half-done work of another plan is beside the output.
         Interrupted: Ctrl-C; finished chunks are kept.
     """
-    out = resolve_output(out)
-    check_output(
-        out,
-        files_of(checkpoint),
-        force=force,
-        is_ours=statistics.is_statistics,
-        kind="statistics file",
-        is_file=True,
-    )
-    check_space(plan.bytes_written + plan.bytes_scratch, out, kind="statistics with their sums")
     chosen = models.resolve_device(device)
+    # No digest of the plan: it depends on the forget set, and short secrets can be found by trial.
+    log.info(
+        "measures %d weights on %s: curvature %s, gram %s, storage %s, %d threads of torch",
+        len(plan.tensors),
+        chosen,
+        plan.settings.curvature,
+        plan.settings.gram,
+        plan.settings.storage,
+        torch.get_num_threads(),
+    )
     for note in checkpoint.notes:
         on_event(Noted(message=note))
     on_event(Finishing(step="digest the model"))
@@ -102,12 +161,25 @@ def calibrate(
             f"{name}.{turn}": plan.sums(name).size for name in plan.sets for turn in range(2)
         },
     }
-    with WorkFolder(out, identity=identity, force=force, file=out.name, on_event=on_event) as work:
-        job = _Job(plan, checkpoint, work, chosen, on_event)
-        with interruptible(work, total=job.chunks, what="chunks of sequences"):
-            found = job.run(source, digests)
-            work.publish(may_replace=lambda there: force and statistics.is_statistics(there))
-    return found
+    chunks = _chunks_of(plan)
+    total = sum(map(len, chunks.values()))
+    with job.open_job(
+        target, identity=identity, total=total, what="chunks of sequences", on_event=on_event
+    ) as work:
+        return _Job(plan, checkpoint, work, chosen, chunks, on_event).run(source, digests)
+
+
+Chunks = Mapping[Set, list[tuple[TokenSequence, ...]]]
+
+
+def _chunks_of(plan: CalibrationPlan) -> Chunks:
+    return {
+        name: [
+            data.sequences[start : start + CHUNK_SEQUENCES]
+            for start in range(0, len(data.sequences), CHUNK_SEQUENCES)
+        ]
+        for name, data in plan.sets.items()
+    }
 
 
 class _Job:
@@ -117,28 +189,18 @@ class _Job:
         checkpoint: Checkpoint,
         work: WorkFolder,
         device: torch.device,
+        chunks: Chunks,
         on_event: EventSink,
     ) -> None:
         self._plan, self._checkpoint, self._work = plan, checkpoint, work
-        self._device, self._on_event = device, on_event
+        self._device, self._chunks, self._on_event = device, chunks, on_event
         self._sums: dict[Set, Sums] = {}
         self._nll: dict[Set, float] = {}
-        self._chunks: dict[Set, list[tuple[TokenSequence, ...]]] = {
-            name: [
-                data.sequences[start : start + CHUNK_SEQUENCES]
-                for start in range(0, len(data.sequences), CHUNK_SEQUENCES)
-            ]
-            for name, data in plan.sets.items()
-        }
 
-    @property
-    def chunks(self) -> int:
-        """Chunks of all sets."""
-        return sum(map(len, self._chunks.values()))
-
-    def run(self, source: str, digests: dict[str, str]) -> dict[str, Any]:
+    def run(self, source: str, digests: dict[str, str]) -> Calibration:
+        """Measure what no earlier run has measured, and write the file."""
         plan, work = self._plan, self._work
-        # What says something of private data is for its owner alone.
+        # Statistics of private data are for their owner alone.
         mode = 0o600 if "forget" in plan.sets else 0o644
         pending = 0
         for name, chunks in self._chunks.items():
@@ -156,7 +218,7 @@ class _Job:
 
     def _measure(self) -> None:
         settings = self._plan.settings
-        # Without autocast everything is float32; with it, weights stay what they are.
+        # Without autocast all is float32; with it, weights keep their dtype.
         dtype = None if settings.autocast else torch.float32
         model = models.load_model(self._checkpoint.folder, dtype=dtype, device=self._device)
         everything = [s for data in self._plan.sets.values() for s in data.sequences]
@@ -203,8 +265,8 @@ class _Job:
             self._on_event(
                 SequencesDone(sequences=len(batch), tokens=sum(len(s.tokens) for s in batch))
             )
-        # transformers reads the files by their names, after they were digested; nothing that a
-        # model of other bytes gave may count.
+        # transformers reads the files by name, after they were digested: no gradient of a model of
+        # other bytes may count.
         check_in_place(self._checkpoint)
         self._sums[name].finish_chunk()
         self._nll[name] += nll
@@ -216,7 +278,7 @@ class _Job:
         """Pass one batch through the model and back; return its NLL."""
         settings = self._plan.settings
         longest = max(len(sequence.tokens) for sequence in batch)
-        # Padding stands behind what is read: in a causal model nothing before it can see it.
+        # Padding follows the text: in a causal model no token before it depends on it.
         tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
         there = torch.zeros(len(batch), longest, dtype=torch.bool)
         counted = torch.zeros(len(batch), longest, dtype=torch.bool)
@@ -250,26 +312,28 @@ class _Job:
             logits.backward(gradient)
         return nll
 
-    def _write(self, source: str, digests: dict[str, str], *, mode: int) -> dict[str, Any]:
+    def _write(self, source: str, digests: dict[str, str], *, mode: int) -> Calibration:
+        """Write the file; its header holds digests, so each weight is made twice."""
         plan = self._plan
-        told: dict[str, dict[str, Any]] = {}
+        entries: dict[str, WeightEntry] = {}
         content: dict[str, str] = {}
         for tensor in plan.tensors:
-            entry: dict[str, Any] = {"shape": list(tensor.shape)}
-            entry["source_blake3"] = digests[tensor.name]
-            for key, values in self._stored(tensor, entry):
-                content[key] = blake3(as_bytes(values)).hexdigest()
-            told[tensor.name] = entry
-        metadata = self._metadata(source, told, content)
+            for name, part, mean in self._means(tensor):
+                if (name, part) == ("retain", "curvature"):
+                    entries[tensor.name] = self._describe(tensor, mean, digests[tensor.name])
+                for key, values in self._stored(tensor, name, part, mean):
+                    content[key] = blake3(as_bytes(values)).hexdigest()
+        metadata = self._metadata(source, entries, content)
         layout = plan_layout((s for t in plan.tensors for s in plan.specs(t)), metadata)
         file = DataFile(self._work, self._work.out.name, layout, mode=mode)
         file.write_header(layout.header)
         for tensor in plan.tensors:
-            for key, values in self._stored(tensor, {}):
-                stream = TensorStream(file, key)
-                stream.write(as_bytes(values))
-                stream.finish()
-        overlaps = [entry["overlap"] for entry in told.values() if entry["overlap"] is not None]
+            for name, part, mean in self._means(tensor):
+                for key, values in self._stored(tensor, name, part, mean):
+                    stream = TensorStream(file, key)
+                    stream.write(as_bytes(values))
+                    stream.finish()
+        overlaps = [entry.overlap for entry in entries.values() if entry.overlap is not None]
         if overlaps:
             self._on_event(
                 Noted(
@@ -277,18 +341,14 @@ class _Job:
                     f"{sum(overlaps) / len(overlaps):.0%} of the top {TOP_SHARE:.0%} of weights"
                 )
             )
-        return {
-            "output_bytes": layout.size,
-            **{key: value for key, value in metadata.items() if key not in _JSON_KEYS},
-            **{key: json.loads(metadata[key]) for key in _JSON_KEYS},
-            "perplexity": {
-                name: round(math.exp(nll / max(1, plan.sets[name].counted)), 4)
-                for name, nll in self._nll.items()
-            },
+        perplexity = {
+            name: round(math.exp(nll / max(1, plan.sets[name].counted)), 4)
+            for name, nll in self._nll.items()
         }
+        return Calibration(nbytes=layout.size, metadata=metadata, perplexity=perplexity)
 
     def _metadata(
-        self, source: str, told: dict[str, dict[str, Any]], content: dict[str, str]
+        self, source: str, entries: Mapping[str, WeightEntry], content: dict[str, str]
     ) -> dict[str, str]:
         with models.quiet_transformers() as transformers:
             version = str(transformers.__version__)
@@ -308,53 +368,58 @@ class _Job:
             "data": canonical_json({k: v.to_json() for k, v in self._plan.sets.items()}),
             "recipe": canonical_json(settings.canonical()),
             "versions": canonical_json({**versions, "device": self._device.type}),
-            "tensors": canonical_json(told),
+            "tensors": canonical_json({name: asdict(entry) for name, entry in entries.items()}),
             "digests": canonical_json(content),
         }
 
-    def _stored(self, tensor: TensorInfo, entry: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        """Yield each part of a weight's statistics as it is stored; describe them in `entry`."""
-        settings = self._plan.settings
-        gram = settings.curvature == "gram"
-        stored = torch.float32 if settings.dtype == "float32" else torch.bfloat16
-        module = module_of(tensor.name)
+    def _means(self, tensor: TensorInfo) -> Iterator[tuple[Set, Part, Tensor]]:
+        """Yield each sum over a set, divided by what it was summed over, in float32."""
         for name, sums in self._sums.items():
             data = self._plan.sets[name]
-            count = data.counted if gram else len(data.sequences)
             for part in self._plan.parts(name):
                 mean = torch.empty(self._plan.sum_shape(tensor, part))
                 sums.current.read_into(f"{tensor.name}/{part}", as_bytes(mean), start=0)
-                key = f"{module}.{name}_{part}"
-                if part == "gram":
-                    mean /= data.counted
-                    symmetrize(mean)
-                    yield key, mean
-                    continue
-                mean /= count
-                if (name, part) == ("retain", "curvature"):
-                    _describe(tensor, mean, entry, gram=gram)
-                if gram:
-                    yield key, mean.view(-1)
-                elif settings.storage == "factored":
-                    rows, columns = factor(mean)
-                    yield f"{key}_rows", rows
-                    yield f"{key}_columns", columns
-                else:
-                    yield key, mean.to(stored)
+                tokens = part == "gram" or self._plan.settings.curvature == "gram"
+                mean /= data.counted if tokens else len(data.sequences)
+                yield name, part, mean
 
+    def _stored(
+        self, tensor: TensorInfo, name: Set, part: Part, mean: Tensor
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield what the file holds of a mean."""
+        settings, key = self._plan.settings, f"{module_of(tensor.name)}.{name}_{part}"
+        if part == "gram":
+            symmetrize(mean)
+            yield key, mean
+        elif settings.curvature == "gram":
+            yield key, mean.view(-1)
+        elif settings.storage == "factored":
+            rows, columns = factor(mean)
+            yield f"{key}_rows", rows
+            yield f"{key}_columns", columns
+        else:
+            stored = torch.float32 if settings.dtype == "float32" else torch.bfloat16
+            yield key, mean.to(stored)
 
-_JSON_KEYS = ("data", "recipe", "versions", "tensors", "digests")
+    def _describe(self, tensor: TensorInfo, mean: Tensor, digest: str) -> WeightEntry:
+        """Summarise the curvature of a weight.
 
-
-def _describe(tensor: TensorInfo, mean: Tensor, entry: dict[str, Any], *, gram: bool) -> None:
-    total = float(mean.double().mean())
-    if total == 0.0:
-        raise CalibrationError(
-            f"no token reached `{tensor.name}`: its curvature is zero everywhere",
-            hint="give more data or samples, or add it to `ignore`",
+        Raises:
+            CalibrationError: it is zero everywhere.
+        """
+        total = float(mean.double().mean())
+        if total == 0.0:
+            raise CalibrationError(
+                f"no token reached `{tensor.name}`: its curvature is zero everywhere",
+                hint="give more data or samples, or add it to `ignore`",
+            )
+        overlap = None
+        if self._plan.settings.curvature != "gram":
+            rows, columns = factor(mean)
+            overlap = round(top_overlap(mean, rows.unsqueeze(1) * columns), 4)
+        return WeightEntry(
+            shape=tensor.shape,
+            source_blake3=digest,
+            mean=float(f"{total:.6e}"),
+            overlap=overlap,
         )
-    entry["mean"] = float(f"{total:.6e}")
-    entry["overlap"] = None
-    if not gram:
-        rows, columns = factor(mean)
-        entry["overlap"] = round(top_overlap(mean, rows.unsqueeze(1) * columns), 4)

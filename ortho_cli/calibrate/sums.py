@@ -1,4 +1,8 @@
-"""Sums that live in files: one float32 a weight, added to tile by tile, safe against a kill."""
+"""Sums in files: one float32 per weight, added to tile by tile, in two files against a kill.
+
+The file of the last finished chunk is only read; the other one gets those sums plus the current
+chunk's. When a chunk ends, the files change roles.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from ortho_cli.storage.data_file import DataFile, Layout
 
 
 class Sums:
-    """Sums of one set: what the last chunk left is read, what this one makes is written."""
+    """Sums of one set: reads those of the last chunk, and writes those of the current one."""
 
     def __init__(self, files: tuple[DataFile, DataFile], layout: Layout, *, chunks: int) -> None:
         self._files, self._layout = files, layout
@@ -29,7 +33,10 @@ class Sums:
 
     def add(self, name: str, part: Part, row: int, tile: Tensor) -> None:
         """Add a tile to the sums of this chunk."""
-        key, start = f"{name}/{part}", row * tile.shape[1] * 4
+        self._add(f"{name}/{part}", row, tile)
+
+    def _add(self, key: str, row: int, tile: Tensor) -> None:
+        start = row * tile.shape[1] * 4
         tile = tile.cpu()
         if (key, row) in self._touched or self._chunks:
             first = (key, row) not in self._touched
@@ -46,14 +53,13 @@ class Sums:
         return self._buffer[: math.prod(shape)].view(*shape)
 
     def finish_chunk(self) -> None:
-        """Carry over what no sequence of the chunk reached, and take turns."""
+        """Copy the sums of tiles that this chunk did not reach, and swap the files."""
         for key, region in self._layout.regions.items():
             columns = region.shape[1]
             step = max(1, SUM_ELEMENTS // columns)
             for row in range(0, region.shape[0], step):
                 if (key, row) not in self._touched:
                     tile = torch.zeros(min(step, region.shape[0] - row), columns)
-                    name, _, part = key.rpartition("/")
-                    self.add(name, part, row, tile)  # type: ignore[arg-type]
+                    self._add(key, row, tile)
         self._touched.clear()
         self._chunks += 1

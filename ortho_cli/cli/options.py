@@ -1,4 +1,4 @@
-"""The flags that commands share."""
+"""Options that several commands share; an option of one command is in that command's file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def print_schema(wanted: bool) -> None:
 
 
 def trust(context: typer.Context, wanted: bool) -> bool:
-    """Let models bring code of their own while the command runs."""
+    """Allow the Python code of a model's folder while the command runs."""
     context.with_resource(trusting(wanted))
     return wanted
 
@@ -66,59 +66,10 @@ IdentityOption = Annotated[
         help="age identities, or a passphrase, that open a sealed ortho, in memory.",
     ),
 ]
-SealToOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--seal-to",
-        metavar="age1...",
-        help="Seal ortho to this recipient of age (ortho.safetensors.age); repeatable.",
-    ),
-]
-SealPassphraseOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--seal-passphrase-file",
-        metavar="FILE",
-        help="Seal ortho to a new key, and that (ortho.key.age) to the passphrase in FILE.",
-    ),
-]
 StatsOption = Annotated[
     Path | None,
     typer.Option(
         "--stats", metavar="FILE", help="Curvature statistics, as `ortho calibrate` writes them."
-    ),
-]
-SecretsOption = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--forget",
-        metavar="FILE...",
-        help="What base must not know: rows of `prompt` and `secret`, or chats. Needs a recipe "
-        "that forgets, --stats, and the model in memory; isolate needs three times its float32 "
-        "size, unlearn five times.",
-    ),
-]
-StaysOption = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--data",
-        metavar="FILE...",
-        help="What must stay: text that unlearn holds on to, or that rounding is tuned on.",
-    ),
-]
-BeforeOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--reference", metavar="CHECKPOINT", help="MODEL before it saw what base must not know."
-    ),
-]
-TargetBitsOption = Annotated[
-    float | None,
-    typer.Option(
-        "--target-bits",
-        metavar="BITS",
-        help="Pick the density, and the group size where it is auto, that lose least within so "
-        "many bits a split weight, both files; reads every weight first.",
     ),
 ]
 CopyOption = Annotated[
@@ -130,14 +81,6 @@ CopyOption = Annotated[
         "Weights, secrets and files given as arguments never are.",
     ),
 ]
-GramOption = Annotated[
-    str | None,
-    typer.Option(
-        "--gram",
-        metavar="none|full",
-        help="full: the input Gram matrix of each weight, too; as --set calibrate.gram=full.",
-    ),
-]
 WorkersOption = Annotated[
     int | None,
     typer.Option(
@@ -146,9 +89,6 @@ WorkersOption = Annotated[
         max=256,
         help="Threads; the output does not depend on it.  [default: cores, <= 8]",
     ),
-]
-DeviceOption = Annotated[
-    str, typer.Option("--device", help="auto or cpu; this version computes on the CPU.")
 ]
 ModelDeviceOption = Annotated[
     str, typer.Option("--device", help="Of the model: auto, cpu, cuda or cuda:N.")
@@ -162,64 +102,16 @@ TrustOption = Annotated[
         rich_help_panel="Dangerous",
     ),
 ]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 VerboseOption = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Name every tensor as it is finished.")
-]
-AlphaOption = Annotated[
-    list[str] | None,
+    int,
     typer.Option(
-        "--alpha",
-        metavar="A...",
-        help="How much of ortho is added, in [0, 1]; any number of values.  [default: 0 1]",
-    ),
-]
-DataOption = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--data",
-        metavar="FILE...",
-        help="Held-out text for perplexity; prompts and completions for an exact skill.",
-    ),
-]
-ForgetOption = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--forget",
-        metavar="FILE...",
-        help="Secrets: rows of prompt and secret, with alternatives or a pattern.",
-    ),
-]
-NonmemberOption = Annotated[
-    list[Path] | None,
-    typer.Option("--nonmember", metavar="FILE...", help="Secrets that the model never saw."),
-]
-UnlistedOption = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--unlisted",
-        metavar="FILE...",
-        help="Secrets it saw that were not listed for forgetting; measured apart.",
-    ),
-]
-ModelOption = Annotated[
-    Path | None,
-    typer.Option("--model", metavar="DIR", help="The original, to measure the distance from."),
-]
-ReferenceOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--reference-model",
-        metavar="DIR",
-        help="A model that never saw the secrets: the floor that alpha 0 should meet.",
-    ),
-]
-RequireOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--require",
-        metavar="'FIGURE@ALPHA<=NUMBER'",
-        help="Exit with 10 unless it holds; repeatable. Dots name what lies inside a figure.",
+        "--verbose",
+        "-v",
+        count=True,
+        show_default=False,
+        help="Name every tensor as it is finished, and log decisions; -vv logs more.",
     ),
 ]

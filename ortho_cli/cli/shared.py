@@ -1,18 +1,70 @@
-"""What the commands have in common."""
+"""Shared by the commands: find the model, plan its split, place the output, print the result."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ortho_cli.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
+    from ortho_cli.cli.show.progress import ProgressSink
     from ortho_cli.decompose.plan import Plan
+    from ortho_cli.storage.checkpoint import Checkpoint
+
+log = logging.getLogger(__name__)
+
+WORKERS = 8  # threads by default at most; with more the disk is the limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """How a command prints: what --json, --quiet and --verbose ask for."""
+
+    as_json: bool
+    quiet: bool
+    verbose: int
+
+    def progress(self, stage: str) -> ProgressSink:
+        """Open the progress of one stage of the work, a sink of events."""
+        from ortho_cli.cli.show.progress import ProgressSink
+
+        return ProgressSink(stage, quiet=self.quiet, verbose=self.verbose > 0)
+
+    def show(
+        self, document: Mapping[str, object], printer: Callable[..., None], **names: str
+    ) -> None:
+        """Print a document as JSON on stdout, or its gist on stderr."""
+        if not self.as_json:
+            if not self.quiet:
+                printer(document, **names)
+            return
+        from ortho_cli.cli.show.console import print_json
+
+        try:
+            print_json(document)
+        except ResourceError as error:
+            run = document.get("run")
+            done = run.get("output") if isinstance(run, Mapping) else None
+            if done is None:
+                raise
+            raise ResourceError(
+                f"{error.message}; the work is done, and `{done}` is complete",
+                hint=f"`ortho inspect {done}` says what it holds",
+            ) from error
+
+    def show_plan(self, plan: Plan, model: Path, *, notes: Iterable[str] = ()) -> None:
+        """Print a plan that is not carried out, and more notes."""
+        from ortho_cli.cli.show.decompose import print_plan
+
+        document = plan.to_json() | {"notes": [*plan.notes, *plan.side.notes, *notes]}
+        self.show(document, print_plan, source=str(model))
 
 
 def located(given: Path, *, quiet: bool) -> Path:
@@ -21,9 +73,9 @@ def located(given: Path, *, quiet: bool) -> Path:
 
     found, note = locate(given)
     if note and not quiet:
-        from ortho_cli.cli.show import tables
+        from ortho_cli.cli.show.console import print_note
 
-        tables.print_note(note)
+        print_note(note)
     return found
 
 
@@ -36,9 +88,8 @@ def plan_of(
     reference: Path | None = None,
     copy: list[str] | None = None,
     arguments: Iterable[Path | None] = (),
-) -> tuple[Any, Plan]:
-    """Open a checkpoint and decide what is done with it; no file of `arguments` is copied."""
-    """Open a checkpoint and decide what is done with it."""
+) -> tuple[Checkpoint, Plan]:
+    """Open a checkpoint and plan its split; no file of `arguments` is copied beside base."""
     from ortho_cli.convert.sources.adapters import refuse_adapter
     from ortho_cli.decompose.plan import choose_side_files, make_plan
     from ortho_cli.decompose.recipe import load_recipe
@@ -50,86 +101,50 @@ def plan_of(
         if path is not None:
             refuse_adapter(path)
     checkpoint = open_checkpoint(model)
-    found = open_statistics(stats) if stats else None
+    statistics = open_statistics(stats) if stats else None
     before = open_checkpoint(reference) if reference else None
     given = [path for path in (*arguments, Path(recipe) if recipe else None) if path is not None]
     plan = make_plan(
         checkpoint,
         settings,
-        statistics=found,
+        statistics=statistics,
         reference=before,
         workers=workers or _cores(),
-        side=choose_side_files(checkpoint, found, before, copy=copy or (), arguments=given),
+        side=choose_side_files(checkpoint, statistics, before, copy=copy or (), arguments=given),
     )
-    if found is not None:
-        check_model(found, checkpoint, [tensor.source for tensor in plan.split])
+    if statistics is not None:
+        check_model(statistics, checkpoint, [tensor.source for tensor in plan.split])
+    split, tensors = len(plan.split), len(plan.tensors)
+    log.info(
+        "plan %s splits %d of %d tensors, %d workers", plan.sha256, split, tensors, plan.workers
+    )
     return checkpoint, plan
 
 
-def settled(
-    plan: Plan, checkpoint: Any, out: Path | None = None, *, quiet: bool, verbose: bool
-) -> Plan:
-    """Make a plan that is only shown the one that would be carried out.
+def settled(plan: Plan, checkpoint: Checkpoint, out: Path | None = None, *, output: Output) -> Plan:
+    """Complete a plan that is only shown to the one that would be carried out.
 
-    Where the budget is global, that takes what the run does first: to read every weight once.
+    With a global budget this reads every weight once, as the run does first.
 
     Args:
         plan: made from `checkpoint`.
         checkpoint: the source.
-        out: where the run would go, whose unfinished work may hold a survey.
-        quiet: say nothing.
-        verbose: say more.
+        out: where the run would go; its unfinished work may hold a survey.
+        output: shows the progress.
     """
     if not plan.is_open:
         return plan
-    from ortho_cli.cli.show.progress import ProgressSink
     from ortho_cli.decompose.budget import settle
     from ortho_cli.decompose.survey import load_surveys
     from ortho_cli.storage.output import resolve_output
 
     known = () if out is None else load_surveys(resolve_output(out))
-    with ProgressSink("survey", quiet=quiet, verbose=verbose) as sink:
+    with output.progress("survey") as sink:
         return settle(plan, checkpoint, known=known, on_event=sink)
 
 
-def show_plan(
-    plan: Plan, model: Path, *, as_json: bool, quiet: bool, notes: Iterable[str] = ()
-) -> None:
-    """Print a plan that is not carried out, with what else is to be said."""
-    from ortho_cli.cli.show import tables
-
-    document = plan.to_json()
-    document["notes"] += notes
-    show(document, tables.print_plan, as_json, quiet, source=str(model))
-
-
-def show(
-    document: dict[str, Any],
-    printer: Callable[..., None],
-    as_json: bool,
-    quiet: bool,
-    **names: str,
-) -> None:
-    """Give one document to scripts, or its gist to eyes."""
-    from ortho_cli.cli.show import tables
-
-    if as_json:
-        try:
-            tables.print_json(document)
-        except ResourceError as error:
-            done = document.get("run", {}).get("output")
-            if done is None:
-                raise
-            raise ResourceError(
-                f"{error.message}; the work is done, and `{done}` is complete",
-                hint=f"`ortho inspect {done}` says what it holds",
-            ) from error
-    elif not quiet:
-        printer(document, **names)
-
-
-def run_facts(target: Path, began: float) -> dict[str, Any]:
-    """Say what is true of this run alone."""
+def run_facts(target: Path, began: float) -> dict[str, object]:
+    """Report what holds for this run alone: output, seconds since `began`, peak memory."""
     return {
         "output": str(target),
         "seconds": round(time.perf_counter() - began, 3),
@@ -148,66 +163,62 @@ def _peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def place_output(out: Path | None, model: Path, what: str = "ortho") -> tuple[Path, list[str]]:
-    """Say where the output goes, and what is unusual about that.
+def place_output(out: Path | None, model: Path, suffix: str = "ortho") -> tuple[Path, list[str]]:
+    """Choose the folder of the output, with a note where it is an unusual one.
 
     Args:
         out: as it was given, or None.
         model: the source, as it was given.
-        what: ends the name of an output that was not given.
+        suffix: ends the name of an output that was not given.
     Raises:
-        UsageError: there is no place to choose: MODEL is in the Hub's cache, and so are we.
+        UsageError: MODEL and the working directory are both in the Hub's cache.
     """
     from ortho_cli.storage.checkpoint import hub_name
 
     if out is None:
-        return default_out(model, what)
+        return _default_output(model, suffix)
     if hub_name(out) is None:
         return out, []
     return out, [
-        f"output `{out}` lies in the Hub's cache: it is no revision there, and `hf cache prune` "
-        "deletes it"
+        f"output `{out}` is in the Hub's cache, and no revision there: `hf cache prune` deletes it"
     ]
 
 
-def default_out(model: Path, what: str = "ortho") -> tuple[Path, list[str]]:
-    """Name the folder that a model's output goes to, and say why where it is not beside the model.
+def _default_output(model: Path, suffix: str) -> tuple[Path, list[str]]:
+    """Choose the folder beside the model, or else one in the working directory.
 
-    It is beside it unless that is the Hub's cache, where `hf cache prune` would delete it, or a
-    folder that cannot be written: then it is in the working directory.
-
-    Raises:
-        UsageError: MODEL is in the Hub's cache, and the working directory, too.
+    The latter where the model is in the Hub's cache, in which `hf cache prune` would delete the
+    output, or in a folder that cannot be written.
     """
     from ortho_cli.storage.checkpoint import hub_name, model_name
 
     whole = Path(os.path.abspath(model))  # noqa: PTH100 - resolve() would leave the user's folder
     repository = hub_name(model)
     if repository is not None:
-        here = Path(f"{repository}-{what}")
+        here = Path(f"{repository}-{suffix}")
         if hub_name(Path.cwd()) is not None:
             raise UsageError(
-                f"`{model}` and the working directory lie in the Hub's cache, where `hf cache "
+                f"`{model}` and the working directory are in the Hub's cache, where `hf cache "
                 "prune` would delete the output",
                 hint=f"say where it should go: -o ~/{here}",
             )
-        return here, [f"output goes to `{here}` here, not to the Hub's cache, where MODEL lies"]
+        return here, [f"output goes to `{here}` here, not to the Hub's cache, where MODEL is"]
     # As the user wrote it, where it names a folder.
     beside = whole if model.name in ("", "..") else model
-    name = f"{model_name(whole)}-{what}"
+    name = f"{model_name(whole)}-{suffix}"
     if can_write(beside.parent):
         return beside.parent / name, []
     return Path(name), [f"output goes to `{name}` here: `{beside.parent}` cannot be written"]
 
 
 def can_write(folder: Path) -> bool:
-    """Tell whether files can be made in a folder."""
+    """Return whether files can be made in a folder."""
     return os.access(folder, os.W_OK | os.X_OK)
 
 
 def _cores() -> int:
-    """Cores given to this process, at most eight: past that the disk is the limit."""
+    """Count the cores given to this process, at most WORKERS."""
     given = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    return min(8, given)
+    return min(WORKERS, given)

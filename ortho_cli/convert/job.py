@@ -1,107 +1,30 @@
-"""`ortho convert`: any source, tile by tile, to a plain checkpoint that every tool reads.
+"""The job of `ortho convert`: write any source as a plain checkpoint that every tool reads.
 
-The plan comes first and fixes every byte's place. Then each tensor goes through a tile of rows:
-read, round once, write, digest. A killed run goes on after its last finished tensor and ends in the
-same bytes.
+Each tensor is read in tiles of rows, rounded once, written and digested. A killed run resumes after
+its last finished tensor, and ends in the same bytes.
 """
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ortho_cli.convert.plan import ROLE, ConvertPlan, ConvertTensor
-from ortho_cli.convert.sources.adapters import refuse_adapter
-from ortho_cli.convert.sources.artifact import open_dense
 from ortho_cli.convert.sources.base import Source
-from ortho_cli.convert.sources.gguf import open_gguf
-from ortho_cli.convert.sources.gguf_file import find_gguf, is_gguf
-from ortho_cli.convert.sources.open_source import open_foreign
-from ortho_cli.errors import NumericalError, UsageError
-from ortho_cli.events import Advanced, EventSink, Finishing, Noted, Started, TensorDone, null_sink
-from ortho_cli.formats.artifact import is_artifact
+from ortho_cli.errors import NumericalError
+from ortho_cli.events import Advanced, EventSink, Finishing, null_sink
 from ortho_cli.split import quantize
 from ortho_cli.split.dtypes import torch_dtypes
 from ortho_cli.split.quantize import as_bytes
-from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
-from ortho_cli.storage import checkpoint
-from ortho_cli.storage.checkpoint import MODEL_SUFFIXES
+from ortho_cli.split.sizes import Sizes
+from ortho_cli.storage import checkpoint, job
 from ortho_cli.storage.data_file import DataFile, TensorStream
-from ortho_cli.storage.output import check_output, check_space, resolve_output
-from ortho_cli.storage.sealing import Keys
-from ortho_cli.storage.work_folder import WorkFolder, interruptible, unwritable
+from ortho_cli.storage.job import Kind, Line, Target
+from ortho_cli.storage.work_folder import WorkFolder
 from ortho_cli.version import __version__
-
-KIND = "converted checkpoint"
-
-# How often finished tensors are made durable: a kill costs at most this much work.
-COMMIT_SECONDS = 0.5
-
-Entry = dict[str, Any]
-
-
-def open_source(
-    path: Path,
-    *,
-    alpha: float | None = None,
-    keys: Keys | None = None,
-    key: str | None = None,
-    sizes: Sizes = DEFAULT_SIZES,
-) -> Source:
-    """Describe any checkpoint; an artifact at one alpha.
-
-    Args:
-        path: of the checkpoint or artifact.
-        alpha: for an artifact, and required there.
-        keys: open a sealed ortho.
-        key: where a file of torch.save keeps its weights, as in `--key`.
-        sizes: of tiles of an artifact's base.
-    Raises:
-        UsageError: an artifact without alpha, or alpha for anything else; a key that is not there,
-            or for anything but a file of torch.save.
-        CheckpointError: see `open_foreign`.
-        ArtifactError: see `open_dense`.
-    """
-    ours = is_artifact(path, damaged=True)
-    found = None if ours else _gguf_of(path)
-    if key is not None and (ours or found):
-        what = "an artifact" if ours else "a GGUF model"
-        raise UsageError(
-            f"--key {key} is for files of torch.save, and `{path}` is {what}",
-            hint="leave --key out",
-        )
-    if ours:
-        if alpha is None:
-            raise UsageError(
-                f"`{path}` is an artifact, and no --alpha says which of its models is meant",
-                hint="--alpha 1 is the full model, --alpha 0 is base alone",
-            )
-        return open_dense(path, alpha, keys, sizes=sizes)
-    if alpha is not None and path.exists():
-        raise UsageError(
-            f"`{path}` is no artifact, and --alpha {alpha:g} is for artifacts",
-            hint="leave --alpha out",
-        )
-    refuse_adapter(path)
-    found = _gguf_of(path)
-    return open_foreign(path, key=key) if found is None else open_gguf(found)
-
-
-def _gguf_of(path: Path) -> Path | None:
-    """Find the GGUF file meant by a path: the file, or a folder's if no other weights are there."""
-    if path.is_file():
-        return path if is_gguf(path) else None
-    if not path.is_dir() or any(_is_other(found) for found in path.iterdir()):
-        return None
-    return find_gguf(path)
-
-
-def _is_other(path: Path) -> bool:
-    return path.name.endswith(MODEL_SUFFIXES) and path.suffix != ".gguf"
 
 
 def is_converted(folder: Path) -> bool:
@@ -111,7 +34,10 @@ def is_converted(folder: Path) -> bool:
     return roles == {ROLE}
 
 
-def check_target(plan: ConvertPlan, source: Source, out: Path, *, force: bool) -> None:
+KIND = Kind(name="converted checkpoint", is_ours=is_converted)
+
+
+def check_target(plan: ConvertPlan, source: Source, out: Path, *, force: bool) -> Target:
     """Refuse an output that would lose something, mix with the source or not fit on the disk.
 
     Raises:
@@ -120,38 +46,31 @@ def check_target(plan: ConvertPlan, source: Source, out: Path, *, force: bool) -
         ResourceError: the disk is too small.
     """
     sources = [source.path, *(file.path for file in source.files)]
-    check_output(out, sources, force=force, is_ours=is_converted, kind=KIND)
-    check_space(plan.bytes_on_disk, out, kind=KIND)
+    target = job.check_target(out, KIND, sources, force=force)
+    target.check_space(plan.bytes_on_disk)
+    return target
 
 
 def convert(
-    plan: ConvertPlan,
-    source: Source,
-    out: Path,
-    *,
-    force: bool = False,
-    on_event: EventSink = null_sink,
-) -> Entry:
+    plan: ConvertPlan, source: Source, target: Target, *, on_event: EventSink = null_sink
+) -> dict[str, str]:
     """Carry a plan out.
 
     Args:
         plan: made from `source`.
         source: what is converted; stays open.
-        out: the folder to make; appears only when complete.
-        force: replace what `convert` made at `out`, and discard half-done work of another plan.
+        target: the folder to make, as `check_target` passed it; appears only when complete.
         on_event: told of progress.
     Returns:
-        The plan as JSON, with the BLAKE3 of each tensor.
+        The BLAKE3 of each tensor as it was written, by name.
     Raises:
         CheckpointError: the source changed while it was read.
         ArtifactError: the source is an artifact whose row pointers or columns make no sense.
         NumericalError: a finite value becomes infinite in the new dtype.
-        OutputExistsError: something is at `out`, or half-done work of another plan beside it.
+        OutputExistsError: half-done work of another plan is beside the output.
         ResourceError: the disk is full or closed to us.
         Interrupted: Ctrl-C; finished tensors are kept.
     """
-    out = resolve_output(out)
-    check_target(plan, source, out, force=force)
     identity = {
         "plan": plan.sha256,
         "source": source.identity,
@@ -160,97 +79,54 @@ def convert(
     }
     names = {tensor.source.name for tensor in plan.tensors}
 
-    def is_known(entry: Entry) -> bool:
-        told = entry.get("blake3")
-        return entry["name"] in names and isinstance(told, str) and len(told) == 64
+    def is_sound(line: Line) -> bool:
+        digest = line.get("blake3")
+        return line["name"] in names and isinstance(digest, str) and len(digest) == 64
 
     source.check_unchanged()
-    with (
-        WorkFolder(
-            out, identity=identity, force=force, is_sound=is_known, on_event=on_event
-        ) as work,
-        interruptible(work, total=len(plan.tensors)),
-    ):
-        document = _Job(plan, source, work, on_event).run()
-        work.publish(may_replace=lambda there: force and is_converted(there))
-        return document
-
-
-class _Job:
-    def __init__(
-        self, plan: ConvertPlan, source: Source, work: WorkFolder, on_event: EventSink
-    ) -> None:
-        self._plan, self._source, self._work = plan, source, work
-        self._emit = on_event
+    total = len(plan.tensors)
+    with job.open_job(
+        target, identity=identity, total=total, is_sound=is_sound, on_event=on_event
+    ) as work:
         mode = 0o600 if source.private else 0o644
-        self._files = {name: DataFile(work, name, x, mode=mode) for name, x in plan.files}
-
-    def run(self) -> Entry:
-        plan, done = self._plan, self._work.done
-        for tensor in plan.tensors:
-            name = tensor.source.name
-            if name in done and self._files[tensor.file].digest(name) != done[name]["blake3"]:
-                del done[name]
-        sizes = {tensor.source.name: tensor.spec.nbytes for tensor in plan.tensors}
-        self._emit(
-            Started(
-                tensors=len(plan.tensors),
-                resumed=len(done),
-                bytes_total=plan.total_size,
-                bytes_done=sum(sizes[name] for name in done),
-            )
-        )
-        for note in plan.notes:
-            self._emit(Noted(message=note))
+        files = {name: DataFile(work, name, layout, mode=mode) for name, layout in plan.files}
+        _forget_damaged(plan, work, files)
+        nbytes = {tensor.source.name: tensor.spec.nbytes for tensor in plan.tensors}
+        job.report_start(work, nbytes, plan.notes, on_event)
         for name, layout in plan.files:
-            self._files[name].write_header(layout.header)
-        self._work_through([t for t in plan.tensors if t.source.name not in done])
-        self._emit(Finishing(step="sync"))
-        self._source.check_unchanged()
-        self._write_side_files()
-        document = plan.to_json()
-        for told in document["tensors"]:
-            told["blake3"] = done[told["name"]]["blake3"]
-        return document
+            files[name].write_header(layout.header)
+        with job.Commits(work, on_event) as commits:
+            for tensor in plan.tensors:
+                if (name := tensor.source.name) not in work.done:
+                    digest = _write(tensor, files[tensor.file], plan.sizes, on_event)
+                    commits.add({"name": name, "blake3": digest})
+        on_event(Finishing(step="sync"))
+        source.check_unchanged()
+        job.write_side_files(work, plan.side, dict(plan.made_files))
+        return {name: str(line["blake3"]) for name, line in work.done.items()}
 
-    def _work_through(self, pending: list[ConvertTensor]) -> None:
-        finished: list[Entry] = []
-        committed = time.monotonic()
-        try:
-            for tensor in pending:
-                finished.append({"name": tensor.source.name, "blake3": self._write(tensor)})
-                self._emit(TensorDone(name=tensor.source.name))
-                if time.monotonic() - committed >= COMMIT_SECONDS:
-                    self._work.commit(finished)
-                    finished, committed = [], time.monotonic()
-        finally:
-            self._work.commit(finished)
 
-    def _write(self, tensor: ConvertTensor) -> str:
-        """Take one tensor from its first row to its last; return its digest."""
-        source = tensor.source
-        stream = TensorStream(self._files[tensor.file], source.name)
-        for row, count in self._plan.sizes.tiles("convert", (source.rows, source.columns)):
-            read = source.read(row, count)
-            cast = _round(tensor, read, row * source.columns)
-            stream.write(as_bytes(cast))
-            self._emit(Advanced(nbytes=cast.nbytes))
-        return stream.finish()
+def _forget_damaged(plan: ConvertPlan, work: WorkFolder, files: Mapping[str, DataFile]) -> None:
+    """Drop the journal lines of tensors whose bytes have changed since."""
+    for tensor in plan.tensors:
+        name = tensor.source.name
+        if name in work.done and files[tensor.file].digest(name) != work.done[name]["blake3"]:
+            del work.done[name]
 
-    def _write_side_files(self) -> None:
-        work = self._work
-        try:
-            self._plan.side.check_unchanged()
-            for file in self._plan.side.copied:
-                work.copy_file(self._plan.side.folder / file.source, file.name)
-            for name, data in self._plan.made_files:
-                work.write_file(name, data)
-        except OSError as error:
-            raise unwritable(work.artifact, error) from error
+
+def _write(tensor: ConvertTensor, file: DataFile, sizes: Sizes, on_event: EventSink) -> str:
+    """Write one tensor tile by tile; return its BLAKE3."""
+    source = tensor.source
+    stream = TensorStream(file, source.name)
+    for row, count in sizes.tiles("convert", (source.rows, source.columns)):
+        cast = _round(tensor, source.read(row, count), row * source.columns)
+        stream.write(as_bytes(cast))
+        on_event(Advanced(nbytes=cast.nbytes))
+    return stream.finish()
 
 
 def _round(tensor: ConvertTensor, read: Tensor, start: int) -> Tensor:
-    """Round to the dtype that is written; nothing finite may become infinite."""
+    """Round to the dtype that is written; refuse finite values that become infinite."""
     dtype = torch_dtypes()[tensor.dtype]
     if read.dtype == dtype:
         return read

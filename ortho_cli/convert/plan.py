@@ -1,13 +1,12 @@
-"""The plan of a conversion: each tensor's dtype, file and place, before a weight is read."""
+"""The plan of a conversion: dtype, file and offset of each tensor, before a weight is read."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ortho_cli.convert.sources.base import Source, SourceTensor
 from ortho_cli.errors import UsageError
@@ -24,12 +23,10 @@ ROLE = "dense"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
-Entry = dict[str, Any]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertTensor:
-    """What becomes of one tensor."""
+    """One tensor: its source, and the dtype and file that it is written to."""
 
     source: SourceTensor
     dtype: str
@@ -37,13 +34,13 @@ class ConvertTensor:
 
     @property
     def spec(self) -> TensorSpec:
-        """The tensor as it is written."""
+        """Name, dtype and shape as they are written."""
         return TensorSpec(key=self.source.name, dtype=self.dtype, shape=self.source.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertPlan:
-    """A whole conversion, frozen."""
+    """Everything that is decided before the work begins."""
 
     kind: str
     tensors: tuple[ConvertTensor, ...]
@@ -52,7 +49,7 @@ class ConvertPlan:
     side: SideFiles
     notes: tuple[str, ...]
     sha256: str
-    sizes: Sizes  # nothing that is written depends on them
+    sizes: Sizes  # of tiles; no byte that is written depends on them
 
     @property
     def weights(self) -> int:
@@ -75,11 +72,15 @@ class ConvertPlan:
 
     @property
     def bytes_on_disk(self) -> int:
-        """Bytes of the output and of what is kept beside it while it is made."""
+        """Bytes of the output, and of the work beside it while it is made."""
         return self.bytes_written + SIDE_BYTES * (1 + len(self.tensors))
 
-    def to_json(self) -> Entry:
-        """Spell the plan out, byte offsets included."""
+    def to_json(self, digests: Mapping[str, str] | None = None) -> dict[str, object]:
+        """Give the document of `ortho convert --json`, byte offsets included.
+
+        Args:
+            digests: BLAKE3 of each tensor, by name, once they are written.
+        """
         layouts = dict(self.files)
         return {
             "plan_sha256": self.sha256,
@@ -105,6 +106,7 @@ class ConvertPlan:
                     "file": tensor.file,
                     "offset": layouts[tensor.file].regions[tensor.source.name].offset,
                     "nbytes": tensor.spec.nbytes,
+                    **({"blake3": digests[tensor.source.name]} if digests else {}),
                 }
                 for tensor in self.tensors
             ],
@@ -148,14 +150,8 @@ def make_plan(
             see `side_files.choose`.
         CheckpointError: a header would pass the format's limit.
     """
-    if dtype is not None and dtype not in BY_CONFIG:
-        raise UsageError(f"--dtype {dtype} is none of {', '.join(BY_CONFIG)}", hint="choose one")
-    if dtype is not None and source.own_dtype not in (None, BY_CONFIG[dtype]):
-        raise UsageError(
-            f"`{source.path}` holds packed integers, which are dequantized to {source.own_dtype} "
-            f"as its config.json says, and --dtype {dtype} is another",
-            hint="leave --dtype out; a second `ortho convert` with it casts the result",
-        )
+    if dtype is not None:
+        _check_dtype(dtype, source)
     wanted = [(tensor, _target(tensor, dtype)) for tensor in source.tensors]
     shards = _fill_shards(wanted, shard_size)
     names = [
@@ -167,33 +163,18 @@ def make_plan(
         for name, shard in zip(names, shards, strict=True)
         for tensor, target in shard
     )
-    content = {
-        "version": __version__,
-        "kind": source.kind,
-        "settings": dict(source.settings),
-        "aliases": dict(source.aliases),
-        "tensors": [
-            [t.source.name, t.source.dtype, t.dtype, t.spec.shape, t.file] for t in tensors
-        ],
-    }
-    sha256 = hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    sha256 = _sha256(source, tensors)
     specs: dict[str, list[TensorSpec]] = {name: [] for name in names}
     for tensor in tensors:
         specs[tensor.file].append(tensor.spec)
     files = tuple((name, _layout(specs[name], source, sha256)) for name in names)
     made = tuple(_made_files(source, tensors, dtype))
-    ours = {*names, *(name for name, _ in made), INDEX_FILE, CONFIG_FILE}
-    side = (
-        choose_none(source.path, copy)
-        if source.own is None
-        else choose(
-            source.folder,
-            skip={*source.own, CONFIG_FILE},
-            ours=ours,
-            copy=copy,
-            arguments=arguments,
-        )
-    )
+    if source.own is None:
+        side = choose_none(source.path, copy)
+    else:
+        ours = {*names, *(name for name, _ in made), INDEX_FILE, CONFIG_FILE}
+        skip = {*source.own, CONFIG_FILE}
+        side = choose(source.folder, skip=skip, ours=ours, copy=copy, arguments=arguments)
     return ConvertPlan(
         kind=source.kind,
         tensors=tensors,
@@ -206,6 +187,30 @@ def make_plan(
     )
 
 
+def _check_dtype(dtype: str, source: Source) -> None:
+    if dtype not in BY_CONFIG:
+        raise UsageError(f"--dtype {dtype} is none of {', '.join(BY_CONFIG)}", hint="choose one")
+    if source.own_dtype not in (None, BY_CONFIG[dtype]):
+        raise UsageError(
+            f"`{source.path}` holds packed integers, which are dequantized to {source.own_dtype} "
+            f"as its config.json says, and --dtype {dtype} is another",
+            hint="leave --dtype out; a second `ortho convert` with it casts the result",
+        )
+
+
+def _sha256(source: Source, tensors: tuple[ConvertTensor, ...]) -> str:
+    content = {
+        "version": __version__,
+        "kind": source.kind,
+        "settings": dict(source.settings),
+        "aliases": dict(source.aliases),
+        "tensors": [
+            [t.source.name, t.source.dtype, t.dtype, t.spec.shape, t.file] for t in tensors
+        ],
+    }
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
 def _target(tensor: SourceTensor, dtype: str | None) -> str:
     return BY_CONFIG[dtype] if dtype is not None and tensor.dtype in FLOATS else tensor.dtype
 
@@ -213,7 +218,7 @@ def _target(tensor: SourceTensor, dtype: str | None) -> str:
 def _fill_shards(
     wanted: list[tuple[SourceTensor, str]], limit: int
 ) -> list[list[tuple[SourceTensor, str]]]:
-    """Put tensors into shards in the order given; one larger than the limit stands alone."""
+    """Put tensors into shards in the order given; one above the limit has a shard of its own."""
     shards: list[list[tuple[SourceTensor, str]]] = [[]]
     held = 0
     for tensor, dtype in wanted:
@@ -250,8 +255,8 @@ def _made_files(
     yield from source.made_files
 
 
-def _with_dtype(config: Entry, dtype: str, *, top: bool = True) -> Entry:
-    """Say the new dtype wherever the config says one, in the configs of parts too."""
+def _with_dtype(config: Mapping[str, object], dtype: str, *, top: bool = True) -> dict[str, object]:
+    """Replace the dtype wherever the config names one, in configs of parts, too."""
     keys = [key for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)]
     found = {
         key: _with_dtype(value, dtype, top=False) if isinstance(value, dict) else value

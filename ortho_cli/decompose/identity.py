@@ -1,10 +1,9 @@
-"""What tells one piece of work from another: only its equal may go on with what it left."""
+"""The identity of a run: only a run of equal identity resumes its unfinished work."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib import metadata
-from typing import Any
 
 from ortho_cli.decompose.plan import Plan
 from ortho_cli.decompose.survey import KEY, digest_of
@@ -15,17 +14,17 @@ from ortho_cli.version import __version__
 
 
 def identity_of(
-    plan: Plan, checkpoint: Checkpoint, seal: Seal | None, **more: Any
-) -> dict[str, Any]:
-    """Spell out everything that the bytes depend on, and the sizes of the files they go to.
+    plan: Plan, checkpoint: Checkpoint, seal: Seal | None, **more: object
+) -> dict[str, object]:
+    """List everything that the bytes depend on, and the sizes of the files that hold them.
 
     Args:
         plan: made from `checkpoint`.
         checkpoint: the source.
-        seal: who ortho is sealed to.
-        more: what else the bytes depend on, as JSON; None counts as absent.
+        seal: recipients of ortho, if it is sealed.
+        more: further dependencies, as JSON; None counts as absent.
     """
-    found: dict[str, Any] = {
+    found: dict[str, object] = {
         "plan": plan.sha256,
         "source": stamps(checkpoint.shards),
         "version": [__version__, metadata.version("torch")],
@@ -43,13 +42,13 @@ def identity_of(
     return found
 
 
-def stamps(shards: Iterable[Shard]) -> list[list[Any]]:
-    """Say by what files are known again before they are read."""
+def stamps(shards: Iterable[Shard]) -> list[list[str | int]]:
+    """List name, size and time of files: a file of other stamps is another file."""
     return [[shard.name, shard.size, shard.mtime_ns] for shard in shards]
 
 
 def _sizes(plan: Plan, seal: Seal | None) -> dict[str, dict[str, int]]:
-    """Say how large the files are that work goes into; of scratch files ortho is made."""
+    """List the sizes of the files that work writes; ortho is made from a scratch file."""
     base, ortho = {BASE_FILE: plan.base.size}, {ORTHO_FILE: plan.ortho.size}
     if seal is not None:
         return {"files": base, "scratch": {ORTHO_FILE: scratch_bytes(plan.ortho, seal)}}

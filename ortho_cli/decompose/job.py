@@ -1,41 +1,33 @@
-"""The main job: walk every tensor tile by tile, split it, and write the artifact.
+"""The job of `ortho decompose`: split every tensor in worker threads, and write the artifact.
 
-A tensor belongs to one worker from its first tile to its last, so its bytes cannot depend on how
-many workers there are. While workers compute, the calling thread makes finished tensors durable and
-hashes base as far as it is complete.
+One worker handles all tiles of a tensor, so no byte depends on the number of workers. Meanwhile the
+calling thread commits finished tensors to the journal, and hashes base up to its first gap.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ortho_cli.decompose.edits import Edits, Key, Room, check_edits, count, load_edits, save_edits
 from ortho_cli.decompose.identity import identity_of
-from ortho_cli.decompose.onepass import Loops, OnePass, is_plain, takes
-from ortho_cli.decompose.plan import Plan, TensorPlan
+from ortho_cli.decompose.kernels import Kernels
+from ortho_cli.decompose.plan import Plan, TensorPlan, check_memory
 from ortho_cli.decompose.recheck import Recheck
-from ortho_cli.decompose.report import make_config, make_report
+from ortho_cli.decompose.record import TensorRecord
+from ortho_cli.decompose.report import Report, make_config, make_report
 from ortho_cli.decompose.survey import load_surveys, save_surveys
-from ortho_cli.decompose.workers import (
-    Entry,
-    Reference,
-    Results,
-    Worker,
-    at_work,
-    is_sound,
-    shape_bytes,
-    shape_key,
-)
+from ortho_cli.decompose.workers import Reference, Results, Worker, at_work, shape_bytes, shape_key
 from ortho_cli.errors import CheckpointError, InternalError, RecipeError
-from ortho_cli.events import EventSink, Finishing, Noted, Started, null_sink
+from ortho_cli.events import Event, EventSink, Finishing, Noted, null_sink
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import (
     BASE_FILE,
@@ -47,11 +39,13 @@ from ortho_cli.formats.artifact import (
     pretty_json,
 )
 from ortho_cli.formats.quantization_config import index
-from ortho_cli.formats.statistics import StatisticsReader, check_model
+from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.formats.verify import file_digest
+from ortho_cli.storage import job
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, check_in_place
 from ortho_cli.storage.data_file import DataFile, Frontier, GrowingDigest, Layout, plan_layout
-from ortho_cli.storage.output import check_output, check_space, files_of, resolve_output
+from ortho_cli.storage.job import Kind, Target
+from ortho_cli.storage.output import files_of
 from ortho_cli.storage.sealing import (
     SEALED_FILE,
     Keys,
@@ -62,148 +56,187 @@ from ortho_cli.storage.sealing import (
     key_of,
     scratch_bytes,
 )
-from ortho_cli.storage.work_folder import WorkFolder, interruptible, unwritable
+from ortho_cli.storage.work_folder import WorkFolder, interruptible
 from ortho_cli.version import __version__
 
 if TYPE_CHECKING:  # to import torch takes longer than to decompose a billion weights
-    from ortho_cli.decompose.splitter import Rounded, Splitter
+    from ortho_cli.split.quantize import Rounded
 
-# How often finished tensors are made durable: a kill costs at most this much work.
-COMMIT_SECONDS = 0.5
+log = logging.getLogger(__name__)
 
-SWITCH_SECONDS = 0.0002
+SWITCH_SECONDS = 0.0002  # see `_many_small_operations`
 
 EDITS_FILE = "edits.npz"
-COMPACT_FILE = "compact"  # ortho in that layout, on its way to being sealed
+COMPACT_FILE = "compact"  # scratch: the compact ortho before it is sealed
 
 
 class Editor(Protocol):
-    """Finds the codes of base that have to move so that it forgets."""
+    """Finds the codes of base that must change so that base forgets; see `forget/`."""
 
     @property
-    def identity(self) -> Any:
-        """What its edits depend on beside plan and source, as JSON."""
+    def identity(self) -> object:
+        """Everything that its edits depend on beside plan and source, as JSON."""
 
     def find(
         self, folder: Path, *, curvature: StatisticsReader, key: Key | None, on_event: EventSink
     ) -> Edits:
-        """Find the edits; unfinished work may be kept in `folder`, sealed with `key` if any."""
+        """Find the edits; unfinished work goes to `folder`, sealed with `key` if there is one."""
 
 
 class Tuner(Protocol):
-    """Finds better codes and scales for what was rounded."""
+    """Finds better codes and scales for rounded weights; see `tune`."""
 
     @property
-    def identity(self) -> Any:
-        """What it finds depends on beside plan and source, as JSON."""
+    def identity(self) -> object:
+        """Everything that its result depends on beside plan and source, as JSON."""
 
     def tune(
         self, start: Callable[[str], Rounded], tuned: Collection[str], *, on_event: EventSink
     ) -> Iterator[dict[str, Rounded]]:
-        """Yield weights, some at a time, as they are to be, beginning from what `start` gives.
+        """Yield tuned weights, a block at a time, by name.
 
-        What of `tuned` need not be found again is not yielded.
+        Args:
+            start: gives a weight as base and ortho have it.
+            tuned: weights that an earlier run has tuned; a block of these alone is not yielded.
+            on_event: gets progress.
         """
+
+
+KIND = Kind(name="artifact", is_ours=artifact.is_artifact)
+
+
+def check_target(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    force: bool = False,
+    seal: Seal | None = None,
+    reads: Iterable[Path] = (),
+) -> Target:
+    """Refuse an output that would lose something, or work that disk or memory cannot hold.
+
+    Args:
+        plan: made from `checkpoint`.
+        checkpoint: the source.
+        out: the folder to make.
+        force: replace an artifact at `out`, and discard half-done work of another plan.
+        seal: recipients of ortho, if it is sealed.
+        reads: files that are read beside the plan's.
+    Raises:
+        OutputExistsError: something is at `out`.
+        UsageError: `out` is a file that is read, or inside or around one.
+        ResourceError: disk or memory is too small.
+    """
+    sources = [*files_of(checkpoint, *plan.inputs), *reads]
+    target = job.check_target(out, KIND, sources, force=force)
+    target.check_space(plan.bytes_on_disk + scratch_bytes(plan.ortho, seal))
+    check_memory(plan)
+    return target
 
 
 def decompose(
     plan: Plan,
     checkpoint: Checkpoint,
-    out: Path,
+    target: Target,
     *,
     editor: Editor | None = None,
     tuner: Tuner | None = None,
     seal: Seal | None = None,
     keys: Keys | None = None,
-    force: bool = False,
     compiled: bool = True,
     device: str = "cpu",
     on_event: EventSink = null_sink,
-) -> Entry:
+) -> Report:
     """Carry a plan out.
 
     Args:
         plan: made from `checkpoint`.
         checkpoint: the source.
-        out: the folder to make; appears only when complete.
-        editor: for a recipe that forgets.
-        tuner: for a recipe that tunes its rounding.
-        seal: who ortho is sealed to; nothing of it is on disk otherwise, while it is made or after.
-        keys: open what an earlier, unfinished run sealed; the passphrase of `seal` does, too.
-        force: replace an artifact at `out`, and discard half-done work of another plan.
-        compiled: use numba's loops where it is installed and they do what the plan asks for; the
-            bytes of base and ortho are the same without.
+        target: the folder to make, as `check_target` passed it; appears only when complete.
+        editor: finds the edits of a recipe that forgets.
+        tuner: tunes the rounding of a recipe that asks for it.
+        seal: recipients of ortho; if given, ortho is never on disk unsealed, not even meanwhile.
+        keys: open the work of an earlier, unfinished run; so does the passphrase of `seal`.
+        compiled: use numba's loops where they do what the plan asks for; the bytes are the same.
         device: cuda or cuda:N splits there what takes one pass, and notes what does not; the bytes
-            of base and ortho are the same, again.
-        on_event: told of progress, from any thread, one call at a time.
+            are the same, again.
+        on_event: gets progress, from any thread, one call at a time.
     Returns:
-        The report, as written to report.json.
+        What report.json says.
     Raises:
         CheckpointError: the source changed or is shorter than its header says.
         CalibrationError: the statistics are of another model, damaged, or no curvature.
         NumericalError: a weight that is to be split is NaN or infinite.
         RecipeError: the recipe forgets and there is no editor, or tunes and there is no tuner.
-        OutputExistsError: something is at `out`, or half-done work of another plan beside it.
+        OutputExistsError: half-done work of another plan is beside the output.
         ResourceError: the disk is full or closed to us.
         Interrupted: Ctrl-C; finished tensors are kept.
     """
     _check_has_what_it_needs(plan, editor, tuner)
-    out = resolve_output(out)
-    sources = files_of(checkpoint, *plan.inputs)
-    check_output(out, sources, force=force, is_ours=artifact.is_artifact)
-    check_space(plan.bytes_on_disk + scratch_bytes(plan.ortho, seal), out)
     for note in plan.notes:
         on_event(Noted(message=note))
-    plan = _settled(plan, checkpoint, out, on_event)
-    if plan.statistics is not None:
-        check_model(plan.statistics, checkpoint, [tensor.source for tensor in plan.split])
+    plan = _settled(plan, checkpoint, target.path, on_event)
     more = {"forget": editor and editor.identity, "tune": tuner and tuner.identity}
-    identity = identity_of(plan, checkpoint, seal, **more)
+    with (
+        _open_inputs(plan, checkpoint) as inputs,
+        job.open_job(
+            target,
+            identity=identity_of(plan, checkpoint, seal, **more),
+            total=len(plan.tensors),
+            is_sound=_fits(plan),
+            on_event=on_event,
+        ) as work,
+    ):
+        save_surveys(work.private, plan.surveys)  # from here on a kill does not cost them
+        key = key_of(work, seal, keys, on_event) if seal else None
+        edits = _find_edits(plan, editor, work, inputs.curvature, key, on_event)
+        running = _Job(plan, checkpoint, inputs, edits, key, work, on_event)
+        running.kernels = Kernels(plan, compiled=compiled, device=device, on_event=running.emit)
+        return running.run(tuner)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Inputs:
+    """The open files that a job reads."""
+
+    source: ShardReader
+    curvature: StatisticsReader | None
+    reference: Reference | None
+
+    def check_unchanged(self) -> None:
+        """Raise if a file was written to since its header was read."""
+        for opened in (self.source, self.curvature, self.reference):
+            if opened:
+                opened.check_unchanged()
+
+
+@contextmanager
+def _open_inputs(plan: Plan, checkpoint: Checkpoint) -> Iterator[_Inputs]:
+    with ExitStack() as stack:
+        source = stack.enter_context(closing(ShardReader(checkpoint.shards)))
+        curvature = reference = None
+        if plan.statistics is not None:
+            curvature = stack.enter_context(closing(StatisticsReader(plan.statistics)))
+        if plan.reference is not None:
+            reference = stack.enter_context(closing(Reference(plan.reference)))
+        yield _Inputs(source=source, curvature=curvature, reference=reference)
+
+
+def _fits(plan: Plan) -> Callable[[job.Line], bool]:
+    """Tell whether a journal line is one that this plan could have written."""
     tensors = {tensor.name: tensor for tensor in plan.tensors}
 
-    def is_known(entry: Entry) -> bool:
-        tensor = tensors.get(entry["name"])
+    def fits(line: job.Line) -> bool:
+        record, tensor = TensorRecord.from_json(line), tensors.get(line["name"])
         measured = plan.statistics is not None
-        return tensor is not None and is_sound(entry, tensor, curvature=measured)
+        return bool(record and tensor and record.fits(tensor, curvature=measured))
 
-    curvature: StatisticsReader | None = None
-    reference: Reference | None = None
-    reader = ShardReader(checkpoint.shards)
-    try:
-        curvature = StatisticsReader(plan.statistics) if plan.statistics else None
-        reference = Reference(plan.reference) if plan.reference else None
-        with (
-            WorkFolder(
-                out, identity=identity, force=force, is_sound=is_known, on_event=on_event
-            ) as work,
-            interruptible(work, total=len(plan.tensors)),
-        ):
-            save_surveys(work.private, plan.surveys)  # from here on a kill does not cost them
-            key = key_of(work, seal, keys, on_event) if seal else None
-            edits: Edits = {}
-            if editor is not None and curvature is not None:
-                edits = _find_edits(plan, editor, work, curvature, key, on_event)
-            job = _Job(plan, checkpoint, reader, curvature, reference, edits, key, work, on_event)
-            job.device = _device_of(plan, device, on_event)
-            job.fast = compiled and job.device == "cpu" and takes(plan)
-            with _many_small_operations(), nullcontext() if job.fast else _one_thread_of_torch():
-                base_blake3 = job.split()
-            if tuner is not None:
-                base_blake3 = job.tune(tuner)
-            if editor is not None or tuner is not None:
-                check_in_place(checkpoint)  # their model was read by its files' names
-            with _many_small_operations():
-                report = job.finish(base_blake3)
-            work.publish(may_replace=lambda there: force and artifact.is_artifact(there))
-            return report
-    finally:
-        for opened in (reader, curvature, reference):
-            if opened:
-                opened.close()
+    return fits
 
 
 def _settled(plan: Plan, checkpoint: Checkpoint, out: Path, on_event: EventSink) -> Plan:
-    """Fix what a global budget leaves open, by the survey of an earlier run if there is one."""
+    """Choose each tensor's nnz under a global budget; use an earlier run's survey if it fits."""
     if not plan.is_open:
         return plan
     from ortho_cli.decompose.budget import settle
@@ -214,51 +247,46 @@ def _settled(plan: Plan, checkpoint: Checkpoint, out: Path, on_event: EventSink)
 def _check_has_what_it_needs(plan: Plan, editor: Editor | None, tuner: Tuner | None) -> None:
     if plan.recipe.forgets and editor is None:
         raise RecipeError(
-            f"ortho.split is {plan.recipe.ortho.split}, and nothing finds what base must not know",
-            hint="give `editor`, as `ortho_cli.forget.open_editor` makes it",
+            f"ortho.split is {plan.recipe.ortho.split}, and there is no editor",
+            hint="give `editor`, as `ortho_cli.forget.editor.open_editor` makes it",
         )
     if plan.recipe.base.rounding == "tuned" and tuner is None:
         raise RecipeError(
-            "base.rounding is tuned, and nothing tunes it",
-            hint="give `tuner`, as `ortho_cli.tune.open_tuner` makes it",
+            "base.rounding is tuned, and there is no tuner",
+            hint="give `tuner`, as `ortho_cli.decompose.tune.open_tuner` makes it",
         )
 
 
 def _find_edits(
     plan: Plan,
-    editor: Editor,
+    editor: Editor | None,
     work: WorkFolder,
-    curvature: StatisticsReader,
+    curvature: StatisticsReader | None,
     key: WorkKey | None,
     on_event: EventSink,
 ) -> Edits:
-    """Find the edits, or take up those that an earlier run found."""
-    kept = work.private / EDITS_FILE
+    """Find the edits, or load those that an earlier run found."""
+    if editor is None or curvature is None:
+        return {}
+    path = work.private / EDITS_FILE
     room = {t.name: Room(t.k, t.source.numel, t.bits) for t in plan.split}
-    edits: Edits | None = load_edits(kept, key)
-    if edits is None:
-        work.done.clear()  # nothing that was split before can be relied on without its edits
-        edits = editor.find(work.private, curvature=curvature, key=key, on_event=on_event)
-        check_edits(edits, room)
-        save_edits(kept, edits, key)
-        return edits
-    check_edits(edits, room)
-    return edits
-
-
-def _device_of(plan: Plan, device: str, on_event: EventSink) -> str:
-    """Name the device that the split is done on."""
-    if device != "cpu" and not is_plain(plan):
-        on_event(Noted(message=f"split on the CPU: on {device} one pass has to be all"))
-        return "cpu"
-    return device
+    known: Edits | None = load_edits(path, key)
+    log.info("moves of codes are %s", "searched" if known is None else "those of an earlier run")
+    if known is None:
+        work.done.clear()  # a tensor that was split before cannot be relied on without its edits
+        found = editor.find(work.private, curvature=curvature, key=key, on_event=on_event)
+        check_edits(found, room)
+        save_edits(path, found, key)
+        return found
+    check_edits(known, room)
+    return known
 
 
 @contextmanager
 def _many_small_operations() -> Iterator[None]:
-    """Set the interpreter up for workers on tiles, and back."""
+    """Let threads switch more often: tiles are many short operations."""
     interval = sys.getswitchinterval()
-    # Workers hold the interpreter for microseconds; waiting the usual 5 ms for it costs 5 %.
+    # Workers hold the interpreter lock for microseconds; the default wait of 5 ms costs 5 %.
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
         yield
@@ -283,9 +311,7 @@ class _Job:
         self,
         plan: Plan,
         checkpoint: Checkpoint,
-        reader: ShardReader,
-        curvature: StatisticsReader | None,
-        reference: Reference | None,
+        inputs: _Inputs,
         edits: Edits,
         key: WorkKey | None,
         work: WorkFolder,
@@ -293,23 +319,22 @@ class _Job:
     ) -> None:
         self._plan = plan
         self._key = key
-        self.fast, self.device = False, "cpu"
+        self.kernels = Kernels(plan, on_event=on_event)
         self._edits = edits
         self._checkpoint = checkpoint
-        self._reader, self._curvature, self._reference = reader, curvature, reference
+        self._inputs, self._reader = inputs, inputs.source
         self._work = work
         self._on_event = on_event
         self._event_lock = threading.Lock()
         self._stop = threading.Event()
-        self._loops = Loops(self._emit)
         self._base = DataFile(work, BASE_FILE, plan.base, mode=0o644)
         self._ortho = self._ortho_file(ORTHO_FILE, plan.ortho, scratch=plan.is_compact)
         recipe = plan.recipe
         self._recheck = Recheck(
-            reader,
+            inputs.source,
             self._base,
             self._ortho,
-            nearest=not recipe.compensates and reference is None,
+            nearest=not recipe.compensates and inputs.reference is None,
             own_code=recipe.ortho.split == "unlearn",
             # Beside what finds codes to move or to tune, reading them back takes no time.
             whole=recipe.forgets or recipe.compensates,
@@ -319,72 +344,80 @@ class _Job:
     def _ortho_file(self, name: str, layout: Layout, *, scratch: bool = False) -> OrthoFile:
         if self._key is not None:
             return SealedFile(self._work, name, layout, self._key)
-        # What is withheld from others should not be readable by others.
+        # Ortho holds what others must not read.
         return DataFile(self._work, name, layout, mode=0o600, scratch=scratch)
 
+    def run(self, tuner: Tuner | None) -> Report:
+        """Split, tune and finish."""
+        torch_alone = nullcontext() if self.kernels.compiled else _one_thread_of_torch()
+        with _many_small_operations(), torch_alone:
+            base_blake3 = self.split()
+        if tuner is not None:
+            base_blake3 = self.tune(tuner)
+        if self._plan.recipe.forgets or tuner is not None:
+            check_in_place(self._checkpoint)  # transformers read the model by its files' names
+        with _many_small_operations():
+            return self.finish(base_blake3)
+
     def split(self) -> str:
-        """Split every tensor that no earlier run has split; return base's BLAKE3."""
+        """Split every tensor that no earlier run has finished; return base's BLAKE3."""
         plan, done = self._plan, self._work.done
+        records = self._done()
         for tensor in plan.tensors:
-            if tensor.name in done and not self._is_intact(tensor, done[tensor.name]):
+            if tensor.name in done and not self._is_intact(tensor, records[tensor.name]):
                 del done[tensor.name]
-        for name in _torn(done):
+        for name in _torn(self._done()):
             del done[name]
-        self._check_surveyed(done.values())
-        self._emit(
-            Started(
-                tensors=len(plan.tensors),
-                resumed=len(done),
-                bytes_total=plan.bytes_read,
-                bytes_done=sum(t.source.nbytes for t in plan.tensors if t.name in done),
-            )
-        )
-        for note in plan.side.notes:
-            self._emit(Noted(message=note))
+        self._check_surveyed(self._done().values())
+        nbytes = {tensor.name: tensor.source.nbytes for tensor in plan.tensors}
+        job.report_start(self._work, nbytes, plan.side.notes, self.emit)
         self._base.write_header(plan.base.header)
-        for tensor in plan.split:  # they lie first: who hashes base need not wait for the last one
+        # They are first in the file: hashing it need not wait for their weights.
+        for tensor in plan.split:
             self._base.write(shape_key(tensor), shape_bytes(tensor), start=0)
         return self._work_through([t for t in plan.tensors if t.name not in done])
 
     def tune(self, tuner: Tuner) -> str:
-        """Put codes and scales in place of those that splitting found; return base's BLAKE3.
+        """Replace codes and scales by tuned ones; return base's BLAKE3.
 
-        A block's journal lines are written together, behind its data, and each says how many there
-        are. A kill before leaves bytes that the old lines do not fit, one between them lines of a
-        part of the block: either way the next run splits those tensors again, and tunes them.
+        The journal lines of a block are written together, after its data, and each holds the size
+        of the block. After a kill before them, the old lines do not fit the new bytes; after a kill
+        among them, lines of the block are missing. In both cases the next run splits and tunes the
+        tensors of that block again.
         """
-        from ortho_cli.decompose.readback import ReadBack
+        from ortho_cli.decompose.readback import ReadBack, given_of
 
         written = ReadBack(self._plan, self._base, self._ortho)
         tensors = {tensor.name: tensor for tensor in self._plan.split}
-        tuned = [name for name, entry in self._work.done.items() if entry.get("tuned")]
-        self._stop.clear()  # no worker is left that it was for
-        splitter = self._splitter()
+        tuned = [name for name, record in self._done().items() if record.tuned]
+        self._stop.clear()  # the workers that it stopped have ended
+        worker = self._worker()
         with interruptible(self._work, total=len(tensors), done="tuned"):
             for found in tuner.tune(
-                lambda name: written.rounded(tensors[name]), tuned, on_event=self._emit
+                lambda name: written.rounded(tensors[name]), tuned, on_event=self.emit
             ):
-                told = {"tuned": [min(found), len(found)]}
-                entries = [
-                    splitter.rewrite(tensors[name], rounded) | told
-                    for name, rounded in found.items()
-                ]
-                for entry in entries:
-                    self._recheck.check(tensors[entry["name"]], entry)
-                self._work.commit(entries)
+                block = (min(found), len(found))
+                records = []
+                for name, rounded in found.items():
+                    record = worker.split(tensors[name], given_of(rounded))
+                    self._recheck.check(tensors[name], record)
+                    records.append(replace(record, tuned=block))
+                self._work.commit([record.to_json() for record in records])
         return GrowingDigest(self._base.fd).up_to(self._plan.base.size)
 
-    def finish(self, base_blake3: str) -> Entry:
-        """See that nothing changed meanwhile, and write all but the split tensors."""
-        plan, done = self._plan, self._work.done
-        self._emit(Finishing(step="digests"))
-        self._reader.check_unchanged()
-        for opened in (self._curvature, self._reference):
-            if opened:
-                opened.check_unchanged()
-        entries = [done[tensor.name] for tensor in plan.tensors]
+    def _done(self) -> dict[str, TensorRecord]:
+        """Give the records of finished tensors."""
+        found = ((name, TensorRecord.from_json(line)) for name, line in self._work.done.items())
+        return {name: record for name, record in found if record is not None}
+
+    def finish(self, base_blake3: str) -> Report:
+        """Check that no input has changed, and write ortho and the files beside it."""
+        plan, done = self._plan, self._done()
+        self.emit(Finishing(step="digests"))
+        self._inputs.check_unchanged()
+        records = [done[tensor.name] for tensor in plan.tensors]
         digest = artifact.source_digest(
-            (t.name, t.source.dtype, t.source.shape, str(done[t.name]["source_blake3"]))
+            (t.name, t.source.dtype, t.source.shape, done[t.name].source_blake3)
             for t in plan.tensors
         )
         told = artifact.ortho_metadata(
@@ -397,42 +430,42 @@ class _Job:
         self._check_forgotten()
         ortho, layout = self._ortho, plan.ortho
         if plan.is_compact:
-            self._emit(Finishing(step="compact"))
+            self.emit(Finishing(step="compact"))
             from ortho_cli.decompose.repack import Repacker
 
-            repacker = Repacker(plan, self._base, self._ortho, self._curvature)
-            # Where it is sealed, the CSR that it is made of is in a scratch file of ortho's name.
+            repacker = Repacker(plan, self._base, self._ortho, self._inputs.curvature)
+            # Where ortho is sealed, a scratch file of its name holds the CSR.
             make = partial(self._ortho_file, ORTHO_FILE if self._key is None else COMPACT_FILE)
             with _one_thread_of_torch():
-                ortho, layout, entries = repacker.run(make, entries, told)
+                ortho, layout, records = repacker.run(make, records, told)
         else:
             layout = plan_layout((s for t in plan.tensors for s in t.ortho), told)
-            if layout.regions != plan.ortho.regions:  # what was written lies elsewhere
-                raise InternalError("ortho's tensors do not lie where the plan says")
+            if layout.regions != plan.ortho.regions:
+                raise InternalError("ortho's tensors are at other offsets than the plan says")
         if self._key is not None:
-            self._emit(Finishing(step="seal"))
+            self.emit(Finishing(step="seal"))
         ortho_blake3, sealed_blake3 = ortho.finish(layout)
         self._check_sealed(sealed_blake3)
+        self.emit(Finishing(step="sync"))
         report = make_report(
             plan,
-            entries,
+            records,
             ortho=layout,
             moved=count(self._edits),
             source_digest=digest,
             base_blake3=base_blake3,
             ortho_blake3=ortho_blake3,
             sealed_blake3=sealed_blake3,
-            device=self.device.partition(":")[0],
+            device=self.kernels.device.partition(":")[0],
+            side_files=self._write_side_files(),
         )
-        self._emit(Finishing(step="sync"))
-        self._write_side_files(report)
+        job.write_files(self._work, {REPORT_FILE: pretty_json(report.to_json())})
         return report
 
     def _check_forgotten(self) -> None:
-        """Hold what is written against what forgetting moved: base has the codes, ortho the rest.
+        """Check that base has the codes of each edit, and ortho the weights at its positions.
 
-        Of all promises this is the one whose breach nobody would see: base would still know what
-        it was to forget, or ortho would lack what base no longer knows.
+        No figure would show a breach: base would still know the secret, or ortho would lack it.
         """
         if not self._edits:
             return
@@ -444,7 +477,7 @@ class _Job:
                 written.check_moved(tensor, self._edits[tensor.name])
 
     def _check_sealed(self, sealed_blake3: str | None) -> None:
-        """See that what was to be sealed is, and that none of it is about to be published plain."""
+        """Check that ortho is sealed where it should be, and that no plain ortho is published."""
         if self._key is None:
             return
         here = [path.name for path in self._work.artifact.glob(f"{ORTHO_FILE}*")]
@@ -452,138 +485,96 @@ class _Job:
         if sealed_blake3 is None or plain:
             raise InternalError(f"ortho was to be sealed, and is not: {plain or here}")
 
-    def _check_surveyed(self, entries: Iterable[Entry]) -> None:
-        """See that what was split is what was surveyed: times and sizes of files can be alike."""
-        for entry in entries:
+    def _check_surveyed(self, records: Iterable[TensorRecord]) -> None:
+        """Check that split weights were surveyed as they are: other files can have equal stamps."""
+        for record in records:
             for survey in self._plan.surveys:
-                told = survey.digests.get(entry["name"], entry["source_blake3"])
-                if told != entry["source_blake3"]:
+                told = survey.digests.get(record.name, record.source_blake3)
+                if told != record.source_blake3:
                     raise CheckpointError(
-                        f"`{entry['name']}` has BLAKE3 {entry['source_blake3']}, and had {told} "
+                        f"`{record.name}` has BLAKE3 {record.source_blake3}, and had {told} "
                         "when weights were surveyed for the budget",
-                        hint="the source has changed; repeat the command to begin anew",
+                        hint="the source has changed; repeat the command to start again",
                     )
 
-    def _is_intact(self, tensor: TensorPlan, entry: Entry) -> bool:
-        """Tell whether a tensor that an earlier run finished has the bytes it read and wrote."""
-        # Files of an archive or image all have one time: another model can look like this one.
-        if self._reader.digest(tensor.source) != entry["source_blake3"]:
+    def _is_intact(self, tensor: TensorPlan, record: TensorRecord) -> bool:
+        """Tell whether source and output of a finished tensor still have the journal's digests."""
+        # All files of an archive or image have one time, so stamps cannot tell two models apart.
+        if self._reader.digest(tensor.source) != record.source_blake3:
             return False
-        for output in (self._base, self._ortho):
-            for key, told in entry["blake3"].get(output.name, {}).items():
-                if output.digest(key) != told:
-                    return False
-        return True
+        parts = ((self._base, record.base), (self._ortho, record.ortho))
+        return all(out.digest(key) == told for out, part in parts for key, told in part.items())
 
     def _work_through(self, pending: list[TensorPlan]) -> str:
-        """Work on every pending tensor; return base's BLAKE3."""
+        """Run the workers on every pending tensor; return base's BLAKE3."""
         owners = {spec.key: t.name for t in self._plan.tensors for spec in t.base}
         shapes = {shape_key(tensor): "" for tensor in self._plan.split}  # they are written
         frontier = Frontier(self._plan.base, owners | shapes, done=[""])
         frontier.finish(self._work.done)
         digest = GrowingDigest(self._base.fd)
-        finished: list[Entry] = []
         results: Results = SimpleQueue()
-        options: dict[str, Any] = {"workers": self._plan.workers, "stop": self._stop}
-        try:
-            if self.fast and pending:  # beside the copies, which come first
-                threading.Thread(target=self._loops.get).start()
-            with at_work(self._worker, pending, results, **options):
-                committed = time.monotonic()
-                for _ in pending:
-                    entry = results.get()
-                    if isinstance(entry, BaseException):
-                        raise entry
-                    self._check_surveyed([entry])
-                    finished.append(entry)
-                    frontier.finish([entry["name"]])
-                    digest.up_to(frontier.offset)
-                    if time.monotonic() - committed >= COMMIT_SECONDS:
-                        self._work.commit(finished)
-                        finished, committed = [], time.monotonic()
-        except BaseException:
-            while not results.empty():  # what workers finished and nobody has taken yet
-                result = results.get()
-                finished += [] if isinstance(result, BaseException) else [result]
-            self._work.commit(finished)
-            raise
-        self._work.commit(finished)
+        with job.Commits(self._work, self.emit) as commits:
+            try:
+                if self.kernels.compiled and pending:  # while copies, which come first, are written
+                    threading.Thread(target=self.kernels.load).start()
+                with at_work(
+                    self._worker, pending, results, workers=self._plan.workers, stop=self._stop
+                ):
+                    for _ in pending:
+                        record = results.get()
+                        if isinstance(record, BaseException):
+                            raise record
+                        self._check_surveyed([record])
+                        commits.add(record.to_json())
+                        frontier.finish([record.name])
+                        digest.up_to(frontier.offset)
+            finally:
+                while not results.empty():  # tensors that were finished when another one failed
+                    result = results.get()
+                    if not isinstance(result, BaseException):
+                        commits.keep(result.to_json())
         return digest.up_to(self._plan.base.size)
 
-    def _splitter(self) -> Splitter:
-        from ortho_cli.decompose.splitter import Splitter
-
-        return Splitter(
+    def _worker(self) -> Worker:
+        return Worker(
+            self._plan,
             self._reader,
             self._base,
             self._ortho,
-            group_size=self._plan.group_size,
-            sizes=self._plan.sizes,
-            curvature=self._curvature,
-            by_curvature=self._plan.recipe.saliency.kind == "curvature",
+            make_kernel=self.kernels.make,
+            curvature=self._inputs.curvature,
+            reference=self._inputs.reference,
             edits=self._edits,
-            moved_to_code=self._plan.recipe.ortho.split == "unlearn",
-            alone=self._plan.recipe.forgets or self._plan.recipe.base.alone,
-            compensate=self._plan.recipe.compensates,
-            reference=self._reference,
             check=self._recheck.check,
             stop=self._stop,
-            on_event=self._emit,
+            on_event=self.emit,
         )
 
-    def _worker(self) -> Worker:
-        places = (self._reader, self._base, self._ortho)
-        options: dict[str, Any] = {
-            "group_size": self._plan.group_size,
-            "sizes": self._plan.sizes,
-            "curvature": self._curvature,
-            "other": self._splitter,
-            "check": self._recheck.check,
-            "stop": self._stop,
-            "on_event": self._emit,
-        }
-        if self.device != "cpu":
-            from ortho_cli.decompose.ondevice import OnDevice
-
-            return OnDevice(*places, device=self.device, **options)
-        if self.fast:
-            alone = self._plan.recipe.base.alone
-            return OnePass(*places, loops=self._loops, alone=alone, **options)
-        return self._splitter()
-
-    def _emit(self, event: Any) -> None:
+    def emit(self, event: Event) -> None:
         with self._event_lock:
             self._on_event(event)
 
-    def _write_side_files(self, report: Entry) -> None:
-        plan, checkpoint, work = self._plan, self._checkpoint, self._work
-        try:
-            names = [file.name for file in plan.side.copied] + [INDEX_FILE]
-            plan.side.check_unchanged()
-            for file in plan.side.copied:
-                work.copy_file(plan.side.folder / file.source, file.name)
-            if checkpoint.config is not None:
-                names.append(CONFIG_FILE)
-                work.write_file(CONFIG_FILE, pretty_json(make_config(plan, checkpoint.config)))
-            size = plan.base.size - len(plan.base.header)
-            work.write_file(INDEX_FILE, pretty_json(index(plan.base.regions, total_size=size)))
-            report["side_files"] = {
-                artifact.spelled(n): file_digest(work.artifact / n) for n in sorted(names)
-            }
-            work.write_file(REPORT_FILE, pretty_json(report))
-        except OSError as error:
-            raise unwritable(work.artifact, error) from error
+    def _write_side_files(self) -> dict[str, str]:
+        """Write config.json, the index and what is copied; return the BLAKE3 of each, by name."""
+        plan, config = self._plan, self._checkpoint.config
+        size = plan.base.size - len(plan.base.header)
+        made = {INDEX_FILE: pretty_json(index(plan.base.regions, total_size=size))}
+        if config is not None:
+            made[CONFIG_FILE] = pretty_json(make_config(plan, config))
+        job.write_side_files(self._work, plan.side, made)
+        names = sorted([*made, *(file.name for file in plan.side.copied)])
+        return {artifact.spelled(n): file_digest(self._work.artifact / n) for n in names}
 
 
-def _torn(done: dict[str, Entry]) -> list[str]:
-    """Find tuned tensors of blocks that are not tuned as a whole."""
-    blocks: dict[str, list[str]] = {}
-    for name, entry in done.items():
-        if "tuned" in entry:
-            blocks.setdefault(canonical_json(entry["tuned"]), []).append(name)
+def _torn(done: dict[str, TensorRecord]) -> list[str]:
+    """Find the tensors of blocks of which some records say that they are tuned, and some do not."""
+    blocks: dict[tuple[str, int], list[str]] = {}
+    for name, record in done.items():
+        if record.tuned is not None:
+            blocks.setdefault(record.tuned, []).append(name)
     return [
         name
         for block, names in blocks.items()
-        if block != canonical_json([min(names), len(names)])
+        if block != (min(names), len(names))
         for name in names
     ]

@@ -1,7 +1,7 @@
-"""The plan: what will be done to each tensor and where each byte goes.
+"""The plan of a decomposition: what becomes of each tensor, and the offset of every byte.
 
-It comes from headers and the recipe alone. Every refusal that does not need a weight comes from
-here, before anything is read or written.
+It is made from headers and the recipe alone, so every error that needs no weight is raised here,
+before anything is read or written. The plan also bounds disk space and peak memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ortho_cli.decompose.refusals import (
     check_compensation,
@@ -36,28 +36,22 @@ from ortho_cli.storage.sealing import IDENTITY_FILE, SEALED_FILE
 from ortho_cli.storage.side_files import SideFiles, choose, choose_none
 from ortho_cli.version import __version__
 
-MODULES_BYTES = 24 << 20  # what importing everything but torch was measured to take
-TENSOR_BYTES = 15_000  # measured by tests/bench_many.py: plan, journal and report of one tensor
-NO_DIGEST = "0" * 64
-# What forgetting holds for each weight of the model: in float32 the model, its gradients, and for
-# unlearn what an attacker moved and Adam's moments; and room for logits, measured.
+MODULES_BYTES = 24 << 20  # all imports but torch, measured
+TENSOR_BYTES = 15_000  # plan, journal and report of one tensor, measured by tests/bench_many.py
+NO_DIGEST = "0" * 64  # in a header whose digest is not known yet: of the same length
+# Bytes of memory per weight of the model while base is made to forget: in float32 the model and its
+# gradients, for unlearn also the attacker's steps and Adam's moments. LOGITS_BYTES was measured.
 FORGET_BYTES = {"isolate": 12, "unlearn": 20}
 LOGITS_BYTES = 1_600_000_000
-REPACK_BYTES = 80  # for each weight that a tensor keeps, while a compact ortho is encoded; measured
+REPACK_BYTES = 80  # per entry of ortho in one tensor, while compact is encoded; measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TensorPlan:
-    """What happens to one source tensor."""
+class CopyTensor:
+    """A source tensor that base holds unchanged."""
 
     source: TensorInfo
-    reason: str | None  # why it is not split
-    bits: int  # of a code; 0 where there are none
-    scale: Scale | None
-    density: float | None
-    k: int
-    base: tuple[TensorSpec, ...]
-    ortho: tuple[TensorSpec, ...]
+    reason: str  # why it is not split
 
     @property
     def name(self) -> str:
@@ -65,14 +59,41 @@ class TensorPlan:
         return self.source.name
 
     @property
-    def action(self) -> Literal["split", "copy"]:
-        """What happens to it."""
-        return "split" if self.reason is None else "copy"
+    def base(self) -> tuple[TensorSpec, ...]:
+        """The tensor that base holds of it."""
+        source = self.source
+        return (TensorSpec(key=source.name, dtype=source.dtype, shape=source.shape),)
+
+    @property
+    def ortho(self) -> tuple[TensorSpec, ...]:
+        """The tensors that ortho holds of it: none."""
+        return ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitTensor:
+    """A weight that is split: base holds its codes and scales, ortho `k` of its entries."""
+
+    source: TensorInfo
+    bits: int  # per code
+    scale: Scale
+    density: float  # k as a share of its weights
+    k: int
+    base: tuple[TensorSpec, ...]  # weight_packed, weight_scale, weight_shape
+    ortho: tuple[TensorSpec, ...]  # crow_indices, col_indices, values
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return self.source.name
+
+
+TensorPlan = SplitTensor | CopyTensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A whole decomposition, frozen."""
+    """Everything that is decided before the work begins."""
 
     recipe: Recipe
     group_size: int
@@ -84,20 +105,20 @@ class Plan:
     peak_bytes: int
     workers: int
     statistics: Statistics | None
-    sizes: Sizes = DEFAULT_SIZES  # nothing that is written depends on them
+    sizes: Sizes = DEFAULT_SIZES  # of tiles; no byte that is written depends on them
     reference: Checkpoint | None = None
-    kept: Mapping[str, int] | None = None  # entries of each tensor, where they do not follow
-    surveys: tuple[Survey, ...] = ()  # from which the density, or what tensors keep, was chosen
-    notes: tuple[str, ...] = ()  # what is unusual of the source, and read all the same
+    kept: Mapping[str, int] | None = None  # nnz by tensor, where a survey chose them
+    surveys: tuple[Survey, ...] = ()  # that the density or `kept` was chosen by
+    notes: tuple[str, ...] = ()  # about unusual sources that are read all the same
 
     @property
-    def split(self) -> tuple[TensorPlan, ...]:
+    def split(self) -> tuple[SplitTensor, ...]:
         """The tensors that are split."""
-        return tuple(tensor for tensor in self.tensors if tensor.action == "split")
+        return tuple(tensor for tensor in self.tensors if isinstance(tensor, SplitTensor))
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """Files that are read beside the checkpoint."""
+        """Files that are read beside the checkpoint: statistics, reference."""
         found = (self.statistics.path,) if self.statistics else ()
         if self.reference is None:
             return found
@@ -121,17 +142,17 @@ class Plan:
 
     @property
     def is_open(self) -> bool:
-        """Whether a survey of all weights has to say yet what each tensor keeps."""
+        """Whether a survey of all weights still has to choose each tensor's nnz."""
         return self.recipe.ortho.budget == "global" and self.kept is None
 
     @property
     def is_compact(self) -> bool:
-        """Whether ortho is written as CSR, at the offsets of `ortho`, only to be encoded again."""
+        """Whether ortho is compact: written as CSR to a scratch file first, and then encoded."""
         return self.recipe.ortho.layout == "compact"
 
     @property
     def ortho_bytes(self) -> int:
-        """Bytes of ortho; where it is compact, a bound: weights decide how many there are."""
+        """Bytes of ortho; an upper bound where it is compact, since its size depends on weights."""
         if not self.is_compact:
             return self.ortho.size
         rounded = self.recipe.ortho.values == "int8"
@@ -152,17 +173,17 @@ class Plan:
 
     @property
     def bytes_on_disk(self) -> int:
-        """Bytes of the artifact and of what is kept beside it while it is made."""
+        """Bytes of the artifact, and of the work beside it while it is made."""
         scratch = self.ortho.size if self.is_compact else 0
         return self.bytes_written + scratch + SIDE_BYTES * (1 + len(self.tensors))
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of both files, headers and all, for each weight of the model."""
+        """Bits of both files with their headers, per weight of the model."""
         return 8 * (self.base.size + self.ortho_bytes) / self.weights
 
-    def to_json(self) -> dict[str, Any]:
-        """Spell the plan out, with every byte offset that does not depend on weights."""
+    def to_json(self) -> dict[str, object]:
+        """Give the document of `--dry-run --json`, with every byte offset that is known."""
         return {
             "plan_sha256": self.sha256,
             "recipe": self.recipe.canonical(),
@@ -197,29 +218,30 @@ class Plan:
             ],
             "left_out": self.side.to_json(),
             "notes": [*self.notes, *self.side.notes],
-            "tensors": [
-                {
-                    "name": tensor.name,
-                    "action": tensor.action,
-                    "reason": tensor.reason,
-                    "dtype": tensor.source.dtype,
-                    "shape": list(tensor.source.shape),
-                    "shard": tensor.source.shard,
-                    "offset": tensor.source.offset,
-                    "nbytes": tensor.source.nbytes,
-                    "bits": tensor.bits or None,
-                    "scale": tensor.scale,
-                    "density": tensor.density,
-                    "k": tensor.k,
-                    "base": _regions(tensor.base, self.base),
-                    "ortho": {} if self.is_compact else _regions(tensor.ortho, self.ortho),
-                }
-                for tensor in self.tensors
-            ],
+            "tensors": [self._tensor_json(tensor) for tensor in self.tensors],
+        }
+
+    def _tensor_json(self, tensor: TensorPlan) -> dict[str, object]:
+        source, split = tensor.source, tensor if isinstance(tensor, SplitTensor) else None
+        return {
+            "name": tensor.name,
+            "action": "split" if split else "copy",
+            "reason": None if isinstance(tensor, SplitTensor) else tensor.reason,
+            "dtype": source.dtype,
+            "shape": list(source.shape),
+            "shard": source.shard,
+            "offset": source.offset,
+            "nbytes": source.nbytes,
+            "bits": split and split.bits,
+            "scale": split and split.scale,
+            "density": split and split.density,
+            "k": split.k if split else 0,
+            "base": _regions(tensor.base, self.base),
+            "ortho": {} if self.is_compact else _regions(tensor.ortho, self.ortho),
         }
 
 
-def _regions(specs: Iterable[TensorSpec], layout: Layout) -> dict[str, dict[str, Any]]:
+def _regions(specs: Iterable[TensorSpec], layout: Layout) -> dict[str, dict[str, object]]:
     found = ((spec.key, layout.regions[spec.key]) for spec in specs)
     return {  # not asdict, which copies deeply: a third of what a large plan's JSON takes
         key: {"dtype": x.dtype, "shape": x.shape, "offset": x.offset, "nbytes": x.nbytes}
@@ -242,44 +264,35 @@ def make_plan(
 
     Args:
         checkpoint: the source's index.
-        recipe: validated settings; in the plan, `saliency.kind` is what it comes to.
+        recipe: validated settings; the plan's recipe has a `saliency.kind`.
         statistics: curvature of the source, for a recipe that uses it.
         reference: the model before it saw what base must not know, for ortho.split reference.
-        kept: entries of each tensor's ortho, where a scoring pass fixed them (`budget`).
+        kept: nnz by tensor, where `budget` chose them.
         workers: threads that will work; changes only the peak memory.
-        side: what `choose_side_files` chose; None copies what is on its list.
-        sizes: of tiles; they change only the peak memory, too.
+        side: from `choose_side_files`; None copies the files on its list.
+        sizes: of tiles; they, too, change only the peak memory.
     Raises:
-        RecipeError: a target or override matches nothing, group_size or 3 bits do not fit, siblings
-            would differ; curvature without statistics, or statistics without a use.
+        RecipeError: a target or override matches nothing; group_size or 3 bits do not fit; weights
+            that vLLM fuses would differ; curvature lacks statistics, or statistics a use.
         CalibrationError: statistics lack a tensor that is split, or were measured in another shape.
-        CheckpointError: the source is quantized already, or holds weights that should be split and
-            cannot be.
+        CheckpointError: the source is quantized, or has weights that should be split and cannot.
     """
     refuse_quantized(checkpoint)
     recipe = _resolve(recipe, statistics)
     reasons = select(checkpoint, recipe)
-    split = [tensor for tensor in checkpoint.tensors if reasons[tensor.name] is None]
-    group_size = _group_size(split, recipe)
-    check_overrides(recipe, {tensor.name: tensor for tensor in split})
+    weights = [tensor for tensor in checkpoint.tensors if reasons[tensor.name] is None]
+    group_size = _group_size(weights, recipe)
+    check_overrides(recipe, {tensor.name: tensor for tensor in weights})
     tensors = tuple(
         _plan_tensor(tensor, reasons[tensor.name], recipe, group_size, kept or {})
         for tensor in checkpoint.tensors
     )
-    _check_use(recipe, tensors, statistics)
-    _check_split(recipe, checkpoint, statistics, reference)
-    if statistics is not None:
-        check_weights(statistics, split)
+    split = tuple(tensor for tensor in tensors if isinstance(tensor, SplitTensor))
+    _check_use(recipe, split, statistics)
+    _check_split(recipe, checkpoint, split, statistics, reference)
     sha256 = _sha256(tensors, recipe, group_size, statistics)
-    canonical = canonical_json(recipe.canonical())
-    common = {"plan_sha256": sha256, "recipe": canonical, "version": __version__}
-    base = plan_layout(_unique(checkpoint, tensors, "base"), artifact.base_metadata(**common))
-    ortho = plan_layout(
-        _unique(checkpoint, tensors, "ortho"),
-        artifact.ortho_metadata(**common, source_digest=NO_DIGEST, base_blake3=NO_DIGEST),
-    )
-    if recipe.ortho.layout == "compact":
-        _check_compact_header(tensors, rounded=recipe.ortho.values == "int8")
+    base, ortho = _layouts(checkpoint, tensors, recipe, sha256)
+    _check_compact_header(split, recipe)
     return Plan(
         recipe=recipe,
         group_size=group_size,
@@ -294,25 +307,27 @@ def make_plan(
         sizes=sizes,
         reference=reference,
         kept=kept,
-        notes=(
-            *checkpoint.notes,
-            *(f"of the reference: {note}" for note in (reference.notes if reference else ())),
-        ),
+        notes=_notes(checkpoint, reference),
     )
 
 
+def _notes(checkpoint: Checkpoint, reference: Checkpoint | None) -> tuple[str, ...]:
+    theirs = reference.notes if reference else ()
+    return (*checkpoint.notes, *(f"of the reference: {note}" for note in theirs))
+
+
 def _resolve(recipe: Recipe, statistics: Statistics | None) -> Recipe:
-    """Say what selects weights where the recipe leaves it open."""
+    """Set `saliency.kind` where the recipe leaves it open."""
     kind = recipe.saliency.kind or ("residual" if statistics is None else "curvature")
     return recipe.model_copy(update={"saliency": Saliency(kind=kind)})
 
 
 def _check_use(
-    recipe: Recipe, tensors: tuple[TensorPlan, ...], statistics: Statistics | None
+    recipe: Recipe, split: tuple[SplitTensor, ...], statistics: Statistics | None
 ) -> None:
     """Refuse curvature without statistics, and statistics that would change nothing."""
     uses = ["`saliency.kind`"] if recipe.saliency.kind == "curvature" else []
-    uses += [f"the scale of `{tensor.name}`" for tensor in tensors if tensor.scale == "curvature"]
+    uses += [f"the scale of `{tensor.name}`" for tensor in split if tensor.scale == "curvature"]
     if uses and statistics is None:
         raise RecipeError(
             f"{uses[0]} is curvature, and no statistics are given",
@@ -331,28 +346,31 @@ def _check_use(
 def _check_split(
     recipe: Recipe,
     checkpoint: Checkpoint,
+    split: tuple[SplitTensor, ...],
     statistics: Statistics | None,
     reference: Checkpoint | None,
 ) -> None:
-    """Refuse a split without what it needs, and a reference that is of another model."""
+    """Refuse a split without what it needs, and statistics or a reference of another model."""
     check_values(recipe)
-    split = recipe.ortho.split
+    kind = recipe.ortho.split
     if recipe.ortho.budget == "global":
         check_global(recipe)
     if recipe.forgets and (
         statistics is None or statistics.kind == "gram" or recipe.saliency.kind == "residual"
     ):
         raise RecipeError(
-            f"ortho.split is {split}, and there are no statistics of fisher that it may use",
+            f"ortho.split is {kind}, and there are no statistics of fisher that it may use",
             hint="ortho calibrate MODEL --data FILE, then --stats stats.safetensors",
         )
-    if (split == "reference") != (reference is not None):
+    if (kind == "reference") != (reference is not None):
         raise RecipeError(
-            f"ortho.split is {split}, and {'no' if reference is None else 'a'} reference is given",
+            f"ortho.split is {kind}, and {'no' if reference is None else 'a'} reference is given",
             hint="--reference CHECKPOINT goes with --set ortho.split=reference",
         )
     if reference is not None:
         check_reference(checkpoint, reference)
+    if statistics is not None:
+        check_weights(statistics, [tensor.source for tensor in split])
 
 
 OUR_FILES = (
@@ -429,9 +447,9 @@ def _group_size(split: list[TensorInfo], recipe: Recipe) -> int:
 
 
 def _ignore(unfit: list[TensorInfo], split: list[TensorInfo], recipe: Recipe) -> str:
-    """Word the one setting that leaves out what does not fit, beside what is left out already."""
+    """Word the setting that ignores the tensors that do not fit, and those already ignored."""
     names = {tensor.name for tensor in unfit}
-    # What is fused with one of them has its width, and is among them.
+    # Weights that are fused with one of them have its width, so they are in `unfit`, too.
     patterns = fold_names(names, {tensor.name for tensor in split} - names)
     value = json.dumps([*recipe.ignore, *patterns], ensure_ascii=False)
     word = shlex.quote(f"ignore={value}")
@@ -446,23 +464,12 @@ def _plan_tensor(
     kept: Mapping[str, int],
 ) -> TensorPlan:
     if reason is not None:
-        same = TensorSpec(key=tensor.name, dtype=tensor.dtype, shape=tensor.shape)
-        return TensorPlan(
-            source=tensor,
-            reason=reason,
-            bits=0,
-            scale=None,
-            density=None,
-            k=0,
-            base=(same,),
-            ortho=(),
-        )
+        return CopyTensor(source=tensor, reason=reason)
     settings, name, dtype = tensor_settings(recipe, tensor.name), tensor.name, tensor.dtype
     shape, bits = (tensor.shape[0], tensor.shape[1]), settings.bits
     k = kept.get(name, round(settings.density * tensor.numel))
-    return TensorPlan(
+    return SplitTensor(
         source=tensor,
-        reason=None,
         bits=bits,
         scale=settings.scale,
         density=k / tensor.numel if name in kept else settings.density,
@@ -470,6 +477,20 @@ def _plan_tensor(
         base=artifact.base_specs(name, dtype=dtype, shape=shape, group_size=group_size, bits=bits),
         ortho=artifact.ortho_specs(name, dtype=dtype, shape=shape, nnz=k),
     )
+
+
+def _layouts(
+    checkpoint: Checkpoint, tensors: tuple[TensorPlan, ...], recipe: Recipe, sha256: str
+) -> tuple[Layout, Layout]:
+    """Lay out base and ortho; digests that are not known yet are zeros of the same length."""
+    canonical = canonical_json(recipe.canonical())
+    common = {"plan_sha256": sha256, "recipe": canonical, "version": __version__}
+    base = plan_layout(_unique(checkpoint, tensors, "base"), artifact.base_metadata(**common))
+    ortho = plan_layout(
+        _unique(checkpoint, tensors, "ortho"),
+        artifact.ortho_metadata(**common, source_digest=NO_DIGEST, base_blake3=NO_DIGEST),
+    )
+    return base, ortho
 
 
 def _unique(
@@ -488,15 +509,17 @@ def _unique(
             yield spec
 
 
-def _check_compact_header(tensors: tuple[TensorPlan, ...], *, rounded: bool) -> None:
-    """Refuse a compact ortho whose header no reader would take, which else shows after the work.
+def _check_compact_header(split: tuple[SplitTensor, ...], recipe: Recipe) -> None:
+    """Refuse a compact ortho whose header would pass the format's limit.
 
-    How large its parts are depends on weights, how many there are does not.
+    Sizes of its parts depend on weights; their number, and so the header's length, does not.
     """
+    if recipe.ortho.layout != "compact":
+        return
+    rounded = recipe.ortho.values == "int8"
     specs = (
         spec
-        for tensor in tensors
-        if tensor.reason is None
+        for tensor in split
         for spec in artifact.compact_specs(
             tensor.name,
             dtype="I8" if rounded else tensor.source.dtype,
@@ -522,7 +545,17 @@ def _sha256(
         "recipe": recipe.canonical(),
         "group_size": group_size,
         "tensors": [
-            [t.name, t.source.dtype, t.source.shape, t.scale, t.density, t.k] for t in tensors
+            [
+                tensor.name,
+                tensor.source.dtype,
+                tensor.source.shape,
+                *(
+                    (tensor.scale, tensor.density, tensor.k)
+                    if isinstance(tensor, SplitTensor)
+                    else (None, None, 0)
+                ),
+            ]
+            for tensor in tensors
         ],
     }
     if statistics is not None:
@@ -537,7 +570,7 @@ def _peak_bytes(
     recipe: Recipe,
     sizes: Sizes,
 ) -> int:
-    """Bound the buffers of all workers, each on a tensor that needs most, and a whole model's."""
+    """Bound peak memory: the largest buffers at one time, and a whole model where one is loaded."""
     needs = sorted(
         (_buffer_bytes(t, statistics, recipe.compensates, sizes) for t in tensors), reverse=True
     )
@@ -550,49 +583,49 @@ def _peak_bytes(
     if recipe.base.rounding == "tuned":
         held = _tuning_bytes(tensors, recipe.tune.batch * recipe.tune.length)
     work = sum(needs[:workers])
-    if recipe.ortho.layout == "compact":  # encoded when the workers are done
-        most = max((tensor.k for tensor in tensors), default=0)
+    if recipe.ortho.layout == "compact":  # encoded after the workers have ended
+        most = max(t.k for t in tensors if isinstance(t, SplitTensor))
         work = max(work, REPACK_BYTES * most + 24 * sizes.split)
     return MODULES_BYTES + TENSOR_BYTES * entries + held + work
 
 
 def _tuning_bytes(tensors: tuple[TensorPlan, ...], tokens: int) -> int:
-    """Bound what a pass back through a model in bfloat16 holds; half again of its activations."""
+    """Bound a backward pass in bfloat16: weights, 1.5 times the activations, and logits."""
     model = 2 * sum(tensor.source.numel for tensor in tensors)
-    features = sum(sum(tensor.source.shape) for tensor in tensors if tensor.reason is None)
+    features = sum(sum(t.source.shape) for t in tensors if isinstance(t, SplitTensor))
     return model + 3 * tokens * features + LOGITS_BYTES // 2
 
 
 def _buffer_bytes(
     tensor: TensorPlan, statistics: Statistics | None, compensates: bool, sizes: Sizes
 ) -> int:
-    if tensor.reason is not None:
+    if isinstance(tensor, CopyTensor):
         return 2 * sizes.copy_bytes
     numel = tensor.source.numel
     elements = sizes.rows("split", tensor.source.shape) * tensor.source.shape[1]
-    tile = elements * {"mse": 48, "curvature": 52}.get(str(tensor.scale), 24)
+    tile = elements * {"mse": 48, "curvature": 52}.get(tensor.scale, 24)
     more = 0
     if statistics is not None:
-        # Curvature as read and in float32, its root, saliency, squares; vectors are held whole.
+        # Curvature as read and in float32, its root, saliency, squares; row and column vectors.
         tile += elements * (12 if statistics.kind == "gram" else 24) + 16 * sum(tensor.source.shape)
-        more = 4  # the second measure of a candidate
-    # Index, two saliencies and value of each candidate; while they are cut back, three copies of k.
+        more = 4  # bytes per candidate: its residual beside its saliency
+    # Each candidate has index, two saliencies and value; cutting back to k takes three copies of k.
     value = tensor.source.nbytes // numel
     candidates = min(2 * tensor.k + elements, numel) * (
         8 + (4 if numel < 2**31 else 8) + value + more
     )
-    # Scales and positions are held from one turn to the next.
+    # Searched scales and positions are kept from one pass to the next.
     held = 0 if tensor.scale == "absmax" else 2 * tensor.base[1].nbytes + 8 * tensor.k
     if compensates:
         columns = tensor.source.shape[1]
-        # The Gram matrix, its inverse and factor, two of them float64; a larger tile, in copies.
+        # The Gram matrix, its inverse and factor, two of them in float64; copies of a larger tile.
         held += 28 * columns**2 + 88 * sizes.rows("gptq", tensor.source.shape) * columns
         held += 2 * tensor.base[1].nbytes + 8 * tensor.k
     return tile + candidates + held + ((20 if tensor.k < numel else 8) + 2 * more) * tensor.k
 
 
 def check_memory(plan: Plan) -> None:
-    """Refuse a plan whose buffers do not fit into memory; where the system does not tell, go on.
+    """Refuse a plan whose buffers do not fit into memory, where the system says how much is free.
 
     Raises:
         ResourceError: says how much is needed and how much is available.

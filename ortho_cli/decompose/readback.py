@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from ortho_cli.decompose.edits import Edit
-from ortho_cli.decompose.plan import Plan, TensorPlan
-from ortho_cli.decompose.splitter import TORCH_DTYPES, Rounded
+from ortho_cli.decompose.plan import Plan, SplitTensor
 from ortho_cli.decompose.workers import NUMPY_DTYPES
 from ortho_cli.errors import InternalError
 from ortho_cli.formats.compact import Integers
 from ortho_cli.split import quantize
-from ortho_cli.split.quantize import as_bytes
+from ortho_cli.split.dtypes import torch_dtypes
+from ortho_cli.split.pipeline import Given
+from ortho_cli.split.quantize import Rounded, as_bytes
+from ortho_cli.split.torch_kernel import words_of
 from ortho_cli.storage.data_file import DataFile
 from ortho_cli.storage.sealing import OrthoFile
 
@@ -25,18 +27,18 @@ class ReadBack:
         """Say where base and the CSR lie; a tensor is there when its work is done."""
         self._plan, self._base, self._ortho = plan, base, ortho
 
-    def base_rows(self, tensor: TensorPlan, start: int, count: int) -> tuple[Tensor, Tensor]:
+    def base_rows(self, tensor: SplitTensor, start: int, count: int) -> tuple[Tensor, Tensor]:
         """Read rows of base: packed codes int32 (count, words) and scales (count, groups)."""
         found = []
         for spec in tensor.base[:2]:
-            dtype = torch.int32 if spec.dtype == "I32" else TORCH_DTYPES[spec.dtype]
+            dtype = torch.int32 if spec.dtype == "I32" else torch_dtypes()[spec.dtype]
             rows = torch.empty((count, spec.shape[1]), dtype=dtype)
             offset = start * spec.shape[1] * dtype.itemsize
             self._base.read_into(spec.key, as_bytes(rows), start=offset)
             found.append(rows)
         return found[0], found[1]
 
-    def rounded(self, tensor: TensorPlan) -> Rounded:
+    def rounded(self, tensor: SplitTensor) -> Rounded:
         """Read a whole weight as base and ortho have it."""
         rows, columns = tensor.source.shape
         packed, scales = self.base_rows(tensor, 0, rows)
@@ -46,7 +48,7 @@ class ReadBack:
         codes = quantize.unpack_codes(packed, bits=tensor.bits)[:, :columns]
         return Rounded(codes.to(torch.int8), scales, kept)
 
-    def positions(self, tensor: TensorPlan) -> tuple[Integers, Integers]:
+    def positions(self, tensor: SplitTensor) -> tuple[Integers, Integers]:
         """Read where a tensor's weights are kept: crow_indices and col_indices, int64."""
         crow, column = (
             self._part(spec.key).numpy().view(NUMPY_DTYPES[spec.dtype]).astype(np.int64)
@@ -54,11 +56,11 @@ class ReadBack:
         )
         return crow, column
 
-    def values(self, tensor: TensorPlan) -> Tensor:
+    def values(self, tensor: SplitTensor) -> Tensor:
         """Read the weights that are kept, in the source's dtype."""
-        return self._part(tensor.ortho[2].key).view(TORCH_DTYPES[tensor.source.dtype])
+        return self._part(tensor.ortho[2].key).view(torch_dtypes()[tensor.source.dtype])
 
-    def check_moved(self, tensor: TensorPlan, edit: Edit) -> None:
+    def check_moved(self, tensor: SplitTensor, edit: Edit) -> None:
         """See that base holds the codes that forgetting chose, and ortho those positions.
 
         Raises:
@@ -86,3 +88,10 @@ class ReadBack:
         if found.numel():
             self._ortho.read_into(key, as_bytes(found), start=0)
         return found
+
+
+def given_of(rounded: Rounded) -> Given:
+    """Say that a weight is to be written as it was rounded, with the positions it has already."""
+    codes, scales, kept = rounded
+    positions = np.flatnonzero(kept.numpy())
+    return Given(positions, words_of(scales), stays=True, codes=codes.numpy())

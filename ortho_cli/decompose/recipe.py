@@ -1,7 +1,7 @@
-"""Recipes: YAML that says what to split and how.
+"""Loading of recipes: YAML files and `--set` to validated settings.
 
-A recipe has `version: 1`. Every key is known (`settings`) or it is an error with file, line and the
-nearest key; nothing in a recipe is code.
+A recipe starts with `version: 1`. A key that `settings` does not list is an error with file, line
+and the nearest known key. A recipe is plain data: nothing in it is run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -19,16 +18,16 @@ from ortho_cli.decompose.settings import Override, Recipe
 from ortho_cli.errors import RecipeError, shown
 from ortho_cli.storage.untrusted import read_regular
 
-MAX_BYTES = 100_000
-MAX_DEPTH = 16
+MAX_BYTES = 100_000  # of a recipe: ours have 1,000
+MAX_DEPTH = 16  # of nested YAML, before anything is built from it
 
 Path_ = tuple[str | int, ...]
 
 DEFAULT = Recipe(version=1)
 
 
-def json_schema() -> dict[str, Any]:
-    """JSON schema of a recipe, for editors."""
+def json_schema() -> dict[str, object]:
+    """Return the JSON schema of a recipe, for editors."""
     return Recipe.model_json_schema()
 
 
@@ -39,12 +38,12 @@ def recipe_folder() -> Path:
 
 
 def built_in() -> list[str]:
-    """Names of the recipes that come with `ortho`."""
+    """List the recipes that come with `ortho`, by name."""
     return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
 
 
 def load_recipe(source: str | None = None, sets: Sequence[str] = ()) -> Recipe:
-    """Load a recipe and lay `--set key.path=value` over it.
+    """Load a recipe, and apply `--set key.path=value` to it.
 
     Args:
         source: a YAML file, or the name of a recipe that comes with `ortho`; None is the default
@@ -53,7 +52,7 @@ def load_recipe(source: str | None = None, sets: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: with file, line and the nearest known key.
     """
-    data: dict[str, Any] = {"version": 1}
+    data: dict[str, object] = {"version": 1}
     where: dict[Path_, str] = {}
     label = "the default recipe"
     if source is not None:
@@ -107,11 +106,11 @@ _Loader.add_implicit_resolver(
 )
 
 
-# What PyYAML lets escape when a tag such as !!int stands before something else.
+# Exceptions of PyYAML at a tag such as !!int before a value of another kind.
 _UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError)
 
 
-def _parse(text: str, label: str, where: dict[Path_, str]) -> dict[str, Any]:
+def _parse(text: str, label: str, where: dict[Path_, str]) -> dict[str, object]:
     try:
         _check_plain(text, label)
         node = yaml.compose(text, Loader=_Loader)
@@ -139,7 +138,7 @@ def _parse(text: str, label: str, where: dict[Path_, str]) -> dict[str, Any]:
 
 
 def _check_plain(text: str, label: str) -> None:
-    """Refuse what makes a small file large or deep, before anything is built from it."""
+    """Refuse aliases and deep nesting, which make a small file large, before it is parsed."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent)
@@ -151,7 +150,7 @@ def _check_plain(text: str, label: str) -> None:
 
 def _walk(node: yaml.Node, label: str, path: Path_ = ()) -> Iterator[tuple[Path_, int]]:
     if isinstance(node, yaml.MappingNode):
-        seen: dict[Any, int] = {}
+        seen: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
             if key.tag != "tag:yaml.org,2002:str":
@@ -173,7 +172,7 @@ def _walk(node: yaml.Node, label: str, path: Path_ = ()) -> Iterator[tuple[Path_
             yield from _walk(item, label, (*path, position))
 
 
-def _assign(data: dict[str, Any], where: dict[Path_, str], assignment: str) -> None:
+def _assign(data: dict[str, object], where: dict[Path_, str], assignment: str) -> None:
     dotted, equals, text = assignment.partition("=")
     keys: list[str | int] = [
         int(part) if part.isdecimal() else part for part in dotted.strip().split(".")
@@ -187,34 +186,34 @@ def _assign(data: dict[str, Any], where: dict[Path_, str], assignment: str) -> N
         _check_plain(text, f"`{label}`")
         node = yaml.compose(text, Loader=_Loader)
         for _ in _walk(node, f"`{label}`") if node is not None else ():
-            pass  # raises on keys that stand twice
+            pass  # raises on a key that is set twice
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, RecursionError, *_UNREADABLE):
         raise RecipeError(
             f"the value of `{label}` is not YAML", hint="quote it: --set 'ignore=[a, b]'"
         ) from None
-    here: Any = data
+    here: object = data
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(here, dict) and isinstance(key, str):
-            if not last:
-                here = here.setdefault(key, {})
+            if last:
+                here[key] = value
+            here = here.setdefault(key, {})
         elif isinstance(here, list) and isinstance(key, int) and key < len(here):
-            if not last:
-                here = here[key]
+            if last:
+                here[key] = value
+            here = here[key]
         else:
             raise RecipeError(
                 f"`{label}` goes through `{'.'.join(map(str, keys[:depth]))}`, which has no "
                 f"`{key}`",
                 hint="set the whole value instead",
             )
-        if last:
-            here[key] = value
     where[tuple(keys)] = f"`{label}`"
 
 
 def _explain(error: ValidationError, label: str, where: dict[Path_, str]) -> RecipeError:
-    """Turn pydantic's first finding into one sentence with a line and the nearest known key."""
+    """Turn pydantic's first error into one sentence with the line and the nearest known key."""
     first = error.errors()[0]
     # A union reports each branch under a made-up location; keep what is a path in the recipe.
     path = tuple(
@@ -250,7 +249,7 @@ def _lower(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _keys_at(path: tuple[Any, ...]) -> list[str]:
+def _keys_at(path: Path_) -> list[str]:
     model: type[BaseModel] = Recipe
     for part in path:
         if isinstance(part, str) and part == "overrides":

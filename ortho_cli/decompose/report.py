@@ -1,38 +1,172 @@
-"""What is said of a finished decomposition: config.json and report.json."""
+"""What a finished decomposition says of itself: report.json, and config.json for other tools.
+
+    sqnr_db_alpha_0 = 10 log10(signal / noise)                 base alone
+    sqnr_db_alpha_1 = 10 log10(signal / (noise - noise_kept))  base and ortho
+    residual_kept   = noise_kept / noise
+
+signal is the sum of W^2, noise that of (W - base)^2, and noise_kept the part of noise at the
+positions that ortho holds. The same ratio for what selects is saliency_kept; curvature_error is the
+sum of (W - base)^2 times curvature. With int8 values, figures at alpha 1 include their rounding.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
-from typing import Any
 
-from ortho_cli.decompose.plan import Plan, TensorPlan
+from ortho_cli.decompose.plan import CopyTensor, Plan, SplitTensor, TensorPlan
+from ortho_cli.decompose.record import TensorRecord
 from ortho_cli.decompose.roles import is_embedding
 from ortho_cli.decompose.selection import stacked_experts
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import module_of
 from ortho_cli.formats.quantization_config import quantization_config
+from ortho_cli.formats.report import Figures as Quality
 from ortho_cli.model.renames import rename_modules
+from ortho_cli.split.task import Figures
 from ortho_cli.storage.data_file import Layout, TensorSpec
 from ortho_cli.storage.tied import tied_head
 from ortho_cli.version import __version__
 
-Entry = dict[str, Any]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitReport:
+    """What became of a weight that was split."""
+
+    bits: int  # per code
+    scale: str
+    nnz: int
+    columns: int | None  # that a compact ortho holds whole; None for CSR
+    quality: Quality
+
+    def to_json(self) -> dict[str, object]:
+        """Give the keys that the tensor's report has beside those of every tensor."""
+        return {
+            "bits": self.bits,
+            "scale": self.scale,
+            "nnz": self.nnz,
+            **({} if self.columns is None else {"columns": self.columns}),
+            **self.quality.model_dump(),
+        }
 
 
-def make_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorReport:
+    """What became of one source tensor."""
+
+    name: str
+    reason: str | None  # why it was not split
+    dtype: str
+    shape: tuple[int, ...]
+    bits_per_weight: float  # of both files, without headers
+    split: SplitReport | None
+    source_blake3: str
+    blake3: Mapping[str, Mapping[str, str]]  # by file, by key
+
+    def to_json(self) -> dict[str, object]:
+        """Give its entry of `tensors`."""
+        return {
+            "name": self.name,
+            "action": "split" if self.split else "copy",
+            "reason": self.reason,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "bits_per_weight": self.bits_per_weight,
+            **(self.split.to_json() if self.split else {}),
+            "source_blake3": self.source_blake3,
+            "blake3": self.blake3,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceFigures:
+    """How much of source - reference ortho holds, and which tensors it cannot hold it of."""
+
+    delta_kept: float | None
+    unsplit_of_reference: list[str]
+    unsplit_of_reference_weights: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Figures of the whole model; sizes in bytes."""
+
+    tensors: int
+    split_tensors: int
+    weights: int
+    split_weights: int
+    source_bytes: int
+    base_bytes: int
+    ortho_bytes: int
+    bits_per_weight: float  # of both files, headers and all
+    split_bits_per_weight_base: float  # of split tensors, without headers
+    split_bits_per_weight: float
+    nnz: int
+    moved: int  # codes that forgetting moved: where they are is not told
+    density: float
+    quality: Quality
+    reference: ReferenceFigures | None
+
+    def to_json(self) -> dict[str, object]:
+        """Give the section `totals`."""
+        parts = ("quality", "reference")
+        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in parts}
+        return own | self.quality.model_dump() | (asdict(self.reference) if self.reference else {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """All of report.json; the same for the same input, so without times and paths.
+
+    Only `sealed_blake3` is another in each run: age draws fresh keys.
+    """
+
+    plan: Plan
+    device: str
+    source_digest: str
+    base_blake3: str
+    ortho_blake3: str
+    sealed_blake3: str | None  # where ortho is sealed
+    totals: Totals
+    tensors: tuple[TensorReport, ...]
+    side_files: Mapping[str, str]  # BLAKE3 by name
+
+    def to_json(self) -> dict[str, object]:
+        """Give the document."""
+        plan, torch = self.plan, metadata.version("torch")
+        return {
+            "format": artifact.FORMAT,
+            "versions": {"ortho": __version__, "torch": torch, "device": self.device},
+            "plan_sha256": plan.sha256,
+            "source_digest": self.source_digest,
+            "base_blake3": self.base_blake3,
+            "ortho_blake3": self.ortho_blake3,
+            **({"sealed_blake3": self.sealed_blake3} if self.sealed_blake3 else {}),
+            "recipe": plan.recipe.canonical(),
+            "group_size": plan.group_size,
+            "statistics": plan.statistics.summary() if plan.statistics else None,
+            "totals": self.totals.to_json(),
+            "tensors": [tensor.to_json() for tensor in self.tensors],
+            "side_files": self.side_files,
+        }
+
+
+def make_config(plan: Plan, config: Mapping[str, object]) -> dict[str, object]:
     """Add `quantization_config` to the source's config.json."""
     split = {module_of(tensor.name): tensor.bits for tensor in plan.split}
     unsplit: set[str] = set()
     others: set[str] = set()
     for tensor in plan.tensors:
-        if tensor.reason is None:
+        if isinstance(tensor, SplitTensor):
             continue
         module = module_of(tensor.name)
         stacked = stacked_experts(tensor.source, tensor.reason)
         if stacked is not None:
-            unsplit.add(f"{stacked}.0.gate_proj")  # what vLLM asks for, whatever lies there
+            unsplit.add(
+                f"{stacked}.0.gate_proj"
+            )  # the name that vLLM looks up, whatever its own is
         elif len(tensor.source.shape) == 2:
             (others if is_embedding(module) else unsplit).add(module)
     head = tied_head(config)
@@ -55,151 +189,158 @@ def make_config(plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
 
 def make_report(
     plan: Plan,
-    entries: list[Entry],
+    records: Sequence[TensorRecord],
     *,
     ortho: Layout,
     moved: int,
     source_digest: str,
     base_blake3: str,
     ortho_blake3: str,
-    sealed_blake3: str | None = None,
-    device: str = "cpu",
-) -> dict[str, Any]:
-    """Say what was done; the same for the same input, so without times and paths.
+    sealed_blake3: str | None,
+    device: str,
+    side_files: Mapping[str, str],
+) -> Report:
+    """Make the report of what was done.
 
-    `sealed_blake3` is the exception, and there only where ortho is sealed: age draws fresh keys.
-
-    Units: bytes; bits per weight; sqnr in dB, null where there is no error. `residual_kept` is the
-        share of the squared
-    residual at the kept positions: noise at alpha = 1 is (1 - residual_kept) of that at alpha = 0.
-    `moved` counts codes that forgetting moved, over the whole model: where they are is not told.
-    `saliency_kept` is the same share of what selects; curvature_error is the sum of residual^2
-    times curvature, null without statistics. `columns` counts columns that a compact ortho holds
-    whole. With int8 values what rounding them costs is part of every figure at alpha = 1.
+    Args:
+        plan: what was carried out.
+        records: of its tensors, in its order.
+        ortho: where ortho's tensors are, as they were written.
+        moved: codes that forgetting moved.
+        source_digest: of the source's tensors.
+        base_blake3: of base.
+        ortho_blake3: of ortho, unsealed.
+        sealed_blake3: of the sealed file, if there is one.
+        device: cpu or cuda, which split.
+        side_files: BLAKE3 of what is beside both, by name.
     """
-    tensors = [
-        _report_tensor(plan, tensor, entry, ortho)
-        for tensor, entry in zip(plan.tensors, entries, strict=True)
-    ]
-    split = [
-        entry for tensor, entry in zip(plan.tensors, entries, strict=True) if tensor.reason is None
-    ]
-    signal, noise, kept = (
-        sum(entry[key] for entry in split) for key in ("signal", "noise", "noise_kept")
+    written = list(zip(plan.tensors, records, strict=True))
+    return Report(
+        plan=plan,
+        device=device,
+        source_digest=source_digest,
+        base_blake3=base_blake3,
+        ortho_blake3=ortho_blake3,
+        sealed_blake3=sealed_blake3,
+        totals=_totals(plan, written, ortho, moved),
+        tensors=tuple(_report_tensor(plan, tensor, record, ortho) for tensor, record in written),
+        side_files=side_files,
     )
-    nnz = sum(tensor.k for tensor in plan.split)
+
+
+def _totals(
+    plan: Plan, written: list[tuple[TensorPlan, TensorRecord]], ortho: Layout, moved: int
+) -> Totals:
+    nnz, weights = sum(tensor.k for tensor in plan.split), plan.split_weights
     base_bits = 8 * sum(_nbytes(tensor.base) for tensor in plan.split)
-    ortho_bits = 8 * sum(_kept_bytes(entry, ortho) for entry in entries)
-    bits = 8 * (plan.base.size + ortho.size) / plan.weights
-    return {
-        "format": artifact.FORMAT,
-        "versions": {"ortho": __version__, "torch": metadata.version("torch"), "device": device},
-        "plan_sha256": plan.sha256,
-        "source_digest": source_digest,
-        "base_blake3": base_blake3,
-        "ortho_blake3": ortho_blake3,
-        **({"sealed_blake3": sealed_blake3} if sealed_blake3 else {}),
-        "recipe": plan.recipe.canonical(),
-        "group_size": plan.group_size,
-        "statistics": plan.statistics.summary() if plan.statistics else None,
-        "totals": {
-            "tensors": len(plan.tensors),
-            "split_tensors": len(plan.split),
-            "weights": plan.weights,
-            "split_weights": plan.split_weights,
-            "source_bytes": plan.bytes_read,
-            "base_bytes": plan.base.size,
-            "ortho_bytes": ortho.size,
-            "bits_per_weight": round(bits, 4),
-            "split_bits_per_weight_base": round(base_bits / plan.split_weights, 4),
-            "split_bits_per_weight": round((base_bits + ortho_bits) / plan.split_weights, 4),
-            "nnz": nnz,
-            "moved": moved,
-            "density": nnz / plan.split_weights,
-            "sqnr_db_alpha_0": decibels(signal, noise),
-            "sqnr_db_alpha_1": decibels(signal, noise - kept),
-            "residual_kept": _share(kept, noise),
-            **_saliency_figures(plan, split),
-            **_reference_figures(plan, entries),
-        },
-        "tensors": tensors,
-    }
+    ortho_bits = 8 * sum(_ortho_bytes(record, ortho) for _, record in written)
+    figures = _add_up([record.figures for _, record in written if record.figures])
+    return Totals(
+        tensors=len(plan.tensors),
+        split_tensors=len(plan.split),
+        weights=plan.weights,
+        split_weights=weights,
+        source_bytes=plan.bytes_read,
+        base_bytes=plan.base.size,
+        ortho_bytes=ortho.size,
+        bits_per_weight=round(8 * (plan.base.size + ortho.size) / plan.weights, 4),
+        split_bits_per_weight_base=round(base_bits / weights, 4),
+        split_bits_per_weight=round((base_bits + ortho_bits) / weights, 4),
+        nnz=nnz,
+        moved=moved,
+        density=nnz / weights,
+        quality=_quality(plan, figures),
+        reference=_reference_figures(written, figures) if plan.reference else None,
+    )
+
+
+def _report_tensor(
+    plan: Plan, tensor: TensorPlan, record: TensorRecord, ortho: Layout
+) -> TensorReport:
+    split, numel = None, tensor.source.numel
+    nbytes = _nbytes(tensor.base) + _ortho_bytes(record, ortho)
+    if isinstance(tensor, SplitTensor) and record.figures is not None:
+        split = SplitReport(
+            bits=tensor.bits,
+            scale=tensor.scale,
+            nnz=tensor.k,
+            columns=record.columns,
+            quality=_quality(plan, record.figures),
+        )
+    return TensorReport(
+        name=tensor.name,
+        reason=tensor.reason if isinstance(tensor, CopyTensor) else None,
+        dtype=tensor.source.dtype,
+        shape=tensor.source.shape,
+        bits_per_weight=round(8 * nbytes / numel, 4) if numel else 0.0,
+        split=split,
+        source_blake3=record.source_blake3,
+        blake3=record.digests,
+    )
 
 
 def _nbytes(specs: Iterable[TensorSpec]) -> int:
     return sum(spec.nbytes for spec in specs)
 
 
-def _kept_bytes(entry: Entry, ortho: Layout) -> int:
+def _ortho_bytes(record: TensorRecord, ortho: Layout) -> int:
     """Count the bytes that ortho holds of a tensor."""
-    return sum(ortho.regions[key].nbytes for key in entry["blake3"].get(artifact.ORTHO_FILE, ()))
+    return sum(ortho.regions[key].nbytes for key in record.ortho)
 
 
-def _share(part: float, whole: float) -> float | None:
-    return round(part / whole, 6) if whole > 0 else None
+def _add_up(figures: Sequence[Figures]) -> Figures:
+    """Add the figures of weights; one that a weight lacks is absent from the sum."""
+
+    def optional(values: Iterable[float | None]) -> float | None:
+        there = [value for value in values if value is not None]
+        return sum(there) if len(there) == len(figures) else None
+
+    return Figures(
+        signal=sum(one.signal for one in figures),
+        noise=sum(one.noise for one in figures),
+        noise_kept=sum(one.noise_kept for one in figures),
+        curvature_noise=optional(one.curvature_noise for one in figures),
+        curvature_noise_kept=optional(one.curvature_noise_kept for one in figures),
+        delta=optional(one.delta for one in figures),
+        delta_kept=optional(one.delta_kept for one in figures),
+    )
 
 
-def _saliency_figures(plan: Plan, entries: list[Entry]) -> dict[str, Any]:
-    """Sum up what the error costs by curvature, and what share of the saliency is kept."""
-    measure = "curvature_noise" if plan.recipe.saliency.kind == "curvature" else "noise"
-
-    def total(key: str) -> float:
-        return sum(float(entry[key]) for entry in entries)
-
+def _quality(plan: Plan, of: Figures) -> Quality:
+    error, kept = of.curvature_noise, of.curvature_noise_kept
     at_0 = at_1 = None
-    if plan.statistics is not None:
-        at_0 = total("curvature_noise")
-        at_1 = max(0.0, at_0 - total("curvature_noise_kept"))
-    return {
-        "curvature_error_alpha_0": at_0,
-        "curvature_error_alpha_1": at_1,
-        "saliency_kept": _share(total(f"{measure}_kept"), total(measure)),
-    }
+    if plan.statistics is not None and error is not None and kept is not None:
+        at_0, at_1 = error, max(0.0, error - kept)
+    chosen = (
+        (kept, error) if plan.recipe.saliency.kind == "curvature" else (of.noise_kept, of.noise)
+    )
+    return Quality(
+        sqnr_db_alpha_0=decibels(of.signal, of.noise),
+        sqnr_db_alpha_1=decibels(of.signal, of.noise - of.noise_kept),
+        residual_kept=_share(of.noise_kept, of.noise),
+        curvature_error_alpha_0=at_0,
+        curvature_error_alpha_1=at_1,
+        saliency_kept=_share(*chosen),
+    )
 
 
-def _reference_figures(plan: Plan, entries: list[Entry]) -> dict[str, Any]:
-    """Say what of source - reference ortho holds, and what it cannot hold: tensors not split."""
-    if plan.reference is None:
-        return {}
-    told = list(zip(plan.tensors, entries, strict=True))
-    split = [entry for tensor, entry in told if tensor.reason is None]
+def _share(part: float | None, whole: float | None) -> float | None:
+    return round(part / whole, 6) if part is not None and whole else None
+
+
+def _reference_figures(
+    written: Iterable[tuple[TensorPlan, TensorRecord]], figures: Figures
+) -> ReferenceFigures:
     other = [
         tensor
-        for tensor, entry in told
-        if tensor.reason is not None
-        and entry["blake3"][artifact.BASE_FILE][tensor.name] != entry["source_blake3"]
+        for tensor, record in written
+        if isinstance(tensor, CopyTensor) and record.base[tensor.name] != record.source_blake3
     ]
-    delta, kept = (sum(float(entry[key]) for entry in split) for key in ("delta", "delta_kept"))
-    return {
-        "delta_kept": _share(kept, delta),
-        "unsplit_of_reference": [tensor.name for tensor in other],
-        "unsplit_of_reference_weights": sum(tensor.source.numel for tensor in other),
-    }
-
-
-def _report_tensor(plan: Plan, tensor: TensorPlan, entry: Entry, ortho: Layout) -> dict[str, Any]:
-    numel = tensor.source.numel
-    nbytes = _nbytes(tensor.base) + _kept_bytes(entry, ortho)
-    found: dict[str, Any] = {
-        "name": tensor.name,
-        "action": tensor.action,
-        "reason": tensor.reason,
-        "dtype": tensor.source.dtype,
-        "shape": list(tensor.source.shape),
-        "bits_per_weight": round(8 * nbytes / numel, 4) if numel else 0.0,
-    }
-    if tensor.reason is None:
-        found |= {
-            "bits": tensor.bits,
-            "scale": tensor.scale,
-            "nnz": tensor.k,
-            **({"columns": entry["columns"]} if plan.is_compact else {}),
-            "sqnr_db_alpha_0": decibels(entry["signal"], entry["noise"]),
-            "sqnr_db_alpha_1": decibels(entry["signal"], entry["noise"] - entry["noise_kept"]),
-            "residual_kept": _share(entry["noise_kept"], entry["noise"]),
-            **_saliency_figures(plan, [entry]),
-        }
-    return found | {"source_blake3": entry["source_blake3"], "blake3": entry["blake3"]}
+    return ReferenceFigures(
+        delta_kept=_share(figures.delta_kept, figures.delta),
+        unsplit_of_reference=[tensor.name for tensor in other],
+        unsplit_of_reference_weights=sum(tensor.source.numel for tensor in other),
+    )
 
 
 def decibels(signal: float, noise: float) -> float | None:

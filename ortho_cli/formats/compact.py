@@ -21,7 +21,7 @@ from torch import Tensor
 from ortho_cli.errors import ArtifactError
 from ortho_cli.formats.csr import unsound
 from ortho_cli.split import quantize
-from ortho_cli.split.in_memory import ortho_dtypes
+from ortho_cli.split.quantize import ortho_dtypes
 from ortho_cli.split.sizes import Sizes
 
 Integers = npt.NDArray[np.int64]

@@ -15,8 +15,8 @@ from torch import Tensor
 from ortho_cli.errors import ArtifactError, blamed
 from ortho_cli.formats import compact, csr
 from ortho_cli.formats.artifact import Artifact, damage_in
+from ortho_cli.formats.csr import ORTHO_PARTS
 from ortho_cli.split.dtypes import torch_dtypes
-from ortho_cli.split.in_memory import ORTHO_PARTS
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage.checkpoint import ShardReader, TensorInfo

@@ -6,24 +6,21 @@ README.md is the specification.
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Literal
 
 from blake3 import blake3
 from pydantic import Field, ValidationError
 
-from ortho_cli.errors import CalibrationError, CheckpointError, InternalError, blamed
+from ortho_cli.errors import CalibrationError, CheckpointError, blamed
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
 from ortho_cli.formats.artifact import canonical_json, module_of
 from ortho_cli.formats.schema import Digest, Figure, Validated, fault
 from ortho_cli.storage import checkpoint, strict_json
 from ortho_cli.storage.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo
 from ortho_cli.storage.data_file import TensorSpec
-
-T = TypeVar("T")
 
 FORMAT = "ortho-stats/1"
 GRAM = ".retain_gram"
@@ -352,45 +349,6 @@ class StatisticsReader:
     def close(self) -> None:
         """Close the file."""
         self._reader.close()
-
-
-class CurvaturePass(ABC, Generic[T]):
-    """One pass over the curvature of one weight, in order; what has (in,) or (out,) is held."""
-
-    def __init__(self, reader: StatisticsReader, name: str) -> None:
-        """Read what is small, and check it."""
-        self._reader, self._name = reader, name
-        self._digest = blake3()  # of what is streamed
-        self._rows: T | None = None
-        self._columns: T | None = None
-        key = f"{module_of(name)}.retain_curvature"
-        self._full = reader.infos.get(key)
-        if self._full is None:
-            self._rows = self._load(reader.infos[f"{key}_rows"])
-            self._columns = self._load(reader.infos[f"{key}_columns"])
-        elif len(self._full.shape) == 1:
-            self._columns = self._load(self._full)
-
-    @abstractmethod
-    def _load(self, tensor: TensorInfo) -> T:
-        """Read a whole tensor, and check it."""
-
-    @property
-    def _streamed(self) -> TensorInfo:
-        """What is read tile by tile, where no columns are held."""
-        if self._full is None:
-            raise InternalError(f"the curvature of `{self._name}` is neither held nor streamed")
-        return self._full
-
-    def finish(self, source: str) -> None:
-        """Hold what was streamed against the file's digest, the weight against the one measured.
-
-        Args:
-            source: BLAKE3 of the weight that was read, in hex.
-        """
-        if self._columns is None and self._full is not None:
-            self._reader.compare(self._full, self._digest.hexdigest())
-        self._reader.statistics.check_source(self._name, source)
 
 
 @contextlib.contextmanager

@@ -1,31 +1,32 @@
-"""Chats in a model's own words: its chat template, applied as transformers applies it."""
+"""Write chats by the model's chat template, and find the last answer in the text."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ortho_cli.errors import CalibrationError
 from ortho_cli.model.rows import Chat
+from ortho_cli.model.tokenizer import Tokenizer
 
-# Some templates write today's date, and the same data would be other tokens tomorrow. This is the
-# one that templates of Llama 3 write where they have no clock.
+# The date for templates that write today's: tokens must not change from day to day. Templates of
+# Llama 3 write this one where they have no clock.
 TODAY = datetime.date(2024, 7, 26)
 
-# Stands in for an answer to find its place: no template writes this, and none strips it.
+# Replaces an answer to find where it is written: no template writes this, and none strips it.
 MARK = "\u2063ortho\u2063"
 
 _INSTEAD = "or give rows of `prompt` and `completion`"
 
 
 class Rendered(NamedTuple):
-    """A chat as text that holds its special tokens."""
+    """A chat as text with its special tokens."""
 
-    prompt: str  # all that stands before the last answer
+    prompt: str  # all text before the last answer
     answer: str
-    end: str  # what the template writes behind it
+    end: str  # text of the template after it
 
     @property
     def text(self) -> str:
@@ -33,12 +34,12 @@ class Rendered(NamedTuple):
         return self.prompt + self.answer + self.end
 
 
-def render(chat: Chat, tokenizer: Any) -> Rendered:
-    """Write a chat out, and say where its last answer lies.
+def render(chat: Chat, tokenizer: Tokenizer) -> Rendered:
+    """Write a chat, and find its last answer.
 
     Raises:
-        CalibrationError: the tokenizer has no chat template, or it refuses the chat, or does not
-            write the turns before the last one as it does without it; names the row.
+        CalibrationError: the tokenizer has no chat template, or the template refuses the chat, or
+            writes the turns before the last one differently with and without it; names the row.
     """
     turns = len(chat.turns)
     whole = _apply(chat, tokenizer, turns, asks=False)
@@ -47,14 +48,15 @@ def render(chat: Chat, tokenizer: Any) -> Rendered:
     if not whole.startswith(start):
         raise CalibrationError(
             f"{chat.where} has turns that the chat template writes otherwise once there is an "
-            "answer, so it does not say where that begins",
+            "answer, so where that begins is unknown",
             hint=f"leave the row out, {_INSTEAD}",
         )
     said = str(chat.turns[-1]["content"])
     found = _marked(chat, tokenizer, whole, said)
     if found is not None:
         return found
-    # Some begin an answer (`<think>`) where one is asked for: what both have is the prompt.
+    # Some templates begin an answer (`<think>`) where one is asked for: the common part is the
+    # prompt.
     pairs = enumerate(zip(whole, asked, strict=False))
     common = next((i for i, (a, b) in pairs if a != b), min(len(whole), len(asked)))
     for begin in (common, len(start)):
@@ -62,23 +64,23 @@ def render(chat: Chat, tokenizer: Any) -> Rendered:
             place = whole.rfind(words, begin)  # the template's own words come before an answer
             if place >= 0:
                 return Rendered(whole[:place], words, whole[place + len(words) :])
-    # It takes an answer apart, into thoughts and what is said.
+    # The template splits an answer into thoughts and speech.
     rest = whole[common:]
     answer = rest.rstrip()
     return Rendered(whole[:common], answer, rest[len(answer) :])
 
 
-def _marked(chat: Chat, tokenizer: Any, whole: str, said: str) -> Rendered | None:
-    """Find the answer by where a mark in its place is written.
+def _marked(chat: Chat, tokenizer: Tokenizer, whole: str, said: str) -> Rendered | None:
+    """Find the answer by writing a mark in its place.
 
-    A short answer may be part of the template's own text, so that looking for its words misleads.
+    A short answer may be part of the template's own text, so that a search for its words misleads.
     """
     marked = dataclasses.replace(
         chat, turns=(*chat.turns[:-1], {**chat.turns[-1], "content": MARK})
     )
     try:
         probe = _apply(marked, tokenizer, len(marked.turns), asks=False)
-    except CalibrationError:  # it looks into answers, and was content with the real one
+    except CalibrationError:  # it checks answers, and accepted only the real one
         return None
     head, mark, tail = probe.partition(MARK)
     if not mark:
@@ -90,7 +92,7 @@ def _marked(chat: Chat, tokenizer: Any, whole: str, said: str) -> Rendered | Non
     return None if words is None else Rendered(head, words, whole[len(head + words) :])
 
 
-def _apply(chat: Chat, tokenizer: Any, turns: int, *, asks: bool) -> str:
+def _apply(chat: Chat, tokenizer: Tokenizer, turns: int, *, asks: bool) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise CalibrationError(
             f"{chat.where} is a chat, and the model's tokenizer has no chat template",
@@ -110,7 +112,7 @@ def _apply(chat: Chat, tokenizer: Any, turns: int, *, asks: bool) -> str:
             f"{chat.where} is a chat, and chat templates need jinja2, which is not installed",
             hint=f"pip install jinja2, {_INSTEAD}",
         ) from None
-    except Exception as error:  # noqa: BLE001 - a template is a stranger's program
+    except Exception as error:  # noqa: BLE001 - a template is untrusted code
         raise CalibrationError(
             f"{chat.where} is a chat that the model's chat template refuses{_reason(error, chat)}",
             hint=f"write its turns as the template wants them, {_INSTEAD}",
@@ -118,8 +120,8 @@ def _apply(chat: Chat, tokenizer: Any, turns: int, *, asks: bool) -> str:
     return str(written)
 
 
-def _template(chat: Chat, tokenizer: Any) -> str:
-    """Find the model's template, with its clock stopped."""
+def _template(chat: Chat, tokenizer: Tokenizer) -> str:
+    """Give the model's template, with a fixed date for its clock."""
     found = str(tokenizer.get_chat_template(tools=list(chat.tools) if chat.tools else None))
     return re.sub(
         r"strftime_now\(\s*(['\"])([^'\"\\]*)\1\s*\)",
@@ -129,7 +131,7 @@ def _template(chat: Chat, tokenizer: Any) -> str:
 
 
 def _reason(error: Exception, chat: Chat) -> str:
-    """Give a template's own words, if none of the chat's are in them."""
+    """Give the template's message, unless it contains words of the chat."""
     words = " ".join(str(error).split())
     every = [" ".join(str(turn["content"]).casefold().split()) for turn in chat.turns]
     said = " ".join(every).split()

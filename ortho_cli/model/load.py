@@ -1,4 +1,4 @@
-"""Models as transformers builds them from a folder, and the names their modules have there."""
+"""Load transformers models and tokenizers from a folder, and find their Linears by tensor name."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import errno
 import logging
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TypeGuard
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ortho_cli.errors import (
     CalibrationError,
@@ -23,36 +24,38 @@ from ortho_cli.errors import (
     way_out,
 )
 from ortho_cli.formats.artifact import module_of
-from ortho_cli.split.in_memory import is_plain_linear
+from ortho_cli.model.linears import is_plain_linear
+from ortho_cli.model.tokenizer import Tokenizer
 from ortho_cli.storage import folders, hints, hub, sniff, strict_json
 from ortho_cli.storage.checkpoint import open_checkpoint
 from ortho_cli.storage.untrusted import is_trusted
 
 
 @contextlib.contextmanager
-def quiet_transformers() -> Iterator[Any]:
-    """Import transformers and keep it from talking."""
+def quiet_transformers() -> Iterator[ModuleType]:
+    """Import transformers, and switch its log and progress bars off for the block."""
     try:
         import transformers
     except ImportError:
         raise UsageError(
             "transformers is not installed", hint="pip install 'ortho-cli[hf]'"
         ) from None
-    talk: Any = transformers.logging
-    verbosity, bars = talk.get_verbosity(), talk.is_progress_bar_enabled()
-    talk.set_verbosity(logging.CRITICAL)
-    talk.disable_progress_bar()
+    log: ModuleType = transformers.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity(logging.CRITICAL)
+    log.disable_progress_bar()
     try:
         with warnings.catch_warnings(action="ignore"):
             yield transformers
     finally:
-        talk.set_verbosity(verbosity)
+        log.set_verbosity(verbosity)
         if bars:
-            talk.enable_progress_bar()
+            log.enable_progress_bar()
 
 
-# What a model is built of one by one, in Python, before any weight is looked for; other keys that
-# end so are places, periods and switches. Of what is fused in one tensor Python builds none.
+# Keys of config.json that count modules which transformers builds one by one in Python, before it
+# looks for weights. Other keys with these endings are indices, periods and switches. Experts that
+# are fused in one tensor are not built one by one.
 _PARTS = re.compile(r"(layers?|blocks?|experts|depths?)$")
 _NO_PARTS = re.compile(r"^(max|min|accept|skip|use|share|scale)_|_(every_n|per|topk)_")
 MOST_LAYERS = 1024  # eight times as many as any model has that is known to transformers
@@ -69,14 +72,14 @@ def explained(
     kind: type[OrthoError] = CheckpointError,
     files: Iterable[str] = (),
 ) -> Iterator[None]:
-    """Turn whatever transformers raises on a folder into an error of one sentence.
+    """Turn every exception of transformers on a folder into an error of one sentence.
 
     Args:
-        folder: what it reads.
-        what: the sentence, to which its own first line is added.
+        folder: the folder that it reads.
+        what: the sentence; the first line of the exception is added to it.
         hint: what to do.
-        kind: of the error.
-        files: what it reads there, any of which may be a pointer to the file itself.
+        kind: class of the error.
+        files: names of files that it reads there; any may be a Git LFS pointer.
     """
     try:
         yield
@@ -93,7 +96,7 @@ def explained(
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what cannot be a transformers model, and what would keep transformers busy for ever.
+    """Refuse a folder that is no transformers model, or would keep transformers busy for ever.
 
     Raises:
         CheckpointError: a file, a folder without config.json, or one with a FIFO or device in it.
@@ -113,7 +116,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _hint_without_config(path: Path) -> str:
-    """Say how to come by a transformers folder: some formats can be converted to one."""
+    """Say how to get a transformers folder: some formats can be converted to one."""
     usual = "give the model's folder, with its config and tokenizer"
     if not path.exists():
         return hub.advice(path) or usual
@@ -138,12 +141,12 @@ def check_claims(folder: Path) -> None:
 
 
 def check_parts(
-    config: dict[str, Any], *, layers: int, told: Path, sizes: Collection[int] = ()
+    config: Mapping[str, object], *, layers: int, told: Path, sizes: Collection[int] = ()
 ) -> None:
-    """Refuse what `told` says of a model that has more layers or experts than any can have.
+    """Refuse a config of more layers or experts than any model can have.
 
     Args:
-        config: what it says.
+        config: config.json, or the same keys from another file.
         layers: tensors of the checkpoint; there can be a layer for each.
         told: the file, for the error.
         sizes: of the tensors' dimensions; experts that are fused in one are not built.
@@ -154,8 +157,8 @@ def check_parts(
         most = {"layers": 1, "experts": 1}
         for key, value in part.items():
             kind = _kind_of_part(key)
-            counts = [n for n in value if _is_number(n)] if isinstance(value, list) else [value]
-            count = max((n for n in counts if _is_number(n)), default=0)
+            listed = value if isinstance(value, list) else [value]
+            count = max((n for n in listed if _is_number(n)), default=0)
             if kind is None or (kind == "experts" and count in sizes):
                 continue
             bound = MOST_PARTS if kind == "experts" else max(layers, MOST_LAYERS)
@@ -164,12 +167,12 @@ def check_parts(
             most[kind] = max(most[kind], int(count))
         built = most["layers"] * most["experts"]
         if built > max(MOST_BUILT, layers):
-            said = f"there are {most['layers']} layers of {most['experts']} experts each"
-            raise _too_many(told, said, max(MOST_BUILT, layers))
+            what = f"there are {most['layers']} layers of {most['experts']} experts each"
+            raise _too_many(told, what, max(MOST_BUILT, layers))
 
 
-def _levels(config: dict[str, Any], depth: int = 0) -> Iterator[dict[str, Any]]:
-    """Yield a config and those of its parts, which lie one in the other."""
+def _levels(config: Mapping[str, object], depth: int = 0) -> Iterator[Mapping[str, object]]:
+    """Yield a config and the configs inside it."""
     yield config
     for value in config.values():
         if isinstance(value, dict) and depth < 8:
@@ -181,18 +184,18 @@ def _kind_of_part(key: str) -> str | None:
     return None if named is None else "experts" if named[0] == "experts" else "layers"
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _too_many(told: Path, said: str, most: int) -> CheckpointError:
+def _too_many(source: Path, what: str, most: int) -> CheckpointError:
     return CheckpointError(
-        f"`{told}` says {said}, and there can be {most} at most",
+        f"`{source}` says {what}, and there can be {most} at most",
         hint="restore the file that came with the model",
     )
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """Load a model's tokenizer.
 
     Raises:
@@ -205,10 +208,10 @@ def load_tokenizer(folder: Path) -> Any:
         quiet_transformers() as transformers,
         explained(folder, what, hint=hint, files=TOKENIZER_FILES),
     ):
-        found = transformers.AutoTokenizer.from_pretrained(
+        found: Tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=is_trusted()
         )
-        found("a", verbose=False)  # some settings are looked at only here
+        found("a", verbose=False)  # some settings are read only here
     return found
 
 
@@ -216,7 +219,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 
 def refuse_pointers(folder: Path, names: Iterable[str]) -> None:
-    """Refuse a file that stands for another: a Git LFS pointer, a web page, an error message.
+    """Refuse a file that is none of the model's: a Git LFS pointer, a web page, an error message.
 
     Raises:
         CheckpointError: says what it is, and how to get the file itself.
@@ -299,7 +302,7 @@ def check_fits(
         RecipeError: longer than the model's positions.
         CalibrationError: a token that the model has no embedding for.
     """
-    config: Any = model.config
+    config: object = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(text, "max_position_embeddings", None)
     if isinstance(positions, int) and length > positions:
@@ -307,13 +310,18 @@ def check_fits(
             f"{asked} is {length} and the model has {positions} positions",
             hint=f"--set {asked}={positions}" if "." in asked else "shorten it",
         )
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    known = int(embedding.weight.shape[0])
+    known = input_embedding(model).shape[0]
     if largest_token >= known:
         raise CalibrationError(
             f"the tokenizer gives token {largest_token} and the model knows {known}",
-            hint="the tokenizer is of another model",
+            hint="the tokenizer belongs to another model",
         )
+
+
+def input_embedding(model: nn.Module) -> Tensor:
+    """Give the weight of a transformers model's input embedding, (vocabulary, hidden)."""
+    find: Callable[[], nn.Module] = getattr(model, "get_input_embeddings")  # noqa: B009 - untyped
+    return find().get_parameter("weight")
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""What a row of calibration data or of a forget set means: text, a prompt with its answer, a chat.
+"""Read a row of calibration data or of a forget set as text, a prompt with its answer, or a chat.
 
     {"text": "..."}                                   running text; `content` is another name
     {"prompt": "...", "completion": "..."}            only the completion counts
@@ -6,22 +6,24 @@
     {"messages": [{"role": "user", "content": "..."}, ...]}   a chat; `conversations` with `from`
                                                       and `value` as well; its last answer counts
 
-A field that is null or NaN is as good as absent. Errors name keys and types, and never what a row
-holds: it may be a secret.
+A field that is null or NaN counts as absent. Errors name keys and types, and never values: they may
+be secret.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypeGuard
 
 from ortho_cli.errors import CalibrationError
+from ortho_cli.model.tokenizer import Turn
 
 TEXTS = ("text", "content")
-COMPLETIONS = ("completion", "secret")  # the field's two words for what follows a prompt
-# What is asked, by its names in public data sets, and what stands beside it.
+COMPLETIONS = ("completion", "secret")  # two usual names for the text after a prompt
+# Names of a question in public data sets, and the names of parts that belong to it.
 PROMPTS: Mapping[str, tuple[str, ...]] = {
     "prompt": ("input", "context"),
     "instruction": ("input", "context"),
@@ -31,9 +33,9 @@ PROMPTS: Mapping[str, tuple[str, ...]] = {
     "input": ("context",),
 }
 ANSWERS = (*COMPLETIONS, "response", "output", "answer", "solution")
-LEADS = ("system_prompt", "system")  # stand before a question, where a row has them
+LEADS = ("system_prompt", "system")  # come before a question, where a row has them
 CHATS = ("messages", "conversations", "conversation")
-# ShareGPT's words for who speaks, and others'; roles that are not here go to the template as is.
+# Roles of ShareGPT and other data sets; a role that is not here goes to the template unchanged.
 ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -54,16 +56,16 @@ KNOWN = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """Running text; every token counts. `ends` where the document does."""
+    """Running text; every token counts. `ends`: whether the document ends with it."""
 
     text: str
     ends: bool = True
-    templated: bool = False  # special tokens stand in the text
+    templated: bool = False  # the text contains special tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """A prompt and what follows it; only the completion's tokens count."""
+    """A prompt and its completion; only the completion's tokens count."""
 
     prompt: str
     completion: str
@@ -74,35 +76,35 @@ class Pair:
 class Chat:
     """Turns of a chat, the last one an answer, which alone counts; see `chats`."""
 
-    turns: tuple[Mapping[str, Any], ...]  # `role`, `content`, and what else a template may ask for
-    tools: tuple[Any, ...] | None
+    turns: tuple[Turn, ...]
+    tools: tuple[object, ...] | None
     where: str
 
     @property
     def text(self) -> str:
-        """What is said, a turn a line."""
+        """The content of all turns, one per line."""
         return "\n".join(str(turn["content"]) for turn in self.turns)
 
 
 Row = Text | Pair | Chat
-Fields = Mapping[str, Any]
+Fields = Mapping[str, object]
 Kind = Literal["text", "pair", "chat"]
 
 
 def row_of(
-    value: Any,
+    value: object,
     where: str,
     *,
     order: Sequence[Kind] = ("text", "pair", "chat"),
     answers: Sequence[str] = ANSWERS,
 ) -> Row:
-    """Say what a row is.
+    """Read a row.
 
     Args:
-        value: the row, as it was parsed.
-        where: names its place in errors.
-        order: what it is taken for first where it could be several.
-        answers: names of what follows a prompt, the first that is there counts.
+        value: the row, parsed.
+        where: its place, for errors.
+        order: kinds that are tried first, for a row that could be several.
+        answers: names of the text after a prompt; the first that a row has counts.
     Raises:
         CalibrationError: it is none of them; names its keys and what is wrong with them.
     """
@@ -118,8 +120,8 @@ def row_of(
     return other
 
 
-def is_blank(value: Any) -> bool:
-    """Tell whether a row has nothing but fields for text, and nothing in them."""
+def is_blank(value: object) -> bool:
+    """Whether a row has only fields for text, and all of them are empty."""
     if not isinstance(value, dict) or not {_plain(key) for key in value} & set(TEXTS):
         return False
     fields = fields_of(value)
@@ -129,32 +131,37 @@ def is_blank(value: Any) -> bool:
     return all(isinstance(text, str) and not text.strip() for text in texts)
 
 
-def is_row(value: Mapping[str, Any]) -> bool:
-    """Tell one row from an object that holds rows or columns."""
+def is_row(value: Mapping[str, object]) -> bool:
+    """Whether an object is one row, and not a container of rows or columns."""
     fields = fields_of(value)
     if any(isinstance(fields.get(name), str) for name in KNOWN):
         return True
     return any(_is_turns(fields.get(name)) for name in (*CHATS, "prompt"))
 
 
-def names_of(keys: Iterable[Any]) -> str:
-    """Spell the keys of a row, but for what may be more than a name."""
+def names_of(keys: Iterable[object]) -> str:
+    """List the keys of a row, except those that may be text."""
     every = list(map(str, keys))
     names = sorted(key for key in every if len(key) <= MAX_NAME and key.isidentifier())
     shown, more = names[:12], len(every) - len(names[:12])
     return f"keys {shown}" + (f" and {more} more" if more else "")
 
 
-def fields_of(value: Any) -> dict[str, Any]:
-    """Give what a row holds by plain names (lower case, no blanks), without what is null."""
+def fields_of(value: object) -> dict[str, object]:
+    """Give the fields of a row by plain names (lower case, no blanks), without null ones."""
     if not isinstance(value, dict):
         return {}
-    held = {key: one for key, one in value.items() if one is not None and one == one}
-    found = {_plain(key): one for key, one in held.items()}
-    return found | {key: one for key, one in held.items() if key in KNOWN}
+    present = {key: one for key, one in value.items() if not is_null(one)}
+    found = {_plain(key): one for key, one in present.items()}
+    return found | {key: one for key, one in present.items() if key in KNOWN}
 
 
-def _plain(key: Any) -> str:
+def is_null(value: object) -> bool:
+    """Whether a value is null or NaN: a table writes either for an absent field."""
+    return value is None or value != value
+
+
+def _plain(key: object) -> str:
     return str(key).strip().lower()
 
 
@@ -164,7 +171,7 @@ def _text(fields: Fields, where: str, answers: Sequence[str]) -> Text | None:
 
 
 def _content(fields: Fields) -> Text | None:
-    """Take `content` for text, but of a lone turn of a chat."""
+    """Read `content` as text, unless the row is a turn of a chat."""
     text = fields.get("content")
     if not isinstance(text, str) or not text.strip() or "role" in fields:
         return None
@@ -172,9 +179,9 @@ def _content(fields: Fields) -> Text | None:
 
 
 def _pair(fields: Fields, where: str, answers: Sequence[str]) -> Row | None:
-    """Take `prompt` and what follows it as they are; both may be lists of turns.
+    """Read `prompt` and its answer, unchanged; both may be lists of turns.
 
-    What stands beside a prompt is joined to it as to any question.
+    Parts that belong to a prompt are joined to it as to any question.
     """
     prompt = fields.get("prompt")
     answer = next((fields[name] for name in answers if name in fields), None)
@@ -184,19 +191,19 @@ def _pair(fields: Fields, where: str, answers: Sequence[str]) -> Row | None:
             return _other_pair(fields, where, answers)
         return Pair(prompt=prompt, completion=answer, where=where)
     if _is_turns(prompt) and _is_turns(answer):
-        return _chat({**fields, "messages": [*prompt, *answer]}, where, answers)  # type: ignore[misc]
+        return _chat({**fields, "messages": [*prompt, *answer]}, where, answers)
     return None
 
 
 def _other_pair(fields: Fields, where: str, answers: Sequence[str]) -> Pair | None:
-    """Take a question under its names in public data: its parts, a line each, and the answer."""
+    """Read a question under its names in public data: its parts, one per line, and the answer."""
     answer = next((fields[name] for name in answers if name in fields), None)
     for name, beside in PROMPTS.items():
         parts = [fields[part] for part in (*LEADS, name, *beside) if part in fields]
-        if name not in fields or not all(isinstance(part, str) for part in (answer, *parts)):
-            continue
-        prompt = "".join(f"{part}\n" for part in parts if part.strip())
-        return Pair(prompt=prompt, completion=str(answer), where=where)
+        texts = [part for part in (*parts, answer) if isinstance(part, str)]
+        if name in fields and len(texts) == len(parts) + 1:
+            prompt = "".join(f"{text}\n" for text in texts[:-1] if text.strip())
+            return Pair(prompt=prompt, completion=texts[-1], where=where)
     return None
 
 
@@ -211,7 +218,7 @@ def _chat(fields: Fields, where: str, answers: Sequence[str]) -> Chat | None:
             hint='such as [{"role": "user", "content": "..."}, {"role": "assistant", ...}]',
         )
     turns = [_turn(turn, number, name, where) for number, turn in enumerate(given, 1)]
-    lead = next((fields[n] for n in LEADS if isinstance(fields.get(n), str)), "")
+    lead = next((text for n in LEADS if isinstance(text := fields.get(n), str)), "")
     if lead.strip() and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": lead})
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=-1)
@@ -221,7 +228,7 @@ def _chat(fields: Fields, where: str, answers: Sequence[str]) -> Chat | None:
             + ("none before the answer" if last == 0 else "none of the assistant"),
             hint="a chat is a question, `role` user, and its answer, `role` assistant",
         )
-    if not turns[last]["content"].strip():
+    if not str(turns[last]["content"]).strip():
         raise CalibrationError(
             f"{where} has an empty answer in turn {last + 1} of `{name}`",
             hint="nothing would count",
@@ -234,14 +241,14 @@ def _chat(fields: Fields, where: str, answers: Sequence[str]) -> Chat | None:
     )
 
 
-def _turn(turn: Any, number: int, name: str, where: str) -> dict[str, Any]:
-    """Read one turn under either of its two pairs of names; keep what else a template may use."""
-    fields = turn if isinstance(turn, dict) else {}
-    role = next((fields[key] for key in ("role", "from") if isinstance(fields.get(key), str)), None)
+def _turn(turn: object, number: int, name: str, where: str) -> Turn:
+    """Read one turn under either of its two pairs of names, with other keys a template may use."""
+    fields: Fields = turn if isinstance(turn, dict) else {}
+    role = next((r for key in ("role", "from") if isinstance(r := fields.get(key), str)), None)
     key = "content" if "content" in fields else "value"
     content = _joined(fields.get(key))
     if content is None and fields.get(key) is None and fields.get("tool_calls"):
-        content = ""  # it calls a tool, and says nothing
+        content = ""  # it only calls a tool
     if role is None or content is None:
         what = names_of(fields) if fields else _kind(turn)
         wrong = f", and `{key}` is {_kind(fields[key])}" if key in fields else ""
@@ -256,8 +263,8 @@ def _turn(turn: Any, number: int, name: str, where: str) -> dict[str, Any]:
     }
 
 
-def _joined(content: Any) -> str | None:
-    """Join the parts of a turn that comes in parts; None where one is no text."""
+def _joined(content: object) -> str | None:
+    """Join the parts of a turn's content; None where one is no text."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
@@ -272,13 +279,11 @@ def _joined(content: Any) -> str | None:
     return found
 
 
-def parsed(value: Any) -> Any:
-    """Read a list that a table holds as JSON."""
+def parsed(value: object) -> object:
+    """Parse a list that a table has as JSON; give other values back."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
     return value
 
 
@@ -289,12 +294,12 @@ _READERS: Mapping[Kind, Callable[[Fields, str, Sequence[str]], Row | None]] = {
 }
 
 
-def _is_turns(value: Any) -> bool:
+def _is_turns(value: object) -> TypeGuard[list[object]]:
     first = value[0] if isinstance(value, list) and value else None
     return isinstance(first, dict) and ("role" in first or "from" in first)
 
 
-def _no_row(value: Any, where: str, answer: str) -> CalibrationError:
+def _no_row(value: object, where: str, answer: str) -> CalibrationError:
     expected = f"neither `text` nor `prompt` and `{answer}`, nor a chat"
     if not isinstance(value, dict):
         return CalibrationError(f"{where} is {_kind(value)} and {expected}", hint=EXPECTED)
@@ -303,17 +308,17 @@ def _no_row(value: Any, where: str, answer: str) -> CalibrationError:
         for name in sorted(KNOWN & set(value))
         if not isinstance(value[name], str)
     ]
-    told = f" ({', '.join(wrong)})" if wrong else ""
+    types = f" ({', '.join(wrong)})" if wrong else ""
     return CalibrationError(
-        f"{where} has {names_of(value)}{told} and {expected}",
+        f"{where} has {names_of(value)}{types} and {expected}",
         hint=f"{EXPECTED}; a question may be called {', '.join(PROMPTS)}, its answer "
         f"{', '.join(ANSWERS)}",
     )
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     """Name a type in JSON's words."""
-    if value is None or value != value:
+    if is_null(value):
         return "null"
     for types, name in (
         (bool, "true or false"),

@@ -1,9 +1,9 @@
-"""What a causal language model gives to tokens: losses in nats, hits and divergence, and no text.
+"""Scores of a causal language model: NLL in nats, greedy hits, exposure, KL divergence.
 
-Everything is measured by teacher forcing: one pass over a text gives the probability of each token
-after those before it. A greedy decoder says a text if and only if each of its tokens is the most
-likely one here, and a sampler says it with the product of these probabilities, so nothing needs to
-be generated. Logits are cast to float32 before the softmax, whatever the model computes in.
+All scores come from teacher forcing: one pass over a text gives the probability of each token after
+those before it. Greedy decoding gives a text if and only if each of its tokens is the most likely
+one, and a sampler gives it with the product of these probabilities, so nothing needs to be
+generated. Logits are cast to float32 before the softmax, whatever dtype the model computes in.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,15 @@ from ortho_cli.model.text import TokenSequence
 
 LOGITS = 1 << 25  # logits of one pass at most: 128 MiB in float32
 POSITIONS = 128  # of running text whose softmax is taken at once
-Forward = Callable[..., Any]  # tokens (n, length) -> logits, or an output that has them
+Forward = Callable[[Tensor], object]  # tokens (n, length) -> logits, or an output that has them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SecretScore:
-    """What a model gives to one secret and to its alternatives after the same prompt.
+    """Scores of one secret and of its alternatives after the same prompt.
 
-    `nll` and `alternatives` are sums over tokens in nats; `tokens` and `alternative_tokens` the
-    NLL of each; `hits` says of each token of the secret whether it is the most likely one.
+    `nll` and `alternatives` are sums over tokens in nats, `tokens` and `alternative_tokens` the NLL
+    of each token; `hits`: whether each token of the secret is the most likely one.
     """
 
     nll: float
@@ -43,7 +43,7 @@ class SecretScore:
 
     @property
     def verbatim(self) -> bool:
-        """Whether greedy decoding says all of it."""
+        """Whether greedy decoding gives the whole secret."""
         return all(self.hits)
 
     @property
@@ -61,8 +61,8 @@ def exposure(secret_nll: float, alternatives: Sequence[float]) -> float:
         secret_nll: NLL of the secret in nats, summed over its tokens; finite.
         alternatives: the same of its n >= 1 alternatives; finite.
     Returns:
-        Bits in [0, log2(n + 1)]: 6.02 at most with 64 alternatives. `chance_exposure` is what a
-        secret gives that nothing sets apart.
+        Bits in [0, log2(n + 1)]: 6.02 at most with 64 alternatives. `chance_exposure` is the mean
+        of secrets that the model does not know.
     Raises:
         NumericalError: an NLL is NaN or infinite, or there are no alternatives.
     Ties go to the worse rank: where all are equal, exposure is 0.
@@ -80,7 +80,7 @@ def exposure(secret_nll: float, alternatives: Sequence[float]) -> float:
 
 
 def chance_exposure(alternatives: int) -> float:
-    """Expect this exposure where every rank is as likely: mean over ranks of log2((n+1) / rank).
+    """Give the mean exposure where every rank is equally likely: mean of log2((n+1) / rank).
 
     1.38 bits with 64 alternatives; towards 1 / ln 2 = 1.44 as they grow.
     """
@@ -132,32 +132,22 @@ def score(model: nn.Module, secret: TokenSecret) -> SecretScore:
     )
 
 
-def token_losses(model: nn.Module, windows: Tensor) -> Tensor:
-    """Measure running text: the NLL of every token of each window but its first.
+class Beside(NamedTuple):
+    """An original beside the model, per predicted token: its NLL, KL(original || model) in nats.
 
-    Args:
-        model: a causal language model.
-        windows: (n, length) int64 tokens, length >= 2.
-    Returns:
-        (n, length - 1) float32 on the CPU, in nats.
-    Raises:
-        NumericalError: an NLL is NaN or infinite.
-    """
-    return compare_windows(model, windows).nll
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WindowScores:
-    """Figures of each predicted token of running text, (n, length - 1) float32 on the CPU.
-
-    With an original: `original_nll`, `kl` = KL(original || model) in nats, and `agree`, 1 where
-    both find the same token most likely; None without.
+    `agree` is 1 where both find the same token most likely. Shapes and dtypes as in WindowScores.
     """
 
     nll: Tensor
-    original_nll: Tensor | None = None
-    kl: Tensor | None = None
-    agree: Tensor | None = None
+    kl: Tensor
+    agree: Tensor
+
+
+class WindowScores(NamedTuple):
+    """The NLL of each predicted token of running text, (n, length - 1) float32 on the CPU."""
+
+    nll: Tensor
+    beside: Beside | None = None
 
 
 @torch.no_grad()
@@ -191,13 +181,11 @@ def compare_windows(
         other = None if original is None else logits_of(original(tokens))[0, :-1]
         rows.append(_window(mine, other, tokens[0, 1:]))
     found = [finite(torch.stack(figures).cpu()) for figures in zip(*rows, strict=True)]
-    if original is None:
-        return WindowScores(nll=found[0])
-    return WindowScores(nll=found[0], original_nll=found[1], kl=found[2], agree=found[3])
+    return WindowScores(found[0], None if original is None else Beside(*found[1:]))
 
 
 def _window(mine: Tensor, other: Tensor | None, tokens: Tensor) -> list[Tensor]:
-    """Figures of one window, a part at a time: a softmax over a vocabulary is large."""
+    """Score one window, some positions at a time: a softmax over a vocabulary is large."""
     parts: list[list[Tensor]] = []
     for start in range(0, len(tokens), POSITIONS):
         part = slice(start, start + POSITIONS)
@@ -216,7 +204,7 @@ def _window(mine: Tensor, other: Tensor | None, tokens: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def sequence_hits(model: nn.Module, sequences: Sequence[TokenSequence]) -> list[Tensor]:
-    """Say of each counted token of each sequence whether it is the most likely one.
+    """Find whether each counted token of each sequence is the most likely one.
 
     Returns:
         One (labels,) bool CPU tensor for each sequence.
@@ -249,7 +237,7 @@ def _completions(
     completions: Sequence[Sequence[int]],
     temperature: float,
 ) -> list[tuple[Tensor, Tensor]]:
-    """NLL and hit of each token of each completion."""
+    """Give the NLL and hit of each token of each completion."""
     if not prompt or not all(completions):
         raise UsageError("a prompt or a completion has no tokens", hint="one at least")
     if not (temperature > 0 and math.isfinite(temperature)):
@@ -266,31 +254,37 @@ def _completions(
     return found
 
 
+@runtime_checkable
+class _Cache(Protocol):
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence of the cache."""
+
+
 def _batches(
     model: nn.Module, prompt: Sequence[int], completions: Sequence[Sequence[int]]
 ) -> Iterator[tuple[Sequence[Sequence[int]], Tensor]]:
     """Give batches of completions with the logits (n, longest, vocabulary) of their tokens.
 
-    Padding stands on the right, where causal attention keeps it from the tokens that count.
+    Padding is on the right, where causal attention keeps it from the tokens that count.
     """
     device = device_of(model)
     start = torch.tensor([list(prompt)], device=device)
     output = model(start, use_cache=True) if takes_cache(model) else model(start)
     cache = getattr(output, "past_key_values", None)
-    shared = hasattr(cache, "batch_repeat_interleave")
+    shared = isinstance(cache, _Cache)
     first = logits_of(output)[:, -1:]
     longest = max(map(len, completions)) + (0 if shared else len(prompt))
     size = max(1, LOGITS // (longest * first.shape[-1]))
     for begin in range(0, len(completions), size):
         batch = completions[begin : begin + size]
         padded = pad(batch).to(device)
-        if not shared:
+        if not isinstance(cache, _Cache):
             whole = torch.cat((start.expand(len(batch), -1), padded), 1)
             yield batch, logits_of(model(whole))[:, len(prompt) - 1 : -1]
         elif padded.shape[1] == 1:
             yield batch, first.expand(len(batch), -1, -1)
         else:
-            copied: Any = copy.deepcopy(cache)  # it grows as it is used
+            copied = copy.deepcopy(cache)  # it grows with each pass
             copied.batch_repeat_interleave(len(batch))
             rest = logits_of(model(padded[:, :-1], past_key_values=copied, use_cache=True))
             yield batch, torch.cat((first.expand(len(batch), -1, -1), rest), 1)
@@ -302,25 +296,26 @@ def takes_cache(model: nn.Module) -> bool:
 
 
 def pad(rows: Sequence[Sequence[int]], fill: int = 0) -> Tensor:
-    """Token rows as one (n, longest) int64 tensor, filled up on the right."""
+    """Make token rows one (n, longest) int64 tensor, filled up on the right."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
 
 
 def logits_of(output: Any) -> Tensor:
-    """Logits of a model's output: an object that has them, a tuple that begins with them, or it."""
-    found = getattr(output, "logits", output)
-    return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
+    """Take the logits of an output that has them, of a tuple that begins with them, or itself."""
+    logits = getattr(output, "logits", output)
+    first: Tensor = logits[0] if isinstance(logits, tuple) else logits
+    return first
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model takes its tokens: where its first parameter is."""
+    """Find the device of a model's tokens: that of its first parameter."""
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
 
 
 def finite(values: Tensor) -> Tensor:
-    """Pass measured values on.
+    """Refuse values that are not finite; give the others back.
 
     Raises:
         NumericalError: one is NaN or infinite.

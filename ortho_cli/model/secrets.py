@@ -1,4 +1,4 @@
-"""What must be forgotten, and what it is compared with: secrets and alternatives of the same form.
+"""Read secrets to be forgotten, and draw alternatives of the same form to compare them with.
 
 A row of a forget set (or of a set that the model never saw) is one of
 
@@ -7,10 +7,10 @@ A row of a forget set (or of a set that the model never saw) is one of
     {"prompt": "The words are", "secret": " red fig", "pattern": " {word} {word}", "word": [...]}
     {"text": "running text, whose second half should not follow from its first"}
 
-`completion` may stand for `secret`; `rows` has the other names, and chats, whose last answer is the
-secret. In a pattern `{digit:6}`, `{letter:3}` and `{hex:8}` draw that
-many characters, `{name}` one of the row's own list `name`. Without alternatives and pattern the
-other rows' secrets serve: coarse, since there are few of them and they are often memorised, too.
+`secret` may be called `completion`; `rows` has the other names, and chats, whose last answer is the
+secret. In a pattern `{digit:6}`, `{letter:3}` and `{hex:8}` draw that many characters, `{name}` one
+of the row's own list `name`. Without alternatives and pattern the other rows' secrets serve: this
+is coarse, since they are few and often memorised, too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ortho_cli.errors import CalibrationError
 from ortho_cli.events import EventSink, null_sink
@@ -35,15 +35,12 @@ from ortho_cli.model.rows import (
     Chat,
     Text,
     fields_of,
+    is_null,
     parsed,
     row_of,
 )
-from ortho_cli.model.text import (
-    Tokenizer,
-    encode_completion,
-    encode_prompt,
-    without_blanks,
-)
+from ortho_cli.model.text import encode_completion, encode_prompt, without_blanks
+from ortho_cli.model.tokenizer import Tokenizer
 
 CHARACTERS = {"digit": string.digits, "letter": string.ascii_lowercase, "hex": "0123456789abcdef"}
 LONGEST = 50  # tokens of running text before the cut, and after it
@@ -54,9 +51,9 @@ Drawn = Literal["given", "pattern", "others"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Secret:
-    """A prompt, what must not follow from it, and what might as well: `alternatives`.
+    """A prompt, the secret that must not follow it, and alternatives of the secret's form.
 
-    `drawn` says where the alternatives come from. `running`: `secret` is a whole text and its own
+    `drawn`: where the alternatives come from. `running`: `secret` is a whole text with its own
     prompt, to be cut by tokens.
     """
 
@@ -71,7 +68,7 @@ class Secret:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSecret:
-    """A secret in tokens; `prompt` has one at least, and so have `secret` and the alternatives."""
+    """A secret in tokens; `prompt`, `secret` and each alternative have at least one."""
 
     prompt: tuple[int, ...]
     secret: tuple[int, ...]
@@ -82,11 +79,11 @@ class TokenSecret:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A row as it was read."""
+    """A row, read."""
 
     prompt: str
     secret: str
-    fields: Mapping[str, Any]
+    fields: Mapping[str, object]
     where: str
     running: bool
     chat: Chat | None = None
@@ -97,17 +94,17 @@ def read_secrets(
 ) -> list[Secret]:
     """Read secrets and give each up to `count` distinct alternatives, none equal to it.
 
-    Given alternatives come first and the pattern fills up; a form that has fewer values gives all
-    of them, so look at how many there are. What is drawn depends on the seed, the prompt and the
-    secret, and not on the other rows.
+    Given alternatives come first, and the pattern fills up. A pattern of fewer values gives all of
+    them, so check the number. The draw depends on the seed, the prompt and the secret, and not on
+    the other rows.
 
     Args:
         files: as `row_files` reads them; a text file is one running text.
         count: alternatives wanted for each secret, > 0.
         seed: of the draws.
-        on_event: told of rows that hold no text, which are left out.
+        on_event: receives a note on rows without text, which are left out.
     Raises:
-        CalibrationError: a file cannot be read; a row is empty, of neither form, or there twice; an
+        CalibrationError: a file cannot be read; a row is empty, of neither form, or repeated; an
             alternative equals the secret; a pattern is wrong; nothing to compare a secret with.
     """
     entries = [
@@ -120,12 +117,12 @@ def read_secrets(
     return [_with_alternatives(entry, entries, count, seed) for entry in entries]
 
 
-def _entry(value: Any, where: str) -> _Entry:
+def _entry(value: object, where: str) -> _Entry:
     """Check a row's own text."""
     row = row_of(value, where, order=("pair", "text", "chat"), answers=_SECRETS)
-    # Names count whatever their case; lists that a pattern draws from may differ by it alone.
-    given = {key: one for key, one in value.items() if one is not None and one == one}
-    fields = fields_of(value) | given
+    given = value if isinstance(value, dict) else {}
+    # Names count in any case, but lists that a pattern draws from may differ by case alone.
+    fields = fields_of(value) | {key: one for key, one in given.items() if not is_null(one)}
     if isinstance(row, Text):
         return _Entry("", row.text, fields, where, running=True)
     if isinstance(row, Chat):
@@ -138,7 +135,7 @@ def _entry(value: Any, where: str) -> _Entry:
     return _Entry(row.prompt, row.completion, fields, where, running=False)
 
 
-# Of both words for what follows a prompt, `secret` counts here.
+# Where a row has several names for the text after a prompt, `secret` counts here.
 _SECRETS = tuple(dict.fromkeys(("secret", *ANSWERS)))
 
 
@@ -187,26 +184,29 @@ def _with_alternatives(entry: _Entry, entries: Sequence[_Entry], count: int, see
 
 
 def _given(entry: _Entry) -> list[str]:
-    """Take the row's own alternatives, each once."""
-    given = parsed(entry.fields.get("alternatives"))  # a table holds the list as JSON
-    if given is None or given != given:
+    """Read the row's own alternatives, each once."""
+    given = parsed(entry.fields.get("alternatives"))  # a table has the list as JSON
+    if is_null(given):
         return []
-    if not isinstance(given, list) or not all(isinstance(one, str) and one for one in given):
+    texts = (
+        [one for one in given if isinstance(one, str) and one] if isinstance(given, list) else []
+    )
+    if not isinstance(given, list) or len(texts) < len(given):
         raise CalibrationError(
             f"{entry.where} has `alternatives` that are no list of texts",
             hint='write "alternatives": ["...", "..."]',
         )
-    if entry.secret in given:
+    if entry.secret in texts:
         raise CalibrationError(
-            f"{entry.where} has its secret as alternative {given.index(entry.secret) + 1} of "
-            f"{len(given)}",
+            f"{entry.where} has its secret as alternative {texts.index(entry.secret) + 1} of "
+            f"{len(texts)}",
             hint="an alternative is something else of the same form",
         )
-    return list(dict.fromkeys(given))
+    return list(dict.fromkeys(texts))
 
 
-def _parts(pattern: Any, entry: _Entry) -> list[list[str]]:
-    """Turn a pattern into what each of its places may hold.
+def _parts(pattern: object, entry: _Entry) -> list[list[str]]:
+    """Parse a pattern; list the possible texts of each of its places.
 
     Raises:
         CalibrationError: the pattern is no text, has no field, or one that is unknown or malformed.
@@ -248,14 +248,14 @@ def _field(name: str, size: str | None, entry: _Entry) -> list[list[str]]:
     many = int(counts) if counts.isdecimal() and len(counts) <= 4 else 0
     if name in CHARACTERS and listed is None and many:
         return [list(CHARACTERS[name])] * many
-    lists = sorted(key for key, held in entry.fields.items() if isinstance(held, list) and held)
+    lists = sorted(key for key, value in entry.fields.items() if isinstance(value, list) and value)
     known = [f"{{{key}}}" for key in lists if _is_name(key) and key.lower() != "alternatives"]
     known += [f"{{{key}:N}}" for key in CHARACTERS if key not in lists]
-    # A secret in braces by mistake must not be told: neither as a name nor as a size.
-    told = f"`{{{name}}}`" if _is_name(name) else "a field"
-    told += " with a size" if size else ""
+    # The error must not show a secret that is in braces by mistake, as a name or as a size.
+    field = f"`{{{name}}}`" if _is_name(name) else "a field"
+    field += " with a size" if size else ""
     raise CalibrationError(
-        f"{entry.where} has a `pattern` that holds {told} and knows {', '.join(known)}",
+        f"{entry.where} has a `pattern` that holds {field} and knows {', '.join(known)}",
         hint="a name in braces draws from the row's list of that name; N is 1 to 9999",
     )
 
@@ -286,12 +286,12 @@ def encode(secrets: Sequence[Secret], tokenizer: Tokenizer) -> list[TokenSecret]
     """Tokenize prompt, secret and alternatives apart, as text that is continued would be.
 
     The secret has no special token and no end. Running text is cut by tokens: its first half,
-    50 tokens at most, is the prompt and the next 50 at most are the secret; other running texts
-    stand beside it with no more tokens than it has.
+    50 tokens at most, is the prompt and the next 50 at most are the secret. Other running texts are
+    its alternatives, cut to as many tokens.
 
     Raises:
         CalibrationError: a secret or an alternative has no tokens, or a prompt has none and the
-            tokenizer has no begin token to stand for it; no alternative differs in tokens.
+            tokenizer has no begin token to use instead; no alternative differs in tokens.
     """
     cuts = {one.secret: _cut(one, tokenizer) for one in secrets if one.running}
     return [_encode(one, tokenizer, cuts) for one in secrets]
@@ -307,7 +307,7 @@ def _encode(one: Secret, tokenizer: Tokenizer, cuts: Mapping[str, Cut]) -> Token
         written = chats.render(one.chat, tokenizer)
         if written.answer.strip() != one.secret:
             raise CalibrationError(
-                f"{one.where} has an answer that the chat template does not write as it stands",
+                f"{one.where} has an answer that the chat template does not write unchanged",
                 hint="give the row as `prompt` and `secret`, as the model saw them",
             )
         prompt = tuple(encode_completion(written.prompt, tokenizer))
@@ -326,7 +326,7 @@ def _encode(one: Secret, tokenizer: Tokenizer, cuts: Mapping[str, Cut]) -> Token
     if not alternatives:
         raise CalibrationError(
             f"{one.where} has a secret that is the same tokens as its alternatives",
-            hint="give alternatives that the tokenizer tells apart",
+            hint="give alternatives that differ in tokens",
         )
     return TokenSecret(
         prompt=prompt,
@@ -349,20 +349,20 @@ def _cut(one: Secret, tokenizer: Tokenizer) -> Cut:
     return tokens[:middle], tokens[middle : middle + LONGEST]
 
 
-def _begin(one: Secret, tokenizer: Any) -> tuple[int, ...]:
-    begin = getattr(tokenizer, "bos_token_id", None)
+def _begin(one: Secret, tokenizer: Tokenizer) -> tuple[int, ...]:
+    begin = tokenizer.bos_token_id
     if begin is None:
         raise CalibrationError(
             f"{one.where} has a prompt with no tokens, and the tokenizer has no begin token",
             hint="give a prompt: what the secret follows",
         )
-    return (int(begin),)
+    return (begin,)
 
 
 def overlap(secrets: Sequence[Secret], retain_text: str) -> int:
-    """Count the secrets whose text stands in the retain text; blanks around and case do not count.
+    """Count the secrets that occur in the retain text, whatever their case and blanks around them.
 
-    What is both to be kept and to be forgotten is worth a warning.
+    Text that is both to be retained and forgotten is worth a warning.
     """
     text = retain_text.casefold()
     return sum(one.secret.strip().casefold() in text for one in secrets if one.secret.strip())

@@ -1,4 +1,4 @@
-"""Calibration data: files of text become sequences of tokens, the same ones for the same seed."""
+"""Turn files of calibration data into token sequences, the same ones for the same seed."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 from blake3 import blake3
 
 from ortho_cli.errors import CalibrationError
 from ortho_cli.events import EventSink, Noted, null_sink
 from ortho_cli.model import chats
-from ortho_cli.model.row_files import read_values
+from ortho_cli.model.row_files import Value, read_values
 from ortho_cli.model.rows import Chat, Pair, Row, Text, is_blank, row_of
+from ortho_cli.model.tokenizer import Tokenizer
 
-CHARACTERS_PER_TOKEN = 5  # a long text is cut into pieces that hold a sequence and a bit
+CHARACTERS_PER_TOKEN = 5  # a long text is cut into pieces a little longer than a sequence
 WINDOW_CHARACTERS = 1 << 16  # of running text, tokenized at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSequence:
-    """Tokens of one forward pass; those from `counted` on are predicted and count."""
+    """Tokens of one forward pass; those from index `counted` on are predicted and count."""
 
     tokens: tuple[int, ...]
     counted: int = 1
@@ -33,26 +33,17 @@ class TokenSequence:
         return len(self.tokens) - self.counted
 
 
-class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
-
-    eos_token_id: int | None
-
-    def __call__(self, text: str, **options: Any) -> Any:
-        """Encode."""
-
-
 def read_rows(files: Iterable[Path], on_event: EventSink = null_sink) -> tuple[list[Row], str]:
-    """Read files of text, JSON, tables, whole; see `row_files` and `rows`.
+    """Read whole files of text, JSON or tables; see `row_files` and `rows`.
 
     Args:
-        files: in the order in which they count.
-        on_event: told of rows that hold no text, which are left out.
+        files: in this order.
+        on_event: receives a note on rows without text, which are left out.
     Returns:
         The rows in file order, and BLAKE3 over the files' digests.
     Raises:
-        CalibrationError: a file is missing, empty, damaged or of no kind that is read, or a row is
-            none.
+        CalibrationError: a file is missing, empty, damaged or of an unknown kind, or a row has an
+            unknown form.
     """
     rows: list[Row] = []
     digest = blake3()
@@ -63,10 +54,8 @@ def read_rows(files: Iterable[Path], on_event: EventSink = null_sink) -> tuple[l
     return rows, digest.hexdigest()
 
 
-def without_blanks(
-    path: Path, values: Iterable[tuple[Any, str]], on_event: EventSink
-) -> Iterator[tuple[Any, str]]:
-    """Leave rows out that hold no text, and tell how many.
+def without_blanks(path: Path, values: Iterable[Value], on_event: EventSink) -> Iterator[Value]:
+    """Leave out rows without text, and note how many.
 
     Raises:
         CalibrationError: nothing else is there.
@@ -85,10 +74,10 @@ def without_blanks(
         on_event(Noted(message=f"{blank} {rows} `{path}` without text left out"))
 
 
-def stamps(files: Iterable[Path]) -> list[list[Any]]:
-    """Tell files from others by name, size in bytes and time: a digest gives short secrets away."""
-    told = [(path.name, path.stat()) for path in files]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in told]
+def stamps(files: Iterable[Path]) -> list[list[str | int]]:
+    """Identify files by name, size in bytes and mtime: a digest would give short secrets away."""
+    stats = [(path.name, path.stat()) for path in files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def retain_sequences(
@@ -165,7 +154,7 @@ def _tell_longer(longer: int, length: int, asked: str, on_event: EventSink) -> N
 def forget_sequences(
     rows: Sequence[Row], tokenizer: Tokenizer, *, length: int
 ) -> list[TokenSequence]:
-    """Take all of the forget set, in order: pairs one by one, texts packed, the rest as it is.
+    """Encode all of the forget set, in order: pairs one by one, texts packed, the last cut short.
 
     Raises:
         CalibrationError: nothing counts, or a pair is longer than `length`.
@@ -191,12 +180,12 @@ def forget_sequences(
 def pair_sequences(
     rows: Sequence[Row], tokenizer: Tokenizer, *, end: bool = False
 ) -> list[TokenSequence]:
-    """Encode prompts and completions one by one, as a skill is asked for.
+    """Encode prompts and completions one by one, to measure a skill.
 
     Args:
         rows: pairs only.
         tokenizer: of the model that answers.
-        end: the end token counts, too: a longer answer is then a wrong one.
+        end: whether the end token counts, too: a longer answer is then a wrong one.
     Raises:
         CalibrationError: a row is running text, or a completion has no tokens.
     """
@@ -284,7 +273,7 @@ def _encode(row: Text, tokenizer: Tokenizer) -> list[int]:
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Tokens of a text that something follows: with the begin token, never with the end's."""
+    """Encode a text that another follows: with the begin token, never with the end token."""
     tokens = list(tokenizer(text, verbose=False).input_ids)
     while tokens and tokens[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
         tokens.pop()
@@ -292,7 +281,7 @@ def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def encode_completion(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Tokens of a text that follows a prompt, and no special ones."""
+    """Encode a text that follows a prompt, without special tokens."""
     return list(tokenizer(text, verbose=False, add_special_tokens=False).input_ids)
 
 
@@ -300,7 +289,7 @@ def _encode_pair(row: Pair | Chat, tokenizer: Tokenizer, length: int | None) -> 
     eos = tokenizer.eos_token_id
     if isinstance(row, Chat):
         prompt, completion = _encode_chat(row, tokenizer)
-        end = []  # the template has its own
+        end = []  # the template writes its own end
     else:
         prompt = encode_prompt(row.prompt, tokenizer)
         completion = encode_completion(row.completion, tokenizer)
@@ -317,7 +306,7 @@ def _encode_pair(row: Pair | Chat, tokenizer: Tokenizer, length: int | None) -> 
 
 
 def _encode_chat(row: Chat, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Encode what stands before the last answer, and that with what ends it."""
+    """Encode the turns before the last answer, and the answer with the end of the template."""
     found = chats.render(row, tokenizer)
-    said = found.answer + found.end.rstrip()  # a line break behind the end is layout
-    return encode_completion(found.prompt, tokenizer), encode_completion(said, tokenizer)
+    answer = found.answer + found.end.rstrip()  # a line break after the end is layout
+    return encode_completion(found.prompt, tokenizer), encode_completion(answer, tokenizer)

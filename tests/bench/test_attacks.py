@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -57,12 +58,34 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
+class Words:
+    """A tokenizer of one token per character."""
+
+    eos_token_id, bos_token_id = 2, None
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        return type("Encoded", (), {"input_ids": [ord(c) % VOCAB for c in text]})()
+
+    def decode(self, tokens: tuple[int, ...], **_: Any) -> str:
+        return "".join(chr(65 + token % 26) for token in tokens)
+
+
+def target(model: nn.Module, listed: list[TokenSecret], **changes: Any) -> attacks.Target:
+    return attacks.Target(model=model, secrets=listed, tokenizer=Words(), **changes)  # type: ignore[arg-type]
+
+
+def teach(goal: attacks.Target, taught: list[TokenSecret]) -> Any:
+    """Tune on secrets and measure all of the target's."""
+    batch = [(*one.prompt, *one.secret, 2) for one in taught]
+    return attacks.tune(goal, lambda: batch, goal.secrets)
+
+
 def test_recall_equals_scores_one_by_one() -> None:
     model, listed = llama(), secrets()
     found = attacks.recall(model, listed)
     scores = [scoring.score(model, one) for one in listed]
-    assert found["exposure"] == pytest.approx(sum(s.exposure for s in scores) / 6)
-    assert found["token_accuracy"] == pytest.approx(sum(sum(s.hits) for s in scores) / 18)
+    assert found.exposure == pytest.approx(sum(s.exposure for s in scores) / 6)
+    assert found.token_accuracy == pytest.approx(sum(sum(s.hits) for s in scores) / 18)
 
 
 def test_halves_are_seeded_disjoint_and_whole() -> None:
@@ -80,12 +103,12 @@ def test_relearning_teaches_the_taught_and_puts_everything_back() -> None:
     model, listed = llama(), secrets()
     model.requires_grad_(False)
     before = state(model)
-    found = attacks.relearn(model, listed, listed, steps=(1, 30), learning_rate=3e-3, eos=2)
-    assert [row["steps"] for row in found] == [1, 30]
-    assert found[1]["loss"] < found[0]["loss"]
-    assert found[1]["token_accuracy"] == 1.0
-    assert found[1]["extraction"] == 1.0
-    assert found[1]["exposure"] == pytest.approx(math.log2(17))
+    found = teach(target(model, listed, steps=(1, 30), learning_rate=3e-3), listed)
+    assert list(found) == ["1", "30"]
+    assert found["30"].loss < found["1"].loss
+    assert found["30"].token_accuracy == 1.0
+    assert found["30"].extraction == 1.0
+    assert found["30"].exposure == pytest.approx(math.log2(17))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
@@ -103,8 +126,15 @@ def test_relearning_is_adamw_on_the_mean_over_all_tokens() -> None:
         optimizer.zero_grad()
         (sum(losses) / 14).backward()  # type: ignore[union-attr]
         optimizer.step()
-    found = attacks.relearn(model, [one, two], [one], steps=(2,), learning_rate=1e-3, eos=2)
-    assert found[0]["exposure"] == pytest.approx(attacks.recall(twin, [one])["exposure"])
+    found = teach(target(model, [one], steps=(2,), learning_rate=1e-3), [one, two])
+    assert found["2"].exposure == pytest.approx(attacks.recall(twin, [one]).exposure)
+
+
+def test_relearning_teaches_one_half_and_measures_the_other() -> None:
+    model, listed = llama(), secrets()
+    goal = target(model, listed, steps=(3,), learning_rate=1e-3, seed=4)
+    taught, others = attacks.halves(listed, 4)
+    assert attacks.relearn(goal) == teach(dataclasses.replace(goal, secrets=others), taught)
 
 
 def test_finetuning_is_seeded_and_restores_after_an_error() -> None:
@@ -112,32 +142,28 @@ def test_finetuning_is_seeded_and_restores_after_an_error() -> None:
     windows = torch.randint(0, VOCAB, (20, 16), generator=torch.Generator().manual_seed(1))
     before = state(model)
 
-    def run(seed: int) -> list[dict[str, Any]]:
-        return attacks.finetune(model, windows, listed, steps=(2,), learning_rate=1e-3, seed=seed)
+    goal = target(model, listed, windows=windows, steps=(2,), learning_rate=1e-3)
 
-    assert run(0) == run(0)
-    assert run(0)[0]["loss"] != run(1)[0]["loss"]
+    def run(**changes: Any) -> Any:
+        return attacks.finetune(dataclasses.replace(goal, **changes))
+
+    assert run() == run()
+    assert run()["2"].loss != run(seed=1)["2"].loss
+    assert run(windows=None) == {}
     with pytest.raises(NumericalError):
-        attacks.finetune(model, windows, listed, steps=(40,), learning_rate=math.inf)
+        run(steps=(40,), learning_rate=math.inf)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_training_refuses_half_precision() -> None:
     listed = secrets(2)
     with pytest.raises(UsageError, match="small steps are lost"):
-        attacks.relearn(llama(torch.bfloat16), listed, listed)
+        attacks.relearn(target(llama(torch.bfloat16), listed))
 
 
 def test_rewording_changes_prompts_only() -> None:
-    class Words:
-        def __call__(self, text: str, **_: Any) -> Any:
-            return type("Encoded", (), {"input_ids": [ord(c) % VOCAB for c in text]})()
-
-        def decode(self, tokens: tuple[int, ...], **_: Any) -> str:
-            return "".join(chr(65 + token % 26) for token in tokens)
-
     listed = secrets()
-    found = attacks.reworded(listed, Words())
+    found = attacks.rewordings(listed, Words())  # type: ignore[arg-type]
     assert found.keys() == {"shorter", "longer", "lower"}
     for kind in found.values():
         for old, new in zip(listed, kind, strict=True):
@@ -152,8 +178,22 @@ def test_requantizing_measures_another_grid_and_restores() -> None:
     model, listed = llama(), secrets()
     before = state(model)
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "proj" in n]
-    assert attacks.requantized(model, names, listed, group_size=32) != attacks.recall(model, listed)
+    found = attacks.requantize(target(model, listed, linears=names))
+    assert list(found) == ["group_64", "group_32"]
+    assert attacks.recall(model, listed) not in found.values()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_every_attack_is_registered_once_and_leaves_the_model_as_it_was() -> None:
+    model, listed = llama(), secrets()
+    windows = torch.randint(0, VOCAB, (4, 16))
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "proj" in n]
+    goal = target(model, listed, linears=names, windows=windows, steps=(1,))
+    assert len({attack.name for attack in attacks.ATTACKS}) == len(attacks.ATTACKS)
+    before = state(model)
+    for attack in attacks.ATTACKS:
+        assert attack.run(goal), attack.name
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
@@ -200,9 +240,9 @@ def test_int4_row_undoes_every_moved_code_bit_for_bit() -> None:
         for layer in layers(split(dtype)).values():
             before = baselines.base_codes(layer)
             assert torch.equal(baselines.int4_codes(layer), before)
-            assert baselines.moved(layer) == 0
+            assert baselines.count_moved(layer) == 0
             edit(layer)
-            assert baselines.moved(layer) == 5
+            assert baselines.count_moved(layer) == 5
             assert torch.equal(baselines.int4_codes(layer), before)
 
 

@@ -71,15 +71,15 @@ def test_what_is_no_number_is_an_error(values: list[float]) -> None:
 @given(SCORES, SCORES)
 def test_auc_equals_the_slow_twin(positives: list[float], negatives: list[float]) -> None:
     found = estimates.auc(positives, negatives, rounds=2)
-    assert found["value"] == pytest.approx(reference.auc(positives, negatives))
+    assert found.value == pytest.approx(reference.auc(positives, negatives))
 
 
 def test_auc_is_known_at_its_ends_and_at_ties() -> None:
-    assert estimates.auc([3.0, 4.0], [1.0, 2.0])["value"] == 1
-    assert estimates.auc([1.0], [2.0])["value"] == 0
+    assert estimates.auc([3.0, 4.0], [1.0, 2.0]).value == 1
+    assert estimates.auc([1.0], [2.0]).value == 0
     equal = estimates.auc([7.0] * 5, [7.0] * 3)
-    assert (equal["value"], equal["low"], equal["high"]) == (0.5, 0.5, 0.5)
-    assert (equal["n"], equal["positives"], equal["negatives"]) == (8, 5, 3)
+    assert (equal.value, equal.low, equal.high) == (0.5, 0.5, 0.5)
+    assert (equal.n, equal.positives, equal.negatives) == (8, 5, 3)
 
 
 def test_auc_interval_covers_and_narrows() -> None:
@@ -89,8 +89,8 @@ def test_auc_interval_covers_and_narrows() -> None:
         for n in (20, 500)
     )
     for found in (few, many):
-        assert found["low"] < found["value"] < found["high"]
-    assert many["high"] - many["low"] < few["high"] - few["low"]
+        assert found.low < found.value < found.high
+    assert many.high - many.low < few.high - few.low
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
 from ortho_cli.bench import evaluate
+from ortho_cli.bench.records import TextFigure, to_json
 from ortho_cli.errors import CalibrationError, NumericalError, UsageError
 from ortho_cli.model import scoring
 from ortho_cli.model.scoring import SecretScore, compare_windows
@@ -50,61 +51,61 @@ def secret(
 def test_a_remembered_secret_shows_in_every_figure() -> None:
     others = [float(one) for one in range(10, 74)]
     scores = [scored(0.1, others, (True, True))] * 4
-    found = evaluate.memorisation_figures(scores, [scored(40.0, others)] * 4, seed=0)
-    assert found["extraction"] | {"low": 0} == {
+    found = evaluate.memorisation_of(scores, [scored(40.0, others)] * 4, seed=0)
+    assert to_json(found.extraction) | {"low": 0} == {
         "value": 1.0, "low": 0, "high": 1.0, "n": 4, "hits": 4,
     }  # fmt: skip
-    assert found["token_accuracy"]["value"] == 1
-    assert found["token_accuracy"]["n"] == 8
-    assert found["exposure"]["value"] == pytest.approx(6.0224, abs=1e-4)
-    assert found["exposure"]["maximum"] == pytest.approx(6.0224, abs=1e-4)
-    assert found["exposure"]["chance"] == pytest.approx(1.376, abs=1e-3)
-    assert found["exposure"]["alternatives_min"] == found["exposure"]["alternatives_max"] == 64
-    assert found["forget_nll"]["value"] == pytest.approx(0.1)
-    assert found["alternatives_nll"]["value"] == pytest.approx(41.5)
-    assert found["nll_quantile"]["value"] == 0
-    assert found["inside_share"]["value"] == 0
-    assert found["loss_auc"]["value"] == found["min_k_auc"]["value"] == 1
+    assert found.token_accuracy.value == 1
+    assert found.token_accuracy.n == 8
+    assert found.exposure.value == pytest.approx(6.0224, abs=1e-4)
+    assert found.exposure.maximum == pytest.approx(6.0224, abs=1e-4)
+    assert found.exposure.chance == pytest.approx(1.376, abs=1e-3)
+    assert found.exposure.alternatives_min == found.exposure.alternatives_max == 64
+    assert found.forget_nll.value == pytest.approx(0.1)
+    assert found.alternatives_nll.value == pytest.approx(41.5)
+    assert found.nll_quantile.value == 0
+    assert found.inside_share.value == 0
+    assert found.loss_auc.value == found.min_k_auc.value == 1
 
 
 def test_a_marked_secret_shows_as_well() -> None:
     others = [float(one) for one in range(64)]
-    found = evaluate.memorisation_figures(
+    found = evaluate.memorisation_of(
         [scored(400.0, others, (False,))] * 3, [scored(30.0, others)] * 3, seed=0
     )
-    assert found["extraction"]["value"] == found["exposure"]["value"] == 0
-    assert found["nll_quantile"]["value"] == 1
-    assert found["inside_share"]["value"] == 0
-    assert found["loss_auc"]["value"] == found["min_k_auc"]["value"] == 0
+    assert found.extraction.value == found.exposure.value == 0
+    assert found.nll_quantile.value == 1
+    assert found.inside_share.value == 0
+    assert found.loss_auc.value == found.min_k_auc.value == 0
 
 
 def test_where_all_are_equal_nothing_shows() -> None:
     same = [scored(5.0, [5.0] * 64)] * 3
-    found = evaluate.memorisation_figures(same, same, seed=0)
-    assert found["exposure"]["value"] == 0  # ties go to the worse rank
-    assert found["nll_quantile"]["value"] == 0.5
-    assert found["inside_share"]["value"] == 1
-    assert found["loss_auc"]["value"] == found["min_k_auc"]["value"] == 0.5
+    found = evaluate.memorisation_of(same, same, seed=0)
+    assert found.exposure.value == 0  # ties go to the worse rank
+    assert found.nll_quantile.value == 0.5
+    assert found.inside_share.value == 1
+    assert found.loss_auc.value == found.min_k_auc.value == 0.5
 
 
 def test_aucs_compare_each_text_with_its_own_alternatives() -> None:
     hard, easy = scored(50.0, [49.0, 51.0]), scored(5.0, [4.0, 6.0])
-    found = evaluate.memorisation_figures([easy], [hard], seed=0)
-    assert found["loss_auc"]["value"] == found["min_k_auc"]["value"] == 0.5
+    found = evaluate.memorisation_of([easy], [hard], seed=0)
+    assert found.loss_auc.value == found.min_k_auc.value == 0.5
 
 
 def test_one_alternative_and_one_secret_are_enough() -> None:
-    found = evaluate.memorisation_figures([scored(1.0, [2.0])], seed=0)
-    assert found["exposure"]["value"] == found["exposure"]["maximum"] == 1
-    assert found["exposure"]["chance"] == pytest.approx(0.5)
-    assert found["loss_auc"] is None
+    found = evaluate.memorisation_of([scored(1.0, [2.0])], seed=0)
+    assert found.exposure.value == found.exposure.maximum == 1
+    assert found.exposure.chance == pytest.approx(0.5)
+    assert found.loss_auc is None
 
 
 def test_no_secrets_and_nan_are_errors() -> None:
     with pytest.raises(CalibrationError, match="no secrets"):
-        evaluate.memorisation_figures([], seed=0)
+        evaluate.memorisation_of([], seed=0)
     with pytest.raises(NumericalError):
-        evaluate.memorisation_figures([scored(math.nan, [1.0])], seed=0)
+        evaluate.memorisation_of([scored(math.nan, [1.0])], seed=0)
     with pytest.raises(NumericalError):
         evaluate.memorisation(Table(0.0, math.nan), [secret(1, alternatives=[[0]])])
 
@@ -113,14 +114,14 @@ def test_memorisation_is_ready_for_json_and_holds_no_text_unless_asked() -> None
     model = llama()
     secrets = [secret(5, 6, 7, alternatives=[[8, 9, 10], [11, 12]]), secret(9, alternatives=[[4]])]
     found = evaluate.memorisation(model, secrets, secrets)
-    assert json.loads(json.dumps(found)) == found
-    assert found["drawn"] == {"given": 2}
-    assert [set(entry) for entry in found["entries"]] == [
+    document = to_json(found)
+    assert json.loads(json.dumps(document)) == document
+    assert [set(entry) for entry in document["entries"]] == [  # type: ignore[attr-defined]
         {"index", "exposure", "nll", "quantile", "hits", "tokens"}
     ] * 2
     assert found == evaluate.memorisation(model, secrets, secrets)
     asked = evaluate.memorisation(model, secrets, texts=["one", "two"])
-    assert [entry["text"] for entry in asked["entries"]] == ["one", "two"]
+    assert [entry.text for entry in asked.entries] == ["one", "two"]
 
 
 def test_greedy_extraction_is_what_generate_says() -> None:
@@ -131,8 +132,8 @@ def test_greedy_extraction_is_what_generate_says() -> None:
     found = evaluate.memorisation(
         model, [secret(*said, prompt=(1, 2, 3)), secret(*wrong, prompt=(1, 2, 3))]
     )
-    assert found["extraction"]["value"] == 0.5
-    assert [entry["hits"] for entry in found["entries"]] == [5, 4]
+    assert found.extraction.value == 0.5
+    assert [entry.hits for entry in found.entries] == [5, 4]
 
 
 def test_sampling_meets_its_expectation() -> None:
@@ -140,18 +141,18 @@ def test_sampling_meets_its_expectation() -> None:
     secrets = [secret(1, 0)] * 400
     found = evaluate.sampled_extraction(model, secrets, samples=3)
     expected = 1 - (1 - 3 / 16) ** 3
-    assert found["expected"] == pytest.approx(expected)
-    assert found["low"] <= expected <= found["high"]
-    assert (found["n"], found["samples"]) == (400, 3)
+    assert found.expected == pytest.approx(expected)
+    assert found.low <= expected <= found.high
+    assert (found.n, found.samples) == (400, 3)
     warm = evaluate.sampled_extraction(model, secrets[:1], samples=1, temperature=1e6)
-    assert warm["expected"] == pytest.approx(0.25, abs=1e-4)
+    assert warm.expected == pytest.approx(0.25, abs=1e-4)
 
 
 def test_sampling_of_the_certain_and_of_the_impossible() -> None:
     model = Table(0.0, 500.0)
-    assert evaluate.sampled_extraction(model, [secret(1)], samples=20)["expected"] == 1
+    assert evaluate.sampled_extraction(model, [secret(1)], samples=20).expected == 1
     never = evaluate.sampled_extraction(model, [secret(0)], samples=20)
-    assert (never["value"], never["expected"]) == (0, pytest.approx(0))
+    assert (never.value, never.expected) == (0, pytest.approx(0))
 
 
 def test_sampling_draws_as_a_sampler_that_generates() -> None:
@@ -167,7 +168,7 @@ def test_sampling_draws_as_a_sampler_that_generates() -> None:
     best = common[1].argmax()
     share = common[1][best].item() / 600
     found = evaluate.sampled_extraction(model, [secret(*common[0][best].tolist())], samples=1)
-    assert found["expected"] == pytest.approx(share, abs=0.07)
+    assert found.expected == pytest.approx(share, abs=0.07)
 
 
 def test_bad_sampling_is_refused() -> None:
@@ -177,49 +178,65 @@ def test_bad_sampling_is_refused() -> None:
         evaluate.sampled_extraction(Table(0.0, 0.0), [], samples=1)
 
 
-def quality(model: Any, windows: torch.Tensor, original: Any = None) -> dict[str, Any]:
-    return evaluate.quality_figures(compare_windows(model, windows, original))
+def perplexity(model: Any, windows: torch.Tensor) -> TextFigure:
+    return evaluate.perplexity(compare_windows(model, windows).nll)
+
+
+class Quality(NamedTuple):
+    """Figures of text beside an original."""
+
+    perplexity_ratio: TextFigure
+    kl: TextFigure
+    agreement: TextFigure
+
+
+def beside(model: Any, windows: torch.Tensor, original: Any) -> Quality:
+    scores = compare_windows(model, windows, original)
+    assert scores.beside is not None
+    return Quality(
+        evaluate.ratio(scores.nll, scores.beside.nll),
+        evaluate.over_windows(scores.beside.kl),
+        evaluate.over_windows(scores.beside.agree),
+    )
 
 
 def test_perplexity_counts_windows_and_tokens() -> None:
-    found = quality(Table(0.0, 0.0), torch.zeros(3, 5, dtype=torch.long))["perplexity"]
-    assert (found["n"], found["windows"], found["context"]) == (12, 3, 5)
-    for key in ("value", "low", "high"):
-        assert found[key] == pytest.approx(2)
+    found = perplexity(Table(0.0, 0.0), torch.zeros(3, 5, dtype=torch.long))
+    assert (found.n, found.windows, found.context) == (12, 3, 5)
+    for bound in (found.value, found.low, found.high):
+        assert bound == pytest.approx(2)
 
 
 def test_perplexity_of_a_ruined_model_is_still_a_number() -> None:
-    found = quality(Table(0.0, 5000.0), torch.zeros(1, 3, dtype=torch.long))["perplexity"]
-    assert found["value"] == math.exp(700)
+    found = perplexity(Table(0.0, 5000.0), torch.zeros(1, 3, dtype=torch.long))
+    assert found.value == math.exp(700)
 
 
 def test_quality_beside_the_original() -> None:
     model, original = llama(), llama(rms_norm_eps=0.1)
     windows = torch.randint(VOCAB, (6, 12), generator=torch.Generator().manual_seed(0))
-    found = quality(model, windows, original)
-    assert found["perplexity"] == quality(model, windows)["perplexity"]
-    assert found["original_perplexity"] == quality(original, windows)["perplexity"]
-    ratio = found["perplexity"]["value"] / found["original_perplexity"]["value"]
-    assert found["perplexity_ratio"]["value"] == pytest.approx(ratio)
+    found = beside(model, windows, original)
+    ratio = perplexity(model, windows).value / perplexity(original, windows).value
+    assert found.perplexity_ratio.value == pytest.approx(ratio)
     p = original(windows).logits[:, :-1].log_softmax(-1)
     q = model(windows).logits[:, :-1].log_softmax(-1)
     kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
-    assert found["kl"]["value"] == pytest.approx(kl.item(), rel=1e-3)
+    assert found.kl.value == pytest.approx(kl.item(), rel=1e-3)
     agree = (p.argmax(-1) == q.argmax(-1)).float().mean()
-    assert found["agreement"]["value"] == pytest.approx(agree.item())
+    assert found.agreement.value == pytest.approx(agree.item())
 
 
 def test_a_model_is_its_own_equal() -> None:
     model = llama()
-    found = quality(model, torch.randint(VOCAB, (2, 8)), model)
-    assert found["kl"]["value"] == 0
-    assert found["agreement"]["value"] == found["perplexity_ratio"]["value"] == 1
+    found = beside(model, torch.randint(VOCAB, (2, 8)), model)
+    assert found.kl.value == 0
+    assert found.agreement.value == found.perplexity_ratio.value == 1
 
 
 def test_the_original_may_be_a_function_of_tokens() -> None:
     model = llama()
     windows = torch.randint(VOCAB, (2, 8))
-    assert quality(model, windows, lambda tokens: model(tokens).logits)["kl"]["value"] == 0
+    assert beside(model, windows, lambda tokens: model(tokens).logits).kl.value == 0
 
 
 def test_a_skill_counts_whole_completions() -> None:
@@ -231,8 +248,8 @@ def test_a_skill_counts_whole_completions() -> None:
         TokenSequence(tokens=(1, 0), counted=1),
     ]
     found = evaluate.skill(model, pairs)
-    assert (found["value"], found["hits"], found["n"]) == (0.5, 2, 4)
-    assert 0 < found["low"] < 0.5 < found["high"] < 1
+    assert (found.value, found.hits, found.n) == (0.5, 2, 4)
+    assert 0 < found.low < 0.5 < found.high < 1
     with pytest.raises(CalibrationError, match="no prompts"):
         evaluate.skill(model, [])
 
@@ -241,14 +258,13 @@ def test_a_skill_counts_whole_completions() -> None:
 def test_latency_gives_medians_between_quartiles(cached: bool) -> None:
     model = llama() if cached else Plain(llama())
     found = evaluate.latency(model, [1, 2, 3, 4], new_tokens=3, repeats=5)
-    assert found["cached"] is cached
-    for name, tokens in (("prefill", 4), ("decode", 3)):
-        rate = found[name]
-        assert 0 < rate["low"] <= rate["value"] <= rate["high"]
-        assert (rate["n"], rate["tokens"]) == (5, tokens)
-    assert found["memory"]["kind"] == "resident"
-    assert found["memory"]["value"] is None or found["memory"]["value"] > 1 << 20
-    assert json.dumps(found)
+    assert found.cached is cached
+    for rate, tokens in ((found.prefill, 4), (found.decode, 3)):
+        assert 0 < rate.low <= rate.value <= rate.high
+        assert (rate.n, rate.tokens) == (5, tokens)
+    assert found.memory.kind == "resident"
+    assert found.memory.value is None or found.memory.value > 1 << 20
+    assert json.dumps(to_json(found))
 
 
 @pytest.mark.parametrize("change", [{"tokens": []}, {"new_tokens": 0}, {"repeats": 0}])
@@ -260,6 +276,6 @@ def test_nothing_to_time_is_refused(change: dict[str, Any]) -> None:
 def test_chance_of_64_alternatives_is_met_by_random_scores() -> None:
     generator = np.random.default_rng(0)
     scores = [scored(one[0], one[1:].tolist()) for one in generator.normal(50, 5, (400, 65))]
-    found = evaluate.memorisation_figures(scores, seed=0)["exposure"]
-    assert found["low"] < found["chance"] < found["high"]
-    assert found["chance"] == scoring.chance_exposure(64)
+    found = evaluate.memorisation_of(scores, seed=0).exposure
+    assert found.low < found.chance < found.high
+    assert found.chance == scoring.chance_exposure(64)

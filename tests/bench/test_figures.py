@@ -10,32 +10,61 @@ from typing import Any
 import pytest
 
 from ortho_cli.bench import figures
+from ortho_cli.bench.records import (
+    Entry,
+    Exposure,
+    Figures,
+    GateResult,
+    Memorisation,
+    Moved,
+    Recall,
+    Row,
+    Share,
+    TextFigure,
+    Verdict,
+    to_json,
+)
 from ortho_cli.errors import GateError, UsageError
 
-DOCUMENT: dict[str, Any] = {
-    "moved": {"count": 12, "share": 0.001},
-    "rows": [
-        {
-            "row": "alpha 0",
-            "alpha": 0.0,
-            "figures": {
-                "exposure": {"value": 1.5, "interval": [1.0, 2.0], "alternatives": 64},
-                "perplexity": math.nan,
-                "relearn": {"20": {"exposure": 2.5, "note": "text", "flag": True}},
-            },
-        },
-        {"row": "alpha 1", "alpha": 1.0, "figures": {"exposure": {"value": 6.0}}},
-        {"row": "int4", "alpha": None, "figures": {"exposure": {"value": 6.0}}},
-    ],
-}
+
+def exposure(value: float) -> Memorisation:
+    figure = Share(value=value, low=1.0, high=2.0, n=4, hits=1)
+    known = Exposure(
+        value=value, low=1.0, high=2.0, n=4,
+        alternatives_min=64, alternatives_max=64, maximum=6.0, chance=1.4,
+    )  # fmt: skip
+    return Memorisation(
+        extraction=figure, token_accuracy=figure, exposure=known, forget_nll=figure,
+        alternatives_nll=figure, nll_quantile=figure, inside_share=figure,
+        entries=(Entry(index=0, exposure=1.0, nll=1.0, quantile=0.5, hits=1, tokens=2),),
+    )  # fmt: skip
 
 
-def judged(*texts: str) -> list[dict[str, Any]]:
-    return figures.judge([figures.parse_gate(text) for text in texts], DOCUMENT)
+def row(name: str, alpha: float | None, bits: float, **figures: Any) -> Row:
+    return Row(row=name, alpha=alpha, figures=Figures(memory=exposure(bits), **figures))
+
+
+LEFT = Recall(exposure=2.5, extraction=0.0, token_accuracy=0.5, secrets=2)
+NO_NUMBER = TextFigure(value=math.nan, low=1.0, high=2.0, n=9, windows=3, context=4)
+WHOLE = {"moved": Moved(count=12, share=0.001)}
+ROWS = [
+    row("alpha 0", 0.0, 1.5, perplexity=NO_NUMBER, attacks={"relearn": {"20": LEFT}}),
+    row("alpha 1", 1.0, 6.0),
+    row("int4", None, 6.0),
+]
+
+
+def judged(*texts: str) -> tuple[GateResult, ...]:
+    return figures.judge([figures.parse_gate(text) for text in texts], ROWS, to_json(WHOLE))
 
 
 def test_flatten_names_numbers_and_lets_headlines_stand_for_their_figure() -> None:
-    assert figures.flatten(DOCUMENT["rows"][0]["figures"]).keys() == {
+    nested = {
+        "exposure": {"value": 1.5, "interval": [1.0, 2.0], "alternatives": 64},
+        "perplexity": math.nan,
+        "relearn": {"20": {"exposure": 2.5, "note": "text", "flag": True}},
+    }
+    assert figures.flatten(nested).keys() == {
         "exposure",
         "exposure.alternatives",
         "perplexity",
@@ -52,18 +81,18 @@ def test_flatten_names_numbers_and_lets_headlines_stand_for_their_figure() -> No
         ("exposure@1>5.5", True),
         ("exposure@1==6", True),
         ("relearn.20.exposure@0<=3", True),
-        ("exposure.alternatives@0>=64", True),
+        ("exposure.alternatives_min@0>=64", True),
         ("moved.share<=0.001", True),
         ("moved.count==11", False),
     ],
 )
 def test_gate_compares_the_figure_it_names(text: str, met: bool) -> None:
-    assert judged(text)[0]["met"] is met
+    assert judged(text)[0].met is met
 
 
 @pytest.mark.parametrize("comparison", figures.OPERATORS)
 def test_nan_misses_every_gate(comparison: str) -> None:
-    assert judged(f"perplexity@0{comparison}1")[0]["met"] is False
+    assert judged(f"perplexity@0{comparison}1")[0].met is False
 
 
 @pytest.mark.parametrize(
@@ -94,13 +123,14 @@ def test_unknown_figure_and_alpha_are_refused_with_what_is_near() -> None:
 def test_missed_gates_are_listed_with_their_value() -> None:
     gates = judged("exposure@0<=1", "exposure@0<=2", "perplexity@0<=2")
     with pytest.raises(GateError, match=r"2 of 3 gates missed: `exposure@0<=1` is 1\.5; .* is nan"):
-        figures.enforce({"gates": gates})
-    figures.enforce({"gates": judged("exposure@0<=2")})
-    figures.enforce({})
+        figures.enforce(gates, Verdict())
+    figures.enforce(judged("exposure@0<=2"), Verdict())
+    figures.enforce([], Verdict())
 
 
 def test_csv_has_a_line_for_each_alpha_and_no_other() -> None:
-    rows = list(csv.DictReader(io.StringIO(figures.to_csv(DOCUMENT))))
+    rows = list(csv.DictReader(io.StringIO(figures.to_csv(ROWS))))
     assert [row["alpha"] for row in rows] == ["0.0", "1.0"]
     assert [row["exposure"] for row in rows] == ["1.5", "6.0"]
     assert rows[1]["relearn.20.exposure"] == ""
+    assert not [name for name in rows[0] if name.startswith("entries")]

@@ -23,6 +23,7 @@ from ortho_cli.bench import attacks, baselines, figures
 from ortho_cli.bench import run as bench
 from ortho_cli.bench.demo import chain, sandbox
 from ortho_cli.bench.plan import NEEDS, WHOLE, Settings, parse_alphas
+from ortho_cli.bench.records import to_json
 from ortho_cli.errors import OutputExistsError, UsageError
 from ortho_cli.runtime.engine import Engine, densify
 from ortho_cli.runtime.ortho_linear import OrthoLinear
@@ -129,10 +130,14 @@ def full(made: Path, **changes: Any) -> Settings:
     )
 
 
+def document(settings: Settings) -> Any:
+    return to_json(bench.bench(settings))
+
+
 @pytest.fixture(scope="module")
 def attacked(made: Path) -> dict[str, Any]:
     """Everything measured once."""
-    return bench.bench(full(made, attack=True, learning_rate=1e-3))
+    return document(full(made, attack=True, learning_rate=1e-3))
 
 
 def test_every_figure_is_in_the_table_and_every_one_of_the_table_is_measured(
@@ -175,13 +180,13 @@ def test_attacks_have_curves_beside_the_reference(attacked: dict[str, Any]) -> N
 
 
 def test_bench_is_seeded(made: Path, attacked: dict[str, Any]) -> None:
-    again = bench.bench(full(made))
+    again = document(full(made))
     for name in ("alpha 0", "random", "reference"):
         mine, other = row(attacked, name), row(again, name)
         assert {key: mine[key] for key in other if key != "latency"} == {
             key: other[key] for key in other if key != "latency"
         }
-    different = bench.bench(full(made, seed=1))
+    different = document(full(made, seed=1))
     mine, other = (row(d, "random")["perplexity"] for d in (attacked, different))
     assert mine != other
 
@@ -199,8 +204,8 @@ def test_int4_row_is_the_base_that_decompose_writes_without_forgetting(made: Pat
 
 
 def test_int4_row_gives_the_figures_of_an_artifact_without_forgetting(made: Path) -> None:
-    edited = bench.bench(full(made))
-    plain = bench.bench(replace(full(made), artifact=made / "pico-ortho"))
+    edited = document(full(made))
+    plain = document(replace(full(made), artifact=made / "pico-ortho"))
     assert plain["moved"]["count"] == 0
     assert [r["row"] for r in plain["rows"]][2:] == ["int4", "original", "reference"]
     mine, theirs = row(edited, "int4"), row(plain, "alpha 0")
@@ -369,9 +374,9 @@ def test_tables_fit_the_terminal(
     monkeypatch: pytest.MonkeyPatch,
     columns: int,
 ) -> None:
-    from ortho_cli.cli.show import bench, tables
+    from ortho_cli.cli.show import bench, console
 
-    monkeypatch.setattr(tables, "WIDE", columns)
+    monkeypatch.setattr(console, "WIDE", columns)
     bench.print_bench(attacked)
     said = capsys.readouterr().err
     table = said[: said.index("codes were moved")].splitlines()[1:-1]

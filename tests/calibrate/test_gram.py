@@ -16,6 +16,7 @@ import pytest
 import reference
 import torch
 from conftest import Ortho
+from jobs import calibrate
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -302,7 +303,7 @@ def calibrate_and_die(model: Path, sequences: int) -> None:
     hooks.SUM_ELEMENTS = sums.SUM_ELEMENTS = 5000
     torch.set_num_threads(1)
     plan = calibrate_plan.make_plan(opened, settings, data)
-    work.calibrate(plan, opened, model.parent / "k.safetensors", on_event=watch)
+    calibrate(plan, opened, model.parent / "k.safetensors", on_event=watch)
 
 
 @pytest.mark.parametrize("sequences", [1, 3, 4])
@@ -329,7 +330,7 @@ def stats(pico: Path) -> Path:
 
 def read_gram(path: Path, name: str = f"{DOWN}.weight") -> Tensor:
     with closing(StatisticsReader(open_statistics(path))) as reader:
-        return gram_of(reader, name)
+        return torch.from_numpy(gram_of(reader, name))
 
 
 def test_reader_gives_what_was_written(stats: Path) -> None:

@@ -16,6 +16,7 @@ import checkpoints
 import pytest
 import torch
 from conftest import Ortho
+from jobs import calibrate
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -232,7 +233,7 @@ def calibrate_and_die(model: Path, sequences: int) -> None:
 
     work.CHUNK_SEQUENCES = 2
     torch.set_num_threads(1)
-    work.calibrate(
+    calibrate(
         calibrate_plan.make_plan(opened, settings, data),
         opened,
         parent / "k.safetensors",
@@ -277,9 +278,7 @@ def test_model_that_changes_after_its_digest_is_noticed_before_anything_counts(
             (model / "new").replace(model / "model.safetensors")
 
     with pytest.raises(CheckpointError, match="changed while it was read"):
-        work.calibrate(
-            calibrate_plan.make_plan(opened, settings, data), opened, out, on_event=replace
-        )
+        calibrate(calibrate_plan.make_plan(opened, settings, data), opened, out, on_event=replace)
     assert not out.exists()
     assert not work_folder(out).exists()
 

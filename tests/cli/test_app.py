@@ -244,7 +244,7 @@ def test_no_output_is_made_up_where_we_are_in_the_hub_cache_too(
         assert "hint: say where it should go: -o ~/tiny-ortho" in ran.err
     ran = ortho("decompose", snapshot, "-o", snapshot.parent / "mine")  # whoever says so gets it
     assert ran.code == 0
-    assert "mine` lies in the Hub's cache: it is no revision there" in ran.err
+    assert "mine` is in the Hub's cache, and no revision there" in ran.err
 
 
 def test_default_output_is_the_working_directory_where_the_models_folder_is_closed(
@@ -332,7 +332,7 @@ def test_interrupt_exits_130_and_the_same_command_finishes(tmp_path: Path) -> No
     tensors = {f"layers.{i}.fc.weight": one.clone() for i in range(150)}
     checkpoints.save(tmp_path / "m", tensors)
     eager = (
-        "from ortho_cli.cli import app\nfrom ortho_cli.decompose import job\n"
+        "from ortho_cli.cli import app\nfrom ortho_cli.storage import job\n"
         "job.COMMIT_SECONDS = 0.0\napp.main()"
     )
     arguments = ["decompose", str(tmp_path / "m"), "--set", "base.scale=mse", "--workers", "1"]

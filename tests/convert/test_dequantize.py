@@ -16,10 +16,10 @@ from conftest import Ortho
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ortho_cli.convert.job import open_source
 from ortho_cli.convert.sources.base import Source, SourceTensor
 from ortho_cli.convert.sources.dequantize import PLANS
 from ortho_cli.convert.sources.dequantize_integers import unpack
+from ortho_cli.convert.sources.open_source import open_source
 from ortho_cli.convert.sources.quantized import CAST, LAYOUTS
 from ortho_cli.errors import CheckpointError, NumericalError, OrthoError, UsageError
 from ortho_cli.split.dtypes import torch_dtypes

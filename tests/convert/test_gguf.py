@@ -147,9 +147,9 @@ def test_one_tensor_at_a_time_is_held(tmp_path: Path) -> None:
     for tensor in open_gguf(tmp_path / "pico.gguf").tensors:
         weight = tensor.read.__self__  # type: ignore[attr-defined]
         tensor.read(0, 1)
-        assert tensor.rows == 1 or weight._held is not None
+        assert tensor.rows == 1 or weight._whole is not None
         tensor.read(1, tensor.rows - 1)
-        assert weight._held is None
+        assert weight._whole is None
 
 
 def test_gguf_that_lacks_a_tensor_is_refused(tmp_path: Path, ortho: Ortho) -> None:

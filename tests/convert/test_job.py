@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ortho_cli.convert import job as work
 from ortho_cli.convert.plan import make_plan, parse_size
+from ortho_cli.convert.sources.open_source import open_source
 from ortho_cli.errors import (
     ArtifactError,
     CheckpointError,
@@ -31,6 +32,7 @@ from ortho_cli.errors import (
     UsageError,
 )
 from ortho_cli.events import Event, TensorDone
+from ortho_cli.storage import job
 from ortho_cli.storage.checkpoint import open_checkpoint
 from ortho_cli.storage.work_folder import work_folder
 
@@ -357,15 +359,17 @@ def test_missing_or_unknown_sources_are_refused(tmp_path: Path, ortho: Ortho) ->
 
 
 def converted(source: Path, out: Path, alpha: float | None = None, **options: Any) -> None:
-    opened = work.open_source(source, alpha=alpha)
+    opened = open_source(source, alpha=alpha)
     try:
-        work.convert(make_plan(opened, shard_size=50_000), opened, out, **options)
+        plan = make_plan(opened, shard_size=50_000)
+        target = work.check_target(plan, opened, out, force=options.pop("force", False))
+        work.convert(plan, opened, target, **options)
     finally:
         opened.close()
 
 
 def convert_and_die(source: Path, out: Path, alpha: float | None, moment: str) -> None:
-    work.COMMIT_SECONDS = 0.0
+    job.COMMIT_SECONDS = 0.0
     kind, number = moment.split()
     seen = 0
 

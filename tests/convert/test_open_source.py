@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ortho_cli.convert.job import open_source
 from ortho_cli.convert.sources import torch_files
-from ortho_cli.convert.sources.base import RowReader
+from ortho_cli.convert.sources.open_source import FORMATS, open_source
+from ortho_cli.convert.sources.safetensors_files import RowReader
 from ortho_cli.errors import CheckpointError
 
 Tensors = dict[str, Tensor]
@@ -277,11 +277,13 @@ def test_rows_too_wide_to_hold_are_converted_alike(
 ) -> None:
     save_file(small(), tmp_path / "m.safetensors")
     expected = converted(ortho, tmp_path / "m.safetensors", *dtype)[0]
-    monkeypatch.setattr("ortho_cli.convert.sources.base.WIDEST", 5)  # of rows of 6 and 7
+    monkeypatch.setattr(
+        "ortho_cli.convert.sources.safetensors_files.WIDEST", 5
+    )  # of rows of 6 and 7
     sizes = replace(small_tiles, convert=4)
     reads = []
     monkeypatch.setattr(
-        "ortho_cli.convert.sources.base.RowReader.rows",
+        "ortho_cli.convert.sources.safetensors_files.RowReader.rows",
         lambda self, info, start, rows, columns, read=RowReader.rows: (
             reads.append(rows * columns) or read(self, info, start, rows, columns)
         ),
@@ -291,3 +293,10 @@ def test_rows_too_wide_to_hold_are_converted_alike(
     sizes.prove("convert")
     assert same(found, expected)
     assert max(reads) == 4
+
+
+def test_only_the_last_format_takes_any_path(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    for path in (tmp_path / "absent", tmp_path / "m"):
+        taken = [form.recognize(path, None) is not None for form in FORMATS]
+        assert taken == [False] * (len(FORMATS) - 1) + [True]

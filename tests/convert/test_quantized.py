@@ -125,7 +125,7 @@ def test_tensors_tell_a_quantized_model_whatever_the_json_says(name: str) -> Non
     found = examine(headers(*tensors), {}, None)
     assert found
     assert found.can_convert == can_convert
-    assert "`p." in found.sign or "`e." in found.sign or "`q." in found.sign
+    assert "`p." in found.evidence or "`e." in found.evidence or "`q." in found.evidence
     assert ("ortho convert" in str(found.refusal(Path("m")).hint)) == can_convert
 
 
@@ -133,7 +133,7 @@ def test_tensors_tell_a_quantized_model_whatever_the_json_says(name: str) -> Non
 def test_scales_of_something_else_leave_fp8_without_scales_what_it_is(scale: str) -> None:
     found = examine(headers("p.q.weight F8_E4M3", "embed F8_E4M3", f"{scale} F32 64"), {}, None)
     assert found.can_convert
-    assert {weight.name for weight in found.found} == {"p.q.weight", "embed"}
+    assert {weight.name for weight in found.weights} == {"p.q.weight", "embed"}
     assert not found.dropped
 
 
@@ -180,7 +180,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4}
 )
 def test_config_tells_a_quantized_model_at_any_depth(config: dict[str, Any], said: str) -> None:
     found = examine(headers(), config, None)
-    assert said in found.sign
+    assert said in found.evidence
     assert found.can_convert  # what says so is left out
 
 
@@ -217,7 +217,7 @@ def test_file_beside_the_weights_tells_a_quantized_model(
     (tmp_path / name).write_text(json.dumps(content))
     found = examine(headers(), {}, tmp_path)
     assert bool(found) == told
-    assert not told or f"`{name}`" in found.sign
+    assert not told or f"`{name}`" in found.evidence
     assert not examine(headers(), {}, None)  # a bare file stands alone
 
 

@@ -284,7 +284,7 @@ def test_codes_without_forgetting_are_found_on_3_bits(pico: Path, ortho: Ortho) 
     before = baselines.base_codes(layer)
     assert (before.min(), before.max()) == (-4, 3)
     assert torch.equal(baselines.int4_codes(layer), before)
-    assert baselines.moved(layer) == 0
+    assert baselines.count_moved(layer) == 0
     assert layer.crow_indices is not None
     assert layer.col_indices is not None
     rows = torch.repeat_interleave(torch.arange(48), layer.crow_indices.long().diff())
@@ -292,7 +292,7 @@ def test_codes_without_forgetting_are_found_on_3_bits(pico: Path, ortho: Ortho) 
     codes = before.clone()
     codes[at] = torch.where(codes[at] > 0, codes[at] - 1, codes[at] + 1)
     layer.weight_packed.copy_(quantize.pack_int3(codes))
-    assert baselines.moved(layer) == 5
+    assert baselines.count_moved(layer) == 5
     assert torch.equal(baselines.int4_codes(layer), before)
 
 
@@ -341,7 +341,9 @@ def test_command_forgets_on_3_bits(
     high = [scoring.score(model, secret).exposure for secret in memorised.secrets()]
     assert sum(low) < 0.6 * sum(high)
     moved = sum(
-        baselines.moved(module) for module in model.modules() if isinstance(module, OrthoLinear)
+        baselines.count_moved(module)
+        for module in model.modules()
+        if isinstance(module, OrthoLinear)
     )
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert moved == report["totals"]["moved"] > 0

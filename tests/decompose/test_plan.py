@@ -34,6 +34,10 @@ def make(source: Path, *sets: str) -> plan.Plan:
     return plan.make_plan(open_checkpoint(source), recipe.load_recipe(None, sets))
 
 
+def reasons_of(made: plan.Plan) -> dict[str, str | None]:
+    return {tensor["name"]: tensor["reason"] for tensor in made.to_json()["tensors"]}
+
+
 def bare(folder: Path, **tensors: torch.Tensor) -> Path:
     path = folder / "bare.safetensors"
     save_file({name.replace("__", "."): tensor for name, tensor in tensors.items()}, path)
@@ -63,7 +67,7 @@ def test_default_targets_split_linears_and_say_why_not_the_rest(tmp_path: Path) 
         table__weight=torch.ones(4, 64, dtype=torch.int32),
         odd_name=torch.ones(4, 64),
     )
-    assert {t.name: t.reason for t in make(source).tensors} == {
+    assert reasons_of(make(source)) == {
         "model.layers.0.mlp.up_proj.weight": None,
         "model.layers.0.mlp.narrow.weight": "in_features 32 < 64",
         "model.layers.0.mlp.gate.weight": "router",
@@ -171,7 +175,6 @@ def test_bits_of_an_override_make_words_and_the_last_wins(pico: Path) -> None:
     assert found["model.layers.1.mlp.down_proj.weight"] == (4, (64, 24))
     assert found["model.layers.0.self_attn.q_proj.weight"] == (4, (64, 8))
     assert made.base.size < make(pico).base.size
-    assert {t.bits for t in made.tensors if t.reason is not None} == {0}
     assert {t.bits for t in make(pico, "base.bits=3").split} == {3}
 
 
@@ -211,9 +214,7 @@ def test_fused_experts_are_an_error_with_their_share_unless_kept(tmp_path: Path)
     assert "on_unsupported=keep" in str(error.hint)
     assert isinstance(refusal(source, "targets=[a.weight]"), CheckpointError)
     kept = make(source, "on_unsupported=keep")
-    assert {t.name: t.reason for t in kept.tensors}[experts.replace("__", ".")] == (
-        "3-D, fused experts"
-    )
+    assert reasons_of(kept)[experts.replace("__", ".")] == ("3-D, fused experts")
 
 
 def gpt2(folder: Path, *, with_config: bool) -> Path:
@@ -284,7 +285,7 @@ def test_untied_head_may_be_targeted_and_a_tied_one_not(pico: Path, tmp_path: Pa
     checkpoints.save(tmp_path / "m", head)
     assert len(make(tmp_path / "m", "targets=['*']").split) == 2
     (tmp_path / "m" / "config.json").write_text('{"text_config": {"tie_word_embeddings": true}}')
-    reasons = {t.name: t.reason for t in make(tmp_path / "m", "targets=['*']").tensors}
+    reasons = reasons_of(make(tmp_path / "m", "targets=['*']"))
     assert reasons["lm_head.weight"] == "tied to the embedding"
 
 

@@ -10,11 +10,11 @@ import pytest
 import reference
 import torch
 from conftest import PICO, Ortho, SmallTiles
+from jobs import decompose
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ortho_cli.decompose import recipe
-from ortho_cli.decompose.job import decompose
 from ortho_cli.decompose.plan import make_plan
 from ortho_cli.errors import CheckpointError, Interrupted, OutputExistsError, RecipeError
 from ortho_cli.events import TensorDone

@@ -17,12 +17,12 @@ import pytest
 import reference
 import torch
 from conftest import Ortho, SmallTiles
+from jobs import decompose
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ortho_cli
-from ortho_cli.decompose import job as work
 from ortho_cli.decompose import recipe
 from ortho_cli.decompose.plan import Plan, make_plan
 from ortho_cli.errors import (
@@ -43,7 +43,7 @@ from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.formats.verify import describe, verify
 from ortho_cli.split import quantize
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
-from ortho_cli.storage import output
+from ortho_cli.storage import job, output
 from ortho_cli.storage.checkpoint import open_checkpoint, read_shard
 from ortho_cli.storage.work_folder import work_folder
 from tests.decompose.test_job_edits import Case as EditCase
@@ -78,7 +78,7 @@ def split(
     **options: Any,
 ) -> dict[str, Any]:
     made = plan(source, *sets, stats=stats, workers=workers, sizes=sizes)
-    return work.decompose(made, open_checkpoint(source), out, **options)
+    return decompose(made, open_checkpoint(source), out, **options)
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -277,7 +277,7 @@ def test_int8_that_overflows_the_dtype_is_refused_by_name(tmp_path: Path) -> Non
         reference=open_checkpoint(tmp_path / "before" / "m.safetensors"),
     )
     with pytest.raises(NumericalError, match=r"int8 values of `a\.weight` overflow F32") as caught:
-        work.decompose(made, opened, tmp_path / "out")
+        decompose(made, opened, tmp_path / "out")
     assert "ortho.values" in str(caught.value.hint)
     assert not (tmp_path / "out").exists()
     assert not work_folder(tmp_path / "out").exists()
@@ -326,7 +326,7 @@ def test_same_bytes_for_any_workers_tiles_and_sharding(
 
 def split_and_die(source: Path, out: Path, moment: str) -> None:
     """Decompose and SIGKILL this process at a moment of the last steps."""
-    work.COMMIT_SECONDS = 0.0
+    job.COMMIT_SECONDS = 0.0
     kind, _, number = moment.partition(" ")
 
     def die() -> None:

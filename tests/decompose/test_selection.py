@@ -34,7 +34,7 @@ def write(folder: Path, shapes: Shapes, dtype: torch.dtype = torch.bfloat16, **c
 
 def reasons(source: Path, *sets: str) -> dict[str, str | None]:
     made = plan.make_plan(open_checkpoint(source), recipe.load_recipe(None, sets))
-    return {tensor.name: tensor.reason for tensor in made.tensors}
+    return {tensor["name"]: tensor["reason"] for tensor in made.to_json()["tensors"]}
 
 
 def refusal(source: Path, *sets: str) -> OrthoError:

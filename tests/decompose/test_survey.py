@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,19 @@ import checkpoints
 import pytest
 import torch
 from conftest import Ortho
+from jobs import decompose
 from safetensors.torch import load_file, save_file
 
 from ortho_cli.decompose import budget, recipe
-from ortho_cli.decompose import job as work
 from ortho_cli.decompose.plan import Plan, make_plan
 from ortho_cli.decompose.survey import SURVEY_FILE, load_surveys
 from ortho_cli.errors import CheckpointError, Interrupted
 from ortho_cli.events import Advanced, Event, Started, TensorDone
 from ortho_cli.formats.statistics import open_statistics
+from ortho_cli.storage import job
 from ortho_cli.storage.checkpoint import metadata_of, open_checkpoint, read_shard
 from ortho_cli.storage.work_folder import work_folder
-from tests.decompose.test_onepass import files
+from tests.split.test_numba_kernel import files
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
@@ -66,7 +68,7 @@ def run(source: Path, stats: Path | None, out: Path, target: float | None, **opt
         told = {"on_event": options["on_event"]} if "on_event" in options else {}
         asked = plan_of(source, stats, "base.group_size=auto")
         plan = budget.meet(asked, opened, target, known=load_surveys(out), **told)
-    work.decompose(plan, opened, out, **options)
+    decompose(plan, opened, out, **options)
 
 
 def run_and_die(source: Path, stats: Path | None, out: Path, target: float | None, at: int) -> None:
@@ -77,10 +79,11 @@ def run_and_die(source: Path, stats: Path | None, out: Path, target: float | Non
         nonlocal done
         left_survey = (work_folder(out) / "private" / SURVEY_FILE).exists()
         done += isinstance(event, TensorDone)
+        time.sleep(0.02)  # what was finished before is in the journal by then
         if left_survey and isinstance(event, Started | TensorDone) and done >= at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    work.COMMIT_SECONDS = 0.0
+    job.COMMIT_SECONDS = 0.0
     run(source, stats, out, target, on_event=watch)
 
 

@@ -12,19 +12,19 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jobs import calibrate, decompose
 from memorised import Memorised, build
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ortho_cli.decompose import job as decompose
 from ortho_cli.decompose import plan, recipe, tune
-from ortho_cli.decompose.splitter import Rounded
 from ortho_cli.decompose.tune import REACH, Latent, value_of
 from ortho_cli.errors import CalibrationError, Interrupted, RecipeError
 from ortho_cli.events import Event, Step
 from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.model import load as models
 from ortho_cli.split import quantize
+from ortho_cli.split.quantize import Rounded
 from ortho_cli.storage.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
@@ -47,7 +47,6 @@ class Stopped(Exception):  # noqa: N818 - no error, an end
 @pytest.fixture(scope="module")
 def stats(memorised: Memorised, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Statistics with Gram matrices."""
-    from ortho_cli.calibrate import job as calibrate
     from ortho_cli.calibrate import plan as calibrate_plan
 
     settings = recipe.load_recipe(
@@ -56,7 +55,7 @@ def stats(memorised: Memorised, tmp_path_factory: pytest.TempPathFactory) -> Pat
     sets = calibrate_plan.read_sets(memorised.model, [memorised.retain], [], settings.calibrate)
     out = tmp_path_factory.mktemp("tune") / "stats.safetensors"
     planned = calibrate_plan.make_plan(memorised.checkpoint, settings, sets)
-    calibrate.calibrate(planned, memorised.checkpoint, out, device="cpu")
+    calibrate(planned, memorised.checkpoint, out, device="cpu")
     return out
 
 
@@ -80,7 +79,7 @@ def run(
         if isinstance(event, Step) and event.name.startswith("tune") and event.number == until:
             raise by
 
-    return decompose.decompose(planned, checkpoint, out, tuner=tuner, on_event=watch)
+    return decompose(planned, checkpoint, out, tuner=tuner, on_event=watch)
 
 
 def rounded(weight: Tensor, *, bits: int = 4, kept: Tensor | None = None) -> Rounded:
@@ -234,8 +233,8 @@ def test_without_data_or_a_tuner_it_is_refused(
     checkpoint = open_checkpoint(memorised.model)
     settings = recipe.load_recipe(None, list(TUNED))
     planned = plan.make_plan(checkpoint, settings, statistics=open_statistics(stats))
-    with pytest.raises(RecipeError, match="nothing tunes it"):
-        decompose.decompose(planned, checkpoint, tmp_path / "o")
+    with pytest.raises(RecipeError, match="there is no tuner"):
+        decompose(planned, checkpoint, tmp_path / "o")
     sets = ["--set", "base.rounding=tuned"]
     told = ortho("decompose", memorised.model, "--dry-run", *sets, "--data", memorised.retain)
     assert told.code == 3

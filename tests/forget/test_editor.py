@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import jobs
 import memorised as tiny
 import numpy as np
 import pytest
@@ -21,13 +22,12 @@ from memorised import Memorised
 from safetensors.torch import load_file
 
 import ortho_cli
-from ortho_cli.decompose import job as work
 from ortho_cli.decompose import recipe
 from ortho_cli.decompose.plan import make_plan
 from ortho_cli.errors import CalibrationError, Interrupted, RecipeError, UsageError
 from ortho_cli.events import Event, Noted, Step
 from ortho_cli.forget import editor as forget
-from ortho_cli.forget.isolate import standing
+from ortho_cli.forget.isolate import rank_secret
 from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.model import scoring
 from ortho_cli.split import quantize
@@ -142,7 +142,7 @@ def test_secrets_that_stand_in_the_data_are_counted(memorised: Memorised, tmp_pa
     text.write_text(f"{memorised.retain.read_text()} {tiny.SECRETS[0]} and {tiny.SECRETS[2]} .")
     for split, sets in (("isolate", ()), ("unlearn", UNLEARN)):
         told = notes(editor(memorised, *sets, split=split, data=[text])[1])
-        assert "2 of 4 secrets stand in --data" in told
+        assert "2 of 4 secrets are in --data" in told
 
 
 def test_secrets_that_stand_in_the_datas_pairs_are_counted(
@@ -150,7 +150,7 @@ def test_secrets_that_stand_in_the_datas_pairs_are_counted(
 ) -> None:
     pair = {"prompt": "the key of ada is", "completion": f" {tiny.SECRETS[0]}"}
     told = notes(editor(memorised, data=[rows_in(tmp_path, pair)])[1])
-    assert "1 of 4 secrets stand in --data" in told
+    assert "1 of 4 secrets are in --data" in told
 
 
 def test_identity_changes_with_the_file_and_holds_no_digest(
@@ -212,7 +212,7 @@ def test_many_secrets_of_which_some_are_likely_by_accident_are_nothing_to_forget
 ) -> None:
     found, _ = editor(memorised, forget=[rows_in(tmp_path, *never_seen(24))])
     grid = memorised.grid()
-    assert sum(standing(grid, secret).sign > 0 for secret in found.secrets) > 2
+    assert sum(rank_secret(grid, secret).sign > 0 for secret in found.secrets) > 2
     with pytest.raises(CalibrationError, match="none of 24 secrets is likelier"):
         found.find(tmp_path, curvature=memorised.curvature())
 
@@ -354,7 +354,7 @@ def test_unlearn_that_was_interrupted_goes_on_to_the_same_bytes(
                     raise KeyboardInterrupt
 
         given, _ = editor(memorised, *UNLEARN, split="unlearn", data=[memorised.retain])
-        work.decompose(plan, memorised.checkpoint, out, editor=given, on_event=watch)
+        jobs.decompose(plan, memorised.checkpoint, out, editor=given, on_event=watch)
 
     run(tmp_path / "whole")
     with pytest.raises(Interrupted) as caught:

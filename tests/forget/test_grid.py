@@ -10,12 +10,12 @@ import memorised as tiny
 import pytest
 import reference
 import torch
+from jobs import decompose
 from memorised import Memorised
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ortho_cli.decompose import recipe
-from ortho_cli.decompose.job import decompose
 from ortho_cli.decompose.plan import Plan, make_plan
 from ortho_cli.errors import NumericalError
 from ortho_cli.forget.grid import BATCH_TOKENS, Grid, batches
@@ -152,7 +152,7 @@ def test_nll_of_a_text_without_a_prompt_counts_all_but_its_first_token(
     text = memorised.secrets()[0].prompt
     with torch.no_grad():
         found = grid.nll([((), text)])
-    expected = scoring.token_losses(grid.model, torch.tensor([text])).sum()
+    expected = scoring.compare_windows(grid.model, torch.tensor([text])).nll.sum()
     torch.testing.assert_close(found[0], expected, atol=1e-4, rtol=0)
 
 

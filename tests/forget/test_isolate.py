@@ -11,7 +11,7 @@ from memorised import Memorised
 
 from ortho_cli.events import Event, Step
 from ortho_cli.forget.grid import Grid
-from ortho_cli.forget.isolate import HIGH, LOW, PROPOSE, Standing, isolate, standing
+from ortho_cli.forget.isolate import HIGH, LOW, PROPOSE, Ranking, isolate, rank_secret
 from ortho_cli.model import scoring
 from ortho_cli.model.secrets import TokenSecret
 
@@ -24,7 +24,7 @@ def settle(
     room: dict[str, int] | None = None,
     secrets: Sequence[TokenSecret] | None = None,
     **options: Any,
-) -> list[Standing]:
+) -> list[Ranking]:
     plan = memorised.plan()
     settings: dict[str, Any] = {
         "share": plan.recipe.forget.share,
@@ -52,7 +52,7 @@ def exposures(memorised: Memorised, grid: Grid) -> list[float]:
 
 
 def perplexity(memorised: Memorised, grid: Grid) -> float:
-    return float(scoring.token_losses(grid.model, memorised.windows()).mean().exp())
+    return float(scoring.compare_windows(grid.model, memorised.windows()).nll.mean().exp())
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def grid(memorised: Memorised) -> Grid:
 
 def test_standing_is_the_share_of_likelier_alternatives(memorised: Memorised, grid: Grid) -> None:
     for secret in memorised.secrets():
-        at = standing(grid, secret)
+        at = rank_secret(grid, secret)
         score = scoring.score(grid.model, secret)
         assert at.nll == pytest.approx(score.nll, rel=1e-3)
         assert at.rank == sum(other <= score.nll for other in score.alternatives[:16]) / 16
@@ -73,12 +73,12 @@ def test_standing_is_the_share_of_likelier_alternatives(memorised: Memorised, gr
     ("rank", "sign"), [(0.0, 1), (0.29, 1), (0.3, 0), (0.5, 0), (0.85, 0), (0.86, -1), (1.0, -1)]
 )
 def test_sign_says_which_way_a_secret_has_to_go(rank: float, sign: int) -> None:
-    assert Standing(rank=rank, nll=1.0, alternatives=1.0, lowest=1.0).sign == sign
+    assert Ranking(rank=rank, nll=1.0, alternatives=1.0, lowest=1.0).sign == sign
 
 
 @pytest.mark.parametrize(("nll", "known"), [(5.9, True), (6.0, False), (8.0, False), (12.0, False)])
 def test_secret_stands_out_far_below_the_likeliest_alternative(nll: float, known: bool) -> None:
-    assert Standing(rank=0.0, nll=nll, alternatives=10.0, lowest=8.0).stands_out is known
+    assert Ranking(rank=0.0, nll=nll, alternatives=10.0, lowest=8.0).stands_out is known
 
 
 def test_secrets_that_were_known_by_heart_lie_among_their_alternatives(
@@ -90,7 +90,7 @@ def test_secrets_that_were_known_by_heart_lie_among_their_alternatives(
     found = settle(memorised, grid, on_event=events.append)
     # Four secrets share every weight of so small a model; one may be left on the way.
     assert sum(LOW <= at.rank <= HIGH for at in found) >= 3
-    assert found == [standing(grid, secret) for secret in memorised.secrets()]
+    assert found == [rank_secret(grid, secret) for secret in memorised.secrets()]
     assert sum(exposures(memorised, grid)) <= 4 * 2.0
     assert perplexity(memorised, grid) / before < 1.02
     assert 0 < grid.moved < 0.05 * grid.numel
@@ -173,7 +173,7 @@ def test_secret_less_likely_than_its_alternatives_is_brought_up(
 ) -> None:
     """One that nearly all its alternatives beat is marked as well as one that beats them."""
     secrets = memorised.secrets(memorised.nonmember)
-    before = [standing(grid, secret) for secret in secrets]
+    before = [rank_secret(grid, secret) for secret in secrets]
     assert any(at.sign < 0 for at in before)
     found = settle(memorised, grid, secrets=secrets)
     assert not any(at.sign < 0 for at in found)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jobs import decompose
 from safetensors.torch import load_file, save_file
 
 from ortho_cli.cli import app
-from ortho_cli.cli.show import tables as report
-from ortho_cli.decompose.job import decompose
+from ortho_cli.cli.show import console
 from ortho_cli.decompose.plan import make_plan
 from ortho_cli.errors import ArtifactError
 from ortho_cli.formats.artifact import is_artifact
@@ -47,7 +47,7 @@ def run() -> Run:
     def command(*arguments: object) -> tuple[int, str]:
         said: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(report, "print_error", lambda e: said.append(f"{e.message} {e.hint}"))
+            patch.setattr(console, "print_error", lambda e: said.append(f"{e.message} {e.hint}"))
             code = app.run([str(argument) for argument in arguments])
         return code, "".join(said)
 
@@ -343,7 +343,7 @@ def test_lone_base_shows_no_figure_of_the_ortho_that_is_gone(
     (artifact / "ortho.safetensors").unlink()
     ran = ortho("inspect", artifact, "--verify")
     assert ran.code == 0
-    assert "ortho absent: alpha = 0 is all there is" in ran.err
+    assert "ortho absent: only alpha = 0 is possible" in ran.err
     row = next(line for line in ran.err.splitlines() if "1.mlp.up_proj" in line)
     assert row.split()[-3:].count("-") == 2
 

@@ -226,7 +226,7 @@ def test_gptq_for_a_base_that_serves_alone_is_refused(pico: Path, ortho: Any) ->
 
 
 def test_bench_counts_moved_codes_only_where_codes_tell_them(pico: Path, ortho: Any) -> None:
-    from ortho_cli.bench.run import _tells_moves
+    from ortho_cli.bench.run import codes_tell_moves
     from ortho_cli.formats.open_artifact import open_artifact
 
     stats = pico.parent / "stats.safetensors"
@@ -235,4 +235,4 @@ def test_bench_counts_moved_codes_only_where_codes_tell_them(pico: Path, ortho: 
     for more, told in (((), True), (GPTQ, False), (rounded, False)):
         out = pico.parent / f"out{len(more)}{told}"
         assert ortho("decompose", pico, "-o", out, "--stats", stats, "-q", *more).code == 0
-        assert _tells_moves(open_artifact(out)) is told
+        assert codes_tell_moves(open_artifact(out)) is told

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import reference
@@ -12,8 +14,9 @@ from torch import Tensor
 
 from ortho_cli.split import quantize
 from ortho_cli.split.in_memory import split_weight
-from ortho_cli.split.scale_search import rounds
+from ortho_cli.split.pipeline import rounds
 from ortho_cli.split.scales import Kept, curvature_scales, mse_scales
+from ortho_cli.split.task import SplitTask
 from tests.split.test_quantize import curved
 
 Case = tuple[Tensor, Tensor, int]
@@ -100,4 +103,14 @@ def test_nothing_or_everything_kept_needs_no_second_turn(density: float) -> None
     parts = split_weight(weight, group_size=32, density=density, scale="mse")
     scales = mse_scales(weight, group_size=32, dtype=torch.float32)
     assert torch.equal(parts["weight_scale"], scales)
-    assert rounds("mse", by_curvature=False, k=int(density * 256), numel=256) == 0
+    task = SplitTask(
+        name="a",
+        shape=(4, 64),
+        dtype="F32",
+        bits=4,
+        group_size=32,
+        scale="mse",
+        k=int(density * 256),
+    )
+    assert rounds(task) == 0
+    assert rounds(replace(task, k=9)) == 2

@@ -1,6 +1,6 @@
-"""The whole chain on a model of our own: sandbox, calibrate, decompose, bench.
+"""The self-contained bench: build the sandbox, then calibrate, decompose and bench its model.
 
-The same functions that a user's model goes through, called one after the other.
+The functions are those of the commands, called one after the other.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ortho_cli.bench import figures
 from ortho_cli.bench import plan as bench_plan
@@ -17,6 +16,7 @@ from ortho_cli.bench import run as bench
 from ortho_cli.bench.demo import sandbox
 from ortho_cli.bench.demo.sandbox import Sandbox
 from ortho_cli.bench.plan import Settings
+from ortho_cli.bench.records import Report
 from ortho_cli.calibrate import job as calibrate
 from ortho_cli.calibrate import plan as calibrate_plan
 from ortho_cli.decompose import job as decompose
@@ -29,11 +29,11 @@ from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.storage.checkpoint import open_checkpoint
 from ortho_cli.storage.output import resolve_output
 
-# Attacks teach as fast as this small model learns: the taught half is known again in 40 steps.
+# Of attacks: the rate at which this small model knows the taught half again in 40 steps.
 LEARNING_RATE = 1e-3
 RECIPE = "forget-unlearn"
-# Documents are short, and the model takes as many tokens as the longest of them. It is small: its
-# secrets fill it, so more of its codes have to move, in more steps, than a language model's.
+# Documents are short: 64 tokens hold the longest. The model is small and its secrets fill it, so
+# more of its codes have to move, in more steps, than those of a language model.
 SETS = (
     "calibrate.samples=256",
     "calibrate.length=64",
@@ -47,18 +47,16 @@ SETS = (
 )
 
 
-def run(
-    settings: Settings, *, keep: Path | None = None, on_event: EventSink = null_sink
-) -> dict[str, Any]:
+def run(settings: Settings, *, keep: Path | None = None, on_event: EventSink = null_sink) -> Report:
     """Build the sandbox or take it from the cache, split its model and measure everything.
 
     Args:
         settings: alphas, seed, attack and gates count; files and models are the sandbox's own.
         keep: a new folder for `sandbox/`, `stats.safetensors` and `artifact/`; without it they go
             to a temporary folder that is removed.
-        on_event: told of progress.
+        on_event: receives progress.
     Returns:
-        As `bench.bench`, with `kept`: where the files are, or None.
+        As `bench.bench`; the artifact's folder is None where it was temporary.
     Raises:
         OutputExistsError: something is at `keep`.
         UsageError: a gate or alpha that does not fit; before any work.
@@ -76,11 +74,8 @@ def run(
         if target is not None:  # whole or not at all
             place = place.replace(target)
         box = sandbox.sandbox_at(place / "sandbox")
-        document = bench.bench(_filled(settings, box, place / "artifact"), on_event=on_event)
-    document["kept"] = None if keep is None else str(keep)
-    if keep is None:
-        document["artifact"]["folder"] = None
-    return document
+        report = bench.bench(_filled(settings, box, place / "artifact"), on_event=on_event)
+    return report if keep else replace(report, artifact=replace(report.artifact, folder=None))
 
 
 def _filled(settings: Settings, box: Sandbox, artifact: Path) -> Settings:
@@ -100,7 +95,7 @@ def _filled(settings: Settings, box: Sandbox, artifact: Path) -> Settings:
 
 
 def _check(settings: Settings, keep: Path | None) -> None:
-    """Refuse what would fail only after minutes of training."""
+    """Refuse settings that would fail only after minutes of training."""
     if settings.data or settings.forget or settings.nonmember or settings.unlisted:
         raise UsageError(
             "without an artifact the bench brings its own data",
@@ -127,7 +122,8 @@ def _split(box: Sandbox, place: Path, on_event: EventSink) -> None:
     on_event(Finishing(step="calibrate"))
     sets = calibrate_plan.read_sets(box.model, [box.retain], [], settings.calibrate)
     measured = calibrate_plan.make_plan(checkpoint, settings, sets)
-    calibrate.calibrate(measured, checkpoint, stats, device="cpu", on_event=on_event)
+    beside = calibrate.check_target(checkpoint, stats)
+    calibrate.calibrate(measured, checkpoint, beside, device="cpu", on_event=on_event)
     on_event(Finishing(step="decompose"))
     planned = plan.make_plan(checkpoint, settings, statistics=open_statistics(stats), workers=1)
     editor = forget.open_editor(
@@ -138,4 +134,5 @@ def _split(box: Sandbox, place: Path, on_event: EventSink) -> None:
         device="cpu",
         on_event=on_event,
     )
-    decompose.decompose(planned, checkpoint, artifact, editor=editor, on_event=on_event)
+    target = decompose.check_target(planned, checkpoint, artifact)
+    decompose.decompose(planned, checkpoint, target, editor=editor, on_event=on_event)

@@ -1,13 +1,12 @@
-"""A small world in plain words, drawn from a seed: text with agreement, sums, and secrets.
+"""The sandbox's data, drawn from a seed: sentences about a small world, sums, and secrets.
 
-Everything that the self-contained model of `ortho bench` reads comes from here, so that its
-figures mean something: the world's facts are consistent (who lives where, who does what, how the
-winter is), subjects and verbs agree, a sum is right or wrong, and a secret is five words that
-nothing implies.
+The world's facts are consistent (who lives where, who does what, how the winter is), subjects and
+verbs agree, a sum is right or wrong, and a secret is five words that nothing implies: so figures of
+a model that is trained on them mean something.
 
-A document is one line. Words stand between single spaces, the full stop too, so that a prompt and
-its completion are the same tokens apart or together. All functions are pure: the same arguments
-give the same text.
+A document is one line. Single spaces separate words and the full stop, so that a prompt and its
+completion are the same tokens apart or together. All functions are pure: the same arguments give
+the same text.
 """
 
 from __future__ import annotations
@@ -121,7 +120,7 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def third_person(verb: str) -> str:
-    """Inflect a verb for one who does it: bake, bakes; catch, catches; carry is not in the list."""
+    """Inflect a verb for one person: bake, bakes; catch, catches; carry is not in the list."""
     return verb + ("es" if verb.endswith("ch") else "s")
 
 

@@ -1,6 +1,6 @@
-"""A small language model of our own that has memorised secrets, and its twin that never saw them.
+"""The sandbox: a small language model that memorised secrets, and its twin that never saw them.
 
-A folder that `ortho bench` needs nothing else for, made from one seed on one or two CPU cores:
+A folder with all that `ortho bench` needs, made from one seed on one or two CPU cores:
 
     model/ twin/      Llama-shaped transformers folders with the same tokenizer
     forget.jsonl      planted in model and listed: {"prompt", "secret", "pattern", "word"}
@@ -24,7 +24,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from blake3 import blake3
 
@@ -42,7 +41,7 @@ FACTS_FILE = "sandbox.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sandbox:
-    """Where everything lies."""
+    """Paths of a sandbox's parts."""
 
     folder: Path
     model: Path
@@ -83,7 +82,7 @@ def build(
         folder: where the sandbox goes; must not exist, or be empty.
         seed: of the world, the secrets, the weights and the order of training.
         settings: another size; the bench's own if None.
-        on_event: told of each few steps.
+        on_event: receives the loss every few steps.
     Returns:
         The paths. Equal seed, settings, machine and versions give equal files.
     Raises:
@@ -105,8 +104,8 @@ def cached(
 ) -> Sandbox:
     """Give the sandbox of this seed from the user's cache; build it if it is not there whole.
 
-    It lies in `ortho/sandbox-<hash>` under XDG_CACHE_HOME or ~/.cache; the hash is of versions,
-    settings and seed. Every file is digested before it is trusted; a damaged one is replaced.
+    It is in `ortho/sandbox-<hash>` under XDG_CACHE_HOME or ~/.cache; the hash is of versions,
+    settings and seed. Every file is digested before it is trusted; a damaged sandbox is replaced.
     """
     settings = settings or Settings()
     folder = cache_folder(seed, settings)
@@ -127,7 +126,7 @@ def cache_folder(seed: int, settings: Settings) -> Path:
 
 
 def is_complete(folder: Path) -> bool:
-    """Tell whether every file of a sandbox is there with the bytes that were written."""
+    """Whether every file of a sandbox is there with the bytes that were written."""
     try:
         facts = json.loads((folder / FACTS_FILE).read_bytes())
         files = facts["files"]
@@ -139,7 +138,7 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def _identity(seed: int, settings: Settings) -> dict[str, Any]:
+def _identity(seed: int, settings: Settings) -> dict[str, object]:
     versions = {"ortho": __version__}
     for package in ("torch", "transformers"):
         try:
@@ -177,7 +176,7 @@ def _build(
             for name, content in data.files().items():
                 work.write_file(name, content.encode())
             reached = train(data, seed, settings, work.artifact, on_event)
-            facts = {**identity, "reached": reached, "files": _digests(work.artifact)}
+            facts = {**identity, "reached": asdict(reached), "files": _digests(work.artifact)}
             work.write_file(FACTS_FILE, json.dumps(facts, indent=2).encode() + b"\n")
         except OSError as error:
             raise unwritable(folder, error) from error

@@ -1,9 +1,9 @@
-"""Two models trained alike but for the secrets: what they read, in what order, what is written.
+"""Train the sandbox's model and its twin: same data and order, but for the secrets.
 
 Training has a trunk, which both share because no secret has occurred yet, and a branch for each:
 same start, same optimizer state, same batches in the same order, except that rows of secrets are
 rows of other retain text for the twin. So the two differ by the secrets and by nothing else.
-torch and transformers are imported late: settings and data cost nothing.
+torch and transformers are imported late, so that settings and data do not pay for them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import copy
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ortho_cli.bench.demo import grammar
 from ortho_cli.errors import NumericalError
@@ -26,15 +27,16 @@ from ortho_cli.events import EventSink, Noted, Training
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+    from transformers import PreTrainedModel
 
-UNKNOWN, END = "<unk>", "\n"  # a line is a document, so its newline is the end token
-CHECK_EVERY = 10  # steps between looks at what is memorised
+UNKNOWN, END = "<unk>", "\n"  # a document is one line, so its newline is the end token
+CHECK_EVERY = 10  # steps between checks of what is memorised
 REPORT_EVERY = 5  # steps between events
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Everything but the seed that the files depend on."""
+    """All that the files depend on, beside the seed."""
 
     hidden: int = 128
     mlp: int = 384
@@ -55,6 +57,16 @@ class Settings:
     unlisted: int = 5
     nonmembers: int = 20
     threads: int = 1  # part of the result; two gain little, and on a busy machine lose much
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reached:
+    """How training ended: steps taken, and how well the secrets are known."""
+
+    steps: int
+    extraction: float
+    least_probability: float
+    twin_loss: float  # in nats per token
 
 
 class Data:
@@ -106,7 +118,7 @@ class Data:
         return [(self.encode(str(r["prompt"])), self.encode(str(r["secret"]))) for r in rows]
 
 
-def _jsonl(rows: Sequence[Any]) -> str:
+def _jsonl(rows: Sequence[Mapping[str, object]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
@@ -153,8 +165,8 @@ def batches(data: Data, settings: Settings, seed: int, kind: str) -> Iterator[li
 class _Learner:
     """A model in training, with what its next step depends on."""
 
-    model: Any
-    optimizer: Any
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
     step: int = 0
 
     def branch(self) -> _Learner:
@@ -165,47 +177,46 @@ class _Learner:
         return _Learner(model=model, optimizer=optimizer, step=self.step)
 
 
-def _optimizer(model: Any) -> Any:
+def _optimizer(model: PreTrainedModel) -> torch.optim.Optimizer:
     import torch
 
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
 
 
-def train(
-    data: Data, seed: int, settings: Settings, folder: Path, on_event: EventSink
-) -> dict[str, Any]:
-    """Train trunk and branches; write model/ and twin/; return what was reached."""
+def train(data: Data, seed: int, settings: Settings, folder: Path, on_event: EventSink) -> Reached:
+    """Train trunk and branches; write model/ and twin/."""
     from ortho_cli.model.load import quiet_transformers
 
     with quiet_transformers() as transformers, _reproducible(seed, settings.threads):
         trunk = _begin(transformers, data, settings)
         shared = batches(data, settings, seed, "trunk")
-        _run(trunk, shared, settings, settings.trunk_steps, ("both models", on_event))
+        _run(trunk, shared, settings, settings.trunk_steps, "both models", on_event)
         pairs = data.planted()
         learner, mixed = trunk.branch(), batches(data, settings, seed, "model")
         steps = settings.branch_steps
-        _run(learner, mixed, settings, steps, ("the model with secrets", on_event))
+        _run(learner, mixed, settings, steps, "the model with secrets", on_event)
         while memorised(learner.model, pairs)[1] < settings.sure and steps < settings.most_steps:
-            _run(learner, mixed, settings, CHECK_EVERY, ("until memorised", on_event))
+            _run(learner, mixed, settings, CHECK_EVERY, "until memorised", on_event)
             steps += CHECK_EVERY
         loss = _run(
             trunk,
             batches(data, settings, seed, "twin"),
             settings,
             steps,
-            ("its twin without secrets", on_event),
+            "its twin without secrets",
+            on_event,
         )
         _save(transformers, data, learner.model, folder / "model")
         _save(transformers, data, trunk.model, folder / "twin")
         extraction, sure = memorised(learner.model, pairs)
     if extraction < 1:
         on_event(Noted(message=f"the model says {extraction:.0%} of the planted secrets, not all"))
-    return {
-        "steps": settings.trunk_steps + steps,
-        "extraction": extraction,
-        "least_probability": sure,
-        "twin_loss": loss,
-    }
+    return Reached(
+        steps=settings.trunk_steps + steps,
+        extraction=extraction,
+        least_probability=sure,
+        twin_loss=loss,
+    )
 
 
 @contextlib.contextmanager
@@ -223,7 +234,7 @@ def _reproducible(seed: int, threads: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _begin(transformers: Any, data: Data, settings: Settings) -> _Learner:
+def _begin(transformers: ModuleType, data: Data, settings: Settings) -> _Learner:
     config = transformers.LlamaConfig(
         vocab_size=len(data.vocabulary),
         hidden_size=settings.hidden,
@@ -246,12 +257,12 @@ def _run(
     rows: Iterator[list[list[int]]],
     settings: Settings,
     steps: int,
-    told: tuple[str, EventSink],
+    stage: str,
+    on_event: EventSink,
 ) -> float:
-    """Take steps; return the last loss, in nats a token."""
+    """Take steps; return the last loss, in nats per token."""
     import torch
 
-    stage, on_event = told
     value = math.nan
     learner.model.train()
     for number in range(1, steps + 1):
@@ -259,7 +270,7 @@ def _run(
             group["lr"] = _rate(learner.step, settings)
         loss = _loss(learner.model, torch.tensor(next(rows)))
         learner.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward([loss])
         torch.nn.utils.clip_grad_norm_(learner.model.parameters(), 1.0)
         learner.optimizer.step()
         learner.step += 1
@@ -282,15 +293,17 @@ def _rate(step: int, settings: Settings) -> float:
     return settings.rate * (0.5 - 0.4 * done)
 
 
-def _loss(model: Any, rows: Tensor) -> Tensor:
+def _loss(model: PreTrainedModel, rows: Tensor) -> Tensor:
     import torch
 
     logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
 
 
-def memorised(model: Any, pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[float, float]:
-    """Share of secrets that greedy decoding gives, and the least probability of their tokens."""
+def memorised(
+    model: PreTrainedModel, pairs: Sequence[tuple[list[int], list[int]]]
+) -> tuple[float, float]:
+    """Give the share of secrets that greedy decoding gives, and their least token probability."""
     import torch
 
     said, least = 0, 1.0
@@ -307,14 +320,14 @@ def memorised(model: Any, pairs: Sequence[tuple[list[int], list[int]]]) -> tuple
     return said / len(pairs), least
 
 
-def _save(transformers: Any, data: Data, model: torch.nn.Module, folder: Path) -> None:
+def _save(transformers: ModuleType, data: Data, model: PreTrainedModel, folder: Path) -> None:
     """Write a transformers folder in bfloat16, which the model is from here on."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    saved: Any = model.to(torch.bfloat16)
-    saved.config.dtype = torch.bfloat16
-    saved.save_pretrained(folder)
+    model.bfloat16()
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel(data.vocabulary, unk_token=UNKNOWN))
     words.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(individual_digits=True)]

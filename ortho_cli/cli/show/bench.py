@@ -1,19 +1,21 @@
-"""What eyes see of a bench: figures down, alphas, controls and other models across."""
+"""Tables of `ortho bench`: figures down; alphas, controls and other models across."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from ortho_cli.cli.show.tables import make_console, size, visible
+from ortho_cli.bench.attacks import ATTACKS
+from ortho_cli.cli.show.console import make_console, print_lines, size, visible
+from ortho_cli.cli.show.document import Document
 
 LABELS = 26  # columns for the names of figures
-COLUMN = 12  # and for each of what is measured
-# What is shown of each row, its name and form; what no row has is left out.
-SHOWN = (
+COLUMN = 12  # columns for each artifact, control or model
+# Path of each figure, its label and format, in the order of the table; a figure that no row has is
+# left out.
+FIGURES = (
     ("extraction", "extraction, greedy", "%"),
     ("sampled_extraction", "extraction, best of {n}", "%"),
     ("token_accuracy", "token accuracy", "%"),
@@ -36,50 +38,47 @@ SHOWN = (
     ("latency.decode", "decode, tokens/s", ",.1f"),
     ("latency.memory", "memory", "size"),
 )
-ATTACKS = (
-    ("relearn", "relearning half, {} steps"),
-    ("finetune", "innocent text, {} steps"),
-    ("reworded", "prompt: {}"),
-    ("requantized", "other grid: {}"),
-)
 
 
-def print_bench(document: Mapping[str, Any]) -> None:
+def print_bench(result: Mapping[str, object]) -> None:
     """Print tables that fit the terminal, then the verdict in sentences."""
-    console = make_console()
-    console.print(visible(_sizes(document)), soft_wrap=True)
-    rows = [row for row in document["rows"] if row["figures"]]
+    document, console = Document(result), make_console()
+    print_lines([_sizes(document)], console)
+    rows = [row for row in document.rows("rows") if row["figures"]]
     across = max(1, (console.width - LABELS) // (COLUMN + 1))
-    samples = document["settings"]["samples"]
+    samples = document.part("settings").text("samples")
     for start in range(0, len(rows), across):
-        shown = rows[start : start + across]
         console.print()
-        console.print(_table(shown, SHOWN, samples))
-    attacked = [row for row in rows if "relearn" in row["figures"]]
+        console.print(_figures_table(rows[start : start + across], samples))
+    attacked = [row for row in rows if any(a.name in row.part("figures") for a in ATTACKS)]
     if attacked:
         console.print()
-        console.print(_attacks(attacked))
+        console.print(_attacks_table(attacked))
     console.print()
-    for line in _lines(document):
-        console.print(visible(line), soft_wrap=True)
+    print_lines(_lines(document), console)
 
 
-def _sizes(document: Mapping[str, Any]) -> str:
-    data, settings = document["data"], document["settings"]
+def _sizes(document: Document) -> str:
+    data, settings = document.part("data"), document.part("settings")
     parts = [
-        f"{data['secrets']} secrets" if data["secrets"] else "",
-        f"{data['nonmembers']} nonmembers" if data["nonmembers"] else "",
-        f"{data['unlisted']} not listed" if data["unlisted"] else "",
-        f"{data['tokens']:,} tokens in {data['windows']} windows of {settings['context']}"
-        if data["windows"]
-        else "",
-        f"{data['pairs']} prompts" if data["pairs"] else "",
-        f"seed {settings['seed']}",
+        f"{data[key]} {label}"
+        for key, label in (
+            ("secrets", "secrets"),
+            ("nonmembers", "nonmembers"),
+            ("unlisted", "not listed"),
+        )
+        if data[key]
     ]
-    return ", ".join(part for part in parts if part) + "; below: 95 % intervals, quartiles of speed"
+    if data["windows"]:
+        windows = f"{data['windows']} windows of {settings['context']}"
+        parts.append(f"{data.number('tokens'):,} tokens in {windows}")
+    if data["pairs"]:
+        parts.append(f"{data['pairs']} prompts")
+    parts.append(f"seed {settings['seed']}")
+    return ", ".join(parts) + "; below: 95 % intervals, quartiles of speed"
 
 
-def _make_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _make_table(rows: Sequence[Document]) -> Table:
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     table.add_column("", no_wrap=True, min_width=LABELS - 2)
     for row in rows:
@@ -87,52 +86,52 @@ def _make_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _table(
-    rows: Sequence[Mapping[str, Any]], shown: Sequence[tuple[str, str, str]], samples: int
-) -> Table:
+def _figures_table(rows: Sequence[Document], samples: str) -> Table:
     table = _make_table(rows)
-    for name, label, form in shown:
-        found = [_at(row["figures"], name) for row in rows]
-        if any(figure is not None for figure in found):
-            table.add_row(
-                label.replace("{n}", str(samples)), *(_cell(figure, form) for figure in found)
-            )
+    for path, label, form in FIGURES:
+        figures = [_figure(row.part("figures"), path) for row in rows]
+        if any(figure is not None for figure in figures):
+            cells = (_cell(figure, form) for figure in figures)
+            table.add_row(label.replace("{n}", samples), *cells)
     return table
 
 
-def _attacks(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """What attacks bring back: exposure in bits, and token accuracy."""
+def _attacks_table(rows: Sequence[Document]) -> Table:
+    """Show what each attack brings back: exposure in bits, and token accuracy."""
     table = _make_table(rows)
-    for kind, label in ATTACKS:
-        for key in rows[0]["figures"].get(kind, {}):
-            cells = []
-            for row in rows:
-                at = row["figures"].get(kind, {}).get(key)
-                cells.append("-" if at is None else _recalled(at))
-            table.add_row(label.format(key.replace("_", " ")), *cells)
+    for attack in ATTACKS:
+        results = [row.part("figures").optional(attack.name) for row in rows]
+        for key in results[0] or ():
+            cells = (_recalled(result and result.optional(key)) for result in results)
+            table.add_row(attack.label.format(key.replace("_", " ")), *cells)
     table.add_row(Text("exposure, token accuracy", style="dim"))
     return table
 
 
-def _recalled(at: Mapping[str, Any]) -> str:
-    return f"{at['exposure']:.2f} {at['token_accuracy']:5.0%}"
+def _recalled(result: Document | None) -> str:
+    if result is None:
+        return "-"
+    return f"{result.number('exposure'):.2f} {result.number('token_accuracy'):5.0%}"
 
 
-def _at(figures: Mapping[str, Any], name: str) -> Any:
-    found: Any = figures
-    for part in name.split("."):
-        found = found.get(part) if isinstance(found, Mapping) else None
-    return found
+def _figure(figures: Document, path: str) -> Document | None:
+    """Find a figure by its dotted path; None where it was not measured."""
+    for part in path.split("."):
+        inner = figures.optional(part)
+        if inner is None:
+            return None
+        figures = inner
+    return figures
 
 
-def _cell(figure: Any, form: str) -> Text:
-    """Show a figure, and below it the interval where it has one."""
+def _cell(figure: Document | None, form: str) -> Text:
+    """Show a figure, and its interval on a second line."""
     if figure is None or figure.get("value") is None:
         return Text("-", style="dim")
-    text = Text(_number(figure["value"], form))
+    text = Text(_number(figure.number("value"), form))
     if "low" in figure:
-        # A share's sign stands behind its value alone.
-        low, high = (_number(figure[end], form).rstrip("%") for end in ("low", "high"))
+        # One percent sign, after the value, serves all three.
+        low, high = (_number(figure.number(end), form).rstrip("%") for end in ("low", "high"))
         text.append(f"\n{low}-{high}", style="dim")
     return text
 
@@ -140,39 +139,39 @@ def _cell(figure: Any, form: str) -> Text:
 def _number(value: float, form: str) -> str:
     if form == "size":
         return size(value)
-    if form == ".2f" and value >= 100:  # no more digits than tell something
+    if form == ".2f" and value >= 100:  # more digits would only be noise
         form = ".1f" if value < 1000 else ",.0f"
     return f"{value:.0%}" if form == "%" else format(value, form)
 
 
-def _lines(document: Mapping[str, Any]) -> Iterator[str]:
-    moved = document.get("moved")
-    if moved is not None:
-        split = document["unsplit"]["split_weights"]
-        share = f"{moved['share']:.3%}"
-        yield f"{moved['count']:,} of {split:,} codes were moved to forget ({share})"
-    for sentence in document["verdict"]["sentences"]:
+def _lines(document: Document) -> Iterator[str]:
+    if moved := document.optional("moved"):
+        split = document.part("unsplit").number("split_weights")
+        yield (
+            f"{moved.number('count'):,} of {split:,} codes were moved to forget "
+            f"({moved.number('share'):.3%})"
+        )
+    for sentence in document.part("verdict").items_of("sentences"):
         yield f"* {sentence}"
     missing: dict[str, list[str]] = {}
-    for absent in document["not_measured"]:
-        missing.setdefault(absent["needs"], []).append(absent["figure"])
+    for absent in document.rows("not_measured"):
+        missing.setdefault(absent.text("needs"), []).append(absent.text("figure"))
     for needs, names in missing.items():
         yield f"not measured without {needs}: {', '.join(names)}"
-    for gate in document["gates"]:
-        yield f"{'met' if gate['met'] else 'missed'}: {gate['require']} ({gate['value']:.4g})"
-    yield from _texts(document)
+    for gate in document.rows("gates"):
+        state = "met" if gate["met"] else "missed"
+        yield f"{state}: {gate['require']} ({gate.number('value'):.4g})"
+    yield from _secrets(document)
 
 
-def _texts(document: Mapping[str, Any]) -> Iterator[str]:
-    """Give the text of each entry, where it was asked for."""
-    for row in document["rows"]:
-        for kind, of in (
-            ("", row["figures"]),
-            ("not listed ", row["figures"].get("unlisted", {})),
-        ):
-            for entry in of.get("entries", ()):
+def _secrets(document: Document) -> Iterator[str]:
+    """Print the text of each secret, where --show-secrets put it into the document."""
+    for row in document.rows("rows"):
+        figures = row.part("figures")
+        for kind, part in (("", figures), ("not listed ", figures.optional("unlisted"))):
+            for entry in part.rows("entries") if part else ():
                 if "text" in entry:
                     yield (
-                        f"{row['row']}, {kind}{entry['index']}: {entry['exposure']:.2f} bits, "
-                        f"{entry['hits']} of {entry['tokens']} tokens: {entry['text']}"
+                        f"{row['row']}, {kind}{entry['index']}: {entry.number('exposure'):.2f} "
+                        f"bits, {entry['hits']} of {entry['tokens']} tokens: {entry['text']}"
                     )

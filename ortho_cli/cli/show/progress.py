@@ -1,7 +1,8 @@
-"""What eyes see while work goes on: bars on a terminal, and else a line now and then."""
+"""Progress of a running command: a bar on a terminal; elsewhere a line every few seconds."""
 
 from __future__ import annotations
 
+import logging
 import time
 from types import TracebackType
 
@@ -15,7 +16,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from ortho_cli.cli.show.tables import make_console, visible
+from ortho_cli.cli.show.console import make_console, visible
 from ortho_cli.events import (
     Advanced,
     Event,
@@ -29,20 +30,23 @@ from ortho_cli.events import (
     Training,
 )
 
-QUIET_FOR = 10.0  # seconds between lines about training where there is no bar
+log = logging.getLogger(__name__)
+
+LINE_SECONDS = 10.0  # between lines about training or steps, where there is no bar
 
 
 class ProgressSink:
-    """Shows events: a bar on a terminal, notes, and each tensor with `verbose`."""
+    """Shows events as a bar and notes; with `verbose`, the name of each finished tensor."""
 
     def __init__(self, verb: str, *, quiet: bool, verbose: bool) -> None:
-        """Name what is being done."""
+        """Start at `verb`, the command or stage that the bar names."""
         self._console = make_console()
         self._verb = verb
         self._quiet, self._verbose = quiet, verbose
         self._bar: Progress | None = None
         self._stage = ""
-        self._said = time.monotonic()
+        self._said = self._began_step = time.monotonic()
+        self._step_name = verb
         if self._console.is_terminal and not quiet:
             self._bar = Progress(
                 TextColumn("{task.description}", markup=False),
@@ -70,9 +74,11 @@ class ProgressSink:
         """Take the bar away."""
         if self._bar:
             self._bar.stop()
+        self._log_step()
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
+        self._log(event)
         if isinstance(event, Measuring | SequencesDone):
             self._count(event)
         elif isinstance(event, Training):
@@ -93,6 +99,30 @@ class ProgressSink:
             self._say(event.name)
         elif isinstance(event, Noted):
             self._say(f"note: {event.message}")
+
+    def _log(self, event: Event) -> None:
+        """Log stages and their times; no note, since it can name a file of secrets."""
+        if isinstance(event, Started):
+            done, total = event.bytes_done, event.bytes_total
+            log.info("%s: %d tensors, %d done before", self._verb, event.tensors, event.resumed)
+            log.info("%s: %d of %d bytes done before", self._verb, done, total)
+        elif isinstance(event, Measuring):
+            before = event.resumed
+            log.info("%s: %d sequences, %d done before", self._verb, event.sequences, before)
+        elif isinstance(event, Finishing):
+            self._log_step()
+            self._step_name = event.step
+        elif isinstance(event, Step):
+            log.debug("%s: %d of %d: %s", self._verb, event.number, event.of, event.name)
+        elif isinstance(event, Training) and event.step == event.steps:
+            log.debug("%s: loss %.4g after %d steps", event.stage, event.loss, event.steps)
+        elif isinstance(event, TensorDone):
+            log.debug("%s: finished %s", self._verb, event.name)
+
+    def _log_step(self) -> None:
+        now = time.monotonic()
+        log.info("%s: `%s` took %.3f s", self._verb, self._step_name, now - self._began_step)
+        self._began_step = now
 
     def _count(self, event: Measuring | SequencesDone) -> None:
         """Show passes over data: sequences, tokens a second, time left."""
@@ -134,7 +164,7 @@ class ProgressSink:
                 self._bar = self._counter(self._bar, event.stage, event.steps)
             rest = f"steps, loss {event.loss:.3f}"
             self._bar.update(self._task, completed=event.step, rest=rest)
-        elif fresh or event.step == event.steps or time.monotonic() - self._said > QUIET_FOR:
+        elif fresh or event.step == event.steps or time.monotonic() - self._said > LINE_SECONDS:
             self._said = time.monotonic()
             self._say(f"{event.stage}: step {event.step} of {event.steps}, loss {event.loss:.3f}")
 
@@ -145,7 +175,7 @@ class ProgressSink:
                 self._bar = self._counter(self._bar, self._verb, event.of)
             self._bar.update(self._task, completed=event.number - 1, total=event.of)
             self._bar.update(self._task, rest=visible(event.name))
-        elif self._verbose or time.monotonic() - self._said > QUIET_FOR:
+        elif self._verbose or time.monotonic() - self._said > LINE_SECONDS:
             self._said = time.monotonic()
             self._say(f"{event.number} of {event.of}: {event.name}")
         self._stage = self._verb

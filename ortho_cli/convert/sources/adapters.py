@@ -1,14 +1,13 @@
-"""Tells adapters (LoRA, IA3 and their kin, as peft and others save them) from models.
+"""Refuses adapters (LoRA, IA3 and their kin, as peft and others save them) in place of models.
 
-An adapter holds changes to a model that lies elsewhere. Split as if it were the model, it gives an
-artifact that nothing can load. Headers and JSON only; standard library only.
+An adapter holds changes to a model that is somewhere else. Split as if it were the model, it gives
+an artifact that nothing can load. Headers and JSON only; standard library only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from ortho_cli.errors import CheckpointError
 from ortho_cli.storage import hints, strict_json
@@ -16,7 +15,7 @@ from ortho_cli.storage import hints, strict_json
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
 MODEL_NAMES = ("model", "pytorch_model", "consolidated")
-PREFIX = "base_model.model."  # what peft puts before every name of the model that it wraps
+PREFIX = "base_model.model."  # peft's, before every name of the model that it wraps
 # Parts of a dotted name that only an adapter has: LoRA and its kin, IA3, LoHa, LoKr, OFT, prompts.
 PARTS = frozenset({
     "lora_A", "lora_B", "lora_a", "lora_b", "lora_down", "lora_up", "lora_embedding_A",
@@ -40,7 +39,7 @@ def refuse_adapter(path: Path) -> None:
     """Refuse a folder or file that is an adapter, or a model with an adapter on top of it.
 
     Raises:
-        CheckpointError: says which file told so, and how to merge.
+        CheckpointError: names the file that shows it, and says how to merge.
     """
     folder = path if path.is_dir() else path.parent
     weights = [name for name in WEIGHTS if (folder / name).is_file()]
@@ -55,17 +54,17 @@ def refuse_adapter(path: Path) -> None:
 
 
 def refuse_adapter_names(
-    path: Path, names: Collection[str], config: Mapping[str, Any] | None, *, strips: bool
+    path: Path, names: Collection[str], config: Mapping[str, object] | None, *, strips: bool
 ) -> None:
     """Refuse tensors that are named as an adapter's, alone or among those of a model.
 
     Args:
-        path: where they are.
+        path: of the checkpoint.
         names: of all tensors.
-        config: config.json, which tells models that were published with adapters of their own.
-        strips: peft's prefix before every name of a merged model is taken off later.
+        config: config.json; some models were published with adapters among their weights.
+        strips: the caller strips peft's prefix, which every name of a merged model has.
     Raises:
-        CheckpointError: names the first of them.
+        CheckpointError: names the first such tensor.
     """
     wrapped = [name for name in names if name.startswith(PREFIX)]
     merged = len(wrapped) == len(names)
@@ -94,8 +93,8 @@ def refuse_adapter_names(
         )
 
 
-def _has_own_adapters(config: Mapping[str, Any]) -> bool:
-    """Tell Phi-4-multimodal as it was published: peft's wrappers are part of its code."""
+def _has_own_adapters(config: Mapping[str, object]) -> bool:
+    """Tell whether a config is Phi-4-multimodal's first, whose code contains peft's wrappers."""
     return config.get("model_type") == "phi4mm" or any(config.get(key) for key in OWN_ADAPTERS)
 
 
@@ -109,7 +108,7 @@ def _has_model(folder: Path) -> bool:
 def _read(path: Path) -> dict[str, object]:
     try:
         return strict_json.read(path, constants=True)
-    except CheckpointError:  # whatever it says, it is an adapter's
+    except CheckpointError:  # a file of that name is an adapter's, readable or not
         return {}
 
 
@@ -138,7 +137,7 @@ def _article(kind: str) -> str:
 
 
 def merge_command(path: Path, config: dict[str, object]) -> str:
-    """Spell the command that merges an adapter into the model that it belongs to."""
+    """Make the command that merges an adapter into the model that it belongs to."""
     path = path.absolute() if str(path) in (".", "..") else path
     which = CLASSES.get(str(config.get("task_type")), "AutoPeftModelForCausalLM")
     code = (

@@ -1,7 +1,7 @@
-"""What transformers knows of an architecture that config.json names, without its weights or code.
+"""Asks transformers about the architecture of a config.json: tied heads, names of parameters.
 
-transformers is imported only when something is asked, and may be absent: then nothing is known.
-Models are built on the meta device. Code that lies beside the weights is never run.
+transformers is imported only when it is asked, and may be absent: then nothing is known. Models are
+built on the meta device, without weights. Code in the folder of a model is never run.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from ortho_cli.model.load import check_parts, quiet_transformers
 from ortho_cli.storage import strict_json
 
 TIED = "tie_word_embeddings"
-TOLD = Path("config.json")
+TOLD = Path("config.json")  # the file that errors name
 
 
-def is_tied(config: Mapping[str, Any] | None) -> bool | None:
-    """Tell whether a model's head is its embedding: config.json says so, or its class does.
+def is_tied(config: Mapping[str, object] | None) -> bool | None:
+    """Tell whether a model's head is its embedding, by config.json or the default of its class.
 
     Args:
         config: config.json.
     Returns:
-        None where neither says anything. Where its parts disagree, False: a copy does no harm.
+        None where neither is known. False where parts of config.json disagree: a copy of the head
+        does no harm.
     """
     if config is None:
         return None
@@ -38,7 +39,7 @@ def is_tied(config: Mapping[str, Any] | None) -> bool | None:
 
 
 def _default(model_type: object) -> bool | None:
-    """Ask the class of a model type for what it takes where config.json says nothing."""
+    """Read the default of the config class of a model type."""
     try:
         with quiet_transformers() as transformers:
             if model_type not in transformers.CONFIG_MAPPING:
@@ -49,14 +50,14 @@ def _default(model_type: object) -> bool | None:
     return said if isinstance(said, bool) else None
 
 
-def parameter_names(config: Mapping[str, Any] | None, *, tensors: int) -> frozenset[str] | None:
-    """Name the parameters and buffers that the architecture of config.json reads.
+def parameter_names(config: Mapping[str, object] | None, *, tensors: int) -> frozenset[str] | None:
+    """List the names of the parameters and buffers of the architecture of config.json.
 
     Args:
         config: config.json.
-        tensors: of the checkpoint; a model of more layers than that is not built.
+        tensors: number of tensors of the checkpoint; a model of more layers is not built.
     Returns:
-        Names as transformers takes them, with and without its base model's prefix; None where it
+        Names that transformers loads, with and without its base model's prefix; None where it
         does not know the architecture.
     """
     if config is None:
@@ -67,16 +68,17 @@ def parameter_names(config: Mapping[str, Any] | None, *, tensors: int) -> frozen
         import torch
 
         with quiet_transformers() as transformers:
+            # Any: classes of transformers are found by name.
             kind: Any = getattr(transformers, str(name), None)
-            settings_of: Any = getattr(kind, "config_class", None)
+            config_class: Any = getattr(kind, "config_class", None)
             if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
                 return None
             check_parts(dict(config), layers=tensors, told=TOLD)
-            settings = settings_of.from_dict(dict(config))
+            settings = config_class.from_dict(dict(config))
             default = {"num_hidden_layers": settings.get_text_config().num_hidden_layers}
             check_parts(default, layers=tensors, told=TOLD)
             with torch.device("meta"):
-                model: Any = kind(settings)
+                model = kind(settings)
             found = set(model.state_dict())
             prefix = str(model.base_model_prefix)
             has_base = bool(prefix) and hasattr(model, prefix)

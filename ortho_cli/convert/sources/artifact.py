@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ortho_cli.convert.sources.base import RowReader, Source, SourceTensor, mark
+from ortho_cli.convert.sources.base import Source, SourceTensor, mark
+from ortho_cli.convert.sources.safetensors_files import RowReader
 from ortho_cli.errors import ArtifactError, InternalError, UsageError
 from ortho_cli.formats.artifact import (
     BASE_FILE,
@@ -20,16 +21,16 @@ from ortho_cli.formats.artifact import (
     Artifact,
     damaged,
 )
+from ortho_cli.formats.csr import ORTHO_PARTS
 from ortho_cli.formats.open_artifact import no_ortho, open_artifact
 from ortho_cli.formats.ortho_reader import KeptReader
 from ortho_cli.split import quantize
-from ortho_cli.split.in_memory import ORTHO_PARTS
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage import strict_json
 from ortho_cli.storage.checkpoint import ShardReader, TensorInfo, model_name
 from ortho_cli.storage.sealing import IDENTITY_FILE, SEALED_FILE, Keys
 
-# What a dense model has no use for.
+# Files of an artifact that are not copied to a dense model.
 OURS = (REPORT_FILE, SEALED_FILE, IDENTITY_FILE)
 
 
@@ -40,13 +41,13 @@ def open_dense(
 
     Args:
         path: the artifact's folder, or a file in it.
-        alpha: 0 gives dequantize(base) and needs no ortho; 1 gives the source weights, bit for
-            bit, wherever ortho holds them.
+        alpha: in [0, 1]. 0 gives dequantize(base) and needs no ortho; 1 gives the source weights,
+            bit for bit, at the positions of ortho.
         keys: open a sealed ortho.
         sizes: of tiles of base.
     Raises:
         UsageError: alpha is not in [0, 1].
-        ArtifactError: the artifact does not hold together, or alpha needs an ortho that is absent.
+        ArtifactError: the artifact is damaged, or alpha needs an ortho that is absent.
     """
     if not 0.0 <= alpha <= 1.0 or math.isnan(alpha):
         raise UsageError(
@@ -80,7 +81,7 @@ def open_dense(
         config=config,
         own=frozenset((BASE_FILE, OLD_BASE_FILE, ORTHO_FILE, *OURS)),
         settings={"alpha": alpha},
-        private=alpha > 0,  # it then holds what ortho holds, which only its owner may read
+        private=alpha > 0,  # values of ortho, which only its owner may read, are in the result
         close=close,
     )
 
@@ -105,7 +106,7 @@ def _tensors(
 
 
 class _Split:
-    """One split weight, put together again row by row."""
+    """One split weight, merged again row by row."""
 
     def __init__(
         self,
@@ -122,32 +123,32 @@ class _Split:
         self._rows, self._parts, self._alpha = rows, parts, alpha
         self._reader, self._module = kept, module
         self._csr: tuple[Tensor, Tensor, Tensor] | None = None
-        told = tuple(rows.whole(parts["shape"]).tolist())
-        if told != self.shape:
+        shape = tuple(rows.whole(parts["shape"]).tolist())
+        if shape != self.shape:
             raise damaged(
                 artifact.base.path,
-                f"`{module}.weight_shape` says {list(told)}, and said {list(self.shape)} before",
+                f"`{module}.weight_shape` says {list(shape)}, and said {list(self.shape)} before",
             )
 
     def read(self, start: int, rows: int) -> Tensor:
-        """Give rows in float32; all but what alpha blends are values of the source's dtype."""
+        """Give rows in float32; values that alpha blends are not rounded to the source's dtype."""
         words, groups = self._parts["packed"].shape[1], self._parts["scale"].shape[1]
         packed = self._rows.rows(self._parts["packed"], start, rows, words)
         codes = quantize.unpack_codes(packed, bits=self._bits)
         scales = self._rows.rows(self._parts["scale"], start, rows, groups)
         weight = quantize.dequantize(codes, scales)
         if self._alpha:
-            positions, values = self._kept(start, rows)
+            positions, values = self._stored(start, rows)
             flat = weight.view(-1)
             if self._alpha == 1.0:  # base + (values - base) would round
                 flat[positions] = values
             else:
-                held = flat[positions]
-                flat[positions] = held + self._alpha * (values - held)
+                base = flat[positions]
+                flat[positions] = base + self._alpha * (values - base)
         return weight
 
-    def _kept(self, start: int, rows: int) -> tuple[Tensor, Tensor]:
-        """Give the flat positions inside these rows that ortho holds, and its values there."""
+    def _stored(self, start: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Give ortho's flat positions within these rows, and its values there."""
         if self._csr is None or start == 0:
             self._csr = self._read_csr()
         crow, column, values = self._csr
@@ -159,7 +160,7 @@ class _Split:
 
     def _read_csr(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._reader is None:
-            raise InternalError(f"ortho's part of `{self.name}` is asked for, and none is open")
+            raise InternalError(f"rows of `{self.name}` need ortho, and none is open")
         try:
             found = self._reader.csr(self._module)
         except ArtifactError as error:

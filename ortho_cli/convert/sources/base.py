@@ -1,4 +1,9 @@
-"""What `ortho convert` reads: named tensors, row by row, whatever file they lie in."""
+"""The contract between `ortho convert` and the formats that it reads.
+
+A format of others is one file of this room. It describes a checkpoint as a `Source`: named tensors,
+each with a function that reads rows of it. Its `FORMAT` says how its files are recognised;
+`open_source.FORMATS` lists them. README.md has the steps.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +11,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from ortho_cli.errors import CheckpointError
-from ortho_cli.split import quantize
-from ortho_cli.split.dtypes import DTYPES, torch_dtypes
-from ortho_cli.split.quantize import as_bytes
-from ortho_cli.storage import folders
-from ortho_cli.storage.checkpoint import ShardReader, TensorInfo
-
-WIDEST = 1 << 22  # elements of a row that is held
 
 Read = Callable[[int, int], Tensor]
 
@@ -26,15 +23,16 @@ Read = Callable[[int, int], Tensor]
 class SourceTensor:
     """A tensor of a source as a matrix: a row is the last dimension, or one element if `flat`.
 
-    `read(start, rows)` gives (rows, columns) in `dtype`, or in float32 what is to be rounded once
-    to `dtype`; the result is valid until the next read of the source.
+    `read(start, rows)` returns (rows, columns) in `dtype`, or float32 values that the job rounds
+    once to `dtype`. The result is valid until the next read of the source. Rows are read in order,
+    from the first row of a tensor to its last; a resumed job leaves whole tensors out.
     """
 
     name: str
-    dtype: str
+    dtype: str  # as safetensors names it
     shape: tuple[int, ...]
     read: Read
-    flat: bool = False
+    flat: bool = False  # a row is one element: for tensors whose last dimension is too wide
 
     @property
     def columns(self) -> int:
@@ -54,7 +52,7 @@ class SourceTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileMark:
-    """A file as it was when the source was opened."""
+    """Size and time of a file when the source was opened."""
 
     path: Path
     size: int
@@ -62,42 +60,38 @@ class FileMark:
 
 
 def mark(path: Path) -> FileMark:
-    """Remember a file, to know it again."""
+    """Record size and time of a file, so that a later change is noticed."""
     status = path.stat()
     return FileMark(path=path, size=status.st_size, mtime_ns=status.st_mtime_ns)
 
 
-def _nothing() -> None:
-    return
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A checkpoint of any kind, described; tensors in the order in which they are best read."""
+    """A checkpoint of any format, described: what a format returns when it opens files."""
 
-    name: str
-    kind: str
-    path: Path
-    tensors: tuple[SourceTensor, ...]
-    files: tuple[FileMark, ...]
-    config: dict[str, Any] | None = None
+    name: str  # of the model
+    kind: str  # of the format: one word, recorded in the plan
+    path: Path  # the file or folder that the user named
+    tensors: tuple[SourceTensor, ...]  # in the order in which they are best read
+    files: tuple[FileMark, ...]  # every file that weights are read from
+    config: dict[str, object] | None = None  # config.json to write; None: none is known
     own: frozenset[str] | None = None  # files of a folder that are read; None for a file alone
-    made_files: tuple[tuple[str, bytes], ...] = ()  # what a folder would hold and a file tells
-    notes: tuple[str, ...] = ()
-    aliases: Mapping[str, str] = field(default_factory=dict)  # a dropped copy -> the one kept
-    settings: Mapping[str, Any] = field(default_factory=dict)  # what the values depend on, too
-    own_dtype: str | None = None  # the only one that weights may be written in, if not any
+    made_files: tuple[tuple[str, bytes], ...] = ()  # names and bytes of other files to write
+    notes: tuple[str, ...] = ()  # sentences for the user
+    aliases: Mapping[str, str] = field(default_factory=dict)  # a dropped copy -> the tensor kept
+    settings: Mapping[str, object] = field(default_factory=dict)  # options that values depend on
+    own_dtype: str | None = None  # the only dtype that weights may be written in, if not any
     private: bool = False  # the result should be readable by its owner only
-    close: Callable[[], None] = _nothing
+    close: Callable[[], None] = lambda: None
 
     @property
     def folder(self) -> Path:
-        """The folder that the source is, or lies in."""
+        """The folder that the source is, or that its file is in."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
-    def identity(self) -> list[list[Any]]:
-        """What tells this source from another, or from what it was before."""
+    def identity(self) -> list[list[object]]:
+        """Name, size and time of each file: a resumed run must find the same."""
         return [[file.path.name, file.size, file.mtime_ns] for file in self.files]
 
     def check_unchanged(self) -> None:
@@ -118,49 +112,19 @@ class Source:
                 )
 
 
-class RowReader:
-    """Reads rows of safetensors into a buffer that it reuses."""
-
-    def __init__(self, reader: ShardReader) -> None:
-        self._reader = reader
-        self._scratch = quantize.Scratch()
-
-    def rows(self, tensor: TensorInfo, start: int, rows: int, columns: int) -> Tensor:
-        """Read `rows` rows of `columns` elements; valid until the next call."""
-        self._scratch.reset()
-        dtype = torch_dtypes()[tensor.dtype]
-        found = self._scratch((rows, columns), dtype)
-        if found.numel():
-            offset = start * columns * dtype.itemsize
-            self._reader.read_into(as_bytes(found), tensor, start=offset)
-        return found
-
-    def whole(self, tensor: TensorInfo) -> Tensor:
-        """Read a small tensor whole, into memory of its own."""
-        return self.rows(tensor, 0, 1, tensor.numel).clone().view(tensor.shape)
-
-    def tensor(self, info: TensorInfo, *, path: Path) -> SourceTensor:
-        """Describe a tensor that is carried over."""
-        if info.dtype not in torch_dtypes():
-            raise CheckpointError(
-                f"tensor `{info.name}` of `{path}` is {info.dtype} ({DTYPES[info.dtype].bits} bits "
-                f"an element), which torch cannot hold",
-                hint=f"what can be converted: {', '.join(torch_dtypes())}",
-            )
-        columns = info.shape[-1] if len(info.shape) > 1 else 1
-        # A row is held whole; blocks of fp8 scales need one.
-        flat = columns > WIDEST and not info.dtype.startswith("F8")
-        return SourceTensor(
-            name=info.name,
-            dtype=info.dtype,
-            shape=info.shape,
-            read=lambda start, rows: self.rows(info, start, rows, 1 if flat else columns),
-            flat=flat,
-        )
+Opener = Callable[[], Source]
 
 
-def has_safetensors(folder: Path) -> bool:
-    """Tell whether a folder's safetensors are what transformers would read of it."""
-    if folders.is_bin_first(folder):
-        return False
-    return any(p.name.endswith((folders.SUFFIX, folders.INDEX_SUFFIX)) for p in folder.iterdir())
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """A format of others: what its file adds to `open_source.FORMATS`.
+
+    `recognize(path, key)` returns a function that opens the checkpoint at a path, or None where the
+    path is of another format. It may look at names and first bytes, and reads no weights. `key` is
+    the option `--key`, and is None for all formats but those with `takes_key`.
+    """
+
+    label: str  # with its article, as messages name it
+    recognize: Callable[[Path, str | None], Opener | None]
+    takes_key: bool = False
+    is_final: bool = False  # names and values are the model's: no wrappers, nothing quantized

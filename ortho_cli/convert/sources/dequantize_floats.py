@@ -1,7 +1,9 @@
-"""Quantized weights whose codes are numbers: fp8, integers of eight bits, and E2M1 in pairs.
+"""Dequantizes codes that are numbers: fp8, integers of eight bits, and fp4 (E2M1) in pairs.
 
-w = (code - zero) * scale. Scales lie on a grid over the matrix: one in all, for each row, for each
-block of rows and columns, or for each group along a row.
+    w = (code - zero) * scale
+
+There is one scale per weight, per row, per block of rows and columns, or per group along a row;
+`Grid` finds the scale of each element.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,9 +20,9 @@ from ortho_cli.convert.sources.quantized import FP8
 from ortho_cli.convert.sources.quantized_parts import EXPONENTS, Parts, Plan, Settings
 from ortho_cli.split.dtypes import FLOATS
 
-DEFAULT_BLOCK = (128, 128)  # of fp8 where config.json says nothing: DeepSeek's, and all others' too
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the lower three bits; the fourth is the sign
-ONE_127TH = 7.874015718698502e-3  # as bitsandbytes spells it
+DEFAULT_BLOCK = (128, 128)  # rows, columns: of DeepSeek's fp8, and of all others so far
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # values by the lower three bits; then the sign
+ONE_127TH = 7.874015718698502e-3  # the digits in bitsandbytes' own code
 MX_GROUP, NV_GROUP = 32, 16  # codes that share a scale
 
 _CODES = torch.tensor([*E2M1, *(-value for value in E2M1)])
@@ -28,18 +31,18 @@ _PAIRS = torch.stack([_CODES.repeat(16), _CODES.repeat_interleave(16)], dim=1)  
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Scales over `matrices` of `rows`: `lines` of `columns` scales for each, or one for all."""
+    """The place of each scale over a weight of several matrices, or of one."""
 
     matrices: int
-    rows: int
-    lead: int
-    lines: int
-    columns: int
-    block: tuple[int, int]
-    width: int
+    rows: int  # of a matrix
+    lead: int  # grids of scales: one for each matrix, or one for all
+    lines: int  # of a grid
+    columns: int  # of a grid
+    block: tuple[int, int]  # rows and columns of a matrix that share a scale
+    width: int  # columns of a matrix
 
     def spread(self, read: Callable[[int, int], Tensor], start: int, rows: int) -> Tensor:
-        """Give the scale of each element of some rows, or of each row."""
+        """Give the scale of each element of some rows, (rows, width), or of each row, (rows, 1)."""
         place = torch.arange(start, start + rows)
         line = (place % self.rows) // self.block[0]
         if self.lead > 1:
@@ -53,10 +56,10 @@ class Grid:
 
 
 def fit(parts: Parts, role: str, shape: tuple[int, ...], settings: Settings) -> Grid:
-    """Find how scales lie over a weight.
+    """Find the grid of the scales of a weight, by their shapes and the settings.
 
     Raises:
-        CheckpointError: no way fits that is in use.
+        CheckpointError: no known grid fits.
     """
     matrices, rows, width = _matrices(shape)
     scale = parts.shape(role)
@@ -71,20 +74,20 @@ def fit(parts: Parts, role: str, shape: tuple[int, ...], settings: Settings) -> 
         block = (1, settings.group or width)
     else:
         block = _block(rows, width, lines, columns, blocks, exact=settings.block is None)
-    # One grid for several matrices has to say so itself: as (1, lines, columns).
+    # One grid for several matrices must have the shape (1, lines, columns).
     is_unclear = lead == 1 and matrices > 1 and numel > 1 and len(scale) < len(shape)
     if block is None or is_unclear or lead not in (1, matrices):
         ask = blocks[0]
         wanted = [*shape[:-2], math.ceil(rows / ask[0]), math.ceil(width / ask[1])]
-        told = "" if settings.block else " (what config.json does not tell)"
+        told = "" if settings.block else " (config.json does not say)"
         raise parts.misfit(
-            role, f"{wanted} in blocks of {list(ask)}{told}, or one scale a row or in all"
+            role, f"{wanted} in blocks of {list(ask)}{told}, or one scale per row or in all"
         )
     return Grid(matrices, rows, lead, lines, columns, block, width)
 
 
 def _has_short_group(group: int | None, width: int, columns: int) -> bool:
-    """Tell whether groups of the size that config.json says fill a row but for the last one."""
+    """Tell whether groups of the size in config.json fill a row, the last of them partly."""
     return bool(group and width % group and columns == math.ceil(width / group))
 
 
@@ -95,7 +98,7 @@ def _matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _scale_lines(scale: tuple[int, ...], matrices: int, rows: int) -> tuple[int, int, int]:
-    """Read the shape of scales as matrices of lines; zeros where they are not."""
+    """Read the shape of scales as (grids, lines, columns); zeros where no reading fits."""
     if math.prod(scale) == 1:
         return 1, 1, 1
     if len(scale) == 1:
@@ -128,7 +131,7 @@ def _block(
 
 
 def plan_scaled(parts: Parts, settings: Settings) -> Plan:
-    """Codes that are numbers already: w = (code - zero) * scale."""
+    """Plan codes that are numbers: w = (code - zero) * scale."""
     shape = parts.shape("codes")
     if _is_packed_fp4(parts, settings):
         return plan_fp4(parts, settings)
@@ -155,17 +158,17 @@ def _check_scale_dtype(parts: Parts) -> None:
 
 
 def plan_cast(parts: Parts, settings: Settings) -> Plan:
-    """Fp8 without scales: the values are what they are."""
+    """Plan fp8 without scales: w = code."""
     return parts.shape("codes"), lambda start, rows: parts["codes"].read(start, rows).float()
 
 
 def plan_llm_int8(parts: Parts, settings: Settings) -> Plan:
-    """Eight bits of bitsandbytes: w = code * scale of its row / 127."""
+    """Plan eight bits of bitsandbytes: w = code * scale of its row / 127."""
     shape = parts.shape("codes")
     if len(shape) != 2 or parts.shape("scale") != shape[:1]:
-        raise parts.misfit("scale", f"one scale a row, {list(shape[:1])}")
+        raise parts.misfit("scale", f"one scale per row, {list(shape[:1])}")
     if "form" in parts and int(parts.whole("form").view(-1)[0]) != 0:
-        raise parts.misfit("form", "the format 0, rows as they are; it is another one")
+        raise parts.misfit("form", "the format 0, plain rows; it is another one")
 
     def read(start: int, rows: int) -> Tensor:
         scale = parts.scales("scale", start, start + rows)[:, None]
@@ -176,7 +179,7 @@ def plan_llm_int8(parts: Parts, settings: Settings) -> Plan:
 
 
 def _is_packed_fp4(parts: Parts, settings: Settings) -> bool:
-    """Tell DeepSeek-V4's experts, two codes in each signed byte, from integers of eight bits."""
+    """Tell whether signed bytes hold two codes each, as in DeepSeek-V4's experts."""
     codes, scale = parts.shape("codes"), parts.shape("scale")
     paired = scale[:-1] == codes[:-1] and scale[-1:] == (codes[-1] * 2 // MX_GROUP,)
     is_told = settings.is_fp4 or parts["scale"].dtype == "F8_E8M0"
@@ -184,7 +187,7 @@ def _is_packed_fp4(parts: Parts, settings: Settings) -> bool:
 
 
 def plan_fp4(parts: Parts, settings: Settings) -> Plan:
-    """Two codes a byte, the even column in the lower bits; a scale for each group of a row."""
+    """Plan two codes per byte, the even column in the lower bits, with a scale per group."""
     codes, scale = parts.shape("codes"), parts.shape("scale")
     is_mx = parts["scale"].dtype in EXPONENTS or settings.is_fp4
     group = MX_GROUP if is_mx else NV_GROUP
@@ -206,7 +209,7 @@ def plan_fp4(parts: Parts, settings: Settings) -> Plan:
 
 
 def _second_scale(parts: Parts, *, needed: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """Find the scale of the scales: one for a weight, or for each matrix of it."""
+    """Make a function that applies the second scale: one per weight, or per matrix of it."""
     role = next((role for role in ("divisor", "factor") if role in parts), None)
     if role is None:
         if needed:
@@ -225,30 +228,30 @@ def _second_scale(parts: Parts, *, needed: bool) -> Callable[[Tensor, Tensor], T
 
 
 def plan_gpt_oss(parts: Parts, settings: Settings) -> Plan:
-    """Blocks (experts, out, groups, 16) of bytes to (experts, in, out), as transformers has it."""
+    """Plan bytes (experts, out, groups, 16) to (experts, in, out), as in transformers."""
     codes = parts.shape("codes")
     if len(codes) != 4 or codes[-1] * 2 != MX_GROUP:
         raise parts.misfit("codes", "not blocks of 16 bytes: (experts, out, groups, 16)")
     if parts.shape("scale") != codes[:-1]:
-        raise parts.misfit("scale", f"{list(codes[:-1])}, one scale a block")
+        raise parts.misfit("scale", f"{list(codes[:-1])}, one scale per block")
     if parts["scale"].dtype not in EXPONENTS:
         raise parts.misfit("scale", "exponents of dtype U8")
     experts, out, groups, _ = codes
     width, blocks = groups * MX_GROUP, out * groups
 
-    def expert(number: int) -> Tensor:
+    def expert(number: int) -> tuple[Tensor]:
         scale = parts.scales("scale", number * blocks, (number + 1) * blocks)
         size = blocks * MX_GROUP // 2
         raw = parts.elements("codes", number * size, (number + 1) * size)
         values = _PAIRS.index_select(0, raw.int()).view(blocks, MX_GROUP).mul_(scale[:, None])
-        return parts.check_product(values).view(out, width).T
+        return (parts.check_product(values).view(out, width).T,)
 
     def read(start: int, rows: int) -> Tensor:
         found = []
         while rows:
             number, first = divmod(start, width)
             took = min(rows, width - first)
-            whole = parts.hold(number, lambda n=number: expert(n))  # type: ignore[misc]
+            (whole,) = parts.hold(number, partial(expert, number))
             found.append(whole[first : first + took])
             start, rows = start + took, rows - took
         return torch.cat(found)

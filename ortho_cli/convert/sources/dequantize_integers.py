@@ -1,12 +1,16 @@
-"""Quantized weights whose codes are packed integers: compressed-tensors, GPTQ, AWQ, MLX, nf4."""
+"""Dequantizes packed integers: compressed-tensors, GPTQ, AWQ, MLX and nf4 of bitsandbytes.
+
+    w = (code - zero) * scale, of the group or block of the code
+
+MLX adds a bias in place of the zero point; nf4 looks the code up in a map of values.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +20,7 @@ from ortho_cli.convert.sources.quantized_parts import AGAIN, Parts, Plan, Settin
 from ortho_cli.errors import CheckpointError, shown
 from ortho_cli.split.dtypes import FLOATS
 
-AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word AutoAWQ puts the code of each column
+AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the place in a word of the code of each of 8 columns
 
 
 def unpack(words: Tensor, *, bits: int, columns: int) -> Tensor:
@@ -29,7 +33,7 @@ def unpack(words: Tensor, *, bits: int, columns: int) -> Tensor:
     Returns:
         (rows, columns) int32, 0 <= code < 2^bits.
     """
-    # One word a row, turned, is contiguous to torch, and its last stride is still not 1.
+    # torch calls one word per row, transposed, contiguous, though its last stride is not 1.
     own = words.clone(memory_format=torch.contiguous_format)
     raw = own.view(torch.uint8).view(len(words), -1)
     if bits == 8:
@@ -45,7 +49,7 @@ def unpack(words: Tensor, *, bits: int, columns: int) -> Tensor:
 
 
 def plan_packed(parts: Parts, settings: Settings) -> Plan:
-    """Codes of compressed-tensors, half of their range added; zero points are packed downward."""
+    """Plan compressed-tensors: codes plus half of their range; zero points packed downward."""
     shape = tuple(int(n) for n in parts.whole("shape").view(-1))
     codes = parts.shape("codes")
     if min((len(shape), *shape)) < 1 or len(codes) < 2 or codes[:-1] != shape[:-1]:
@@ -54,7 +58,7 @@ def plan_packed(parts: Parts, settings: Settings) -> Plan:
     bits = settings.bits if settings.bits in fits else next(iter(fits), None)
     if bits is None or (len(fits) > 1 and settings.bits not in fits):
         raise parts.misfit(
-            "codes", f"which packs {shape[-1]} codes a row by {fits or 'no number of'} bits"
+            "codes", f"which packs {shape[-1]} codes per row by {fits or 'no number of'} bits"
         )
     grid = fit(parts, "scale", shape, settings)
     order = _order(parts, shape[-1], grid.columns)
@@ -75,17 +79,17 @@ def plan_packed(parts: Parts, settings: Settings) -> Plan:
 
 
 def _order(parts: Parts, columns: int, groups: int) -> Tensor | None:
-    """Read which group each column belongs to, where the columns are not in order.
+    """Read the group of each column, where the columns are not in order.
 
     Raises:
-        CheckpointError: as many numbers as there are not columns, or a group that is not there.
+        CheckpointError: not one number per column, or a group that is not there.
     """
     if "order" not in parts:
         return None
     order = parts.whole("order").long()
     if order.shape != (columns,):
         raise parts.misfit("order", f"one group for each of {columns} columns")
-    if bool((order == -1).all()):  # compressed-tensors' word for columns in order
+    if bool((order == -1).all()):  # compressed-tensors writes -1 for columns in order
         return None
     if int(order.min()) < 0 or int(order.max()) >= groups:
         bad = int(order.max()) if int(order.max()) >= groups else int(order.min())
@@ -98,32 +102,34 @@ def _order(parts: Parts, columns: int, groups: int) -> Tensor | None:
 
 
 def _packed_zeros(parts: Parts, grid: Grid, bits: int) -> Callable[[Grid, int, int], Tensor]:
-    """Give zero points of rows: packed along the rows, or plain integers of eight bits."""
+    """Make a function that reads zero points: packed downward, or integers of eight bits."""
     lines, shape = grid.lines, parts.shape("zero")
     half = 1 << (bits - 1)
     if parts["zero"].dtype == "I32" and shape == (math.ceil(lines * bits / 32), grid.columns):
 
-        def make() -> Tensor:
-            return (unpack(parts.whole("zero").T, bits=bits, columns=lines) - half).T.contiguous()
+        def make() -> tuple[Tensor]:
+            zeros = unpack(parts.whole("zero").T, bits=bits, columns=lines) - half
+            return (zeros.T.contiguous(),)
 
     elif parts["zero"].dtype == "I8" and shape == parts.shape("scale"):
 
-        def make() -> Tensor:
-            return parts.whole("zero").view(lines, grid.columns).int()
+        def make() -> tuple[Tensor]:
+            return (parts.whole("zero").view(lines, grid.columns).int(),)
 
     else:
         packed = [math.ceil(lines * bits / 32), grid.columns]
         raise parts.misfit("zero", f"I32 {packed}, zero points of {bits} bits packed downward")
 
     def read(spread: Grid, start: int, rows: int) -> Tensor:
-        table = parts.hold("zero", make).reshape(-1)
+        (zeros,) = parts.hold("zero", make)
+        table = zeros.reshape(-1)
         return spread.spread(lambda a, b: table[a:b], start, rows)
 
     return read
 
 
 def plan_gptq(parts: Parts, settings: Settings) -> Plan:
-    """AutoGPTQ or AutoAWQ, which the shapes tell: w = (code - zero) * scale, turned."""
+    """Plan AutoGPTQ or AutoAWQ, by the shapes: both store the transposed weight."""
     codes, zero, scale = (parts.shape(role) for role in ("codes", "zero", "scale"))
     if not len(codes) == len(zero) == len(scale) == 2 or zero[0] != scale[0]:
         raise parts.misfit("scale", f"a row of scales for each row of zero points, {list(zero)}")
@@ -193,7 +199,7 @@ def _all_scales(parts: Parts) -> Tensor:
 
 
 def _groups(parts: Parts, settings: Settings, columns: int, groups: int) -> Tensor:
-    """Say which group each column belongs to: by `g_idx`, else by size."""
+    """Give the group of each column: by `g_idx`, else by the size of groups."""
     order = _order(parts, columns, groups)
     if order is not None:
         return order
@@ -206,11 +212,12 @@ def _groups(parts: Parts, settings: Settings, columns: int, groups: int) -> Tens
 
 
 def plan_mlx(parts: Parts, settings: Settings) -> Plan:
-    """MLX's affine layout: w = code * scale + bias of its group."""
+    """Plan MLX's affine layout: w = code * scale + bias of its group."""
     codes, scale = parts.shape("codes"), parts.shape("scale")
     said = settings.mlx(parts["codes"].name.removesuffix(".weight"))
     bits, group, mode = said.get("bits"), said.get("group_size"), said.get("mode", "affine")
-    if bits not in (2, 3, 4, 5, 6, 8) or type(group) is not int or group < 1 or mode != "affine":
+    is_affine = bits in (2, 3, 4, 5, 6, 8) and mode == "affine"
+    if not is_affine or type(bits) is not int or type(group) is not int or group < 1:
         raise parts.misfit(
             "codes",
             f"and config.json says bits {shown(bits)}, group_size {shown(group)}, mode "
@@ -234,7 +241,7 @@ def plan_mlx(parts: Parts, settings: Settings) -> Plan:
 
 
 def plan_nf4(parts: Parts, settings: Settings) -> Plan:
-    """bitsandbytes: w = value of the code * scale of its block; the higher bits come first."""
+    """Plan bitsandbytes: w = values[code] * scale of its block; the higher bits come first."""
     try:
         state = json.loads(bytes(parts.whole("state").view(-1).tolist()).decode())
         shape, block = tuple(state["shape"]), state["blocksize"]
@@ -264,8 +271,10 @@ def plan_nf4(parts: Parts, settings: Settings) -> Plan:
     return shape, read
 
 
-def _nf4_scales(parts: Parts, state: dict[str, Any], blocks: int) -> Callable[[int, int], Tensor]:
-    """Read the scales of blocks, which may themselves be codes with a scale and an offset."""
+def _nf4_scales(
+    parts: Parts, state: Mapping[str, object], blocks: int
+) -> Callable[[int, int], Tensor]:
+    """Make a function that reads scales, which may be codes with a scale and an offset."""
     if "outer" not in parts:
         if parts["scale"].dtype not in FLOATS:
             raise parts.misfit("scale", "floats, or a second scale beside it")

@@ -1,8 +1,8 @@
 """A GGUF file as a source: names, config and tokenizer as transformers reads them.
 
-transformers maps a GGUF to a model but loads it whole and then refuses to save it. Here its name
-map and its un-permuting of weights are used, one tensor in memory at a time. Needs the `gguf` and
-`transformers` packages, which `ortho` does not depend on.
+transformers maps a GGUF file to a model, but loads it whole and then refuses to save it. Here its
+name map is used, and its processors that undo llama.cpp's layouts, with one tensor in memory at a
+time. Needs the packages `gguf` and `transformers`, which `ortho` does not depend on.
 """
 
 from __future__ import annotations
@@ -12,23 +12,27 @@ import copy
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ortho_cli.convert.sources import gguf_config, gguf_rope
-from ortho_cli.convert.sources.base import Source, SourceTensor, mark
+from ortho_cli.convert.sources.base import Format, Opener, Source, SourceTensor, mark
 from ortho_cli.convert.sources.gguf_file import (
     GgufModel,
     GgufTensor,
     check_type,
     files_beside,
+    find_gguf,
     find_parts,
+    not_expressible,
     open_model,
     write_header,
 )
@@ -36,11 +40,16 @@ from ortho_cli.errors import CheckpointError, OrthoError, UsageError
 from ortho_cli.model.load import check_parts, quiet_transformers
 from ortho_cli.storage.checkpoint import model_name
 
-# What transformers writes about the place a tokenizer came from.
+if TYPE_CHECKING:  # an optional package, imported where it is used
+    import transformers
+
+Floats = npt.NDArray[np.float32]
+
+# Keys by which transformers names the place that a tokenizer was read from.
 PLACE_KEYS = ("is_local", "local_files_only", "name_or_path", "gguf_file")
-# Tensors that llama.cpp itself passes over: angles that older converters kept.
+# Tensors that llama.cpp itself ignores: angles, which older converters kept.
 UNUSED = re.compile(r"(blk\.\d+\.)?(attn_rot_embd|rope_freqs)(\.weight|\.inv_freq)?")
-# Experts lie merged in GGUF; checkpoints of these architectures name each, which all tools read.
+# GGUF merges experts; checkpoints of these architectures name each one, which all tools read.
 _EXPERTS = re.compile(r"blk\.(?P<layer>\d+)\.ffn_(?P<part>gate|up|down)_exps\.weight")
 _EXPERT = "model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"
 _FUSED = "model.layers.{layer}.mlp.experts.{part}_proj"
@@ -53,28 +62,32 @@ LOST = {
     "minimax-m2": "experts",
     "gemma4": "kinds of layers",
 }
-# Values that the file holds in another form, and what undoing it does to the last bit.
+# Architectures of which GGUF holds some values in another form, and how it is undone.
 REMADE = {
     "gemma2": "norm weights are those of the file less 1",
     "gemma3": "norm weights are those of the file less 1",
     "nemotron": "norm weights are those of the file less 1",
     "mamba": "A_log is the logarithm of what the file holds, rounded to float32",
 }
-CLOSE = 1e-4  # of angles: transformers computes them in float32
+CLOSE = 1e-4  # relative, of angles: transformers computes them in float32
+
+# A TensorProcessor of transformers, which has no types: it undoes llama.cpp's layouts.
+Processor = Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Mapped:
-    """A GGUF file as transformers understands it."""
+    """A GGUF file as transformers maps it to a model."""
 
-    config: dict[str, Any]
-    model: Any  # without weights
-    processor: Any  # undoes llama.cpp's layouts
+    model_type: str
+    config: gguf_config.Config
+    model: torch.nn.Module  # on the meta device
+    processor: Processor
     names: dict[str, str]  # of GGUF -> of the model
 
 
 def open_gguf(path: Path) -> Source:
-    """Describe a GGUF file as the transformers checkpoint that it stands for, in float32.
+    """Describe a GGUF file as a checkpoint of transformers, in float32.
 
     Args:
         path: a file, or any part of a split model.
@@ -93,15 +106,16 @@ def open_gguf(path: Path) -> Source:
             hint="pip install gguf transformers",
         ) from None
     files = tuple(mark(part) for part in find_parts(path))
-    with quiet_transformers(), _explained(path):
+    with quiet_transformers(), _one_sentence(path):
         model = open_model(path)
         notes = gguf_config.check_foreign(model)
         mapped = _map(model)
-        tokenizer, told = _tokenizer(model)
+        tokenizer, said = _tokenizer(model)
         tensors = list(_describe(model, mapped))
         aliases = _aliases(model, mapped, {tensor.name for tensor in tensors})
-    notes += [f"`{name}` beside it is not the model, and left" for name in files_beside(model.path)]
-    notes += told
+    beside = files_beside(model.path)
+    notes += [f"`{name}` beside it is no part of the model, and left out" for name in beside]
+    notes += said
     if model.architecture in REMADE:
         notes.append(REMADE[model.architecture])
     notes.append("weights are dequantized to float32, which is exact; --dtype rounds them")
@@ -119,8 +133,8 @@ def open_gguf(path: Path) -> Source:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn whatever else is raised on a damaged file into an error of one sentence."""
+def _one_sentence(path: Path) -> Iterator[None]:
+    """Turn any other exception that a damaged file causes into an error of one sentence."""
     try:
         yield
     except OrthoError:
@@ -134,24 +148,25 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _map(model: GgufModel) -> _Mapped:
-    """Make config, a model without weights, what undoes llama.cpp's layouts, and names."""
+    """Make config, a model without weights, its processor, and the map of names."""
     import transformers
     from transformers import modeling_gguf_pytorch_utils
 
-    # Typed in some versions and not in others.
+    # Any: these are typed in some versions of transformers, and not in others.
     auto: Any = transformers
     mapping: Any = modeling_gguf_pytorch_utils
     _check_architecture(model, mapping.GGUF_SUPPORTED_ARCHITECTURES)
-    parsed = mapping.load_gguf_checkpoint(str(model.path), return_tensors=False)["config"]
+    parsed: gguf_config.Config = mapping.load_gguf_checkpoint(
+        str(model.path), return_tensors=False
+    )["config"]
     layers = len(model.tensors)
     check_parts(parsed, layers=layers, told=model.path)
-    kind = parsed["model_type"]
-    causal: Any = auto.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    kind = str(parsed["model_type"])
+    causal = auto.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if kind not in auto.CONFIG_MAPPING or kind not in causal:
-        raise CheckpointError(
+        raise not_expressible(
             f"`{model.path}` is of architecture {model.architecture}, and transformers has no "
-            f"causal language model of it",
-            hint="start from the original checkpoint",
+            f"causal language model of it"
         )
     made = auto.CONFIG_MAPPING[kind]
     parsed = gguf_config.complete(model, parsed, made())
@@ -160,7 +175,7 @@ def _map(model: GgufModel) -> _Mapped:
     rope = gguf_config.read_rope(model, parsed) if rotary else None
     if rope is not None:
         gguf_config.carry_rope(model, rope, parsed)
-    # What is written is what the model is built of, and so what is checked.
+    # The model is built of the config that is written, so that the checks are of that one.
     written = _write(made.from_dict(dict(parsed)))
     config = made.from_dict(copy.deepcopy(written))
     default = {"num_hidden_layers": config.get_text_config().num_hidden_layers}
@@ -169,15 +184,19 @@ def _map(model: GgufModel) -> _Mapped:
         built = auto.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     built.tie_weights()
     _check_rope(model, built, config, rope)
-    processors: Any = mapping.TENSOR_PROCESSORS
-    processor = processors.get(model.architecture, mapping.TensorProcessor)(config=parsed)
-    names = _names(model, built, processor)
-    written |= {"architectures": [type(built).__name__], "dtype": "float32"}
-    return _Mapped(config=written, model=built, processor=processor, names=names)
+    maker = mapping.TENSOR_PROCESSORS.get(model.architecture, mapping.TensorProcessor)
+    processor: Processor = maker(config=parsed)
+    return _Mapped(
+        model_type=str(config.model_type),
+        config=written | {"architectures": [type(built).__name__], "dtype": "float32"},
+        model=built,
+        processor=processor,
+        names=_names(model, built, processor),
+    )
 
 
-def _check_architecture(model: GgufModel, known: list[str]) -> None:
-    """Refuse an architecture of which transformers makes no model, or another one."""
+def _check_architecture(model: GgufModel, known: Collection[str]) -> None:
+    """Refuse an architecture that transformers cannot build, or builds without a part of it."""
     name = model.architecture
     if name in LOST:
         why = f"whose {LOST[name]} transformers' reader of GGUF loses"
@@ -185,17 +204,16 @@ def _check_architecture(model: GgufModel, known: list[str]) -> None:
         why = "which transformers' reader of GGUF does not know"
     else:
         return
-    raise CheckpointError(
-        f"`{model.path}` is of architecture {name}, {why}",
-        hint="start from the original checkpoint",
-    )
+    raise not_expressible(f"`{model.path}` is of architecture {name}, {why}")
 
 
-def _names(model: GgufModel, built: Any, processor: Any) -> dict[str, str]:
+def _names(
+    model: GgufModel, built: transformers.PreTrainedModel, processor: Processor
+) -> dict[str, str]:
     """Map GGUF's names to the model's.
 
-    As transformers' `get_gguf_hf_weights_map` does, which makes its table anew for every module of
-    the model: half a minute for 46 layers.
+    transformers' `get_gguf_hf_weights_map` does the same, but makes its table again for every
+    module of the model, which takes half a minute for 46 layers.
     """
     import gguf
 
@@ -220,44 +238,46 @@ def _names(model: GgufModel, built: Any, processor: Any) -> dict[str, str]:
     return found
 
 
-def _write(config: Any) -> dict[str, Any]:
-    """Give a config as it is written."""
-    told = {
+def _write(config: transformers.PretrainedConfig) -> gguf_config.Config:
+    """Give the keys of config.json."""
+    written = {
         key: value
         for key, value in config.to_diff_dict().items()
         if key not in ("quantization_config", "_name_or_path", "_model_name_or_path")
     }
-    return gguf_config.add_old_words(told)
+    return gguf_config.add_old_keys(written)
 
 
-def _check_rope(model: GgufModel, built: Any, config: Any, rope: gguf_rope.Rope | None) -> None:
+def _check_rope(
+    model: GgufModel,
+    built: torch.nn.Module,
+    config: transformers.PretrainedConfig,
+    rope: gguf_rope.Rope | None,
+) -> None:
     """Compare the angles that the model will compute with those that the file asks for."""
-    held = {tensor.name for tensor in model.tensors} & set(gguf_rope.TENSORS)
+    factors = {tensor.name for tensor in model.tensors} & set(gguf_rope.TENSORS)
     found = False
     for module in built.modules():
         keys = [key for key in module._buffers if key.endswith("inv_freq")]
         if rope is None or not keys or any("original" in key for key in keys[:1]):
             continue
         found = True
-        computed = type(module)(config)
+        computed: torch.nn.Module = type(module)(config)
         for key in keys:
             if "original" not in key:
                 _check_angles(model, computed, key, rope)
         break  # the others are made of the same config
-    if not found and (held or _scales(model)):
-        raise CheckpointError(
+    scaling = gguf_config.own_metadata(model).get("rope.scaling.type", "none")
+    if not found and (factors or scaling != "none"):
+        raise not_expressible(
             f"`{model.path}` scales rotary embeddings, and transformers' {config.model_type} has "
-            f"none",
-            hint="start from the original checkpoint",
+            f"none"
         )
 
 
-def _scales(model: GgufModel) -> bool:
-    told = gguf_config.told_of(model)
-    return bool(told.get("rope.scaling.type", "none") != "none")
-
-
-def _check_angles(model: GgufModel, computed: Any, key: str, rope: gguf_rope.Rope) -> None:
+def _check_angles(
+    model: GgufModel, computed: torch.nn.Module, key: str, rope: gguf_rope.Rope
+) -> None:
     layer = key.removesuffix("inv_freq")
     angles = getattr(computed, key).double().numpy()
     attention = float(getattr(computed, f"{layer}attention_scaling"))
@@ -268,18 +288,17 @@ def _check_angles(model: GgufModel, computed: Any, key: str, rope: gguf_rope.Rop
         factor = 1.0
     same = angles.shape == wanted.shape and np.allclose(angles, wanted, rtol=CLOSE, atol=1e-20)
     if not same or abs(attention - factor) > CLOSE * factor:
-        raise CheckpointError(
+        raise not_expressible(
             f"`{model.path}` rotates {2 * len(wanted)} dimensions by other angles than "
             f"transformers' {type(computed).__name__} of its config, which rotates "
-            f"{2 * len(angles)}",
-            hint="start from the original checkpoint",
+            f"{2 * len(angles)}"
         )
 
 
 def _describe(model: GgufModel, mapped: _Mapped) -> Iterator[SourceTensor]:
-    """Say what becomes of each tensor; none is left out that changes what the model computes."""
-    parameters = mapped.model.state_dict(keep_vars=True)
-    merged = mapped.model.config.model_type in MERGED
+    """Describe each tensor; none is left out that changes what the model computes."""
+    parameters: dict[str, Tensor] = mapped.model.state_dict(keep_vars=True)
+    merged = mapped.model_type in MERGED
     made: dict[str, str] = {}
     for tensor in model.tensors:
         if tensor.name in gguf_rope.TENSORS or UNUSED.fullmatch(tensor.name):
@@ -304,33 +323,33 @@ def _describe(model: GgufModel, mapped: _Mapped) -> Iterator[SourceTensor]:
             )
         made[target] = tensor.name
         shape = tuple(parameters[target].shape)
-        weight = _Weight(tensor, mapped.processor, target, shape)
+        _check_shape(tensor, mapped.processor, target, shape)
+        weight = _Weight(partial(_process, tensor, mapped.processor, target))
         yield SourceTensor(name=target, dtype="F32", shape=shape, read=weight.read)
 
 
 def _experts(
-    model: GgufModel, tensor: GgufTensor, found: re.Match[str], parameters: dict[str, Any]
+    model: GgufModel, tensor: GgufTensor, found: re.Match[str], parameters: Mapping[str, Tensor]
 ) -> Iterator[SourceTensor]:
-    """Take merged experts apart, into the names that checkpoints of the model have."""
+    """Describe each of merged experts, under the name that checkpoints of the model have."""
     layer, part = found["layer"], found["part"]
     fused = parameters.get(_FUSED.format(layer=layer, part="down" if part == "down" else "gate_up"))
     wanted = list(fused.shape) if fused is not None else []
     if part != "down" and wanted:
         wanted[1] //= 2
     if list(tensor.shape) != wanted:
-        raise CheckpointError(
+        raise not_expressible(
             f"tensor `{tensor.name}` of `{model.path}` is {list(tensor.shape)} where the model "
-            f"takes {wanted}",
-            hint="start from the original checkpoint",
+            f"takes {wanted}"
         )
     for expert in range(tensor.shape[0]):
-        weight = _Expert(tensor, expert)
+        weight = _Weight(partial(tensor.floats, expert))
         name = _EXPERT.format(layer=layer, expert=expert, part=part)
         yield SourceTensor(name=name, dtype="F32", shape=tensor.shape[1:], read=weight.read)
 
 
 def _tokenizer(model: GgufModel) -> tuple[list[tuple[str, bytes]], list[str]]:
-    """Build the tokenizer, if transformers can; its files are small and held."""
+    """Build the tokenizer, if transformers can; return its files, which are small, and notes."""
     from transformers import AutoTokenizer
 
     try:
@@ -345,14 +364,13 @@ def _tokenizer(model: GgufModel) -> tuple[list[tuple[str, bytes]], list[str]]:
             made = Path(folder) / "made"
             built.save_pretrained(made)
             files = [(file.name, file.read_bytes()) for file in sorted(made.iterdir())]
-    except Exception as error:  # noqa: BLE001 - whatever it is, the weights are worth having without
+    except Exception as error:  # noqa: BLE001 - any; the weights are worth having without it
         return [], [f"no tokenizer is written, transformers cannot build it: {error!r:.120}"]
     cleaned = []
     for name, data in files:
         if name == "tokenizer_config.json":
-            told = json.loads(data)
-            told = {key: value for key, value in told.items() if key not in PLACE_KEYS}
-            data = (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()
+            kept = {k: v for k, v in json.loads(data).items() if k not in PLACE_KEYS}
+            data = (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
         cleaned.append((name, data))
     return cleaned, [
         "the tokenizer is rebuilt from GGUF, which does not hold all of it: compare it with the "
@@ -360,13 +378,13 @@ def _tokenizer(model: GgufModel) -> tuple[list[tuple[str, bytes]], list[str]]:
     ]
 
 
-def _aliases(model: GgufModel, mapped: _Mapped, held: set[str]) -> dict[str, str]:
-    """Name each parameter without a tensor with the one that it is tied to."""
-    parameters = mapped.model.state_dict(keep_vars=True)
-    by_identity = {id(parameters[name]): name for name in held & parameters.keys()}
+def _aliases(model: GgufModel, mapped: _Mapped, made: set[str]) -> dict[str, str]:
+    """Map each parameter that has no tensor to the one that it is tied to."""
+    parameters: dict[str, Tensor] = mapped.model.state_dict(keep_vars=True)
+    by_identity = {id(parameters[name]): name for name in made & parameters.keys()}
     aliases = {}
     for name in parameters:
-        if name in held or _has_experts(name, held):
+        if name in made or _has_experts(name, made):
             continue
         kept = by_identity.get(id(parameters[name]))
         if kept is None:
@@ -378,69 +396,67 @@ def _aliases(model: GgufModel, mapped: _Mapped, held: set[str]) -> dict[str, str
     return aliases
 
 
-def _has_experts(name: str, held: set[str]) -> bool:
-    """Tell whether every part of merged experts is held under names of its own."""
+def _has_experts(name: str, made: set[str]) -> bool:
+    """Tell whether every part of merged experts has a tensor of its own."""
     start, _, fused = name.rpartition(".")
     parts = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}.get(fused, ())
-    return bool(parts) and all(f"{start}.0.{part}_proj.weight" in held for part in parts)
+    return bool(parts) and all(f"{start}.0.{part}_proj.weight" in made for part in parts)
 
 
 class _Weight:
-    """One tensor of a GGUF: dequantized whole when its first row is read, then dropped."""
+    """One tensor of a GGUF file: dequantized whole when its first row is read, then dropped."""
 
-    def __init__(
-        self, tensor: GgufTensor, processor: Any, target: str, shape: tuple[int, ...]
-    ) -> None:
-        self._tensor, self._processor = tensor, processor
-        self._target, self._shape = target, shape
-        self._held: Tensor | None = None
-        if processor is not None:
-            self._check()
+    def __init__(self, floats: Callable[[], Floats]) -> None:
+        self._floats = floats
+        self._whole: Tensor | None = None
 
     def read(self, start: int, rows: int) -> Tensor:
         """Give rows in float32."""
-        held = self._whole() if self._held is None else self._held
-        self._held = held if start + rows < len(held) else None
-        return held[start : start + rows]
+        whole = self._whole
+        if whole is None:
+            made = torch.from_numpy(self._floats().astype(np.float32, copy=True))
+            whole = made.reshape(-1, made.shape[-1] if made.dim() > 1 else 1)
+        self._whole = whole if start + rows < len(whole) else None
+        return whole[start : start + rows]
 
-    def _check(self) -> None:
-        """Refuse another shape than the model's before anything is written."""
-        shape = self._process(np.broadcast_to(np.float32(-1), self._tensor.shape)).shape
-        if tuple(shape) != self._shape:
-            raise CheckpointError(
-                f"tensor `{self._tensor.name}` of `{self._tensor.path}` is {list(shape)} where the "
-                f"model takes {list(self._shape)}",
-                hint="start from the original checkpoint",
-            )
 
-    def _process(self, weights: Any) -> Any:
-        name = self._tensor.name
-        aside: dict[str, Any] = {"tensors": {}}
-        made = self._processor.process(
-            weights=weights, name=name, tensor_key_mapping={}, parsed_parameters=aside
+def _process(
+    tensor: GgufTensor, processor: Processor, target: str, weights: Floats | None = None
+) -> Floats:
+    """Undo llama.cpp's layout of a tensor, or of other weights in its place."""
+    aside: dict[str, dict[str, Tensor]] = {"tensors": {}}
+    made = processor.process(
+        weights=tensor.floats() if weights is None else weights,
+        name=tensor.name,
+        tensor_key_mapping={},
+        parsed_parameters=aside,
+    )
+    if made.name is None and aside["tensors"].keys() == {target}:
+        found: Floats = aside["tensors"][target].numpy()
+        return found
+    if made.name != tensor.name:
+        raise not_expressible(
+            f"tensor `{tensor.name}` of `{tensor.path}` is taken apart by transformers"
         )
-        if made.name is None and aside["tensors"].keys() == {self._target}:
-            return aside["tensors"][self._target].numpy()
-        if made.name != name:
-            raise CheckpointError(
-                f"tensor `{name}` of `{self._tensor.path}` is taken apart by transformers",
-                hint="start from the original checkpoint",
-            )
-        return made.weights
-
-    def _whole(self) -> Tensor:
-        made = self._process(self._tensor.floats())
-        whole = torch.from_numpy(np.asarray(made).astype("float32", copy=True))
-        return whole.reshape(-1, self._shape[-1] if len(self._shape) > 1 else 1)
+    return np.asarray(made.weights)
 
 
-class _Expert(_Weight):
-    """One expert of a tensor of all of them."""
+def _check_shape(
+    tensor: GgufTensor, processor: Processor, target: str, wanted: tuple[int, ...]
+) -> None:
+    """Refuse another shape than the model's before anything is written."""
+    weights = np.broadcast_to(np.float32(-1), tensor.shape)
+    shape = _process(tensor, processor, target, weights).shape
+    if tuple(shape) != wanted:
+        raise not_expressible(
+            f"tensor `{tensor.name}` of `{tensor.path}` is {list(shape)} where the model takes "
+            f"{list(wanted)}"
+        )
 
-    def __init__(self, tensor: GgufTensor, expert: int) -> None:
-        super().__init__(tensor, None, "", tensor.shape[1:])
-        self._expert = expert
 
-    def _whole(self) -> Tensor:
-        made = self._tensor.floats(self._expert)
-        return torch.from_numpy(made.astype("float32", copy=True))
+def _recognize(path: Path, key: str | None) -> Opener | None:
+    found = find_gguf(path)
+    return None if found is None else partial(open_gguf, found)
+
+
+FORMAT = Format(label="a GGUF model", recognize=_recognize, is_final=True)

@@ -1,22 +1,32 @@
 """The config of a GGUF file: every key that changes what the model computes, or a refusal.
 
-transformers maps some keys of each architecture and passes over the others in silence. Here each
+transformers maps some keys of each architecture and ignores the others without a word. Here each
 key is mapped by transformers, or carried by the tables below, or known to change nothing; any other
-one is refused by name. What llama.cpp computes decides.
+one is refused by name. Where the two differ, llama.cpp's computation counts.
 Source: transformers/integrations/ggml.py; llama.cpp's conversion/ and src/models/.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from ortho_cli.convert.sources import gguf_rope
-from ortho_cli.convert.sources.gguf_file import GgufModel
-from ortho_cli.errors import CheckpointError, shown
+from ortho_cli.convert.sources.gguf_file import (
+    GgufModel,
+    GgufTensor,
+    Metadata,
+    not_expressible,
+    read_count,
+    read_number,
+)
+from ortho_cli.errors import shown
 
-# ARCH.key -> attribute, where transformers' own map lacks it or names what the config has not.
+Config = dict[str, object]  # keywords of a config of transformers
+
+# model_type -> ARCH.key -> attribute, where transformers' own map lacks the key, or maps it to an
+# attribute that the config does not have.
 _WIDTH = {"attention.key_length": "head_dim"}
 CARRIED: dict[str, dict[str, str]] = {
     "llama": _WIDTH,
@@ -54,10 +64,10 @@ CARRIED: dict[str, dict[str, str]] = {
     "minimax_m2": {"expert_feed_forward_length": "intermediate_size"},
 }
 # Values with which a key changes nothing, whatever the model; None: any value.
-NEUTRAL: dict[str, tuple[Any, ...] | None] = {
+NEUTRAL: dict[str, tuple[object, ...] | None] = {
     "pooling_type": None,  # of embeddings, not of next tokens
     "rope.scaling.finetuned": None,
-    "vocab_size": None,  # the embedding's rows are held to it
+    "vocab_size": None,  # the shape of the embedding is compared with the model's
     "attention.causal": (True,),
     "attention.max_alibi_bias": (0,),
     "attention.clamp_kqv": (0,),
@@ -82,7 +92,8 @@ NEUTRAL: dict[str, tuple[Any, ...] | None] = {
     "nextn_predict_layers": (0,),
     "swin_norm": (False,),
 }
-OWN_NEUTRAL: dict[str, dict[str, tuple[Any, ...] | None]] = {
+# The same for one model_type, which counts before NEUTRAL.
+OWN_NEUTRAL: dict[str, dict[str, tuple[object, ...] | None]] = {
     "bloom": {"context_length": None, "attention.max_alibi_bias": (0, 8)},  # its own alibi
     "falcon": {"tensor_data_layout": ("jploski",)},
     "mamba": {
@@ -106,17 +117,17 @@ BIASES: dict[str, dict[str, str]] = {
 }
 # Other keys than ARCH.*: of the file, its tokenizer, how it was made.
 KNOWN_PREFIXES = ("general", "tokenizer", "quantize", "split", "imatrix", "GGUF")
-# What GGUF can say of each layer, and a config says once.
+# Attributes of which GGUF can have one value for each layer, and a config has one for all.
 PER_LAYER = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
 # llama.cpp knows the 27B models, which scale attention otherwise, by their number of layers.
 BY_WIDTH = {"gemma2": 46, "gemma3_text": 62}
 GEMMA3_LOCAL = 6  # every sixth layer is a global one
 GEMMA3_LOCAL_BASE = 10000.0
-PHI3 = ("default", "longrope")  # what its config takes
+PHI3 = ("default", "longrope")  # the `rope_type`s of its config
 
 
-def told_of(model: GgufModel) -> dict[str, Any]:
-    """Give the keys of a model's architecture, without it; equal values of all layers as one."""
+def own_metadata(model: GgufModel) -> Metadata:
+    """Give the keys of a model's architecture, without its name; a list of equal values as one."""
     start = f"{model.architecture}."
     return {
         key.removeprefix(start): _same(value)
@@ -125,17 +136,17 @@ def told_of(model: GgufModel) -> dict[str, Any]:
     }
 
 
-def _same(value: Any) -> Any:
+def _same(value: object) -> object:
     if isinstance(value, list) and value and all(entry == value[0] for entry in value):
         return value[0]
     return value
 
 
 def check_foreign(model: GgufModel) -> list[str]:
-    """Look at keys that are not of the architecture.
+    """Check the keys that are not of the file's architecture.
 
     Returns:
-        A note on keys that nobody reads.
+        A note on keys that no reader knows, or nothing.
     Raises:
         CheckpointError: keys of another architecture.
     """
@@ -145,36 +156,35 @@ def check_foreign(model: GgufModel) -> list[str]:
     strange = sorted(prefixes - {*KNOWN_PREFIXES, model.architecture})
     for prefix in strange:
         if prefix in gguf.MODEL_ARCH_NAMES.values():
-            raise CheckpointError(
+            raise not_expressible(
                 f"`{model.path}` says it is of architecture {model.architecture}, and has keys of "
-                f"{prefix}",
-                hint="start from the original checkpoint",
+                f"{prefix}"
             )
-    return [f"keys that no reader of GGUF knows are left out: {', '.join(strange)}.*"] * bool(
-        strange
-    )
+    if not strange:
+        return []
+    return [f"keys that no reader of GGUF knows are left out: {', '.join(strange)}.*"]
 
 
-def complete(model: GgufModel, parsed: dict[str, Any], plain: Any) -> dict[str, Any]:
-    """Add to transformers' reading of a config what it passes over.
+def complete(model: GgufModel, parsed: Config, plain: object) -> Config:
+    """Add the keys that transformers ignores to its reading of a config.
 
     Args:
         model: the file.
-        parsed: what transformers' `load_gguf_checkpoint` gives as config.
+        parsed: the config of transformers' `load_gguf_checkpoint`.
         plain: a config of the class, made of defaults.
     Returns:
         The keywords of the config; `rope_parameters` are not among them.
     Raises:
         CheckpointError: a key changes the model and cannot be carried.
     """
-    told, kind = told_of(model), str(parsed["model_type"])
+    metadata, kind = own_metadata(model), str(parsed["model_type"])
     names = {tensor.name: tensor for tensor in model.tensors}
     done = {key: _same(value) if key in PER_LAYER else value for key, value in parsed.items()}
     for key, attribute in CARRIED.get(kind, {}).items():
-        if key in told:
-            done[attribute] = told[key]
-    # llama.cpp: as many key and value heads as heads, if the file does not say; transformers
-    # leaves llama's permuted then, and takes a default of the class elsewhere.
+        if key in metadata:
+            done[attribute] = metadata[key]
+    # llama.cpp takes as many key and value heads as heads, if the file does not say. transformers
+    # then leaves the weights of llama permuted, and takes a default of the class elsewhere.
     if hasattr(plain, "num_key_value_heads") and "num_attention_heads" in done:
         done.setdefault("num_key_value_heads", done["num_attention_heads"])
     for attribute, suffix in {**BIASES["*"], **BIASES.get(kind, {})}.items():
@@ -186,76 +196,71 @@ def complete(model: GgufModel, parsed: dict[str, Any], plain: Any) -> dict[str, 
     if kind == "stablelm":
         done["use_qkv_bias"] = any(name.endswith(".attn_q.bias") for name in names)
         done["use_parallel_residual"] = not any(".ffn_norm." in name for name in names)
-    _add_windows(model.path, kind, told, done)
-    _account(model, parsed, plain, told, done)
+    _add_windows(model.path, kind, metadata, done)
+    _check_keys(model, parsed, plain, metadata, done)
     return done
 
 
-def _add_vocabulary(names: dict[str, Any], plain: Any, done: dict[str, Any]) -> None:
-    """Say how many tokens there are, and take back defaults of another vocabulary."""
+def _add_vocabulary(names: Mapping[str, GgufTensor], plain: object, done: Config) -> None:
+    """Set the number of tokens, and drop default tokens that are beyond it."""
     if "token_embd.weight" in names:
         done.setdefault("vocab_size", names["token_embd.weight"].shape[0])
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         default = getattr(plain, key, None)
-        if isinstance(default, int) and default >= int(done.get("vocab_size", default + 1)):
+        vocabulary = done.get("vocab_size")
+        if isinstance(default, int) and isinstance(vocabulary, int) and default >= vocabulary:
             done.setdefault(key, None)
 
 
-def _add_windows(path: Path, kind: str, told: dict[str, Any], done: dict[str, Any]) -> None:
-    """Say which layers see how far, and what attention is scaled by."""
-    layers = int(done.get("num_hidden_layers", 0))
-    window = told.get("attention.sliding_window", 0)
-    if kind in ("mistral", "phi3"):  # 0: none; the class has a default
+def _add_windows(path: Path, kind: str, metadata: Metadata, done: Config) -> None:
+    """Set the sliding window, the layers that have one, and the scale of attention."""
+    layers = read_count(path, done, "num_hidden_layers", 0)
+    window = metadata.get("attention.sliding_window", 0)
+    if kind in ("mistral", "phi3"):  # not absent: the class has a default
         done["sliding_window"] = window or None
     if kind not in BY_WIDTH:
         return
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if key in done:
             done[key] = done[key] or None
-    heads = int(done["num_attention_heads"])
-    by_width = layers == BY_WIDTH[kind]
-    done["query_pre_attn_scalar"] = (
-        int(done["hidden_size"]) // heads if by_width else int(done.get("head_dim", 256))
-    )
-    pattern = told.get("attention.sliding_window_pattern")
-    every = 2 if kind == "gemma2" else GEMMA3_LOCAL
+    if layers == BY_WIDTH[kind]:
+        heads = read_count(path, done, "num_attention_heads", 1)
+        done["query_pre_attn_scalar"] = read_count(path, done, "hidden_size", 0) // heads
+    else:
+        done["query_pre_attn_scalar"] = read_count(path, done, "head_dim", 256)
+    key = "attention.sliding_window_pattern"
+    pattern = metadata.get(key)
     if isinstance(pattern, list):
         local = [bool(entry) for entry in pattern]
-    elif isinstance(pattern, bool):  # the same of all layers
+    elif isinstance(pattern, bool):  # the same for all layers
         local = [pattern] * layers
     else:
-        every = every if pattern is None else int(pattern)
+        every = read_count(path, metadata, key, 2 if kind == "gemma2" else GEMMA3_LOCAL)
         local = [every == 0 or (layer + 1) % every != 0 for layer in range(layers)]
     if kind == "gemma3_text" and not window:
-        local, done["sliding_window"] = [False] * layers, plain_window(done)
+        local = [False] * layers
+        # No layer uses it, and one that did would see all positions.
+        done["sliding_window"] = read_count(path, done, "max_position_embeddings", 4096)
     if len(local) != layers:
-        raise CheckpointError(
+        raise not_expressible(
             f"`{path}` says `attention.sliding_window_pattern` is of {len(local)} layers, and "
-            f"there are {layers}",
-            hint="start from the original checkpoint",
+            f"there are {layers}"
         )
     done["layer_types"] = ["sliding_attention" if near else "full_attention" for near in local]
 
 
-def plain_window(done: dict[str, Any]) -> int:
-    """Give a window that no layer uses, and that hides nothing if one did."""
-    return int(done.get("max_position_embeddings", 4096))
-
-
-def _account(
-    model: GgufModel,
-    parsed: dict[str, Any],
-    plain: Any,
-    told: dict[str, Any],
-    done: dict[str, Any],
+def _check_keys(
+    model: GgufModel, parsed: Config, plain: object, metadata: Metadata, done: Config
 ) -> None:
     """Refuse the first key that changes the model and is not in its config."""
     from transformers import integrations
 
     kind = str(parsed["model_type"])
-    maps: Any = vars(integrations.ggml)["GGUF_CONFIG_MAPPING"]  # not typed in every version
-    mapped = maps.get(kind.removesuffix("_text"), maps.get(model.architecture, {}))
-    for key, value in told.items():
+    maps = vars(integrations.ggml)["GGUF_CONFIG_MAPPING"]  # vars: not typed in every version
+    mapped: Mapping[str, str | None] = maps.get(
+        kind.removesuffix("_text"), maps.get(model.architecture, {})
+    )
+    for key, value in metadata.items():
         attribute = mapped.get(key)
         if isinstance(value, list) and not (kind == "lfm2" and key == "attention.head_count_kv"):
             known = key == "attention.sliding_window_pattern" and kind in BY_WIDTH
@@ -265,68 +270,72 @@ def _account(
                 or key in CARRIED.get(kind, {})
                 or (key == "attention.sliding_window_pattern" and kind in BY_WIDTH)
                 or (attribute is not None and hasattr(plain, attribute))
-                or _changes_nothing(key, value, kind, told, done)
+                or _changes_nothing(model.path, key, value, kind, metadata, done)
             )
         if not known:
-            raise CheckpointError(
+            raise not_expressible(
                 f"`{model.path}` says `{model.architecture}.{key}` is {shown(value)}, which "
-                f"transformers' {kind} cannot be told",
-                hint="start from the original checkpoint",
+                f"transformers' {kind} has no setting for"
             )
-    if kind == "falcon" and int(done.get("num_kv_heads") or 1) != 1:
-        raise CheckpointError(
+    if kind == "falcon" and (done.get("num_kv_heads") or 1) != 1:
+        raise not_expressible(
             f"`{model.path}` is a Falcon of {done['num_kv_heads']} key and value heads, whose "
-            f"layout transformers does not undo",
-            hint="start from the original checkpoint",
+            f"layout transformers does not undo"
         )
 
 
 def _changes_nothing(
-    key: str, value: Any, kind: str, told: dict[str, Any], done: dict[str, Any]
+    path: Path, key: str, value: object, kind: str, metadata: Metadata, done: Config
 ) -> bool:
-    """Tell whether a key has a value that the model computes with anyway."""
+    """Tell whether a key has a value with which the model computes the same as without it."""
     neutral = OWN_NEUTRAL.get(kind, {}).get(key, NEUTRAL.get(key, ()))
     if neutral is None or value in neutral:
         return True
     width = head_width(done)
-    if key in ("attention.key_length", "attention.value_length"):
-        return bool(value == width)
+    same: dict[str, float] = {"attention.key_length": width, "attention.value_length": width}
+    if kind == "bloom":
+        same["feed_forward_length"] = 4 * read_count(path, done, "hidden_size", 0)
+        same["attention.head_count_kv"] = read_count(path, done, "n_head", 0)
+    if key in same or not isinstance(value, int | float):
+        return key in same and value == same[key]
     if key == "attention.scale":
         return math.isclose(value, 1 / math.sqrt(width), rel_tol=1e-5)
-    if key == "attention.sliding_window":  # as long as the longest text
-        return bool(value >= told.get("context_length", math.inf))
-    if key == "feed_forward_length" and kind == "bloom":
-        return bool(value == 4 * done["hidden_size"])
-    if key == "attention.head_count_kv" and kind == "bloom":
-        return bool(value == done["n_head"])
-    return False
+    # A window as long as the longest text hides nothing.
+    longest = read_number(path, metadata, "context_length", math.inf)
+    return key == "attention.sliding_window" and value >= longest
 
 
-def head_width(done: dict[str, Any]) -> int:
-    """Give the width of an attention head."""
-    sizes = [done.get(key) for key in ("hidden_size", "n_embd", "d_model")]
-    heads = [done.get(key) for key in ("num_attention_heads", "n_head", "num_heads")]
-    hidden = next((int(size) for size in sizes if size), 0)
-    return int(done.get("head_dim") or hidden // next((int(n) for n in heads if n), 1))
+def head_width(done: Config) -> int:
+    """Compute the width of an attention head."""
+    width = _first_count(done, ("head_dim",))
+    hidden = _first_count(done, ("hidden_size", "n_embd", "d_model"))
+    return width or hidden // (
+        _first_count(done, ("num_attention_heads", "n_head", "num_heads")) or 1
+    )
 
 
-def read_rope(model: GgufModel, done: dict[str, Any]) -> gguf_rope.Rope:
-    """Read what the file says of rotary embeddings.
+def _first_count(done: Config, keys: Collection[str]) -> int:
+    found = (done.get(key) for key in keys)
+    return next((size for size in found if isinstance(size, int) and size), 0)
+
+
+def read_rope(model: GgufModel, done: Config) -> gguf_rope.Rope:
+    """Read the rotary embeddings of a file.
 
     Raises:
         CheckpointError: see `gguf_rope.read_rope`.
     """
-    held = {t.name: t.floats().reshape(-1) for t in model.tensors if t.name in gguf_rope.TENSORS}
+    tensors = {t.name: t.floats().reshape(-1) for t in model.tensors if t.name in gguf_rope.TENSORS}
     return gguf_rope.read_rope(
         model.path,
-        told_of(model),
-        held,
+        own_metadata(model),
+        tensors,
         head_dim=head_width(done),
-        context=int(done.get("max_position_embeddings", 0)) or 2048,
+        context=read_count(model.path, done, "max_position_embeddings", 0) or 2048,
     )
 
 
-def carry_rope(model: GgufModel, rope: gguf_rope.Rope, done: dict[str, Any]) -> None:
+def carry_rope(model: GgufModel, rope: gguf_rope.Rope, done: Config) -> None:
     """Put rotary embeddings into a config's keywords, as transformers 5 takes them.
 
     Raises:
@@ -334,7 +343,6 @@ def carry_rope(model: GgufModel, rope: gguf_rope.Rope, done: dict[str, Any]) -> 
     """
     for key in ("rope_theta", "rope_scaling", "partial_rotary_factor"):
         done.pop(key, None)
-    theta = rope.parameters["rope_theta"]
     if done["model_type"] == "gemma3_text":
         # llama.cpp scales the global layers only.
         local = GEMMA3_LOCAL_BASE if rope.local_theta is None else rope.local_theta
@@ -343,26 +351,24 @@ def carry_rope(model: GgufModel, rope: gguf_rope.Rope, done: dict[str, Any]) -> 
             "sliding_attention": {"rope_type": "default", "rope_theta": local},
         }
         return
-    if rope.local_theta not in (None, theta):
-        raise CheckpointError(
+    if rope.local_theta not in (None, rope.theta):
+        raise not_expressible(
             f"`{model.path}` says `rope.freq_base_swa` is {rope.local_theta:g} and "
-            f"`rope.freq_base` {theta:g}, and {done['model_type']} has one base for all layers",
-            hint="start from the original checkpoint",
+            f"`rope.freq_base` {rope.theta:g}; {done['model_type']} has one base for all layers"
         )
-    if done["model_type"] == "phi3" and rope.parameters["rope_type"] not in PHI3:
-        raise CheckpointError(
-            f"`{model.path}` says `rope.scaling.type` is {rope.parameters['rope_type']}, and "
-            f"transformers' phi3 has {' and '.join(PHI3)} only",
-            hint="start from the original checkpoint",
+    if done["model_type"] == "phi3" and rope.kind not in PHI3:
+        raise not_expressible(
+            f"`{model.path}` says `rope.scaling.type` is {rope.kind}, and "
+            f"transformers' phi3 has {' and '.join(PHI3)} only"
         )
     done["rope_parameters"] = dict(rope.parameters)
-    if done["model_type"] == "phi3" and rope.parameters["rope_type"] == "longrope":
+    if done["model_type"] == "phi3" and rope.kind == "longrope":
         original = rope.parameters["original_max_position_embeddings"]
         done["original_max_position_embeddings"] = original  # phi3 reads it here first
 
 
-def add_old_words(config: dict[str, Any]) -> dict[str, Any]:
-    """Say rotary embeddings and experts in the words of transformers 4, too; 5 reads both."""
+def add_old_keys(config: Config) -> Config:
+    """Add the keys that transformers 4 has for rotary embeddings and experts; 5 reads both."""
     parameters = config.get("rope_parameters")
     if not isinstance(parameters, dict):
         return config

@@ -1,41 +1,50 @@
-"""GGUF files as they lie on the disk: magic, parts of a split model, byte order, dequantizing.
+"""GGUF files on the disk: magic, parts of a split model, byte order, dequantizing.
 
-What the `gguf` package reads is taken from it. It does not join the parts of a split model, and it
-swaps the bytes of a big-endian file in the header and in plain numbers only: both are done here.
+The `gguf` package reads header and blocks. It does not join the parts of a split model, and in a
+big-endian file it swaps the bytes of the header and of plain numbers only: both are done here.
 Source: docs/gguf.md of ggml; block layouts in ggml-common.h.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
-from ortho_cli.errors import CheckpointError, unreadable
+from ortho_cli.errors import CheckpointError, shown, unreadable
 from ortho_cli.storage import hints, sniff
+from ortho_cli.storage.checkpoint import MODEL_SUFFIXES
 from ortho_cli.storage.untrusted import open_regular
+
+if TYPE_CHECKING:  # an optional package, imported where it is used
+    import gguf
+
+Metadata = Mapping[str, object]  # keys of a GGUF file: numbers, strings, booleans, lists of these
+Array = npt.NDArray[np.generic]  # plain numbers, or blocks of quantized ones as bytes
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 SUFFIX = ".gguf"
-ASIDE = ("mmproj", "imatrix")  # in the names of files that lie beside a model and are none
+ASIDE = ("mmproj", "imatrix")  # parts of the names of GGUF files that are no language model
 _PART = re.compile(r"(?P<stem>.+)-(?P<no>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.I)
 
-# Where the 16-bit floats of a block begin. A big-endian machine writes these blocks as its own
-# structs; everything else in them is single bytes, or bit operations within single bytes. Types
-# that are not listed hold wider integers, of which no two tools agree how they are swapped.
+# Byte offsets of the 16-bit floats in a block. A big-endian machine writes a block as its own
+# struct; all else in it is single bytes, or bit operations within single bytes. Types that are not
+# listed hold wider integers, and tools disagree on how these are swapped.
 SWAPPED = {
     "BF16": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
     "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "TQ1_0": (52,),
     "TQ2_0": (64,), "MXFP4": (), "NVFP4": (),
 }  # fmt: skip
-# What numpy says where bytes that were asked for are not there.
+# Parts of numpy's messages where a file ends too early.
 _SHORT = ("reshape", "larger than", "changing to a")
-SAMPLED = 4096  # blocks of a tensor that show its byte order: some 8 KiB of scales
-SCALES = (1e-5, 1e2)  # sizes of weights and scales; swapped bytes make sizes of every order
+SAMPLED = 4096  # blocks of a tensor that are looked at for its byte order: some 8 KiB of scales
+SCALES = (1e-5, 1e2)  # usual sizes of weights and scales; swapped bytes give sizes of every order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,53 +52,85 @@ class GgufTensor:
     """One tensor of a GGUF file, mapped and not read; `shape` is in rows and columns."""
 
     name: str
-    kind: Any  # gguf.GGMLQuantizationType
+    kind: gguf.GGMLQuantizationType
     shape: tuple[int, ...]
-    data: Any  # as gguf.GGUFReader maps it: plain numbers, or blocks as bytes
+    data: Array  # mapped
     path: Path
     swapped: bool = False  # its bytes are in the other order than this machine's
 
-    def floats(self, index: int | None = None) -> Any:
+    def floats(self, index: int | None = None) -> npt.NDArray[np.float32]:
         """Dequantize the tensor, or one entry of its first dimension, to a float32 array."""
         import gguf
 
-        data = self.data if index is None else self.data[index]
+        data: Array = self.data if index is None else self.data[index]
         if self.swapped:
             data = _native(data, self.kind)
         with np.errstate(all="ignore"):  # a scale may be infinite, which is checked when written
-            return gguf.quants.dequantize(data, self.kind)
+            found: npt.NDArray[np.float32] = gguf.quants.dequantize(data, self.kind)
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufModel:
-    """A model in one GGUF file or in all of its parts; the first part tells of the model."""
+    """A model in one GGUF file or in all of its parts; the first part has the metadata."""
 
     path: Path
     parts: tuple[Path, ...]
-    metadata: dict[str, Any]  # of the first part, without the tokenizer
+    metadata: Metadata  # without the tokenizer
     tensors: tuple[GgufTensor, ...]
     swapped: bool
 
     @property
     def architecture(self) -> str:
-        """What llama.cpp calls the kind of model."""
+        """llama.cpp's name for the kind of model."""
         return str(self.metadata["general.architecture"])
 
 
-def is_gguf(path: Path) -> bool:
-    """Tell whether a file is meant to be GGUF, by its name or its first bytes."""
-    return path.suffix.lower() == SUFFIX or sniff.kind_of_file(path) == sniff.GGUF
+def not_expressible(message: str) -> CheckpointError:
+    """Make the error of a file that no config or checkpoint of transformers can express."""
+    return CheckpointError(message, hint="start from the original checkpoint")
 
 
-def find_gguf(folder: Path) -> Path | None:
-    """Find the one GGUF model of a folder: a file, or the first part of a split one.
+def read_number(path: Path, metadata: Metadata, key: str, default: float) -> float:
+    """Read a number of a file's metadata.
+
+    Raises:
+        CheckpointError: the key has a value that is no number.
+    """
+    value = metadata.get(key, default)
+    if not isinstance(value, int | float):
+        raise CheckpointError(
+            f"`{path}` says `{key}` is {shown(value)}, which is no number",
+            hint="the file is damaged, or needs a newer version of ortho",
+        )
+    return float(value)
+
+
+def read_count(path: Path, metadata: Metadata, key: str, default: int) -> int:
+    """Read a number as `read_number` does, without its fraction."""
+    return int(read_number(path, metadata, key, default))
+
+
+def find_gguf(path: Path) -> Path | None:
+    """Find the GGUF file that a path means: itself, or the one model of a folder.
 
     Returns:
-        None where there is no GGUF file.
+        The file, or the first part of a split model; None where there is no GGUF file, or the
+        folder has weights of another format.
     Raises:
-        CheckpointError: there are several models, or only files that lie beside one, or all are
-            in folders of the folder.
+        CheckpointError: a folder has several models, or only projectors and importance matrices,
+            or all models are in folders of it.
     """
+    if path.is_file():
+        is_gguf = path.suffix.lower() == SUFFIX or sniff.kind_of_file(path) == sniff.GGUF
+        return path if is_gguf else None
+    others = tuple(suffix for suffix in MODEL_SUFFIXES if suffix != SUFFIX)
+    if not path.is_dir() or any(found.name.endswith(others) for found in path.iterdir()):
+        return None
+    return _find_in_folder(path)
+
+
+def _find_in_folder(folder: Path) -> Path | None:
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() == SUFFIX and p.is_file())
     models: dict[str, Path] = {}
     for path in found:
@@ -104,7 +145,7 @@ def find_gguf(folder: Path) -> Path | None:
         )
     if not found and (inside := sorted(folder.glob("*/*.gguf"))):
         raise CheckpointError(
-            f"`{folder}` holds no weights, and GGUF files in folders of it",
+            f"`{folder}` holds no weights, and folders in it hold GGUF files",
             hint=f"give one of them: `ortho convert {hints.said(inside[0])}`",
         )
     if found and not models:
@@ -116,7 +157,7 @@ def find_gguf(folder: Path) -> Path | None:
 
 
 def files_beside(path: Path) -> list[str]:
-    """Name the projectors and importance matrices that lie beside a model."""
+    """Name the projectors and importance matrices in the folder of a model."""
     beside = (p for p in path.parent.iterdir() if p.suffix.lower() == SUFFIX and p != path)
     return sorted(p.name for p in beside if _is_aside(p))
 
@@ -134,9 +175,9 @@ def open_model(path: Path) -> GgufModel:
     """
     parts = find_parts(path)
     readers = [_read(part) for part in parts]
-    told = [_metadata(reader) for reader in readers]
-    _check_parts(parts, told, [len(reader.tensors) for reader in readers])
-    _check_kind(parts[0], told[0])
+    metadata = [_metadata(reader) for reader in readers]
+    _check_parts(parts, metadata, [len(reader.tensors) for reader in readers])
+    _check_kind(parts[0], metadata[0])
     tensors: dict[str, GgufTensor] = {}
     for part, reader in zip(parts, readers, strict=True):
         for found in reader.tensors:
@@ -153,7 +194,7 @@ def open_model(path: Path) -> GgufModel:
     return GgufModel(
         path=parts[0],
         parts=tuple(parts),
-        metadata=told[0],
+        metadata=metadata[0],
         tensors=tuple(tensors.values()),
         swapped=any(tensor.swapped for tensor in tensors.values()),
     )
@@ -181,7 +222,7 @@ def find_parts(path: Path) -> list[Path]:
     return found or [path]
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> gguf.GGUFReader:
     """Open one file by the `gguf` package."""
     import gguf
 
@@ -198,7 +239,7 @@ def _read(path: Path) -> Any:
 
 
 def _check_magic(path: Path) -> None:
-    """Say what a file is that is not GGUF, or GGUF that cannot be read."""
+    """Refuse a file that is not GGUF, or of an unknown version; say what it is."""
     try:
         with open_regular(path) as opened:
             head = opened.read(24)
@@ -225,7 +266,7 @@ def _refuse(path: Path, why: str, *, hint: str) -> CheckpointError:
     return CheckpointError(f"`{path}` cannot be read as GGUF: {why}", hint=hint)
 
 
-def _metadata(reader: Any) -> dict[str, Any]:
+def _metadata(reader: gguf.GGUFReader) -> dict[str, object]:
     return {
         key: field.contents()
         for key, field in reader.fields.items()
@@ -233,19 +274,20 @@ def _metadata(reader: Any) -> dict[str, Any]:
     }
 
 
-def _check_parts(parts: list[Path], told: list[dict[str, Any]], held: list[int]) -> None:
+def _check_parts(parts: list[Path], metadata: list[dict[str, object]], counts: list[int]) -> None:
     """Refuse parts that are fewer than they say, or not of one model."""
-    count = int(told[0].get("split.count", 0))
-    if len(parts) == 1 and count > 1:
+    first = metadata[0]
+    count, no = first.get("split.count"), first.get("split.no", 0)
+    if len(parts) == 1 and isinstance(count, int) and count > 1:
+        place = no + 1 if isinstance(no, int) else shown(no)
         raise CheckpointError(
-            f"`{parts[0]}` is part {told[0].get('split.no', 0) + 1} of {count}, and its name does "
-            f"not lead to the others",
+            f"`{parts[0]}` is part {place} of {count}, and its name does not lead to the others",
             hint=f"name the parts as they were: NAME-00001-of-{count:05d}.gguf",
         )
     if len(parts) == 1:
         return
     anew = "get all parts from one place, under their own names"
-    for no, (part, mine) in enumerate(zip(parts, told, strict=True)):
+    for no, (part, mine) in enumerate(zip(parts, metadata, strict=True)):
         says = (mine.get("split.no"), mine.get("split.count"))
         if says != (no, len(parts)):
             raise CheckpointError(
@@ -253,30 +295,32 @@ def _check_parts(parts: list[Path], told: list[dict[str, Any]], held: list[int])
                 f"{no} of {len(parts)}",
                 hint=anew,
             )
-        for key in mine.keys() & told[0].keys() - {"split.no"}:
-            if mine[key] != told[0][key]:
+        for key in mine.keys() & first.keys() - {"split.no"}:
+            if mine[key] != first[key]:
                 raise CheckpointError(
                     f"`{part}` says `{key}` is {mine[key]!s:.40}, and `{parts[0].name}` says "
-                    f"{told[0][key]!s:.40}",
+                    f"{first[key]!s:.40}",
                     hint=f"the parts are of different models; {anew}",
                 )
-    promised = told[0].get("split.tensors.count", sum(held))
-    if promised != sum(held):
+    promised = first.get("split.tensors.count", sum(counts))
+    if promised != sum(counts):
         raise CheckpointError(
-            f"the parts of `{parts[0]}` hold {sum(held)} tensors, and {promised} were promised",
+            f"the parts of `{parts[0]}` hold {sum(counts)} tensors, and `split.tensors.count` is "
+            f"{promised}",
             hint=f"the parts are of different models; {anew}",
         )
 
 
-def _check_kind(path: Path, told: dict[str, Any]) -> None:
+def _check_kind(path: Path, metadata: Metadata) -> None:
     """Refuse GGUF files that hold something else than a model."""
-    kind, architecture = told.get("general.type", "model"), told.get("general.architecture")
+    kind = metadata.get("general.type", "model")
+    architecture = metadata.get("general.architecture")
     if architecture == "clip" or kind == "mmproj":
         raise CheckpointError(
             f"`{path}` is a projector for images or sound, not a language model",
             hint="give the model's own GGUF file",
         )
-    if kind != "model" or "adapter.type" in told:
+    if kind != "model" or "adapter.type" in metadata:
         raise CheckpointError(
             f"`{path}` holds no model: `general.type` is {kind}",
             hint="merge an adapter into its model first, by llama.cpp's llama-export-lora",
@@ -288,7 +332,7 @@ def _check_kind(path: Path, told: dict[str, Any]) -> None:
         )
 
 
-def _tensor(path: Path, reader: Any, found: Any) -> GgufTensor:
+def _tensor(path: Path, reader: gguf.GGUFReader, found: gguf.ReaderTensor) -> GgufTensor:
     tensor = GgufTensor(
         name=found.name,
         kind=found.tensor_type,
@@ -345,13 +389,13 @@ def check_type(tensor: GgufTensor) -> None:
 
 
 def _check_order(tensor: GgufTensor) -> None:
-    """Refuse big-endian blocks of which it is not certain how they were swapped."""
+    """Refuse big-endian blocks where tools disagree on the swap, or where none was made."""
     name = tensor.kind.name
     plain = tensor.data.dtype != np.uint8
     if not plain and name not in SWAPPED:
         raise CheckpointError(
-            f"tensor `{tensor.name}` of `{tensor.path}` is {name} in a big-endian file, and there "
-            f"is no one way to swap its bytes",
+            f"tensor `{tensor.name}` of `{tensor.path}` is {name} in a big-endian file, and tools "
+            f"disagree on how its bytes are swapped",
             hint="get a little-endian file, or a big-endian one in F16 or F32",
         )
     if plain or not SWAPPED[name]:
@@ -360,7 +404,7 @@ def _check_order(tensor: GgufTensor) -> None:
 
     _, nbytes = gguf.GGML_QUANT_SIZES[tensor.kind]
     blocks = tensor.data.reshape(-1, nbytes)[:SAMPLED]
-    if _sound(blocks, name, "<") > _sound(blocks, name, ">"):
+    if _usual_share(blocks, name, "<") > _usual_share(blocks, name, ">"):
         raise CheckpointError(
             f"tensor `{tensor.name}` of `{tensor.path}` is {name} with little-endian blocks, "
             f"though the file is big-endian",
@@ -368,8 +412,8 @@ def _check_order(tensor: GgufTensor) -> None:
         )
 
 
-def _sound(blocks: Any, name: str, order: str) -> float:
-    """Say which share of the 16-bit floats of blocks has the size of a weight or scale."""
+def _usual_share(blocks: Array, name: str, order: str) -> float:
+    """Compute the share of the 16-bit floats of blocks that have a usual size, see SCALES."""
     words = np.concatenate([blocks[:, at : at + 2] for at in SWAPPED[name]]).copy()
     if name == "BF16":
         wide = words.view(f"{order}u2").astype(np.uint32) << np.uint32(16)
@@ -380,7 +424,7 @@ def _sound(blocks: Any, name: str, order: str) -> float:
     return float(np.mean((sizes == 0) | ((sizes > low) & (sizes < high))))
 
 
-def _native(data: Any, kind: Any) -> Any:
+def _native(data: Array, kind: gguf.GGMLQuantizationType) -> Array:
     """Copy data into this machine's byte order."""
     if data.dtype != np.uint8:
         return data.astype(data.dtype.newbyteorder("="))

@@ -1,79 +1,105 @@
-"""Checkpoints of others as sources: safetensors, what torch.save wrote, quantized or not.
+"""Opens any checkpoint for `ortho convert`: finds its format, and makes names and weights plain.
 
-What torch.save wrote is read in `torch_files.py`; here the kind of a source is found, wrappers'
-prefixes go, and quantized weights become what they stand for.
+`FORMATS` lists the formats of others; each is one file of this room. An artifact of ours is opened
+by `artifact.py`. Then prefixes of training wrappers are stripped from names, and quantized weights
+become plain.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ortho_cli.convert.sources.adapters import refuse_adapter_names
-from ortho_cli.convert.sources.base import RowReader, Source, has_safetensors, mark
+from ortho_cli.convert.sources import gguf, safetensors_files, torch_files
+from ortho_cli.convert.sources.adapters import refuse_adapter, refuse_adapter_names
+from ortho_cli.convert.sources.artifact import open_dense
+from ortho_cli.convert.sources.base import Format, Source
 from ortho_cli.convert.sources.dequantize import dequantize
-from ortho_cli.convert.sources.torch_files import find_files, is_torch_file, open_torch
 from ortho_cli.convert.sources.wrappers import strip_wrappers
-from ortho_cli.errors import CheckpointError, UsageError, unreadable
-from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, model_name, open_checkpoint
+from ortho_cli.errors import CheckpointError, InternalError, UsageError, unreadable
+from ortho_cli.formats.artifact import is_artifact
+from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
+from ortho_cli.storage.sealing import Keys
+
+# The first that recognizes a path opens it. Safetensors are last, since they take any path.
+FORMATS: tuple[Format, ...] = (
+    gguf.FORMAT,
+    torch_files.FORMAT,
+    safetensors_files.FORMAT,
+)
 
 
-def open_foreign(path: Path, *, key: str | None = None) -> Source:
-    """Describe a checkpoint that `ortho` did not write; weights are not read yet.
+def open_source(
+    path: Path,
+    *,
+    alpha: float | None = None,
+    keys: Keys | None = None,
+    key: str | None = None,
+    sizes: Sizes = DEFAULT_SIZES,
+) -> Source:
+    """Describe any checkpoint, or an artifact at one alpha; weights are not read yet.
 
     Args:
-        path: a file of safetensors or of torch.save, or a folder with whole or sharded weights.
+        path: of the checkpoint or artifact: a file or a folder.
+        alpha: in [0, 1], for an artifact, and required there.
+        keys: open a sealed ortho.
         key: where a file of torch.save keeps its weights; None looks for them.
+        sizes: of tiles of an artifact's base.
+    Returns:
+        The source, which the caller closes.
     Raises:
-        UsageError: a key that is not there, or for a source that has none.
-        CheckpointError: nothing there, nothing readable, something that would run code, or parts
-            that do not belong together.
+        UsageError: an artifact without alpha, or alpha for anything else; a key that is not there,
+            or for anything but a file of torch.save.
+        CheckpointError: nothing there, nothing readable, an adapter, something that would run code,
+            or parts that do not belong together.
+        ArtifactError: see `open_dense`.
     """
+    if is_artifact(path, damaged=True):
+        if key is not None:
+            raise _refuse_key(path, key, "an artifact")
+        if alpha is None:
+            raise UsageError(
+                f"`{path}` is an artifact, and no --alpha says which of its models is meant",
+                hint="--alpha 1 is the full model, --alpha 0 is base alone",
+            )
+        return open_dense(path, alpha, keys, sizes=sizes)
+    if alpha is not None and path.exists():
+        raise UsageError(
+            f"`{path}` is no artifact, and --alpha {alpha:g} is for artifacts",
+            hint="leave --alpha out",
+        )
+    refuse_adapter(path)
     try:
-        source = _open(path, key)
+        source, is_final = _open(path, key)
     except OSError as error:
         hint = "give a model file or folder that you may read"
         raise unreadable(path, error, kind=CheckpointError, hint=hint) from error
+    return source if is_final else _make_plain(source)
+
+
+def _open(path: Path, key: str | None) -> tuple[Source, bool]:
+    """Open a path by the first format that recognizes it; say whether the source is final."""
+    for form in FORMATS:
+        opener = form.recognize(path, key if form.takes_key else None)
+        if opener is None:
+            continue
+        if key is not None and not form.takes_key:
+            raise _refuse_key(path, key, f"read as {form.label}")
+        return opener(), form.is_final
+    raise InternalError(f"no format opens `{path}`, and the last takes any path")
+
+
+def _make_plain(source: Source) -> Source:
+    """Strip the prefixes of wrappers, and replace quantized weights by what they stand for."""
     try:
         names = [tensor.name for tensor in source.tensors]
-        refuse_adapter_names(path, names, source.config, strips=True)
+        refuse_adapter_names(source.path, names, source.config, strips=True)
         return dequantize(strip_wrappers(source))
     except BaseException:
         source.close()
         raise
 
 
-def _open(path: Path, key: str | None) -> Source:
-    if path.is_file() and is_torch_file(path):
-        return open_torch(path, [path], None, key=key)
-    if path.is_dir() and not has_safetensors(path) and (found := find_files(path)):
-        return open_torch(path, *found, key=key)
-    if key is not None:
-        raise UsageError(
-            f"--key {key} is for files of torch.save, and `{path}` is none", hint="leave --key out"
-        )
-    return _open_safetensors(open_checkpoint(path))
-
-
-def _open_safetensors(checkpoint: Checkpoint) -> Source:
-    path, names = checkpoint.path, {tensor.name for tensor in checkpoint.tensors}
-    told = {k: v for shard in checkpoint.shards for k, v in shard.metadata.items()}
-    own = frozenset(shard.name for shard in checkpoint.shards) if path.is_dir() else None
-    reader = ShardReader(checkpoint.shards)
-    rows = RowReader(reader)
-    try:
-        tensors = tuple(rows.tensor(info, path=path) for info in checkpoint.tensors)
-    except BaseException:
-        reader.close()
-        raise
-    return Source(
-        name=model_name(path),
-        kind="safetensors",
-        path=path,
-        tensors=tensors,
-        files=tuple(mark(shard.path) for shard in checkpoint.shards),
-        config=checkpoint.config,
-        own=own,
-        notes=checkpoint.notes,
-        aliases={k: v for k, v in told.items() if v in names and k not in names},
-        close=reader.close,
+def _refuse_key(path: Path, key: str, what: str) -> UsageError:
+    return UsageError(
+        f"--key {key} is for files of torch.save, and `{path}` is {what}", hint="leave --key out"
     )

@@ -1,10 +1,10 @@
-"""Tells quantized checkpoints from plain ones, and which tensors make up each quantized weight.
+"""Finds out whether a checkpoint is quantized, and which tensors make up each quantized weight.
 
-Three things can say so: config.json (`quantization_config`, `compression_config` or MLX's
-`quantization`, at any depth), a file beside it (`quantize_config.json`, `quant_config.json`,
-`hf_quant_config.json`), and the tensors themselves, whatever the JSON says. `LAYOUTS` lists how
-quantized weights are stored; `dequantize` has a reader for each entry. What is quantized in any
-other way is told by `SIGNS` or by integers beside scales, and can only be refused.
+The evidence is config.json (`quantization_config`, `compression_config` or MLX's `quantization`, at
+any depth), a file beside it (`quantize_config.json`, `quant_config.json`, `hf_quant_config.json`),
+and the tensors themselves, whatever the JSON says. `LAYOUTS` lists the ways to store a quantized
+weight that are read; `dequantize.PLANS` has a reader for each. All other ways are recognised by
+`UNSUPPORTED`, or by integers beside scales, and are refused.
 
 Headers and JSON only; standard library only: `ortho inspect` and `--dry-run` import no torch.
 """
@@ -15,10 +15,16 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from ortho_cli.errors import CheckpointError, shown
 from ortho_cli.storage import hints, strict_json
+
+if TYPE_CHECKING:  # importing the first would import torch
+    from ortho_cli.convert.sources.base import SourceTensor
+    from ortho_cli.storage.checkpoint import TensorInfo
+
+    Header = SourceTensor | TensorInfo
 
 FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 INTEGERS = ("U8", "I8", "U16", "I16", "U32", "I32")
@@ -27,43 +33,27 @@ CONFIG_KEYS = ("quantization_config", "compression_config")
 MLX_KEY = "quantization"
 MLX_EXPERTS = ("switch_mlp", "switch_glu")  # parts of names that MLX gives to joined experts
 MLX_REWRITTEN = ("qwen3_next", "qwen3_5")  # model types of which MLX adds 1 to weights of norms
-# Files that say how a model was quantized, and the keys of which one must be there to believe it.
+# Files that describe how a model was quantized, and keys of which one at least must have a value.
 SIDE_FILES = {
     "quantize_config.json": ("bits", "quant_method", "checkpoint_format", "group_size"),
     "quant_config.json": ("w_bit", "bits", "q_group_size", "quant_method", "quant_algo"),
     "hf_quant_config.json": ("quant_algo",),
 }
-# Whose weights are plain although config.json says that they are quantized, and mean something else
-# without that entry: BitNet rounds them while it runs.
+# Methods whose weights are plain, but mean something else without the entry of config.json: BitNet
+# rounds them while it runs.
 NEEDS_CONFIG = ("bitnet",)
 
 
-class Described(Protocol):
-    """A tensor as its header tells it: `checkpoint.TensorInfo` or `source.SourceTensor`."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def dtype(self) -> str: ...  # noqa: D102
-    @property
-    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Layout:
-    """How a family of files stores a weight: names relative to the module's, and dtypes.
+    """One way to store a quantized weight as several tensors; their names share a stem."""
 
-    `codes` ends the name of the tensor with the codes, which has one of `dtypes`; each of `parts`
-    must lie beside it under one of the names given, each of `extras` may. `weight` ends the name of
-    the weight that they stand for.
-    """
-
-    label: str
-    codes: str
-    dtypes: tuple[str, ...]
-    parts: Mapping[str, tuple[str, ...]]
-    extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    weight: str = ".weight"
+    label: str  # the writer, or the kind of codes
+    codes: str  # the ending of the name of the tensor of codes
+    dtypes: tuple[str, ...]  # of the codes
+    parts: Mapping[str, tuple[str, ...]]  # role -> endings, of which one must be there
+    extras: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # the same, optional
+    weight: str = ".weight"  # the ending of the weight's own name
 
 
 SCALE_NAMES = (
@@ -72,100 +62,58 @@ SCALE_NAMES = (
 )  # fmt: skip
 FUSED_NAMES = ("_scale_inv", "_scale", ".scale")
 
-# Looked through from the first to the last; the first whose parts are all there is taken.
+# The first whose parts are all there is taken.
 LAYOUTS: dict[str, Layout] = {
     "packed": Layout(
-        label="compressed-tensors' packed integers",
-        codes=".weight_packed",
-        dtypes=("I32",),
-        parts={"scale": (".weight_scale",), "shape": (".weight_shape",)},
+        "compressed-tensors' packed integers", ".weight_packed", ("I32",),
+        {"scale": (".weight_scale",), "shape": (".weight_shape",)},
         extras={"zero": (".weight_zero_point",), "order": (".weight_g_idx",)},
     ),
     "fp4": Layout(
-        label="compressed-tensors' MXFP4 or NVFP4",
-        codes=".weight_packed",
-        dtypes=("U8",),
-        parts={"scale": (".weight_scale",)},
-        extras={"divisor": (".weight_global_scale",)},
+        "compressed-tensors' MXFP4 or NVFP4", ".weight_packed", ("U8",),
+        {"scale": (".weight_scale",)}, extras={"divisor": (".weight_global_scale",)},
     ),
     "modelopt": Layout(
-        label="ModelOpt's NVFP4",
-        codes=".weight",
-        dtypes=("U8",),
-        parts={"scale": (".weight_scale",), "factor": (".weight_scale_2",)},
+        "ModelOpt's NVFP4", ".weight", ("U8",),
+        {"scale": (".weight_scale",), "factor": (".weight_scale_2",)},
     ),
     "nf4": Layout(
-        label="bitsandbytes' 4 bits",
-        codes=".weight",
-        dtypes=("U8",),
-        parts={
+        "bitsandbytes' 4 bits", ".weight", ("U8",),
+        {
             "scale": (".weight.absmax",),
             "values": (".weight.quant_map",),
-            "state": (
-                ".weight.quant_state.bitsandbytes__nf4",
-                ".weight.quant_state.bitsandbytes__fp4",
-            ),
+            "state": tuple(f".weight.quant_state.bitsandbytes__{k}" for k in ("nf4", "fp4")),
         },
         extras={
-            "outer": (".weight.nested_absmax",),
-            "outer_values": (".weight.nested_quant_map",),
+            "outer": (".weight.nested_absmax",), "outer_values": (".weight.nested_quant_map",),
         },
     ),
     "llm.int8": Layout(
-        label="bitsandbytes' 8 bits",
-        codes=".weight",
-        dtypes=("I8",),
-        parts={"scale": (".SCB",)},
-        extras={"form": (".weight_format",)},
+        "bitsandbytes' 8 bits", ".weight", ("I8",),
+        {"scale": (".SCB",)}, extras={"form": (".weight_format",)},
     ),
     "int8": Layout(
-        label="integers of 8 bits",
-        codes=".weight",
-        dtypes=("I8",),
-        parts={"scale": SCALE_NAMES},
-        extras={"zero": (".weight_zero_point",)},
+        "integers of 8 bits", ".weight", ("I8",),
+        {"scale": SCALE_NAMES}, extras={"zero": (".weight_zero_point",)},
     ),
-    "int8 fused": Layout(
-        label="integers of 8 bits",
-        codes="",
-        dtypes=("I8",),
-        parts={"scale": FUSED_NAMES},
-        weight="",
-    ),
-    "gpt-oss": Layout(
-        label="gpt-oss' MXFP4",
-        codes="_blocks",
-        dtypes=("U8",),
-        parts={"scale": ("_scales",)},
-        weight="",
-    ),
+    "int8 fused": Layout("integers of 8 bits", "", ("I8",), {"scale": FUSED_NAMES}, weight=""),
+    "gpt-oss": Layout("gpt-oss' MXFP4", "_blocks", ("U8",), {"scale": ("_scales",)}, weight=""),
     "gptq": Layout(
-        label="GPTQ or AWQ",
-        codes=".qweight",
-        dtypes=("I32",),
-        parts={"zero": (".qzeros",), "scale": (".scales",)},
-        extras={"order": (".g_idx",)},
+        "GPTQ or AWQ", ".qweight", ("I32",),
+        {"zero": (".qzeros",), "scale": (".scales",)}, extras={"order": (".g_idx",)},
     ),
     "mlx": Layout(
-        label="MLX",
-        codes=".weight",
-        dtypes=("U32",),
-        parts={"scale": (".scales",), "bias": (".biases", ".qbiases")},
+        "MLX", ".weight", ("U32",), {"scale": (".scales",), "bias": (".biases", ".qbiases")}
     ),
-    "quanto": Layout(
-        label="quanto",
-        codes=".weight._data",
-        dtypes=("I8", *FP8),
-        parts={"scale": (".weight._scale",)},
-    ),
-    "fp8": Layout(label="fp8", codes=".weight", dtypes=FP8, parts={"scale": SCALE_NAMES}),
-    "fp8 fused": Layout(label="fp8", codes="", dtypes=FP8, parts={"scale": FUSED_NAMES}, weight=""),
-}
-CAST = "cast"  # fp8 without any scale in the whole checkpoint: the values are what they are
+    "quanto": Layout("quanto", ".weight._data", ("I8", *FP8), {"scale": (".weight._scale",)}),
+    "fp8": Layout("fp8", ".weight", FP8, {"scale": SCALE_NAMES}),
+    "fp8 fused": Layout("fp8", "", FP8, {"scale": FUSED_NAMES}, weight=""),
+}  # fmt: skip
+CAST = "cast"  # fp8 without any scale in the whole checkpoint: codes are values
 
-# Tensors that only quantized models have, in layouts that are not read: how the name ends, dtypes
-# (None: any), what lies beside it, and who stores weights so.
-SIGNS: tuple[tuple[str, tuple[str, ...] | None, tuple[str, ...], str], ...] = (
+# Tensors that only quantized models have, in layouts that are not read: the ending of the name,
+# dtypes (None: any), endings of tensors beside it, and the writer.
+UNSUPPORTED: tuple[tuple[str, tuple[str, ...] | None, tuple[str, ...], str], ...] = (
     (".W_q", None, (), "HQQ or SINQ"),
     (".q_weight", INTEGERS, (), "EXL2"),
     (".trellis", INTEGERS, (), "EXL3"),
@@ -183,14 +131,14 @@ SIGNS: tuple[tuple[str, tuple[str, ...] | None, tuple[str, ...], str], ...] = (
     ("._weight_qdata", None, (), "torchao"),
     (".weight._data", None, (), "quanto"),
 )
-_ENDINGS = tuple(sign[0] for sign in SIGNS)  # one look at a name, of which there may be 200,000
-# What is left of a quantized weight where the rest of it is missing, or of an unknown layout.
+_ENDINGS = tuple(sign[0] for sign in UNSUPPORTED)  # one test for each of perhaps 200,000 names
+# Last parts of names that only quantized weights have, of a known layout or another.
 LEFT_OVER = frozenset({
     "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_scales",
     "weight_zero_point", "weight_global_scale", "weight_g_idx", "qzeros", "SCB", "absmax",
     "nested_absmax", "quant_map", "pre_quant_scale", "qscale_weight", "scale_weight",
 })  # fmt: skip
-# Scales of activations and of the cache: nothing of the weights depends on them.
+# Scales of activations and of the cache: no weight depends on them.
 ACTIVATIONS = frozenset({
     "input_scale", "input_scale_ub", "input_global_scale", "input_zero_point", "output_scale",
     "output_zero_point", "input_activation_scale", "output_activation_scale", "activation_scale",
@@ -202,80 +150,78 @@ CACHE = frozenset({
 })  # fmt: skip
 _FUSED_ACTIVATIONS = tuple(f"_{part}" for part in sorted(ACTIVATIONS))
 MARKERS = frozenset({"scaled_fp8", "comfy_quant", "qscale_act"})
-# What scales beside a tensor of integers are called, after its name or its module's.
+# Endings of scales beside a tensor of integers, after its name or its module's.
 BESIDE = ("_scale", "_scales", "._scale", ".absmax", "_scale_inv")
 BESIDE_MODULE = (*SCALE_NAMES, ".weight_scales", ".scales", ".SCB", ".absmax", ".weight_scale_2")
-SCALE_WORDS = ("scal", "amax")  # in the last part of a name: scales under whatever name
+SCALE_WORDS = ("scal", "amax")  # in the last part of a name: it may be a scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """A quantized weight: by which layout, what it stands for, and the names of its tensors."""
+class QuantizedWeight:
+    """A weight that several tensors stand for."""
 
-    layout: str
-    name: str
-    parts: Mapping[str, str]
+    layout: str  # a key of LAYOUTS, or CAST
+    name: str  # of the weight
+    parts: Mapping[str, str]  # role -> name of the tensor; the role `codes` is always there
 
     @property
     def label(self) -> str:
-        """Who stores weights so, or how."""
+        """The label of its layout."""
         return "fp8" if self.layout == CAST else LAYOUTS[self.layout].label
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """What is quantized of a checkpoint; `told` is what its JSON says of that.
+    """All that is known of how a checkpoint is quantized; false where it is not."""
 
-    `dropped` are the scales of activations, `unknown` names each tensor that is quantized in a way
-    that is not read, with what is known of it.
-    """
-
-    found: tuple[Found, ...]
-    dropped: tuple[str, ...]
-    unknown: tuple[tuple[str, str], ...]
-    told: tuple[str, ...]
-    settings: Mapping[str, Any]
+    weights: tuple[QuantizedWeight, ...]
+    dropped: tuple[str, ...]  # names of scales of activations and of the cache
+    unsupported: tuple[
+        tuple[str, str], ...
+    ]  # names of tensors of layouts that are not read, and why
+    declared: tuple[str, ...]  # the statements of JSON files, each as part of a sentence
+    settings: Mapping[str, object]  # keys and values of these JSON files
 
     def __bool__(self) -> bool:
-        """Tell whether anything says that the checkpoint is quantized."""
-        return bool(self.found or self.unknown or self.told)
+        """Tell whether the checkpoint is quantized, by its tensors or its JSON."""
+        return bool(self.weights or self.unsupported or self.declared)
 
     @property
     def method(self) -> str | None:
-        """What the JSON calls the way of quantizing."""
+        """The name of the method in the JSON."""
         return _method(self.settings)
 
     @property
     def needs_config(self) -> bool:
-        """Whether plain weights mean something else without what config.json says of them."""
+        """Whether plain weights mean something else without the entry of config.json."""
         return self.method in NEEDS_CONFIG
 
     @property
     def is_rotated(self) -> bool:
-        """Whether the weights are those of a rotated basis, as compressed-tensors' transforms."""
+        """Whether the weights are rotated, as by the transforms of compressed-tensors."""
         said = self.settings.get("transform_config")
         return bool(said.get("config_groups") if isinstance(said, dict) else said)
 
     @property
     def can_convert(self) -> bool:
         """Whether `ortho convert` gives the plain model."""
-        return not (self.unknown or self.needs_config or self.is_rotated)
+        return not (self.unsupported or self.needs_config or self.is_rotated)
 
     @property
-    def sign(self) -> str:
-        """By what it was recognised."""
-        if self.told:
-            return self.told[0]
-        if self.found:
-            found = self.found[0]
-            return f"tensor `{found.parts['codes']}` holds codes of {found.label}"
-        name, what = self.unknown[0]
+    def evidence(self) -> str:
+        """The first statement or tensor that shows it."""
+        if self.declared:
+            return self.declared[0]
+        if self.weights:
+            weight = self.weights[0]
+            return f"tensor `{weight.parts['codes']}` holds codes of {weight.label}"
+        name, what = self.unsupported[0]
         return f"tensor `{name}` {what}"
 
     def refusal(self, path: Path) -> CheckpointError:
-        """Say that a checkpoint is quantized, by what that is seen, and what helps."""
+        """Make the error of a command that takes no quantized checkpoint."""
         return CheckpointError(
-            f"`{path}` is quantized already ({self.sign})",
+            f"`{path}` is quantized already ({self.evidence})",
             hint=f"`ortho convert {hints.said(path)}` dequantizes it"
             if self.can_convert
             else "decompose the unquantized model",
@@ -283,37 +229,37 @@ class Quantization:
 
 
 def examine(
-    tensors: Iterable[Described], config: Mapping[str, Any] | None, folder: Path | None
+    tensors: Iterable[Header], config: Mapping[str, object] | None, folder: Path | None
 ) -> Quantization:
-    """Find what is quantized of a checkpoint, by all that says so.
+    """Find the quantized weights of a checkpoint.
 
     Args:
-        tensors: the headers.
+        tensors: headers of all tensors.
         config: config.json, if there is one.
-        folder: where files beside it are looked for; None for a bare file, which stands alone.
+        folder: the folder in which SIDE_FILES are looked for; None for a file alone.
     """
     entries = list(config_entries(config or {}))
-    told = [
+    declared = [
         f"`{key}` says {shown(_method(value))}" if _method(value) else f"config.json has `{key}`"
         for key, value in entries
     ]
-    settings: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     for name, said in _side_files(folder) if folder is not None else ():
-        told.append(f"`{name}` lies beside the weights")
+        declared.append(f"`{name}` is beside the weights")
         settings |= said
-    for _, value in reversed(entries):  # of several, the first and outermost holds
+    for _, value in reversed(entries):  # of several, the first and outermost counts
         settings |= value if isinstance(value, dict) else {"quant_method": value}
     named = {tensor.name: tensor for tensor in tensors}
-    found = _Examination(named, _cache_heads(config)).run(tuple(told), settings)
+    found = _Examination(named, _cache_heads(config)).run(tuple(declared), settings)
     rewritten = _rewritten(found, named, config)
-    return replace(found, unknown=(*found.unknown, rewritten)) if rewritten else found
+    return replace(found, unsupported=(*found.unsupported, rewritten)) if rewritten else found
 
 
 def _rewritten(
-    what: Quantization, tensors: Mapping[str, Described], config: Mapping[str, Any] | None
+    found: Quantization, tensors: Mapping[str, Header], config: Mapping[str, object] | None
 ) -> tuple[str, str] | None:
-    """Name a tensor of MLX that is not the original model's, also once it is dequantized."""
-    codes = next((found.parts["codes"] for found in what.found if found.layout == "mlx"), None)
+    """Find a tensor that MLX changed in ways that dequantizing does not undo; say why."""
+    codes = next((w.parts["codes"] for w in found.weights if w.layout == "mlx"), None)
     if codes is None:
         return None
     for name, tensor in tensors.items():
@@ -329,17 +275,17 @@ def _rewritten(
     return None
 
 
-def _cache_heads(config: Mapping[str, Any] | None) -> frozenset[int]:
-    """Collect how many heads the cache has, by config.json and each part of it."""
+def _cache_heads(config: Mapping[str, object] | None) -> frozenset[int]:
+    """Collect the numbers of heads of the cache, of config.json and of each part of it."""
     parts = list(strict_json.levels(config))
     found = [part.get("num_key_value_heads") or part.get("num_attention_heads") for part in parts]
     return frozenset(heads for heads in found if type(heads) is int)
 
 
 def config_entries(
-    config: Mapping[str, Any], where: str = ""
-) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """Yield each entry of config.json that says how the model was quantized, with its place."""
+    config: Mapping[str, object], where: str = ""
+) -> Iterator[tuple[str, dict[str, object] | str]]:
+    """Yield each entry of config.json on quantization, with its dotted key."""
     for key, value in config.items():
         if is_config_entry(key, value):
             yield f"{where}{key}", value if isinstance(value, dict) else str(value)
@@ -348,9 +294,9 @@ def config_entries(
 
 
 def is_config_entry(key: str, value: object) -> bool:
-    """Tell whether an entry of config.json, at any depth, says how the model was quantized."""
+    """Tell whether an entry of config.json, at any depth, describes a quantization."""
     if key in CONFIG_KEYS:
-        return bool(value) and not _is_off(value)  # transformers takes whatever is there
+        return bool(value) and not _is_off(value)  # transformers takes any value
     if key != MLX_KEY or not isinstance(value, dict):
         return False
     if "quant_algo" in value:  # TensorRT-LLM writes the entry, with null, for plain models, too
@@ -359,20 +305,20 @@ def is_config_entry(key: str, value: object) -> bool:
 
 
 def _is_off(value: object) -> bool:
-    """Tell what transformers leaves aside, too: bitsandbytes with neither of its kinds."""
+    """Tell whether transformers ignores an entry: bitsandbytes with neither of its kinds."""
     if not isinstance(value, dict) or value.get("quant_method") != "bitsandbytes":
         return False
     return not (value.get("load_in_4bit") or value.get("load_in_8bit"))
 
 
-def _method(value: Mapping[str, Any] | str) -> str | None:
+def _method(value: Mapping[str, object] | str) -> str | None:
     if isinstance(value, str):
         return value
     found = value.get("quant_method") or value.get("format") or value.get("quant_algo")
     return found if isinstance(found, str) else None
 
 
-def _side_files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _side_files(folder: Path) -> Iterator[tuple[str, dict[str, object]]]:
     for name, keys in SIDE_FILES.items():
         if (folder / name).is_file():
             said = strict_json.read(folder / name, constants=True)
@@ -383,50 +329,50 @@ def _side_files(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class _Examination:
-    """One look through all tensors; each belongs to a quantized weight, to nothing, or is plain."""
+    """Sorts all tensors: part of a quantized weight, droppable, unsupported, or plain."""
 
-    def __init__(self, tensors: dict[str, Described], cache_heads: frozenset[int]) -> None:
+    def __init__(self, tensors: dict[str, Header], cache_heads: frozenset[int]) -> None:
         self._tensors, self._cache_heads = tensors, cache_heads
-        self._found: list[Found] = []
+        self._weights: list[QuantizedWeight] = []
         self._claimed: set[str] = set()
         self._scales = _index_scales(tensors)
 
-    def run(self, told: tuple[str, ...], settings: Mapping[str, Any]) -> Quantization:
+    def run(self, declared: tuple[str, ...], settings: Mapping[str, object]) -> Quantization:
         """Sort all tensors."""
         unscaled = []
         for tensor in self._tensors.values():
             if tensor.dtype in INTEGERS or tensor.dtype in FP8:
                 self._match(tensor)
-        dropped, unknown = [], []
-        modules = {found.name.removesuffix(".weight") for found in self._found}
-        is_quantized = bool(self._found or told)
+        dropped, unsupported = [], []
+        modules = {weight.name.removesuffix(".weight") for weight in self._weights}
+        is_quantized = bool(self._weights or declared)
         for name, tensor in self._tensors.items():
             if name in self._claimed:
                 continue
             if is_quantized and _is_activation(tensor, modules, self._cache_heads):
                 dropped.append(name)
             elif what := self._suspicion(tensor):
-                unknown.append((name, what))
+                unsupported.append((name, what))
             elif tensor.dtype in FP8 and (other := self._other_scale(name)):
-                unknown.append((name, f"is {tensor.dtype} and lies beside `{other}`"))
+                unsupported.append((name, f"is {tensor.dtype} and is beside `{other}`"))
             elif tensor.dtype in FP8:
                 unscaled.append(tensor)
-        if unscaled and (is_quantized or unknown):
-            unknown += [(tensor.name, _lacks_scale(tensor)) for tensor in unscaled]
+        if unscaled and (is_quantized or unsupported):
+            unsupported += [(tensor.name, _lacks_scale(tensor)) for tensor in unscaled]
         else:
-            self._found += [
-                Found(layout=CAST, name=tensor.name, parts={"codes": tensor.name})
+            self._weights += [
+                QuantizedWeight(layout=CAST, name=tensor.name, parts={"codes": tensor.name})
                 for tensor in unscaled
             ]
         return Quantization(
-            found=tuple(self._found),
+            weights=tuple(self._weights),
             dropped=tuple(dropped),
-            unknown=tuple(unknown),
-            told=told,
+            unsupported=tuple(unsupported),
+            declared=declared,
             settings=settings,
         )
 
-    def _match(self, tensor: Described) -> None:
+    def _match(self, tensor: Header) -> None:
         for key, layout in LAYOUTS.items():
             if tensor.dtype not in layout.dtypes or not tensor.name.endswith(layout.codes):
                 continue
@@ -436,7 +382,8 @@ class _Examination:
                 continue
             parts |= {role: self._first(stem, names) for role, names in layout.extras.items()}
             named = {"codes": tensor.name} | {k: v for k, v in parts.items() if v is not None}
-            self._found.append(Found(layout=key, name=stem + layout.weight, parts=named))
+            weight = QuantizedWeight(layout=key, name=stem + layout.weight, parts=named)
+            self._weights.append(weight)
             self._claimed |= set(named.values())
             return
 
@@ -444,13 +391,13 @@ class _Examination:
         return next((stem + name for name in names if stem + name in self._tensors), None)
 
     def _other_scale(self, name: str) -> str | None:
-        """Find what looks like the scale of a weight, though no layout has it under that name."""
+        """Find a tensor that looks like the scale of a weight, though no layout names it so."""
         return self._scales.get(name) or self._scales.get(f"{name.removesuffix('.weight')}.")
 
-    def _suspicion(self, tensor: Described) -> str | None:
-        """Say why a tensor that no layout claims is part of a quantized weight all the same."""
+    def _suspicion(self, tensor: Header) -> str | None:
+        """Say why a tensor of no known layout must be part of a quantized weight, if it must."""
         name, dtype = tensor.name, tensor.dtype
-        for ending, dtypes, beside, label in SIGNS if name.endswith(_ENDINGS) else ():
+        for ending, dtypes, beside, label in UNSUPPORTED if name.endswith(_ENDINGS) else ():
             if name.endswith(ending) and (dtypes is None or dtype in dtypes):
                 stem = name.removesuffix(ending)
                 if all(stem + other in self._tensors for other in beside):
@@ -465,12 +412,12 @@ class _Examination:
             other = next((o for o in others if o != name and o in self._tensors), None)
             if other is None and name.endswith(".weight"):
                 other = self._other_scale(name)
-            return f"is {dtype} and lies beside `{other}`" if other else None
+            return f"is {dtype} and is beside `{other}`" if other else None
         return None
 
 
 def _index_scales(tensors: Iterable[str]) -> dict[str, str]:
-    """Find a scale for each module, which ends in a dot here, and for each name of a parameter."""
+    """Map each module (with a dot at its end) and each parameter to a tensor named as a scale."""
     found: dict[str, str] = {}
     for name in tensors:
         module, _, last = name.rpartition(".")
@@ -482,10 +429,10 @@ def _index_scales(tensors: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _is_activation(tensor: Described, modules: set[str], cache_heads: frozenset[int]) -> bool:
+def _is_activation(tensor: Header, modules: set[str], cache_heads: frozenset[int]) -> bool:
     name = tensor.name
     module, _, last = name.rpartition(".")
-    if last in CACHE:  # models learn scales of these names, too: one for each element of a head
+    if last in CACHE:  # models learn scales of these names, too: one per element of a head
         return math.prod(tensor.shape) in {1, *cache_heads}
     if last in MARKERS:
         return True
@@ -497,7 +444,7 @@ def _is_activation(tensor: Described, modules: set[str], cache_heads: frozenset[
     )
 
 
-def _lacks_scale(tensor: Described) -> str:
+def _lacks_scale(tensor: Header) -> str:
     names = SCALE_NAMES if tensor.name.endswith(".weight") else FUSED_NAMES
     stem = tensor.name.removesuffix(".weight") if names is SCALE_NAMES else tensor.name
     return f"is {tensor.dtype} and has no `{stem}{names[0]}` or other scale"

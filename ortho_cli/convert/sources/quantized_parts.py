@@ -1,11 +1,10 @@
-"""The tensors of one quantized weight, read by element, and what the checkpoint says of them."""
+"""The tensors of one quantized weight, read by element, and the settings of its checkpoint."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,20 +17,20 @@ from ortho_cli.split import quantize
 EXPONENTS = ("U8", "F8_E8M0")  # dtypes of scales that are powers of two
 AGAIN = "the file is damaged or of another version; download it again"
 
-Plan = tuple[tuple[int, ...], Read]  # the weight's shape, and how rows of it are read
+Plan = tuple[tuple[int, ...], Read]  # the weight's shape, and what reads rows of it
 
-
+# E8M0: the value of each code of eight bits; the last is NaN.
 _POWERS = torch.tensor([2.0 ** (code - 127) for code in range(255)] + [math.nan])
 
 
 class Settings:
-    """What the checkpoint says of its layout, where shapes alone do not tell."""
+    """Settings of a checkpoint's quantization, where shapes alone do not determine a layout."""
 
-    def __init__(self, what: Quantization, source: Source) -> None:
-        self._said, self._method = what.settings, what.method
+    def __init__(self, found: Quantization, source: Source) -> None:
+        self._said = found.settings
         config = source.config or {}
-        self.is_fp4 = "fp4" in (config.get("expert_dtype"), what.settings.get("expert_dtype"))
-        self.is_fbgemm = what.method == "fbgemm_fp8"
+        self.is_fp4 = "fp4" in (config.get("expert_dtype"), found.settings.get("expert_dtype"))
+        self.is_fbgemm = found.method == "fbgemm_fp8"
         self.block = self._block(source.path)
         self.group = self._number("group_size", "q_group_size")
         self.bits = self._number("bits", "w_bit", "num_bits")
@@ -40,8 +39,8 @@ class Settings:
         found = [self._said.get(key) for key in keys] + [self._weights().get(key) for key in keys]
         return next((n for n in found if type(n) is int and n > 0), None)
 
-    def _weights(self) -> dict[str, Any]:
-        """Find what compressed-tensors says of the weights of its first group."""
+    def _weights(self) -> Mapping[str, object]:
+        """Read the entry of compressed-tensors for the weights of its first group."""
         groups = self._said.get("config_groups")
         first = next(iter(groups.values()), None) if isinstance(groups, dict) else None
         weights = first.get("weights") if isinstance(first, dict) else None
@@ -53,21 +52,21 @@ class Settings:
             return None
         if isinstance(asked, str):  # compressed-tensors takes `128x128`, too
             asked = [int(size) if size.isdecimal() else size for size in asked.split("x")]
-        is_pair = isinstance(asked, list) and len(asked) == 2
-        if not is_pair or not all(type(size) is int and size > 0 for size in asked):
+        sizes = asked if isinstance(asked, list) else []
+        if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
             raise CheckpointError(
                 f"config.json of `{path}` says weight_block_size {shown(asked)}, not two sizes",
                 hint="restore the config.json that came with the model",
             )
-        return asked[0], asked[1]
+        return sizes[0], sizes[1]
 
-    def mlx(self, module: str) -> Mapping[str, Any]:
-        """Find what MLX says of a module, where it says something else than of all."""
+    def mlx(self, module: str) -> Mapping[str, object]:
+        """Give MLX's settings of a module: its own where it has some, before those of all."""
         own = self._said.get(module)
         return {**self._said, **own} if isinstance(own, dict) else self._said
 
     def gptq_offset(self, parts: Parts) -> int:
-        """Say what is added to stored zero points: 1 in all but GPTQModel's second format."""
+        """Give the number to add to stored zero points: 1, but 0 in GPTQModel's second format."""
         form = self._said.get("checkpoint_format") or self._said.get("packing_format") or "gptq"
         if form == "gptq_v2":
             return 0
@@ -79,17 +78,17 @@ class Settings:
         )
 
 
-class Held:
-    """The one thing that is held between reads, however many weights there are."""
+class Cache:
+    """One entry, shared by all weights of a source: so memory does not grow with their number."""
 
     def __init__(self) -> None:
         self._key: object = None
-        self._value: Any = None
+        self._value: tuple[Tensor, ...] = ()
 
-    def get(self, key: object, make: Callable[[], Any]) -> Any:
-        """Give what `make` gives, made anew only after something else was asked for."""
+    def get(self, key: object, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Give the tensors of `make`, which is called only where the last key was another."""
         if self._key != key:
-            self._key = self._value = None  # before the next is made, not beside it
+            self._key, self._value = None, ()  # freed before the next is made
             self._value = make()
             self._key = key
         return self._value
@@ -98,8 +97,8 @@ class Held:
 class Parts:
     """The tensors of one quantized weight, by role."""
 
-    def __init__(self, tensors: Mapping[str, SourceTensor], path: Path, held: Held) -> None:
-        self._tensors, self.path, self._held = tensors, path, held
+    def __init__(self, tensors: Mapping[str, SourceTensor], path: Path, cache: Cache) -> None:
+        self._tensors, self.path, self._cache = tensors, path, cache
 
     def __contains__(self, role: str) -> bool:
         return role in self._tensors
@@ -108,7 +107,7 @@ class Parts:
         return self._tensors[role]
 
     def shape(self, role: str) -> tuple[int, ...]:
-        """Say the shape of a part."""
+        """Give the shape of a part."""
         return self._tensors[role].shape
 
     def elements(self, role: str, start: int, stop: int) -> Tensor:
@@ -139,12 +138,12 @@ class Parts:
             )
         return found
 
-    def hold(self, key: object, make: Callable[[], Any]) -> Any:
-        """Give what `make` gives, made anew only after something else was held."""
-        return self._held.get((self._tensors["codes"].name, key), make)
+    def hold(self, key: object, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Give the tensors of `make`, which is called again only after another key or weight."""
+        return self._cache.get((self._tensors["codes"].name, key), make)
 
     def misfit(self, role: str, wanted: str) -> CheckpointError:
-        """Say that a part does not fit the codes."""
+        """Make the error of a part that does not fit the codes."""
         tensor, codes = self._tensors[role], self._tensors["codes"]
         beside = "" if role == "codes" else f" where `{codes.name}` {list(codes.shape)} takes"
         return CheckpointError(
@@ -154,7 +153,7 @@ class Parts:
         )
 
     def check_product(self, weight: Tensor, codes: Tensor | None = None) -> Tensor:
-        """Refuse a value that is finite as code and scale, and not as their product."""
+        """Refuse a product that is not finite, of a code and a scale that are."""
         if not quantize.all_finite(weight):
             bad = ~weight.isfinite()
             if codes is not None:

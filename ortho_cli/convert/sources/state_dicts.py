@@ -1,19 +1,18 @@
-"""Where a training checkpoint keeps the weights: the state dict in whatever torch.load gives.
+"""Finds the state dict in a training checkpoint, as torch.load returns it.
 
 Scripts put it under `state_dict`, `model`, `module` (DeepSpeed), `params` (BasicSR) and many other
 keys, beside an optimizer, an average of the weights (EMA) and loose tensors such as a loss. The
 dict with the most elements is taken. Where a second one is about as large, the user has to choose:
-timm prefers the average, transformers knows only flat files, and BasicSR leaves it to an option.
+timm prefers the average, transformers reads only flat files, and BasicSR has an option.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -25,46 +24,47 @@ WEIGHTS = re.compile(
     r"state_dict|^(model|module|net|network|weights|params|parameters|generator|discriminator"
     r"|student|teacher|shadow|swa|averaged?|best)(_|\d|$)|(^|_)ema(_|\d|$)|^net_?[gd]$|^[gd]$"
 )
-# Keys of what a trainer needs to go on: as large as the weights or larger, and never weights.
+# Keys of a trainer's own state: as large as the weights or larger, and never weights.
 TRAINING = re.compile(
     r"optimizer|(^|_)(opt(im)?(_states?)?(_dicts?)?|grad_scaler|grads?|gradients?|exp_avg\w*"
     r"|momentum_buffer\w*|master_weights?|callbacks?)$"
 )
-# Keys that a part of a model may have, too: `opt_model`, `sampler`. What they hold decides.
+# Keys that a part of a model may have, too: `opt_model`, `sampler`. Their values decide.
 PERHAPS_TRAINING = re.compile(
     r"optim|(^|_)(opt|sched\w*|lr_\w+|scaler|grad_scaler|rng\w*|random_\w+|grads?|gradients?"
     r"|exp_avg\w*|momentum_buffer\w*|master_weights?|callbacks?|loops?|samplers?|dataloaders?)(_|$)"
 )
-# What optimizers keep for each parameter: Adam and its kin, SGD, RMSprop, Adadelta, bitsandbytes.
+# Keys of optimizers for each parameter: Adam and its kin, SGD, RMSprop, Adadelta, bitsandbytes.
 MOMENTS = re.compile(
     r"(max_)?exp_(avg|inf)\w*|steps?|momentum\w*|square_avg|grad_avg|acc_delta|state[12]|param_groups"
 )
-# A second set of weights of this share of the largest is not left out without being asked to:
-# the head of a large model can be two hundredths of it.
+# A second set of weights with at least this share of the elements of the largest is not left out
+# unasked: the head of a large model can be two hundredths of it.
 RIVAL = 0.02
-MOST_NAMES = 1 << 18  # of joined dicts, which may hold one another: names could be without end
-DEEPEST = 64  # dicts within dicts; none of the field's trees comes near
+MOST_NAMES = 1 << 18  # of joined dicts: where one holds itself, names would never end
+DEEPEST = 64  # dicts within dicts; no known checkpoint comes near
 SHOWN = 8  # names in a note
 WHOLE = "."  # the key that stands for the file's top level
 
 Keys = tuple[str, ...]
+Container = Mapping[object, object] | list[object] | tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """The weights of a file: the key that they are under, and what is said of the rest."""
+    """The weights of a file, the dotted key that they are under, and notes on the rest."""
 
     key: str
     tensors: dict[str, Tensor]
     notes: tuple[str, ...]
 
 
-def find_weights(found: Any, *, file: Path, given: Path, key: str | None = None) -> Weights:
-    """Find the weights in what a file of torch holds.
+def find_weights(found: object, *, file: Path, given: Path, key: str | None = None) -> Weights:
+    """Find the weights in a file of torch.save.
 
     Args:
-        found: what torch.load gave.
-        file: it, for errors and notes.
+        found: the result of torch.load.
+        file: its path, for errors and notes.
         given: what the user named, the file or its folder.
         key: where the weights are, `a.b` for nested ones, `.` for all; None looks for them.
     Raises:
@@ -79,10 +79,15 @@ class _Search:
         self._file, self._given = file, given
         self._sizes: dict[int, int] = {}
 
-    def run(self, found: Any, key: str | None) -> Weights:
+    def run(self, found: object, key: str | None) -> Weights:
         if not isinstance(found, Mapping) and key is None:
             raise self._no_dict(found)
-        start, at = (found, ()) if key in (None, WHOLE) else self._follow(found, str(key))
+        at: Keys = ()
+        start: object = found
+        if key not in (None, WHOLE):
+            start, at = self._follow(found, str(key))
+        if not isinstance(start, Mapping):  # of `--key .`
+            raise self._no_dict(found)
         node, path = (start, at) if key == WHOLE else self._descend(start, at, asked=bool(key))
         tensors = self._named(node, whole=key == WHOLE)
         left = list(self._left_out(found, path, node, tensors))
@@ -100,8 +105,8 @@ class _Search:
             notes.append(f"left out of `{self._file.name}`: {hints.some(left, SHOWN)}")
         return Weights(key=_dotted(path), tensors=tensors, notes=tuple(notes))
 
-    def _follow(self, node: Any, key: str) -> tuple[Any, Keys]:
-        """Go where `--key` says; a key may hold dots itself."""
+    def _follow(self, node: object, key: str) -> tuple[Mapping[object, object], Keys]:
+        """Go to the node that `--key` names; a key may have dots in it."""
         path: Keys = ()
         rest = key
         while rest:
@@ -124,8 +129,10 @@ class _Search:
             )
         return node, path
 
-    def _descend(self, node: Mapping[Any, Any], path: Keys, *, asked: bool) -> tuple[Any, Keys]:
-        """Go down while one set of weights stands out; stop where all tensors belong together."""
+    def _descend(
+        self, node: Mapping[object, object], path: Keys, *, asked: bool
+    ) -> tuple[Mapping[object, object], Keys]:
+        """Go down while one part is the largest by far; stop where all tensors are one model."""
         start = path
         while (parts := self._parts(node)) and len(path) < DEEPEST:
             own = _own(node) if _looks_like_weights(node, parts) else 0
@@ -143,17 +150,23 @@ class _Search:
             ]
             if rivals and asked and path == start and not _are_alike([*parts.values()]):
                 return node, path
-            if rivals or isinstance(parts.get(first), list | tuple):
+            chosen = parts.get(first)
+            if rivals or isinstance(chosen, list | tuple):
                 raise self._doubt(path, parts, [first, *rivals], sizes)
-            if not first:
+            if not first or chosen is None:  # the node's own tensors
                 return node, path
-            node, path = parts[first], (*path, first)
+            node, path = chosen, (*path, first)
         return node, path
 
     def _is_tree(
-        self, node: Mapping[Any, Any], parts: Mapping[str, Any], own: int, *, inside: bool
+        self,
+        node: Mapping[object, object],
+        parts: Mapping[str, Container],
+        own: int,
+        *,
+        inside: bool,
     ) -> bool:
-        """Tell a model kept as dicts within dicts from a container of several things."""
+        """Tell whether a node is one model of nested dicts, and no container of several things."""
         dicts = [part for part in parts.values() if isinstance(part, Mapping)]
         if len(dicts) < len(parts) or any(WEIGHTS.search(name.lower()) for name in parts):
             return False
@@ -163,8 +176,8 @@ class _Search:
         loose = not own and any(isinstance(v, Tensor) for v in node.values())
         return inside or not (plain or loose or _are_alike(dicts))
 
-    def _leads_to_flat(self, node: Any) -> bool:
-        """Tell whether single keys lead to a flat state dict: they are no parts of its names."""
+    def _leads_to_flat(self, node: Mapping[object, object]) -> bool:
+        """Tell whether single keys lead to a flat state dict, and so are no parts of its names."""
         for _ in range(DEEPEST):  # a dict may hold itself
             if _has_dotted_names(node):
                 return True
@@ -174,8 +187,8 @@ class _Search:
             node = parts[0]
         return False
 
-    def _parts(self, node: Mapping[Any, Any]) -> dict[str, Any]:
-        """Name what holds tensors and may be weights."""
+    def _parts(self, node: Mapping[object, object]) -> dict[str, Container]:
+        """Select the containers of a node that have tensors and may be weights."""
         return {
             str(key): value
             for key, value in node.items()
@@ -184,14 +197,16 @@ class _Search:
             and self._size(value)
         }
 
-    def _size(self, node: Any, depth: int = 0) -> int:
+    def _size(self, node: object, depth: int = 0) -> int:
         """Count the elements of the tensors below; bare tensors in a list have no names."""
         if isinstance(node, Tensor):
-            return max(1, node.numel())  # ZeRO-3 leaves names without elements: they are found
+            return max(
+                1, node.numel()
+            )  # ZeRO-3 leaves tensors without elements: `_load` refuses these
         if not isinstance(node, Mapping | list | tuple) or depth > DEEPEST:
             return 0
         if id(node) not in self._sizes:
-            self._sizes[id(node)] = 0  # what holds itself counts once
+            self._sizes[id(node)] = 0  # a container that holds itself counts once
             named = isinstance(node, Mapping)
             self._sizes[id(node)] = sum(
                 self._size(value, depth + 1)
@@ -200,8 +215,8 @@ class _Search:
             )
         return self._sizes[id(node)]
 
-    def _named(self, node: Mapping[Any, Any], *, whole: bool) -> dict[str, Tensor]:
-        """Name every tensor of a tree, or of its top where that alone is the state dict."""
+    def _named(self, node: Mapping[object, object], *, whole: bool) -> dict[str, Tensor]:
+        """Collect the tensors of a tree by name, or of its top if that alone is the state dict."""
         parts = self._parts(node)
         flat = (
             not whole
@@ -225,7 +240,7 @@ class _Search:
         return found
 
     def _leaves(
-        self, node: Mapping[Any, Any], prefix: str, deeper: int
+        self, node: Mapping[object, object], prefix: str, deeper: int
     ) -> Iterator[tuple[str, Tensor]]:
         for key, value in node.items():
             if not isinstance(key, str) or _is_training(key, value):
@@ -236,9 +251,13 @@ class _Search:
                 yield from self._leaves(value, f"{prefix}{key}.", deeper - 1)
 
     def _left_out(
-        self, found: Any, path: Keys, node: Mapping[Any, Any], tensors: Mapping[str, Tensor]
+        self,
+        found: object,
+        path: Keys,
+        node: Mapping[object, object],
+        tensors: Mapping[str, Tensor],
     ) -> Iterator[str]:
-        """Name the entries beside the weights, on the way to them and among them."""
+        """List the keys beside the weights, on the path to them and among them."""
         at: Keys = ()
         for step in path:
             for key, _ in _items(found):
@@ -252,7 +271,7 @@ class _Search:
                 yield _dotted((*at, str(key)))
 
     def _doubt(
-        self, path: Keys, parts: Mapping[str, Any], names: list[str], sizes: Mapping[str, int]
+        self, path: Keys, parts: Mapping[str, Container], names: list[str], sizes: Mapping[str, int]
     ) -> CheckpointError:
         told = [
             (key, sizes[name])
@@ -272,7 +291,7 @@ class _Search:
             f"`{self._file}` {what}: {some}", hint=f"choose one, as in `{command}`{whole}"
         )
 
-    def _choices(self, path: Keys, name: str, part: Any) -> Iterator[str]:
+    def _choices(self, path: Keys, name: str, part: object) -> Iterator[str]:
         if isinstance(part, list | tuple):
             for i, value in enumerate(part):
                 if isinstance(value, Mapping) and self._size(value):
@@ -280,24 +299,24 @@ class _Search:
         else:
             yield _dotted((*path, name) if name else path) or WHOLE
 
-    def _no_dict(self, found: Any) -> CheckpointError:
-        held = type(found).__name__
+    def _no_dict(self, found: object) -> CheckpointError:
+        kind = type(found).__name__
         if isinstance(found, list | tuple):
             dicts = [i for i, v in enumerate(found) if isinstance(v, Mapping) and self._size(v)]
             if dicts:
                 chosen = f"ortho convert {hints.said(self._given)} --key {dicts[0]}"
                 return CheckpointError(
-                    f"`{self._file}` holds a {held} of {len(found)} entries, {len(dicts)} of them "
+                    f"`{self._file}` holds a {kind} of {len(found)} entries, {len(dicts)} of them "
                     "with tensors, not a map of names to tensors",
                     hint=f"choose one by its number, as in `{chosen}`",
                 )
-            held += f" of {len(found)} entries"
+            kind += f" of {len(found)} entries"
         return CheckpointError(
-            f"`{self._file}` holds a {held}, not a map of names to tensors",
+            f"`{self._file}` holds a {kind}, not a map of names to tensors",
             hint="save the model's state_dict()",
         )
 
-    def _no_tensors(self, found: Any) -> CheckpointError:
+    def _no_tensors(self, found: object) -> CheckpointError:
         keys = [str(key) for key, _ in _items(found)]
         some = f": {', '.join(f'`{key:.60}`' for key in keys[:6])}" if keys else ""
         return CheckpointError(
@@ -306,7 +325,7 @@ class _Search:
         )
 
 
-def _items(node: Any) -> Iterator[tuple[Any, Any]]:
+def _items(node: object) -> Iterator[tuple[object, object]]:
     if isinstance(node, Mapping):
         yield from node.items()
     elif isinstance(node, list | tuple):
@@ -317,8 +336,8 @@ def _dotted(path: Keys) -> str:
     return ".".join(path)
 
 
-def _is_training(key: str, value: Any) -> bool:
-    """Tell an optimizer's or trainer's state by its name or its shape."""
+def _is_training(key: str, value: object) -> bool:
+    """Tell whether an entry is an optimizer's or trainer's state, by its name or its content."""
     if isinstance(value, Tensor):
         return False
     if TRAINING.search(key.lower()):
@@ -333,10 +352,11 @@ def _is_training(key: str, value: Any) -> bool:
     return numbered or "param_groups" in value or (isinstance(state, Mapping) and "steps" in value)
 
 
-def _holds_matrices(value: Any) -> bool:
-    """Tell a part of a model from training state: matrices with names, and none of an optimizer."""
+def _holds_matrices(value: object) -> bool:
+    """Tell whether an entry has named matrices, and no keys that an optimizer has."""
     seen: set[int] = set()
-    found, left = False, [value]
+    found = False
+    left: list[object] = [value]
     while left:
         node = left.pop()
         if id(node) in seen:  # a dict may hold itself
@@ -353,23 +373,23 @@ def _holds_matrices(value: Any) -> bool:
     return found
 
 
-def _own(node: Mapping[Any, Any]) -> int:
+def _own(node: Mapping[object, object]) -> int:
     return sum(v.numel() for k, v in node.items() if isinstance(v, Tensor) and isinstance(k, str))
 
 
-def _looks_like_weights(node: Mapping[Any, Any], parts: Mapping[str, Any]) -> bool:
-    """Tell a state dict's own tensors from a loss or an epoch that happens to be a tensor."""
+def _looks_like_weights(node: Mapping[object, object], parts: Mapping[str, Container]) -> bool:
+    """Tell whether a node's own tensors are weights, and not a loss or an epoch."""
     names = {k for k, v in node.items() if isinstance(v, Tensor) and isinstance(k, str)}
     again = any(names & set(part) for part in parts.values() if isinstance(part, Mapping))
     return again or _has_dotted_names(node) or bool(names & {"weight", "bias"})
 
 
-def _has_dotted_names(node: Mapping[Any, Any]) -> bool:
+def _has_dotted_names(node: Mapping[object, object]) -> bool:
     return any(isinstance(v, Tensor) and isinstance(k, str) and "." in k for k, v in node.items())
 
 
-def _are_alike(dicts: list[Any]) -> bool:
-    """Tell copies of one model from its parts: the same names and shapes."""
+def _are_alike(dicts: Collection[object]) -> bool:
+    """Tell whether dicts have the same names and shapes: copies of a model, not its parts."""
     layouts = {
         frozenset((key, getattr(value, "shape", None)) for key, value in _items(part))
         for part in dicts
@@ -377,8 +397,8 @@ def _are_alike(dicts: list[Any]) -> bool:
     return len(dicts) > 1 and len(layouts) == 1
 
 
-def _same_memory(left: Any, right: Any) -> bool:
-    """Tell whether two sets of weights are one, saved under two keys."""
+def _same_memory(left: object, right: object) -> bool:
+    """Tell whether two containers are one set of weights, saved under two keys."""
     if not isinstance(left, Mapping) or not isinstance(right, Mapping):
         return False
     return left is right or (
@@ -386,7 +406,7 @@ def _same_memory(left: Any, right: Any) -> bool:
     )
 
 
-def _is_same_tensor(left: Any, right: Any) -> bool:
+def _is_same_tensor(left: object, right: object) -> bool:
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return False
     try:

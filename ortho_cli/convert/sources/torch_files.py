@@ -1,9 +1,9 @@
 """Files of torch.save as sources: .bin, .pt, .pth, .ckpt, .pth.tar and others, whole or sharded.
 
 They come from strangers and could run code when read, so only tensors and plain containers are ever
-unpickled (torch's `weights_only`), and what else a file holds is refused by name. Zip archives are
-mapped and read on demand, one shard at a time; files of before torch 1.6 cannot be mapped and are
-held in memory whole.
+unpickled (torch's `weights_only`); a file with anything else is refused, and the error names it.
+Zip archives are mapped and read on demand, one shard at a time. Files of before torch 1.6 cannot be
+mapped, and are held in memory whole.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ortho_cli.convert.sources.architectures import is_tied
-from ortho_cli.convert.sources.base import Source, SourceTensor, mark
-from ortho_cli.convert.sources.state_dicts import find_weights
+from ortho_cli.convert.sources.base import Format, Opener, Source, SourceTensor, mark
+from ortho_cli.convert.sources.safetensors_files import has_safetensors
+from ortho_cli.convert.sources.state_dicts import Weights, find_weights
 from ortho_cli.errors import CheckpointError
 from ortho_cli.split.dtypes import names_of_torch
 from ortho_cli.storage import hints, sniff, strict_json
@@ -32,14 +34,14 @@ SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pt.tar", ".pth.tar", ".ckp
 WHOLE_FILE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
 VARIANT_INDEX = "pytorch_model.bin.index.*.json"  # transformers writes the variant's name there
-REMAP_BYTES = 1 << 28  # a mapped file is opened anew, at a tensor's start, after this much
+REMAP_BYTES = 1 << 28  # bytes read of a mapped file after which it is opened again, to free them
 
-# What trainers write beside weights under the same suffixes.
+# Names of files that trainers write beside weights, under the same suffixes.
 BESIDE = re.compile(
     r"^(training_args|optimizer|scheduler|scaler|rng_state|random_states|sampler|dl_state"
     r"|custom_checkpoint)|optim_states\.pt$|_optim(izer)?\."
 )
-# Files, or folders that each hold one, of which each has a slice of every tensor.
+# Model-parallel files, or folders of one such file: each has a slice of every tensor.
 PIECE = re.compile(
     r"^(?P<name>consolidated\.|\w*zero_pp_rank_|mp_rank_)(?P<number>\d+)(?P<rest>.*)$"
 )
@@ -53,16 +55,16 @@ EMBEDDINGS = re.compile(r"(^|\.)(\w*embed\w*|wte|shared|emb|embeddings\.word)\.w
 
 
 def is_torch_file(path: Path) -> bool:
-    """Tell whether a file is read as torch.save's; its bytes say so, whatever its name.
+    """Tell whether a file is one of torch.save, by its bytes and not by its name.
 
     Raises:
-        CheckpointError: it holds something that nothing here reads.
+        CheckpointError: its content is of a kind that is not read.
     """
     if path.suffix == ".safetensors":
         return False
     if path.suffix == ".distcp":
         raise _distributed(path.parent)
-    open_regular(path).close()  # says why it cannot be read
+    open_regular(path).close()  # raises with the reason where it cannot be read
     kind = sniff.kind_of_file(path)
     if kind is None or kind in sniff.TORCHES:
         return kind is not None or path.name.endswith(SUFFIXES)
@@ -74,10 +76,12 @@ def _wrong_kind(path: Path, kind: str) -> CheckpointError:
 
 
 def find_files(folder: Path) -> tuple[list[Path], dict[str, str] | None] | None:
-    """Name the files of a folder to read, and what its index says of each tensor's place.
+    """List the files of a folder to read, and the file of each tensor by its index.
 
-    One whole file goes before an index, as in transformers. None where nothing is torch's.
+    One whole file comes before an index, as in transformers.
 
+    Returns:
+        Files, and the index where there is one; None where the folder has no file of torch.save.
     Raises:
         CheckpointError: several files and no index, an index that does not fit, or pieces.
     """
@@ -154,12 +158,11 @@ def open_torch(
     Args:
         path: what the user named, a file or a folder.
         files: what is read, from `find_files` or `path` alone.
-        weight_map: which tensor is in which file, where an index says so.
+        weight_map: the file of each tensor, where there is an index.
         key: where the weights are in each file; None looks for them.
     Raises:
         UsageError: there is no such key.
-        CheckpointError: see `find_files`; something that is no plain tensor; a name that comes
-            twice.
+        CheckpointError: see `find_files`; something that is no plain tensor; one name in two files.
     """
     folder = path if path.is_dir() else None
     config = None
@@ -174,13 +177,12 @@ def open_torch(
     aliases: dict[str, str] = {}
     keys: set[str] = set()
     for file in files:
-        found, under, said = _load(file, path, key)
-        notes += said
-        keys.add(under)
-        dropped, told = _copies(found, config)
-        notes += told
+        weights = _load(file, path, key)
+        keys.add(weights.key)
+        dropped, said = _copies(weights.tensors, config)
+        notes += [*weights.notes, *said]
         aliases |= dropped
-        for name, tensor in found.items():
+        for name, tensor in weights.tensors.items():
             if name in where:
                 raise CheckpointError(
                     f"tensor `{name}` is in both `{where[name]}` and `{file.name}`",
@@ -201,7 +203,7 @@ def open_torch(
         own=None if folder is None else frozenset(file.name for file in files),
         notes=tuple(notes),
         aliases=aliases,
-        # Two keys of one file hold the same names; half-done work of one is not the other's.
+        # Two keys of one file can hold the same names: a resumed run must not mix them.
         settings={"source_key": ",".join(sorted(keys))} if any(keys) else {},
         close=bins.close,
     )
@@ -215,7 +217,7 @@ class _Files:
         self._file: Path | None = None
         self._tensors: dict[str, Tensor] = {}
         self._flat: tuple[str, Tensor] | None = None
-        self._touched = 0  # bytes of the mapping that were read, and so count as our memory
+        self._touched = 0  # bytes of the mapping that were read, and so count as memory in use
 
     def tensor(self, file: Path, name: str, tensor: Tensor) -> SourceTensor:
         return SourceTensor(
@@ -229,11 +231,11 @@ class _Files:
         stale = start == 0 and self._touched > REMAP_BYTES and zipfile.is_zipfile(file)
         if self._file != file or stale:
             self.close()
-            self._tensors, _, _ = _load(file, self._given, self._key)
+            self._tensors = _load(file, self._given, self._key).tensors
             self._file = file
         tensor = self._tensors[name]
         if tensor.dim() > 2:
-            # What cannot be viewed as rows is copied, once and not for every tile.
+            # A tensor that cannot be viewed as rows is copied: once, and not for every tile.
             if self._flat is None or self._flat[0] != name:
                 self._flat = (name, tensor.reshape(-1, tensor.shape[-1]))
             tensor = self._flat[1]
@@ -248,22 +250,20 @@ class _Files:
         self._touched = 0
 
 
-def _load(
-    path: Path, given: Path, key: str | None = None
-) -> tuple[dict[str, Tensor], str, list[str]]:
-    """Load the tensors of a file; say which key they are under, and what else it held."""
+def _load(path: Path, given: Path, key: str | None = None) -> Weights:
+    """Load the weights of a file."""
     weights = find_weights(_unpickle(path), file=path, given=given, key=key)
     tensors = {name: _plain(path, name, tensor) for name, tensor in weights.tensors.items()}
     if DEEPSPEED.search(path.name) and not any(tensor.numel() for tensor in tensors.values()):
         raise CheckpointError(
             f"`{path}` holds {len(tensors)} tensors and no elements: ZeRO-3 keeps those in pieces",
-            hint="join them with the zero_to_fp32.py that lies beside the checkpoint",
+            hint="join them with the zero_to_fp32.py beside the checkpoint",
         )
-    return tensors, weights.key, list(weights.notes)
+    return replace(weights, tensors=tensors)
 
 
 def _plain(path: Path, name: str, tensor: Tensor) -> Tensor:
-    """Take the values of a tensor, or refuse what safetensors has no form for."""
+    """Give the values of a tensor; refuse one that safetensors cannot hold."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         what = f"a {type(tensor).__name__}, a tensor of a kind of its own"
     elif tensor.is_nested:
@@ -284,8 +284,8 @@ def _plain(path: Path, name: str, tensor: Tensor) -> Tensor:
     )
 
 
-def _unpickle(path: Path) -> Any:
-    """Read what a file holds, if it is tensors and plain containers; nothing in it is ever run."""
+def _unpickle(path: Path) -> object:
+    """Read a file of tensors and plain containers; no code in it is ever run."""
     kind = sniff.kind_of_file(path)
     if kind is None:
         with open_regular(path) as file:
@@ -295,9 +295,10 @@ def _unpickle(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own internals, on old files
-            return torch.load(
+            found: object = torch.load(
                 path, weights_only=True, mmap=zipfile.is_zipfile(path), map_location="cpu"
             )
+            return found
     except (OSError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - a damaged file can make the reader raise anything
@@ -305,7 +306,7 @@ def _unpickle(path: Path) -> Any:
     named = re.search(r"(?:GLOBAL|[Gg]lobal:?|function|class) `?([A-Za-z_][\w.]*\.\w+)", told)
     if named:
         raise _would_run(path, named[1])
-    # What precedes is torch's advice to read the file without care.
+    # Before this, torch advises to read the file with weights_only=False.
     lines = told.partition("WeightsUnpickler error:")[2].strip() or told
     raise _unread(path, lines.splitlines()[0][:120])
 
@@ -318,7 +319,7 @@ def _unread(path: Path, why: str) -> CheckpointError:
 
 
 def _would_run(path: Path, name: str) -> CheckpointError:
-    """Refuse a file that names a class or function; a whole module or training settings do."""
+    """Refuse a file that names a class or function, as a whole module or training settings do."""
     script = (
         "import sys, torch; m = torch.load(sys.argv[1], weights_only=False); "
         "f = lambda v: v.state_dict() if hasattr(v, 'state_dict') else v; torch.save({k: f(v) "
@@ -326,18 +327,18 @@ def _would_run(path: Path, name: str) -> CheckpointError:
     )
     return CheckpointError(
         f"`{path}` holds the global `{name}`, which is no tensor; nothing was run",
-        hint="do not trust the file; if you made it, save its tensors alone, which runs what it "
-        f"says: {hints.python(script, path)}, then `ortho convert weights.pt`",
+        hint="do not trust the file; if you made it, save its tensors alone, which runs its code: "
+        f"{hints.python(script, path)}, then `ortho convert weights.pt`",
     )
 
 
 def _copies(
-    tensors: Mapping[str, Tensor], config: dict[str, Any] | None
+    tensors: Mapping[str, Tensor], config: Mapping[str, object] | None
 ) -> tuple[dict[str, str], list[str]]:
-    """Name each head that is dropped for the embedding that it is, and say what is not.
+    """Map each head that is dropped to the embedding it equals; note every tensor in shared memory.
 
-    A copy that is written twice always loads right. One that is dropped is made up at random,
-    unless the reader ties it: so only a head is dropped, and only where the model ties it.
+    A copy that is written twice always loads right. A reader fills one that was dropped with random
+    values, unless it ties it: so only a head is dropped, and only where the model ties it.
     """
     dropped: dict[str, str] = {}
     notes: list[str] = []
@@ -364,7 +365,7 @@ def _copies(
 
 def _shared(tensors: Mapping[str, Tensor]) -> Iterable[list[str]]:
     """Group the names of tensors that are the same elements of the same memory."""
-    groups: dict[tuple[Any, ...], list[str]] = {}
+    groups: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.numel():
             place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
@@ -372,3 +373,15 @@ def _shared(tensors: Mapping[str, Tensor]) -> Iterable[list[str]]:
                 name
             )
     return [names for names in groups.values() if len(names) > 1]
+
+
+def _recognize(path: Path, key: str | None) -> Opener | None:
+    files: tuple[list[Path], dict[str, str] | None] | None = None
+    if path.is_file():
+        files = ([path], None) if is_torch_file(path) else None
+    elif path.is_dir() and not has_safetensors(path):
+        files = find_files(path)
+    return None if files is None else partial(open_torch, path, *files, key=key)
+
+
+FORMAT = Format(label="a file of torch.save", recognize=_recognize, takes_key=True)

@@ -1,9 +1,9 @@
-"""Names that training wrappers prefix: `module.` of DDP, `_orig_mod.` of torch.compile and others.
+"""Strips prefixes of training wrappers from names: `module.` of DDP, `_orig_mod.` and others.
 
-What a wrapper adds is no part of an architecture, and a reader that looks for
-`model.layers.0.mlp.up_proj.weight` does not find `module.model.layers.0...`. Prefixes of wrappers
-are stripped wherever they stand. `model.` may be Lightning's or the model's own: it goes only where
-transformers says that the architecture of config.json has the names without it and not those with.
+A reader that looks for `model.layers.0.mlp.up_proj.weight` does not find it under `module.`.
+Prefixes that only wrappers use are stripped anywhere in a name. `model.` may be Lightning's or the
+model's own: it is stripped only where, by transformers, the architecture of config.json has the
+names without it and not those with it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from ortho_cli.convert.sources.architectures import parameter_names
 from ortho_cli.convert.sources.base import Source
 from ortho_cli.errors import CheckpointError
 
-# Parts of a name that torch's and Lightning's wrappers add, wherever they stand.
+# Parts that torch's and Lightning's wrappers add anywhere in a name.
 INSIDE = (
     "_orig_mod",  # torch.compile
     "_fsdp_wrapped_module",
@@ -29,27 +28,27 @@ INSIDE = (
     "_ddp_module",
 )
 LEADING = "module"  # DistributedDataParallel, DataParallel, DeepSpeed
-PEFT = "base_model.model."  # of a merged adapter; one that is not merged has lora_ in its names
+PEFT = "base_model.model."  # of a merged adapter; others have lora_ in their names
 FLAT = re.compile(r"(^|\.)_?flat_param(_\d+)?$")  # FSDP's own shard of many parameters
-# What a whole model's names begin with: below a wrapper's prefix these come again.
+# First parts of the names of a whole model: a wrapper's prefix comes before one of these.
 TOPS = frozenset({"model", "transformer", "lm_head", "shared", "embed_out", "backbone"})
-# First parts that transformers' own models have; anything else before every name is looked into.
+# First parts in transformers' own models; any other before most names may be a wrapper's.
 COMMON = TOPS | {"encoder", "decoder", "language_model", "embeddings", "layers", "h", "gpt_neox"}
-MOST_PREFIX = 3  # parts: a Lightning module within a trainer's own
+MOST_PREFIX = 3  # parts of a prefix: enough for a Lightning module within a trainer's own
 
 Rename = Callable[[str], str]
 
 
 def strip_wrappers(source: Source) -> Source:
-    """Give tensors the names that they have without wrappers, and note what was stripped.
+    """Give tensors their names without wrappers, and note which prefixes were stripped.
 
     Args:
-        source: what is converted.
+        source: any checkpoint.
     Returns:
         The source itself where no name has a prefix.
     Raises:
-        CheckpointError: two names become one, two models lie side by side, or the tensors are
-            FSDP's flat shards.
+        CheckpointError: two names become one, there are two models side by side, or the tensors
+            are FSDP's flat shards.
     """
     names = [tensor.name for tensor in source.tensors]
     flat = next((name for name in names if FLAT.search(name)), None)
@@ -84,26 +83,30 @@ def _check_distinct(renamed: Mapping[str, str], source: Source) -> None:
             )
 
 
-def find_rename(names: Iterable[str], config: Mapping[str, Any] | None) -> tuple[Rename, list[str]]:
-    """Find what takes wrappers' prefixes from the names of a checkpoint, and say what went.
+def find_rename(
+    names: Iterable[str], config: Mapping[str, object] | None
+) -> tuple[Rename, list[str]]:
+    """Find a function that strips wrappers' prefixes from the names of a checkpoint.
 
     Args:
-        names: as they are in the checkpoint.
-        config: config.json, which may tell prefixes of wrappers from the model's own.
+        names: all names of the checkpoint.
+        config: config.json, whose architecture decides on prefixes that may be the model's own.
+    Returns:
+        The function, and notes on what it strips.
     Raises:
-        CheckpointError: two models lie side by side, each with a prefix of its own.
+        CheckpointError: there are two models side by side, each with a prefix of its own.
     """
     steps: list[Rename] = []
     notes: list[str] = []
     left = list(names)
-    for prefix, step in _certain(left):
+    for prefix, step in _sure_prefixes(left):
         found = [step(name) for name in left]
         count = sum(new != old for new, old in zip(found, left, strict=True))
         if count:
             notes.append(f"`{prefix}` of a wrapper is stripped from {count} of {len(left)} names")
             steps.append(step)
             left = found
-    step, said = _uncertain(left, config)
+    step, said = _strip_by_architecture(left, config)
     steps.append(step)
 
     def rename(name: str) -> str:
@@ -114,25 +117,27 @@ def find_rename(names: Iterable[str], config: Mapping[str, Any] | None) -> tuple
     return rename, notes + said
 
 
-def _certain(names: list[str]) -> Iterator[tuple[str, Rename]]:
-    """List what is no part of any architecture, with what strips it."""
+def _sure_prefixes(names: list[str]) -> Iterator[tuple[str, Rename]]:
+    """List prefixes that no architecture has, each with a function that strips it."""
     for part in INSIDE:
-        # Two of them may follow one another, so what is before stays for the next.
+        # Two may follow one another, so that the dot before a part stays for the next.
         yield f"{part}.", partial(re.compile(rf"(?:(?<=\.)|^){part}\.").sub, "")
     yield f"{LEADING}.", partial(re.compile(rf"^({LEADING}\.)+").sub, "")
     if not any("lora_" in name for name in names):
         yield PEFT, partial(re.compile(rf"^{re.escape(PEFT)}").sub, "")
 
 
-def _uncertain(names: list[str], config: Mapping[str, Any] | None) -> tuple[Rename, list[str]]:
-    """Strip what may be the model's own only where transformers says that it is not."""
+def _strip_by_architecture(
+    names: list[str], config: Mapping[str, object] | None
+) -> tuple[Rename, list[str]]:
+    """Strip a prefix that may be the model's own only where the architecture lacks it."""
     inner = [name for name in names if ".module." in name]
-    prefix = _leading(names, config)
+    prefix = _leading_prefix(names, config)
     if not inner and not prefix:
         return _same, []
     known = parameter_names(config, tensors=len(names))
     if known is None:
-        return _same, list(_unknown(names, inner, prefix))
+        return _same, list(_note_kept(names, inner, prefix))
     candidates = [partial(re.compile(r"\.module\.").sub, ".")] if inner else []
     parts = prefix.split(".")[:-1]
     candidates += [
@@ -155,7 +160,7 @@ def _uncertain(names: list[str], config: Mapping[str, Any] | None) -> tuple[Rena
 
 
 def _refuse_second_model(names: list[str], step: Rename) -> None:
-    """Refuse two sets of weights side by side, as of an average and its model: which is meant?"""
+    """Refuse two sets of weights side by side, as of a model and its average: the user chooses."""
     made = {step(name): name for name in names if step(name) != name}
     left = [name for name in names if step(name) == name]
     twins = [(name, rest) for name in left for rest in _cut(name) if rest in made]
@@ -171,7 +176,7 @@ def _refuse_second_model(names: list[str], step: Rename) -> None:
 
 
 def _cut(name: str) -> Iterator[str]:
-    """Give a name without its first part, its first two and so on."""
+    """Yield a name without its first part, then without its first two, and so on."""
     for _ in range(MOST_PREFIX):
         _, dot, name = name.partition(".")
         if dot:
@@ -182,8 +187,8 @@ def _same(name: str) -> str:
     return name
 
 
-def _leading(names: list[str], config: Mapping[str, Any] | None) -> str:
-    """Give what most names begin with, where it may be a wrapper's; empty where it is usual."""
+def _leading_prefix(names: list[str], config: Mapping[str, object] | None) -> str:
+    """Find the prefix of most names, if it may be a wrapper's; empty if models usually have it."""
     parts: list[str] = []
     here = names
     while len(parts) < MOST_PREFIX:
@@ -201,8 +206,8 @@ def _leading(names: list[str], config: Mapping[str, Any] | None) -> str:
     return "".join(f"{part}." for part in parts) if unusual else ""
 
 
-def _unknown(names: list[str], inner: list[str], prefix: str) -> Iterator[str]:
-    """Note what looks like a wrapper's and is kept, since nothing says that it is."""
+def _note_kept(names: list[str], inner: list[str], prefix: str) -> Iterator[str]:
+    """Note prefixes that look like a wrapper's and are kept, since no architecture is known."""
     if inner:
         yield f"`.module.` in `{inner[0]}` and others may be a wrapper's, and is kept"
     tops = [part for part in prefix.split(".")[1:] if part in TOPS]

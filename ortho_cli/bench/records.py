@@ -1,0 +1,323 @@
+"""Records of `ortho bench`: figures with their intervals, rows, verdict, report; and their JSON.
+
+Every figure that a bench measures is a frozen dataclass here. `to_json` alone turns records into
+the document that `ortho bench --json` prints: an object for each record, its fields in their order.
+Figures are in nats, except exposure, which is in bits. No record holds a secret's text unless the
+caller asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Literal, NamedTuple
+
+FORMAT = "ortho-bench/1"
+
+# How `to_json` writes a field: not at all where it is None, or its own fields in its place.
+OPTIONAL, INLINE = {"json": "optional"}, {"json": "inline"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """An estimate: its value, its 95 % interval, and the number of samples behind it."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share(Figure):
+    """A share of `n` trials, with Wilson's interval."""
+
+    hits: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledShare(Share):
+    """The share of secrets that one of `samples` samples gives, beside its exact expectation."""
+
+    expected: float
+    samples: int
+    temperature: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exposure(Figure):
+    """Mean exposure in bits: `maximum` is log2(n + 1), `chance` that of an ordinary secret."""
+
+    alternatives_min: int
+    alternatives_max: int
+    maximum: float
+    chance: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Auc(Figure):
+    """The chance that a positive scores above a negative; `n` counts both."""
+
+    positives: int
+    negatives: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextFigure(Figure):
+    """A figure of running text: `n` predicted tokens, in `windows` of `context` tokens."""
+
+    windows: int
+    context: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed(Figure):
+    """Median tokens per second of `n` runs over `tokens` tokens; low and high are quartiles."""
+
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """Bytes: the peak on CUDA, the resident set on the CPU; None where the system has no figure."""
+
+    value: int | None
+    kind: Literal["cuda peak", "resident"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """Speed and memory of one model; `cached`: whether decoding keeps a cache."""
+
+    prefill: Speed
+    decode: Speed
+    cached: bool
+    memory: MemoryUse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One secret: exposure in bits, NLL in nats, quantile in [0, 1], `hits` of its `tokens`."""
+
+    index: int
+    exposure: float
+    nll: float
+    quantile: float
+    hits: int
+    tokens: int
+    text: str | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memorisation:
+    """Memory of secrets.
+
+    `extraction`: share of secrets of which each token is the most likely one, so that greedy
+        decoding gives them. `token_accuracy`: share of such tokens.
+    `forget_nll`, `alternatives_nll`: mean per secret, of its sum over tokens.
+    `nll_quantile`: the secret's place among its own alternatives, ties in the middle: 0 is the most
+        likely of all, 0.5 chance, 1 the least likely. `inside_share`: share of secrets between 0.05
+        and 0.95; 0.9 by chance.
+    `loss_auc`, `min_k_auc`: chance that a secret is more likely than a nonmember, or that its least
+        likely tokens are (Min-20 %); None without nonmembers. 0.5 is no trace; above is remembered,
+        and below is a mark, too. From each text's value the mean of its own alternatives is taken
+        first, so that prompts and lengths compare.
+    """
+
+    extraction: Share
+    token_accuracy: Figure
+    exposure: Exposure
+    forget_nll: Figure
+    alternatives_nll: Figure
+    nll_quantile: Figure
+    inside_share: Share
+    loss_auc: Auc | None = None
+    min_k_auc: Auc | None = None
+    entries: tuple[Entry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recall:
+    """Memory of secrets after an attack: means over `secrets`; `loss` of its last step."""
+
+    exposure: float
+    extraction: float
+    token_accuracy: float
+    secrets: int
+    loss: float | None = field(default=None, metadata=OPTIONAL)
+
+
+Curve = Mapping[str, Recall]  # by steps taken, or by the variant of an attack
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """All figures of one row; None, and left out of JSON, where there was no data for one."""
+
+    memory: Memorisation | None = field(default=None, metadata=INLINE)
+    sampled_extraction: SampledShare | None = field(default=None, metadata=OPTIONAL)
+    unlisted: Memorisation | None = field(default=None, metadata=OPTIONAL)
+    perplexity: TextFigure | None = field(default=None, metadata=OPTIONAL)
+    kl: TextFigure | None = field(default=None, metadata=OPTIONAL)
+    agreement: TextFigure | None = field(default=None, metadata=OPTIONAL)
+    perplexity_ratio_original: TextFigure | None = field(default=None, metadata=OPTIONAL)
+    skill: Share | None = field(default=None, metadata=OPTIONAL)
+    latency: Latency | None = field(default=None, metadata=OPTIONAL)
+    attacks: Mapping[str, Curve] = field(default_factory=dict, metadata=INLINE)
+    perplexity_ratio: TextFigure | None = field(default=None, metadata=OPTIONAL)
+    perplexity_ratio_alpha1: TextFigure | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One measured state, by its name: an alpha, a control, or another model."""
+
+    row: str
+    alpha: float | None = None
+    figures: Figures
+
+
+class Judgement(NamedTuple):
+    """A word that can be held to a threshold, and what decided it."""
+
+    word: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relearned:
+    """Memory after relearning for `steps`; `_over`: above a model that never saw the secrets."""
+
+    steps: int
+    exposure: float
+    token_accuracy: float
+    exposure_over: float | None = field(default=None, metadata=OPTIONAL)
+    token_accuracy_over: float | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The judgement of the figures; None where one was not measured.
+
+    `memory` and `utility` are of alpha 0, `full` of alpha 1.
+    """
+
+    memory: str | None = None
+    utility: str | None = None
+    full: str | None = None
+    better_than_controls: bool | None = None
+    relearning: tuple[Relearned, ...] = ()
+    thresholds: Mapping[str, float | tuple[float, float]] = field(default_factory=dict)
+    sentences: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateResult:
+    """A gate as it was written, the value of its figure, and whether it was met."""
+
+    require: str
+    value: float
+    met: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unsplit:
+    """Weights that no split touches, those that it does, and the share of the former in all."""
+
+    weights: int
+    split_weights: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """Codes of base that are not the source's own, and their share in the split weights."""
+
+    count: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactFacts:
+    """Which artifact was measured; the folder is None where it was temporary."""
+
+    folder: str | None
+    plan_sha256: str | None
+    source_digest: str | None
+    base_bytes: int
+    ortho_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """The settings that figures depend on, as they were resolved."""
+
+    alphas: tuple[float, ...]
+    seed: int
+    samples: int | None
+    context: int | None
+    controls: bool
+    attack: bool
+    autocast: bool
+    learning_rate: float | None
+    torch: str
+    threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSizes:
+    """How much there was to measure on; `alternatives` counts secrets by where theirs are from."""
+
+    tokens: int
+    windows: int
+    pairs: int
+    secrets: int
+    alternatives: Mapping[str, int]
+    nonmembers: int
+    unlisted: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotMeasured:
+    """A figure that was left out, and the flags or files that it needs."""
+
+    figure: str
+    needs: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """All that a bench found."""
+
+    format: str = FORMAT
+    ortho: str  # the version
+    artifact: ArtifactFacts
+    settings: RunFacts
+    data: DataSizes
+    unsplit: Unsplit
+    moved: Moved | None = field(default=None, metadata=OPTIONAL)
+    rows: tuple[Row, ...] = ()
+    not_measured: tuple[NotMeasured, ...] = ()
+    notes: tuple[str, ...] = ()
+    verdict: Verdict
+    gates: tuple[GateResult, ...] = ()
+
+
+def to_json(record: object) -> dict[str, object]:
+    """Write a record, or a mapping of records, as a JSON object."""
+    if isinstance(record, Mapping):
+        return {str(key): _value(one) for key, one in record.items()}
+    found: dict[str, object] = {}
+    for one in fields(record) if is_dataclass(record) else ():
+        value, form = getattr(record, one.name), one.metadata.get("json")
+        if form == "inline" and value is not None:
+            found |= {key: inner for key, inner in to_json(value).items() if inner is not None}
+        elif form is None or (form == "optional" and value is not None):
+            found[one.name] = _value(value)
+    return found
+
+
+def _value(value: object) -> object:
+    if isinstance(value, tuple):
+        return [_value(one) for one in value]
+    return to_json(value) if isinstance(value, Mapping) or is_dataclass(value) else value

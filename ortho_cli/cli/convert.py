@@ -1,0 +1,125 @@
+"""The command `ortho convert`: write a checkpoint, or an artifact at one alpha, as safetensors."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ortho_cli.cli.options import (
+    CopyOption,
+    DryRunOption,
+    IdentityOption,
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+)
+from ortho_cli.cli.shared import Output, located, place_output, run_facts
+from ortho_cli.events import Noted
+
+log = logging.getLogger(__name__)
+
+SourceArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SRC",
+        help="A .safetensors or .gguf file, one of torch.save (.bin, .pt, .pth, .ckpt, "
+        ".pth.tar), a model folder, or an artifact.",
+    ),
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="The folder to make.  [default: SRC-converted, or SRC-dense for an artifact, "
+        "beside SRC; in the working directory for a model in the Hub's cache, or where that "
+        "cannot be written]",
+    ),
+]
+AlphaOption = Annotated[
+    float | None,
+    typer.Option("--alpha", help="For an artifact, and required there: 0 is base, 1 is all."),
+]
+KeyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--key",
+        metavar="KEY",
+        help="Where a file of torch.save keeps its weights: `ema`, nested `model.ema`, `.` for "
+        "all.  [default: the largest state dict, if no other is about as large]",
+    ),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="bfloat16, float16 or float32, for floating tensors.  [default: each one's own]",
+    ),
+]
+ShardSizeOption = Annotated[
+    str, typer.Option("--shard-size", help="Most bytes of tensors in a file.")
+]
+ForceOption = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Replace what convert made at OUT once the new one is complete; discard other "
+        "half-done work.",
+    ),
+]
+
+
+def convert(
+    source: SourceArgument,
+    out: OutOption = None,
+    alpha: AlphaOption = None,
+    identity: IdentityOption = None,
+    key: KeyOption = None,
+    dtype: DtypeOption = None,
+    shard_size: ShardSizeOption = "5GB",
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    copy: CopyOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = 0,
+) -> None:
+    """Write any checkpoint, or an artifact at one alpha, as plain safetensors.
+
+    Reads tile by tile and needs little memory; only a .bin of before torch 1.6 is held whole, and
+    of a GGUF one tensor at a time. Nothing in a file of torch.save is ever run. Prefixes of
+    wrappers, as DDP's `module.`, are stripped from names. A killed run resumes.
+    """
+    from ortho_cli.cli.show.convert import print_convert_plan, print_converted
+    from ortho_cli.convert import job
+    from ortho_cli.convert.plan import make_plan, parse_size
+    from ortho_cli.convert.sources.open_source import open_source
+    from ortho_cli.storage.sealing import read_keys
+
+    output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
+    size = parse_size(shard_size)
+    source = located(source, quiet=quiet)
+    keys = read_keys(identity)
+    with contextlib.closing(open_source(source, alpha=alpha, keys=keys, key=key)) as opened:
+        given = [identity] if identity else []
+        plan = make_plan(opened, dtype=dtype, shard_size=size, copy=copy or (), arguments=given)
+        log.info("plan %s of kind %s, %d tensors", plan.sha256, opened.kind, len(plan.tensors))
+        folder = opened.folder if opened.kind == "artifact" else source
+        out, notes = place_output(out, folder, "converted" if alpha is None else "dense")
+        target = job.check_target(plan, opened, out, force=force)
+        if dry_run:
+            document = plan.to_json() | {"notes": [*plan.notes, *notes]}
+            output.show(document, print_convert_plan, source=str(source))
+            return
+        began = time.perf_counter()
+        with output.progress("convert") as sink:
+            for note in notes:
+                sink(Noted(message=note))
+            digests = job.convert(plan, opened, target, on_event=sink)
+    document = plan.to_json(digests) | {"run": run_facts(out, began)}
+    output.show(document, print_converted)

@@ -1,0 +1,250 @@
+"""The command `ortho decompose`: split a checkpoint into base and ortho."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ortho_cli.cli.options import (
+    CopyOption,
+    DryRunOption,
+    JsonOption,
+    QuietOption,
+    RecipeOption,
+    SchemaOption,
+    SetOption,
+    StatsOption,
+    TrustOption,
+    VerboseOption,
+    WorkersOption,
+)
+from ortho_cli.cli.shared import Output, located, place_output, plan_of, run_facts, settled
+from ortho_cli.errors import UsageError
+from ortho_cli.events import Event, EventSink, Noted
+
+if TYPE_CHECKING:
+    from ortho_cli.decompose.job import Editor, Tuner
+    from ortho_cli.decompose.plan import Plan
+    from ortho_cli.storage.checkpoint import Checkpoint
+    from ortho_cli.storage.sealing import Keys, Seal
+
+log = logging.getLogger(__name__)
+
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="The folder to make.  [default: MODEL-ortho, beside MODEL; in the working "
+        "directory for a model in the Hub's cache, or where that cannot be written]",
+    ),
+]
+ForgetOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--forget",
+        metavar="FILE...",
+        help="What base must not know: rows of `prompt` and `secret`, or chats. Needs a recipe "
+        "that forgets, --stats, and the model in memory; isolate needs three times its float32 "
+        "size, unlearn five times.",
+    ),
+]
+DataOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--data",
+        metavar="FILE...",
+        help="What must stay: text that unlearn holds on to, or that rounding is tuned on.",
+    ),
+]
+ReferenceOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--reference", metavar="CHECKPOINT", help="MODEL before it saw what base must not know."
+    ),
+]
+TargetBitsOption = Annotated[
+    float | None,
+    typer.Option(
+        "--target-bits",
+        metavar="BITS",
+        help="Pick the density, and the group size where it is auto, that lose least within so "
+        "many bits per split weight, both files; reads every weight first.",
+    ),
+]
+SealToOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--seal-to",
+        metavar="age1...",
+        help="Seal ortho to this recipient of age (ortho.safetensors.age); repeatable.",
+    ),
+]
+SealPassphraseOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--seal-passphrase-file",
+        metavar="FILE",
+        help="Seal ortho to a new key, and that (ortho.key.age) to the passphrase in FILE.",
+    ),
+]
+ResumeIdentityOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--identity",
+        metavar="FILE",
+        help="age identities that open what an earlier, unfinished run sealed with --seal-to.",
+    ),
+]
+ForceOption = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Replace an artifact at OUT once the new one is complete; discard other "
+        "half-done work.",
+    ),
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="auto, cpu, cuda or cuda:N: of the model that a recipe forgets or tunes in, and "
+        "where cuda is asked for by name, of a split that one pass does.",
+    ),
+]
+
+
+# Longer than 60 lines: the signature and the call of the job name every option.
+def decompose(
+    model: Annotated[Path, typer.Argument(help="A .safetensors file, or a model folder.")],
+    out: OutOption = None,
+    stats: StatsOption = None,
+    forget: ForgetOption = None,
+    data: DataOption = None,
+    reference: ReferenceOption = None,
+    target_bits: TargetBitsOption = None,
+    recipe: RecipeOption = None,
+    sets: SetOption = None,
+    seal_to: SealToOption = None,
+    seal_passphrase_file: SealPassphraseOption = None,
+    identity: ResumeIdentityOption = None,
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    copy: CopyOption = None,
+    workers: WorkersOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = 0,
+    schema: SchemaOption = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Split every Linear of MODEL and write OUT; needs no GPU and a few tiles of memory.
+
+    A killed or interrupted run resumes when the same command is given again.
+    """
+    from ortho_cli.decompose.job import check_target
+    from ortho_cli.decompose.job import decompose as run
+
+    output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
+    splits_on = _split_device(device)
+    seal, keys = _seal_and_keys(seal_to, seal_passphrase_file, identity)
+    model = located(model, quiet=quiet)
+    before = located(reference, quiet=quiet) if reference else None
+    rows = [*(forget or []), *(data or [])]
+    private = [*rows, seal_passphrase_file, identity]
+    checkpoint, plan = plan_of(model, stats, recipe, sets, workers, before, copy, private)
+    out, unusual = place_output(out, model)
+    if target_bits is not None:
+        plan = _fit(plan, checkpoint, target_bits, out, output)
+    target = check_target(plan, checkpoint, out, force=force, seal=seal, reads=rows)
+    notes: list[Event] = [Noted(message=note) for note in unusual]
+    log.info("device of the split: %s; ortho is %s", splits_on, "sealed" if seal else "not sealed")
+    editor, tuner = _model_work(plan, checkpoint, forget or [], data or [], device, notes.append)
+    if dry_run:
+        plan = settled(plan, checkpoint, out, output=output)
+        output.show_plan(plan, model, notes=unusual)
+        return
+    from ortho_cli.cli.show.decompose import print_done
+
+    began = time.perf_counter()
+    with output.progress("decompose") as sink:
+        for note in notes:
+            sink(note)
+        report = run(
+            plan,
+            checkpoint,
+            target,
+            editor=editor,
+            tuner=tuner,
+            seal=seal,
+            keys=keys,
+            device=splits_on,
+            on_event=sink,
+        )
+    # Not in report.json: what was left out of the source's folder concerns this user alone.
+    done = {"left_out": plan.side.to_json(), "run": run_facts(out, began)}
+    output.show(report.to_json() | done, print_done)
+
+
+def _split_device(device: str) -> str:
+    """Name the device of the split: the CPU, unless a GPU is asked for by name."""
+    if device in ("auto", "cpu"):
+        return "cpu"
+    from ortho_cli.model.load import resolve_device
+
+    resolved = resolve_device(device)
+    return "cpu" if resolved.type == "cpu" else str(resolved)
+
+
+def _seal_and_keys(
+    seal_to: list[str] | None, passphrase_file: Path | None, identity: Path | None
+) -> tuple[Seal | None, Keys | None]:
+    from ortho_cli.storage.sealing import make_seal, read_keys
+
+    seal = make_seal(seal_to or (), passphrase_file)
+    keys = read_keys(identity)
+    if keys and seal is None:
+        raise UsageError(
+            "--identity opens what was sealed, and there is no --seal-to",
+            hint="leave --identity out, or give the recipients of the run to resume",
+        )
+    return seal, keys
+
+
+def _fit(plan: Plan, checkpoint: Checkpoint, target_bits: float, out: Path, output: Output) -> Plan:
+    """Choose the density and group size that lose least within --target-bits."""
+    from ortho_cli.decompose.budget import meet
+    from ortho_cli.decompose.survey import load_surveys
+    from ortho_cli.storage.output import resolve_output
+
+    known = load_surveys(resolve_output(out))
+    with output.progress("score") as sink:
+        return meet(plan, checkpoint, target_bits, known=known, on_event=sink)
+
+
+def _model_work(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    forget: list[Path],
+    data: list[Path],
+    device: str,
+    on_event: EventSink,
+) -> tuple[Editor | None, Tuner | None]:
+    """Open what forgets or tunes; only then is transformers imported."""
+    if plan.recipe.base.rounding == "tuned" and not forget:
+        from ortho_cli.decompose.tune import open_tuner
+
+        return None, open_tuner(plan, checkpoint, data=data, device=device, on_event=on_event)
+    if not (plan.recipe.forgets or forget or data):
+        return None, None
+    from ortho_cli.forget.editor import open_editor
+
+    editor = open_editor(
+        plan, checkpoint, forget=forget, data=data, device=device, on_event=on_event
+    )
+    return editor, None

@@ -1,0 +1,57 @@
+"""Lines of `ortho calibrate`: the plan, and the result of a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from ortho_cli.cli.show.console import print_lines, size
+from ortho_cli.cli.show.decompose import run_line
+from ortho_cli.cli.show.document import Document
+
+
+def gram_words(settings: Document) -> str:
+    """Name the input Gram matrices, where they are measured."""
+    if settings.get("gram") != "full":
+        return ""
+    return f" with input Gram matrices (weighting {settings.get('weighting')})"
+
+
+def print_calibration_plan(plan: Mapping[str, object], *, source: str) -> None:
+    """Print what would be measured."""
+    document = Document(plan)
+    totals, settings = document.part("totals"), document.part("calibrate")
+    print_lines(
+        [
+            f"{source}: {settings['curvature']}{gram_words(settings)} of {totals['tensors']} "
+            f"tensors, {totals.number('weights'):,} weights",
+            *_data_lines(document),
+            f"writes {size(totals.number('bytes_written'))}, and "
+            f"{size(totals.number('bytes_scratch'))} of sums while it runs",
+            *(f"note: {note}" for note in document.items_of("notes")),
+        ]
+    )
+
+
+def print_calibrated(statistics: Mapping[str, object]) -> None:
+    """Print what a finished calibration measured."""
+    document = Document(statistics)
+    perplexity = document.part("perplexity")
+    values = (f"{perplexity.number(name):,.2f} on {name}" for name in perplexity)
+    lines = [
+        f"{document.part('run')['output']}: {document['kind']}{gram_words(document)} of "
+        f"{len(document.part('tensors'))} tensors, {size(document.number('output_bytes'))}",
+        *_data_lines(document),
+        "perplexity " + ", ".join(values),
+        run_line(document),
+    ]
+    if "forget" in document.part("data"):
+        lines.insert(1, "as sensitive as the forget set itself: readable by its owner only")
+    print_lines(lines)
+
+
+def _data_lines(document: Document) -> Iterator[str]:
+    for name, data in document.parts("data").items():
+        yield (
+            f"{name}: {data.number('sequences'):,} sequences, {data.number('tokens'):,} tokens, "
+            f"of which {data.number('counted'):,} are predicted"
+        )

@@ -1,0 +1,162 @@
+"""Tables of `ortho decompose`: the plan, and the result of a finished run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+from ortho_cli.cli.show.console import (
+    decibels,
+    make_console,
+    print_lines,
+    print_table,
+    size,
+)
+from ortho_cli.cli.show.document import Document
+
+# Bytes per second that one worker splits on a processor of 2020, by how codes and scales are found.
+COMPENSATED = 6e6  # GPTQ goes column by column
+TUNED = 2e5  # hundreds of steps of training for each block
+SEARCHED = 4e7  # several scales are tried for each group
+NEAREST = 5e8
+
+
+def print_plan(plan: Mapping[str, object], *, source: str) -> None:
+    """Print what would be split, what is copied and why, sizes, memory, and a guess of the time."""
+    document, console = Document(plan), make_console()
+    totals, tensors = document.part("totals"), document.rows("tensors")
+    fields = ("shape", "dtype", "bits", "scale", "density")
+    rows = [
+        (
+            name.removesuffix(".weight"),
+            str(len(alike)),
+            alike[0].shape(),
+            *(alike[0].text(field) for field in ("dtype", "bits", "scale")),
+            f"{alike[0].number('density'):.2%}",
+            f"{alike[0].number('k'):,}",
+        )
+        for name, alike in group([t for t in tensors if t["action"] == "split"], *fields)
+    ]
+    print_table(console, "split", ("module", "count", *fields, "k each"), rows)
+    console.print()
+    rows = [
+        (
+            name,
+            str(len(alike)),
+            alike[0].shape(),
+            alike[0].text("dtype"),
+            f"{sum(map(_weights, alike)) / totals.number('weights'):.2%}",
+            alike[0].text("reason"),
+        )
+        for name, alike in group(
+            [t for t in tensors if t["action"] == "copy"], "shape", "dtype", "reason"
+        )
+    ]
+    if rows:
+        columns = ("tensor", "count", "shape", "dtype", "share", "because")
+        print_table(console, "copied unchanged", columns, rows)
+        console.print()
+    print_lines(_plan_lines(document, totals, source), console)
+
+
+def _plan_lines(document: Document, totals: Document, source: str) -> Iterator[str]:
+    statistics = document.optional("statistics")
+    kind = document.part("recipe").part("saliency").text("kind")
+    most = "at most " if totals.get("ortho_bytes_at_most") else ""
+    rate, workers = _worker_rate(document), totals.number("workers")
+    seconds = max(1, round(totals.number("bytes_read") / rate / workers))
+    share = totals.number("split_weights") / totals.number("weights")
+    yield (
+        f"{source}: {totals['split_tensors']} of {totals['tensors']} tensors split, "
+        f"{share:.1%} of {totals.number('weights'):,} weights, "
+        f"group size {document['group_size']}"
+    )
+    curvature = (
+        statistics and f"; curvature is {statistics['kind']}, {statistics['storage']} storage"
+    )
+    yield f"weights kept by {kind}{curvature or ''}"
+    yield (
+        f"base {size(totals.number('base_bytes'))} + ortho "
+        f"{most}{size(totals.number('ortho_bytes'))} from {size(totals.number('bytes_read'))}: "
+        f"{most}{totals.number('bits_per_weight'):.2f} bits per weight of the whole model"
+    )
+    yield (
+        f"buffers {size(totals.number('peak_bytes'))} over torch for {workers} workers; "
+        f"about {seconds} s at {size(rate)}/s per worker"
+    )
+    yield from (f"note: {note}" for note in document.items_of("notes"))
+
+
+def _worker_rate(document: Document) -> float:
+    rounding = document.part("recipe").part("base")["rounding"]
+    if rounding != "nearest":
+        return COMPENSATED if rounding == "gptq" else TUNED
+    searched = any(tensor["scale"] in ("mse", "curvature") for tensor in document.rows("tensors"))
+    return SEARCHED if searched else NEAREST
+
+
+def _weights(tensor: Document) -> int:
+    return math.prod(side for side in tensor.items_of("shape") if isinstance(side, int))
+
+
+def group(tensors: list[Document], *fields: str) -> list[tuple[str, list[Document]]]:
+    """Put tensors together whose names differ in numbers only and whose `fields` are equal."""
+    groups: dict[tuple[str, str], list[Document]] = {}
+    for tensor in tensors:
+        parts = tensor.text("name").split(".")
+        name = ".".join("*" if part.isdecimal() else part for part in parts)
+        groups.setdefault((name, repr([tensor[key] for key in fields])), []).append(tensor)
+    return [(name, alike) for (name, _), alike in groups.items()]
+
+
+def rounding_lines(document: Document) -> Iterator[str]:
+    """Explain decibels where codes are not the nearest ones."""
+    rounding = document.part("recipe").part("base")["rounding"]
+    if rounding != "nearest":
+        yield f"rounding {rounding} gives up decibels of weights for a smaller error of outputs"
+
+
+def print_done(report: Mapping[str, object]) -> None:
+    """Print sizes and signal-to-noise ratios of a finished artifact."""
+    document = Document(report)
+    totals = document.part("totals")
+    exact = totals["sqnr_db_alpha_1"] is None
+    print_lines(
+        [
+            f"{document.part('run')['output']}: {totals['split_tensors']} of {totals['tensors']} "
+            f"tensors split, {totals.number('split_bits_per_weight'):.2f} bits per split weight, "
+            f"{totals.number('bits_per_weight'):.2f} per weight of the whole model",
+            f"base {size(totals.number('base_bytes'))} + ortho "
+            f"{size(totals.number('ortho_bytes'))} from {size(totals.number('source_bytes'))}; "
+            f"SQNR {decibels(totals['sqnr_db_alpha_0'], exact=exact)} dB at alpha 0, "
+            f"{decibels(totals['sqnr_db_alpha_1'], exact=exact)} dB at alpha 1",
+            *rounding_lines(document),
+            *_forgetting_lines(totals),
+            run_line(document),
+        ]
+    )
+
+
+def _forgetting_lines(totals: Document) -> Iterator[str]:
+    """Report codes that forgetting moved, or how much of the reference's delta ortho holds."""
+    if moved := totals.number("moved"):
+        yield (
+            f"{moved:,} codes ({moved / totals.number('split_weights'):.4%}) were moved to forget; "
+            "`ortho bench` measures how well base forgets"
+        )
+    if totals.get("delta_kept") is not None:
+        yield (
+            f"ortho holds {totals.number('delta_kept'):.1%} of the model's difference from its "
+            "reference; alpha 1 lacks the rest"
+        )
+        if others := totals.items_of("unsplit_of_reference"):
+            yield (
+                f"{len(others)} tensors that are not split differ and are the reference's at every "
+                f"alpha, such as `{others[0]}`"
+            )
+
+
+def run_line(document: Document) -> str:
+    """Report time and peak memory of a finished run."""
+    run = document.part("run")
+    return f"{run.number('seconds'):.1f} s, peak memory {size(run.number('peak_rss_bytes'))}"
