@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from ortho_cli.split import roundings
+
 GROUP_SIZES = (128, 64, 32)  # of `auto`, largest first: those that vLLM's kernels take
 
 
@@ -73,7 +75,7 @@ class Base(_Strict):
         description="absmax: max|w| / 7.5, or 3.5 for 3 bits. mse: searched per group for least "
         "squared error. curvature: the same, each error weighted by curvature.",
     )
-    rounding: Literal["nearest", "gptq", "tuned"] = Field(
+    rounding: roundings.Name | Literal["tuned"] = Field(
         "nearest",
         description="gptq: each column's error is made up for by the rest; needs --gram full. "
         "tuned: from there codes and scales learn block by block, on --data.",

@@ -25,6 +25,7 @@ from ortho_cli.split import pipeline
 from ortho_cli.split.exact import widen
 from ortho_cli.split.faults import not_finite
 from ortho_cli.split.pipeline import Given, Outcome
+from ortho_cli.split.roundings import rounding_of
 from ortho_cli.split.select import crow_indices
 from ortho_cli.split.task import (
     EXPONENTS,
@@ -82,6 +83,8 @@ def task_of(
         curvature: holds the Gram matrices, where rounding compensates.
     """
     recipe, (rows, columns) = plan.recipe, tensor.source.shape
+    # Tuning begins with the codes of GPTQ.
+    rounding = "gptq" if recipe.base.rounding == "tuned" else recipe.base.rounding
     return SplitTask(
         name=tensor.name,
         file=tensor.source.shard,
@@ -95,18 +98,17 @@ def task_of(
         alone=recipe.forgets or recipe.base.alone,
         edit=(edits or {}).get(tensor.name),
         own_code=recipe.ortho.split == "unlearn",
-        factor=partial(_factor, curvature, tensor.name) if recipe.compensates else None,
+        rounding=rounding,
+        factor=partial(_factor, curvature, tensor.name, rounding) if recipe.compensates else None,
     )
 
 
-def _factor(curvature: StatisticsReader | None, name: str) -> Any:
+def _factor(curvature: StatisticsReader | None, name: str, rounding: str) -> Any:
     import torch
-
-    from ortho_cli.split.gptq import factorise
 
     if curvature is None:
         raise InternalError("columns are to make up for one another, and no statistics are open")
-    return factorise(torch.from_numpy(gram_of(curvature, name)), name=name)
+    return rounding_of(rounding).prepare(torch.from_numpy(gram_of(curvature, name)), name=name)
 
 
 class ShardRows:

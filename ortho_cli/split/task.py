@@ -63,7 +63,8 @@ class SplitTask:
     figures: bool = True  # add up what rounding costs
     edit: Edited | None = None
     own_code: bool = False  # where a code was edited, ortho may hold the source's own code
-    factor: Callable[[], Any] | None = None  # of the inputs' Gram matrix: round with compensation
+    rounding: str = "nearest"  # a name of `roundings`
+    factor: Callable[[], Any] | None = None  # what that rounding prepares, where it compensates
 
     @property
     def numel(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ortho_cli.split import quantize
 from ortho_cli.split.dtypes import torch_dtypes
-from ortho_cli.split.gptq import round_columns
+from ortho_cli.split.roundings import rounding_of
 from ortho_cli.split.scales import Kept, base_scales
 from ortho_cli.split.select import Own, TopK
 from ortho_cli.split.sizes import DEFAULT_SIZES, Part, Sizes
@@ -103,7 +103,8 @@ class TorchKernel:
             codes = scratch(tuple(raw.shape), torch.float32).copy_(torch.from_numpy(tile.codes))
             return kept.scales, codes
         if kept is not None and tile.factor is not None:
-            codes = round_columns(weight, kept.scales, tile.factor, kept=kept.mask, bits=task.bits)
+            turn = rounding_of(task.rounding).round
+            codes = turn(weight, kept.scales, tile.factor, kept=kept.mask, bits=task.bits)
             return kept.scales, codes
         scales = base_scales(
             task.scale, raw, curvature, task.group_size, bits=task.bits, kept=kept, empty=scratch

@@ -90,7 +90,7 @@ def _plan_lines(document: Document, totals: Document, source: str) -> Iterator[s
 def _worker_rate(document: Document) -> float:
     rounding = document.part("recipe").part("base")["rounding"]
     if rounding != "nearest":
-        return COMPENSATED if rounding == "gptq" else TUNED
+        return TUNED if rounding == "tuned" else COMPENSATED
     searched = any(tensor["scale"] in ("mse", "curvature") for tensor in document.rows("tensors"))
     return SEARCHED if searched else NEAREST
 
