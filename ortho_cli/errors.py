@@ -1,7 +1,7 @@
-"""Every way `ortho` can fail, one class an exit code.
+"""Errors of `ortho`, one class per exit code.
 
     OrthoError                 1   unexpected
-    ├── InternalError          1   unexpected: a promise is broken by our own code
+    ├── InternalError          1   unexpected: a bug of ours
     ├── UsageError             2   a flag or argument is wrong
     ├── RecipeError            3   the recipe is wrong, or does not fit the checkpoint
     ├── CheckpointError        4   the source cannot be read or cannot be split
@@ -29,17 +29,17 @@ _STARVED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO})
 
 
 def reason(error: Exception) -> str:
-    """Say why a file could not be read or written, as the end of a sentence."""
-    said = str(getattr(error, "strerror", None) or error)
-    return said[:1].lower() + said[1:]
+    """Give the reason why a file could not be read or written, as the end of a sentence."""
+    text = str(getattr(error, "strerror", None) or error)
+    return text[:1].lower() + text[1:]
 
 
 def is_starved(error: BaseException) -> bool:
-    """Tell whether the system lacks something, or a disk fails, whatever file was asked for."""
+    """Return whether the system lacks something or a disk fails, so that no file is to blame."""
     return isinstance(error, OSError) and error.errno in _STARVED
 
 
-# What to do about what the system said.
+# What to do about an error of the system.
 _ELSEWHERE = "choose another -o"
 _WAYS_OUT = {
     errno.EMFILE: "allow more of them with `ulimit -n 4096`, then repeat the same command",
@@ -69,7 +69,7 @@ def way_out(error: OSError, otherwise: str, *, path: object = None) -> str:
     """Say what to do about an error of the system.
 
     Args:
-        error: what the system said.
+        error: the error of the system.
         otherwise: what to do where its number tells nothing.
         path: the file that it happened to, where the error does not name it.
     """
@@ -96,7 +96,7 @@ def shown(value: object) -> str:
 
 
 class OrthoError(Exception):
-    """Base of every error that `ortho` raises on purpose."""
+    """Base of all errors of `ortho`."""
 
     exit_code = 1
 
@@ -108,9 +108,9 @@ class OrthoError(Exception):
 
 
 class InternalError(OrthoError):
-    """Our own code broke a promise: what was made is not what was to be made.
+    """A bug of ours: the result is not what it must be.
 
-    Raised and never asserted, since `python -O` removes assertions, and with them what they guard.
+    An error and no assertion, since `python -O` removes assertions.
     """
 
     def __init__(self, message: str) -> None:
@@ -181,28 +181,28 @@ class Interrupted(OrthoError):  # noqa: N818 - the field's word for Ctrl-C, not 
 def unreadable(
     path: Path, error: OSError, *, kind: type[OrthoError], hint: str, what: str = ""
 ) -> OrthoError:
-    """Say why a file could not be read, by an error of its kind, or as ResourceError.
+    """Make the error of a file that could not be read: of class `kind`, or a ResourceError.
 
     Args:
-        path: what was asked for.
-        error: what the system said.
-        kind: of the error, where this file is at fault.
+        path: the file.
+        error: the error of the system.
+        kind: class of the error, where this file is to blame.
         hint: what to do then.
         what: a word on what the file is, and a space.
     """
-    told = f"cannot read {what}`{error.filename or path}`: {reason(error)}"
+    message = f"cannot read {what}`{error.filename or path}`: {reason(error)}"
     hint = way_out(error, hint, path=path)
-    return ResourceError(told, hint=hint) if is_starved(error) else kind(told, hint=hint)
+    return ResourceError(message, hint=hint) if is_starved(error) else kind(message, hint=hint)
 
 
 @contextmanager
 def blamed(
     kind: type[OrthoError], *, path: Path | None = None, hint: str | None = None
 ) -> Iterator[None]:
-    """Say of a file, by an error of its own kind, what the readers in storage say of any file.
+    """Turn an error of the readers in storage into one of the kind of file that is read.
 
     Args:
-        kind: of the error that a CheckpointError becomes.
+        kind: class of the error that a CheckpointError becomes.
         path: the file; with it, an OSError becomes an error of that kind, too: see `unreadable`.
         hint: what to do about a file of that kind; the reader's own hint where none is given.
     """

@@ -1,4 +1,4 @@
-"""What work functions tell whoever is watching; the core never prints."""
+"""Events: what a job reports to its caller while it runs; the core prints nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advanced:
-    """`nbytes` more of the input were read and dealt with."""
+    """`nbytes` more of the input were read and processed."""
 
     nbytes: int
 
@@ -32,7 +32,7 @@ class TensorDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finishing:
-    """All tensors are written; `step` is what is left."""
+    """A step of the work other than tensors begins, such as `sync`."""
 
     step: str
 
@@ -55,7 +55,7 @@ class SequencesDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """`step` of `steps` of a stage of training were taken; `loss` in nats a token."""
+    """`step` of `steps` of a stage of training were taken; `loss` in nats per token."""
 
     stage: str
     step: int
@@ -74,7 +74,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Noted:
-    """Something the user should know and need not act on."""
+    """A note to the user that needs no action."""
 
     message: str
 

@@ -52,7 +52,7 @@ RATIOS = (
 )
 RUN = "from ortho_cli.cli import main; main()"
 # As where numba is not installed.
-WITHOUT_NUMBA = "import ortho_cli.onepass as o; o.find_spec = lambda name: None\n"
+WITHOUT_NUMBA = "import ortho_cli.decompose.kernels as o; o.find_spec = lambda name: None\n"
 # What digests cost: of every tensor that is read or written, and of base as a file.
 WITHOUT_DIGESTS = """
 import blake3

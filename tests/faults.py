@@ -37,7 +37,7 @@ from typing import Any
 SERVER = multiprocessing.get_context("forkserver")
 HEAVY = [
     "torch",
-    *("ortho_cli.cli.app", "ortho_cli.decompose.job", "ortho_cli.decompose.splitter"),
+    *("ortho_cli.cli.app", "ortho_cli.decompose.job", "ortho_cli.split.torch_kernel"),
     *("ortho_cli.decompose.repack", "ortho_cli.convert.job"),
     *("ortho_cli.calibrate.job", "ortho_cli.cli.show.progress", "ortho_cli.split.numba_loops"),
 ]

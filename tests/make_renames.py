@@ -32,12 +32,12 @@ def rules_of(built: Built) -> list[Rule]:
         if isinstance(one, WeightRenaming) and not isinstance(one, PrefixChange):
             sources = [source.replace("*.", r".*\.") for source in one.source_patterns]
             scoped = one.scope_prefix is not None
-            scope = [one.scope_prefix, one.base_model_prefix] if scoped else []
-            told = [[sources, one.target_patterns[0], *scope]]
+            scope = (one.scope_prefix, one.base_model_prefix) if scoped else ()
+            rules = [Rule(tuple(sources), one.target_patterns[0], scope)]
             if isinstance(one, GroupWeightRename):  # fc0 -> fc1 and fc1 -> fc2: the last one first
                 pairs = zip(sources, one.target_patterns, strict=True)
-                told = [[[source], target, *scope] for source, target in pairs][::-1]
-            for rule in told:
+                rules = [Rule((source,), target, scope) for source, target in pairs][::-1]
+            for rule in rules:
                 renamed = [apply_rules(module, [rule]) for module in modules]
                 if renamed != modules:
                     found.append(rule)
@@ -70,11 +70,12 @@ def main() -> None:
     for built in build_all():
         if is_found(built):
             continue
-        told = json.dumps(rules_of(built))
-        if told not in kept:
-            kept.append(told)
-        numbers[built.name] = kept.index(told)
-        numbers.setdefault(built.model_type, kept.index(told))
+        rules = [[one.patterns, one.replacement, *one.scope] for one in rules_of(built)]
+        spelled = json.dumps(rules)
+        if spelled not in kept:
+            kept.append(spelled)
+        numbers[built.name] = kept.index(spelled)
+        numbers.setdefault(built.model_type, kept.index(spelled))
     of = json.dumps(dict(sorted(numbers.items())))
     FILE.write_text('{"rules": [\n' + ",\n".join(kept) + f'\n], "of": {of}}}\n')
 

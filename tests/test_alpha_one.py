@@ -16,16 +16,17 @@ from jobs import decompose
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ortho_cli.decompose import recipe, tally
+from ortho_cli.decompose import recipe
 from ortho_cli.decompose.plan import Plan, make_plan
 from ortho_cli.decompose.recheck import check_values
-from ortho_cli.decompose.splitter import Rounded
 from ortho_cli.decompose.tune import Latent
 from ortho_cli.errors import ArtifactError
 from ortho_cli.formats.open_artifact import open_artifact
 from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.runtime.engine import Engine
 from ortho_cli.split import quantize
+from ortho_cli.split.quantize import Rounded
+from ortho_cli.split.select import Own, TopK
 from ortho_cli.storage.checkpoint import open_checkpoint, read_shard
 from tests.decompose.test_job_edits import Fake, draw_edits
 
@@ -158,12 +159,15 @@ def test_run_finds_values_that_are_no_weights_of_the_source(
 ) -> None:
     """What a fault once did: float32 values of moved codes came out as |source - own code|."""
 
-    def remember(self: Any, at: torch.Tensor, tile: Any, *, by_curvature: bool) -> None:
-        weight = tile.weight.view(-1)[at]
-        self._codes.append(weight.mul(0.5).view(torch.int32).numpy())
-        self._lost.append([np.zeros(len(at), np.float32)] * (1 + (tile.root is not None)))
+    mark = TopK.mark
 
-    monkeypatch.setattr(tally._Moved, "_remember", remember)
+    def spoil(self: TopK, at: Any, measures: Any, own: Own | None = None) -> None:
+        if own is not None:  # codes that cost nothing are all given back
+            words = (0.5 * own.words.view(np.float32) + 1.0).view(np.uint32)
+            own = Own(words, [np.zeros_like(lost) for lost in own.lost])
+        mark(self, at, measures, own)
+
+    monkeypatch.setattr(TopK, "mark", spoil)
     made = Made(tmp_path, "F32")
     with pytest.raises(ArtifactError, match=r"neither the source.s weight .* nor its own code"):
         made.make("unlearn")
@@ -173,7 +177,7 @@ def test_run_finds_values_that_are_no_weights_of_the_source(
 def test_run_finds_a_moved_code_that_ortho_does_not_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tally._Moved, "mark", lambda self, at, tile, flat, *, by_curvature: None)
+    monkeypatch.setattr(TopK, "mark", lambda *_: None)
     with pytest.raises(ArtifactError, match="and ortho does not hold that place"):
         Made(tmp_path, "BF16").make("isolate")
 
@@ -181,7 +185,13 @@ def test_run_finds_a_moved_code_that_ortho_does_not_hold(
 def test_run_finds_a_figure_that_is_not_what_was_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tally, "_energy", lambda values: 0.0)
+    taken = TopK.taken
+
+    def nothing(self: TopK) -> Any:
+        indices, energies, words = taken(self)
+        return indices, [0.0 for _ in energies], words
+
+    monkeypatch.setattr(TopK, "taken", nothing)
     with pytest.raises(ArtifactError, match=r"has noise_kept .* by what was written, and 0"):
         Made(tmp_path, "BF16").make("nearest", compiled=False)
 

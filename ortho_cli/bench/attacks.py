@@ -25,7 +25,7 @@ from ortho_cli.model import scoring
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.tokenizer import Tokenizer
 from ortho_cli.split import quantize
-from ortho_cli.split.in_memory import base_scales
+from ortho_cli.split.scales import base_scales
 
 STEPS = (5, 10, 20, 40)
 LEARNING_RATE = 5e-5
@@ -37,7 +37,7 @@ BEFORE = "It is late, and this was written down some time ago. "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What an attack is given.
+    """The input of an attack.
 
     Args:
         model: dense (`engine.densify`), in float32; an attack puts it back.

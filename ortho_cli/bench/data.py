@@ -112,7 +112,7 @@ def unfit(settings: Settings, material: Material) -> dict[str, str]:
     """Name the figures that the data turned out not to allow, and what each would need."""
     found: dict[str, str] = {}
     if settings.data and material.windows is None:
-        found |= dict.fromkeys(TEXT_FIGURES, NEEDS["perplexity"])
+        found |= dict.fromkeys(TEXT_FIGURES, NEEDS["perplexity"].words)
     if settings.data and not material.pairs:
-        found["skill"] = NEEDS["skill"]
+        found["skill"] = NEEDS["skill"].words
     return found

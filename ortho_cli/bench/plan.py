@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from ortho_cli.bench import figures
 from ortho_cli.bench.attacks import ATTACKS, LEARNING_RATE
@@ -18,35 +20,46 @@ MEMORY = (
     "extraction", "token_accuracy", "exposure", "forget_nll", "alternatives_nll", "nll_quantile",
     "inside_share",
 )  # fmt: skip
-# Every figure of an alpha's row by its first name, and the flag that it needs.
+
+
+class Need(NamedTuple):
+    """The needs of a figure: its flags and files in words, and the inputs that it is made of."""
+
+    words: str
+    inputs: AbstractSet[str] = frozenset()
+
+
+# Every figure of an alpha's row, by its first name.
 NEEDS = {
-    "latency": "",
-    **dict.fromkeys(MEMORY, "--forget FILE"),
-    **dict.fromkeys(("loss_auc", "min_k_auc"), "--nonmember FILE"),
-    "unlisted": "--unlisted FILE",
-    "sampled_extraction": "--forget FILE and --samples N",
-    "perplexity": "--data FILE with running text",
-    "perplexity_ratio": "ortho.safetensors, which tells INT4 without forgetting",
-    "perplexity_ratio_alpha1": "--alpha 1",
-    **dict.fromkeys(
-        ("perplexity_ratio_original", "kl", "agreement"), "--model DIR and --data FILE"
+    "latency": Need(""),
+    **dict.fromkeys(MEMORY, Need("--forget FILE", {"forget"})),
+    **dict.fromkeys(("loss_auc", "min_k_auc"), Need("--nonmember FILE", {"nonmember"})),
+    "unlisted": Need("--unlisted FILE", {"unlisted"}),
+    "sampled_extraction": Need("--forget FILE and --samples N", {"forget", "samples"}),
+    "perplexity": Need("--data FILE with running text", {"data"}),
+    "skill": Need("--data FILE with prompts and completions", {"data"}),
+    "perplexity_ratio": Need(
+        "ortho.safetensors, which tells INT4 without forgetting", {"data", "ortho"}
     ),
-    "skill": "--data FILE with prompts and completions",
-    **{attack.name: attack.needs for attack in ATTACKS},
+    "perplexity_ratio_alpha1": Need("--alpha 1", {"data", "alpha 1"}),
+    **dict.fromkeys(
+        ("perplexity_ratio_original", "kl", "agreement"),
+        Need("--model DIR and --data FILE", {"data", "model"}),
+    ),
+    **{
+        one.name: Need(one.needs, {"attack", "data"} if one.needs_text else {"attack"})
+        for one in sorted(ATTACKS, key=lambda attack: attack.needs_text)
+    },
 }
 # Figures that need running text, which --data may turn out not to hold.
-TEXT_FIGURES = (
-    *(name for name in NEEDS if name.startswith("perplexity")),
-    *("kl", "agreement"),
-    *(attack.name for attack in ATTACKS if attack.needs_text),
-)
+TEXT_FIGURES = [name for name, need in NEEDS.items() if "data" in need.inputs and name != "skill"]
 # Figures of the whole document, which a gate names without an alpha.
 WHOLE = ("moved.count", "moved.share", "unsplit.share", "unsplit.weights")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What a bench measures, and with which files and models."""
+    """The settings of a bench: figures to measure, files and models to measure with."""
 
     artifact: Path
     identity: Path | None = None  # opens a sealed ortho
@@ -120,22 +133,10 @@ def checked(settings: Settings) -> Settings:
 
 def not_measured(settings: Settings, *, ortho: bool) -> dict[str, str]:
     """Name the figures that these settings leave out, and what each would need."""
-    absent: dict[str, bool] = {
-        **dict.fromkeys(MEMORY, not settings.forget),
-        **dict.fromkeys(("loss_auc", "min_k_auc"), not settings.nonmember),
-        "unlisted": not settings.unlisted,
-        "sampled_extraction": not (settings.samples and settings.forget),
-        **dict.fromkeys(("perplexity", "skill"), not settings.data),
-        "perplexity_ratio": not (settings.data and ortho),
-        "perplexity_ratio_alpha1": not (settings.data and 1.0 in settings.alphas),
-        **dict.fromkeys(
-            ("perplexity_ratio_original", "kl", "agreement"),
-            not (settings.data and settings.model),
-        ),
-        **{one.name: not settings.attack for one in ATTACKS if not one.needs_text},
-        **{one.name: not (settings.attack and settings.data) for one in ATTACKS if one.needs_text},
-    }
-    return {name: NEEDS[name] for name, is_absent in absent.items() if is_absent}
+    flags = ("forget", "nonmember", "unlisted", "samples", "data", "model", "attack")
+    given = {flag for flag in flags if getattr(settings, flag)}
+    given |= {name for name, has in (("ortho", ortho), ("alpha 1", 1.0 in settings.alphas)) if has}
+    return {name: need.words for name, need in NEEDS.items() if not need.inputs <= given}
 
 
 def check_gates(gates: Sequence[Gate], settings: Settings, missing: Mapping[str, str]) -> None:
@@ -156,5 +157,5 @@ def check_gates(gates: Sequence[Gate], settings: Settings, missing: Mapping[str,
             raise figures.not_measured(gate.alpha, settings.alphas)
         if root in missing:
             raise UsageError(f"`{gate.name}` is not measured", hint=f"it needs {missing[root]}")
-        if NEEDS[root].startswith("--attack") and gate.alpha != 0.0:
+        if NEEDS[root].words.startswith("--attack") and gate.alpha != 0.0:
             raise UsageError(f"`{gate.name}` is measured at alpha 0 only", hint=f"{gate.name}@0")

@@ -110,7 +110,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memorisation:
-    """What a model remembers of secrets.
+    """Memory of secrets.
 
     `extraction`: share of secrets of which each token is the most likely one, so that greedy
         decoding gives them. `token_accuracy`: share of such tokens.
@@ -138,7 +138,7 @@ class Memorisation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recall:
-    """What is left of secrets after an attack: means over `secrets`; `loss` of its last step."""
+    """Memory of secrets after an attack: means over `secrets`; `loss` of its last step."""
 
     exposure: float
     extraction: float
@@ -186,7 +186,7 @@ class Judgement(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relearned:
-    """What relearning for `steps` brings back; `_over`: above a model that never saw secrets."""
+    """Memory after relearning for `steps`; `_over`: above a model that never saw the secrets."""
 
     steps: int
     exposure: float
@@ -197,7 +197,7 @@ class Relearned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the figures amount to; None where it was not measured.
+    """The judgement of the figures; None where one was not measured.
 
     `memory` and `utility` are of alpha 0, `full` of alpha 1.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -49,12 +50,14 @@ from ortho_cli.runtime.pretrained import load
 from ortho_cli.storage.sealing import read_keys
 from ortho_cli.version import __version__
 
+log = logging.getLogger(__name__)
+
 PROMPT = 128  # tokens of the pass that is timed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
-    """What every row is measured with."""
+    """The settings and data that every row is measured with."""
 
     settings: Settings
     material: Material
@@ -124,6 +127,9 @@ def _measure_all(
 ) -> tuple[tuple[Row, ...], Unsplit, Moved | None]:
     """Measure the artifact, then the models beside it."""
     device = models.resolve_device(settings.device)
+    log.info(
+        "alphas %s on %s, %d threads of torch", settings.alphas, device, torch.get_num_threads()
+    )
     model = load(opened.folder, alpha=settings.alphas[0], device=device, identity=settings.identity)
     models.check_fits(model, length=0, largest_token=_largest_token(material))
     unsplit, moved = _count_unsplit(model), None

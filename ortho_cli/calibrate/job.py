@@ -1,14 +1,17 @@
-"""Calibration: a model, sets of text, and for each weight how much it matters to each set.
+"""The job of `ortho calibrate`: pass text through a model, and write curvature statistics.
 
-Sums live in files, one float32 per weight, not in memory: each pass reads, adds and writes them
-back, one tile at a time. Two files a set take turns, so that one of them always holds the sums
-of the last finished chunk of sequences, from which a killed run goes on with the same bytes.
+    curvature of a weight = mean over sequences of (dNLL/dw)^2        (kind fisher; see formats)
+
+Sums are in files, not in memory: one float32 per weight and set, and a second file of the same size
+(see `sums`). A killed run resumes after its last finished chunk of sequences, and ends in the same
+bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 
 from ortho_cli.calibrate.plan import CalibrationPlan, Set
 from ortho_cli.calibrate.sums import Sums
+from ortho_cli.decompose.refusals import refuse_quantized
 from ortho_cli.errors import CalibrationError
 from ortho_cli.events import EventSink, Finishing, Measuring, Noted, SequencesDone, null_sink
 from ortho_cli.formats import artifact, statistics
@@ -43,6 +47,8 @@ from ortho_cli.storage.job import Kind, Target
 from ortho_cli.storage.output import files_of
 from ortho_cli.storage.work_folder import WorkFolder
 from ortho_cli.version import __version__
+
+log = logging.getLogger(__name__)
 
 # Sequences from one sync of the sums to the next: a kill costs at most this many.
 CHUNK_SEQUENCES = 16
@@ -86,7 +92,7 @@ _JSON_KEYS = ("data", "recipe", "versions", "tensors", "digests")
 def check_target(
     checkpoint: Checkpoint, out: Path, *, force: bool = False, reads: Iterable[Path] = ()
 ) -> Target:
-    """Refuse an output that would lose something, before data are read.
+    """Refuse a quantized model, and an output that would lose something, before data are read.
 
     Args:
         checkpoint: the model.
@@ -94,9 +100,11 @@ def check_target(
         force: replace statistics at `out`, and discard half-done work of another plan.
         reads: files that are read beside the model's.
     Raises:
+        CheckpointError: the model is an artifact, an adapter or quantized.
         OutputExistsError: something is at `out`.
         UsageError: `out` is a file that is read, or in the model's folder.
     """
+    refuse_quantized(checkpoint)
     return job.check_target(out, KIND, [*files_of(checkpoint), *reads], force=force)
 
 
@@ -128,6 +136,16 @@ def calibrate(
         Interrupted: Ctrl-C; finished chunks are kept.
     """
     chosen = models.resolve_device(device)
+    # No digest of the plan: it depends on the forget set, and short secrets can be found by trial.
+    log.info(
+        "measures %d weights on %s: curvature %s, gram %s, storage %s, %d threads of torch",
+        len(plan.tensors),
+        chosen,
+        plan.settings.curvature,
+        plan.settings.gram,
+        plan.settings.storage,
+        torch.get_num_threads(),
+    )
     for note in checkpoint.notes:
         on_event(Noted(message=note))
     on_event(Finishing(step="digest the model"))
@@ -185,7 +203,7 @@ class _Job:
     def run(self, source: str, digests: dict[str, str]) -> Calibration:
         """Measure what no earlier run has measured, and write the file."""
         plan, work = self._plan, self._work
-        # What says something of private data is for its owner alone.
+        # Statistics of private data are for their owner alone.
         mode = 0o600 if "forget" in plan.sets else 0o644
         pending = 0
         for name, chunks in self._chunks.items():
@@ -203,7 +221,7 @@ class _Job:
 
     def _measure(self) -> None:
         settings = self._plan.settings
-        # Without autocast everything is float32; with it, weights stay what they are.
+        # Without autocast all is float32; with it, weights keep their dtype.
         dtype = None if settings.autocast else torch.float32
         model = models.load_model(self._checkpoint.folder, dtype=dtype, device=self._device)
         everything = [s for data in self._plan.sets.values() for s in data.sequences]
@@ -250,8 +268,8 @@ class _Job:
             self._on_event(
                 SequencesDone(sequences=len(batch), tokens=sum(len(s.tokens) for s in batch))
             )
-        # transformers reads the files by their names, after they were digested; nothing that a
-        # model of other bytes gave may count.
+        # transformers reads the files by name, after they were digested: no gradient of a model of
+        # other bytes may count.
         check_in_place(self._checkpoint)
         self._sums[name].finish_chunk()
         self._nll[name] += nll
@@ -263,7 +281,7 @@ class _Job:
         """Pass one batch through the model and back; return its NLL."""
         settings = self._plan.settings
         longest = max(len(sequence.tokens) for sequence in batch)
-        # Padding stands behind what is read: in a causal model nothing before it can see it.
+        # Padding follows the text: in a causal model no token before it depends on it.
         tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
         there = torch.zeros(len(batch), longest, dtype=torch.bool)
         counted = torch.zeros(len(batch), longest, dtype=torch.bool)
@@ -387,7 +405,7 @@ class _Job:
             yield key, mean.to(stored)
 
     def _describe(self, tensor: TensorInfo, mean: Tensor, digest: str) -> WeightEntry:
-        """Say what the curvature of a weight is like.
+        """Summarise the curvature of a weight.
 
         Raises:
             CalibrationError: it is zero everywhere.

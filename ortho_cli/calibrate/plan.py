@@ -1,4 +1,4 @@
-"""What a calibration measures, over which text, and what it will write: decided before any pass."""
+"""The plan of a calibration: weights, text and the file's layout, before any pass of the model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ortho_cli.decompose.refusals import refuse_quantized
 from ortho_cli.decompose.selection import conv1d_names, select
 from ortho_cli.decompose.settings import Calibrate, Recipe
 from ortho_cli.errors import RecipeError
@@ -26,18 +25,18 @@ Set = Literal["retain", "forget"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSet:
-    """Sequences of one set, and BLAKE3 of the files that they came from."""
+    """The sequences of one set, and the BLAKE3 of its files."""
 
     sequences: tuple[TokenSequence, ...]
     digest: str
 
     @property
     def counted(self) -> int:
-        """Tokens that are predicted and count."""
+        """Number of tokens whose prediction counts."""
         return sum(sequence.labels for sequence in self.sequences)
 
     def to_json(self) -> dict[str, object]:
-        """Say how much it is."""
+        """Give the sizes and the digest of the set."""
         return {
             "sequences": len(self.sequences),
             "tokens": sum(len(sequence.tokens) for sequence in self.sequences),
@@ -48,27 +47,27 @@ class DataSet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationPlan:
-    """A whole calibration, frozen."""
+    """Everything that is decided before the model is loaded."""
 
     settings: Calibrate
     tensors: tuple[TensorInfo, ...]
     sets: dict[Set, DataSet]
 
     def parts(self, name: Set) -> tuple[Part, ...]:
-        """What is summed over a set; the forget set never gets a Gram matrix."""
+        """List the sums over a set; the forget set never gets a Gram matrix."""
         if name == "forget":
             return ("curvature", "gradient")
         return ("curvature", "gram") if self.settings.gram == "full" else ("curvature",)
 
     def sum_shape(self, tensor: TensorInfo, part: Part) -> tuple[int, int]:
-        """Shape of the float32 sums of a weight."""
+        """Return the shape of the float32 sums of a weight."""
         rows, columns = tensor.shape
         if part == "gram":
             return columns, columns
         return (1 if self.settings.curvature == "gram" else rows), columns
 
     def specs(self, tensor: TensorInfo) -> tuple[TensorSpec, ...]:
-        """What the file holds of a weight."""
+        """List the tensors that the file holds of a weight."""
         return statistics.specs(
             tensor.name,
             (tensor.shape[0], tensor.shape[1]),
@@ -135,8 +134,12 @@ def read_sets(
 ) -> dict[Set, DataSet]:
     """Read both sets and turn them into sequences with the model's own tokenizer.
 
-    What is left out of them is told to `on_event`.
-
+    Args:
+        folder: the model's.
+        data: files of the retain set.
+        forget: files of the forget set.
+        settings: the recipe's `calibrate`.
+        on_event: gets a note of rows that are left out.
     Raises:
         CheckpointError: the folder has no tokenizer.
         CalibrationError: the data are unreadable or too short.
@@ -160,12 +163,12 @@ def read_sets(
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, sets: dict[Set, DataSet]) -> CalibrationPlan:
-    """Decide what is measured: the weights that `decompose` splits under the same recipe.
+    """Choose the weights to measure: those that `decompose` splits under the same recipe.
 
-    Conv1D, which it refuses, is measured all the same, as (out, in).
+    Conv1D is measured, too, as (out, in), although `decompose` refuses it.
 
     Raises:
-        RecipeError: settings that do not go with a forget set, or with each other.
+        RecipeError: settings that contradict a forget set or each other.
         CheckpointError: weights that should be split cannot be.
     """
     settings = recipe.calibrate
@@ -176,7 +179,6 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, sets: dict[Set, DataSet]) 
             hint="--set calibrate.curvature=fisher --set calibrate.storage=full",
         )
     _check_weighting(settings)
-    refuse_quantized(checkpoint)
     reasons = select(checkpoint, recipe, conv1d=True)
     turned = conv1d_names(checkpoint)
     split = tuple(

@@ -1,4 +1,8 @@
-"""Sums that live in files: one float32 a weight, added to tile by tile, safe against a kill."""
+"""Sums in files: one float32 per weight, added to tile by tile, in two files against a kill.
+
+The file of the last finished chunk is only read; the other one gets those sums plus the current
+chunk's. When a chunk ends, the files change roles.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from ortho_cli.storage.data_file import DataFile, Layout
 
 
 class Sums:
-    """Sums of one set: what the last chunk left is read, what this one makes is written."""
+    """Sums of one set: reads those of the last chunk, and writes those of the current one."""
 
     def __init__(self, files: tuple[DataFile, DataFile], layout: Layout, *, chunks: int) -> None:
         self._files, self._layout = files, layout
@@ -49,7 +53,7 @@ class Sums:
         return self._buffer[: math.prod(shape)].view(*shape)
 
     def finish_chunk(self) -> None:
-        """Carry over what no sequence of the chunk reached, and take turns."""
+        """Copy the sums of tiles that this chunk did not reach, and swap the files."""
         for key, region in self._layout.regions.items():
             columns = region.shape[1]
             step = max(1, SUM_ELEMENTS // columns)

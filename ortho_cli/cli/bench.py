@@ -114,7 +114,7 @@ RequireOption = Annotated[
     typer.Option(
         "--require",
         metavar="'FIGURE@ALPHA<=NUMBER'",
-        help="Exit with 10 unless it holds; repeatable. Dots name what lies inside a figure.",
+        help="Exit with 10 unless it holds; repeatable. Dots lead to a field of a figure.",
     ),
 ]
 

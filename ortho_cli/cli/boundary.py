@@ -1,7 +1,7 @@
-"""Where words become a call, and errors exit codes: the one boundary around every command.
+"""The boundary of the process: arguments to a call, errors to exit codes, streams, signals.
 
-Also what a process needs of its machine before any work: standard streams that never end a run by
-themselves, signals that end it in good order, and room for open files.
+Standard streams that are closed or full never end a run, signals end it in good order, and the
+limit of open files is raised.
 """
 
 from __future__ import annotations
@@ -16,25 +16,22 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ortho_cli.errors import Interrupted, OrthoError, ResourceError, UsageError, reason, way_out
 
-# Objects between two looks for garbage: imports make many, and none of it is any.
+# Allocations before garbage is collected; Python collects after hundreds, and an import makes
+# thousands of objects that all stay.
 GARBAGE = 200_000
 
-TEXTS = (
-    "--set",
-    "--prompt",
-    "--require",
-)  # options whose value is no path, whatever it begins with
+TEXTS = ("--set", "--prompt", "--require")  # options whose value is text, not a path
 
 # Beside Ctrl-C: what `kill`, schedulers and containers send, and a terminal that is closed (which
 # nohup has us ignore).
 STOPS = (signal.SIGTERM, signal.SIGHUP)
 
-# Open files that a process may want: a file for each shard of source and output. More would only
-# make other programs slow that close all numbers up to the limit.
+# Open files: one for each shard of source and output, of which a model can have a thousand. A
+# higher limit would slow programs that close every descriptor up to it.
 OPEN_FILES = 65_536
 
 
@@ -61,9 +58,9 @@ def spread(arguments: Sequence[str], many: Mapping[str, Sequence[str]]) -> list[
 
 
 def expand_home(arguments: Sequence[str]) -> list[str]:
-    """Put the home folder in place of `~` and `~user`, which shells do not behind `--out=`.
+    """Replace `~` and `~user` by the home folder, which shells do not do after `--out=`.
 
-    A file that is really named `~` is `./~`. What is text and no path stays as it is.
+    A file that is really named `~` is `./~`. Options in TEXTS keep their value.
     """
     found: list[str] = []
     before = ""
@@ -83,7 +80,7 @@ def expand_home(arguments: Sequence[str]) -> list[str]:
 
 
 def run(
-    app: Callable[..., Any], arguments: Sequence[str], *, many: Mapping[str, Sequence[str]]
+    app: Callable[..., object], arguments: Sequence[str], *, many: Mapping[str, Sequence[str]]
 ) -> int:
     """Run one command of an application and return its exit code."""
     try:
@@ -93,7 +90,7 @@ def run(
         if code == Interrupted.exit_code:  # typer turns Ctrl-C outside of the work into this
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
-    except _ClosedPipe:  # whoever read has seen enough
+    except _ClosedPipe:  # the reader of stdout has closed it
         return 128 + signal.SIGPIPE
     except BaseException as error:
         if type(error).__name__ == "NoArgsIsHelpError":
@@ -109,7 +106,7 @@ def run(
 
 
 def _as_ortho_error(error: BaseException) -> OrthoError | None:
-    """Give every expected failure its sentence; None is a bug of ours, and shows its traceback."""
+    """Turn an expected failure into a sentence; None for a bug, which shows its traceback."""
     if isinstance(error, OrthoError):
         return error
     if isinstance(error, KeyboardInterrupt):
@@ -137,11 +134,11 @@ def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 
 class _ClosedPipe(BaseException):
-    """Nobody reads stdout any more; no OSError, which click would end with exit code 1."""
+    """The reader of stdout is gone; not an OSError, which click would end with exit code 1."""
 
 
 class _Stream(io.TextIOBase):
-    """Stdout or stderr, written through at once.
+    """Stdout or stderr, unbuffered.
 
     Python's own objects are None where a stream was closed at start, raise in the middle of work
     where a terminal has gone, and raise once more when the interpreter ends.
@@ -193,14 +190,13 @@ def _lose_result(error: OSError) -> None:
 
 
 def _lose_progress(error: OSError) -> None:
-    """Work goes on where nobody can be told of it."""
+    """Ignore it: the work does not need stderr."""
 
 
 def _take_streams() -> None:
-    """Open what is closed of stdin, stdout and stderr on /dev/null, and let none end a run.
+    """Open closed ones of stdin, stdout and stderr on /dev/null, and let none end a run.
 
-    A file that is opened for work would otherwise get the number of the one that is closed, and
-    whatever is printed would go into it.
+    Otherwise a data file would get the descriptor of a closed stream, and receive what is printed.
     """
     for fd in range(3):
         try:
@@ -217,9 +213,9 @@ def _take_streams() -> None:
 
 
 def _take_names() -> None:
-    """Begin again where this locale's encoding is not that of names in an index or a config.
+    """Restart Python in UTF-8 mode where the locale's encoding is another.
 
-    Those are UTF-8, and so are names on disk; what is printed keeps the encoding of the terminal.
+    Names in an index, a config and on disk are UTF-8; output keeps the encoding of the terminal.
     """
     if sys.getfilesystemencoding() == "utf-8" or not sys.executable:
         return
@@ -230,7 +226,7 @@ def _take_names() -> None:
 
 
 def _take_files() -> None:
-    """Let this process open as many files as it may; a model can have a thousand shards."""
+    """Raise the limit of open files of this process to OPEN_FILES, as far as the system allows."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -250,17 +246,17 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 def _unraisable(lost: sys.UnraisableHookArgs) -> None:
     if issubclass(lost.exc_type, KeyboardInterrupt):
-        # A destructor or callback of a library swallowed it, and the run goes on as if not asked.
+        # A destructor or callback of a library swallowed the interrupt: send it again.
         signal.setitimer(signal.ITIMER_REAL, 0.01)
     else:
         sys.__unraisablehook__(lost)
 
 
 def enter(command: Callable[[], int]) -> NoReturn:
-    """Run a command as a process of its own: signals as at a terminal, its code the process's.
+    """Run a command as this process, and exit with its code.
 
-    What asks a run to stop ends it in good order the first time, and at once the second: work
-    survives both.
+    The first signal of STOPS or Ctrl-C ends the run in good order, a second one at once; finished
+    tensors survive both.
     """
     _take_names()
     _take_streams()  # before anything is opened
@@ -277,7 +273,7 @@ def enter(command: Callable[[], int]) -> NoReturn:
 
     for number in asked:
         signal.signal(number, stop)
-    signal.signal(signal.SIGALRM, _interrupt)  # asks once more
+    signal.signal(signal.SIGALRM, _interrupt)  # sent again by `_unraisable`
     sys.unraisablehook = _unraisable
     # A reader that has gone must not end work in the middle: `ortho decompose X 2>&1 | head`.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -288,13 +284,13 @@ def enter(command: Callable[[], int]) -> NoReturn:
         for number in asked:
             signal.signal(number, _leave)
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
-    except KeyboardInterrupt:  # asked behind its last word
+    except KeyboardInterrupt:  # it came after the command had ended
         code = Interrupted.exit_code
     if code == 128 + signal.SIGPIPE:  # `ortho inspect X --json | head` ends like any filter
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGPIPE)
     if code == Interrupted.exit_code:
-        # Asked while it was starting one, a library may have left a thread that waits for ever.
+        # A library that was interrupted may have left a thread that waits for ever.
         os._exit(128 + by)
-    gc.freeze()  # a process that ends need not look for garbage once more
+    gc.freeze()  # a process that ends need not collect garbage
     sys.exit(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,8 @@ from ortho_cli.cli.options import (
 )
 from ortho_cli.cli.shared import Output, located, place_output, run_facts
 from ortho_cli.events import Noted
+
+log = logging.getLogger(__name__)
 
 SourceArgument = Annotated[
     Path,
@@ -105,6 +108,7 @@ def convert(
     with contextlib.closing(open_source(source, alpha=alpha, keys=keys, key=key)) as opened:
         given = [identity] if identity else []
         plan = make_plan(opened, dtype=dtype, shard_size=size, copy=copy or (), arguments=given)
+        log.info("plan %s of kind %s, %d tensors", plan.sha256, opened.kind, len(plan.tensors))
         folder = opened.folder if opened.kind == "artifact" else source
         out, notes = place_output(out, folder, "converted" if alpha is None else "dense")
         target = job.check_target(plan, opened, out, force=force)

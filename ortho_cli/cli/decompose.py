@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from ortho_cli.decompose.plan import Plan
     from ortho_cli.storage.checkpoint import Checkpoint
     from ortho_cli.storage.sealing import Keys, Seal
+
+log = logging.getLogger(__name__)
 
 OutOption = Annotated[
     Path | None,
@@ -161,6 +163,7 @@ def decompose(
         plan = _fit(plan, checkpoint, target_bits, out, output)
     target = check_target(plan, checkpoint, out, force=force, seal=seal, reads=rows)
     notes: list[Event] = [Noted(message=note) for note in unusual]
+    log.info("device of the split: %s; ortho is %s", splits_on, "sealed" if seal else "not sealed")
     editor, tuner = _model_work(plan, checkpoint, forget or [], data or [], device, notes.append)
     if dry_run:
         plan = settled(plan, checkpoint, out, output=output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from ortho_cli.cli.show.progress import ProgressSink
     from ortho_cli.decompose.plan import Plan
     from ortho_cli.storage.checkpoint import Checkpoint
+
+log = logging.getLogger(__name__)
 
 WORKERS = 8  # threads by default at most; with more the disk is the limit
 
@@ -111,6 +114,10 @@ def plan_of(
     )
     if statistics is not None:
         check_model(statistics, checkpoint, [tensor.source for tensor in plan.split])
+    split, tensors = len(plan.split), len(plan.tensors)
+    log.info(
+        "plan %s splits %d of %d tensors, %d workers", plan.sha256, split, tensors, plan.workers
+    )
     return checkpoint, plan
 
 

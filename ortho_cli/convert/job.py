@@ -1,8 +1,7 @@
-"""`ortho convert`: any source, tile by tile, to a plain checkpoint that every tool reads.
+"""The job of `ortho convert`: write any source as a plain checkpoint that every tool reads.
 
-The plan comes first and fixes every byte's place. Then each tensor goes through a tile of rows:
-read, round once, write, digest. A killed run goes on after its last finished tensor and ends in the
-same bytes.
+Each tensor is read in tiles of rows, rounded once, written and digested. A killed run resumes after
+its last finished tensor, and ends in the same bytes.
 """
 
 from __future__ import annotations
@@ -108,7 +107,7 @@ def convert(
 
 
 def _forget_damaged(plan: ConvertPlan, work: WorkFolder, files: Mapping[str, DataFile]) -> None:
-    """Do tensors again whose bytes are not those that an earlier run wrote."""
+    """Drop the journal lines of tensors whose bytes have changed since."""
     for tensor in plan.tensors:
         name = tensor.source.name
         if name in work.done and files[tensor.file].digest(name) != work.done[name]["blake3"]:
@@ -127,7 +126,7 @@ def _write(tensor: ConvertTensor, file: DataFile, sizes: Sizes, on_event: EventS
 
 
 def _round(tensor: ConvertTensor, read: Tensor, start: int) -> Tensor:
-    """Round to the dtype that is written; nothing finite may become infinite."""
+    """Round to the dtype that is written; refuse finite values that become infinite."""
     dtype = torch_dtypes()[tensor.dtype]
     if read.dtype == dtype:
         return read

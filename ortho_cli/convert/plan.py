@@ -1,4 +1,4 @@
-"""The plan of a conversion: each tensor's dtype, file and place, before a weight is read."""
+"""The plan of a conversion: dtype, file and offset of each tensor, before a weight is read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertTensor:
-    """What becomes of one tensor."""
+    """One tensor: its source, and the dtype and file that it is written to."""
 
     source: SourceTensor
     dtype: str
@@ -34,13 +34,13 @@ class ConvertTensor:
 
     @property
     def spec(self) -> TensorSpec:
-        """The tensor as it is written."""
+        """Name, dtype and shape as they are written."""
         return TensorSpec(key=self.source.name, dtype=self.dtype, shape=self.source.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertPlan:
-    """A whole conversion, frozen."""
+    """Everything that is decided before the work begins."""
 
     kind: str
     tensors: tuple[ConvertTensor, ...]
@@ -49,7 +49,7 @@ class ConvertPlan:
     side: SideFiles
     notes: tuple[str, ...]
     sha256: str
-    sizes: Sizes  # nothing that is written depends on them
+    sizes: Sizes  # of tiles; no byte that is written depends on them
 
     @property
     def weights(self) -> int:
@@ -72,14 +72,14 @@ class ConvertPlan:
 
     @property
     def bytes_on_disk(self) -> int:
-        """Bytes of the output and of what is kept beside it while it is made."""
+        """Bytes of the output, and of the work beside it while it is made."""
         return self.bytes_written + SIDE_BYTES * (1 + len(self.tensors))
 
     def to_json(self, digests: Mapping[str, str] | None = None) -> dict[str, object]:
         """Give the document of `ortho convert --json`, byte offsets included.
 
         Args:
-            digests: BLAKE3 of each tensor as it was written, once it is.
+            digests: BLAKE3 of each tensor, by name, once they are written.
         """
         layouts = dict(self.files)
         return {
@@ -218,7 +218,7 @@ def _target(tensor: SourceTensor, dtype: str | None) -> str:
 def _fill_shards(
     wanted: list[tuple[SourceTensor, str]], limit: int
 ) -> list[list[tuple[SourceTensor, str]]]:
-    """Put tensors into shards in the order given; one larger than the limit stands alone."""
+    """Put tensors into shards in the order given; one above the limit has a shard of its own."""
     shards: list[list[tuple[SourceTensor, str]]] = [[]]
     held = 0
     for tensor, dtype in wanted:
@@ -256,7 +256,7 @@ def _made_files(
 
 
 def _with_dtype(config: Mapping[str, object], dtype: str, *, top: bool = True) -> dict[str, object]:
-    """Say the new dtype wherever the config says one, in the configs of parts too."""
+    """Replace the dtype wherever the config names one, in configs of parts, too."""
     keys = [key for key in ("dtype", "torch_dtype") if isinstance(config.get(key), str)]
     found = {
         key: _with_dtype(value, dtype, top=False) if isinstance(value, dict) else value

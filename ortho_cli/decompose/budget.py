@@ -12,25 +12,25 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib import metadata
 
 import numpy as np
-import torch
-from blake3 import blake3
 
 from ortho_cli.decompose.identity import stamps
+from ortho_cli.decompose.kernels import Kernels
 from ortho_cli.decompose.plan import Plan, SplitTensor, make_plan
 from ortho_cli.decompose.selection import tensor_settings
 from ortho_cli.decompose.settings import GROUP_SIZES, Recipe
-from ortho_cli.decompose.splitter import TORCH_DTYPES
-from ortho_cli.decompose.survey import BINS, Counts, Survey
+from ortho_cli.decompose.survey import Counts, Survey
+from ortho_cli.decompose.workers import ShardRows, task_of
 from ortho_cli.errors import RecipeError
-from ortho_cli.events import Advanced, EventSink, Noted, Started, null_sink
+from ortho_cli.events import EventSink, Noted, Started, null_sink
 from ortho_cli.formats.artifact import canonical_json
 from ortho_cli.formats.curvature import Curvature
 from ortho_cli.formats.statistics import StatisticsReader
-from ortho_cli.split import quantize
-from ortho_cli.split.in_memory import base_scales
-from ortho_cli.split.quantize import as_bytes
+from ortho_cli.split import pipeline
+from ortho_cli.split.select import BINS
+from ortho_cli.split.task import Inputs
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader
 from ortho_cli.version import __version__
 
@@ -51,20 +51,24 @@ def survey(
         plan: says which tensors, scales, bits and group size.
         checkpoint: the source.
         on_event: told of bytes.
+    Raises:
+        NumericalError: a weight is NaN or infinite.
     """
     counts, digests = {}, {}
     size = sum(tensor.source.nbytes for tensor in plan.split)
     on_event(Started(tensors=len(plan.split), resumed=0, bytes_total=size, bytes_done=0))
+    kernel = Kernels(plan, on_event=on_event).make()
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(contextlib.closing(ShardReader(checkpoint.shards)))
         curvature = None
         if plan.statistics is not None:
             curvature = stack.enter_context(contextlib.closing(StatisticsReader(plan.statistics)))
-        scratch = quantize.Scratch()
         for tensor in plan.split:
-            digest = blake3()
-            counts[tensor.name] = _count(plan, tensor, reader, curvature, digest, scratch, on_event)
-            digests[tensor.name] = digest.hexdigest()
+            rows = ShardRows(reader, tensor, on_event=on_event)
+            near = Curvature(curvature, tensor.name) if curvature else None
+            task = task_of(plan, tensor)
+            counts[tensor.name] = pipeline.survey(task, Inputs(rows, near), kernel)
+            digests[tensor.name] = rows.digest
     return Survey(of=_subject(plan, checkpoint), counts=counts, digests=digests)
 
 
@@ -80,7 +84,7 @@ def _subject(plan: Plan, checkpoint: Checkpoint) -> str:
     """Digest everything that counts depend on, as far as headers tell it."""
     statistics = plan.statistics
     content = {
-        "version": [__version__, torch.__version__],
+        "version": [__version__, metadata.version("torch")],
         "source": stamps(checkpoint.shards),
         "statistics": statistics and [statistics.digest, *stamps([statistics.shard])],
         "saliency": plan.recipe.saliency.kind,
@@ -96,41 +100,6 @@ def _is_whole(found: Survey, plan: Plan) -> bool:
     """Tell whether each split tensor's counts add up to its weights."""
     sizes = {tensor.name: tensor.source.numel for tensor in plan.split}
     return sizes == {name: int(counts.sum()) for name, counts in found.counts.items()}
-
-
-def _count(
-    plan: Plan,
-    tensor: SplitTensor,
-    reader: ShardReader,
-    curvature: StatisticsReader | None,
-    digest: blake3,
-    scratch: quantize.Scratch,
-    on_event: EventSink,
-) -> Counts:
-    columns = tensor.source.shape[1]
-    dtype = TORCH_DTYPES[tensor.source.dtype]
-    counts = np.zeros(BINS, np.int64)
-    near = Curvature(curvature, tensor.name) if curvature else None
-    for row, count in plan.sizes.tiles("split", tensor.source.shape):
-        scratch.reset()
-        raw = scratch((count, columns), dtype)
-        start = row * columns * dtype.itemsize
-        reader.read_into(as_bytes(raw), tensor.source, start=start)
-        digest.update(as_bytes(raw))
-        weights, root = near.tile(row, count, empty=scratch) if near else (None, None)
-        scales = base_scales(
-            str(tensor.scale), raw, weights, plan.group_size, bits=tensor.bits, empty=scratch
-        )
-        wide = scratch(tuple(raw.shape), torch.float32).copy_(raw)
-        codes = quantize.quantize(wide, scales, bits=tensor.bits, empty=scratch)
-        loss = quantize.dequantize(codes, scales, empty=scratch).sub_(wide).abs_()
-        if root is not None and plan.recipe.saliency.kind == "curvature":
-            loss = quantize.saliency(loss, root, empty=scratch)
-        bits = loss.view(-1).numpy().view(np.uint32) >> 16
-        # A weight that is NaN lands above all others; the pass that splits it says where it is.
-        counts += np.bincount(bits & (BINS - 1), minlength=BINS)
-        on_event(Advanced(nbytes=raw.nbytes))
-    return counts
 
 
 def spend(surveyed: Mapping[str, Counts], total: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Edits: codes of base that forgetting changes, and the file that holds them while work goes on."""
+"""Edits: codes of base that forgetting changes, and the file that keeps them for a resumed run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ortho_cli.storage.work_folder import write_private
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edit:
-    """What forgetting makes of some codes of one weight; ortho keeps the source's weight there."""
+    """New codes at some positions of one weight; ortho keeps the source's weight at each."""
 
     positions: npt.NDArray[np.int64]  # flat, ascending
     codes: npt.NDArray[np.int8]  # of base's width: in [-8, 7], or in [-4, 3]
@@ -34,17 +34,17 @@ Arrays = Mapping[str, npt.NDArray[np.generic]]
 
 
 class Key(Protocol):
-    """What files of edits are sealed with, where ortho is."""
+    """Seals the files of edits, where ortho is sealed."""
 
     def seal(self, data: bytes) -> bytes:
-        """Make them unreadable."""
+        """Encrypt `data`."""
 
     def open(self, data: bytes) -> bytes:
-        """Make them readable again, or raise ValueError."""
+        """Decrypt `data`, or raise ValueError."""
 
 
 def save_arrays(path: Path, arrays: Arrays, key: Key | None = None) -> None:
-    """Write arrays whole or not at all, for their owner alone: they tell what was private."""
+    """Write arrays whole or not at all, readable by their owner alone: they reveal private data."""
 
     def write(file: BinaryIO) -> None:
         if key is None:
@@ -80,7 +80,7 @@ def _unsealed(file: BinaryIO, key: Key | None) -> BinaryIO:
 
 
 def save_edits(path: Path, edits: Edits, key: Key | None = None) -> None:
-    """Keep edits that are final, so that a killed run need not find them again."""
+    """Write final edits, so that a resumed run need not find them again."""
     arrays: dict[str, npt.NDArray[np.generic]] = {}
     for name, edit in edits.items():
         arrays[f"{name}/positions"], arrays[f"{name}/codes"] = edit.positions, edit.codes
@@ -103,23 +103,23 @@ def load_edits(path: Path, key: Key | None = None) -> dict[str, Edit] | None:
 
 
 class Room(NamedTuple):
-    """What a weight can take of edits."""
+    """Bounds on the edits of one weight."""
 
-    kept: int  # positions that ortho keeps
+    k: int  # positions that ortho keeps
     numel: int
     bits: int  # of a code
 
 
 def check_edits(edits: Edits, room: Mapping[str, Room]) -> None:
-    """See that ortho has room for every position that moves, and that each can be found.
+    """Check that ortho has room for each position that moves, and that `within` finds each.
 
     Args:
-        edits: what is to be moved.
-        room: of each weight that is split.
+        edits: by name of the weight.
+        room: bounds for each weight that is split, by name.
     Raises:
         InternalError: a weight is not split; more positions than ortho keeps; positions that are
-            not ascending inside of the weight, or codes that base cannot hold: `Edit.within`
-            would pass over them, and base would still know what it was to forget.
+            not ascending inside the weight, or codes that base cannot hold: `Edit.within` would
+            skip them, and base would still know the secret.
     """
     for name, edit in edits.items():
         if name not in room:
@@ -129,12 +129,12 @@ def check_edits(edits: Edits, room: Mapping[str, Room]) -> None:
 
 
 def _misfit(edit: Edit, room: Room) -> str | None:
-    """Say what is wrong with the edits of one weight."""
+    """Describe what is wrong with the edits of one weight; None if nothing is."""
     places, codes = edit.positions, edit.codes
     if len(places) != len(codes):
         return f"{len(places)} positions and {len(codes)} codes"
-    if len(places) > room.kept:
-        return f"{len(places)} of them, and ortho keeps {room.kept}"
+    if len(places) > room.k:
+        return f"{len(places)} of them, and ortho keeps {room.k}"
     if not len(places):
         return None
     if not (np.diff(places) > 0).all() or places[0] < 0 or places[-1] >= room.numel:
@@ -146,5 +146,5 @@ def _misfit(edit: Edit, room: Room) -> str | None:
 
 
 def count(edits: Edits) -> int:
-    """Codes that are changed."""
+    """Count the codes that change."""
     return sum(len(edit.positions) for edit in edits.values())

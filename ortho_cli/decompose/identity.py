@@ -16,13 +16,13 @@ from ortho_cli.version import __version__
 def identity_of(
     plan: Plan, checkpoint: Checkpoint, seal: Seal | None, **more: object
 ) -> dict[str, object]:
-    """Spell out everything that the bytes depend on, and the sizes of the files they go to.
+    """List everything that the bytes depend on, and the sizes of the files that hold them.
 
     Args:
         plan: made from `checkpoint`.
         checkpoint: the source.
-        seal: who ortho is sealed to.
-        more: what else the bytes depend on, as JSON; None counts as absent.
+        seal: recipients of ortho, if it is sealed.
+        more: further dependencies, as JSON; None counts as absent.
     """
     found: dict[str, object] = {
         "plan": plan.sha256,

@@ -1,39 +1,31 @@
-"""The main job: walk every tensor tile by tile, split it, and write the artifact.
+"""The job of `ortho decompose`: split every tensor in worker threads, and write the artifact.
 
-A tensor belongs to one worker from its first tile to its last, so its bytes cannot depend on how
-many workers there are. While workers compute, the calling thread makes finished tensors durable and
-hashes base as far as it is complete.
+One worker handles all tiles of a tensor, so no byte depends on the number of workers. Meanwhile the
+calling thread commits finished tensors to the journal, and hashes base up to its first gap.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ortho_cli.decompose.edits import Edits, Key, Room, check_edits, count, load_edits, save_edits
 from ortho_cli.decompose.identity import identity_of
-from ortho_cli.decompose.onepass import Loops, OnePass, is_plain, takes
+from ortho_cli.decompose.kernels import Kernels
 from ortho_cli.decompose.plan import Plan, TensorPlan, check_memory
 from ortho_cli.decompose.recheck import Recheck
-from ortho_cli.decompose.report import Report, make_config, make_report, record_of
+from ortho_cli.decompose.record import TensorRecord
+from ortho_cli.decompose.report import Report, make_config, make_report
 from ortho_cli.decompose.survey import load_surveys, save_surveys
-from ortho_cli.decompose.workers import (
-    Entry,
-    Reference,
-    Results,
-    Worker,
-    at_work,
-    is_sound,
-    shape_bytes,
-    shape_key,
-)
+from ortho_cli.decompose.workers import Reference, Results, Worker, at_work, shape_bytes, shape_key
 from ortho_cli.errors import CheckpointError, InternalError, RecipeError
 from ortho_cli.events import Event, EventSink, Finishing, Noted, null_sink
 from ortho_cli.formats import artifact
@@ -68,40 +60,45 @@ from ortho_cli.storage.work_folder import WorkFolder, interruptible
 from ortho_cli.version import __version__
 
 if TYPE_CHECKING:  # to import torch takes longer than to decompose a billion weights
-    from ortho_cli.decompose.splitter import Rounded, Splitter
+    from ortho_cli.split.quantize import Rounded
+
+log = logging.getLogger(__name__)
 
 SWITCH_SECONDS = 0.0002  # see `_many_small_operations`
 
 EDITS_FILE = "edits.npz"
-COMPACT_FILE = "compact"  # ortho in that layout, on its way to being sealed
+COMPACT_FILE = "compact"  # scratch: the compact ortho before it is sealed
 
 
 class Editor(Protocol):
-    """Finds the codes of base that have to move so that it forgets."""
+    """Finds the codes of base that must change so that base forgets; see `forget/`."""
 
     @property
     def identity(self) -> object:
-        """What its edits depend on beside plan and source, as JSON."""
+        """Everything that its edits depend on beside plan and source, as JSON."""
 
     def find(
         self, folder: Path, *, curvature: StatisticsReader, key: Key | None, on_event: EventSink
     ) -> Edits:
-        """Find the edits; unfinished work may be kept in `folder`, sealed with `key` if any."""
+        """Find the edits; unfinished work goes to `folder`, sealed with `key` if there is one."""
 
 
 class Tuner(Protocol):
-    """Finds better codes and scales for what was rounded."""
+    """Finds better codes and scales for rounded weights; see `tune`."""
 
     @property
     def identity(self) -> object:
-        """What it finds depends on beside plan and source, as JSON."""
+        """Everything that its result depends on beside plan and source, as JSON."""
 
     def tune(
         self, start: Callable[[str], Rounded], tuned: Collection[str], *, on_event: EventSink
     ) -> Iterator[dict[str, Rounded]]:
-        """Yield weights, some at a time, as they are to be, beginning from what `start` gives.
+        """Yield tuned weights, a block at a time, by name.
 
-        What of `tuned` need not be found again is not yielded.
+        Args:
+            start: gives a weight as base and ortho have it.
+            tuned: weights that an earlier run has tuned; a block of these alone is not yielded.
+            on_event: gets progress.
         """
 
 
@@ -124,7 +121,7 @@ def check_target(
         checkpoint: the source.
         out: the folder to make.
         force: replace an artifact at `out`, and discard half-done work of another plan.
-        seal: who ortho is sealed to.
+        seal: recipients of ortho, if it is sealed.
         reads: files that are read beside the plan's.
     Raises:
         OutputExistsError: something is at `out`.
@@ -157,10 +154,10 @@ def decompose(
         plan: made from `checkpoint`.
         checkpoint: the source.
         target: the folder to make, as `check_target` passed it; appears only when complete.
-        editor: for a recipe that forgets.
-        tuner: for a recipe that tunes its rounding.
-        seal: who ortho is sealed to; nothing of it is on disk otherwise, while it is made or after.
-        keys: open what an earlier, unfinished run sealed; the passphrase of `seal` does, too.
+        editor: finds the edits of a recipe that forgets.
+        tuner: tunes the rounding of a recipe that asks for it.
+        seal: recipients of ortho; if given, ortho is never on disk unsealed, not even meanwhile.
+        keys: open the work of an earlier, unfinished run; so does the passphrase of `seal`.
         compiled: use numba's loops where they do what the plan asks for; the bytes are the same.
         device: cuda or cuda:N splits there what takes one pass, and notes what does not; the bytes
             are the same, again.
@@ -195,14 +192,13 @@ def decompose(
         key = key_of(work, seal, keys, on_event) if seal else None
         edits = _find_edits(plan, editor, work, inputs.curvature, key, on_event)
         running = _Job(plan, checkpoint, inputs, edits, key, work, on_event)
-        running.device = _device_of(plan, device, on_event)
-        running.fast = compiled and running.device == "cpu" and takes(plan)
+        running.kernels = Kernels(plan, compiled=compiled, device=device, on_event=running.emit)
         return running.run(tuner)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Inputs:
-    """The files that work reads, open."""
+    """The open files that a job reads."""
 
     source: ShardReader
     curvature: StatisticsReader | None
@@ -227,20 +223,20 @@ def _open_inputs(plan: Plan, checkpoint: Checkpoint) -> Iterator[_Inputs]:
         yield _Inputs(source=source, curvature=curvature, reference=reference)
 
 
-def _fits(plan: Plan) -> Callable[[Entry], bool]:
+def _fits(plan: Plan) -> Callable[[job.Line], bool]:
     """Tell whether a journal line is one that this plan could have written."""
     tensors = {tensor.name: tensor for tensor in plan.tensors}
 
-    def fits(entry: Entry) -> bool:
-        tensor = tensors.get(entry["name"])
+    def fits(line: job.Line) -> bool:
+        record, tensor = TensorRecord.from_json(line), tensors.get(line["name"])
         measured = plan.statistics is not None
-        return tensor is not None and is_sound(entry, tensor, curvature=measured)
+        return bool(record and tensor and record.fits(tensor, curvature=measured))
 
     return fits
 
 
 def _settled(plan: Plan, checkpoint: Checkpoint, out: Path, on_event: EventSink) -> Plan:
-    """Fix what a global budget leaves open, by the survey of an earlier run if there is one."""
+    """Choose each tensor's nnz under a global budget; use an earlier run's survey if it fits."""
     if not plan.is_open:
         return plan
     from ortho_cli.decompose.budget import settle
@@ -251,12 +247,12 @@ def _settled(plan: Plan, checkpoint: Checkpoint, out: Path, on_event: EventSink)
 def _check_has_what_it_needs(plan: Plan, editor: Editor | None, tuner: Tuner | None) -> None:
     if plan.recipe.forgets and editor is None:
         raise RecipeError(
-            f"ortho.split is {plan.recipe.ortho.split}, and nothing finds what base must not know",
+            f"ortho.split is {plan.recipe.ortho.split}, and there is no editor",
             hint="give `editor`, as `ortho_cli.forget.editor.open_editor` makes it",
         )
     if plan.recipe.base.rounding == "tuned" and tuner is None:
         raise RecipeError(
-            "base.rounding is tuned, and nothing tunes it",
+            "base.rounding is tuned, and there is no tuner",
             hint="give `tuner`, as `ortho_cli.decompose.tune.open_tuner` makes it",
         )
 
@@ -269,12 +265,13 @@ def _find_edits(
     key: WorkKey | None,
     on_event: EventSink,
 ) -> Edits:
-    """Find the edits, or take up those that an earlier run found."""
+    """Find the edits, or load those that an earlier run found."""
     if editor is None or curvature is None:
         return {}
     path = work.private / EDITS_FILE
     room = {t.name: Room(t.k, t.source.numel, t.bits) for t in plan.split}
     known: Edits | None = load_edits(path, key)
+    log.info("moves of codes are %s", "searched" if known is None else "those of an earlier run")
     if known is None:
         work.done.clear()  # a tensor that was split before cannot be relied on without its edits
         found = editor.find(work.private, curvature=curvature, key=key, on_event=on_event)
@@ -285,19 +282,11 @@ def _find_edits(
     return known
 
 
-def _device_of(plan: Plan, device: str, on_event: EventSink) -> str:
-    """Name the device that the split is done on."""
-    if device != "cpu" and not is_plain(plan):
-        on_event(Noted(message=f"split on the CPU: on {device} one pass has to be all"))
-        return "cpu"
-    return device
-
-
 @contextmanager
 def _many_small_operations() -> Iterator[None]:
-    """Set the interpreter up for workers on tiles, and back."""
+    """Let threads switch more often: tiles are many short operations."""
     interval = sys.getswitchinterval()
-    # Workers hold the interpreter for microseconds; waiting the usual 5 ms for it costs 5 %.
+    # Workers hold the interpreter lock for microseconds; the default wait of 5 ms costs 5 %.
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
         yield
@@ -330,7 +319,7 @@ class _Job:
     ) -> None:
         self._plan = plan
         self._key = key
-        self.fast, self.device = False, "cpu"
+        self.kernels = Kernels(plan, on_event=on_event)
         self._edits = edits
         self._checkpoint = checkpoint
         self._inputs, self._reader = inputs, inputs.source
@@ -338,7 +327,6 @@ class _Job:
         self._on_event = on_event
         self._event_lock = threading.Lock()
         self._stop = threading.Event()
-        self._loops = Loops(self._emit)
         self._base = DataFile(work, BASE_FILE, plan.base, mode=0o644)
         self._ortho = self._ortho_file(ORTHO_FILE, plan.ortho, scratch=plan.is_compact)
         recipe = plan.recipe
@@ -356,12 +344,13 @@ class _Job:
     def _ortho_file(self, name: str, layout: Layout, *, scratch: bool = False) -> OrthoFile:
         if self._key is not None:
             return SealedFile(self._work, name, layout, self._key)
-        # What is withheld from others should not be readable by others.
+        # Ortho holds what others must not read.
         return DataFile(self._work, name, layout, mode=0o600, scratch=scratch)
 
     def run(self, tuner: Tuner | None) -> Report:
         """Split, tune and finish."""
-        with _many_small_operations(), nullcontext() if self.fast else _one_thread_of_torch():
+        torch_alone = nullcontext() if self.kernels.compiled else _one_thread_of_torch()
+        with _many_small_operations(), torch_alone:
             base_blake3 = self.split()
         if tuner is not None:
             base_blake3 = self.tune(tuner)
@@ -371,57 +360,64 @@ class _Job:
             return self.finish(base_blake3)
 
     def split(self) -> str:
-        """Split every tensor that no earlier run has split; return base's BLAKE3."""
+        """Split every tensor that no earlier run has finished; return base's BLAKE3."""
         plan, done = self._plan, self._work.done
+        records = self._done()
         for tensor in plan.tensors:
-            if tensor.name in done and not self._is_intact(tensor, done[tensor.name]):
+            if tensor.name in done and not self._is_intact(tensor, records[tensor.name]):
                 del done[tensor.name]
-        for name in _torn(done):
+        for name in _torn(self._done()):
             del done[name]
-        self._check_surveyed(done.values())
+        self._check_surveyed(self._done().values())
         nbytes = {tensor.name: tensor.source.nbytes for tensor in plan.tensors}
-        job.report_start(self._work, nbytes, plan.side.notes, self._emit)
+        job.report_start(self._work, nbytes, plan.side.notes, self.emit)
         self._base.write_header(plan.base.header)
-        for tensor in plan.split:  # they lie first: who hashes base need not wait for the last one
+        # They are first in the file: hashing it need not wait for their weights.
+        for tensor in plan.split:
             self._base.write(shape_key(tensor), shape_bytes(tensor), start=0)
         return self._work_through([t for t in plan.tensors if t.name not in done])
 
     def tune(self, tuner: Tuner) -> str:
-        """Put codes and scales in place of those that splitting found; return base's BLAKE3.
+        """Replace codes and scales by tuned ones; return base's BLAKE3.
 
-        A block's journal lines are written together, behind its data, and each says how many there
-        are. A kill before leaves bytes that the old lines do not fit, one between them lines of a
-        part of the block: either way the next run splits those tensors again, and tunes them.
+        The journal lines of a block are written together, after its data, and each holds the size
+        of the block. After a kill before them, the old lines do not fit the new bytes; after a kill
+        among them, lines of the block are missing. In both cases the next run splits and tunes the
+        tensors of that block again.
         """
-        from ortho_cli.decompose.readback import ReadBack
+        from ortho_cli.decompose.readback import ReadBack, given_of
 
         written = ReadBack(self._plan, self._base, self._ortho)
         tensors = {tensor.name: tensor for tensor in self._plan.split}
-        tuned = [name for name, entry in self._work.done.items() if entry.get("tuned")]
-        self._stop.clear()  # no worker is left that it was for
-        splitter = self._splitter()
+        tuned = [name for name, record in self._done().items() if record.tuned]
+        self._stop.clear()  # the workers that it stopped have ended
+        worker = self._worker()
         with interruptible(self._work, total=len(tensors), done="tuned"):
             for found in tuner.tune(
-                lambda name: written.rounded(tensors[name]), tuned, on_event=self._emit
+                lambda name: written.rounded(tensors[name]), tuned, on_event=self.emit
             ):
-                told = {"tuned": [min(found), len(found)]}
-                entries = [
-                    splitter.rewrite(tensors[name], rounded) | told
-                    for name, rounded in found.items()
-                ]
-                for entry in entries:
-                    self._recheck.check(tensors[entry["name"]], entry)
-                self._work.commit(entries)
+                block = (min(found), len(found))
+                records = []
+                for name, rounded in found.items():
+                    record = worker.split(tensors[name], given_of(rounded))
+                    self._recheck.check(tensors[name], record)
+                    records.append(replace(record, tuned=block))
+                self._work.commit([record.to_json() for record in records])
         return GrowingDigest(self._base.fd).up_to(self._plan.base.size)
 
+    def _done(self) -> dict[str, TensorRecord]:
+        """Give the records of finished tensors."""
+        found = ((name, TensorRecord.from_json(line)) for name, line in self._work.done.items())
+        return {name: record for name, record in found if record is not None}
+
     def finish(self, base_blake3: str) -> Report:
-        """See that nothing changed meanwhile, and write all but the split tensors."""
-        plan, done = self._plan, self._work.done
-        self._emit(Finishing(step="digests"))
+        """Check that no input has changed, and write ortho and the files beside it."""
+        plan, done = self._plan, self._done()
+        self.emit(Finishing(step="digests"))
         self._inputs.check_unchanged()
-        entries = [done[tensor.name] for tensor in plan.tensors]
+        records = [done[tensor.name] for tensor in plan.tensors]
         digest = artifact.source_digest(
-            (t.name, t.source.dtype, t.source.shape, str(done[t.name]["source_blake3"]))
+            (t.name, t.source.dtype, t.source.shape, done[t.name].source_blake3)
             for t in plan.tensors
         )
         told = artifact.ortho_metadata(
@@ -434,43 +430,42 @@ class _Job:
         self._check_forgotten()
         ortho, layout = self._ortho, plan.ortho
         if plan.is_compact:
-            self._emit(Finishing(step="compact"))
+            self.emit(Finishing(step="compact"))
             from ortho_cli.decompose.repack import Repacker
 
             repacker = Repacker(plan, self._base, self._ortho, self._inputs.curvature)
-            # Where it is sealed, the CSR that it is made of is in a scratch file of ortho's name.
+            # Where ortho is sealed, a scratch file of its name holds the CSR.
             make = partial(self._ortho_file, ORTHO_FILE if self._key is None else COMPACT_FILE)
             with _one_thread_of_torch():
-                ortho, layout, entries = repacker.run(make, entries, told)
+                ortho, layout, records = repacker.run(make, records, told)
         else:
             layout = plan_layout((s for t in plan.tensors for s in t.ortho), told)
-            if layout.regions != plan.ortho.regions:  # what was written lies elsewhere
-                raise InternalError("ortho's tensors do not lie where the plan says")
+            if layout.regions != plan.ortho.regions:
+                raise InternalError("ortho's tensors are at other offsets than the plan says")
         if self._key is not None:
-            self._emit(Finishing(step="seal"))
+            self.emit(Finishing(step="seal"))
         ortho_blake3, sealed_blake3 = ortho.finish(layout)
         self._check_sealed(sealed_blake3)
-        self._emit(Finishing(step="sync"))
+        self.emit(Finishing(step="sync"))
         report = make_report(
             plan,
-            [record_of(entry) for entry in entries],
+            records,
             ortho=layout,
             moved=count(self._edits),
             source_digest=digest,
             base_blake3=base_blake3,
             ortho_blake3=ortho_blake3,
             sealed_blake3=sealed_blake3,
-            device=self.device.partition(":")[0],
+            device=self.kernels.device.partition(":")[0],
             side_files=self._write_side_files(),
         )
         job.write_files(self._work, {REPORT_FILE: pretty_json(report.to_json())})
         return report
 
     def _check_forgotten(self) -> None:
-        """Hold what is written against what forgetting moved: base has the codes, ortho the rest.
+        """Check that base has the codes of each edit, and ortho the weights at its positions.
 
-        Of all promises this is the one whose breach nobody would see: base would still know what
-        it was to forget, or ortho would lack what base no longer knows.
+        No figure would show a breach: base would still know the secret, or ortho would lack it.
         """
         if not self._edits:
             return
@@ -482,7 +477,7 @@ class _Job:
                 written.check_moved(tensor, self._edits[tensor.name])
 
     def _check_sealed(self, sealed_blake3: str | None) -> None:
-        """See that what was to be sealed is, and that none of it is about to be published plain."""
+        """Check that ortho is sealed where it should be, and that no plain ortho is published."""
         if self._key is None:
             return
         here = [path.name for path in self._work.artifact.glob(f"{ORTHO_FILE}*")]
@@ -490,101 +485,72 @@ class _Job:
         if sealed_blake3 is None or plain:
             raise InternalError(f"ortho was to be sealed, and is not: {plain or here}")
 
-    def _check_surveyed(self, entries: Iterable[Entry]) -> None:
-        """See that what was split is what was surveyed: times and sizes of files can be alike."""
-        for entry in entries:
+    def _check_surveyed(self, records: Iterable[TensorRecord]) -> None:
+        """Check that split weights were surveyed as they are: other files can have equal stamps."""
+        for record in records:
             for survey in self._plan.surveys:
-                told = survey.digests.get(entry["name"], entry["source_blake3"])
-                if told != entry["source_blake3"]:
+                told = survey.digests.get(record.name, record.source_blake3)
+                if told != record.source_blake3:
                     raise CheckpointError(
-                        f"`{entry['name']}` has BLAKE3 {entry['source_blake3']}, and had {told} "
+                        f"`{record.name}` has BLAKE3 {record.source_blake3}, and had {told} "
                         "when weights were surveyed for the budget",
-                        hint="the source has changed; repeat the command to begin anew",
+                        hint="the source has changed; repeat the command to start again",
                     )
 
-    def _is_intact(self, tensor: TensorPlan, entry: Entry) -> bool:
-        """Tell whether a tensor that an earlier run finished has the bytes it read and wrote."""
-        # Files of an archive or image all have one time: another model can look like this one.
-        if self._reader.digest(tensor.source) != entry["source_blake3"]:
+    def _is_intact(self, tensor: TensorPlan, record: TensorRecord) -> bool:
+        """Tell whether source and output of a finished tensor still have the journal's digests."""
+        # All files of an archive or image have one time, so stamps cannot tell two models apart.
+        if self._reader.digest(tensor.source) != record.source_blake3:
             return False
-        for output in (self._base, self._ortho):
-            for key, told in entry["blake3"].get(output.name, {}).items():
-                if output.digest(key) != told:
-                    return False
-        return True
+        parts = ((self._base, record.base), (self._ortho, record.ortho))
+        return all(out.digest(key) == told for out, part in parts for key, told in part.items())
 
     def _work_through(self, pending: list[TensorPlan]) -> str:
-        """Work on every pending tensor; return base's BLAKE3."""
+        """Run the workers on every pending tensor; return base's BLAKE3."""
         owners = {spec.key: t.name for t in self._plan.tensors for spec in t.base}
         shapes = {shape_key(tensor): "" for tensor in self._plan.split}  # they are written
         frontier = Frontier(self._plan.base, owners | shapes, done=[""])
         frontier.finish(self._work.done)
         digest = GrowingDigest(self._base.fd)
         results: Results = SimpleQueue()
-        with job.Commits(self._work, self._emit) as commits:
+        with job.Commits(self._work, self.emit) as commits:
             try:
-                if self.fast and pending:  # beside the copies, which come first
-                    threading.Thread(target=self._loops.get).start()
+                if self.kernels.compiled and pending:  # while copies, which come first, are written
+                    threading.Thread(target=self.kernels.load).start()
                 with at_work(
                     self._worker, pending, results, workers=self._plan.workers, stop=self._stop
                 ):
                     for _ in pending:
-                        entry = results.get()
-                        if isinstance(entry, BaseException):
-                            raise entry
-                        self._check_surveyed([entry])
-                        commits.add(entry)
-                        frontier.finish([entry["name"]])
+                        record = results.get()
+                        if isinstance(record, BaseException):
+                            raise record
+                        self._check_surveyed([record])
+                        commits.add(record.to_json())
+                        frontier.finish([record.name])
                         digest.up_to(frontier.offset)
             finally:
                 while not results.empty():  # tensors that were finished when another one failed
                     result = results.get()
                     if not isinstance(result, BaseException):
-                        commits.keep(result)
+                        commits.keep(result.to_json())
         return digest.up_to(self._plan.base.size)
 
-    def _splitter(self) -> Splitter:
-        from ortho_cli.decompose.splitter import Splitter
-
-        return Splitter(
+    def _worker(self) -> Worker:
+        return Worker(
+            self._plan,
             self._reader,
             self._base,
             self._ortho,
-            group_size=self._plan.group_size,
-            sizes=self._plan.sizes,
+            make_kernel=self.kernels.make,
             curvature=self._inputs.curvature,
-            by_curvature=self._plan.recipe.saliency.kind == "curvature",
-            edits=self._edits,
-            moved_to_code=self._plan.recipe.ortho.split == "unlearn",
-            alone=self._plan.recipe.forgets or self._plan.recipe.base.alone,
-            compensate=self._plan.recipe.compensates,
             reference=self._inputs.reference,
+            edits=self._edits,
             check=self._recheck.check,
             stop=self._stop,
-            on_event=self._emit,
+            on_event=self.emit,
         )
 
-    def _worker(self) -> Worker:
-        places = (self._reader, self._base, self._ortho)
-        options: dict[str, Any] = {
-            "group_size": self._plan.group_size,
-            "sizes": self._plan.sizes,
-            "curvature": self._inputs.curvature,
-            "other": self._splitter,
-            "check": self._recheck.check,
-            "stop": self._stop,
-            "on_event": self._emit,
-        }
-        if self.device != "cpu":
-            from ortho_cli.decompose.ondevice import OnDevice
-
-            return OnDevice(*places, device=self.device, **options)
-        if self.fast:
-            alone = self._plan.recipe.base.alone
-            return OnePass(*places, loops=self._loops, alone=alone, **options)
-        return self._splitter()
-
-    def _emit(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
         with self._event_lock:
             self._on_event(event)
 
@@ -600,15 +566,15 @@ class _Job:
         return {artifact.spelled(n): file_digest(self._work.artifact / n) for n in names}
 
 
-def _torn(done: dict[str, Entry]) -> list[str]:
-    """Find tuned tensors of blocks that are not tuned as a whole."""
-    blocks: dict[str, list[str]] = {}
-    for name, entry in done.items():
-        if "tuned" in entry:
-            blocks.setdefault(canonical_json(entry["tuned"]), []).append(name)
+def _torn(done: dict[str, TensorRecord]) -> list[str]:
+    """Find the tensors of blocks of which some records say that they are tuned, and some do not."""
+    blocks: dict[tuple[str, int], list[str]] = {}
+    for name, record in done.items():
+        if record.tuned is not None:
+            blocks.setdefault(record.tuned, []).append(name)
     return [
         name
         for block, names in blocks.items()
-        if block != canonical_json([min(names), len(names)])
+        if block != (min(names), len(names))
         for name in names
     ]

@@ -1,7 +1,7 @@
-"""The plan: what will be done to each tensor and where each byte goes.
+"""The plan of a decomposition: what becomes of each tensor, and the offset of every byte.
 
-It comes from headers and the recipe alone. Every refusal that does not need a weight comes from
-here, before anything is read or written.
+It is made from headers and the recipe alone, so every error that needs no weight is raised here,
+before anything is read or written. The plan also bounds disk space and peak memory.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from ortho_cli.storage.sealing import IDENTITY_FILE, SEALED_FILE
 from ortho_cli.storage.side_files import SideFiles, choose, choose_none
 from ortho_cli.version import __version__
 
-MODULES_BYTES = 24 << 20  # what importing everything but torch was measured to take
-TENSOR_BYTES = 15_000  # measured by tests/bench_many.py: plan, journal and report of one tensor
-NO_DIGEST = "0" * 64
-# What forgetting holds for each weight of the model: in float32 the model, its gradients, and for
-# unlearn what an attacker moved and Adam's moments; and room for logits, measured.
+MODULES_BYTES = 24 << 20  # all imports but torch, measured
+TENSOR_BYTES = 15_000  # plan, journal and report of one tensor, measured by tests/bench_many.py
+NO_DIGEST = "0" * 64  # in a header whose digest is not known yet: of the same length
+# Bytes of memory per weight of the model while base is made to forget: in float32 the model and its
+# gradients, for unlearn also the attacker's steps and Adam's moments. LOGITS_BYTES was measured.
 FORGET_BYTES = {"isolate": 12, "unlearn": 20}
 LOGITS_BYTES = 1_600_000_000
-REPACK_BYTES = 80  # for each weight that a tensor keeps, while a compact ortho is encoded; measured
+REPACK_BYTES = 80  # per entry of ortho in one tensor, while compact is encoded; measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +93,7 @@ TensorPlan = SplitTensor | CopyTensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A whole decomposition, frozen."""
+    """Everything that is decided before the work begins."""
 
     recipe: Recipe
     group_size: int
@@ -105,11 +105,11 @@ class Plan:
     peak_bytes: int
     workers: int
     statistics: Statistics | None
-    sizes: Sizes = DEFAULT_SIZES  # nothing that is written depends on them
+    sizes: Sizes = DEFAULT_SIZES  # of tiles; no byte that is written depends on them
     reference: Checkpoint | None = None
-    kept: Mapping[str, int] | None = None  # entries of each tensor, where they do not follow
-    surveys: tuple[Survey, ...] = ()  # from which the density, or what tensors keep, was chosen
-    notes: tuple[str, ...] = ()  # what is unusual of the source, and read all the same
+    kept: Mapping[str, int] | None = None  # nnz by tensor, where a survey chose them
+    surveys: tuple[Survey, ...] = ()  # that the density or `kept` was chosen by
+    notes: tuple[str, ...] = ()  # about unusual sources that are read all the same
 
     @property
     def split(self) -> tuple[SplitTensor, ...]:
@@ -118,7 +118,7 @@ class Plan:
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """Files that are read beside the checkpoint."""
+        """Files that are read beside the checkpoint: statistics, reference."""
         found = (self.statistics.path,) if self.statistics else ()
         if self.reference is None:
             return found
@@ -142,17 +142,17 @@ class Plan:
 
     @property
     def is_open(self) -> bool:
-        """Whether a survey of all weights has to say yet what each tensor keeps."""
+        """Whether a survey of all weights still has to choose each tensor's nnz."""
         return self.recipe.ortho.budget == "global" and self.kept is None
 
     @property
     def is_compact(self) -> bool:
-        """Whether ortho is written as CSR, at the offsets of `ortho`, only to be encoded again."""
+        """Whether ortho is compact: written as CSR to a scratch file first, and then encoded."""
         return self.recipe.ortho.layout == "compact"
 
     @property
     def ortho_bytes(self) -> int:
-        """Bytes of ortho; where it is compact, a bound: weights decide how many there are."""
+        """Bytes of ortho; an upper bound where it is compact, since its size depends on weights."""
         if not self.is_compact:
             return self.ortho.size
         rounded = self.recipe.ortho.values == "int8"
@@ -173,17 +173,17 @@ class Plan:
 
     @property
     def bytes_on_disk(self) -> int:
-        """Bytes of the artifact and of what is kept beside it while it is made."""
+        """Bytes of the artifact, and of the work beside it while it is made."""
         scratch = self.ortho.size if self.is_compact else 0
         return self.bytes_written + scratch + SIDE_BYTES * (1 + len(self.tensors))
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of both files, headers and all, for each weight of the model."""
+        """Bits of both files with their headers, per weight of the model."""
         return 8 * (self.base.size + self.ortho_bytes) / self.weights
 
     def to_json(self) -> dict[str, object]:
-        """Spell the plan out, with every byte offset that does not depend on weights."""
+        """Give the document of `--dry-run --json`, with every byte offset that is known."""
         return {
             "plan_sha256": self.sha256,
             "recipe": self.recipe.canonical(),
@@ -264,16 +264,16 @@ def make_plan(
 
     Args:
         checkpoint: the source's index.
-        recipe: validated settings; in the plan, `saliency.kind` is what it comes to.
+        recipe: validated settings; the plan's recipe has a `saliency.kind`.
         statistics: curvature of the source, for a recipe that uses it.
         reference: the model before it saw what base must not know, for ortho.split reference.
-        kept: entries of each tensor's ortho, where a scoring pass fixed them (`budget`).
+        kept: nnz by tensor, where `budget` chose them.
         workers: threads that will work; changes only the peak memory.
-        side: what `choose_side_files` chose; None copies what is on its list.
-        sizes: of tiles; they change only the peak memory, too.
+        side: from `choose_side_files`; None copies the files on its list.
+        sizes: of tiles; they, too, change only the peak memory.
     Raises:
-        RecipeError: a target or override matches nothing, group_size or 3 bits do not fit, siblings
-            would differ; curvature without statistics, or statistics without a use.
+        RecipeError: a target or override matches nothing; group_size or 3 bits do not fit; weights
+            that vLLM fuses would differ; curvature lacks statistics, or statistics a use.
         CalibrationError: statistics lack a tensor that is split, or were measured in another shape.
         CheckpointError: the source is quantized, or has weights that should be split and cannot.
     """
@@ -317,7 +317,7 @@ def _notes(checkpoint: Checkpoint, reference: Checkpoint | None) -> tuple[str, .
 
 
 def _resolve(recipe: Recipe, statistics: Statistics | None) -> Recipe:
-    """Say what selects weights where the recipe leaves it open."""
+    """Set `saliency.kind` where the recipe leaves it open."""
     kind = recipe.saliency.kind or ("residual" if statistics is None else "curvature")
     return recipe.model_copy(update={"saliency": Saliency(kind=kind)})
 
@@ -447,9 +447,9 @@ def _group_size(split: list[TensorInfo], recipe: Recipe) -> int:
 
 
 def _ignore(unfit: list[TensorInfo], split: list[TensorInfo], recipe: Recipe) -> str:
-    """Word the one setting that leaves out what does not fit, beside what is left out already."""
+    """Word the setting that ignores the tensors that do not fit, and those already ignored."""
     names = {tensor.name for tensor in unfit}
-    # What is fused with one of them has its width, and is among them.
+    # Weights that are fused with one of them have its width, so they are in `unfit`, too.
     patterns = fold_names(names, {tensor.name for tensor in split} - names)
     value = json.dumps([*recipe.ignore, *patterns], ensure_ascii=False)
     word = shlex.quote(f"ignore={value}")
@@ -482,7 +482,7 @@ def _plan_tensor(
 def _layouts(
     checkpoint: Checkpoint, tensors: tuple[TensorPlan, ...], recipe: Recipe, sha256: str
 ) -> tuple[Layout, Layout]:
-    """Lay out base and ortho; digests that only work tells are zeros of the same length."""
+    """Lay out base and ortho; digests that are not known yet are zeros of the same length."""
     canonical = canonical_json(recipe.canonical())
     common = {"plan_sha256": sha256, "recipe": canonical, "version": __version__}
     base = plan_layout(_unique(checkpoint, tensors, "base"), artifact.base_metadata(**common))
@@ -510,9 +510,9 @@ def _unique(
 
 
 def _check_compact_header(split: tuple[SplitTensor, ...], recipe: Recipe) -> None:
-    """Refuse a compact ortho whose header no reader would take, which else shows after the work.
+    """Refuse a compact ortho whose header would pass the format's limit.
 
-    How large its parts are depends on weights, how many there are does not.
+    Sizes of its parts depend on weights; their number, and so the header's length, does not.
     """
     if recipe.ortho.layout != "compact":
         return
@@ -570,7 +570,7 @@ def _peak_bytes(
     recipe: Recipe,
     sizes: Sizes,
 ) -> int:
-    """Bound the buffers of all workers, each on a tensor that needs most, and a whole model's."""
+    """Bound peak memory: the largest buffers at one time, and a whole model where one is loaded."""
     needs = sorted(
         (_buffer_bytes(t, statistics, recipe.compensates, sizes) for t in tensors), reverse=True
     )
@@ -583,14 +583,14 @@ def _peak_bytes(
     if recipe.base.rounding == "tuned":
         held = _tuning_bytes(tensors, recipe.tune.batch * recipe.tune.length)
     work = sum(needs[:workers])
-    if recipe.ortho.layout == "compact":  # encoded when the workers are done
+    if recipe.ortho.layout == "compact":  # encoded after the workers have ended
         most = max(t.k for t in tensors if isinstance(t, SplitTensor))
         work = max(work, REPACK_BYTES * most + 24 * sizes.split)
     return MODULES_BYTES + TENSOR_BYTES * entries + held + work
 
 
 def _tuning_bytes(tensors: tuple[TensorPlan, ...], tokens: int) -> int:
-    """Bound what a pass back through a model in bfloat16 holds; half again of its activations."""
+    """Bound a backward pass in bfloat16: weights, 1.5 times the activations, and logits."""
     model = 2 * sum(tensor.source.numel for tensor in tensors)
     features = sum(sum(t.source.shape) for t in tensors if isinstance(t, SplitTensor))
     return model + 3 * tokens * features + LOGITS_BYTES // 2
@@ -606,26 +606,26 @@ def _buffer_bytes(
     tile = elements * {"mse": 48, "curvature": 52}.get(tensor.scale, 24)
     more = 0
     if statistics is not None:
-        # Curvature as read and in float32, its root, saliency, squares; vectors are held whole.
+        # Curvature as read and in float32, its root, saliency, squares; row and column vectors.
         tile += elements * (12 if statistics.kind == "gram" else 24) + 16 * sum(tensor.source.shape)
-        more = 4  # the second measure of a candidate
-    # Index, two saliencies and value of each candidate; while they are cut back, three copies of k.
+        more = 4  # bytes per candidate: its residual beside its saliency
+    # Each candidate has index, two saliencies and value; cutting back to k takes three copies of k.
     value = tensor.source.nbytes // numel
     candidates = min(2 * tensor.k + elements, numel) * (
         8 + (4 if numel < 2**31 else 8) + value + more
     )
-    # Scales and positions are held from one turn to the next.
+    # Searched scales and positions are kept from one pass to the next.
     held = 0 if tensor.scale == "absmax" else 2 * tensor.base[1].nbytes + 8 * tensor.k
     if compensates:
         columns = tensor.source.shape[1]
-        # The Gram matrix, its inverse and factor, two of them float64; a larger tile, in copies.
+        # The Gram matrix, its inverse and factor, two of them in float64; copies of a larger tile.
         held += 28 * columns**2 + 88 * sizes.rows("gptq", tensor.source.shape) * columns
         held += 2 * tensor.base[1].nbytes + 8 * tensor.k
     return tile + candidates + held + ((20 if tensor.k < numel else 8) + 2 * more) * tensor.k
 
 
 def check_memory(plan: Plan) -> None:
-    """Refuse a plan whose buffers do not fit into memory; where the system does not tell, go on.
+    """Refuse a plan whose buffers do not fit into memory, where the system says how much is free.
 
     Raises:
         ResourceError: says how much is needed and how much is available.

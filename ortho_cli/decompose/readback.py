@@ -8,12 +8,14 @@ from torch import Tensor
 
 from ortho_cli.decompose.edits import Edit
 from ortho_cli.decompose.plan import Plan, SplitTensor
-from ortho_cli.decompose.splitter import TORCH_DTYPES, Rounded
 from ortho_cli.decompose.workers import NUMPY_DTYPES
 from ortho_cli.errors import InternalError
 from ortho_cli.formats.compact import Integers
 from ortho_cli.split import quantize
-from ortho_cli.split.quantize import as_bytes
+from ortho_cli.split.dtypes import torch_dtypes
+from ortho_cli.split.pipeline import Given
+from ortho_cli.split.quantize import Rounded, as_bytes
+from ortho_cli.split.torch_kernel import words_of
 from ortho_cli.storage.data_file import DataFile
 from ortho_cli.storage.sealing import OrthoFile
 
@@ -29,7 +31,7 @@ class ReadBack:
         """Read rows of base: packed codes int32 (count, words) and scales (count, groups)."""
         found = []
         for spec in tensor.base[:2]:
-            dtype = torch.int32 if spec.dtype == "I32" else TORCH_DTYPES[spec.dtype]
+            dtype = torch.int32 if spec.dtype == "I32" else torch_dtypes()[spec.dtype]
             rows = torch.empty((count, spec.shape[1]), dtype=dtype)
             offset = start * spec.shape[1] * dtype.itemsize
             self._base.read_into(spec.key, as_bytes(rows), start=offset)
@@ -56,7 +58,7 @@ class ReadBack:
 
     def values(self, tensor: SplitTensor) -> Tensor:
         """Read the weights that are kept, in the source's dtype."""
-        return self._part(tensor.ortho[2].key).view(TORCH_DTYPES[tensor.source.dtype])
+        return self._part(tensor.ortho[2].key).view(torch_dtypes()[tensor.source.dtype])
 
     def check_moved(self, tensor: SplitTensor, edit: Edit) -> None:
         """See that base holds the codes that forgetting chose, and ortho those positions.
@@ -86,3 +88,10 @@ class ReadBack:
         if found.numel():
             self._ortho.read_into(key, as_bytes(found), start=0)
         return found
+
+
+def given_of(rounded: Rounded) -> Given:
+    """Say that a weight is to be written as it was rounded, with the positions it has already."""
+    codes, scales, kept = rounded
+    positions = np.flatnonzero(kept.numpy())
+    return Given(positions, words_of(scales), stays=True, codes=codes.numpy())

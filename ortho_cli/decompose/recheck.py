@@ -1,8 +1,8 @@
-"""Reads what was written of split weights and holds it against the source.
+"""Read back what was written of split weights, and compare it with the source.
 
-While `decompose` runs, some rows of each weight are read back; all of them where a weight is small,
-or where its codes were moved, compensated or tuned, which takes longer than to read them. `inspect
---verify --expect-source` reads every row. See `exact` for what is checked.
+`decompose` reads back some rows of each weight. It reads all rows of a small weight, and of a
+weight that was forgotten, compensated or tuned: that work takes longer than the reading. `inspect
+--verify --expect-source` reads every row. The rules that are checked are in `split/exact.py`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ortho_cli.decompose.plan import SplitTensor
+from ortho_cli.decompose.record import TensorRecord
 from ortho_cli.decompose.report import decibels
 from ortho_cli.decompose.workers import NUMPY_DTYPES
 from ortho_cli.errors import ArtifactError
@@ -39,13 +39,13 @@ from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, TensorInfo
 from ortho_cli.storage.data_file import DataFile
 from ortho_cli.storage.sealing import OrthoFile
 
-SAMPLE_BLOCKS = 4  # places of a weight from which rows are read back
-SHARE = 2.5e-3  # of noise, by which sums in another order and precision may differ: 0.01 dB
-Read = Callable[[memoryview, int], None]  # fills a buffer from a byte on
+SAMPLE_BLOCKS = 4  # blocks of rows that are read back of a large weight
+SHARE = 2.5e-3  # of noise: 0.01 dB, by which sums in another order and precision may differ
+Read = Callable[[memoryview, int], None]  # fills a buffer from a byte offset
 
 
 class Recheck:
-    """Checks what a running job wrote of one weight after another; workers may share it."""
+    """Compares each weight that a running job has written with the source; threads may share it."""
 
     def __init__(
         self,
@@ -58,13 +58,13 @@ class Recheck:
         whole: bool,
         sizes: Sizes,
     ) -> None:
-        """Say where weights come from and went to.
+        """Keep the files and the rules.
 
         Args:
             reader: of the source.
             base: codes and scales.
             ortho: the CSR.
-            nearest: codes that nobody moved are the source's nearest.
+            nearest: codes outside of ortho are the nearest to the source's weights.
             own_code: where a code was moved, alpha = 1 may be the source's own code.
             whole: read every row of every weight.
             sizes: of tiles.
@@ -73,14 +73,14 @@ class Recheck:
         self._nearest, self._own_code, self._whole = nearest, own_code, whole
         self._sizes = sizes
 
-    def check(self, tensor: SplitTensor, entry: Mapping[str, Any]) -> None:
-        """Check what was written of a weight, and its figures where all of it is read.
+    def check(self, tensor: SplitTensor, record: TensorRecord) -> None:
+        """Check some rows of a weight, or all rows and its figures.
 
         Args:
-            tensor: what the plan says of it.
-            entry: its line of the journal.
+            tensor: its plan.
+            record: its record.
         Raises:
-            ArtifactError: a value, a code or a figure is not what it has to be.
+            ArtifactError: a value, a code or a figure breaks its rule.
         """
         rules = Rules(
             name=tensor.name,
@@ -94,8 +94,8 @@ class Recheck:
         sums = Sums()
         for start, count in every if whole else _some_rows(tensor, self._sizes.check_sample):
             sums.add(check_rows(rules, self._rows(tensor, start, count)))
-        if whole:
-            check_figures(tensor.name, dict(entry), sums)
+        if whole and record.figures is not None:
+            check_figures(tensor.name, record.figures, sums)
 
     def _rows(self, tensor: SplitTensor, start: int, count: int) -> Rows:
         columns, word = tensor.source.shape[1], WORDS[tensor.source.dtype]
@@ -134,7 +134,7 @@ def _matrix(read: Read, dtype: npt.DTypeLike, start: int, count: int, columns: i
 
 
 def _some_rows(tensor: SplitTensor, elements: int) -> Iterator[tuple[int, int]]:
-    """Name rows all over a weight, the first and the last among them."""
+    """Yield blocks of rows, evenly spaced, with the first and the last row of the weight."""
     rows, columns = tensor.source.shape
     count = min(rows, max(1, elements // (SAMPLE_BLOCKS * columns)))
     starts = {i * (rows - count) // (SAMPLE_BLOCKS - 1) for i in range(SAMPLE_BLOCKS)}
@@ -144,7 +144,7 @@ def _some_rows(tensor: SplitTensor, elements: int) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValuesChecked:
-    """What was read and held against the source."""
+    """The result of `check_values`."""
 
     tensors: int  # that were split
     weights: int  # of them
@@ -161,19 +161,19 @@ def check_values(
     sizes: Sizes = DEFAULT_SIZES,
     on_event: EventSink = null_sink,
 ) -> ValuesChecked:
-    """Hold every weight of an artifact against the checkpoint that it was made from.
+    """Compare every weight of an artifact with the checkpoint that it was made from.
 
     Args:
-        artifact: without ortho only figures at alpha 0 and what was not split are checked.
-        source: that checkpoint, as `provenance.check_source` found it.
+        artifact: without ortho, only figures at alpha 0 and unsplit tensors are checked.
+        source: that checkpoint, which `provenance.check_source` has passed.
         recipe: the artifact's.
         sizes: of tiles.
-        on_event: told of progress.
+        on_event: gets progress.
     Returns:
         What was checked, and SQNR by the bytes.
     Raises:
-        ArtifactError: a tensor that was not split differs from the source; a value, code or figure
-            is not what it has to be; names the tensor.
+        ArtifactError: an unsplit tensor differs from the source, or a value, code or figure breaks
+            its rule; names the tensor.
     """
     split, there = _setting(recipe, "ortho", "split"), artifact.ortho is not None
     tensors = {tensor.name: tensor for tensor in source.tensors}
@@ -246,7 +246,7 @@ class _Opened:
         self._stack.close()
 
     def check_copy(self, tensor: TensorInfo) -> None:
-        """See that a tensor that was not split is the source's, byte for byte."""
+        """Check that an unsplit tensor is the source's, byte for byte."""
         mine = self._base.get(tensor.name)
         same = mine is not None and (mine.dtype, mine.shape) == (tensor.dtype, tensor.shape)
         if mine is None or not same or self._written.digest(mine) != self._source.digest(tensor):
@@ -259,7 +259,7 @@ class _Opened:
     def check_split(
         self, module: str, tensor: TensorInfo, *, nearest: bool, own_code: bool, rounded: bool
     ) -> Sums:
-        """Check every row of a weight that was split."""
+        """Check every row of a split weight."""
         rows, columns = self._artifact.shapes[module]
         if tensor.shape != (rows, columns) or tensor.dtype not in WORDS:
             raise ArtifactError(
@@ -275,7 +275,7 @@ class _Opened:
             own_code=own_code,
             step=self._step(module),
         )
-        if rounded and rules.step is None:  # values that were int8 once, and were saved as CSR
+        if rounded and rules.step is None:  # int8 values that were saved again as CSR
             steps = (largest_step(rules, tile) for tile in self._tiles(module, tensor))
             rules = replace(rules, step=max(steps, default=0.0) or 1.0)
         sums = Sums()
@@ -334,12 +334,12 @@ class _Opened:
 
 
 def _check_decibels(told: Figures, name: str, sums: Sums, *, there: bool) -> None:
-    """Hold the figures that a report tells of a weight, or of all, against the bytes.
+    """Compare the figures of a weight, or of all weights, in report.json with the bytes.
 
     Args:
-        told: `sqnr_db_alpha_0`, `sqnr_db_alpha_1` and `residual_kept`.
-        name: of what they are told.
-        sums: what the bytes add up to.
+        told: `sqnr_db_alpha_0`, `sqnr_db_alpha_1` and `residual_kept` of the report.
+        name: of the weight, or `totals`.
+        sums: over the bytes.
         there: ortho is there.
     """
     noise = sums.noise / sums.signal if sums.signal else 0.0
@@ -348,7 +348,7 @@ def _check_decibels(told: Figures, name: str, sums: Sums, *, there: bool) -> Non
     for key, energy in mine.items():
         decibel: float | None = getattr(told, key)
         other = _energy(decibel)
-        # A report's sums are of float32: what ortho leaves of the noise is a difference of two.
+        # A report's sums are of float32, and noise at alpha 1 is a difference of two of them.
         if not abs(energy - other) <= SHARE * max(energy, other) + 1e-6 * noise + 1e-10:
             raise ArtifactError(
                 f"`{name}` has {key} {_decibels(energy)} by its bytes, and {decibel} in "
@@ -363,9 +363,9 @@ def _check_decibels(told: Figures, name: str, sums: Sums, *, there: bool) -> Non
         )
 
 
-def _energy(decibel: object) -> float:
-    """Give noise over signal; None means no noise."""
-    return 10.0 ** (-decibel / 10.0) if isinstance(decibel, int | float) else 0.0
+def _energy(decibel: float | None) -> float:
+    """Return noise over signal; None means no noise."""
+    return 0.0 if decibel is None else 10.0 ** (-decibel / 10.0)
 
 
 def _decibels(energy: float) -> str:

@@ -1,7 +1,7 @@
-"""Recipes: YAML that says what to split and how.
+"""Loading of recipes: YAML files and `--set` to validated settings.
 
-A recipe has `version: 1`. Every key is known (`settings`) or it is an error with file, line and the
-nearest key; nothing in a recipe is code.
+A recipe starts with `version: 1`. A key that `settings` does not list is an error with file, line
+and the nearest known key. A recipe is plain data: nothing in it is run.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ortho_cli.decompose.settings import Override, Recipe
 from ortho_cli.errors import RecipeError, shown
 from ortho_cli.storage.untrusted import read_regular
 
-MAX_BYTES = 100_000
-MAX_DEPTH = 16
+MAX_BYTES = 100_000  # of a recipe: ours have 1,000
+MAX_DEPTH = 16  # of nested YAML, before anything is built from it
 
 Path_ = tuple[str | int, ...]
 
@@ -27,7 +27,7 @@ DEFAULT = Recipe(version=1)
 
 
 def json_schema() -> dict[str, object]:
-    """JSON schema of a recipe, for editors."""
+    """Return the JSON schema of a recipe, for editors."""
     return Recipe.model_json_schema()
 
 
@@ -38,12 +38,12 @@ def recipe_folder() -> Path:
 
 
 def built_in() -> list[str]:
-    """Names of the recipes that come with `ortho`."""
+    """List the recipes that come with `ortho`, by name."""
     return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
 
 
 def load_recipe(source: str | None = None, sets: Sequence[str] = ()) -> Recipe:
-    """Load a recipe and lay `--set key.path=value` over it.
+    """Load a recipe, and apply `--set key.path=value` to it.
 
     Args:
         source: a YAML file, or the name of a recipe that comes with `ortho`; None is the default
@@ -106,7 +106,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-# What PyYAML lets escape when a tag such as !!int stands before something else.
+# Exceptions of PyYAML at a tag such as !!int before a value of another kind.
 _UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError)
 
 
@@ -138,7 +138,7 @@ def _parse(text: str, label: str, where: dict[Path_, str]) -> dict[str, object]:
 
 
 def _check_plain(text: str, label: str) -> None:
-    """Refuse what makes a small file large or deep, before anything is built from it."""
+    """Refuse aliases and deep nesting, which make a small file large, before it is parsed."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent)
@@ -186,7 +186,7 @@ def _assign(data: dict[str, object], where: dict[Path_, str], assignment: str) -
         _check_plain(text, f"`{label}`")
         node = yaml.compose(text, Loader=_Loader)
         for _ in _walk(node, f"`{label}`") if node is not None else ():
-            pass  # raises on keys that stand twice
+            pass  # raises on a key that is set twice
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, RecursionError, *_UNREADABLE):
         raise RecipeError(
@@ -213,7 +213,7 @@ def _assign(data: dict[str, object], where: dict[Path_, str], assignment: str) -
 
 
 def _explain(error: ValidationError, label: str, where: dict[Path_, str]) -> RecipeError:
-    """Turn pydantic's first finding into one sentence with a line and the nearest known key."""
+    """Turn pydantic's first error into one sentence with the line and the nearest known key."""
     first = error.errors()[0]
     # A union reports each branch under a made-up location; keep what is a path in the recipe.
     path = tuple(

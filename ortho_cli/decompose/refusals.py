@@ -1,4 +1,4 @@
-"""What no plan can be made of: quantized sources, other models, settings that do not fit."""
+"""Checks before a plan is made: quantized sources, other models, settings that do not fit."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ortho_cli.storage.checkpoint import Checkpoint, open_checkpoint
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Refuse a source that is an artifact or an adapter, or was quantized by anyone.
+    """Refuse a source that is an artifact, an adapter or quantized.
 
     Raises:
-        CheckpointError: says by what that is seen, and what helps.
+        CheckpointError: names the sign of it, and a way out.
     """
     for shard in checkpoint.shards:
         if artifact.is_ours(shard.metadata):
@@ -33,10 +33,10 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 
 
 def refuse_folder(folder: Path) -> None:
-    """Refuse a folder that transformers is about to load, if it is no plain model.
+    """Refuse a folder that transformers is about to load, if it is an adapter or quantized.
 
     Raises:
-        CheckpointError: it is an adapter or quantized; says by what that is seen, and what helps.
+        CheckpointError: names the sign of it, and a way out.
     """
     refuse_adapter(folder)
     if any(folder.glob("*.safetensors")):
@@ -44,7 +44,7 @@ def refuse_folder(folder: Path) -> None:
 
 
 def check_reference(checkpoint: Checkpoint, reference: Checkpoint) -> None:
-    """Refuse a reference that is of another model, or quantized.
+    """Refuse a reference that is another model, or quantized.
 
     Raises:
         CheckpointError: names the first tensor that differs in dtype or shape.
@@ -67,7 +67,7 @@ def check_reference(checkpoint: Checkpoint, reference: Checkpoint) -> None:
 
 
 def check_compensation(recipe: Recipe, statistics: Statistics | None) -> None:
-    """Refuse to compensate without Gram matrices, or a base that is made otherwise.
+    """Refuse GPTQ without Gram matrices, or together with a split or setting it does not fit.
 
     Raises:
         RecipeError: says what is missing.
@@ -76,12 +76,12 @@ def check_compensation(recipe: Recipe, statistics: Statistics | None) -> None:
     if recipe.ortho.split != "residual":
         raise RecipeError(
             f"base.rounding is {rounding}, and ortho.split is {recipe.ortho.split}",
-            hint="what forgets moves codes from the nearest; use base.rounding nearest",
+            hint="forgetting moves codes away from the nearest; use base.rounding nearest",
         )
     if recipe.base.alone:
         raise RecipeError(
-            f"base.alone is true, and base.rounding is {rounding}: codes that make up for each "
-            "other are worse with some of them put right",
+            f"base.alone is true, and base.rounding is {rounding}: its codes compensate one "
+            "another, and base is worse once ortho corrects some of them",
             hint="ortho.density 0 gives the best base by itself; else leave base.alone out",
         )
     if statistics is None or not statistics.has_gram:
@@ -93,25 +93,25 @@ def check_compensation(recipe: Recipe, statistics: Statistics | None) -> None:
 
 
 def check_global(recipe: Recipe) -> None:
-    """Refuse one budget for all tensors where it would mean nothing.
+    """Refuse one budget for all tensors where saliencies of different tensors do not compare.
 
     Raises:
-        RecipeError: positions are forgotten ones, or saliencies of tensors do not compare.
+        RecipeError: the recipe forgets or has a reference, or selects by the residual alone.
     """
     if recipe.ortho.split != "residual":
         raise RecipeError(
             f"ortho.budget is global, and ortho.split is {recipe.ortho.split}",
-            hint="what forgets needs room in every tensor; use ortho.budget per-tensor",
+            hint="this split needs room in every tensor; use ortho.budget per-tensor",
         )
     if recipe.saliency.kind != "curvature":
         raise RecipeError(
             f"ortho.budget is global, and saliency.kind is {recipe.saliency.kind}",
-            hint="only curvature says what a weight of one layer is worth in another: --stats FILE",
+            hint="only curvature compares weights of different layers: --stats FILE",
         )
 
 
 def check_values(recipe: Recipe) -> None:
-    """Refuse int8 values where no layout holds them, or where they would not be exact enough.
+    """Refuse int8 values in a layout that has none, or where values must be exact.
 
     Raises:
         RecipeError: the layout is CSR, or the recipe forgets.
@@ -124,5 +124,5 @@ def check_values(recipe: Recipe) -> None:
     if recipe.ortho.values == "int8" and recipe.forgets:
         raise RecipeError(
             f"ortho.values is int8, and ortho.split is {recipe.ortho.split}",
-            hint="what was moved to forget must come back exactly; use ortho.values source",
+            hint="alpha 1 must restore what was forgotten exactly; use ortho.values source",
         )

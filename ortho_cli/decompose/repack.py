@@ -9,6 +9,7 @@ kill loses nothing: the next run encodes again, and one matrix has one encoding.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,15 +17,17 @@ from torch import Tensor
 
 from ortho_cli.decompose.plan import Plan, SplitTensor
 from ortho_cli.decompose.readback import ReadBack
-from ortho_cli.decompose.workers import Entry
-from ortho_cli.errors import NumericalError
+from ortho_cli.decompose.record import TensorRecord
+from ortho_cli.errors import InternalError, NumericalError
 from ortho_cli.formats import artifact, compact
-from ortho_cli.formats.artifact import ORTHO_FILE, module_of
+from ortho_cli.formats.artifact import module_of
 from ortho_cli.formats.compact import Integers
 from ortho_cli.formats.curvature import Curvature
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.split import quantize
 from ortho_cli.split.quantize import as_bytes
+from ortho_cli.split.task import Buffers, Figures
+from ortho_cli.split.torch_kernel import curvature_of
 from ortho_cli.storage.data_file import DataFile, Layout, TensorSpec, TensorStream, plan_layout
 from ortho_cli.storage.sealing import OrthoFile
 
@@ -43,17 +46,17 @@ class Repacker:
     def run(
         self,
         make: Callable[[Layout], OrthoFile],
-        entries: list[Entry],
+        records: list[TensorRecord],
         metadata: dict[str, str],
-    ) -> tuple[OrthoFile, Layout, list[Entry]]:
+    ) -> tuple[OrthoFile, Layout, list[TensorRecord]]:
         """Write the tensors of ortho.safetensors.
 
         Args:
             make: makes the file.
-            entries: the journal's, one for each tensor of the plan.
+            records: one for each tensor of the plan.
             metadata: of the file.
         Returns:
-            The file, its layout, and the entries with what is true of it: digests, `columns`, and
+            The file, its layout, and the records with what is true of it: digests, `columns`, and
             with int8 values what rounding them costs.
         Raises:
             NumericalError: an int8 value stands for a weight that the source's dtype cannot hold.
@@ -62,10 +65,8 @@ class Repacker:
         layout = plan_layout((s for t in self._plan.split for s in self._specs(t)), metadata)
         output = make(layout)
         told = [
-            entry | self._encode(tensor, entry, output)
-            if isinstance(tensor, SplitTensor)
-            else entry
-            for tensor, entry in zip(self._plan.tensors, entries, strict=True)
+            self._encode(tensor, record, output) if isinstance(tensor, SplitTensor) else record
+            for tensor, record in zip(self._plan.tensors, records, strict=True)
         ]
         return output, layout, told
 
@@ -83,15 +84,14 @@ class Repacker:
             others=int(found.counts.sum(dtype=np.int64)),
         )
 
-    def _encode(self, tensor: SplitTensor, entry: Entry, output: OrthoFile) -> Entry:
-        """Write a tensor's parts; return what changes of its entry."""
+    def _encode(self, tensor: SplitTensor, record: TensorRecord, output: OrthoFile) -> TensorRecord:
+        """Write a tensor's parts; return its record with what is true of them."""
         crow, column = self._written.positions(tensor)
-        values = self._written.values(tensor)
-        changed: Entry = {}
+        values, figures = self._written.values(tensor), record.figures
         more: dict[str, Tensor] = {}
-        if self._rounded:
+        if self._rounded and figures is not None:
             values, more["value_step"], lost = self._round(tensor, crow, column, values)
-            changed = self._figures(tensor, entry, crow, column, lost)
+            figures = self._figures(tensor, figures, crow, column, lost)
         parts = compact.encode(crow, column, values, _shape(tensor)) | more
         digests = {}
         for part, value in parts.items():
@@ -100,9 +100,8 @@ class Repacker:
             stream = TensorStream(output, key)
             stream.write(raw)
             digests[key] = stream.finish()
-        changed["columns"] = parts["columns"].numel()
-        changed["blake3"] = entry["blake3"] | {ORTHO_FILE: digests}
-        return changed
+        columns = parts["columns"].numel()
+        return replace(record, figures=figures, columns=columns, ortho=digests)
 
     def _round(
         self, tensor: SplitTensor, crow: Integers, column: Integers, values: Tensor
@@ -126,17 +125,25 @@ class Repacker:
         return codes, step, values.float() - back.float()
 
     def _figures(
-        self, tensor: SplitTensor, entry: Entry, crow: Integers, column: Integers, lost: Tensor
-    ) -> Entry:
+        self,
+        tensor: SplitTensor,
+        figures: Figures,
+        crow: Integers,
+        column: Integers,
+        lost: Tensor,
+    ) -> Figures:
         """Take what rounding cost from what was thought to be kept exactly."""
-        cost = {"noise_kept": float(lost.double().square().sum())}
-        weighted = cost["noise_kept"]
-        if self._curvature is not None:
+        plain = weighted = float(lost.double().square().sum())
+        kept, delta = figures.curvature_noise_kept, figures.delta_kept
+        if self._curvature is not None and kept is not None:
             weighted = self._weigh(self._curvature, tensor, crow, column, lost)
-            cost["curvature_noise_kept"] = weighted
-        if "delta_kept" in entry:
-            cost["delta_kept"] = weighted
-        return {key: entry[key] - part for key, part in cost.items()}
+            kept -= weighted
+        return replace(
+            figures,
+            noise_kept=figures.noise_kept - plain,
+            curvature_noise_kept=kept,
+            delta_kept=None if delta is None else delta - weighted,
+        )
 
     def _weigh(
         self,
@@ -148,11 +155,15 @@ class Repacker:
     ) -> float:
         """Sum squares of what was lost times curvature, in float64."""
         curvature, total = Curvature(reader, tensor.name), 0.0
-        scratch, places = quantize.Scratch(), torch.from_numpy(column)
+        room, scratch, places = Buffers(), quantize.Scratch(), torch.from_numpy(column)
         for start, stop, row in self._tiles(tensor, crow):
             here = slice(int(crow[start]), int(crow[stop]))
             scratch.reset()
-            _, root = curvature.sample([start], stop - start, empty=scratch)
+            _, root = curvature_of(curvature.peek([start], stop - start, room), empty=scratch)
+            if root is None:
+                raise InternalError(
+                    f"the curvature of `{tensor.name}` has neither words nor vectors"
+                )
             mine = root[places[here]] if root.ndim == 1 else root[row, places[here]]
             total += float((mine * lost[here]).double().square().sum())
         return total

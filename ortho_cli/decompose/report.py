@@ -5,7 +5,8 @@
     residual_kept   = noise_kept / noise
 
 signal is the sum of W^2, noise that of (W - base)^2, and noise_kept the part of noise at the
-positions that ortho holds.
+positions that ortho holds. The same ratio for what selects is saliency_kept; curvature_error is the
+sum of (W - base)^2 times curvature. With int8 values, figures at alpha 1 include their rounding.
 """
 
 from __future__ import annotations
@@ -14,72 +15,20 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
-from typing import Any
 
 from ortho_cli.decompose.plan import CopyTensor, Plan, SplitTensor, TensorPlan
+from ortho_cli.decompose.record import TensorRecord
 from ortho_cli.decompose.roles import is_embedding
 from ortho_cli.decompose.selection import stacked_experts
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import module_of
 from ortho_cli.formats.quantization_config import quantization_config
+from ortho_cli.formats.report import Figures as Quality
 from ortho_cli.model.renames import rename_modules
+from ortho_cli.split.task import Figures
 from ortho_cli.storage.data_file import Layout, TensorSpec
 from ortho_cli.storage.tied import tied_head
 from ortho_cli.version import __version__
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
-    """Sums over one weight, as its journal line holds them."""
-
-    signal: float
-    noise: float
-    noise_kept: float
-    curvature_noise: float | None = None  # noise times curvature; with statistics
-    curvature_noise_kept: float | None = None
-    delta: float | None = None  # (source - reference)^2; with a reference
-    delta_kept: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorRecord:
-    """What was read and written of one source tensor."""
-
-    source_blake3: str
-    base: Mapping[str, str]  # key of a tensor of the artifact -> BLAKE3
-    ortho: Mapping[str, str]
-    figures: Figures | None  # of a weight that was split
-    columns: int | None  # that a compact ortho holds whole
-
-    @property
-    def digests(self) -> dict[str, Mapping[str, str]]:
-        """Digests by file."""
-        ortho = {artifact.ORTHO_FILE: self.ortho} if self.ortho else {}
-        return {artifact.BASE_FILE: self.base, **ortho}
-
-
-def record_of(line: Mapping[str, Any]) -> TensorRecord:
-    """Read a journal line."""
-    measured = {one.name: line[one.name] for one in fields(Figures) if one.name in line}
-    return TensorRecord(
-        source_blake3=line["source_blake3"],
-        base=line["blake3"][artifact.BASE_FILE],
-        ortho=line["blake3"].get(artifact.ORTHO_FILE, {}),
-        figures=Figures(**measured) if measured else None,
-        columns=line.get("columns"),
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quality:
-    """Figures of one weight or of all; with int8 values they include what rounding those costs."""
-
-    sqnr_db_alpha_0: float | None  # dB; None where there is no error
-    sqnr_db_alpha_1: float | None
-    residual_kept: float | None  # noise at alpha 1 is (1 - residual_kept) of that at alpha 0
-    curvature_error_alpha_0: float | None  # sum of residual^2 times curvature; None without it
-    curvature_error_alpha_1: float | None
-    saliency_kept: float | None  # the same share of what selects
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +48,7 @@ class SplitReport:
             "scale": self.scale,
             "nnz": self.nnz,
             **({} if self.columns is None else {"columns": self.columns}),
-            **asdict(self.quality),
+            **self.quality.model_dump(),
         }
 
 
@@ -164,7 +113,7 @@ class Totals:
         """Give the section `totals`."""
         parts = ("quality", "reference")
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in parts}
-        return own | asdict(self.quality) | (asdict(self.reference) if self.reference else {})
+        return own | self.quality.model_dump() | (asdict(self.reference) if self.reference else {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +164,9 @@ def make_config(plan: Plan, config: Mapping[str, object]) -> dict[str, object]:
         module = module_of(tensor.name)
         stacked = stacked_experts(tensor.source, tensor.reason)
         if stacked is not None:
-            unsplit.add(f"{stacked}.0.gate_proj")  # what vLLM asks for, whatever lies there
+            unsplit.add(
+                f"{stacked}.0.gate_proj"
+            )  # the name that vLLM looks up, whatever its own is
         elif len(tensor.source.shape) == 2:
             (others if is_embedding(module) else unsplit).add(module)
     head = tied_head(config)

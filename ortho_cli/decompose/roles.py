@@ -1,4 +1,4 @@
-"""What a weight is by its path and shape: embedding, output head, router, norm, or none of these.
+"""Roles of weights, by path and shape: embedding, output head, router, norm, or none of these.
 
 Every part of a path counts, not the last alone: `router.layer` is a router, `embed_tokens.0` an
 embedding, `lm_head.decoder` a head. A word that other layers use too (`output`, `gate`) counts
@@ -23,7 +23,7 @@ Role = Literal["embedding", "output head", "router", "norm", "embedding or outpu
 
 _ANY_CASE = re.IGNORECASE
 
-# Parts that name the thing wherever they stand.
+# Parts of a path that tell the role at any depth.
 _HEAD = re.compile(
     r"(?<![^_])heads?$|_embed_?out$|^embed_out$|unembed|(bbox|class)_embed$|classifi"
     r"|^(score|cls|qa_outputs|lm_loss|pred_layer|log_softmax)$|^logits|^vocab_|_predictions$"
@@ -35,13 +35,13 @@ _EMBEDDING = re.compile(
     r"embed|^(wte|wpe|shared)$|(^|_)embs?(_|$)|relative_attention_bias|^codebooks?$", _ANY_CASE
 )
 _NORM = re.compile(r"norm(?!al)|^ln(_|\d|$)", _ANY_CASE)
-# Parts that do so only at the end: nn.Embedding holds learned tokens and queries, too.
+# Parts that tell it only at the end: nn.Embedding also holds learned tokens and queries.
 _EMBEDDING_LEAF = re.compile(
     r"(^|_)tokens?$|^(reference_points|query_feat|queries_features)$", _ANY_CASE
 )
 # Whole paths, behind any prefix: CTRL and Inkling name their embeddings so.
 _EMBEDDING_PATH = re.compile(r"(^|\.)(transformer\.w|audio(_tower)?\.encoder)$|^w$")
-# Heads outside the layers whose last part means something else elsewhere.
+# Last parts that mean a head outside the layers, and something else inside.
 _WEAK_HEAD = re.compile(
     r"^(output|proj_out|output_layer|output_projection|decoder|predictions)$", _ANY_CASE
 )
@@ -56,22 +56,22 @@ _TOKEN_EMBEDDING = re.compile(
 
 _VOCABULARY_KEY = re.compile(r"vocab.*size|^n_vocab$|codebook_size|^vocab$")
 _ONE_EXPERT = re.compile(r"experts?[._]\d+\.", _ANY_CASE)
-# Keys of what can be the width of a matrix. That `embedding_size` or a token's number equals the
-# vocabulary says nothing of matrices.
+# Keys of sizes that a matrix can be wide. `embedding_size` and numbers of tokens are none, even
+# where they equal the vocabulary.
 _WIDTH_KEY = re.compile(
     r"hidden|(^|_)dim|d_model|width|d_ff|intermediate|ffn|n_embd|inner|channels"
 )
 _EXPERTS_KEY = re.compile(r"(?<!shared_)experts$")
-_FEW = 1000  # tokens; below that a width of the model is too easily taken for a vocabulary
+_FEW = 1000  # tokens; a smaller vocabulary is easily a width of the model, too
 _DEEPEST = 4  # levels of config.json that are read; transformers nests three
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What config.json and the other tensors say of a model.
+    """Sizes of a model that config.json and the other tensors tell.
 
-    `vocabularies` are numbers of tokens, none of them a width of the model, too. `experts` has the
-    number of experts of each module that holds some.
+    `vocabularies` are numbers of tokens that are no width of the model. `experts` has the numbers
+    of experts that each module may have.
     """
 
     vocabularies: frozenset[int] = frozenset()
@@ -82,7 +82,7 @@ UNKNOWN = Sizes(experts={})
 
 
 def read_sizes(config: Mapping[str, object] | None, tensors: Iterable[TensorInfo]) -> Sizes:
-    """Learn how many tokens and experts a model has.
+    """Read how many tokens and experts a model has.
 
     Args:
         config: config.json, if there is one.
@@ -124,7 +124,7 @@ def expert_counts(config: Mapping[str, object] | None) -> frozenset[int]:
 
 
 def role_of(module: str, shape: tuple[int, ...], sizes: Sizes = UNKNOWN) -> Role | None:
-    """Say what a 2-D weight is, if it is no Linear of the model's body.
+    """Give the role of a 2-D weight; None for a Linear of the model's body.
 
     Args:
         module: path of the module, such as `model.layers.0.mlp.gate`.
@@ -149,7 +149,7 @@ def role_of(module: str, shape: tuple[int, ...], sizes: Sizes = UNKNOWN) -> Role
 
 
 def named_role(module: str) -> Role | None:
-    """Say what a weight is by its path alone.
+    """Give the role of a weight by its path alone.
 
     Args:
         module: path of the module.
@@ -158,7 +158,7 @@ def named_role(module: str) -> Role | None:
 
 
 def is_embedding(module: str) -> bool:
-    """Tell a table of embeddings by its module's own name: no reader can have it quantized."""
+    """Tell whether a module's own name is an embedding's, which no reader takes quantized."""
     parts = _parts(module)
     return _role_by_name(parts) == "embedding" and bool(
         _EMBEDDING.search(parts.leaf)
@@ -168,7 +168,7 @@ def is_embedding(module: str) -> bool:
 
 
 def _numbers(config: Mapping[str, object], depth: int = 0) -> Iterator[tuple[str, int]]:
-    """Walk the integers of config.json, and of lists of them."""
+    """Yield the integers of config.json with their keys, also those in lists."""
     for key, value in config.items():
         if isinstance(value, dict) and depth < _DEEPEST:
             yield from _numbers(value, depth + 1)
@@ -179,10 +179,10 @@ def _numbers(config: Mapping[str, object], depth: int = 0) -> Iterator[tuple[str
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """A path, taken apart: names without numbers, and whether a numbered layer holds it."""
+    """A path in parts: names without numbers, and whether it is inside a numbered layer."""
 
     names: tuple[str, ...]
-    depth: tuple[int, ...]  # of each name: how many names follow the first number behind it
+    depth: tuple[int, ...]  # of each name: the count of names after the first number behind it
     in_layer: bool
 
     @property
@@ -208,17 +208,18 @@ def _parts(module: str) -> _Parts:
 
 @lru_cache(maxsize=1 << 14)  # layers share their parts
 def _role_by_name(parts: _Parts) -> Role | None:
-    """Judge by words that mean the same everywhere; a stack of layers is its own thing.
+    """Give the role by words that mean the same everywhere.
 
-    `image_embed.encoder.layers.0.attn.q_proj` is no embedding: whole blocks follow the word.
+    A word does not count before a stack of layers: `image_embed.encoder.layers.0.attn.q_proj` is no
+    embedding.
     """
-    near = [name for name, depth in zip(parts.names, parts.depth, strict=True) if depth < 2]
-    if any(_ROUTER.search(name) for name in near):
+    words = [name for name, depth in zip(parts.names, parts.depth, strict=True) if depth < 2]
+    if any(_ROUTER.search(name) for name in words):
         return "router"
-    if any(_HEAD.search(name) for name in near) and not _is_attention_head(parts):
+    if any(_HEAD.search(name) for name in words) and not _is_attention_head(parts):
         return "output head"
     if (
-        any(_EMBEDDING.search(name) for name in near)
+        any(_EMBEDDING.search(name) for name in words)
         or _EMBEDDING_LEAF.search(parts.leaf)
         or _EMBEDDING_PATH.search(".".join(parts.names))
     ):
@@ -229,14 +230,14 @@ def _role_by_name(parts: _Parts) -> Role | None:
 
 
 def _is_attention_head(parts: _Parts) -> bool:
-    """Tell Funnel's `attention.q_head`, a projection, from a value head."""
+    """Tell whether a head is an attention's projection, as Funnel's `attention.q_head` is."""
     return bool(_PROJECTION_HEAD.search(parts.leaf)) and any(
         _ATTENTION.search(name) for name in parts.names
     )
 
 
 def _is_gate(parts: _Parts, rows: int, columns: int) -> bool:
-    """Tell a router that is called `gate` from the gate of a gated MLP, which is not narrow."""
+    """Tell whether a `gate` is a router: a gated MLP's gate has more rows than columns."""
     return (
         rows < columns
         and any(name.lower() == "gate" for name in parts.names[-3:])
@@ -245,7 +246,7 @@ def _is_gate(parts: _Parts, rows: int, columns: int) -> bool:
 
 
 def _routes(module: str, parts: _Parts, rows: int, sizes: Sizes) -> bool:
-    """Tell a router by what stands beside it: experts, as many as it has rows."""
+    """Tell whether a weight is a router: it has one row for each expert beside it."""
     if _PROJECTION.search(parts.leaf) or _EXPERTS.search(f"{module}."):
         return False
     above = module.rpartition(".")[0]
@@ -254,7 +255,7 @@ def _routes(module: str, parts: _Parts, rows: int, sizes: Sizes) -> bool:
 
 
 def _is_padded(size: int, *, of: frozenset[int]) -> bool:
-    """Tell a number of tokens that was filled up to a multiple of 64, as trainers do."""
+    """Tell whether a size is a vocabulary that was padded to a multiple of 64."""
     return size % 64 == 0 and any(
         0 < size - known < known // 64 + 64 for known in of if known > _FEW
     )

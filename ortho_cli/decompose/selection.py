@@ -1,4 +1,7 @@
-"""Selection: which tensors are split and how, and of the others why not. Headers only."""
+"""Selection of tensors: which are split, with which settings, and why the others are not.
+
+It reads headers and config.json only. `roles` tells embeddings, heads, routers and norms.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ _SIBLINGS = {leaf: group for group in FUSED_SIBLINGS for leaf in group}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
-    """What judging one tensor needs of the whole checkpoint."""
+    """Facts of the whole checkpoint that decide on one tensor."""
 
     names: frozenset[str]
     config: Mapping[str, object] | None
@@ -81,15 +84,15 @@ def _read_source(checkpoint: Checkpoint, *, conv1d: bool) -> _Source:
 def select(
     checkpoint: Checkpoint, recipe: Recipe, *, conv1d: bool = False
 ) -> dict[str, str | None]:
-    """Give every tensor the reason why it is not split; None means that it is.
+    """Give the reason why each tensor is not split; None for those that are.
 
     Args:
         checkpoint: the source's index.
         recipe: validated settings.
-        conv1d: count Conv1D as Linears, for work that does not write base.
+        conv1d: take Conv1D for Linears, in work that does not write base.
     Raises:
-        RecipeError: a target matches nothing that can be split, or siblings would differ.
-        CheckpointError: weights that should be split cannot be, or nothing is left to split.
+        RecipeError: a target matches nothing that can be split, or one of fused weights is split.
+        CheckpointError: weights that should be split cannot be, or there is nothing to split.
     """
     source = _read_source(checkpoint, conv1d=conv1d)
     reasons: dict[str, str | None] = {}
@@ -110,7 +113,7 @@ def select(
             reason = "no target matches"
         if reason is None:
             hit.update(wanted)
-        # Stacked experts are most of a model: never passed over in silence, whatever the targets.
+        # Stacked experts are most of a model, so they are never skipped in silence.
         if unfit is not None and (recipe.targets is None or wanted or "experts" in unfit):
             unsupported.append((tensor, unfit))
         reasons[tensor.name] = reason
@@ -154,7 +157,7 @@ def _near_names(pattern: str, checkpoint: Checkpoint) -> str:
 
 
 def conv1d_names(checkpoint: Checkpoint) -> frozenset[str]:
-    """Name the weights stored (in, out): by model type, or betrayed by a bias that long."""
+    """Name the weights stored (in, out), by model type or by the length of a bias."""
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
     typed = str((checkpoint.config or {}).get("model_type")) in CONV1D_MODEL_TYPES
     found, betrayed = set(), False
@@ -173,7 +176,7 @@ def conv1d_names(checkpoint: Checkpoint) -> frozenset[str]:
 
 
 def _unsupported(tensor: TensorInfo, source: _Source) -> str | None:
-    """Say why a weight that a user would expect to be split cannot be."""
+    """Say why a weight cannot be split that a user would expect to be."""
     stacked = _stacked(tensor, source.experts)
     if stacked is not None:
         return stacked
@@ -189,7 +192,7 @@ def _unsupported(tensor: TensorInfo, source: _Source) -> str | None:
 
 
 def _stacked(tensor: TensorInfo, counts: frozenset[int]) -> str | None:
-    """Tell several Linears in one tensor, which are most of a model, from other odd shapes."""
+    """Say how a tensor stacks Linears, which are most of a model; None for other odd shapes."""
     module, shape = module_of(tensor.name), tensor.shape
     if len(shape) not in (2, 3) or min(shape[-2:]) < MIN_IN_FEATURES:
         return None
@@ -205,10 +208,10 @@ def _stacked(tensor: TensorInfo, counts: frozenset[int]) -> str | None:
 
 
 def stacked_experts(tensor: TensorInfo, reason: str) -> str | None:
-    """Name the module that holds the experts stacked in this tensor; None if it holds none.
+    """Name the module of the experts stacked in a tensor; None if it stacks none.
 
     Args:
-        tensor: a tensor that is carried over.
+        tensor: one that is not split.
         reason: why it is not split.
     """
     module = module_of(tensor.name)
@@ -221,10 +224,9 @@ def stacked_experts(tensor: TensorInfo, reason: str) -> str | None:
 
 
 def _refuse_swapped_experts(checkpoint: Checkpoint, reasons: Mapping[str, str | None]) -> None:
-    """Refuse stacked experts that no reader of an INT4 folder looks for.
+    """Refuse the stacked experts of a Llama 4, which no reader of an INT4 folder looks for.
 
-    As soon as a Llama 4 is quantized, transformers builds one Linear for each expert, and would
-    leave all of them random.
+    transformers builds one Linear per expert of a quantized Llama 4, and would leave it random.
     """
     levels = strict_json.levels(checkpoint.config)
     if not any(str(level.get("model_type")).startswith("llama4") for level in levels):
@@ -260,7 +262,7 @@ def _unsupported_error(
 
 
 def _obstacle(tensor: TensorInfo, source: _Source) -> str | None:
-    """Say why a tensor can never be split, whatever the recipe."""
+    """Say why no recipe can split a tensor; None if one can."""
     if not tensor.numel:
         return "no elements"
     if len(tensor.shape) != 2:
@@ -289,7 +291,7 @@ def _is_tied(module: str, shape: tuple[int, ...], source: _Source) -> bool:
 
 
 def not_by_default(module: str, shape: tuple[int, ...], sizes: Sizes = UNKNOWN) -> str | None:
-    """Say why a Linear is not split unless a target asks for it.
+    """Say why a Linear is not split by default, but only by a target; None if it is.
 
     Args:
         module: path of the module.
@@ -310,7 +312,7 @@ def _count(reasons: dict[str, str | None]) -> str:
 
 
 def _siblings(name: str) -> Iterator[str]:
-    """Name the weights that vLLM fuses with this one, itself among them."""
+    """Yield the names of the weights that vLLM fuses into one matrix, this one included."""
     parent, _, leaf = module_of(name).rpartition(".")
     for other in _SIBLINGS.get(leaf, ()):
         yield f"{parent}.{other}.weight".removeprefix(".")
@@ -329,19 +331,22 @@ def _check_siblings(reasons: dict[str, str | None]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSettings:
-    """How one tensor is split."""
+    """Settings of one tensor, overrides included."""
 
-    bits: int
+    bits: int  # per code
     scale: Scale
     density: float
-    own_density: bool  # an override says it
+    own_density: bool  # set by an override
 
 
-_compiled: tuple[list[Override], Patterns] = ([], Patterns(()))  # of the recipe asked for last
+_compiled: tuple[list[Override], Patterns] = (
+    [],
+    Patterns(()),
+)  # overrides of the last recipe that was asked for
 
 
 def _overrides(recipe: Recipe, name: str) -> list[Override]:
-    """Name the overrides that a tensor's name fits, in the recipe's order."""
+    """List the overrides that match a tensor's name, in the recipe's order."""
     global _compiled
     known, patterns = _compiled
     if known is not recipe.overrides:
@@ -351,7 +356,7 @@ def _overrides(recipe: Recipe, name: str) -> list[Override]:
 
 
 def tensor_settings(recipe: Recipe, name: str) -> TensorSettings:
-    """Lay the overrides that match over what the recipe says of all tensors; later ones win."""
+    """Merge the settings of all tensors with the overrides that match; later ones win."""
     bits, scale, density = recipe.base.bits, recipe.base.scale, recipe.ortho.density
     own = False
     for override in _overrides(recipe, name):
@@ -369,7 +374,7 @@ def check_overrides(recipe: Recipe, split: Mapping[str, TensorInfo]) -> None:
         recipe: validated settings.
         split: the tensors that are split, by name.
     Raises:
-        RecipeError: an override matches nothing; siblings would have different bits; 3 bits where
+        RecipeError: an override matches nothing; fused weights would differ in bits; 3 bits where
             in_features does not divide by 32.
     """
     used = {id(override) for name in split for override in _overrides(recipe, name)}

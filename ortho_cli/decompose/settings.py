@@ -1,4 +1,4 @@
-"""What a recipe can say: every key, its type, its default and what it means, as strict data."""
+"""Settings of a recipe: every key with its type, default and meaning, as strict pydantic models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-GROUP_SIZES = (128, 64, 32)  # what `auto` chooses from, largest first; what vLLM's kernels take
+GROUP_SIZES = (128, 64, 32)  # of `auto`, largest first: those that vLLM's kernels take
 
 
 class _Strict(BaseModel):
@@ -56,11 +56,11 @@ Split = Literal["residual", "isolate", "unlearn", "reference"]
 
 
 class Base(_Strict):
-    """The dense stream."""
+    """Base: the dense stream."""
 
     bits: Bits = Field(
         4,
-        description="Of a code. 4 is what every reader takes. 3 makes base a quarter smaller, for "
+        description="Per code. Every reader takes 4. 3 makes base a quarter smaller, for "
         "transformers with compressed-tensors >= 0.18: vLLM's Marlin takes 4 and 8 bits only.",
     )
     group_size: GroupSize = Field(
@@ -86,7 +86,7 @@ class Base(_Strict):
 
 
 class Ortho(_Strict):
-    """The sparse stream."""
+    """Ortho: the sparse stream."""
 
     density: Density = Field(
         0.005, description="Share of each split tensor's weights kept in full precision."
@@ -114,7 +114,7 @@ class Ortho(_Strict):
 
 
 class Saliency(_Strict):
-    """What selects a weight for the ortho stream."""
+    """The measure that selects weights for ortho."""
 
     kind: Literal["residual", "curvature"] | None = Field(
         None,
@@ -124,7 +124,7 @@ class Saliency(_Strict):
 
 
 class Calibrate(_Strict):
-    """How curvature is measured."""
+    """Measuring of curvature, by `ortho calibrate`."""
 
     curvature: Literal["fisher", "true-fisher", "gram"] = Field(
         "fisher",
@@ -133,7 +133,7 @@ class Calibrate(_Strict):
     )
     unit: Literal["sequence", "token"] = Field(
         "sequence",
-        description="What is squared before it is summed: a sequence's gradient, or a token's.",
+        description="Gradients are squared per sequence, or per token, before they are summed.",
     )
     samples: Count = Field(128, description="Sequences of the retain set that are measured.")
     length: Count = Field(512, description="Tokens of a packed sequence, and most of any other.")
@@ -160,24 +160,26 @@ class Calibrate(_Strict):
     )
 
     def canonical(self) -> dict[str, object]:
-        """Spell out what statistics depend on; what asks for nothing more is left out.
+        """List the settings that statistics depend on.
 
-        So files without the matrix keep the bytes that they had before there was a choice.
+        Those of the Gram matrix are left out where there is none, so that such files have the same
+        bytes as before these keys existed.
         """
         unused = {"gram", "weighting"} if self.gram == "none" else set()
         return self.model_dump(mode="json", exclude=unused)
 
 
 class Tune(_Strict):
-    """How codes and scales learn, with base.rounding tuned."""
+    """Learning of codes and scales, with base.rounding tuned."""
 
     steps: Count = Field(100, description="Steps of sign descent that each block takes.")
     rate: Positive = Field(
-        0.008, description="Codes that the first step moves each weight by; it falls to 0."
+        0.008,
+        description="How far the first step moves each weight, in codes; the rate falls to 0.",
     )
     scale_rate: NotNegative = Field(
         0.002,
-        description="Share of itself that the first step changes each scale by; it falls, too.",
+        description="Share by which the first step changes each scale; this rate falls to 0, too.",
     )
     batch: Count = Field(4, description="Sequences of one step.")
     samples: Count = Field(128, description="Sequences of the data, a multiple of `batch`.")
@@ -186,12 +188,14 @@ class Tune(_Strict):
 
 
 class Forget(_Strict):
-    """How codes of base are moved so that it forgets; of use to isolate and unlearn."""
+    """Moving of codes so that base forgets, with ortho.split isolate or unlearn."""
 
     share: Density = Field(
-        0.001, description="isolate: most of all split weights whose codes move."
+        0.001, description="isolate: the largest share of split weights whose codes move."
     )
-    rounds: Count = Field(40, description="Most rounds of isolate, and of unlearn's last touch.")
+    rounds: Count = Field(
+        40, description="The largest number of rounds of isolate, which also ends unlearn."
+    )
     fill: Literal["step", "zero", "mean"] = Field(
         "step",
         description="Where isolate moves a code: step, the next one up or down; zero, or mean, of "
@@ -205,7 +209,7 @@ class Forget(_Strict):
     attack_steps: Annotated[int, Field(ge=1, le=127)] = Field(  # they are counted in int8
         10, description="unlearn: fine-tuning steps of the attacker inside the loop."
     )
-    attack_rate: Positive = Field(5e-5, description="What each of them moves every parameter by.")
+    attack_rate: Positive = Field(5e-5, description="How far each of them moves every parameter.")
     ceiling: Positive = Field(
         1.7,
         description="unlearn: how many times their NLL alternatives may rise, and secrets follow.",
@@ -229,7 +233,7 @@ class Forget(_Strict):
 
 
 class BaseOverride(_Strict):
-    """What may differ between tensors in base; readers take one group_size."""
+    """Settings of base that may differ between tensors; readers take one group_size."""
 
     bits: Bits | None = Field(
         None,
@@ -240,7 +244,7 @@ class BaseOverride(_Strict):
 
 
 class OrthoOverride(_Strict):
-    """What may differ between tensors in ortho."""
+    """Settings of ortho that may differ between tensors."""
 
     density: Density | None = None
 
@@ -278,28 +282,28 @@ class Recipe(_Strict):
     overrides: list[Override] = []
 
     def canonical(self) -> dict[str, object]:
-        """Spell out every setting that a decomposition's bytes depend on, defaults included."""
+        """List every setting that a decomposition's bytes depend on, defaults included."""
         unused = {"calibrate"} if self.forgets else {"calibrate", "forget"}
         if self.base.rounding != "tuned":
             unused.add("tune")
         found = self.model_dump(mode="json", exclude=unused)
         for override in found["overrides"]:
-            if override["base"]["bits"] is None:  # as before there was this key: the same bytes
+            if override["base"]["bits"] is None:  # the bytes are those of before this key existed
                 del override["base"]["bits"]
         if not self.base.alone:
             del found["base"]["alone"]
         if self.ortho.layout == "csr":
-            del found["ortho"]["layout"]  # as before there was this key
+            del found["ortho"]["layout"]  # likewise
         return found
 
     @property
     def compensates(self) -> bool:
-        """Whether codes make up for each other's errors."""
+        """Whether each column's codes compensate the errors of those before it."""
         return self.base.rounding != "nearest"
 
     @property
     def forgets(self) -> bool:
-        """Whether secrets of a forget set are taken out of base."""
+        """Whether base forgets the secrets of a forget set."""
         return self.ortho.split in ("isolate", "unlearn")
 
 
@@ -315,7 +319,7 @@ def fold_names(names: Collection[str], others: Collection[str]) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for name in sorted(names):
         parts = re.split(r"(?<![A-Za-z0-9])(\d+)(?![A-Za-z0-9])", name)
-        # `[.]` and not a backslash, which shells, YAML and JSON each take for their own.
+        # `[.]` rather than a backslash, which shells, YAML and JSON each interpret.
         folded = "".join(
             "[0-9]+" if i % 2 else re.sub(r"[^\w/:-]", lambda found: f"[{found[0]}]", part)
             for i, part in enumerate(parts)
@@ -330,16 +334,16 @@ def fold_names(names: Collection[str], others: Collection[str]) -> list[str]:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Tell whether a name fits an exact name, a glob, or `re:` (matched from the start)."""
+    """Tell whether a name matches an exact name, a glob, or `re:` (from the start of the name)."""
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
     return pattern == name or fnmatch.fnmatchcase(name, pattern)
 
 
 class Patterns:
-    """Patterns of a recipe, compiled once; those that are exact names cost nothing to look up.
+    """Patterns of a recipe, compiled once; exact names are looked up in a table.
 
-    A recipe that a program wrote can name tens of thousands of tensors one by one.
+    A recipe that a program wrote can name tens of thousands of tensors.
     """
 
     def __init__(self, patterns: Sequence[str]) -> None:
@@ -357,11 +361,11 @@ class Patterns:
                 self._open.append((number, re.compile(pattern[3:])))
 
     def numbers(self, name: str) -> list[int]:
-        """Tell which patterns a name fits, in the order given, counted from 0."""
+        """List the numbers of the patterns that a name matches, from 0, in order."""
         found = set(self._exact.get(name, ()))
         found.update(number for number, pattern in self._open if pattern.match(name))
         return sorted(found)
 
     def matching(self, name: str) -> list[str]:
-        """Tell which patterns a name fits."""
+        """List the patterns that a name matches."""
         return [self._patterns[number] for number in self.numbers(name)]

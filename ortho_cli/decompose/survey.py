@@ -1,9 +1,9 @@
-"""The counts of a survey, kept beside half-done work so that a run that goes on takes them again.
+"""The file survey.json: the counts of a survey, which a resumed run reads instead of all weights.
 
-`budget` surveys a checkpoint, which reads every weight once, before anything is written. What it
-counted lies in the work folder as JSON, and the journal's first line holds the BLAKE3 of that file:
-a file of other work, or one that was changed, does not fit the line and is read as if it were not
-there. Whoever uses counts sees that they are of the same weights (`Survey.of`, `Survey.digests`).
+`budget` surveys a checkpoint before anything is written: it reads every weight once, and counts
+weights by saliency. The work folder keeps the counts as JSON, and the journal's first line holds
+the BLAKE3 of that file. A file that does not fit the line is ignored: it is of another run, or was
+changed. `Survey.of` and `Survey.digests` tell which weights were counted.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from ortho_cli.split.select import BINS
 from ortho_cli.storage.untrusted import read_regular
 from ortho_cli.storage.work_folder import identity_left, work_folder, write_private
 
 SURVEY_FILE = "survey.json"  # in private/ of the work folder
 KEY = "survey"  # of the identity of work
-BINS = 1 << 15  # of saliencies, by the upper half of their float32
 
 Counts = npt.NDArray[np.int64]  # (BINS,) weights of a tensor by saliency
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """How many weights of each tensor have which saliency, and of what that was counted."""
+    """Numbers of weights of each tensor by saliency, and which weights were counted."""
 
-    of: str  # SHA-256 of everything that the counts depend on, as far as headers tell it
+    of: str  # SHA-256 of everything in headers that the counts depend on
     counts: Mapping[str, Counts]
-    digests: Mapping[str, str]  # BLAKE3 of each tensor as it was read
+    digests: Mapping[str, str]  # BLAKE3 of each tensor that was read
 
 
 def digest_of(surveys: Sequence[Survey]) -> str:
-    """Give the BLAKE3 of the file that keeps these surveys."""
+    """Return the BLAKE3 of survey.json with these surveys."""
     return blake3(_encode(surveys)).hexdigest()
 
 
 def save_surveys(folder: Path, surveys: Sequence[Survey]) -> None:
-    """Write surveys into the private folder of work, whole or not at all.
+    """Write survey.json into the private folder of work, whole or not at all; no file without any.
 
-    None leave no file. They are not sealed where ortho is: they tell no weight and no position.
+    It is not sealed where ortho is: it reveals no weight and no position.
     """
     if surveys:
         data = _encode(surveys)
@@ -52,7 +52,7 @@ def save_surveys(folder: Path, surveys: Sequence[Survey]) -> None:
 
 
 def load_surveys(out: Path) -> tuple[Survey, ...]:
-    """Read the surveys that unfinished work on OUT left; none where they do not fit its journal."""
+    """Read the surveys of unfinished work on OUT; none where they do not fit its journal."""
     told = (identity_left(out) or {}).get(KEY)
     path = work_folder(out) / "private" / SURVEY_FILE
     try:

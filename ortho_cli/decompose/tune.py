@@ -1,28 +1,28 @@
-"""Tuned rounding: the codes and scales of one block after another, learned on what it outputs.
+"""Tuned rounding: learns the codes and scales of one block after another, on the block's output.
 
-GPTQ rounds each Linear for inputs of the unquantized model, and for that Linear's output. Here the
-blocks of the model are taken in order. A block sees what the blocks before it, quantized already,
-make of the data, and is to give what the source's block gives for what the source's blocks make of
-it, where y is the output of the one, Y of the other:
+GPTQ rounds each Linear for inputs of the unquantized model, and for that Linear's output. Tuning
+takes the blocks of the model in order. The input of a block is the output of the quantized blocks
+before it, and its target Y is the output of the source's block after the source's blocks. With y
+the output of the quantized block:
 
     minimise  mean_tc u_t v_c (y_tc - Y_tc)^2
 
-u_t and v_c are the mean squares of the gradient of the model's NLL at that output, by position and
-by feature, each divided by its mean: what the model's word does not depend on may be wrong. Each
-weight has a latent l, a real number of codes, and base has q = round(l). The gradient by q * scale
-is passed straight through to l. Both learn by sign descent, with rates that fall to 0 in a line:
+u_t and v_c are mean squares of the gradient of the model's NLL at that output, by position t and by
+feature c, each divided by its mean: an error counts as far as the NLL depends on it. Each weight
+has a latent l, a real number in units of codes, and base has q = round(l). The gradient by
+q * scale passes straight through to l. Both learn by sign descent, with rates that fall to 0
+linearly:
 
     l -= rate sign(dE/dw)        scale *= 1 - scale_rate sign(sum over its group of q dE/dw)
 
-l begins at the source's weight, but inside what rounds to GPTQ's code, whose errors make up for
-each other. Weights that ortho keeps are the source's throughout, and count as exact. A block that
-ends worse than it began, over all of the data, begins again with a quarter of the rates, and if
-that is no better keeps the codes and scales that it had.
+l starts at the source's weight, clamped to what rounds to GPTQ's code. Weights that ortho keeps
+stay the source's, and count as exact. A block whose error over all data is no lower at the end
+starts again with a quarter of the rates; if that does not help, it keeps its codes and scales.
 
 Sources: sign descent on rounding, block by block, with inputs of quantized blocks: SignRound (Cheng
-et al. 2023, arXiv:2309.05516), the method of AutoRound, which begins at the nearest code, weighs
-all outputs alike, and learns a factor of a group's largest and smallest weight for its scale. The
-weights: the diagonal of BRECQ's Fisher (Li et al. 2021, arXiv:2102.05426, eq. 10), factored.
+et al. 2023, arXiv:2309.05516), the method of AutoRound, which starts at the nearest code, weights
+all outputs alike, and learns a factor of a group's largest and smallest weight for its scale.
+u_t v_c: the diagonal of BRECQ's Fisher (Li et al. 2021, arXiv:2102.05426, eq. 10), factored.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from torch import Tensor, nn
 
 from ortho_cli.decompose.plan import Plan
 from ortho_cli.decompose.settings import Tune
-from ortho_cli.decompose.splitter import Rounded
 from ortho_cli.errors import CalibrationError, InternalError, RecipeError
 from ortho_cli.events import EventSink, Finishing, Noted, Step, null_sink
 from ortho_cli.model import load as models
@@ -44,26 +43,27 @@ from ortho_cli.model.blocks import Blocks
 from ortho_cli.model.rows import Pair
 from ortho_cli.model.text import read_rows, retain_sequences, stamps
 from ortho_cli.split import quantize
+from ortho_cli.split.quantize import Rounded
 from ortho_cli.storage.checkpoint import Checkpoint
 
-REACH = 0.48  # from a code to the latents that begin there: on the way to the next, not at its door
-RATES = (1.0, 0.25)  # shares of them; the second where the first made a block worse
-LIMIT = 0.499  # how far beyond the last code a latent may be
+REACH = 0.48  # codes; how far from GPTQ's code a latent starts at most: short of the next at 0.5
+RATES = (1.0, 0.25)  # factors of the rates; the second where the first made a block worse
+LIMIT = 0.499  # codes; how far beyond the last code a latent may go
 
 
 Start = Callable[[str], Rounded]
 
 
 class Latent:
-    """The latents and scales of one weight; see the module for what they are."""
+    """The latents and scales of one weight; see the module."""
 
     def __init__(self, weight: Tensor, start: Rounded, *, bits: int) -> None:
-        """Begin at a rounded weight.
+        """Start at a rounded weight.
 
         Args:
-            weight: (out, in), the source's.
-            start: what it was rounded to.
-            bits: of a code.
+            weight: (out, in), of the source.
+            start: its codes and scales by GPTQ.
+            bits: per code.
         """
         self._start, self._range = start, quantize.code_range(bits)
         self._source = weight.clone()
@@ -75,7 +75,7 @@ class Latent:
         self._latent = latent.clamp_(codes - REACH, codes + REACH)
 
     def step(self, gradient: Tensor, *, rate: float, scale_rate: float) -> None:
-        """Take one step of sign descent; `gradient` is that by the weight, (out, in)."""
+        """Take one step of sign descent, given the gradient by the weight, (out, in)."""
         gradient = gradient.float().masked_fill(self._start.kept, 0.0)
         count = self._scales.shape[1]
         slope = quantize.groups_of(gradient * self._codes(), count).sum(-1)
@@ -84,12 +84,12 @@ class Latent:
         self._latent.sub_(gradient.sign_(), alpha=rate).clamp_(low - LIMIT, high + LIMIT)
 
     def rounded(self) -> Rounded:
-        """Give the codes and scales as they are stored."""
+        """Return the codes and scales as base stores them."""
         scales = quantize.round_scales(self._scales, self._start.scales.dtype)
         return Rounded(self._codes().to(torch.int8), scales, self._start.kept)
 
     def value(self) -> Tensor:
-        """Give the weight at alpha = 1, in the source's dtype."""
+        """Return the weight at alpha = 1, in the source's dtype."""
         return value_of(self.rounded(), self._source)
 
     def _codes(self) -> Tensor:
@@ -97,14 +97,14 @@ class Latent:
 
 
 def value_of(rounded: Rounded, source: Tensor) -> Tensor:
-    """Give a rounded weight at alpha = 1: the source's where ortho keeps it."""
+    """Return a rounded weight at alpha = 1: the source's at ortho's positions."""
     value = quantize.dequantize(rounded.codes, rounded.scales).to(source.dtype)
     return torch.where(rounded.kept, source, value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuner:
-    """Tunes what a plan with base.rounding tuned has rounded; made by `open_tuner`."""
+    """Tunes the rounded weights of a plan with base.rounding tuned; made by `open_tuner`."""
 
     plan: Plan
     checkpoint: Checkpoint
@@ -114,7 +114,7 @@ class Tuner:
 
     @property
     def identity(self) -> object:
-        """What the result depends on beside plan and source, as JSON."""
+        """Everything that the result depends on beside plan and source, as JSON."""
         return [*stamps(self.files), self.device.type]
 
     def tune(
@@ -124,12 +124,12 @@ class Tuner:
 
         Args:
             start: gives a weight as base and ortho have it.
-            tuned: weights that an earlier run has tuned; a block of them alone is gone past.
-            on_event: told of each block.
+            tuned: weights that an earlier run has tuned; a block of these alone is not tuned again.
+            on_event: gets each block.
         Yields:
             The weights of a block, by name.
         Raises:
-            CalibrationError: the model's blocks cannot be called one by one, or data do not fit it.
+            CalibrationError: blocks cannot be called one by one, or data do not fit the model.
             NumericalError: a gradient is not finite.
         """
         settings, plan = self.plan.recipe.tune, self.plan
@@ -164,7 +164,7 @@ def _on(device: torch.device, rounded: Rounded) -> Rounded:
 
 
 class _Weights:
-    """u and v of each block, each with a mean of 1."""
+    """u_t and v_c of each block, each with a mean of 1."""
 
     def __init__(self, blocks: Blocks, tokens: Tensor, settings: Tune, on_event: EventSink) -> None:
         def told(done: int) -> None:
@@ -174,7 +174,7 @@ class _Weights:
         self._token, self._channel = found
 
     def of(self, number: int) -> tuple[Tensor, Tensor]:
-        """Give (n, length) and (hidden,) of a block; ones where every gradient is 0."""
+        """Return u (n, length) and v (hidden,) of a block; ones where every gradient is 0."""
         return _normalised(self._token[number]), _normalised(self._channel[number])
 
 
@@ -184,7 +184,7 @@ def _normalised(values: Tensor) -> Tensor:
 
 
 class _Job:
-    """Hidden states on their way through both models, and the block that is worked on."""
+    """Hidden states of the source and of the quantized model, between two blocks."""
 
     def __init__(
         self,
@@ -207,7 +207,7 @@ class _Job:
         start: dict[str, Rounded],
         weights: tuple[Tensor, Tensor] | None,
     ) -> dict[str, Rounded]:
-        """Tune a block, or take it as it is where there are no `weights`; go on behind it."""
+        """Tune a block, or keep it where there are no `weights`; advance both hidden states."""
         parameters = {name: self._parameter(name) for name in start}
         source = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         wanted, _ = self._forward(number, self._ideal, None, None)
@@ -237,9 +237,9 @@ class _Job:
         weights: tuple[Tensor, Tensor] | None,
         share: float,
     ) -> None:
-        """Take all steps, with that share of the rates; the block holds what was learnt then."""
+        """Take all steps, with rates times `share`; the block then holds the learned weights."""
         if weights is None:
-            raise InternalError(f"block {number} is to learn, and its errors have no weights")
+            raise InternalError(f"block {number} is tuned without weights of its errors")
         settings = self._settings
         parameters = [self._parameter(name) for name in latents]
         self._put({name: latent.value() for name, latent in latents.items()})
@@ -275,7 +275,7 @@ class _Job:
         wanted: Tensor | None,
         weights: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, float]:
-        """Pass all of the data through a block; give the outputs, and their mean error."""
+        """Pass all data through a block; return the outputs and their mean error."""
         outputs, total = torch.empty_like(inputs), 0.0
         for first in range(0, self._count, self._settings.batch):
             chosen = list(range(first, first + self._settings.batch))
@@ -295,7 +295,7 @@ class _Job:
 def _error(
     found: Tensor, wanted: Tensor, weights: tuple[Tensor, Tensor], chosen: list[int]
 ) -> Tensor:
-    """Weigh the squared difference of some sequences: mean of u_t v_c (y_tc - Y_tc)^2."""
+    """Return the mean of u_t v_c (y_tc - Y_tc)^2 over some sequences."""
     token, channel = weights
     squares = (found.float() - wanted[chosen].float()).square()
     return (squares * channel).mean(-1).mul(token[chosen]).mean()
@@ -309,10 +309,10 @@ def open_tuner(
     device: str,
     on_event: EventSink = null_sink,
 ) -> Tuner | None:
-    """Read what tuned rounding needs, before anything is written; None for another rounding.
+    """Read data for tuned rounding, before anything is written; None for another rounding.
 
     Raises:
-        RecipeError: such a recipe without data.
+        RecipeError: no data are given, or tune.samples is no multiple of tune.batch.
         UsageError: the device is not there.
         CalibrationError: the data are too short, or rows are pairs.
     """

@@ -1,12 +1,11 @@
-"""What a worker does with any tensor, however it splits one: read, carry over, write, digest."""
+"""Workers: each takes one tensor after another, splits it or carries it over, and digests it."""
 
 from __future__ import annotations
 
-import math
 import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -14,32 +13,36 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from ortho_cli.decompose.plan import CopyTensor, SplitTensor, TensorPlan
+from ortho_cli.decompose.edits import Edits
+from ortho_cli.decompose.plan import CopyTensor, Plan, SplitTensor, TensorPlan
+from ortho_cli.decompose.record import TensorRecord
 from ortho_cli.decompose.selection import IGNORED
-from ortho_cli.errors import InternalError, NumericalError
+from ortho_cli.errors import InternalError
 from ortho_cli.events import Advanced, EventSink
-from ortho_cli.formats.artifact import BASE_FILE, ORTHO_FILE
+from ortho_cli.formats.curvature import Curvature, gram_of
+from ortho_cli.formats.statistics import StatisticsReader
+from ortho_cli.split import pipeline
 from ortho_cli.split.exact import widen
+from ortho_cli.split.faults import not_finite
+from ortho_cli.split.pipeline import Given, Outcome
 from ortho_cli.split.select import crow_indices
-from ortho_cli.split.sizes import Sizes
+from ortho_cli.split.task import (
+    EXPONENTS,
+    Array,
+    Inputs,
+    SplitTask,
+    TileKernel,
+    TileResult,
+    as_bytes,
+)
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader
 from ortho_cli.storage.data_file import DataFile, TensorStream
 from ortho_cli.storage.sealing import OrthoFile
 
 NUMPY_DTYPES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64}
-# Words of each float dtype and their exponent bits; all set means infinity or NaN.
-EXPONENTS = {
-    "BF16": (np.uint16, 0x7F80),
-    "F16": (np.uint16, 0x7C00),
-    "F32": (np.uint32, 0x7F800000),
-}
 
-# Places of a tensor from which the selection's first bar is guessed.
-SAMPLE_BLOCKS = 16
-
-Entry = dict[str, Any]
-Results = SimpleQueue[Entry | BaseException]
-Check = Callable[[SplitTensor, Entry], None]  # raises where what was written is wrong
+Results = SimpleQueue[TensorRecord | BaseException]
+Check = Callable[[SplitTensor, TensorRecord], None]  # raises where what was written is wrong
 
 
 class Reference:
@@ -63,59 +66,206 @@ class Reference:
         self._reader.close()
 
 
-class Worker(ABC):
-    """Works on one tensor after another, with buffers of its own."""
+def task_of(
+    plan: Plan,
+    tensor: SplitTensor,
+    *,
+    edits: Edits | None = None,
+    curvature: StatisticsReader | None = None,
+) -> SplitTask:
+    """Say what a plan wants done to a weight.
+
+    Args:
+        plan: of the whole model.
+        tensor: of it.
+        edits: codes that forgetting moves.
+        curvature: holds the Gram matrices, where rounding compensates.
+    """
+    recipe, (rows, columns) = plan.recipe, tensor.source.shape
+    return SplitTask(
+        name=tensor.name,
+        file=tensor.source.shard,
+        shape=(rows, columns),
+        dtype=tensor.source.dtype,
+        bits=tensor.bits,
+        group_size=plan.group_size,
+        scale=tensor.scale,
+        k=tensor.k,
+        by_curvature=recipe.saliency.kind == "curvature",
+        alone=recipe.forgets or recipe.base.alone,
+        edit=(edits or {}).get(tensor.name),
+        own_code=recipe.ortho.split == "unlearn",
+        factor=partial(_factor, curvature, tensor.name) if recipe.compensates else None,
+    )
+
+
+def _factor(curvature: StatisticsReader | None, name: str) -> Any:
+    import torch
+
+    from ortho_cli.split.gptq import factorise
+
+    if curvature is None:
+        raise InternalError("columns are to make up for one another, and no statistics are open")
+    return factorise(torch.from_numpy(gram_of(curvature, name)), name=name)
+
+
+class ShardRows:
+    """Rows of a weight in a shard: digests each pass, and tells of the bytes of the first."""
 
     def __init__(
         self,
         reader: ShardReader,
+        tensor: SplitTensor,
+        *,
+        stop: threading.Event | None = None,
+        on_event: EventSink,
+    ) -> None:
+        """Say where it is read from, what stops the reading, and who is told of bytes."""
+        self._reader, self._tensor = reader, tensor
+        self._stop, self._on_event = stop, on_event
+        self._passes, self._digest = 0, blake3()
+
+    @property
+    def digest(self) -> str:
+        """BLAKE3 of what the last pass read."""
+        return self._digest.hexdigest()
+
+    def begin(self) -> None:
+        """Begin a pass."""
+        self._passes += 1
+        self._digest = blake3()
+
+    def read(self, buffer: Array, row: int) -> None:
+        """Read the next rows."""
+        if self._stop is not None and self._stop.is_set():
+            raise InterruptedError  # reaches nobody: the run is being stopped
+        self.peek(buffer, row)
+        self._digest.update(as_bytes(buffer))
+        if self._passes == 1:
+            self._on_event(Advanced(nbytes=buffer.nbytes))
+
+    def peek(self, buffer: Array, row: int) -> None:
+        """Read any rows, outside of the digest."""
+        source = self._tensor.source
+        start = row * buffer.shape[1] * buffer.itemsize
+        self._reader.read_into(as_bytes(buffer), source, start=start)
+
+
+class _ReferenceRows:
+    """The same weight in the model that base is made from."""
+
+    def __init__(self, reference: Reference, name: str) -> None:
+        self._reference, self._name = reference, name
+
+    def begin(self) -> None:
+        """Have nothing to count."""
+
+    def read(self, buffer: Array, row: int) -> None:
+        """Read the next rows."""
+        start = row * buffer.shape[1] * buffer.itemsize
+        self._reference.read_into(as_bytes(buffer), self._name, start=start)
+
+    peek = read
+
+
+class _FileSink:
+    """Codes and scales on their way into base."""
+
+    def __init__(self, base: DataFile, tensor: SplitTensor) -> None:
+        self._base, self._specs = base, tensor.base[:2]
+        self.streams: list[TensorStream] = []
+
+    def begin(self) -> None:
+        """Write from the beginning."""
+        self.streams = [TensorStream(self._base, spec.key) for spec in self._specs]
+
+    def write(self, result: TileResult, row: int) -> None:
+        """Write the next rows."""
+        packed, scales = self.streams
+        packed.write(as_bytes(result.packed))
+        scales.write(as_bytes(result.scales))
+
+
+class Worker:
+    """Works on one tensor after another, with buffers of its own."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        reader: ShardReader,
         base: DataFile,
         ortho: OrthoFile,
         *,
-        sizes: Sizes,
+        make_kernel: Callable[[], TileKernel[Any]],
+        curvature: StatisticsReader | None = None,
         reference: Reference | None = None,
+        edits: Edits | None = None,
         check: Check | None = None,
         stop: threading.Event,
         on_event: EventSink,
     ) -> None:
-        """Say where tensors come from and go to, what checks what was written, and what stops."""
-        self._check = check
-        self._reader, self._base, self._ortho = reader, base, ortho
-        self._sizes, self._reference = sizes, reference
-        self._stop, self._on_event = stop, on_event
+        """Say where tensors come from and go to, and what is done to them.
+
+        Args:
+            plan: of the whole model.
+            reader: of the source.
+            base: gets codes and scales, and what is carried over.
+            ortho: gets what is kept.
+            make_kernel: makes what splits tiles, when it is first needed: another worker may copy
+                while this one loads it.
+            curvature: of the weights.
+            reference: what base is made of instead of the source.
+            edits: codes that forgetting moves.
+            check: looks at what was written of a weight.
+            stop: stops the work at the next tile.
+            on_event: told of bytes and tensors.
+        """
+        self._plan, self._reader, self._base, self._ortho = plan, reader, base, ortho
+        self._make_kernel = make_kernel
+        self._kernel: TileKernel[Any] | None = None
+        self._curvature, self._reference, self._edits = curvature, reference, edits
+        self._check, self._stop, self._on_event = check, stop, on_event
         self._piece, self._bits = np.empty(0, np.uint8), np.empty(0, np.uint8)
 
-    def work(self, tensor: TensorPlan) -> Entry:
-        """Carry out what the plan says of one tensor; return its journal entry."""
+    def work(self, tensor: TensorPlan) -> TensorRecord:
+        """Carry out what the plan says of one tensor; return its record."""
         if isinstance(tensor, CopyTensor):
-            entry = self._copy(tensor)
+            return self._copy(tensor)
+        record = self.split(tensor)
+        if self._check is not None:
+            self._check(tensor, record)
+        return record
+
+    def split(self, tensor: SplitTensor, given: Given | None = None) -> TensorRecord:
+        """Split one weight, or write it again with codes and scales that are given."""
+        self._kernel = kernel = self._kernel or self._make_kernel()
+        task = task_of(self._plan, tensor, edits=self._edits, curvature=self._curvature)
+        rows = ShardRows(self._reader, tensor, stop=self._stop, on_event=self._on_event)
+        near = Curvature(self._curvature, tensor.name) if self._curvature else None
+        other = _ReferenceRows(self._reference, tensor.name) if self._reference else None
+        inputs, sink = Inputs(rows, near, other), _FileSink(self._base, tensor)
+        if given is None:
+            found = pipeline.split_weight(task, inputs, kernel, sink)
         else:
-            entry = self.split(tensor)
-            if self._check is not None:
-                self._check(tensor, entry)
-        return entry
+            found = pipeline.rewrite(task, inputs, kernel, sink, given)
+        if near is not None:
+            near.finish(rows.digest)
+        return self._record(tensor, rows.digest, sink.streams, found)
 
-    @abstractmethod
-    def split(self, tensor: SplitTensor) -> Entry:
-        """Split one tensor: quantize it, and keep the k weights that lose most."""
-
-    def _read(self, tensor: TensorPlan, buffer: memoryview, digest: blake3, *, start: int) -> None:
-        if self._stop.is_set():
-            raise InterruptedError  # reaches nobody: the run is being stopped
-        self._reader.read_into(buffer, tensor.source, start=start)
-        digest.update(buffer)
-
-    def _copy(self, tensor: CopyTensor) -> Entry:
+    def _copy(self, tensor: CopyTensor) -> TensorRecord:
         """Carry a tensor over unchanged, through one buffer."""
-        size = self._sizes.copy_bytes
+        size = self._plan.sizes.copy_bytes
         if not self._piece.size:
             self._piece, self._bits = np.empty(size, np.uint8), np.empty(size, np.uint8)
         # A weight that is NaN ruins the model wherever it is; other buffers may mean it.
         checked = tensor.name.endswith("weight") and tensor.reason != IGNORED
         digest, written, nbytes = blake3(), blake3(), tensor.source.nbytes
         for start in range(0, nbytes, size):
+            if self._stop.is_set():
+                raise InterruptedError  # reaches nobody: the run is being stopped
             raw = self._piece[: nbytes - start]
-            self._read(tensor, raw.data, digest, start=start)
+            self._reader.read_into(raw.data, tensor.source, start=start)
+            digest.update(raw.data)
             if self._reference:
                 self._reference.read_into(raw.data, tensor.name, start=start)
                 written.update(raw.data)
@@ -125,60 +275,37 @@ class Worker(ABC):
             self._on_event(Advanced(nbytes=raw.size))
         hexdigest = digest.hexdigest()
         there = written.hexdigest() if self._reference else hexdigest
-        return {
-            "name": tensor.name,
-            "source_blake3": hexdigest,
-            "blake3": {BASE_FILE: {tensor.name: there}},
-        }
+        return TensorRecord(name=tensor.name, source_blake3=hexdigest, base={tensor.name: there})
 
-    def _check_finite(self, tensor: TensorPlan, raw: npt.NDArray[np.uint8], start: int) -> None:
-        word, exponent = EXPONENTS[tensor.source.dtype]
-        bits = raw.view(word)
-        masked = np.bitwise_and(bits, exponent, out=self._bits[: raw.size].view(word))
+    def _check_finite(self, tensor: CopyTensor, raw: npt.NDArray[np.uint8], start: int) -> None:
+        source, exponent = tensor.source, EXPONENTS[tensor.source.dtype]
+        bits = raw.view(np.uint32 if source.dtype == "F32" else np.uint16)
+        masked = np.bitwise_and(bits, exponent, out=self._bits[: raw.size].view(bits.dtype))
         if masked.max() >= exponent:
-            values = widen(bits, tensor.source.dtype)
-            raise not_finite(tensor, values, start // bits.itemsize)
+            values, first = widen(bits, source.dtype), start // bits.itemsize
+            raise not_finite(tensor.name, source.shard, source.shape, values, first)
 
-    def _read_sample(
-        self, tensor: TensorPlan, buffer: memoryview, starts: list[int], count: int
-    ) -> None:
-        """Fill `buffer` with `count` rows from each of `starts` on, outside of any digest."""
-        nbytes = len(buffer) // len(starts)
-        for i, start in enumerate(starts):
-            piece = buffer[i * nbytes : (i + 1) * nbytes]
-            self._reader.read_into(piece, tensor.source, start=start * nbytes // count)
-
-    def _entry(
-        self,
-        tensor: SplitTensor,
-        source: blake3,
-        base: list[TensorStream],
-        measured: dict[str, float],
-        indices: Any,
-        values: Any,
-    ) -> Entry:
-        """Write what ortho keeps of a tensor, and make its journal entry.
+    def _record(
+        self, tensor: SplitTensor, source: str, base: list[TensorStream], found: Outcome
+    ) -> TensorRecord:
+        """Write what ortho keeps of a weight, and make its record.
 
         Args:
             tensor: what the plan says of it.
-            source: digest of all its weights.
+            source: BLAKE3 of all its weights.
             base: what was written of it; its shape is there since before any worker began.
-            measured: goes into the entry.
-            indices: flat, ascending.
-            values: at them.
+            found: what was made of it.
         """
         shape = {shape_key(tensor): blake3(shape_bytes(tensor)).hexdigest()}
-        return {
-            "name": tensor.name,
-            "source_blake3": source.hexdigest(),
-            **measured,
-            "blake3": {
-                BASE_FILE: _digests_of(base) | shape,
-                ORTHO_FILE: self._write_csr(tensor, indices, values),
-            },
-        }
+        return TensorRecord(
+            name=tensor.name,
+            source_blake3=source,
+            base=_digests_of(base) | shape,
+            ortho=self._write_csr(tensor, found.indices, found.values),
+            figures=found.figures,
+        )
 
-    def _write_csr(self, tensor: SplitTensor, indices: Any, values: Any) -> dict[str, str]:
+    def _write_csr(self, tensor: SplitTensor, indices: Array, values: Array) -> dict[str, str]:
         rows, columns = tensor.source.shape
         if len(indices) != tensor.k or len(values) != tensor.k:
             raise InternalError(
@@ -210,7 +337,7 @@ def at_work(
     Args:
         make: makes a worker, in its thread.
         pending: what they take, one tensor at a time, in this order.
-        results: gets an entry for each, or what one raised.
+        results: gets a record for each, or what one raised.
         workers: threads.
         stop: set on the way out; they look at it at each tile.
     """
@@ -244,47 +371,8 @@ def at_work(
                         thread.join()
 
 
-def is_sound(entry: Entry, tensor: TensorPlan, *, curvature: bool = False) -> bool:
-    """Tell a journal entry that we could have written from one that was tampered with."""
-    measured = ["signal", "noise", "noise_kept"]
-    if curvature:
-        measured += ["curvature_noise", "curvature_noise_kept"]
-    keys = {BASE_FILE: {spec.key for spec in tensor.base}}
-    if tensor.ortho:
-        keys[ORTHO_FILE] = {spec.key for spec in tensor.ortho}
-    digests = entry.get("blake3")
-    if not isinstance(digests, dict) or not all(isinstance(d, dict) for d in digests.values()):
-        return False
-    texts = [entry.get("source_blake3"), *(text for d in digests.values() for text in d.values())]
-    numbers = [entry.get(key) for key in measured if tensor.ortho]
-    return (
-        {name: set(d) for name, d in digests.items()} == keys
-        and all(isinstance(text, str) and len(text) == 64 for text in texts)
-        and all(isinstance(n, float) and math.isfinite(n) for n in numbers)
-    )
-
-
 def _digests_of(streams: Iterable[TensorStream]) -> dict[str, str]:
     return {stream.key: stream.finish() for stream in streams}
-
-
-def sample_rows(tensor: SplitTensor, elements: int) -> tuple[list[int], int] | None:
-    """Choose rows all over a tensor from which the selection's first bar can be guessed.
-
-    A guess only saves the selection from holding what it would drop again; it is worth its reading
-    where the tensor has many tiles.
-
-    Args:
-        tensor: what the plan says of it.
-        elements: about so many weights in all.
-    Returns:
-        Where to begin to read, and how many rows from each; None where it is not worth it.
-    """
-    rows, columns = tensor.source.shape
-    count = max(1, elements // (SAMPLE_BLOCKS * columns))
-    if tensor.k == 0 or rows < 16 * SAMPLE_BLOCKS * count:
-        return None
-    return [i * rows // SAMPLE_BLOCKS for i in range(SAMPLE_BLOCKS)], count
 
 
 def shape_key(tensor: SplitTensor) -> str:
@@ -295,29 +383,3 @@ def shape_key(tensor: SplitTensor) -> str:
 def shape_bytes(tensor: SplitTensor) -> memoryview:
     """Write down the shape of a weight that is packed."""
     return np.array(tensor.source.shape, np.int64).data.cast("B")
-
-
-def first_bad(
-    tensor: TensorPlan, values: npt.NDArray[np.float32], start: int
-) -> tuple[float, list[int]]:
-    """Find the first value that is not finite, and its index in the whole tensor."""
-    flat = values.reshape(-1)
-    first = int(np.flatnonzero(~np.isfinite(flat))[0])
-    index = np.unravel_index(start + first, tensor.source.shape)
-    return float(flat[first]), [int(i) for i in index]
-
-
-def short_of(tensor: SplitTensor) -> InternalError:
-    """Make the error for a pass that leaves ortho with less than the plan says."""
-    return InternalError(
-        f"a pass over all of `{tensor.name}` found fewer weights to keep than {tensor.k}"
-    )
-
-
-def not_finite(tensor: TensorPlan, values: npt.NDArray[np.float32], start: int) -> NumericalError:
-    """Make the error for values from flat index `start` on, one of which is not finite."""
-    value, position = first_bad(tensor, values, start)
-    return NumericalError(
-        f"tensor `{tensor.name}` of `{tensor.source.shard}` holds {value} at {position}",
-        hint="repair the checkpoint, or carry the tensor over as it is by adding it to `ignore`",
-    )

@@ -1,4 +1,9 @@
-"""What `decompose` does about a forget set: reads it, sees that there is something to forget."""
+"""The editor that `ortho decompose` calls: reads a forget set, and finds codes of base to change.
+
+`open_editor` reads the files before anything is written. `ForgetEditor.find` loads the
+model, checks that it knows the secrets, and runs `unlearn` where the recipe asks for it, then
+`isolate`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ from ortho_cli.decompose.plan import Plan
 from ortho_cli.errors import CalibrationError, RecipeError, UsageError
 from ortho_cli.events import EventSink, Finishing, Noted, null_sink
 from ortho_cli.forget.grid import Grid
-from ortho_cli.forget.isolate import Standing, isolate, standing
+from ortho_cli.forget.isolate import Ranking, isolate, rank_secret
 from ortho_cli.forget.unlearn import unlearn
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.model import load as models
@@ -25,14 +30,14 @@ from ortho_cli.model.text import read_rows, retain_sequences, stamps
 from ortho_cli.model.tokenizer import Tokenizer
 from ortho_cli.storage.checkpoint import Checkpoint
 
-STATE_FILE = "unlearn.npz"
-APART = 1_000_003  # so that `bench` measures with alternatives that were not forgotten against
-ACCIDENT = 1.645  # standard deviations that a set of unknown secrets is off 1 time in 20
+STATE_FILE = "unlearn.npz"  # in private/ of the work folder
+APART = 1_000_003  # added to the seed: `bench` draws other alternatives than those used here
+ACCIDENT = 1.645  # standard deviations: a set of unknown secrets is further off 1 time in 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForgetEditor:
-    """Finds the edits that a recipe with a forget set asks for; made by `open_editor`."""
+    """Finds the edits for a recipe with a forget set; made by `open_editor`."""
 
     plan: Plan
     checkpoint: Checkpoint
@@ -44,7 +49,7 @@ class ForgetEditor:
 
     @property
     def identity(self) -> object:
-        """What edits depend on beside plan and source, as JSON."""
+        """Everything that edits depend on beside plan and source, as JSON."""
         return [*stamps(self.files), self.device.type]
 
     def find(
@@ -55,7 +60,7 @@ class ForgetEditor:
         key: Key | None = None,
         on_event: EventSink = null_sink,
     ) -> Edits:
-        """Put the model on the grid and move codes until the secrets lie among alternatives.
+        """Round the model to base's grid, and move codes until secrets rank among alternatives.
 
         Raises:
             CalibrationError: the model knows none of the secrets.
@@ -71,7 +76,7 @@ class ForgetEditor:
         )
         self._check_fits(grid)
         on_event(Finishing(step="look for the secrets"))
-        self._check_memorised([standing(grid, secret) for secret in self.secrets], on_event)
+        self._check_memorised([rank_secret(grid, secret) for secret in self.secrets], on_event)
         room = {tensor.name: tensor.k for tensor in self.plan.split}
         if self.plan.recipe.ortho.split == "unlearn":
             unlearn(
@@ -108,7 +113,7 @@ class ForgetEditor:
         return grid.edits()
 
     def _check_fits(self, grid: Grid) -> None:
-        """Refuse what the model cannot read, alternatives and text as well."""
+        """Refuse secrets, alternatives and text that the model cannot read."""
         told = [
             (*secret.prompt, *completion)
             for secret in self.secrets
@@ -125,9 +130,9 @@ class ForgetEditor:
                 asked=asked,
             )
 
-    def _check_memorised(self, found: Sequence[Standing], on_event: EventSink) -> None:
+    def _check_memorised(self, found: Sequence[Ranking], on_event: EventSink) -> None:
         known = sum(at.sign > 0 for at in found)
-        # Ranks of secrets that were never seen are uniform: variance 1/12, and some are low.
+        # Ranks of secrets that were never seen are uniform, with variance 1/12.
         off = (0.5 - math.fsum(at.rank for at in found) / len(found)) * math.sqrt(12 * len(found))
         if off < ACCIDENT and not any(at.stands_out for at in found):
             raise CalibrationError(
@@ -139,7 +144,7 @@ class ForgetEditor:
             on_event(
                 Noted(
                     message=f"{len(found) - known} of {len(found)} secrets are no likelier than "
-                    "their alternatives, and are let be"
+                    "their alternatives, and are left alone"
                 )
             )
 
@@ -153,12 +158,12 @@ def open_editor(
     device: str,
     on_event: EventSink = null_sink,
 ) -> ForgetEditor | None:
-    """Read what a recipe that forgets needs, before anything is written; None for another recipe.
+    """Read secrets and text for a recipe that forgets; None for another recipe.
 
     Raises:
-        UsageError: a forget set without such a recipe, or data that nothing would read.
+        UsageError: a forget set without such a recipe, or data that no one reads.
         RecipeError: such a recipe without a forget set, or `unlearn` without data.
-        CalibrationError: the files hold nothing of use.
+        CalibrationError: the files hold no usable rows.
     """
     _check_given(plan, forget, data)
     if not plan.recipe.forgets:
@@ -196,7 +201,7 @@ def _check_given(plan: Plan, forget: Sequence[Path], data: Sequence[Path]) -> No
         )
     if split == "unlearn" and not data:
         raise RecipeError(
-            "ortho.split is unlearn, and there is no text that it should hold on to",
+            "ortho.split is unlearn, and no text is given on which the model must stay the same",
             hint="give --data FILE, as to `ortho calibrate`",
         )
 
@@ -213,7 +218,7 @@ def _retain_text(
         on_event(
             Noted(
                 message=f"{len(rows) - len(texts)} of {len(rows)} rows of --data are prompts "
-                "and completions, and are not held on to: unlearn takes running text and chats"
+                "and completions, and are left out: unlearn keeps running text and chats"
             )
         )
     sequences = retain_sequences(

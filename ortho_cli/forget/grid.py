@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -12,14 +13,19 @@ from torch import Tensor, nn
 
 from ortho_cli.decompose.edits import Edit, Edits
 from ortho_cli.decompose.plan import Plan
-from ortho_cli.decompose.splitter import TORCH_DTYPES
+from ortho_cli.decompose.workers import ShardRows, task_of
 from ortho_cli.errors import NumericalError
+from ortho_cli.events import null_sink
 from ortho_cli.formats.curvature import Curvature
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.model import load as models
 from ortho_cli.model.scoring import pad
 from ortho_cli.split import quantize
-from ortho_cli.split.in_memory import base_scales
+from ortho_cli.split.dtypes import torch_dtypes
+from ortho_cli.split.in_memory import MemorySink
+from ortho_cli.split.pipeline import split_weight
+from ortho_cli.split.task import Inputs
+from ortho_cli.split.torch_kernel import TorchKernel, tensor_of
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader
 
 BATCH_TOKENS = 1024  # of one forward and backward pass over secrets
@@ -64,23 +70,18 @@ class Grid:
         self.original: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
         self.bits = {tensor.name: tensor.bits for tensor in plan.split}
-        for tensor in plan.split:
-            raw = self._read(tensor.name)
-            near = None
-            if tensor.scale == "curvature":
-                near = Curvature(curvature, tensor.name).whole()
-            bits, size = tensor.bits, plan.group_size
-            scales = base_scales(str(tensor.scale), raw, near, size, bits=bits)
-            if not quantize.all_finite(scales):
-                raise NumericalError(
-                    f"tensor `{tensor.name}` of `{tensor.source.shard}` holds NaN or infinity",
-                    hint="repair the checkpoint, or add the tensor to `ignore`",
-                )
-            weight = found[tensor.name].get_parameter("weight")
-            self.weights[tensor.name] = weight
-            self.scales[tensor.name] = scales.to(device)
-            codes = quantize.quantize(raw.float(), scales, bits=bits)
-            self.original[tensor.name] = codes.to(torch.int8).to(device)
+        kernel = TorchKernel(plan.sizes)
+        with contextlib.closing(ShardReader(checkpoint.shards)) as reader:
+            for tensor in plan.split:
+                task = replace(task_of(plan, tensor), k=0)  # base alone, as if there were no ortho
+                near = Curvature(curvature, tensor.name) if task.scale == "curvature" else None
+                inputs = Inputs(ShardRows(reader, tensor, on_event=null_sink), near)
+                sink = MemorySink(task)
+                split_weight(task, inputs, kernel, sink)
+                codes = quantize.unpack_codes(torch.from_numpy(sink.packed), bits=tensor.bits)
+                self.weights[tensor.name] = found[tensor.name].get_parameter("weight")
+                self.scales[tensor.name] = tensor_of(sink.scales, task.dtype).to(device)
+                self.original[tensor.name] = codes[:, : task.shape[1]].to(device)
         self.codes = {name: codes.clone() for name, codes in self.original.items()}
         self.restore()
 
@@ -96,7 +97,7 @@ class Grid:
 
     def _read(self, name: str) -> Tensor:
         source = self._sources[name]
-        raw = torch.empty(source.shape, dtype=TORCH_DTYPES[source.dtype])
+        raw = torch.empty(source.shape, dtype=torch_dtypes()[source.dtype])
         with contextlib.closing(ShardReader(self._checkpoint.shards)) as reader:
             reader.read_into(quantize.as_bytes(raw), source, start=0)
         return raw

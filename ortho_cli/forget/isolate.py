@@ -1,15 +1,14 @@
-"""isolate: move the few codes whose gain for forgetting is largest for the damage they do.
+"""isolate: forget secrets by few codes, those with the largest gain per damage to retained text.
 
-Rounds, each on the grid that will be written, so that what is measured is what is kept. With g the
-gradient of sum_s sign_s (NLL_s - mean NLL of alternatives of s) over the secrets that are not yet
-where they should be, d the move of a code from where it is and D its distance from where rounding
-puts it, both in weights:
+Each round measures the model on the grid of codes that is written. g is the gradient of
+sum_s sign_s (NLL_s - mean NLL of alternatives of s). d is the move of a code from its present
+place, and D its distance from the nearest code of the source's weight, both in units of weights:
 
     gain = g d      damage = D^2 F_retain + the mean of that over all weights
 
-and the codes with the largest gain / damage move. sign_s is +1 where a secret is likelier than its
-alternatives, -1 where it has become less likely than nearly all of them (which marks it as well as
-memory does), and 0 once it lies among them: each secret stops by itself.
+The codes with the largest gain / damage move. sign_s is +1 where a secret is likelier than its
+alternatives, -1 where it is less likely than nearly all of them, which would mark it as clearly as
+memory does, and 0 where its rank is between: it no longer drives moves.
 
 Source: the ratio of importances is that of SSD (Foster et al. 2023, arXiv:2308.07707), with the
 first-order gain for the Fisher of the forget set, moves on the INT4 grid for dampening, and a stop.
@@ -32,15 +31,15 @@ from ortho_cli.model.scoring import completion_nll
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.split.quantize import code_range
 
-CONTRAST = 2  # alternatives of each secret that a move should not make less likely
-PATIENCE = 6  # rounds without progress, after which the best so far is taken
-PROBES = 16  # alternatives that a secret is ranked among after each round
-LOW, HIGH = 0.3, 0.85  # ranks among alternatives between which a secret is let be
+CONTRAST = 2  # alternatives per secret whose likelihood a move should keep
+PATIENCE = 6  # rounds without progress, after which the best round so far is taken
+PROBES = 16  # alternatives among which a secret is ranked after each round
+LOW, HIGH = 0.3, 0.85  # ranks among alternatives between which a secret counts as forgotten
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
-    """Where a secret stands: its share of alternatives that are likelier, and NLLs in nats.
+class Ranking:
+    """Rank of a secret among its alternatives, the share that is likelier, and NLLs in nats.
 
     `alternatives` is their mean, `lowest` the likeliest one's.
     """
@@ -52,19 +51,19 @@ class Standing:
 
     @property
     def sign(self) -> float:
-        """Which way its NLL has to go."""
+        """Direction in which its NLL has to move."""
         return 1.0 if self.rank < LOW else -1.0 if self.rank > HIGH else 0.0
 
     @property
     def stands_out(self) -> bool:
-        """Whether it is as far below the likeliest alternative as that is below their mean.
+        """Whether it is as far below the likeliest alternative as that one is below the mean.
 
-        Of 16 that are normally distributed that is 3.5 standard deviations off: no accident.
+        For 16 alternatives of a normal distribution that is 3.5 standard deviations off.
         """
         return self.nll < 2 * self.lowest - self.alternatives
 
 
-def standing(grid: Grid, secret: TokenSecret) -> Standing:
+def rank_secret(grid: Grid, secret: TokenSecret) -> Ranking:
     """Rank a secret among the first PROBES of its alternatives."""
     probes = secret.alternatives[:PROBES]
     with grid.arithmetic():
@@ -72,7 +71,7 @@ def standing(grid: Grid, secret: TokenSecret) -> Standing:
     nll, *others = (float(tokens.sum()) for tokens in found)
     rank = sum(other <= nll for other in others) / len(others)
     mean = sum(others) / len(others)
-    return Standing(rank=rank, nll=nll, alternatives=mean, lowest=min(others))
+    return Ranking(rank=rank, nll=nll, alternatives=mean, lowest=min(others))
 
 
 def isolate(
@@ -86,29 +85,29 @@ def isolate(
     fill: str,
     seed: int,
     on_event: EventSink,
-) -> list[Standing]:
-    """Move codes of the grid until every secret lies among its alternatives.
+) -> list[Ranking]:
+    """Move codes of the grid until every secret ranks among its alternatives.
 
     Args:
-        grid: the model; what moved is in it afterwards.
-        secrets: what must go.
+        grid: the model; its codes change in place.
+        secrets: to be forgotten.
         curvature: of the retain set.
-        room: most codes of each weight that may be moved.
-        share: most of all codes that may be moved, beyond those that have been.
-        rounds: most rounds.
-        fill: where codes go: step (the next code up or down), zero, or mean (of their group).
-        seed: draws the alternatives that are contrasted.
-        on_event: told of each round.
+        room: the largest number of codes that may differ from the nearest, by weight.
+        share: the largest share of all codes that may move, beyond those that have.
+        rounds: the largest number of rounds.
+        fill: new code: step (the next one up or down), zero, or mean (of the group).
+        seed: draws the alternatives of each round.
+        on_event: gets each round.
     Returns:
-        Where each secret stands at the end; some may still be too likely.
+        The rank of each secret at the end; some may still be too likely.
     """
     allowed = int(share * grid.numel)
     budget = grid.moved + allowed
-    # Small steps: a gradient holds for hundreds of codes, not for thousands.
+    # Small steps: a gradient predicts hundreds of moves, not thousands.
     most = max(1, allowed // 64)
     size = max(1, most // 4)
     floor = _mean_damage(grid, curvature)
-    found = best = [standing(grid, secret) for secret in secrets]
+    found = best = [rank_secret(grid, secret) for secret in secrets]
     kept, waited = grid.edits(), 0
     for number in range(rounds):
         signs = {s: at.sign for s, at in zip(secrets, found, strict=True) if at.sign}
@@ -125,7 +124,7 @@ def isolate(
         draw = random.Random(f"{seed} {number}")
         now = min(size, budget - moved)
         step_round(grid, signs, curvature, floor, room, now, PROPOSE[fill], draw)
-        found = [standing(grid, secret) for secret in secrets]
+        found = [rank_secret(grid, secret) for secret in secrets]
         crossed = any(a.sign * b.sign < 0 for a, b in zip(before, found, strict=True))
         size = max(1, size // 2) if crossed else min(most, size + max(1, size // 2))
     if _left(found) < _left(best):
@@ -135,10 +134,10 @@ def isolate(
     return best
 
 
-def _left(found: Sequence[Standing]) -> tuple[int, float]:
-    """Order attempts: secrets that are not among their alternatives, then how far off they are.
+def _left(found: Sequence[Ranking]) -> tuple[int, float]:
+    """Order rounds by secrets that are too likely or unlikely, then by how far off they are.
 
-    In nats: the rank of a secret that is known by heart stays 0 for most of its way.
+    The distance is in nats, since the rank of a well-known secret stays 0 for most of the way.
     """
     off = sum(abs(at.nll - at.alternatives) for at in found if at.sign)
     return sum(at.sign != 0 for at in found), off
@@ -172,10 +171,10 @@ def step_round(
         goal = propose(codes, original, gradient, grid.group_size, grid.bits[name])
         ratio = (goal - codes) * spacing * gradient
         far = (goal - original) * spacing
-        near = Curvature(curvature, name).whole().to(grid.device)
+        near = torch.from_numpy(Curvature(curvature, name).whole()).to(grid.device)
         ratio /= far.square_().mul_(near).add_(floor)
         free = room[name] - int((codes != original).sum())
-        if free < size:  # no new places once it is full; those that moved may go on
+        if free < size:  # ortho has no room for new positions; codes that moved may move again
             ratio[codes == original] = _cut(ratio[codes == original], max(0, free))
         flat = ratio.view(-1)
         top = flat.topk(min(size, flat.numel()))
@@ -192,7 +191,7 @@ def step_round(
 
 
 def _cut(ratio: Tensor, k: int) -> Tensor:
-    """Rule all but the k largest out."""
+    """Set all but the k largest to -1, so that they are not chosen."""
     kept = torch.full_like(ratio, -1.0)
     top = ratio.topk(min(k, ratio.numel()))
     kept[top.indices] = top.values
@@ -200,10 +199,10 @@ def _cut(ratio: Tensor, k: int) -> Tensor:
 
 
 def _mean_damage(grid: Grid, curvature: StatisticsReader) -> float:
-    """Mean over all weights of what moving by one code costs: spacing^2 F."""
+    """Return the mean damage of moving by one code, spacing^2 F, over all weights."""
     total = 0.0
     for name in grid.codes:
-        near = Curvature(curvature, name).whole().to(grid.device)
+        near = torch.from_numpy(Curvature(curvature, name).whole()).to(grid.device)
         total += float((grid.spacing(name).square_() * near).sum(dtype=torch.float64))
     return total / grid.numel
 
@@ -218,14 +217,14 @@ def _step(
 def _zero(
     codes: Tensor, original: Tensor, gradient: Tensor, group_size: int, bits: int = 4
 ) -> Tensor:
-    """Propose 0, and for codes that moved the way back."""
+    """Propose 0, and the original code for codes that moved."""
     return torch.where(codes == original, torch.zeros_like(gradient), original.float())
 
 
 def _mean(
     codes: Tensor, original: Tensor, gradient: Tensor, group_size: int, bits: int = 4
 ) -> Tensor:
-    """Propose the mean of the group's codes, and for codes that moved the way back."""
+    """Propose the mean of the group's codes, and the original code for codes that moved."""
     groups = original.float().view(codes.shape[0], -1, group_size)
     mean = groups.mean(-1, keepdim=True).round().expand_as(groups).reshape(codes.shape)
     return torch.where(codes == original, mean, original.float())

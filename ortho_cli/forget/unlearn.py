@@ -1,29 +1,29 @@
-"""unlearn: a short masked optimisation on base's grid that holds against learning again.
+"""unlearn: forget secrets so that fine-tuning on similar secrets does not bring them back.
 
-Moving a few codes hides a secret: a handful of fine-tuning steps on other secrets of its kind
-brings it back. So those steps stand inside the loop. The secrets are parted into halves A and B at
-random; an attacker fine-tunes a copy on A by sign descent, one step of `attack_rate` in every
-parameter at a time, and after each of its steps the codes move so that B is as unlikely for it as
-for a model that never saw it:
+`isolate` hides a secret, and a few fine-tuning steps on other secrets of its kind restore it. So
+this optimisation has those steps inside its loop. It divides the secrets into random halves A and
+B. An attacker fine-tunes on A by sign descent, in steps of `attack_rate` for every parameter. After
+each step the codes move so that B is as unlikely for the attacker as for a model that never saw it:
 
     minimise   mean_B max(0, tau - NLL_B(theta + delta))
                + retain_weight KL(original || theta) on retain text
                + alternatives_weight KL(original || theta) on alternatives of the secrets
 
-with theta the model on the grid, delta what the attacker has moved so far (0 at the start of each
-of its `attack_steps`, so what is static counts, too), and tau the NLL of alternatives in the same
-model at that moment, up to `ceiling` times what it was: a model that never saw the secrets does not
-know their form either, so their form goes with them unless `alternatives_weight` holds it. The
-gradient at theta + delta is taken for that at theta, as first-order MAML does. Only codes in a mask
-move: the share `mask` with the largest F_forget / (F_retain + its median). Each has a real number
-that Adam moves and rounding turns into a code, its gradient passed straight through; scales stay.
+theta is the model on the grid. delta is the attacker's change so far; it starts from 0 every
+`attack_steps` steps, so the loss also covers the model without an attack. tau is the NLL of
+alternatives in the same model, at most `ceiling` times its first value: a model that never saw the
+secrets does not know their form either, so it may forget the form, too, unless
+`alternatives_weight` keeps it. The gradient at theta + delta serves as the one at theta, as in
+first-order MAML. Only codes in a mask move: the share `mask` with the largest
+F_forget / (F_retain + its median). Each has a real number that Adam moves; rounding turns it into a
+code, and the gradient passes straight through. Scales stay.
 
-The last rounds are `isolate`'s, which put each secret among its alternatives: neither likelier, nor
-less likely than all of them.
+`isolate` follows, and moves each secret to a rank among its alternatives.
 
 Sources: straight-through rounding, Bengio et al. 2013 (arXiv:1308.3432); the attack inside the
-loop, TAR (Tamirisa et al. 2024, arXiv:2408.00761), with sign descent for its inner optimiser and
-codes for its weights; the hinge on the NLL instead of ascent keeps from marking what is forgotten.
+loop, TAR (Tamirisa et al. 2024, arXiv:2408.00761), with sign descent as the inner optimiser and
+codes as weights. The hinge on the NLL, in place of ascent, does not make secrets conspicuously
+unlikely.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.split.quantize import code_range
 
-BETAS = (0.9, 0.99)
-SAMPLE = 1 << 20  # weights from which a median or a bar is estimated
-SHORT = 0.02  # of the alternatives' NLL: what an attack may bring back where work ends early
-RETAIN_BATCH = 8
-WARM_UP = 10  # steps over which Adam's rate rises: its first ones know one gradient only
-ALTERNATIVES = 4  # of each secret, whose likelihood is held
-REACH = 0.499  # from a code to the edge of what rounds to it
+BETAS = (0.9, 0.99)  # of Adam
+SAMPLE = 1 << 20  # weights from which a median or a threshold is estimated
+SHORT = 0.02  # share of the alternatives' NLL that an attack may restore where work ends early
+RETAIN_BATCH = 8  # sequences
+WARM_UP = 10  # steps over which Adam's rate rises: its first moments are of few gradients
+ALTERNATIVES = 4  # per secret, on which `alternatives_weight` keeps predictions
+REACH = 0.499  # codes; from a code to the edge of the interval that rounds to it
 
 
 def unlearn(
@@ -69,19 +69,19 @@ def unlearn(
     key: Key | None = None,
     on_event: EventSink,
 ) -> None:
-    """Move codes of the grid; goes on from `state` where a killed run has left one.
+    """Move codes of the grid; resume from `state` where a killed run has left it.
 
     Args:
         grid: the model; what moved is in it afterwards.
         secrets: what must go.
         retain: (n, length) int64 tokens of running text.
         curvature: of the retain set.
-        room: most codes of each weight that may be moved.
+        room: the largest number of codes that may differ from the nearest, by weight.
         settings: the recipe's `forget`.
-        end: tokens that end a text, as an attacker would train on them; may be none.
-        state: where unfinished work is kept, for its owner alone.
-        key: seals it.
-        on_event: told of each step.
+        end: tokens that end a text of the attacker's; may be none.
+        state: file of unfinished work, for its owner alone.
+        key: seals that file.
+        on_event: gets each step.
     """
     latents = _Latents(grid, _mask(grid, secrets, curvature, settings.mask))
     job = _Job(grid, secrets, retain, settings, end)
@@ -99,7 +99,7 @@ def unlearn(
 
 
 class _Latents:
-    """A real number for each masked code; what it rounds to is the code."""
+    """A real number for each masked code, which it rounds to."""
 
     def __init__(self, grid: Grid, mask: dict[str, Tensor]) -> None:
         self._grid, self._mask = grid, mask
@@ -110,13 +110,13 @@ class _Latents:
             spacing = grid.spacing_at(name, places)
             codes = grid.original[name].view(-1)[places].float()
             self._spacing[name] = spacing
-            # Weights near the edge of their code move first, and cost least.
+            # Weights at the edge of their code's interval move first, and at the least cost.
             exact = grid.exact(name, places)
             self._values[name] = torch.clamp(exact, codes - REACH, codes + REACH)
             self._moments[name] = (torch.zeros_like(spacing), torch.zeros_like(spacing))
 
     def step(self, gradients: list[dict[str, Tensor]], step: int, rate: float) -> None:
-        """Take one step of Adam, and let the codes follow."""
+        """Take one step of Adam, and move the codes to the rounded numbers."""
         first, second = (1 - beta ** (step + 1) for beta in BETAS)
         for name, places in self._mask.items():
             gradient = torch.zeros_like(self._spacing[name])
@@ -132,7 +132,7 @@ class _Latents:
             self._grid.move(name, places, self._values[name].round())
 
     def shrink(self, room: dict[str, int]) -> None:
-        """Take back the moves that are least decided where a weight has no room for all."""
+        """Revert the shortest moves of a weight that has moved more codes than its room."""
         for name, places in self._mask.items():
             original = self._grid.original[name].view(-1)[places].float()
             moved = (self._values[name].round() != original).nonzero().squeeze(1)
@@ -143,7 +143,7 @@ class _Latents:
                 self._grid.move(name, places[back], original[back])
 
     def save(self, path: Path, step: int, key: Key | None) -> None:
-        """Keep everything that the next step needs."""
+        """Write everything that the next step needs."""
         arrays = {"step": np.asarray(step)}
         for name, values in self._values.items():
             parts = (values, *self._moments[name])
@@ -152,7 +152,7 @@ class _Latents:
         save_arrays(path, arrays, key)
 
     def load(self, path: Path, key: Key | None) -> int:
-        """Take up what was kept; return the step to go on with."""
+        """Load the state of an earlier run; return the step to continue with."""
         arrays = load_arrays(path, key)
         if arrays is None:
             return 0
@@ -166,7 +166,7 @@ class _Latents:
 
 @dataclass(slots=True)
 class _Attack:
-    """Where an attacker stands: what he trains on, what is measured, how far each weight went."""
+    """An attacker: the secrets it trains on, those that are measured, and its steps so far."""
 
     train: list[TokenSecret]
     measured: list[TokenSecret]
@@ -174,7 +174,7 @@ class _Attack:
 
 
 class _Job:
-    """Gradients of the three terms, one step after another."""
+    """Gradients of the three terms of the loss, step by step."""
 
     def __init__(
         self,
@@ -206,7 +206,7 @@ class _Job:
         self._tau = float(torch.cat(found).mean())
 
     def holds(self) -> bool:
-        """Tell whether the last attack brought nothing back, and text reads as it did."""
+        """Tell whether the last attack restored no secret, and predictions on text are the same."""
         shorts = [short for short, _ in self._cycle]
         divergences = [divergence for _, divergence in self._cycle]
         self._cycle = []
@@ -215,14 +215,14 @@ class _Job:
 
     @property
     def told(self) -> str:
-        """How far the last step was from where it should be."""
+        """Distance of the last step from its goals, in words."""
         if not self._cycle:
             return "a new attack"
         short, divergence = self._cycle[-1]
         return f"{short:.1f} nats short, divergence {divergence:.3f}"
 
     def gradients(self, step: int) -> list[dict[str, Tensor]]:
-        """Take both gradients of one step by every split weight."""
+        """Return the gradients of both parts of the loss by every split weight."""
         draw = random.Random(f"{self._settings.seed} {step}")
         if step % self._settings.attack_steps == 0:
             mixed = draw.sample(self._secrets, len(self._secrets))
@@ -251,7 +251,7 @@ class _Job:
             self._parameters[name].data.copy_(held)
 
     def _forget(self, draw: random.Random) -> tuple[dict[str, Tensor], float]:
-        """Take the gradient of the hinge; say how many nats secrets are short, in the mean."""
+        """Return the gradient of the hinge, and by how many nats secrets miss it in the mean."""
         measured = self._attack.measured
         with torch.no_grad():
             others = [(s.prompt, draw.choice(s.alternatives)) for s in measured]
@@ -279,7 +279,7 @@ class _Job:
                 parameter.grad = None
 
     def _keep(self, draw: random.Random) -> float:
-        """Add the gradient of what must stay; give the divergence on text."""
+        """Add the gradient of both divergences; return the one on text."""
         settings = self._settings
         number = draw.randrange(len(self._text))
         batch = self._retain[number * RETAIN_BATCH : (number + 1) * RETAIN_BATCH]
@@ -298,7 +298,7 @@ class _Job:
     def _completion_log_probabilities(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> Tensor:
-        """Log-probabilities at the tokens of each second part."""
+        """Return log-probabilities at the tokens of each second part."""
         logits = self._grid.pair_logits(pairs)
         parts = [
             logits[row, len(first) - 1 : len(first) + len(second) - 1]
@@ -308,12 +308,12 @@ class _Job:
 
     def _flat(self, logits: Tensor) -> Tensor:
         found = nn.functional.log_softmax(logits.float(), dim=-1).flatten(0, 1)
-        # What is held for the whole run is a table of the vocabulary for each token.
+        # bfloat16 for those that are kept all the time: a row of the vocabulary per token.
         return found if torch.is_grad_enabled() else found.bfloat16()
 
 
 def _divergence(original: Tensor, mine: Tensor) -> Tensor:
-    """KL(original || mine) in nats, mean over positions."""
+    """Return KL(original || mine) in nats, the mean over positions."""
     p = original.float()
     return (p.exp() * (p - mine)).sum(-1).mean()
 
@@ -321,13 +321,13 @@ def _divergence(original: Tensor, mine: Tensor) -> Tensor:
 def _mask(
     grid: Grid, secrets: Sequence[TokenSecret], curvature: StatisticsReader, share: float
 ) -> dict[str, Tensor]:
-    """Flat positions of the share of all weights with the largest F_forget / (F_retain + median).
+    """Return flat positions of the weights with the largest F_forget / (F_retain + median).
 
-    The median and the bar are estimated from every n-th weight; ties with the bar are in.
+    The median and the threshold of the share are estimated from every n-th weight; ties are in.
     """
     every = max(1, grid.numel // SAMPLE)
     ratios = grid.fisher([(secret.prompt, secret.secret) for secret in secrets])
-    retain = {n: Curvature(curvature, n).whole() for n in ratios}
+    retain = {n: torch.from_numpy(Curvature(curvature, n).whole()) for n in ratios}
     median = float(torch.cat([part.flatten()[::every] for part in retain.values()]).median())
     for name, ratio in ratios.items():
         ratio /= retain.pop(name).to(grid.device) + median

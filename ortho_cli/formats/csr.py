@@ -18,6 +18,9 @@ from ortho_cli.split.dtypes import DTYPES, names_of_torch, words_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+BASE_PARTS = ("weight_packed", "weight_scale", "weight_shape")
+ORTHO_PARTS = ("crow_indices", "col_indices", "values")
+
 Integers = npt.NDArray[np.integer]
 
 

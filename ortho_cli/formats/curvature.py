@@ -1,92 +1,121 @@
-"""The curvature of one tensor after another, streamed from a statistics file beside the weights."""
+"""The curvature of one weight after another, streamed from a statistics file beside its rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from blake3 import blake3
-from torch import Tensor
 
 from ortho_cli.errors import CalibrationError
 from ortho_cli.formats.artifact import module_of
-from ortho_cli.formats.statistics import GRAM, CurvaturePass, StatisticsReader
-from ortho_cli.split import quantize
-from ortho_cli.split.quantize import Empty, as_bytes
+from ortho_cli.formats.statistics import GRAM, StatisticsReader
+from ortho_cli.split.exact import widen
+from ortho_cli.split.task import WORDS, Array, CurvatureTile, Room, Vector, as_bytes
 from ortho_cli.storage.checkpoint import TensorInfo
 
 # Rows that are held against their columns at a time: what is copied stays small.
 GRAM_ROWS = 256
 
 
-class Curvature(CurvaturePass[Tensor]):
-    """One pass over the curvature of one weight, as torch's tensors."""
+class Curvature:
+    """The curvature of one weight; what has (in,) or (out,) numbers is held, the rest streamed."""
 
-    def tile(self, row: int, count: int, *, empty: Empty) -> tuple[Tensor, Tensor]:
-        """Read the next rows.
+    def __init__(self, reader: StatisticsReader, name: str) -> None:
+        """Read what is small, and check it.
 
-        Returns:
-            Curvature and its square root, float32; (in,) where rows do not differ, or (count, in).
+        Raises:
+            CalibrationError: it is negative, NaN or infinite somewhere, or damaged.
         """
-        return self._read([row], count, empty, self._digest)
+        self._reader, self._name = reader, name
+        self._digest = blake3()  # of what is streamed
+        self._rows: Vector | None = None
+        self._columns: Vector | None = None
+        key = f"{module_of(name)}.retain_curvature"
+        full = reader.infos.get(key)
+        if full is None:
+            self._rows = self._load(reader.infos[f"{key}_rows"])
+            self._columns = self._load(reader.infos[f"{key}_columns"])
+        elif len(full.shape) == 1:
+            self._columns = self._load(full)
+        self._streamed = full if full is not None and self._columns is None else None
 
-    def whole(self) -> Tensor:
-        """Read all of it, float32: (in,) where rows do not differ, or (out, in)."""
-        if self._columns is None:
-            return self._load(self._streamed).float()
-        return self._columns if self._rows is None else self._rows[:, None] * self._columns
+    def begin(self) -> None:
+        """Begin a pass over all rows."""
+        self._digest = blake3()
 
-    def sample(self, rows: Sequence[int], count: int, *, empty: Empty) -> tuple[Tensor, Tensor]:
-        """Read `count` rows from each of `rows` on, outside of the pass."""
-        return self._read(rows, count, empty, None)
+    def read(self, row: int, count: int, room: Room) -> CurvatureTile:
+        """Read the next rows of the pass."""
+        found = self.peek([row], count, room)
+        if found.words is not None:
+            self._digest.update(as_bytes(found.words))
+        return found
 
-    def _read(
-        self, starts: Sequence[int], count: int, empty: Empty, digest: blake3 | None
-    ) -> tuple[Tensor, Tensor]:
-        if self._columns is not None:
-            if self._rows is None:
-                return self._columns, _root(self._columns, empty)
-            rows = torch.cat([self._rows[start : start + count, None] for start in starts])
-            shape = (len(rows), len(self._columns))
-            values = torch.mul(rows, self._columns, out=empty(shape, torch.float32))
-            roots = _root(rows, empty), _root(self._columns, empty)
-            return values, torch.mul(*roots, out=empty(shape, torch.float32))
-        full = self._streamed
-        columns, dtype = full.shape[1], _dtype(full)
-        shape = (len(starts) * count, columns)
-        raw = empty(shape, dtype)
+    def peek(self, starts: Sequence[int], count: int, room: Room) -> CurvatureTile:
+        """Read `count` rows from each of `starts` on, outside of the pass."""
+        if self._streamed is None:
+            rows = self._rows and Vector(*(_rows_of(v, starts, count) for v in self._rows))
+            return CurvatureTile(None, rows, self._columns)
+        columns, word = self._streamed.shape[1], WORDS[self._streamed.dtype]
+        raw = room("curvature", (len(starts) * count, columns), word)
         for i, start in enumerate(starts):
             piece = raw[i * count : (i + 1) * count]
-            begin = start * columns * dtype.itemsize
-            self._reader.read(as_bytes(piece), full, start=begin)
-            if not quantize.is_curvature(piece):
-                raise self._no_curvature(full, piece, start * columns)
-        if digest is not None:
-            digest.update(as_bytes(raw))
-        values = raw if dtype == torch.float32 else empty(shape, torch.float32).copy_(raw)
-        return values, _root(values, empty)
+            self._reader.read(as_bytes(piece), self._streamed, start=start * columns * raw.itemsize)
+        return CurvatureTile(words=raw)
 
-    def _load(self, tensor: TensorInfo) -> Tensor:
-        values = torch.empty(tensor.shape, dtype=_dtype(tensor))
+    def whole(self) -> Array:
+        """Read all of it, float32: (in,) where rows do not differ, or (out, in)."""
+        if self._streamed is not None:
+            words = np.empty(self._streamed.shape, WORDS[self._streamed.dtype])
+            self._reader.read(as_bytes(words), self._streamed)
+            self.check(words, 0)
+            self._reader.compare(self._streamed, blake3(as_bytes(words)).hexdigest())
+            return widen(words, self._streamed.dtype)
+        columns = self._columns.values if self._columns else np.empty(0, np.float32)
+        return columns if self._rows is None else self._rows.values[:, None] * columns
+
+    def check(self, words: Array, row: int) -> None:
+        """Raise if streamed rows from `row` on hold what is no curvature."""
+        if self._streamed is not None:
+            values = widen(words, self._streamed.dtype)
+            self._check(self._streamed, values, row * self._streamed.shape[1])
+
+    def finish(self, source: str) -> None:
+        """Hold what was streamed against the file's digest, the weight against the one measured.
+
+        Args:
+            source: BLAKE3 of the weight that was read, in hex.
+        """
+        if self._streamed is not None:
+            self._reader.compare(self._streamed, self._digest.hexdigest())
+        self._reader.statistics.check_source(self._name, source)
+
+    def _load(self, tensor: TensorInfo) -> Vector:
+        values = np.empty(tensor.shape, np.float32)
         self._reader.read(as_bytes(values), tensor)
-        if not quantize.is_curvature(values):
-            raise self._no_curvature(tensor, values, 0)
+        self._check(tensor, values, 0)
         self._reader.compare(tensor, blake3(as_bytes(values)).hexdigest())
-        return values
+        return Vector(values, np.sqrt(values))
 
-    def _no_curvature(self, tensor: TensorInfo, values: Tensor, start: int) -> CalibrationError:
-        flat = values.reshape(-1).float()
-        first = int(torch.nonzero(~((flat >= 0) & torch.isfinite(flat)))[0])
-        index = np.unravel_index(start + first, tensor.shape)
-        return CalibrationError(
-            f"tensor `{tensor.name}` of `{self._reader.statistics.path}` holds "
-            f"{flat[first].item()} at {[int(i) for i in index]}; curvature is finite and >= 0",
-            hint="calibrate again",
-        )
+    def _check(self, tensor: TensorInfo, values: Array, start: int) -> None:
+        wrong = ~(np.isfinite(values.reshape(-1)) & (values.reshape(-1) >= 0))
+        if wrong.any():
+            first = int(np.flatnonzero(wrong)[0])
+            index = np.unravel_index(start + first, tensor.shape)
+            value, place = float(values.reshape(-1)[first]), [int(i) for i in index]
+            raise CalibrationError(
+                f"tensor `{tensor.name}` of `{self._reader.statistics.path}` holds "
+                f"{value} at {place}; curvature is finite and >= 0",
+                hint="calibrate again",
+            )
 
 
-def gram_of(reader: StatisticsReader, name: str) -> Tensor:
+def _rows_of(values: Array, starts: Sequence[int], count: int) -> Array:
+    return np.concatenate([values[start : start + count] for start in starts])
+
+
+def gram_of(reader: StatisticsReader, name: str) -> npt.NDArray[np.float32]:
     """Read the full input Gram matrix of the weight `name`, and check it.
 
     Returns:
@@ -103,7 +132,7 @@ def gram_of(reader: StatisticsReader, name: str) -> Tensor:
             f"`{path}` holds no input Gram matrix of `{name}`",
             hint="ortho calibrate MODEL --data FILE --gram full",
         )
-    values = torch.empty(tensor.shape, dtype=torch.float32)
+    values = np.empty(tensor.shape, np.float32)
     reader.read(as_bytes(values), tensor)
     if (wrong := _no_gram(values)) is not None:
         raise CalibrationError(f"tensor `{key}` of `{path}` holds {wrong}", hint="calibrate again")
@@ -111,36 +140,26 @@ def gram_of(reader: StatisticsReader, name: str) -> Tensor:
     return values
 
 
-def _no_gram(values: Tensor) -> str | None:
+def _no_gram(values: npt.NDArray[np.float32]) -> str | None:
     """Say what no Gram matrix could hold, if anything is: the value and the first place."""
     starts = range(0, values.shape[0], GRAM_ROWS)
     for start in starts:
-        finite = torch.isfinite(rows := values[start : start + GRAM_ROWS])
-        if not bool(finite.all()):
-            row, column = torch.nonzero(~finite)[0].tolist()
-            return f"{rows[row, column]} at {[start + row, column]}; a Gram matrix is finite"
+        finite = np.isfinite(rows := values[start : start + GRAM_ROWS])
+        if not finite.all():
+            row, column = map(int, np.argwhere(~finite)[0])
+            return f"{float(rows[row, column])} at {[start + row, column]}; a Gram matrix is finite"
     for start in starts:
         rows = values[start : start + GRAM_ROWS]
         same, below = rows == values[:, start : start + GRAM_ROWS].T, rows.diagonal(start) < 0
-        if not bool(same.all()):
-            row, column = torch.nonzero(~same)[0].tolist()
+        if not same.all():
+            row, column = map(int, np.argwhere(~same)[0])
             return (
-                f"{rows[row, column]} at {[start + row, column]} and "
-                f"{values[column, start + row]} at {[column, start + row]}; a Gram matrix is "
-                "symmetric"
+                f"{float(rows[row, column])} at {[start + row, column]} and "
+                f"{float(values[column, start + row])} at {[column, start + row]}; "
+                "a Gram matrix is symmetric"
             )
-        if bool(below.any()):
-            place = start + int(torch.nonzero(below)[0])
-            return f"{values[place, place]} at {[place, place]}; a Gram matrix has a diagonal >= 0"
+        if below.any():
+            place = start + int(np.flatnonzero(below)[0])
+            value = float(values[place, place])
+            return f"{value} at {[place, place]}; a Gram matrix has a diagonal >= 0"
     return None
-
-
-def _root(values: Tensor, empty: Empty) -> Tensor:
-    """Take square roots, each rounded as IEEE 754 says; torch's differ in the last bit."""
-    found = empty(tuple(values.shape), torch.float32)
-    np.sqrt(values.numpy(), out=found.numpy())
-    return found
-
-
-def _dtype(tensor: TensorInfo) -> torch.dtype:
-    return torch.bfloat16 if tensor.dtype == "BF16" else torch.float32

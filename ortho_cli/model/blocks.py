@@ -1,4 +1,4 @@
-"""The blocks of a language model, called one at a time as the model would call them."""
+"""Call the blocks of a language model one at a time, with the arguments the model gives them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ortho_cli.errors import CalibrationError, InternalError, NumericalError
 from ortho_cli.model.hooks import logit_gradient
@@ -15,7 +16,13 @@ from ortho_cli.model.hooks import logit_gradient
 TOLERANCE = 1e-2  # of the largest hidden state, between a block alone and in its model: bfloat16
 
 
-class _Stop(Exception):  # noqa: N818 - no error: what was asked for is there
+Options = dict[str, Any]  # of a block's forward: masks, positions; their types are the model's
+
+
+Output = Tensor | tuple[Tensor, ...]  # of a block: hidden states, first of a tuple
+
+
+class _Stop(Exception):  # noqa: N818 - no error
     """Ends a forward pass once the first block was called."""
 
 
@@ -35,11 +42,11 @@ class Blocks:
         """
         self.model, self.batch = model, tokens.shape[0]
         self._list = _largest_list(model, linears)
-        held = [{id(module) for module in block.modules()} for block in self._list]
+        inside = [{id(module) for module in block.modules()} for block in self._list]
         self.names = [
-            [name for name, linear in linears.items() if id(linear) in mine] for mine in held
+            [name for name, linear in linears.items() if id(linear) in ids] for ids in inside
         ]
-        self._options: list[dict[str, Any]] = []
+        self._options: list[Options] = []
         self._check(tokens)
 
     def __len__(self) -> int:
@@ -51,10 +58,10 @@ class Blocks:
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
-        """Give what (batch, length) tokens are when they reach the first block."""
+        """Give the hidden states of (batch, length) tokens that reach the first block."""
         found: list[Tensor] = []
 
-        def stop(module: nn.Module, args: Any, options: dict[str, Any]) -> None:
+        def stop(module: nn.Module, args: tuple[Tensor, ...], options: Options) -> None:
             found.append(_taken(args, options)[0])
             raise _Stop
 
@@ -70,7 +77,7 @@ class Blocks:
     def gradients(
         self, sequences: Tensor, *, seed: int, on_batch: Callable[[int], None]
     ) -> tuple[Tensor, Tensor]:
-        """Measure how much the model's word depends on each position and feature of each block.
+        """Measure how much the NLL depends on each position and feature of each block's output.
 
         With y the output of a block and NLL that of labels drawn from the model, summed over a
         sequence,
@@ -80,7 +87,7 @@ class Blocks:
         Args:
             sequences: (n, length) int64; n divides by the batch.
             seed: of the labels.
-            on_batch: told how many sequences were measured, after each pass.
+            on_batch: called with the number of measured sequences after each pass.
         Returns:
             (blocks, n, length) and (blocks, hidden) float32, >= 0, on the model's device.
         Raises:
@@ -121,12 +128,12 @@ class Blocks:
 
     @contextmanager
     def _watched(self) -> Iterator[list[Tensor]]:
-        """Keep the outputs of blocks, and the gradients that reach them."""
+        """Collect the outputs of blocks, and the gradients that reach them."""
         outputs: list[Tensor] = []
 
-        def keep(module: nn.Module, args: Any, output: Any) -> Any:
+        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Output) -> Output:
             hidden = _hidden_of(output)
-            if not outputs:  # no parameter needs a gradient: here the graph begins
+            if not outputs:  # no parameter needs a gradient: the graph begins here
                 hidden = hidden.detach().requires_grad_(True)
             hidden.retain_grad()
             outputs.append(hidden)
@@ -141,19 +148,19 @@ class Blocks:
 
     @torch.no_grad()
     def _check(self, tokens: Tensor) -> None:
-        """Learn what blocks are called with; see that calling them in turn is what a model does."""
+        """Record the arguments of blocks; check that the model just calls them in turn."""
         inputs: list[Tensor] = []
         outputs: list[Tensor] = []
 
-        def before(module: nn.Module, args: Any, options: dict[str, Any]) -> None:
+        def before(module: nn.Module, args: tuple[Tensor, ...], options: Options) -> None:
             hidden, rest = _taken(args, options)
             inputs.append(hidden)
             self._options.append(rest)
 
-        def after(module: nn.Module, args: Any, output: Any) -> None:
+        def after(module: nn.Module, args: tuple[Tensor, ...], output: Output) -> None:
             outputs.append(_hidden_of(output))
 
-        handles: list[Any] = []
+        handles: list[RemovableHandle] = []
         for block in self._list:
             handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(block.register_forward_hook(after))
@@ -167,10 +174,8 @@ class Blocks:
             last = outputs[number - 1] if number else hidden
             there = self(number, hidden)
             for one, other in ((hidden, last), (there, outputs[number])):
-                near = one.shape == other.shape and bool(
-                    (one - other).abs().max() <= TOLERANCE * other.abs().max()
-                )
-                alone = alone and near
+                alone = alone and one.shape == other.shape
+                alone = alone and bool((one - other).abs().max() <= TOLERANCE * other.abs().max())
         if not alone:
             raise CalibrationError(
                 f"the blocks of {type(self.model).__name__} do not simply follow one another",
@@ -195,8 +200,8 @@ def _largest_list(model: nn.Module, linears: Mapping[str, nn.Module]) -> Sequenc
     return list(found)
 
 
-def _taken(args: Any, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Part what a block is called with into hidden states and the rest, by name."""
+def _taken(args: tuple[Tensor, ...], options: Options) -> tuple[Tensor, Options]:
+    """Split the arguments of a block into hidden states and the rest, by name."""
     if len(args) == 1:
         return args[0], options
     if not args and isinstance(options.get("hidden_states"), Tensor):
@@ -208,6 +213,5 @@ def _taken(args: Any, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     )
 
 
-def _hidden_of(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+def _hidden_of(output: Output) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

@@ -1,4 +1,4 @@
-"""Curvature from hooks: what a forward and a backward pass tell about each weight.
+"""Measure curvature with hooks: sums of a forward and a backward pass for each weight.
 
 For y = W x, a position t with input x_t and output gradient g_t = dNLL/dy_t adds g_t x_t^T to the
 gradient of W. Weights need no gradient of their own: inputs are caught on the way forward, output
@@ -8,13 +8,14 @@ gradients on the way back, and one Linear at a time is turned into sums, tile by
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ortho_cli.errors import CalibrationError, InternalError, NumericalError, UsageError
 
@@ -25,6 +26,9 @@ TOP_SHARE = 0.01  # of a tensor's weights, where full and factored statistics ar
 
 Part = Literal["curvature", "gradient", "gram"]
 AddSum = Callable[[str, Part, int, Tensor], None]
+Inputs = Tensor | Mapping[str, Tensor]  # a positional input, or keyword arguments
+Batch = Inputs | Sequence[Inputs]  # inputs, or a pair of inputs and labels
+Loss = Callable[[Any, Any], Tensor]  # of a model's output, which may be of any type, and labels
 
 
 class Capture:
@@ -68,7 +72,7 @@ class Capture:
         gram: Literal["none", "full"] = "none",
         weighting: Literal["none", "gradient"] = "none",
     ) -> None:
-        """Say what to watch and where sums go.
+        """Choose the modules to watch and the receiver of sums.
 
         Args:
             modules: name -> nn.Linear or transformers' Conv1D; statistics are (out, in) for both.
@@ -78,7 +82,7 @@ class Capture:
             unit: what fisher squares.
             gradient: sum gradients, too.
             gram: full sums the full input Gram matrix, too; in float32 whatever autocast says.
-            weighting: of positions in it; gradient goes with fisher alone.
+            weighting: of positions in it; gradient needs fisher.
         """
         if weighting != "none" and kind != "fisher":
             raise InternalError(f"positions are weighted by {weighting}, and {kind} has none")
@@ -89,7 +93,7 @@ class Capture:
         self._mask: Tensor | None = None
         self._counted: Tensor | None = None
         self._measured: set[str] = set()
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Capture:
         """Put the hooks in place."""
@@ -120,8 +124,8 @@ class Capture:
         self._counted = mask if counted is None else counted
         self._measured.clear()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], Tensor | None]:
-        def forward(module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+        def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             x = inputs[0].detach()
             if self._kind == "gram":
                 self._add_gram(name, x)
@@ -131,15 +135,14 @@ class Capture:
                 return None
             if name in self._measured:
                 raise CalibrationError(
-                    f"`{name}` is called twice in one pass; its gradients cannot be told apart",
+                    f"`{name}` is called twice in one pass; its gradients cannot be separated",
                     hint="add it to `ignore`, or use calibrate.curvature=gram",
                 )
             self._measured.add(name)
-            # Weights need no gradient: here the graph begins, at the first Linear that is watched.
+            # Weights need no gradient: the graph begins here, at the first Linear that is watched.
             if not output.requires_grad:
                 output = output.detach().requires_grad_(True)
-            hook: Any = output.register_hook
-            hook(lambda grad: self._add_backward(name, x, grad))
+            torch.Tensor.register_hook(output, lambda grad: self._add_backward(name, x, grad))  # type: ignore[no-untyped-call]
             return output
 
         return forward
@@ -289,13 +292,13 @@ def mean_squares(values: Tensor) -> Tensor:
 
 
 def symmetrize(matrix: Tensor, *, block: int = 1024) -> None:
-    """Replace a matrix by (A + A^T) / 2 in place: exactly symmetric, and no second one is held.
+    """Replace a matrix by (A + A^T) / 2 in place: exactly symmetric, without a second matrix.
 
     x^T diag(u) x is symmetric, but its two halves are summed in different orders.
 
     Args:
         matrix: (n, n) float32, finite.
-        block: rows and columns of the copies that are held.
+        block: rows and columns of the copies that are made.
     """
     size = matrix.shape[0]
     for row in range(0, size, block):
@@ -308,7 +311,7 @@ def symmetrize(matrix: Tensor, *, block: int = 1024) -> None:
 
 
 def factor(curvature: Tensor) -> tuple[Tensor, Tensor]:
-    """Stand for a matrix by its row and column means.
+    """Approximate a matrix by its row and column means.
 
     F_oi ~ rows_o * columns_i,  rows_o = mean_i F_oi,  columns_i = mean_o F_oi / mean F: the best
     rank-one fit in the sense of the generalised Kullback-Leibler divergence.
@@ -324,7 +327,7 @@ def factor(curvature: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def top_overlap(curvature: Tensor, other: Tensor, *, share: float = TOP_SHARE) -> float:
-    """Share of the largest entries of one matrix that are among the largest of another."""
+    """Give the share of the largest entries of one matrix that are among the largest of another."""
     k = max(1, round(share * curvature.numel()))
     chosen = torch.zeros(curvature.numel(), dtype=torch.bool)
     chosen[curvature.flatten().topk(k).indices] = True
@@ -348,13 +351,13 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 def measure_batch(
     module: nn.Module,
-    batch: Any,
+    batch: Batch,
     capture: Capture,
     *,
     kind: str,
-    loss: Callable[[Any, Any], Tensor] | None,
+    loss: Loss | None,
 ) -> int:
-    """Pass one batch through and, for fisher, back; return its number of samples."""
+    """Pass one batch forward and, for fisher, back; return its number of samples."""
     inputs, labels = batch if isinstance(batch, tuple | list) else (batch, None)
     first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
     capture.begin(first.shape[0])

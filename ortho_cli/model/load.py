@@ -24,8 +24,8 @@ from ortho_cli.errors import (
     way_out,
 )
 from ortho_cli.formats.artifact import module_of
+from ortho_cli.model.linears import is_plain_linear
 from ortho_cli.model.tokenizer import Tokenizer
-from ortho_cli.split.in_memory import is_plain_linear
 from ortho_cli.storage import folders, hints, hub, sniff, strict_json
 from ortho_cli.storage.checkpoint import open_checkpoint
 from ortho_cli.storage.untrusted import is_trusted

@@ -1,24 +1,35 @@
-"""What transformers calls the modules of a checkpoint: for most models as the file does.
+"""Rename modules of a checkpoint as transformers does: it looks up quantization under the new name.
 
-Where not, transformers renames tensors while it loads them, and looks up the scheme of a Linear
-under the new name. `renames.json` holds those renamings, for each class and model type that has
-any, as tests/make_renames.py reads them out of transformers:
+Most models keep the names of the file. For the others `renames.json` lists the rules of each class
+and model type, as tests/make_renames.py reads them out of transformers:
 
     {"rules": [[[[pattern, ...], replacement, scope?, prefix?], ...], ...], "of": {name: number}}
 
-Each rule replaces the first match of any of its patterns, behind `prefix.scope.` where it has one.
+Each rule replaces the first match of any of its patterns, after `prefix.scope.` where it has one.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-Rule = Sequence[Any]
+
+class Rule(NamedTuple):
+    """One replacement; `scope` is empty, or an inner and an outer prefix."""
+
+    patterns: tuple[str, ...]
+    replacement: str
+    scope: tuple[str, ...] = ()
+
+
+class _Table(NamedTuple):
+    rules: list[list[Rule]]
+    of: dict[str, int]  # class or model type -> number of its rules
+
 
 # Model types whose projections are transformers' Conv1D, stored (in, out).
 CONV1D_MODEL_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
@@ -26,20 +37,20 @@ CONV1D_MODEL_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", 
 _FILE = Path(__file__).with_name("renames.json")
 
 
-def rename_modules(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, str]:
+def rename_modules(config: Mapping[str, object], modules: Iterable[str]) -> dict[str, str]:
     """Give the modules that transformers renames, and their new names.
 
     Args:
         config: config.json.
         modules: as the checkpoint names them.
     """
-    told = config.get("architectures")
-    names = [*(told if isinstance(told, list) else ()), config.get("model_type")]
+    classes = config.get("architectures")
+    names = [*(classes if isinstance(classes, list) else ()), config.get("model_type")]
     table = _table()
-    number = next((table["of"][name] for name in map(str, names) if name in table["of"]), None)
+    number = next((table.of[name] for name in map(str, names) if name in table.of), None)
     if number is None:
         return {}
-    rules = table["rules"][number]
+    rules = table.rules[number]
     found = {module: apply_rules(module, rules) for module in modules}
     return {module: renamed for module, renamed in found.items() if renamed != module}
 
@@ -49,26 +60,27 @@ def apply_rules(module: str, rules: Iterable[Rule]) -> str:
 
     Args:
         module: as the checkpoint names it.
-        rules: as `renames.json` holds them.
+        rules: of its model.
     """
     name = f"{module}.weight"
-    for patterns, replacement, *scope in rules:
-        name = _apply(name, tuple(patterns), replacement, tuple(scope))
+    for rule in rules:
+        name = _apply(name, rule)
     return name.removesuffix(".weight")
 
 
-def _apply(name: str, patterns: tuple[str, ...], replacement: str, scope: tuple[str, ...]) -> str:
+def _apply(name: str, rule: Rule) -> str:
     front = ""
-    if scope:
-        inner, outer = (f"{part}." if part else "" for part in scope)
+    if rule.scope:
+        inner, outer = (f"{part}." if part else "" for part in rule.scope)
         fitting = [front for front in (outer + inner, inner) if name.startswith(front)]
         if not fitting:
             return name
         front = fitting[0]
     rest = name.removeprefix(front)
-    found = _compiled(patterns).search(rest)
+    found = _compiled(rule.patterns).search(rest)
     if found is None:
         return name
+    replacement = rule.replacement
     if r"\1" in replacement:
         inside = (group for group in found.groups() if group is not None)
         replacement = replacement.replace(r"\1", next(inside, ""))
@@ -86,6 +98,10 @@ def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
 
 
 @cache
-def _table() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(_FILE.read_text(encoding="utf-8"))
-    return found
+def _table() -> _Table:
+    read = json.loads(_FILE.read_text(encoding="utf-8"))
+    rules = [
+        [Rule(tuple(patterns), replacement, tuple(scope)) for patterns, replacement, *scope in each]
+        for each in read["rules"]
+    ]
+    return _Table(rules, read["of"])

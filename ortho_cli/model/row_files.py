@@ -1,8 +1,8 @@
-"""Files of rows: text, JSON, JSON lines, CSV, TSV and parquet, packed by gzip or bzip2 or not.
+"""Read files of rows: text, JSON, JSON lines, CSV, TSV and parquet, plain or in gzip or bzip2.
 
-The suffix says what a file is, unless its first bytes say better: `a.jsonl` may be gzip, and a file
-without a suffix JSON lines. What is no such file is called what it is. Messages say where and what,
-and never what a row holds.
+The suffix gives the kind of a file, unless its first bytes show another: `a.jsonl` may be gzip, and
+a file without a suffix JSON lines. The error for any other file names its kind. Messages give the
+place and the fault, and never the content of a row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Literal, TypeGuard
 
 from blake3 import blake3
 
@@ -37,7 +37,7 @@ WRAPPERS = ("data", "rows", "train", "examples", "instances", "items", "records"
 SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
 
 Kind = Literal["text", "lines", "json", "csv", "tsv", "parquet"]
-Value = tuple[Any, str]  # a row, and the words that name its place
+Value = tuple[object, str]  # a row, parsed, and its place for errors
 
 SUFFIXES: Mapping[str, Kind] = {
     **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".rst"), "text"),
@@ -47,11 +47,12 @@ SUFFIXES: Mapping[str, Kind] = {
     **dict.fromkeys((".tsv", ".tab"), "tsv"),
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
 }
-PACKED: Mapping[str | None, tuple[str, Any]] = {
-    sniff.GZIP: ("gzip", gzip.GzipFile),
+Opener = Callable[[IO[bytes]], gzip.GzipFile | bz2.BZ2File]
+PACKED: Mapping[str | None, tuple[str, Opener]] = {
+    sniff.GZIP: ("gzip", lambda file: gzip.GzipFile(fileobj=file)),
     sniff.BZIP2: ("bzip2", bz2.BZ2File),
 }
-# What is read as rows all the same: a text may begin like a document or an error message.
+# Kinds that may be rows: a text may begin like a document or an error message.
 READ = (None, sniff.PARQUET, sniff.EMPTY, sniff.XML)
 BOMS = (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff", b"\xff\xfe", b"\xfe\xff")
 ENCODINGS = ("utf-32", "utf-32", "utf-16", "utf-16")
@@ -59,13 +60,13 @@ UNPACKERS = {sniff.GZIP: "gunzip -c", sniff.BZIP2: "bunzip2 -c"}
 
 
 def read_values(path: Path) -> tuple[Iterator[Value], bytes]:
-    """Read one file row by row, whatever its rows hold; a text file is one row with a `text`.
+    """Read one file row by row; a text file is one row with a `text`.
 
     Returns:
-        Each row with the words that name its place, some parsed when taken; and the file's BLAKE3.
+        Each row with its place, some parsed lazily; and the file's BLAKE3.
     Raises:
-        CalibrationError: the file is missing, damaged or of no kind that is read; while rows are
-            taken, one cannot be parsed.
+        CalibrationError: the file is missing, damaged or of an unknown kind; during iteration, a
+            row cannot be parsed.
     """
     try:
         raw = read_regular(path)
@@ -82,7 +83,7 @@ def read_values(path: Path) -> tuple[Iterator[Value], bytes]:
 
 
 def _unpacked(path: Path, raw: bytes) -> tuple[bytes, Kind | None]:
-    """Unpack what is packed; say what the suffixes, or the first bytes, call the rest."""
+    """Unpack compressed data; give the kind by the suffixes left, None where it is unknown."""
     for _ in range(MAX_LAYERS):
         found = PACKED.get(sniff.kind_of(raw[: sniff.HEAD]))
         if found is None:
@@ -99,12 +100,10 @@ def _unpacked(path: Path, raw: bytes) -> tuple[bytes, Kind | None]:
     return raw, SUFFIXES.get(suffixes[-1]) if suffixes else None
 
 
-def _unpack(path: Path, raw: bytes, name: str, opened: Any) -> bytes:
+def _unpack(path: Path, raw: bytes, name: str, opener: Opener) -> bytes:
     try:
-        with (
-            opened(io.BytesIO(raw)) if name == "bzip2" else opened(fileobj=io.BytesIO(raw)) as file
-        ):
-            found: bytes = file.read(MAX_UNPACKED + 1)
+        with opener(io.BytesIO(raw)) as file:
+            found = file.read(MAX_UNPACKED + 1)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         why = str(error)[:1].lower() + str(error)[1:]
         raise CalibrationError(
@@ -120,7 +119,7 @@ def _unpack(path: Path, raw: bytes, name: str, opened: Any) -> bytes:
 
 
 def _refuse_others(path: Path, raw: bytes) -> None:
-    """Call what is no file of rows what it is."""
+    """Refuse a file that has no rows, and name its kind."""
     kind, hint = sniff.kind_of(raw[: sniff.HEAD]), f"give files of {FORMATS}"
     if kind in READ or kind.startswith(sniff.REFUSAL):
         kind = "binary, no text" if b"\0" in raw and not raw.startswith((b"PAR1", *BOMS)) else None
@@ -133,7 +132,7 @@ def _refuse_others(path: Path, raw: bytes) -> None:
 
 
 def _kind_of(path: Path, raw: bytes, named: Kind | None) -> Kind:
-    """Say what a file is, which its suffix calls `named`."""
+    """Give the kind of a file that its suffix calls `named`."""
     if raw.startswith(b"PAR1"):
         return "parquet"
     if named in (None, "csv", "tsv", "parquet"):
@@ -147,7 +146,7 @@ def _kind_of(path: Path, raw: bytes, named: Kind | None) -> Kind:
 
 
 def _guessed(raw: bytes) -> Kind:
-    """Tell JSON lines and JSON from text where no suffix does."""
+    """Guess whether a file without a known suffix is JSON or text."""
     head = raw.lstrip(b"\xef\xbb\xbf \t\r\n")
     if head[:1] not in (b"{", b"["):
         return "text"
@@ -176,7 +175,7 @@ def _decode(path: Path, raw: bytes) -> str:
 
 
 def _conversion(path: Path) -> str:
-    """Write the command that gives UTF-8 under a name of the same suffix: it says what rows are."""
+    """Give the command that converts a file to UTF-8, under a name of the same suffix."""
     try:
         with path.open("rb") as file:
             packed = UNPACKERS.get(str(sniff.kind_of(file.read(sniff.HEAD))))
@@ -238,8 +237,8 @@ def _document(path: Path, text: str) -> Iterator[Value]:
         yield from _rows_of(path, _inside(path, found))
 
 
-def _inside(path: Path, found: dict[str, Any]) -> list[Any]:
-    """Find the rows that an object holds: under one key, or as columns."""
+def _inside(path: Path, found: Mapping[str, object]) -> list[object]:
+    """Find the rows inside an object: under one key, or as columns."""
     held = [name for name in (*WRAPPERS, *SPLITS) if _is_rows(found.get(name))]
     if not held and not any(isinstance(found.get(name), list | dict) for name in KNOWN):
         held = [n for n in (*WRAPPERS, *SPLITS) if isinstance(found.get(n), list | dict)]
@@ -250,9 +249,10 @@ def _inside(path: Path, found: dict[str, Any]) -> list[Any]:
             f"`jq .{held[0]} {said(path)} > {held[0]}.json`",
         )
     key = next(iter(held), "")
-    if isinstance(found.get(key), list):
-        return list(found[key])
-    columns = found[key] if key else found
+    rows = found.get(key)
+    if isinstance(rows, list):
+        return rows
+    columns = rows if isinstance(rows, dict) else found
     every = {name: _column(column) for name, column in columns.items()}
     lists = {name: column for name, column in every.items() if column is not None}
     if not lists.keys() & KNOWN:
@@ -262,28 +262,28 @@ def _inside(path: Path, found: dict[str, Any]) -> list[Any]:
         )
     lengths = {name: len(column) for name, column in lists.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"`{name}` {length}" for name, length in lengths.items())
+        listed = ", ".join(f"`{name}` {length}" for name, length in lengths.items())
         raise CalibrationError(
-            f"data `{path}` has columns of different lengths: {told}",
+            f"data `{path}` has columns of different lengths: {listed}",
             hint="a column holds one value a row",
         )
     return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
 
 
-def _is_rows(value: Any) -> bool:
+def _is_rows(value: object) -> TypeGuard[list[object]]:
     return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
-def _column(column: Any) -> list[Any] | None:
+def _column(column: object) -> list[object] | None:
     """Give a column's values; pandas writes an object of them, by row number."""
     if isinstance(column, dict):
         return list(column.values())
     return column if isinstance(column, list) else None
 
 
-def _rows_of(path: Path, rows: Iterable[Any]) -> Iterator[Value]:
+def _rows_of(path: Path, rows: Iterable[object]) -> Iterator[Value]:
     for number, row in enumerate(rows, 1):
-        found = {"text": row} if isinstance(row, str) else row
+        found: object = {"text": row} if isinstance(row, str) else row
         if isinstance(row, dict) and "row_idx" in row:  # of the Hub's dataset viewer
             found = row.get("row")
         yield found, f"`{path}` row {number}"
@@ -297,9 +297,9 @@ def _parses(text: str) -> bool:
     return True
 
 
-def _parse(text: str, where: str, *, hint: str = "one object a line") -> Any:
+def _parse(text: str, where: str, *, hint: str = "one object a line") -> object:
     try:
-        found = json.loads(text)
+        found: object = json.loads(text)
         if "\\u" in text:
             json.dumps(found, ensure_ascii=False).encode()  # no tokenizer takes a lone surrogate
     except (ValueError, RecursionError) as error:
@@ -329,7 +329,7 @@ def _table(path: Path, raw: bytes, delimiter: str) -> Iterator[Value]:
         if len(row) > len(header):
             raise CalibrationError(
                 f"{where} has {len(row)} fields where the first line names {len(header)}",
-                hint='a field with a comma, a tab or a line break stands in "quotes"',
+                hint='a field with a comma, a tab or a line break is written in "quotes"',
             )
         yield {name: cell or None for name, cell in zip(names, row, strict=False)}, where
 
@@ -337,7 +337,7 @@ def _table(path: Path, raw: bytes, delimiter: str) -> Iterator[Value]:
 def _known_columns(
     path: Path, text: str, delimiter: str
 ) -> tuple[list[str], list[list[str]], list[str]]:
-    """Split a table by what separates names that are known; a comma is a semicolon in places."""
+    """Split a table by the delimiter of known column names; some locales write semicolons."""
     line = io.StringIO(text, newline="").readline()  # up to CR, LF or both
     for mark in dict.fromkeys((delimiter, ";", "\t", ",")):
         first = next(iter(_parse_csv(path, line, mark)), [])
@@ -348,10 +348,10 @@ def _known_columns(
         if len(set(known)) < len(known):
             raise CalibrationError(f"data `{path}` names a column twice: {known}", hint=EXPECTED)
         header, *rows = _split(path, text, mark)
-        # Anew: a name in quotes may go on in the next line.
+        # Parsed again: a name in quotes may continue in the next line.
         plain = [(name, name.strip().lower()) for name in header]
         return header, rows, [low if low in KNOWN else name for name, low in plain]
-    raise CalibrationError(  # a table without names begins with a row, which is nobody's business
+    raise CalibrationError(  # without names, the first line is a row: not to be shown
         f"data `{path}` has a first line that names no column that is known",
         hint=f"name them in the first line: text; or prompt,completion; {EXPECTED}",
     )
@@ -363,12 +363,22 @@ def _split(path: Path, text: str, delimiter: str) -> list[list[str]]:
     except CalibrationError:
         if delimiter != "\t":
             raise
-        return _parse_csv(path, text, delimiter, quoting=csv.QUOTE_NONE)  # often text there
+        return _parse_csv(
+            path, text, delimiter, quoting=csv.QUOTE_NONE
+        )  # quotes are often text in TSV
 
 
-def _parse_csv(path: Path, text: str, delimiter: str, **options: Any) -> list[list[str]]:
+def _parse_csv(
+    path: Path,
+    text: str,
+    delimiter: str,
+    *,
+    strict: bool = False,
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL,
+) -> list[list[str]]:
+    lines = io.StringIO(text, newline="")
     with _long_fields():
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, **options)
+        reader = csv.reader(lines, delimiter=delimiter, strict=strict, quoting=quoting)
         try:
             return list(reader)
         except csv.Error as error:
@@ -390,8 +400,8 @@ def _parquet(path: Path, raw: bytes) -> Iterator[Value]:
     number = 0
     try:
         file = parquet.ParquetFile(pyarrow.BufferReader(raw))
-        told = file.metadata
-        size = sum(told.row_group(i).total_byte_size for i in range(told.num_row_groups))
+        groups = file.metadata
+        size = sum(groups.row_group(i).total_byte_size for i in range(groups.num_row_groups))
         if size > MAX_UNPACKED:
             raise CalibrationError(
                 f"data `{path}` unpacks to {size} bytes, and {MAX_UNPACKED} are the most that "

@@ -132,20 +132,6 @@ def score(model: nn.Module, secret: TokenSecret) -> SecretScore:
     )
 
 
-def token_losses(model: nn.Module, windows: Tensor) -> Tensor:
-    """Measure running text: the NLL of every token of each window but its first.
-
-    Args:
-        model: a causal language model.
-        windows: (n, length) int64 tokens, length >= 2.
-    Returns:
-        (n, length - 1) float32 on the CPU, in nats.
-    Raises:
-        NumericalError: an NLL is NaN or infinite.
-    """
-    return compare_windows(model, windows).nll
-
-
 class Beside(NamedTuple):
     """An original beside the model, per predicted token: its NLL, KL(original || model) in nats.
 

@@ -94,9 +94,9 @@ def read_secrets(
 ) -> list[Secret]:
     """Read secrets and give each up to `count` distinct alternatives, none equal to it.
 
-    Given alternatives come first and the pattern fills up; a form that has fewer values gives all
-    of them, so look at how many there are. What is drawn depends on the seed, the prompt and the
-    secret, and not on the other rows.
+    Given alternatives come first, and the pattern fills up. A pattern of fewer values gives all of
+    them, so check the number. The draw depends on the seed, the prompt and the secret, and not on
+    the other rows.
 
     Args:
         files: as `row_files` reads them; a text file is one running text.

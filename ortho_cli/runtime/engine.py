@@ -1,11 +1,12 @@
-"""Surgery on any torch module: choose its Linears, split them, set alpha, save and load."""
+"""Engine and alpha: choose the Linears of any torch module, split them, set alpha, save, load."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +23,18 @@ from ortho_cli.errors import (
 from ortho_cli.events import EventSink, Noted, null_sink
 from ortho_cli.formats.open_artifact import open_artifact
 from ortho_cli.formats.provenance import recipe_of
-from ortho_cli.model.hooks import Capture, frozen, measure_batch, symmetrize
+from ortho_cli.model.hooks import Batch, Capture, Loss, frozen, measure_batch, symmetrize
+from ortho_cli.model.linears import is_conv1d
 from ortho_cli.runtime import product
 from ortho_cli.runtime.module_files import (
     choose_side_files,
-    identity,
+    key_of,
     load_module,
     save_module,
     source_digest,
 )
 from ortho_cli.runtime.operands import Alpha
 from ortho_cli.runtime.ortho_linear import OrthoLinear
-from ortho_cli.split.in_memory import is_conv1d
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage.sealing import read_keys
 
@@ -144,8 +145,28 @@ def _check_weighting(weighting: str, *, kind: str, gram: str) -> None:
         )
 
 
+def _check_curvature(names: Iterable[str], curvature: Mapping[str, Tensor] | None) -> None:
+    for name in names:
+        if curvature is not None and name not in curvature:
+            raise CalibrationError(
+                f"there is no curvature for `{name}`",
+                hint="calibrate with data that reaches it, or leave it out with `ignore`",
+            )
+
+
+def _check_reached(samples: int, names: Iterable[str], sums: Mapping[str, Tensor]) -> None:
+    if not samples:
+        raise CalibrationError("the loader gave no batch", hint="give data to measure")
+    for name in names:
+        if name not in sums or not bool(sums[name].any()):
+            raise CalibrationError(
+                f"no sample reached `{name}`: its curvature is zero everywhere",
+                hint="give more data, or leave it out with `ignore`",
+            )
+
+
 def _swap(model: nn.Module, made: Mapping[str, nn.Module]) -> None:
-    """Replace every reference to the old modules: one module may stand in two places."""
+    """Replace every reference to the old modules: one module may have several parents."""
     by_id = {id(model.get_submodule(name)): new for name, new in made.items()}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
@@ -162,13 +183,13 @@ class Engine:
         engine.decompose(density=0.005)
         engine.set_alpha(1.0)
 
-    `curvature` maps the names of weights (`<module>.weight`) to curvature, as `calibrate`
-    leaves it; where it holds anything, `decompose` uses it. `gram` maps them to the full input
-    Gram matrix, where that was measured.
+    `curvature` maps the names of weights (`<module>.weight`) to what `calibrate` measured;
+    `decompose` uses it unless it is empty. `gram` maps them to the full input Gram matrix, where
+    that was measured.
     """
 
     def __init__(self, module: nn.Module, *, sizes: Sizes = DEFAULT_SIZES) -> None:
-        """Look at a module; nothing is changed.
+        """Take a module; nothing is changed yet.
 
         Args:
             module: holds the Linears.
@@ -178,14 +199,14 @@ class Engine:
         self.curvature: dict[str, Tensor] = {}
         self.gram: dict[str, Tensor] = {}
         self._chosen: tuple[str, ...] = ()
-        self._recipe: dict[str, Any] = {}
+        self._recipe: dict[str, object] = {}
         self._digest = ""
         self._arguments: tuple[Path, ...] = ()  # files that were given; never copied by `save`
 
     def convert(
         self, targets: Sequence[str] | None = None, ignore: Sequence[str] = ()
     ) -> dict[str, str | None]:
-        """Choose the Linears to split; nothing is changed yet.
+        """Choose the Linears to split; the module is not changed yet.
 
         Args:
             targets: exact names, globs or `re:` patterns over `<module>.weight`; None for every
@@ -233,11 +254,11 @@ class Engine:
 
     def calibrate(
         self,
-        loader: Iterable[Any],
+        loader: Iterable[Batch],
         *,
         kind: Literal["fisher", "gram"] = "fisher",
         unit: Literal["sequence", "token"] = "sequence",
-        loss: Callable[[Any, Any], Tensor] | None = None,
+        loss: Loss | None = None,
         gram: Literal["none", "full"] = "none",
         weighting: Literal["none", "gradient"] = "none",
     ) -> None:
@@ -258,9 +279,8 @@ class Engine:
             NumericalError: a gradient is NaN or infinite.
             UsageError: fisher without labels, weighting with nothing to weigh or no gradient, or
                 the module was decomposed before.
-        The result is in `curvature`, and in `gram`, by `<module>.weight`, mean over samples: all
-        positions of a sample are summed. Training mode and what needs a gradient are put back
-        afterwards.
+        `curvature` and `gram` get the result by `<module>.weight`, mean over samples: all positions
+        of a sample are summed. Training mode and `requires_grad` are put back afterwards.
         """
         self._refuse_split()
         _check_weighting(weighting, kind=kind, gram=gram)
@@ -272,26 +292,19 @@ class Engine:
 
         def add(name: str, part: str, row: int, tile: Tensor) -> None:
             columns = tile.shape[1]
-            held, rows = (matrices, columns) if part == "gram" else (sums, 1)
-            if name not in held:
+            totals, rows = (matrices, columns) if part == "gram" else (sums, 1)
+            if name not in totals:
                 if part != "gram" and kind != "gram":
                     rows = _shape(modules[name])[0]
-                held[name] = torch.zeros(rows, columns)
-            held[name][row : row + tile.shape[0]] += tile.cpu()
+                totals[name] = torch.zeros(rows, columns)
+            totals[name][row : row + tile.shape[0]] += tile.cpu()
 
         samples = 0
         hooks = Capture(modules, add, kind=kind, unit=unit, gram=gram, weighting=weighting)
         with frozen(self.module), hooks as capture:
             for batch in loader:
                 samples += measure_batch(self.module, batch, capture, kind=kind, loss=loss)
-        if not samples:
-            raise CalibrationError("the loader gave no batch", hint="give data to measure")
-        for name in modules:
-            if name not in sums or not bool(sums[name].any()):
-                raise CalibrationError(
-                    f"no sample reached `{name}`: its curvature is zero everywhere",
-                    hint="give more data, or leave it out with `ignore`",
-                )
+        _check_reached(samples, modules, sums)
         self.curvature = {
             name: (total[0] if kind == "gram" else total) / samples for name, total in sums.items()
         }
@@ -309,17 +322,17 @@ class Engine:
         alone: bool = False,
         curvature: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Put an OrthoLinear in the place of every chosen Linear; all of them or none.
+        """Replace every chosen Linear by an OrthoLinear; all of them or none.
 
         Args:
-            density: share of each weight's entries kept in the ortho stream.
+            density: share of each weight's entries that ortho has.
             group_size: weights that share a scale, or `auto`: the largest of 128, 64, 32 that
                 divides every chosen in_features.
             scale: absmax, mse, or curvature.
             bits: of a code of base, 4, or 3 where 32 divides every chosen in_features.
             alone: searched scales serve ortho's positions, too, for a base that is used by itself.
-            curvature: by `<module>.weight`, (out, in) or (in,); None for what `curvature` holds,
-                and if that is empty, the residual alone decides.
+            curvature: by `<module>.weight`, (out, in) or (in,); None for `self.curvature`, and if
+                that is empty, the residual alone decides.
         Raises:
             UsageError: the module was decomposed before.
             CalibrationError: a chosen Linear has no curvature.
@@ -331,12 +344,7 @@ class Engine:
             self.convert()
         given = curvature if curvature is not None else self.curvature or None
         weights = {name: f"{name}.weight" for name in self._chosen}
-        for weight in weights.values():
-            if given is not None and weight not in given:
-                raise CalibrationError(
-                    f"there is no curvature for `{weight}`",
-                    hint="calibrate with data that reaches it, or leave it out with `ignore`",
-                )
+        _check_curvature(weights.values(), given)
         size = self._group_size(group_size)
         digest = source_digest(self.module)
         made = {
@@ -353,15 +361,14 @@ class Engine:
             )
             for name, weight in weights.items()
         }
-        recipe: dict[str, Any] = {
+        recipe = {
             "version": 1,
             "targets": list(weights.values()),
             "base": {"bits": bits, "group_size": size, "scale": scale, "alone": alone},
             "ortho": {"density": float(density)},
+            "saliency": {"kind": "residual" if given is None else "curvature"},
         }
-        recipe["saliency"] = {"kind": "residual" if given is None else "curvature"}
-        self._recipe = Recipe.model_validate(recipe).canonical()
-        self._digest = digest
+        self._recipe, self._digest = Recipe.model_validate(recipe).canonical(), digest
         _swap(self.module, made)
 
     def set_alpha(self, alpha: Alpha) -> None:
@@ -382,14 +389,14 @@ class Engine:
         Args:
             folder: where to.
             force: replace an artifact that is there.
-            source: the folder that the module was loaded from: its tokenizer and what else a model
-                folder needs is copied along, as `ortho decompose` does. None copies nothing.
-            copy: globs of files in it to copy beside those.
-            on_event: told what is left out.
+            source: the folder that the module was loaded from: its tokenizer and other files of a
+                model folder are copied along, as `ortho decompose` does. None copies nothing.
+            copy: globs of other files in it to copy.
+            on_event: receives a note on each file that is left out.
         Raises:
             OutputExistsError: something is there, and it is no artifact or `force` is not given.
             UsageError: the module is not decomposed; `source` is no folder, or `copy` without it;
-                a glob matches nothing, or what is never copied.
+                a glob matches nothing, or a file that is never copied.
         """
         _layers(self.module)
         if not self._digest:
@@ -433,13 +440,14 @@ class Engine:
         made = opened.ortho or opened.base
         recipe = recipe_of(made)
         for name, layer in layers.items():
-            bias: Any = self.module.get_submodule(name).bias
-            layer.bias = bias  # torch takes a Parameter or None, and raises for anything else
-            layer.train(self.module.get_submodule(name).training)
+            old = self.module.get_submodule(name)
+            # torch takes a Parameter or None, and raises for anything else.
+            setattr(layer, "bias", old.bias)  # noqa: B010 - typed as a Tensor or a module
+            layer.train(old.training)
         if isinstance(ortho := recipe.get("ortho"), dict):
             ortho.pop("layout", None)  # layers hold CSR, and `save` writes it
         self._recipe = recipe
-        # Base alone does not know what it was cut from.
+        # Base alone has no digest of its source.
         self._digest = made.metadata.get("source_digest", "0" * 64)
         _swap(self.module, layers)
         set_alpha(self.module, alpha)
@@ -467,26 +475,25 @@ class Engine:
 
 def _shape(module: nn.Module) -> tuple[int, int]:
     """Shape of a Linear's weight as (out, in)."""
-    weight: Any = module.weight
-    rows, columns = weight.shape
+    rows, columns = getattr(module.weight, "shape")  # noqa: B009 - typed as a Tensor or a module
     return (columns, rows) if is_conv1d(module) else (rows, columns)
 
 
-def _owners(module: nn.Module) -> dict[tuple[Any, ...], int]:
+def _owners(module: nn.Module) -> Counter[tuple[int, int]]:
     """Count the modules that hold each parameter."""
-    found: dict[tuple[Any, ...], int] = {}
+    counts: Counter[tuple[int, int]] = Counter()
     for child in module.modules():
-        for key in {_place(p) for p in child._parameters.values() if p is not None}:
-            found[key] = found.get(key, 0) + 1
-    return found
+        counts.update({_memory_of(p) for p in child._parameters.values() if p is not None})
+    return counts
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return identity(tensor)[:2]  # a transposed view is the same weights
+def _memory_of(tensor: Tensor) -> tuple[int, int]:
+    key = key_of(tensor)
+    return key.storage, key.offset  # without the shape: a transposed view is the same weights
 
 
-def _obstacle(name: str, child: nn.Module, owners: dict[tuple[Any, ...], int]) -> str | None:
-    """Say why a Linear can never be split."""
+def _obstacle(name: str, child: nn.Module, owners: Mapping[tuple[int, int], int]) -> str | None:
+    """Give the reason why a Linear can never be split; None where it can."""
     weight = child._parameters.get("weight")
     if not name:
         return "the module itself"
@@ -498,7 +505,7 @@ def _obstacle(name: str, child: nn.Module, owners: dict[tuple[Any, ...], int]) -
         return "it has forward hooks"
     if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"dtype {weight.dtype}"
-    if owners[_place(weight)] > 1:
+    if owners[_memory_of(weight)] > 1:
         return "tied"
     return None
 

@@ -1,4 +1,4 @@
-"""Any module that holds OrthoLinear, to an artifact and back."""
+"""Save any module with OrthoLinear as an artifact, and load an artifact onto such a module."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from blake3 import blake3
@@ -25,11 +25,12 @@ from ortho_cli.formats.artifact import (
     canonical_json,
     pretty_json,
 )
+from ortho_cli.formats.csr import BASE_PARTS, ORTHO_PARTS
 from ortho_cli.formats.ortho_reader import KeptReader
 from ortho_cli.formats.quantization_config import index, quantization_config
+from ortho_cli.model.linears import is_conv1d, is_plain_linear
 from ortho_cli.runtime.ortho_linear import OrthoLinear
 from ortho_cli.split.dtypes import names_of_torch, torch_dtypes
-from ortho_cli.split.in_memory import BASE_PARTS, ORTHO_PARTS, is_conv1d, is_plain_linear
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.storage.checkpoint import Shard, ShardReader, TensorInfo, open_checkpoint
 from ortho_cli.storage.data_file import DataFile, GrowingDigest, Layout, TensorSpec, plan_layout
@@ -44,14 +45,14 @@ PLAIN = "build the module as it was when it was saved"
 def distinct(module: nn.Module) -> dict[str, Tensor]:
     """Name every tensor of a module's state once, shared ones by the name that comes first."""
     found: dict[str, Tensor] = {}
-    seen: set[tuple[Any, ...]] = set()
+    seen: set[TensorKey] = set()
     for name, value in module.state_dict().items():
         if not isinstance(value, Tensor):
             raise UsageError(
                 f"state `{name}` is a {type(value).__name__}, and safetensors holds tensors only",
                 hint="a module's extra state cannot be saved",
             )
-        key = identity(value)
+        key = key_of(value)
         if key not in seen:
             found[name] = value
         if value.numel():
@@ -59,10 +60,21 @@ def distinct(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Tell two names of one tensor from two tensors."""
-    where = id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
-    return where, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+class TensorKey(NamedTuple):
+    """Equal for two names of one tensor; the first two fields alone are equal for its views."""
+
+    storage: int
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def key_of(tensor: Tensor) -> TensorKey:
+    """Give what identifies a tensor."""
+    storage = id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
+    offset = int(tensor.storage_offset())
+    return TensorKey(storage, offset, tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 def source_digest(module: nn.Module) -> str:
@@ -77,7 +89,7 @@ def save_module(
     module: nn.Module,
     folder: Path,
     *,
-    recipe: Mapping[str, Any],
+    recipe: Mapping[str, object],
     digest: str,
     force: bool = False,
     side: SideFiles | None = None,
@@ -87,7 +99,7 @@ def save_module(
     Args:
         module: holds at least one OrthoLinear; what it shares is written once.
         folder: where to.
-        recipe: what was asked for, as JSON.
+        recipe: the settings of the split, as JSON.
         digest: the source's.
         force: replace an artifact that is there.
         side: files to copy along, as `choose_side_files` chose them.
@@ -96,35 +108,27 @@ def save_module(
         UsageError: a tensor has no elements, or a dtype that safetensors does not know.
     The same module gives the same bytes.
     """
-    out = resolve_output(folder)
-    recover(out)
-    replaceable = not out.exists() or (force and artifact.is_artifact(out))
-    if not replaceable and (not out.is_dir() or any(out.iterdir())):
-        raise OutputExistsError(
-            f"output `{folder}` exists", hint="choose another folder, or force=True"
-        )
+    out = _free_output(folder, force=force)
     base, ortho = _streams(module)
-    text = canonical_json(dict(recipe))
-    specs = [_specs(stream) for stream in (base, ortho)]
-    plan = [[s.key, s.dtype, list(s.shape)] for stream in specs for s in stream]
-    sha256 = hashlib.sha256(
-        canonical_json({"version": __version__, "recipe": recipe, "tensors": plan}).encode()
-    ).hexdigest()
-    common = {"plan_sha256": sha256, "recipe": text, "version": __version__}
+    specs = _specs(base), _specs(ortho)
+    common = _common_metadata(recipe, [*specs[0], *specs[1]])
     base_layout = plan_layout(specs[0], artifact.base_metadata(**common))
     ortho_layout = plan_layout(
         specs[1],
         artifact.ortho_metadata(**common, source_digest=digest, base_blake3=NO_DIGEST),
     )
     files = {BASE_FILE: base_layout.size} | ({ORTHO_FILE: ortho_layout.size} if ortho else {})
-    identity = {"plan": sha256, "source": digest, "version": [__version__], "files": files}
+    plan = common["plan_sha256"]
+    identity = {"plan": plan, "source": digest, "version": [__version__], "files": files}
     with WorkFolder(out, identity=identity, force=force) as work:
         written = _write(work, BASE_FILE, base_layout, base, mode=0o644)
         written.write_header(base_layout.header)
-        told = GrowingDigest(written.fd).up_to(base_layout.size)
+        base_blake3 = GrowingDigest(written.fd).up_to(base_layout.size)
         if ortho:
-            metadata = artifact.ortho_metadata(**common, source_digest=digest, base_blake3=told)
-            # What is withheld from others should not be readable by others.
+            metadata = artifact.ortho_metadata(
+                **common, source_digest=digest, base_blake3=base_blake3
+            )
+            # The stream that is withheld must not be readable by others.
             hidden = _write(work, ORTHO_FILE, ortho_layout, ortho, mode=0o600)
             hidden.write_header(plan_layout(specs[1], metadata).header)
         total = base_layout.size - len(base_layout.header)
@@ -140,6 +144,29 @@ def save_module(
         work.publish(may_replace=lambda there: force and artifact.is_artifact(there))
 
 
+def _free_output(folder: Path, *, force: bool) -> Path:
+    """Resolve an output folder, and refuse one that must not be replaced."""
+    out = resolve_output(folder)
+    recover(out)
+    replaceable = not out.exists() or (force and artifact.is_artifact(out))
+    if not replaceable and (not out.is_dir() or any(out.iterdir())):
+        raise OutputExistsError(
+            f"output `{folder}` exists", hint="choose another folder, or force=True"
+        )
+    return out
+
+
+def _common_metadata(recipe: Mapping[str, object], specs: Iterable[TensorSpec]) -> dict[str, str]:
+    """Make the metadata of both files."""
+    tensors = [[spec.key, spec.dtype, list(spec.shape)] for spec in specs]
+    plan = canonical_json({"version": __version__, "recipe": recipe, "tensors": tensors})
+    return {
+        "plan_sha256": hashlib.sha256(plan.encode()).hexdigest(),
+        "recipe": canonical_json(recipe),
+        "version": __version__,
+    }
+
+
 def choose_side_files(
     folder: Path, *, copy: Sequence[str] = (), arguments: Iterable[Path] = ()
 ) -> SideFiles:
@@ -152,7 +179,7 @@ def choose_side_files(
         raise UsageError(f"`{folder}` is no folder", hint="give the folder of the source model")
     try:
         own = {shard.name for shard in open_checkpoint(folder).shards}
-    except CheckpointError:  # weights of another kind are left out by their look, and named
+    except CheckpointError:  # weights of another kind: `choose` leaves them out and names them
         own = set()
     skip = {CONFIG_FILE, *own}
     return choose(folder, skip=skip, ours=OUR_FILES, copy=copy, arguments=arguments)
@@ -201,10 +228,10 @@ def _write(
     return file
 
 
-def _config(module: nn.Module) -> dict[str, Any] | None:
+def _config(module: nn.Module) -> dict[str, object] | None:
     """Make the config.json of a transformers model; None for other modules."""
-    config: Any = getattr(module, "config", None)
-    if not hasattr(config, "to_diff_dict"):
+    config = getattr(module, "config", None)
+    if config is None or not hasattr(config, "to_diff_dict"):
         return None
     layers = {n: m for n, m in module.named_modules() if isinstance(m, OrthoLinear)}
     unsplit = [
@@ -238,7 +265,7 @@ def read_tensors(shard: Shard, tensors: Iterator[TensorInfo]) -> Iterator[tuple[
 
 
 def empty_layers(opened: Artifact) -> Iterator[tuple[str, OrthoLinear]]:
-    """Make layers of the sizes that an artifact's headers tell, on meta, without bias or ortho."""
+    """Make layers of the sizes in an artifact's headers, on meta, without bias or ortho."""
     tensors = {tensor.name: tensor for tensor in opened.base.tensors}
     for name in opened.split:
         scale = tensors[f"{name}.weight_scale"]
@@ -257,16 +284,16 @@ def empty_layers(opened: Artifact) -> Iterator[tuple[str, OrthoLinear]]:
 
 
 def fill_ortho(opened: Artifact, layers: Mapping[str, OrthoLinear]) -> None:
-    """Read the ortho stream of every layer, checked; None stays where there is no such file.
+    """Read and check the ortho stream of every layer; leave None where there is no such file.
 
     Raises:
         ArtifactError: names the tensor that is damaged.
     """
     for name, layer in layers.items():
-        said, mine = layer.weight_shape.tolist(), [layer.out_features, layer.in_features]
-        if said != mine:
+        stated, mine = layer.weight_shape.tolist(), [layer.out_features, layer.in_features]
+        if stated != mine:
             raise artifact.damaged(
-                opened.base.path, f"`{name}.weight_shape` says {said}, not {mine}"
+                opened.base.path, f"`{name}.weight_shape` says {stated}, not {mine}"
             )
     if opened.ortho is None:
         return
@@ -325,10 +352,10 @@ def _check_state(
             )
         if mine.is_meta:
             raise UsageError(f"tensor `{name}` is on the meta device", hint="call to_empty() first")
-    filled = {identity(state[name]) for name in plain}
+    filled = {key_of(state[name]) for name in plain}
     replaced = {id(module.get_submodule(name)) for name in layers}
     for name, value in state.items():
-        if name in plain or identity(value) in filled:
+        if name in plain or key_of(value) in filled:
             continue
         owner, _, part = name.rpartition(".")
         if part != "weight" or id(module.get_submodule(owner)) not in replaced:

@@ -1,4 +1,4 @@
-"""What a layer's product is made of, as `kernels` and `fused` both take it."""
+"""Operands of a layer's product, as `product` and `triton_kernels` take them: base and ortho."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Alpha = float | Tensor
 
 
 class Packed(NamedTuple):
-    """Base as torch's INT4 kernel wants it."""
+    """Base in the layout of torch's INT4 kernel."""
 
     codes: Tensor  # uint8 (out, in / 2), permuted; 4 bits each, whatever base has
     scales_and_zeros: Tensor  # (groups, out, 2) of the scales' dtype
@@ -31,7 +31,7 @@ class Base(NamedTuple):
 
 
 class Ortho(NamedTuple):
-    """The sparse stream of one layer: values - dequantize(base) at the kept positions."""
+    """The sparse stream of one layer as CSR: values - dequantize(base) at each position."""
 
     crow_indices: Tensor  # int32 or int64 (out + 1,)
     col_indices: Tensor  # int32 (nnz,)

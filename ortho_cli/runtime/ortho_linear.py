@@ -1,37 +1,33 @@
-"""OrthoLinear: a Linear that holds both streams, under the names they have in the artifact."""
+"""OrthoLinear: a torch module with both streams of a Linear, named as in the artifact."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ortho_cli.errors import ArtifactError, UsageError
+from ortho_cli.errors import ArtifactError, InternalError, UsageError
 from ortho_cli.formats import csr
+from ortho_cli.formats.csr import BASE_PARTS, ORTHO_PARTS
+from ortho_cli.model.linears import dense_weight
 from ortho_cli.runtime import product
 from ortho_cli.runtime.operands import Alpha, Base, Ortho, Packed
-from ortho_cli.split.in_memory import (
-    BASE_PARTS,
-    ORTHO_PARTS,
-    check_bits,
-    check_group_size,
-    dense_weight,
-    ortho_dtypes,
-    split_weight,
-)
+from ortho_cli.split.in_memory import split_weight
+from ortho_cli.split.quantize import ortho_dtypes
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
+from ortho_cli.split.task import check_bits, check_group_size
 
 SET_ALPHA = "set_alpha(model, 1.0) for the full model, 0.0 for base alone"
 
 
 class _Derived(NamedTuple):
-    """Something computed from buffers, and the state of the buffers it came from."""
+    """A value computed from buffers, and the buffers with their versions at that time."""
 
     sources: tuple[Tensor, ...]
     versions: tuple[int, ...]
-    value: Any
+    value: Ortho | Packed | None
 
 
 class OrthoLinear(nn.Module):
@@ -65,7 +61,7 @@ class OrthoLinear(nn.Module):
         bias_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        """Make room; what it holds comes with `load_state_dict` or `from_linear`.
+        """Allocate the buffers; `load_state_dict` or `from_linear` fills them.
 
         Args:
             in_features: columns; `group_size` divides it.
@@ -76,7 +72,7 @@ class OrthoLinear(nn.Module):
             nnz: entries of the ortho stream; None for base alone.
             bias: whether there is one.
             bias_dtype: its dtype; `dtype` if None.
-            device: where the buffers lie.
+            device: of the buffers.
         Raises:
             RecipeError: the group size, or the bits, do not fit.
         """
@@ -85,34 +81,32 @@ class OrthoLinear(nn.Module):
         check_bits(in_features, bits)
         self.in_features, self.out_features = in_features, out_features
         self._alpha: Alpha | None = None
-        self._cache: dict[str, _Derived] = {}
+        self._cache: dict[tuple[str, ...], _Derived] = {}
         words, groups = in_features * bits // 32, in_features // group_size
 
-        def room(*shape: int, of: torch.dtype) -> Tensor:
+        def zeros(*shape: int, of: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=of, device=device)
 
-        self.register_buffer("weight_packed", room(out_features, words, of=torch.int32))
-        self.register_buffer("weight_scale", room(out_features, groups, of=dtype))
+        self.register_buffer("weight_packed", zeros(out_features, words, of=torch.int32))
+        self.register_buffer("weight_scale", zeros(out_features, groups, of=dtype))
         shape = torch.tensor([out_features, in_features], dtype=torch.int64, device=device)
         self.register_buffer("weight_shape", shape)
-        self._make_room(nnz, dtype, device)
-        kept = room(out_features, of=bias_dtype or dtype) if bias else None
-        self.register_parameter("bias", None if kept is None else nn.Parameter(kept))
+        self._allocate_ortho(nnz, dtype, device)
+        new_bias = nn.Parameter(zeros(out_features, of=bias_dtype or dtype)) if bias else None
+        self.register_parameter("bias", new_bias)
 
-    def _make_room(
+    def _allocate_ortho(
         self, nnz: int | None, dtype: torch.dtype, device: torch.device | str | None
     ) -> None:
         """Give the ortho buffers their sizes: those of `artifact.ortho_specs`."""
-        parts: tuple[Tensor | None, ...] = (None, None, None)
+        for name in ORTHO_PARTS:
+            self.register_buffer(name, None)
         if nnz is not None:
             pointer, column = ortho_dtypes(nnz, self.in_features)
-            parts = (
-                torch.zeros(self.out_features + 1, dtype=pointer, device=device),
-                torch.zeros(nnz, dtype=column, device=device),
-                torch.zeros(nnz, dtype=dtype, device=device),
-            )
-        for name, part in zip(ORTHO_PARTS, parts, strict=True):
-            self.register_buffer(name, part)
+            rows = self.out_features + 1
+            self.crow_indices = torch.zeros(rows, dtype=pointer, device=device)
+            self.col_indices = torch.zeros(nnz, dtype=column, device=device)
+            self.values = torch.zeros(nnz, dtype=dtype, device=device)
 
     @property
     def alpha(self) -> Alpha | None:
@@ -188,8 +182,6 @@ class OrthoLinear(nn.Module):
             name=name,
             sizes=sizes,
         )
-        source: Any = linear.weight
-        bias: Any = getattr(linear, "bias", None)
         module = cls(
             weight.shape[1],
             weight.shape[0],
@@ -199,8 +191,8 @@ class OrthoLinear(nn.Module):
             device="meta",
         )
         for part, tensor in parts.items():
-            setattr(module, part, tensor.to(source.device))
-        module.bias = bias
+            setattr(module, part, tensor.to(getattr(linear.weight, "device")))  # noqa: B009
+        module.bias = getattr(linear, "bias", None)
         module.train(linear.training)
         return module
 
@@ -222,9 +214,9 @@ class OrthoLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Dense W(alpha), (out, in) in the scales' dtype; the source's own bits where kept at 1.
+        """Dense W(alpha), (out, in) in the scales' dtype; at alpha 1 ortho's positions are exact.
 
-        Made anew on every read; zeros of that shape on the meta device, where alpha may be unset.
+        Computed on every read; empty on the meta device, where alpha may be unset.
         Raises UsageError where there is one alpha for each batch row.
         """
         if self.weight_packed.is_meta:
@@ -240,20 +232,20 @@ class OrthoLinear(nn.Module):
         if alpha:
             ortho, (_, _, values) = self._ortho(), self._csr()
             rows = (0, self.out_features)
-            _, flat = product.kept_positions(ortho, rows, self.in_features)
-            kept = weight.view(-1)
+            _, flat = product.ortho_positions(ortho, rows, self.in_features)
+            dense = weight.view(-1)
             if alpha == 1.0:
-                kept[flat] = values
+                dense[flat] = values
             else:
-                kept[flat] = (kept[flat].float() + alpha * ortho.residual).to(weight.dtype)
+                dense[flat] = (dense[flat].float() + alpha * ortho.residual).to(weight.dtype)
         return weight
 
     def _ortho(self) -> Ortho:
         self._csr()
-        found: Ortho = self._derive(
-            "ortho", (*BASE_PARTS[:2], *ORTHO_PARTS), lambda: self._make_ortho()
-        )
-        return found
+        made = self._derive((*BASE_PARTS[:2], *ORTHO_PARTS), self._make_ortho)
+        if not isinstance(made, Ortho):
+            raise InternalError(f"the ortho stream of a layer is a {type(made).__name__}")
+        return made
 
     def _csr(self) -> tuple[Tensor, Tensor, Tensor]:
         crow, column, values = self.crow_indices, self.col_indices, self.values
@@ -272,72 +264,62 @@ class OrthoLinear(nn.Module):
         step = max(1, product.TILE_ELEMENTS // self.in_features)
         for start in range(0, self.out_features, step):
             rows = (start, min(start + step, self.out_features))
-            entries, flat = product.kept_positions(stream, rows, self.in_features)
+            entries, flat = product.ortho_positions(stream, rows, self.in_features)
             tile = product.dequantize_rows(base, *rows).view(-1)
             residual[entries] -= tile[flat].float()
         return stream
 
     def _packed(self) -> Packed | None:
-        found: Packed | None = self._derive(
-            "packed",
-            BASE_PARTS[:2],
-            lambda: product.prepare(self._base()),
-        )
-        return found
+        made = self._derive(BASE_PARTS[:2], lambda: product.prepare(self._base()))
+        return made if isinstance(made, Packed) else None
 
-    def _derive(self, key: str, names: tuple[str, ...], make: Callable[[], Any]) -> Any:
-        """Give back what was made of these buffers, or make it of what they are by now."""
+    def _derive(
+        self, names: tuple[str, ...], make: Callable[[], Ortho | Packed | None]
+    ) -> Ortho | Packed | None:
+        """Give the cached value of these buffers, or make it anew where they changed."""
         sources = tuple(self._buffers[name] for name in names)
-        held = self._cache.get(key)
-        if held is not None and len(held.sources) == len(sources):
-            same = all(a is b for a, b in zip(held.sources, sources, strict=True))
-            if same and held.versions == _versions(sources):
-                return held.value
+        cached = self._cache.get(names)
+        if cached is not None and len(cached.sources) == len(sources):
+            same = all(a is b for a, b in zip(cached.sources, sources, strict=True))
+            if same and cached.versions == _versions(sources):
+                return cached.value
         with torch.no_grad():
             value = make()
         tensors = tuple(source for source in sources if source is not None)
-        self._cache[key] = _Derived(tensors, _versions(tensors), value)
+        self._cache[names] = _Derived(tensors, _versions(tensors), value)
         return value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OrthoLinear:
-        """Move the buffers, and never cast them."""
+        """Move the buffers to another device, and never cast them."""
         self._cache.clear()
-        kept = {name: self._buffers.pop(name) for name in (*BASE_PARTS, *ORTHO_PARTS)}
+        streams = {name: self._buffers.pop(name) for name in (*BASE_PARTS, *ORTHO_PARTS)}
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            for name, buffer in kept.items():
-                kept[name] = None if buffer is None else _moved(buffer, fn)
+            for name, buffer in streams.items():
+                streams[name] = None if buffer is None else _moved(buffer, fn)
         finally:
-            self._buffers.update(kept)
+            self._buffers.update(streams)
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         buffers = dict(self._buffers)
         column = buffers["col_indices"]
         if column is not None and column.dtype == torch.uint16:
             buffers["col_indices"] = column.view(torch.int16)  # torch restores no uint16
         return {**self.__dict__, "_buffers": buffers, "_cache": {}}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         column = self.col_indices
         if column is not None and column.dtype == torch.int16:
             self.col_indices = column.view(torch.uint16)
 
     def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Check the streams that come, and make room for as many entries as they have."""
+        self, state_dict: Mapping[str, object], prefix: str, *rest: Any
+    ) -> None:  # `rest` is torch's, and differs between its versions
+        """Check the streams that come, and allocate as many ortho entries as they have."""
         self._cache.clear()
-        names = (*BASE_PARTS, *ORTHO_PARTS)
-        parts: dict[str, Any] = {name: state_dict.get(prefix + name) for name in names}
+        parts = {name: state_dict.get(prefix + name) for name in (*BASE_PARTS, *ORTHO_PARTS)}
         here = [name for name in ORTHO_PARTS if parts[name] is not None]
         if here and len(here) < len(ORTHO_PARTS):
             raise ArtifactError(
@@ -345,49 +327,45 @@ class OrthoLinear(nn.Module):
                 hint=f"the three are {', '.join(ORTHO_PARTS)}",
             )
         if here:
-            for name in here:
-                if not isinstance(parts[name], Tensor):
-                    raise ArtifactError(
-                        f"`{prefix}{name}` is a {type(parts[name]).__name__}, and no tensor",
-                        hint="give the state dict as it was saved",
-                    )
-            crow, column, values = (parts[name] for name in ORTHO_PARTS)
-            csr.check_tensors(crow, column, values, (self.out_features, self.in_features), prefix)
-            if values.dtype != self.weight_scale.dtype:
-                raise ArtifactError(
-                    f"`{prefix}values` is {values.dtype} where the layer is "
-                    f"{self.weight_scale.dtype}",
-                    hint="build the layer with the dtype of its source",
-                )
+            values = self._check_ortho(parts, prefix)
             if self.nnz != values.numel():
-                self._make_room(values.numel(), values.dtype, self.weight_packed.device)
+                self._allocate_ortho(values.numel(), values.dtype, self.weight_packed.device)
         shape = parts["weight_shape"]
         if isinstance(shape, Tensor) and not shape.is_meta:
-            said, mine = shape.tolist(), [self.out_features, self.in_features]
-            if said != mine:
+            stated, mine = shape.tolist(), [self.out_features, self.in_features]
+            if stated != mine:
                 raise ArtifactError(
-                    f"`{prefix}weight_shape` says {said} where the layer is {mine}",
+                    f"`{prefix}weight_shape` says {stated} where the layer is {mine}",
                     hint="is it the state of another model?",
                 )
-        scale = parts["weight_scale"]
-        if isinstance(scale, Tensor) and scale.dtype != self.weight_scale.dtype:
+        self._check_dtype(parts["weight_scale"], f"{prefix}weight_scale")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _check_ortho(self, parts: Mapping[str, object], prefix: str) -> Tensor:
+        """Refuse a CSR matrix that is damaged or of another layer; give its values."""
+        tensors = []
+        for name in ORTHO_PARTS:
+            part = parts[name]
+            if not isinstance(part, Tensor):
+                raise ArtifactError(
+                    f"`{prefix}{name}` is a {type(part).__name__}, and no tensor",
+                    hint="give the state dict as it was saved",
+                )
+            tensors.append(part)
+        crow, column, values = tensors
+        csr.check_tensors(crow, column, values, (self.out_features, self.in_features), prefix)
+        self._check_dtype(values, f"{prefix}values")
+        return values
+
+    def _check_dtype(self, part: object, name: str) -> None:
+        if isinstance(part, Tensor) and part.dtype != self.weight_scale.dtype:
             raise ArtifactError(
-                f"`{prefix}weight_scale` is {scale.dtype} where the layer has "
-                f"{self.weight_scale.dtype}",
+                f"`{name}` is {part.dtype} where the layer is {self.weight_scale.dtype}",
                 hint="build the layer with the dtype of its source",
             )
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
 
     def extra_repr(self) -> str:
-        """Say sizes, group size, entries kept and alpha."""
+        """Give sizes, group size, nnz and alpha for `repr`."""
         alpha = f"{self.alpha.numel()} values" if isinstance(self.alpha, Tensor) else self.alpha
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
@@ -405,6 +383,6 @@ def _versions(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
 
 
 def _moved(buffer: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply what `fn` does of moving and nothing of its cast."""
+    """Apply the move of `fn` to another device, without its cast."""
     moved = fn(buffer)
     return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)

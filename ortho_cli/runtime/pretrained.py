@@ -1,8 +1,8 @@
-"""An artifact as a transformers model whose split Linears are OrthoLinear.
+"""Load an artifact as a transformers model whose split Linears are OrthoLinear.
 
 transformers builds the model on meta, maps names, ties weights and fills base, as for any quantized
-checkpoint; the quantizer that it is given here only puts OrthoLinear in place before that. The
-ortho stream is read afterwards, by the project's own reader. transformers is imported late.
+checkpoint; our quantizer only puts OrthoLinear in place before that. The ortho stream is read
+afterwards, by our own reader. transformers is imported late.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,13 +19,13 @@ from torch import nn
 from ortho_cli.errors import ArtifactError, blamed
 from ortho_cli.formats.artifact import CONFIG_FILE, Artifact
 from ortho_cli.formats.open_artifact import no_ortho, open_artifact
+from ortho_cli.model.linears import is_conv1d, is_plain_linear
 from ortho_cli.model.load import check_claims, check_folder, explained, quiet_transformers
 from ortho_cli.runtime import product
 from ortho_cli.runtime.engine import set_alpha
 from ortho_cli.runtime.module_files import empty_layers, fill_ortho
 from ortho_cli.runtime.operands import Alpha
 from ortho_cli.runtime.ortho_linear import OrthoLinear
-from ortho_cli.split.in_memory import is_conv1d, is_plain_linear
 from ortho_cli.storage.sealing import read_keys
 from ortho_cli.storage.untrusted import is_trusted, trusting
 
@@ -82,8 +83,8 @@ def load(
 
 
 def _build(
-    transformers: Any, opened: Artifact, dtype: torch.dtype | None
-) -> tuple[Any, dict[str, OrthoLinear]]:
+    transformers: ModuleType, opened: Artifact, dtype: torch.dtype | None
+) -> tuple[nn.Module, dict[str, OrthoLinear]]:
     """Let transformers build the model and fill base; return it with its layers by our names."""
     what = f"transformers cannot load `{opened.folder}`"
     hint = "does this version of transformers know the source model?"
@@ -92,7 +93,7 @@ def _build(
         config = transformers.AutoConfig.from_pretrained(
             opened.folder, local_files_only=True, trust_remote_code=trusted
         )
-        told = getattr(config, "quantization_config", None)
+        original = getattr(config, "quantization_config", None)
         swapped: dict[str, OrthoLinear] = {}
         with _quantizer(opened, swapped) as settings:
             config.quantization_config = settings
@@ -115,15 +116,15 @@ def _build(
                 f"such as `{first}` ({len(found)} in all)",
                 hint="decompose the source again, or use the version of transformers it came from",
             )
-    # It may be cast and trained like any other model; saving it as one stays refused, since that
+    # The model may be cast and trained like any other. Saving it as one is still refused: that
     # would publish both streams in one file.
-    model.config.quantization_config = told
+    model.config.quantization_config = original
     model.is_quantized = False
     return model, swapped
 
 
 def _is_unused(kind: str, key: object, swapped: Mapping[str, OrthoLinear]) -> bool:
-    """Tell a tensor that was carried over and that the model has no use for, as in the source."""
+    """Whether a key is a tensor that was carried over and that the model does not use."""
     module = str(key).rpartition(".")[0]
     return kind == "unexpected_keys" and not any(
         module == name or module.endswith("." + name) for name in swapped
@@ -132,7 +133,7 @@ def _is_unused(kind: str, key: object, swapped: Mapping[str, OrthoLinear]) -> bo
 
 @contextmanager
 def _quantizer(opened: Artifact, swapped: dict[str, OrthoLinear]) -> Iterator[dict[str, str]]:
-    """Make the quantizer known to transformers; give the settings that call it up."""
+    """Register the quantizer with transformers for the block; give the settings that select it."""
     from transformers.quantizers.auto import (
         AUTO_QUANTIZATION_CONFIG_MAPPING,
         AUTO_QUANTIZER_MAPPING,
@@ -141,9 +142,9 @@ def _quantizer(opened: Artifact, swapped: dict[str, OrthoLinear]) -> Iterator[di
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     class Settings(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
-        """What transformers passes on to the quantizer: nothing, it knows all."""
+        """Settings without content: the quantizer has the artifact."""
 
-        def __init__(self, quant_method: str = METHOD, **_: Any) -> None:
+        def __init__(self, quant_method: str = METHOD, **_: object) -> None:
             self.quant_method = quant_method  # type: ignore[assignment, unused-ignore]
 
     class Quantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
@@ -151,7 +152,7 @@ def _quantizer(opened: Artifact, swapped: dict[str, OrthoLinear]) -> Iterator[di
 
         requires_calibration = True
 
-        def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        def _process_model_before_weight_loading(self, model: nn.Module, **_: object) -> None:
             swapped.update(swap(model, opened))
 
         def is_serializable(self) -> bool:
@@ -161,7 +162,7 @@ def _quantizer(opened: Artifact, swapped: dict[str, OrthoLinear]) -> Iterator[di
         def is_trainable(self) -> bool:
             return True
 
-    # The classes know their artifact: each load brings its own, and takes it away again.
+    # Each load registers its own classes, since they hold their artifact.
     AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = Settings
     AUTO_QUANTIZER_MAPPING[METHOD] = Quantizer
     try:
@@ -180,26 +181,26 @@ def swap(model: nn.Module, opened: Artifact) -> dict[str, OrthoLinear]:
     made: dict[str, OrthoLinear] = {}
     tails = _by_tail(modules)
     for name, layer in empty_layers(opened):
-        place = _find(name, modules, tails)
-        old = modules.get(place)
+        path = _find(name, modules, tails)
+        old = modules.get(path)
         weight = getattr(old, "weight", None)
         shape = [layer.out_features, layer.in_features]
-        held = list(weight.shape) if isinstance(weight, torch.Tensor) else None
-        if old is None or not is_plain_linear(old) or held != shape:
+        found = list(weight.shape) if isinstance(weight, torch.Tensor) else None
+        if old is None or not is_plain_linear(old) or found != shape:
             raise ArtifactError(
                 f"`{name}` was split as a Linear of {shape}, and the model has no such Linear",
                 hint="does this version of transformers know the source model?",
             )
         bias = getattr(old, "bias", None)
         layer.bias = bias if isinstance(bias, nn.Parameter) else None
-        parent, _, leaf = place.rpartition(".")
+        parent, _, leaf = path.rpartition(".")
         setattr(modules[parent], leaf, layer)
         made[name] = layer
     return made
 
 
 def _by_tail(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """Sort names of modules by each of their ends: `mlp.up_proj`, `up_proj`."""
+    """Index names of modules by each of their ends: `mlp.up_proj`, `up_proj`."""
     found: dict[str, list[str]] = {}
     for name in modules:
         tail = name

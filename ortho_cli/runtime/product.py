@@ -1,22 +1,21 @@
-"""The only place that knows how the two streams are multiplied: y = x W(alpha)^T + bias.
+"""Multiply by both streams, and choose the kernel that does it: y = x W(alpha)^T + bias.
 
     W(alpha) = dequantize(base) + alpha * ortho
 
-Three forms of one product. On the CPU, two are chosen between by what was measured (4096 x 4096,
-bfloat16, 2 cores):
+There are three forms of one product. On the CPU the faster of two is chosen, as measured for
+4096 x 4096 in bfloat16 on 2 cores:
 
-* **packed** (CPU, bfloat16 throughout, few rows): torch's INT4 kernel reads the codes as they are;
-  eight times faster than tiles at one row, level with them near 32. It multiplies q * scale before
+* **packed** (CPU, bfloat16 throughout, few rows): torch's INT4 kernel reads the packed codes;
+  eight times faster than tiles at one row, as fast near 32. It multiplies q * scale before
   that is rounded to the scales' dtype, and rounds its own result to x's, so it is within one more
   rounding of x's dtype of the exact form. In float16 and float32 it is slower than tiles. Codes of
   3 bits are given to it as codes of 4, which hold them, and take a third more memory there.
-* **tiles** (everything else): some rows at a time become the very weights that a reader of base
-  sees, in compiled loops where numba is installed, ortho is added in place, and a dense product
-  follows: in x's dtype, or in float32 where the processor has no products of it (bfloat16 took
-  four times as long at 128 rows without AVX-512).
-* **fused** (CUDA, where Triton 3.3 or later is installed, for what `fused.takes`: codes of 4 bits):
-  nothing is unpacked to memory. Written against Triton's interpreter and not yet run on a card; nor
-  are tiles.
+* **tiles** (all other cases): some rows at a time are dequantized exactly as readers of base do, in
+  compiled loops where numba is installed; ortho is added in place, and a dense product follows: in
+  x's dtype, or in float32 where the processor has no products of it (bfloat16 took four times as
+  long at 128 rows without AVX-512).
+* **fused** (CUDA, where Triton 3.3 or later is installed, for codes of 4 bits): nothing is unpacked
+  to memory. Written against Triton's interpreter and not yet run on a card; nor are tiles.
 
 The sparse product is a CSR matrix-vector product for one row, `embedding_bag` for more.
 """
@@ -28,7 +27,7 @@ import warnings
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Protocol, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -41,14 +40,16 @@ from ortho_cli.split import quantize
 PACKED_ROWS = 32  # above, unpacking tiles is as fast or faster, and exact
 PACKED_GROUPS = (32, 64, 128, 256)  # group sizes torch's kernel takes
 PACKED_MULTIPLE = 16  # of out_features, likewise
-TILE_ELEMENTS = 1 << 21  # weights unpacked at a time; each call costs microseconds
+TILE_ELEMENTS = (
+    1 << 21
+)  # weights unpacked at a time: 4 MB in bfloat16; each call costs microseconds
 TRITON = (3, 3)  # the first version that compiled the fused kernels
 
 NO_ORTHO = "put ortho.safetensors back, or set alpha to 0"
 
 
 def prepare(base: Base) -> Packed | None:
-    """Convert base for torch's INT4 kernel; None where that kernel does not take it.
+    """Convert base for torch's INT4 kernel; None where that kernel does not support it.
 
     Args:
         base: codes with (out, groups) scales.
@@ -73,8 +74,8 @@ def prepare(base: Base) -> Packed | None:
     return Packed(codes, torch.stack((scale, zeros), dim=-1).transpose(0, 1).contiguous())
 
 
-def check_alpha(alpha: Any) -> Alpha:
-    """Give back a float in [0, 1] or a 1-D float32 tensor of such; refuse everything else.
+def check_alpha(alpha: Alpha | SupportsFloat | str) -> Alpha:
+    """Make alpha a float in [0, 1] or a 1-D float32 tensor of such; refuse everything else.
 
     Raises:
         UsageError: NaN, infinite, below 0, above 1, not a number, or a tensor of 2 dimensions.
@@ -100,7 +101,7 @@ def check_alpha(alpha: Any) -> Alpha:
 
 
 def is_zero(alpha: Alpha) -> bool:
-    """Whether nothing of ortho is wanted, by any batch row."""
+    """Whether alpha is 0 for every batch row, so that ortho is not needed."""
     return not bool(alpha.any()) if isinstance(alpha, Tensor) else alpha == 0.0
 
 
@@ -176,10 +177,18 @@ def _per_row(alpha: Tensor, x: Tensor) -> Alpha:
     return alpha.to(x.device).repeat_interleave(math.prod(x.shape[1:-1]))
 
 
+class _Context(Protocol):
+    base: Base
+    ortho: Ortho | None
+    alpha: Alpha
+    bias_dtype: torch.dtype | None
+    needs_input_grad: tuple[bool, ...]
+
+
 class _DualLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         x: Tensor,
         bias: Tensor | None,
         base: Base,
@@ -193,7 +202,7 @@ class _DualLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad.device.type, enabled=False):
             x_grad = bias_grad = None
             if ctx.needs_input_grad[0]:
@@ -224,7 +233,7 @@ def _forward(
     elif isinstance(alpha, Tensor):
         y = _tiled_product(x, base, None, 0.0, torch.float32)
     elif alpha in (0.0, 1.0) and x.dtype == base.weight_scale.dtype and _is_native(x):
-        # Neither end of alpha makes a weight that x's dtype does not hold.
+        # At both ends of alpha every weight is exact in x's dtype.
         return _tiled_product(x, base, ortho, alpha, x.dtype, bias)
     else:
         y, ortho = _tiled_product(x, base, ortho, alpha, torch.float32), None
@@ -237,10 +246,7 @@ def _forward(
 
 @cache
 def _fused(kind: str) -> ModuleType | None:
-    """Find the kernels for a kind of device.
-
-    None where there are none, Triton is missing, or older than what they were compiled with.
-    """
+    """Import the kernels for a kind of device; None without a Triton that can compile them."""
     if kind != "cuda" or find_spec("triton") is None:
         return None
     import triton
@@ -254,7 +260,7 @@ def _fused(kind: str) -> ModuleType | None:
 
 @cache
 def _unpacking() -> ModuleType | None:
-    """Find the compiled loops that unpack; None where numba is missing or cannot be loaded."""
+    """Import the compiled loops that unpack; None where numba is missing or cannot be loaded."""
     if find_spec("numba") is None:
         return None
     try:
@@ -284,7 +290,7 @@ def _tiles(base: Base) -> list[tuple[int, int]]:
 def dequantize_rows(base: Base, start: int, stop: int) -> Tensor:
     """Unpack some rows of base.
 
-    w = q * scale, rounded once to the scales' dtype: `ops.dequantize`, bit for bit.
+    w = q * scale, rounded once to the scales' dtype: `quantize.dequantize`, bit for bit.
 
     Returns:
         (stop - start, in) of the scales' dtype.
@@ -299,8 +305,8 @@ def dequantize_rows(base: Base, start: int, stop: int) -> Tensor:
         unpacked: Tensor = unpacking.unpack(base.weight_packed[start:stop], scale)
         return unpacked
     pairs = base.weight_packed[start:stop].contiguous().view(torch.uint8)
-    # A byte b times 4097 is b | b << 12: its nibbles 16 bits apart. 0x4300 | n is 128 + n in
-    # bfloat16, so both are numbers where they are, and n is the code and 8.
+    # A byte b times 4097 is b | b << 12, with its nibbles 16 bits apart. 0x4300 | n is 128 + n in
+    # bfloat16, so each half is a number in place, and n is the code plus 8.
     both = pairs.int().mul_(4097).bitwise_and_(0x000F000F).bitwise_or_(0x43004300)
     weight = both.view(torch.bfloat16).sub_(136).to(scale.dtype)
     weight.view(*scale.shape, -1).mul_(scale.unsqueeze(-1))
@@ -313,14 +319,14 @@ def _weight_rows(
     """Form some rows of W(alpha), added in float32 and rounded once to `dtype`."""
     weight = dequantize_rows(base, *rows).to(dtype)
     if ortho is not None:
-        entries, flat = kept_positions(ortho, rows, base.shape[1])
-        kept = weight.view(-1)
-        kept[flat] = (kept[flat].float() + alpha * ortho.residual[entries]).to(dtype)
+        entries, flat = ortho_positions(ortho, rows, base.shape[1])
+        values = weight.view(-1)
+        values[flat] = (values[flat].float() + alpha * ortho.residual[entries]).to(dtype)
     return weight
 
 
-def kept_positions(ortho: Ortho, rows: tuple[int, int], columns: int) -> tuple[slice, Tensor]:
-    """Find the kept entries of some rows: their place in the stream, and in those rows flattened.
+def ortho_positions(ortho: Ortho, rows: tuple[int, int], columns: int) -> tuple[slice, Tensor]:
+    """Find ortho's entries of some rows: their range in the stream, and their flat positions.
 
     Returns:
         A slice of `col_indices` and `residual`; (entries,) int64 flat indices from row `rows[0]`.
@@ -363,7 +369,7 @@ def _times_weight(grad: Tensor, base: Base, ortho: Ortho | None, alpha: Alpha) -
         if ortho is None:
             raise InternalError("each row has an alpha of its own, and there is no ortho stream")
         total.addmm_(here, _weight_rows(base, None, 0.0, rows, torch.float32))
-        entries, flat = kept_positions(ortho, rows, base.shape[1])
+        entries, flat = ortho_positions(ortho, rows, base.shape[1])
         sparse = torch.zeros(rows[1] - rows[0], base.shape[1], device=grad.device)
         sparse.view(-1)[flat] = ortho.residual[entries]
         total.addmm_(here * alpha.unsqueeze(-1), sparse)

@@ -8,18 +8,18 @@ a tile of words is multiplied eight times: its i-th codes by columns i, i + 8, i
   (a product of two such numbers is exact in float32, where it is summed), else in float32.
 * **ortho**, up to 16 rows: gathered in the same program, row by row of the CSR, after its share of
   base. More rows: a kernel of its own first, on x transposed, whose result is then added.
-* Where there are too few tiles to fill a card, `in` is cut into shares. Their sums lie side by side
-  in memory and are added in order by a second kernel: no atomics, so the same bytes every time.
+* Where there are too few tiles to fill a card, `in` is cut into shares. A second kernel adds their
+  sums in order: no atomics, so the same bytes every time.
 
-Codes times scales are rounded to the scales' dtype first, as `kernels.dequantize_rows` does: base
-is what its readers see. Sums are float32, rounded once, to x's dtype. Nothing waits for the device
-and all launches follow from shapes, so calls can be captured in a CUDA graph; warm them up before,
-for Triton compiles a kernel at its first call.
+Codes times scales are rounded to the scales' dtype first, as `product.dequantize_rows` does. Sums
+are float32, rounded once, to x's dtype. Nothing waits for the device and all launches follow from
+shapes, so calls can be captured in a CUDA graph; warm them up before, for Triton compiles a kernel
+at its first call.
 
 Triton's interpreter (TRITON_INTERPRET=1, set before triton is imported) runs the same kernels on
-the CPU, but for two things that it gets wrong, and that a card alone can show: it truncates where
-it casts to bfloat16 (`_round` rounds by integers there), and multiplies bfloat16's bit patterns in
-`tl.dot` (float32 there). These kernels were run in the interpreter only, on no card.
+the CPU, except for two faults of its own: it truncates casts to bfloat16 (there `_round` rounds by
+integers), and multiplies bfloat16's bit patterns in `tl.dot` (there float32 is used). The kernels
+were run in the interpreter only, on no card.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Blocks(NamedTuple):
 
 
 def takes(x: Tensor, base: Base) -> bool:
-    """Say whether these kernels multiply this; where not, `kernels` unpacks tiles.
+    """Whether these kernels support the operands; where not, `product` unpacks tiles.
 
     Args:
         x: (n, in).
@@ -90,8 +90,8 @@ def blocks(x_rows: int, rows: int, words: int, *, wide: bool) -> Blocks:
         wide: whether `tl.dot` multiplies float32, which takes more of a program's memory.
     Returns:
         Sizes that are powers of two; for more than one row of x at least 16, as `tl.dot` wants.
-    Chosen by reading what Triton compiles them to, and measured on no card: 16 words lie in one
-    group of 128 columns, so a step reads one scale a row, and each thread four words of two rows.
+    Chosen by reading the compiled code, and measured on no card: 16 words are in one group of 128
+    columns, so a step reads one scale per row, and each thread four words of two rows.
     """
     if x_rows == 1:
         cut = Blocks(1, 32, 16, 1, 2)
@@ -143,7 +143,7 @@ def _slab(
     scale = base.weight_scale.contiguous()
     narrow = x.dtype == scale.dtype and x.dtype != torch.float32
     cut = blocks(x_rows, rows, words, wide=not narrow)
-    # Arguments that a kernel's form leaves unread still need a pointer: y stands in for them.
+    # Arguments that a kernel's form does not read still need a pointer: y serves.
     crow, column, residual, added = y, y, y, y
     form, chunk = WITHOUT, 2
     if ortho is not None and x_rows <= GATHER_ROWS:
@@ -154,7 +154,7 @@ def _slab(
         chunk = max(2, min(32, mean, GATHERED // (cut.x_rows * cut.rows)))
     elif ortho is not None:
         form, added = ADDED, _sparse_product(x, ortho, rows)
-    # Column 8w + i of x at (row, i, w): what one dot reads lies side by side for many rows.
+    # Column 8w + i of x at (row, i, w): the elements that one dot reads are contiguous.
     by_code = torch.unflatten(x, 1, (columns // 8, 8)).transpose(1, 2)
     if x_rows > GATHER_ROWS:
         by_code = by_code.contiguous()
@@ -265,6 +265,8 @@ def _gather(
     return total
 
 
+# Longer than 60 lines: one loop over words with all forms of the product, so that each is one
+# kernel launch. Triton inlines calls, and a split would pass every pointer and block on.
 @triton.jit(do_not_specialize=["x_rows"])
 def _multiply(
     y,

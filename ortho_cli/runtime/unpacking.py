@@ -1,15 +1,16 @@
-"""Base unpacked in compiled loops, by the threads that torch multiplies with.
+"""Unpack base on the CPU: a numba loop on the OpenMP threads of torch.
 
-What `ops.dequantize` gives, to the bit, in one walk where torch takes eight. The rows are shared
-out among torch's own OpenMP threads: others would have to wait for a core, since those spin for
-milliseconds after each product.
+    w = (q - 8) * scale, rounded once to the scales' dtype: `quantize.dequantize`, bit for bit
+
+One pass over memory, where torch needs eight. The rows are shared out among torch's own threads:
+others would wait for a core, since torch's spin for milliseconds after each product.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as the compil
 
 @intrinsic
 def _take(context, counter):
-    """Count up by one, whoever else does; return the count before."""
+    """Count up by one, atomically; return the count before."""
 
     def generate(context, builder, signature, arguments):
         return builder.atomic_rmw("add", arguments[0], ir.Constant(ir.IntType(64), 1), "monotonic")
@@ -36,7 +37,7 @@ def _take(context, counter):
 
 @intrinsic
 def _pointer(context, address):
-    """Read a number as an address."""
+    """Turn a number into an address."""
 
     def generate(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
@@ -51,7 +52,7 @@ def _arrays(places, shapes, word):
 
 @njit(error_model="numpy")
 def _unpack(here, packed, scales, weights):
-    """Make words of weights in some rows, of (rows, in / 2) bytes and words of scales."""
+    """Make words of weights from (rows, in / 2) bytes of codes and words of scales."""
     half = packed.shape[1] // scales.shape[1]
     for row in range(*here):
         for group in range(scales.shape[1]):
@@ -67,12 +68,12 @@ def _unpack(here, packed, scales, weights):
 
 
 @kept(partial(cfunc, types.void(types.CPointer(types.int64))))
-def _share(told):
-    """Unpack some rows after others until none is left; each thread of a team runs this."""
-    _, rows, columns, groups, kind, packed, scales, weights = carray(told, 8)
+def _share(call):
+    """Unpack a few rows at a time until none is left; each thread of a team runs this."""
+    _, rows, columns, groups, kind, packed, scales, weights = carray(call, 8)
     codes = carray(_pointer(packed), (rows, columns // 2), np.uint8)
     places, shapes = (_pointer(scales), _pointer(weights)), ((rows, groups), (rows, columns))
-    first = _take(told) * ROWS
+    first = _take(call) * ROWS
     while first < rows:
         here = (first, min(first + ROWS, rows))
         if kind == 0:
@@ -81,12 +82,12 @@ def _share(told):
             _unpack(here, codes, *_arrays(places, shapes, np.int16))
         else:
             _unpack(here, codes, *_arrays(places, shapes, np.uint32))
-        first = _take(told) * ROWS
+        first = _take(call) * ROWS
 
 
 @cache
-def _team() -> Any:
-    """Find what starts torch's OpenMP threads; None where torch has others."""
+def _team() -> Callable[[int | None, int, int, int], None] | None:
+    """Find the function that starts torch's OpenMP threads; None where torch has others."""
     start = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
     if start is not None:
         start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
@@ -95,8 +96,8 @@ def _team() -> Any:
 
 
 def takes(packed: Tensor, scales: Tensor) -> bool:
-    """Tell whether there is memory to read, and threads to do it as quickly as torch."""
-    # Fake tensors, which torch traces with, have none; nor has what is made while it does.
+    """Whether the tensors have memory to read, and torch has threads to share the rows."""
+    # Fake tensors, which torch traces with, have none; nor have tensors made during a trace.
     real = type(packed) is type(torch.empty(0)) is Tensor and packed.device.type == "cpu"
     return real and scales.dtype in KINDS and (torch.get_num_threads() == 1 or _team() is not None)
 
@@ -114,11 +115,11 @@ def unpack(packed: Tensor, scales: Tensor) -> Tensor:
     packed, scales = packed.contiguous(), scales.contiguous()
     weights = torch.empty((rows, columns), dtype=scales.dtype)
     places = (packed.data_ptr(), scales.data_ptr(), weights.data_ptr())
-    told = np.array([0, rows, columns, scales.shape[1], KINDS[scales.dtype], *places], np.int64)
-    # All of them or one: OpenMP ends those that are left out, and the next product starts others.
-    threads = torch.get_num_threads()
-    if threads == 1 or rows <= ROWS:
-        _share.ctypes(told.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)))
+    call = np.array([0, rows, columns, scales.shape[1], KINDS[scales.dtype], *places], np.int64)
+    # All threads or one: OpenMP ends unused threads, and the next product starts others.
+    threads, start = torch.get_num_threads(), _team()
+    if start is None or threads == 1 or rows <= ROWS:
+        _share.ctypes(call.ctypes.data_as(ctypes.POINTER(ctypes.c_int64)))
     else:
-        _team()(_share.address, told.ctypes.data, threads, 0)
+        start(_share.address, call.ctypes.data, threads, 0)
     return weights

@@ -13,7 +13,7 @@ not repeated here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -100,6 +100,22 @@ def unpack(packed: npt.NDArray[np.int32], bits: int, columns: int) -> npt.NDArra
     return (stream @ weights).astype(np.int8) - np.int8(1 << (bits - 1))
 
 
+class Told(Protocol):
+    """Figures of a weight that somebody else added up."""
+
+    @property
+    def signal(self) -> float:
+        """Squares of the weights."""
+
+    @property
+    def noise(self) -> float:
+        """Squares of the residual."""
+
+    @property
+    def noise_kept(self) -> float:
+        """What alpha = 1 takes away of them."""
+
+
 def check_rows(rules: Rules, rows: Rows) -> Sums:
     """Hold what was written of some rows against the source.
 
@@ -170,7 +186,7 @@ def largest_step(rules: Rules, rows: Rows) -> float:
     return float((far / wide.reshape(-1)[rows.positions]).max(initial=0.0)) / 127**2
 
 
-def check_figures(name: str, told: dict[str, float], sums: Sums) -> None:
+def check_figures(name: str, told: Told, sums: Sums) -> None:
     """Hold the figures of a weight against what all of its rows add up to.
 
     Args:
@@ -181,7 +197,7 @@ def check_figures(name: str, told: dict[str, float], sums: Sums) -> None:
         ArtifactError: names the weight and both values.
     """
     for key in ("signal", "noise", "noise_kept"):
-        mine, other = getattr(sums, key), told[key]
+        mine, other = getattr(sums, key), getattr(told, key)
         whole = sums.signal if key == "signal" else sums.noise
         if not abs(mine - other) <= TOLERANCE * whole + 1e-9 * sums.signal:
             raise ArtifactError(

@@ -12,7 +12,7 @@ squares, in float64, may be taken in another order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -23,6 +23,48 @@ from ortho_cli.split.scale_search import LANES
 
 # Squares that are added in float32 before they go into a sum in float64.
 STRETCH = 512
+
+
+class Words(NamedTuple):
+    """The weights of a tile."""
+
+    raw: Any  # (rows, in) words
+    group_size: int  # divides in; a multiple of 8
+    floor: np.float32  # the smallest scale
+    exponent: int  # exponent bits of a word: from there on it is infinite or NaN
+
+
+class Vectors(NamedTuple):
+    """Curvature, or its root, of row o and column i is rows[o] * columns[i]."""
+
+    rows: Any  # (rows,) float32
+    columns: Any  # (in,) float32
+
+
+class Base(NamedTuple):
+    """Where base of a tile goes."""
+
+    packed: Any  # (rows, in / 2) uint8, the low half of each byte first
+    scales: Any  # (rows, in / group_size) words
+    given: bool  # scales are given, and not made here
+
+
+class Candidates(NamedTuple):
+    """Where what may be kept goes; as long as any tile may need."""
+
+    bar: np.float32  # below the k-th largest saliency
+    start: int  # flat index of the first weight
+    indices: Any  # flat
+    saliency: Any  # float32
+    values: Any  # words
+
+
+class RowBuffers(NamedTuple):
+    """Room for one row."""
+
+    floats: Any  # (2, in) float32
+    bytes: Any  # (2, in) uint8
+
 
 _FLOAT, _HALF, _I16, _I32 = ir.FloatType(), ir.HalfType(), ir.IntType(16), ir.IntType(32)
 
@@ -132,13 +174,10 @@ def _call(loop: Any, arguments: tuple[Any, ...]) -> Any:
 
 @kept(njit, nogil=True)  # others may run meanwhile
 def search_tile(  # noqa: C901 - in parts, called from here, it runs at half the speed
-    raw: Any,
-    group_size: int,
-    floor: np.float32,
+    tile: Any,
     factors: Any,
     curvature: Any,
-    rows: Any,
-    columns: Any,
+    vectors: Any,
     held: Any,
     scales: Any,
     buffers: Any,
@@ -149,18 +188,16 @@ def search_tile(  # noqa: C901 - in parts, called from here, it runs at half the
     finite, or weighed by what is no curvature, is of no use.
 
     Args:
-        raw: (rows, in) words of the weights.
-        group_size: divides in; a multiple of 8.
-        floor: the smallest scale.
+        tile: `Words`.
         factors: (n,) float32: absmax's scale times each of them is tried.
         curvature: (rows, in) words of h, or None.
-        rows: (rows,) float32, or None: h of row o and column i is rows[o] * columns[i].
-        columns: (in,) float32, or None; without either, errors count alike.
+        vectors: `Vectors` of h, or None; without either, errors count alike.
         held: (rows, in) uint8: 1 where ortho holds the weight, which counts for nothing; or None.
         scales: (rows, in / group_size) words; where `held` is given they are to be beaten, and
             groups of which ortho holds nothing keep them.
         buffers: (2, n) float32, n the next multiple of 16 from group_size on.
     """
+    raw, group_size = tile.raw, tile.group_size
     weights, shares, lanes = buffers[0], buffers[1], np.empty(LANES, np.float32)
     weights[group_size:], shares[group_size:] = 0, 0
     size, bits, parts = weights.size, weights.view(np.uint32), shares.view(np.uint32)
@@ -182,10 +219,10 @@ def search_tile(  # noqa: C901 - in parts, called from here, it runs at half the
             if curvature is not None:
                 for i in range(group_size):
                     shares[i] = widen(curvature[row, first + i])
-            elif columns is not None:
+            elif vectors is not None:
                 for i in range(group_size):
-                    shares[i] = rows[row] * columns[first + i]
-            if curvature is not None or columns is not None:
+                    shares[i] = vectors.rows[row] * vectors.columns[first + i]
+            if curvature is not None or vectors is not None:
                 most = np.uint32(0)
                 for i in range(group_size):
                     most = max(most, _magnitude(parts[i]))
@@ -199,7 +236,7 @@ def search_tile(  # noqa: C901 - in parts, called from here, it runs at half the
                     stored = scales[row, group]
                 else:
                     wide = widen(largest) / np.float32(7.5) * factors[trial]
-                    stored = narrow(max(wide, floor), raw[row, first])
+                    stored = narrow(max(wide, tile.floor), raw[row, first])
                 scale = widen(stored)
                 lanes[:] = 0
                 for block in range(0, size, LANES):
@@ -207,7 +244,7 @@ def search_tile(  # noqa: C901 - in parts, called from here, it runs at half the
                     for i in range(LANES):
                         code = min(max(np.rint(part[i] / scale), np.float32(-8)), np.float32(7))
                         error = widen(narrow(code * scale, stored)) - part[i]
-                        if curvature is not None or columns is not None:
+                        if curvature is not None or vectors is not None:
                             lanes[i] += error * error * share[i]
                         else:
                             lanes[i] += error * error
@@ -223,77 +260,56 @@ def search_tile(  # noqa: C901 - in parts, called from here, it runs at half the
 
 @kept(njit, nogil=True)
 def split_tile(  # noqa: C901 - in parts, called from here, it runs at half the speed
-    raw: Any,
-    group_size: int,
-    floor: np.float32,
-    exponent: int,
+    tile: Any,
     curvature: Any,
-    row_roots: Any,
-    column_roots: Any,
-    bar: np.float32,
-    start: int,
+    vectors: Any,
     held: Any,
-    packed: Any,
-    scales: Any,
-    given: bool,
-    sums: Any,
-    indices: Any,
-    saliency: Any,
-    values: Any,
+    base: Any,
+    candidates: Any,
     others: Any,
+    sums: Any,
     buffers: Any,
-    bytes_: Any,
 ) -> int:
-    """Split some rows, and append what is more salient than `bar`, or what is held.
+    """Split some rows, and append what is more salient than the bar, or what is held.
 
     scale = max|w| / 7.5 where none is given, q = clamp(round(w / scale), -8, 7),
-    r = q * scale - w, each rounded as in `ops`; saliency is |r|, or with curvature |r| sqrt(h).
+    r = q * scale - w, each rounded as in `quantize`; saliency is |r|, with curvature |r| sqrt(h).
 
     Args:
-        raw: (rows, in) words of the weights.
-        group_size: divides in; a multiple of 8.
-        floor: the smallest scale.
-        exponent: exponent bits of a word: from there on it is infinite or NaN.
+        tile: `Words`.
         curvature: (rows, in) words of h, or None.
-        row_roots: (rows,) float32, or None: sqrt(h) of row o and column i is
-            row_roots[o] * column_roots[i].
-        column_roots: (in,) float32, or None.
-        bar: below the k-th largest saliency.
-        start: flat index of the first weight.
+        vectors: `Vectors` of sqrt(h), or None.
         held: (rows, in) uint8: 1 at what is appended, whatever its saliency; or None.
-        packed: (rows, in / 2) uint8, the low half of each byte first.
-        scales: (rows, in / group_size) words.
-        given: scales are given, and not made here.
-        sums: (3,) float64: w^2, r^2 and r^2 h are added.
-        indices: flat indices of what is appended; as long as any tile may need.
-        saliency: float32, its saliency.
-        values: words of its weights.
-        others: float32, |r| where something else selects; None without curvature.
-        buffers: (2, in) float32.
-        bytes_: (2, in) uint8.
+        base: `Base`.
+        candidates: `Candidates`.
+        others: float32, |r| of what is appended where something else selects; or None.
+        sums: float64: w^2, r^2 and r^2 h are added to the first three.
+        buffers: `RowBuffers`.
     Returns:
         How many were appended; -1 where a weight is not finite, -2 where h is negative or not
         finite. What was written then is of no use.
     """
-    plain, weighted = buffers[0], buffers[1]
-    codes, flags = bytes_[0], bytes_[1]
+    raw, group_size, scales = tile.raw, tile.group_size, base.scales
+    indices, saliency, values = candidates.indices, candidates.saliency, candidates.values
+    plain, weighted = buffers.floats[0], buffers.floats[1]
+    codes, flags = buffers.bytes[0], buffers.bytes[1]
     pairs, eights = codes.view(np.uint16), flags.view(np.uint64)
     rows, columns = raw.shape
     found = 0
     for row in range(rows):
-        words, pack = raw[row], packed[row]
+        words, pack = raw[row], base.packed[row]
         for group in range(columns // group_size):
             here = slice(group * group_size, (group + 1) * group_size)
             some, residual, code_of = words[here], plain[here], codes[here]
             largest = _magnitude(some[0])
             for i in range(group_size):
                 largest = max(largest, _magnitude(some[i]))
-            if largest >= exponent:
+            if largest >= tile.exponent:
                 return -1
-            if given:
+            if base.given:
                 stored = scales[row, group]
             else:
-                stored = narrow(max(widen(largest) / np.float32(7.5), floor), largest)
+                stored = narrow(max(widen(largest) / np.float32(7.5), tile.floor), largest)
                 scales[row, group] = stored
             scale = widen(stored)
             for i in range(group_size):
@@ -306,19 +322,21 @@ def split_tile(  # noqa: C901 - in parts, called from here, it runs at half the 
             pack[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
         sums[0] += _squares(words)
         # Searched scales do not serve what ortho holds: it has nearly all of the noise.
-        sums[1] += _wide_squares(plain) if given else _squares(plain)
+        sums[1] += _wide_squares(plain) if base.given else _squares(plain)
         if curvature is not None:
             near = curvature[row]
             worst = near[0]
             for i in range(columns):
                 worst = max(worst, near[i])
             if worst >= 0x7F800000 >> (32 - 8 * curvature.itemsize):
-                return -2  # the sign bit makes a word large, too
+                for i in range(columns):  # the sign bit makes a word large, too; -0.0 is no harm
+                    if not np.float32(0) <= widen(near[i]) < np.float32(np.inf):
+                        return -2
             for i in range(columns):
                 weighted[i] = plain[i] * np.sqrt(widen(near[i]))
-        elif column_roots is not None:
+        elif vectors is not None:
             for i in range(columns):
-                weighted[i] = plain[i] * (row_roots[row] * column_roots[i])
+                weighted[i] = plain[i] * (vectors.rows[row] * vectors.columns[i])
         leading = plain
         if others is not None:
             # Few weights hold most of the curvature: what is left without them needs float64.
@@ -326,7 +344,7 @@ def split_tile(  # noqa: C901 - in parts, called from here, it runs at half the 
             leading = weighted
         for i in range(columns):
             if held is None:
-                flags[i] = leading[i] > bar
+                flags[i] = leading[i] > candidates.bar
             else:
                 flags[i] = held[row, i]
         for eight in range(columns // 8):  # of them at once
@@ -334,7 +352,7 @@ def split_tile(  # noqa: C901 - in parts, called from here, it runs at half the 
                 continue
             for i in range(8 * eight, 8 * eight + 8):
                 if flags[i]:
-                    indices[found] = start + row * columns + i
+                    indices[found] = candidates.start + row * columns + i
                     saliency[found] = leading[i]
                     values[found] = words[i]
                     if others is not None:

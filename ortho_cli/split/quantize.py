@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,14 @@ CODE_MIN, CODE_MAX = -8, 7  # of 4 bits; `code_range` knows the others
 
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 Scales = Callable[..., Tensor]
+
+
+class Rounded(NamedTuple):
+    """One weight on base's grid."""
+
+    codes: Tensor  # (out, in) int8
+    scales: Tensor  # (out, groups), of the dtype they are stored in
+    kept: Tensor  # (out, in) bool: ortho holds the source's weight
 
 
 def torch_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -319,6 +327,14 @@ def saliency(residual: Tensor, root_curvature: Tensor, *, empty: Empty = torch_e
     """
     found = torch.abs(residual, out=empty(tuple(residual.shape), torch.float32))
     return found.mul_(root_curvature)
+
+
+def ortho_dtypes(nnz: int, columns: int) -> tuple[torch.dtype, torch.dtype]:
+    """Dtypes of crow_indices and col_indices: those of `artifact.ortho_specs`."""
+    return (
+        torch.int32 if nnz < 2**31 else torch.int64,
+        torch.uint16 if columns <= 2**16 else torch.int32,
+    )
 
 
 # Exponent bits of each dtype; all set means infinity or NaN.

@@ -6,16 +6,18 @@ Pure functions on CPU tensors, as in `ops`, whose conventions they share.
 from __future__ import annotations
 
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ortho_cli.errors import InternalError
 from ortho_cli.split.quantize import (
     Empty,
     Scratch,
     absmax,
+    absmax_scales,
     dequantize,
     groups_of,
     half_range,
@@ -31,6 +33,33 @@ class Kept(NamedTuple):
 
     mask: Tensor  # (out, in) bool: ortho holds this weight
     scales: Tensor  # (out, groups): base's scales before its positions were known
+
+
+def base_scales(
+    scale: str,
+    raw: Tensor,
+    curvature: Tensor | None,
+    group_size: int,
+    *,
+    bits: int = 4,
+    kept: Kept | None = None,
+    empty: Empty = torch_empty,
+) -> Tensor:
+    """Find base's scales of a weight, (out, groups) in its dtype; each row by itself."""
+    settings: dict[str, Any] = {
+        "group_size": group_size,
+        "dtype": raw.dtype,
+        "bits": bits,
+        "empty": empty,
+    }
+    if scale == "absmax":
+        return absmax_scales(raw, **settings)
+    settings["kept"] = kept
+    if scale == "curvature":
+        if curvature is None:  # scales would be those of mse, under another name
+            raise InternalError("scales are to be searched by curvature, and none is given")
+        return curvature_scales(raw, curvature, **settings)
+    return mse_scales(raw, **settings)
 
 
 def mse_scales(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,8 @@ from ortho_cli.events import EventSink, Noted, null_sink
 from ortho_cli.storage.disk import reserve, sync, sync_folder
 from ortho_cli.storage.locks import Lock, remove
 from ortho_cli.storage.untrusted import read_regular
+
+log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 KEY_FILE = "key.age"  # in private/, where what work leaves is sealed
@@ -202,6 +205,10 @@ class WorkFolder:
         if not lines:
             self._is_new = not os.path.lexists(self.folder / "previous")
             self._append([self._identity])
+        if lines[1:]:
+            log.info("resumes: %d records of an earlier run are sound", len(lines) - 1)
+        else:
+            log.info("starts afresh: no earlier run left work of this plan and source")
         self.done = {str(line["name"]): line for line in lines[1:]}
 
     def _data_is_there(self) -> bool:

@@ -330,7 +330,7 @@ def stats(pico: Path) -> Path:
 
 def read_gram(path: Path, name: str = f"{DOWN}.weight") -> Tensor:
     with closing(StatisticsReader(open_statistics(path))) as reader:
-        return gram_of(reader, name)
+        return torch.from_numpy(gram_of(reader, name))
 
 
 def test_reader_gives_what_was_written(stats: Path) -> None:

@@ -16,6 +16,7 @@ from memorised import Memorised
 from safetensors.torch import save_file
 
 from ortho_cli.cli import log
+from ortho_cli.storage.work_folder import WorkFolder
 
 FEW = ["--set", "calibrate.samples=4", "--set", "calibrate.length=16"]
 LINE = re.compile(
@@ -64,6 +65,9 @@ def test_a_log_file_can_be_traced(
         f"torch {torch.__version__.partition('+')[0]}",
         "numba ",
         "decompose with model, sets, quiet",
+        "splits 14 of 20 tensors, ",
+        "device of the split: cpu; ortho is not sealed",
+        "starts afresh",
         "20 tensors, 0 done before",
         "`sync` took",
         "done after",
@@ -77,6 +81,20 @@ def test_a_log_file_can_be_traced(
     assert len(after) > before
     assert "ended by OutputExistsError, exit code 8" in after[-1]
     assert "output.py:" in after[-2]
+
+
+def test_a_log_says_whether_a_run_resumes(
+    pico: Path, tmp_path: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORTHO_LOG", str(tmp_path / "run.log"))
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "publish", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
+        assert ortho("decompose", pico).code == 9
+    assert ortho("decompose", pico).code == 0
+    told = "\n".join(logged(tmp_path / "run.log"))
+    assert "resumes: 20 records of an earlier run are sound" in told
+    assert "20 tensors, 20 done before" in told
+    assert "ended by MemoryError" in told
 
 
 @pytest.mark.parametrize(
@@ -161,7 +179,17 @@ def test_a_log_holds_no_secret_no_text_no_position_and_no_path_of_private_files(
     key.write_text(str(identity))
     passphrase.write_text("correct horse battery staple")
     monkeypatch.setenv("ORTHO_LOG", f"debug:{path}")
-    common = ["--recipe", "forget-isolate", "--stats", memorised.stats, "--forget", forget, "-vv"]
+    common = [
+        "--recipe",
+        "forget-isolate",
+        "--stats",
+        memorised.stats,
+        "--forget",
+        forget,
+        "--set",
+        "forget.rounds=2",
+        "-vv",
+    ]
     sealed, locked, made = (tmp_path / name for name in ("sealed", "locked", "s.safetensors"))
     to = ["--seal-to", identity.to_public(), "--identity", key]
     for words in (

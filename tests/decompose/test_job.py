@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import SmallTiles
+from conftest import Pass, SmallTiles
 from jobs import decompose
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ortho_cli.decompose import recipe
 from ortho_cli.decompose.plan import make_plan
-from ortho_cli.decompose.splitter import Splitter
 from ortho_cli.errors import CheckpointError, NumericalError, OutputExistsError, ResourceError
 from ortho_cli.events import Advanced, Event, Finishing, Started, TensorDone
 from ortho_cli.formats.artifact import is_artifact
@@ -112,17 +111,9 @@ def test_decompose_tensor_of_many_tiles_equals_one_tile(
 
 @pytest.mark.parametrize("hot", [False, True])
 def test_decompose_guessed_bar_too_high_or_not_selects_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_tiles: SmallTiles, hot: bool
+    tmp_path: Path, passes: list[Pass], small_tiles: SmallTiles, hot: bool
 ) -> None:
     """The rows that the guess samples are the loudest: a second pass must put it right."""
-    passes: list[float | None] = []
-    original = Splitter._split_above
-
-    def watched(self: Splitter, tensor: Any, bar: float | None, **options: Any) -> Any:
-        passes.append(bar)
-        return original(self, tensor, bar, **options)
-
-    monkeypatch.setattr(Splitter, "_split_above", watched)
     weight = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
     if hot:
         weight[::32] *= 100
@@ -135,7 +126,7 @@ def test_decompose_guessed_bar_too_high_or_not_selects_the_same(
     base, ortho = (load_file(tmp_path / "out" / f"{f}.safetensors") for f in ("model", "ortho"))
     check_tensor(base, ortho, "a.weight", weight, group_size=64, density=0.05)
     assert len(passes) == (2 if hot else 1)
-    assert passes[0] is not None
+    assert passes[0].bar > 0
     assert sum(e.nbytes for e in moved if isinstance(e, Advanced)) == weight.nbytes
 
 
@@ -402,7 +393,7 @@ def peak():
     return 1024 * int(next(line for line in status if line.startswith("VmHWM")).split()[1])
 
 compiled = sys.argv[3] == "compiled"
-import_module("ortho_cli.split.numba_loops" if compiled else "ortho_cli.decompose.splitter")
+import_module("ortho_cli.split.numba_loops" if compiled else "ortho_cli.split.torch_kernel")
 settings = recipe.load_recipe(None, sys.argv[4:])
 before = peak()
 opened = checkpoint.open_checkpoint(Path(sys.argv[1]))

@@ -25,8 +25,6 @@ from ortho_cli.decompose import job as work
 from ortho_cli.decompose import recipe
 from ortho_cli.decompose.edits import Edit, Edits, count, load_edits
 from ortho_cli.decompose.plan import Plan, make_plan
-from ortho_cli.decompose.splitter import Splitter
-from ortho_cli.decompose.tally import Tally
 from ortho_cli.errors import (
     ArtifactError,
     CalibrationError,
@@ -39,8 +37,11 @@ from ortho_cli.events import Event, EventSink, TensorDone
 from ortho_cli.formats.open_artifact import open_artifact
 from ortho_cli.formats.statistics import StatisticsReader, open_statistics
 from ortho_cli.formats.verify import verify
+from ortho_cli.split import pipeline
 from ortho_cli.split import quantize as ops
+from ortho_cli.split.select import TopK
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
+from ortho_cli.split.torch_kernel import TorchKernel
 from ortho_cli.storage import job
 from ortho_cli.storage.checkpoint import open_checkpoint
 from ortho_cli.storage.work_folder import work_folder
@@ -419,17 +420,17 @@ def test_edits_of_a_weight_that_is_not_split_are_a_bug_that_is_told(case: Case) 
 
 def forget_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the selection keep what saliency says, moved or not."""
-    monkeypatch.setattr("ortho_cli.decompose.tally._Moved.mark", lambda *_, **__: None)
+    monkeypatch.setattr(TopK, "mark", lambda *_: None)
 
 
 def forget_to_move(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let base keep the codes of rounding, though ortho has their places."""
-    quantize = Splitter._quantize
+    finish = TorchKernel.finish
 
-    def plain(self: Splitter, tensor: Any, raw: Any, near: Any, scratch: Any, *rest: Any) -> Any:
-        return quantize(self, tensor, raw, near, scratch, None, *rest[1:])
+    def plain(self: TorchKernel, task: Any, pending: Any, *rest: Any) -> Any:
+        return finish(self, task, pending._replace(edit=None), *rest)
 
-    monkeypatch.setattr(Splitter, "_quantize", plain)
+    monkeypatch.setattr(TorchKernel, "finish", plain)
 
 
 @pytest.mark.parametrize("layout", ["csr", "compact"])
@@ -456,13 +457,13 @@ def test_what_is_written_is_held_against_what_forgetting_moved(
 def test_a_selection_of_fewer_than_the_plan_says_is_a_bug_that_is_told(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish = Tally.finish
+    split_weight = pipeline.split_weight
 
-    def short(self: Tally) -> Any:
-        indices, values, measured = finish(self)
-        return indices[1:], values[1:], measured
+    def short(*arguments: Any) -> Any:
+        found = split_weight(*arguments)
+        return found._replace(indices=found.indices[1:], values=found.values[1:])
 
-    monkeypatch.setattr(Tally, "finish", short)
+    monkeypatch.setattr(pipeline, "split_weight", short)
     with pytest.raises(InternalError, match=r"keeps \d+ positions and \d+ values, and the plan"):
         case.run(case.fake(0.0))
     assert not (case.place / "out").exists()

@@ -13,7 +13,7 @@ from make_renames import matches_any
 from ortho_cli.decompose.roles import Sizes, is_embedding, read_sizes, role_of
 from ortho_cli.decompose.selection import MIN_IN_FEATURES, not_by_default
 from ortho_cli.formats.quantization_config import quantization_config
-from ortho_cli.model.renames import apply_rules, rename_modules
+from ortho_cli.model.renames import Rule, apply_rules, rename_modules
 from ortho_cli.storage.checkpoint import TensorInfo
 
 LAYER = "self_attn.q_proj 128x128, self_attn.o_proj 128x128, mlp.down_proj 128x256"
@@ -354,9 +354,9 @@ def test_read_sizes_takes_no_shared_or_chosen_experts_and_no_nonsense() -> None:
 
 def test_apply_rules_renames_in_turn_behind_its_scope() -> None:
     rules = [
-        [[r"^head\.", r"head_long\."], "lm_head."],
-        [["attention.key"], "k_proj"],
-        [[r"^(enc|dec)\."], r"model.\1.", "tower", "model"],
+        Rule((r"^head\.", r"head_long\."), "lm_head."),
+        Rule(("attention.key",), "k_proj"),
+        Rule((r"^(enc|dec)\.",), r"model.\1.", ("tower", "model")),
     ]
     assert apply_rules("layer.0.attention.attention.key", rules) == "layer.0.attention.k_proj"
     assert apply_rules("layer.0.attention.keys", rules) == "layer.0.attention.keys"

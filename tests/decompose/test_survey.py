@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.storage import job
 from ortho_cli.storage.checkpoint import metadata_of, open_checkpoint, read_shard
 from ortho_cli.storage.work_folder import work_folder
-from tests.decompose.test_onepass import files
+from tests.split.test_numba_kernel import files
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
@@ -78,6 +79,7 @@ def run_and_die(source: Path, stats: Path | None, out: Path, target: float | Non
         nonlocal done
         left_survey = (work_folder(out) / "private" / SURVEY_FILE).exists()
         done += isinstance(event, TensorDone)
+        time.sleep(0.02)  # what was finished before is in the journal by then
         if left_survey and isinstance(event, Started | TensorDone) and done >= at:
             os.kill(os.getpid(), signal.SIGKILL)
 

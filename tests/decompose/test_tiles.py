@@ -15,7 +15,7 @@ from jobs import decompose
 from safetensors.torch import load_file
 
 from ortho_cli.decompose import budget, recipe
-from ortho_cli.decompose.onepass import takes
+from ortho_cli.decompose.kernels import takes
 from ortho_cli.decompose.plan import Plan, make_plan
 from ortho_cli.decompose.recheck import check_values
 from ortho_cli.decompose.survey import digest_of
@@ -26,10 +26,10 @@ from ortho_cli.runtime.engine import Engine
 from ortho_cli.split.sizes import DEFAULT_SIZES, Part, Sizes
 from ortho_cli.storage.checkpoint import open_checkpoint
 from tests.decompose.test_job_edits import Fake, draw_edits
-from tests.decompose.test_ondevice import HERE
-from tests.decompose.test_onepass import files
 from tests.decompose.test_reference_split import Case as ReferenceCase
 from tests.runtime.test_engine import Net
+from tests.split.test_cuda_kernel import HERE
+from tests.split.test_numba_kernel import files
 
 COMPACT = "ortho={layout: compact, values: int8, density: 0.02}"
 SCALES = {

@@ -14,20 +14,20 @@ import checkpoints
 import pytest
 import reference
 import torch
-from conftest import Ortho, SmallTiles
+from conftest import Ortho, Pass, SmallTiles
 from jobs import decompose
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ortho_cli.decompose import plan, recipe
-from ortho_cli.decompose.splitter import Splitter
+from ortho_cli.decompose.record import TensorRecord
 from ortho_cli.errors import CalibrationError, NumericalError, OrthoError, RecipeError
 from ortho_cli.events import Advanced, Event, TensorDone
 from ortho_cli.formats.open_artifact import open_artifact
 from ortho_cli.formats.statistics import describe, is_statistics, open_statistics
 from ortho_cli.formats.verify import verify
-from ortho_cli.split.scale_search import ROUNDS
+from ortho_cli.split.pipeline import ROUNDS
 from ortho_cli.split.scales import Kept, curvature_scales
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage import job
@@ -194,16 +194,8 @@ def test_decompose_with_curvature_equals_the_slow_twins(
 
 @pytest.mark.parametrize("hot", [False, True])
 def test_decompose_with_curvature_guessed_bar_too_high_or_not_selects_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_tiles: SmallTiles, hot: bool
+    tmp_path: Path, passes: list[Pass], small_tiles: SmallTiles, hot: bool
 ) -> None:
-    bars: list[float | None] = []
-    original = Splitter._split_above
-
-    def watched(self: Splitter, tensor: Any, bar: float | None, **options: Any) -> Any:
-        bars.append(bar)
-        return original(self, tensor, bar, **options)
-
-    monkeypatch.setattr(Splitter, "_split_above", watched)
     weight = torch.randn(512, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     source, stats = tmp_path / "m.safetensors", tmp_path / "stats.safetensors"
     save_file({"a.weight": weight}, source)
@@ -220,9 +212,8 @@ def test_decompose_with_curvature_guessed_bar_too_high_or_not_selects_the_same(
     k = round(0.05 * weight.numel())
     root = curvature.double().sqrt().float()
     check_tensor(tmp_path / "out", "a.weight", weight, curvature, root, scale="absmax", k=k)
-    assert len(bars) == (2 if hot else 1)
-    assert bars[0] is not None
-    assert 0 < bars[0] < 1e-1  # in units of |r| sqrt(h), far below those of |r|
+    assert len(passes) == (2 if hot else 1)
+    assert 0 < passes[0].bar < 1e-1  # in units of |r| sqrt(h), far below those of |r|
     assert sum(e.nbytes for e in moved if isinstance(e, Advanced)) == weight.nbytes
 
 
@@ -322,21 +313,12 @@ def test_plan_counts_the_buffers_that_statistics_take(pico: Path, stats: Path) -
 @pytest.mark.parametrize("scale", ["absmax", "curvature"])
 def test_plan_peak_bounds_what_a_worker_holds(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    passes: list[Pass],
     kind: str,
     storage: str,
     dtype: torch.dtype,
     scale: str,
 ) -> None:
-    held: list[int] = []
-    original = Splitter._split_above
-
-    def watched(self: Splitter, *arguments: Any, **options: Any) -> Any:
-        entry = original(self, *arguments, **options)
-        held.append(self._tile.nbytes + self._held.nbytes)
-        return entry
-
-    monkeypatch.setattr(Splitter, "_split_above", watched)
     source, stats = tmp_path / "m.safetensors", tmp_path / "s.safetensors"
     save_file({"a.weight": torch.randn(4096, 256).bfloat16()}, source)
     checkpoints.save_statistics(stats, source, kind=kind, storage=storage, dtype=dtype)
@@ -345,7 +327,8 @@ def test_plan_peak_bounds_what_a_worker_holds(
     made = plan.make_plan(opened, settings, statistics=found)
     decompose(made, opened, tmp_path / "out", compiled=False)
     bound = plan._buffer_bytes(made.tensors[0], found, False, made.sizes)
-    assert max(held) <= bound <= 2 * max(held)
+    held = max(one.kernel.nbytes for one in passes)
+    assert held <= bound <= 2 * held
 
 
 def edit_header(path: Path, change: Callable[[dict[str, str]], None]) -> None:
@@ -635,8 +618,6 @@ def test_kill_then_other_statistics_are_not_continued_and_lose_nothing(
 def test_journal_entry_without_its_weighted_error_is_not_believed(
     pico: Path, stats: Path, tmp_path: Path
 ) -> None:
-    from ortho_cli.decompose.workers import is_sound
-
     opened = open_checkpoint(pico)
     made = plan.make_plan(opened, recipe.DEFAULT, statistics=open_statistics(stats))
     tensor = made.split[0]
@@ -647,11 +628,16 @@ def test_journal_entry_without_its_weighted_error_is_not_believed(
         "blake3": {file: {spec.key: "0" * 64 for spec in specs} for file, specs in keys.items()},
         **dict.fromkeys(("signal", "noise", "noise_kept"), 1.0),
     }
-    assert is_sound(entry, tensor)
-    assert not is_sound(entry, tensor, curvature=True)
+    record = TensorRecord.from_json(entry)
+    assert record is not None
+    assert record.to_json() == entry
+    assert record.fits(tensor, curvature=False)
+    assert not record.fits(tensor, curvature=True)
     entry |= {"curvature_noise": 1.0, "curvature_noise_kept": float("nan")}
-    assert not is_sound(entry, tensor, curvature=True)
-    assert is_sound(entry | {"curvature_noise_kept": 0.5}, tensor, curvature=True)
+    assert TensorRecord.from_json(entry) is None
+    whole = TensorRecord.from_json(entry | {"curvature_noise_kept": 0.5})
+    assert whole is not None
+    assert whole.fits(tensor, curvature=True)
 
 
 def test_cli_decompose_with_stats_shows_the_weighted_error(

@@ -150,7 +150,7 @@ def test_nothing_needs_a_gradient() -> None:
     model = llama()
     nll = scoring.completion_nll(model, PROMPT, COMPLETIONS)[0]
     assert not nll.requires_grad
-    assert not scoring.token_losses(model, torch.arange(8)[None]).requires_grad
+    assert not scoring.compare_windows(model, torch.arange(8)[None]).nll.requires_grad
 
 
 def test_a_temperature_divides_the_logits() -> None:
@@ -177,7 +177,7 @@ def test_running_text_gives_a_loss_for_each_token_but_the_first() -> None:
     model = llama()
     windows = torch.randint(VOCAB, (3, 9))
     expected = model(windows, labels=windows).loss.item()
-    found = scoring.token_losses(model, windows)
+    found = scoring.compare_windows(model, windows).nll
     assert found.shape == (3, 8)
     assert found.mean().item() == pytest.approx(expected, abs=1e-4)
 
@@ -239,7 +239,7 @@ def test_a_temperature_that_is_none_is_refused(temperature: float) -> None:
 @pytest.mark.parametrize("shape", [(0, 4), (2, 1), (4,)])
 def test_windows_too_short_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match="windows of running text"):
-        scoring.token_losses(Table(0.0, 1.0), torch.zeros(shape, dtype=torch.long))
+        scoring.compare_windows(Table(0.0, 1.0), torch.zeros(shape, dtype=torch.long))
 
 
 def test_nan_is_an_error_everywhere() -> None:
@@ -247,7 +247,7 @@ def test_nan_is_an_error_everywhere() -> None:
     with pytest.raises(NumericalError, match="1 of 1 measured"):
         scoring.completion_nll(model, [0], [[0]])
     with pytest.raises(NumericalError):
-        scoring.token_losses(model, torch.zeros(1, 3, dtype=torch.long))
+        scoring.compare_windows(model, torch.zeros(1, 3, dtype=torch.long))
     with pytest.raises(NumericalError):
         scoring.sequence_hits(model, [TokenSequence(tokens=(0, 0))])
 

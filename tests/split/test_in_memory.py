@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from statistics import mean
+
 import numpy as np
 import pytest
 import reference
@@ -12,8 +15,9 @@ from torch import Tensor
 
 from ortho_cli.split import quantize
 from ortho_cli.split.in_memory import split_weight
-from ortho_cli.split.scale_search import rounds
+from ortho_cli.split.pipeline import rounds
 from ortho_cli.split.scales import Kept, curvature_scales, mse_scales
+from ortho_cli.split.task import SplitTask
 from tests.split.test_quantize import curved
 
 Case = tuple[Tensor, Tensor, int]
@@ -52,16 +56,20 @@ def test_scales_that_know_the_positions_lose_no_more(case: Case, by_curvature: b
 
 
 def test_scales_that_know_the_positions_serve_the_others() -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(64, 256, generator=generator)
-    curvature = torch.rand(256, generator=generator) ** 8
-    blind = split_blind(weight, curvature, 64, "curvature")
-    parts = split_weight(
-        weight, group_size=64, density=0.05, scale="curvature", curvature=curvature
-    )
-    assert left(parts, weight, curvature) < 0.9 * blind
-    # Base clamps where ortho holds the weight.
-    assert (weight.abs() > 8.5 * parts["weight_scale"].repeat_interleave(64, 1)).any()
+    """Mean over 5 draws; of 10, the error was 0.893 +- 0.012 of that of blind scales."""
+    ratios = []
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(64, 256, generator=generator)
+        curvature = torch.rand(256, generator=generator) ** 8
+        blind = split_blind(weight, curvature, 64, "curvature")
+        parts = split_weight(
+            weight, group_size=64, density=0.05, scale="curvature", curvature=curvature
+        )
+        ratios.append(left(parts, weight, curvature) / blind)
+        # Base clamps where ortho holds the weight.
+        assert (weight.abs() > 8.5 * parts["weight_scale"].repeat_interleave(64, 1)).any()
+    assert mean(ratios) < 0.92
 
 
 def test_positions_stay_where_scales_are_searched_for_another_error() -> None:
@@ -100,4 +108,14 @@ def test_nothing_or_everything_kept_needs_no_second_turn(density: float) -> None
     parts = split_weight(weight, group_size=32, density=density, scale="mse")
     scales = mse_scales(weight, group_size=32, dtype=torch.float32)
     assert torch.equal(parts["weight_scale"], scales)
-    assert rounds("mse", by_curvature=False, k=int(density * 256), numel=256) == 0
+    task = SplitTask(
+        name="a",
+        shape=(4, 64),
+        dtype="F32",
+        bits=4,
+        group_size=32,
+        scale="mse",
+        k=int(density * 256),
+    )
+    assert rounds(task) == 0
+    assert rounds(replace(task, k=9)) == 2

@@ -21,10 +21,10 @@ from ortho_cli.formats.artifact import (
     Artifact,
     damaged,
 )
+from ortho_cli.formats.csr import ORTHO_PARTS
 from ortho_cli.formats.open_artifact import no_ortho, open_artifact
 from ortho_cli.formats.ortho_reader import KeptReader
 from ortho_cli.split import quantize
-from ortho_cli.split.in_memory import ORTHO_PARTS
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage import strict_json
 from ortho_cli.storage.checkpoint import ShardReader, TensorInfo, model_name

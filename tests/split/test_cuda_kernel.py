@@ -12,12 +12,11 @@ from conftest import SmallTiles
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ortho_cli.decompose.ondevice import OnDevice, TopK
 from ortho_cli.errors import OrthoError
 from ortho_cli.events import Advanced, Event, Noted
-from ortho_cli.split.select import TopK as Reference
+from ortho_cli.split.cuda_kernel import CudaKernel
 from ortho_cli.split.sizes import Sizes
-from tests.decompose.test_onepass import DTYPES, error_of, files, names_given, odd_weights, split
+from tests.split.test_numba_kernel import DTYPES, error_of, files, names_given, odd_weights, split
 
 HERE = "cpu:0"  # torch's name for the same device, and not ours for the usual way
 
@@ -25,7 +24,7 @@ HERE = "cpu:0"  # torch's name for the same device, and not ours for the usual w
 def check_alike(source: Path, folder: Path, *sets: str, **options: Any) -> None:
     """Split on the device and by the general splitter: the same bytes."""
     with pytest.MonkeyPatch.context() as patch:
-        passes = names_given(patch, OnDevice, "_split")
+        passes = names_given(patch, CudaKernel, "finish")
         there = split(source, folder / "there", *sets, device=HERE, **options)
     assert passes
     here = split(source, folder / "here", *sets, compiled=False, **options)
@@ -127,29 +126,6 @@ def test_device_leaves_what_needs_more_than_one_pass_to_the_processor(pico: Path
     assert there["versions"]["device"] == "cpu"
     split(pico, pico.parent / "b", "base.scale=mse")
     assert files(pico.parent / "a") == files(pico.parent / "b")
-
-
-@pytest.mark.parametrize("k", [0, 1, 7, 60, 499, 500])
-@pytest.mark.parametrize("ties", [False, True])
-def test_top_k_selects_what_the_processor_selects(k: int, ties: bool) -> None:
-    generator = torch.Generator().manual_seed(k)
-    saliency = torch.rand(500, generator=generator)
-    if ties:
-        saliency = (saliency * 4).round()
-    words = torch.arange(500, dtype=torch.int16)
-    ours, theirs = (
-        TopK(k),
-        Reference(k, length=500, stretch=100, payloads=["int16"]),
-    )
-    for start in range(0, 500, 100):
-        part, word = saliency[start : start + 100], words[start : start + 100]
-        ours.push(part, [word], start=start)
-        theirs.push(part.numpy(), [word.numpy()], start=start)
-    indices, found, (values,) = ours.finish()
-    expected, worth, (others,) = theirs.finish()
-    assert indices.tolist() == expected.tolist()
-    assert found.tolist() == worth.tolist()
-    assert values.tolist() == others.tolist()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")

@@ -11,19 +11,20 @@ import checkpoints
 import pytest
 import reference
 import torch
-from conftest import SmallTiles
+from conftest import Pass, SmallTiles
 from jobs import decompose
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ortho_cli.decompose import recipe
-from ortho_cli.decompose.onepass import OnePass, takes
+from ortho_cli.decompose.kernels import takes
 from ortho_cli.decompose.plan import Plan, _buffer_bytes, make_plan
-from ortho_cli.decompose.splitter import Splitter
 from ortho_cli.errors import CalibrationError, NumericalError, OrthoError
 from ortho_cli.events import Advanced, Event, Noted, TensorDone
 from ortho_cli.formats.statistics import open_statistics
+from ortho_cli.split.numba_kernel import NumbaKernel
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
+from ortho_cli.split.torch_kernel import TorchKernel
 from ortho_cli.storage.checkpoint import open_checkpoint
 
 pytest.importorskip("numba")
@@ -71,13 +72,13 @@ def share(key: str, figure: float) -> float:
 
 
 def names_given(patch: pytest.MonkeyPatch, worker: type, method: str) -> list[str]:
-    """List the tensors that a worker's method is given from now on."""
+    """List the weights that a method is given first, from now on."""
     names: list[str] = []
     original = getattr(worker, method)
 
-    def watched(self: Any, tensor: Any) -> Any:
-        names.append(tensor.name)
-        return original(self, tensor)
+    def watched(self: Any, first: Any, *rest: Any) -> Any:
+        names.append(first.name)
+        return original(self, first, *rest)
 
     patch.setattr(worker, method, watched)
     return names
@@ -89,7 +90,7 @@ def check_alike(
     """Split with the loops and without: the same bytes, and figures that agree."""
     given: dict[str, Any] = {"stats": stats, **options}
     with pytest.MonkeyPatch.context() as patch:
-        general = names_given(patch, Splitter, "split")
+        general = names_given(patch, TorchKernel, "finish")
         fast = split(source, folder / "fast", *sets, **given)
         assert not general, "the loops took none"
         slow = split(source, folder / "slow", *sets, compiled=False, **given)
@@ -237,17 +238,9 @@ def test_loops_select_the_same_from_any_tiles_and_workers(
 
 @pytest.mark.parametrize("hot", [False, True])
 def test_loops_guessed_bar_too_high_or_not_selects_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_tiles: SmallTiles, hot: bool
+    tmp_path: Path, passes: list[Pass], small_tiles: SmallTiles, hot: bool
 ) -> None:
     """The rows that the guess samples are the loudest: a second pass must put it right."""
-    bars: list[float | None] = []
-    original = OnePass._split_above
-
-    def watched(self: OnePass, tensor: Any, bar: float | None, *rest: Any) -> Any:
-        bars.append(bar)
-        return original(self, tensor, bar, *rest)
-
-    monkeypatch.setattr(OnePass, "_split_above", watched)
     weight = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
     if hot:
         weight[::32] *= 100
@@ -257,8 +250,9 @@ def test_loops_guessed_bar_too_high_or_not_selects_the_same(
     options: dict[str, Any] = {"on_event": moved.append, "sizes": small_tiles}
     check_alike(source, tmp_path, "ortho.density=0.05", **options)
     small_tiles.prove("split")
+    bars = [one.bar for one in passes if isinstance(one.kernel, NumbaKernel)]
     assert len(bars) == (2 if hot else 1)
-    assert bars[0] is not None
+    assert bars[0] > 0
     assert sum(e.nbytes for e in moved if isinstance(e, Advanced)) == 2 * 2 * weight.numel()
 
 
@@ -355,7 +349,7 @@ def test_loops_take_rounding_to_nearest_of_four_bits(
 
 def test_without_numba_nothing_else_changes(pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split(pico, pico.parent / "with")
-    monkeypatch.setattr("ortho_cli.decompose.onepass.find_spec", lambda name: None)
+    monkeypatch.setattr("ortho_cli.decompose.kernels.find_spec", lambda name: None)
     assert not takes(plan_of(pico))
     told: list[Event] = []
     split(pico, pico.parent / "without", on_event=told.append)
@@ -367,8 +361,9 @@ def test_numba_that_cannot_be_loaded_is_noted_once(
     pico: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split(pico, pico.parent / "with")
-    monkeypatch.delitem(sys.modules, "ortho_cli.split.numba_loops")
-    monkeypatch.delattr("ortho_cli.split.numba_loops")
+    for module in ("numba_kernel", "numba_loops"):
+        monkeypatch.delitem(sys.modules, f"ortho_cli.split.{module}")
+        monkeypatch.delattr(f"ortho_cli.split.{module}")
     monkeypatch.setitem(sys.modules, "llvmlite", None)
     told: list[Event] = []
     split(pico, pico.parent / "without", workers=2, on_event=told.append)
@@ -411,20 +406,12 @@ def test_command_without_a_model_on_disk_to_measure_imports_no_torch(pico: Path)
 
 @pytest.mark.parametrize("storage", ["full", "factored"])
 def test_plan_peak_bounds_what_the_loops_hold(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str
+    tmp_path: Path, passes: list[Pass], storage: str
 ) -> None:
     source, stats = tmp_path / "m.safetensors", tmp_path / "s.safetensors"
     save_file({"a.weight": torch.randn(8192, 2048).bfloat16()}, source)
     checkpoints.save_statistics(stats, source, storage=storage)
-    held: list[int] = []
-    original = OnePass.split
-
-    def watched(self: OnePass, tensor: Any) -> Any:
-        found = original(self, tensor)
-        held.append(sum(array.nbytes for array in self._room._held.values()))
-        return found
-
-    monkeypatch.setattr(OnePass, "split", watched)
     split(source, tmp_path / "out", stats=stats)
+    held = [one.kernel.nbytes for one in passes]
     made = plan_of(source, stats=stats)
     assert 0 < max(held) <= _buffer_bytes(made.tensors[0], made.statistics, False, made.sizes)

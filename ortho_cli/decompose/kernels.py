@@ -1,0 +1,81 @@
+"""Which kernel splits a plan's weights: compiled loops where they can, torch for all else."""
+
+from __future__ import annotations
+
+import threading
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from ortho_cli.decompose.plan import Plan
+from ortho_cli.events import EventSink, Noted
+from ortho_cli.split.task import TileKernel
+
+
+class Kernels:
+    """Makes kernels for workers, of which each has its own; threads may share this."""
+
+    def __init__(
+        self, plan: Plan, *, compiled: bool = True, device: str = "cpu", on_event: EventSink
+    ) -> None:
+        """Choose by what the plan asks for.
+
+        Args:
+            plan: says what is done to weights, and how large tiles are.
+            compiled: use numba's loops where they do that.
+            device: where to split instead, if one pass is all.
+            on_event: told where less is used than was asked for.
+        """
+        self._sizes, self._on_event = plan.sizes, on_event
+        if device != "cpu" and not is_plain(plan):
+            on_event(Noted(message=f"split on the CPU: on {device} one pass has to be all"))
+            device = "cpu"
+        self.device = device
+        self.compiled = compiled and device == "cpu" and takes(plan)
+        self._lock, self._asked = threading.Lock(), False
+        self._loops: ModuleType | None = None
+
+    def load(self) -> ModuleType | None:
+        """Load the compiled loops; None, and once a note, where numba is there and of no use."""
+        with self._lock:
+            if self.compiled and not self._asked:
+                self._asked = True
+                try:
+                    from ortho_cli.split import numba_kernel
+
+                    self._loops = numba_kernel
+                except ImportError as error:  # numba and numpy, or numba and Python do not fit
+                    self._on_event(Noted(message=f"split without numba, which is slower: {error}"))
+        return self._loops
+
+    def make(self) -> TileKernel[Any]:
+        """Make a kernel."""
+        if self.device != "cpu":
+            from ortho_cli.split.cuda_kernel import CudaKernel
+
+            return CudaKernel(self.device, self._sizes)
+        if loops := self.load():
+            found: TileKernel[Any] = loops.NumbaKernel(self._sizes)
+            return found
+        from ortho_cli.split.torch_kernel import TorchKernel
+
+        return TorchKernel(self._sizes)
+
+
+def is_plain(plan: Plan) -> bool:
+    """Tell whether one pass is all: rounding to nearest, absmax scales, nothing forgotten."""
+    return _rounds_alone(plan) and all(tensor.scale == "absmax" for tensor in plan.split)
+
+
+def takes(plan: Plan) -> bool:
+    """Tell whether numba is there, and its loops split every tensor of a plan as the plan says."""
+    if find_spec("numba") is None or not _rounds_alone(plan):
+        return False
+    if plan.statistics is not None and plan.recipe.saliency.kind != "curvature":
+        return False
+    return plan.group_size % 8 == 0 and all(tensor.bits == 4 for tensor in plan.split)
+
+
+def _rounds_alone(plan: Plan) -> bool:
+    """Tell whether each weight goes to its nearest code."""
+    return not (plan.reference or plan.recipe.forgets or plan.recipe.compensates)

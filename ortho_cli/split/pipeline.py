@@ -1,0 +1,321 @@
+"""One weight from its first tile to its last: read, quantize, select, write.
+
+`split_tensor` is the one loop over tiles. `split_weight` calls it as often as a task takes: with a
+guessed bar and, where that was too high, without; with scales and positions that take turns; and
+once more to round with compensation. `rewrite` writes again what tuning made of a weight.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ortho_cli.errors import InternalError
+from ortho_cli.split.faults import fault_of
+from ortho_cli.split.select import Histogram, TopK, guess_bar
+from ortho_cli.split.sizes import Part
+from ortho_cli.split.task import (
+    CURVATURE_NOISE,
+    DELTA,
+    NOISE,
+    SIGNAL,
+    Array,
+    CurvatureTile,
+    Figures,
+    Inputs,
+    Nowhere,
+    Sink,
+    SplitTask,
+    Tile,
+    TileKernel,
+)
+
+# How often at most scales and positions take turns; a third turn was measured to gain 0.1 %.
+ROUNDS = 2
+
+# Places of a weight from which the selection's first bar is guessed.
+SAMPLE_BLOCKS = 16
+
+
+class Given(NamedTuple):
+    """What is known before a pass begins."""
+
+    positions: Array  # (nnz,) flat, ascending: what ortho holds
+    scales: Array  # (out, groups) words; searched ones are to beat these
+    stays: bool  # ortho goes on to hold these positions
+    factor: Any = None  # round with compensation, on these scales
+    codes: Array | None = None  # (out, in) int8: take these codes, on these scales
+
+
+class Scan(NamedTuple):
+    """What a pass over all tiles adds up to, beside what it wrote and selected."""
+
+    sums: Array  # (4,) float64
+    scales: Array | None  # (out, groups) words, where they were to be kept
+
+
+class Outcome(NamedTuple):
+    """What was made of a weight; arrays are valid until the next one is split."""
+
+    indices: Array  # (k,) flat, ascending: what ortho keeps
+    values: Array  # (k,) words
+    figures: Figures
+    scales: Array | None = None  # (out, groups) words, where they were to be kept
+
+
+def split_tensor(
+    task: SplitTask,
+    inputs: Inputs,
+    kernel: TileKernel[Any],
+    sink: Sink,
+    select: TopK,
+    given: Given | None = None,
+    *,
+    keep_scales: bool = False,
+) -> Scan:
+    """Walk over all tiles of a weight once.
+
+    Args:
+        task: what is to be done.
+        inputs: read once, in order.
+        kernel: splits the tiles.
+        sink: gets base.
+        select: gets the weights that may be kept.
+        given: what an earlier pass found.
+        keep_scales: return the scales, too.
+    Raises:
+        NumericalError: a weight is not finite, or a number overflows.
+        OrthoError: what the curvature's `check` raises.
+    """
+    sums = np.zeros(4)
+    groups = (task.shape[0], task.shape[1] // task.group_size)
+    kept = np.empty(groups, task.word) if keep_scales else None
+    waiting: deque[tuple[Tile, Any]] = deque()
+    inputs.begin()
+    sink.begin()
+
+    def finish() -> None:
+        tile, pending = waiting.popleft()
+        result = kernel.finish(task, pending, select, sums)
+        if not (result.sound and np.isfinite(sums).all()):
+            raise fault_of(task, inputs.curvature, tile, result)
+        sink.write(result, tile.row)
+        if kept is not None:
+            kept[tile.row : tile.row + len(tile.raw)] = result.scales
+
+    for row, count in kernel.sizes.tiles(_part(kernel, given), task.shape):
+        tile = _read_tile(task, inputs, kernel, row, count, given)
+        waiting.append((tile, kernel.begin(task, tile)))
+        if len(waiting) == kernel.depth:
+            finish()
+    while waiting:
+        finish()
+    return Scan(sums, kept)
+
+
+def _part(kernel: TileKernel[Any], given: Given | None) -> Part:
+    """Say which of the sizes a pass has; rounding with compensation has larger tiles."""
+    return "gptq" if given is not None and given.factor is not None else kernel.part
+
+
+def _read_tile(
+    task: SplitTask,
+    inputs: Inputs,
+    kernel: TileKernel[Any],
+    row: int,
+    count: int,
+    given: Given | None,
+) -> Tile:
+    room, shape = kernel.room(), (count, task.shape[1])
+    raw = room("raw", shape, task.word)
+    inputs.rows.read(raw, row)
+    tile = Tile(row, raw)
+    if inputs.curvature is not None:
+        tile = tile._replace(curvature=inputs.curvature.read(row, count, room))
+    if inputs.reference is not None:
+        reference = room("reference", shape, task.word)
+        inputs.reference.read(reference, row)
+        tile = tile._replace(reference=reference)
+    if task.edit is not None:
+        edit = task.edit.within(tile.start, tile.start + raw.size)
+        tile = tile._replace(edit=edit, forced=edit[0])
+    if given is not None:
+        here = slice(*np.searchsorted(given.positions, (tile.start, tile.start + raw.size)))
+        places = given.positions[here] - tile.start
+        held = room("held", shape, np.bool_)
+        held[...] = False
+        held.reshape(-1)[places] = True
+        tile = tile._replace(
+            held=held,
+            scales=given.scales[row : row + count],
+            forced=places if given.stays else tile.forced,
+            codes=None if given.codes is None else given.codes[row : row + count],
+            factor=given.factor,
+        )
+    return tile
+
+
+def split_weight(task: SplitTask, inputs: Inputs, kernel: TileKernel[Any], sink: Sink) -> Outcome:
+    """Split one weight: quantize it, and keep the k weights that lose most.
+
+    Searched scales need not serve what ortho holds. So a weight is split again, with scales for
+    the others alone, which are never worse for those; and where positions are chosen by what scales
+    are searched for, they are chosen anew, which is never worse either, until they stay.
+
+    Raises:
+        NumericalError: a weight is not finite, or a number overflows.
+    """
+    work = (task, inputs, kernel, sink)
+    turns = 0 if inputs.reference is not None else rounds(task)
+    again = bool(turns) or task.factor is not None
+    bar = _guess_bar(task, inputs, kernel)
+    found = _select(*work, bar=bar, keep_scales=again)
+    if found is None:  # fewer than k exceed a guess that was too high: once more, without one
+        found = _select_all(*work, keep_scales=again)
+    for _ in range(turns):
+        given = _given(found, stays=not task.alike)
+        found = _select_all(*work, given, keep_scales=True)
+        if np.array_equal(found.indices, given.positions):
+            break
+    if task.factor is not None:
+        given = _given(found, stays=True)._replace(factor=task.factor())
+        found = _select_all(*work, given)
+    return found
+
+
+def rewrite(
+    task: SplitTask, inputs: Inputs, kernel: TileKernel[Any], sink: Sink, given: Given
+) -> Outcome:
+    """Write a weight with codes and scales that are given, and the positions it has already."""
+    return _select_all(task, inputs, kernel, sink, given)
+
+
+def survey(task: SplitTask, inputs: Inputs, kernel: TileKernel[Any]) -> Array:
+    """Count a weight's saliencies by the upper half of their float32: (BINS,) int64."""
+    select = Histogram(
+        stretch=kernel.sizes.rows(kernel.part, task.shape) * task.shape[1],
+        payloads=_payloads(task, inputs),
+        empty=kernel.held,
+    )
+    split_tensor(task, inputs, kernel, Nowhere(), select)
+    return select.counts
+
+
+def rounds(task: SplitTask) -> int:
+    """Say how often scales and positions may take turns; where base must serve alone, never."""
+    if task.alone or task.scale == "absmax" or not 0 < task.k < task.numel:
+        return 0
+    return ROUNDS if task.alike else 1
+
+
+def _given(found: Outcome, *, stays: bool) -> Given:
+    if found.scales is None:
+        raise InternalError("a pass was to begin with the scales of one that kept none")
+    return Given(found.indices.copy(), found.scales, stays)
+
+
+def _select_all(
+    task: SplitTask,
+    inputs: Inputs,
+    kernel: TileKernel[Any],
+    sink: Sink,
+    given: Given | None = None,
+    *,
+    keep_scales: bool = False,
+) -> Outcome:
+    """Select without a bar, which finds k weights whatever they are."""
+    found = _select(task, inputs, kernel, sink, given, keep_scales=keep_scales)
+    if found is None:
+        raise InternalError(
+            f"a pass over all of `{task.name}` found fewer weights to keep than {task.k}"
+        )
+    return found
+
+
+def _select(
+    task: SplitTask,
+    inputs: Inputs,
+    kernel: TileKernel[Any],
+    sink: Sink,
+    given: Given | None = None,
+    *,
+    bar: float | None = None,
+    keep_scales: bool = False,
+) -> Outcome | None:
+    """Split in one pass; None if fewer than k weights exceed `bar`."""
+    select = TopK(
+        task.k,
+        length=task.numel,
+        stretch=kernel.sizes.rows(_part(kernel, given), task.shape) * task.shape[1],
+        payloads=_payloads(task, inputs),
+        bar=bar,
+        empty=kernel.held,
+    )
+    scan = split_tensor(task, inputs, kernel, sink, select, given, keep_scales=keep_scales)
+    if select.short:
+        return None
+    indices, energies, values = select.taken()
+    kept = dict(zip(_measures(task, inputs), energies, strict=True))
+    return Outcome(indices, values, _figures(task, scan.sums, kept, select.exact), scan.scales)
+
+
+def _measures(task: SplitTask, inputs: Inputs) -> list[int]:
+    return task.measures(
+        curvature=inputs.curvature is not None, reference=inputs.reference is not None
+    )
+
+
+def _payloads(task: SplitTask, inputs: Inputs) -> list[npt.DTypeLike]:
+    """Say what the selection carries along: words, and what further measures there are."""
+    return [task.word, *(np.float32 for _ in _measures(task, inputs)[1:])]
+
+
+def _figures(task: SplitTask, sums: Array, kept: dict[int, float], exact: bool) -> Figures:
+    """Say what rounding costs, and what of that ortho takes away."""
+    # Everything kept is exact; a difference of sums would not come out as 0.
+    whole = task.k == task.numel and exact
+    total = {measure: float(sums[measure]) for measure in kept}
+    part = {m: total[m] if whole else min(energy, total[m]) for m, energy in kept.items()}
+    return Figures(
+        signal=float(sums[SIGNAL]),
+        noise=total[NOISE],
+        noise_kept=part[NOISE],
+        curvature_noise=total.get(CURVATURE_NOISE),
+        curvature_noise_kept=part.get(CURVATURE_NOISE),
+        delta=total.get(DELTA),
+        delta_kept=part.get(DELTA),
+    )
+
+
+def _guess_bar(task: SplitTask, inputs: Inputs, kernel: TileKernel[Any]) -> float | None:
+    """Guess from rows all over the weight what saliency the k-th largest will exceed.
+
+    A guess only saves the selection from holding what it would drop again; it is worth its reading
+    where the weight has many tiles.
+    """
+    rows, columns = task.shape
+    count = max(1, kernel.sizes.bar_sample // (SAMPLE_BLOCKS * columns))
+    if task.k == 0 or inputs.reference is not None or rows < 16 * SAMPLE_BLOCKS * count:
+        return None
+    starts = [i * rows // SAMPLE_BLOCKS for i in range(SAMPLE_BLOCKS)]
+    room = kernel.room()
+    raw = room("raw", (SAMPLE_BLOCKS * count, columns), task.word)
+    for i, start in enumerate(starts):
+        inputs.rows.peek(raw[i * count : (i + 1) * count], start)
+    curvature = CurvatureTile()
+    if inputs.curvature is not None:
+        curvature = inputs.curvature.peek(starts, count, room)
+    every = TopK(
+        raw.size,
+        length=raw.size,
+        stretch=raw.size,
+        payloads=_payloads(task, inputs),
+        empty=kernel.held,
+    )
+    pending = kernel.begin(task, Tile(0, raw, curvature))
+    if not kernel.finish(task, pending, every, np.zeros(4)).sound:
+        return None  # the pass over all of it says what is wrong, and where
+    return guess_bar(every.finish()[1], task.k / task.numel)

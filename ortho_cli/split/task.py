@@ -1,0 +1,280 @@
+"""What splitting one weight means: the task, its tiles, and the protocols between the parts.
+
+    Rows, Curvature -> Tile -> TileKernel -> TileResult -> Sink
+                                   |
+                                 Select
+
+`pipeline` walks from tile to tile. Nothing here knows of files, recipes or plans: whoever splits
+hands in a task, and what reads and writes. Arrays hold words: bfloat16 is uint16, float16 is int16
+and float32 is uint32, which is how the compiled loops tell them apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ortho_cli.errors import RecipeError
+from ortho_cli.split.dtypes import DTYPES, SPLIT
+from ortho_cli.split.sizes import Part, Sizes
+
+if TYPE_CHECKING:
+    from ortho_cli.split.select import TopK
+
+WORDS: dict[str, type[np.generic]] = {"BF16": np.uint16, "F16": np.int16, "F32": np.uint32}
+
+# Exponent bits of a word; all set means infinity or NaN.
+EXPONENTS = {name: DTYPES[name].exponent or 0 for name in SPLIT}
+
+# Where each sum of squares is in `sums`; `Figures` says what they are.
+SIGNAL, NOISE, CURVATURE_NOISE, DELTA = range(4)
+
+Array = npt.NDArray[Any]
+Room = Callable[[str, tuple[int, ...], npt.DTypeLike], Array]  # hands out the buffer of that name
+Places = tuple[npt.NDArray[np.int64], npt.NDArray[np.int8]]  # positions, and codes of base there
+
+
+class Edited(Protocol):
+    """Codes of base that are to be others than the nearest; ortho keeps those positions."""
+
+    def within(self, start: int, stop: int) -> Places:
+        """Give those from one flat index to another, positions counted from the first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitTask:
+    """What is to be done to one weight."""
+
+    name: str  # for errors, as `file` is
+    file: str | None = None
+    shape: tuple[int, int]
+    dtype: str  # BF16, F16 or F32
+    bits: int  # of a code
+    group_size: int
+    scale: str  # absmax, mse or curvature
+    k: int  # weights that ortho keeps
+    by_curvature: bool = False  # those of largest |r| sqrt(h), not |r|
+    alone: bool = False  # base has to serve without ortho: its scales do not leave out what is kept
+    figures: bool = True  # add up what rounding costs
+    edit: Edited | None = None
+    own_code: bool = False  # where a code was edited, ortho may hold the source's own code
+    factor: Callable[[], Any] | None = None  # of the inputs' Gram matrix: round with compensation
+
+    @property
+    def numel(self) -> int:
+        """Weights."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def word(self) -> type[np.generic]:
+        """Dtype of a word."""
+        return WORDS[self.dtype]
+
+    @property
+    def alike(self) -> bool:
+        """Whether positions are chosen by the error that scales are searched to make small."""
+        return self.by_curvature == (self.scale == "curvature")
+
+    def measures(self, *, curvature: bool, reference: bool = False) -> list[int]:
+        """List the sums that each weight adds to, first that by which positions are chosen."""
+        found = [NOISE, CURVATURE_NOISE][: 1 + curvature]
+        if self.by_curvature:
+            found.reverse()
+        return [*found, DELTA] if reference else found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """Sums of squares over a weight; `_kept` is the part that alpha = 1 takes away."""
+
+    signal: float  # of the weights
+    noise: float  # of the residual
+    noise_kept: float
+    curvature_noise: float | None = None  # of the residual times curvature
+    curvature_noise_kept: float | None = None
+    delta: float | None = None  # of reference - source, times curvature if there is any
+    delta_kept: float | None = None
+
+
+class Vector(NamedTuple):
+    """Curvature of rows or of columns, float32."""
+
+    values: Array
+    roots: Array
+
+
+class CurvatureTile(NamedTuple):
+    """Curvature of some rows: words, or vectors whose product it is; without both, there is none.
+
+    Without `rows`, every row has the curvature of `columns`.
+    """
+
+    words: Array | None = None
+    rows: Vector | None = None
+    columns: Vector | None = None
+
+
+class Tile(NamedTuple):
+    """Some rows of a weight, and what is known of them before they are split."""
+
+    row: int  # the first
+    raw: Array  # (rows, in) words
+    curvature: CurvatureTile = CurvatureTile()
+    reference: Array | None = None  # (rows, in) words that base is made of instead
+    edit: Places | None = None
+    held: Array | None = None  # (rows, in) bool: positions of the pass before, and its scales
+    scales: Array | None = None  # (rows, groups) words
+    forced: Array | None = None  # flat positions in these rows that are kept whatever they lose
+    codes: Array | None = None  # (rows, in) int8 that are known already
+    factor: Any = None  # for rounding with compensation
+
+    @property
+    def start(self) -> int:
+        """Flat index of the first weight."""
+        return self.row * int(self.raw.shape[1])
+
+
+class TileResult(NamedTuple):
+    """What a kernel makes of a tile; valid until the next one is finished."""
+
+    packed: Array  # rows of packed codes
+    scales: Array  # (rows, groups) words
+    sound: bool = True  # False: a number is NaN or infinite, and `faults` finds out which
+
+
+class Rows(Protocol):
+    """A weight that is read some rows at a time, as often as it takes passes."""
+
+    def begin(self) -> None:
+        """Begin a pass over all rows."""
+
+    def read(self, buffer: Array, row: int) -> None:
+        """Read the next rows of the pass, which begin at `row`."""
+
+    def peek(self, buffer: Array, row: int) -> None:
+        """Read any rows, outside of the pass."""
+
+
+class Curvature(Protocol):
+    """The curvature of a weight, beside its rows."""
+
+    def begin(self) -> None:
+        """Begin a pass over all rows."""
+
+    def read(self, row: int, count: int, room: Room) -> CurvatureTile:
+        """Read the next rows of the pass."""
+
+    def peek(self, starts: Sequence[int], count: int, room: Room) -> CurvatureTile:
+        """Read `count` rows from each of `starts` on, outside of the pass."""
+
+    def check(self, words: Array, row: int) -> None:
+        """Raise if a value is negative, NaN or infinite."""
+
+
+class Sink(Protocol):
+    """Where base goes."""
+
+    def begin(self) -> None:
+        """Begin a pass; what an earlier one wrote is written over."""
+
+    def write(self, result: TileResult, row: int) -> None:
+        """Write the next rows, which begin at `row`."""
+
+
+class Nowhere:
+    """A sink of what only the figures or the selection are wanted of."""
+
+    def begin(self) -> None:
+        """Have nothing to write over."""
+
+    def write(self, result: TileResult, row: int) -> None:
+        """Let go of it."""
+
+
+P = TypeVar("P")
+
+
+class TileKernel(Protocol[P]):
+    """Splits one tile after another; a worker has one of its own."""
+
+    depth: int  # tiles that are begun before the first of them is finished
+    sizes: Sizes
+    part: Part  # of the sizes
+    held: Buffers  # of a whole weight
+
+    def room(self) -> Room:
+        """Give the buffers of the next tile; they are in use until it is finished."""
+
+    def begin(self, task: SplitTask, tile: Tile) -> P:
+        """Begin to split a tile."""
+
+    def finish(self, task: SplitTask, pending: P, select: TopK, sums: Array) -> TileResult:
+        """Finish it: add to `sums`, and hand what may be kept to `select`."""
+
+
+class Inputs(NamedTuple):
+    """What a weight is read from."""
+
+    rows: Rows
+    curvature: Curvature | None = None
+    reference: Rows | None = None  # what base is made of instead
+
+    def begin(self) -> None:
+        """Begin a pass over all of them."""
+        for one in self:
+            if one is not None:
+                one.begin()
+
+
+class Buffers:
+    """Buffers of one worker, used again: fresh pages cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        """Start without one."""
+        self._held: dict[str, Array] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """Hand out the buffer of this name, whatever is in it."""
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        if name not in self._held or self._held[name].size < nbytes:
+            self._held[name] = np.empty(nbytes, np.uint8)
+        return self._held[name][:nbytes].view(dtype).reshape(shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(array.nbytes for array in self._held.values())
+
+
+def as_bytes(array: Array) -> memoryview:
+    """Look at an array's bytes in place."""
+    return array.reshape(-1).view(np.uint8).data
+
+
+def check_group_size(in_features: int, group_size: int, name: str = "weight") -> None:
+    """Refuse a group size that does not divide, and name those that do."""
+    if group_size <= 0 or group_size % 8 or in_features % group_size:
+        known = [size for size in (256, 128, 64, 32, 16, 8) if in_features % size == 0]
+        raise RecipeError(
+            f"group_size {group_size} does not divide in_features {in_features} of `{name}`",
+            hint=f"sizes that do: {', '.join(map(str, known))}"
+            if known
+            else "no multiple of 8 divides it; leave the layer out with `ignore`",
+        )
+
+
+def check_bits(in_features: int, bits: int, name: str = "weight") -> None:
+    """Refuse a width of codes that base cannot have, or that does not fill the words of a row."""
+    if bits not in (3, 4):
+        raise RecipeError(f"bits is {bits!r} for `{name}`", hint="3 or 4")
+    if in_features * bits % 32:
+        raise RecipeError(
+            f"bits is {bits} for `{name}`, whose in_features {in_features} does not divide by 32 "
+            "(as many codes of 3 bits fill three words)",
+            hint="give it 4 bits, or leave the layer out with `ignore`",
+        )
