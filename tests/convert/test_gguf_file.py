@@ -403,7 +403,7 @@ def test_projector_beside_a_model_is_not_the_model(
     ggufs.write(folder / "tiny.gguf", llama, "llama")
     ran = ortho("convert", folder, "-o", tmp_path / "out")
     assert ran.code == 0, ran.err
-    assert "`mmproj-tiny-F16.gguf` beside it is not the model" in ran.err
+    assert "`mmproj-tiny-F16.gguf` beside it is no part of the model" in ran.err
 
 
 def test_model_in_a_folder_of_the_folder_is_named(ortho: Ortho, parts: list[Path]) -> None:

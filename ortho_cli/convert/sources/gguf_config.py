@@ -246,7 +246,9 @@ def _add_windows(path: Path, kind: str, metadata: Metadata, done: Config) -> Non
             f"`{path}` says `attention.sliding_window_pattern` is of {len(local)} layers, and "
             f"there are {layers}"
         )
-    done["layer_types"] = ["sliding_attention" if near else "full_attention" for near in local]
+    done["layer_types"] = [
+        "sliding_attention" if is_local else "full_attention" for is_local in local
+    ]
 
 
 def _check_keys(

@@ -42,7 +42,7 @@ KEYS |= {
 }
 WIDEST = 1 << 16  # dimensions of a head: more is damage, and its angles would fill the memory
 BASE = 10000.0  # llama.cpp's where a file names none
-NEAR = 2e-5  # relative: divisors were computed in float32, some units of the last place apart
+TOLERANCE = 2e-5  # relative: divisors were computed in float32, some units of the last place apart
 # Llama 3.1 has 8, Llama 3.2 has 32; the others are further powers of two.
 FACTORS = (8.0, 32.0, 16.0, 4.0, 2.0, 64.0, 128.0)
 LENGTHS = (8192, *(1 << bits for bits in range(4, 22)))
@@ -297,7 +297,7 @@ def recover_llama3(
         made = divide_llama3(
             theta=theta, dim=dim, factor=factor, low=low, high=high, original=length
         )
-        if np.allclose(made, values, rtol=NEAR, atol=0):
+        if np.allclose(made, values, rtol=TOLERANCE, atol=0):
             return {
                 "factor": factor,
                 "low_freq_factor": low,
@@ -314,7 +314,7 @@ def _factors(values: Array) -> list[float]:
     """List factors to try: the largest divisor, or those above it if all angles are mixed."""
     most = float(values.max())
     whole = float(round(most))
-    near = whole if math.isclose(most, whole, rel_tol=NEAR) else most
+    near = whole if math.isclose(most, whole, rel_tol=TOLERANCE) else most
     return [near, *(factor for factor in FACTORS if factor > most)]
 
 
@@ -328,7 +328,7 @@ def _fitted(values: Array, theta: float) -> Iterator[Llama3]:
     """Solve for the parameters: between both ends, 1 / divisor is linear in 1 / wave length."""
     waves = 2 * math.pi * theta ** (np.arange(len(values)) / len(values))
     for factor in _factors(values):
-        if factor < 1 + NEAR:
+        if factor < 1 + TOLERANCE:
             continue
         for slope, start in _lines(values, waves, factor):
             if not slope > 0 > start:
@@ -341,7 +341,7 @@ def _fitted(values: Array, theta: float) -> Iterator[Llama3]:
 
 def _lines(values: Array, waves: Array, factor: float) -> Iterator[tuple[float, float]]:
     """Fit lines to the angles between both ends: slope, and value at 0."""
-    mixed = (values > 1 + NEAR) & (values < factor * (1 - NEAR))
+    mixed = (values > 1 + TOLERANCE) & (values < factor * (1 - TOLERANCE))
     smooth = (1 / values[mixed] - 1 / factor) / (1 - 1 / factor)
     if mixed.sum() > 1:
         slope, start = np.polyfit(1 / waves[mixed], smooth, 1)
@@ -351,9 +351,9 @@ def _lines(values: Array, waves: Array, factor: float) -> Iterator[tuple[float, 
             start = -1 / (ratio - 1)
             yield float((smooth[0] - start) * waves[mixed][0]), start
     elif (
-        values < 1 + NEAR
+        values < 1 + TOLERANCE
     ).any():  # no angle is between both ends: any line that separates them fits
-        last, first = waves[values < 1 + NEAR].max(), waves[values > 1 + NEAR].min()
+        last, first = waves[values < 1 + TOLERANCE].max(), waves[values > 1 + TOLERANCE].min()
         short, long = last * (first / last) ** 0.25, last * (first / last) ** 0.75
         slope = short * long / (long - short)
         yield float(slope), float(-slope / long)
