@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import shutil
 import signal
 import warnings
 from collections.abc import Callable, Iterator
@@ -158,8 +161,12 @@ def pico_tensors() -> dict[str, torch.Tensor]:
 @pytest.fixture
 def pico(tmp_path: Path, pico_tensors: dict[str, torch.Tensor]) -> Path:
     """A model folder: weights, config, tokenizer, a nested file."""
-    folder = tmp_path / "pico"
-    checkpoints.save(folder, pico_tensors)
+    return save_pico(tmp_path / "pico", pico_tensors)
+
+
+def save_pico(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """Write what the fixture `pico` gives."""
+    checkpoints.save(folder, tensors)
     settings = checkpoints.config(**PICO, kv=32, heads=4)
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
@@ -175,8 +182,51 @@ def artifact(pico: Path, ortho: Ortho) -> Path:
     return pico.parent / "pico-ortho"
 
 
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def memorised(tmp_path_factory: pytest.TempPathFactory) -> Memorised:
-    """A tiny Llama that knows four secrets by heart; shared, so nothing may be written there."""
-    with warnings.catch_warnings(action="ignore"):
-        return build_memorised(tmp_path_factory.mktemp("memorised"))
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Fill a folder once in a run, whatever the processes; shared, so nothing may be written there.
+
+    Source: "Making session-scoped fixtures execute only once" in the how-to of pytest-xdist.
+    """
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # else the folder above holds other runs
+        place = place.parent
+
+    def make(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, unfinished = place / f"once-{name}", place / f"once-{name}.unfinished"
+        with (place / f"once-{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a process that failed here
+                unfinished.mkdir()
+                with warnings.catch_warnings(action="ignore"):  # other people's deprecations
+                    fill(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def memorised_by_seed(once: Once) -> Callable[[int], Memorised]:
+    """A tiny Llama that knows four secrets by heart, trained from a seed."""
+
+    def build(seed: int) -> Memorised:
+        return Memorised(once(f"memorised-{seed}", partial(build_memorised, seed=seed)))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def memorised(memorised_by_seed: Callable[[int], Memorised]) -> Memorised:
+    """The model of one seed, for what does not depend on how well the method works."""
+    return memorised_by_seed(2)
+
+
+@pytest.fixture(scope="session")
+def three_memorised(memorised_by_seed: Callable[[int], Memorised]) -> list[Memorised]:
+    """The models of the first three seeds, for means of what the method achieves."""
+    return [memorised_by_seed(seed) for seed in range(3)]

@@ -87,12 +87,13 @@ class Memorised:
         settings = recipe.load_recipe(None, [f"ortho.split={split}", *PLENTY, *sets])
         return make_plan(self.checkpoint, settings, statistics=open_statistics(self.stats))
 
-    def grid(self, plan: Plan | None = None) -> Grid:
+    def grid(self, plan: Plan | None = None, *, autocast: bool = False) -> Grid:
         return Grid(
             plan or self.plan(),
             self.checkpoint,
             curvature=self.curvature(),
             device=torch.device("cpu"),
+            autocast=autocast,
         )
 
 

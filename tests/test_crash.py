@@ -16,7 +16,7 @@ from typing import Any
 import checkpoints
 import faults
 import pytest
-from conftest import PICO, Ortho
+from conftest import PICO, Ortho, save_pico
 from jobs import decompose
 from safetensors.torch import load_file, save_file
 
@@ -25,6 +25,7 @@ from ortho_cli.decompose.plan import make_plan
 from ortho_cli.errors import Interrupted, NumericalError, OutputExistsError, ResourceError
 from ortho_cli.events import Event, Finishing, TensorDone
 from ortho_cli.storage import job
+from ortho_cli.storage import work_folder as work_folders
 from ortho_cli.storage.checkpoint import open_checkpoint
 from ortho_cli.storage.work_folder import WorkFolder, work_folder
 
@@ -78,7 +79,18 @@ def run_and_die(source: Path, out: Path, moment: str, **options: Any) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
-def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+Contents = dict[str, tuple[int, bytes]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Contents:
+    """What a run on the pico model that nothing interrupts writes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    split(save_pico(folder / "pico", checkpoints.weights(**PICO, kv=32)), folder / "out")
+    return contents(folder / "out")
+
+
+def contents(folder: Path) -> Contents:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         path.relative_to(folder).as_posix(): (path.stat().st_mode, path.read_bytes())
@@ -98,15 +110,14 @@ MOMENTS = [
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_kill_at_any_moment_leaves_no_output_and_the_rerun_gives_the_same_bytes(
-    pico: Path, tmp_path: Path, moment: str
+    pico: Path, tmp_path: Path, moment: str, undisturbed: Contents
 ) -> None:
     out = tmp_path / "out"
     run_and_die(pico, out, moment)
     assert not out.exists()
     assert not list(tmp_path.glob("[!.]*/ortho.safetensors"))
     split(pico, out)
-    split(pico, tmp_path / "reference")
-    assert contents(out) == contents(tmp_path / "reference")
+    assert contents(out) == undisturbed
     assert not work_folder(out).exists()
 
 
@@ -142,7 +153,7 @@ def test_failed_rename_puts_the_old_output_back(
 
 @pytest.mark.parametrize("force", [False, True])
 def test_output_that_appears_during_the_run_is_kept(
-    pico: Path, tmp_path: Path, force: bool
+    pico: Path, tmp_path: Path, undisturbed: Contents, force: bool
 ) -> None:
     out = tmp_path / "out"
 
@@ -156,8 +167,7 @@ def test_output_that_appears_during_the_run_is_kept(
     assert (out / "thesis.tex").read_text() == "precious"
     (out / "thesis.tex").unlink()
     split(pico, out)
-    split(pico, tmp_path / "reference")
-    assert contents(out) == contents(tmp_path / "reference")
+    assert contents(out) == undisturbed
 
 
 def test_what_a_kill_left_of_the_old_output_outlives_a_source_that_is_no_good(
@@ -191,7 +201,7 @@ def test_resume_from_a_source_that_only_looks_the_same_mixes_nothing(
 
 
 def test_read_error_names_the_file_and_keeps_the_work(
-    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pico: Path, tmp_path: Path, undisturbed: Contents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "COMMIT_SECONDS", 0.0)
     real, out, seen = os.preadv, tmp_path / "out", 0
@@ -211,8 +221,7 @@ def test_read_error_names_the_file_and_keeps_the_work(
     assert (work_folder(out) / "journal").read_text().count("\n") > 1
     monkeypatch.undo()
     split(pico, out)
-    split(pico, tmp_path / "reference")
-    assert contents(out) == contents(tmp_path / "reference")
+    assert contents(out) == undisturbed
 
 
 def test_faults_at_random_moments_lose_nothing(tmp_path: Path) -> None:
@@ -247,7 +256,7 @@ def test_commit_syncs_data_before_the_line_that_speaks_of_them(
             order.append(("data" if fd == data else "journal", journal.stat().st_size))
             return True
 
-        monkeypatch.setattr("ortho_cli.storage.work_folder.sync", sync)
+        monkeypatch.setattr(work_folders, "sync", sync)
         before = journal.stat().st_size
         folder.commit([{"name": "x"}])
         after = journal.stat().st_size
@@ -283,7 +292,7 @@ def test_resume_repeats_no_finished_tensor(pico: Path, tmp_path: Path) -> None:
 
 
 def test_resume_of_another_recipe_or_source_is_refused_and_force_discards(
-    pico: Path, tmp_path: Path
+    pico: Path, tmp_path: Path, undisturbed: Contents
 ) -> None:
     out = tmp_path / "out"
     run_and_die(pico, out, "tensor 7")
@@ -294,8 +303,7 @@ def test_resume_of_another_recipe_or_source_is_refused_and_force_discards(
     with pytest.raises(OutputExistsError, match="another source"):
         split(pico, out)
     split(pico, out, force=True)
-    split(pico, tmp_path / "reference")
-    assert contents(out) == contents(tmp_path / "reference")
+    assert contents(out) == undisturbed
 
 
 TAMPERED = {
@@ -312,7 +320,7 @@ TAMPERED = {
     "damage", ["garbage", "cut", "no data", "short data", "other data", *TAMPERED]
 )
 def test_resume_from_damaged_work_starts_where_it_is_sure(
-    pico: Path, tmp_path: Path, damage: str
+    pico: Path, tmp_path: Path, undisturbed: Contents, damage: str
 ) -> None:
     out = tmp_path / "out"
     run_and_die(pico, out, "tensor 9")
@@ -338,12 +346,11 @@ def test_resume_from_damaged_work_starts_where_it_is_sure(
         lines[-1] = json.dumps(entry, separators=(",", ":")) + "\n"
         journal.write_text("".join(lines))
     split(pico, out, force=damage == "garbage")
-    split(pico, tmp_path / "reference")
-    assert contents(out) == contents(tmp_path / "reference")
+    assert contents(out) == undisturbed
 
 
 def test_interrupt_keeps_what_is_finished_and_says_how_to_go_on(
-    pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pico: Path, tmp_path: Path, undisturbed: Contents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "COMMIT_SECONDS", 0.0)
     out, seen = tmp_path / "out", 0
@@ -361,8 +368,7 @@ def test_interrupt_keeps_what_is_finished_and_says_how_to_go_on(
     assert "repeat the same command" in str(caught.value.hint)
     assert not out.exists()
     split(pico, out)
-    split(pico, tmp_path / "reference")
-    assert contents(out) == contents(tmp_path / "reference")
+    assert contents(out) == undisturbed
 
 
 def test_work_that_a_kill_left_behind_a_finished_output_is_cleared(

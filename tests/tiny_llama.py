@@ -46,13 +46,13 @@ def build_model(folder: Path, *, seed: int = 2) -> None:
     live.to(torch.bfloat16).save_pretrained(folder / "model")
 
 
-def tiny_llama(vocabulary: int, *, seed: int = 0) -> Any:
+def tiny_llama(vocabulary: int, *, hidden: int = 128, seed: int = 0) -> Any:
     import transformers
 
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

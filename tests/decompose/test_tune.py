@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import pytest
@@ -13,10 +15,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from jobs import calibrate, decompose
-from memorised import Memorised, build
+from memorised import Memorised
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ortho_cli.calibrate import plan as calibrate_plan
 from ortho_cli.decompose import plan, recipe, tune
 from ortho_cli.decompose.tune import REACH, Latent, value_of
 from ortho_cli.errors import CalibrationError, Interrupted, RecipeError
@@ -33,30 +36,48 @@ BASE = ("base.scale=curvature", "ortho.density=0.01", "tune.samples=32", "tune.l
 TUNED = ("base.rounding=tuned", *BASE)
 
 
-@pytest.fixture(scope="module")
-def memorised(tmp_path_factory: pytest.TempPathFactory) -> Memorised:
-    """A model that tuning helps: of five seeds of this tiny one, it is the only one."""
-    with warnings.catch_warnings(action="ignore"):
-        return build(tmp_path_factory.mktemp("tuned"), seed=0)
-
-
 class Stopped(Exception):  # noqa: N818 - no error, an end
     """What kills a run here."""
 
 
 @pytest.fixture(scope="module")
-def stats(memorised: Memorised, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Statistics with Gram matrices."""
-    from ortho_cli.calibrate import plan as calibrate_plan
+def memorised(memorised_by_seed: Callable[[int], Memorised]) -> Memorised:
+    """A model whose blocks are both changed by tuning."""
+    return memorised_by_seed(0)
 
+
+def measured(memorised: Memorised, out: Path) -> Path:
+    """Write statistics with Gram matrices."""
     settings = recipe.load_recipe(
         "capability", ["calibrate.samples=32", "calibrate.length=16", "calibrate.autocast=false"]
     )
     sets = calibrate_plan.read_sets(memorised.model, [memorised.retain], [], settings.calibrate)
-    out = tmp_path_factory.mktemp("tune") / "stats.safetensors"
     planned = calibrate_plan.make_plan(memorised.checkpoint, settings, sets)
     calibrate(planned, memorised.checkpoint, out, device="cpu")
     return out
+
+
+@pytest.fixture(scope="module")
+def stats(memorised: Memorised, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return measured(memorised, tmp_path_factory.mktemp("tune") / "stats.safetensors")
+
+
+@dataclass(frozen=True)
+class Done:
+    """Runs of the same recipe with either rounding; only read."""
+
+    tuned: Path
+    gptq: Path
+    report: dict[str, Any]
+    events: list[Event]
+
+
+@pytest.fixture(scope="module")
+def done(memorised: Memorised, stats: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    folder, events = tmp_path_factory.mktemp("done"), []  # type: ignore[var-annotated]
+    report = run(memorised, stats, folder / "tuned", *TUNED, events=events)
+    run(memorised, stats, folder / "gptq", "base.rounding=gptq", *BASE)
+    return Done(folder / "tuned", folder / "gptq", report, events)
 
 
 def run(
@@ -141,7 +162,7 @@ def test_kept_weights_are_the_sources_whatever_is_learnt() -> None:
     assert torch.equal(value, value_of(latent.rounded(), weight))
 
 
-def divergence(memorised: Memorised, stats: Path, artifact: Path) -> float:
+def divergence(memorised: Memorised, artifact: Path) -> float:
     """KL(source || artifact at alpha = 1) on text, in nats a token."""
     import ortho_cli
 
@@ -153,34 +174,45 @@ def divergence(memorised: Memorised, stats: Path, artifact: Path) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def test_tuning_brings_the_model_nearer_to_the_source(
-    memorised: Memorised, stats: Path, tmp_path: Path
+def test_tuning_brings_models_nearer_to_their_sources_on_average(
+    three_memorised: list[Memorised], tmp_path: Path
 ) -> None:
-    events: list[Event] = []
-    report = run(memorised, stats, tmp_path / "tuned", *TUNED, events=events)
-    run(memorised, stats, tmp_path / "gptq", "base.rounding=gptq", *BASE)
-    tuned, plain = (divergence(memorised, stats, tmp_path / n) for n in ("tuned", "gptq"))
-    assert tuned < 0.9 * plain
-    mine, other = (load_file(tmp_path / n / "ortho.safetensors") for n in ("tuned", "gptq"))
+    """KL over that of GPTQ, of models so small that tuning may as well harm one.
+
+    Of 6 models: 0.87, 0.80, 0.99, 1.37, 0.31 and 0.75, geometric mean 0.78.
+    """
+    ratios = []
+    for number, memorised in enumerate(three_memorised):
+        out = tmp_path / str(number)
+        out.mkdir()
+        stats = measured(memorised, out / "stats.safetensors")
+        run(memorised, stats, out / "gptq", "base.rounding=gptq", *BASE)
+        run(memorised, stats, out / "tuned", *TUNED, "tune.samples=128", "tune.steps=25")
+        tuned, gptq = (divergence(memorised, out / name) for name in ("tuned", "gptq"))
+        ratios.append(tuned / gptq)
+    assert geometric_mean(ratios) < 0.95
+
+
+def test_tuning_changes_codes_and_scales_alone(done: Done) -> None:
+    mine, other = (load_file(out / "ortho.safetensors") for out in (done.tuned, done.gptq))
     assert mine.keys() == other.keys()
     assert all(torch.equal(mine[key], other[key]) for key in mine)  # positions, source's weights
-    mine, other = (load_file(tmp_path / n / "model.safetensors") for n in ("tuned", "gptq"))
+    mine, other = (load_file(out / "model.safetensors") for out in (done.tuned, done.gptq))
     changed = {key for key in mine if not torch.equal(mine[key], other[key])}
     assert changed
     assert all(key.endswith(("weight_packed", "weight_scale")) for key in changed)
     assert {key.split(".")[2] for key in changed} == {"0", "1"}  # both blocks
-    steps = [event for event in events if isinstance(event, Step)]
+    steps = [event for event in done.events if isinstance(event, Step)]
     assert [s.number for s in steps if s.name.startswith("tune")] == [1, 2]
-    assert report["recipe"]["tune"]["samples"] == 32
-    assert "tune" not in json.loads((tmp_path / "gptq" / "report.json").read_text())["recipe"]
+    assert done.report["recipe"]["tune"]["samples"] == 32
+    assert "tune" not in json.loads((done.gptq / "report.json").read_text())["recipe"]
 
 
 def test_a_block_that_would_end_worse_stays_as_it_was(
-    memorised: Memorised, stats: Path, tmp_path: Path
+    memorised: Memorised, stats: Path, done: Done, tmp_path: Path
 ) -> None:
     run(memorised, stats, tmp_path / "wild", *TUNED, "tune.rate=3.0", "tune.scale_rate=0.5")
-    run(memorised, stats, tmp_path / "gptq", "base.rounding=gptq", *BASE)
-    mine, other = (load_file(tmp_path / n / "model.safetensors") for n in ("wild", "gptq"))
+    mine, other = (load_file(out / "model.safetensors") for out in (tmp_path / "wild", done.gptq))
     assert all(torch.equal(mine[key], other[key]) for key in mine)
 
 
@@ -208,9 +240,8 @@ def test_ctrl_c_says_how_much_is_tuned(memorised: Memorised, stats: Path, tmp_pa
 
 
 def test_half_of_a_block_that_a_kill_left_is_done_again(
-    memorised: Memorised, stats: Path, tmp_path: Path
+    memorised: Memorised, stats: Path, done: Done, tmp_path: Path
 ) -> None:
-    run(memorised, stats, tmp_path / "whole", *TUNED)
     out = tmp_path / "torn"
     with pytest.raises(Stopped):
         run(memorised, stats, out, *TUNED, until=2)  # one block is tuned, and changed by it
@@ -220,7 +251,7 @@ def test_half_of_a_block_that_a_kill_left_is_done_again(
     journal.write_bytes(b"".join(lines[:-2]))  # two of its seven lines were not written any more
     run(memorised, stats, out, *TUNED)
     for name in ("model.safetensors", "report.json"):
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (out / name).read_bytes() == (done.tuned / name).read_bytes()
 
 
 def test_without_data_or_a_tuner_it_is_refused(

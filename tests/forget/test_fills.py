@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import mean
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,14 +12,14 @@ from ortho_cli.forget.isolate import PROPOSE
 from ortho_cli.split import quantize
 
 
-def betrayal(fill: str, count: int) -> tuple[float, float, float]:
+def betrayal(fill: str, count: int, seed: int) -> tuple[float, float, float]:
     """How the codes of `count` edits of 2^18 differ from those of as many places beside them.
 
     Returns:
         The chi-squared statistic of the two code histograms over its degrees of freedom; how many
         times as often the most telling code is there; and runs of zeros there, as a multiple.
     """
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(512, 512, generator=generator)
     scales = quantize.absmax_scales(weight, group_size=64, dtype=torch.bfloat16)
     original = quantize.quantize(weight, scales)
@@ -51,21 +53,28 @@ def zero_runs(codes: Tensor, places: Tensor) -> float:
 
 BUDGET = 262  # 0.1 % of them, the default share
 MANY = 8000
+DRAWS = 5
+
+
+def mean_betrayal(fill: str) -> tuple[float, float, float]:
+    """Mean over draws: chi-squared of a few edits; lift and runs of many."""
+    few = [betrayal(fill, BUDGET, seed)[0] for seed in range(DRAWS)]
+    many = [betrayal(fill, MANY, seed) for seed in range(DRAWS)]
+    return mean(few), mean(lift for _, lift, _ in many), mean(runs for _, _, runs in many)
 
 
 def test_codes_one_step_away_look_like_others() -> None:
-    chi, _, _ = betrayal("step", BUDGET)
-    assert chi < 2.0, "99 % of what chance gives is below"
-    _, lift, runs = betrayal("step", MANY)
-    assert lift < 2.0
-    assert 0.8 < runs < 1.2
+    """Of 10 draws: chi 0.9 +- 0.2, lift 1.7 +- 0.2 (one draw 2.3), runs 1.00 +- 0.05."""
+    chi, lift, runs = mean_betrayal("step")
+    assert chi < 1.3, "chance gives 1"
+    assert lift < 2.1
+    assert 0.9 < runs < 1.1
 
 
 @pytest.mark.parametrize("fill", ["zero", "mean"])
 def test_codes_that_were_put_to_zero_betray_themselves(fill: str) -> None:
-    """What the test above would say of them."""
-    chi, _, _ = betrayal(fill, BUDGET)
-    assert chi > 5.0
-    _, lift, runs = betrayal(fill, MANY)
-    assert lift > 3.0
-    assert runs > 3.0
+    """The test above would see them: of 10 draws, chi 30 and more, lift and runs 6 and 7."""
+    chi, lift, runs = mean_betrayal(fill)
+    assert chi > 25.0
+    assert lift > 5.0
+    assert runs > 5.0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import stat
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean, mean
 from typing import Any
 
 import pytest
@@ -79,6 +81,20 @@ def same(one: Grid, other: Grid) -> bool:
     return all(torch.equal(codes, other.codes[name]) for name, codes in one.codes.items())
 
 
+@dataclass(frozen=True)
+class Short:
+    """A run of 15 steps; only read, or copied."""
+
+    grid: Grid
+    state: Path
+
+
+@pytest.fixture(scope="module")
+def short(memorised: Memorised, tmp_path_factory: pytest.TempPathFactory) -> Short:
+    state = tmp_path_factory.mktemp("short") / "s.npz"
+    return Short(work(memorised, state, *SHORT), state)
+
+
 def test_mask_is_the_share_that_matters_to_the_secrets_alone(memorised: Memorised) -> None:
     grid, curvature = memorised.grid(), memorised.curvature()
     secrets = memorised.secrets()
@@ -97,8 +113,8 @@ def test_mask_is_the_share_that_matters_to_the_secrets_alone(memorised: Memorise
     assert torch.allclose(inside.sort(descending=True).values, everything[: len(inside)])
 
 
-def test_only_masked_codes_move(memorised: Memorised, tmp_path: Path) -> None:
-    grid = work(memorised, tmp_path / "s.npz", *SHORT)
+def test_only_masked_codes_move(memorised: Memorised, short: Short) -> None:
+    grid = short.grid
     fresh = memorised.grid(memorised.plan(*SHORT, split="unlearn"))
     mask = unlearn._mask(fresh, memorised.secrets(), memorised.curvature(), 0.3)
     assert grid.moved > 0
@@ -109,17 +125,15 @@ def test_only_masked_codes_move(memorised: Memorised, tmp_path: Path) -> None:
         assert not (moved & outside).any()
 
 
-def test_state_is_for_its_owner_alone(memorised: Memorised, tmp_path: Path) -> None:
-    work(memorised, tmp_path / "s.npz", *SHORT)
-    assert stat.S_IMODE((tmp_path / "s.npz").stat().st_mode) == 0o600
-    assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
+def test_state_is_for_its_owner_alone(short: Short) -> None:
+    assert stat.S_IMODE(short.state.stat().st_mode) == 0o600
+    assert [path.name for path in short.state.parent.iterdir()] == ["s.npz"]
 
 
 @pytest.mark.parametrize("until", [3, 6, 8, 11])
 def test_killed_run_goes_on_from_its_state_to_the_same_codes(
-    memorised: Memorised, tmp_path: Path, until: int
+    memorised: Memorised, short: Short, tmp_path: Path, until: int
 ) -> None:
-    whole = work(memorised, tmp_path / "whole.npz", *SHORT)
     with pytest.raises(Stopped):
         work(memorised, tmp_path / "s.npz", *SHORT, until=until)
     assert (tmp_path / "s.npz").exists() == (until > 5)
@@ -127,8 +141,8 @@ def test_killed_run_goes_on_from_its_state_to_the_same_codes(
     resumed = work(memorised, tmp_path / "s.npz", *SHORT, events=events)
     first = next(event for event in events if isinstance(event, Step))
     assert first.number == (until - 1) // 5 * 5 + 1
-    assert same(whole, resumed)
-    assert whole.moved > 0
+    assert same(short.grid, resumed)
+    assert short.grid.moved > 0
 
 
 def test_run_that_stopped_early_and_was_killed_stops_there_again(
@@ -146,11 +160,10 @@ def test_run_that_stopped_early_and_was_killed_stops_there_again(
     assert [e.number for e in again if isinstance(e, Step)][-1] == steps[-1]
 
 
-def test_cut_state_counts_as_none(memorised: Memorised, tmp_path: Path) -> None:
-    whole = work(memorised, tmp_path / "s.npz", *SHORT)
-    held = (tmp_path / "s.npz").read_bytes()
+def test_cut_state_counts_as_none(memorised: Memorised, short: Short, tmp_path: Path) -> None:
+    held = short.state.read_bytes()
     (tmp_path / "s.npz").write_bytes(held[: len(held) // 2])
-    assert same(whole, work(memorised, tmp_path / "s.npz", *SHORT))
+    assert same(short.grid, work(memorised, tmp_path / "s.npz", *SHORT))
 
 
 def test_work_does_not_end_while_text_reads_otherwise(memorised: Memorised, tmp_path: Path) -> None:
@@ -159,13 +172,14 @@ def test_work_does_not_end_while_text_reads_otherwise(memorised: Memorised, tmp_
     assert [event.number for event in events if isinstance(event, Step)] == [*range(1, 41)]
 
 
-def test_same_seed_same_codes_and_another_seed_others(memorised: Memorised, tmp_path: Path) -> None:
-    one, two, other = (
-        work(memorised, tmp_path / f"{n}.npz", *SHORT, f"forget.seed={seed}")
-        for n, seed in enumerate((0, 0, 1))
+def test_same_seed_same_codes_and_another_seed_others(
+    memorised: Memorised, short: Short, tmp_path: Path
+) -> None:
+    again, other = (
+        work(memorised, tmp_path / f"{seed}.npz", *SHORT, f"forget.seed={seed}") for seed in (0, 1)
     )
-    assert same(one, two)
-    assert not same(one, other)
+    assert same(short.grid, again)
+    assert not same(short.grid, other)
 
 
 def test_more_attack_steps_than_their_counts_can_hold_are_refused() -> None:
@@ -175,8 +189,10 @@ def test_more_attack_steps_than_their_counts_can_hold_are_refused() -> None:
         recipe.load_recipe(None, ["forget.attack_steps=128"])
 
 
-def test_room_of_each_weight_is_filled_and_respected(memorised: Memorised, tmp_path: Path) -> None:
-    free = work(memorised, tmp_path / "a.npz", *SHORT)
+def test_room_of_each_weight_is_filled_and_respected(
+    memorised: Memorised, short: Short, tmp_path: Path
+) -> None:
+    free = short.grid
     wanted = {name: int((codes != free.original[name]).sum()) for name, codes in free.codes.items()}
     room = {name: many // 2 for name, many in wanted.items()}
     assert max(room.values()) > 10
@@ -206,10 +222,10 @@ def test_shrink_takes_the_least_decided_moves_back(memorised: Memorised) -> None
 
 
 def test_split_weights_are_their_codes_and_others_the_checkpoints_at_the_end(
-    memorised: Memorised, tmp_path: Path
+    memorised: Memorised, short: Short
 ) -> None:
     """The attacker's steps leave nothing behind."""
-    grid = work(memorised, tmp_path / "s.npz", *SHORT)
+    grid = short.grid
     fresh = memorised.grid()
     fresh.apply(grid.edits())
     for (name, one), other in zip(
@@ -275,29 +291,54 @@ def attacked(grid: Grid, secrets: Sequence[TokenSecret], steps: int) -> float:
     return float(torch.stack([nll.sum() for nll in found]).mean())
 
 
-def test_attack_brings_less_back_than_after_isolate_alone(
-    memorised: Memorised, tmp_path: Path
-) -> None:
+def perplexity(memorised: Memorised, grid: Grid) -> float:
+    return float(scoring.compare_windows(grid.model, memorised.windows()).nll.mean().exp())
+
+
+def isolated(memorised: Memorised, grid: Grid) -> Grid:
+    """End as the command does, with the rounds of isolate."""
     settings = memorised.plan().recipe.forget
-    hard = work(memorised, tmp_path / "s.npz")
-    easy = memorised.grid()
-    windows, secrets = memorised.windows(), memorised.secrets()
-    original = float(scoring.compare_windows(easy.model, windows).nll.mean().exp())
-    for grid in (hard, easy):
-        isolate(
-            grid,
-            secrets,
-            memorised.curvature(),
-            room_of(memorised.plan("ortho.density=0.3")),
-            share=settings.share,
-            rounds=settings.rounds,
-            fill="step",
-            seed=0,
-            on_event=lambda event: None,
-        )
-        after = float(scoring.compare_windows(grid.model, windows).nll.mean().exp())
-        assert after < 1.03 * original
-    for steps in (2, 5):
-        assert attacked(hard, secrets, steps) > 2 * attacked(easy, secrets, steps)
-    lost = [attacked(grid, secrets, 5) / attacked(grid, secrets, 0) for grid in (hard, easy)]
-    assert lost[0] > 1.05 * lost[1]
+    isolate(
+        grid,
+        memorised.secrets(),
+        memorised.curvature(),
+        room_of(memorised.plan("ortho.density=0.3")),
+        share=settings.share,
+        rounds=settings.rounds,
+        fill="step",
+        seed=0,
+        on_event=lambda event: None,
+    )
+    return grid
+
+
+def test_attack_brings_less_back_than_after_isolate_alone(
+    three_memorised: list[Memorised], tmp_path: Path
+) -> None:
+    """NLL of the secrets that an attacker does not train on, over that after isolate alone.
+
+    Of 7 models the geometric mean was 5.7 after 2 steps of the attacker (3.0 at least) and 8.7
+    after 5 (3.7 at least); the share of NLL left after 5 was 3.1 times that after isolate alone
+    (1.2 at least). Perplexity rose by 0.8 +- 0.6 % with unlearn, by 2.5 +- 1.9 % without.
+    """
+    higher: dict[int, list[float]] = {2: [], 5: []}
+    slower: list[float] = []
+    ratios: dict[str, list[float]] = {"unlearn": [], "isolate": []}
+    for number, memorised in enumerate(three_memorised):
+        secrets, easy = memorised.secrets(), memorised.grid()
+        original = perplexity(memorised, easy)
+        hard = isolated(memorised, work(memorised, tmp_path / f"{number}.npz"))
+        easy = isolated(memorised, easy)
+        ratios["unlearn"].append(perplexity(memorised, hard) / original)
+        ratios["isolate"].append(perplexity(memorised, easy) / original)
+        at = {
+            steps: [attacked(grid, secrets, steps) for grid in (hard, easy)] for steps in (0, 2, 5)
+        }
+        for steps, found in higher.items():
+            found.append(at[steps][0] / at[steps][1])
+        slower.append(at[5][0] / at[0][0] / (at[5][1] / at[0][1]))
+    assert geometric_mean(higher[2]) > 2.5
+    assert geometric_mean(higher[5]) > 2.5
+    assert geometric_mean(slower) > 1.2
+    assert mean(ratios["unlearn"]) < 1.02
+    assert mean(ratios["isolate"]) < 1.05

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -223,18 +224,22 @@ def test_round_values_any_weights_equal_twin(case: tuple[Tensor, Tensor, Tensor]
 
 
 def test_round_values_error_is_small_where_what_base_lacks_is() -> None:
-    generator = torch.Generator().manual_seed(0)
-    base, away = torch.randn(2, 1000, generator=generator)
-    scales = torch.rand(1000, generator=generator) + 0.01
-    codes, step = compact.round_values(base + away * scales, base, scales)
-    back = compact.restore_values(codes, step, base, scales, torch.float32)
-    assert int(codes.abs().max()) == 127
-    error = (back - (base + away * scales)).abs()
-    assert bool((error <= (codes.abs() + 0.2501) * step * scales + 1e-6).all())
-    # Even steps would be off by a third of 1 / 127 of the largest, on average.
-    even = away.abs().max() / 127 / 12**0.5
-    small = away.abs() < 0.3
-    assert float((error / scales)[small].square().mean().sqrt()) < 0.5 * even
+    """Mean over 5 draws; of 10, the error was 0.407 +- 0.015 of that of even steps."""
+    ratios = []
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        base, away = torch.randn(2, 1000, generator=generator)
+        scales = torch.rand(1000, generator=generator) + 0.01
+        codes, step = compact.round_values(base + away * scales, base, scales)
+        back = compact.restore_values(codes, step, base, scales, torch.float32)
+        assert int(codes.abs().max()) == 127
+        error = (back - (base + away * scales)).abs()
+        assert bool((error <= (codes.abs() + 0.2501) * step * scales + 1e-6).all())
+        # Even steps would be off by a third of 1 / 127 of the largest, on average.
+        even = float(away.abs().max()) / 127 / 12**0.5
+        small = away.abs() < 0.3
+        ratios.append(float((error / scales)[small].square().mean().sqrt()) / even)
+    assert mean(ratios) < 0.45
 
 
 @settings(max_examples=30)

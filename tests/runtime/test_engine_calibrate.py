@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import checkpoints
@@ -17,13 +18,13 @@ from ortho_cli.errors import CalibrationError, NumericalError, RecipeError, Usag
 from ortho_cli.runtime.engine import Engine
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Dropout(0.5), nn.Linear(128, 64))
 
 
-def batches(count: int = 3, size: int = 4) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
+def batches(count: int = 3, size: int = 4, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
     return [
         (
             torch.randn(size, 64, generator=generator),
@@ -104,10 +105,11 @@ def test_module_is_left_as_it_was() -> None:
 
 
 def test_curvature_changes_what_is_kept_and_lowers_its_own_error() -> None:
-    loud = [(x * torch.logspace(-2, 2, 64), y) for x, y in batches()]
+    """Mean over 5 draws; of 10, the error was 0.26 +- 0.03 of that without curvature."""
 
-    def error(kind: str | None) -> float:
-        model = network()
+    def error(kind: str | None, seed: int) -> float:
+        loud = [(x * torch.logspace(-2, 2, 64), y) for x, y in batches(seed=seed)]
+        model = network(seed)
         before = model.train(False)[0].weight.detach().clone()
         engine = Engine(model)
         engine.convert()
@@ -118,7 +120,7 @@ def test_curvature_changes_what_is_kept_and_lowers_its_own_error() -> None:
         x = torch.cat([x for x, _ in loud])
         return float((x @ (model[0].weight - before).T).square().mean())
 
-    assert error("gram") < 0.3 * error(None)
+    assert mean(error("gram", seed) / error(None, seed) for seed in range(5)) < 0.3
 
 
 def test_conv1d_is_measured_as_out_by_in() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -105,19 +106,24 @@ def test_two_columns_worked_by_hand() -> None:
 
 
 def test_compensation_loses_less_than_rounding_and_less_still_beside_kept_weights() -> None:
-    gram, generator = inputs(128, 3), torch.Generator().manual_seed(3)
-    weight = torch.randn(64, 128, generator=generator)
-    scales = quantize.absmax_scales(weight, group_size=64, dtype=torch.bfloat16)
-    nothing = torch.zeros_like(weight, dtype=torch.bool)
-    factor, nearest = factorise(gram), quantize.quantize(weight, scales)
-    plain = loss(weight, nearest, scales, gram, nothing)
-    found = loss(weight, round_columns(weight, scales, factor), scales, gram, nothing)
-    assert found < 0.6 * plain
-    residual = (quantize.dequantize(nearest, scales) - weight).square() * gram.diagonal()
-    kept = residual >= residual.flatten().topk(400).values[-1]
-    told = loss(weight, round_columns(weight, scales, factor, kept=kept), scales, gram, kept)
-    untold = loss(weight, round_columns(weight, scales, factor), scales, gram, kept)
-    assert told < 0.9 * untold
+    """Mean over 5 draws; of 10, the ratios were 0.31 +- 0.04 and 0.21 +- 0.07."""
+    compensated, beside_kept = [], []
+    for seed in range(5):
+        gram, generator = inputs(128, seed), torch.Generator().manual_seed(seed)
+        weight = torch.randn(64, 128, generator=generator)
+        scales = quantize.absmax_scales(weight, group_size=64, dtype=torch.bfloat16)
+        nothing = torch.zeros_like(weight, dtype=torch.bool)
+        factor, nearest = factorise(gram), quantize.quantize(weight, scales)
+        plain = loss(weight, nearest, scales, gram, nothing)
+        found = loss(weight, round_columns(weight, scales, factor), scales, gram, nothing)
+        compensated.append(found / plain)
+        residual = (quantize.dequantize(nearest, scales) - weight).square() * gram.diagonal()
+        kept = residual >= residual.flatten().topk(400).values[-1]
+        told = loss(weight, round_columns(weight, scales, factor, kept=kept), scales, gram, kept)
+        untold = loss(weight, round_columns(weight, scales, factor), scales, gram, kept)
+        beside_kept.append(told / untold)
+    assert mean(compensated) < 0.4
+    assert mean(beside_kept) < 0.35
 
 
 def test_factorise_names_a_matrix_that_no_inputs_have() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from statistics import mean
 
 import numpy as np
 import pytest
@@ -276,17 +277,22 @@ def test_is_curvature_refuses_any_bad_value_and_no_good_one(dtype: torch.dtype, 
     assert not quantize.is_curvature(values)
 
 
-def test_mse_scales_gaussian_weight_is_better_by_a_decibel() -> None:
-    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
-    found = []
-    for make in (quantize.absmax_scales, mse_scales):
-        scales = make(weight, group_size=128, dtype=torch.float32)
-        found.append(
+def test_mse_scales_gaussian_weight_is_better_by_most_of_a_decibel() -> None:
+    """Mean over 5 draws; of 10, the gain was 0.83 +- 0.04 dB."""
+    gains = []
+    for seed in range(5):
+        weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(seed))
+        absmax, mse = (
             reference.decibels(
                 weight, quantize.dequantize(quantize.quantize(weight, scales), scales)
             )
+            for scales in (
+                make(weight, group_size=128, dtype=torch.float32)
+                for make in (quantize.absmax_scales, mse_scales)
+            )
         )
-    assert found[1] - found[0] > 0.5
+        gains.append(mse - absmax)
+    assert mean(gains) > 0.75
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
