@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test fuzz faults bench capability forgetting clean
+.PHONY: help install demo check test fuzz faults mutants bench capability forgetting clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ fuzz: install ## damage every kind of file that is read, for MINUTES=30; finding
 
 faults: install ## kill, starve and disturb real runs at random moments; prints what was lost (an hour; root mounts small disks)
 	$(BIN)/python tests/faults.py
+
+mutants: install ## break one promise of README after another; each has to be noticed by a test
+	$(BIN)/python tests/mutants.py
 
 bench: install ## speed beside the naive code and the disk (2.2 GB of scratch in demo/), then the small model: quality, and under attack
 	$(BIN)/python tests/bench_speed.py

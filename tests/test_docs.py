@@ -106,6 +106,7 @@ def test_readme_setup_is_two_make_targets_that_exist() -> None:
         "test",
         "fuzz",
         "faults",
+        "mutants",
         "bench",
         "capability",
         "forgetting",

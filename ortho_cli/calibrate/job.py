@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ortho_cli.calibrate.plan import CalibrationPlan, Set
 from ortho_cli.calibrate.sums import Sums
+from ortho_cli.decompose.refusals import refuse_quantized
 from ortho_cli.errors import CalibrationError
 from ortho_cli.events import EventSink, Finishing, Measuring, Noted, SequencesDone, null_sink
 from ortho_cli.formats import artifact, statistics
@@ -91,7 +92,7 @@ _JSON_KEYS = ("data", "recipe", "versions", "tensors", "digests")
 def check_target(
     checkpoint: Checkpoint, out: Path, *, force: bool = False, reads: Iterable[Path] = ()
 ) -> Target:
-    """Refuse an output that would lose something, before data are read.
+    """Refuse a quantized model, and an output that would lose something, before data are read.
 
     Args:
         checkpoint: the model.
@@ -99,9 +100,11 @@ def check_target(
         force: replace statistics at `out`, and discard half-done work of another plan.
         reads: files that are read beside the model's.
     Raises:
+        CheckpointError: the model is an artifact, an adapter or quantized.
         OutputExistsError: something is at `out`.
         UsageError: `out` is a file that is read, or in the model's folder.
     """
+    refuse_quantized(checkpoint)
     return job.check_target(out, KIND, [*files_of(checkpoint), *reads], force=force)
 
 

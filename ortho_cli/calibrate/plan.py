@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ortho_cli.decompose.refusals import refuse_quantized
 from ortho_cli.decompose.selection import conv1d_names, select
 from ortho_cli.decompose.settings import Calibrate, Recipe
 from ortho_cli.errors import RecipeError
@@ -180,7 +179,6 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, sets: dict[Set, DataSet]) 
             hint="--set calibrate.curvature=fisher --set calibrate.storage=full",
         )
     _check_weighting(settings)
-    refuse_quantized(checkpoint)
     reasons = select(checkpoint, recipe, conv1d=True)
     turned = conv1d_names(checkpoint)
     split = tuple(

@@ -23,7 +23,6 @@ from ortho_cli.cli.shared import Output, located, run_facts
 
 if TYPE_CHECKING:
     from ortho_cli.events import Event
-    from ortho_cli.storage.checkpoint import Checkpoint
 
 ModelArgument = Annotated[Path, typer.Argument(help="A transformers folder, with its tokenizer.")]
 DataOption = Annotated[
@@ -83,13 +82,16 @@ def calibrate(
     from ortho_cli.calibrate.job import check_target
     from ortho_cli.calibrate.plan import make_plan, read_sets
     from ortho_cli.cli.show.calibrate import print_calibrated, print_calibration_plan
+    from ortho_cli.convert.sources.adapters import refuse_adapter
     from ortho_cli.decompose.recipe import load_recipe
+    from ortho_cli.storage.checkpoint import open_checkpoint
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     asked = () if gram is None else (f"calibrate.gram={gram}",)
     settings = load_recipe(recipe, [*(sets or ()), *asked])
     model = located(model, quiet=quiet)
-    checkpoint = _open_plain(model)
+    refuse_adapter(model)
+    checkpoint = open_checkpoint(model)
     target = check_target(checkpoint, out, force=force, reads=[*data, *(forget or [])])
     notes: list[Event] = []
     rows = read_sets(model, data, forget or [], settings.calibrate, notes.append)
@@ -106,15 +108,3 @@ def calibrate(
         calibration = run(plan, checkpoint, target, device=device, on_event=sink)
     document = calibration.to_json() | {"run": run_facts(out, began)}
     output.show(document, print_calibrated)
-
-
-def _open_plain(model: Path) -> Checkpoint:
-    """Open a checkpoint; an adapter or a quantized model is refused before data are read."""
-    from ortho_cli.convert.sources.adapters import refuse_adapter
-    from ortho_cli.decompose.refusals import refuse_quantized
-    from ortho_cli.storage.checkpoint import open_checkpoint
-
-    refuse_adapter(model)
-    checkpoint = open_checkpoint(model)
-    refuse_quantized(checkpoint)
-    return checkpoint

@@ -1,91 +1,6 @@
-r"""The artifact: two safetensors files that are one model; the formats `ortho/1` to `ortho/3`.
+"""An artifact's parts: names, dtypes, shapes and headers of base and ortho, and finding both.
 
-    OUT/
-      model.safetensors             base: INT4 codes and scales of split tensors, others unchanged
-      ortho.safetensors             sparse source weights of split tensors; delete it and
-                                    alpha is 0 for good
-      model.safetensors.index.json  every key of base -> model.safetensors, nothing of ortho
-      config.json, tokenizer*, ...  the source's files; config.json gains `quantization_config`
-      report.json                   what was done, tensor by tensor, with digests
-
-Where ortho is sealed, ortho.safetensors.age (and ortho.key.age) stand in its place; see `seal`.
-
-W(alpha) = dequantize(base) + alpha * ortho.
-
-**Base** is compressed-tensors `pack-quantized`. A split `<p>.weight` of shape (out, in) becomes
-
-    <p>.weight_packed  int32  (out, in bits / 32)     4 bits: column 8w+i of a row in bits 4i..4i+3
-                                                      of word w, as q + 8, q in [-8, 7]
-                                                      3 bits: column i in bits 3i..3i+2 of the
-                                                      row's words end to end, as q + 4, q in
-                                                      [-4, 3]; in divides by 32
-    <p>.weight_scale   dtype  (out, in / group_size)  in the source tensor's dtype
-    <p>.weight_shape   int64  (2,)                    out, in
-
-A code has 4 bits unless the recipe says 3; which, a reader knows from words a row and in. It
-dequantizes to q * scale, rounded once to that dtype. q is the nearest code to the source's weight,
-or with base.rounding gptq or tuned to what makes up for others' errors, except where forgetting
-moved it (ortho.split isolate, unlearn); ortho holds every such position. With ortho.split
-reference, codes, scales and every other tensor are those of the reference. Otherwise every other
-tensor keeps its name, dtype, shape and bytes.
-
-**Ortho** holds, for each split `<p>.weight`, a sparse matrix of the positions that forgetting
-moved, and of the most salient ones beside them; with ortho.layout csr as CSR:
-
-    <p>.crow_indices  int32 (out + 1,)  int64 where nnz does not fit
-    <p>.col_indices   uint16 (nnz,)     int32 where in - 1 does not fit; ascending in each row
-    <p>.values        dtype (nnz,)      the source weights themselves, bit for bit; see below
-
-The stream that runs is ortho = values - dequantize(base) at those positions, formed in float32 when
-loaded, so that alpha = 1 is exact there whatever base became. nnz is round(density * out * in), so
-every offset of both files follows from the source's headers (with layout compact, of base alone).
-With ortho.split unlearn, a moved position that saliency would not have kept holds scale * q of the
-source's own nearest code q: alpha = 1 is there the source's own INT4.
-
-With ortho.layout compact ortho holds the same matrix without most of its indices:
-
-    <p>.columns        uint16 (c,)      columns kept in every row, ascending; int32 where in - 1
-                                        does not fit; none where out is 1
-    <p>.column_values  (out, c)         their values
-    <p>.row_counts     uint8 (out,)     other entries of each row; uint16 or int32 where the
-                                        largest count does not fit
-    <p>.col_gaps       uint8 (n,)       for each of those, row by row, the distance from the entry
-                                        before it in its row, less 1 (from the row's start for the
-                                        first): floor(d / 255) bytes of 255, then d mod 255.
-                                        Whole columns count like any other on the way
-    <p>.values         (nnz - out c,)   their values
-    <p>.value_step     float32 (1,)     > 0; with int8 values only
-
-Both hold values in one dtype: the source's (ortho.values source), and then they are what CSR's
-are, bit for bit, or int8 (ortho.values int8) v in [-127, 127], which stand for
-
-    dequantize(base) + v |v| * (step * scale), in float32, rounded once to the source's dtype
-
-with base's scale of each weight's group; v is the nearest to the source's weight in the root, and
-step the largest |w - dequantize(base)| / scale of the tensor's kept weights over 127^2 (1 if that
-is 0). So alpha = 1 is there the source to (|v| + 1/4) * step * scale. (A step for each row would
-cost 16 bits a row, as much as a kept weight; the group's scale is there already.) The matrix has
-one encoding, and readers refuse another.
-
-**Files**: safetensors; tensors by element size (widest first), then name. `__metadata__` in order:
-
-    base   format "pt", ortho_format "ortho/3", role "base", ortho_version, plan_sha256,
-           recipe (canonical JSON)
-    ortho  format "ortho/3", role "ortho", ortho_version, plan_sha256, recipe, source_digest,
-           base_blake3
-
-Base says format "pt" because transformers before 5 refuses any other word there. `base_blake3` is
-the BLAKE3 of model.safetensors. Whether ortho is CSR or compact, the names of its tensors tell; all
-of a file have one layout.
-
-**Older formats** are read as they are. `ortho/1` (layout csr) and `ortho/2` (layout compact) differ
-from `ortho/3` in three things: base is named base.safetensors, the format tells the layout, and
-digests of whole files are SHA-256 (`base_sha256` in ortho's header and in report.json, where
-`ortho/3` has `base_blake3`).
-
-`source_digest` is BLAKE3 over the canonical JSON list of [name, dtype, shape, BLAKE3 of the bytes]
-of every source tensor by name, whatever the sharding. A lone base is a valid artifact; a lone ortho
-is not.
+README.md is the specification of the formats `ortho/1` to `ortho/3`.
 """
 
 from __future__ import annotations
@@ -121,7 +36,7 @@ CHUNK = 1 << 20
 
 
 def canonical_json(value: object) -> str:
-    """One spelling for one value: sorted keys, no spaces; digests are taken over it."""
+    """Spell a value in the one way that digests are taken over: sorted keys, no spaces."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
@@ -145,7 +60,7 @@ def module_of(name: str) -> str:
 def base_specs(
     name: str, *, dtype: str, shape: tuple[int, int], group_size: int, bits: int = 4
 ) -> tuple[TensorSpec, ...]:
-    """Name what base holds of a split tensor: packed codes, scales, shape."""
+    """List the tensors of base for a split weight: packed codes, scales, shape."""
     rows, columns = shape
     module = module_of(name)
     words = columns * bits // 32
@@ -159,7 +74,7 @@ def base_specs(
 def ortho_specs(
     name: str, *, dtype: str, shape: tuple[int, int], nnz: int
 ) -> tuple[TensorSpec, ...]:
-    """Name what ortho holds of a split tensor: CSR row pointers, columns, values."""
+    """List the tensors of ortho for a split weight in layout csr: row pointers, columns, values."""
     rows, columns = shape
     module = module_of(name)
     return (
@@ -183,13 +98,13 @@ def compact_specs(
     gaps: int,
     others: int,
 ) -> tuple[TensorSpec, ...]:
-    """Name what ortho holds of a split tensor in the compact layout.
+    """List the tensors of ortho for a split weight in layout compact.
 
     Args:
         name: the tensor's name.
         dtype: of values; I8 brings a step with it.
         shape: (out, in).
-        columns: columns kept in every row.
+        columns: columns that have an entry in every row.
         counts: dtype of row_counts.
         gaps: bytes of col_gaps.
         others: entries outside of those columns.
@@ -288,14 +203,14 @@ def count_kept(parts: Parts) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """An artifact's headers, and no tensor data but the shapes of what was split."""
+    """An artifact's headers; of tensor data only the shapes of split weights."""
 
     folder: Path
     base: Shard
     ortho: Shard | None
     report: dict[str, object] | None  # as it was parsed; `report.read_report` validates it
     sealed: Path | None  # the file that holds ortho, where that is sealed
-    opened: Opened | None  # what it was opened into; has to live as long as that is read
+    opened: Opened | None  # its content in memory, which lives as long as this reference
     shapes: Mapping[str, tuple[int, int]]  # (out, in) of each split module, from weight_shape
     bits: Mapping[str, int]  # of a code of each of them
 
@@ -306,17 +221,17 @@ class Artifact:
 
     @property
     def form(self) -> str:
-        """The format that base says it is of."""
+        """The format that base names in its header."""
         return self.base.metadata.get("ortho_format", "")
 
     @property
     def digest(self) -> str:
-        """Name the digest that the format takes of whole files."""
+        """Name the digest algorithm of whole files."""
         return digest_of(self.form)
 
     @property
     def kept(self) -> dict[str, Parts]:
-        """What ortho holds of each module, part by part; empty without ortho."""
+        """The tensors of ortho by module and part; empty without ortho."""
         return by_module(self.ortho) if self.ortho else {}
 
     @property
@@ -326,12 +241,12 @@ class Artifact:
 
 
 def digest_of(form: str) -> str:
-    """Name the digest that a format takes of whole files."""
+    """Name the digest algorithm that a format takes of whole files."""
     return "sha256" if form in OLD_LAYOUTS else "blake3"
 
 
 def layout_of(form: str, kept: Mapping[str, Parts]) -> str:
-    """Tell an ortho.layout by the format, or by what ortho holds."""
+    """Tell an ortho.layout by the format, or by the names of ortho's tensors."""
     compact = any("row_counts" in parts for parts in kept.values())
     return OLD_LAYOUTS.get(form, "compact" if compact else "csr")
 
@@ -341,14 +256,14 @@ def is_ours(metadata: dict[str, str]) -> bool:
     return any(metadata.get(key) in FORMATS for key in ("format", "ortho_format"))
 
 
-# Words of our metadata that no other writer has: where one was damaged the others are left.
+# Keys of our metadata that no other writer uses: a damaged header may still have one of them.
 _MARKS = frozenset({"ortho_format", "role", "recipe"})
 
 
 def base_file(folder: Path) -> Path | None:
-    """Find base in a folder, by what it says of itself; None where there is none.
+    """Find base in a folder, by its header; None where there is none.
 
-    A file that cannot be read counts where a report or an ortho stream of ours is beside it.
+    A file that cannot be read counts if a report or an ortho stream of ours is beside it.
     """
     found = _find_base(folder)
     return None if found is None else found[0]
@@ -372,7 +287,7 @@ def _find_base(folder: Path) -> tuple[Path, dict[str, str] | None] | None:
 
 
 def _has_company(folder: Path) -> bool:
-    """Tell whether something beside base says that an artifact was here."""
+    """Tell whether a file beside base shows that the folder is an artifact."""
     sealed = (folder / SEALED_FILE).is_file()
     return sealed or _is_ortho(folder / ORTHO_FILE) or _is_report(folder / REPORT_FILE)
 
@@ -394,11 +309,11 @@ def is_artifact(path: Path, *, damaged: bool = False) -> bool:
 
     Args:
         path: anything.
-        damaged: count a base or ortho that cannot be read, or does not say what it is, where what
-            lies beside it does.
+        damaged: count a base or ortho with a damaged header, if a file beside it shows that the
+            folder is an artifact.
     """
     folder = path if path.is_dir() else path.parent
-    if path.is_dir() or path.name == SEALED_FILE:  # a sealed file cannot speak for itself
+    if path.is_dir() or path.name == SEALED_FILE:  # a sealed file has no header to read
         found = _find_base(folder)
         if found is None:
             return _is_lone_ortho(folder, damaged=damaged)
@@ -411,7 +326,7 @@ def is_artifact(path: Path, *, damaged: bool = False) -> bool:
 
 
 def _is_lone_ortho(folder: Path, *, damaged: bool) -> bool:
-    """Tell an artifact without its base from a folder that keeps an ortho stream beside others."""
+    """Tell an artifact that lost its base: ortho is there, and no other weights are."""
     files = (path for path in folder.glob("*.safetensors") if path.is_file())
     weights = {path.name for path in files} - {ORTHO_FILE}
     there = any((folder / name).is_file() for name in (ORTHO_FILE, SEALED_FILE))

@@ -1,9 +1,9 @@
-"""The compact layout of what ortho keeps of one weight: whole columns, and gaps of one byte.
+"""The compact layout of one weight's ortho: whole columns, and distances of one byte.
 
-CSR spends 16 bits on each column index and 32 on each row. What curvature selects lies in few input
-columns, some of them kept in every row, and otherwise about 1 / density apart: a whole column needs
-no index, and a distance fits a byte. The parts and their rules are in `artifact`'s docstring. There
-is one encoding of a matrix: `decode` refuses every other.
+CSR spends 16 bits on each column index and 32 on each row. Curvature selects few input columns,
+some of them in every row, and other positions about 1 / density apart. So a whole column needs no
+index, and a distance fits a byte. README.md specifies the parts. A matrix has one encoding:
+`decode` refuses every other.
 
 Positions are numpy's, since torch has few operations on uint16; pure, on the CPU, no IO.
 """
@@ -28,15 +28,15 @@ Integers = npt.NDArray[np.int64]
 # Some rows of base: (start, count) -> packed codes, scales.
 BaseRows = Callable[[int, int], tuple[Tensor, Tensor]]
 
-GO_ON = 255  # a gap's byte that says: so many columns further, and another byte follows
+GO_ON = 255  # this byte of a gap adds 255 columns, and another byte follows
 LARGEST = 127  # of an int8 value; -128 is not used
 
 
 class Positions(NamedTuple):
-    """Where a CSR matrix holds entries, in the compact form."""
+    """The positions of a CSR matrix, in the compact form."""
 
     columns: Integers  # (c,) whole columns, ascending
-    whole: npt.NDArray[np.bool_]  # (nnz,) whether an entry of the CSR lies in one of them
+    whole: npt.NDArray[np.bool_]  # (nnz,) whether an entry of the CSR is in one of them
     counts: npt.NDArray[np.generic]  # (out,) of the other entries, in the smallest dtype
     gaps: npt.NDArray[np.uint8]  # (n,)
 
@@ -52,7 +52,7 @@ def encode_positions(crow: Integers, column: Integers, shape: tuple[int, int]) -
         column: (nnz,) int64 in [0, in), ascending in each row.
         shape: (out, in).
     Returns:
-        Whole columns, which entries lie in them, counts and bytes of the others. Where out is 1 no
+        Whole columns, which entries are in them, counts and bytes of the others. Where out is 1 no
         column is whole.
     """
     rows, width = shape
@@ -112,7 +112,7 @@ def decode(parts: Mapping[str, Tensor], shape: tuple[int, int], prefix: str) -> 
         prefix: of the parts' names, for errors.
     Returns:
         crow_indices, col_indices and values, by their names in the artifact, in the dtypes of
-        `streams.ortho_dtypes`; values in the dtype they are stored in.
+        `in_memory.ortho_dtypes`; values in the dtype they are stored in.
     Raises:
         ArtifactError: the parts are no matrix of this shape, or not as `encode` would write it;
             names the part, prefixed.
@@ -181,7 +181,7 @@ def _read_gaps(
 def _check_apart(
     place: npt.NDArray[np.int64], columns: Integers, shape: tuple[int, int], prefix: str
 ) -> None:
-    """Refuse an entry of a whole column among the gaps, and a whole column that hides there."""
+    """Refuse an entry of a whole column among the gaps, and a column that only gaps make whole."""
     rows, width = shape
     held = np.bincount(place, minlength=width) if place.size else np.zeros(1, np.int64)
     twice = columns[held[columns] > 0] if place.size else columns[:0]
@@ -216,11 +216,11 @@ def _check_shapes(parts: Mapping[str, Tensor], shape: tuple[int, int], prefix: s
 
 
 def round_values(values: Tensor, base: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Round what base lacks at the kept positions to int8, finely where it is small.
+    """Round the difference between source and base at ortho's positions to int8.
 
     u = |w - b| / scale,  step = max(u) / 127^2,  v = sign(w - b) round(sqrt(u / step)), halves to
-    even. Scales that leave out ortho's positions leave a few of them far away: with even steps
-    those would make all others coarse.
+    even. The root makes steps fine where the difference is small. With even steps, the few largest
+    differences would make the steps of all others coarse.
 
     Args:
         values: (nnz,) the source's weights w, any float dtype, finite.
@@ -229,7 +229,7 @@ def round_values(values: Tensor, base: Tensor, scales: Tensor) -> tuple[Tensor, 
     Returns:
         v (nnz,) int8 in [-127, 127]; step (1,) float32, > 0: 1 where there is nothing to tell.
         Where step * scale is too small for float32, v is 0.
-    The group's scale is there already; a scale of its own for each row would cost 16 bits a row.
+    The group's scale is in base already; a scale per row would cost 16 bits per row.
     """
     lacks = values.float() - base
     largest = (lacks.abs() / scales).amax().reshape(1) if lacks.numel() else torch.zeros(1)
@@ -246,14 +246,14 @@ def round_values(values: Tensor, base: Tensor, scales: Tensor) -> tuple[Tensor, 
 def restore_values(
     codes: Tensor, step: Tensor, base: Tensor, scales: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Give the weights at alpha = 1 that int8 values stand for.
+    """Restore the weights at alpha = 1 from int8 values.
 
     w = b + v |v| (step * scale), each operation in float32, rounded once to `dtype`.
 
     Args:
         codes: (nnz,) int8 v in [-127, 127].
         step: (1,) float32.
-        base: (nnz,) float32, dequantize(base) b at the kept positions.
+        base: (nnz,) float32, dequantize(base) b there.
         scales: (nnz,) float32, base's scale of each weight's group.
         dtype: the source's.
     Returns:
@@ -271,7 +271,7 @@ def base_at(
     *,
     sizes: Sizes,
 ) -> tuple[Tensor, Tensor]:
-    """Dequantize base at the kept positions, some rows at a time.
+    """Dequantize base at ortho's positions, some rows at a time.
 
     Args:
         read: gives packed codes (count, words) and scales (count, groups) of rows.

@@ -194,7 +194,7 @@ def _check_pair(artifact: Artifact, ortho: Shard) -> None:
     ):
         if left != right:
             raise ArtifactError(
-                f"`{ortho.path}` belongs to {what} {str(left)[:12]}, and what lies beside it "
+                f"`{ortho.path}` belongs to {what} {str(left)[:12]}, and what is beside it "
                 f"is {what} {str(right)[:12]}",
                 hint="put back the file that was written with this base",
             )

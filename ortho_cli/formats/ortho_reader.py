@@ -1,7 +1,7 @@
-"""What ortho keeps of each weight, read from an artifact as CSR, whatever its layout.
+"""Reading the ortho stream of each weight as CSR, whatever its layout.
 
-The one place that knows of layouts when weights are read. (`verify` holds CSR against its rules
-without it, and so without torch.)
+Only this module knows the layouts when weights are read. (`verify` checks CSR without it, and so
+without torch.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ortho_cli.storage.checkpoint import ShardReader, TensorInfo
 
 
 class KeptReader:
-    """An artifact's ortho stream, open; gives one weight's entries at a time, checked."""
+    """An open ortho stream; it reads and checks one weight at a time."""
 
     def __init__(self, artifact: Artifact, *, sizes: Sizes = DEFAULT_SIZES) -> None:
         """Open both files, which must still be those whose headers were read.
@@ -65,7 +65,7 @@ class KeptReader:
         self._reader.close()
 
     def csr(self, module: str) -> dict[str, Tensor]:
-        """Read what ortho keeps of a module's weight.
+        """Read the ortho of a module's weight.
 
         Args:
             module: one of the artifact's `split`.

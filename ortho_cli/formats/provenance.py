@@ -1,4 +1,4 @@
-"""Where an artifact comes from: its source, recipe, plan and the version that made it."""
+"""Provenance of an artifact: its source, recipe, plan and the version that made it."""
 
 from __future__ import annotations
 
@@ -27,15 +27,6 @@ class Origin:
     recipe: dict[str, object]
     versions: dict[str, str | None]
     source_digest: str | None
-
-    def to_json(self) -> dict[str, object]:
-        """Spell it as report.json does."""
-        return {
-            "plan_sha256": self.plan_sha256,
-            "recipe": self.recipe,
-            "versions": self.versions,
-            "source_digest": self.source_digest,
-        }
 
 
 def provenance(artifact: Artifact, report: Report | None) -> Origin:

@@ -1,15 +1,14 @@
-"""What readers of base are told: which Linears are INT4 or INT3, and where each tensor lies."""
+"""`quantization_config` of config.json, by which compressed-tensors reads base, and the index."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
 
 from ortho_cli.formats.artifact import BASE_FILE
 
-# vLLM runs the experts of a layer as one module, and looks up its scheme under these three names,
-# whatever the file calls them.
+# vLLM runs the experts of a layer as one module, and looks up its scheme by these three names,
+# whatever their names in the file are.
 _EXPERT = re.compile(r"(?P<expert>(?:.*\.)?experts\.(?:expert_)?\d+)\.(?P<leaf>.+)$")
 _ASKED = ("gate_proj", "up_proj", "down_proj")
 _ASKED_AS = {
@@ -25,8 +24,8 @@ def quantization_config(
     unsplit: Sequence[str],
     group_size: int,
     others: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Tell a reader of compressed-tensors which Linears are INT4, and which INT3.
+) -> dict[str, object]:
+    """Make the `quantization_config` that names INT4 and INT3 Linears for compressed-tensors.
 
     Args:
         split: bits of a code of each module that was split.
@@ -96,10 +95,10 @@ def patterns(modules: Sequence[str], *, against: Sequence[str]) -> list[str]:
     r"""Write patterns that match all `modules`, under other prefixes too, and none `against`.
 
     `model.layers.7.mlp.up_proj` becomes `re:(.*\.)?layers\.\d+\.mlp\.up_proj$`: layer numbers are
-    folded, and what stands before `layers` is left open, since readers rename it (transformers
+    folded, and the part before `layers` is left open, since readers rename it (transformers
     prefixes vision-language models, vLLM its own). Where that would catch a module of the other
     side, a lookahead rules out the path parts that only the other side has (`vision_tower`); then
-    numbers are spelled out; at last the name stands as it is.
+    numbers are spelled out; as the last resort the pattern is the plain name.
     """
     others = _Names(against)
     found: dict[str, None] = {}
@@ -168,7 +167,7 @@ def _pattern(module: str, others: _Names) -> str:
     return module
 
 
-def index(keys: Iterable[str], *, total_size: int) -> dict[str, Any]:
+def index(keys: Iterable[str], *, total_size: int) -> dict[str, object]:
     """Make the index without which transformers does not find base."""
     return {
         "metadata": {"total_size": total_size},

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -54,10 +53,10 @@ class Row(Figures):
     action: str
     dtype: str
     shape: list[int]
+    bits: int | None = None  # of a code; the first reports do not tell: it was 4 throughout
     bits_per_weight: Figure | None
-    bits: int | None = None
     nnz: int | None = None
-    columns: int | None = None
+    columns: int | None = None  # whole ones, of a compact ortho
     source_blake3: str | None = None
     blake3: dict[str, dict[str, str]] | None = None  # file -> tensor in it -> digest
 
@@ -94,35 +93,7 @@ class Report(Validated):
         return found
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorRecord:
-    """What headers tell of a tensor, with the keys that it has in report.json."""
-
-    name: str
-    action: str
-    dtype: str
-    shape: tuple[int, ...]
-    bits_per_weight: float
-    bits: int | None = None  # of a code; None for what was not split
-    nnz: int | None = None
-    columns: int | None = None  # whole ones, of a compact ortho
-
-    def to_json(self) -> dict[str, object]:
-        """Spell it as report.json does."""
-        found: dict[str, object] = {
-            "name": self.name,
-            "action": self.action,
-            "dtype": self.dtype,
-            "shape": list(self.shape),
-        }
-        if self.action == "copy":
-            return {**found, "bits_per_weight": self.bits_per_weight}
-        columns = {} if self.columns is None else {"columns": self.columns}
-        found |= {"bits": self.bits, "bits_per_weight": self.bits_per_weight, "nnz": self.nnz}
-        return {**found, **columns}
-
-
-def records_of(artifact: Artifact) -> Iterator[TensorRecord]:
+def rows_from_headers(artifact: Artifact) -> Iterator[Row]:
     """List the tensors of the source by the artifact's headers: split ones, then the others."""
     base = {tensor.name: tensor for tensor in artifact.base.tensors}
     kept = artifact.kept
@@ -132,24 +103,26 @@ def records_of(artifact: Artifact) -> Iterator[TensorRecord]:
         mine = kept.get(module, {})
         parts = [packed, scale, base[f"{module}.weight_shape"], *mine.values()]
         rows, columns = artifact.shapes[module]
-        yield TensorRecord(
-            name=f"{module}.weight",
-            action="split",
-            dtype=scale.dtype,
-            shape=(rows, columns),
-            bits=artifact.bits[module],
-            bits_per_weight=round(8 * sum(p.nbytes for p in parts) / (rows * columns), 4),
-            nnz=count_kept(mine) if mine else None,
-            columns=mine["columns"].numel if "columns" in mine else None,
-        )
+        row: dict[str, object] = {
+            "name": f"{module}.weight",
+            "action": "split",
+            "dtype": scale.dtype,
+            "shape": [rows, columns],
+            "bits": artifact.bits[module],
+            "bits_per_weight": round(8 * sum(p.nbytes for p in parts) / (rows * columns), 4),
+            "nnz": count_kept(mine) if mine else None,
+        }
+        if "columns" in mine:
+            row["columns"] = mine["columns"].numel
+        yield Row.model_validate(row)
     for tensor in artifact.base.tensors:
         module, _, part = tensor.name.rpartition(".")
         if module not in split or part not in ("weight_packed", "weight_scale", "weight_shape"):
-            yield TensorRecord(
+            yield Row(
                 name=tensor.name,
                 action="copy",
                 dtype=tensor.dtype,
-                shape=tensor.shape,
+                shape=list(tensor.shape),
                 bits_per_weight=8 * tensor.nbytes / tensor.numel if tensor.numel else 0.0,
             )
 
@@ -164,17 +137,17 @@ def read_report(artifact: Artifact) -> Report | None:
         return None
     path = artifact.folder / REPORT_FILE
     report = _validate(artifact, artifact.report, path)
-    records = {record.name: record for record in records_of(artifact)}
+    mine = {row.name: row for row in rows_from_headers(artifact)}
     told = set()
     for row in rows_of(report, path):
         if row.name in told:
             raise damaged(path, f"`{row.name}` is twice in `tensors`")
         told.add(row.name)
-        if row.name in records:
-            _check_row(row, records[row.name], path, has_ortho=artifact.ortho is not None)
-    for name in sorted(told ^ records.keys()):
+        if row.name in mine:
+            _check_row(row, mine[row.name], path, has_ortho=artifact.ortho is not None)
+    for name in sorted(told ^ mine.keys()):
         raise damaged(path, f"tensor `{name}` is not in both the report and {artifact.base.name}")
-    _check_totals(artifact, list(records.values()), report.totals, path)
+    _check_totals(artifact, list(mine.values()), report.totals, path)
     return report
 
 
@@ -211,31 +184,21 @@ def rows_of(report: Report, path: Path) -> Iterator[Row]:
             raise damaged(path, fault(error, inside=("tensors", str(number)))) from None
 
 
-def _check_row(row: Row, record: TensorRecord, path: Path, *, has_ortho: bool) -> None:
-    # The first reports do not say `bits`: it was 4 throughout.
-    bits = 4 if row.bits is None and row.action == "split" else row.bits
-    pairs: list[tuple[str, object, object]] = [
-        ("action", row.action, record.action),
-        ("dtype", row.dtype, record.dtype),
-        ("shape", row.shape, list(record.shape)),
-        ("bits", bits, record.bits),
-    ]
-    if has_ortho:
-        pairs += [("nnz", row.nnz, record.nnz), ("columns", row.columns, record.columns)]
-    for key, said, mine in pairs:
-        if said != mine:
-            raise damaged(path, f"`{key}` of `{row.name}` is {said!r}, not {mine!r}")
+def _check_row(row: Row, mine: Row, path: Path, *, has_ortho: bool) -> None:
+    for key in ("action", "dtype", "shape", "bits", *(("nnz", "columns") if has_ortho else ())):
+        said = getattr(row, key)
+        if key == "bits" and said is None and row.action == "split":
+            said = 4
+        if said != getattr(mine, key):
+            raise damaged(path, f"`{key}` of `{row.name}` is {said!r}, not {getattr(mine, key)!r}")
 
 
-def _check_totals(
-    artifact: Artifact, records: list[TensorRecord], totals: Totals, path: Path
-) -> None:
+def _check_totals(artifact: Artifact, rows: list[Row], totals: Totals, path: Path) -> None:
     """Hold the totals that headers tell, too, against them."""
-    split = [record for record in records if record.action == "split"]
-    weights = sum(math.prod(record.shape) for record in records)
-    split_weights = sum(math.prod(record.shape) for record in split)
+    split = [row for row in rows if row.action == "split"]
+    weights, split_weights = (sum(math.prod(row.shape) for row in some) for some in (rows, split))
     mine: dict[str, float] = {
-        "tensors": len(records),
+        "tensors": len(rows),
         "split_tensors": len(split),
         "weights": weights,
         "split_weights": split_weights,
@@ -243,7 +206,7 @@ def _check_totals(
     }
     if artifact.ortho is not None:
         size = artifact.base.size + artifact.ortho.size
-        nnz = sum(record.nnz or 0 for record in split)
+        nnz = sum(row.nnz or 0 for row in split)
         mine |= {
             "ortho_bytes": artifact.ortho.size,
             "nnz": nnz,

@@ -35,9 +35,6 @@ def fault(error: ValidationError, *, inside: Sequence[str] = ()) -> str:
     if first["type"] == "missing":
         return f"`{key}` is missing"
     wanted = first["msg"].removeprefix("Input should be ")
-    return f"`{key}` is {shown(first['input'])}, not {shown_bound(wanted)}"
-
-
-def shown_bound(text: str) -> str:
-    """Shorten what pydantic says of a bound: it spells 1e300 with all its digits."""
-    return text if len(text) <= 80 else "a number that can be shown"
+    if len(wanted) > 80:  # pydantic spells the bound of 1e300 with all its digits
+        wanted = "a number that can be shown"
+    return f"`{key}` is {shown(first['input'])}, not {wanted}"

@@ -1,35 +1,6 @@
-"""Curvature statistics: how much each weight matters, in one safetensors file, `ortho-stats/1`.
+"""Curvature statistics, `ortho-stats/1`: the header, validated, and the tensors of each weight.
 
-For each measured `<p>.weight` of shape (out, in), with `storage` full:
-
-    <p>.retain_curvature  (out, in)  bf16 or f32  mean over sequences of (dNLL / dW)^2   kind fisher
-                          (in,)      f32          mean over tokens of x^2                kind gram
-    <p>.forget_curvature  (out, in)  as retain_curvature, over the forget set alone
-    <p>.forget_gradient   (out, in)  mean over sequences of dNLL / dW, over the forget set
-
-and with `storage` factored, where curvature(o, i) stands for rows(o) * columns(i):
-
-    <p>.retain_curvature_rows     (out,)  f32  mean of each row
-    <p>.retain_curvature_columns  (in,)   f32  mean of each column / mean of all
-
-With `gram` full there is, beside these and whatever the kind and storage,
-
-    <p>.retain_gram  (in, in)  f32  sum over positions of u_t x_t x_t^T / number of counted tokens
-
-exactly symmetric, and positive semidefinite up to rounding. With `weighting` none, u_t is 1 where
-the token after position t is predicted and counts, and 0 elsewhere. With `weighting` gradient (not
-of kind gram), u_t = mean over output features o of (dNLL / dy_to)^2, whatever kind of labels the
-curvature has: the Fisher's Kronecker factor on the side of the inputs, each position with its own
-weight.
-
-NLL is in nats, summed over a sequence's counted tokens. The two sets never share a sum.
-`__metadata__`, all strings, in this order: format, kind, unit, storage, gram and weighting (only
-where gram is full), source_digest (as in the artifact), data (JSON: set -> sequences, tokens,
-BLAKE3 of the files), recipe (canonical JSON of `calibrate`), versions (JSON), tensors (JSON: name
--> shape, source_blake3, mean, overlap), digests (JSON: key -> BLAKE3 of its bytes).
-
-A file with a forget part is as sensitive as the private data: gradients give text back. It is
-written for its owner alone.
+README.md is the specification.
 """
 
 from __future__ import annotations
@@ -88,7 +59,7 @@ class _Header(Validated):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """The header of a statistics file; no tensor data is held."""
+    """The header of a statistics file; no tensor data is in memory."""
 
     path: Path
     shard: Shard
@@ -101,12 +72,12 @@ class Statistics:
 
     @property
     def infos(self) -> dict[str, TensorInfo]:
-        """Where each tensor of the file lies."""
+        """The place of each tensor in the file, by name."""
         return {tensor.name: tensor for tensor in self.shard.tensors}
 
     @property
     def digest(self) -> str:
-        """BLAKE3 over the digests of all tensors: names this file's content."""
+        """BLAKE3 over the digests of all tensors: the fingerprint of the file's content."""
         return blake3(canonical_json(self.digests).encode()).hexdigest()
 
     @property
@@ -150,7 +121,7 @@ def specs(
     forget: bool,
     gram: bool,
 ) -> tuple[TensorSpec, ...]:
-    """Name what the file holds of one weight.
+    """List the tensors of one weight.
 
     Args:
         name: the weight, `<p>.weight`.

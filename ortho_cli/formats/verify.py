@@ -1,11 +1,11 @@
-"""Reading an artifact back: what it says it holds, and every byte against digests and rules."""
+"""Verifying an artifact: every byte against digests and the rules of the format; describing it."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from blake3 import blake3
@@ -27,7 +27,7 @@ from ortho_cli.formats.artifact import (
     spelled,
 )
 from ortho_cli.formats.provenance import provenance
-from ortho_cli.formats.report import Report, read_report, records_of, rows_of
+from ortho_cli.formats.report import Report, read_report, rows_from_headers, rows_of
 from ortho_cli.split.dtypes import DTYPES
 from ortho_cli.storage import side_files, strict_json
 from ortho_cli.storage.checkpoint import Shard, ShardReader, TensorInfo
@@ -55,8 +55,8 @@ def describe(artifact: Artifact) -> dict[str, object]:
         return {**artifact.report, "files": present}
     return {
         "format": artifact.form,
-        **origin.to_json(),
-        "tensors": [record.to_json() for record in records_of(artifact)],
+        **asdict(origin),
+        "tensors": [row.model_dump(exclude_unset=True) for row in rows_from_headers(artifact)],
         "files": present,
     }
 
@@ -222,7 +222,7 @@ def _verify_ortho(artifact: Artifact, ortho: Shard, reader: ShardReader) -> None
 
 
 def _verify_csr(reader: ShardReader, parts: Parts, width: int, prefix: str) -> None:
-    """Hold a weight's CSR against the rules, piece by piece; only its row pointers are held."""
+    """Check one weight's CSR piece by piece; only its row pointers are in memory whole."""
     import numpy as np
 
     def numbers(info: TensorInfo) -> Iterator[csr.Integers]:

@@ -87,7 +87,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Index a `.safetensors` file, a folder with one, or a sharded folder with its index.
 
     Args:
-        path: file or folder. A bare file stands alone: what lies beside it is not read.
+        path: file or folder. Of a bare file, nothing beside it is read.
     Returns:
         The index; tensors sorted by name.
     Raises:
@@ -548,7 +548,7 @@ _HUB_PARTS = ("snapshots", "blobs", "refs")
 
 
 def hub_name(path: Path) -> str | None:
-    """Name the repository of the Hub in whose cache a path lies; None for any other place.
+    """Name the repository of a path in the Hub's cache; None for a path elsewhere.
 
     The cache holds `models--org--name/snapshots/<revision>/`, whose files are links to `blobs/`.
     A folder inside the snapshot adds its name: `name-transformer`.

@@ -39,7 +39,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
-    """Where a tensor of a file to be written lies, from byte 0 of the file."""
+    """The place of a tensor in a file to be written, from byte 0 of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -171,7 +171,7 @@ class DataFile:
 
 
 class Output(Protocol):
-    """What takes parts of tensors."""
+    """A file that takes parts of tensors."""
 
     def write(self, key: str, data: memoryview, *, start: int) -> None:
         """Write part of a tensor, `start` bytes into it."""
@@ -227,12 +227,12 @@ class Frontier:
     """How far a file is complete from its first byte on."""
 
     def __init__(self, layout: Layout, owners: Mapping[str, str], *, done: Iterable[str]) -> None:
-        """Say who writes what.
+        """Begin at the end of the header, which is written.
 
         Args:
             layout: of the file, whose header is written.
-            owners: who writes each of its tensors.
-            done: owners whose tensors are written.
+            owners: the source tensor that each of its tensors is made from.
+            done: owners all of whose tensors are written.
         """
         self._ends = [
             (region.offset + region.nbytes, owners[key]) for key, region in layout.regions.items()
@@ -242,7 +242,7 @@ class Frontier:
         self.offset = len(layout.header)
 
     def finish(self, owners: Iterable[str]) -> None:
-        """Count what these write as written; `offset` is where the first gap begins."""
+        """Count the tensors of these owners as written; `offset` moves to the first gap."""
         self._done.update(owners)
         while self._next < len(self._ends) and self._ends[self._next][1] in self._done:
             self.offset = self._ends[self._next][0]

@@ -1,7 +1,7 @@
-"""What a file system may lack, and what is done without it: sync, reserved space, permissions.
+"""Calls that a file system may lack: sync, reserved space, permissions; and how to do without.
 
 NFS, CIFS, 9p, FUSE, FAT and Lustre each leave out some calls. Where a result is as good without
-one, its absence is no error: functions here return False then, and whoever calls says so once.
+one, its absence is no error: functions here return False then, and their caller notes it once.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
     4. the same of diffusers, index first: diffusion_pytorch_model.safetensors[.index.json]
 
 What transformers would not find is read, too, where only one reading is possible: the only index,
-the only file, the only whole set of shards. Whatever lies beside is not read, and noted.
+the only file, the only whole set of shards. Other weights beside them are noted, and not read.
 Source: transformers 5.23, modeling_utils._get_checkpoint_files; 4.57 has the same order.
 """
 
@@ -246,7 +246,7 @@ def _folders_below(folder: Path) -> list[Path]:
 def read_index(
     path: Path, *, suffix: str = SUFFIX, notes: list[str] | None = None
 ) -> dict[str, str]:
-    """Read a weight_map; every file in it lies in the index's folder, or below, and exists.
+    """Read a weight_map; every file in it exists, in the index's folder or below.
 
     Raises:
         CheckpointError: it is no index, or a file that it names is elsewhere or not there.

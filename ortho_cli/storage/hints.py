@@ -1,4 +1,4 @@
-"""Words for hints: whole commands that can be pasted, with the user's own path in them."""
+"""Hints of error messages: whole commands to paste, with the user's own path in them."""
 
 from __future__ import annotations
 

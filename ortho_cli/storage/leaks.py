@@ -1,7 +1,7 @@
 """What must not be copied into a folder that may be published: weights and secrets.
 
-They are told by name and by bytes. A wrong "yes" costs a file that is left out (and named), a
-wrong "no" is a leak: so more counts as weights here than `sniff` has words for. Standard library
+Names and bytes decide. A wrong "yes" costs a file that is left out (and named), a wrong "no" is a
+leak: so more counts as weights here than `sniff` has words for. Standard library
 only.
 """
 
@@ -18,7 +18,9 @@ from typing import BinaryIO, Literal
 from ortho_cli.storage import sniff
 from ortho_cli.storage.untrusted import open_regular
 
-HEAD = 1 << 16  # bytes: every magic number lies in the first few hundred, a JSON line mostly too
+HEAD = (
+    1 << 16
+)  # bytes: every magic number is in the first few hundred, and most JSON lines end here
 PIECE = 1 << 20  # bytes read at a time
 OVERLAP = 256  # bytes of a piece that are looked at with the next: longer than any pattern below
 SMALL = 1 << 16  # bytes: a sentencepiece model of less is not looked into
@@ -103,7 +105,7 @@ def names_secret(name: str) -> bool:
 def leads_to_secret(path: Path) -> bool:
     """Tell whether a link, or one that it leads to, names a secret or a place of secrets.
 
-    Folders that the link itself lies in say nothing: the whole model may lie in `secrets/`.
+    The folders of the link itself do not count: the whole model may be in `secrets/`.
     """
     own = {*Path(os.path.abspath(path)).parents, *path.parent.resolve().parents}  # noqa: PTH100
     for hop in _hops(path):

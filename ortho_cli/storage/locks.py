@@ -40,17 +40,17 @@ class Lock:
 
     @property
     def is_file(self) -> bool:
-        """Whether a file that says who holds it stands in for a lock of the system."""
+        """Whether a holder's file takes the place of a lock of the system."""
         return self._holder is not None
 
     def take(self) -> None:
         """Make the folder and lock it.
 
         Raises:
-            OutputExistsError: says who holds it.
+            OutputExistsError: another process holds it, and is named.
         """
         while self._fd < 0:
-            # Whoever finished just now may have taken the folder away between two looks of mkdir.
+            # A run that just finished may have removed the folder between two looks of mkdir.
             with contextlib.suppress(FileExistsError):
                 self._folder.mkdir(parents=True, exist_ok=True)
             if os.path.lexists(self._folder) and not self._folder.is_dir():
@@ -98,7 +98,7 @@ class Lock:
         return False
 
     def _take_file(self) -> bool:
-        """Make a file that says who we are, where nobody who may be alive has one."""
+        """Make a holder's file of our own, unless a process that may be alive has one."""
         known = self._holders()
         self._refuse(known)
         mine = self._folder / f"{HOLDER}{max(known, default=0) + 1}"

@@ -51,7 +51,7 @@ def check_output(
         out: where the result would go.
         sources: files and folders that are read.
         force: replace what is there, if `is_ours` says that we made it.
-        is_ours: tells a result of the same kind from anything else.
+        is_ours: whether a path is a result of the same kind.
         kind: what is made, for messages.
         is_file: the result is a file, not a folder.
     Raises:

@@ -267,7 +267,7 @@ def key_of(work: WorkFolder, seal: Seal, keys: Keys | None, on_event: EventSink)
 
 
 class SealedFile:
-    """A scratch file of sealed parts, which stands in for a `DataFile` of ortho."""
+    """A scratch file of sealed parts, used in place of a `DataFile` of ortho."""
 
     def __init__(self, work: WorkFolder, name: str, layout: Layout, key: WorkKey) -> None:
         """Open it; each tensor of the layout has a slot of its own."""
@@ -416,7 +416,7 @@ def open_sealed(path: Path, keys: Keys) -> Opened:
     """Open a sealed ortho; all of it is authenticated before any of it is used.
 
     Args:
-        path: the file; `ortho.key.age` lies beside it if a passphrase opens it.
+        path: the file; `ortho.key.age` is beside it if a passphrase opens it.
         keys: what may open it.
     Returns:
         Its content, as large as ortho.safetensors, in memory.

@@ -1,4 +1,4 @@
-"""Side files: what is copied from a model's folder into an output beside the weights, and what not.
+"""Side files: which files of a model's folder are copied into an output beside the weights.
 
 Decompose, convert and `Engine.save` share this one rule, since their output may be published:
 
@@ -157,7 +157,7 @@ class SideFiles:
         arguments = _Arguments(self.folder, self.arguments)
         for file in self.copied:
             path = self.folder / file.source
-            # One that vanished is told of by whoever copies it.
+            # `WorkFolder.copy_file` refuses one that vanished.
             if path.is_file() and (why := _refuse(path, file.source, arguments, file.kind)):
                 raise CheckpointError(
                     f"`{path}` changed while the model was read, and is not copied now: {why}",
@@ -208,7 +208,7 @@ def _check_config(path: Path) -> None:
 
 
 def choose_none(path: Path, copy: Sequence[str] = ()) -> SideFiles:
-    """Copy nothing: the model is one file, and what lies beside it need not be its own.
+    """Copy nothing: the model is one file, and other files beside it need not belong to it.
 
     Raises:
         UsageError: something was to be copied nevertheless.
@@ -319,7 +319,7 @@ class _Arguments:
         for path in self.paths:
             try:
                 status, found = path.stat(), path.resolve()
-            except (OSError, RuntimeError, ValueError):  # whoever reads it says so
+            except (OSError, RuntimeError, ValueError):  # its reader reports it
                 continue
             self._inodes.add((status.st_dev, status.st_ino))
             if stat.S_ISDIR(status.st_mode) and not inside.is_relative_to(found):

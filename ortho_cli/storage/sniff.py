@@ -1,8 +1,8 @@
-"""What a file is by its first bytes, where its name says something else.
+"""Sniffing: the kind of a file by its first bytes, whatever its name says.
 
-Downloads fail in a few known ways: a Git LFS pointer, a web page or an error message lies where
-weights should be. Told by name, each has a way out; "damaged" has none. A kind is the words that a
-message names it with. Standard library only.
+Downloads fail in a few known ways: a Git LFS pointer, a web page or an error message is in
+place of the weights. Each has a remedy once it is named; "damaged" has none. A kind is spelled as a
+message names it. Standard library only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""JSON that strangers wrote: one object, checked before it is believed, bounded in memory."""
+"""Strict parsing of JSON that strangers wrote: one object, bounded in memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ENTRY_VALUES = 6  # commas, brackets and braces in one, without those of its sh
 
 
 def _doubled(pairs: list[tuple[str, object]]) -> Iterator[str]:
-    """Name the keys that stand twice with different values; the same value twice is no question."""
+    """Name the keys that occur twice, with different values."""
     found: dict[str, object] = {}
     for key, value in pairs:
         if found.setdefault(key, value) != value:
@@ -36,7 +36,7 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
         for key in _doubled(pairs):
-            raise ValueError(f"key {key!r} stands twice, with different values")
+            raise ValueError(f"key {key!r} occurs twice, with different values")
     return found
 
 
@@ -85,7 +85,7 @@ def parse(
     def last_counts(pairs: list[tuple[str, object]]) -> dict[str, object]:
         if notes is not None and len(found := dict(pairs)) != len(pairs):
             twice = _doubled(pairs)
-            notes.extend(f"`{key}` stands twice in {what}: the last counts" for key in twice)
+            notes.extend(f"`{key}` occurs twice in {what}: the last counts" for key in twice)
             return found
         return _no_duplicates(pairs)
 

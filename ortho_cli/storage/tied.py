@@ -1,4 +1,4 @@
-"""Output heads that are the embedding: what config.json says of them, or the model type does."""
+"""Tied output heads, which are the embedding: by config.json, or by the model type."""
 
 from __future__ import annotations
 

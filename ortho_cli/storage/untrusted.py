@@ -1,4 +1,4 @@
-"""What strangers wrote: only regular files are opened, and no code of theirs runs unasked."""
+"""Files of strangers: only regular ones are opened, and their code runs only when it is trusted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TRUSTED = ContextVar("trusted", default=False)
 
 @contextmanager
 def trusting(code: bool) -> Iterator[None]:
-    """Let models that are loaded meanwhile run the Python that lies in their folders, or not."""
+    """Set whether models that are loaded within may run the Python in their folders."""
     before = _TRUSTED.set(code)
     try:
         yield
@@ -25,7 +25,7 @@ def trusting(code: bool) -> Iterator[None]:
 
 
 def is_trusted() -> bool:
-    """Tell whether code that lies beside weights may run; left open, transformers would ask."""
+    """Tell whether code beside weights may run; transformers asks where it is not told."""
     return _TRUSTED.get()
 
 

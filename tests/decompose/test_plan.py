@@ -377,7 +377,7 @@ def test_check_output_refuses_what_would_lose_something(pico: Path, artifact: Pa
     loop.symlink_to(loop)
     with pytest.raises(OutputExistsError, match="leads nowhere"):
         check(loop, opened, force=False)
-    with pytest.raises(UsageError, match="lies under the file"):
+    with pytest.raises(UsageError, match="is under the file"):
         check(file / "out", opened, force=False)
     with pytest.raises(UsageError, match="is a mount point"):
         check(Path("/proc"), opened, force=False)

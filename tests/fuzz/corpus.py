@@ -192,10 +192,10 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "NaN": (raw_file(b'{"a": NaN}'), "NaN is not JSON"),
     "-Infinity": (raw_file(b'{"a": -Infinity}'), "-Infinity is not JSON"),
     "a number of 5000 digits": (raw_file(b'{"a": ' + b"9" * 5000 + b"}"), "is not valid JSON"),
-    "a key twice": (raw_file(b'{"a": 1, "a": 2}'), "'a' stands twice"),
+    "a key twice": (raw_file(b'{"a": 1, "a": 2}'), "'a' occurs twice"),
     "a dtype twice": (
         raw_file(b'{"w": {"dtype": "F32", "dtype": "I8", "shape": [], "data_offsets": [0, 4]}}'),
-        "'dtype' stands twice",
+        "'dtype' occurs twice",
     ),
     "nothing": (raw_file(b"{}"), "holds no tensors"),
     "metadata only": (raw_file(b'{"__metadata__": {"a": "b"}}'), "holds no tensors"),

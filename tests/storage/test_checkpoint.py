@@ -41,7 +41,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "a lone surrogate": (raw_file({"\ud800": entry()}, bytes(8)), "is not valid JSON"),
     "nested too deeply": (raw_file(b'{"a":' * 20_000), "is not valid JSON"),
     "NaN in JSON": (raw_file(b'{"a": NaN}'), "is not valid JSON"),
-    "a key twice": (raw_file(b'{"a": 1, "a": 2}'), "stands twice, with different values"),
+    "a key twice": (raw_file(b'{"a": 1, "a": 2}'), "occurs twice, with different values"),
     "metadata of numbers": (raw_file({"__metadata__": {"a": 1}}), "not a map of strings"),
     "entry not an object": (raw_file({"w": 3}), "is not described by"),
     "entry without shape": (raw_file({"w": {"dtype": "F32", "data_offsets": [0, 0]}}), "described"),
@@ -265,7 +265,7 @@ def test_read_shard_one_name_for_two_tensors_is_refused(tmp_path: Path) -> None:
     path.write_bytes(
         raw_file(TWICE.replace(b"[2]", b"[1]", 1) + b'"data_offsets":[0,8]}}', bytes(8))
     )
-    with pytest.raises(CheckpointError, match="stands twice, with different values"):
+    with pytest.raises(CheckpointError, match="occurs twice, with different values"):
         checkpoint.read_shard(path)
 
 
