@@ -90,7 +90,10 @@ def inspect(
             hint="leave --verify out",
         )
     else:
+        from ortho_cli.decompose.plan import check_statistics
+
         checkpoint, plan = plan_of(path, stats, recipe, sets, workers)
+        check_statistics(plan, checkpoint)
         output.show_plan(settled(plan, checkpoint, output=output), path)
 
 

@@ -93,7 +93,7 @@ def plan_of(
     from ortho_cli.convert.sources.adapters import refuse_adapter
     from ortho_cli.decompose.plan import choose_side_files, make_plan
     from ortho_cli.decompose.recipe import load_recipe
-    from ortho_cli.formats.statistics import check_model, open_statistics
+    from ortho_cli.formats.statistics import open_statistics
     from ortho_cli.storage.checkpoint import open_checkpoint
 
     settings = load_recipe(recipe, sets or ())
@@ -112,8 +112,6 @@ def plan_of(
         workers=workers or _cores(),
         side=choose_side_files(checkpoint, statistics, before, copy=copy or (), arguments=given),
     )
-    if statistics is not None:
-        check_model(statistics, checkpoint, [tensor.source for tensor in plan.split])
     split, tensors = len(plan.split), len(plan.tensors)
     log.info(
         "plan %s splits %d of %d tensors, %d workers", plan.sha256, split, tensors, plan.workers

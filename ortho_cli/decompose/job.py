@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 from ortho_cli.decompose.edits import Edits, Key, Room, check_edits, count, load_edits, save_edits
 from ortho_cli.decompose.identity import identity_of
 from ortho_cli.decompose.kernels import Kernels
-from ortho_cli.decompose.plan import Plan, TensorPlan, check_memory
+from ortho_cli.decompose.plan import Plan, TensorPlan, check_memory, check_statistics
 from ortho_cli.decompose.recheck import Recheck
 from ortho_cli.decompose.record import TensorRecord
 from ortho_cli.decompose.report import Report, make_config, make_report
@@ -114,7 +114,7 @@ def check_target(
     seal: Seal | None = None,
     reads: Iterable[Path] = (),
 ) -> Target:
-    """Refuse an output that would lose something, or work that disk or memory cannot hold.
+    """Refuse an output that would lose something, and work that cannot be done as planned.
 
     Args:
         plan: made from `checkpoint`.
@@ -127,11 +127,13 @@ def check_target(
         OutputExistsError: something is at `out`.
         UsageError: `out` is a file that is read, or inside or around one.
         ResourceError: disk or memory is too small.
+        CalibrationError: the statistics are of another model.
     """
     sources = [*files_of(checkpoint, *plan.inputs), *reads]
     target = job.check_target(out, KIND, sources, force=force)
     target.check_space(plan.bytes_on_disk + scratch_bytes(plan.ortho, seal))
     check_memory(plan)
+    check_statistics(plan, checkpoint)
     return target
 
 

@@ -27,7 +27,7 @@ from ortho_cli.decompose.survey import Survey
 from ortho_cli.errors import CheckpointError, RecipeError, ResourceError
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import canonical_json
-from ortho_cli.formats.statistics import Statistics, check_weights
+from ortho_cli.formats.statistics import Statistics, check_model, check_weights
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.storage.data_file import Layout, TensorSpec, plan_layout
@@ -622,6 +622,16 @@ def _buffer_bytes(
         held += 28 * columns**2 + 88 * sizes.rows("gptq", tensor.source.shape) * columns
         held += 2 * tensor.base[1].nbytes + 8 * tensor.k
     return tile + candidates + held + ((20 if tensor.k < numel else 8) + 2 * more) * tensor.k
+
+
+def check_statistics(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Refuse statistics of another model, by a weight that is read for it.
+
+    Raises:
+        CalibrationError: they are.
+    """
+    if plan.statistics is not None and plan.split:
+        check_model(plan.statistics, checkpoint, [tensor.source for tensor in plan.split])
 
 
 def check_memory(plan: Plan) -> None:

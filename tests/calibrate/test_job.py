@@ -211,7 +211,7 @@ def test_header_says_where_it_comes_from(ortho: Ortho, model: Path) -> None:
     report = json.loads((model.parent / "pico-ortho" / "report.json").read_text())
     assert found.source_digest == report["source_digest"]
     digests = {t["name"]: t["source_blake3"] for t in report["tensors"]}
-    assert all(entry["source_blake3"] == digests[name] for name, entry in found.tensors.items())
+    assert all(entry.source_blake3 == digests[name] for name, entry in found.tensors.items())
 
 
 def calibrate_and_die(model: Path, sequences: int) -> None:

@@ -684,7 +684,7 @@ def test_cli_inspect_statistics_shows_tensors_sets_and_the_warning(
 ) -> None:
     ran = ortho("inspect", stats)
     assert ran.code == 0, ran.err
-    for text in ("fisher curvature of 14 tensors", "a sequence squared", "full storage", DOWN,
+    for text in ("fisher curvature of 14 tensors", "squared per sequence", "full storage", DOWN,
                  "64 x 192", "1e-09", "retain set: 8 sequences, 4,096 tokens"):  # fmt: skip
         assert text in ran.err
     assert "overlap" not in ran.err

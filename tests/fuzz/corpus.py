@@ -390,10 +390,13 @@ add(
     ),
     found_nested_tensors=(metadata("tensors", DEEP.decode()), "is not valid JSON"),
     found_data_a_number=(metadata("data", "7"), "is a JSON int"),
-    found_data_without_counts=(metadata("data", '{"retain": {}}'), "counts of the retain set"),
+    found_data_without_counts=(
+        metadata("data", '{"retain": {}}'),
+        "`data.retain.sequences` is missing",
+    ),
     found_nested_versions=(metadata("versions", '{"a":' + DEEP.decode()), "is not valid JSON"),
-    unknown_kind=(metadata("kind", "guess"), "kind 'guess'"),
-    digests_of_numbers=(told("digests", lambda h: dict.fromkeys(h, 7)), "digest of"),
+    unknown_kind=(metadata("kind", "guess"), "`kind` is 'guess'"),
+    digests_of_numbers=(told("digests", lambda h: dict.fromkeys(h, 7)), "`digests.model."),
     wrong_digest=(told("digests", lambda h: dict.fromkeys(h, "0" * 64)), "has BLAKE3"),
     shape_of_text=(
         told("tensors", lambda h: h[f"{NAME}.weight"].update(shape=["64", 64])),
@@ -405,7 +408,7 @@ add(
     ),
     found_a_mean_of_400_digits=(
         told("tensors", lambda h: h[f"{NAME}.weight"].update(mean=10**400)),
-        "`mean` or `overlap`",
+        ".mean` is 1000",
     ),
     a_weight_too_many=(told("tensors", lambda h: h.update(x=h[f"{NAME}.weight"])), "is missing"),
 )
@@ -573,8 +576,11 @@ add(
     lies_about_base=(reports(lambda r: r.update(base_blake3="0" * 64)), "belongs to base"),
     lies_about_ortho=(reports(lambda r: r.update(ortho_blake3="0" * 64)), "has BLAKE3"),
     lies_about_nnz=(reports(lambda r: first_split(r).update(nnz=10**400)), "`nnz` of"),
-    has_a_tensor_twice=(reports(lambda r: r["tensors"].append(r["tensors"][0])), "no name, or"),
-    has_tensors_of_text=(reports(lambda r: r.update(tensors=["a"])), "no name, or another's"),
+    has_a_tensor_twice=(
+        reports(lambda r: r["tensors"].append(r["tensors"][0])),
+        "is twice in `tensors`",
+    ),
+    has_tensors_of_text=(reports(lambda r: r.update(tensors=["a"])), "`tensors.0` is 'a'"),
     has_versions_of_numbers=(reports(lambda r: r["versions"].update(torch=2)), "versions.torch"),
     found_without_a_base=(reports(lambda r: r["recipe"].pop("base") and None), "recipe.base"),
     found_with_a_base_of_null=(reports(lambda r: r["recipe"].update(base=None)), "recipe.base"),

@@ -269,7 +269,7 @@ def test_keys_twice_in_index_and_config_are_noted_as_python_reads_them(tmp_path:
     (tmp_path / "config.json").write_text('{"model_type": "a", "model_type": "b", "x": 1, "x": 1}')
     found = checkpoint.open_checkpoint(tmp_path)
     assert found.config == {"model_type": "b", "x": 1}
-    assert [note.split(" stands")[0] for note in found.notes] == ["`model_type`", "`a`"]
+    assert [note.split(" occurs")[0] for note in found.notes] == ["`model_type`", "`a`"]
 
 
 def test_file_of_safetensors_by_another_name_is_read(tmp_path: Path) -> None:
