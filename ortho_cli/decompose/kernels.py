@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from importlib.util import find_spec
 from types import ModuleType
@@ -10,6 +11,8 @@ from typing import Any
 from ortho_cli.decompose.plan import Plan
 from ortho_cli.events import EventSink, Noted
 from ortho_cli.split.task import TileKernel
+
+log = logging.getLogger(__name__)
 
 
 class Kernels:
@@ -31,7 +34,11 @@ class Kernels:
             on_event(Noted(message=f"split on the CPU: on {device} one pass has to be all"))
             device = "cpu"
         self.device = device
-        self.compiled = compiled and device == "cpu" and takes(plan)
+        why = None if compiled else "no compiled loops are wanted"
+        why = why or _not_compiled(plan)
+        self.compiled = device == "cpu" and why is None
+        kernel = f"cuda on {device}" if device != "cpu" else f"torch: {why}" if why else "numba"
+        log.info("kernel %s", kernel)
         self._lock, self._asked = threading.Lock(), False
         self._loops: ModuleType | None = None
 
@@ -45,6 +52,7 @@ class Kernels:
 
                     self._loops = numba_kernel
                 except ImportError as error:  # numba and numpy, or numba and Python do not fit
+                    log.warning("kernel torch: numba cannot be loaded (%s)", error)
                     self._on_event(Noted(message=f"split without numba, which is slower: {error}"))
         return self._loops
 
@@ -68,12 +76,23 @@ def is_plain(plan: Plan) -> bool:
 
 
 def takes(plan: Plan) -> bool:
-    """Tell whether numba is there, and its loops split every tensor of a plan as the plan says."""
-    if find_spec("numba") is None or not _rounds_alone(plan):
-        return False
+    """Return whether numba's loops split every tensor of a plan as the plan says."""
+    return _not_compiled(plan) is None
+
+
+def _not_compiled(plan: Plan) -> str | None:
+    """Say why numba's loops cannot split a plan; None where they can."""
+    if find_spec("numba") is None:
+        return "numba is not installed"
+    if not _rounds_alone(plan):
+        return "codes are not the nearest ones"
     if plan.statistics is not None and plan.recipe.saliency.kind != "curvature":
-        return False
-    return plan.group_size % 8 == 0 and all(tensor.bits == 4 for tensor in plan.split)
+        return "curvature is read and does not select"
+    if plan.group_size % 8:
+        return f"groups of {plan.group_size} weights"
+    if any(tensor.bits != 4 for tensor in plan.split):
+        return "codes are not all of 4 bits"
+    return None
 
 
 def _rounds_alone(plan: Plan) -> bool:

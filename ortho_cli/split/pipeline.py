@@ -7,6 +7,7 @@ once more to round with compensation. `rewrite` writes again what tuning made of
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ from ortho_cli.split.task import (
     Tile,
     TileKernel,
 )
+
+log = logging.getLogger(__name__)
 
 # How often at most scales and positions take turns; a third turn was measured to gain 0.1 %.
 ROUNDS = 2
@@ -174,6 +177,7 @@ def split_weight(task: SplitTask, inputs: Inputs, kernel: TileKernel[Any], sink:
     bar = _guess_bar(task, inputs, kernel)
     found = _select(*work, bar=bar, keep_scales=again)
     if found is None:  # fewer than k exceed a guess that was too high: once more, without one
+        log.debug("%s: the guessed bar was too high, so its tiles are read again", task.name)
         found = _select_all(*work, keep_scales=again)
     for _ in range(turns):
         given = _given(found, stays=not task.alike)

@@ -68,6 +68,7 @@ def test_a_log_file_can_be_traced(
         "splits 14 of 20 tensors, ",
         "device of the split: cpu; ortho is not sealed",
         "starts afresh",
+        "kernel numba",
         "20 tensors, 0 done before",
         "`sync` took",
         "done after",
@@ -75,6 +76,8 @@ def test_a_log_file_can_be_traced(
         assert fact in told, fact
     assert platform.node() not in told
     assert path.stat().st_mode & 0o777 == 0o600
+    assert ortho("decompose", pico, "-q", "--force", "--set", "base.bits=3").code == 0
+    assert "kernel torch: codes are not all of 4 bits" in path.read_text()
     before = len(logged(path))
     assert ortho("decompose", pico, "-q").code == 8
     after = logged(path)

@@ -392,7 +392,7 @@ add(
     found_data_a_number=(metadata("data", "7"), "is a JSON int"),
     found_data_without_counts=(
         metadata("data", '{"retain": {}}'),
-        "`data.retain.sequences` is missing",
+        "sequences` is missing",
     ),
     found_nested_versions=(metadata("versions", '{"a":' + DEEP.decode()), "is not valid JSON"),
     unknown_kind=(metadata("kind", "guess"), "`kind` is 'guess'"),
@@ -578,7 +578,7 @@ add(
     lies_about_nnz=(reports(lambda r: first_split(r).update(nnz=10**400)), "`nnz` of"),
     has_a_tensor_twice=(
         reports(lambda r: r["tensors"].append(r["tensors"][0])),
-        "is twice in `tensors`",
+        "is twice",
     ),
     has_tensors_of_text=(reports(lambda r: r.update(tensors=["a"])), "`tensors.0` is 'a'"),
     has_versions_of_numbers=(reports(lambda r: r["versions"].update(torch=2)), "versions.torch"),
