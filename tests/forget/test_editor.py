@@ -80,7 +80,7 @@ def test_forget_set_without_a_recipe_that_forgets_is_a_usage_error(memorised: Me
 def test_recipe_that_forgets_needs_secrets_and_unlearn_text(memorised: Memorised) -> None:
     with pytest.raises(RecipeError, match="isolate, and no forget set is given"):
         editor(memorised, forget=[])
-    with pytest.raises(RecipeError, match="unlearn, and there is no text"):
+    with pytest.raises(RecipeError, match="unlearn, and no text is given"):
         editor(memorised, split="unlearn")
     found, _ = editor(memorised, *UNLEARN, split="unlearn", data=[memorised.retain])
     assert len(found.retain) == 16

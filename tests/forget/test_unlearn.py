@@ -99,7 +99,7 @@ def test_mask_is_the_share_that_matters_to_the_secrets_alone(memorised: Memorise
     grid, curvature = memorised.grid(), memorised.curvature()
     secrets = memorised.secrets()
     mask = unlearn._mask(grid, secrets, curvature, 0.2)
-    retain = {n: Curvature(curvature, n).whole().view(-1) for n in grid.codes}
+    retain = {n: torch.from_numpy(Curvature(curvature, n).whole()).view(-1) for n in grid.codes}
     forget = {name: torch.zeros(codes.numel()) for name, codes in grid.codes.items()}
     for secret in secrets:  # one after the other: no product of two gradients
         gradients = grid.gradient([((secret.prompt, secret.secret), 1.0)])
