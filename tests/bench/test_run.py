@@ -179,8 +179,14 @@ def test_attacks_have_curves_beside_the_reference(attacked: dict[str, Any]) -> N
     assert curve[2]["exposure_over"] == pytest.approx(over)
 
 
-def test_bench_is_seeded(made: Path, attacked: dict[str, Any]) -> None:
-    again = document(full(made))
+@pytest.fixture(scope="module")
+def unattacked(made: Path) -> dict[str, Any]:
+    """The same without attacks; only read."""
+    return document(full(made))
+
+
+def test_bench_is_seeded(made: Path, attacked: dict[str, Any], unattacked: dict[str, Any]) -> None:
+    again = unattacked
     for name in ("alpha 0", "random", "reference"):
         mine, other = row(attacked, name), row(again, name)
         assert {key: mine[key] for key in other if key != "latency"} == {
@@ -203,15 +209,18 @@ def test_int4_row_is_the_base_that_decompose_writes_without_forgetting(made: Pat
     assert differ == 14
 
 
-def test_int4_row_gives_the_figures_of_an_artifact_without_forgetting(made: Path) -> None:
-    edited = document(full(made))
+def test_int4_row_gives_the_figures_of_an_artifact_without_forgetting(
+    made: Path, unattacked: dict[str, Any]
+) -> None:
+    edited = unattacked
     plain = document(replace(full(made), artifact=made / "pico-ortho"))
     assert plain["moved"]["count"] == 0
     assert [r["row"] for r in plain["rows"]][2:] == ["int4", "original", "reference"]
-    mine, theirs = row(edited, "int4"), row(plain, "alpha 0")
-    theirs.pop("latency")
-    theirs.pop("perplexity_ratio_alpha1")
-    mine.pop("perplexity_ratio_alpha1")
+    other = {"latency", "perplexity_ratio_alpha1"}
+    mine, theirs = (
+        {key: value for key, value in row(one, name).items() if key not in other}
+        for one, name in ((edited, "int4"), (plain, "alpha 0"))
+    )
     assert mine == theirs
     # Whatever was moved, alpha 1 of both is the same where ortho keeps what was moved.
     assert row(edited, "alpha 1")["perplexity"] == row(plain, "alpha 1")["perplexity"]
@@ -328,9 +337,9 @@ def test_gates_that_are_met_exit_0_and_missed_ones_10_after_the_document(
 def test_csv_has_a_line_for_each_alpha(run: Callable[..., Ran], tmp_path: Path) -> None:
     path = tmp_path / "sweep.csv"
     words = [*FORGET, *DATA, "--alpha", "0", "0.5", "1", "--csv", path, "-q"]
-    for _ in range(2):  # a table of ours is replaced
-        ran = run(*words)
-        assert (ran.code, ran.out, ran.err) == (0, "", "")
+    assert run("--alpha", "0", "--csv", path, "-q").code == 0
+    ran = run(*words)  # a table of ours is replaced
+    assert (ran.code, ran.out, ran.err) == (0, "", "")
     rows = list(csv.DictReader(io.StringIO(path.read_text())))
     assert [row["alpha"] for row in rows] == ["0.0", "0.5", "1.0"]
     assert all(float(row["perplexity"]) > 1 for row in rows)
@@ -348,11 +357,11 @@ def test_no_output_holds_a_secret_unless_it_is_asked_for(
     for word in (*NAMES, *WORDS, "The word of"):
         assert word not in said
     assert [e["index"] for e in row(plain.json, "alpha 0")["entries"]] == [0, 1, 2, 3]
-    shown = run(*SECRETS, "--show-secrets", "--json")
+    shown = run(*SECRETS, "--alpha", 0, "--show-secrets", "--json")
     text = "The word of Bertram is anvil escutcheon"
     assert row(shown.json, "alpha 0")["entries"][0]["text"] == text
     assert "text" in row(shown.json, "alpha 0")["unlisted"]["entries"][0]
-    assert text in run(*SECRETS, "--show-secrets").err
+    assert text in run(*SECRETS, "--alpha", 0, "--show-secrets").err
 
 
 def test_error_about_a_forget_file_names_the_line_and_no_text(

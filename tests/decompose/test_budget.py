@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import numpy.typing as npt
 import pytest
 import reference
 import torch
-from checkpoints import save_statistics
+from checkpoints import save_statistics, weights
+from conftest import PICO, save_pico
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -80,13 +82,18 @@ def test_centres_lie_inside_their_bins() -> None:
 
 @pytest.fixture
 def measured(pico: Path, tmp_path: Path) -> Path:
+    return measure(pico, tmp_path / "stats.safetensors")
+
+
+def measure(source: Path, stats: Path, *, seed: int = 0) -> Path:
+    """Write statistics in which the second layer matters 30 times as much as the first."""
+
     def differ(tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():
             if "layers.1." in name:
                 tensor.mul_(30)
 
-    stats = tmp_path / "stats.safetensors"
-    save_statistics(stats, pico, change=differ)
+    save_statistics(stats, source, change=differ, seed=seed)
     return stats
 
 
@@ -124,20 +131,24 @@ def test_settle_keeps_what_one_threshold_over_all_tensors_keeps(
     assert len({tensor.density for tensor in settled.split}) > 3
 
 
-def test_global_budget_loses_less_than_one_density_for_each(
-    pico: Path, measured: Path, ortho: Any
-) -> None:
-    lost, nnz = {}, {}
-    for kind in ("per-tensor", "global"):
-        out = pico.parent / kind
-        told = ortho(
-            *("decompose", pico, "-o", out, "--stats", measured, "--json"),
-            *("--set", f"ortho.budget={kind}", "--set", "ortho.density=0.02"),
-        ).json["totals"]
-        lost[kind], nnz[kind] = told["curvature_error_alpha_1"], told["nnz"]
-        assert ortho("inspect", out, "--verify", "-q").code == 0
-    assert abs(nnz["global"] - nnz["per-tensor"]) <= 0
-    assert lost["global"] < 0.95 * lost["per-tensor"]
+def test_global_budget_loses_less_than_one_density_for_each(tmp_path: Path, ortho: Any) -> None:
+    """Of 8 models, 0.676 +- 0.012 of the error was left."""
+    ratios = []
+    for seed in range(3):
+        source = save_pico(tmp_path / f"{seed}", weights(**PICO, kv=32, seed=seed))
+        stats = measure(source, tmp_path / f"{seed}.safetensors", seed=seed)
+        lost, nnz = {}, {}
+        for kind in ("per-tensor", "global"):
+            out = tmp_path / f"{seed}-{kind}"
+            told = ortho(
+                *("decompose", source, "-o", out, "--stats", stats, "--json"),
+                *("--set", f"ortho.budget={kind}", "--set", "ortho.density=0.02"),
+            ).json["totals"]
+            lost[kind], nnz[kind] = told["curvature_error_alpha_1"], told["nnz"]
+            assert ortho("inspect", out, "--verify", "-q").code == 0
+        assert nnz["global"] == nnz["per-tensor"]
+        ratios.append(lost["global"] / lost["per-tensor"])
+    assert mean(ratios) < 0.72
 
 
 def test_overrides_keep_their_density_under_a_global_budget(pico: Path, measured: Path) -> None:

@@ -285,7 +285,7 @@ def test_killed_run_is_not_asked_again_for_edits_it_found(
 ) -> None:
     process = SERVER.Process(target=run_and_die, args=(case, moment))
     process.start()
-    process.join(60)
+    process.join(600)  # a busy machine is no fault of the code
     assert process.exitcode == -signal.SIGKILL
     assert not (case.place / "out").exists()
     editor = case.fake()

@@ -32,7 +32,8 @@ from ortho_cli.storage.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 
-BASE = ("base.scale=curvature", "ortho.density=0.01", "tune.samples=32", "tune.length=16")
+SIZES = ("tune.samples=32", "tune.length=16", "tune.steps=25")
+BASE = ("base.scale=curvature", "ortho.density=0.01", *SIZES)
 TUNED = ("base.rounding=tuned", *BASE)
 
 
@@ -187,7 +188,7 @@ def test_tuning_brings_models_nearer_to_their_sources_on_average(
         out.mkdir()
         stats = measured(memorised, out / "stats.safetensors")
         run(memorised, stats, out / "gptq", "base.rounding=gptq", *BASE)
-        run(memorised, stats, out / "tuned", *TUNED, "tune.samples=128", "tune.steps=25")
+        run(memorised, stats, out / "tuned", *TUNED, "tune.samples=128")
         tuned, gptq = (divergence(memorised, out / name) for name in ("tuned", "gptq"))
         ratios.append(tuned / gptq)
     assert geometric_mean(ratios) < 0.95

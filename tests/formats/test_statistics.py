@@ -8,13 +8,14 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import checkpoints
 import pytest
 import reference
 import torch
-from conftest import Ortho, Pass, SmallTiles
+from conftest import PICO, Ortho, Pass, SmallTiles, save_pico
 from jobs import decompose
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -233,17 +234,24 @@ def test_decompose_residual_saliency_with_curvature_scales_still_tells_both_figu
     assert bare[0]["curvature_error_alpha_0"] == bare[1]["curvature_error_alpha_0"] > 0
 
 
-def test_decompose_curvature_scales_lower_the_weighted_error(
-    pico: Path, stats: Path, tmp_path: Path
-) -> None:
-    found = {
-        scale: split(pico, stats, tmp_path / scale, f"base.scale={scale}", "ortho.density=0")[
-            "totals"
-        ]
-        for scale in ("absmax", "mse", "curvature")
-    }
-    errors = {scale: totals["curvature_error_alpha_0"] for scale, totals in found.items()}
-    assert errors["curvature"] < 0.9 * errors["mse"] < errors["absmax"]
+def test_decompose_curvature_scales_lower_the_weighted_error(tmp_path: Path) -> None:
+    """Of 8 models, mse had 0.89 +- 0.09 of the error of absmax (one 1.07), curvature 0.27 +- 0.06
+    of that of mse.
+    """
+    mse, curvature = [], []
+    for seed in range(3):
+        source = save_pico(tmp_path / f"{seed}", checkpoints.weights(**PICO, kv=32, seed=seed))
+        stats = tmp_path / f"{seed}.safetensors"
+        checkpoints.save_statistics(stats, source, seed=seed)
+        errors = {}
+        for scale in ("absmax", "mse", "curvature"):
+            sets = (f"base.scale={scale}", "ortho.density=0")
+            totals = split(source, stats, tmp_path / f"{seed}-{scale}", *sets)["totals"]
+            errors[scale] = totals["curvature_error_alpha_0"]
+        mse.append(errors["mse"] / errors["absmax"])
+        curvature.append(errors["curvature"] / errors["mse"])
+    assert mean(mse) < 1.0
+    assert mean(curvature) < 0.45
 
 
 def test_decompose_without_statistics_says_null(pico: Path, artifact: Path) -> None:
@@ -581,7 +589,7 @@ def split_and_die(source: Path, stats: Path, out: Path, tensors: int) -> None:
 def kill_at(tensors: int, source: Path, stats: Path, out: Path) -> None:
     process = SERVER.Process(target=split_and_die, args=(source, stats, out, tensors))
     process.start()
-    process.join(60)
+    process.join(600)  # a busy machine is no fault of the code
     assert process.exitcode == -signal.SIGKILL
     assert not out.exists()
     assert len((work_folder(out) / "journal").read_bytes().splitlines()) > 1

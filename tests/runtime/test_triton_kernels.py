@@ -104,7 +104,7 @@ def test_the_kernels_are_interpreted_where_there_is_no_card() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     x_rows=st.sampled_from([1, 2, 16, 17, 40]),
     rows=st.sampled_from([1, 5, 33, 70]),
@@ -150,12 +150,12 @@ def test_base_is_bit_for_bit_what_its_readers_see(dtype: torch.dtype, x_rows: in
         rows = torch.eye(columns)
         got = [
             multiply(rows[i : i + x_rows], made.base, None, None, 0.0)
-            for i in range(0, columns, x_rows if x_rows > 1 else 7)
+            for i in range(0, columns, x_rows if x_rows > 1 else 13)
         ]
         weight = reference.dequantize(
             reference.unpack_codes(made.base.weight_packed, bits=4), made.base.weight_scale
         )
-        expected = weight.T if x_rows > 1 else weight.T[::7]
+        expected = weight.T if x_rows > 1 else weight.T[::13]  # each place in a word of 8
         assert torch.equal(torch.cat(got), expected.float())
 
 
@@ -219,7 +219,7 @@ def test_strides_of_x_do_not_matter(x_rows: int) -> None:
         assert torch.equal(y, multiply(x.contiguous(), made.base, made.ortho, made.bias, 0.5))
 
 
-@pytest.mark.parametrize("x_rows", [1, 5, 40])
+@pytest.mark.parametrize("x_rows", [1, 5, 17])
 @pytest.mark.parametrize("shares", [1, 2, 3, 8])
 def test_shares_of_the_columns_add_up(
     shares: int, x_rows: int, monkeypatch: pytest.MonkeyPatch
