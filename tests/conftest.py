@@ -78,11 +78,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
     found: list[Pass] = []
     original = pipeline.split_tensor
 
-    def watched(
-        task: Any, inputs: Any, kernel: Any, sink: Any, select: Any, *rest: Any, **options: Any
-    ) -> Any:
-        found.append(Pass(kernel, float(select.bar)))
-        return original(task, inputs, kernel, sink, select, *rest, **options)
+    def watched(work: Any, select: Any, *rest: Any) -> Any:
+        found.append(Pass(work.kernel, float(select.bar)))
+        return original(work, select, *rest)
 
     monkeypatch.setattr(pipeline, "split_tensor", watched)
     return found

@@ -22,13 +22,14 @@ from ortho_cli.decompose.plan import Plan, SplitTensor, make_plan
 from ortho_cli.decompose.selection import tensor_settings
 from ortho_cli.decompose.settings import GROUP_SIZES, Recipe
 from ortho_cli.decompose.survey import Counts, Survey
-from ortho_cli.decompose.workers import ShardRows, task_of
+from ortho_cli.decompose.workers import DigestedRows, task_of
 from ortho_cli.errors import RecipeError
 from ortho_cli.events import EventSink, Noted, Started, null_sink
 from ortho_cli.formats.artifact import canonical_json
 from ortho_cli.formats.curvature import Curvature
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.split import pipeline
+from ortho_cli.split.pipeline import Work
 from ortho_cli.split.select import BINS
 from ortho_cli.split.task import Inputs
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader
@@ -64,10 +65,10 @@ def survey(
         if plan.statistics is not None:
             curvature = stack.enter_context(contextlib.closing(StatisticsReader(plan.statistics)))
         for tensor in plan.split:
-            rows = ShardRows(reader, tensor, on_event=on_event)
+            rows = DigestedRows(reader, tensor.source, on_event=on_event)
             near = Curvature(curvature, tensor.name) if curvature else None
-            task = task_of(plan, tensor)
-            counts[tensor.name] = pipeline.survey(task, Inputs(rows, near), kernel)
+            work = Work(task_of(plan, tensor), Inputs(rows, near), kernel)
+            counts[tensor.name] = pipeline.survey(work)
             digests[tensor.name] = rows.digest
     return Survey(of=_subject(plan, checkpoint), counts=counts, digests=digests)
 

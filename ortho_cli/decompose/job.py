@@ -25,7 +25,7 @@ from ortho_cli.decompose.recheck import Recheck
 from ortho_cli.decompose.record import TensorRecord
 from ortho_cli.decompose.report import Report, make_config, make_report
 from ortho_cli.decompose.survey import load_surveys, save_surveys
-from ortho_cli.decompose.workers import Reference, Results, Worker, at_work, shape_bytes, shape_key
+from ortho_cli.decompose.workers import Results, Worker, at_work, shape_bytes, shape_key
 from ortho_cli.errors import CheckpointError, InternalError, RecipeError
 from ortho_cli.events import Event, EventSink, Finishing, Noted, null_sink
 from ortho_cli.formats import artifact
@@ -204,7 +204,7 @@ class _Inputs:
 
     source: ShardReader
     curvature: StatisticsReader | None
-    reference: Reference | None
+    reference: ShardReader | None
 
     def check_unchanged(self) -> None:
         """Raise if a file was written to since its header was read."""
@@ -221,7 +221,7 @@ def _open_inputs(plan: Plan, checkpoint: Checkpoint) -> Iterator[_Inputs]:
         if plan.statistics is not None:
             curvature = stack.enter_context(closing(StatisticsReader(plan.statistics)))
         if plan.reference is not None:
-            reference = stack.enter_context(closing(Reference(plan.reference)))
+            reference = stack.enter_context(closing(ShardReader(plan.reference.shards)))
         yield _Inputs(source=source, curvature=curvature, reference=reference)
 
 

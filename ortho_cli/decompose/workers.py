@@ -24,7 +24,7 @@ from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.split import pipeline
 from ortho_cli.split.exact import widen
 from ortho_cli.split.faults import not_finite
-from ortho_cli.split.pipeline import Given, Outcome
+from ortho_cli.split.pipeline import Given, Outcome, Work
 from ortho_cli.split.roundings import rounding_of
 from ortho_cli.split.select import crow_indices
 from ortho_cli.split.task import (
@@ -36,7 +36,7 @@ from ortho_cli.split.task import (
     TileResult,
     as_bytes,
 )
-from ortho_cli.storage.checkpoint import Checkpoint, ShardReader
+from ortho_cli.storage.checkpoint import ShardReader, TensorInfo
 from ortho_cli.storage.data_file import DataFile, TensorStream
 from ortho_cli.storage.sealing import OrthoFile
 
@@ -44,27 +44,6 @@ NUMPY_DTYPES = {"U16": np.uint16, "I32": np.int32, "I64": np.int64}
 
 Results = SimpleQueue[TensorRecord | BaseException]
 Check = Callable[[SplitTensor, TensorRecord], None]  # raises where what was written is wrong
-
-
-class Reference:
-    """The model that base is made from instead of the source; threads may share it."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        """Open it."""
-        self._reader = ShardReader(checkpoint.shards)
-        self._tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
-
-    def read_into(self, buffer: memoryview, name: str, *, start: int) -> None:
-        """Fill `buffer` with the tensor's bytes from `start` on."""
-        self._reader.read_into(buffer, self._tensors[name], start=start)
-
-    def check_unchanged(self) -> None:
-        """Raise if a file was written to since its header was read."""
-        self._reader.check_unchanged()
-
-    def close(self) -> None:
-        """Close its files."""
-        self._reader.close()
 
 
 def task_of(
@@ -112,18 +91,33 @@ def _factor(curvature: StatisticsReader | None, name: str, rounding: str) -> Any
 
 
 class ShardRows:
-    """Rows of a weight in a shard: digests each pass, and tells of the bytes of the first."""
+    """Rows of a weight in a shard."""
+
+    def __init__(self, reader: ShardReader, source: TensorInfo) -> None:
+        """Say where they are."""
+        self._reader, self._source = reader, source
+
+    def read(self, buffer: Array, row: int) -> None:
+        """Read rows."""
+        start = row * buffer.shape[1] * buffer.itemsize
+        self._reader.read_into(as_bytes(buffer), self._source, start=start)
+
+    peek = read
+
+
+class DigestedRows(ShardRows):
+    """Rows that are digested in each pass; the first one tells of their bytes."""
 
     def __init__(
         self,
         reader: ShardReader,
-        tensor: SplitTensor,
+        source: TensorInfo,
         *,
         stop: threading.Event | None = None,
         on_event: EventSink,
     ) -> None:
-        """Say where it is read from, what stops the reading, and who is told of bytes."""
-        self._reader, self._tensor = reader, tensor
+        """Say where they are, what stops the reading, and who is told of bytes."""
+        super().__init__(reader, source)
         self._stop, self._on_event = stop, on_event
         self._passes, self._digest = 0, blake3()
 
@@ -132,60 +126,31 @@ class ShardRows:
         """BLAKE3 of what the last pass read."""
         return self._digest.hexdigest()
 
-    def begin(self) -> None:
-        """Begin a pass."""
-        self._passes += 1
-        self._digest = blake3()
-
     def read(self, buffer: Array, row: int) -> None:
-        """Read the next rows."""
+        """Read the next rows of a pass; it begins with row 0."""
         if self._stop is not None and self._stop.is_set():
             raise InterruptedError  # reaches nobody: the run is being stopped
+        if row == 0:
+            self._passes, self._digest = self._passes + 1, blake3()
         self.peek(buffer, row)
         self._digest.update(as_bytes(buffer))
         if self._passes == 1:
             self._on_event(Advanced(nbytes=buffer.nbytes))
 
-    def peek(self, buffer: Array, row: int) -> None:
-        """Read any rows, outside of the digest."""
-        source = self._tensor.source
-        start = row * buffer.shape[1] * buffer.itemsize
-        self._reader.read_into(as_bytes(buffer), source, start=start)
 
-
-class _ReferenceRows:
-    """The same weight in the model that base is made from."""
-
-    def __init__(self, reference: Reference, name: str) -> None:
-        self._reference, self._name = reference, name
-
-    def begin(self) -> None:
-        """Have nothing to count."""
-
-    def read(self, buffer: Array, row: int) -> None:
-        """Read the next rows."""
-        start = row * buffer.shape[1] * buffer.itemsize
-        self._reference.read_into(as_bytes(buffer), self._name, start=start)
-
-    peek = read
-
-
-class _FileSink:
-    """Codes and scales on their way into base."""
+class _BaseFile:
+    """Codes and scales of a weight, on their way into base."""
 
     def __init__(self, base: DataFile, tensor: SplitTensor) -> None:
         self._base, self._specs = base, tensor.base[:2]
         self.streams: list[TensorStream] = []
 
-    def begin(self) -> None:
-        """Write from the beginning."""
-        self.streams = [TensorStream(self._base, spec.key) for spec in self._specs]
-
     def write(self, result: TileResult, row: int) -> None:
-        """Write the next rows."""
-        packed, scales = self.streams
-        packed.write(as_bytes(result.packed))
-        scales.write(as_bytes(result.scales))
+        """Write the next rows of a pass; it begins with row 0."""
+        if row == 0:
+            self.streams = [TensorStream(self._base, spec.key) for spec in self._specs]
+        for stream, part in zip(self.streams, (result.packed, result.scales), strict=True):
+            stream.write(as_bytes(part))
 
 
 class Worker:
@@ -200,7 +165,7 @@ class Worker:
         *,
         make_kernel: Callable[[], TileKernel[Any]],
         curvature: StatisticsReader | None = None,
-        reference: Reference | None = None,
+        reference: ShardReader | None = None,
         edits: Edits | None = None,
         check: Check | None = None,
         stop: threading.Event,
@@ -226,6 +191,7 @@ class Worker:
         self._make_kernel = make_kernel
         self._kernel: TileKernel[Any] | None = None
         self._curvature, self._reference, self._edits = curvature, reference, edits
+        self._references = {t.name: t for t in plan.reference.tensors} if plan.reference else {}
         self._check, self._stop, self._on_event = check, stop, on_event
         self._piece, self._bits = np.empty(0, np.uint8), np.empty(0, np.uint8)
 
@@ -241,18 +207,19 @@ class Worker:
     def split(self, tensor: SplitTensor, given: Given | None = None) -> TensorRecord:
         """Split one weight, or write it again with codes and scales that are given."""
         self._kernel = kernel = self._kernel or self._make_kernel()
+        source, name = tensor.source, tensor.name
+        rows = DigestedRows(self._reader, source, stop=self._stop, on_event=self._on_event)
+        near = Curvature(self._curvature, name) if self._curvature else None
+        other = None
+        if self._reference is not None:
+            other = ShardRows(self._reference, self._references[name])
+        base = _BaseFile(self._base, tensor)
         task = task_of(self._plan, tensor, edits=self._edits, curvature=self._curvature)
-        rows = ShardRows(self._reader, tensor, stop=self._stop, on_event=self._on_event)
-        near = Curvature(self._curvature, tensor.name) if self._curvature else None
-        other = _ReferenceRows(self._reference, tensor.name) if self._reference else None
-        inputs, sink = Inputs(rows, near, other), _FileSink(self._base, tensor)
-        if given is None:
-            found = pipeline.split_weight(task, inputs, kernel, sink)
-        else:
-            found = pipeline.rewrite(task, inputs, kernel, sink, given)
+        work = Work(task, Inputs(rows, near, other), kernel, base.write)
+        found = pipeline.split_weight(work, given)
         if near is not None:
             near.finish(rows.digest)
-        return self._record(tensor, rows.digest, sink.streams, found)
+        return self._record(tensor, rows.digest, base.streams, found)
 
     def _copy(self, tensor: CopyTensor) -> TensorRecord:
         """Carry a tensor over unchanged, through one buffer."""
@@ -269,7 +236,7 @@ class Worker:
             self._reader.read_into(raw.data, tensor.source, start=start)
             digest.update(raw.data)
             if self._reference:
-                self._reference.read_into(raw.data, tensor.name, start=start)
+                self._reference.read_into(raw.data, self._references[tensor.name], start=start)
                 written.update(raw.data)
             if checked and tensor.source.dtype in EXPONENTS:
                 self._check_finite(tensor, raw, start)

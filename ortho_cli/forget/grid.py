@@ -15,15 +15,14 @@ from ortho_cli.decompose.edits import Edit, Edits
 from ortho_cli.decompose.plan import Plan
 from ortho_cli.decompose.workers import ShardRows, task_of
 from ortho_cli.errors import NumericalError
-from ortho_cli.events import null_sink
 from ortho_cli.formats.curvature import Curvature
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.model import load as models
 from ortho_cli.model.scoring import pad
 from ortho_cli.split import quantize
 from ortho_cli.split.dtypes import torch_dtypes
-from ortho_cli.split.in_memory import MemorySink
-from ortho_cli.split.pipeline import split_weight
+from ortho_cli.split.in_memory import Base
+from ortho_cli.split.pipeline import Work, split_weight
 from ortho_cli.split.task import Inputs
 from ortho_cli.split.torch_kernel import TorchKernel, tensor_of
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader
@@ -75,12 +74,11 @@ class Grid:
             for tensor in plan.split:
                 task = replace(task_of(plan, tensor), k=0)  # base alone, as if there were no ortho
                 near = Curvature(curvature, tensor.name) if task.scale == "curvature" else None
-                inputs = Inputs(ShardRows(reader, tensor, on_event=null_sink), near)
-                sink = MemorySink(task)
-                split_weight(task, inputs, kernel, sink)
-                codes = quantize.unpack_codes(torch.from_numpy(sink.packed), bits=tensor.bits)
+                inputs, base = Inputs(ShardRows(reader, tensor.source), near), Base(task)
+                split_weight(Work(task, inputs, kernel, base.write))
+                codes = quantize.unpack_codes(torch.from_numpy(base.packed), bits=tensor.bits)
                 self.weights[tensor.name] = found[tensor.name].get_parameter("weight")
-                self.scales[tensor.name] = tensor_of(sink.scales, task.dtype).to(device)
+                self.scales[tensor.name] = tensor_of(base.scales, task.dtype).to(device)
                 self.original[tensor.name] = codes[:, : task.shape[1]].to(device)
         self.codes = {name: codes.clone() for name, codes in self.original.items()}
         self.restore()

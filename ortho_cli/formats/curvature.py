@@ -41,14 +41,11 @@ class Curvature:
             self._columns = self._load(full)
         self._streamed = full if full is not None and self._columns is None else None
 
-    def begin(self) -> None:
-        """Begin a pass over all rows."""
-        self._digest = blake3()
-
     def read(self, row: int, count: int, room: Room) -> CurvatureTile:
-        """Read the next rows of the pass."""
+        """Read the next rows of a pass; it begins with row 0."""
         found = self.peek([row], count, room)
         if found.words is not None:
+            self._digest = self._digest if row else blake3()
             self._digest.update(as_bytes(found.words))
         return found
 

@@ -4,6 +4,8 @@ What it writes is what `torch_kernel` writes, byte for byte: division, square ro
 are IEEE 754's on both, each operation is a kernel of its own, so that no product is contracted with
 a sum, and of the divisions none is by a number that the host holds, which CUDA turns into a product
 with the reciprocal. Only the sums of squares in report.json may differ, in their last digits.
+
+It has been run on torch's CPU device only, and on no card.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from torch import Tensor
 from ortho_cli.errors import NumericalError, RecipeError, UsageError
 from ortho_cli.split import pipeline, quantize
 from ortho_cli.split.dtypes import names_of_torch
+from ortho_cli.split.pipeline import Work
 from ortho_cli.split.select import crow_indices
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.split.task import (
@@ -64,16 +65,7 @@ def split_weight(
     Ties keep the lower flat index.
     """
     rows, columns = weight.shape
-    check_group_size(columns, group_size, name)
-    check_bits(columns, bits, name)
-    if not 0.0 <= density <= 1.0:
-        raise RecipeError(f"density is {density}", hint="a share from 0 to 1; 0.005 keeps 0.5 %")
-    if scale not in SCALES:
-        raise RecipeError(f"scale is {scale!r}", hint=f"one of {', '.join(SCALES)}")
-    if scale == "curvature" and curvature is None:
-        raise RecipeError(
-            f"scale is curvature and `{name}` has none", hint="calibrate first, or scale mse"
-        )
+    _check(weight, group_size, density, scale, bits, curvature, name)
     task = SplitTask(
         name=name,
         shape=(rows, columns),
@@ -86,10 +78,10 @@ def split_weight(
         alone=alone,
         figures=False,
     )
-    near = None if curvature is None else _MemoryCurvature(curvature, weight, name)
-    base = MemorySink(task)
-    inputs = Inputs(MemoryRows(weight), near)
-    found = pipeline.split_weight(task, inputs, TorchKernel(sizes, part="in_memory"), base)
+    near = None if curvature is None else _Curvature(curvature, weight, name)
+    base = Base(task)
+    inputs, kernel = Inputs(_Rows(weight), near), TorchKernel(sizes, part="in_memory")
+    found = pipeline.split_weight(Work(task, inputs, kernel, base.write))
     pointer, column = quantize.ortho_dtypes(task.k, columns)
     return {
         "weight_packed": torch.from_numpy(base.packed),
@@ -101,25 +93,43 @@ def split_weight(
     }
 
 
-class MemoryRows:
+def _check(
+    weight: Tensor,
+    group_size: int,
+    density: float,
+    scale: str,
+    bits: int,
+    curvature: Tensor | None,
+    name: str,
+) -> None:
+    """Refuse settings that do not fit the weight, or one another."""
+    check_group_size(weight.shape[1], group_size, name)
+    check_bits(weight.shape[1], bits, name)
+    if not 0.0 <= density <= 1.0:
+        raise RecipeError(f"density is {density}", hint="a share from 0 to 1; 0.005 keeps 0.5 %")
+    if scale not in SCALES:
+        raise RecipeError(f"scale is {scale!r}", hint=f"one of {', '.join(SCALES)}")
+    if scale == "curvature" and curvature is None:
+        raise RecipeError(
+            f"scale is curvature and `{name}` has none", hint="calibrate first, or scale mse"
+        )
+
+
+class _Rows:
     """Rows of a weight that is in memory."""
 
     def __init__(self, weight: Tensor) -> None:
-        """Take it, on the CPU."""
         self._words = words_of(weight)
 
-    def begin(self) -> None:
-        """Have nothing to count."""
-
     def read(self, buffer: Array, row: int) -> None:
-        """Copy the next rows."""
+        """Copy rows."""
         buffer[...] = self._words[row : row + len(buffer)]
 
     peek = read
 
 
-class MemorySink:
-    """Holds base of a weight."""
+class Base:
+    """Base of a weight, in memory."""
 
     def __init__(self, task: SplitTask) -> None:
         """Make room for it."""
@@ -127,16 +137,13 @@ class MemorySink:
         self.packed = np.empty((rows, columns * task.bits // 32), np.int32)
         self.scales = np.empty((rows, columns // task.group_size), task.word)
 
-    def begin(self) -> None:
-        """Write over what is there."""
-
     def write(self, result: TileResult, row: int) -> None:
         """Copy a tile."""
         here = slice(row, row + len(result.scales))
         self.packed[here], self.scales[here] = result.packed.view(np.int32), result.scales
 
 
-class _MemoryCurvature:
+class _Curvature:
     """Curvature that is in memory, in float32 on the CPU."""
 
     def __init__(self, curvature: Tensor, weight: Tensor, name: str) -> None:
@@ -155,11 +162,8 @@ class _MemoryCurvature:
             )
         self._values: Array = wide.numpy()
 
-    def begin(self) -> None:
-        """Have nothing to count."""
-
     def read(self, row: int, count: int, room: Room) -> CurvatureTile:
-        """Give the next rows."""
+        """Give rows."""
         return self.peek([row], count, room)
 
     def peek(self, starts: Sequence[int], count: int, room: Room) -> CurvatureTile:

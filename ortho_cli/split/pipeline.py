@@ -2,7 +2,7 @@
 
 `split_tensor` is the one loop over tiles. `split_weight` calls it as often as a task takes: with a
 guessed bar and, where that was too high, without; with scales and positions that take turns; and
-once more to round with compensation. `rewrite` writes again what tuning made of a weight.
+once more to round with compensation.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from ortho_cli.split.task import (
     CurvatureTile,
     Figures,
     Inputs,
-    Nowhere,
     Sink,
     SplitTask,
     Tile,
     TileKernel,
+    TileResult,
 )
 
 log = logging.getLogger(__name__)
@@ -53,13 +53,6 @@ class Given(NamedTuple):
     codes: Array | None = None  # (out, in) int8: take these codes, on these scales
 
 
-class Scan(NamedTuple):
-    """What a pass over all tiles adds up to, beside what it wrote and selected."""
-
-    sums: Array  # (4,) float64
-    scales: Array | None  # (out, groups) words, where they were to be kept
-
-
 class Outcome(NamedTuple):
     """What was made of a weight; arrays are valid until the next one is split."""
 
@@ -69,54 +62,48 @@ class Outcome(NamedTuple):
     scales: Array | None = None  # (out, groups) words, where they were to be kept
 
 
-def split_tensor(
-    task: SplitTask,
-    inputs: Inputs,
-    kernel: TileKernel[Any],
-    sink: Sink,
-    select: TopK,
-    given: Given | None = None,
-    *,
-    keep_scales: bool = False,
-) -> Scan:
+class Work(NamedTuple):
+    """One weight, what splits it, and where base goes."""
+
+    task: SplitTask
+    inputs: Inputs
+    kernel: TileKernel[Any]
+    sink: Sink | None = None
+
+
+def split_tensor(work: Work, select: TopK, given: Given | None = None) -> Array:
     """Walk over all tiles of a weight once.
 
     Args:
-        task: what is to be done.
-        inputs: read once, in order.
-        kernel: splits the tiles.
-        sink: gets base.
+        work: whose inputs are read once, in order.
         select: gets the weights that may be kept.
         given: what an earlier pass found.
-        keep_scales: return the scales, too.
+    Returns:
+        (4,) float64: SIGNAL, NOISE, CURVATURE_NOISE and DELTA, added up.
     Raises:
         NumericalError: a weight is not finite, or a number overflows.
         OrthoError: what the curvature's `check` raises.
     """
+    task, inputs, kernel, sink = work
     sums = np.zeros(4)
-    groups = (task.shape[0], task.shape[1] // task.group_size)
-    kept = np.empty(groups, task.word) if keep_scales else None
     waiting: deque[tuple[Tile, Any]] = deque()
-    inputs.begin()
-    sink.begin()
 
     def finish() -> None:
         tile, pending = waiting.popleft()
         result = kernel.finish(task, pending, select, sums)
         if not (result.sound and np.isfinite(sums).all()):
             raise fault_of(task, inputs.curvature, tile, result)
-        sink.write(result, tile.row)
-        if kept is not None:
-            kept[tile.row : tile.row + len(tile.raw)] = result.scales
+        if sink is not None:
+            sink(result, tile.row)
 
     for row, count in kernel.sizes.tiles(_part(kernel, given), task.shape):
-        tile = _read_tile(task, inputs, kernel, row, count, given)
+        tile = _read_tile(work, row, count, given)
         waiting.append((tile, kernel.begin(task, tile)))
         if len(waiting) == kernel.depth:
             finish()
     while waiting:
         finish()
-    return Scan(sums, kept)
+    return sums
 
 
 def _part(kernel: TileKernel[Any], given: Given | None) -> Part:
@@ -124,14 +111,8 @@ def _part(kernel: TileKernel[Any], given: Given | None) -> Part:
     return "gptq" if given is not None and given.factor is not None else kernel.part
 
 
-def _read_tile(
-    task: SplitTask,
-    inputs: Inputs,
-    kernel: TileKernel[Any],
-    row: int,
-    count: int,
-    given: Given | None,
-) -> Tile:
+def _read_tile(work: Work, row: int, count: int, given: Given | None) -> Tile:
+    task, inputs, kernel, _ = work
     room, shape = kernel.room(), (count, task.shape[1])
     raw = room("raw", shape, task.word)
     inputs.rows.read(raw, row)
@@ -161,50 +142,42 @@ def _read_tile(
     return tile
 
 
-def split_weight(task: SplitTask, inputs: Inputs, kernel: TileKernel[Any], sink: Sink) -> Outcome:
+def split_weight(work: Work, given: Given | None = None) -> Outcome:
     """Split one weight: quantize it, and keep the k weights that lose most.
 
     Searched scales need not serve what ortho holds. So a weight is split again, with scales for
     the others alone, which are never worse for those; and where positions are chosen by what scales
     are searched for, they are chosen anew, which is never worse either, until they stay.
 
+    Args:
+        work: the weight.
+        given: codes, scales and positions to write, instead of finding any.
     Raises:
         NumericalError: a weight is not finite, or a number overflows.
     """
-    work = (task, inputs, kernel, sink)
-    turns = 0 if inputs.reference is not None else rounds(task)
-    again = bool(turns) or task.factor is not None
-    bar = _guess_bar(task, inputs, kernel)
-    found = _select(*work, bar=bar, keep_scales=again)
-    if found is None:  # fewer than k exceed a guess that was too high: once more, without one
-        log.debug("%s: the guessed bar was too high, so its tiles are read again", task.name)
-        found = _select_all(*work, keep_scales=again)
-    for _ in range(turns):
+    if given is not None:
+        return _select(work, given)
+    task = work.task
+    found = _select(work, bar=_guess_bar(work))
+    for _ in range(_turns(work)):
         given = _given(found, stays=not task.alike)
-        found = _select_all(*work, given, keep_scales=True)
+        found = _select(work, given)
         if np.array_equal(found.indices, given.positions):
             break
     if task.factor is not None:
-        given = _given(found, stays=True)._replace(factor=task.factor())
-        found = _select_all(*work, given)
+        found = _select(work, _given(found, stays=True)._replace(factor=task.factor()))
     return found
 
 
-def rewrite(
-    task: SplitTask, inputs: Inputs, kernel: TileKernel[Any], sink: Sink, given: Given
-) -> Outcome:
-    """Write a weight with codes and scales that are given, and the positions it has already."""
-    return _select_all(task, inputs, kernel, sink, given)
-
-
-def survey(task: SplitTask, inputs: Inputs, kernel: TileKernel[Any]) -> Array:
+def survey(work: Work) -> Array:
     """Count a weight's saliencies by the upper half of their float32: (BINS,) int64."""
+    task, inputs, kernel, _ = work
     select = Histogram(
         stretch=kernel.sizes.rows(kernel.part, task.shape) * task.shape[1],
         payloads=_payloads(task, inputs),
         empty=kernel.held,
     )
-    split_tensor(task, inputs, kernel, Nowhere(), select)
+    split_tensor(work, select)
     return select.counts
 
 
@@ -215,41 +188,29 @@ def rounds(task: SplitTask) -> int:
     return ROUNDS if task.alike else 1
 
 
+def _turns(work: Work) -> int:
+    return 0 if work.inputs.reference is not None else rounds(work.task)
+
+
 def _given(found: Outcome, *, stays: bool) -> Given:
     if found.scales is None:
         raise InternalError("a pass was to begin with the scales of one that kept none")
     return Given(found.indices.copy(), found.scales, stays)
 
 
-def _select_all(
-    task: SplitTask,
-    inputs: Inputs,
-    kernel: TileKernel[Any],
-    sink: Sink,
-    given: Given | None = None,
-    *,
-    keep_scales: bool = False,
-) -> Outcome:
-    """Select without a bar, which finds k weights whatever they are."""
-    found = _select(task, inputs, kernel, sink, given, keep_scales=keep_scales)
-    if found is None:
-        raise InternalError(
-            f"a pass over all of `{task.name}` found fewer weights to keep than {task.k}"
-        )
-    return found
+def _select(work: Work, given: Given | None = None, *, bar: float | None = None) -> Outcome:
+    """Split in one pass; where fewer than k weights exceed `bar`, in another one without it."""
+    task, inputs, kernel, sink = work
+    scales: Array | None = None
+    if _turns(work) or task.factor is not None:  # another pass may begin with them
+        scales = np.empty((task.shape[0], task.shape[1] // task.group_size), task.word)
 
+    def write(result: TileResult, row: int) -> None:
+        if scales is not None:
+            scales[row : row + len(result.scales)] = result.scales
+        if sink is not None:
+            sink(result, row)
 
-def _select(
-    task: SplitTask,
-    inputs: Inputs,
-    kernel: TileKernel[Any],
-    sink: Sink,
-    given: Given | None = None,
-    *,
-    bar: float | None = None,
-    keep_scales: bool = False,
-) -> Outcome | None:
-    """Split in one pass; None if fewer than k weights exceed `bar`."""
     select = TopK(
         task.k,
         length=task.numel,
@@ -258,12 +219,17 @@ def _select(
         bar=bar,
         empty=kernel.held,
     )
-    scan = split_tensor(task, inputs, kernel, sink, select, given, keep_scales=keep_scales)
+    sums = split_tensor(work._replace(sink=write), select, given)
     if select.short:
-        return None
+        if bar is None:
+            raise InternalError(
+                f"a pass over all of `{task.name}` found fewer weights to keep than {task.k}"
+            )
+        log.debug("%s: the guessed bar was too high, so its tiles are read again", task.name)
+        return _select(work, given)
     indices, energies, values = select.taken()
     kept = dict(zip(_measures(task, inputs), energies, strict=True))
-    return Outcome(indices, values, _figures(task, scan.sums, kept, select.exact), scan.scales)
+    return Outcome(indices, values, _figures(task, sums, kept, select.exact), scales)
 
 
 def _measures(task: SplitTask, inputs: Inputs) -> list[int]:
@@ -294,12 +260,13 @@ def _figures(task: SplitTask, sums: Array, kept: dict[int, float], exact: bool) 
     )
 
 
-def _guess_bar(task: SplitTask, inputs: Inputs, kernel: TileKernel[Any]) -> float | None:
+def _guess_bar(work: Work) -> float | None:
     """Guess from rows all over the weight what saliency the k-th largest will exceed.
 
     A guess only saves the selection from holding what it would drop again; it is worth its reading
     where the weight has many tiles.
     """
+    task, inputs, kernel, _ = work
     rows, columns = task.shape
     count = max(1, kernel.sizes.bar_sample // (SAMPLE_BLOCKS * columns))
     if task.k == 0 or inputs.reference is not None or rows < 16 * SAMPLE_BLOCKS * count:

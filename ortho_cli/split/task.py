@@ -149,52 +149,30 @@ class TileResult(NamedTuple):
 
 
 class Rows(Protocol):
-    """A weight that is read some rows at a time, as often as it takes passes."""
-
-    def begin(self) -> None:
-        """Begin a pass over all rows."""
+    """A weight that is read some rows at a time, in as many passes as it takes."""
 
     def read(self, buffer: Array, row: int) -> None:
-        """Read the next rows of the pass, which begin at `row`."""
+        """Read the next rows of a pass; it begins with row 0."""
 
     def peek(self, buffer: Array, row: int) -> None:
-        """Read any rows, outside of the pass."""
+        """Read any rows, outside of a pass."""
 
 
 class Curvature(Protocol):
     """The curvature of a weight, beside its rows."""
 
-    def begin(self) -> None:
-        """Begin a pass over all rows."""
-
     def read(self, row: int, count: int, room: Room) -> CurvatureTile:
-        """Read the next rows of the pass."""
+        """Read the next rows of a pass; it begins with row 0."""
 
     def peek(self, starts: Sequence[int], count: int, room: Room) -> CurvatureTile:
-        """Read `count` rows from each of `starts` on, outside of the pass."""
+        """Read `count` rows from each of `starts` on, outside of a pass."""
 
     def check(self, words: Array, row: int) -> None:
         """Raise if a value is negative, NaN or infinite."""
 
 
-class Sink(Protocol):
-    """Where base goes."""
-
-    def begin(self) -> None:
-        """Begin a pass; what an earlier one wrote is written over."""
-
-    def write(self, result: TileResult, row: int) -> None:
-        """Write the next rows, which begin at `row`."""
-
-
-class Nowhere:
-    """A sink of what only the figures or the selection are wanted of."""
-
-    def begin(self) -> None:
-        """Have nothing to write over."""
-
-    def write(self, result: TileResult, row: int) -> None:
-        """Let go of it."""
+# Takes base, tile by tile, and the first row of each; a pass begins with row 0.
+Sink = Callable[[TileResult, int], None]
 
 
 P = TypeVar("P")
@@ -224,12 +202,6 @@ class Inputs(NamedTuple):
     rows: Rows
     curvature: Curvature | None = None
     reference: Rows | None = None  # what base is made of instead
-
-    def begin(self) -> None:
-        """Begin a pass over all of them."""
-        for one in self:
-            if one is not None:
-                one.begin()
 
 
 class Buffers:
