@@ -160,15 +160,11 @@ def calibrate(
         "plan": blake3(canonical_json(plan.to_json()).encode()).hexdigest(),
         "source": source,
         "version": [__version__, torch.__version__, chosen.type],
-        "files": {
-            f"{name}.{turn}": plan.sums(name).size for name in plan.sets for turn in range(2)
-        },
+        "files": {f"{name}.{i}": plan.sums(name).size for name in plan.sets for i in range(2)},
     }
-    chunks = _chunks_of(plan)
+    chunks, what = _chunks_of(plan), "chunks of sequences"
     total = sum(map(len, chunks.values()))
-    with job.open_job(
-        target, identity=identity, total=total, what="chunks of sequences", on_event=on_event
-    ) as work:
+    with job.open_job(target, identity=identity, total=total, what=what, on_event=on_event) as work:
         return _Job(plan, checkpoint, work, chosen, chunks, on_event).run(source, digests)
 
 

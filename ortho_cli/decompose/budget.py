@@ -240,13 +240,7 @@ def meet(
         RecipeError: density is set, base must forget, or no group size stays within `target`.
     """
     recipe = plan.recipe
-    if "density" in recipe.ortho.model_fields_set or recipe.ortho.split != "residual":
-        key = "density" if recipe.ortho.split == "residual" else "split"
-        raise RecipeError(
-            f"ortho.{key} is {getattr(recipe.ortho, key)}, and --target-bits {target:g} picks the "
-            "density",
-            hint="leave one of them out",
-        )
+    _check_open(recipe, target)
     auto = recipe.base.group_size == "auto"
     sizes = GROUP_SIZES if auto else (int(recipe.base.group_size),)
     best: tuple[float, Plan] | None = None
@@ -264,8 +258,7 @@ def meet(
         if not expected_bits(bare) <= target:
             continue
         filled = _fill(bare, checkpoint, target)
-        found = _known(filled, checkpoint, known)
-        found = found or survey(filled, checkpoint, on_event=on_event)
+        found = _known(filled, checkpoint, known) or survey(filled, checkpoint, on_event=on_event)
         surveys.append(found)
         counts = found.counts
         kept = {tensor.name: tensor.k for tensor in filled.split}
@@ -280,16 +273,27 @@ def meet(
             f"--target-bits {target:g} is less than base alone takes, {smallest:.3f}",
             hint="a larger base.group_size or base.bits 3 takes less",
         )
-    chosen = best[1]
-    density = chosen.recipe.ortho.density
-    about = "about " if chosen.is_compact else ""
-    on_event(
-        Noted(
-            message=f"group size {chosen.group_size} and density {density:.3%} lose least of what "
-            f"stays within {target:g} bits; they take {about}{expected_bits(chosen):.3f}"
-        )
+    on_event(Noted(message=_describe(best[1], target)))
+    return replace(best[1], surveys=tuple(surveys))
+
+
+def _describe(chosen: Plan, target: float) -> str:
+    density, about = chosen.recipe.ortho.density, "about " if chosen.is_compact else ""
+    return (
+        f"group size {chosen.group_size} and density {density:.3%} lose least of what "
+        f"stays within {target:g} bits; they take {about}{expected_bits(chosen):.3f}"
     )
-    return replace(chosen, surveys=tuple(surveys))
+
+
+def _check_open(recipe: Recipe, target: float) -> None:
+    """Refuse a recipe that leaves no density to pick."""
+    if "density" in recipe.ortho.model_fields_set or recipe.ortho.split != "residual":
+        key = "density" if recipe.ortho.split == "residual" else "split"
+        raise RecipeError(
+            f"ortho.{key} is {getattr(recipe.ortho, key)}, and --target-bits {target:g} picks the "
+            "density",
+            hint="leave one of them out",
+        )
 
 
 def _with(recipe: Recipe, group_size: int, density: float) -> Recipe:

@@ -64,11 +64,10 @@ def split_weight(
         UsageError: curvature has another shape.
     Ties keep the lower flat index.
     """
-    rows, columns = weight.shape
     _check(weight, group_size, density, scale, bits, curvature, name)
     task = SplitTask(
         name=name,
-        shape=(rows, columns),
+        shape=(weight.shape[0], weight.shape[1]),
         dtype=names_of_torch()[weight.dtype],
         bits=bits,
         group_size=group_size,
@@ -79,14 +78,14 @@ def split_weight(
         figures=False,
     )
     near = None if curvature is None else _Curvature(curvature, weight, name)
-    base = Base(task)
-    inputs, kernel = Inputs(_Rows(weight), near), TorchKernel(sizes, part="in_memory")
-    found = pipeline.split_weight(Work(task, inputs, kernel, base.write))
+    base, kernel = Base(task), TorchKernel(sizes, part="in_memory")
+    found = pipeline.split_weight(Work(task, Inputs(_Rows(weight), near), kernel, base.write))
+    columns = task.shape[1]
     pointer, column = quantize.ortho_dtypes(task.k, columns)
     return {
         "weight_packed": torch.from_numpy(base.packed),
         "weight_scale": tensor_of(base.scales, task.dtype),
-        "weight_shape": torch.tensor([rows, columns], dtype=torch.int64),
+        "weight_shape": torch.tensor(task.shape, dtype=torch.int64),
         "crow_indices": torch.from_numpy(crow_indices(found.indices, task.shape)).to(pointer),
         "col_indices": torch.from_numpy(np.ascontiguousarray(found.indices % columns)).to(column),
         "values": tensor_of(found.values.copy(), task.dtype),

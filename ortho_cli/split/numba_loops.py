@@ -172,8 +172,9 @@ def _call(loop: Any, arguments: tuple[Any, ...]) -> Any:
         return loop(*arguments)
 
 
+# Longer than 60 lines: in parts, called from here, it runs at half the speed.
 @kept(njit, nogil=True)  # others may run meanwhile
-def search_tile(  # noqa: C901 - in parts, called from here, it runs at half the speed
+def search_tile(  # noqa: C901 - see above
     tile: Any,
     factors: Any,
     curvature: Any,
@@ -258,8 +259,9 @@ def search_tile(  # noqa: C901 - in parts, called from here, it runs at half the
             scales[row, group] = best
 
 
+# Longer than 60 lines: in parts, called from here, it runs at half the speed.
 @kept(njit, nogil=True)
-def split_tile(  # noqa: C901 - in parts, called from here, it runs at half the speed
+def split_tile(  # noqa: C901 - see above
     tile: Any,
     curvature: Any,
     vectors: Any,
