@@ -33,11 +33,11 @@ check: install ## lint, format and types
 # tests count all the same, since pytest rewrites them (and warns that others do not).
 CORE := $(addprefix tests/,decompose/test_job_edits.py model/test_secrets.py model/test_text.py storage/test_data_file.py storage/test_sealing.py)
 
-# Processes of the tests: each may hold two gigabytes.
+# Processes of the tests: more than cores, since many tests wait for a child; each holds up to 2 GB.
 JOBS ?= 4
 
 test: check ## all of check, then the tests, and their core once more under python -O
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
 	$(BIN)/python -O -m pytest -W 'ignore:assertions not in test modules' $(CORE)
 
 fuzz: install ## damage every kind of file that is read, for MINUTES=30; findings go to demo/fuzz
