@@ -220,9 +220,8 @@ def _fit(plan: Plan, checkpoint: Checkpoint, target_bits: float, out: Path, outp
     """Choose the density and group size that lose least within --target-bits."""
     from ortho_cli.decompose.budget import meet
     from ortho_cli.decompose.survey import load_surveys
-    from ortho_cli.storage.output import resolve_output
 
-    known = load_surveys(resolve_output(out))
+    known = load_surveys(out)
     with output.progress("score") as sink:
         return meet(plan, checkpoint, target_bits, known=known, on_event=sink)
 

@@ -134,9 +134,8 @@ def settled(plan: Plan, checkpoint: Checkpoint, out: Path | None = None, *, outp
         return plan
     from ortho_cli.decompose.budget import settle
     from ortho_cli.decompose.survey import load_surveys
-    from ortho_cli.storage.output import resolve_output
 
-    known = () if out is None else load_surveys(resolve_output(out))
+    known = () if out is None else load_surveys(out)
     with output.progress("survey") as sink:
         return settle(plan, checkpoint, known=known, on_event=sink)
 

@@ -22,8 +22,8 @@ from ortho_cli.split.quantize import as_bytes
 from ortho_cli.split.sizes import Sizes
 from ortho_cli.storage import checkpoint, job
 from ortho_cli.storage.data_file import DataFile, TensorStream
-from ortho_cli.storage.job import Kind, Line, Target
-from ortho_cli.storage.work_folder import WorkFolder
+from ortho_cli.storage.job import Kind, Target
+from ortho_cli.storage.work_folder import Entry, WorkFolder
 from ortho_cli.version import __version__
 
 
@@ -79,7 +79,7 @@ def convert(
     }
     names = {tensor.source.name for tensor in plan.tensors}
 
-    def is_sound(line: Line) -> bool:
+    def is_sound(line: Entry) -> bool:
         digest = line.get("blake3")
         return line["name"] in names and isinstance(digest, str) and len(digest) == 64
 

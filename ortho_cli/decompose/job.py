@@ -56,7 +56,7 @@ from ortho_cli.storage.sealing import (
     key_of,
     scratch_bytes,
 )
-from ortho_cli.storage.work_folder import WorkFolder, interruptible
+from ortho_cli.storage.work_folder import Entry, WorkFolder, interruptible
 from ortho_cli.version import __version__
 
 if TYPE_CHECKING:  # to import torch takes longer than to decompose a billion weights
@@ -193,9 +193,8 @@ def decompose(
         save_surveys(work.private, plan.surveys)  # from here on a kill does not cost them
         key = key_of(work, seal, keys, on_event) if seal else None
         edits = _find_edits(plan, editor, work, inputs.curvature, key, on_event)
-        running = _Job(plan, checkpoint, inputs, edits, key, work, on_event)
-        running.kernels = Kernels(plan, compiled=compiled, device=device, on_event=running.emit)
-        return running.run(tuner)
+        kernels = partial(Kernels, plan, compiled=compiled, device=device)
+        return _Job(plan, checkpoint, inputs, edits, key, work, kernels, on_event).run(tuner)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,12 +224,12 @@ def _open_inputs(plan: Plan, checkpoint: Checkpoint) -> Iterator[_Inputs]:
         yield _Inputs(source=source, curvature=curvature, reference=reference)
 
 
-def _fits(plan: Plan) -> Callable[[job.Line], bool]:
+def _fits(plan: Plan) -> Callable[[Entry], bool]:
     """Tell whether a journal line is one that this plan could have written."""
     tensors = {tensor.name: tensor for tensor in plan.tensors}
 
-    def fits(line: job.Line) -> bool:
-        record, tensor = TensorRecord.from_json(line), tensors.get(line["name"])
+    def fits(line: Entry) -> bool:
+        record, tensor = TensorRecord.from_json(line), tensors.get(str(line["name"]))
         measured = plan.statistics is not None
         return bool(record and tensor and record.fits(tensor, curvature=measured))
 
@@ -317,17 +316,18 @@ class _Job:
         edits: Edits,
         key: WorkKey | None,
         work: WorkFolder,
+        kernels: Callable[..., Kernels],
         on_event: EventSink,
     ) -> None:
         self._plan = plan
         self._key = key
-        self.kernels = Kernels(plan, on_event=on_event)
         self._edits = edits
         self._checkpoint = checkpoint
         self._inputs, self._reader = inputs, inputs.source
         self._work = work
         self._on_event = on_event
         self._event_lock = threading.Lock()
+        self._kernels = kernels(on_event=self._emit)
         self._stop = threading.Event()
         self._base = DataFile(work, BASE_FILE, plan.base, mode=0o644)
         self._ortho = self._ortho_file(ORTHO_FILE, plan.ortho, scratch=plan.is_compact)
@@ -351,7 +351,7 @@ class _Job:
 
     def run(self, tuner: Tuner | None) -> Report:
         """Split, tune and finish."""
-        torch_alone = nullcontext() if self.kernels.compiled else _one_thread_of_torch()
+        torch_alone = nullcontext() if self._kernels.compiled else _one_thread_of_torch()
         with _many_small_operations(), torch_alone:
             base_blake3 = self.split()
         if tuner is not None:
@@ -363,16 +363,15 @@ class _Job:
 
     def split(self) -> str:
         """Split every tensor that no earlier run has finished; return base's BLAKE3."""
-        plan, done = self._plan, self._work.done
-        records = self._done()
+        plan, done, records = self._plan, self._work.done, self._done()
         for tensor in plan.tensors:
             if tensor.name in done and not self._is_intact(tensor, records[tensor.name]):
-                del done[tensor.name]
-        for name in _torn(self._done()):
-            del done[name]
-        self._check_surveyed(self._done().values())
+                del done[tensor.name], records[tensor.name]
+        for name in _torn(records):
+            del done[name], records[name]
+        self._check_surveyed(records.values())
         nbytes = {tensor.name: tensor.source.nbytes for tensor in plan.tensors}
-        job.report_start(self._work, nbytes, plan.side.notes, self.emit)
+        job.report_start(self._work, nbytes, plan.side.notes, self._emit)
         self._base.write_header(plan.base.header)
         # They are first in the file: hashing it need not wait for their weights.
         for tensor in plan.split:
@@ -396,7 +395,7 @@ class _Job:
         worker = self._worker()
         with interruptible(self._work, total=len(tensors), done="tuned"):
             for found in tuner.tune(
-                lambda name: written.rounded(tensors[name]), tuned, on_event=self.emit
+                lambda name: written.rounded(tensors[name]), tuned, on_event=self._emit
             ):
                 block = (min(found), len(found))
                 records = []
@@ -415,7 +414,7 @@ class _Job:
     def finish(self, base_blake3: str) -> Report:
         """Check that no input has changed, and write ortho and the files beside it."""
         plan, done = self._plan, self._done()
-        self.emit(Finishing(step="digests"))
+        self._emit(Finishing(step="digests"))
         self._inputs.check_unchanged()
         records = [done[tensor.name] for tensor in plan.tensors]
         digest = artifact.source_digest(
@@ -432,7 +431,7 @@ class _Job:
         self._check_forgotten()
         ortho, layout = self._ortho, plan.ortho
         if plan.is_compact:
-            self.emit(Finishing(step="compact"))
+            self._emit(Finishing(step="compact"))
             from ortho_cli.decompose.repack import Repacker
 
             repacker = Repacker(plan, self._base, self._ortho, self._inputs.curvature)
@@ -445,10 +444,10 @@ class _Job:
             if layout.regions != plan.ortho.regions:
                 raise InternalError("ortho's tensors are at other offsets than the plan says")
         if self._key is not None:
-            self.emit(Finishing(step="seal"))
+            self._emit(Finishing(step="seal"))
         ortho_blake3, sealed_blake3 = ortho.finish(layout)
         self._check_sealed(sealed_blake3)
-        self.emit(Finishing(step="sync"))
+        self._emit(Finishing(step="sync"))
         report = make_report(
             plan,
             records,
@@ -458,7 +457,7 @@ class _Job:
             base_blake3=base_blake3,
             ortho_blake3=ortho_blake3,
             sealed_blake3=sealed_blake3,
-            device=self.kernels.device.partition(":")[0],
+            device=self._kernels.device.partition(":")[0],
             side_files=self._write_side_files(),
         )
         job.write_files(self._work, {REPORT_FILE: pretty_json(report.to_json())})
@@ -515,10 +514,12 @@ class _Job:
         frontier.finish(self._work.done)
         digest = GrowingDigest(self._base.fd)
         results: Results = SimpleQueue()
-        with job.Commits(self._work, self.emit) as commits:
+        with job.Commits(self._work, self._emit) as commits:
             try:
-                if self.kernels.compiled and pending:  # while copies, which come first, are written
-                    threading.Thread(target=self.kernels.load).start()
+                if (
+                    self._kernels.compiled and pending
+                ):  # while copies, which come first, are written
+                    threading.Thread(target=self._kernels.load).start()
                 with at_work(
                     self._worker, pending, results, workers=self._plan.workers, stop=self._stop
                 ):
@@ -543,16 +544,16 @@ class _Job:
             self._reader,
             self._base,
             self._ortho,
-            make_kernel=self.kernels.make,
+            make_kernel=self._kernels.make,
             curvature=self._inputs.curvature,
             reference=self._inputs.reference,
             edits=self._edits,
             check=self._recheck.check,
             stop=self._stop,
-            on_event=self.emit,
+            on_event=self._emit,
         )
 
-    def emit(self, event: Event) -> None:
+    def _emit(self, event: Event) -> None:
         with self._event_lock:
             self._on_event(event)
 

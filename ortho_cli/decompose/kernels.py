@@ -75,11 +75,6 @@ def is_plain(plan: Plan) -> bool:
     return _rounds_alone(plan) and all(tensor.scale == "absmax" for tensor in plan.split)
 
 
-def takes(plan: Plan) -> bool:
-    """Return whether numba's loops split every tensor of a plan as the plan says."""
-    return _not_compiled(plan) is None
-
-
 def _not_compiled(plan: Plan) -> str | None:
     """Say why numba's loops cannot split a plan; None where they can."""
     if find_spec("numba") is None:

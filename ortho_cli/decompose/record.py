@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
 
 from ortho_cli.decompose.plan import SplitTensor, TensorPlan
 from ortho_cli.formats.artifact import BASE_FILE, ORTHO_FILE
 from ortho_cli.split.task import Figures
 
+KNOWN = {BASE_FILE, ORTHO_FILE}
 Digests = Mapping[str, str]  # key of a tensor of the artifact -> BLAKE3 of its bytes
 
 
@@ -26,7 +26,7 @@ class TensorRecord:
     tuned: tuple[str, int] | None = None  # first name and size of the block it was tuned in
     columns: int | None = None  # that a compact ortho holds whole
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Give the journal's line."""
         figures = asdict(self.figures) if self.figures else {}
         return {
@@ -44,53 +44,46 @@ class TensorRecord:
         return {BASE_FILE: self.base, **ortho}
 
     @classmethod
-    def from_json(cls, line: Mapping[str, Any]) -> TensorRecord | None:
+    def from_json(cls, line: Mapping[str, object]) -> TensorRecord | None:
         """Read the journal's line; None where we could not have written it."""
-        digests, told = line.get("blake3"), line.get("tuned")
-        if not isinstance(digests, dict) or not {BASE_FILE} <= set(digests) <= {
-            BASE_FILE,
-            ORTHO_FILE,
-        }:
+        digests, source, tuned = (line.get(key) for key in ("blake3", "source_blake3", "tuned"))
+        if not isinstance(digests, dict) or not {BASE_FILE} <= set(digests) <= KNOWN:
             return None
-        parts = [digests[BASE_FILE], digests.get(ORTHO_FILE, {})]
-        if not all(isinstance(part, dict) for part in parts):
+        base, ortho = _digests(digests[BASE_FILE]), _digests(digests.get(ORTHO_FILE, {}))
+        if base is None or ortho is None or not _is_digest(source):
             return None
-        texts = [line.get("source_blake3"), *(text for part in parts for text in part.values())]
-        if not all(isinstance(text, str) and len(text) == 64 for text in texts):
+        told = {one.name: line[one.name] for one in fields(Figures) if one.name in line}
+        numbers = {k: n for k, n in told.items() if isinstance(n, float) and math.isfinite(n)}
+        if numbers != told or (numbers and not {"signal", "noise", "noise_kept"} <= set(numbers)):
             return None
-        numbers = {one.name: line[one.name] for one in fields(Figures) if one.name in line}
-        if not all(isinstance(n, float) and math.isfinite(n) for n in numbers.values()):
-            return None
-        if numbers and not {"signal", "noise", "noise_kept"} <= set(numbers):
-            return None
-        if told is not None and not (
-            isinstance(told, list) and list(map(type, told)) == [str, int]
-        ):
-            return None
+        block: tuple[str, int] | None = None
+        if tuned is not None:
+            if not isinstance(tuned, list) or list(map(type, tuned)) != [str, int]:
+                return None
+            block = (tuned[0], tuned[1])
         return cls(
-            name=line["name"],
-            source_blake3=line["source_blake3"],
-            base=parts[0],
-            ortho=parts[1],
+            name=str(line["name"]),
+            source_blake3=str(source),
+            base=base,
+            ortho=ortho,
             figures=Figures(**numbers) if numbers else None,
-            tuned=None if told is None else (told[0], told[1]),
+            tuned=block,
         )
 
     def fits(self, tensor: TensorPlan, *, curvature: bool) -> bool:
         """Tell whether it is the record of this tensor, all of whose parts it names."""
-        figures = self.figures
-        if (figures is None) == isinstance(tensor, SplitTensor):
+        of = self.figures
+        if (of is None) == isinstance(tensor, SplitTensor):
             return False
-        if (
-            figures is not None
-            and curvature
-            and None
-            in (
-                figures.curvature_noise,
-                figures.curvature_noise_kept,
-            )
-        ):
+        if of and curvature and None in (of.curvature_noise, of.curvature_noise_kept):
             return False
-        return set(self.base) == {spec.key for spec in tensor.base} and set(self.ortho) == {
-            spec.key for spec in tensor.ortho
-        }
+        parts = ((self.base, tensor.base), (self.ortho, tensor.ortho))
+        return all(set(digests) == {spec.key for spec in specs} for digests, specs in parts)
+
+
+def _is_digest(text: object) -> bool:
+    return isinstance(text, str) and len(text) == 64
+
+
+def _digests(part: object) -> Digests | None:
+    return part if isinstance(part, dict) and all(map(_is_digest, part.values())) else None

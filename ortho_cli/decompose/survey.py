@@ -18,6 +18,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from ortho_cli.split.select import BINS
+from ortho_cli.storage.output import resolve_output
 from ortho_cli.storage.untrusted import read_regular
 from ortho_cli.storage.work_folder import identity_left, work_folder, write_private
 
@@ -53,6 +54,7 @@ def save_surveys(folder: Path, surveys: Sequence[Survey]) -> None:
 
 def load_surveys(out: Path) -> tuple[Survey, ...]:
     """Read the surveys of unfinished work on OUT; none where they do not fit its journal."""
+    out = resolve_output(out)
     told = (identity_left(out) or {}).get(KEY)
     path = work_folder(out) / "private" / SURVEY_FILE
     try:

@@ -48,6 +48,8 @@ DTYPES = {
     "C64": Dtype(64, "complex64", "complex64"),
 }
 SPLIT = ("BF16", "F16", "F32")  # of weights that can be split, and so of base's scales
+# The smallest scale worth storing; hardware keeps subnormals in float16, whose range is short.
+SMALLEST_SCALE = {"BF16": 2.0**-126, "F16": 2.0**-24, "F32": 2.0**-126}
 FLOATS = (*SPLIT, "F64")  # what a cast applies to
 BY_CONFIG = {
     "bfloat16": "BF16",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ortho_cli.split import numba_loops as loops
+from ortho_cli.split.dtypes import SMALLEST_SCALE
 from ortho_cli.split.scale_search import LANES, scale_factors
 from ortho_cli.split.select import TopK
 from ortho_cli.split.sizes import DEFAULT_SIZES, Part, Sizes
@@ -21,9 +22,6 @@ from ortho_cli.split.task import (
     Tile,
     TileResult,
 )
-
-# The smallest scale of each dtype, as in `quantize.round_scales`.
-FLOORS = {"BF16": 2.0**-126, "F16": 2.0**-24, "F32": 2.0**-126}
 
 
 class NumbaKernel:
@@ -55,7 +53,8 @@ class NumbaKernel:
         tile, room = pending, self.held
         rows, columns = tile.raw.shape
         size = task.group_size
-        words = loops.Words(tile.raw, size, np.float32(FLOORS[task.dtype]), EXPONENTS[task.dtype])
+        floor = np.float32(SMALLEST_SCALE[task.dtype])
+        words = loops.Words(tile.raw, size, floor, EXPONENTS[task.dtype])
         packed = room("packed", (rows, columns // 2), np.uint8)
         scales = room("scales", (rows, columns // size), task.word)
         held = None if tile.held is None else tile.held.view(np.uint8)

@@ -18,6 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ortho_cli.split.dtypes import DTYPES, SMALLEST_SCALE, SPLIT, names_of_torch, torch_dtypes
+
 CODE_MIN, CODE_MAX = -8, 7  # of 4 bits; `code_range` knows the others
 
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
@@ -90,11 +92,6 @@ class Scratch:
         return sum(slot.numel() for slot in self._slots)
 
 
-def _smallest_scale(dtype: torch.dtype) -> float:
-    """Smallest scale worth storing; hardware keeps subnormals in float16, whose range is short."""
-    return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).smallest_normal
-
-
 def groups_of(weight: Tensor, count: int) -> Tensor:
     """Look at a weight as (out, count, group_size)."""
     return weight.reshape(weight.shape[0], count, -1)
@@ -113,7 +110,7 @@ def absmax(weight: Tensor, count: int, empty: Empty) -> Tensor:
 
 def round_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Round scales to the dtype they are stored in, never to 0."""
-    return scales.clamp_min(_smallest_scale(dtype)).to(dtype)
+    return scales.clamp_min(SMALLEST_SCALE[names_of_torch()[dtype]]).to(dtype)
 
 
 def absmax_scales(
@@ -339,9 +336,8 @@ def ortho_dtypes(nnz: int, columns: int) -> tuple[torch.dtype, torch.dtype]:
 
 # Exponent bits of each dtype; all set means infinity or NaN.
 EXPONENTS = {
-    torch.bfloat16: (torch.int16, 0x7F80),
-    torch.float16: (torch.int16, 0x7C00),
-    torch.float32: (torch.int32, 0x7F800000),
+    torch_dtypes()[name]: (torch_dtypes()[f"I{DTYPES[name].bits}"], DTYPES[name].exponent or 0)
+    for name in SPLIT
 }
 
 

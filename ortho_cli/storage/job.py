@@ -17,17 +17,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from ortho_cli.events import EventSink, Noted, Started, TensorDone, null_sink
 from ortho_cli.storage.output import check_output, check_space, resolve_output
 from ortho_cli.storage.side_files import SideFiles
-from ortho_cli.storage.work_folder import WorkFolder, interruptible, unwritable
+from ortho_cli.storage.work_folder import Entry, WorkFolder, interruptible, unwritable
 
 # Seconds from one sync of finished tensors to the next: a kill costs at most this much work.
 COMMIT_SECONDS = 0.5
-
-Line = dict[str, Any]  # of the journal: parsed JSON, which each job checks and reads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +82,7 @@ def open_job(
     identity: Mapping[str, object],
     total: int,
     what: str = "tensors",
-    is_sound: Callable[[Line], bool] = lambda line: True,
+    is_sound: Callable[[Entry], bool] = lambda line: True,
     on_event: EventSink = null_sink,
 ) -> Iterator[WorkFolder]:
     """Open the work folder of an output, and publish it where the work ends without an error.
@@ -142,7 +139,7 @@ class Commits:
     def __init__(self, work: WorkFolder, on_event: EventSink) -> None:
         """Commit to `work`; tell `on_event` of each tensor."""
         self._work, self._on_event = work, on_event
-        self._lines: list[Line] = []
+        self._lines: list[Entry] = []
         self._committed = time.monotonic()
 
     def __enter__(self) -> Commits:
@@ -157,14 +154,14 @@ class Commits:
         """Commit what is finished, whatever has happened to the rest."""
         self._work.commit(self._lines)
 
-    def keep(self, line: Line) -> None:
+    def keep(self, line: Entry) -> None:
         """Commit this journal line with the next ones."""
         self._lines.append(line)
 
-    def add(self, line: Line) -> None:
+    def add(self, line: Entry) -> None:
         """Count the tensor of this journal line as finished."""
         self.keep(line)
-        self._on_event(TensorDone(name=line["name"]))
+        self._on_event(TensorDone(name=str(line["name"])))
         if time.monotonic() - self._committed >= COMMIT_SECONDS:
             self._work.commit(self._lines)
             self._lines, self._committed = [], time.monotonic()

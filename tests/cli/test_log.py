@@ -74,6 +74,7 @@ def test_a_log_file_can_be_traced(
         "done after",
     ):
         assert fact in told, fact
+    assert told.count("kernels: kernel ") == 1  # it is chosen once
     assert platform.node() not in told
     assert path.stat().st_mode & 0o777 == 0o600
     assert ortho("decompose", pico, "-q", "--force", "--set", "base.bits=3").code == 0

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ortho_cli.decompose import recipe
-from ortho_cli.decompose.kernels import takes
+from ortho_cli.decompose.kernels import Kernels
 from ortho_cli.decompose.plan import Plan, _buffer_bytes, make_plan
 from ortho_cli.errors import CalibrationError, NumericalError, OrthoError
-from ortho_cli.events import Advanced, Event, Noted, TensorDone
+from ortho_cli.events import Advanced, Event, Noted, TensorDone, null_sink
 from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.split.numba_kernel import NumbaKernel
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
@@ -344,13 +344,13 @@ def test_curvature_beyond_float32_is_judged_as_without_loops(tmp_path: Path) -> 
 def test_loops_take_rounding_to_nearest_of_four_bits(
     pico: Path, sets: tuple[str, ...], taken: bool
 ) -> None:
-    assert takes(plan_of(pico, *sets)) is taken
+    assert Kernels(plan_of(pico, *sets), on_event=null_sink).compiled is taken
 
 
 def test_without_numba_nothing_else_changes(pico: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split(pico, pico.parent / "with")
     monkeypatch.setattr("ortho_cli.decompose.kernels.find_spec", lambda name: None)
-    assert not takes(plan_of(pico))
+    assert not Kernels(plan_of(pico), on_event=null_sink).compiled
     told: list[Event] = []
     split(pico, pico.parent / "without", on_event=told.append)
     assert not [event for event in told if isinstance(event, Noted)]  # nobody asked for it
