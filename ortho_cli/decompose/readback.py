@@ -1,4 +1,4 @@
-"""What work has written of a split tensor so far, read back for work that goes on from there."""
+"""Reads back what a job has written of a split tensor: for tuning, packing and checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ReadBack:
     """Reads codes, scales and the CSR of any tensor from files that are being made."""
 
     def __init__(self, plan: Plan, base: DataFile, ortho: OrthoFile) -> None:
-        """Say where base and the CSR lie; a tensor is there when its work is done."""
+        """Take the files of base and of the CSR; a tensor can be read once it is split."""
         self._plan, self._base, self._ortho = plan, base, ortho
 
     def base_rows(self, tensor: SplitTensor, start: int, count: int) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ class Given(NamedTuple):
 
     positions: Array  # (nnz,) flat, ascending: what ortho holds
     scales: Array  # (out, groups) words; searched ones are to beat these
-    stays: bool  # ortho goes on to hold these positions
+    stays: bool  # ortho keeps these positions in this pass
     factor: Any = None  # round with compensation, on these scales
     codes: Array | None = None  # (out, in) int8: take these codes, on these scales
 

@@ -1,7 +1,7 @@
 """How many weights are worked on at a time: the one place that every tile is cut from.
 
 No byte of base, ortho or a converted file depends on these sizes; of report.json only the last
-digits of sums do. Whoever cuts tiles is given `Sizes`, so a test can make a tiny tensor have many.
+digits of sums do. Each loop over tiles takes a `Sizes`, so a test can cut a tiny tensor into many.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
                                    |
                                  Select
 
-`pipeline` walks from tile to tile. Nothing here knows of files, recipes or plans: whoever splits
-hands in a task, and what reads and writes. Arrays hold words: bfloat16 is uint16, float16 is int16
+`pipeline` walks from tile to tile. Nothing here knows of files, recipes or plans: the caller
+hands in a task, its inputs and a sink. Arrays hold words: bfloat16 is uint16, float16 is int16
 and float32 is uint32, which is how the compiled loops tell them apart.
 """
 
