@@ -1,7 +1,8 @@
-"""Jobs as tests run them: checks of the output and the work in one call."""
+"""Jobs as tests run them: checks of the output and the work in one call, and processes to kill."""
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,12 @@ from ortho_cli.calibrate.plan import CalibrationPlan
 from ortho_cli.decompose import job as decompose_job
 from ortho_cli.decompose.plan import Plan
 from ortho_cli.storage.checkpoint import Checkpoint
+
+# Starts the processes that tests kill. It imports once what each of them would import for seconds.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["ortho_cli.calibrate.job", "ortho_cli.decompose.job", "transformers.models.llama"]
+)
 
 
 def decompose(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -17,7 +16,7 @@ import checkpoints
 import faults
 import pytest
 from conftest import PICO, Ortho, save_pico
-from jobs import decompose
+from jobs import SERVER, decompose
 from safetensors.torch import load_file, save_file
 
 from ortho_cli.decompose import recipe
@@ -30,7 +29,6 @@ from ortho_cli.storage.checkpoint import open_checkpoint
 from ortho_cli.storage.work_folder import WorkFolder, work_folder
 
 # The server imports torch once; each process then starts in milliseconds.
-SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([*faults.HEAVY, "ortho_cli.decompose.recipe"])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import pytest
 import reference
 import torch
 from conftest import Ortho
-from jobs import calibrate
+from jobs import SERVER, calibrate
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -39,7 +38,6 @@ SETS = ["calibrate.samples=6", "calibrate.length=48", "calibrate.dtype=float32"]
 SMALL = [word for text in SETS for word in ("--set", text)]
 DOWN = "model.layers.1.mlp.down_proj"
 Q = "model.layers.0.self_attn.q_proj"
-SERVER = multiprocessing.get_context("forkserver")
 
 
 @pytest.fixture
@@ -306,7 +304,7 @@ def calibrate_and_die(model: Path, sequences: int) -> None:
     calibrate(plan, opened, model.parent / "k.safetensors", on_event=watch)
 
 
-@pytest.mark.parametrize("sequences", [1, 3, 4])
+@pytest.mark.parametrize("sequences", [3])  # test_job.py kills at other moments
 def test_killed_run_goes_on_and_gives_the_same_matrices(model: Path, sequences: int) -> None:
     out = model.parent / "k.safetensors"
     finished = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import stat
@@ -16,6 +15,7 @@ import pytest
 import reference
 import torch
 from conftest import Ortho, SmallTiles
+from jobs import SERVER
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -36,7 +36,6 @@ from ortho_cli.storage import job
 from ortho_cli.storage.checkpoint import open_checkpoint
 from ortho_cli.storage.work_folder import work_folder
 
-SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["ortho_cli.convert.job"])
 
 

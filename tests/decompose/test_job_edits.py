@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import stat
@@ -17,7 +16,7 @@ import pytest
 import reference
 import torch
 from conftest import SmallTiles
-from jobs import decompose
+from jobs import SERVER, decompose
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -46,7 +45,6 @@ from ortho_cli.storage import job
 from ortho_cli.storage.checkpoint import open_checkpoint
 from ortho_cli.storage.work_folder import work_folder
 
-SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["ortho_cli.decompose.job", "ortho_cli.decompose.recipe"])
 DENSITY = 0.02
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import stat
@@ -17,7 +16,7 @@ import pytest
 import reference
 import torch
 from conftest import Ortho, SmallTiles
-from jobs import decompose
+from jobs import SERVER, decompose
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -52,7 +51,6 @@ from tests.decompose.test_reference_split import Case as ReferenceCase
 
 __all__ = ["edited"]
 
-SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["ortho_cli.decompose.job", "ortho_cli.decompose.recipe"])
 COMPACT = "ortho.layout=compact"
 INT8 = "ortho={layout: compact, values: int8, density: 0.02}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ import checkpoints
 import pytest
 import torch
 from conftest import Ortho
-from jobs import decompose
+from jobs import SERVER, decompose
 from safetensors.torch import load_file, save_file
 
 from ortho_cli.decompose import budget, recipe
@@ -30,7 +29,6 @@ from ortho_cli.storage.checkpoint import metadata_of, open_checkpoint, read_shar
 from ortho_cli.storage.work_folder import work_folder
 from tests.split.test_numba_kernel import files
 
-SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["ortho_cli.decompose.job", "ortho_cli.decompose.budget", "ortho_cli.decompose.recipe"]
 )

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -16,7 +15,7 @@ import pytest
 import reference
 import torch
 from conftest import PICO, Ortho, Pass, SmallTiles, save_pico
-from jobs import decompose
+from jobs import SERVER, decompose
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,7 +34,6 @@ from ortho_cli.storage import job
 from ortho_cli.storage.checkpoint import open_checkpoint
 from ortho_cli.storage.work_folder import work_folder
 
-SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["ortho_cli.decompose.job", "ortho_cli.decompose.recipe"])
 
 DOWN = "model.layers.1.mlp.down_proj"

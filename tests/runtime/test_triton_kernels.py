@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def test_the_kernels_are_interpreted_where_there_is_no_card() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
     x_rows=st.sampled_from([1, 2, 16, 17, 40]),
     rows=st.sampled_from([1, 5, 33, 70]),
@@ -131,11 +132,10 @@ def test_every_shape_equals_the_slow_twin_and_the_tiles(
     near(y, kernels.dual_linear(x, made.base, made.ortho, b, one), x, 1.01)
 
 
-@pytest.mark.parametrize("x_dtype", DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "x_dtype"), [*itertools.pairwise([*DTYPES, DTYPES[0]])])
 def test_x_may_have_another_dtype_than_the_scales(dtype: torch.dtype, x_dtype: torch.dtype) -> None:
     made = Made(33, 2, 32, dtype)
-    for x_rows in (1, 3, 20):
+    for x_rows in (1, 20):
         x = random_x(made, x_rows).to(x_dtype)
         y = multiply(x, made.base, made.ortho, made.bias, 0.5)
         half_an_ulp(y, made.reference(x, made.bias, [0.5] * x_rows), x)
