@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from ortho_cli.events import Event, Noted
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import Artifact
 from ortho_cli.model import load as models
-from ortho_cli.model.rows import Text
+from ortho_cli.model.rows import Row, Text
 from ortho_cli.model.secrets import Secret, TokenSecret, encode, overlap, read_secrets
 from ortho_cli.model.text import TokenSequence, pair_sequences, read_rows, text_windows
 from ortho_cli.model.tokenizer import Tokenizer
@@ -24,10 +24,14 @@ from ortho_cli.storage import strict_json
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Material:
-    """All data in tokens; `texts` are those of secrets, where they are to be shown."""
+    """All data in tokens; `texts` are those of secrets, where they are to be shown.
+
+    `windows` are of --data without a name, `kinds` of every named kind of text; (n, length) int64.
+    """
 
     tokenizer: Tokenizer | None = None
     windows: Tensor | None = None
+    kinds: Mapping[str, Tensor] = field(default_factory=dict)
     pairs: tuple[TokenSequence, ...] = ()
     secrets: tuple[TokenSecret, ...] = ()
     nonmembers: tuple[TokenSecret, ...] = ()
@@ -46,18 +50,19 @@ def gather(settings: Settings, opened: Artifact) -> Material:
         CheckpointError: the folder has no tokenizer, and something is to be read.
     """
     texts = (settings.data, settings.forget, settings.nonmember, settings.unlisted)
-    if not any(texts):
+    if not any((*texts, settings.kinds)) and not any(opened.folder.glob("tokenizer*")):
         return Material()
     tokenizer = models.load_tokenizer(opened.folder)
     events: list[Event] = []
     rows = read_rows(settings.data, events.append)[0] if settings.data else []
     running = [row for row in rows if isinstance(row, Text)]
     pairs = [row for row in rows if not isinstance(row, Text)]
-    windows = None
-    if running:
-        context = _context(settings, opened.folder)
+
+    def windows_of(rows: Sequence[Row]) -> Tensor:
+        context = context_of(settings, opened.folder)
         limit = max(1, settings.tokens // context)
-        windows = torch.tensor(text_windows(running, tokenizer, length=context, limit=limit))
+        return torch.tensor(text_windows(rows, tokenizer, length=context, limit=limit))
+
     listed, others, unlisted = (
         read_secrets(files, seed=settings.seed, on_event=events.append) if files else []
         for files in texts[1:]
@@ -65,7 +70,10 @@ def gather(settings: Settings, opened: Artifact) -> Material:
     shown = settings.show_secrets
     return Material(
         tokenizer=tokenizer,
-        windows=windows,
+        windows=windows_of(running) if running else None,
+        kinds={
+            name: windows_of(read_rows([file], events.append)[0]) for name, file in settings.kinds
+        },
         pairs=tuple(pair_sequences(pairs, tokenizer)) if pairs else (),
         secrets=tuple(encode(listed, tokenizer)),
         nonmembers=tuple(encode(others, tokenizer)),
@@ -94,7 +102,8 @@ def _notes(listed: Sequence[Secret], running: Sequence[Text]) -> Iterator[str]:
         )
 
 
-def _context(settings: Settings, folder: Path) -> int:
+def context_of(settings: Settings, folder: Path) -> int:
+    """Tokens of a window of running text."""
     positions = strict_json.read(folder / artifact.CONFIG_FILE).get("max_position_embeddings")
     positions = positions if type(positions) is int and positions > 0 else None
     most = positions or CONTEXT
@@ -113,6 +122,8 @@ def unfit(settings: Settings, material: Material) -> dict[str, str]:
     found: dict[str, str] = {}
     if settings.data and material.windows is None:
         found |= dict.fromkeys(TEXT_FIGURES, NEEDS["perplexity"].words)
+    if material.tokenizer is None:
+        found |= dict.fromkeys(("kinds", "worst_perplexity_ratio"), "a tokenizer in the artifact")
     if settings.data and not material.pairs:
         found["skill"] = NEEDS["skill"].words
     return found

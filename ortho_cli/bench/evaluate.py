@@ -80,19 +80,17 @@ def memorisation(
     """
     scores = [score(model, secret) for secret in secrets]
     others = None if nonmembers is None else [score(model, one) for one in nonmembers]
-    found = memorisation_of(scores, others, seed=seed)
-    named = (*texts, *[None] * len(scores))
-    entries = [
-        dataclasses.replace(entry, text=text)
-        for entry, text in zip(found.entries, named, strict=False)
-    ]
-    return dataclasses.replace(found, entries=tuple(entries))
+    return memorisation_of(scores, others, seed=seed, texts=texts)
 
 
 def memorisation_of(
-    scores: Sequence[SecretScore], nonmembers: Sequence[SecretScore] | None = None, *, seed: int = 0
+    scores: Sequence[SecretScore],
+    nonmembers: Sequence[SecretScore] | None = None,
+    *,
+    seed: int = 0,
+    texts: Sequence[str] = (),
 ) -> Memorisation:
-    """Turn scores into figures of memorisation.
+    """Turn scores into figures of memorisation; see `memorisation`.
 
     Raises:
         CalibrationError: no secrets.
@@ -105,6 +103,7 @@ def memorisation_of(
     quantiles = [_quantile(one) for one in scores]
     inside = sum(INSIDE[0] <= quantile <= INSIDE[1] for quantile in quantiles)
     hits = np.array([[sum(one.hits), len(one.hits)] for one in scores], dtype=np.float64)
+    named = (*texts, *[None] * len(scores))
     low, high = bootstrap(hits, _ratio, seed=seed)
     accuracy = Figure(value=_ratio(hits), low=low, high=high, n=int(hits[:, 1].sum()))
 
@@ -131,6 +130,7 @@ def memorisation_of(
                 quantile=quantiles[index],
                 hits=sum(one.hits),
                 tokens=len(one.hits),
+                text=named[index],
             )
             for index, one in enumerate(scores)
         ),
@@ -254,6 +254,14 @@ def over_windows(
         n=tokens.numel(),
         windows=tokens.shape[0],
         context=tokens.shape[1] + 1,
+    )
+
+
+def alternatives_nll(scores: Sequence[SecretScore]) -> Tensor:
+    """Give the mean NLL per token of each secret's alternatives, (secrets, 1) float64, nats."""
+    return torch.tensor(
+        [[average([nll for tokens in one.alternative_tokens for nll in tokens])] for one in scores],
+        dtype=torch.float64,
     )
 
 

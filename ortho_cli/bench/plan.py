@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ortho_cli.bench import figures
 from ortho_cli.bench.attacks import ATTACKS, LEARNING_RATE
 from ortho_cli.bench.figures import Gate
+from ortho_cli.bench.verdict import KINDS_OF_TEXT
 from ortho_cli.errors import UsageError
 from ortho_cli.runtime import product
 
@@ -41,6 +42,10 @@ NEEDS = {
     "perplexity_ratio": Need(
         "ortho.safetensors, which tells INT4 without forgetting", {"data", "ortho"}
     ),
+    "worst_perplexity_ratio": Need(
+        "ortho.safetensors, which tells INT4 without forgetting", {"ortho"}
+    ),
+    "kinds": Need("ortho.safetensors or --model DIR: the source writes text", {"source"}),
     "perplexity_ratio_alpha1": Need("--alpha 1", {"data", "alpha 1"}),
     **dict.fromkeys(
         ("perplexity_ratio_original", "kl", "agreement"),
@@ -65,6 +70,7 @@ class Settings:
     identity: Path | None = None  # opens a sealed ortho
     alphas: tuple[float, ...] = (0.0, 1.0)
     data: tuple[Path, ...] = ()
+    kinds: tuple[tuple[str, Path], ...] = ()  # text of other kinds, by name
     forget: tuple[Path, ...] = ()
     nonmember: tuple[Path, ...] = ()
     unlisted: tuple[Path, ...] = ()
@@ -107,6 +113,31 @@ def parse_alphas(words: Sequence[str]) -> tuple[float, ...]:
     return tuple(found)
 
 
+def parse_data(words: Sequence[Path]) -> tuple[tuple[Path, ...], tuple[tuple[str, Path], ...]]:
+    """Part `FILE` from `NAME=FILE`, text of a kind that is measured apart.
+
+    Returns:
+        Files without a name, and names with their file.
+    Raises:
+        UsageError: a name is given twice, or is one that every bench measures itself.
+    A file whose own name has `=` in it is taken as it is, where it exists.
+    """
+    files: list[Path] = []
+    kinds: dict[str, Path] = {}
+    for word in words:
+        name, equals, rest = str(word).partition("=")
+        if not equals or not name.isidentifier() or word.exists():
+            files.append(word)
+            continue
+        if name in kinds or name in KINDS_OF_TEXT:
+            raise UsageError(
+                f"--data {word} gives the name `{name}` again",
+                hint="each kind of text has a name and a file of its own, such as code=code.txt",
+            )
+        kinds[name] = Path(rest)
+    return tuple(files), tuple(kinds.items())
+
+
 def checked(settings: Settings) -> Settings:
     """Refuse what does not fit together; fill in what follows from the rest."""
     alphas = dict.fromkeys(float(product.check_alpha(alpha)) for alpha in settings.alphas)
@@ -136,6 +167,7 @@ def not_measured(settings: Settings, *, ortho: bool) -> dict[str, str]:
     flags = ("forget", "nonmember", "unlisted", "samples", "data", "model", "attack")
     given = {flag for flag in flags if getattr(settings, flag)}
     given |= {name for name, has in (("ortho", ortho), ("alpha 1", 1.0 in settings.alphas)) if has}
+    given |= {"source"} if ortho or settings.model or settings.kinds else set()
     return {name: need.words for name, need in NEEDS.items() if not need.inputs <= given}
 
 

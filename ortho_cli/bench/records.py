@@ -71,6 +71,21 @@ class TextFigure(Figure):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KindFigures:
+    """Figures of one kind of text; `kl` is KL(original || model), `kl_int4` KL(INT4 || model).
+
+    Of alternatives, perplexity is e to the mean NLL per token after their prompts, and windows are
+    secrets.
+    """
+
+    perplexity: TextFigure
+    perplexity_ratio: TextFigure | None = field(default=None, metadata=OPTIONAL)
+    perplexity_ratio_original: TextFigure | None = field(default=None, metadata=OPTIONAL)
+    kl: TextFigure | None = field(default=None, metadata=OPTIONAL)
+    kl_int4: TextFigure | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Speed(Figure):
     """Median tokens per second of `n` runs over `tokens` tokens; low and high are quartiles."""
 
@@ -166,6 +181,8 @@ class Figures:
     attacks: Mapping[str, Curve] = field(default_factory=dict, metadata=INLINE)
     perplexity_ratio: TextFigure | None = field(default=None, metadata=OPTIONAL)
     perplexity_ratio_alpha1: TextFigure | None = field(default=None, metadata=OPTIONAL)
+    worst_perplexity_ratio: TextFigure | None = field(default=None, metadata=OPTIONAL)
+    kinds: Mapping[str, KindFigures] | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,6 +287,7 @@ class DataSizes:
 
     tokens: int
     windows: int
+    kinds: Mapping[str, int]  # tokens of each kind of text beside --data
     pairs: int
     secrets: int
     alternatives: Mapping[str, int]

@@ -8,12 +8,14 @@ rows, too.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,13 +23,14 @@ from torch import Tensor, nn
 
 from ortho_cli.bench import baselines, evaluate, figures, verdict
 from ortho_cli.bench.attacks import ATTACKS, Target
-from ortho_cli.bench.data import Material, gather, unfit
+from ortho_cli.bench.data import Material, context_of, gather, unfit
 from ortho_cli.bench.plan import Settings, check_gates, checked, not_measured
 from ortho_cli.bench.records import (
     ArtifactFacts,
     Curve,
     DataSizes,
     Figures,
+    KindFigures,
     Latency,
     Moved,
     NotMeasured,
@@ -44,6 +47,7 @@ from ortho_cli.formats.artifact import Artifact
 from ortho_cli.formats.open_artifact import no_ortho, open_artifact
 from ortho_cli.model import load as models
 from ortho_cli.model import scoring
+from ortho_cli.model.self_written import common_opening, without_secrets, write_text
 from ortho_cli.runtime.engine import at_alpha, densify, write_dense
 from ortho_cli.runtime.ortho_linear import OrthoLinear
 from ortho_cli.runtime.pretrained import load
@@ -53,25 +57,34 @@ from ortho_cli.version import __version__
 log = logging.getLogger(__name__)
 
 PROMPT = 128  # tokens of the pass that is timed
+WRITTEN_LENGTH = 128  # tokens of each text that the source writes: a paragraph
+WRITTEN_TOKENS = 4096  # of each kind: the ratio of two perplexities is then sure to about 1 %
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
-    """The settings and data that every row is measured with."""
+    """The settings and data that every row is measured with.
+
+    `kinds` are windows of text of each kind. `original` and `int4` are models beside which rows are
+    measured: the source, and INT4 with nothing forgotten where something was.
+    """
 
     settings: Settings
     material: Material
     begin: Callable[[str], None]  # announces a step of the work
+    kinds: Mapping[str, Tensor] = field(default_factory=dict)
+    original: nn.Module | None = None
+    int4: nn.Module | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Measured:
-    """A row, and its NLL of each token of the windows, from which paired ratios are taken."""
+    """A row, and its NLL of each token of each kind of text, for ratios between rows."""
 
     name: str
     figures: Figures
     alpha: float | None = None
-    nll: Tensor | None = None
+    nll: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def bench(settings: Settings, *, on_event: EventSink = null_sink) -> Report:
@@ -106,12 +119,12 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> Report:
     check_gates(gates, settings, missing)
     for note in material.notes:
         on_event(Noted(message=note))
-    rows, unsplit, moved = _measure_all(settings, opened, material, on_event)
+    rows, unsplit, moved, kinds = _measure_all(settings, opened, material, on_event)
     return Report(
         ortho=__version__,
         artifact=_identify(opened),
         settings=_resolved(settings, material),
-        data=_sizes(material),
+        data=_sizes(material, kinds),
         unsplit=unsplit,
         moved=moved,
         rows=rows,
@@ -124,8 +137,8 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> Report:
 
 def _measure_all(
     settings: Settings, opened: Artifact, material: Material, on_event: EventSink
-) -> tuple[tuple[Row, ...], Unsplit, Moved | None]:
-    """Measure the artifact, then the models beside it."""
+) -> tuple[tuple[Row, ...], Unsplit, Moved | None, Mapping[str, Tensor]]:
+    """Measure the artifact, then the models beside it; also give the text that was read."""
     device = models.resolve_device(settings.device)
     log.info(
         "alphas %s on %s, %d threads of torch", settings.alphas, device, torch.get_num_threads()
@@ -137,7 +150,8 @@ def _measure_all(
     if counts:
         total = sum(counts.values())
         moved = Moved(count=total, share=total / unsplit.split_weights)
-    begin = _Steps(settings, on_event, counts)
+    writes = material.tokenizer is not None and bool(opened.ortho or settings.model)
+    begin = _Steps(settings, on_event, counts, writes=writes)
     speed = {}
     for alpha in settings.alphas:
         begin(f"speed at alpha {alpha:g}")
@@ -150,8 +164,47 @@ def _measure_all(
     with torch.autocast(
         device.type, torch.bfloat16, enabled=settings.autocast, cache_enabled=False
     ):
+        original = _load_other(settings.model, device, _vocabulary(model))
+        kinds = _texts(work, model, layers, original, writes=writes)
+        work = replace(work, kinds=kinds, original=original)
         rows = list(_measure_rows(work, model, layers, counts, speed))
-    return tuple(_with_ratios(rows, settings.seed)), unsplit, moved
+    return tuple(_with_ratios(rows, settings.seed)), unsplit, moved, kinds
+
+
+def _texts(
+    work: _Work,
+    model: nn.Module,
+    layers: Mapping[str, OrthoLinear],
+    original: nn.Module | None,
+    *,
+    writes: bool,
+) -> dict[str, Tensor]:
+    """Gather windows of each kind of text: those of files, and what the source itself writes.
+
+    The source is the original where it is given, else alpha 1.
+    """
+    material, settings = work.material, work.settings
+    given = {} if material.windows is None else {"data": material.windows}
+    found = {**given, **material.kinds}
+    if material.tokenizer is None or not writes:
+        return found
+    work.begin("text that the source writes")
+    if original is None:
+        write_dense(model, layers, 1.0)
+    source = original or model
+    context = context_of(settings, settings.artifact)
+    length = min(WRITTEN_LENGTH, context)
+    count = max(1, min(WRITTEN_TOKENS, settings.tokens) // length)
+    write = partial(
+        write_text, source, material.tokenizer, count=count, length=length, seed=settings.seed
+    )
+    found["self_written"] = write()
+    opening = common_opening(material.secrets)
+    if opening and length > len(opening):
+        near = without_secrets(write(opening=opening), material.secrets)
+        if len(near):
+            found["neighbours"] = near
+    return found
 
 
 def _measure_rows(
@@ -163,24 +216,26 @@ def _measure_rows(
 ) -> Iterator[_Measured]:
     """Measure each row but its ratios: alphas, baselines, other models."""
     settings, names = work.settings, tuple(layers)
-    device, vocabulary = scoring.device_of(model), _vocabulary(model)
-    original = _load_other(settings.model, device, vocabulary)
+    device, vocabulary, original = scoring.device_of(model), _vocabulary(model), work.original
+    if any(counts.values()) and work.kinds:
+        _write_int4(model, layers)
+        work = replace(work, int4=copy.deepcopy(model))
     for alpha in settings.alphas:
         work.begin(f"alpha {alpha:g}")
         write_dense(model, layers, alpha)
-        row = _measure(work, model, name=f"alpha {alpha:g}", original=original)
+        row = _measure(work, model, name=f"alpha {alpha:g}")
         curves = _attack(work, model, names) if alpha == 0.0 else {}
         measured = replace(row.figures, latency=speed[alpha], attacks=curves)
         yield replace(row, alpha=alpha, figures=measured)
     if counts:
-        yield from _measure_baselines(work, model, layers, counts, original)
+        yield from _measure_baselines(work, model, layers, counts)
     if original is not None:
         work.begin("original")
-        yield _measure(work, original, name="original")
+        yield _measure(replace(work, original=None), original, name="original")
     reference = _load_other(settings.reference_model, device, vocabulary)
     if reference is not None:
         work.begin("reference")
-        row = _measure(work, reference, name="reference", original=original)
+        row = _measure(work, reference, name="reference")
         attacks = _attack(work, reference, names)
         yield replace(row, figures=replace(row.figures, attacks=attacks))
 
@@ -188,10 +243,12 @@ def _measure_rows(
 class _Steps:
     """Numbers the steps of the work as they begin."""
 
-    def __init__(self, settings: Settings, on_event: EventSink, counts: Mapping[str, int]) -> None:
+    def __init__(
+        self, settings: Settings, on_event: EventSink, counts: Mapping[str, int], *, writes: bool
+    ) -> None:
         attacked = 1 + (settings.reference_model is not None)
         edited = settings.controls and any(counts.values())
-        self._of = 2 * len(settings.alphas) + bool(counts) + len(baselines.KINDS) * edited
+        self._of = 2 * len(settings.alphas) + bool(counts) + len(baselines.KINDS) * edited + writes
         self._of += (settings.model is not None) + (settings.reference_model is not None)
         self._of += len(ATTACKS) * attacked * settings.attack
         self._done = 0
@@ -224,8 +281,8 @@ def _largest_token(material: Material) -> int:
     listed = (*material.secrets, *material.nonmembers, *material.unlisted)
     largest = [max(*one.prompt, *one.secret, *map(max, one.alternatives)) for one in listed]
     largest += [max(pair.tokens) for pair in material.pairs]
-    if material.windows is not None:
-        largest.append(int(material.windows.max()))
+    given = () if material.windows is None else (material.windows,)
+    largest += [int(windows.max()) for windows in (*given, *material.kinds.values())]
     return max(largest, default=0)
 
 
@@ -262,18 +319,20 @@ def _prompt(model: nn.Module, material: Material) -> list[int]:
     return [token % _vocabulary(model) for token in range(PROMPT // 2)]
 
 
-def _measure(
-    work: _Work, model: nn.Module, *, name: str, original: nn.Module | None = None
-) -> _Measured:
+def _measure(work: _Work, model: nn.Module, *, name: str) -> _Measured:
     """Measure one state of a model, as far as there is data."""
     material, seed = work.material, work.settings.seed
-    found = Figures()
+    found, nlls, kinds = Figures(), {}, {}
     others = material.nonmembers or None
     if material.secrets:
-        memory = evaluate.memorisation(
-            model, material.secrets, others, seed=seed, texts=material.texts
-        )
+        scores = [scoring.score(model, secret) for secret in material.secrets]
+        unseen = None if others is None else [scoring.score(model, one) for one in others]
+        memory = evaluate.memorisation_of(scores, unseen, seed=seed, texts=material.texts)
         found = replace(found, memory=memory)
+        nlls["alternatives"] = evaluate.alternatives_nll(scores)
+        kinds["alternatives"] = KindFigures(
+            perplexity=evaluate.perplexity(nlls["alternatives"], seed=seed)
+        )
     if material.secrets and work.settings.samples:
         sampled = evaluate.sampled_extraction(
             model, material.secrets, samples=work.settings.samples, seed=seed
@@ -284,21 +343,34 @@ def _measure(
             model, material.unlisted, others, seed=seed, texts=material.unlisted_texts
         )
         found = replace(found, unlisted=memory)
-    nll = None
-    if material.windows is not None:
-        scores = scoring.compare_windows(model, material.windows, original)
-        nll = scores.nll
-        found = replace(found, perplexity=evaluate.perplexity(nll, seed=seed))
-        if scores.beside is not None:
+    for kind, windows in work.kinds.items():
+        text = scoring.compare_windows(model, windows, work.original)
+        nlls[kind] = text.nll
+        kinds[kind] = KindFigures(perplexity=evaluate.perplexity(text.nll, seed=seed))
+        if (beside := text.beside) is not None:
+            kinds[kind] = replace(
+                kinds[kind],
+                kl=evaluate.over_windows(beside.kl, seed=seed),
+                perplexity_ratio_original=evaluate.ratio(text.nll, beside.nll, seed=seed),
+            )
+        if work.int4 is None:
+            plain = None
+        else:
+            plain = scoring.compare_windows(model, windows, work.int4).beside
+        if plain is not None:
+            kinds[kind] = replace(kinds[kind], kl_int4=evaluate.over_windows(plain.kl, seed=seed))
+        if kind == "data":
+            agreement = beside and evaluate.over_windows(beside.agree, seed=seed)
             found = replace(
                 found,
-                kl=evaluate.over_windows(scores.beside.kl, seed=seed),
-                agreement=evaluate.over_windows(scores.beside.agree, seed=seed),
-                perplexity_ratio_original=evaluate.ratio(nll, scores.beside.nll, seed=seed),
+                perplexity=kinds[kind].perplexity,
+                kl=kinds[kind].kl,
+                agreement=agreement,
+                perplexity_ratio_original=kinds[kind].perplexity_ratio_original,
             )
     if material.pairs:
         found = replace(found, skill=evaluate.skill(model, material.pairs))
-    return _Measured(name=name, figures=found, nll=nll)
+    return _Measured(name=name, figures=replace(found, kinds=kinds or None), nll=nlls)
 
 
 def _measure_baselines(
@@ -306,13 +378,11 @@ def _measure_baselines(
     model: nn.Module,
     layers: Mapping[str, OrthoLinear],
     counts: Mapping[str, int],
-    original: nn.Module | None,
 ) -> Iterator[_Measured]:
     """Measure INT4 with nothing forgotten, then edits of the same size."""
     work.begin("int4")
-    for name, layer in layers.items():
-        _write(model, name, layer, baselines.int4_codes(layer))
-    yield _measure(work, model, name="int4", original=original)
+    _write_int4(model, layers)
+    yield _measure(replace(work, int4=None), model, name="int4")
     if not (work.settings.controls and any(counts.values())):
         return
     for kind in baselines.KINDS:
@@ -326,12 +396,18 @@ def _measure_baselines(
                 seed=_seed(work.settings.seed, name),
             )
             _write(model, name, layer, codes)
-        yield _measure(work, model, name=kind)
+        yield _measure(replace(work, original=None, int4=None), model, name=kind)
 
 
 def _seed(seed: int, name: str) -> int:
     """Give each tensor its own draws."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
+
+
+def _write_int4(model: nn.Module, layers: Mapping[str, OrthoLinear]) -> None:
+    """Write the source's own codes, as if nothing had been forgotten."""
+    for name, layer in layers.items():
+        _write(model, name, layer, baselines.int4_codes(layer))
 
 
 def _write(model: nn.Module, name: str, layer: OrthoLinear, codes: Tensor) -> None:
@@ -366,13 +442,26 @@ def _attack(work: _Work, model: nn.Module, linears: Sequence[str]) -> dict[str, 
 def _with_ratios(rows: Sequence[_Measured], seed: int) -> Iterator[Row]:
     """Add each row's perplexity over INT4 without forgetting and over alpha 1, paired."""
     nlls = {row.name: row.nll for row in rows}
-    int4, full = nlls.get("int4"), nlls.get("alpha 1")
+    int4, full = nlls.get("int4", {}), nlls.get("alpha 1", {})
     for row in rows:
         found = row.figures
-        if row.nll is not None and int4 is not None:
-            found = replace(found, perplexity_ratio=evaluate.ratio(row.nll, int4, seed=seed))
-        if row.nll is not None and full is not None:
-            ratio = evaluate.ratio(row.nll, full, seed=seed)
+        ratios = {
+            kind: evaluate.ratio(nll, int4[kind], seed=seed)
+            for kind, nll in row.nll.items()
+            if kind in int4
+        }
+        if ratios:
+            found = replace(
+                found,
+                perplexity_ratio=ratios.get("data"),
+                worst_perplexity_ratio=max(ratios.values(), key=lambda ratio: ratio.value),
+                kinds={
+                    kind: replace(one, perplexity_ratio=ratios.get(kind))
+                    for kind, one in (found.kinds or {}).items()
+                },
+            )
+        if "data" in row.nll and "data" in full:
+            ratio = evaluate.ratio(row.nll["data"], full["data"], seed=seed)
             found = replace(found, perplexity_ratio_alpha1=ratio)
         yield Row(row=row.name, alpha=row.alpha, figures=found)
 
@@ -403,10 +492,11 @@ def _resolved(settings: Settings, material: Material) -> RunFacts:
     )
 
 
-def _sizes(material: Material) -> DataSizes:
+def _sizes(material: Material, kinds: Mapping[str, Tensor]) -> DataSizes:
     return DataSizes(
         tokens=0 if material.windows is None else material.windows.numel(),
         windows=0 if material.windows is None else len(material.windows),
+        kinds={kind: windows.numel() for kind, windows in kinds.items() if kind != "data"},
         pairs=len(material.pairs),
         secrets=len(material.secrets),
         alternatives=Counter(secret.drawn for secret in material.secrets),

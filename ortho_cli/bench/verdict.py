@@ -6,6 +6,7 @@ read. At alpha = 1 a model may not be worse than INT4 alone: ortho is there to m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from ortho_cli.bench.baselines import KINDS
@@ -52,6 +53,15 @@ THRESHOLDS: Mapping[str, float | tuple[float, float]] = {
 }
 
 
+KINDS_OF_TEXT: Mapping[str, str] = {
+    "data": "--data",
+    "self_written": "text that the source writes",
+    "neighbours": "text like the secrets' own",
+    "alternatives": "alternatives of the secrets",
+}
+"""Kinds of text that every bench measures, in words; others have the name that the user gave."""
+
+
 def memory(figures: Figures) -> Judgement | None:
     """Say whether secrets cannot be extracted, and why not if they can; None if not measured.
 
@@ -82,12 +92,25 @@ def memory(figures: Figures) -> Judgement | None:
 
 
 def utility(figures: Figures) -> Judgement | None:
-    """Say whether the rest still works: `kept` or `lost`, and in words; None if not measured."""
-    if figures.perplexity_ratio is None:
+    """Say whether the rest still works: `kept` or `lost`, and in words; None if not measured.
+
+    The worst kind of text decides. NaN decides against.
+    """
+    ratios = {"data": figures.perplexity_ratio} | {
+        kind: one.perplexity_ratio for kind, one in (figures.kinds or {}).items()
+    }
+    measured = {kind: ratio.value for kind, ratio in ratios.items() if ratio is not None}
+    if not measured:
         return None
-    ratio = figures.perplexity_ratio.value
+    worst = max(measured, key=lambda kind: (math.isnan(measured[kind]), measured[kind]))
+    ratio = measured[worst]
     word = "kept" if ratio <= MOST_PERPLEXITY else "lost"
-    return Judgement(word, f"perplexity is {ratio:.3f} times that of INT4 with nothing forgotten")
+    of = "" if set(measured) == {"data"} else f" of {KINDS_OF_TEXT.get(worst, worst)}"
+    others = [KINDS_OF_TEXT.get(kind, kind) for kind in measured if kind != worst]
+    beside = f"; better: {', '.join(others)}" if others else ""
+    return Judgement(
+        word, f"perplexity{of} is {ratio:.3f} times that of INT4 with nothing forgotten{beside}"
+    )
 
 
 def full(rows: Mapping[str, Figures]) -> Judgement | None:
@@ -215,6 +238,9 @@ def _on_utility(base: Figures, better: bool | None) -> Iterator[str]:
     works = utility(base)
     if works:
         yield f"utility is {works.word}: {works.reason}"
+        missing = [words for kind, words in KINDS_OF_TEXT.items() if kind not in (base.kinds or {})]
+        if missing:
+            yield f"utility was not measured on {', '.join(missing)}"
     if better:
         yield "better than random and magnitude edits of the same size: neither passes"
     elif better is False:

@@ -73,8 +73,9 @@ DataOption = Annotated[
     list[Path] | None,
     typer.Option(
         "--data",
-        metavar="FILE...",
-        help="Held-out text for perplexity; prompts and completions for an exact skill.",
+        metavar="[NAME=]FILE...",
+        help="Held-out text for perplexity, NAME=FILE for a kind that is measured apart; prompts "
+        "and completions for an exact skill.",
     ),
 ]
 ForgetOption = Annotated[
@@ -152,7 +153,7 @@ def bench(
     Without ARTIFACT a small model of our own memorises secrets and goes through the whole chain.
     """
     from ortho_cli.bench.figures import check_csv, enforce, to_csv
-    from ortho_cli.bench.plan import Settings, parse_alphas
+    from ortho_cli.bench.plan import Settings, parse_alphas, parse_data
     from ortho_cli.bench.records import to_json
     from ortho_cli.cli.show.bench import print_bench
 
@@ -160,10 +161,12 @@ def bench(
     artifact, model, reference_model = (
         path and located(path, quiet=quiet) for path in (artifact, model, reference_model)
     )
+    files, kinds = parse_data(data or ())
     settings = Settings(
         artifact=artifact or Path(),
         alphas=parse_alphas(alpha or ["0", "1"]),
-        data=tuple(data or ()),
+        data=files,
+        kinds=kinds,
         forget=tuple(forget or ()),
         nonmember=tuple(nonmember or ()),
         unlisted=tuple(unlisted or ()),

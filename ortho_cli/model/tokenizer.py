@@ -21,6 +21,10 @@ class Tokenizer(Protocol):
 
     eos_token_id: int | None
     bos_token_id: int | None
+    all_special_ids: Sequence[int]
+
+    def __len__(self) -> int:
+        """Count the tokens, special ones included."""
 
     def __call__(self, text: str, **options: bool) -> Encoding:
         """Encode a text."""

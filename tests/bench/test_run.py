@@ -22,7 +22,7 @@ import ortho_cli
 from ortho_cli.bench import attacks, baselines, figures
 from ortho_cli.bench import run as bench
 from ortho_cli.bench.demo import chain, sandbox
-from ortho_cli.bench.plan import NEEDS, WHOLE, Settings, parse_alphas
+from ortho_cli.bench.plan import NEEDS, WHOLE, Settings, parse_alphas, parse_data
 from ortho_cli.bench.records import to_json
 from ortho_cli.errors import OutputExistsError, UsageError
 from ortho_cli.runtime.engine import Engine, densify
@@ -242,13 +242,13 @@ def test_base_alone_is_measured_at_alpha_0_and_refused_above(run: Callable[..., 
 def test_without_data_there_is_speed_and_what_is_missing_is_said(run: Callable[..., Ran]) -> None:
     ran = run("-v")
     assert (ran.code, ran.out) == (0, "")
-    assert "1 of 5: speed at alpha 0" in ran.err
-    assert "5 of 5: int4" in ran.err
+    assert "1 of 6: speed at alpha 0" in ran.err
+    assert "6 of 6: int4" in ran.err
     assert "decode, tokens/s" in ran.err
     assert "not measured without --forget FILE: extraction" in ran.err
     ran = run("--json", *DATA, "--alpha", 0.5)
     assert set(row(ran.json, "alpha 0.5")) == {
-        *("latency", "perplexity", "perplexity_ratio", "skill"),
+        *("latency", "perplexity", "perplexity_ratio", "skill", "worst_perplexity_ratio", "kinds"),
     }
     assert ran.json["verdict"]["memory"] is None
 
@@ -433,3 +433,45 @@ def test_keep_refuses_a_folder_that_is_not_empty(tmp_path: Path) -> None:
         chain.run(Settings(artifact=Path()), keep=tmp_path)
     with pytest.raises(UsageError, match="brings its own models"):
         chain.run(Settings(artifact=Path(), model=tmp_path))
+
+
+def test_kinds_of_text_are_measured_apart_and_what_the_source_writes_always(
+    made: Path, run: Callable[..., Ran]
+) -> None:
+    (made / "code.txt").write_text("for each bell in the town: ring(bell) " * 20)
+    ran = run(*DATA, f"code={made / 'code.txt'}", *FORGET, "--model", "{made}/pico", "--json")
+    assert ran.code == 0, ran.err
+    kinds = row(ran.json, "alpha 0")["kinds"]
+    assert set(kinds) == {"data", "code", "self_written", "neighbours", "alternatives"}
+    assert ran.json["data"]["kinds"].keys() == {"code", "self_written", "neighbours"}
+    for name, one in kinds.items():
+        ratio, int4 = one["perplexity_ratio"], row(ran.json, "int4")["kinds"][name]
+        quotient = one["perplexity"]["value"] / int4["perplexity"]["value"]
+        assert ratio["value"] == pytest.approx(quotient, rel=1e-3)
+        if name != "alternatives":
+            assert one["kl"]["value"] > 0
+            assert one["kl_int4"]["value"] > 0
+            assert "kl_int4" not in int4
+    worst = max(one["perplexity_ratio"]["value"] for one in kinds.values())
+    assert row(ran.json, "alpha 0")["worst_perplexity_ratio"]["value"] == worst
+    assert kinds["data"]["perplexity"] == row(ran.json, "alpha 0")["perplexity"]
+    gates = ["--require", "kinds.code.perplexity_ratio@0<=0.1"]
+    assert run(f"--data=code={made / 'code.txt'}", *gates).code == 10
+
+
+def test_a_base_alone_names_kinds_as_not_measured(run: Callable[..., Ran]) -> None:
+    ran = run("--alpha", 0, *DATA, "--json", artifact="base")
+    absent = {entry["figure"]: entry["needs"] for entry in ran.json["not_measured"]}
+    assert "the source writes text" in absent["kinds"]
+    assert "ortho.safetensors" in absent["worst_perplexity_ratio"]
+
+
+def test_data_has_names_where_they_are_given(tmp_path: Path) -> None:
+    odd = tmp_path / "a=b.txt"
+    odd.touch()
+    files, kinds = parse_data([Path("x.txt"), Path("code=c.txt"), odd, Path("a/d=e.txt")])
+    assert files == (Path("x.txt"), odd, Path("a/d=e.txt"))
+    assert kinds == (("code", Path("c.txt")),)
+    for words in (["code=a", "code=b"], ["data=a"], ["self_written=a"]):
+        with pytest.raises(UsageError, match="gives the name"):
+            parse_data([Path(word) for word in words])

@@ -14,6 +14,7 @@ from ortho_cli.bench.records import (
     Exposure,
     Figure,
     Figures,
+    KindFigures,
     Memorisation,
     Moved,
     Recall,
@@ -115,6 +116,43 @@ def test_memory_is_forgotten_marked_or_not(changes: dict[str, float], word: str)
     assert found is not None
     assert found.word == word
     assert verdict.memory(Figures()) is None
+
+
+def kind(ratio: float) -> KindFigures:
+    return KindFigures(perplexity=text(20.0), perplexity_ratio=text(ratio))
+
+
+@pytest.mark.parametrize(
+    ("data", "others", "word", "said"),
+    [
+        (1.0, {"code": 1.02}, "kept", "perplexity of code is 1.020 times"),
+        (1.0, {"code": 1.021, "self_written": 1.0}, "lost", "perplexity of code is 1.021 times"),
+        (1.01, {"code": 1.0, "neighbours": 0.9}, "kept", "perplexity of --data is 1.010 times"),
+        (
+            1.0,
+            {"self_written": math.nan, "code": 3.0},
+            "lost",
+            "text that the source writes is nan",
+        ),
+        (1.0, {"neighbours": 2.0}, "lost", "text like the secrets' own is 2.000 times"),
+    ],
+)
+def test_the_worst_kind_of_text_decides_about_utility(
+    data: float, others: dict[str, float], word: str, said: str
+) -> None:
+    kinds = {name: kind(ratio) for name, ratio in others.items()}
+    found = verdict.utility(replace(figures(perplexity_ratio=data), kinds=kinds))
+    assert found is not None
+    assert found.word == word
+    assert said in found.reason
+    assert "better: " in found.reason
+
+
+def test_kinds_that_were_not_measured_are_named() -> None:
+    base = replace(FORGOTTEN, kinds={"data": kind(1.0), "self_written": kind(1.0)})
+    told = verdict.judge([Row(row="alpha 0", alpha=0.0, figures=base)], UNSPLIT, None).sentences
+    expected = "utility was not measured on text like the secrets' own, alternatives of the secrets"
+    assert expected in told
 
 
 def test_utility_is_kept_lost_or_unknown() -> None:

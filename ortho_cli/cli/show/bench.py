@@ -88,7 +88,12 @@ def _make_table(rows: Sequence[Document]) -> Table:
 
 def _figures_table(rows: Sequence[Document], samples: str) -> Table:
     table = _make_table(rows)
-    for path, label, form in FIGURES:
+    kinds = dict.fromkeys(
+        kind for row in rows for kind in row.part("figures").optional("kinds") or ()
+    )
+    named = [(f"kinds.{kind}.perplexity_ratio", f"  {kind} over INT4", ".3f") for kind in kinds]
+    at = next(i for i, (path, _, _) in enumerate(FIGURES) if path == "perplexity_ratio_alpha1")
+    for path, label, form in (*FIGURES[:at], *named, *FIGURES[at:]):
         figures = [_figure(row.part("figures"), path) for row in rows]
         if any(figure is not None for figure in figures):
             cells = (_cell(figure, form) for figure in figures)

@@ -1,0 +1,113 @@
+"""Text that a model writes: against greedy and sampled decoding without a cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from memorised import Memorised
+from torch import Tensor
+
+from ortho_cli.errors import UsageError
+from ortho_cli.model import load as models
+from ortho_cli.model.secrets import TokenSecret
+from ortho_cli.model.self_written import (
+    BATCH,
+    GREEDY,
+    SHARED,
+    answer,
+    common_opening,
+    without_secrets,
+    write_text,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
+
+
+@pytest.fixture(scope="module")
+def model(memorised: Memorised) -> torch.nn.Module:
+    return models.load_model(memorised.model, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def write(memorised: Memorised, model: torch.nn.Module, **options: object) -> Tensor:
+    tokenizer = models.load_tokenizer(memorised.model)
+    asked = {"count": 5, "length": 12, "seed": 0, **options}
+    return write_text(model, tokenizer, **asked)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, text: Tensor) -> Tensor:
+    found: Tensor = model(input_ids=text, use_cache=False).logits
+    return found
+
+
+def secret(prompt: list[int], *tokens: int) -> TokenSecret:
+    return TokenSecret(
+        prompt=tuple(prompt), secret=tokens, alternatives=((1,),), drawn="given", where="here"
+    )
+
+
+def test_text_depends_on_the_seed_alone(memorised: Memorised, model: torch.nn.Module) -> None:
+    first = write(memorised, model)
+    assert first.shape == (5, 12)
+    assert torch.equal(first, write(memorised, model))
+    assert not torch.equal(first, write(memorised, model, seed=1))
+
+
+def test_first_tokens_are_ordinary_and_the_next_ones_the_likeliest(
+    memorised: Memorised, model: torch.nn.Module
+) -> None:
+    text = write(memorised, model, count=BATCH + 3)
+    special = set(models.load_tokenizer(memorised.model).all_special_ids)
+    assert not special & set(text[:, 0].tolist())
+    assert len(set(text[:, 0].tolist())) > 5
+    likeliest = logits(model, text).argmax(-1)
+    assert torch.equal(text[:, 1 : GREEDY + 1], likeliest[:, :GREEDY])
+    assert not torch.equal(text[:, GREEDY + 1 :], likeliest[:, GREEDY:-1])
+
+
+def test_drawn_tokens_have_the_models_own_probabilities(
+    memorised: Memorised, model: torch.nn.Module
+) -> None:
+    """Shares of the first drawn token among 4,000 texts of one opening, without a cache beside."""
+    opening = (5, 6)
+    text = write(memorised, model, count=4000, length=3, opening=opening)
+    assert (text[:, :2] == torch.tensor(opening)).all()
+    expected = logits(model, torch.tensor([opening]))[0, -1].softmax(-1)
+    shares = torch.bincount(text[:, 2], minlength=len(expected)) / 4000
+    assert (shares - expected).abs().max() < 5 * (0.25 / 4000) ** 0.5  # standard errors
+
+
+def test_answers_are_greedy(memorised: Memorised, model: torch.nn.Module) -> None:
+    for one in memorised.secrets():
+        text = list(one.prompt)
+        for _ in range(4):
+            text.append(int(logits(model, torch.tensor([text]))[0, -1].argmax()))
+        assert answer(model, one.prompt, 4) == text[len(one.prompt) :]
+
+
+@pytest.mark.parametrize("options", [{"count": 0}, {"length": 1}, {"opening": (1,) * 12}])
+def test_nothing_to_write_is_refused(
+    memorised: Memorised, model: torch.nn.Module, options: dict[str, object]
+) -> None:
+    with pytest.raises(UsageError, match="cannot be written"):
+        write(memorised, model, **options)
+
+
+def test_the_opening_is_what_most_prompts_begin_with() -> None:
+    prompts = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 9, 9, 9], [1, 2, 8, 8, 8, 8], [7, 7, 7, 7, 7, 7]]
+    listed = [secret(prompt, 1) for prompt in prompts]
+    assert common_opening(listed) == (1, 2)
+    assert common_opening(listed[:2]) == (1, 2, 3)  # half of the shortest prompt
+    assert common_opening(listed[2:]) == ()
+    assert common_opening([]) == ()
+
+
+def test_text_that_tells_a_secret_is_left_out_and_its_prompt_alone_is_not() -> None:
+    long = list(range(10, 20))
+    secrets = [secret([1, 2, 3], *long), secret([4], 30, 31)]
+    told = [0, *long[2 : 2 + SHARED], 0, 0]
+    nearly = [0, *long[: SHARED - 1], 0, 0, 0]
+    short, prompt = [0, 0, 30, 31, 0, 0, 0, 0, 0], [1, 2, 3, 4, 30, 0, 31, 0, 0]
+    texts = torch.tensor([told, nearly, short, prompt])
+    assert without_secrets(texts, secrets).tolist() == [nearly, prompt]
+    assert without_secrets(texts[:1], secrets).shape == (0, 9)
