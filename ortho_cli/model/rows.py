@@ -51,7 +51,6 @@ class Text:
 
     text: str
     ends: bool = True
-    templated: bool = False  # the text contains special tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,7 +252,8 @@ def _joined(content: object) -> str | None:
         part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
         for part in content
     ]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else None
+    found = [text for text in texts if isinstance(text, str)]
+    return "".join(found) if len(found) == len(texts) else None
 
 
 def parsed(value: object) -> object:
@@ -292,15 +292,6 @@ def _no_row(value: object, where: str, answer: str) -> CalibrationError:
 
 def _kind(value: object) -> str:
     """Name a type in JSON's words."""
-    if is_null(value):
-        return "null"
-    for types, name in (
-        (bool, "true or false"),
-        ((int, float), "a number"),
-        (str, "text"),
-        ((list, tuple), "a list"),
-        (dict, "an object"),
-    ):
-        if isinstance(value, types):
-            return name
-    return f"of type {type(value).__name__}"
+    names: dict[type, str] = {bool: "true or false", int: "a number", float: "a number"}
+    names |= {str: "text", list: "a list", tuple: "a list", dict: "an object"}
+    return "null" if is_null(value) else names.get(type(value), f"of type {type(value).__name__}")
