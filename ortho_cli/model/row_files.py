@@ -15,6 +15,7 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO, Literal, TypeGuard
 
@@ -28,7 +29,7 @@ from ortho_cli.storage.untrusted import read_regular
 
 MAX_UNPACKED = 1 << 30  # bytes of a file once it is unpacked: a kilobyte can claim a terabyte
 MAX_LAYERS = 2  # of compression; a file can be made that unpacks to itself
-FORMATS = "text, JSON, JSON lines, CSV, TSV or parquet"
+FORMATS = "give files of text, JSON, JSON lines, CSV, TSV or parquet"
 # Keys of an object that hold rows, in the order in which they are looked for; splits come last.
 WRAPPERS = (
     *("data", "rows", "train", "examples", "instances", "items", "records", "samples"),
@@ -72,8 +73,7 @@ def read_values(path: Path) -> tuple[Iterator[Value], bytes]:
     except IsADirectoryError:
         raise _wrong(path, "is a folder", f"give the files in it: {said(path)}/*") from None
     except OSError as error:
-        hint = f"give files of {FORMATS}"
-        raise unreadable(path, error, hint=hint, kind=CalibrationError, what="data ") from None
+        raise unreadable(path, error, hint=FORMATS, kind=CalibrationError, what="data ") from None
     content = _unpacked(path, raw)
     _refuse_others(path, content)
     kind = _kind_of(path, content)
@@ -113,7 +113,7 @@ def _unpack(path: Path, raw: bytes, name: str, opener: Opener) -> bytes:
 
 def _refuse_others(path: Path, raw: bytes) -> None:
     """Refuse a file that has no rows, and name its kind."""
-    kind, hint = sniff.kind_of(raw[: sniff.HEAD]), f"give files of {FORMATS}"
+    kind, hint = sniff.kind_of(raw[: sniff.HEAD]), FORMATS
     if kind in READ or kind.startswith(sniff.REFUSAL):
         kind = "binary, no text" if b"\0" in raw and not raw.startswith((b"PAR1", *BOMS)) else None
     elif kind == sniff.PDF:
@@ -175,10 +175,16 @@ def _texts(path: Path, text: str) -> Iterator[Value]:
     yield {"text": text}, f"`{path}`"
 
 
-def _lines(path: Path, text: str) -> Iterator[Value]:
-    lines = _numbered(text)
-    if len(lines) > 1 and not _parses(lines[0][1]) and _parses(text):
-        yield from _document(path, text)  # over many lines
+def _json(path: Path, text: str, *, by_line: bool) -> Iterator[Value]:
+    """Read JSON lines or a document: files of either suffix hold the other, too."""
+    # Not splitlines: U+2028 and the like are text, in JSON, too.
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if len(lines) > 1 and _parses(lines[0][1]):
+        by_line = True
+    elif by_line and len(lines) > 1 and _parses(text):
+        by_line = False
+    if lines and not by_line:
+        yield from _document(path, text)
         return
     for number, line in lines:
         where = f"`{path}` line {number}"
@@ -187,20 +193,6 @@ def _lines(path: Path, text: str) -> Iterator[Value]:
             yield from _rows_of(path, found)
         else:
             yield found, where
-
-
-def _numbered(text: str) -> list[tuple[int, str]]:
-    # Not splitlines: U+2028 and the like are text, in JSON, too.
-    return [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
-def _json(path: Path, text: str) -> Iterator[Value]:
-    """Read a document, or JSON lines, which many files of this suffix hold."""
-    lines = _numbered(text)
-    if len(lines) > 1 and _parses(lines[0][1]):
-        yield from _lines(path, text)
-    elif lines:
-        yield from _document(path, text)
 
 
 def _document(path: Path, text: str) -> Iterator[Value]:
@@ -232,8 +224,11 @@ def _inside(path: Path, found: Mapping[str, object]) -> list[object]:
     if isinstance(rows, list):
         return rows
     columns = rows if isinstance(rows, dict) else found
-    every = {name: _column(column) for name, column in columns.items()}
-    lists = {name: column for name, column in every.items() if column is not None}
+    lists = {  # pandas writes a column as an object of its values, by row number
+        name: list(column.values()) if isinstance(column, dict) else column
+        for name, column in columns.items()
+        if isinstance(column, dict | list)
+    }
     if not lists.keys() & KNOWN:
         what = f"is one JSON object with {names_of(found)} and no rows"
         raise _wrong(path, what, f"a list of rows, or an object that has it as `data`; {EXPECTED}")
@@ -247,13 +242,6 @@ def _inside(path: Path, found: Mapping[str, object]) -> list[object]:
 
 def _is_rows(value: object) -> TypeGuard[list[object]]:
     return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
-
-
-def _column(column: object) -> list[object] | None:
-    """Give a column's values; pandas writes an object of them, by row number."""
-    if isinstance(column, dict):
-        return list(column.values())
-    return column if isinstance(column, list) else None
 
 
 def _rows_of(path: Path, rows: Iterable[object]) -> Iterator[Value]:
@@ -303,8 +291,7 @@ def _known_columns(path: Path, text: str, delimiter: str) -> tuple[list[str], li
     line = io.StringIO(text, newline="").readline()  # up to CR, LF or both
     for mark in dict.fromkeys((delimiter, ";", "\t", ",")):
         first = next(iter(_parse_csv(path, line, mark)), [])
-        names = [name.strip().lower() for name in first]
-        known = [name for name in names if name in KNOWN]
+        known = [name for cell in first if (name := cell.strip().lower()) in KNOWN]
         if not known:
             continue
         if len(set(known)) < len(known):
@@ -374,8 +361,8 @@ def _parquet(path: Path, raw: bytes) -> Iterator[Value]:
 
 _READERS: Mapping[Kind, Callable[[Path, str], Iterator[Value]]] = {  # of all kinds that are text
     "text": _texts,
-    "lines": _lines,
-    "json": _json,
-    "csv": lambda path, text: _table(path, text, ","),
-    "tsv": lambda path, text: _table(path, text, "\t"),
+    "lines": partial(_json, by_line=True),
+    "json": partial(_json, by_line=False),
+    "csv": partial(_table, delimiter=","),
+    "tsv": partial(_table, delimiter="\t"),
 }
