@@ -10,11 +10,12 @@ bytes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,16 +29,10 @@ from ortho_cli.errors import CalibrationError
 from ortho_cli.events import EventSink, Finishing, Measuring, Noted, SequencesDone, null_sink
 from ortho_cli.formats import artifact, statistics
 from ortho_cli.formats.artifact import canonical_json, module_of
+from ortho_cli.formats.statistics import Measured
+from ortho_cli.model import hooks
 from ortho_cli.model import load as models
-from ortho_cli.model.hooks import (
-    TOP_SHARE,
-    Capture,
-    Part,
-    factor,
-    logit_gradient,
-    symmetrize,
-    top_overlap,
-)
+from ortho_cli.model.scoring import pad
 from ortho_cli.model.text import TokenSequence
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.storage import job
@@ -57,16 +52,6 @@ KIND = Kind(name="statistics file", is_ours=statistics.is_statistics, is_file=Tr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WeightEntry:
-    """What the file's metadata say of one weight."""
-
-    shape: tuple[int, ...]
-    source_blake3: str
-    mean: float  # of its curvature on the retain set
-    overlap: float | None  # of the top weights by full and by factored curvature; None for gram
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
     """A finished calibration."""
 
@@ -76,14 +61,8 @@ class Calibration:
 
     def to_json(self) -> dict[str, object]:
         """Give the document of `ortho calibrate --json`."""
-        plain = {key: value for key, value in self.metadata.items() if key not in _JSON_KEYS}
-        parsed = {key: json.loads(self.metadata[key]) for key in _JSON_KEYS}
-        return {
-            "output_bytes": self.nbytes,
-            **plain,
-            **parsed,
-            "perplexity": dict(self.perplexity),
-        }
+        told = {k: json.loads(v) if k in _JSON_KEYS else v for k, v in self.metadata.items()}
+        return {"output_bytes": self.nbytes, **told, "perplexity": dict(self.perplexity)}
 
 
 _JSON_KEYS = ("data", "recipe", "versions", "tensors", "digests")
@@ -162,23 +141,10 @@ def calibrate(
         "version": [__version__, torch.__version__, chosen.type],
         "files": {f"{name}.{i}": plan.sums(name).size for name in plan.sets for i in range(2)},
     }
-    chunks, what = _chunks_of(plan), "chunks of sequences"
-    total = sum(map(len, chunks.values()))
+    total = sum(math.ceil(len(data.sequences) / CHUNK_SEQUENCES) for data in plan.sets.values())
+    what = "chunks of sequences"
     with job.open_job(target, identity=identity, total=total, what=what, on_event=on_event) as work:
-        return _Job(plan, checkpoint, work, chosen, chunks, on_event).run(source, digests)
-
-
-Chunks = Mapping[Set, list[tuple[TokenSequence, ...]]]
-
-
-def _chunks_of(plan: CalibrationPlan) -> Chunks:
-    return {
-        name: [
-            data.sequences[start : start + CHUNK_SEQUENCES]
-            for start in range(0, len(data.sequences), CHUNK_SEQUENCES)
-        ]
-        for name, data in plan.sets.items()
-    }
+        return _Job(plan, checkpoint, work, chosen, on_event).run(source, digests)
 
 
 class _Job:
@@ -188,34 +154,40 @@ class _Job:
         checkpoint: Checkpoint,
         work: WorkFolder,
         device: torch.device,
-        chunks: Chunks,
         on_event: EventSink,
     ) -> None:
         self._plan, self._checkpoint, self._work = plan, checkpoint, work
-        self._device, self._chunks, self._on_event = device, chunks, on_event
+        self._device, self._on_event = device, on_event
+        # The index of each chunk's first sequence, by the chunk's name in the journal.
+        self._chunks: dict[Set, dict[str, int]] = {
+            name: {
+                f"{name} {start // CHUNK_SEQUENCES}": start
+                for start in range(0, len(data.sequences), CHUNK_SEQUENCES)
+            }
+            for name, data in plan.sets.items()
+        }
         self._sums: dict[Set, Sums] = {}
         self._nll: dict[Set, float] = {}
+        # Statistics of private data are for their owner alone.
+        self._mode = 0o600 if "forget" in plan.sets else 0o644
 
     def run(self, source: str, digests: dict[str, str]) -> Calibration:
         """Measure what no earlier run has measured, and write the file."""
-        plan, work = self._plan, self._work
-        # Statistics of private data are for their owner alone.
-        mode = 0o600 if "forget" in plan.sets else 0o644
-        pending = 0
+        work, resumed = self._work, 0
         for name, chunks in self._chunks.items():
-            layout = plan.sums(name)
-            files = tuple(DataFile(work, f"{name}.{turn}", layout, mode=mode) for turn in range(2))
-            done = next(i for i in range(len(chunks) + 1) if f"{name} {i}" not in work.done)
-            self._sums[name] = Sums((files[0], files[1]), layout, chunks=done)
-            nlls = (work.done[f"{name} {i}"]["nll"] for i in range(done))
+            layout = self._plan.sums(name)
+            files = [DataFile(work, f"{name}.{turn}", layout, mode=self._mode) for turn in range(2)]
+            done = list(itertools.takewhile(work.done.__contains__, chunks))
+            self._sums[name] = Sums((files[0], files[1]), layout, chunks=len(done))
+            nlls = (work.done[chunk]["nll"] for chunk in done)
             self._nll[name] = math.fsum(nll for nll in nlls if isinstance(nll, float))
-            pending += len(chunks) - done
-        if pending:
-            self._measure()
+            resumed += min(len(done) * CHUNK_SEQUENCES, len(self._plan.sets[name].sequences))
+        if resumed < sum(len(data.sequences) for data in self._plan.sets.values()):
+            self._measure(resumed)
         self._on_event(Finishing(step="write"))
-        return self._write(source, digests, mode=mode)
+        return self._write(source, digests)
 
-    def _measure(self) -> None:
+    def _measure(self, resumed: int) -> None:
         settings = self._plan.settings
         # Without autocast all is float32; with it, weights keep their dtype.
         dtype = None if settings.autocast else torch.float32
@@ -227,10 +199,9 @@ class _Job:
             largest_token=max(max(sequence.tokens) for sequence in everything),
         )
         linears = models.find_linears(model, [tensor.name for tensor in self._plan.tensors])
-        resumed = sum(len(self._chunks[name][i]) for name, i in self._finished())
         self._on_event(Measuring(sequences=len(everything), resumed=resumed))
         for name, chunks in self._chunks.items():
-            with Capture(
+            with hooks.Capture(
                 linears,
                 self._sums[name].add,
                 kind="gram" if settings.curvature == "gram" else "fisher",
@@ -239,53 +210,37 @@ class _Job:
                 gram="none" if name == "forget" else settings.gram,
                 weighting="none" if name == "forget" else settings.weighting,
             ) as capture:
-                for number, chunk in enumerate(chunks):
-                    if f"{name} {number}" not in self._work.done:
-                        self._measure_chunk(name, number, chunk, model, capture)
-
-    def _finished(self) -> Iterator[tuple[Set, int]]:
-        for name, chunks in self._chunks.items():
-            for number in range(len(chunks)):
-                if f"{name} {number}" in self._work.done:
-                    yield name, number
+                for chunk, start in chunks.items():
+                    if chunk not in self._work.done:
+                        self._measure_chunk(name, chunk, start, model, capture)
 
     def _measure_chunk(
-        self,
-        name: Set,
-        number: int,
-        chunk: tuple[TokenSequence, ...],
-        model: nn.Module,
-        capture: Capture,
+        self, name: Set, chunk: str, start: int, model: nn.Module, capture: hooks.Capture
     ) -> None:
-        nll, size = 0.0, self._plan.settings.batch
-        for start in range(0, len(chunk), size):
-            batch = chunk[start : start + size]
-            nll += self._pass(batch, number * CHUNK_SEQUENCES + start, model, capture)
-            self._on_event(
-                SequencesDone(sequences=len(batch), tokens=sum(len(s.tokens) for s in batch))
-            )
+        nll, sequences = 0.0, self._plan.sets[name].sequences[: start + CHUNK_SEQUENCES]
+        for first in range(start, len(sequences), self._plan.settings.batch):
+            batch = sequences[first : first + self._plan.settings.batch]
+            nll += self._pass(batch, first, model, capture)
+            tokens = sum(len(sequence.tokens) for sequence in batch)
+            self._on_event(SequencesDone(sequences=len(batch), tokens=tokens))
         # transformers reads the files by name, after they were digested: no gradient of a model of
         # other bytes may count.
         check_in_place(self._checkpoint)
         self._sums[name].finish_chunk()
         self._nll[name] += nll
-        self._work.commit([{"name": f"{name} {number}", "nll": nll}])
+        self._work.commit([{"name": chunk, "nll": nll}])
 
     def _pass(
-        self, batch: Sequence[TokenSequence], first: int, model: nn.Module, capture: Capture
+        self, batch: Sequence[TokenSequence], first: int, model: nn.Module, capture: hooks.Capture
     ) -> float:
         """Pass one batch through the model and back; return its NLL."""
         settings = self._plan.settings
-        longest = max(len(sequence.tokens) for sequence in batch)
         # Padding follows the text: in a causal model no token before it depends on it.
-        tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
-        there = torch.zeros(len(batch), longest, dtype=torch.bool)
-        counted = torch.zeros(len(batch), longest, dtype=torch.bool)
+        tokens = pad([sequence.tokens for sequence in batch])
+        there, counted = torch.zeros(2, *tokens.shape, dtype=torch.bool)
         for i, sequence in enumerate(batch):
-            length = len(sequence.tokens)
-            tokens[i, :length] = torch.tensor(sequence.tokens)
-            there[i, :length] = True
-            counted[i, sequence.counted - 1 : length - 1] = True
+            there[i, : len(sequence.tokens)] = True
+            counted[i, sequence.counted - 1 : len(sequence.tokens) - 1] = True
         tokens, there, counted = (t.to(self._device) for t in (tokens, there, counted))
         gram = settings.curvature == "gram"
         capture.begin(len(batch), counted if gram else there, counted)
@@ -297,13 +252,11 @@ class _Job:
             logits = model(input_ids=tokens, use_cache=False, **options).logits
         nll = 0.0
         gradient = torch.zeros(0) if gram else torch.empty_like(logits)
-        for i in range(len(batch)):
-            generator = None
+        for i, row in enumerate(logits.detach()):
+            drawn = None
             if settings.curvature == "true-fisher":
-                generator = torch.Generator().manual_seed(settings.seed + first + i)
-            found, lost = logit_gradient(
-                logits[i].detach(), tokens[i], counted[i], generator=generator
-            )
+                drawn = torch.Generator().manual_seed(settings.seed + first + i)
+            found, lost = hooks.logit_gradient(row, tokens[i], counted[i], generator=drawn)
             nll += lost
             if not gram:
                 gradient[i] = found
@@ -311,35 +264,30 @@ class _Job:
             logits.backward(gradient)
         return nll
 
-    def _write(self, source: str, digests: dict[str, str], *, mode: int) -> Calibration:
+    def _write(self, source: str, digests: dict[str, str]) -> Calibration:
         """Write the file; its header holds digests, so each weight is made twice."""
         plan = self._plan
-        entries: dict[str, WeightEntry] = {}
+        entries: dict[str, Measured] = {}
         content: dict[str, str] = {}
-        for tensor in plan.tensors:
-            for name, part, mean in self._means(tensor):
-                if (name, part) == ("retain", "curvature"):
-                    entries[tensor.name] = self._describe(tensor, mean, digests[tensor.name])
-                for key, values in self._stored(tensor, name, part, mean):
-                    content[key] = blake3(as_bytes(values)).hexdigest()
+        for tensor, name, part, mean in self._means():
+            if (name, part) == ("retain", "curvature"):
+                entries[tensor.name] = self._describe(tensor, mean, digests[tensor.name])
+            for key, values in self._stored(tensor, name, part, mean):
+                content[key] = blake3(as_bytes(values)).hexdigest()
         metadata = self._metadata(source, entries, content)
         layout = plan_layout((s for t in plan.tensors for s in plan.specs(t)), metadata)
-        file = DataFile(self._work, self._work.out.name, layout, mode=mode)
+        file = DataFile(self._work, self._work.out.name, layout, mode=self._mode)
         file.write_header(layout.header)
-        for tensor in plan.tensors:
-            for name, part, mean in self._means(tensor):
-                for key, values in self._stored(tensor, name, part, mean):
-                    stream = TensorStream(file, key)
-                    stream.write(as_bytes(values))
-                    stream.finish()
+        for made in self._means():
+            for key, values in self._stored(*made):
+                stream = TensorStream(file, key)
+                stream.write(as_bytes(values))
+                stream.finish()
         overlaps = [entry.overlap for entry in entries.values() if entry.overlap is not None]
         if overlaps:
-            self._on_event(
-                Noted(
-                    message=f"factored statistics agree with full ones on "
-                    f"{sum(overlaps) / len(overlaps):.0%} of the top {TOP_SHARE:.0%} of weights"
-                )
-            )
+            share = sum(overlaps) / len(overlaps)
+            what = f"factored statistics agree with full ones on {share:.0%} of the top"
+            self._on_event(Noted(message=f"{what} {hooks.TOP_SHARE:.0%} of weights"))
         perplexity = {
             name: round(math.exp(nll / max(1, plan.sets[name].counted)), 4)
             for name, nll in self._nll.items()
@@ -347,78 +295,68 @@ class _Job:
         return Calibration(nbytes=layout.size, metadata=metadata, perplexity=perplexity)
 
     def _metadata(
-        self, source: str, entries: Mapping[str, WeightEntry], content: dict[str, str]
+        self, source: str, entries: Mapping[str, Measured], content: dict[str, str]
     ) -> dict[str, str]:
         with models.quiet_transformers() as transformers:
             version = str(transformers.__version__)
         settings = self._plan.settings
         versions = {"ortho": __version__, "torch": torch.__version__, "transformers": version}
+        gram = {"gram": settings.gram, "weighting": settings.weighting}
         return {
             "format": statistics.FORMAT,
             "kind": settings.curvature,
             "unit": "token" if settings.curvature == "gram" else settings.unit,
             "storage": settings.storage,
-            **(
-                {"gram": settings.gram, "weighting": settings.weighting}
-                if settings.gram == "full"
-                else {}
-            ),
+            **(gram if settings.gram == "full" else {}),
             "source_digest": source,
             "data": canonical_json({k: v.to_json() for k, v in self._plan.sets.items()}),
             "recipe": canonical_json(settings.canonical()),
             "versions": canonical_json({**versions, "device": self._device.type}),
-            "tensors": canonical_json({name: asdict(entry) for name, entry in entries.items()}),
+            "tensors": canonical_json({name: one.model_dump() for name, one in entries.items()}),
             "digests": canonical_json(content),
         }
 
-    def _means(self, tensor: TensorInfo) -> Iterator[tuple[Set, Part, Tensor]]:
+    def _means(self) -> Iterator[tuple[TensorInfo, Set, hooks.Part, Tensor]]:
         """Yield each sum over a set, divided by what it was summed over, in float32."""
-        for name, sums in self._sums.items():
+        for tensor, name in itertools.product(self._plan.tensors, self._sums):
             data = self._plan.sets[name]
             for part in self._plan.parts(name):
                 mean = torch.empty(self._plan.sum_shape(tensor, part))
-                sums.current.read_into(f"{tensor.name}/{part}", as_bytes(mean), start=0)
+                sums = self._sums[name].current
+                sums.read_into(f"{tensor.name}/{part}", as_bytes(mean), start=0)
                 tokens = part == "gram" or self._plan.settings.curvature == "gram"
                 mean /= data.counted if tokens else len(data.sequences)
-                yield name, part, mean
+                yield tensor, name, part, mean
 
     def _stored(
-        self, tensor: TensorInfo, name: Set, part: Part, mean: Tensor
+        self, tensor: TensorInfo, name: Set, part: hooks.Part, mean: Tensor
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield what the file holds of a mean."""
         settings, key = self._plan.settings, f"{module_of(tensor.name)}.{name}_{part}"
         if part == "gram":
-            symmetrize(mean)
+            hooks.symmetrize(mean)
             yield key, mean
         elif settings.curvature == "gram":
             yield key, mean.view(-1)
         elif settings.storage == "factored":
-            rows, columns = factor(mean)
+            rows, columns = hooks.factor(mean)
             yield f"{key}_rows", rows
             yield f"{key}_columns", columns
         else:
             stored = torch.float32 if settings.dtype == "float32" else torch.bfloat16
             yield key, mean.to(stored)
 
-    def _describe(self, tensor: TensorInfo, mean: Tensor, digest: str) -> WeightEntry:
-        """Summarise the curvature of a weight.
-
-        Raises:
-            CalibrationError: it is zero everywhere.
-        """
+    def _describe(self, tensor: TensorInfo, mean: Tensor, digest: str) -> Measured:
+        """Summarise the curvature of a weight, which is refused where it is zero everywhere."""
         total = float(mean.double().mean())
         if total == 0.0:
             raise CalibrationError(
                 f"no token reached `{tensor.name}`: its curvature is zero everywhere",
                 hint="give more data or samples, or add it to `ignore`",
             )
-        overlap = None
+        overlap = None  # of the top weights by full and by factored curvature
         if self._plan.settings.curvature != "gram":
-            rows, columns = factor(mean)
-            overlap = round(top_overlap(mean, rows.unsqueeze(1) * columns), 4)
-        return WeightEntry(
-            shape=tensor.shape,
-            source_blake3=digest,
-            mean=float(f"{total:.6e}"),
-            overlap=overlap,
-        )
+            rows, columns = hooks.factor(mean)
+            overlap = round(hooks.top_overlap(mean, rows.unsqueeze(1) * columns), 4)
+        shape, rounded = list(tensor.shape), float(f"{total:.6e}")
+        return Measured(shape=shape, source_blake3=digest, mean=rounded, overlap=overlap)

@@ -80,18 +80,13 @@ class CalibrationPlan:
 
     def sums(self, name: Set) -> Layout:
         """Lay out the float32 sums of a set."""
-        return plan_layout(
-            (
-                TensorSpec(
-                    key=f"{tensor.name}/{part}",
-                    dtype="F32",
-                    shape=self.sum_shape(tensor, part),
-                )
-                for tensor in self.tensors
-                for part in self.parts(name)
-            ),
-            {},
-        )
+        shapes = {
+            f"{tensor.name}/{part}": self.sum_shape(tensor, part)
+            for tensor in self.tensors
+            for part in self.parts(name)
+        }
+        specs = (TensorSpec(key=key, dtype="F32", shape=shape) for key, shape in shapes.items())
+        return plan_layout(specs, {})
 
     @property
     def bytes_written(self) -> int:
@@ -119,9 +114,7 @@ class CalibrationPlan:
                 "bytes_written": self.bytes_written,
                 "bytes_scratch": self.bytes_scratch,
             },
-            "tensors": [
-                {"name": tensor.name, "shape": list(tensor.shape)} for tensor in self.tensors
-            ],
+            "tensors": [{"name": one.name, "shape": list(one.shape)} for one in self.tensors],
         }
 
 
@@ -190,17 +183,16 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, sets: dict[Set, DataSet]) 
 
 
 def _check_weighting(settings: Calibrate) -> None:
-    if settings.weighting == "none":
-        return
     if settings.gram == "none":
+        other = "gram is none: there is no matrix whose positions it could weigh"
+        way = "add --gram full"
+    elif settings.curvature == "gram":
+        other = "curvature is gram, which has no backward pass"
+        way = "--set calibrate.curvature=fisher"
+    else:
+        return
+    if settings.weighting != "none":
         raise RecipeError(
-            f"calibrate.weighting is {settings.weighting}, and calibrate.gram is none: there is "
-            "no matrix whose positions it could weigh",
-            hint="add --gram full, or leave calibrate.weighting out",
-        )
-    if settings.curvature == "gram":
-        raise RecipeError(
-            f"calibrate.weighting is {settings.weighting}, and calibrate.curvature is gram, which "
-            "has no backward pass",
-            hint="--set calibrate.curvature=fisher, or leave calibrate.weighting out",
+            f"calibrate.weighting is {settings.weighting}, and calibrate.{other}",
+            hint=f"{way}, or leave calibrate.weighting out",
         )

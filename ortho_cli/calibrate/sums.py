@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ortho_cli.model.hooks import SUM_ELEMENTS, Part
+from ortho_cli.model.hooks import Part, rows_of_tile
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.storage.data_file import DataFile, Layout
 
@@ -37,15 +37,14 @@ class Sums:
 
     def _add(self, key: str, row: int, tile: Tensor) -> None:
         start = row * tile.shape[1] * 4
-        tile = tile.cpu()
-        if (key, row) in self._touched or self._chunks:
-            first = (key, row) not in self._touched
+        tile, written = tile.cpu(), self._files[(self._chunks + 1) % 2]
+        touched = (key, row) in self._touched
+        if touched or self._chunks:
             held = self._room(tile.shape)
-            source = self.current if first else self._files[(self._chunks + 1) % 2]
-            source.read_into(key, as_bytes(held), start=start)
+            (written if touched else self.current).read_into(key, as_bytes(held), start=start)
             tile = held.add_(tile)
         self._touched.add((key, row))
-        self._files[(self._chunks + 1) % 2].write(key, as_bytes(tile), start=start)
+        written.write(key, as_bytes(tile), start=start)
 
     def _room(self, shape: Sequence[int]) -> Tensor:
         if self._buffer.numel() < math.prod(shape):
@@ -55,11 +54,10 @@ class Sums:
     def finish_chunk(self) -> None:
         """Copy the sums of tiles that this chunk did not reach, and swap the files."""
         for key, region in self._layout.regions.items():
-            columns = region.shape[1]
-            step = max(1, SUM_ELEMENTS // columns)
-            for row in range(0, region.shape[0], step):
+            rows, columns = region.shape
+            step = rows_of_tile(columns)
+            for row in range(0, rows, step):
                 if (key, row) not in self._touched:
-                    tile = torch.zeros(min(step, region.shape[0] - row), columns)
-                    self._add(key, row, tile)
+                    self._add(key, row, torch.zeros(min(step, rows - row), columns))
         self._touched.clear()
         self._chunks += 1

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ortho_cli.errors import CalibrationError, InternalError, NumericalError
 from ortho_cli.model.hooks import logit_gradient
 
 TOLERANCE = 1e-2  # of the largest hidden state, between a block alone and in its model: bfloat16
 
-
 Options = dict[str, Any]  # of a block's forward: masks, positions; their types are the model's
-
-
 Output = Tensor | tuple[Tensor, ...]  # of a block: hidden states, first of a tuple
 
 
@@ -42,10 +38,8 @@ class Blocks:
         """
         self.model, self.batch = model, tokens.shape[0]
         self._list = _largest_list(model, linears)
-        inside = [{id(module) for module in block.modules()} for block in self._list]
-        self.names = [
-            [name for name, linear in linears.items() if id(linear) in ids] for ids in inside
-        ]
+        inside = [set(map(id, block.modules())) for block in self._list]
+        self.names = [[name for name in linears if id(linears[name]) in ids] for ids in inside]
         self._options: list[Options] = []
         self._check(tokens)
 
@@ -65,13 +59,8 @@ class Blocks:
             found.append(_taken(args, options)[0])
             raise _Stop
 
-        handle = self._list[0].register_forward_pre_hook(stop, with_kwargs=True)
-        try:
+        with self._list[0].register_forward_pre_hook(stop, with_kwargs=True), suppress(_Stop):
             self.model(input_ids=tokens, use_cache=False)
-        except _Stop:
-            pass
-        finally:
-            handle.remove()
         return found[0].detach()
 
     def gradients(
@@ -105,9 +94,8 @@ class Blocks:
                 gradient = torch.empty_like(logits)
                 for i, row in enumerate(tokens):
                     drawn = torch.Generator().manual_seed(seed + start + i)
-                    gradient[i], _ = logit_gradient(
-                        logits[i].detach(), row, counted, generator=drawn
-                    )
+                    found = logit_gradient(logits[i].detach(), row, counted, generator=drawn)
+                    gradient[i] = found[0]
                 logits.backward(gradient)
             for k, output in enumerate(outputs):
                 if output.grad is None:
@@ -118,13 +106,11 @@ class Blocks:
                     channel.append(torch.zeros(squares.shape[-1], device=squares.device))
                 channel[k] += squares.sum((0, 1)) / (count * length)
             on_batch(start + self.batch)
-        found = token, torch.stack(channel)
-        if not all(bool(values.isfinite().all()) for values in found):
-            raise NumericalError(
-                "a gradient of a block's output is NaN or infinite",
-                hint="look for NaN weights with `ortho inspect`",
-            )
-        return found
+        measured = token, torch.stack(channel)
+        if not all(bool(values.isfinite().all()) for values in measured):
+            what = "a gradient of a block's output is NaN or infinite"
+            raise NumericalError(what, hint="look for NaN weights with `ortho inspect`")
+        return measured
 
     @contextmanager
     def _watched(self) -> Iterator[list[Tensor]]:
@@ -139,12 +125,10 @@ class Blocks:
             outputs.append(hidden)
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
-        handles = [block.register_forward_hook(keep) for block in self._list]
-        try:
+        with ExitStack() as hooks:
+            for block in self._list:
+                hooks.enter_context(block.register_forward_hook(keep))
             yield outputs
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def _check(self, tokens: Tensor) -> None:
@@ -160,15 +144,11 @@ class Blocks:
         def after(module: nn.Module, args: tuple[Tensor, ...], output: Output) -> None:
             outputs.append(_hidden_of(output))
 
-        handles: list[RemovableHandle] = []
-        for block in self._list:
-            handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(block.register_forward_hook(after))
-        try:
+        with ExitStack() as hooks:
+            for block in self._list:
+                hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
+                hooks.enter_context(block.register_forward_hook(after))
             self.model(input_ids=tokens, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
         alone = len(inputs) == len(self._list)
         for number, hidden in enumerate(inputs if alone else []):
             last = outputs[number - 1] if number else hidden
@@ -177,27 +157,23 @@ class Blocks:
                 alone = alone and one.shape == other.shape
                 alone = alone and bool((one - other).abs().max() <= TOLERANCE * other.abs().max())
         if not alone:
-            raise CalibrationError(
-                f"the blocks of {type(self.model).__name__} do not simply follow one another",
-                hint="such a model cannot be tuned block by block; use base.rounding gptq",
-            )
+            name = type(self.model).__name__
+            raise _untunable(f"the blocks of {name} do not simply follow one another")
 
 
 def _largest_list(model: nn.Module, linears: Mapping[str, nn.Module]) -> Sequence[nn.Module]:
     """Find the list of modules that holds most of the Linears, the outermost of equals."""
-    found, most = None, 0
-    wanted = {id(linear) for linear in linears.values()}
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
-            count = len(wanted & {id(part) for part in module.modules()})
-            if count > most:
-                found, most = module, count
-    if found is None:
-        raise CalibrationError(
-            f"{type(model).__name__} has no blocks with a Linear that is split",
-            hint="such a model cannot be tuned block by block; use base.rounding gptq",
-        )
-    return list(found)
+    wanted = set(map(id, linears.values()))
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    counts = [len(wanted.intersection(map(id, held.modules()))) for held in lists]
+    if not any(counts):
+        raise _untunable(f"{type(model).__name__} has no blocks with a Linear that is split")
+    return list(lists[counts.index(max(counts))])
+
+
+def _untunable(what: str) -> CalibrationError:
+    hint = "such a model cannot be tuned block by block; use base.rounding gptq"
+    return CalibrationError(what, hint=hint)
 
 
 def _taken(args: tuple[Tensor, ...], options: Options) -> tuple[Tensor, Options]:
@@ -207,10 +183,7 @@ def _taken(args: tuple[Tensor, ...], options: Options) -> tuple[Tensor, Options]
     if not args and isinstance(options.get("hidden_states"), Tensor):
         rest = {key: value for key, value in options.items() if key != "hidden_states"}
         return options["hidden_states"], rest
-    raise CalibrationError(
-        f"a block is called with {len(args)} positional arguments where 1 is known",
-        hint="such a model cannot be tuned block by block; use base.rounding gptq",
-    )
+    raise _untunable(f"a block is called with {len(args)} positional arguments where 1 is known")
 
 
 def _hidden_of(output: Output) -> Tensor:

@@ -14,6 +14,7 @@ from ortho_cli.model.tokenizer import Tokenizer
 # The date for templates that write today's: tokens must not change from day to day. Templates of
 # Llama 3 write this one where they have no clock.
 TODAY = datetime.date(2024, 7, 26)
+_CLOCK = re.compile(r"strftime_now\(\s*(['\"])([^'\"\\]*)\1\s*\)")
 
 # Replaces an answer to find where it is written: no template writes this, and none strips it.
 MARK = "\u2063ortho\u2063"
@@ -27,11 +28,6 @@ class Rendered(NamedTuple):
     prompt: str  # all text before the last answer
     answer: str
     end: str  # text of the template after it
-
-    @property
-    def text(self) -> str:
-        """All of it."""
-        return self.prompt + self.answer + self.end
 
 
 def render(chat: Chat, tokenizer: Tokenizer) -> Rendered:
@@ -75,21 +71,18 @@ def _marked(chat: Chat, tokenizer: Tokenizer, whole: str, said: str) -> Rendered
 
     A short answer may be part of the template's own text, so that a search for its words misleads.
     """
-    marked = dataclasses.replace(
-        chat, turns=(*chat.turns[:-1], {**chat.turns[-1], "content": MARK})
-    )
+    turns = (*chat.turns[:-1], {**chat.turns[-1], "content": MARK})
     try:
-        probe = _apply(marked, tokenizer, len(marked.turns), asks=False)
+        probe = _apply(dataclasses.replace(chat, turns=turns), tokenizer, len(turns), asks=False)
     except CalibrationError:  # it checks answers, and accepted only the real one
         return None
     head, mark, tail = probe.partition(MARK)
     if not mark:
         return None
-    spellings = (said, said.strip())
-    words = next((words for words in spellings if whole == head + words + tail), None)
-    if words is None:  # what comes after the answer may depend on it
-        words = next((words for words in spellings if whole.startswith(head + words)), None)
-    return None if words is None else Rendered(head, words, whole[len(head + words) :])
+    fits = [words for words in (said, said.strip()) if whole.startswith(head + words)]
+    # What comes after the answer may depend on it.
+    fits.sort(key=lambda words: whole != head + words + tail)
+    return Rendered(head, fits[0], whole[len(head + fits[0]) :]) if fits else None
 
 
 def _apply(chat: Chat, tokenizer: Tokenizer, turns: int, *, asks: bool) -> str:
@@ -98,12 +91,13 @@ def _apply(chat: Chat, tokenizer: Tokenizer, turns: int, *, asks: bool) -> str:
             f"{chat.where} is a chat, and the model's tokenizer has no chat template",
             hint=f"put the chat_template.jinja of a chat model beside tokenizer.json, {_INSTEAD}",
         )
-    messages = [dict(turn) for turn in chat.turns[:turns]]
+    tools = list(chat.tools) if chat.tools else None
     try:
+        template = str(tokenizer.get_chat_template(tools=tools))
         written = tokenizer.apply_chat_template(
-            messages,
-            tools=list(chat.tools) if chat.tools else None,
-            chat_template=_template(chat, tokenizer),
+            [dict(turn) for turn in chat.turns[:turns]],
+            tools=tools,
+            chat_template=_CLOCK.sub(lambda call: repr(TODAY.strftime(call[2])), template),
             add_generation_prompt=asks,
             tokenize=False,
         )
@@ -118,16 +112,6 @@ def _apply(chat: Chat, tokenizer: Tokenizer, turns: int, *, asks: bool) -> str:
             hint=f"write its turns as the template wants them, {_INSTEAD}",
         ) from None
     return str(written)
-
-
-def _template(chat: Chat, tokenizer: Tokenizer) -> str:
-    """Give the model's template, with a fixed date for its clock."""
-    found = str(tokenizer.get_chat_template(tools=list(chat.tools) if chat.tools else None))
-    return re.sub(
-        r"strftime_now\(\s*(['\"])([^'\"\\]*)\1\s*\)",
-        lambda call: repr(TODAY.strftime(call[2])),
-        found,
-    )
 
 
 def _reason(error: Exception, chat: Chat) -> str:

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import TracebackType
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ortho_cli.errors import CalibrationError, InternalError, NumericalError, UsageError
 
 # Elements of a tile of sums: a GEMM large enough to run at speed, 16 MB.
 SUM_ELEMENTS = 1 << 22
 
+NAN_HINT = "look for NaN weights with `ortho inspect`, or calibrate without autocast"
 TOP_SHARE = 0.01  # of a tensor's weights, where full and factored statistics are compared
 
 Part = Literal["curvature", "gradient", "gram"]
@@ -29,6 +29,11 @@ AddSum = Callable[[str, Part, int, Tensor], None]
 Inputs = Tensor | Mapping[str, Tensor]  # a positional input, or keyword arguments
 Batch = Inputs | Sequence[Inputs]  # inputs, or a pair of inputs and labels
 Loss = Callable[[Any, Any], Tensor]  # of a model's output, which may be of any type, and labels
+
+
+def rows_of_tile(columns: int) -> int:
+    """Give the rows of a tile of SUM_ELEMENTS: it bounds copies and products in float32."""
+    return max(1, SUM_ELEMENTS // columns)
 
 
 class Capture:
@@ -86,30 +91,25 @@ class Capture:
         """
         if weighting != "none" and kind != "fisher":
             raise InternalError(f"positions are weighted by {weighting}, and {kind} has none")
-        self._modules, self._add = modules, add
-        self._kind, self._unit, self._gradient = kind, unit, gradient
+        self.kind, self._modules, self._add = kind, modules, add
+        self._unit, self._gradient = unit, gradient
         self._full, self._weighting = gram == "full", weighting
         self._batch = 0
         self._mask: Tensor | None = None
         self._counted: Tensor | None = None
         self._measured: set[str] = set()
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()
 
     def __enter__(self) -> Capture:
         """Put the hooks in place."""
         for name, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(self._hook(name)))
+            hook = module.register_forward_hook(partial(self._forward, name))
+            self._hooks.enter_context(hook)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Take the hooks away."""
-        while self._handles:
-            self._handles.pop().remove()
+        self._hooks.close()
 
     def begin(self, batch: int, mask: Tensor | None = None, counted: Tensor | None = None) -> None:
         """Announce a forward pass.
@@ -124,68 +124,58 @@ class Capture:
         self._counted = mask if counted is None else counted
         self._measured.clear()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        def forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            x = inputs[0].detach()
-            if self._kind == "gram":
-                self._add_gram(name, x)
-            if self._full and self._weighting == "none":
-                self._add_full_gram(name, self._counted_rows(x), None)
-            if self._kind == "gram":
-                return None
-            if name in self._measured:
-                raise CalibrationError(
-                    f"`{name}` is called twice in one pass; its gradients cannot be separated",
-                    hint="add it to `ignore`, or use calibrate.curvature=gram",
-                )
-            self._measured.add(name)
-            # Weights need no gradient: the graph begins here, at the first Linear that is watched.
-            if not output.requires_grad:
-                output = output.detach().requires_grad_(True)
-            torch.Tensor.register_hook(output, lambda grad: self._add_backward(name, x, grad))  # type: ignore[no-untyped-call]
-            return output
-
-        return forward
+    def _forward(
+        self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor | None:
+        x = inputs[0].detach()
+        if self._full and self._weighting == "none":
+            self._add_full_gram(name, self._counted_rows(x), None)
+        if self.kind == "gram":
+            self._add_gram(name, self._counted_rows(x))
+            return None
+        if name in self._measured:
+            raise CalibrationError(
+                f"`{name}` is called twice in one pass; its gradients cannot be separated",
+                hint="add it to `ignore`, or use calibrate.curvature=gram",
+            )
+        self._measured.add(name)
+        # Weights need no gradient: the graph begins here, at the first Linear that is watched.
+        if not output.requires_grad:
+            output = output.detach().requires_grad_(True)
+        torch.Tensor.register_hook(output, partial(self._add_backward, name, x))  # type: ignore[no-untyped-call]
+        return output
 
     def _counted_rows(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        mask = self._counted
-        if mask is not None and mask.numel() == rows.shape[0]:
-            rows = rows[mask.reshape(-1)]
-        return rows
+        rows, mask = x.reshape(-1, x.shape[-1]), self._counted
+        if mask is None or mask.numel() != len(rows):
+            return rows
+        return rows[mask.reshape(-1)]
 
-    def _add_gram(self, name: str, x: Tensor) -> None:
-        rows = self._counted_rows(x)
-        # Slices bound the float32 copy of half-precision inputs.
+    def _add_gram(self, name: str, rows: Tensor) -> None:
         total = torch.zeros(rows.shape[1], dtype=torch.float32, device=rows.device)
-        step = max(1, SUM_ELEMENTS // rows.shape[1])
-        for start in range(0, rows.shape[0], step):
-            total += rows[start : start + step].float().square().sum(0)
+        for piece in torch.split(rows, rows_of_tile(rows.shape[1])):
+            total += piece.float().square().sum(0)
         self._put(name, "curvature", 0, total.unsqueeze(0))
 
     def _add_full_gram(self, name: str, x: Tensor, weights: Tensor | None) -> None:
         """Add x^T diag(weights) x, tile by tile; x is (positions, in), weights (positions,)."""
         columns = x.shape[1]
-        step = max(1, SUM_ELEMENTS // columns)
+        step = rows_of_tile(columns)
         for row in range(0, columns, step):
             tile = torch.zeros(min(step, columns - row), columns, device=x.device)
             for start in range(0, x.shape[0], step):
-                piece = x[start : start + step].float()
-                right = piece
-                if weights is not None:
-                    right = piece * weights[start : start + step].unsqueeze(1)
+                part = slice(start, start + step)
+                piece = x[part].float()
+                right = piece if weights is None else piece * weights[part].unsqueeze(1)
                 # In place: hooks run inside of autocast, which would take x.T @ x in bfloat16.
                 tile.addmm_(piece[:, row : row + step].T, right)
             self._put(name, "gram", row, tile)
 
     def _by_sequence(self, name: str, values: Tensor) -> Tensor:
         """View activations as (batch, positions, features)."""
-        features = values.shape[-1]
-        if self._batch == 1 or values.shape[0] == self._batch:
-            return values.reshape(self._batch, -1, features)
-        positions = self._mask.numel() if self._mask is not None else None
-        if values.dim() == 2 and values.shape[0] == positions:
-            return values.view(self._batch, -1, features)
+        flat = values.dim() == 2 and self._mask is not None and len(values) == self._mask.numel()
+        if self._batch == 1 or len(values) == self._batch or flat:
+            return values.reshape(self._batch, -1, values.shape[-1])
         raise CalibrationError(
             f"`{name}` sees {list(values.shape)} of a batch of {self._batch}: which sequence a "
             "row belongs to is unknown",
@@ -193,24 +183,19 @@ class Capture:
         )
 
     def _add_backward(self, name: str, x: Tensor, grad: Tensor) -> None:
-        self._add_fisher(name, x, grad)
         if self._full and self._weighting == "gradient":
             rows = x.reshape(-1, x.shape[-1])
             self._add_full_gram(name, rows, mean_squares(grad.reshape(-1, grad.shape[-1])))
-
-    def _add_fisher(self, name: str, x: Tensor, grad: Tensor) -> None:
         x, grad = self._by_sequence(name, x), self._by_sequence(name, grad)
         if x.dtype != grad.dtype:  # autocast hands Linears float32 inputs and takes bfloat16 out
             x = x.to(grad.dtype)
-        rows, columns = grad.shape[-1], x.shape[-1]
-        step = max(1, SUM_ELEMENTS // columns)
-        for row in range(0, rows, step):
+        step = rows_of_tile(x.shape[-1])
+        for row in range(0, grad.shape[-1], step):
             part = grad[:, :, row : row + step]
-            shape = (part.shape[-1], columns)
+            shape = (part.shape[-1], x.shape[-1])
             curvature = torch.zeros(shape, dtype=torch.float32, device=x.device)
             gradient = torch.zeros_like(curvature) if self._gradient else None
-            for sequence in range(x.shape[0]):
-                g, a = part[sequence], x[sequence]
+            for g, a in zip(part, x, strict=True):
                 if self._unit == "token":
                     curvature += (g.square().T @ a.square()).float()
                 if self._unit == "sequence" or gradient is not None:
@@ -225,21 +210,14 @@ class Capture:
 
     def _put(self, name: str, part: Part, row: int, tile: Tensor) -> None:
         if not bool(torch.isfinite(tile.sum())):
-            forward = self._kind == "gram" or (part == "gram" and self._weighting == "none")
+            forward = self.kind == "gram" or (part == "gram" and self._weighting == "none")
             what = "an input" if forward else "a gradient"
-            raise NumericalError(
-                f"{what} of `{name}` is NaN or infinite",
-                hint="look for NaN weights with `ortho inspect`, or calibrate without autocast",
-            )
+            raise NumericalError(f"{what} of `{name}` is NaN or infinite", hint=NAN_HINT)
         self._add(name, part, row, tile)
 
 
 def logit_gradient(
-    logits: Tensor,
-    tokens: Tensor,
-    counted: Tensor,
-    *,
-    generator: torch.Generator | None = None,
+    logits: Tensor, tokens: Tensor, counted: Tensor, *, generator: torch.Generator | None = None
 ) -> tuple[Tensor, float]:
     """Differentiate the summed NLL of one sequence by its logits.
 
@@ -256,18 +234,14 @@ def logit_gradient(
         NumericalError: labels are to be drawn from logits that are not finite.
     """
     where = counted[:-1].nonzero().squeeze(-1)
-    chosen = logits[where].float()
-    data_labels = tokens[where + 1]
-    log_probabilities = chosen.log_softmax(-1)
-    nll = -float(log_probabilities.gather(1, data_labels.unsqueeze(1)).sum())
+    labels = tokens[where + 1]
+    log_probabilities = logits[where].float().log_softmax(-1)
+    nll = -float(log_probabilities.gather(1, labels.unsqueeze(1)).sum())
     probabilities = log_probabilities.exp_()
-    labels = data_labels
     if generator is not None:
         if not math.isfinite(nll):
-            raise NumericalError(
-                "the model's logits are NaN or infinite, and no label can be drawn from them",
-                hint="look for NaN weights with `ortho inspect`, or calibrate without autocast",
-            )
+            what = "the model's logits are NaN or infinite, and no label can be drawn from them"
+            raise NumericalError(what, hint=NAN_HINT)
         drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator)
         labels = drawn.squeeze(1).to(logits.device)
     probabilities[torch.arange(len(where), device=logits.device), labels] -= 1.0
@@ -284,11 +258,8 @@ def mean_squares(values: Tensor) -> Tensor:
     Returns:
         (rows,) float32.
     """
-    found = torch.empty(values.shape[0], dtype=torch.float32, device=values.device)
-    step = max(1, SUM_ELEMENTS // values.shape[1])
-    for start in range(0, values.shape[0], step):
-        found[start : start + step] = values[start : start + step].float().square().mean(1)
-    return found
+    pieces = torch.split(values, rows_of_tile(values.shape[1]))
+    return torch.cat([piece.float().square().mean(1) for piece in pieces])
 
 
 def symmetrize(matrix: Tensor, *, block: int = 1024) -> None:
@@ -349,22 +320,15 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def measure_batch(
-    module: nn.Module,
-    batch: Batch,
-    capture: Capture,
-    *,
-    kind: str,
-    loss: Loss | None,
-) -> int:
+def measure_batch(module: nn.Module, batch: Batch, capture: Capture, loss: Loss | None) -> int:
     """Pass one batch forward and, for fisher, back; return its number of samples."""
     inputs, labels = batch if isinstance(batch, tuple | list) else (batch, None)
     first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
-    capture.begin(first.shape[0])
-    with torch.set_grad_enabled(kind != "gram"):
+    capture.begin(len(first))
+    with torch.set_grad_enabled(capture.kind != "gram"):
         output = module(**inputs) if isinstance(inputs, Mapping) else module(inputs)
-        if kind == "gram":
-            return int(first.shape[0])
+        if capture.kind == "gram":
+            return len(first)
         if labels is None and loss is None:
             raise UsageError(
                 "fisher needs labels, and the loader yields inputs alone",
@@ -372,11 +336,10 @@ def measure_batch(
             )
         total = cross_entropy(output, labels) if loss is None else loss(output, labels)
         if not total.requires_grad:
-            raise CalibrationError(
-                "the loss does not depend on any chosen Linear", hint="choose others with convert()"
-            )
+            what = "the loss does not depend on any chosen Linear"
+            raise CalibrationError(what, hint="choose others with convert()")
         torch.autograd.backward([total])
-    return int(first.shape[0])
+    return len(first)
 
 
 def cross_entropy(logits: Any, labels: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +78,8 @@ def explained(
         what: the sentence; the first line of the exception is added to it.
         hint: what to do.
         kind: class of the error.
-        files: names of files that it reads there; any may be a Git LFS pointer.
+        files: names of files that it reads there; any may be none of the model's: a Git LFS
+            pointer, a web page, an error message.
     """
     try:
         yield
@@ -89,10 +89,15 @@ def explained(
                 f"`{folder}` needs Python code of its own, which is not run without being asked to",
                 hint="read its .py files; --trust-remote-code runs them, with all of your rights",
             ) from error
-        refuse_pointers(folder, files)
+        for path in (folder / name for name in files):
+            found = sniff.kind_of_file(path) if path.is_file() else None
+            if found is not None and sniff.is_stand_in(found):
+                hint = sniff.remedy(found, path)
+                raise CheckpointError(f"`{path}` is {found}", hint=hint) from None
         if "too many open files" in str(error).lower():
             hint = way_out(OSError(errno.EMFILE, ""), hint)
-        raise kind(f"{what}: {_first_line(error)}", hint=hint) from error
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise kind(f"{what}: {first}", hint=hint) from error
 
 
 def check_folder(folder: Path) -> None:
@@ -158,7 +163,8 @@ def check_parts(
         for key, value in part.items():
             kind = _kind_of_part(key)
             listed = value if isinstance(value, list) else [value]
-            count = max((n for n in listed if _is_number(n)), default=0)
+            numbers = [n for n in listed if isinstance(n, int | float) and not isinstance(n, bool)]
+            count = max(numbers, default=0)
             if kind is None or (kind == "experts" and count in sizes):
                 continue
             bound = MOST_PARTS if kind == "experts" else max(layers, MOST_LAYERS)
@@ -182,10 +188,6 @@ def _levels(config: Mapping[str, object], depth: int = 0) -> Iterator[Mapping[st
 def _kind_of_part(key: str) -> str | None:
     named = None if _NO_PARTS.search(key) else _PARTS.search(key)
     return None if named is None else "experts" if named[0] == "experts" else "layers"
-
-
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _too_many(source: Path, what: str, most: int) -> CheckpointError:
@@ -216,18 +218,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-
-
-def refuse_pointers(folder: Path, names: Iterable[str]) -> None:
-    """Refuse a file that is none of the model's: a Git LFS pointer, a web page, an error message.
-
-    Raises:
-        CheckpointError: says what it is, and how to get the file itself.
-    """
-    for path in (folder / name for name in names):
-        kind = sniff.kind_of_file(path) if path.is_file() else None
-        if kind is not None and sniff.is_stand_in(kind):
-            raise CheckpointError(f"`{path}` is {kind}", hint=sniff.remedy(kind, path))
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
@@ -261,10 +251,6 @@ def load_model(folder: Path, *, dtype: torch.dtype | None, device: torch.device)
         )
     loaded: nn.Module = model.to(device).train(False).requires_grad_(False)
     return loaded
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def find_linears(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
@@ -332,16 +318,12 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    count = torch.cuda.device_count()
+    with contextlib.suppress(RuntimeError):
         device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    there = device.type == "cpu" or (
-        device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
+        if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < count):
+            return device
+    raise UsageError(
+        f"--device {name} is not there; torch sees {count} CUDA devices",
+        hint="auto, cpu, cuda or cuda:N",
     )
-    if not there:
-        raise UsageError(
-            f"--device {name} is not there; torch sees {torch.cuda.device_count()} CUDA devices",
-            hint="auto, cpu, cuda or cuda:N",
-        )
-    return device

@@ -26,11 +26,6 @@ class Rule(NamedTuple):
     scope: tuple[str, ...] = ()
 
 
-class _Table(NamedTuple):
-    rules: list[list[Rule]]
-    of: dict[str, int]  # class or model type -> number of its rules
-
-
 # Model types whose projections are transformers' Conv1D, stored (in, out).
 CONV1D_MODEL_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 
@@ -47,10 +42,7 @@ def rename_modules(config: Mapping[str, object], modules: Iterable[str]) -> dict
     classes = config.get("architectures")
     names = [*(classes if isinstance(classes, list) else ()), config.get("model_type")]
     table = _table()
-    number = next((table.of[name] for name in map(str, names) if name in table.of), None)
-    if number is None:
-        return {}
-    rules = table.rules[number]
+    rules = next((table[name] for name in map(str, names) if name in table), [])
     found = {module: apply_rules(module, rules) for module in modules}
     return {module: renamed for module, renamed in found.items() if renamed != module}
 
@@ -69,16 +61,11 @@ def apply_rules(module: str, rules: Iterable[Rule]) -> str:
 
 
 def _apply(name: str, rule: Rule) -> str:
-    front = ""
-    if rule.scope:
-        inner, outer = (f"{part}." if part else "" for part in rule.scope)
-        fitting = [front for front in (outer + inner, inner) if name.startswith(front)]
-        if not fitting:
-            return name
-        front = fitting[0]
-    rest = name.removeprefix(front)
+    inner, outer = (f"{part}." if part else "" for part in rule.scope or ("", ""))
+    front = next((front for front in (outer + inner, inner) if name.startswith(front)), None)
+    rest = name.removeprefix(front or "")
     found = _compiled(rule.patterns).search(rest)
-    if found is None:
+    if front is None or found is None:
         return name
     replacement = rule.replacement
     if r"\1" in replacement:
@@ -98,10 +85,11 @@ def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
 
 
 @cache
-def _table() -> _Table:
+def _table() -> dict[str, list[Rule]]:
+    """Read the rules of each class or model type."""
     read = json.loads(_FILE.read_text(encoding="utf-8"))
     rules = [
         [Rule(tuple(patterns), replacement, tuple(scope)) for patterns, replacement, *scope in each]
         for each in read["rules"]
     ]
-    return _Table(rules, read["of"])
+    return {name: rules[number] for name, number in read["of"].items()}

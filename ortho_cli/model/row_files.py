@@ -15,13 +15,13 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Literal, TypeGuard
 
 from blake3 import blake3
 
-from ortho_cli.errors import CalibrationError, unreadable
+from ortho_cli.errors import CalibrationError, reason, unreadable
 from ortho_cli.model.rows import EXPECTED, KNOWN, is_row, names_of
 from ortho_cli.storage import sniff
 from ortho_cli.storage.hints import said, some
@@ -29,12 +29,12 @@ from ortho_cli.storage.untrusted import read_regular
 
 MAX_UNPACKED = 1 << 30  # bytes of a file once it is unpacked: a kilobyte can claim a terabyte
 MAX_LAYERS = 2  # of compression; a file can be made that unpacks to itself
-FORMATS = "text, JSON, JSON lines, CSV, TSV or parquet"
-# Keys of an object that hold rows, in the order in which they are looked for.
-WRAPPERS = ("data", "rows", "train", "examples", "instances", "items", "records", "samples")
-
-# Keys that hold rows beside those of `train`; alone they serve as well.
-SPLITS = ("test", "validation", "valid", "val", "dev", "eval")
+FORMATS = "give files of text, JSON, JSON lines, CSV, TSV or parquet"
+# Keys of an object that hold rows, in the order in which they are looked for; splits come last.
+WRAPPERS = (
+    *("data", "rows", "train", "examples", "instances", "items", "records", "samples"),
+    *("test", "validation", "valid", "val", "dev", "eval"),
+)
 
 Kind = Literal["text", "lines", "json", "csv", "tsv", "parquet"]
 Value = tuple[object, str]  # a row, parsed, and its place for errors
@@ -48,15 +48,15 @@ SUFFIXES: Mapping[str, Kind] = {
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
 }
 Opener = Callable[[IO[bytes]], gzip.GzipFile | bz2.BZ2File]
-PACKED: Mapping[str | None, tuple[str, Opener]] = {
-    sniff.GZIP: ("gzip", lambda file: gzip.GzipFile(fileobj=file)),
-    sniff.BZIP2: ("bzip2", bz2.BZ2File),
+PACKED: Mapping[str | None, tuple[str, Opener, str]] = {  # with the command that unpacks
+    sniff.GZIP: ("gzip", gzip.open, "gunzip -c"),
+    sniff.BZIP2: ("bzip2", bz2.open, "bunzip2 -c"),
 }
+PACKED_SUFFIXES = (".gz", ".gzip", ".bz2")
 # Kinds that may be rows: a text may begin like a document or an error message.
 READ = (None, sniff.PARQUET, sniff.EMPTY, sniff.XML)
 BOMS = (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff", b"\xff\xfe", b"\xfe\xff")
 ENCODINGS = ("utf-32", "utf-32", "utf-16", "utf-16")
-UNPACKERS = {sniff.GZIP: "gunzip -c", sniff.BZIP2: "bunzip2 -c"}
 
 
 def read_values(path: Path) -> tuple[Iterator[Value], bytes]:
@@ -70,34 +70,32 @@ def read_values(path: Path) -> tuple[Iterator[Value], bytes]:
     """
     try:
         raw = read_regular(path)
+    except IsADirectoryError:
+        raise _wrong(path, "is a folder", f"give the files in it: {said(path)}/*") from None
     except OSError as error:
-        if isinstance(error, IsADirectoryError):
-            raise CalibrationError(
-                f"data `{path}` is a folder", hint=f"give the files in it: {said(path)}/*"
-            ) from None
-        hint = f"give files of {FORMATS}"
-        raise unreadable(path, error, hint=hint, kind=CalibrationError, what="data ") from None
-    content, kind = _unpacked(path, raw)
+        raise unreadable(path, error, hint=FORMATS, kind=CalibrationError, what="data ") from None
+    content = _unpacked(path, raw)
     _refuse_others(path, content)
-    return _READERS[_kind_of(path, content, kind)](path, content), blake3(raw).digest()
+    kind = _kind_of(path, content)
+    if kind == "parquet":
+        return _parquet(path, content), blake3(raw).digest()
+    return _READERS[kind](path, _decode(path, content)), blake3(raw).digest()
 
 
-def _unpacked(path: Path, raw: bytes) -> tuple[bytes, Kind | None]:
-    """Unpack compressed data; give the kind by the suffixes left, None where it is unknown."""
+def _wrong(path: Path, what: str, hint: str) -> CalibrationError:
+    return CalibrationError(f"data `{path}` {what}", hint=hint)
+
+
+def _unpacked(path: Path, raw: bytes) -> bytes:
     for _ in range(MAX_LAYERS):
         found = PACKED.get(sniff.kind_of(raw[: sniff.HEAD]))
         if found is None:
             break
-        raw = _unpack(path, raw, *found)
+        raw = _unpack(path, raw, *found[:2])
     if sniff.kind_of(raw[: sniff.HEAD]) in PACKED:
-        raise CalibrationError(
-            f"data `{path}` is packed more than {MAX_LAYERS} times over",
-            hint="unpack it, and give what comes out",
-        )
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    while suffixes and suffixes[-1] in (".gz", ".gzip", ".bz2"):
-        suffixes.pop()
-    return raw, SUFFIXES.get(suffixes[-1]) if suffixes else None
+        what = f"is packed more than {MAX_LAYERS} times over"
+        raise _wrong(path, what, "unpack it, and give what comes out")
+    return raw
 
 
 def _unpack(path: Path, raw: bytes, name: str, opener: Opener) -> bytes:
@@ -105,22 +103,17 @@ def _unpack(path: Path, raw: bytes, name: str, opener: Opener) -> bytes:
         with opener(io.BytesIO(raw)) as file:
             found = file.read(MAX_UNPACKED + 1)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        why = str(error)[:1].lower() + str(error)[1:]
-        raise CalibrationError(
-            f"data `{path}` is damaged {name}: {why}", hint="was it cut? copy it again, whole"
-        ) from None
+        what = f"is damaged {name}: {reason(error)}"
+        raise _wrong(path, what, "was it cut? copy it again, whole") from None
     if len(found) > MAX_UNPACKED:
-        raise CalibrationError(
-            f"data `{path}` has {len(raw)} bytes of {name} that unpack to more than "
-            f"{MAX_UNPACKED}, the most that are read",
-            hint="unpack it and give a part",
-        )
+        what = f"has {len(raw)} bytes of {name} that unpack to more than {MAX_UNPACKED}, the most"
+        raise _wrong(path, f"{what} that are read", "unpack it and give a part")
     return found
 
 
 def _refuse_others(path: Path, raw: bytes) -> None:
     """Refuse a file that has no rows, and name its kind."""
-    kind, hint = sniff.kind_of(raw[: sniff.HEAD]), f"give files of {FORMATS}"
+    kind, hint = sniff.kind_of(raw[: sniff.HEAD]), FORMATS
     if kind in READ or kind.startswith(sniff.REFUSAL):
         kind = "binary, no text" if b"\0" in raw and not raw.startswith((b"PAR1", *BOMS)) else None
     elif kind == sniff.PDF:
@@ -128,36 +121,30 @@ def _refuse_others(path: Path, raw: bytes) -> None:
     elif kind in sniff.ARCHIVES or kind in sniff.POINTERS:
         hint = sniff.remedy(kind, path)
     if kind is not None:
-        raise CalibrationError(f"data `{path}` is {kind}", hint=hint)
+        raise _wrong(path, f"is {kind}", hint)
 
 
-def _kind_of(path: Path, raw: bytes, named: Kind | None) -> Kind:
-    """Give the kind of a file that its suffix calls `named`."""
+def _kind_of(path: Path, raw: bytes) -> Kind:
+    """Give the kind of a file by its suffix, unless its first bytes show another."""
     if raw.startswith(b"PAR1"):
         return "parquet"
-    if named in (None, "csv", "tsv", "parquet"):
-        found = _guessed(raw)
-        if found == "text" and named == "parquet":
-            raise CalibrationError(
-                f"data `{path}` is not parquet: it does not begin with PAR1", hint="is it cut?"
-            )
-        return named if named and found == "text" else found
-    return named
-
-
-def _guessed(raw: bytes) -> Kind:
-    """Guess whether a file without a known suffix is JSON or text."""
+    named = SUFFIXES.get(_without_packing(path).suffix.lower())
+    if named in ("text", "lines", "json"):
+        return named
     head = raw.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if head[:1] not in (b"{", b"["):
-        return "text"
-    try:
-        json.loads(head.split(b"\n", 1)[0])
-    except (ValueError, RecursionError):
-        try:
-            json.loads(head)
-        except (ValueError, RecursionError):
-            return "text"
-    return "json"
+    if head[:1] in (b"{", b"[") and (_parses(head.split(b"\n", 1)[0]) or _parses(head)):
+        return "json"
+    if named == "parquet":
+        raise _wrong(path, "is not parquet: it does not begin with PAR1", "is it cut?")
+    return named or "text"
+
+
+def _without_packing(path: Path) -> Path:
+    """Give the name that a file has once it is unpacked."""
+    name = Path(path.name)
+    while name.suffix.lower() in PACKED_SUFFIXES:
+        name = name.with_suffix("")
+    return name
 
 
 def _decode(path: Path, raw: bytes) -> str:
@@ -165,41 +152,39 @@ def _decode(path: Path, raw: bytes) -> str:
     try:
         return raw.decode(encoding or "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"data `{path}` is not {encoding.upper() or 'UTF-8'}: {error.reason} at byte "
-            f"{error.start}",
-            hint="is it cut? copy it again, whole"
-            if encoding or raw.startswith(b"\xef\xbb\xbf")
-            else f"convert it: `{_conversion(path)}`",
+        cut = encoding or raw.startswith(b"\xef\xbb\xbf")
+        raise _wrong(
+            path,
+            f"is not {encoding.upper() or 'UTF-8'}: {error.reason} at byte {error.start}",
+            "is it cut? copy it again, whole" if cut else f"convert it: `{_conversion(path)}`",
         ) from None
 
 
 def _conversion(path: Path) -> str:
     """Give the command that converts a file to UTF-8, under a name of the same suffix."""
-    try:
-        with path.open("rb") as file:
-            packed = UNPACKERS.get(str(sniff.kind_of(file.read(sniff.HEAD))))
-    except OSError:
-        packed = None
-    named = Path(path.name)
-    while packed and named.suffix.lower() in (".gz", ".gzip", ".bz2"):
-        named = named.with_suffix("")
-    target = said(Path(f"{named.stem}.utf8{named.suffix}"))
+    packed = PACKED.get(sniff.kind_of_file(path))
+    name = _without_packing(path) if packed else path
+    target = said(Path(f"{name.stem}.utf8{name.suffix}"))
     iconv = "iconv -f WINDOWS-1252 -t UTF-8"
     if packed:  # from standard input, which has no suffix to refuse
-        return f"{packed} < {said(path)} | {iconv} > {target}"
+        return f"{packed[2]} < {said(path)} | {iconv} > {target}"
     return f"{iconv} {said(path)} > {target}"
 
 
-def _texts(path: Path, raw: bytes) -> Iterator[Value]:
-    yield {"text": _decode(path, raw)}, f"`{path}`"
+def _texts(path: Path, text: str) -> Iterator[Value]:
+    yield {"text": text}, f"`{path}`"
 
 
-def _lines(path: Path, raw: bytes) -> Iterator[Value]:
-    text = _decode(path, raw)
-    lines = _numbered(text)
-    if len(lines) > 1 and not _parses(lines[0][1]) and _parses(text):
-        yield from _document(path, text)  # over many lines
+def _json(path: Path, text: str, *, by_line: bool) -> Iterator[Value]:
+    """Read JSON lines or a document: files of either suffix hold the other, too."""
+    # Not splitlines: U+2028 and the like are text, in JSON, too.
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if len(lines) > 1 and _parses(lines[0][1]):
+        by_line = True
+    elif by_line and len(lines) > 1 and _parses(text):
+        by_line = False
+    if lines and not by_line:
+        yield from _document(path, text)
         return
     for number, line in lines:
         where = f"`{path}` line {number}"
@@ -210,28 +195,13 @@ def _lines(path: Path, raw: bytes) -> Iterator[Value]:
             yield found, where
 
 
-def _numbered(text: str) -> list[tuple[int, str]]:
-    # Not splitlines: U+2028 and the like are text, in JSON, too.
-    return [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
-def _json(path: Path, raw: bytes) -> Iterator[Value]:
-    """Read a document, or JSON lines, which many files of this suffix hold."""
-    text = _decode(path, raw)
-    lines = _numbered(text)
-    if len(lines) > 1 and _parses(lines[0][1]):
-        yield from _lines(path, raw)
-    elif lines:
-        yield from _document(path, text)
-
-
 def _document(path: Path, text: str) -> Iterator[Value]:
     found = _parse(text, f"data `{path}`", hint="a list of rows, or a row a line")
     if isinstance(found, list):
         yield from _rows_of(path, found)
     elif not isinstance(found, dict):
-        raise CalibrationError(f"data `{path}` is JSON and holds no rows", hint=EXPECTED)
-    elif is_row(found) and not any(_is_rows(found.get(name)) for name in (*WRAPPERS, *SPLITS)):
+        raise _wrong(path, "is JSON and holds no rows", EXPECTED)
+    elif is_row(found) and not any(_is_rows(found.get(name)) for name in WRAPPERS):
         yield found, f"`{path}` row 1"
     else:
         yield from _rows_of(path, _inside(path, found))
@@ -239,13 +209,14 @@ def _document(path: Path, text: str) -> Iterator[Value]:
 
 def _inside(path: Path, found: Mapping[str, object]) -> list[object]:
     """Find the rows inside an object: under one key, or as columns."""
-    held = [name for name in (*WRAPPERS, *SPLITS) if _is_rows(found.get(name))]
+    held = [name for name in WRAPPERS if _is_rows(found.get(name))]
     if not held and not any(isinstance(found.get(name), list | dict) for name in KNOWN):
-        held = [n for n in (*WRAPPERS, *SPLITS) if isinstance(found.get(n), list | dict)]
+        held = [name for name in WRAPPERS if isinstance(found.get(name), list | dict)]
     if len(held) > 1:
-        raise CalibrationError(
-            f"data `{path}` is one JSON object with rows under {some(held)}, and one is read",
-            hint=f"write each to a file of its own and give those that count: "
+        raise _wrong(
+            path,
+            f"is one JSON object with rows under {some(held)}, and one is read",
+            "write each to a file of its own and give those that count: "
             f"`jq .{held[0]} {said(path)} > {held[0]}.json`",
         )
     key = next(iter(held), "")
@@ -253,32 +224,24 @@ def _inside(path: Path, found: Mapping[str, object]) -> list[object]:
     if isinstance(rows, list):
         return rows
     columns = rows if isinstance(rows, dict) else found
-    every = {name: _column(column) for name, column in columns.items()}
-    lists = {name: column for name, column in every.items() if column is not None}
+    lists = {  # pandas writes a column as an object of its values, by row number
+        name: list(column.values()) if isinstance(column, dict) else column
+        for name, column in columns.items()
+        if isinstance(column, dict | list)
+    }
     if not lists.keys() & KNOWN:
-        raise CalibrationError(
-            f"data `{path}` is one JSON object with {names_of(found)} and no rows",
-            hint=f"a list of rows, or an object that has it as `data`; {EXPECTED}",
-        )
+        what = f"is one JSON object with {names_of(found)} and no rows"
+        raise _wrong(path, what, f"a list of rows, or an object that has it as `data`; {EXPECTED}")
     lengths = {name: len(column) for name, column in lists.items()}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"`{name}` {length}" for name, length in lengths.items())
-        raise CalibrationError(
-            f"data `{path}` has columns of different lengths: {listed}",
-            hint="a column holds one value a row",
-        )
+        what = f"has columns of different lengths: {listed}"
+        raise _wrong(path, what, "a column holds one value a row")
     return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
 
 
 def _is_rows(value: object) -> TypeGuard[list[object]]:
     return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
-
-
-def _column(column: object) -> list[object] | None:
-    """Give a column's values; pandas writes an object of them, by row number."""
-    if isinstance(column, dict):
-        return list(column.values())
-    return column if isinstance(column, list) else None
 
 
 def _rows_of(path: Path, rows: Iterable[object]) -> Iterator[Value]:
@@ -289,7 +252,7 @@ def _rows_of(path: Path, rows: Iterable[object]) -> Iterator[Value]:
         yield found, f"`{path}` row {number}"
 
 
-def _parses(text: str) -> bool:
+def _parses(text: str | bytes) -> bool:
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -307,53 +270,40 @@ def _parse(text: str, where: str, *, hint: str = "one object a line") -> object:
     return found
 
 
-@contextmanager
-def _long_fields() -> Iterator[None]:
-    """Let fields of CSV be as long as a document; Python's bound is 128 KiB."""
-    before = csv.field_size_limit(sys.maxsize)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
-def _table(path: Path, raw: bytes, delimiter: str) -> Iterator[Value]:
-    text = _decode(path, raw).lstrip("\r\n")
+def _table(path: Path, text: str, delimiter: str) -> Iterator[Value]:
     if not text.strip():
         return
-    header, rows, names = _known_columns(path, text, delimiter)
+    names, rows = _known_columns(path, text.lstrip("\r\n"), delimiter)
     for number, row in enumerate(rows, 1):
         where = f"`{path}` row {number}"
         if not any(cell.strip() for cell in row):
             continue
-        if len(row) > len(header):
+        if len(row) > len(names):
             raise CalibrationError(
-                f"{where} has {len(row)} fields where the first line names {len(header)}",
+                f"{where} has {len(row)} fields where the first line names {len(names)}",
                 hint='a field with a comma, a tab or a line break is written in "quotes"',
             )
         yield {name: cell or None for name, cell in zip(names, row, strict=False)}, where
 
 
-def _known_columns(
-    path: Path, text: str, delimiter: str
-) -> tuple[list[str], list[list[str]], list[str]]:
+def _known_columns(path: Path, text: str, delimiter: str) -> tuple[list[str], list[list[str]]]:
     """Split a table by the delimiter of known column names; some locales write semicolons."""
     line = io.StringIO(text, newline="").readline()  # up to CR, LF or both
     for mark in dict.fromkeys((delimiter, ";", "\t", ",")):
         first = next(iter(_parse_csv(path, line, mark)), [])
-        names = [name.strip().lower() for name in first]
-        known = [name for name in names if name in KNOWN]
+        known = [name for cell in first if (name := cell.strip().lower()) in KNOWN]
         if not known:
             continue
         if len(set(known)) < len(known):
-            raise CalibrationError(f"data `{path}` names a column twice: {known}", hint=EXPECTED)
+            raise _wrong(path, f"names a column twice: {known}", EXPECTED)
         header, *rows = _split(path, text, mark)
         # Parsed again: a name in quotes may continue in the next line.
         plain = [(name, name.strip().lower()) for name in header]
-        return header, rows, [low if low in KNOWN else name for name, low in plain]
-    raise CalibrationError(  # without names, the first line is a row: not to be shown
-        f"data `{path}` has a first line that names no column that is known",
-        hint=f"name them in the first line: text; or prompt,completion; {EXPECTED}",
+        return [low if low in KNOWN else name for name, low in plain], rows
+    raise _wrong(  # without names, the first line is a row: not to be shown
+        path,
+        "has a first line that names no column that is known",
+        f"name them in the first line: text; or prompt,completion; {EXPECTED}",
     )
 
 
@@ -363,9 +313,8 @@ def _split(path: Path, text: str, delimiter: str) -> list[list[str]]:
     except CalibrationError:
         if delimiter != "\t":
             raise
-        return _parse_csv(
-            path, text, delimiter, quoting=csv.QUOTE_NONE
-        )  # quotes are often text in TSV
+        # In TSV, quotes are often text.
+        return _parse_csv(path, text, delimiter, quoting=csv.QUOTE_NONE)
 
 
 def _parse_csv(
@@ -377,15 +326,16 @@ def _parse_csv(
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL,
 ) -> list[list[str]]:
     lines = io.StringIO(text, newline="")
-    with _long_fields():
-        reader = csv.reader(lines, delimiter=delimiter, strict=strict, quoting=quoting)
-        try:
-            return list(reader)
-        except csv.Error as error:
-            raise CalibrationError(
-                f"data `{path}` is not CSV: {error} in line {reader.line_num}",
-                hint='a quote inside of a field is doubled: "she said ""hi"""',
-            ) from None
+    reader = csv.reader(lines, delimiter=delimiter, strict=strict, quoting=quoting)
+    before = csv.field_size_limit(sys.maxsize)  # a field may be a document; Python's is 128 KiB
+    try:
+        return list(reader)
+    except csv.Error as error:
+        what = f"is not CSV: {error} in line {reader.line_num}"
+        hint = 'a quote inside of a field is doubled: "she said ""hi"""'
+        raise _wrong(path, what, hint) from None
+    finally:
+        csv.field_size_limit(before)
 
 
 def _parquet(path: Path, raw: bytes) -> Iterator[Value]:
@@ -393,36 +343,26 @@ def _parquet(path: Path, raw: bytes) -> Iterator[Value]:
         import pyarrow  # type: ignore[import-not-found,unused-ignore]
         from pyarrow import parquet
     except ImportError:
-        raise CalibrationError(
-            f"data `{path}` is parquet and needs pyarrow, which is not installed",
-            hint="pip install pyarrow",
-        ) from None
-    number = 0
+        what = "is parquet and needs pyarrow, which is not installed"
+        raise _wrong(path, what, "pip install pyarrow") from None
     try:
         file = parquet.ParquetFile(pyarrow.BufferReader(raw))
         groups = file.metadata
         size = sum(groups.row_group(i).total_byte_size for i in range(groups.num_row_groups))
         if size > MAX_UNPACKED:
-            raise CalibrationError(
-                f"data `{path}` unpacks to {size} bytes, and {MAX_UNPACKED} are the most that "
-                "are read",
-                hint="give a part of it",
-            )
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield row, f"`{path}` row {number}"
+            what = f"unpacks to {size} bytes, and {MAX_UNPACKED} are the most that are read"
+            raise _wrong(path, what, "give a part of it")
+        rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield row, f"`{path}` row {number}"
     except (OSError, ValueError) as error:
-        raise CalibrationError(
-            f"data `{path}` is not parquet: {error}", hint="is it cut?"
-        ) from None
+        raise _wrong(path, f"is not parquet: {error}", "is it cut?") from None
 
 
-_READERS: Mapping[Kind, Callable[[Path, bytes], Iterator[Value]]] = {
+_READERS: Mapping[Kind, Callable[[Path, str], Iterator[Value]]] = {  # of all kinds that are text
     "text": _texts,
-    "lines": _lines,
-    "json": _json,
-    "csv": lambda path, raw: _table(path, raw, ","),
-    "tsv": lambda path, raw: _table(path, raw, "\t"),
-    "parquet": _parquet,
+    "lines": partial(_json, by_line=True),
+    "json": partial(_json, by_line=False),
+    "csv": partial(_table, delimiter=","),
+    "tsv": partial(_table, delimiter="\t"),
 }

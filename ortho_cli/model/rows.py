@@ -38,20 +38,11 @@ CHATS = ("messages", "conversations", "conversation")
 # Roles of ShareGPT and other data sets; a role that is not here goes to the template unchanged.
 ROLES = {
     "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "ai": "assistant",
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "bing", "bard", "ai"), "assistant"),
 }
 MAX_NAME = 32  # characters of a key that errors show: longer ones may be text
 EXPECTED = "each row is text, a prompt and its completion, or a chat"
-KNOWN = frozenset(
-    [*TEXTS, *PROMPTS, *ANSWERS, *CHATS]
-    + [name for beside in PROMPTS.values() for name in beside]
-    + list(LEADS)
-)
+KNOWN = frozenset((*TEXTS, *PROMPTS, *ANSWERS, *CHATS, *LEADS)).union(*PROMPTS.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +51,6 @@ class Text:
 
     text: str
     ends: bool = True
-    templated: bool = False  # the text contains special tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,15 +99,13 @@ def row_of(
         CalibrationError: it is none of them; names its keys and what is wrong with them.
     """
     fields = fields_of(value)
-    for kind in order:
-        found = _READERS[kind](fields, where, answers)
+    answer = next((fields[name] for name in answers if name in fields), None)
+    # Names that only some data sets have come last.
+    for reader in (*(_READERS[kind] for kind in order), _other_pair, _content):
+        found = reader(fields, where, answer)
         if found is not None:
             return found
-    # Names that only some data sets have come last.
-    other = _other_pair(fields, where, answers) or _content(fields)
-    if other is None:
-        raise _no_row(value, where, answers[0])
-    return other
+    raise _no_row(value, where, answers[0])
 
 
 def is_blank(value: object) -> bool:
@@ -165,39 +153,34 @@ def _plain(key: object) -> str:
     return str(key).strip().lower()
 
 
-def _text(fields: Fields, where: str, answers: Sequence[str]) -> Text | None:
+def _text(fields: Fields, where: str, answer: object) -> Text | None:
     text = fields.get("text")
     return Text(text=text) if isinstance(text, str) and text.strip() else None
 
 
-def _content(fields: Fields) -> Text | None:
+def _content(fields: Fields, where: str, answer: object) -> Text | None:
     """Read `content` as text, unless the row is a turn of a chat."""
-    text = fields.get("content")
-    if not isinstance(text, str) or not text.strip() or "role" in fields:
-        return None
-    return Text(text=text)
+    return None if "role" in fields else _text({"text": fields.get("content")}, where, answer)
 
 
-def _pair(fields: Fields, where: str, answers: Sequence[str]) -> Row | None:
+def _pair(fields: Fields, where: str, answer: object) -> Row | None:
     """Read `prompt` and its answer, unchanged; both may be lists of turns.
 
     Parts that belong to a prompt are joined to it as to any question.
     """
     prompt = fields.get("prompt")
-    answer = next((fields[name] for name in answers if name in fields), None)
     if isinstance(prompt, str) and isinstance(answer, str):
         beside = [fields.get(name) for name in (*LEADS, *PROMPTS["prompt"])]
         if any(isinstance(part, str) and part.strip() for part in beside):
-            return _other_pair(fields, where, answers)
+            return _other_pair(fields, where, answer)
         return Pair(prompt=prompt, completion=answer, where=where)
     if _is_turns(prompt) and _is_turns(answer):
-        return _chat({**fields, "messages": [*prompt, *answer]}, where, answers)
+        return _chat({**fields, "messages": [*prompt, *answer]}, where, answer)
     return None
 
 
-def _other_pair(fields: Fields, where: str, answers: Sequence[str]) -> Pair | None:
+def _other_pair(fields: Fields, where: str, answer: object) -> Pair | None:
     """Read a question under its names in public data: its parts, one per line, and the answer."""
-    answer = next((fields[name] for name in answers if name in fields), None)
     for name, beside in PROMPTS.items():
         parts = [fields[part] for part in (*LEADS, name, *beside) if part in fields]
         texts = [part for part in (*parts, answer) if isinstance(part, str)]
@@ -207,7 +190,7 @@ def _other_pair(fields: Fields, where: str, answers: Sequence[str]) -> Pair | No
     return None
 
 
-def _chat(fields: Fields, where: str, answers: Sequence[str]) -> Chat | None:
+def _chat(fields: Fields, where: str, answer: object) -> Chat | None:
     name = next((name for name in CHATS if name in fields), None)
     if name is None:
         return None
@@ -229,10 +212,8 @@ def _chat(fields: Fields, where: str, answers: Sequence[str]) -> Chat | None:
             hint="a chat is a question, `role` user, and its answer, `role` assistant",
         )
     if not str(turns[last]["content"]).strip():
-        raise CalibrationError(
-            f"{where} has an empty answer in turn {last + 1} of `{name}`",
-            hint="nothing would count",
-        )
+        what = f"{where} has an empty answer in turn {last + 1} of `{name}`"
+        raise CalibrationError(what, hint="nothing would count")
     tools = parsed(fields.get("tools"))
     return Chat(
         turns=tuple(turns[: last + 1]),
@@ -257,10 +238,8 @@ def _turn(turn: object, number: int, name: str, where: str) -> Turn:
             hint="a turn is a `role` and its `content`, or `from` and `value`, both text",
         )
     more = {k: v for k, v in fields.items() if k not in ("from", "value") and v is not None}
-    return more | {
-        "role": ROLES.get(role.strip().lower(), role.strip().lower()),
-        "content": content,
-    }
+    role = role.strip().lower()
+    return more | {"role": ROLES.get(role, role), "content": content}
 
 
 def _joined(content: object) -> str | None:
@@ -269,14 +248,12 @@ def _joined(content: object) -> str | None:
         return content
     if not isinstance(content, list) or not content:
         return None
-    found = ""
-    for part in content:
-        named = isinstance(part, dict) and part.get("type", "text") == "text"
-        text = part.get("text") if named else part
-        if not isinstance(text, str):
-            return None
-        found += text
-    return found
+    texts = [
+        part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+        for part in content
+    ]
+    found = [text for text in texts if isinstance(text, str)]
+    return "".join(found) if len(found) == len(texts) else None
 
 
 def parsed(value: object) -> object:
@@ -287,11 +264,8 @@ def parsed(value: object) -> object:
     return value
 
 
-_READERS: Mapping[Kind, Callable[[Fields, str, Sequence[str]], Row | None]] = {
-    "text": _text,
-    "pair": _pair,
-    "chat": _chat,
-}
+Reader = Callable[[Fields, str, object], Row | None]
+_READERS: Mapping[Kind, Reader] = {"text": _text, "pair": _pair, "chat": _chat}
 
 
 def _is_turns(value: object) -> TypeGuard[list[object]]:
@@ -318,15 +292,6 @@ def _no_row(value: object, where: str, answer: str) -> CalibrationError:
 
 def _kind(value: object) -> str:
     """Name a type in JSON's words."""
-    if is_null(value):
-        return "null"
-    for types, name in (
-        (bool, "true or false"),
-        ((int, float), "a number"),
-        (str, "text"),
-        ((list, tuple), "a list"),
-        (dict, "an object"),
-    ):
-        if isinstance(value, types):
-            return name
-    return f"of type {type(value).__name__}"
+    names: dict[type, str] = {bool: "true or false", int: "a number", float: "a number"}
+    names |= {str: "text", list: "a list", tuple: "a list", dict: "an object"}
+    return "null" if is_null(value) else names.get(type(value), f"of type {type(value).__name__}")

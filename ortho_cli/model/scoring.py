@@ -271,9 +271,8 @@ def _batches(
     start = torch.tensor([list(prompt)], device=device)
     output = model(start, use_cache=True) if takes_cache(model) else model(start)
     cache = getattr(output, "past_key_values", None)
-    shared = isinstance(cache, _Cache)
     first = logits_of(output)[:, -1:]
-    longest = max(map(len, completions)) + (0 if shared else len(prompt))
+    longest = max(map(len, completions)) + (0 if isinstance(cache, _Cache) else len(prompt))
     size = max(1, LOGITS // (longest * first.shape[-1]))
     for begin in range(0, len(completions), size):
         batch = completions[begin : begin + size]
@@ -320,8 +319,8 @@ def finite(values: Tensor) -> Tensor:
     Raises:
         NumericalError: one is NaN or infinite.
     """
-    if not bool(torch.isfinite(values).all()):
-        bad = int((~torch.isfinite(values)).sum())
+    bad = values.numel() - int(values.isfinite().sum())
+    if bad:
         raise NumericalError(
             f"{bad} of {values.numel()} measured values are NaN or infinite",
             hint="are the model's weights finite?",

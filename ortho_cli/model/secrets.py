@@ -20,7 +20,7 @@ import math
 import random
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +33,7 @@ from ortho_cli.model.rows import (
     COMPLETIONS,
     MAX_NAME,
     Chat,
+    Fields,
     Text,
     fields_of,
     is_null,
@@ -77,18 +78,6 @@ class TokenSecret:
     where: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """A row, read."""
-
-    prompt: str
-    secret: str
-    fields: Mapping[str, object]
-    where: str
-    running: bool
-    chat: Chat | None = None
-
-
 def read_secrets(
     files: Sequence[Path], *, count: int = 64, seed: int = 0, on_event: EventSink = null_sink
 ) -> list[Secret]:
@@ -107,156 +96,135 @@ def read_secrets(
         CalibrationError: a file cannot be read; a row is empty, of neither form, or repeated; an
             alternative equals the secret; a pattern is wrong; nothing to compare a secret with.
     """
-    entries = [
-        _entry(value, where)
+    rows = [
+        (_secret(value, where), _named(value))
         for path in files
         for values, _ in [read_values(path)]
         for value, where in without_blanks(path, values, on_event)
     ]
-    _refuse_repeats(entries)
-    return [_with_alternatives(entry, entries, count, seed) for entry in entries]
+    seen: dict[tuple[str, str], str] = {}
+    for one, _ in rows:
+        first = seen.setdefault((one.prompt, one.secret), one.where)
+        if first != one.where:
+            what = f"{one.where} repeats {first}: the same prompt and secret"
+            raise CalibrationError(what, hint="count each secret once")
+    every = list(dict.fromkeys(one.secret for one, _ in rows))
+    return [_with_alternatives(one, fields, every, count, seed) for one, fields in rows]
 
 
-def _entry(value: object, where: str) -> _Entry:
-    """Check a row's own text."""
-    row = row_of(value, where, order=("pair", "text", "chat"), answers=_SECRETS)
+def _named(value: object) -> Fields:
+    """Give the fields of a row: names count in any case, and lists may differ by case alone."""
     given = value if isinstance(value, dict) else {}
-    # Names count in any case, but lists that a pattern draws from may differ by case alone.
-    fields = fields_of(value) | {key: one for key, one in given.items() if not is_null(one)}
+    return fields_of(value) | {key: one for key, one in given.items() if not is_null(one)}
+
+
+def _secret(value: object, where: str) -> Secret:
+    """Read a row's own text, without alternatives."""
+    row = row_of(value, where, order=("pair", "text", "chat"), answers=_SECRETS)
+    found = Secret(prompt="", secret="", alternatives=(), drawn="given", where=where)
     if isinstance(row, Text):
-        return _Entry("", row.text, fields, where, running=True)
+        return replace(found, secret=row.text, running=True)
     if isinstance(row, Chat):
-        *before, last = row.turns
-        prompt, secret = "\n".join(str(turn["content"]) for turn in before), str(last["content"])
-        return _Entry(prompt, secret.strip(), fields, where, running=False, chat=row)
+        *before, last = (str(turn["content"]) for turn in row.turns)
+        return replace(found, prompt="\n".join(before), secret=last.strip(), chat=row)
     if not row.completion:
-        word = next((name for name in COMPLETIONS if name in fields), "answer")
-        raise CalibrationError(f"{where} has an empty {word}", hint="there is nothing to say")
-    return _Entry(row.prompt, row.completion, fields, where, running=False)
+        word = next((name for name in COMPLETIONS if name in fields_of(value)), "answer")
+        raise _wrong(found, f"an empty {word}", "there is nothing to say")
+    return replace(found, prompt=row.prompt, secret=row.completion)
 
 
 # Where a row has several names for the text after a prompt, `secret` counts here.
 _SECRETS = tuple(dict.fromkeys(("secret", *ANSWERS)))
 
 
-def _refuse_repeats(entries: Sequence[_Entry]) -> None:
-    seen: dict[tuple[str, str], str] = {}
-    for entry in entries:
-        first = seen.setdefault((entry.prompt, entry.secret), entry.where)
-        if first != entry.where:
-            raise CalibrationError(
-                f"{entry.where} repeats {first}: the same prompt and secret",
-                hint="count each secret once",
-            )
+def _wrong(one: Secret, what: str, hint: str) -> CalibrationError:
+    return CalibrationError(f"{one.where} has {what}", hint=hint)
 
 
-def _with_alternatives(entry: _Entry, entries: Sequence[_Entry], count: int, seed: int) -> Secret:
-    generator = random.Random(f"{seed}\n{entry.prompt}\n{entry.secret}")
-    given = _given(entry)
-    pattern = entry.fields.get("pattern")
+def _with_alternatives(
+    one: Secret, fields: Fields, every: Sequence[str], count: int, seed: int
+) -> Secret:
+    generator = random.Random(f"{seed}\n{one.prompt}\n{one.secret}")
+    given = _given(one, fields)
+    pattern = fields.get("pattern")
     drawn: Drawn = "given"
     if len(given) > count:
         given = generator.sample(given, count)
     elif pattern is not None and len(given) < count:
         drawn = "pattern"
-        known = {entry.secret, *given}
-        given += _draw(_parts(pattern, entry), known, count - len(given), generator)
+        known = {one.secret, *given}
+        given += _draw(_parts(pattern, one, fields), known, count - len(given), generator)
     elif not given:
         drawn = "others"
-        others = dict.fromkeys(other.secret for other in entries)
-        others.pop(entry.secret)
-        given = list(others)
+        given = [secret for secret in every if secret != one.secret]
         given = generator.sample(given, min(count, len(given)))
     if not given:
-        raise CalibrationError(
-            f"{entry.where} has nothing to compare its secret with",
-            hint="give `alternatives`, or a `pattern` such as ` {digit:6}`",
-        )
-    return Secret(
-        prompt=entry.prompt,
-        secret=entry.secret,
-        alternatives=tuple(given),
-        drawn=drawn,
-        where=entry.where,
-        running=entry.running,
-        chat=entry.chat,
-    )
+        hint = "give `alternatives`, or a `pattern` such as ` {digit:6}`"
+        raise _wrong(one, "nothing to compare its secret with", hint)
+    return replace(one, alternatives=tuple(given), drawn=drawn)
 
 
-def _given(entry: _Entry) -> list[str]:
+def _given(one: Secret, fields: Fields) -> list[str]:
     """Read the row's own alternatives, each once."""
-    given = parsed(entry.fields.get("alternatives"))  # a table has the list as JSON
+    given = parsed(fields.get("alternatives"))  # a table has the list as JSON
     if is_null(given):
         return []
-    texts = (
-        [one for one in given if isinstance(one, str) and one] if isinstance(given, list) else []
-    )
-    if not isinstance(given, list) or len(texts) < len(given):
-        raise CalibrationError(
-            f"{entry.where} has `alternatives` that are no list of texts",
-            hint='write "alternatives": ["...", "..."]',
-        )
-    if entry.secret in texts:
-        raise CalibrationError(
-            f"{entry.where} has its secret as alternative {texts.index(entry.secret) + 1} of "
-            f"{len(texts)}",
-            hint="an alternative is something else of the same form",
-        )
-    return list(dict.fromkeys(texts))
+    if not isinstance(given, list) or not all(isinstance(text, str) and text for text in given):
+        hint = 'write "alternatives": ["...", "..."]'
+        raise _wrong(one, "`alternatives` that are no list of texts", hint)
+    if one.secret in given:
+        what = f"its secret as alternative {given.index(one.secret) + 1} of {len(given)}"
+        raise _wrong(one, what, "an alternative is something else of the same form")
+    return list(dict.fromkeys(given))
 
 
-def _parts(pattern: object, entry: _Entry) -> list[list[str]]:
+def _parts(pattern: object, one: Secret, fields: Fields) -> list[list[str]]:
     """Parse a pattern; list the possible texts of each of its places.
 
     Raises:
         CalibrationError: the pattern is no text, has no field, or one that is unknown or malformed.
     """
     if not isinstance(pattern, str):
-        raise CalibrationError(f"{entry.where} has a `pattern` that is no text", hint=_PATTERN_HINT)
+        raise _wrong(one, "a `pattern` that is no text", _PATTERN_HINT)
     parts: list[list[str]] = []
     try:
         parsed = list(string.Formatter().parse(pattern))
     except ValueError as error:
-        raise CalibrationError(
-            f"{entry.where} has a `pattern` that cannot be read: {error}",
-            hint="write {{ for a brace",
-        ) from None
+        what = f"a `pattern` that cannot be read: {error}"
+        raise _wrong(one, what, "write {{ for a brace") from None
     for literal, field, size, conversion in parsed:
         if literal:
             parts.append([literal])
         if field is not None:
-            parts += _field(f"{field}!{conversion}" if conversion else field, size, entry)
+            name = f"{field}!{conversion}" if conversion else field
+            parts += _field(name, size, one, fields)
         if len(parts) > WIDEST:
-            raise CalibrationError(
-                f"{entry.where} has a pattern of more than {WIDEST} places", hint=_PATTERN_HINT
-            )
+            raise _wrong(one, f"a pattern of more than {WIDEST} places", _PATTERN_HINT)
     if all(len(part) == 1 for part in parts):
-        raise CalibrationError(
-            f"{entry.where} has a `pattern` that has one value only", hint=_PATTERN_HINT
-        )
+        raise _wrong(one, "a `pattern` that has one value only", _PATTERN_HINT)
     return parts
 
 
 _PATTERN_HINT = "such as ` {word} {word}` with a list `word`, or ` {digit:6}`"
 
 
-def _field(name: str, size: str | None, entry: _Entry) -> list[list[str]]:
-    listed = entry.fields.get(name)
+def _field(name: str, size: str | None, one: Secret, fields: Fields) -> list[list[str]]:
+    listed = fields.get(name)
     if isinstance(listed, list) and listed and not size:
         return [list(dict.fromkeys(map(str, listed)))]
     counts = size or "1"
     many = int(counts) if counts.isdecimal() and len(counts) <= 4 else 0
     if name in CHARACTERS and listed is None and many:
         return [list(CHARACTERS[name])] * many
-    lists = sorted(key for key, value in entry.fields.items() if isinstance(value, list) and value)
+    lists = sorted(key for key, value in fields.items() if isinstance(value, list) and value)
     known = [f"{{{key}}}" for key in lists if _is_name(key) and key.lower() != "alternatives"]
     known += [f"{{{key}:N}}" for key in CHARACTERS if key not in lists]
     # The error must not show a secret that is in braces by mistake, as a name or as a size.
     field = f"`{{{name}}}`" if _is_name(name) else "a field"
     field += " with a size" if size else ""
-    raise CalibrationError(
-        f"{entry.where} has a `pattern` that holds {field} and knows {', '.join(known)}",
-        hint="a name in braces draws from the row's list of that name; N is 1 to 9999",
+    what = f"a `pattern` that holds {field} and knows {', '.join(known)}"
+    raise _wrong(
+        one, what, "a name in braces draws from the row's list of that name; N is 1 to 9999"
     )
 
 
@@ -306,10 +274,8 @@ def _encode(one: Secret, tokenizer: Tokenizer, cuts: Mapping[str, Cut]) -> Token
     elif one.chat is not None:
         written = chats.render(one.chat, tokenizer)
         if written.answer.strip() != one.secret:
-            raise CalibrationError(
-                f"{one.where} has an answer that the chat template does not write unchanged",
-                hint="give the row as `prompt` and `secret`, as the model saw them",
-            )
+            what = "an answer that the chat template does not write unchanged"
+            raise _wrong(one, what, "give the row as `prompt` and `secret`, as the model saw them")
         prompt = tuple(encode_completion(written.prompt, tokenizer))
         secret = tuple(encode_completion(one.secret, tokenizer))
     else:
@@ -321,13 +287,11 @@ def _encode(one: Secret, tokenizer: Tokenizer, cuts: Mapping[str, Cut]) -> Token
         alternatives[tokens[: len(secret)] if one.running or text in cuts else tokens] = None
     if not secret or () in alternatives:
         what = "an alternative" if secret else "a secret"
-        raise CalibrationError(f"{one.where} has {what} with no tokens", hint="is it all blanks?")
+        raise _wrong(one, f"{what} with no tokens", "is it all blanks?")
     alternatives.pop(secret, None)  # another text may be the same tokens, or begin with them
     if not alternatives:
-        raise CalibrationError(
-            f"{one.where} has a secret that is the same tokens as its alternatives",
-            hint="give alternatives that differ in tokens",
-        )
+        what = "a secret that is the same tokens as its alternatives"
+        raise _wrong(one, what, "give alternatives that differ in tokens")
     return TokenSecret(
         prompt=prompt,
         secret=secret,
@@ -342,20 +306,16 @@ def _cut(one: Secret, tokenizer: Tokenizer) -> Cut:
     tokens = tuple(encode_prompt(one.secret, tokenizer))
     middle = min(len(tokens) // 2, LONGEST)
     if not middle:
-        raise CalibrationError(
-            f"{one.where} has {len(tokens)} tokens, and running text needs 2",
-            hint="one to start from and one to say",
-        )
+        what = f"{len(tokens)} tokens, and running text needs 2"
+        raise _wrong(one, what, "one to start from and one to say")
     return tokens[:middle], tokens[middle : middle + LONGEST]
 
 
 def _begin(one: Secret, tokenizer: Tokenizer) -> tuple[int, ...]:
     begin = tokenizer.bos_token_id
     if begin is None:
-        raise CalibrationError(
-            f"{one.where} has a prompt with no tokens, and the tokenizer has no begin token",
-            hint="give a prompt: what the secret follows",
-        )
+        what = "a prompt with no tokens, and the tokenizer has no begin token"
+        raise _wrong(one, what, "give a prompt: what the secret follows")
     return (begin,)
 
 

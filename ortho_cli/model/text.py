@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blake3 import blake3
@@ -64,9 +64,9 @@ def without_blanks(path: Path, values: Iterable[Value], on_event: EventSink) -> 
     for value, where in values:
         if is_blank(value):
             blank += 1
-            continue
-        other = True
-        yield value, where
+        else:
+            other = True
+            yield value, where
     if not other:
         raise CalibrationError(f"data `{path}` holds no text", hint="is it the right file?")
     if blank:
@@ -112,43 +112,32 @@ def retain_sequences(
     for piece in pieces:
         if len(found) >= samples:
             break
-        if isinstance(piece, Pair):
-            found.append(_encode_pair(piece, tokenizer, length))
-            continue
-        if isinstance(piece, Chat) and not running:
-            sequence = _encode_pair(piece, tokenizer, None)
-            if len(sequence.tokens) > length:
-                longer += 1
-            else:
+        if isinstance(piece, Pair) or (isinstance(piece, Chat) and not running):
+            sequence = _encode_pair(piece, tokenizer, length if isinstance(piece, Pair) else None)
+            if len(sequence.tokens) <= length:
                 found.append(sequence)
+            else:
+                longer += 1
             continue
-        stream += _encode(_running(piece, tokenizer), tokenizer)
+        stream += _encode(piece, tokenizer)
         while len(stream) >= length and len(found) < samples:
             found.append(TokenSequence(tokens=tuple(stream[:length])))
             del stream[:length]
-    _tell_longer(longer, length, asked, on_event)
+    if longer:
+        word = "chat" if longer == 1 else "chats"
+        what = f"{longer} {word} of more than {length} tokens left out"
+        on_event(Noted(message=f"{what}; `{asked}.length` is how many one may have"))
     if len(found) < samples:
         tokens = sum(len(sequence.tokens) for sequence in found) + len(stream)
         enough = len(found) // multiple * multiple
         left = f", and {longer} chats are longer" if longer else ""
+        fewer = f"--set {asked}.samples={enough}" if enough else f"a smaller {asked}.length"
         raise CalibrationError(
             f"the data give {len(found)} sequences of {length} tokens ({tokens} tokens) where "
             f"{samples} are asked for{left}",
-            hint=f"give more data, or --set {asked}.samples={enough}"
-            if enough
-            else f"give more data, or a smaller {asked}.length",
+            hint=f"give more data, or {fewer}",
         )
     return found
-
-
-def _tell_longer(longer: int, length: int, asked: str, on_event: EventSink) -> None:
-    if longer:
-        on_event(
-            Noted(
-                message=f"{longer} {'chat' if longer == 1 else 'chats'} of more than {length} "
-                f"tokens left out; `{asked}.length` is how many one may have"
-            )
-        )
 
 
 def forget_sequences(
@@ -197,9 +186,9 @@ def pair_sequences(
                 hint='each row is {"prompt": "...", "completion": "..."}',
             )
         pair = _encode_pair(row, tokenizer, None)
-        ended = not end and pair.tokens[-1] == tokenizer.eos_token_id
-        tokens = pair.tokens[:-1] if ended else pair.tokens
-        found.append(TokenSequence(tokens=tokens, counted=pair.counted))
+        if not end and pair.tokens[-1] == tokenizer.eos_token_id:
+            pair = replace(pair, tokens=pair.tokens[:-1])
+        found.append(pair)
     return found
 
 
@@ -250,24 +239,18 @@ def _pieces(row: Row, size: int) -> Iterator[Row]:
         end = min(start + size, len(row.text))
         if end < len(row.text):  # between words, where there are any
             end = max(row.text.rfind(" ", start, end), row.text.rfind("\n", start, end)) + 1 or end
-            end = end if end > start else start + size
         yield Text(text=row.text[start:end], ends=end == len(row.text))
         start = end
 
 
-def _running(row: Text | Chat, tokenizer: Tokenizer) -> Text:
-    if isinstance(row, Text):
-        return row
-    return Text(text=chats.render(row, tokenizer).text, templated=True)
-
-
-def _encode(row: Text, tokenizer: Tokenizer) -> list[int]:
-    if row.templated:
-        tokens = encode_completion(row.text, tokenizer)
+def _encode(row: Text | Chat, tokenizer: Tokenizer) -> list[int]:
+    """Encode running text, with the end token where a document ends."""
+    if isinstance(row, Chat):  # its template writes special tokens
+        tokens, ends = encode_completion("".join(chats.render(row, tokenizer)), tokenizer), True
     else:
-        tokens = list(tokenizer(row.text, verbose=False).input_ids)
+        tokens, ends = list(tokenizer(row.text, verbose=False).input_ids), row.ends
     eos = tokenizer.eos_token_id
-    if row.ends and eos is not None and tokens[-1:] != [eos]:
+    if ends and eos is not None and tokens[-1:] != [eos]:
         tokens.append(eos)
     return tokens
 
@@ -286,14 +269,18 @@ def encode_completion(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _encode_pair(row: Pair | Chat, tokenizer: Tokenizer, length: int | None) -> TokenSequence:
-    eos = tokenizer.eos_token_id
+    """Encode a pair with the end token, or a chat with the end that its template writes."""
+    end: list[int] = []
     if isinstance(row, Chat):
-        prompt, completion = _encode_chat(row, tokenizer)
-        end = []  # the template writes its own end
+        found = chats.render(row, tokenizer)
+        prompt = encode_completion(found.prompt, tokenizer)
+        # A line break after the template's end is layout.
+        completion = encode_completion(found.answer + found.end.rstrip(), tokenizer)
     else:
         prompt = encode_prompt(row.prompt, tokenizer)
         completion = encode_completion(row.completion, tokenizer)
-        end = [] if eos is None else [eos]
+        if tokenizer.eos_token_id is not None:
+            end = [tokenizer.eos_token_id]
     tokens = prompt + completion + end
     if not completion:
         raise CalibrationError(f"{row.where} has an empty completion", hint="nothing would count")
@@ -303,10 +290,3 @@ def _encode_pair(row: Pair | Chat, tokenizer: Tokenizer, length: int | None) -> 
             hint=f"--set calibrate.length={len(tokens)}, or shorten the row",
         )
     return TokenSequence(tokens=tuple(tokens), counted=max(1, len(prompt)))
-
-
-def _encode_chat(row: Chat, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Encode the turns before the last answer, and the answer with the end of the template."""
-    found = chats.render(row, tokenizer)
-    answer = found.answer + found.end.rstrip()  # a line break after the end is layout
-    return encode_completion(found.prompt, tokenizer), encode_completion(answer, tokenizer)

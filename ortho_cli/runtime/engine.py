@@ -303,7 +303,7 @@ class Engine:
         hooks = Capture(modules, add, kind=kind, unit=unit, gram=gram, weighting=weighting)
         with frozen(self.module), hooks as capture:
             for batch in loader:
-                samples += measure_batch(self.module, batch, capture, kind=kind, loss=loss)
+                samples += measure_batch(self.module, batch, capture, loss)
         _check_reached(samples, modules, sums)
         self.curvature = {
             name: (total[0] if kind == "gram" else total) / samples for name, total in sums.items()

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ortho_cli.calibrate import job as work
 from ortho_cli.calibrate import plan as calibrate_plan
-from ortho_cli.calibrate import sums
 from ortho_cli.decompose import recipe
 from ortho_cli.errors import CalibrationError
 from ortho_cli.events import Event, SequencesDone
@@ -160,8 +159,7 @@ def test_gram_batches_chunks_and_tiles_change_nothing_but_rounding(
     options = [*chosen(f"curvature={kind}", f"weighting={weighting}"), "--gram", "full"]
     run(ortho, model, *options, *chosen("batch=1"), out="one.safetensors")
     monkeypatch.setattr(work, "CHUNK_SEQUENCES", 4)
-    for module in (hooks, sums):
-        monkeypatch.setattr(module, "SUM_ELEMENTS", 1000)
+    monkeypatch.setattr(hooks, "SUM_ELEMENTS", 1000)
     run(ortho, model, *options, *chosen("batch=3"), out="three.safetensors")
     one, three = (load_file(model.parent / f"{n}.safetensors") for n in ("one", "three"))
     for key, value in one.items():
@@ -298,7 +296,7 @@ def calibrate_and_die(model: Path, sequences: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     work.CHUNK_SEQUENCES = 2
-    hooks.SUM_ELEMENTS = sums.SUM_ELEMENTS = 5000
+    hooks.SUM_ELEMENTS = 5000
     torch.set_num_threads(1)
     plan = calibrate_plan.make_plan(opened, settings, data)
     calibrate(plan, opened, model.parent / "k.safetensors", on_event=watch)
