@@ -159,7 +159,7 @@ def own_model(work: Path) -> list[Path]:
     """Let `ortho bench` build its small model; return model, training text and held-out text."""
     folder = work / "own"
     if not folder.exists():
-        ortho("bench", "--alpha", 0, "--keep", folder)
+        ortho("bench", "--alpha", 0, "--keep-files", folder)
     return [folder / "sandbox" / name for name in ("model", "retain.txt", "heldout.txt")]
 
 

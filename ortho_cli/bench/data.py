@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ortho_cli.bench.plan import CONTEXT, NEEDS, TEXT_FIGURES, Settings
-from ortho_cli.errors import UsageError
+from ortho_cli.errors import CalibrationError, UsageError
 from ortho_cli.events import Event, Noted
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import Artifact
@@ -36,6 +36,7 @@ class Material:
     secrets: tuple[TokenSecret, ...] = ()
     nonmembers: tuple[TokenSecret, ...] = ()
     unlisted: tuple[TokenSecret, ...] = ()
+    keep: tuple[TokenSecret, ...] = ()
     texts: tuple[str, ...] = ()
     unlisted_texts: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -49,7 +50,7 @@ def gather(settings: Settings, opened: Artifact) -> Material:
         UsageError: the context is longer than the model's positions.
         CheckpointError: the folder has no tokenizer, and something is to be read.
     """
-    texts = (settings.data, settings.forget, settings.nonmember, settings.unlisted)
+    texts = (settings.data, settings.forget, settings.nonmember, settings.unlisted, settings.keep)
     if not any((*texts, settings.kinds)) and not any(opened.folder.glob("tokenizer*")):
         return Material()
     tokenizer = models.load_tokenizer(opened.folder)
@@ -63,10 +64,11 @@ def gather(settings: Settings, opened: Artifact) -> Material:
         limit = max(1, settings.tokens // context)
         return torch.tensor(text_windows(rows, tokenizer, length=context, limit=limit))
 
-    listed, others, unlisted = (
+    listed, others, unlisted, keep = (
         read_secrets(files, seed=settings.seed, on_event=events.append) if files else []
         for files in texts[1:]
     )
+    _refuse_overlap(listed, keep)
     shown = settings.show_secrets
     return Material(
         tokenizer=tokenizer,
@@ -78,6 +80,7 @@ def gather(settings: Settings, opened: Artifact) -> Material:
         secrets=tuple(encode(listed, tokenizer)),
         nonmembers=tuple(encode(others, tokenizer)),
         unlisted=tuple(encode(unlisted, tokenizer)),
+        keep=tuple(encode(keep, tokenizer)),
         texts=tuple(one.prompt + one.secret for one in listed) if shown else (),
         unlisted_texts=tuple(one.prompt + one.secret for one in unlisted) if shown else (),
         notes=(
@@ -85,6 +88,17 @@ def gather(settings: Settings, opened: Artifact) -> Material:
             *_notes(listed, running),
         ),
     )
+
+
+def _refuse_overlap(listed: Sequence[Secret], keep: Sequence[Secret]) -> None:
+    """Refuse a row that is both to be forgotten and to be kept."""
+    rows = {(one.prompt, one.secret): one for one in keep}
+    for one in listed:
+        if other := rows.get((one.prompt, one.secret)):
+            raise CalibrationError(
+                f"{one.where} is to be forgotten, and {other.where} is the same row, to be kept",
+                hint="leave it out of one of the two files",
+            )
 
 
 def _notes(listed: Sequence[Secret], running: Sequence[Text]) -> Iterator[str]:

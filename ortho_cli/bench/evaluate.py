@@ -89,8 +89,11 @@ def memorisation_of(
     *,
     seed: int = 0,
     texts: Sequence[str] = (),
+    rouges: Sequence[float] = (),
 ) -> Memorisation:
     """Turn scores into figures of memorisation; see `memorisation`.
+
+    `rouges`: ROUGE-L of the greedy answer to each secret's prompt, where that was measured.
 
     Raises:
         CalibrationError: no secrets.
@@ -115,6 +118,9 @@ def memorisation_of(
     return Memorisation(
         extraction=share(sum(one.verbatim for one in scores), len(scores)),
         token_accuracy=accuracy,
+        rouge_l=mean_figure(rouges, seed=seed) if rouges else None,
+        extraction_strength=mean_figure([_strength(one) for one in scores], seed=seed),
+        truth_ratio=mean_figure([_truth_ratio(one) for one in scores], seed=seed),
         exposure=_exposure(scores, seed),
         forget_nll=mean_figure([one.nll for one in scores], seed=seed),
         alternatives_nll=mean_figure([average(one.alternatives) for one in scores], seed=seed),
@@ -154,6 +160,44 @@ def _quantile(one: SecretScore) -> float:
     likelier = sum(nll < one.nll for nll in one.alternatives)
     equal = sum(nll == one.nll for nll in one.alternatives)
     return (likelier + equal / 2) / len(one.alternatives)
+
+
+def _strength(one: SecretScore) -> float:
+    """Share of a secret that is likeliest token by token after all that is before it.
+
+    Source: extraction strength, Carlini et al. 2021 (arXiv:2012.07805), as in OpenUnlearning.
+    """
+    wrong = [index for index, hit in enumerate(one.hits) if not hit]
+    return 1 - (wrong[-1] + 1) / len(one.hits) if wrong else 1.0
+
+
+def _truth_ratio(one: SecretScore) -> float:
+    """Mean probability per token of alternatives over that of the secret, at most e^700.
+
+    Source: Maini et al. 2024 (arXiv:2401.06121), equation 1, with the secret for its paraphrase.
+    """
+    others = [math.exp(-average(tokens)) for tokens in one.alternative_tokens]
+    return math.exp(min(math.log(max(average(others), 1e-300)) + average(one.tokens), 700.0))
+
+
+def rouge_l(said: str, right: str) -> float:
+    """Compare two texts by their longest common subsequence of words: ROUGE-L, as F1.
+
+        ROUGE-L = 2 LCS(said, right) / (words of said + words of right)
+
+    Returns:
+        A share in [0, 1]; 0 where neither has a word. Case does not count.
+    Source: Lin 2004, "ROUGE: a package for automatic evaluation of summaries", section 3, beta = 1.
+    """
+    mine, theirs = said.casefold().split(), right.casefold().split()
+    row = [0] * (len(theirs) + 1)
+    for word in mine:
+        diagonal = 0
+        for place, other in enumerate(theirs, 1):
+            above = row[place]
+            row[place] = diagonal + 1 if word == other else max(above, row[place - 1])
+            diagonal = above
+    return 2 * row[-1] / max(1, len(mine) + len(theirs))
 
 
 def _loss_trace(one: SecretScore) -> float:
@@ -257,12 +301,10 @@ def over_windows(
     )
 
 
-def alternatives_nll(scores: Sequence[SecretScore]) -> Tensor:
-    """Give the mean NLL per token of each secret's alternatives, (secrets, 1) float64, nats."""
-    return torch.tensor(
-        [[average([nll for tokens in one.alternative_tokens for nll in tokens])] for one in scores],
-        dtype=torch.float64,
-    )
+def token_nlls(texts: Sequence[Sequence[Sequence[float]]]) -> Tensor:
+    """Give the mean NLL per token of several texts for each secret, (secrets, 1) float64, nats."""
+    means = [[average([nll for tokens in one for nll in tokens])] for one in texts]
+    return torch.tensor(means, dtype=torch.float64)
 
 
 def _exponential(values: Values) -> float:

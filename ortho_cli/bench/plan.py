@@ -18,8 +18,8 @@ from ortho_cli.runtime import product
 CONTEXT = 512
 SAMPLES_UNDER_ATTACK = 20
 MEMORY = (
-    "extraction", "token_accuracy", "exposure", "forget_nll", "alternatives_nll", "nll_quantile",
-    "inside_share",
+    "extraction", "token_accuracy", "rouge_l", "extraction_strength", "truth_ratio", "exposure",
+    "forget_nll", "alternatives_nll", "nll_quantile", "inside_share",
 )  # fmt: skip
 
 
@@ -36,6 +36,7 @@ NEEDS = {
     **dict.fromkeys(MEMORY, Need("--forget FILE", {"forget"})),
     **dict.fromkeys(("loss_auc", "min_k_auc"), Need("--nonmember FILE", {"nonmember"})),
     "unlisted": Need("--unlisted FILE", {"unlisted"}),
+    "keep": Need("--keep FILE", {"keep"}),
     "sampled_extraction": Need("--forget FILE and --samples N", {"forget", "samples"}),
     "perplexity": Need("--data FILE with running text", {"data"}),
     "skill": Need("--data FILE with prompts and completions", {"data"}),
@@ -74,6 +75,7 @@ class Settings:
     forget: tuple[Path, ...] = ()
     nonmember: tuple[Path, ...] = ()
     unlisted: tuple[Path, ...] = ()
+    keep: tuple[Path, ...] = ()
     model: Path | None = None
     reference_model: Path | None = None
     controls: bool = False
@@ -164,7 +166,7 @@ def checked(settings: Settings) -> Settings:
 
 def not_measured(settings: Settings, *, ortho: bool) -> dict[str, str]:
     """Name the figures that these settings leave out, and what each would need."""
-    flags = ("forget", "nonmember", "unlisted", "samples", "data", "model", "attack")
+    flags = ("forget", "nonmember", "unlisted", "keep", "samples", "data", "model", "attack")
     given = {flag for flag in flags if getattr(settings, flag)}
     given |= {name for name, has in (("ortho", ortho), ("alpha 1", 1.0 in settings.alphas)) if has}
     given |= {"source"} if ortho or settings.model or settings.kinds else set()

@@ -137,10 +137,17 @@ class Memorisation:
         likely tokens are (Min-20 %); None without nonmembers. 0.5 is no trace; above is remembered,
         and below is a mark, too. From each text's value the mean of its own alternatives is taken
         first, so that prompts and lengths compare.
+    `rouge_l`: mean ROUGE-L of greedy answers; of natural sentences, which few models give word for
+        word. `extraction_strength`: mean share of a secret that follows greedily once the rest of
+        it is given. `truth_ratio`: mean of (mean probability per token of alternatives) / (that of
+        the secret): 0 is known by heart, about 1 is not known.
     """
 
     extraction: Share
     token_accuracy: Figure
+    rouge_l: Figure | None = field(default=None, metadata=OPTIONAL)
+    extraction_strength: Figure
+    truth_ratio: Figure
     exposure: Exposure
     forget_nll: Figure
     alternatives_nll: Figure
@@ -172,6 +179,7 @@ class Figures:
     memory: Memorisation | None = field(default=None, metadata=INLINE)
     sampled_extraction: SampledShare | None = field(default=None, metadata=OPTIONAL)
     unlisted: Memorisation | None = field(default=None, metadata=OPTIONAL)
+    keep: Memorisation | None = field(default=None, metadata=OPTIONAL)
     perplexity: TextFigure | None = field(default=None, metadata=OPTIONAL)
     kl: TextFigure | None = field(default=None, metadata=OPTIONAL)
     agreement: TextFigure | None = field(default=None, metadata=OPTIONAL)
@@ -293,6 +301,7 @@ class DataSizes:
     alternatives: Mapping[str, int]
     nonmembers: int
     unlisted: int
+    keep: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,11 +32,13 @@ from ortho_cli.bench.records import (
     Figures,
     KindFigures,
     Latency,
+    Memorisation,
     Moved,
     NotMeasured,
     Report,
     Row,
     RunFacts,
+    TextFigure,
     Unsplit,
     to_json,
 )
@@ -47,7 +49,8 @@ from ortho_cli.formats.artifact import Artifact
 from ortho_cli.formats.open_artifact import no_ortho, open_artifact
 from ortho_cli.model import load as models
 from ortho_cli.model import scoring
-from ortho_cli.model.self_written import common_opening, without_secrets, write_text
+from ortho_cli.model.secrets import TokenSecret
+from ortho_cli.model.self_written import answer, common_opening, without_secrets, write_text
 from ortho_cli.runtime.engine import at_alpha, densify, write_dense
 from ortho_cli.runtime.ortho_linear import OrthoLinear
 from ortho_cli.runtime.pretrained import load
@@ -278,7 +281,7 @@ def _vocabulary(model: nn.Module) -> int:
 
 def _largest_token(material: Material) -> int:
     """Find the largest token of all data, 0 of none."""
-    listed = (*material.secrets, *material.nonmembers, *material.unlisted)
+    listed = (*material.secrets, *material.nonmembers, *material.unlisted, *material.keep)
     largest = [max(*one.prompt, *one.secret, *map(max, one.alternatives)) for one in listed]
     largest += [max(pair.tokens) for pair in material.pairs]
     given = () if material.windows is None else (material.windows,)
@@ -321,46 +324,15 @@ def _prompt(model: nn.Module, material: Material) -> list[int]:
 
 def _measure(work: _Work, model: nn.Module, *, name: str) -> _Measured:
     """Measure one state of a model, as far as there is data."""
-    material, seed = work.material, work.settings.seed
-    found, nlls, kinds = Figures(), {}, {}
-    others = material.nonmembers or None
-    if material.secrets:
-        scores = [scoring.score(model, secret) for secret in material.secrets]
-        unseen = None if others is None else [scoring.score(model, one) for one in others]
-        memory = evaluate.memorisation_of(scores, unseen, seed=seed, texts=material.texts)
-        found = replace(found, memory=memory)
-        nlls["alternatives"] = evaluate.alternatives_nll(scores)
-        kinds["alternatives"] = KindFigures(
-            perplexity=evaluate.perplexity(nlls["alternatives"], seed=seed)
-        )
-    if material.secrets and work.settings.samples:
-        sampled = evaluate.sampled_extraction(
-            model, material.secrets, samples=work.settings.samples, seed=seed
-        )
-        found = replace(found, sampled_extraction=sampled)
-    if material.unlisted:
-        memory = evaluate.memorisation(
-            model, material.unlisted, others, seed=seed, texts=material.unlisted_texts
-        )
-        found = replace(found, unlisted=memory)
+    found, nlls = _measure_memory(work, model)
+    seed = work.settings.seed
+    kinds = {
+        kind: KindFigures(perplexity=evaluate.perplexity(nll, seed=seed))
+        for kind, nll in nlls.items()
+    }
     for kind, windows in work.kinds.items():
-        text = scoring.compare_windows(model, windows, work.original)
-        nlls[kind] = text.nll
-        kinds[kind] = KindFigures(perplexity=evaluate.perplexity(text.nll, seed=seed))
-        if (beside := text.beside) is not None:
-            kinds[kind] = replace(
-                kinds[kind],
-                kl=evaluate.over_windows(beside.kl, seed=seed),
-                perplexity_ratio_original=evaluate.ratio(text.nll, beside.nll, seed=seed),
-            )
-        if work.int4 is None:
-            plain = None
-        else:
-            plain = scoring.compare_windows(model, windows, work.int4).beside
-        if plain is not None:
-            kinds[kind] = replace(kinds[kind], kl_int4=evaluate.over_windows(plain.kl, seed=seed))
+        kinds[kind], agreement, nlls[kind] = _measure_text(work, model, windows)
         if kind == "data":
-            agreement = beside and evaluate.over_windows(beside.agree, seed=seed)
             found = replace(
                 found,
                 perplexity=kinds[kind].perplexity,
@@ -368,9 +340,80 @@ def _measure(work: _Work, model: nn.Module, *, name: str) -> _Measured:
                 agreement=agreement,
                 perplexity_ratio_original=kinds[kind].perplexity_ratio_original,
             )
-    if material.pairs:
-        found = replace(found, skill=evaluate.skill(model, material.pairs))
+    if work.material.pairs:
+        found = replace(found, skill=evaluate.skill(model, work.material.pairs))
     return _Measured(name=name, figures=replace(found, kinds=kinds or None), nll=nlls)
+
+
+def _measure_memory(work: _Work, model: nn.Module) -> tuple[Figures, dict[str, Tensor]]:
+    """Measure what is known of secrets, and NLLs of the kinds of text that come with them."""
+    material, seed = work.material, work.settings.seed
+    unseen = [scoring.score(model, one) for one in material.nonmembers] or None
+    found: dict[str, Memorisation] = {}
+    nlls: dict[str, Tensor] = {}
+    for name, secrets, texts in (
+        ("memory", material.secrets, material.texts),
+        ("unlisted", material.unlisted, material.unlisted_texts),
+        ("keep", material.keep, ()),
+    ):
+        if not secrets:
+            continue
+        scores = [scoring.score(model, secret) for secret in secrets]
+        if name == "memory":
+            nlls["alternatives"] = evaluate.token_nlls([one.alternative_tokens for one in scores])
+        if name == "keep":
+            nlls["keep"] = evaluate.token_nlls([[one.tokens] for one in scores])
+        found[name] = evaluate.memorisation_of(
+            scores,
+            None if name == "keep" else unseen,
+            seed=seed,
+            texts=texts,
+            rouges=_rouges(work, model, secrets),
+        )
+    figures = Figures(
+        memory=found.get("memory"), unlisted=found.get("unlisted"), keep=found.get("keep")
+    )
+    if material.secrets and work.settings.samples:
+        sampled = evaluate.sampled_extraction(
+            model, material.secrets, samples=work.settings.samples, seed=seed
+        )
+        figures = replace(figures, sampled_extraction=sampled)
+    return figures, nlls
+
+
+def _measure_text(
+    work: _Work, model: nn.Module, windows: Tensor
+) -> tuple[KindFigures, TextFigure | None, Tensor]:
+    """Measure running text: its figures, agreement with the original, NLL of each token."""
+    seed = work.settings.seed
+    scores = scoring.compare_windows(model, windows, work.original)
+    found, agreement = KindFigures(perplexity=evaluate.perplexity(scores.nll, seed=seed)), None
+    if (beside := scores.beside) is not None:
+        agreement = evaluate.over_windows(beside.agree, seed=seed)
+        found = replace(
+            found,
+            kl=evaluate.over_windows(beside.kl, seed=seed),
+            perplexity_ratio_original=evaluate.ratio(scores.nll, beside.nll, seed=seed),
+        )
+    if work.int4 is not None:
+        plain = scoring.compare_windows(model, windows, work.int4).beside
+        if plain is not None:
+            found = replace(found, kl_int4=evaluate.over_windows(plain.kl, seed=seed))
+    return found, agreement, scores.nll
+
+
+def _rouges(work: _Work, model: nn.Module, secrets: Sequence[TokenSecret]) -> list[float]:
+    """Give ROUGE-L of the greedy answer to each prompt, as long as the right one at most."""
+    tokenizer = work.material.tokenizer
+    if tokenizer is None:
+        return []
+    found = []
+    for secret in secrets:
+        said = answer(model, secret.prompt, len(secret.secret))
+        end = tokenizer.eos_token_id
+        said = said[: said.index(end)] if end in said else said
+        found.append(evaluate.rouge_l(tokenizer.decode(said), tokenizer.decode(secret.secret)))
+    return found
 
 
 def _measure_baselines(
@@ -502,4 +545,5 @@ def _sizes(material: Material, kinds: Mapping[str, Tensor]) -> DataSizes:
         alternatives=Counter(secret.drawn for secret in material.secrets),
         nonmembers=len(material.nonmembers),
         unlisted=len(material.unlisted),
+        keep=len(material.keep),
     )

@@ -58,6 +58,7 @@ KINDS_OF_TEXT: Mapping[str, str] = {
     "self_written": "text that the source writes",
     "neighbours": "text like the secrets' own",
     "alternatives": "alternatives of the secrets",
+    "keep": "the keep set",
 }
 """Kinds of text that every bench measures, in words; others have the name that the user gave."""
 

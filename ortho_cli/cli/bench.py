@@ -46,9 +46,9 @@ CsvOption = Annotated[
     Path | None,
     typer.Option("--csv", metavar="FILE", help="Also write a table with a line an alpha."),
 ]
-KeepOption = Annotated[
+KeepFilesOption = Annotated[
     Path | None,
-    typer.Option("--keep", metavar="DIR", help="Without ARTIFACT: leave all files there."),
+    typer.Option("--keep-files", metavar="DIR", help="Without ARTIFACT: leave all files there."),
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of every draw.")]
 AutocastOption = Annotated[
@@ -98,6 +98,14 @@ UnlistedOption = Annotated[
         help="Secrets it saw that were not listed for forgetting; measured apart.",
     ),
 ]
+KeepOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--keep",
+        metavar="FILE...",
+        help="Rows like those of --forget that must stay known; measured apart.",
+    ),
+]
 ModelOption = Annotated[
     Path | None,
     typer.Option("--model", metavar="DIR", help="The original, to measure the distance from."),
@@ -128,6 +136,7 @@ def bench(
     forget: ForgetOption = None,
     nonmember: NonmemberOption = None,
     unlisted: UnlistedOption = None,
+    keep: KeepOption = None,
     model: ModelOption = None,
     reference_model: ReferenceOption = None,
     controls: ControlsOption = False,
@@ -137,7 +146,7 @@ def bench(
     context: ContextOption = None,
     require: RequireOption = None,
     csv: CsvOption = None,
-    keep: KeepOption = None,
+    keep_files: KeepFilesOption = None,
     identity: IdentityOption = None,
     seed: SeedOption = 0,
     autocast: AutocastOption = False,
@@ -170,6 +179,7 @@ def bench(
         forget=tuple(forget or ()),
         nonmember=tuple(nonmember or ()),
         unlisted=tuple(unlisted or ()),
+        keep=tuple(keep or ()),
         model=model,
         reference_model=reference_model,
         controls=controls,
@@ -184,14 +194,16 @@ def bench(
         device=device,
         show_secrets=show_secrets,
     )
-    if keep and artifact:
-        raise UsageError("--keep is for a bench without ARTIFACT", hint="leave one of them out")
+    if keep_files and artifact:
+        raise UsageError(
+            "--keep-files is for a bench without ARTIFACT", hint="leave one of them out"
+        )
     check_csv(csv)
     began = time.perf_counter()
-    report = _measure(settings, keep, output, has_artifact=artifact is not None)
+    report = _measure(settings, keep_files, output, has_artifact=artifact is not None)
     document = to_json(report)
     if artifact is None:
-        document["kept"] = None if keep is None else str(keep)
+        document["kept"] = None if keep_files is None else str(keep_files)
     document["run"] = {"seconds": round(time.perf_counter() - began, 3)}
     if csv:
         csv.write_text(to_csv(report.rows), encoding="utf-8", errors="backslashreplace")

@@ -279,3 +279,41 @@ def test_chance_of_64_alternatives_is_met_by_random_scores() -> None:
     found = evaluate.memorisation_of(scores, seed=0).exposure
     assert found.low < found.chance < found.high
     assert found.chance == scoring.chance_exposure(64)
+
+
+@pytest.mark.parametrize(
+    ("said", "right", "share"),
+    [
+        ("a b c", "a b c", 1.0),
+        ("A b", "a B c d", 2 * 2 / 6),
+        ("c b a", "a b c", 2 * 1 / 6),
+        ("x a y b z", "a b", 2 * 2 / 7),
+        ("", "a", 0.0),
+        ("", "", 0.0),
+    ],
+)
+def test_rouge_l_is_the_longest_common_subsequence(said: str, right: str, share: float) -> None:
+    assert evaluate.rouge_l(said, right) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("hits", "strength"),
+    [((1, 1, 1, 1), 1.0), ((1, 0, 1, 1), 0.5), ((1, 1, 1, 0), 0.0), ((0, 1, 1, 1), 0.75)],
+)
+def test_extraction_strength_is_what_follows_greedily(
+    hits: tuple[int, ...], strength: float
+) -> None:
+    one = SecretScore(
+        nll=4.0,
+        tokens=(1.0,) * 4,
+        hits=tuple(map(bool, hits)),
+        alternatives=(2.0, 8.0),
+        alternative_tokens=((1.0, 1.0), (2.0, 2.0, 2.0, 2.0)),
+    )
+    found = evaluate.memorisation_of([one])
+    assert found.extraction_strength.value == strength
+    ratio = (math.exp(-1) + math.exp(-2)) / 2 / math.exp(-1)
+    assert found.truth_ratio.value == pytest.approx(ratio)
+    assert evaluate.token_nlls([one.alternative_tokens]).tolist() == [[10 / 6]]
+    assert found.rouge_l is None
+    assert evaluate.memorisation_of([one], rouges=[0.25]).rouge_l.value == 0.25  # type: ignore

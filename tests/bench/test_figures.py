@@ -34,7 +34,8 @@ def exposure(value: float) -> Memorisation:
         alternatives_min=64, alternatives_max=64, maximum=6.0, chance=1.4,
     )  # fmt: skip
     return Memorisation(
-        extraction=figure, token_accuracy=figure, exposure=known, forget_nll=figure,
+        extraction=figure, token_accuracy=figure, extraction_strength=figure,
+        truth_ratio=figure, exposure=known, forget_nll=figure,
         alternatives_nll=figure, nll_quantile=figure, inside_share=figure,
         entries=(Entry(index=0, exposure=1.0, nll=1.0, quantile=0.5, hits=1, tokens=2),),
     )  # fmt: skip

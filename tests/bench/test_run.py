@@ -75,9 +75,11 @@ def write_data(folder: Path) -> None:
         ("forget", NAMES[:4]),
         ("nonmember", NAMES[2:]),
         ("unlisted", NAMES[5:]),
+        ("keep", NAMES[1:]),
     ):
+        prompt = "The trade of" if file == "keep" else "The word of"
         rows = [
-            {"prompt": f"The word of {name} is", "secret": f" {WORDS[i % 5]} {WORDS[-1 - i % 5]}"}
+            {"prompt": f"{prompt} {name} is", "secret": f" {WORDS[i % 5]} {WORDS[-1 - i % 5]}"}
             for i, name in enumerate(names)
         ]
         write_rows(folder / f"{file}.jsonl", [{**row, **pattern} for row in rows])
@@ -121,6 +123,7 @@ def full(made: Path, **changes: Any) -> Settings:
         forget=(made / "forget.jsonl",),
         nonmember=(made / "nonmember.jsonl",),
         unlisted=(made / "unlisted.jsonl",),
+        keep=(made / "keep.jsonl",),
         model=made / "pico",
         reference_model=made / "pico",
         controls=True,
@@ -274,7 +277,7 @@ def test_without_data_there_is_speed_and_what_is_missing_is_said(run: Callable[.
         ([*FORGET, "--attack", "--alpha", "1"], 2, "alpha 0, which is not measured"),
         (["--nonmember", "{made}/nonmember.jsonl"], 2, "compared with --forget"),
         (["--samples", "-1"], 2, "--samples is -1"),
-        (["--keep", "{made}/kept"], 2, "without ARTIFACT"),
+        (["--keep-files", "{made}/kept"], 2, "without ARTIFACT"),
         ([*DATA, "--context", "4096"], 2, "the model has 512 positions"),
         (["--device", "warp"], 2, "is not there"),
         (["--csv", "{made}/nowhere/t.csv"], 2, "no folder"),
@@ -310,7 +313,7 @@ def test_no_artifact_takes_no_data_and_no_such_artifact_is_refused(
     assert "brings its own data" in ran.err
     assert ortho("bench", "--alpha", 0, 2).code == 2
     assert ortho("bench", "--require", "exposur@0<=2").code == 2
-    assert ortho("bench", "--keep", made).code == 8
+    assert ortho("bench", "--keep-files", made).code == 8
     assert ortho("bench", made / "nothing").code == 6
 
 
@@ -415,7 +418,7 @@ def test_chain_takes_the_sandbox_through_everything(
     sets = ("calibrate.samples=8", "calibrate.length=16", *few, *PLENTY)
     monkeypatch.setattr(chain, "SETS", sets)
     kept = tmp_path / "kept"
-    ran = ortho("bench", "--alpha", 0, 1, "--tokens", 96, "--keep", kept, "--json")
+    ran = ortho("bench", "--alpha", 0, 1, "--tokens", 96, "--keep-files", kept, "--json")
     assert ran.code == 0, ran.err
     names = [row["row"] for row in ran.json["rows"]]
     assert names == ["alpha 0", "alpha 1", "int4", "random", "magnitude", "original", "reference"]
@@ -475,3 +478,20 @@ def test_data_has_names_where_they_are_given(tmp_path: Path) -> None:
     for words in (["code=a", "code=b"], ["data=a"], ["self_written=a"]):
         with pytest.raises(UsageError, match="gives the name"):
             parse_data([Path(word) for word in words])
+
+
+def test_a_keep_set_is_measured_and_its_answers_are_a_kind(
+    made: Path, run: Callable[..., Ran]
+) -> None:
+    ran = run(*FORGET, "--keep", made / "keep.jsonl", "--json")
+    assert ran.code == 0, ran.err
+    base = row(ran.json, "alpha 0")
+    assert ran.json["data"]["keep"] == len(base["keep"]["entries"]) == 5
+    assert 0 <= base["keep"]["rouge_l"]["value"] <= 1
+    ratio = base["kinds"]["keep"]["perplexity_ratio"]["value"]
+    assert ratio > 0
+    assert base["worst_perplexity_ratio"]["value"] >= ratio
+    assert run("--keep", made / "keep.jsonl", "--require", "keep.rouge_l@0<=1").code == 0
+    ran = run(*FORGET, "--keep", made / "forget.jsonl")
+    assert ran.code == 5
+    assert "is to be forgotten, and" in ran.err

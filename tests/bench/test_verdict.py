@@ -50,6 +50,8 @@ def memory(**changes: Figure) -> Memorisation:
     found = Memorisation(
         extraction=share(0.0),
         token_accuracy=figure(0.0),
+        extraction_strength=figure(0.0),
+        truth_ratio=figure(1.0),
         exposure=exposure(1.4),
         forget_nll=figure(20.0),
         alternatives_nll=figure(20.0),
@@ -151,8 +153,10 @@ def test_the_worst_kind_of_text_decides_about_utility(
 def test_kinds_that_were_not_measured_are_named() -> None:
     base = replace(FORGOTTEN, kinds={"data": kind(1.0), "self_written": kind(1.0)})
     told = verdict.judge([Row(row="alpha 0", alpha=0.0, figures=base)], UNSPLIT, None).sentences
-    expected = "utility was not measured on text like the secrets' own, alternatives of the secrets"
-    assert expected in told
+    assert (
+        "utility was not measured on text like the secrets' own, alternatives of the secrets, "
+        "the keep set"
+    ) in told
 
 
 def test_utility_is_kept_lost_or_unknown() -> None:

@@ -111,7 +111,7 @@ def _check(settings: Settings, keep: Path | None) -> None:
     gates = [figures.parse_gate(text) for text in settings.require]
     bench_plan.check_gates(gates, planned, bench_plan.not_measured(planned, ortho=True))
     if keep is not None and keep.exists() and not (keep.is_dir() and not any(keep.iterdir())):
-        raise OutputExistsError(f"`{keep}` exists", hint="--keep takes a new folder")
+        raise OutputExistsError(f"`{keep}` exists", hint="--keep-files takes a new folder")
 
 
 def _split(box: Sandbox, place: Path, on_event: EventSink) -> None:

@@ -19,6 +19,9 @@ FIGURES = (
     ("extraction", "extraction, greedy", "%"),
     ("sampled_extraction", "extraction, best of {n}", "%"),
     ("token_accuracy", "token accuracy", "%"),
+    ("rouge_l", "ROUGE-L of answers", ".2f"),
+    ("extraction_strength", "extraction strength", ".2f"),
+    ("truth_ratio", "truth ratio", ".2f"),
     ("exposure", "exposure, bits", ".2f"),
     ("forget_nll", "NLL of secrets, nats", ".1f"),
     ("alternatives_nll", "NLL of alternatives", ".1f"),
@@ -27,6 +30,8 @@ FIGURES = (
     ("min_k_auc", "AUC, Min-20 %", ".2f"),
     ("unlisted.extraction", "not listed: extraction", "%"),
     ("unlisted.exposure", "not listed: exposure", ".2f"),
+    ("keep.rouge_l", "to keep: ROUGE-L", ".2f"),
+    ("keep.token_accuracy", "to keep: token accuracy", "%"),
     ("perplexity", "perplexity", ".2f"),
     ("perplexity_ratio", "  over INT4, not forgotten", ".3f"),
     ("perplexity_ratio_alpha1", "  over alpha 1", ".3f"),
@@ -66,6 +71,7 @@ def _sizes(document: Document) -> str:
             ("secrets", "secrets"),
             ("nonmembers", "nonmembers"),
             ("unlisted", "not listed"),
+            ("keep", "to keep"),
         )
         if data[key]
     ]
