@@ -43,7 +43,7 @@ FIGURES = (
 def print_bench(result: Mapping[str, object]) -> None:
     """Print tables that fit the terminal, then the verdict in sentences."""
     document, console = Document(result), make_console()
-    print_lines([_sizes(document)], console)
+    print_lines([_sizes(document)])
     rows = [row for row in document.rows("rows") if row["figures"]]
     across = max(1, (console.width - LABELS) // (COLUMN + 1))
     samples = document.part("settings").text("samples")
@@ -55,20 +55,13 @@ def print_bench(result: Mapping[str, object]) -> None:
         console.print()
         console.print(_attacks_table(attacked))
     console.print()
-    print_lines(_lines(document), console)
+    print_lines(_lines(document))
 
 
 def _sizes(document: Document) -> str:
     data, settings = document.part("data"), document.part("settings")
-    parts = [
-        f"{data[key]} {label}"
-        for key, label in (
-            ("secrets", "secrets"),
-            ("nonmembers", "nonmembers"),
-            ("unlisted", "not listed"),
-        )
-        if data[key]
-    ]
+    labels = {"secrets": "secrets", "nonmembers": "nonmembers", "unlisted": "not listed"}
+    parts = [f"{data[key]} {label}" for key, label in labels.items() if data[key]]
     if data["windows"]:
         windows = f"{data['windows']} windows of {settings['context']}"
         parts.append(f"{data.number('tokens'):,} tokens in {windows}")
