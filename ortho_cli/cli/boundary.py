@@ -15,6 +15,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from types import FrameType, TracebackType
 from typing import NoReturn
 
@@ -63,19 +64,13 @@ def expand_home(arguments: Sequence[str]) -> list[str]:
     A file that is really named `~` is `./~`. Options in TEXTS keep their value.
     """
     found: list[str] = []
-    before = ""
-    for word in arguments:
-        option, equals, value = word.partition("=")
-        given = word
-        if word.startswith("--") and equals:
-            if option not in TEXTS and value.startswith("~"):
-                given = f"{option}={os.path.expanduser(value)}"  # noqa: PTH111 - a word, no path
-        elif re.match(r"-[A-Za-z]~", word):
-            given = word[:2] + os.path.expanduser(word[2:])  # noqa: PTH111
-        elif word.startswith("~") and before not in TEXTS:
-            given = os.path.expanduser(word)  # noqa: PTH111
-        found.append(given)
-        before = word
+    for before, word in pairwise(["", *arguments]):
+        # A value with its option before it: `--out=~`, `-o~`, or as a word of its own.
+        parts = re.fullmatch(r"(--[^=]*=|-[A-Za-z]|)(~.*)", word, re.DOTALL)
+        if parts and (parts[1].rstrip("=") or before) not in TEXTS:
+            found.append(parts[1] + os.path.expanduser(parts[2]))  # noqa: PTH111 - a word, no path
+        else:
+            found.append(word)
     return found
 
 
@@ -144,6 +139,8 @@ class _Stream(io.TextIOBase):
     where a terminal has gone, and raise once more when the interpreter ends.
     """
 
+    errors = "backslashreplace"
+
     def __init__(self, fd: int, encoding: str, failed: Callable[[OSError], None]) -> None:
         self._fd, self._encoding, self._failed = fd, encoding, failed
         self._is_dead = False
@@ -151,10 +148,6 @@ class _Stream(io.TextIOBase):
     @property
     def encoding(self) -> str:  # type: ignore[override]
         return self._encoding
-
-    @property
-    def errors(self) -> str:  # type: ignore[override]
-        return "backslashreplace"
 
     def fileno(self) -> int:
         return self._fd
@@ -240,10 +233,6 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
     os._exit(128 + number)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def _unraisable(lost: sys.UnraisableHookArgs) -> None:
     if issubclass(lost.exc_type, KeyboardInterrupt):
         # A destructor or callback of a library swallowed the interrupt: send it again.
@@ -273,7 +262,7 @@ def enter(command: Callable[[], int]) -> NoReturn:
 
     for number in asked:
         signal.signal(number, stop)
-    signal.signal(signal.SIGALRM, _interrupt)  # sent again by `_unraisable`
+    signal.signal(signal.SIGALRM, signal.default_int_handler)  # sent again by `_unraisable`
     sys.unraisablehook = _unraisable
     # A reader that has gone must not end work in the middle: `ortho decompose X 2>&1 | head`.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)

@@ -4,72 +4,48 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from ortho_cli.cli.options import (
-    DryRunOption,
-    JsonOption,
-    ModelDeviceOption,
-    QuietOption,
-    RecipeOption,
-    SchemaOption,
-    SetOption,
-    TrustOption,
-    VerboseOption,
-)
+from ortho_cli.cli import options
 from ortho_cli.cli.shared import Output, located, run_facts
-
-if TYPE_CHECKING:
-    from ortho_cli.events import Event
-
-ModelArgument = Annotated[Path, typer.Argument(help="A transformers folder, with its tokenizer.")]
-DataOption = Annotated[
-    list[Path],
-    typer.Option(
-        "--data",
-        metavar="FILE...",
-        help="What must keep working: files of text, JSON, JSON lines, CSV or parquet, gzip or "
-        "not (`text`; `prompt` and `completion`, which alone counts; or chats); read whole.",
-    ),
-]
-ForgetOption = Annotated[
-    list[Path] | None,
-    typer.Option("--forget", metavar="FILE...", help="What must go; measured apart."),
-]
-OutOption = Annotated[
-    Path, typer.Option("--out", "-o", help="The file to make.", show_default=True)
-]
-GramOption = Annotated[
-    str | None,
-    typer.Option(
-        "--gram",
-        metavar="none|full",
-        help="full: the input Gram matrix of each weight, too; as --set calibrate.gram=full.",
-    ),
-]
-ForceOption = Annotated[
-    bool, typer.Option("--force", help="Replace statistics at OUT once the new are complete.")
-]
+from ortho_cli.events import Event
 
 
+# Longer than 60 lines: half of it is the signature, which says all of each option.
 def calibrate(
-    model: ModelArgument,
-    data: DataOption,
-    forget: ForgetOption = None,
-    out: OutOption = Path("stats.safetensors"),
-    gram: GramOption = None,
-    recipe: RecipeOption = None,
-    sets: SetOption = None,
-    force: ForceOption = False,
-    dry_run: DryRunOption = False,
-    device: ModelDeviceOption = "auto",
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = 0,
-    schema: SchemaOption = False,
-    trust_remote_code: TrustOption = False,
+    model: Annotated[Path, typer.Argument(help="A transformers folder, with its tokenizer.")],
+    data: Annotated[
+        list[Path],
+        options.files(
+            help="What must keep working: files of text, JSON, JSON lines, CSV or parquet, gzip or "
+            "not (`text`; `prompt` and `completion`, which alone counts; or chats); read whole."
+        ),
+    ],
+    forget: Annotated[
+        list[Path] | None, options.files(help="What must go; measured apart.")
+    ] = None,
+    out: Annotated[Path, options.out(help="The file to make.")] = Path("stats.safetensors"),
+    gram: Annotated[
+        str | None,
+        typer.Option(
+            metavar="none|full",
+            help="full: the input Gram matrix of each weight, too; as --set calibrate.gram=full.",
+        ),
+    ] = None,
+    recipe: options.Recipe = None,
+    sets: options.Set = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace statistics at OUT once the new are complete.")
+    ] = False,
+    dry_run: options.DryRun = False,
+    device: options.ModelDevice = "auto",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+    schema: options.Schema = False,
+    trust_remote_code: options.Trust = False,
 ) -> None:
     """Measure how much each weight of MODEL matters to the data; write curvature statistics.
 

@@ -10,84 +10,63 @@ from typing import Annotated
 
 import typer
 
-from ortho_cli.cli.options import (
-    CopyOption,
-    DryRunOption,
-    IdentityOption,
-    JsonOption,
-    QuietOption,
-    VerboseOption,
-)
+from ortho_cli.cli import options
 from ortho_cli.cli.shared import Output, located, place_output, run_facts
 from ortho_cli.events import Noted
 
 log = logging.getLogger(__name__)
 
-SourceArgument = Annotated[
-    Path,
-    typer.Argument(
-        metavar="SRC",
-        help="A .safetensors or .gguf file, one of torch.save (.bin, .pt, .pth, .ckpt, "
-        ".pth.tar), a model folder, or an artifact.",
-    ),
-]
-OutOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        "-o",
-        help="The folder to make.  [default: SRC-converted, or SRC-dense for an artifact, "
-        "beside SRC; in the working directory for a model in the Hub's cache, or where that "
-        "cannot be written]",
-    ),
-]
-AlphaOption = Annotated[
-    float | None,
-    typer.Option("--alpha", help="For an artifact, and required there: 0 is base, 1 is all."),
-]
-KeyOption = Annotated[
-    str | None,
-    typer.Option(
-        "--key",
-        metavar="KEY",
-        help="Where a file of torch.save keeps its weights: `ema`, nested `model.ema`, `.` for "
-        "all.  [default: the largest state dict, if no other is about as large]",
-    ),
-]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        help="bfloat16, float16 or float32, for floating tensors.  [default: each one's own]",
-    ),
-]
-ShardSizeOption = Annotated[
-    str, typer.Option("--shard-size", help="Most bytes of tensors in a file.")
-]
-ForceOption = Annotated[
-    bool,
-    typer.Option(
-        "--force",
-        help="Replace what convert made at OUT once the new one is complete; discard other "
-        "half-done work.",
-    ),
-]
 
-
+# Longer than 60 lines: half of it is the signature, which says all of each option.
 def convert(
-    source: SourceArgument,
-    out: OutOption = None,
-    alpha: AlphaOption = None,
-    identity: IdentityOption = None,
-    key: KeyOption = None,
-    dtype: DtypeOption = None,
-    shard_size: ShardSizeOption = "5GB",
-    force: ForceOption = False,
-    dry_run: DryRunOption = False,
-    copy: CopyOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = 0,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC",
+            help="A .safetensors or .gguf file, one of torch.save (.bin, .pt, .pth, .ckpt, "
+            ".pth.tar), a model folder, or an artifact.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        options.out(
+            help="The folder to make.  [default: SRC-converted, or SRC-dense for an artifact, "
+            "beside SRC; in the working directory for a model in the Hub's cache, or where that "
+            "cannot be written]"
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="For an artifact, and required there: 0 is base, 1 is all.")
+    ] = None,
+    identity: options.Identity = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="Where a file of torch.save keeps its weights: `ema`, nested `model.ema`, `.` for "
+            "all.  [default: the largest state dict, if no other is about as large]",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="bfloat16, float16 or float32, for floating tensors.  [default: each one's own]"
+        ),
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="Most bytes of tensors in a file.")] = "5GB",
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Replace what convert made at OUT once the new one is complete; discard other "
+            "half-done work.",
+        ),
+    ] = False,
+    dry_run: options.DryRun = False,
+    copy: options.Copy = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
 ) -> None:
     """Write any checkpoint, or an artifact at one alpha, as plain safetensors.
 

@@ -9,19 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ortho_cli.cli.options import (
-    CopyOption,
-    DryRunOption,
-    JsonOption,
-    QuietOption,
-    RecipeOption,
-    SchemaOption,
-    SetOption,
-    StatsOption,
-    TrustOption,
-    VerboseOption,
-    WorkersOption,
-)
+from ortho_cli.cli import options
 from ortho_cli.cli.shared import Output, located, place_output, plan_of, run_facts, settled
 from ortho_cli.errors import UsageError
 from ortho_cli.events import Event, EventSink, Noted
@@ -34,114 +22,88 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OutOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        "-o",
-        help="The folder to make.  [default: MODEL-ortho, beside MODEL; in the working "
-        "directory for a model in the Hub's cache, or where that cannot be written]",
-    ),
-]
-ForgetOption = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--forget",
-        metavar="FILE...",
-        help="What base must not know: rows of `prompt` and `secret`, or chats. Needs a recipe "
-        "that forgets, --stats, and the model in memory; isolate needs three times its float32 "
-        "size, unlearn five times.",
-    ),
-]
-DataOption = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--data",
-        metavar="FILE...",
-        help="What must stay: text that unlearn holds on to, or that rounding is tuned on.",
-    ),
-]
-ReferenceOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--reference", metavar="CHECKPOINT", help="MODEL before it saw what base must not know."
-    ),
-]
-TargetBitsOption = Annotated[
-    float | None,
-    typer.Option(
-        "--target-bits",
-        metavar="BITS",
-        help="Pick the density, and the group size where it is auto, that lose least within so "
-        "many bits per split weight, both files; reads every weight first.",
-    ),
-]
-SealToOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--seal-to",
-        metavar="age1...",
-        help="Seal ortho to this recipient of age (ortho.safetensors.age); repeatable.",
-    ),
-]
-SealPassphraseOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--seal-passphrase-file",
-        metavar="FILE",
-        help="Seal ortho to a new key, and that (ortho.key.age) to the passphrase in FILE.",
-    ),
-]
-ResumeIdentityOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--identity",
-        metavar="FILE",
-        help="age identities that open what an earlier, unfinished run sealed with --seal-to.",
-    ),
-]
-ForceOption = Annotated[
-    bool,
-    typer.Option(
-        "--force",
-        help="Replace an artifact at OUT once the new one is complete; discard other "
-        "half-done work.",
-    ),
-]
-DeviceOption = Annotated[
-    str,
-    typer.Option(
-        "--device",
-        help="auto, cpu, cuda or cuda:N: of the model that a recipe forgets or tunes in, and "
-        "where cuda is asked for by name, of a split that one pass does.",
-    ),
-]
-
 
 # Longer than 60 lines: the signature and the call of the job name every option.
 def decompose(
     model: Annotated[Path, typer.Argument(help="A .safetensors file, or a model folder.")],
-    out: OutOption = None,
-    stats: StatsOption = None,
-    forget: ForgetOption = None,
-    data: DataOption = None,
-    reference: ReferenceOption = None,
-    target_bits: TargetBitsOption = None,
-    recipe: RecipeOption = None,
-    sets: SetOption = None,
-    seal_to: SealToOption = None,
-    seal_passphrase_file: SealPassphraseOption = None,
-    identity: ResumeIdentityOption = None,
-    force: ForceOption = False,
-    dry_run: DryRunOption = False,
-    copy: CopyOption = None,
-    workers: WorkersOption = None,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = 0,
-    schema: SchemaOption = False,
-    trust_remote_code: TrustOption = False,
+    out: Annotated[
+        Path | None,
+        options.out(
+            help="The folder to make.  [default: MODEL-ortho, beside MODEL; in the working "
+            "directory for a model in the Hub's cache, or where that cannot be written]"
+        ),
+    ] = None,
+    stats: options.Stats = None,
+    forget: Annotated[
+        list[Path] | None,
+        options.files(
+            help="What base must not know: rows of `prompt` and `secret`, or chats. Needs a recipe "
+            "that forgets, --stats, and the model in memory; isolate needs three times its float32 "
+            "size, unlearn five times."
+        ),
+    ] = None,
+    data: Annotated[
+        list[Path] | None,
+        options.files(
+            help="What must stay: text that unlearn holds on to, or that rounding is tuned on."
+        ),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="CHECKPOINT", help="MODEL before it saw what base must not know."),
+    ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(
+            metavar="BITS",
+            help="Pick the density, and the group size where it is auto, that lose least within so "
+            "many bits per split weight, both files; reads every weight first.",
+        ),
+    ] = None,
+    recipe: options.Recipe = None,
+    sets: options.Set = None,
+    seal_to: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="age1...",
+            help="Seal ortho to this recipient of age (ortho.safetensors.age); repeatable.",
+        ),
+    ] = None,
+    seal_passphrase_file: Annotated[
+        Path | None,
+        options.file(
+            help="Seal ortho to a new key, and that (ortho.key.age) to the passphrase in FILE."
+        ),
+    ] = None,
+    identity: Annotated[
+        Path | None,
+        options.file(
+            help="age identities that open what an earlier, unfinished run sealed with --seal-to."
+        ),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Replace an artifact at OUT once the new one is complete; discard other "
+            "half-done work.",
+        ),
+    ] = False,
+    dry_run: options.DryRun = False,
+    copy: options.Copy = None,
+    workers: options.Workers = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="auto, cpu, cuda or cuda:N: of the model that a recipe forgets or tunes in, and "
+            "where cuda is asked for by name, of a split that one pass does."
+        ),
+    ] = "auto",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+    schema: options.Schema = False,
+    trust_remote_code: options.Trust = False,
 ) -> None:
     """Split every Linear of MODEL and write OUT; needs no GPU and a few tiles of memory.
 

@@ -8,52 +8,39 @@ from typing import Annotated
 
 import typer
 
-from ortho_cli.cli.options import (
-    IdentityOption,
-    JsonOption,
-    QuietOption,
-    RecipeOption,
-    SchemaOption,
-    SetOption,
-    StatsOption,
-    VerboseOption,
-    WorkersOption,
-)
+from ortho_cli.cli import options
 from ortho_cli.cli.shared import Output, located, plan_of, settled
 from ortho_cli.errors import UsageError
 from ortho_cli.formats.open_artifact import open_artifact
 from ortho_cli.formats.provenance import recipe_of
 
-VerifyOption = Annotated[
-    bool,
-    typer.Option("--verify", help="Read every byte of an artifact and check every digest."),
-]
-ExpectSourceOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="Check that an artifact was made from this checkpoint, byte for byte; with "
-        "--verify, too, that every weight it holds is that checkpoint's or its own code."
-    ),
-]
-DeviceOption = Annotated[
-    str, typer.Option("--device", help="auto or cpu; this version computes on the CPU.")
-]
 
-
+# Longer than 60 lines: half of it is the signature, which says all of each option.
 def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint, an artifact or statistics.")],
-    verify: VerifyOption = False,
-    identity: IdentityOption = None,
-    expect_source: ExpectSourceOption = None,
-    stats: StatsOption = None,
-    recipe: RecipeOption = None,
-    sets: SetOption = None,
-    workers: WorkersOption = None,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = 0,
-    schema: SchemaOption = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Read every byte of an artifact and check every digest."),
+    ] = False,
+    identity: options.Identity = None,
+    expect_source: Annotated[
+        Path | None,
+        typer.Option(
+            help="Check that an artifact was made from this checkpoint, byte for byte; with "
+            "--verify, too, that every weight it holds is that checkpoint's or its own code."
+        ),
+    ] = None,
+    stats: options.Stats = None,
+    recipe: options.Recipe = None,
+    sets: options.Set = None,
+    workers: options.Workers = None,
+    device: Annotated[
+        str, typer.Option(help="auto or cpu; this version computes on the CPU.")
+    ] = "auto",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+    schema: options.Schema = False,
 ) -> None:
     """Show what would be split of a checkpoint, or what an artifact or statistics file holds."""
     from ortho_cli.formats.artifact import is_artifact

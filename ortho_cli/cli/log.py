@@ -22,7 +22,7 @@ import stat
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,14 +37,8 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNI
 LINE = re.compile(rb"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z [A-Z]+ ortho_cli\b")
 # Packages whose version can decide what a run does; none is imported to know it.
 PACKAGES = (
-    "torch",
-    "numpy",
-    "numba",
-    "triton",
-    "transformers",
-    "compressed-tensors",
-    "gguf",
-    "pyrage",
+    *("torch", "numpy", "numba", "triton", "transformers"),
+    *("compressed-tensors", "gguf", "pyrage"),
 )
 
 
@@ -59,57 +53,51 @@ def logged(command: Callable[..., None]) -> Callable[..., None]:
             return command(**arguments)
         usual = inspect.signature(command).parameters
         given = [name for name, value in arguments.items() if value != usual[name].default]
-        with _attached(handlers), _traced(command.__name__, given):
+        with _traced(handlers, command.__name__, given):
             return command(**arguments)
 
     return run
 
 
-def _handlers(verbose: object, wanted: str) -> list[logging.Handler]:
-    handlers: list[logging.Handler] = []
+def _handlers(verbose: object, wanted: str) -> dict[logging.Handler, int]:
+    """Open what is asked for, each with the level from which it logs."""
+    handlers: dict[logging.Handler, int] = {}
     if verbose:
-        handlers.append(_Stderr(logging.INFO if verbose == 1 else logging.DEBUG))
+        handlers[_Stderr()] = logging.INFO if verbose == 1 else logging.DEBUG
     if wanted:
         word, _, path = wanted.partition(":")
         level = LEVELS.get(word.lower())
         if level is None:
             level, path = logging.DEBUG, wanted
-        if path:
-            handlers.append(_File(level, Path(path).expanduser()))
-        else:
-            handlers.append(_Stderr(level))
+        handlers[_File(Path(path).expanduser()) if path else _Stderr()] = level
     return handlers
 
 
 @contextmanager
-def _attached(handlers: list[logging.Handler]) -> Iterator[None]:
-    """Give the package's records to handlers, for as long as one command runs."""
+def _traced(
+    handlers: Mapping[logging.Handler, int], name: str, given: Sequence[str]
+) -> Iterator[None]:
+    """Give the package's records to handlers, for as long as one command runs.
+
+    Versions and the names of options come first, and last how the command ended.
+    """
     package = logging.getLogger("ortho_cli")
-    before = package.level
-    package.setLevel(min(handler.level for handler in handlers))
+    before, began = package.level, time.perf_counter()
+    package.setLevel(min(handlers.values()))
     form = _Line(
         "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S"
     )
-    for handler in handlers:
+    for handler, level in handlers.items():
+        handler.setLevel(level)
         handler.setFormatter(form)
         package.addHandler(handler)
     try:
+        system = (__version__, platform.python_version(), platform.platform())
+        log.info("ortho %s, python %s, %s", *system)
+        log.info("packages: %s; %s cores", ", ".join(map(_version, PACKAGES)), os.cpu_count())
+        log.info("%s with %s", name, ", ".join(given) or "defaults")
         yield
-    finally:
-        package.setLevel(before)
-        for handler in handlers:
-            package.removeHandler(handler)
-            handler.close()
-
-
-@contextmanager
-def _traced(name: str, given: Sequence[str]) -> Iterator[None]:
-    """Log versions and the names of options first, and last how the command ended."""
-    began = time.perf_counter()
-    _log_versions()
-    log.info("%s with %s", name, ", ".join(given) or "defaults")
-    try:
-        yield
+        log.info("done after %.3f s", time.perf_counter() - began)
     except BaseException as error:
         frames = traceback.extract_tb(error.__traceback__)
         places = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
@@ -118,18 +106,18 @@ def _traced(name: str, given: Sequence[str]) -> Iterator[None]:
         ended = time.perf_counter() - began
         log.warning("ended by %s, exit code %s, after %.3f s", type(error).__name__, code, ended)
         raise
-    log.info("done after %.3f s", time.perf_counter() - began)
+    finally:
+        package.setLevel(before)
+        for handler in handlers:
+            package.removeHandler(handler)
+            handler.close()
 
 
-def _log_versions() -> None:
-    log.info("ortho %s, python %s, %s", __version__, platform.python_version(), platform.platform())
-    found = []
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            found.append(f"{name} absent")
-    log.info("packages: %s; %s cores", ", ".join(found), os.cpu_count())
+def _version(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"{package} absent"
 
 
 class _Line(logging.Formatter):
@@ -146,10 +134,6 @@ class _Line(logging.Formatter):
 class _Stderr(logging.StreamHandler[TextIO]):
     """Writes to what stderr is at that moment: a progress bar puts its own stream there."""
 
-    def __init__(self, level: int) -> None:
-        super().__init__(sys.stderr)
-        self.setLevel(level)
-
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
         super().emit(record)
@@ -158,10 +142,9 @@ class _Stderr(logging.StreamHandler[TextIO]):
 class _File(logging.StreamHandler[TextIO]):
     """Appends to a file that only its owner may read; a full disk ends the log, never the work."""
 
-    def __init__(self, level: int, path: Path) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
         super().__init__(_open(path))
-        self.setLevel(level)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         from ortho_cli.cli.show.console import print_note
@@ -188,10 +171,8 @@ def _open(path: Path) -> TextIO:
         raise ResourceError(
             f"cannot write the log `{path}` of ORTHO_LOG: {reason(error)}", hint=remedy(error)
         ) from error
-    start = b""
     is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
-    if is_file:
-        start = os.pread(descriptor, 64, 0)
+    start = os.pread(descriptor, 64, 0) if is_file else b""
     if not is_file or (start and not LINE.match(start)):
         os.close(descriptor)
         raise OutputExistsError(

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ortho_cli.storage.untrusted import trusting
+
+out = partial(typer.Option, "--out", "-o")
+folder = partial(typer.Option, metavar="DIR")
+file = partial(typer.Option, metavar="FILE")
+files = partial(typer.Option, metavar="FILE...")  # each name is in `MANY` of app.py, too
 
 
 def print_schema(wanted: bool) -> None:
@@ -34,22 +40,21 @@ def complete_recipe(incomplete: str) -> Iterator[str]:
     return (path.stem for path in sorted(folder.glob("*.yaml")) if path.stem.startswith(incomplete))
 
 
-RecipeOption = Annotated[
+Recipe = Annotated[
     str | None,
     typer.Option(
-        "--recipe",
         metavar="FILE-or-NAME",
         help="YAML recipe, or one that comes with ortho.",
         autocompletion=complete_recipe,
     ),
 ]
-SetOption = Annotated[
+Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set", metavar="KEY.PATH=VALUE", help="Change one setting of the recipe; repeatable."
     ),
 ]
-SchemaOption = Annotated[
+Schema = Annotated[
     bool,
     typer.Option(
         "--recipe-schema",
@@ -58,42 +63,26 @@ SchemaOption = Annotated[
         is_eager=True,
     ),
 ]
-IdentityOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--identity",
-        metavar="FILE",
-        help="age identities, or a passphrase, that open a sealed ortho, in memory.",
-    ),
+Identity = Annotated[
+    Path | None, file(help="age identities, or a passphrase, that open a sealed ortho, in memory.")
 ]
-StatsOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--stats", metavar="FILE", help="Curvature statistics, as `ortho calibrate` writes them."
-    ),
-]
-CopyOption = Annotated[
+Stats = Annotated[Path | None, file(help="Curvature statistics, as `ortho calibrate` writes them.")]
+Copy = Annotated[
     list[str] | None,
     typer.Option(
-        "--copy",
         metavar="GLOB",
         help="Copy these files of the source's folder, too, by their paths inside it; repeatable. "
         "Weights, secrets and files given as arguments never are.",
     ),
 ]
-WorkersOption = Annotated[
+Workers = Annotated[
     int | None,
     typer.Option(
-        "--workers",
-        min=1,
-        max=256,
-        help="Threads; the output does not depend on it.  [default: cores, <= 8]",
+        min=1, max=256, help="Threads; the output does not depend on it.  [default: cores, <= 8]"
     ),
 ]
-ModelDeviceOption = Annotated[
-    str, typer.Option("--device", help="Of the model: auto, cpu, cuda or cuda:N.")
-]
-TrustOption = Annotated[
+ModelDevice = Annotated[str, typer.Option(help="Of the model: auto, cpu, cuda or cuda:N.")]
+Trust = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
@@ -102,10 +91,10 @@ TrustOption = Annotated[
         rich_help_panel="Dangerous",
     ),
 ]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-VerboseOption = Annotated[
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Verbose = Annotated[
     int,
     typer.Option(
         "--verbose",

@@ -163,6 +163,10 @@ def _peak_rss() -> int:
 def place_output(out: Path | None, model: Path, suffix: str = "ortho") -> tuple[Path, list[str]]:
     """Choose the folder of the output, with a note where it is an unusual one.
 
+    Without `out` that is a folder beside the model, or one in the working directory where the
+    model is in a folder that cannot be written, or in the Hub's cache, in which `hf cache prune`
+    would delete it.
+
     Args:
         out: as it was given, or None.
         model: the source, as it was given.
@@ -170,26 +174,11 @@ def place_output(out: Path | None, model: Path, suffix: str = "ortho") -> tuple[
     Raises:
         UsageError: MODEL and the working directory are both in the Hub's cache.
     """
-    from ortho_cli.storage.checkpoint import hub_name
-
-    if out is None:
-        return _default_output(model, suffix)
-    if hub_name(out) is None:
-        return out, []
-    return out, [
-        f"output `{out}` is in the Hub's cache, and no revision there: `hf cache prune` deletes it"
-    ]
-
-
-def _default_output(model: Path, suffix: str) -> tuple[Path, list[str]]:
-    """Choose the folder beside the model, or else one in the working directory.
-
-    The latter where the model is in the Hub's cache, in which `hf cache prune` would delete the
-    output, or in a folder that cannot be written.
-    """
     from ortho_cli.storage.checkpoint import hub_name, model_name
 
-    whole = Path(os.path.abspath(model))  # noqa: PTH100 - resolve() would leave the user's folder
+    pruned = "is in the Hub's cache, and no revision there: `hf cache prune` deletes it"
+    if out is not None:
+        return out, [] if hub_name(out) is None else [f"output `{out}` {pruned}"]
     repository = hub_name(model)
     if repository is not None:
         here = Path(f"{repository}-{suffix}")
@@ -200,12 +189,13 @@ def _default_output(model: Path, suffix: str) -> tuple[Path, list[str]]:
                 hint=f"say where it should go: -o ~/{here}",
             )
         return here, [f"output goes to `{here}` here, not to the Hub's cache, where MODEL is"]
+    whole = Path(os.path.abspath(model))  # noqa: PTH100 - resolve() would leave the user's folder
     # As the user wrote it, where it names a folder.
-    beside = whole if model.name in ("", "..") else model
+    folder = (whole if model.name in ("", "..") else model).parent
     name = f"{model_name(whole)}-{suffix}"
-    if can_write(beside.parent):
-        return beside.parent / name, []
-    return Path(name), [f"output goes to `{name}` here: `{beside.parent}` cannot be written"]
+    if can_write(folder):
+        return folder / name, []
+    return Path(name), [f"output goes to `{name}` here: `{folder}` cannot be written"]
 
 
 def can_write(folder: Path) -> bool:
@@ -215,7 +205,5 @@ def can_write(folder: Path) -> bool:
 
 def _cores() -> int:
     """Count the cores given to this process, at most WORKERS."""
-    given = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return min(WORKERS, given)
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    return min(WORKERS, len(affinity(0)) if affinity else os.cpu_count() or 1)

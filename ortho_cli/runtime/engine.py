@@ -14,41 +14,20 @@ from torch import Tensor, nn
 from ortho_cli.decompose.roles import is_embedding
 from ortho_cli.decompose.selection import IGNORED, not_by_default
 from ortho_cli.decompose.settings import GROUP_SIZES, Recipe, matches
-from ortho_cli.errors import (
-    ArtifactError,
-    CalibrationError,
-    RecipeError,
-    UsageError,
-)
+from ortho_cli.errors import ArtifactError, CalibrationError, RecipeError, UsageError
 from ortho_cli.events import EventSink, Noted, null_sink
 from ortho_cli.formats.open_artifact import open_artifact
 from ortho_cli.formats.provenance import recipe_of
 from ortho_cli.model.hooks import Batch, Capture, Loss, frozen, measure_batch, symmetrize
 from ortho_cli.model.linears import is_conv1d
-from ortho_cli.runtime import product
-from ortho_cli.runtime.module_files import (
-    choose_side_files,
-    key_of,
-    load_module,
-    save_module,
-    source_digest,
-)
+from ortho_cli.runtime import module_files, product
+from ortho_cli.runtime.module_files import key_of
 from ortho_cli.runtime.operands import Alpha
-from ortho_cli.runtime.ortho_linear import OrthoLinear
+from ortho_cli.runtime.ortho_linear import OrthoLinear, layers_of
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage.sealing import read_keys
 
 TWICE = "a base that is quantized again is another base; build the model anew"
-
-
-def _layers(model: nn.Module) -> dict[str, OrthoLinear]:
-    found = {n: m for n, m in model.named_modules() if isinstance(m, OrthoLinear)}
-    if not found:
-        raise UsageError(
-            f"the {type(model).__name__} holds no OrthoLinear",
-            hint="load an artifact, or decompose the model with Engine",
-        )
-    return found
 
 
 def set_alpha(model: nn.Module, alpha: Alpha) -> None:
@@ -61,7 +40,7 @@ def set_alpha(model: nn.Module, alpha: Alpha) -> None:
         UsageError: alpha is no such number, or the model holds no OrthoLinear.
         ArtifactError: alpha is not 0 and a layer has no ortho stream.
     """
-    layers = _layers(model)
+    layers = layers_of(model)
     alpha = product.check_alpha(alpha)
     zero = product.is_zero(alpha)
     for name, layer in layers.items():
@@ -76,12 +55,12 @@ def set_alpha(model: nn.Module, alpha: Alpha) -> None:
 @contextmanager
 def at_alpha(model: nn.Module, alpha: Alpha) -> Iterator[None]:
     """Set alpha for a `with` block, then give every layer back what it had."""
-    before = {name: layer.alpha for name, layer in _layers(model).items()}
+    before = {name: layer.alpha for name, layer in layers_of(model).items()}
     set_alpha(model, alpha)
     try:
         yield
     finally:
-        for name, layer in _layers(model).items():
+        for name, layer in layers_of(model).items():
             layer.alpha = before.get(name)
 
 
@@ -98,7 +77,7 @@ def densify(model: nn.Module) -> dict[str, OrthoLinear]:
     Raises:
         UsageError: alpha is not set, or is one for each batch row; nothing is replaced then.
     """
-    layers = _layers(model)
+    layers = layers_of(model)
     made: dict[str, nn.Module] = {}
     for name, layer in layers.items():
         device = layer.weight_packed.device
@@ -106,7 +85,7 @@ def densify(model: nn.Module) -> dict[str, OrthoLinear]:
             layer.in_features, layer.out_features, bias=False, device=device, dtype=torch.float32
         )
         with torch.no_grad():
-            linear.weight.copy_(_dense(layer))
+            linear.weight.copy_(layer.dense(torch.float32))
         if layer.bias is not None:
             # A copy even of float32: what is trained must not change the layer that was replaced.
             linear.bias = nn.Parameter(layer.bias.detach().to(torch.float32, copy=True))
@@ -121,20 +100,7 @@ def write_dense(model: nn.Module, layers: Mapping[str, OrthoLinear], alpha: floa
         layer.alpha = alpha
         weight = model.get_submodule(name).get_parameter("weight")
         with torch.no_grad():
-            weight.copy_(_dense(layer))
-
-
-def _dense(layer: OrthoLinear) -> Tensor:
-    """Give W(alpha) as the live layer computes in float32: between its ends it is not rounded."""
-    alpha = layer.alpha
-    if not isinstance(alpha, float) or alpha in (0.0, 1.0):
-        return layer.weight.float()
-    layer.alpha = 0.0
-    base = layer.weight.float()
-    layer.alpha = 1.0
-    ortho = layer.weight.float() - base
-    layer.alpha = alpha
-    return base + alpha * ortho
+            weight.copy_(layer.dense(torch.float32))
 
 
 def _check_weighting(weighting: str, *, kind: str, gram: str) -> None:
@@ -232,7 +198,7 @@ class Engine:
                 continue
             reason = _obstacle(name, child, owners)
             if reason is None and targets is None:
-                reason = _by_name(name, child)
+                reason = "embedding" if is_embedding(name) else not_by_default(name, _shape(child))
             elif reason is None and not wanted:
                 reason = "no target matches"
             reasons[name] = reason
@@ -346,7 +312,7 @@ class Engine:
         weights = {name: f"{name}.weight" for name in self._chosen}
         _check_curvature(weights.values(), given)
         size = self._group_size(group_size)
-        digest = source_digest(self.module)
+        digest = module_files.source_digest(self.module)
         made = {
             name: OrthoLinear.from_linear(
                 self.module.get_submodule(name),
@@ -398,7 +364,7 @@ class Engine:
             UsageError: the module is not decomposed; `source` is no folder, or `copy` without it;
                 a glob matches nothing, or a file that is never copied.
         """
-        _layers(self.module)
+        layers_of(self.module)
         if not self._digest:
             raise UsageError(
                 "this engine neither decomposed nor loaded the module",
@@ -411,14 +377,10 @@ class Engine:
             )
         side = None
         if source is not None:
-            side = choose_side_files(Path(source), copy=copy, arguments=self._arguments)
-        save_module(
-            self.module,
-            Path(folder),
-            recipe=self._recipe,
-            digest=self._digest,
-            force=force,
-            side=side,
+            side = module_files.choose_side_files(Path(source), copy, self._arguments)
+        out, recipe, digest = Path(folder), self._recipe, self._digest
+        module_files.save_module(
+            self.module, out, recipe=recipe, digest=digest, force=force, side=side
         )
         for note in side.notes if side else ():
             on_event(Noted(message=note))
@@ -436,7 +398,7 @@ class Engine:
         keys = read_keys(None if identity is None else Path(identity))
         self._arguments = () if identity is None else (Path(identity),)
         opened = open_artifact(Path(folder), keys)
-        layers = load_module(self.module, opened)
+        layers = module_files.load_module(self.module, opened)
         made = opened.ortho or opened.base
         recipe = recipe_of(made)
         for name, layer in layers.items():
@@ -479,20 +441,15 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return (columns, rows) if is_conv1d(module) else (rows, columns)
 
 
-def _owners(module: nn.Module) -> Counter[tuple[int, int]]:
-    """Count the modules that hold each parameter."""
-    counts: Counter[tuple[int, int]] = Counter()
+def _owners(module: nn.Module) -> Counter[tuple[object, ...]]:
+    """Count the modules that hold each parameter; a transposed view is the same weights."""
+    counts: Counter[tuple[object, ...]] = Counter()
     for child in module.modules():
-        counts.update({_memory_of(p) for p in child._parameters.values() if p is not None})
+        counts.update({key_of(p)[:2] for p in child._parameters.values() if p is not None})
     return counts
 
 
-def _memory_of(tensor: Tensor) -> tuple[int, int]:
-    key = key_of(tensor)
-    return key.storage, key.offset  # without the shape: a transposed view is the same weights
-
-
-def _obstacle(name: str, child: nn.Module, owners: Mapping[tuple[int, int], int]) -> str | None:
+def _obstacle(name: str, child: nn.Module, owners: Mapping[tuple[object, ...], int]) -> str | None:
     """Give the reason why a Linear can never be split; None where it can."""
     weight = child._parameters.get("weight")
     if not name:
@@ -505,12 +462,6 @@ def _obstacle(name: str, child: nn.Module, owners: Mapping[tuple[int, int], int]
         return "it has forward hooks"
     if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"dtype {weight.dtype}"
-    if owners[_memory_of(weight)] > 1:
+    if owners[key_of(weight)[:2]] > 1:
         return "tied"
     return None
-
-
-def _by_name(name: str, child: nn.Module) -> str | None:
-    if is_embedding(name):
-        return "embedding"
-    return not_by_default(name, _shape(child))

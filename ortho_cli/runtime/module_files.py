@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from blake3 import blake3
@@ -16,20 +15,12 @@ from torch import Tensor, nn
 from ortho_cli.decompose.plan import NO_DIGEST, OUR_FILES
 from ortho_cli.errors import ArtifactError, CheckpointError, OutputExistsError, UsageError, blamed
 from ortho_cli.formats import artifact
-from ortho_cli.formats.artifact import (
-    BASE_FILE,
-    CONFIG_FILE,
-    INDEX_FILE,
-    ORTHO_FILE,
-    Artifact,
-    canonical_json,
-    pretty_json,
-)
+from ortho_cli.formats.artifact import BASE_FILE, CONFIG_FILE, ORTHO_FILE, Artifact
 from ortho_cli.formats.csr import BASE_PARTS, ORTHO_PARTS
 from ortho_cli.formats.ortho_reader import KeptReader
 from ortho_cli.formats.quantization_config import index, quantization_config
 from ortho_cli.model.linears import is_conv1d, is_plain_linear
-from ortho_cli.runtime.ortho_linear import OrthoLinear
+from ortho_cli.runtime.ortho_linear import OrthoLinear, layers_of
 from ortho_cli.split.dtypes import names_of_torch, torch_dtypes
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.storage.checkpoint import Shard, ShardReader, TensorInfo, open_checkpoint
@@ -45,7 +36,7 @@ PLAIN = "build the module as it was when it was saved"
 def distinct(module: nn.Module) -> dict[str, Tensor]:
     """Name every tensor of a module's state once, shared ones by the name that comes first."""
     found: dict[str, Tensor] = {}
-    seen: set[TensorKey] = set()
+    seen: set[tuple[object, ...]] = set()
     for name, value in module.state_dict().items():
         if not isinstance(value, Tensor):
             raise UsageError(
@@ -60,21 +51,10 @@ def distinct(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-class TensorKey(NamedTuple):
-    """Equal for two names of one tensor; the first two fields alone are equal for its views."""
-
-    storage: int
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def key_of(tensor: Tensor) -> TensorKey:
-    """Give what identifies a tensor."""
+def key_of(tensor: Tensor) -> tuple[object, ...]:
+    """Give what is equal for two names of one tensor; its first two fields, for views of it too."""
     storage = id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
-    offset = int(tensor.storage_offset())
-    return TensorKey(storage, offset, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    return storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def source_digest(module: nn.Module) -> str:
@@ -114,8 +94,7 @@ def save_module(
     common = _common_metadata(recipe, [*specs[0], *specs[1]])
     base_layout = plan_layout(specs[0], artifact.base_metadata(**common))
     ortho_layout = plan_layout(
-        specs[1],
-        artifact.ortho_metadata(**common, source_digest=digest, base_blake3=NO_DIGEST),
+        specs[1], artifact.ortho_metadata(**common, source_digest=digest, base_blake3=NO_DIGEST)
     )
     files = {BASE_FILE: base_layout.size} | ({ORTHO_FILE: ortho_layout.size} if ortho else {})
     plan = common["plan_sha256"]
@@ -133,10 +112,10 @@ def save_module(
             hidden.write_header(plan_layout(specs[1], metadata).header)
         total = base_layout.size - len(base_layout.header)
         listed = index(base_layout.regions, total_size=total)
-        work.write_file(INDEX_FILE, pretty_json(listed))
+        work.write_file(artifact.INDEX_FILE, artifact.pretty_json(listed))
         settings = _config(module)
         if settings is not None:
-            work.write_file(CONFIG_FILE, pretty_json(settings))
+            work.write_file(CONFIG_FILE, artifact.pretty_json(settings))
         if side is not None:
             side.check_unchanged()
             for file in side.copied:
@@ -159,17 +138,15 @@ def _free_output(folder: Path, *, force: bool) -> Path:
 def _common_metadata(recipe: Mapping[str, object], specs: Iterable[TensorSpec]) -> dict[str, str]:
     """Make the metadata of both files."""
     tensors = [[spec.key, spec.dtype, list(spec.shape)] for spec in specs]
-    plan = canonical_json({"version": __version__, "recipe": recipe, "tensors": tensors})
+    plan = artifact.canonical_json({"version": __version__, "recipe": recipe, "tensors": tensors})
     return {
         "plan_sha256": hashlib.sha256(plan.encode()).hexdigest(),
-        "recipe": canonical_json(recipe),
+        "recipe": artifact.canonical_json(recipe),
         "version": __version__,
     }
 
 
-def choose_side_files(
-    folder: Path, *, copy: Sequence[str] = (), arguments: Iterable[Path] = ()
-) -> SideFiles:
+def choose_side_files(folder: Path, copy: Sequence[str], arguments: Iterable[Path]) -> SideFiles:
     """Choose what is copied from the folder that a module was loaded from; see `side_files`.
 
     Raises:
@@ -187,9 +164,7 @@ def choose_side_files(
 
 def _streams(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Sort a module's state into base and ortho."""
-    layers = {n: m for n, m in module.named_modules() if isinstance(m, OrthoLinear)}
-    if not layers:
-        raise UsageError("the module holds no OrthoLinear", hint="decompose it first")
+    layers = layers_of(module)
     held = {name for name, layer in layers.items() if layer.nnz is not None}
     if held and len(held) < len(layers):
         raise ArtifactError(
@@ -233,15 +208,15 @@ def _config(module: nn.Module) -> dict[str, object] | None:
     config = getattr(module, "config", None)
     if config is None or not hasattr(config, "to_diff_dict"):
         return None
-    layers = {n: m for n, m in module.named_modules() if isinstance(m, OrthoLinear)}
+    layers = layers_of(module)
     unsplit = [
         name
         for name, child in module.named_modules()
         if isinstance(child, nn.Linear) or is_conv1d(child)
     ]
-    sizes = {layer.group_size for layer in layers.values()}
+    size = min(layer.group_size for layer in layers.values())
     bits = {name: layers[name].bits for name in sorted(layers)}
-    settings = quantization_config(split=bits, unsplit=sorted(unsplit), group_size=min(sizes))
+    settings = quantization_config(split=bits, unsplit=sorted(unsplit), group_size=size)
     plain = json.loads(config.to_json_string(use_diff=True))
     plain["architectures"] = plain.get("architectures") or [type(module).__name__]
     return {**plain, "quantization_config": settings}
@@ -270,17 +245,11 @@ def empty_layers(opened: Artifact) -> Iterator[tuple[str, OrthoLinear]]:
     for name in opened.split:
         scale = tensors[f"{name}.weight_scale"]
         rows, columns = opened.shapes[name]
-        yield (
-            name,
-            OrthoLinear(
-                columns,
-                rows,
-                group_size=columns // scale.shape[1],
-                dtype=torch_dtypes()[scale.dtype],
-                bits=opened.bits[name],
-                device="meta",
-            ),
+        size, dtype = columns // scale.shape[1], torch_dtypes()[scale.dtype]
+        layer = OrthoLinear(
+            columns, rows, group_size=size, dtype=dtype, bits=opened.bits[name], device="meta"
         )
+        yield name, layer
 
 
 def fill_ortho(opened: Artifact, layers: Mapping[str, OrthoLinear]) -> None:
@@ -289,12 +258,6 @@ def fill_ortho(opened: Artifact, layers: Mapping[str, OrthoLinear]) -> None:
     Raises:
         ArtifactError: names the tensor that is damaged.
     """
-    for name, layer in layers.items():
-        stated, mine = layer.weight_shape.tolist(), [layer.out_features, layer.in_features]
-        if stated != mine:
-            raise artifact.damaged(
-                opened.base.path, f"`{name}.weight_shape` says {stated}, not {mine}"
-            )
     if opened.ortho is None:
         return
     with KeptReader(opened) as reader:
@@ -371,10 +334,7 @@ def _check_target(module: nn.Module, name: str, layer: OrthoLinear) -> None:
     weight = getattr(target, "weight", None)
     if not is_plain_linear(target) or not isinstance(weight, Tensor):
         raise ArtifactError(f"`{name}` of the module is no plain Linear", hint=PLAIN)
-    shape = tuple(weight.shape)[:: -1 if is_conv1d(target) else 1]
-    if shape != (layer.out_features, layer.in_features):
-        raise ArtifactError(
-            f"`{name}.weight` is {[layer.out_features, layer.in_features]} where the module has "
-            f"{list(shape)}",
-            hint=PLAIN,
-        )
+    mine = [layer.out_features, layer.in_features]
+    shape = list(weight.shape)[:: -1 if is_conv1d(target) else 1]
+    if shape != mine:
+        raise ArtifactError(f"`{name}.weight` is {mine} where the module has {shape}", hint=PLAIN)

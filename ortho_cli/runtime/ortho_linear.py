@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ortho_cli.errors import ArtifactError, InternalError, UsageError
+from ortho_cli.errors import ArtifactError, UsageError
 from ortho_cli.formats import csr
 from ortho_cli.formats.csr import BASE_PARTS, ORTHO_PARTS
 from ortho_cli.model.linears import dense_weight
@@ -21,13 +21,15 @@ from ortho_cli.split.task import check_bits, check_group_size
 
 SET_ALPHA = "set_alpha(model, 1.0) for the full model, 0.0 for base alone"
 
+Made = TypeVar("Made")
+
 
 class _Derived(NamedTuple):
     """A value computed from buffers, and the buffers with their versions at that time."""
 
     sources: tuple[Tensor, ...]
     versions: tuple[int, ...]
-    value: Ortho | Packed | None
+    value: Any
 
 
 class OrthoLinear(nn.Module):
@@ -182,13 +184,9 @@ class OrthoLinear(nn.Module):
             name=name,
             sizes=sizes,
         )
+        rows, columns = weight.shape
         module = cls(
-            weight.shape[1],
-            weight.shape[0],
-            group_size=group_size,
-            dtype=weight.dtype,
-            bits=bits,
-            device="meta",
+            columns, rows, group_size=group_size, dtype=weight.dtype, bits=bits, device="meta"
         )
         for part, tensor in parts.items():
             setattr(module, part, tensor.to(getattr(linear.weight, "device")))  # noqa: B009
@@ -219,33 +217,28 @@ class OrthoLinear(nn.Module):
         Computed on every read; empty on the meta device, where alpha may be unset.
         Raises UsageError where there is one alpha for each batch row.
         """
+        return self.dense(self.weight_scale.dtype)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Form `weight` in another dtype: between the ends of alpha, float32 is not rounded."""
         if self.weight_packed.is_meta:
-            shape = (self.out_features, self.in_features)
-            return torch.empty(shape, dtype=self.weight_scale.dtype, device="meta")
+            return torch.empty((self.out_features, self.in_features), dtype=dtype, device="meta")
         alpha = self._need_alpha()
         if isinstance(alpha, Tensor):
             raise UsageError(
                 f"there is no one weight where alpha holds {alpha.numel()} values",
                 hint="set one alpha for the whole batch",
             )
-        weight = product.dequantize_rows(self._base(), 0, self.out_features)
-        if alpha:
-            ortho, (_, _, values) = self._ortho(), self._csr()
-            rows = (0, self.out_features)
+        ortho, rows = self._ortho() if alpha else None, (0, self.out_features)
+        weight = product.weight_rows(self._base(), ortho, alpha, rows, dtype)
+        if ortho is not None and alpha == 1.0:  # a residual can be rounded, the values are not
             _, flat = product.ortho_positions(ortho, rows, self.in_features)
-            dense = weight.view(-1)
-            if alpha == 1.0:
-                dense[flat] = values
-            else:
-                dense[flat] = (dense[flat].float() + alpha * ortho.residual).to(weight.dtype)
+            weight.view(-1)[flat] = self._csr()[2].to(dtype)
         return weight
 
     def _ortho(self) -> Ortho:
         self._csr()
-        made = self._derive((*BASE_PARTS[:2], *ORTHO_PARTS), self._make_ortho)
-        if not isinstance(made, Ortho):
-            raise InternalError(f"the ortho stream of a layer is a {type(made).__name__}")
-        return made
+        return self._derive((*BASE_PARTS[:2], *ORTHO_PARTS), self._make_ortho)
 
     def _csr(self) -> tuple[Tensor, Tensor, Tensor]:
         crow, column, values = self.crow_indices, self.col_indices, self.values
@@ -261,32 +254,29 @@ class OrthoLinear(nn.Module):
         residual = values.to(torch.float32, copy=True)
         stream = Ortho(crow, wide, residual)
         base = self._base()
-        step = max(1, product.TILE_ELEMENTS // self.in_features)
-        for start in range(0, self.out_features, step):
-            rows = (start, min(start + step, self.out_features))
+        for rows in product.tiles(base):
             entries, flat = product.ortho_positions(stream, rows, self.in_features)
             tile = product.dequantize_rows(base, *rows).view(-1)
             residual[entries] -= tile[flat].float()
         return stream
 
     def _packed(self) -> Packed | None:
-        made = self._derive(BASE_PARTS[:2], lambda: product.prepare(self._base()))
-        return made if isinstance(made, Packed) else None
+        return self._derive(BASE_PARTS[:2], lambda: product.prepare(self._base()))
 
-    def _derive(
-        self, names: tuple[str, ...], make: Callable[[], Ortho | Packed | None]
-    ) -> Ortho | Packed | None:
+    def _derive(self, names: tuple[str, ...], make: Callable[[], Made]) -> Made:
         """Give the cached value of these buffers, or make it anew where they changed."""
-        sources = tuple(self._buffers[name] for name in names)
+        sources: tuple[Any, ...] = tuple(self._buffers[name] for name in names)
+        # Inference tensors count no versions, and can be written to in inference mode alone.
+        versions = tuple(-1 if source.is_inference() else source._version for source in sources)
         cached = self._cache.get(names)
-        if cached is not None and len(cached.sources) == len(sources):
-            same = all(a is b for a, b in zip(cached.sources, sources, strict=True))
-            if same and cached.versions == _versions(sources):
-                return cached.value
-        with torch.no_grad():
-            value = make()
-        tensors = tuple(source for source in sources if source is not None)
-        self._cache[names] = _Derived(tensors, _versions(tensors), value)
+        if (
+            cached is None
+            or cached.versions != versions
+            or any(a is not b for a, b in zip(cached.sources, sources, strict=True))
+        ):
+            with torch.no_grad():
+                cached = self._cache[names] = _Derived(sources, versions, make())
+        value: Made = cached.value
         return value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OrthoLinear:
@@ -296,7 +286,10 @@ class OrthoLinear(nn.Module):
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             for name, buffer in streams.items():
-                streams[name] = None if buffer is None else _moved(buffer, fn)
+                if buffer is not None:
+                    moved = fn(buffer)
+                    is_cast = moved.dtype != buffer.dtype
+                    streams[name] = buffer.to(moved.device) if is_cast else moved
         finally:
             self._buffers.update(streams)
         return self
@@ -370,19 +363,20 @@ class OrthoLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, bits={self.bits}, group_size={self.group_size}, "
-            f"nnz={self.nnz}, "
-            f"dtype={self.weight_scale.dtype}, alpha={alpha}"
+            f"nnz={self.nnz}, dtype={self.weight_scale.dtype}, alpha={alpha}"
         )
 
 
-def _versions(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
-    # Inference tensors count no versions and cannot be written to in place outside inference mode.
-    return tuple(
-        -1 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors
-    )
+def layers_of(model: nn.Module) -> dict[str, OrthoLinear]:
+    """Find the layers of a model that are split, by name.
 
-
-def _moved(buffer: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply the move of `fn` to another device, without its cast."""
-    moved = fn(buffer)
-    return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+    Raises:
+        UsageError: there is none.
+    """
+    found = {n: m for n, m in model.named_modules() if isinstance(m, OrthoLinear)}
+    if not found:
+        raise UsageError(
+            f"the {type(model).__name__} holds no OrthoLinear",
+            hint="load an artifact, or decompose the model with Engine",
+        )
+    return found

@@ -71,8 +71,7 @@ def load(
     with blamed(ArtifactError):
         check_folder(opened.folder)
         check_claims(opened.folder)
-    trusted = trust_remote_code or is_trusted()
-    with quiet_transformers() as transformers, trusting(trusted):
+    with quiet_transformers() as transformers, trusting(trust_remote_code or is_trusted()):
         model, layers = _build(transformers, opened, dtype)
     fill_ortho(opened, layers)
     if device is not None:
@@ -134,10 +133,7 @@ def _is_unused(kind: str, key: object, swapped: Mapping[str, OrthoLinear]) -> bo
 @contextmanager
 def _quantizer(opened: Artifact, swapped: dict[str, OrthoLinear]) -> Iterator[dict[str, str]]:
     """Register the quantizer with transformers for the block; give the settings that select it."""
-    from transformers.quantizers.auto import (
-        AUTO_QUANTIZATION_CONFIG_MAPPING,
-        AUTO_QUANTIZER_MAPPING,
-    )
+    from transformers.quantizers import auto
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -163,12 +159,12 @@ def _quantizer(opened: Artifact, swapped: dict[str, OrthoLinear]) -> Iterator[di
             return True
 
     # Each load registers its own classes, since they hold their artifact.
-    AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = Settings
-    AUTO_QUANTIZER_MAPPING[METHOD] = Quantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = Settings
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = Quantizer
     try:
         yield {"quant_method": METHOD}
     finally:
-        del AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD], AUTO_QUANTIZER_MAPPING[METHOD]
+        del auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD], auto.AUTO_QUANTIZER_MAPPING[METHOD]
 
 
 def swap(model: nn.Module, opened: Artifact) -> dict[str, OrthoLinear]:

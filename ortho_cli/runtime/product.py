@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -40,9 +41,7 @@ from ortho_cli.split import quantize
 PACKED_ROWS = 32  # above, unpacking tiles is as fast or faster, and exact
 PACKED_GROUPS = (32, 64, 128, 256)  # group sizes torch's kernel takes
 PACKED_MULTIPLE = 16  # of out_features, likewise
-TILE_ELEMENTS = (
-    1 << 21
-)  # weights unpacked at a time: 4 MB in bfloat16; each call costs microseconds
+TILE_ELEMENTS = 1 << 21  # weights unpacked at a time: 4 MB in bfloat16; a call costs microseconds
 TRITON = (3, 3)  # the first version that compiled the fused kernels
 
 NO_ORTHO = "put ortho.safetensors back, or set alpha to 0"
@@ -144,24 +143,17 @@ def dual_linear(
     elif ortho is None:
         raise ArtifactError("alpha is not 0 and there is no ortho stream", hint=NO_ORTHO)
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
-        return _product(x, base, ortho, bias, alpha)
-    x = x.to(torch.get_autocast_dtype(kind))
-    with torch.autocast(kind, enabled=False):
-        return _product(x, base, ortho, bias, alpha)
-
-
-def _product(
-    x: Tensor, base: Base, ortho: Ortho | None, bias: Tensor | None, alpha: Alpha
-) -> Tensor:
-    rows, columns = base.shape
+    context: AbstractContextManager[object] = nullcontext()
+    if torch.is_autocast_enabled(kind):
+        x, context = x.to(torch.get_autocast_dtype(kind)), torch.autocast(kind, enabled=False)
     flat = x.reshape(-1, columns)
     needs = flat.requires_grad or (bias is not None and bias.requires_grad)
-    if needs and torch.is_grad_enabled():
-        y: Tensor = _DualLinear.apply(flat, bias, base, ortho, alpha)  # type: ignore[no-untyped-call]
-    else:
-        y = _forward(flat, base, ortho, bias, alpha)
-    return y.view(*x.shape[:-1], rows)
+    with context:
+        if needs and torch.is_grad_enabled():
+            y: Tensor = _DualLinear.apply(flat, bias, base, ortho, alpha)  # type: ignore[no-untyped-call]
+        else:
+            y = _forward(flat, base, ortho, bias, alpha)
+    return y.view(*x.shape[:-1], base.shape[0])
 
 
 def _per_row(alpha: Tensor, x: Tensor) -> Alpha:
@@ -188,16 +180,10 @@ class _Context(Protocol):
 class _DualLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: _Context,
-        x: Tensor,
-        bias: Tensor | None,
-        base: Base,
-        ortho: Ortho | None,
-        alpha: Alpha,
+        ctx: _Context, x: Tensor, bias: Tensor | None, base: Base, ortho: Ortho | None, alpha: Alpha
     ) -> Tensor:
-        ctx.base, ctx.ortho, ctx.alpha, ctx.bias_dtype = base, ortho, alpha, None
-        if bias is not None:
-            ctx.bias_dtype = bias.dtype
+        ctx.base, ctx.ortho, ctx.alpha = base, ortho, alpha
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return _forward(x, base, ortho, bias, alpha)
 
     @staticmethod
@@ -221,12 +207,12 @@ def _forward(
     if fused is not None and fused.takes(x, base):
         product: Tensor = fused.product(x, base, ortho, bias, alpha)
         return product
-    if (
-        base.prepared is not None
-        and x.shape[0] <= PACKED_ROWS
-        and x.dtype == base.prepared.scales_and_zeros.dtype
-    ):
-        y = _packed_product(x, base)
+    packed, few = base.prepared, x.shape[0] <= PACKED_ROWS
+    if packed is not None and few and x.dtype == packed.scales_and_zeros.dtype:
+        group_size = base.shape[1] // base.weight_scale.shape[1]
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.contiguous(), packed.codes, group_size, packed.scales_and_zeros
+        )
         if ortho is None and bias is None:
             return y
         y = y.float()
@@ -271,17 +257,8 @@ def _unpacking() -> ModuleType | None:
     return unpacking
 
 
-def _packed_product(x: Tensor, base: Base) -> Tensor:
-    if base.prepared is None:
-        raise InternalError("torch's kernel is to multiply codes that were not packed for it")
-    group_size = base.shape[1] // base.weight_scale.shape[1]
-    product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-        x.contiguous(), base.prepared.codes, group_size, base.prepared.scales_and_zeros
-    )
-    return product
-
-
-def _tiles(base: Base) -> list[tuple[int, int]]:
+def tiles(base: Base) -> list[tuple[int, int]]:
+    """Cut the rows of base into ranges of about TILE_ELEMENTS weights."""
     rows, columns = base.shape
     step = max(1, TILE_ELEMENTS // columns)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
@@ -295,25 +272,24 @@ def dequantize_rows(base: Base, start: int, stop: int) -> Tensor:
     Returns:
         (stop - start, in) of the scales' dtype.
     """
-    scale = base.weight_scale[start:stop]
+    packed, scale = base.weight_packed[start:stop], base.weight_scale[start:stop]
     if base.bits == 3:
-        codes = quantize.unpack_int3(base.weight_packed[start:stop]).to(scale.dtype)
-        codes.view(*scale.shape, -1).mul_(scale.unsqueeze(-1))
-        return codes
-    unpacking = None if torch.compiler.is_compiling() else _unpacking()
-    if unpacking is not None and unpacking.takes(base.weight_packed, scale):
-        unpacked: Tensor = unpacking.unpack(base.weight_packed[start:stop], scale)
-        return unpacked
-    pairs = base.weight_packed[start:stop].contiguous().view(torch.uint8)
-    # A byte b times 4097 is b | b << 12, with its nibbles 16 bits apart. 0x4300 | n is 128 + n in
-    # bfloat16, so each half is a number in place, and n is the code plus 8.
-    both = pairs.int().mul_(4097).bitwise_and_(0x000F000F).bitwise_or_(0x43004300)
-    weight = both.view(torch.bfloat16).sub_(136).to(scale.dtype)
+        weight = quantize.unpack_int3(packed).to(scale.dtype)
+    else:
+        unpacking = None if torch.compiler.is_compiling() else _unpacking()
+        if unpacking is not None and unpacking.takes(packed, scale):
+            unpacked: Tensor = unpacking.unpack(packed, scale)
+            return unpacked
+        pairs = packed.contiguous().view(torch.uint8)
+        # A byte b times 4097 is b | b << 12, with its nibbles 16 bits apart. 0x4300 | n is 128 + n
+        # in bfloat16, so each half is a number in place, and n is the code plus 8.
+        both = pairs.int().mul_(4097).bitwise_and_(0x000F000F).bitwise_or_(0x43004300)
+        weight = both.view(torch.bfloat16).sub_(136).to(scale.dtype)
     weight.view(*scale.shape, -1).mul_(scale.unsqueeze(-1))
     return weight
 
 
-def _weight_rows(
+def weight_rows(
     base: Base, ortho: Ortho | None, alpha: float, rows: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
     """Form some rows of W(alpha), added in float32 and rounded once to `dtype`."""
@@ -350,8 +326,8 @@ def _tiled_product(
 ) -> Tensor:
     x = x.to(dtype)
     y = torch.empty((x.shape[0], base.shape[0]), dtype=dtype, device=x.device)
-    for start, stop in _tiles(base):
-        weight = _weight_rows(base, ortho, alpha, (start, stop), dtype)
+    for start, stop in tiles(base):
+        weight = weight_rows(base, ortho, alpha, (start, stop), dtype)
         part = None if bias is None else bias[start:stop].to(dtype)
         y[:, start:stop] = functional.linear(x, weight, part)
     return y
@@ -361,14 +337,14 @@ def _times_weight(grad: Tensor, base: Base, ortho: Ortho | None, alpha: Alpha) -
     """Multiply grad by W(alpha), summed in float32 over tiles."""
     wide = grad.float()
     total = torch.zeros((grad.shape[0], base.shape[1]), dtype=torch.float32, device=grad.device)
-    for rows in _tiles(base):
+    for rows in tiles(base):
         here = wide[:, slice(*rows)]
         if isinstance(alpha, float):
-            total.addmm_(here, _weight_rows(base, ortho, alpha, rows, torch.float32))
+            total.addmm_(here, weight_rows(base, ortho, alpha, rows, torch.float32))
             continue
         if ortho is None:
             raise InternalError("each row has an alpha of its own, and there is no ortho stream")
-        total.addmm_(here, _weight_rows(base, None, 0.0, rows, torch.float32))
+        total.addmm_(here, weight_rows(base, None, 0.0, rows, torch.float32))
         entries, flat = ortho_positions(ortho, rows, base.shape[1])
         sparse = torch.zeros(rows[1] - rows[0], base.shape[1], device=grad.device)
         sparse.view(-1)[flat] = ortho.residual[entries]

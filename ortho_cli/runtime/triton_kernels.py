@@ -220,39 +220,16 @@ def _round(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def _gather(
-    x,
-    crow,
-    column,
-    residual,
-    at_x,
-    in_x,
-    row,
-    rows,
-    stride_code,
-    stride_word,
-    share,
-    shares: tl.constexpr,
-    block_x: tl.constexpr,
-    block_rows: tl.constexpr,
-    chunk: tl.constexpr,
-):
-    """Multiply by the entries of some rows of the CSR: those that this share of `in` takes.
-
-    A share of entries, not of columns: what matters is that each is taken once.
-    """
-    begin = tl.load(crow + row, mask=row < rows, other=0)
-    count = tl.load(crow + row + 1, mask=row < rows, other=0) - begin
-    first = begin + count * share // shares
-    last = begin + count * (share + 1) // shares
-    total = tl.zeros((block_x, block_rows), dtype=tl.float32)
+def _gather(x, column, residual, first, last, at_x, in_x, stride_code, stride_word, chunk):
+    """Multiply by the entries `first` to `last` of each row of the CSR."""
+    total = tl.zeros((at_x.shape[0], first.shape[0]), dtype=tl.float32)
     for step in range(0, tl.max(last - first, axis=0), chunk):
         entry = first[None, :] + step + tl.arange(0, chunk)[:, None]
         live = entry < last[None, :]
         at = tl.load(column + entry, mask=live, other=0)
         kept = tl.load(residual + entry, mask=live, other=0.0)
         offset = (at // 8) * stride_word + (at % 8) * stride_code
-        if block_x == 1:
+        if at_x.shape[0] == 1:
             here = tl.load(x + offset, mask=live, other=0.0).to(tl.float32)
             total += tl.sum(kept * here, axis=0)[None, :]
         else:
@@ -340,22 +317,12 @@ def _multiply(
                     )
     if form != WITHOUT:
         if form == GATHERED_HERE:
+            # A share of entries, not of columns: what matters is that each is taken once.
+            begin = tl.load(crow + row, mask=in_rows, other=0)
+            count = tl.load(crow + row + 1, mask=in_rows, other=0) - begin
+            entry, end = begin + count * share // shares, begin + count * (share + 1) // shares
             sparse = _gather(
-                x,
-                crow,
-                column,
-                residual,
-                at_x,
-                in_x,
-                row,
-                rows,
-                stride_code,
-                stride_word,
-                share,
-                shares,
-                block_x,
-                block_rows,
-                chunk,
+                x, column, residual, entry, end, at_x, in_x, stride_code, stride_word, chunk
             )
         else:  # once, whatever the number of shares
             at = row.to(tl.int64)[None, :] * x_rows + x_row[:, None]
@@ -397,14 +364,7 @@ def _add_shares(
 
 @triton.jit(do_not_specialize=["x_rows"])
 def _multiply_sparse(
-    added,
-    x,
-    crow,
-    column,
-    residual,
-    x_rows,
-    block_x: tl.constexpr,
-    chunk: tl.constexpr,
+    added, x, crow, column, residual, x_rows, block_x: tl.constexpr, chunk: tl.constexpr
 ):
     """Multiply one row of the CSR by a block of x, which is transposed: (in, n) to (out, n)."""
     row = tl.program_id(0)

@@ -48,7 +48,7 @@ FIGURES = (
 def print_bench(result: Mapping[str, object]) -> None:
     """Print tables that fit the terminal, then the verdict in sentences."""
     document, console = Document(result), make_console()
-    print_lines([_sizes(document)], console)
+    print_lines([_sizes(document)])
     rows = [row for row in document.rows("rows") if row["figures"]]
     across = max(1, (console.width - LABELS) // (COLUMN + 1))
     samples = document.part("settings").text("samples")
@@ -60,21 +60,18 @@ def print_bench(result: Mapping[str, object]) -> None:
         console.print()
         console.print(_attacks_table(attacked))
     console.print()
-    print_lines(_lines(document), console)
+    print_lines(_lines(document))
 
 
 def _sizes(document: Document) -> str:
     data, settings = document.part("data"), document.part("settings")
-    parts = [
-        f"{data[key]} {label}"
-        for key, label in (
-            ("secrets", "secrets"),
-            ("nonmembers", "nonmembers"),
-            ("unlisted", "not listed"),
-            ("keep", "to keep"),
-        )
-        if data[key]
-    ]
+    labels = {
+        "secrets": "secrets",
+        "nonmembers": "nonmembers",
+        "unlisted": "not listed",
+        "keep": "to keep",
+    }
+    parts = [f"{data[key]} {label}" for key, label in labels.items() if data[key]]
     if data["windows"]:
         windows = f"{data['windows']} windows of {settings['context']}"
         parts.append(f"{data.number('tokens'):,} tokens in {windows}")

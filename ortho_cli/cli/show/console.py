@@ -23,12 +23,7 @@ def make_console() -> Console:
     """Open stderr; colours obey NO_COLOR and vanish off a terminal."""
     width = None if sys.stderr.isatty() else WIDE
     return Console(
-        stderr=True,
-        highlight=False,
-        markup=False,
-        emoji=False,
-        width=width,
-        soft_wrap=not sys.stderr.isatty(),
+        stderr=True, highlight=False, markup=False, emoji=False, width=width, soft_wrap=bool(width)
     )
 
 
@@ -65,9 +60,9 @@ def print_json(document: object) -> None:
     sys.stdout.flush()
 
 
-def print_lines(lines: Iterable[str], console: Console | None = None) -> None:
+def print_lines(lines: Iterable[str]) -> None:
     """Print lines of text, which a terminal wraps."""
-    console = console or make_console()
+    console = make_console()
     for line in lines:
         console.print(visible(line), soft_wrap=True)
 
@@ -93,15 +88,22 @@ def print_bug(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 
 def print_table(
-    console: Console, title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]
+    title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]], note: str = ""
 ) -> None:
-    """Print a table: its first column at the left, the others at the right.
+    """Print a table, a note on it and an empty line; the first column is at the left.
 
     Above ROWS rows the columns are aligned here: rich would take seconds.
     """
-    if len(rows) > ROWS:
-        _print_long(console, title, columns, rows)
-        return
+    console = make_console()
+    (_print_long if len(rows) > ROWS else _print_short)(console, title, columns, rows)
+    if note:
+        console.print(note, style="dim")
+    console.print()
+
+
+def _print_short(
+    console: Console, title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]
+) -> None:
     table = Table(
         title=title,
         title_justify="left",

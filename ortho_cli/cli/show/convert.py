@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ortho_cli.cli.show.console import make_console, print_lines, print_table, size
+from ortho_cli.cli.show.console import print_lines, print_table, size
 from ortho_cli.cli.show.decompose import group, run_line
 from ortho_cli.cli.show.document import Document
 
@@ -13,7 +13,7 @@ FILES = 8  # files of a plan that are listed by name; a sharded model has hundre
 
 def print_convert_plan(plan: Mapping[str, object], *, source: str) -> None:
     """Print what would be written: tensors alike in one line, files, notes."""
-    document, console = Document(plan), make_console()
+    document = Document(plan)
     rows = [
         (
             name,
@@ -26,9 +26,8 @@ def print_convert_plan(plan: Mapping[str, object], *, source: str) -> None:
         for name, alike in group(document.rows("tensors"), "shape", "source_dtype", "dtype")
     ]
     columns = ("tensor", "count", "shape", "from", "to", "size each")
-    print_table(console, "tensors", columns, rows)
-    console.print()
-    print_lines(_plan_lines(document, source), console)
+    print_table("tensors", columns, rows)
+    print_lines(_plan_lines(document, source))
 
 
 def _plan_lines(document: Document, source: str) -> Iterator[str]:

@@ -5,13 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from ortho_cli.cli.show.console import (
-    decibels,
-    make_console,
-    print_lines,
-    print_table,
-    size,
-)
+from ortho_cli.cli.show.console import decibels, print_lines, print_table, size
 from ortho_cli.cli.show.document import Document
 
 # Bytes per second that one worker splits on a processor of 2020, by how codes and scales are found.
@@ -23,7 +17,7 @@ NEAREST = 5e8
 
 def print_plan(plan: Mapping[str, object], *, source: str) -> None:
     """Print what would be split, what is copied and why, sizes, memory, and a guess of the time."""
-    document, console = Document(plan), make_console()
+    document = Document(plan)
     totals, tensors = document.part("totals"), document.rows("tensors")
     fields = ("shape", "dtype", "bits", "scale", "density")
     rows = [
@@ -37,8 +31,7 @@ def print_plan(plan: Mapping[str, object], *, source: str) -> None:
         )
         for name, alike in group([t for t in tensors if t["action"] == "split"], *fields)
     ]
-    print_table(console, "split", ("module", "count", *fields, "k each"), rows)
-    console.print()
+    print_table("split", ("module", "count", *fields, "k each"), rows)
     rows = [
         (
             name,
@@ -54,9 +47,8 @@ def print_plan(plan: Mapping[str, object], *, source: str) -> None:
     ]
     if rows:
         columns = ("tensor", "count", "shape", "dtype", "share", "because")
-        print_table(console, "copied unchanged", columns, rows)
-        console.print()
-    print_lines(_plan_lines(document, totals, source), console)
+        print_table("copied unchanged", columns, rows)
+    print_lines(_plan_lines(document, totals, source))
 
 
 def _plan_lines(document: Document, totals: Document, source: str) -> Iterator[str]:
@@ -71,10 +63,9 @@ def _plan_lines(document: Document, totals: Document, source: str) -> Iterator[s
         f"{share:.1%} of {totals.number('weights'):,} weights, "
         f"group size {document['group_size']}"
     )
-    curvature = (
-        statistics and f"; curvature is {statistics['kind']}, {statistics['storage']} storage"
-    )
-    yield f"weights kept by {kind}{curvature or ''}"
+    if statistics:
+        kind += f"; curvature is {statistics['kind']}, {statistics['storage']} storage"
+    yield f"weights kept by {kind}"
     yield (
         f"base {size(totals.number('base_bytes'))} + ortho "
         f"{most}{size(totals.number('ortho_bytes'))} from {size(totals.number('bytes_read'))}: "

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ortho_cli.errors import InternalError
 
 
-class Document(Mapping[str, object]):
+class Document(dict[str, object]):
     """One JSON object; a value of another type than asked for is a bug of ours."""
-
-    __slots__ = ("_fields",)
 
     def __init__(self, fields: object) -> None:
         if not isinstance(fields, Mapping):
             raise InternalError(f"a document to print is a {type(fields).__name__}, no object")
-        self._fields: Mapping[str, object] = fields
-
-    def __getitem__(self, key: str) -> object:
-        return self._fields[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._fields)
-
-    def __len__(self) -> int:
-        return len(self._fields)
+        super().__init__(fields)
 
     def text(self, key: str) -> str:
         """Read a string; what is none is spelled as one."""

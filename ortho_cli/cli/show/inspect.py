@@ -6,14 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 
 from ortho_cli.cli.show.calibrate import gram_words
-from ortho_cli.cli.show.console import (
-    decibels,
-    make_console,
-    number,
-    print_lines,
-    print_table,
-    size,
-)
+from ortho_cli.cli.show.console import decibels, number, print_lines, print_table, size
 from ortho_cli.cli.show.decompose import rounding_lines
 from ortho_cli.cli.show.document import Document
 from ortho_cli.formats.artifact import ORTHO_FILE
@@ -22,7 +15,7 @@ from ortho_cli.storage.sealing import SEALED_FILE
 
 def print_artifact(described: Mapping[str, object], *, folder: str) -> None:
     """Print an artifact; a figure that is unknown without ortho or report.json is `-`."""
-    document, console = Document(described), make_console()
+    document = Document(described)
     has_ortho = document.part("files")[ORTHO_FILE] is not None
     weighted = document.get("statistics") is not None
     more = ("error at 0", "error at 1") if weighted else ()
@@ -42,15 +35,13 @@ def print_artifact(described: Mapping[str, object], *, folder: str) -> None:
                 *(_curvature_errors(tensor, has_ortho=has_ortho) if weighted else ()),
             )
             rows.append(row)
-    print_table(console, "split", columns, rows)
-    console.print(
+    note = (
         "(bits per weight, ortho included; SQNR at alpha 0 and 1; kept share of the squared "
         "residual"
-        + ("; sum of squared residual times curvature at alpha 0 and 1)" if weighted else ")"),
-        style="dim",
     )
-    console.print()
-    print_lines(_artifact_lines(document, folder), console)
+    note += "; sum of squared residual times curvature at alpha 0 and 1)" if weighted else ")"
+    print_table("split", columns, rows, note)
+    print_lines(_artifact_lines(document, folder))
 
 
 def _curvature_errors(figures: Document, *, has_ortho: bool) -> tuple[str, str]:
@@ -155,7 +146,7 @@ def _flat(settings: Mapping[str, object], path: str = "") -> Iterator[tuple[str,
 
 def print_statistics(described: Mapping[str, object], *, path: str) -> None:
     """Print what was measured, tensor by tensor, and of which data."""
-    document, console = Document(described), make_console()
+    document = Document(described)
     entries = document.parts("tensors")
     overlap = any("overlap" in entry for entry in entries.values())
     rows = [
@@ -168,9 +159,8 @@ def print_statistics(described: Mapping[str, object], *, path: str) -> None:
         for name, entry in sorted(entries.items())
     ]
     columns = ("module", "shape", "mean", *(("overlap",) if overlap else ()))
-    print_table(console, "measured", columns, rows)
-    console.print()
-    print_lines(_statistics_lines(document, path, len(entries)), console)
+    print_table("measured", columns, rows)
+    print_lines(_statistics_lines(document, path, len(entries)))
 
 
 def _statistics_lines(document: Document, path: str, count: int) -> Iterator[str]:

@@ -4,31 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from types import TracebackType
 
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich import progress
+from rich.progress import Progress, TextColumn
 
+from ortho_cli import events
 from ortho_cli.cli.show.console import make_console, visible
-from ortho_cli.events import (
-    Advanced,
-    Event,
-    Finishing,
-    Measuring,
-    Noted,
-    SequencesDone,
-    Started,
-    Step,
-    TensorDone,
-    Training,
-)
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +29,13 @@ class ProgressSink:
         self._said = self._began_step = time.monotonic()
         self._step_name = verb
         if self._console.is_terminal and not quiet:
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-            )
+            self._bar = self._make_bar(progress.DownloadColumn(), progress.TransferSpeedColumn())
             self._task = self._bar.add_task(verb, total=None)
+
+    def _make_bar(self, *columns: progress.ProgressColumn) -> Progress:
+        name = TextColumn("{task.description}", markup=False)
+        shown = (name, progress.BarColumn(), *columns, progress.TimeRemainingColumn())
+        return Progress(*shown, console=self._console, transient=True)
 
     def __enter__(self) -> ProgressSink:
         """Start the bar."""
@@ -65,72 +43,65 @@ class ProgressSink:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Take the bar away."""
         if self._bar:
             self._bar.stop()
         self._log_step()
 
-    def __call__(self, event: Event) -> None:
-        """Show one event."""
-        self._log(event)
-        if isinstance(event, Measuring | SequencesDone):
-            self._count(event)
-        elif isinstance(event, Training):
-            self._train(event)
-        elif isinstance(event, Step):
-            self._step(event)
-        elif self._bar:
-            self._move(self._bar, event)
-        if isinstance(event, Started) and event.resumed:
-            self._say(
-                f"continuing: {event.resumed} of {event.tensors} tensors were finished before"
-            )
-        elif isinstance(event, Measuring) and event.resumed:
-            self._say(
-                f"continuing: {event.resumed} of {event.sequences} sequences were measured before"
-            )
-        elif isinstance(event, TensorDone) and self._verbose:
-            self._say(event.name)
-        elif isinstance(event, Noted):
-            self._say(f"note: {event.message}")
+    def __call__(self, event: events.Event) -> None:
+        """Show one event, and log it; no note is logged, since it can name a file of secrets."""
+        match event:
+            case events.Started():
+                self._start(event)
+            case events.Measuring() | events.SequencesDone():
+                self._count(event)
+            case events.Training():
+                self._train(event)
+            case events.Step():
+                self._step(event)
+            case events.Finishing():
+                self._finish(event)
+            case events.Advanced() if self._bar:
+                self._bar.advance(self._task, event.nbytes)
+            case events.TensorDone():
+                log.debug("%s: finished %s", self._verb, event.name)
+                if self._verbose:
+                    self._say(event.name)
+            case events.Noted():
+                self._say(f"note: {event.message}")
 
-    def _log(self, event: Event) -> None:
-        """Log stages and their times; no note, since it can name a file of secrets."""
-        if isinstance(event, Started):
-            done, total = event.bytes_done, event.bytes_total
-            log.info("%s: %d tensors, %d done before", self._verb, event.tensors, event.resumed)
-            log.info("%s: %d of %d bytes done before", self._verb, done, total)
-        elif isinstance(event, Measuring):
-            before = event.resumed
-            log.info("%s: %d sequences, %d done before", self._verb, event.sequences, before)
-        elif isinstance(event, Finishing):
-            self._log_step()
-            self._step_name = event.step
-        elif isinstance(event, Step):
-            log.debug("%s: %d of %d: %s", self._verb, event.number, event.of, event.name)
-        elif isinstance(event, Training) and event.step == event.steps:
-            log.debug("%s: loss %.4g after %d steps", event.stage, event.loss, event.steps)
-        elif isinstance(event, TensorDone):
-            log.debug("%s: finished %s", self._verb, event.name)
+    def _start(self, event: events.Started) -> None:
+        done, total, before = event.bytes_done, event.bytes_total, event.resumed
+        log.info("%s: %d tensors, %d done before", self._verb, event.tensors, before)
+        log.info("%s: %d of %d bytes done before", self._verb, done, total)
+        if self._bar:
+            self._bar.update(self._task, total=total, completed=done)
+        if before:
+            self._say(f"continuing: {before} of {event.tensors} tensors were finished before")
+
+    def _finish(self, event: events.Finishing) -> None:
+        self._log_step()
+        self._step_name = event.step
+        if self._bar:
+            self._bar.update(self._task, description=visible(event.step))
 
     def _log_step(self) -> None:
         now = time.monotonic()
         log.info("%s: `%s` took %.3f s", self._verb, self._step_name, now - self._began_step)
         self._began_step = now
 
-    def _count(self, event: Measuring | SequencesDone) -> None:
+    def _count(self, event: events.Measuring | events.SequencesDone) -> None:
         """Show passes over data: sequences, tokens a second, time left."""
-        if isinstance(event, Measuring):
+        if isinstance(event, events.Measuring):
+            total, before = event.sequences, event.resumed
+            log.info("%s: %d sequences, %d done before", self._verb, total, before)
             if self._bar:
-                self._bar = self._counter(self._bar, self._verb, event.sequences)
-                self._bar.update(self._task, completed=event.resumed, rest="sequences")
+                self._bar = self._counter(self._bar, self._verb, total)
+                self._bar.update(self._task, completed=before, rest="sequences")
             self._began, self._tokens = time.monotonic(), 0
+            if before:
+                self._say(f"continuing: {before} of {total} sequences were measured before")
             return
         self._tokens += event.tokens
         speed = f"{self._tokens / max(1e-9, time.monotonic() - self._began):,.0f}"
@@ -143,50 +114,36 @@ class ProgressSink:
     def _counter(self, bar: Progress, description: str, total: int) -> Progress:
         """Put a bar that counts in the place of the one before."""
         bar.stop()
-        bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rest]}", markup=False),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-        )
+        rest = TextColumn("{task.fields[rest]}", markup=False)
+        bar = self._make_bar(progress.MofNCompleteColumn(), rest)
         self._task = bar.add_task(visible(description), total=total, rest="")
         bar.start()
         return bar
 
-    def _train(self, event: Training) -> None:
-        """Show a stage of training: steps, loss, time left; without a bar a line now and then."""
-        fresh, self._stage = event.stage != self._stage, event.stage
-        if self._bar:
-            if fresh:
-                self._bar = self._counter(self._bar, event.stage, event.steps)
-            rest = f"steps, loss {event.loss:.3f}"
-            self._bar.update(self._task, completed=event.step, rest=rest)
-        elif fresh or event.step == event.steps or time.monotonic() - self._said > LINE_SECONDS:
-            self._said = time.monotonic()
-            self._say(f"{event.stage}: step {event.step} of {event.steps}, loss {event.loss:.3f}")
+    def _train(self, event: events.Training) -> None:
+        loss, fresh, last = event.loss, event.stage != self._stage, event.step == event.steps
+        if last:
+            log.debug("%s: loss %.4g after %d steps", event.stage, loss, event.steps)
+        line = f"{event.stage}: step {event.step} of {event.steps}, loss {loss:.3f}"
+        rest = f"steps, loss {loss:.3f}"
+        self._go_on(event.stage, event.step, event.steps, rest, line, now=fresh or last)
 
-    def _step(self, event: Step) -> None:
-        """Show which part of a run begins; without a bar a line now and then."""
-        if self._bar:
-            if self._stage != self._verb:
-                self._bar = self._counter(self._bar, self._verb, event.of)
-            self._bar.update(self._task, completed=event.number - 1, total=event.of)
-            self._bar.update(self._task, rest=visible(event.name))
-        elif self._verbose or time.monotonic() - self._said > LINE_SECONDS:
-            self._said = time.monotonic()
-            self._say(f"{event.number} of {event.of}: {event.name}")
-        self._stage = self._verb
+    def _step(self, event: events.Step) -> None:
+        log.debug("%s: %d of %d: %s", self._verb, event.number, event.of, event.name)
+        done, rest = event.number - 1, visible(event.name)
+        line = f"{event.number} of {event.of}: {event.name}"
+        self._go_on(self._verb, done, event.of, rest, line, now=self._verbose)
 
-    def _move(self, bar: Progress, event: Event) -> None:
-        if isinstance(event, Started):
-            bar.update(self._task, total=event.bytes_total, completed=event.bytes_done)
-        elif isinstance(event, Advanced):
-            bar.advance(self._task, event.nbytes)
-        elif isinstance(event, Finishing):
-            bar.update(self._task, description=visible(event.step))
+    def _go_on(self, stage: str, done: int, total: int, rest: str, line: str, *, now: bool) -> None:
+        """Show how far a stage is; without a bar by a line, at once or now and then."""
+        if self._bar:
+            if stage != self._stage:
+                self._bar = self._counter(self._bar, stage, total)
+            self._bar.update(self._task, completed=done, total=total, rest=rest)
+        elif now or time.monotonic() - self._said > LINE_SECONDS:
+            self._said = time.monotonic()
+            self._say(line)
+        self._stage = stage
 
     def _say(self, line: str) -> None:
         if not self._quiet:
