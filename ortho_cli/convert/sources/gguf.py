@@ -26,14 +26,15 @@ from torch import Tensor
 from ortho_cli.convert.sources import gguf_config, gguf_rope
 from ortho_cli.convert.sources.base import Format, Opener, Source, SourceTensor, mark
 from ortho_cli.convert.sources.gguf_file import (
+    ORIGINAL,
     GgufModel,
     GgufTensor,
     check_type,
     files_beside,
     find_gguf,
     find_parts,
-    not_expressible,
     open_model,
+    read_number,
     write_header,
 )
 from ortho_cli.errors import CheckpointError, OrthoError, UsageError
@@ -56,17 +57,13 @@ _FUSED = "model.layers.{layer}.mlp.experts.{part}_proj"
 MERGED = ("qwen2_moe", "qwen3_moe")
 MERGED_HINT = "merged experts cannot be converted; start from the original checkpoint"
 # Architectures that transformers maps in part only.
-LOST = {
-    "gpt-oss": "experts",
-    "gpt_oss": "experts",
-    "minimax-m2": "experts",
-    "gemma4": "kinds of layers",
+LOST = dict.fromkeys(("gpt-oss", "gpt_oss", "minimax-m2"), "experts") | {
+    "gemma4": "kinds of layers"
 }
 # Architectures of which GGUF holds some values in another form, and how it is undone.
+_LESS_1 = "norm weights are those of the file less 1"
 REMADE = {
-    "gemma2": "norm weights are those of the file less 1",
-    "gemma3": "norm weights are those of the file less 1",
-    "nemotron": "norm weights are those of the file less 1",
+    **dict.fromkeys(("gemma2", "gemma3", "nemotron"), _LESS_1),
     "mamba": "A_log is the logarithm of what the file holds, rounded to float32",
 }
 CLOSE = 1e-4  # relative, of angles: transformers computes them in float32
@@ -79,7 +76,6 @@ Processor = Any
 class _Mapped:
     """A GGUF file as transformers maps it to a model."""
 
-    model_type: str
     config: gguf_config.Config
     model: torch.nn.Module  # on the meta device
     processor: Processor
@@ -164,16 +160,18 @@ def _map(model: GgufModel) -> _Mapped:
     kind = str(parsed["model_type"])
     causal = auto.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if kind not in auto.CONFIG_MAPPING or kind not in causal:
-        raise not_expressible(
-            f"`{model.path}` is of architecture {model.architecture}, and transformers has no "
-            f"causal language model of it"
+        raise model.not_expressible(
+            f"is of architecture {model.architecture}, and transformers has no causal language "
+            "model of it"
         )
     made = auto.CONFIG_MAPPING[kind]
     parsed = gguf_config.complete(model, parsed, made())
     check_parts(parsed, layers=layers, told=model.path)
-    rotary = hasattr(made(), "rope_parameters")
-    rope = gguf_config.read_rope(model, parsed) if rotary else None
-    if rope is not None:
+    rope = None
+    if hasattr(made(), "rope_parameters"):
+        context = int(read_number(model.path, parsed, "max_position_embeddings", 0)) or 2048
+        width = gguf_config.head_width(parsed)
+        rope = gguf_rope.read_rope(model, head_dim=width, context=context)
         gguf_config.carry_rope(model, rope, parsed)
     # The model is built of the config that is written, so that the checks are of that one.
     written = _write(made.from_dict(dict(parsed)))
@@ -187,7 +185,6 @@ def _map(model: GgufModel) -> _Mapped:
     maker = mapping.TENSOR_PROCESSORS.get(model.architecture, mapping.TensorProcessor)
     processor: Processor = maker(config=parsed)
     return _Mapped(
-        model_type=str(config.model_type),
         config=written | {"architectures": [type(built).__name__], "dtype": "float32"},
         model=built,
         processor=processor,
@@ -204,7 +201,7 @@ def _check_architecture(model: GgufModel, known: Collection[str]) -> None:
         why = "which transformers' reader of GGUF does not know"
     else:
         return
-    raise not_expressible(f"`{model.path}` is of architecture {name}, {why}")
+    raise model.not_expressible(f"is of architecture {name}, {why}")
 
 
 def _names(
@@ -240,12 +237,9 @@ def _names(
 
 def _write(config: transformers.PretrainedConfig) -> gguf_config.Config:
     """Give the keys of config.json."""
-    written = {
-        key: value
-        for key, value in config.to_diff_dict().items()
-        if key not in ("quantization_config", "_name_or_path", "_model_name_or_path")
-    }
-    return gguf_config.add_old_keys(written)
+    left_out = ("quantization_config", "_name_or_path", "_model_name_or_path")
+    kept = {key: value for key, value in config.to_diff_dict().items() if key not in left_out}
+    return gguf_config.add_old_keys(kept)
 
 
 def _check_rope(
@@ -267,11 +261,9 @@ def _check_rope(
             if "original" not in key:
                 _check_angles(model, computed, key, rope)
         break  # the others are made of the same config
-    scaling = gguf_config.own_metadata(model).get("rope.scaling.type", "none")
-    if not found and (factors or scaling != "none"):
-        raise not_expressible(
-            f"`{model.path}` scales rotary embeddings, and transformers' {config.model_type} has "
-            f"none"
+    if not found and (factors or model.own.get("rope.scaling.type", "none") != "none"):
+        raise model.not_expressible(
+            f"scales rotary embeddings, and transformers' {config.model_type} has none"
         )
 
 
@@ -288,17 +280,16 @@ def _check_angles(
         factor = 1.0
     same = angles.shape == wanted.shape and np.allclose(angles, wanted, rtol=CLOSE, atol=1e-20)
     if not same or abs(attention - factor) > CLOSE * factor:
-        raise not_expressible(
-            f"`{model.path}` rotates {2 * len(wanted)} dimensions by other angles than "
-            f"transformers' {type(computed).__name__} of its config, which rotates "
-            f"{2 * len(angles)}"
+        raise model.not_expressible(
+            f"rotates {2 * len(wanted)} dimensions by other angles than transformers' "
+            f"{type(computed).__name__} of its config, which rotates {2 * len(angles)}"
         )
 
 
 def _describe(model: GgufModel, mapped: _Mapped) -> Iterator[SourceTensor]:
     """Describe each tensor; none is left out that changes what the model computes."""
     parameters: dict[str, Tensor] = mapped.model.state_dict(keep_vars=True)
-    merged = mapped.model_type in MERGED
+    merged = mapped.config["model_type"] in MERGED
     made: dict[str, str] = {}
     for tensor in model.tensors:
         if tensor.name in gguf_rope.TENSORS or UNUSED.fullmatch(tensor.name):
@@ -313,7 +304,7 @@ def _describe(model: GgufModel, mapped: _Mapped) -> Iterator[SourceTensor]:
             raise CheckpointError(
                 f"`{model.path}` has a tensor `{tensor.name}` that transformers' "
                 f"{type(mapped.model).__name__} has no place for",
-                hint="start from the original checkpoint" if known else MERGED_HINT,
+                hint=ORIGINAL if known else MERGED_HINT,
             )
         if target in made:
             raise CheckpointError(
@@ -323,9 +314,11 @@ def _describe(model: GgufModel, mapped: _Mapped) -> Iterator[SourceTensor]:
             )
         made[target] = tensor.name
         shape = tuple(parameters[target].shape)
-        _check_shape(tensor, mapped.processor, target, shape)
-        weight = _Weight(partial(_process, tensor, mapped.processor, target))
-        yield SourceTensor(name=target, dtype="F32", shape=shape, read=weight.read)
+        process = partial(_process, tensor, mapped.processor, target)
+        mine = process(np.broadcast_to(np.float32(-1), tensor.shape)).shape
+        if mine != shape:  # refused before anything is written
+            raise tensor.refusal(f"is {list(mine)} where the model takes {list(shape)}")
+        yield SourceTensor(name=target, dtype="F32", shape=shape, read=_Weight(process).read)
 
 
 def _experts(
@@ -338,9 +331,10 @@ def _experts(
     if part != "down" and wanted:
         wanted[1] //= 2
     if list(tensor.shape) != wanted:
-        raise not_expressible(
+        raise CheckpointError(
             f"tensor `{tensor.name}` of `{model.path}` is {list(tensor.shape)} where the model "
-            f"takes {wanted}"
+            f"takes {wanted}",
+            hint=ORIGINAL,
         )
     for expert in range(tensor.shape[0]):
         weight = _Weight(partial(tensor.floats, expert))
@@ -363,16 +357,14 @@ def _tokenizer(model: GgufModel) -> tuple[list[tuple[str, bytes]], list[str]]:
             )
             made = Path(folder) / "made"
             built.save_pretrained(made)
-            files = [(file.name, file.read_bytes()) for file in sorted(made.iterdir())]
+            files = {file.name: file.read_bytes() for file in sorted(made.iterdir())}
     except Exception as error:  # noqa: BLE001 - any; the weights are worth having without it
         return [], [f"no tokenizer is written, transformers cannot build it: {error!r:.120}"]
-    cleaned = []
-    for name, data in files:
-        if name == "tokenizer_config.json":
-            kept = {k: v for k, v in json.loads(data).items() if k not in PLACE_KEYS}
-            data = (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
-        cleaned.append((name, data))
-    return cleaned, [
+    name = "tokenizer_config.json"
+    if name in files:
+        kept = {k: v for k, v in json.loads(files[name]).items() if k not in PLACE_KEYS}
+        files[name] = (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
+    return [*files.items()], [
         "the tokenizer is rebuilt from GGUF, which does not hold all of it: compare it with the "
         "original's where digits and spaces matter"
     ]
@@ -390,7 +382,7 @@ def _aliases(model: GgufModel, mapped: _Mapped, made: set[str]) -> dict[str, str
         if kept is None:
             raise CheckpointError(
                 f"`{model.path}` has no tensor for `{name}`",
-                hint=MERGED_HINT if "expert" in name else "start from the original checkpoint",
+                hint=MERGED_HINT if "expert" in name else ORIGINAL,
             )
         aliases[name] = kept
     return aliases
@@ -435,23 +427,8 @@ def _process(
         found: Floats = aside["tensors"][target].numpy()
         return found
     if made.name != tensor.name:
-        raise not_expressible(
-            f"tensor `{tensor.name}` of `{tensor.path}` is taken apart by transformers"
-        )
+        raise tensor.refusal("is taken apart by transformers")
     return np.asarray(made.weights)
-
-
-def _check_shape(
-    tensor: GgufTensor, processor: Processor, target: str, wanted: tuple[int, ...]
-) -> None:
-    """Refuse another shape than the model's before anything is written."""
-    weights = np.broadcast_to(np.float32(-1), tensor.shape)
-    shape = _process(tensor, processor, target, weights).shape
-    if tuple(shape) != wanted:
-        raise not_expressible(
-            f"tensor `{tensor.name}` of `{tensor.path}` is {list(shape)} where the model takes "
-            f"{list(wanted)}"
-        )
 
 
 def _recognize(path: Path, key: str | None) -> Opener | None:
