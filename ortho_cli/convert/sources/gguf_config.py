@@ -22,23 +22,19 @@ Config = dict[str, object]  # keywords of a config of transformers
 _WIDTH = {"attention.key_length": "head_dim"}
 _CAPS = {key: key for key in ("attn_logit_softcapping", "final_logit_softcapping")}
 CARRIED: dict[str, dict[str, str]] = {
-    "llama": _WIDTH,
-    "mistral": _WIDTH,
-    "qwen2": _WIDTH,
-    "qwen2_moe": _WIDTH
-    | {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _WIDTH),
+    "qwen2_moe": {
+        **_WIDTH,
         "expert_feed_forward_length": "moe_intermediate_size",
         "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
     },
-    "qwen3": _WIDTH,
     "qwen3_moe": _WIDTH | {"expert_feed_forward_length": "moe_intermediate_size"},
-    "phi3": _WIDTH
-    | {
+    "phi3": {
+        **_WIDTH,
         "attention.sliding_window": "sliding_window",
         "rope.scaling.original_context_length": "original_max_position_embeddings",
     },
-    "gemma2": _CAPS,
-    "gemma3_text": _CAPS,
+    **dict.fromkeys(("gemma2", "gemma3_text"), _CAPS),
     "stablelm": {"use_parallel_residual": "use_parallel_residual"},
     "nemotron": _WIDTH | {"attention.layer_norm_epsilon": "norm_eps"},
     "falcon": {
@@ -118,12 +114,11 @@ def check_foreign(model: GgufModel) -> list[str]:
     strange = sorted(prefixes - {*KNOWN_PREFIXES, model.architecture})
     for prefix in strange:
         if prefix in gguf.MODEL_ARCH_NAMES.values():
-            raise model.not_expressible(
+            raise model.refusal(
                 f"says it is of architecture {model.architecture}, and has keys of {prefix}"
             )
-    if not strange:
-        return []
-    return [f"keys that no reader of GGUF knows are left out: {', '.join(strange)}.*"]
+    note = f"keys that no reader of GGUF knows are left out: {', '.join(strange)}.*"
+    return [note] if strange else []
 
 
 def complete(model: GgufModel, parsed: Config, plain: object) -> Config:
@@ -202,9 +197,7 @@ def _add_windows(model: GgufModel, kind: str, done: Config) -> None:
         # No layer uses it, and one that did would see all positions.
         done["sliding_window"] = _count(model, done, "max_position_embeddings", 4096)
     if len(local) != layers:
-        raise model.not_expressible(
-            f"says `{PATTERN}` is of {len(local)} layers, and there are {layers}"
-        )
+        raise model.refusal(f"says `{PATTERN}` is of {len(local)} layers, and there are {layers}")
     done["layer_types"] = [f"{'sliding' if one else 'full'}_attention" for one in local]
 
 
@@ -213,9 +206,7 @@ def _check_keys(model: GgufModel, kind: str, plain: object, done: Config) -> Non
     from transformers import integrations
 
     maps = vars(integrations.ggml)["GGUF_CONFIG_MAPPING"]  # vars: not typed in every version
-    mapped: Mapping[str, str | None] = maps.get(
-        kind.removesuffix("_text"), maps.get(model.architecture, {})
-    )
+    mapped = maps.get(kind.removesuffix("_text"), maps.get(model.architecture, {}))
     for key, value in model.own.items():
         attribute = mapped.get(key)
         known = key == PATTERN and kind in BY_WIDTH
@@ -228,12 +219,12 @@ def _check_keys(model: GgufModel, kind: str, plain: object, done: Config) -> Non
                 or _changes_nothing(model, key, value, kind, done)
             )
         if not known:
-            raise model.not_expressible(
+            raise model.refusal(
                 f"says `{model.architecture}.{key}` is {shown(value)}, which transformers' {kind} "
                 "has no setting for"
             )
     if kind == "falcon" and (done.get("num_kv_heads") or 1) != 1:
-        raise model.not_expressible(
+        raise model.refusal(
             f"is a Falcon of {done['num_kv_heads']} key and value heads, whose layout "
             "transformers does not undo"
         )
@@ -286,12 +277,12 @@ def carry_rope(model: GgufModel, rope: gguf_rope.Rope, done: Config) -> None:
         }
         return
     if rope.local_theta not in (None, rope.theta):
-        raise model.not_expressible(
+        raise model.refusal(
             f"says `rope.freq_base_swa` is {rope.local_theta:g} and `rope.freq_base` "
             f"{rope.theta:g}; {done['model_type']} has one base for all layers"
         )
     if done["model_type"] == "phi3" and rope.kind not in PHI3:
-        raise model.not_expressible(
+        raise model.refusal(
             f"says `rope.scaling.type` is {rope.kind}, and transformers' phi3 has "
             f"{' and '.join(PHI3)} only"
         )

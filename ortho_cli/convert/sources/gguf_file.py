@@ -68,8 +68,7 @@ class GgufTensor:
         if self.swapped:
             data = _native(data, self.kind)
         with np.errstate(all="ignore"):  # a scale may be infinite, which is checked when written
-            found: npt.NDArray[np.float32] = gguf.quants.dequantize(data, self.kind)
-        return found
+            return np.asarray(gguf.quants.dequantize(data, self.kind))
 
     def refusal(self, what: str, *, hint: str = ORIGINAL) -> CheckpointError:
         """Make the error of a tensor that cannot be converted."""
@@ -83,7 +82,6 @@ class GgufModel:
     path: Path
     metadata: Metadata  # without the tokenizer
     tensors: tuple[GgufTensor, ...]
-    swapped: bool
 
     @property
     def architecture(self) -> str:
@@ -101,9 +99,9 @@ class GgufModel:
         """Read a number of its `own` keys; raises as `read_number` does."""
         return read_number(self.path, self.own, key, default)
 
-    def not_expressible(self, what: str) -> CheckpointError:
+    def refusal(self, what: str, *, hint: str = ORIGINAL) -> CheckpointError:
         """Make the error of a file that no config or checkpoint of transformers can express."""
-        return CheckpointError(f"`{self.path}` {what}", hint=ORIGINAL)
+        return CheckpointError(f"`{self.path}` {what}", hint=hint)
 
 
 def one_of_equals(value: object) -> object:
@@ -150,27 +148,20 @@ def find_gguf(path: Path) -> Path | None:
 def _find_in_folder(folder: Path) -> Path | None:
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() == SUFFIX and p.is_file())
     models: dict[str, Path] = {}
-    for path in found:
-        if not _is_aside(path):
-            part = _PART.fullmatch(path.name)
-            models.setdefault(f"{part['stem']}-of-{part['count']}" if part else path.name, path)
+    for path in (path for path in found if not _is_aside(path)):
+        part = _PART.fullmatch(path.name)
+        models.setdefault(f"{part['stem']}-of-{part['count']}" if part else path.name, path)
     if len(models) > 1:
-        some = hints.some([path.name for path in models.values()])
-        raise CheckpointError(
-            f"`{folder}` holds {len(models)} GGUF models: {some}",
-            hint=f"give one of them: `ortho convert {hints.said(next(iter(models.values())))}`",
-        )
-    if not found and (inside := sorted(folder.glob("*/*.gguf"))):
-        raise CheckpointError(
-            f"`{folder}` holds no weights, and folders in it hold GGUF files",
-            hint=f"give one of them: `ortho convert {hints.said(inside[0])}`",
-        )
-    if found and not models:
-        raise CheckpointError(
-            f"`{folder}` holds `{found[0].name}` and no GGUF file of a language model",
-            hint=ALONE,
-        )
-    return next(iter(models.values()), None)
+        what = f"holds {len(models)} GGUF models: {hints.some([p.name for p in models.values()])}"
+        hint = f"give one of them: `ortho convert {hints.said(next(iter(models.values())))}`"
+    elif not found and (inside := sorted(folder.glob("*/*.gguf"))):
+        what = "holds no weights, and folders in it hold GGUF files"
+        hint = f"give one of them: `ortho convert {hints.said(inside[0])}`"
+    elif found and not models:
+        what, hint = f"holds `{found[0].name}` and no GGUF file of a language model", ALONE
+    else:
+        return next(iter(models.values()), None)
+    raise CheckpointError(f"`{folder}` {what}", hint=hint)
 
 
 def files_beside(path: Path) -> list[str]:
@@ -217,12 +208,7 @@ def open_model(path: Path) -> GgufModel:
         raise CheckpointError(
             f"`{parts[0]}` holds no tensors", hint="it is a vocabulary alone; get the whole model"
         )
-    return GgufModel(
-        path=parts[0],
-        metadata=metadata[0],
-        tensors=tuple(tensors.values()),
-        swapped=any(tensor.swapped for tensor in tensors.values()),
-    )
+    return GgufModel(path=parts[0], metadata=metadata[0], tensors=tuple(tensors.values()))
 
 
 def find_parts(path: Path) -> list[Path]:
@@ -246,19 +232,16 @@ def find_parts(path: Path) -> list[Path]:
 
 
 def _read(path: Path) -> gguf.GGUFReader:
-    """Open one file by the `gguf` package."""
     import gguf
 
     _check_magic(path)
     try:
         return gguf.GGUFReader(path)
     except Exception as error:  # noqa: BLE001 - on a damaged file it may raise anything
-        told = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        told, hint = first_line(error), "get the file anew, by a newer `gguf` if it is whole"
         if isinstance(error, IndexError) or any(word in told for word in _SHORT):
             told = "it ends before what its header promises"
-        raise _refuse(path, told, hint="get the file anew, by a newer `gguf` if it is whole") from (
-            None
-        )
+        raise unread(path, told, hint=hint) from None
 
 
 def _check_magic(path: Path) -> None:
@@ -267,22 +250,27 @@ def _check_magic(path: Path) -> None:
         head = opened.read(24)
     kind, again = sniff.kind_of_file(path), f"the file is cut or damaged: {hints.fetch(path)}"
     if kind not in (None, sniff.GGUF):
-        raise _refuse(path, f"it is {kind}", hint=sniff.remedy(kind, path))
+        raise unread(path, f"it is {kind}", hint=sniff.remedy(kind, path))
     if len(head) < 24:
-        raise _refuse(path, f"it ends after {len(head)} bytes, in its header", hint=again)
+        raise unread(path, f"it ends after {len(head)} bytes, in its header", hint=again)
     if head[:4] != MAGIC:
-        raise _refuse(path, f"it begins with {head[:4]!r}", hint=again)
+        raise unread(path, f"it begins with {head[:4]!r}", hint=again)
     version = int.from_bytes(head[4:8], "little")
     if version & 0xFFFF == 0:
         version = int.from_bytes(head[4:8], "big")
     if version not in VERSIONS:
         known = " and ".join(map(str, VERSIONS))
-        raise _refuse(
-            path, f"it is of version {version}, and {known} are known", hint="get a newer GGUF"
-        )
+        what = f"it is of version {version}, and {known} are known"
+        raise unread(path, what, hint="get a newer GGUF")
 
 
-def _refuse(path: Path, why: str, *, hint: str) -> CheckpointError:
+def first_line(error: Exception) -> str:
+    """Give the first line of another package's error, or its class where it says nothing."""
+    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+
+
+def unread(path: Path, why: str, *, hint: str) -> CheckpointError:
+    """Make the error of a file that cannot be read."""
     return CheckpointError(f"`{path}` cannot be read as GGUF: {why}", hint=hint)
 
 
@@ -336,19 +324,16 @@ def _check_kind(path: Path, metadata: Metadata) -> None:
     kind = metadata.get("general.type", "model")
     architecture = metadata.get("general.architecture")
     if architecture == "clip" or kind == "mmproj":
-        raise CheckpointError(
-            f"`{path}` is a projector for images or sound, not a language model", hint=ALONE
-        )
-    if kind != "model" or "adapter.type" in metadata:
-        raise CheckpointError(
-            f"`{path}` holds no model: `general.type` is {kind}",
-            hint="merge an adapter into its model first, by llama.cpp's llama-export-lora",
-        )
-    if not isinstance(architecture, str):
-        raise CheckpointError(
-            f"`{path}` does not say `general.architecture`",
-            hint="give the model's GGUF file, or the first part of it",
-        )
+        what, hint = "is a projector for images or sound, not a language model", ALONE
+    elif kind != "model" or "adapter.type" in metadata:
+        what = f"holds no model: `general.type` is {kind}"
+        hint = "merge an adapter into its model first, by llama.cpp's llama-export-lora"
+    elif not isinstance(architecture, str):
+        what = "does not say `general.architecture`"
+        hint = "give the model's GGUF file, or the first part of it"
+    else:
+        return
+    raise CheckpointError(f"`{path}` {what}", hint=hint)
 
 
 def write_header(model: GgufModel, path: Path) -> None:

@@ -75,22 +75,17 @@ class _File:
         return int(self.model.number("rope.scaling.original_context_length", 0))
 
     def divisors(self, name: str) -> Array:
-        found = self.tensors.get(name)
-        if found is None or len(found) != len(self.base):
+        found, angles = self.tensors.get(name), len(self.base)
+        if found is None or len(found) != angles:
             size = "missing" if found is None else f"of {len(found)} values"
-            raise self.model.not_expressible(
-                f"has rotary embeddings of {len(self.base)} angles, and `{name}` is {size}"
-            )
+            what = f"has rotary embeddings of {angles} angles, and `{name}` is {size}"
+            raise self.model.refusal(what)
         return found.astype(np.float64)
 
     def rope(
-        self,
-        kind: str,
-        frequencies: Array,
-        parameters: Mapping[str, object] | None = None,
-        attention: float = 1.0,
+        self, kind: str, frequencies: Array, scaling: Mapping[str, object], attention: float = 1.0
     ) -> Rope:
-        known = {"rope_type": kind, **(parameters or {}), "rope_theta": self.theta}
+        known = {"rope_type": kind, **scaling, "rope_theta": self.theta}
         if 2 * len(self.base) != self.head_dim:
             known["partial_rotary_factor"] = 2 * len(self.base) / self.head_dim
         local = "rope.freq_base_swa"
@@ -133,9 +128,7 @@ def read_rope(model: GgufModel, *, head_dim: int, context: int) -> Rope:
 
 
 def _refused(model: GgufModel, key: str, value: object) -> CheckpointError:
-    return model.not_expressible(
-        f"says `{key}` is {shown(value)}, which config.json cannot express"
-    )
+    return model.refusal(f"says `{key}` is {shown(value)}, which config.json cannot express")
 
 
 def _scaling(file: _File) -> Rope:
@@ -151,9 +144,7 @@ def _scaling(file: _File) -> Rope:
     if LONG in file.tensors or SHORT in file.tensors:
         return _longrope(file, kind=kind, factor=factor)
     if kind == "longrope" and FREQS not in file.tensors:
-        raise model.not_expressible(
-            f"says `rope.scaling.type` is longrope, and has no tensor `{LONG}`"
-        )
+        raise model.refusal(f"says `rope.scaling.type` is longrope, and has no tensor `{LONG}`")
     if kind == "yarn" and FREQS not in file.tensors:
         return _yarn(file, factor)
     if FREQS in file.tensors:
@@ -161,7 +152,7 @@ def _scaling(file: _File) -> Rope:
     elif kind == "linear":
         found = file.rope("linear", file.base / factor, {"factor": factor})
     else:
-        found = file.rope("default", file.base)
+        found = file.rope("default", file.base, {})
     for key in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
         if not math.isclose(model.number(key, 1.0), 1.0, rel_tol=1e-6):
             raise _refused(model, key, model.own[key])
@@ -228,14 +219,14 @@ def _divided(file: _File, *, scaled: bool) -> Rope:
     """Find the scaling that made the divisors of `rope_freqs.weight`."""
     values = file.divisors(FREQS)
     if np.all(values == 1.0) and not scaled:
-        return file.rope("default", file.base)
+        return file.rope("default", file.base, {})
     if not scaled and np.all(np.isfinite(values)) and values.min() >= 1.0:
         if np.all(values == values[0]):
             return file.rope("linear", file.base / values, {"factor": float(values[0])})
         found = recover_llama3(values, theta=file.theta, original=file.original)
         if found is not None:
             return file.rope("llama3", file.base / values, found)
-    raise file.model.not_expressible(
+    raise file.model.refusal(
         f"scales rotary embeddings by `{FREQS}`, and no llama3 scaling makes its values "
         f"({', '.join(f'{value:.5g}' for value in values[:3])} ... {values[-1]:.5g})"
     )
