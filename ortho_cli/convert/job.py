@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,21 +78,19 @@ def convert(
         "version": [__version__, torch.__version__],
         "files": {name: layout.size for name, layout in plan.files},
     }
-    names = {tensor.source.name for tensor in plan.tensors}
+    nbytes = {tensor.source.name: tensor.spec.nbytes for tensor in plan.tensors}
 
     def is_sound(line: Entry) -> bool:
         digest = line.get("blake3")
-        return line["name"] in names and isinstance(digest, str) and len(digest) == 64
+        return line["name"] in nbytes and isinstance(digest, str) and len(digest) == 64
 
     source.check_unchanged()
-    total = len(plan.tensors)
     with job.open_job(
-        target, identity=identity, total=total, is_sound=is_sound, on_event=on_event
+        target, identity=identity, total=len(nbytes), is_sound=is_sound, on_event=on_event
     ) as work:
         mode = 0o600 if source.private else 0o644
         files = {name: DataFile(work, name, layout, mode=mode) for name, layout in plan.files}
         _forget_damaged(plan, work, files)
-        nbytes = {tensor.source.name: tensor.spec.nbytes for tensor in plan.tensors}
         job.report_start(work, nbytes, plan.notes, on_event)
         for name, layout in plan.files:
             files[name].write_header(layout.header)
@@ -127,7 +126,7 @@ def _write(tensor: ConvertTensor, file: DataFile, sizes: Sizes, on_event: EventS
 
 def _round(tensor: ConvertTensor, read: Tensor, start: int) -> Tensor:
     """Round to the dtype that is written; refuse finite values that become infinite."""
-    dtype = torch_dtypes()[tensor.dtype]
+    dtype = torch_dtypes()[tensor.spec.dtype]
     if read.dtype == dtype:
         return read
     cast = read.to(dtype)
@@ -136,14 +135,10 @@ def _round(tensor: ConvertTensor, read: Tensor, start: int) -> Tensor:
     lost = cast.isinf() & read.isfinite()
     if bool(lost.any()):
         first = int(lost.view(-1).nonzero()[0])
-        position: list[int] = []
-        left = start + first
-        for size in reversed(tensor.source.shape):
-            left, place = divmod(left, size)
-            position.insert(0, place)
+        position = [int(i) for i in np.unravel_index(start + first, tensor.source.shape)]
         raise NumericalError(
             f"tensor `{tensor.source.name}` holds {read.reshape(-1)[first].item():g} at "
-            f"{position}, which is infinite in {tensor.dtype}",
+            f"{position}, which is infinite in {tensor.spec.dtype}",
             hint="choose --dtype bfloat16 or float32, whose range is wider",
         )
     return cast

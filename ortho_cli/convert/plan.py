@@ -22,20 +22,16 @@ WEIGHTS_FILE = "model.safetensors"
 ROLE = "dense"
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+Shard = list[tuple[SourceTensor, TensorSpec]]  # the tensors of a file, and how they are written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertTensor:
-    """One tensor: its source, and the dtype and file that it is written to."""
+    """One tensor: its source, how it is written, and the file that it is written to."""
 
     source: SourceTensor
-    dtype: str
+    spec: TensorSpec  # of the same name and shape
     file: str
-
-    @property
-    def spec(self) -> TensorSpec:
-        """Name, dtype and shape as they are written."""
-        return TensorSpec(key=self.source.name, dtype=self.dtype, shape=self.source.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,23 +48,10 @@ class ConvertPlan:
     sizes: Sizes  # of tiles; no byte that is written depends on them
 
     @property
-    def weights(self) -> int:
-        """Elements of all tensors."""
-        return sum(tensor.source.numel for tensor in self.tensors)
-
-    @property
-    def total_size(self) -> int:
-        """Bytes of all tensors as written."""
-        return sum(tensor.spec.nbytes for tensor in self.tensors)
-
-    @property
     def bytes_written(self) -> int:
         """Bytes of the output folder."""
-        return (
-            sum(layout.size for _, layout in self.files)
-            + sum(len(data) for _, data in self.made_files)
-            + self.side.nbytes
-        )
+        weights = sum(layout.size for _, layout in self.files)
+        return weights + sum(len(data) for _, data in self.made_files) + self.side.nbytes
 
     @property
     def bytes_on_disk(self) -> int:
@@ -87,9 +70,9 @@ class ConvertPlan:
             "kind": self.kind,
             "totals": {
                 "tensors": len(self.tensors),
-                "weights": self.weights,
-                "cast": sum(tensor.dtype != tensor.source.dtype for tensor in self.tensors),
-                "total_size": self.total_size,
+                "weights": sum(tensor.source.numel for tensor in self.tensors),
+                "cast": sum(t.spec.dtype != t.source.dtype for t in self.tensors),
+                "total_size": sum(tensor.spec.nbytes for tensor in self.tensors),
                 "bytes_written": self.bytes_written,
             },
             "files": [
@@ -102,7 +85,7 @@ class ConvertPlan:
                     "name": tensor.source.name,
                     "shape": list(tensor.source.shape),
                     "source_dtype": tensor.source.dtype,
-                    "dtype": tensor.dtype,
+                    "dtype": tensor.spec.dtype,
                     "file": tensor.file,
                     "offset": layouts[tensor.file].regions[tensor.source.name].offset,
                     "nbytes": tensor.spec.nbytes,
@@ -152,27 +135,19 @@ def make_plan(
     """
     if dtype is not None:
         _check_dtype(dtype, source)
-    wanted = [(tensor, _target(tensor, dtype)) for tensor in source.tensors]
-    shards = _fill_shards(wanted, shard_size)
-    names = [
-        WEIGHTS_FILE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        for i in range(len(shards))
-    ]
+    shards = _fill_shards(source, dtype, shard_size)
     tensors = tuple(
-        ConvertTensor(source=tensor, dtype=target, file=name)
-        for name, shard in zip(names, shards, strict=True)
-        for tensor, target in shard
+        ConvertTensor(source=tensor, spec=spec, file=name)
+        for name, shard in shards.items()
+        for tensor, spec in shard
     )
     sha256 = _sha256(source, tensors)
-    specs: dict[str, list[TensorSpec]] = {name: [] for name in names}
-    for tensor in tensors:
-        specs[tensor.file].append(tensor.spec)
-    files = tuple((name, _layout(specs[name], source, sha256)) for name in names)
+    files = tuple((name, _layout(shard, source, sha256)) for name, shard in shards.items())
     made = tuple(_made_files(source, tensors, dtype))
     if source.own is None:
         side = choose_none(source.path, copy)
     else:
-        ours = {*names, *(name for name, _ in made), INDEX_FILE, CONFIG_FILE}
+        ours = {*shards, *(name for name, _ in made), INDEX_FILE, CONFIG_FILE}
         skip = {*source.own, CONFIG_FILE}
         side = choose(source.folder, skip=skip, ours=ours, copy=copy, arguments=arguments)
     return ConvertPlan(
@@ -205,39 +180,37 @@ def _sha256(source: Source, tensors: tuple[ConvertTensor, ...]) -> str:
         "settings": dict(source.settings),
         "aliases": dict(source.aliases),
         "tensors": [
-            [t.source.name, t.source.dtype, t.dtype, t.spec.shape, t.file] for t in tensors
+            [t.source.name, t.source.dtype, t.spec.dtype, t.spec.shape, t.file] for t in tensors
         ],
     }
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
-def _target(tensor: SourceTensor, dtype: str | None) -> str:
-    return BY_CONFIG[dtype] if dtype is not None and tensor.dtype in FLOATS else tensor.dtype
-
-
-def _fill_shards(
-    wanted: list[tuple[SourceTensor, str]], limit: int
-) -> list[list[tuple[SourceTensor, str]]]:
-    """Put tensors into shards in the order given; one above the limit has a shard of its own."""
-    shards: list[list[tuple[SourceTensor, str]]] = [[]]
+def _fill_shards(source: Source, dtype: str | None, limit: int) -> dict[str, Shard]:
+    """Put tensors into files in the order given; one above the limit has a file of its own."""
+    shards: list[Shard] = [[]]
     held = 0
-    for tensor, dtype in wanted:
-        nbytes = TensorSpec(key=tensor.name, dtype=dtype, shape=tensor.shape).nbytes
-        if shards[-1] and held + nbytes > limit:
+    for tensor in source.tensors:
+        target = BY_CONFIG[dtype] if dtype and tensor.dtype in FLOATS else tensor.dtype
+        spec = TensorSpec(key=tensor.name, dtype=target, shape=tensor.shape)
+        if shards[-1] and held + spec.nbytes > limit:
             shards.append([])
             held = 0
-        shards[-1].append((tensor, dtype))
-        held += nbytes
-    return shards
+        shards[-1].append((tensor, spec))
+        held += spec.nbytes
+    if len(shards) == 1:
+        return {WEIGHTS_FILE: shards[0]}
+    end = f"-of-{len(shards):05d}.safetensors"
+    return {f"model-{number:05d}{end}": shard for number, shard in enumerate(shards, 1)}
 
 
-def _layout(mine: list[TensorSpec], source: Source, sha256: str) -> Layout:
-    keys = {spec.key for spec in mine}
+def _layout(shard: Shard, source: Source, sha256: str) -> Layout:
+    keys = {spec.key for _, spec in shard}
     # safetensors.torch.save_model's convention: a copy that was dropped names the one kept.
     aliases = {copy: kept for copy, kept in sorted(source.aliases.items()) if kept in keys}
     ours = {"format": "pt", "ortho_role": ROLE, "ortho_version": __version__}
     ours |= {key: str(value) for key, value in source.settings.items()}
-    return plan_layout(mine, {**aliases, **ours, "plan_sha256": sha256})
+    return plan_layout([spec for _, spec in shard], {**aliases, **ours, "plan_sha256": sha256})
 
 
 def _made_files(

@@ -44,8 +44,9 @@ def refuse_adapter(path: Path) -> None:
     folder = path if path.is_dir() else path.parent
     weights = [name for name in WEIGHTS if (folder / name).is_file()]
     if path.is_dir() and (folder / CONFIG).is_file():
-        config = _read(folder / CONFIG)
-        raise _refusal(path, config, whole=_has_model(folder))
+        models = [file for file in folder.iterdir() if file.name.startswith(MODEL_NAMES)]
+        whole = any(file.suffix in (".safetensors", ".bin") for file in models)
+        raise _refusal(path, _read(folder / CONFIG), whole=whole)
     if path.is_dir() and weights and not (folder / "config.json").is_file():
         raise _refusal(path, {}, by=weights[0])
     if path.is_file() and path.name in WEIGHTS:
@@ -68,7 +69,10 @@ def refuse_adapter_names(
     """
     wrapped = [name for name in names if name.startswith(PREFIX)]
     merged = len(wrapped) == len(names)
-    own = _has_own_adapters(config or {}) and any("base_layer" in name.split(".") for name in names)
+    said = config or {}
+    # Phi-4-multimodal as it was first published: its code contains peft's wrappers.
+    own = said.get("model_type") == "phi4mm" or any(said.get(key) for key in OWN_ADAPTERS)
+    own = own and any("base_layer" in name.split(".") for name in names)
     for name in names:
         parts = not PARTS.isdisjoint(name.split("."))
         if parts and own:
@@ -93,18 +97,6 @@ def refuse_adapter_names(
         )
 
 
-def _has_own_adapters(config: Mapping[str, object]) -> bool:
-    """Tell whether a config is Phi-4-multimodal's first, whose code contains peft's wrappers."""
-    return config.get("model_type") == "phi4mm" or any(config.get(key) for key in OWN_ADAPTERS)
-
-
-def _has_model(folder: Path) -> bool:
-    return any(
-        path.name.startswith(MODEL_NAMES) and path.suffix in (".safetensors", ".bin")
-        for path in folder.iterdir()
-    )
-
-
 def _read(path: Path) -> dict[str, object]:
     try:
         return strict_json.read(path, constants=True)
@@ -118,30 +110,18 @@ def _refusal(
     kind = str(config.get("peft_type") or "an")
     base = config.get("base_model_name_or_path")
     of = f" of `{base}`" if base else ""
-    if whole:
-        said = f"`{path}` holds a model and, in `{CONFIG}`, {_article(kind)} adapter on top of it"
-    else:
-        said = f"`{path}` is {_article(kind)} adapter{of}, not a model (by `{by}`)"
-    if kind in UNMERGED:
-        return CheckpointError(
-            said, hint="such an adapter cannot be merged; give the model that it belongs to"
-        )
-    hint = f"merge it first: {merge_command(path, config)}"
-    if whole:
-        hint += f"; or move `{CONFIG}` away, to have the model without it"
-    return CheckpointError(said, hint=hint)
-
-
-def _article(kind: str) -> str:
-    return kind if kind == "an" else f"{'an' if kind[0] in 'AEIO' else 'a'} {kind}"
-
-
-def merge_command(path: Path, config: dict[str, object]) -> str:
-    """Make the command that merges an adapter into the model that it belongs to."""
-    path = path.absolute() if str(path) in (".", "..") else path
+    named = kind if kind == "an" else f"{'an' if kind[0] in 'AEIO' else 'a'} {kind}"
+    said = f"`{path}` is {named} adapter{of}, not a model (by `{by}`)"
+    model = path.absolute() if str(path) in (".", "..") else path
     which = CLASSES.get(str(config.get("task_type")), "AutoPeftModelForCausalLM")
     code = (
         f"import sys; from peft import {which} as M; "
         "M.from_pretrained(sys.argv[1]).merge_and_unload().save_pretrained(sys.argv[2])"
     )
-    return hints.python(code, path, Path(f"{path}-merged"))
+    hint = f"merge it first: {hints.python(code, model, Path(f'{model}-merged'))}"
+    if whole:
+        said = f"`{path}` holds a model and, in `{CONFIG}`, {named} adapter on top of it"
+        hint += f"; or move `{CONFIG}` away, to have the model without it"
+    if kind in UNMERGED:
+        hint = "such an adapter cannot be merged; give the model that it belongs to"
+    return CheckpointError(said, hint=hint)

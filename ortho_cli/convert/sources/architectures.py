@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ortho_cli.errors import OrthoError
 from ortho_cli.model.load import check_parts, quiet_transformers
 from ortho_cli.storage import strict_json
 
@@ -39,7 +38,6 @@ def is_tied(config: Mapping[str, object] | None) -> bool | None:
 
 
 def _default(model_type: object) -> bool | None:
-    """Read the default of the config class of a model type."""
     try:
         with quiet_transformers() as transformers:
             if model_type not in transformers.CONFIG_MAPPING:
@@ -79,14 +77,10 @@ def parameter_names(config: Mapping[str, object] | None, *, tensors: int) -> fro
             check_parts(default, layers=tensors, told=TOLD)
             with torch.device("meta"):
                 model = kind(settings)
-            found = set(model.state_dict())
-            prefix = str(model.base_model_prefix)
-            has_base = bool(prefix) and hasattr(model, prefix)
-    except OrthoError:
-        return None
     except Exception:  # noqa: BLE001 - a config that its own class cannot read says nothing
         return None
-    if has_base:
+    found, prefix = set(model.state_dict()), str(model.base_model_prefix)
+    if prefix and hasattr(model, prefix):
         found |= {name.removeprefix(f"{prefix}.") for name in found}
     elif prefix:
         found |= {f"{prefix}.{name}" for name in found}

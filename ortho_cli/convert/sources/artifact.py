@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ortho_cli.convert.sources.base import Source, SourceTensor, mark
+from ortho_cli.convert.sources.base import Source, SourceTensor, config_of, mark
 from ortho_cli.convert.sources.safetensors_files import RowReader
-from ortho_cli.errors import ArtifactError, InternalError, UsageError
+from ortho_cli.errors import ArtifactError, UsageError
 from ortho_cli.formats.artifact import (
     BASE_FILE,
-    CONFIG_FILE,
     OLD_BASE_FILE,
     ORTHO_FILE,
     REPORT_FILE,
@@ -26,8 +26,7 @@ from ortho_cli.formats.open_artifact import no_ortho, open_artifact
 from ortho_cli.formats.ortho_reader import KeptReader
 from ortho_cli.split import quantize
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
-from ortho_cli.storage import strict_json
-from ortho_cli.storage.checkpoint import ShardReader, TensorInfo, model_name
+from ortho_cli.storage.checkpoint import ShardReader, TensorInfo
 from ortho_cli.storage.sealing import IDENTITY_FILE, SEALED_FILE, Keys
 
 # Files of an artifact that are not copied to a dense model.
@@ -56,11 +55,9 @@ def open_dense(
     artifact = open_artifact(path if path.is_dir() else path.parent, keys if alpha else None)
     if alpha and artifact.ortho is None:
         raise no_ortho(artifact, f"--alpha {alpha:g} needs it")
-    folder = artifact.folder
-    config = None
-    if (folder / CONFIG_FILE).exists():
-        config = strict_json.read(folder / CONFIG_FILE, constants=True)
-        config = {key: value for key, value in config.items() if key != "quantization_config"}
+    folder, config = artifact.folder, config_of(artifact.folder)
+    if config is not None:
+        config.pop("quantization_config", None)
     read = [artifact.base.path]
     if alpha:
         read.append(artifact.sealed or folder / ORTHO_FILE)
@@ -73,7 +70,6 @@ def open_dense(
         tensors = _tensors(artifact, RowReader(reader), kept, alpha)
         close = opened.pop_all().close
     return Source(
-        name=model_name(folder),
         kind="artifact",
         path=folder,
         tensors=tensors,
@@ -94,78 +90,65 @@ def _tensors(
     for module in artifact.split:
         parts = {part: base.pop(f"{module}.weight_{part}") for part in ("packed", "scale", "shape")}
         split = _Split(artifact, module, rows, parts, kept, alpha)
-        if split.name in base:
-            raise damaged(artifact.base.path, f"`{split.name}` is there both split and whole")
-        found.append(
-            SourceTensor(
-                name=split.name, dtype=parts["scale"].dtype, shape=split.shape, read=split.read
-            )
-        )
+        name, dtype = f"{module}.weight", parts["scale"].dtype
+        if name in base:
+            raise damaged(artifact.base.path, f"`{name}` is there both split and whole")
+        found.append(SourceTensor(name=name, dtype=dtype, shape=split.shape, read=split.read))
     found += [rows.tensor(info, path=artifact.base.path) for info in base.values()]
     return tuple(sorted(found, key=lambda tensor: tensor.name))
 
 
+@dataclass(slots=True)
 class _Split:
     """One split weight, merged again row by row."""
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        module: str,
-        rows: RowReader,
-        parts: dict[str, TensorInfo],
-        kept: KeptReader | None,
-        alpha: float,
-    ) -> None:
-        self.name = f"{module}.weight"
-        self.shape = artifact.shapes[module]
-        self._bits = artifact.bits[module]
-        self._rows, self._parts, self._alpha = rows, parts, alpha
-        self._reader, self._module = kept, module
-        self._csr: tuple[Tensor, Tensor, Tensor] | None = None
-        shape = tuple(rows.whole(parts["shape"]).tolist())
+    artifact: Artifact
+    module: str
+    rows: RowReader
+    parts: dict[str, TensorInfo]
+    kept: KeptReader | None
+    alpha: float
+    csr: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.rows.whole(self.parts["shape"]).tolist())
         if shape != self.shape:
-            raise damaged(
-                artifact.base.path,
-                f"`{module}.weight_shape` says {list(shape)}, and said {list(self.shape)} before",
-            )
+            what = f"says {list(shape)}, and said {list(self.shape)} before"
+            raise damaged(self.artifact.base.path, f"`{self.module}.weight_shape` {what}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.artifact.shapes[self.module]
 
     def read(self, start: int, rows: int) -> Tensor:
         """Give rows in float32; values that alpha blends are not rounded to the source's dtype."""
-        words, groups = self._parts["packed"].shape[1], self._parts["scale"].shape[1]
-        packed = self._rows.rows(self._parts["packed"], start, rows, words)
-        codes = quantize.unpack_codes(packed, bits=self._bits)
-        scales = self._rows.rows(self._parts["scale"], start, rows, groups)
+        packed, scale = self.parts["packed"], self.parts["scale"]
+        words = self.rows.rows(packed, start, rows, packed.shape[1])
+        codes = quantize.unpack_codes(words, bits=self.artifact.bits[self.module])
+        scales = self.rows.rows(scale, start, rows, scale.shape[1])
         weight = quantize.dequantize(codes, scales)
-        if self._alpha:
-            positions, values = self._stored(start, rows)
+        if self.kept is not None:  # as it is where alpha is not 0
+            positions, values = self._stored(self.kept, start, rows)
             flat = weight.view(-1)
-            if self._alpha == 1.0:  # base + (values - base) would round
-                flat[positions] = values
-            else:
+            if self.alpha < 1.0:  # at 1, base + (values - base) would round
                 base = flat[positions]
-                flat[positions] = base + self._alpha * (values - base)
+                values = base + self.alpha * (values - base)
+            flat[positions] = values
         return weight
 
-    def _stored(self, start: int, rows: int) -> tuple[Tensor, Tensor]:
+    def _stored(self, kept: KeptReader, start: int, rows: int) -> tuple[Tensor, Tensor]:
         """Give ortho's flat positions within these rows, and its values there."""
-        if self._csr is None or start == 0:
-            self._csr = self._read_csr()
-        crow, column, values = self._csr
+        if self.csr is None or start == 0:
+            try:
+                found = kept.csr(self.module)
+            except ArtifactError as error:
+                what = f"`{self.module}.weight` has no sound ortho stream"
+                raise ArtifactError(f"{what}: {error.message}", hint=error.hint) from None
+            crow, column, values = (found[part] for part in ORTHO_PARTS)
+            self.csr = crow.long(), column.to(torch.int64), values
+        crow, column, values = self.csr
         here = slice(int(crow[start]), int(crow[start + rows]))
         row = torch.repeat_interleave(torch.arange(rows), crow[start : start + rows + 1].diff())
         if start + rows == self.shape[0]:
-            self._csr = None
+            self.csr = None
         return row * self.shape[1] + column[here], values[here].float()
-
-    def _read_csr(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self._reader is None:
-            raise InternalError(f"rows of `{self.name}` need ortho, and none is open")
-        try:
-            found = self._reader.csr(self._module)
-        except ArtifactError as error:
-            raise ArtifactError(
-                f"`{self.name}` has no sound ortho stream: {error.message}", hint=error.hint
-            ) from None
-        crow, column, values = (found[part] for part in ORTHO_PARTS)
-        return crow.long(), column.to(torch.int64), values

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ortho_cli.errors import CheckpointError
+from ortho_cli.storage import strict_json
 
 Read = Callable[[int, int], Tensor]
 
@@ -69,7 +70,6 @@ def mark(path: Path) -> FileMark:
 class Source:
     """A checkpoint of any format, described: what a format returns when it opens files."""
 
-    name: str  # of the model
     kind: str  # of the format: one word, recorded in the plan
     path: Path  # the file or folder that the user named
     tensors: tuple[SourceTensor, ...]  # in the order in which they are best read
@@ -101,8 +101,7 @@ class Source:
                 now = mark(file.path)
             except FileNotFoundError:
                 raise CheckpointError(
-                    f"`{file.path}` vanished while it was read",
-                    hint="put it back and start again",
+                    f"`{file.path}` vanished while it was read", hint="put it back and start again"
                 ) from None
             if now != file:
                 raise CheckpointError(
@@ -110,6 +109,12 @@ class Source:
                     f"{now.size} now)",
                     hint="let whatever writes it finish, then start again",
                 )
+
+
+def config_of(folder: Path) -> dict[str, object] | None:
+    """Read the config.json of a folder, where it has one."""
+    path = folder / "config.json"
+    return strict_json.read(path, constants=True) if path.exists() else None
 
 
 Opener = Callable[[], Source]

@@ -14,16 +14,15 @@ the OCP microscaling formats (E2M1 codes, E8M0 scales), AutoGPTQ, AutoAWQ, MLX a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from ortho_cli.convert.sources import dequantize_floats as floats
 from ortho_cli.convert.sources import dequantize_integers as integers
 from ortho_cli.convert.sources import quantized
 from ortho_cli.convert.sources.base import Source, SourceTensor
 from ortho_cli.convert.sources.quantized import CAST, CONFIG_KEYS, Quantization
-from ortho_cli.convert.sources.quantized_parts import Cache, Parts, Plan, Settings
+from ortho_cli.convert.sources.quantized_parts import UNQUANTIZED, Held, Parts, Plan, Settings
 from ortho_cli.errors import CheckpointError
 from ortho_cli.model.renames import CONV1D_MODEL_TYPES
 from ortho_cli.split.dtypes import BY_CONFIG
@@ -46,23 +45,27 @@ def dequantize(source: Source) -> Source:
     found = quantized.examine(source.tensors, source.config, folder)
     if not found:
         return source
-    _refuse_unsupported(source.path, found)
-    _refuse_turned(source, found)
+    _refuse_unsupported(source, found)
     by_name = {tensor.name: tensor for tensor in source.tensors}
     by_codes = {weight.parts["codes"]: weight for weight in found.weights}
     used = {name for weight in found.weights for name in weight.parts.values()}
     used |= set(found.dropped)
-    settings, dtype, cache = Settings(found, source), _dtype(source.config), Cache()
+    settings, dtype, held = Settings(found, source), _dtype(source.config), Held()
     tensors = []
     for tensor in source.tensors:
         if tensor.name in by_codes:
             weight = by_codes[tensor.name]
             mine = {role: by_name[name] for role, name in weight.parts.items()}
-            shape, read = PLANS[weight.layout](Parts(mine, source.path, cache), settings)
+            shape, read = PLANS[weight.layout](Parts(mine, source.path, held), settings)
             tensors.append(SourceTensor(name=weight.name, dtype=dtype, shape=shape, read=read))
         elif tensor.name not in used:
             tensors.append(tensor)
-    _check_names(source.path, tensors)
+    twice = [name for name, n in Counter(tensor.name for tensor in tensors).items() if n > 1]
+    if twice:
+        raise CheckpointError(
+            f"`{source.path}` holds `{twice[0]}` both quantized and plain",
+            hint="remove one of them from the checkpoint",
+        )
     return replace(
         source,
         tensors=tuple(tensors),
@@ -73,48 +76,33 @@ def dequantize(source: Source) -> Source:
     )
 
 
-def _refuse_unsupported(path: Path, found: Quantization) -> None:
+def _refuse_unsupported(source: Source, found: Quantization) -> None:
+    path, hint = source.path, UNQUANTIZED
+    kind = (source.config or {}).get("model_type")
+    turned = [weight for weight in found.weights if weight.layout in TURNED]
     if found.unsupported:
         (name, why), others = found.unsupported[0], len(found.unsupported) - 1
         more = f"; so are {others} others" if others else ""
-        raise CheckpointError(
-            f"tensor `{name}` of `{path}` {why}{more}",
-            hint="it cannot be dequantized; start from the unquantized model",
-        )
-    if found.is_rotated:
-        raise CheckpointError(
+        what = f"tensor `{name}` of `{path}` {why}{more}"
+    elif found.is_rotated:
+        what = (
             f"`{path}` has rotated weights (`transform_config` of its quantization has groups), "
-            "which are not the model's without the rotations",
-            hint="it cannot be dequantized; start from the unquantized model",
+            "which are not the model's without the rotations"
         )
-    if found.needs_config and not found.weights:
-        raise CheckpointError(
+    elif found.needs_config and not found.weights:
+        what = (
             f"`{path}` is rounded while it runs ({found.evidence}), so its weights alone are not "
-            "the model",
-            hint="start from a model that computes with its own weights",
+            "the model"
         )
-
-
-def _refuse_turned(source: Source, found: Quantization) -> None:
-    kind = (source.config or {}).get("model_type")
-    turned = [weight for weight in found.weights if weight.layout in TURNED]
-    if turned and kind in CONV1D_MODEL_TYPES:
-        raise CheckpointError(
-            f"tensor `{turned[0].parts['codes']}` of `{source.path}` stands for a weight "
-            f"(out, in), and a {kind} has its weights (in, out)",
-            hint="it cannot be dequantized; start from the unquantized model",
+        hint = "start from a model that computes with its own weights"
+    elif turned and kind in CONV1D_MODEL_TYPES:
+        what = (
+            f"tensor `{turned[0].parts['codes']}` of `{path}` stands for a weight (out, in), and a "
+            f"{kind} has its weights (in, out)"
         )
-
-
-def _check_names(path: Path, tensors: Iterable[SourceTensor]) -> None:
-    seen: set[str] = set()
-    for tensor in tensors:
-        if tensor.name in seen:
-            raise CheckpointError(
-                f"`{path}` holds `{tensor.name}` both quantized and plain",
-                hint="remove one of them from the checkpoint",
-            )
-        seen.add(tensor.name)
+    else:
+        return
+    raise CheckpointError(what, hint=hint)
 
 
 def _notes(found: Quantization) -> list[str]:
@@ -160,18 +148,13 @@ def _dtype(config: Mapping[str, object] | None) -> str:
 
 
 PLANS: dict[str, Callable[[Parts, Settings], Plan]] = {
+    **dict.fromkeys(("int8", "int8 fused", "quanto", "fp8", "fp8 fused"), floats.plan_scaled),
+    **dict.fromkeys(("fp4", "modelopt"), floats.plan_fp4),
     "packed": integers.plan_packed,
-    "fp4": floats.plan_fp4,
-    "modelopt": floats.plan_fp4,
     "nf4": integers.plan_nf4,
     "llm.int8": floats.plan_llm_int8,
-    "int8": floats.plan_scaled,
-    "int8 fused": floats.plan_scaled,
     "gpt-oss": floats.plan_gpt_oss,
     "gptq": integers.plan_gptq,
     "mlx": integers.plan_mlx,
-    "quanto": floats.plan_scaled,
-    "fp8": floats.plan_scaled,
-    "fp8 fused": floats.plan_scaled,
     CAST: floats.plan_cast,
 }

@@ -33,7 +33,6 @@ _PAIRS = torch.stack([_CODES.repeat(16), _CODES.repeat_interleave(16)], dim=1)  
 class Grid:
     """The place of each scale over a weight of several matrices, or of one."""
 
-    matrices: int
     rows: int  # of a matrix
     lead: int  # grids of scales: one for each matrix, or one for all
     lines: int  # of a grid
@@ -55,46 +54,40 @@ class Grid:
         return found.repeat_interleave(self.block[1], dim=1)[:, : self.width]
 
 
-def fit(parts: Parts, role: str, shape: tuple[int, ...], settings: Settings) -> Grid:
+def fit(parts: Parts, shape: tuple[int, ...], settings: Settings) -> Grid:
     """Find the grid of the scales of a weight, by their shapes and the settings.
 
     Raises:
         CheckpointError: no known grid fits.
     """
     matrices, rows, width = _matrices(shape)
-    scale = parts.shape(role)
-    numel = parts[role].numel
+    scale, numel, group = parts["scale"].shape, parts["scale"].numel, settings.group
     if settings.is_fbgemm and matrices > 1 and numel == matrices * width:
-        return Grid(matrices, rows, matrices, 1, width, (rows, 1), width)
+        return Grid(rows, matrices, 1, width, (rows, 1), width)
     lead, lines, columns = _scale_lines(scale, matrices, rows)
-    blocks = [settings.block] if settings.block else [DEFAULT_BLOCK]
+    high, wide = settings.block or DEFAULT_BLOCK
+    asked = math.ceil(rows / high), math.ceil(width / wide)
+    block: tuple[int, int] | None
     if columns == 1 and lines in (1, rows) and lead in (1, matrices):
-        block: tuple[int, int] | None = (rows if lines == 1 else 1, width)
-    elif _has_short_group(settings.group, width, columns) and lines == rows:
-        block = (1, settings.group or width)
+        block = (rows if lines == 1 else 1, width)
+    elif group and width % group and (lines, columns) == (rows, math.ceil(width / group)):
+        block = (1, group)  # the last group of a row is short
+    elif (lines, columns) == asked:
+        block = (high, wide)
     else:
-        block = _block(rows, width, lines, columns, blocks, exact=settings.block is None)
+        block = _block(rows, width, lines, columns, is_told=settings.block is not None)
     # One grid for several matrices must have the shape (1, lines, columns).
     is_unclear = lead == 1 and matrices > 1 and numel > 1 and len(scale) < len(shape)
     if block is None or is_unclear or lead not in (1, matrices):
-        ask = blocks[0]
-        wanted = [*shape[:-2], math.ceil(rows / ask[0]), math.ceil(width / ask[1])]
         told = "" if settings.block else " (config.json does not say)"
-        raise parts.misfit(
-            role, f"{wanted} in blocks of {list(ask)}{told}, or one scale per row or in all"
-        )
-    return Grid(matrices, rows, lead, lines, columns, block, width)
-
-
-def _has_short_group(group: int | None, width: int, columns: int) -> bool:
-    """Tell whether groups of the size in config.json fill a row, the last of them partly."""
-    return bool(group and width % group and columns == math.ceil(width / group))
+        wanted = f"{[*shape[:-2], *asked]} in blocks of {[high, wide]}{told}"
+        raise parts.misfit("scale", f"{wanted}, or one scale per row or in all")
+    return Grid(rows, lead, lines, columns, block, width)
 
 
 def _matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    if len(shape) < 2:
-        return 1, math.prod(shape), 1
-    return math.prod(shape[:-2]), shape[-2], shape[-1]
+    rows, width = shape[-2:] if len(shape) > 1 else (math.prod(shape), 1)
+    return math.prod(shape[:-2]), rows, width
 
 
 def _scale_lines(scale: tuple[int, ...], matrices: int, rows: int) -> tuple[int, int, int]:
@@ -111,34 +104,27 @@ def _scale_lines(scale: tuple[int, ...], matrices: int, rows: int) -> tuple[int,
 
 
 def _block(
-    rows: int,
-    width: int,
-    lines: int,
-    columns: int,
-    asked: list[tuple[int, int]],
-    *,
-    exact: bool,
+    rows: int, width: int, lines: int, columns: int, *, is_told: bool
 ) -> tuple[int, int] | None:
-    for high, wide in asked:
-        if (lines, columns) == (math.ceil(rows / high), math.ceil(width / wide)):
-            return high, wide
+    """Find the block that divides a matrix evenly: groups along a row, a square, or columns."""
     if not lines or not columns or rows % lines or width % columns:
         return None
     high, wide = rows // lines, width // columns
-    if high == 1:  # groups along a row, as in the microscaling formats, whatever the rest has
-        return high, wide
-    return (high, wide) if exact and (high == wide or wide == 1) else None
+    # Groups along a row, as in the microscaling formats, count whatever config.json says.
+    return (high, wide) if high == 1 or (not is_told and wide in (1, high)) else None
 
 
 def plan_scaled(parts: Parts, settings: Settings) -> Plan:
     """Plan codes that are numbers: w = (code - zero) * scale."""
-    shape = parts.shape("codes")
+    shape = parts["codes"].shape
     if _is_packed_fp4(parts, settings):
         return plan_fp4(parts, settings)
-    _check_scale_dtype(parts)
-    grid = fit(parts, "scale", shape, settings)
-    if "zero" in parts and parts.shape("zero") != parts.shape("scale"):
-        raise parts.misfit("zero", f"as many zero points as scales, {list(parts.shape('scale'))}")
+    allowed = (*FLOATS, "F8_E8M0", "U8") if parts["codes"].dtype in FP8 else FLOATS
+    if parts["scale"].dtype not in allowed:
+        raise parts.misfit("scale", f"scales of dtype {', '.join(allowed)}")
+    grid = fit(parts, shape, settings)
+    if "zero" in parts and parts["zero"].shape != parts["scale"].shape:
+        raise parts.misfit("zero", f"as many zero points as scales, {list(parts['scale'].shape)}")
 
     def read(start: int, rows: int) -> Tensor:
         scale = grid.spread(lambda a, b: parts.scales("scale", a, b), start, rows)
@@ -150,22 +136,15 @@ def plan_scaled(parts: Parts, settings: Settings) -> Plan:
     return shape, read
 
 
-def _check_scale_dtype(parts: Parts) -> None:
-    is_float8 = parts["codes"].dtype in FP8
-    allowed = (*FLOATS, "F8_E8M0", "U8") if is_float8 else FLOATS
-    if parts["scale"].dtype not in allowed:
-        raise parts.misfit("scale", f"scales of dtype {', '.join(allowed)}")
-
-
 def plan_cast(parts: Parts, settings: Settings) -> Plan:
     """Plan fp8 without scales: w = code."""
-    return parts.shape("codes"), lambda start, rows: parts["codes"].read(start, rows).float()
+    return parts["codes"].shape, lambda start, rows: parts["codes"].read(start, rows).float()
 
 
 def plan_llm_int8(parts: Parts, settings: Settings) -> Plan:
     """Plan eight bits of bitsandbytes: w = code * scale of its row / 127."""
-    shape = parts.shape("codes")
-    if len(shape) != 2 or parts.shape("scale") != shape[:1]:
+    shape = parts["codes"].shape
+    if len(shape) != 2 or parts["scale"].shape != shape[:1]:
         raise parts.misfit("scale", f"one scale per row, {list(shape[:1])}")
     if "form" in parts and int(parts.whole("form").view(-1)[0]) != 0:
         raise parts.misfit("form", "the format 0, plain rows; it is another one")
@@ -180,7 +159,7 @@ def plan_llm_int8(parts: Parts, settings: Settings) -> Plan:
 
 def _is_packed_fp4(parts: Parts, settings: Settings) -> bool:
     """Tell whether signed bytes hold two codes each, as in DeepSeek-V4's experts."""
-    codes, scale = parts.shape("codes"), parts.shape("scale")
+    codes, scale = parts["codes"].shape, parts["scale"].shape
     paired = scale[:-1] == codes[:-1] and scale[-1:] == (codes[-1] * 2 // MX_GROUP,)
     is_told = settings.is_fp4 or parts["scale"].dtype == "F8_E8M0"
     return parts["codes"].dtype == "I8" and len(codes) > 1 and paired and is_told
@@ -188,19 +167,17 @@ def _is_packed_fp4(parts: Parts, settings: Settings) -> bool:
 
 def plan_fp4(parts: Parts, settings: Settings) -> Plan:
     """Plan two codes per byte, the even column in the lower bits, with a scale per group."""
-    codes, scale = parts.shape("codes"), parts.shape("scale")
+    codes, scale = parts["codes"].shape, parts["scale"].shape
     is_mx = parts["scale"].dtype in EXPONENTS or settings.is_fp4
     group = MX_GROUP if is_mx else NV_GROUP
-    wanted = [*codes[:-1], codes[-1] * 2 // group]
-    if len(codes) < 2 or codes[-1] * 2 % group or list(scale) != wanted:
-        raise parts.misfit("scale", f"{wanted}, one scale for {group} codes")
-    second = _second_scale(parts, needed=parts["scale"].dtype == "F8_E4M3")
     per_row = codes[-1] * 2 // group
-    height = codes[-2]
+    if len(codes) < 2 or codes[-1] * 2 % group or scale != (*codes[:-1], per_row):
+        raise parts.misfit("scale", f"{[*codes[:-1], per_row]}, one scale for {group} codes")
+    second = _second_scale(parts, needed=parts["scale"].dtype == "F8_E4M3")
 
     def read(start: int, rows: int) -> Tensor:
         scale = parts.scales("scale", start * per_row, (start + rows) * per_row)
-        scale = second(scale.view(rows, per_row), torch.arange(start, start + rows) // height)
+        scale = second(scale.view(rows, per_row), torch.arange(start, start + rows) // codes[-2])
         raw = parts["codes"].read(start, rows).contiguous().view(torch.uint8)
         values = _PAIRS.index_select(0, raw.view(-1).int()).view(rows, per_row, group)
         return parts.check_product(values.mul_(scale[:, :, None]).view(rows, -1))
@@ -215,7 +192,7 @@ def _second_scale(parts: Parts, *, needed: bool) -> Callable[[Tensor, Tensor], T
         if needed:
             raise parts.misfit("scale", "a global scale beside it, and there is none")
         return lambda scale, matrix: scale
-    matrices = _matrices(parts.shape("codes"))[0]
+    matrices = _matrices(parts["codes"].shape)[0]
     if parts[role].numel not in (1, matrices):
         raise parts.misfit(role, f"one value, or {matrices}")
 
@@ -229,10 +206,10 @@ def _second_scale(parts: Parts, *, needed: bool) -> Callable[[Tensor, Tensor], T
 
 def plan_gpt_oss(parts: Parts, settings: Settings) -> Plan:
     """Plan bytes (experts, out, groups, 16) to (experts, in, out), as in transformers."""
-    codes = parts.shape("codes")
+    codes = parts["codes"].shape
     if len(codes) != 4 or codes[-1] * 2 != MX_GROUP:
         raise parts.misfit("codes", "not blocks of 16 bytes: (experts, out, groups, 16)")
-    if parts.shape("scale") != codes[:-1]:
+    if parts["scale"].shape != codes[:-1]:
         raise parts.misfit("scale", f"{list(codes[:-1])}, one scale per block")
     if parts["scale"].dtype not in EXPONENTS:
         raise parts.misfit("scale", "exponents of dtype U8")

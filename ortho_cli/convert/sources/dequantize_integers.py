@@ -51,29 +51,27 @@ def unpack(words: Tensor, *, bits: int, columns: int) -> Tensor:
 def plan_packed(parts: Parts, settings: Settings) -> Plan:
     """Plan compressed-tensors: codes plus half of their range; zero points packed downward."""
     shape = tuple(int(n) for n in parts.whole("shape").view(-1))
-    codes = parts.shape("codes")
+    codes = parts["codes"].shape
     if min((len(shape), *shape)) < 1 or len(codes) < 2 or codes[:-1] != shape[:-1]:
         raise parts.misfit("codes", f"and `{parts['shape'].name}` says {list(shape)}")
     fits = [b for b in range(1, 9) if math.ceil(shape[-1] * b / 32) == codes[-1]]
     bits = settings.bits if settings.bits in fits else next(iter(fits), None)
     if bits is None or (len(fits) > 1 and settings.bits not in fits):
-        raise parts.misfit(
-            "codes", f"which packs {shape[-1]} codes per row by {fits or 'no number of'} bits"
-        )
-    grid = fit(parts, "scale", shape, settings)
+        by = fits or "no number of"
+        raise parts.misfit("codes", f"which packs {shape[-1]} codes per row by {by} bits")
+    grid = fit(parts, shape, settings)
     order = _order(parts, shape[-1], grid.columns)
     half, columns = 1 << (bits - 1), shape[-1]
     zeros = _packed_zeros(parts, grid, bits) if "zero" in parts else None
+    spread = grid if order is None else replace(grid, block=(grid.block[0], 1), width=columns)
+    of_columns = slice(None) if order is None else order
 
     def read(start: int, rows: int) -> Tensor:
-        found = unpack(parts["codes"].read(start, rows), bits=bits, columns=columns) - half
-        spread = grid if order is None else replace(grid, block=(grid.block[0], 1), width=columns)
+        codes = unpack(parts["codes"].read(start, rows), bits=bits, columns=columns) - half
         scale = spread.spread(lambda a, b: parts.scales("scale", a, b), start, rows)
-        zero = zeros(spread, start, rows) if zeros else None
-        if order is not None:
-            scale, zero = scale[:, order], None if zero is None else zero[:, order]
-        codes = found.float() if zero is None else (found - zero).float()
-        return parts.check_product(codes * scale)
+        if zeros:
+            codes = codes - spread.spread(zeros, start, rows)[:, of_columns]
+        return parts.check_product(codes.float() * scale[:, of_columns])
 
     return shape, read
 
@@ -101,36 +99,27 @@ def _order(parts: Parts, columns: int, groups: int) -> Tensor | None:
     return order
 
 
-def _packed_zeros(parts: Parts, grid: Grid, bits: int) -> Callable[[Grid, int, int], Tensor]:
+def _packed_zeros(parts: Parts, grid: Grid, bits: int) -> Callable[[int, int], Tensor]:
     """Make a function that reads zero points: packed downward, or integers of eight bits."""
-    lines, shape = grid.lines, parts.shape("zero")
-    half = 1 << (bits - 1)
-    if parts["zero"].dtype == "I32" and shape == (math.ceil(lines * bits / 32), grid.columns):
+    dtype, shape = parts["zero"].dtype, parts["zero"].shape
+    packed = math.ceil(grid.lines * bits / 32), grid.columns
+    is_packed = dtype == "I32" and shape == packed
+    if not is_packed and (dtype != "I8" or shape != parts["scale"].shape):
+        raise parts.misfit("zero", f"I32 {[*packed]}, zero points of {bits} bits packed downward")
 
-        def make() -> tuple[Tensor]:
-            zeros = unpack(parts.whole("zero").T, bits=bits, columns=lines) - half
-            return (zeros.T.contiguous(),)
+    def make() -> tuple[Tensor]:
+        whole = parts.whole("zero")
+        if not is_packed:
+            return (whole.int().view(-1),)
+        zeros = unpack(whole.T, bits=bits, columns=grid.lines) - (1 << (bits - 1))
+        return (zeros.T.reshape(-1),)
 
-    elif parts["zero"].dtype == "I8" and shape == parts.shape("scale"):
-
-        def make() -> tuple[Tensor]:
-            return (parts.whole("zero").view(lines, grid.columns).int(),)
-
-    else:
-        packed = [math.ceil(lines * bits / 32), grid.columns]
-        raise parts.misfit("zero", f"I32 {packed}, zero points of {bits} bits packed downward")
-
-    def read(spread: Grid, start: int, rows: int) -> Tensor:
-        (zeros,) = parts.hold("zero", make)
-        table = zeros.reshape(-1)
-        return spread.spread(lambda a, b: table[a:b], start, rows)
-
-    return read
+    return lambda start, stop: parts.hold("zero", make)[0][start:stop]
 
 
 def plan_gptq(parts: Parts, settings: Settings) -> Plan:
     """Plan AutoGPTQ or AutoAWQ, by the shapes: both store the transposed weight."""
-    codes, zero, scale = (parts.shape(role) for role in ("codes", "zero", "scale"))
+    codes, zero, scale = (parts[role].shape for role in ("codes", "zero", "scale"))
     if not len(codes) == len(zero) == len(scale) == 2 or zero[0] != scale[0]:
         raise parts.misfit("scale", f"a row of scales for each row of zero points, {list(zero)}")
     if parts["zero"].dtype != "I32" or parts["scale"].dtype not in FLOATS:
@@ -148,54 +137,61 @@ def plan_gptq(parts: Parts, settings: Settings) -> Plan:
 
 
 def _plan_auto_gptq(parts: Parts, settings: Settings) -> Plan:
-    words, out = parts.shape("codes")
-    groups, zero_words = parts.shape("zero")
+    words, out = parts["codes"].shape
+    zero_words = parts["zero"].shape[1]
     bits = zero_words * 32 // out
     if bits not in (2, 3, 4, 8) or zero_words * 32 != bits * out or words * 32 % bits:
         raise parts.misfit("zero", f"{out} zero points of 2, 3, 4 or 8 bits in whole words")
     columns, offset = words * 32 // bits, settings.gptq_offset(parts)
-    order = _groups(parts, settings, columns, groups)
 
-    def hold() -> tuple[Tensor, Tensor, Tensor]:
-        zeros = unpack(parts.whole("zero"), bits=bits, columns=out)
+    def zeros(packed: Tensor) -> Tensor:
         # A zero point of 0 was stored as -1, which is all ones in its bits.
-        zeros = (zeros + offset) & ((1 << bits) - 1)
-        return parts.whole("codes"), zeros.T, _all_scales(parts).T
+        return (unpack(packed, bits=bits, columns=out) + offset) & ((1 << bits) - 1)
 
-    def read(start: int, rows: int) -> Tensor:
-        packed, zeros, scales = parts.hold("all", hold)
-        mine = slice(start, start + rows)
-        found = unpack(packed[:, mine].T, bits=bits, columns=columns)
-        found -= zeros[mine][:, order]
-        return parts.check_product(found.float().mul_(scales[mine][:, order]))
+    def codes(packed: Tensor, start: int, stop: int) -> Tensor:
+        return unpack(packed[:, start:stop].T, bits=bits, columns=columns)
 
-    return (out, columns), read
+    return _plan_transposed(parts, (out, columns), settings, zeros, codes)
 
 
 def _plan_auto_awq(parts: Parts, settings: Settings) -> Plan:
-    columns, words = parts.shape("codes")
-    order = _groups(parts, settings, columns, parts.shape("scale")[0])
+    columns, words = parts["codes"].shape
     places = torch.tensor(AWQ_PLACES)
 
     def untangle(packed: Tensor) -> Tensor:
         found = unpack(packed, bits=4, columns=packed.shape[1] * 8)
         return found.view(len(packed), -1, 8)[:, :, places].view(len(packed), -1)
 
+    def codes(packed: Tensor, start: int, stop: int) -> Tensor:
+        first = start // 8
+        found = untangle(packed[:, first : -(-stop // 8)])
+        return found[:, start - first * 8 : stop - first * 8].T
+
+    return _plan_transposed(parts, (words * 8, columns), settings, untangle, codes)
+
+
+def _plan_transposed(
+    parts: Parts,
+    shape: tuple[int, int],
+    settings: Settings,
+    zeros: Callable[[Tensor], Tensor],
+    codes: Callable[[Tensor, int, int], Tensor],
+) -> Plan:
+    """Plan a weight whose rows are columns of codes, of zero points and of scales."""
+    scale = parts["scale"]
+    order = _groups(parts, settings, shape[1], scale.shape[0])
+
     def hold() -> tuple[Tensor, Tensor, Tensor]:
-        return parts.whole("codes"), untangle(parts.whole("zero")).T, _all_scales(parts).T
+        scales = parts.scales("scale", 0, scale.numel).view(scale.shape)
+        return parts.whole("codes"), zeros(parts.whole("zero")).T, scales.T
 
     def read(start: int, rows: int) -> Tensor:
-        packed, zeros, scales = parts.hold("all", hold)
-        mine, first = slice(start, start + rows), start // 8
-        found = untangle(packed[:, first : -(-(start + rows) // 8)])
-        found = found[:, start - first * 8 : start - first * 8 + rows].T - zeros[mine][:, order]
+        packed, points, scales = parts.hold("all", hold)
+        mine = slice(start, start + rows)
+        found = codes(packed, start, start + rows) - points[mine][:, order]
         return parts.check_product(found.float().mul_(scales[mine][:, order]))
 
-    return (words * 8, columns), read
-
-
-def _all_scales(parts: Parts) -> Tensor:
-    return parts.scales("scale", 0, parts["scale"].numel).view(parts.shape("scale"))
+    return shape, read
 
 
 def _groups(parts: Parts, settings: Settings, columns: int, groups: int) -> Tensor:
@@ -213,7 +209,7 @@ def _groups(parts: Parts, settings: Settings, columns: int, groups: int) -> Tens
 
 def plan_mlx(parts: Parts, settings: Settings) -> Plan:
     """Plan MLX's affine layout: w = code * scale + bias of its group."""
-    codes, scale = parts.shape("codes"), parts.shape("scale")
+    codes, scale = parts["codes"].shape, parts["scale"].shape
     said = settings.mlx(parts["codes"].name.removesuffix(".weight"))
     bits, group, mode = said.get("bits"), said.get("group_size"), said.get("mode", "affine")
     is_affine = bits in (2, 3, 4, 5, 6, 8) and mode == "affine"
@@ -226,7 +222,7 @@ def plan_mlx(parts: Parts, settings: Settings) -> Plan:
     columns = codes[-1] * 32 // bits
     if len(codes) < 2 or list(scale) != [*codes[:-1], columns // group] or columns % group:
         raise parts.misfit("scale", f"{[*codes[:-1], columns // group]} by groups of {group}")
-    if parts.shape("bias") != scale:
+    if parts["bias"].shape != scale:
         raise parts.misfit("bias", f"as many as scales, {list(scale)}")
     per_row = columns // group
 

@@ -23,22 +23,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ortho_cli.convert.sources import gguf_config, gguf_rope
+from ortho_cli.convert.sources import gguf_config, gguf_file, gguf_rope
 from ortho_cli.convert.sources.base import Format, Opener, Source, SourceTensor, mark
-from ortho_cli.convert.sources.gguf_file import (
-    GgufModel,
-    GgufTensor,
-    check_type,
-    files_beside,
-    find_gguf,
-    find_parts,
-    not_expressible,
-    open_model,
-    write_header,
-)
+from ortho_cli.convert.sources.gguf_file import ORIGINAL, GgufModel, GgufTensor
 from ortho_cli.errors import CheckpointError, OrthoError, UsageError
+from ortho_cli.formats.artifact import pretty_json
 from ortho_cli.model.load import check_parts, quiet_transformers
-from ortho_cli.storage.checkpoint import model_name
 
 if TYPE_CHECKING:  # an optional package, imported where it is used
     import transformers
@@ -56,19 +46,15 @@ _FUSED = "model.layers.{layer}.mlp.experts.{part}_proj"
 MERGED = ("qwen2_moe", "qwen3_moe")
 MERGED_HINT = "merged experts cannot be converted; start from the original checkpoint"
 # Architectures that transformers maps in part only.
-LOST = {
-    "gpt-oss": "experts",
-    "gpt_oss": "experts",
-    "minimax-m2": "experts",
-    "gemma4": "kinds of layers",
-}
+LOST = {"gemma4": "kinds of layers"}
+LOST |= dict.fromkeys(("gpt-oss", "gpt_oss", "minimax-m2"), "experts")
 # Architectures of which GGUF holds some values in another form, and how it is undone.
+_LESS_1 = "norm weights are those of the file less 1"
 REMADE = {
-    "gemma2": "norm weights are those of the file less 1",
-    "gemma3": "norm weights are those of the file less 1",
-    "nemotron": "norm weights are those of the file less 1",
+    **dict.fromkeys(("gemma2", "gemma3", "nemotron"), _LESS_1),
     "mamba": "A_log is the logarithm of what the file holds, rounded to float32",
 }
+NOT_WRITTEN = ("quantization_config", "_name_or_path", "_model_name_or_path")  # to config.json
 CLOSE = 1e-4  # relative, of angles: transformers computes them in float32
 
 # A TensorProcessor of transformers, which has no types: it undoes llama.cpp's layouts.
@@ -79,7 +65,6 @@ Processor = Any
 class _Mapped:
     """A GGUF file as transformers maps it to a model."""
 
-    model_type: str
     config: gguf_config.Config
     model: torch.nn.Module  # on the meta device
     processor: Processor
@@ -105,22 +90,19 @@ def open_gguf(path: Path) -> Source:
             f"`{path}` is a GGUF file, and the package `{error.name}` that reads it is missing",
             hint="pip install gguf transformers",
         ) from None
-    files = tuple(mark(part) for part in find_parts(path))
+    files = tuple(mark(part) for part in gguf_file.find_parts(path))
     with quiet_transformers(), _one_sentence(path):
-        model = open_model(path)
+        model = gguf_file.open_model(path)
         notes = gguf_config.check_foreign(model)
         mapped = _map(model)
         tokenizer, said = _tokenizer(model)
         tensors = list(_describe(model, mapped))
         aliases = _aliases(model, mapped, {tensor.name for tensor in tensors})
-    beside = files_beside(model.path)
+    beside = gguf_file.files_beside(model.path)
     notes += [f"`{name}` beside it is no part of the model, and left out" for name in beside]
-    notes += said
-    if model.architecture in REMADE:
-        notes.append(REMADE[model.architecture])
+    notes += [*said, *filter(None, [REMADE.get(model.architecture)])]
     notes.append("weights are dequantized to float32, which is exact; --dtype rounds them")
     return Source(
-        name=model_name(path),
         kind="gguf",
         path=path,
         tensors=tuple(tensors),
@@ -140,11 +122,8 @@ def _one_sentence(path: Path) -> Iterator[None]:
     except OrthoError:
         raise
     except Exception as error:  # noqa: BLE001 - the packages that read it may raise anything
-        told = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"`{path}` cannot be read as GGUF: {told}",
-            hint="is the file whole, and its architecture known to transformers?",
-        ) from None
+        hint = "is the file whole, and its architecture known to transformers?"
+        raise gguf_file.unread(path, gguf_file.first_line(error), hint=hint) from None
 
 
 def _map(model: GgufModel) -> _Mapped:
@@ -156,27 +135,29 @@ def _map(model: GgufModel) -> _Mapped:
     auto: Any = transformers
     mapping: Any = modeling_gguf_pytorch_utils
     _check_architecture(model, mapping.GGUF_SUPPORTED_ARCHITECTURES)
-    parsed: gguf_config.Config = mapping.load_gguf_checkpoint(
-        str(model.path), return_tensors=False
-    )["config"]
+    loaded = mapping.load_gguf_checkpoint(str(model.path), return_tensors=False)
+    parsed: gguf_config.Config = loaded["config"]
     layers = len(model.tensors)
     check_parts(parsed, layers=layers, told=model.path)
     kind = str(parsed["model_type"])
     causal = auto.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if kind not in auto.CONFIG_MAPPING or kind not in causal:
-        raise not_expressible(
-            f"`{model.path}` is of architecture {model.architecture}, and transformers has no "
-            f"causal language model of it"
+        raise model.refusal(
+            f"is of architecture {model.architecture}, and transformers has no causal language "
+            "model of it"
         )
     made = auto.CONFIG_MAPPING[kind]
     parsed = gguf_config.complete(model, parsed, made())
     check_parts(parsed, layers=layers, told=model.path)
-    rotary = hasattr(made(), "rope_parameters")
-    rope = gguf_config.read_rope(model, parsed) if rotary else None
-    if rope is not None:
+    rope = None
+    if hasattr(made(), "rope_parameters"):
+        most = int(gguf_file.read_number(model.path, parsed, "max_position_embeddings", 0))
+        width = gguf_config.head_width(parsed)
+        rope = gguf_rope.read_rope(model, head_dim=width, context=most or 2048)
         gguf_config.carry_rope(model, rope, parsed)
     # The model is built of the config that is written, so that the checks are of that one.
-    written = _write(made.from_dict(dict(parsed)))
+    differing = made.from_dict(dict(parsed)).to_diff_dict().items()
+    written = gguf_config.add_old_keys({k: v for k, v in differing if k not in NOT_WRITTEN})
     config = made.from_dict(copy.deepcopy(written))
     default = {"num_hidden_layers": config.get_text_config().num_hidden_layers}
     check_parts(default, layers=layers, told=model.path)  # the header may say nothing of them
@@ -187,7 +168,6 @@ def _map(model: GgufModel) -> _Mapped:
     maker = mapping.TENSOR_PROCESSORS.get(model.architecture, mapping.TensorProcessor)
     processor: Processor = maker(config=parsed)
     return _Mapped(
-        model_type=str(config.model_type),
         config=written | {"architectures": [type(built).__name__], "dtype": "float32"},
         model=built,
         processor=processor,
@@ -204,7 +184,7 @@ def _check_architecture(model: GgufModel, known: Collection[str]) -> None:
         why = "which transformers' reader of GGUF does not know"
     else:
         return
-    raise not_expressible(f"`{model.path}` is of architecture {name}, {why}")
+    raise model.refusal(f"is of architecture {name}, {why}")
 
 
 def _names(
@@ -238,16 +218,6 @@ def _names(
     return found
 
 
-def _write(config: transformers.PretrainedConfig) -> gguf_config.Config:
-    """Give the keys of config.json."""
-    written = {
-        key: value
-        for key, value in config.to_diff_dict().items()
-        if key not in ("quantization_config", "_name_or_path", "_model_name_or_path")
-    }
-    return gguf_config.add_old_keys(written)
-
-
 def _check_rope(
     model: GgufModel,
     built: torch.nn.Module,
@@ -256,23 +226,18 @@ def _check_rope(
 ) -> None:
     """Compare the angles that the model will compute with those that the file asks for."""
     factors = {tensor.name for tensor in model.tensors} & set(gguf_rope.TENSORS)
-    found = False
     for module in built.modules():
         keys = [key for key in module._buffers if key.endswith("inv_freq")]
         if rope is None or not keys or any("original" in key for key in keys[:1]):
             continue
-        found = True
         computed: torch.nn.Module = type(module)(config)
         for key in keys:
             if "original" not in key:
                 _check_angles(model, computed, key, rope)
-        break  # the others are made of the same config
-    scaling = gguf_config.own_metadata(model).get("rope.scaling.type", "none")
-    if not found and (factors or scaling != "none"):
-        raise not_expressible(
-            f"`{model.path}` scales rotary embeddings, and transformers' {config.model_type} has "
-            f"none"
-        )
+        return  # the others are made of the same config
+    if factors or model.own.get("rope.scaling.type", "none") != "none":
+        kind = config.model_type
+        raise model.refusal(f"scales rotary embeddings, and transformers' {kind} has none")
 
 
 def _check_angles(
@@ -288,32 +253,30 @@ def _check_angles(
         factor = 1.0
     same = angles.shape == wanted.shape and np.allclose(angles, wanted, rtol=CLOSE, atol=1e-20)
     if not same or abs(attention - factor) > CLOSE * factor:
-        raise not_expressible(
-            f"`{model.path}` rotates {2 * len(wanted)} dimensions by other angles than "
-            f"transformers' {type(computed).__name__} of its config, which rotates "
-            f"{2 * len(angles)}"
+        raise model.refusal(
+            f"rotates {2 * len(wanted)} dimensions by other angles than transformers' "
+            f"{type(computed).__name__} of its config, which rotates {2 * len(angles)}"
         )
 
 
 def _describe(model: GgufModel, mapped: _Mapped) -> Iterator[SourceTensor]:
     """Describe each tensor; none is left out that changes what the model computes."""
     parameters: dict[str, Tensor] = mapped.model.state_dict(keep_vars=True)
-    merged = mapped.model_type in MERGED
+    merged = mapped.config["model_type"] in MERGED
     made: dict[str, str] = {}
     for tensor in model.tensors:
         if tensor.name in gguf_rope.TENSORS or UNUSED.fullmatch(tensor.name):
             continue
-        check_type(tensor)
+        gguf_file.check_type(tensor)
         if merged and (found := _EXPERTS.fullmatch(tensor.name)):
             yield from _experts(model, tensor, found, parameters)
             continue
         target = mapped.names.get(tensor.name)
         if target is None or target not in parameters:
-            known = _EXPERTS.fullmatch(tensor.name) is None and "_exps" not in tensor.name
-            raise CheckpointError(
-                f"`{model.path}` has a tensor `{tensor.name}` that transformers' "
-                f"{type(mapped.model).__name__} has no place for",
-                hint="start from the original checkpoint" if known else MERGED_HINT,
+            raise model.refusal(
+                f"has a tensor `{tensor.name}` that transformers' {type(mapped.model).__name__} "
+                "has no place for",
+                hint=MERGED_HINT if "_exps" in tensor.name else ORIGINAL,
             )
         if target in made:
             raise CheckpointError(
@@ -323,9 +286,11 @@ def _describe(model: GgufModel, mapped: _Mapped) -> Iterator[SourceTensor]:
             )
         made[target] = tensor.name
         shape = tuple(parameters[target].shape)
-        _check_shape(tensor, mapped.processor, target, shape)
-        weight = _Weight(partial(_process, tensor, mapped.processor, target))
-        yield SourceTensor(name=target, dtype="F32", shape=shape, read=weight.read)
+        process = partial(_process, tensor, mapped.processor, target)
+        mine = process(np.broadcast_to(np.float32(-1), tensor.shape)).shape
+        if mine != shape:  # refused before anything is written
+            raise tensor.refusal(f"is {list(mine)} where the model takes {list(shape)}")
+        yield SourceTensor(name=target, dtype="F32", shape=shape, read=_Weight(process).read)
 
 
 def _experts(
@@ -338,14 +303,15 @@ def _experts(
     if part != "down" and wanted:
         wanted[1] //= 2
     if list(tensor.shape) != wanted:
-        raise not_expressible(
+        raise CheckpointError(
             f"tensor `{tensor.name}` of `{model.path}` is {list(tensor.shape)} where the model "
-            f"takes {wanted}"
+            f"takes {wanted}",
+            hint=ORIGINAL,
         )
     for expert in range(tensor.shape[0]):
-        weight = _Weight(partial(tensor.floats, expert))
+        read = _Weight(partial(tensor.floats, expert)).read
         name = _EXPERT.format(layer=layer, expert=expert, part=part)
-        yield SourceTensor(name=name, dtype="F32", shape=tensor.shape[1:], read=weight.read)
+        yield SourceTensor(name=name, dtype="F32", shape=tensor.shape[1:], read=read)
 
 
 def _tokenizer(model: GgufModel) -> tuple[list[tuple[str, bytes]], list[str]]:
@@ -355,24 +321,22 @@ def _tokenizer(model: GgufModel) -> tuple[list[tuple[str, bytes]], list[str]]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = model.path
-            if model.swapped:
+            if any(tensor.swapped for tensor in model.tensors):
                 path = Path(folder) / "header.gguf"
-                write_header(model, path)
+                gguf_file.write_header(model, path)
             built = AutoTokenizer.from_pretrained(
                 path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
             )
             made = Path(folder) / "made"
             built.save_pretrained(made)
-            files = [(file.name, file.read_bytes()) for file in sorted(made.iterdir())]
+            files = {file.name: file.read_bytes() for file in sorted(made.iterdir())}
     except Exception as error:  # noqa: BLE001 - any; the weights are worth having without it
         return [], [f"no tokenizer is written, transformers cannot build it: {error!r:.120}"]
-    cleaned = []
-    for name, data in files:
-        if name == "tokenizer_config.json":
-            kept = {k: v for k, v in json.loads(data).items() if k not in PLACE_KEYS}
-            data = (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
-        cleaned.append((name, data))
-    return cleaned, [
+    name = "tokenizer_config.json"
+    if name in files:
+        kept = {k: v for k, v in json.loads(files[name]).items() if k not in PLACE_KEYS}
+        files[name] = pretty_json(kept)
+    return [*files.items()], [
         "the tokenizer is rebuilt from GGUF, which does not hold all of it: compare it with the "
         "original's where digits and spaces matter"
     ]
@@ -388,10 +352,8 @@ def _aliases(model: GgufModel, mapped: _Mapped, made: set[str]) -> dict[str, str
             continue
         kept = by_identity.get(id(parameters[name]))
         if kept is None:
-            raise CheckpointError(
-                f"`{model.path}` has no tensor for `{name}`",
-                hint=MERGED_HINT if "expert" in name else "start from the original checkpoint",
-            )
+            hint = MERGED_HINT if "expert" in name else ORIGINAL
+            raise model.refusal(f"has no tensor for `{name}`", hint=hint)
         aliases[name] = kept
     return aliases
 
@@ -403,15 +365,14 @@ def _has_experts(name: str, made: set[str]) -> bool:
     return bool(parts) and all(f"{start}.0.{part}_proj.weight" in made for part in parts)
 
 
+@dataclass(slots=True)
 class _Weight:
     """One tensor of a GGUF file: dequantized whole when its first row is read, then dropped."""
 
-    def __init__(self, floats: Callable[[], Floats]) -> None:
-        self._floats = floats
-        self._whole: Tensor | None = None
+    _floats: Callable[[], Floats]
+    _whole: Tensor | None = None
 
     def read(self, start: int, rows: int) -> Tensor:
-        """Give rows in float32."""
         whole = self._whole
         if whole is None:
             made = torch.from_numpy(self._floats().astype(np.float32, copy=True))
@@ -432,30 +393,14 @@ def _process(
         parsed_parameters=aside,
     )
     if made.name is None and aside["tensors"].keys() == {target}:
-        found: Floats = aside["tensors"][target].numpy()
-        return found
+        return np.asarray(aside["tensors"][target].numpy())
     if made.name != tensor.name:
-        raise not_expressible(
-            f"tensor `{tensor.name}` of `{tensor.path}` is taken apart by transformers"
-        )
+        raise tensor.refusal("is taken apart by transformers")
     return np.asarray(made.weights)
 
 
-def _check_shape(
-    tensor: GgufTensor, processor: Processor, target: str, wanted: tuple[int, ...]
-) -> None:
-    """Refuse another shape than the model's before anything is written."""
-    weights = np.broadcast_to(np.float32(-1), tensor.shape)
-    shape = _process(tensor, processor, target, weights).shape
-    if tuple(shape) != wanted:
-        raise not_expressible(
-            f"tensor `{tensor.name}` of `{tensor.path}` is {list(shape)} where the model takes "
-            f"{list(wanted)}"
-        )
-
-
 def _recognize(path: Path, key: str | None) -> Opener | None:
-    found = find_gguf(path)
+    found = gguf_file.find_gguf(path)
     return None if found is None else partial(open_gguf, found)
 
 

@@ -9,18 +9,10 @@ Source: transformers/integrations/ggml.py; llama.cpp's conversion/ and src/model
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 from ortho_cli.convert.sources import gguf_rope
-from ortho_cli.convert.sources.gguf_file import (
-    GgufModel,
-    GgufTensor,
-    Metadata,
-    not_expressible,
-    read_count,
-    read_number,
-)
+from ortho_cli.convert.sources.gguf_file import GgufModel, GgufTensor, one_of_equals, read_number
 from ortho_cli.errors import shown
 
 Config = dict[str, object]  # keywords of a config of transformers
@@ -28,30 +20,21 @@ Config = dict[str, object]  # keywords of a config of transformers
 # model_type -> ARCH.key -> attribute, where transformers' own map lacks the key, or maps it to an
 # attribute that the config does not have.
 _WIDTH = {"attention.key_length": "head_dim"}
+_CAPS = {key: key for key in ("attn_logit_softcapping", "final_logit_softcapping")}
 CARRIED: dict[str, dict[str, str]] = {
-    "llama": _WIDTH,
-    "mistral": _WIDTH,
-    "qwen2": _WIDTH,
-    "qwen2_moe": _WIDTH
-    | {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _WIDTH),
+    "qwen2_moe": {
+        **_WIDTH,
         "expert_feed_forward_length": "moe_intermediate_size",
         "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
     },
-    "qwen3": _WIDTH,
     "qwen3_moe": _WIDTH | {"expert_feed_forward_length": "moe_intermediate_size"},
-    "phi3": _WIDTH
-    | {
+    "phi3": {
+        **_WIDTH,
         "attention.sliding_window": "sliding_window",
         "rope.scaling.original_context_length": "original_max_position_embeddings",
     },
-    "gemma2": {
-        "attn_logit_softcapping": "attn_logit_softcapping",
-        "final_logit_softcapping": "final_logit_softcapping",
-    },
-    "gemma3_text": {
-        "attn_logit_softcapping": "attn_logit_softcapping",
-        "final_logit_softcapping": "final_logit_softcapping",
-    },
+    **dict.fromkeys(("gemma2", "gemma3_text"), _CAPS),
     "stablelm": {"use_parallel_residual": "use_parallel_residual"},
     "nemotron": _WIDTH | {"attention.layer_norm_epsilon": "norm_eps"},
     "falcon": {
@@ -69,29 +52,19 @@ NEUTRAL: dict[str, tuple[object, ...] | None] = {
     "rope.scaling.finetuned": None,
     "vocab_size": None,  # the shape of the embedding is compared with the model's
     "attention.causal": (True,),
-    "attention.max_alibi_bias": (0,),
-    "attention.clamp_kqv": (0,),
-    "attention.scale": (0,),
-    "attention.sliding_window": (0,),
-    "attention.output_scale": (0, 1),
-    "attn_logit_softcapping": (0,),
-    "final_logit_softcapping": (0,),
-    "router_logit_softcapping": (0,),
-    "logit_scale": (0, 1),
-    "residual_scale": (0, 1),
-    "embedding_scale": (0, 1),
-    "use_parallel_residual": (False,),
     "tensor_data_layout": ("Meta AI original pth",),
-    "expert_count": (0,),
-    "expert_used_count": (0,),
-    "expert_group_count": (0, 1),
-    "expert_group_used_count": (0, 1),
-    "expert_shared_count": (0,),
-    "expert_weights_scale": (0, 1),
-    "leading_dense_block_count": (0,),
-    "nextn_predict_layers": (0,),
-    "swin_norm": (False,),
-}
+    **dict.fromkeys(("use_parallel_residual", "swin_norm"), (False,)),
+    **dict.fromkeys((
+        "attention.max_alibi_bias", "attention.clamp_kqv", "attention.scale",
+        "attention.sliding_window", *_CAPS, "router_logit_softcapping", "expert_count",
+        "expert_used_count", "expert_shared_count", "leading_dense_block_count",
+        "nextn_predict_layers",
+    ), (0,)),
+    **dict.fromkeys((
+        "attention.output_scale", "logit_scale", "residual_scale", "embedding_scale",
+        "expert_group_count", "expert_group_used_count", "expert_weights_scale",
+    ), (0, 1)),
+}  # fmt: skip
 # The same for one model_type, which counts before NEUTRAL.
 OWN_NEUTRAL: dict[str, dict[str, tuple[object, ...] | None]] = {
     "bloom": {"context_length": None, "attention.max_alibi_bias": (0, 8)},  # its own alibi
@@ -121,25 +94,10 @@ KNOWN_PREFIXES = ("general", "tokenizer", "quantize", "split", "imatrix", "GGUF"
 PER_LAYER = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
 # llama.cpp knows the 27B models, which scale attention otherwise, by their number of layers.
 BY_WIDTH = {"gemma2": 46, "gemma3_text": 62}
+PATTERN = "attention.sliding_window_pattern"
 GEMMA3_LOCAL = 6  # every sixth layer is a global one
 GEMMA3_LOCAL_BASE = 10000.0
 PHI3 = ("default", "longrope")  # the `rope_type`s of its config
-
-
-def own_metadata(model: GgufModel) -> Metadata:
-    """Give the keys of a model's architecture, without its name; a list of equal values as one."""
-    start = f"{model.architecture}."
-    return {
-        key.removeprefix(start): _same(value)
-        for key, value in model.metadata.items()
-        if key.startswith(start)
-    }
-
-
-def _same(value: object) -> object:
-    if isinstance(value, list) and value and all(entry == value[0] for entry in value):
-        return value[0]
-    return value
 
 
 def check_foreign(model: GgufModel) -> list[str]:
@@ -156,13 +114,11 @@ def check_foreign(model: GgufModel) -> list[str]:
     strange = sorted(prefixes - {*KNOWN_PREFIXES, model.architecture})
     for prefix in strange:
         if prefix in gguf.MODEL_ARCH_NAMES.values():
-            raise not_expressible(
-                f"`{model.path}` says it is of architecture {model.architecture}, and has keys of "
-                f"{prefix}"
+            raise model.refusal(
+                f"says it is of architecture {model.architecture}, and has keys of {prefix}"
             )
-    if not strange:
-        return []
-    return [f"keys that no reader of GGUF knows are left out: {', '.join(strange)}.*"]
+    note = f"keys that no reader of GGUF knows are left out: {', '.join(strange)}.*"
+    return [note] if strange else []
 
 
 def complete(model: GgufModel, parsed: Config, plain: object) -> Config:
@@ -177,12 +133,10 @@ def complete(model: GgufModel, parsed: Config, plain: object) -> Config:
     Raises:
         CheckpointError: a key changes the model and cannot be carried.
     """
-    metadata, kind = own_metadata(model), str(parsed["model_type"])
+    own, kind = model.own, str(parsed["model_type"])
     names = {tensor.name: tensor for tensor in model.tensors}
-    done = {key: _same(value) if key in PER_LAYER else value for key, value in parsed.items()}
-    for key, attribute in CARRIED.get(kind, {}).items():
-        if key in metadata:
-            done[attribute] = metadata[key]
+    done = {k: one_of_equals(value) if k in PER_LAYER else value for k, value in parsed.items()}
+    done |= {name: own[key] for key, name in CARRIED.get(kind, {}).items() if key in own}
     # llama.cpp takes as many key and value heads as heads, if the file does not say. transformers
     # then leaves the weights of llama permuted, and takes a default of the class elsewhere.
     if hasattr(plain, "num_key_value_heads") and "num_attention_heads" in done:
@@ -196,8 +150,8 @@ def complete(model: GgufModel, parsed: Config, plain: object) -> Config:
     if kind == "stablelm":
         done["use_qkv_bias"] = any(name.endswith(".attn_q.bias") for name in names)
         done["use_parallel_residual"] = not any(".ffn_norm." in name for name in names)
-    _add_windows(model.path, kind, metadata, done)
-    _check_keys(model, parsed, plain, metadata, done)
+    _add_windows(model, kind, done)
+    _check_keys(model, kind, plain, done)
     return done
 
 
@@ -205,90 +159,78 @@ def _add_vocabulary(names: Mapping[str, GgufTensor], plain: object, done: Config
     """Set the number of tokens, and drop default tokens that are beyond it."""
     if "token_embd.weight" in names:
         done.setdefault("vocab_size", names["token_embd.weight"].shape[0])
+    vocabulary = done.get("vocab_size")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         default = getattr(plain, key, None)
-        vocabulary = done.get("vocab_size")
         if isinstance(default, int) and isinstance(vocabulary, int) and default >= vocabulary:
             done.setdefault(key, None)
 
 
-def _add_windows(path: Path, kind: str, metadata: Metadata, done: Config) -> None:
+def _count(model: GgufModel, done: Config, key: str, default: int) -> int:
+    return int(read_number(model.path, done, key, default))
+
+
+def _add_windows(model: GgufModel, kind: str, done: Config) -> None:
     """Set the sliding window, the layers that have one, and the scale of attention."""
-    layers = read_count(path, done, "num_hidden_layers", 0)
-    window = metadata.get("attention.sliding_window", 0)
+    layers = _count(model, done, "num_hidden_layers", 0)
+    window = model.own.get("attention.sliding_window", 0)
     if kind in ("mistral", "phi3"):  # not absent: the class has a default
         done["sliding_window"] = window or None
     if kind not in BY_WIDTH:
         return
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if key in done:
-            done[key] = done[key] or None
+    done |= {key: done[key] or None for key in _CAPS if key in done}
     if layers == BY_WIDTH[kind]:
-        heads = read_count(path, done, "num_attention_heads", 1)
-        done["query_pre_attn_scalar"] = read_count(path, done, "hidden_size", 0) // heads
+        heads = _count(model, done, "num_attention_heads", 1)
+        done["query_pre_attn_scalar"] = _count(model, done, "hidden_size", 0) // heads
     else:
-        done["query_pre_attn_scalar"] = read_count(path, done, "head_dim", 256)
-    key = "attention.sliding_window_pattern"
-    pattern = metadata.get(key)
+        done["query_pre_attn_scalar"] = _count(model, done, "head_dim", 256)
+    pattern = model.own.get(PATTERN)
     if isinstance(pattern, list):
         local = [bool(entry) for entry in pattern]
     elif isinstance(pattern, bool):  # the same for all layers
         local = [pattern] * layers
     else:
-        every = read_count(path, metadata, key, 2 if kind == "gemma2" else GEMMA3_LOCAL)
+        every = int(model.number(PATTERN, 2 if kind == "gemma2" else GEMMA3_LOCAL))
         local = [every == 0 or (layer + 1) % every != 0 for layer in range(layers)]
     if kind == "gemma3_text" and not window:
         local = [False] * layers
         # No layer uses it, and one that did would see all positions.
-        done["sliding_window"] = read_count(path, done, "max_position_embeddings", 4096)
+        done["sliding_window"] = _count(model, done, "max_position_embeddings", 4096)
     if len(local) != layers:
-        raise not_expressible(
-            f"`{path}` says `attention.sliding_window_pattern` is of {len(local)} layers, and "
-            f"there are {layers}"
-        )
-    done["layer_types"] = [
-        "sliding_attention" if is_local else "full_attention" for is_local in local
-    ]
+        raise model.refusal(f"says `{PATTERN}` is of {len(local)} layers, and there are {layers}")
+    done["layer_types"] = [f"{'sliding' if one else 'full'}_attention" for one in local]
 
 
-def _check_keys(
-    model: GgufModel, parsed: Config, plain: object, metadata: Metadata, done: Config
-) -> None:
+def _check_keys(model: GgufModel, kind: str, plain: object, done: Config) -> None:
     """Refuse the first key that changes the model and is not in its config."""
     from transformers import integrations
 
-    kind = str(parsed["model_type"])
     maps = vars(integrations.ggml)["GGUF_CONFIG_MAPPING"]  # vars: not typed in every version
-    mapped: Mapping[str, str | None] = maps.get(
-        kind.removesuffix("_text"), maps.get(model.architecture, {})
-    )
-    for key, value in metadata.items():
+    mapped = maps.get(kind.removesuffix("_text"), maps.get(model.architecture, {}))
+    for key, value in model.own.items():
         attribute = mapped.get(key)
-        if isinstance(value, list) and not (kind == "lfm2" and key == "attention.head_count_kv"):
-            known = key == "attention.sliding_window_pattern" and kind in BY_WIDTH
-        else:
+        known = key == PATTERN and kind in BY_WIDTH
+        if not isinstance(value, list) or (kind == "lfm2" and key == "attention.head_count_kv"):
             known = (
-                key in gguf_rope.KEYS
+                known
+                or key in gguf_rope.KEYS
                 or key in CARRIED.get(kind, {})
-                or (key == "attention.sliding_window_pattern" and kind in BY_WIDTH)
                 or (attribute is not None and hasattr(plain, attribute))
-                or _changes_nothing(model.path, key, value, kind, metadata, done)
+                or _changes_nothing(model, key, value, kind, done)
             )
         if not known:
-            raise not_expressible(
-                f"`{model.path}` says `{model.architecture}.{key}` is {shown(value)}, which "
-                f"transformers' {kind} has no setting for"
+            raise model.refusal(
+                f"says `{model.architecture}.{key}` is {shown(value)}, which transformers' {kind} "
+                "has no setting for"
             )
     if kind == "falcon" and (done.get("num_kv_heads") or 1) != 1:
-        raise not_expressible(
-            f"`{model.path}` is a Falcon of {done['num_kv_heads']} key and value heads, whose "
-            f"layout transformers does not undo"
+        raise model.refusal(
+            f"is a Falcon of {done['num_kv_heads']} key and value heads, whose layout "
+            "transformers does not undo"
         )
 
 
-def _changes_nothing(
-    path: Path, key: str, value: object, kind: str, metadata: Metadata, done: Config
-) -> bool:
+def _changes_nothing(model: GgufModel, key: str, value: object, kind: str, done: Config) -> bool:
     """Tell whether a key has a value with which the model computes the same as without it."""
     neutral = OWN_NEUTRAL.get(kind, {}).get(key, NEUTRAL.get(key, ()))
     if neutral is None or value in neutral:
@@ -296,45 +238,26 @@ def _changes_nothing(
     width = head_width(done)
     same: dict[str, float] = {"attention.key_length": width, "attention.value_length": width}
     if kind == "bloom":
-        same["feed_forward_length"] = 4 * read_count(path, done, "hidden_size", 0)
-        same["attention.head_count_kv"] = read_count(path, done, "n_head", 0)
+        same["feed_forward_length"] = 4 * _count(model, done, "hidden_size", 0)
+        same["attention.head_count_kv"] = _count(model, done, "n_head", 0)
     if key in same or not isinstance(value, int | float):
         return key in same and value == same[key]
     if key == "attention.scale":
         return math.isclose(value, 1 / math.sqrt(width), rel_tol=1e-5)
     # A window as long as the longest text hides nothing.
-    longest = read_number(path, metadata, "context_length", math.inf)
+    longest = model.number("context_length", math.inf)
     return key == "attention.sliding_window" and value >= longest
 
 
 def head_width(done: Config) -> int:
     """Compute the width of an attention head."""
-    width = _first_count(done, ("head_dim",))
-    hidden = _first_count(done, ("hidden_size", "n_embd", "d_model"))
-    return width or hidden // (
-        _first_count(done, ("num_attention_heads", "n_head", "num_heads")) or 1
-    )
 
+    def first(*keys: str) -> int:
+        found = (done.get(key) for key in keys)
+        return next((size for size in found if isinstance(size, int) and size), 0)
 
-def _first_count(done: Config, keys: Collection[str]) -> int:
-    found = (done.get(key) for key in keys)
-    return next((size for size in found if isinstance(size, int) and size), 0)
-
-
-def read_rope(model: GgufModel, done: Config) -> gguf_rope.Rope:
-    """Read the rotary embeddings of a file.
-
-    Raises:
-        CheckpointError: see `gguf_rope.read_rope`.
-    """
-    tensors = {t.name: t.floats().reshape(-1) for t in model.tensors if t.name in gguf_rope.TENSORS}
-    return gguf_rope.read_rope(
-        model.path,
-        own_metadata(model),
-        tensors,
-        head_dim=head_width(done),
-        context=read_count(model.path, done, "max_position_embeddings", 0) or 2048,
-    )
+    heads = first("num_attention_heads", "n_head", "num_heads") or 1
+    return first("head_dim") or first("hidden_size", "n_embd", "d_model") // heads
 
 
 def carry_rope(model: GgufModel, rope: gguf_rope.Rope, done: Config) -> None:
@@ -354,14 +277,14 @@ def carry_rope(model: GgufModel, rope: gguf_rope.Rope, done: Config) -> None:
         }
         return
     if rope.local_theta not in (None, rope.theta):
-        raise not_expressible(
-            f"`{model.path}` says `rope.freq_base_swa` is {rope.local_theta:g} and "
-            f"`rope.freq_base` {rope.theta:g}; {done['model_type']} has one base for all layers"
+        raise model.refusal(
+            f"says `rope.freq_base_swa` is {rope.local_theta:g} and `rope.freq_base` "
+            f"{rope.theta:g}; {done['model_type']} has one base for all layers"
         )
     if done["model_type"] == "phi3" and rope.kind not in PHI3:
-        raise not_expressible(
-            f"`{model.path}` says `rope.scaling.type` is {rope.kind}, and "
-            f"transformers' phi3 has {' and '.join(PHI3)} only"
+        raise model.refusal(
+            f"says `rope.scaling.type` is {rope.kind}, and transformers' phi3 has "
+            f"{' and '.join(PHI3)} only"
         )
     done["rope_parameters"] = dict(rope.parameters)
     if done["model_type"] == "phi3" and rope.kind == "longrope":

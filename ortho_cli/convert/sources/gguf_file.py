@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ortho_cli.errors import CheckpointError, shown, unreadable
+from ortho_cli.errors import CheckpointError, blamed, shown
 from ortho_cli.storage import hints, sniff
 from ortho_cli.storage.checkpoint import MODEL_SUFFIXES
 from ortho_cli.storage.untrusted import open_regular
@@ -45,6 +45,8 @@ SWAPPED = {
 _SHORT = ("reshape", "larger than", "changing to a")
 SAMPLED = 4096  # blocks of a tensor that are looked at for its byte order: some 8 KiB of scales
 SCALES = (1e-5, 1e2)  # usual sizes of weights and scales; swapped bytes give sizes of every order
+ORIGINAL = "start from the original checkpoint"
+ALONE = "give the model's own GGUF file"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +68,11 @@ class GgufTensor:
         if self.swapped:
             data = _native(data, self.kind)
         with np.errstate(all="ignore"):  # a scale may be infinite, which is checked when written
-            found: npt.NDArray[np.float32] = gguf.quants.dequantize(data, self.kind)
-        return found
+            return np.asarray(gguf.quants.dequantize(data, self.kind))
+
+    def refusal(self, what: str, *, hint: str = ORIGINAL) -> CheckpointError:
+        """Make the error of a tensor that cannot be converted."""
+        return CheckpointError(f"tensor `{self.name}` of `{self.path}` {what}", hint=hint)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,20 +80,35 @@ class GgufModel:
     """A model in one GGUF file or in all of its parts; the first part has the metadata."""
 
     path: Path
-    parts: tuple[Path, ...]
     metadata: Metadata  # without the tokenizer
     tensors: tuple[GgufTensor, ...]
-    swapped: bool
 
     @property
     def architecture(self) -> str:
         """llama.cpp's name for the kind of model."""
         return str(self.metadata["general.architecture"])
 
+    @property
+    def own(self) -> dict[str, object]:
+        """The keys of its architecture, without `ARCH.`; a list of equal values as one of them."""
+        start = f"{self.architecture}."
+        mine = {k.removeprefix(start): v for k, v in self.metadata.items() if k.startswith(start)}
+        return {key: one_of_equals(value) for key, value in mine.items()}
 
-def not_expressible(message: str) -> CheckpointError:
-    """Make the error of a file that no config or checkpoint of transformers can express."""
-    return CheckpointError(message, hint="start from the original checkpoint")
+    def number(self, key: str, default: float) -> float:
+        """Read a number of its `own` keys; raises as `read_number` does."""
+        return read_number(self.path, self.own, key, default)
+
+    def refusal(self, what: str, *, hint: str = ORIGINAL) -> CheckpointError:
+        """Make the error of a file that no config or checkpoint of transformers can express."""
+        return CheckpointError(f"`{self.path}` {what}", hint=hint)
+
+
+def one_of_equals(value: object) -> object:
+    """Give the value that all entries of a list have; any other value as it is."""
+    if isinstance(value, list) and value and all(entry == value[0] for entry in value):
+        return value[0]
+    return value
 
 
 def read_number(path: Path, metadata: Metadata, key: str, default: float) -> float:
@@ -104,11 +124,6 @@ def read_number(path: Path, metadata: Metadata, key: str, default: float) -> flo
             hint="the file is damaged, or needs a newer version of ortho",
         )
     return float(value)
-
-
-def read_count(path: Path, metadata: Metadata, key: str, default: int) -> int:
-    """Read a number as `read_number` does, without its fraction."""
-    return int(read_number(path, metadata, key, default))
 
 
 def find_gguf(path: Path) -> Path | None:
@@ -133,27 +148,20 @@ def find_gguf(path: Path) -> Path | None:
 def _find_in_folder(folder: Path) -> Path | None:
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() == SUFFIX and p.is_file())
     models: dict[str, Path] = {}
-    for path in found:
-        if not _is_aside(path):
-            part = _PART.fullmatch(path.name)
-            models.setdefault(f"{part['stem']}-of-{part['count']}" if part else path.name, path)
+    for path in (path for path in found if not _is_aside(path)):
+        part = _PART.fullmatch(path.name)
+        models.setdefault(f"{part['stem']}-of-{part['count']}" if part else path.name, path)
     if len(models) > 1:
-        some = hints.some([path.name for path in models.values()])
-        raise CheckpointError(
-            f"`{folder}` holds {len(models)} GGUF models: {some}",
-            hint=f"give one of them: `ortho convert {hints.said(next(iter(models.values())))}`",
-        )
-    if not found and (inside := sorted(folder.glob("*/*.gguf"))):
-        raise CheckpointError(
-            f"`{folder}` holds no weights, and folders in it hold GGUF files",
-            hint=f"give one of them: `ortho convert {hints.said(inside[0])}`",
-        )
-    if found and not models:
-        raise CheckpointError(
-            f"`{folder}` holds `{found[0].name}` and no GGUF file of a language model",
-            hint="give the model's own GGUF file",
-        )
-    return next(iter(models.values()), None)
+        what = f"holds {len(models)} GGUF models: {hints.some([p.name for p in models.values()])}"
+        hint = f"give one of them: `ortho convert {hints.said(next(iter(models.values())))}`"
+    elif not found and (inside := sorted(folder.glob("*/*.gguf"))):
+        what = "holds no weights, and folders in it hold GGUF files"
+        hint = f"give one of them: `ortho convert {hints.said(inside[0])}`"
+    elif found and not models:
+        what, hint = f"holds `{found[0].name}` and no GGUF file of a language model", ALONE
+    else:
+        return next(iter(models.values()), None)
+    raise CheckpointError(f"`{folder}` {what}", hint=hint)
 
 
 def files_beside(path: Path) -> list[str]:
@@ -186,18 +194,21 @@ def open_model(path: Path) -> GgufModel:
                     f"tensor `{found.name}` is in `{tensors[found.name].path}` and in `{part}`",
                     hint="the parts are of different models; get all of them from one place",
                 )
-            tensors[found.name] = _tensor(part, reader, found)
+            tensor = tensors[found.name] = GgufTensor(
+                name=found.name,
+                kind=found.tensor_type,
+                shape=tuple(int(size) for size in reversed(found.shape)),
+                data=found.data,
+                path=part,
+                swapped=reader.byte_order == "S",
+            )
+            if tensor.swapped:
+                _check_order(tensor)
     if not tensors:
         raise CheckpointError(
             f"`{parts[0]}` holds no tensors", hint="it is a vocabulary alone; get the whole model"
         )
-    return GgufModel(
-        path=parts[0],
-        parts=tuple(parts),
-        metadata=metadata[0],
-        tensors=tuple(tensors.values()),
-        swapped=any(tensor.swapped for tensor in tensors.values()),
-    )
+    return GgufModel(path=parts[0], metadata=metadata[0], tensors=tuple(tensors.values()))
 
 
 def find_parts(path: Path) -> list[Path]:
@@ -209,60 +220,57 @@ def find_parts(path: Path) -> list[Path]:
     part = _PART.fullmatch(path.name)
     if part is None:
         return [path]
-    count = int(part["count"])
-    found = []
-    for no in range(1, count + 1):
-        beside = path.with_name(f"{part['stem']}-{no:05d}-of-{count:05d}{part['suffix']}")
-        if not beside.is_file():
-            raise CheckpointError(
-                f"`{path}` is one of {count} parts, and `{beside.name}` is missing beside it",
-                hint="put all parts into one folder, under their own names",
-            )
-        found.append(beside)
+    count, end = int(part["count"]), f"-of-{part['count']}{part['suffix']}"
+    found = [path.with_name(f"{part['stem']}-{no:05d}{end}") for no in range(1, count + 1)]
+    missing = next((beside for beside in found if not beside.is_file()), None)
+    if missing is not None:
+        raise CheckpointError(
+            f"`{path}` is one of {count} parts, and `{missing.name}` is missing beside it",
+            hint="put all parts into one folder, under their own names",
+        )
     return found or [path]
 
 
 def _read(path: Path) -> gguf.GGUFReader:
-    """Open one file by the `gguf` package."""
     import gguf
 
     _check_magic(path)
     try:
         return gguf.GGUFReader(path)
     except Exception as error:  # noqa: BLE001 - on a damaged file it may raise anything
-        told = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        told, hint = first_line(error), "get the file anew, by a newer `gguf` if it is whole"
         if isinstance(error, IndexError) or any(word in told for word in _SHORT):
             told = "it ends before what its header promises"
-        raise _refuse(path, told, hint="get the file anew, by a newer `gguf` if it is whole") from (
-            None
-        )
+        raise unread(path, told, hint=hint) from None
 
 
 def _check_magic(path: Path) -> None:
     """Refuse a file that is not GGUF, or of an unknown version; say what it is."""
-    try:
-        with open_regular(path) as opened:
-            head = opened.read(24)
-    except OSError as error:
-        raise unreadable(path, error, kind=CheckpointError, hint="may you read it?") from error
+    with blamed(CheckpointError, path=path), open_regular(path) as opened:
+        head = opened.read(24)
     kind, again = sniff.kind_of_file(path), f"the file is cut or damaged: {hints.fetch(path)}"
     if kind not in (None, sniff.GGUF):
-        raise _refuse(path, f"it is {kind}", hint=sniff.remedy(kind, path))
+        raise unread(path, f"it is {kind}", hint=sniff.remedy(kind, path))
     if len(head) < 24:
-        raise _refuse(path, f"it ends after {len(head)} bytes, in its header", hint=again)
+        raise unread(path, f"it ends after {len(head)} bytes, in its header", hint=again)
     if head[:4] != MAGIC:
-        raise _refuse(path, f"it begins with {head[:4]!r}", hint=again)
+        raise unread(path, f"it begins with {head[:4]!r}", hint=again)
     version = int.from_bytes(head[4:8], "little")
     if version & 0xFFFF == 0:
         version = int.from_bytes(head[4:8], "big")
     if version not in VERSIONS:
         known = " and ".join(map(str, VERSIONS))
-        raise _refuse(
-            path, f"it is of version {version}, and {known} are known", hint="get a newer GGUF"
-        )
+        what = f"it is of version {version}, and {known} are known"
+        raise unread(path, what, hint="get a newer GGUF")
 
 
-def _refuse(path: Path, why: str, *, hint: str) -> CheckpointError:
+def first_line(error: Exception) -> str:
+    """Give the first line of another package's error, or its class where it says nothing."""
+    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+
+
+def unread(path: Path, why: str, *, hint: str) -> CheckpointError:
+    """Make the error of a file that cannot be read."""
     return CheckpointError(f"`{path}` cannot be read as GGUF: {why}", hint=hint)
 
 
@@ -316,34 +324,16 @@ def _check_kind(path: Path, metadata: Metadata) -> None:
     kind = metadata.get("general.type", "model")
     architecture = metadata.get("general.architecture")
     if architecture == "clip" or kind == "mmproj":
-        raise CheckpointError(
-            f"`{path}` is a projector for images or sound, not a language model",
-            hint="give the model's own GGUF file",
-        )
-    if kind != "model" or "adapter.type" in metadata:
-        raise CheckpointError(
-            f"`{path}` holds no model: `general.type` is {kind}",
-            hint="merge an adapter into its model first, by llama.cpp's llama-export-lora",
-        )
-    if not isinstance(architecture, str):
-        raise CheckpointError(
-            f"`{path}` does not say `general.architecture`",
-            hint="give the model's GGUF file, or the first part of it",
-        )
-
-
-def _tensor(path: Path, reader: gguf.GGUFReader, found: gguf.ReaderTensor) -> GgufTensor:
-    tensor = GgufTensor(
-        name=found.name,
-        kind=found.tensor_type,
-        shape=tuple(int(size) for size in reversed(found.shape)),
-        data=found.data,
-        path=path,
-        swapped=reader.byte_order == "S",
-    )
-    if tensor.swapped:
-        _check_order(tensor)
-    return tensor
+        what, hint = "is a projector for images or sound, not a language model", ALONE
+    elif kind != "model" or "adapter.type" in metadata:
+        what = f"holds no model: `general.type` is {kind}"
+        hint = "merge an adapter into its model first, by llama.cpp's llama-export-lora"
+    elif not isinstance(architecture, str):
+        what = "does not say `general.architecture`"
+        hint = "give the model's GGUF file, or the first part of it"
+    else:
+        return
+    raise CheckpointError(f"`{path}` {what}", hint=hint)
 
 
 def write_header(model: GgufModel, path: Path) -> None:
@@ -377,37 +367,35 @@ def check_type(tensor: GgufTensor) -> None:
     """
     import gguf
 
-    _, nbytes = gguf.GGML_QUANT_SIZES[tensor.kind]
     try:
-        gguf.quants.dequantize(np.zeros((1, nbytes), np.uint8), tensor.kind)
+        gguf.quants.dequantize(np.zeros((1, _block_bytes(tensor.kind)), np.uint8), tensor.kind)
     except NotImplementedError:
-        raise CheckpointError(
-            f"tensor `{tensor.name}` of `{tensor.path}` is {tensor.kind.name}, which the package "
-            f"`gguf` cannot dequantize",
+        raise tensor.refusal(
+            f"is {tensor.kind.name}, which the package `gguf` cannot dequantize",
             hint="get the model as GGUF in F16, BF16, Q8_0 or another common type",
         ) from None
+
+
+def _block_bytes(kind: gguf.GGMLQuantizationType) -> int:
+    import gguf
+
+    return gguf.GGML_QUANT_SIZES[kind][1]
 
 
 def _check_order(tensor: GgufTensor) -> None:
     """Refuse big-endian blocks where tools disagree on the swap, or where none was made."""
     name = tensor.kind.name
-    plain = tensor.data.dtype != np.uint8
-    if not plain and name not in SWAPPED:
-        raise CheckpointError(
-            f"tensor `{tensor.name}` of `{tensor.path}` is {name} in a big-endian file, and tools "
-            f"disagree on how its bytes are swapped",
+    if tensor.data.dtype != np.uint8 or SWAPPED.get(name) == ():
+        return
+    if name not in SWAPPED:
+        raise tensor.refusal(
+            f"is {name} in a big-endian file, and tools disagree on how its bytes are swapped",
             hint="get a little-endian file, or a big-endian one in F16 or F32",
         )
-    if plain or not SWAPPED[name]:
-        return
-    import gguf
-
-    _, nbytes = gguf.GGML_QUANT_SIZES[tensor.kind]
-    blocks = tensor.data.reshape(-1, nbytes)[:SAMPLED]
+    blocks = tensor.data.reshape(-1, _block_bytes(tensor.kind))[:SAMPLED]
     if _usual_share(blocks, name, "<") > _usual_share(blocks, name, ">"):
-        raise CheckpointError(
-            f"tensor `{tensor.name}` of `{tensor.path}` is {name} with little-endian blocks, "
-            f"though the file is big-endian",
+        raise tensor.refusal(
+            f"is {name} with little-endian blocks, though the file is big-endian",
             hint="the tool that wrote it left the blocks as they were; get a little-endian file",
         )
 
@@ -428,10 +416,7 @@ def _native(data: Array, kind: gguf.GGMLQuantizationType) -> Array:
     """Copy data into this machine's byte order."""
     if data.dtype != np.uint8:
         return data.astype(data.dtype.newbyteorder("="))
-    import gguf
-
-    _, nbytes = gguf.GGML_QUANT_SIZES[kind]
-    blocks = np.array(data).reshape(-1, nbytes)
+    blocks = np.array(data).reshape(-1, _block_bytes(kind))
     for at in SWAPPED[kind.name]:
         blocks[:, [at, at + 1]] = blocks[:, [at + 1, at]]
     return blocks.reshape(data.shape)

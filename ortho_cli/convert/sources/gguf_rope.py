@@ -15,13 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ortho_cli.convert.sources.gguf_file import Metadata, not_expressible, read_number
+from ortho_cli.convert.sources.gguf_file import GgufModel
 from ortho_cli.errors import CheckpointError, shown
 
 Array = npt.NDArray[np.float64]
@@ -30,16 +28,14 @@ FREQS = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 TENSORS = (FREQS, LONG, SHORT)
 # Keys that `read_rope` reads, without `ARCH.` before them.
-KEYS = frozenset(
-    ("rope.freq_base", "rope.freq_base_swa", "rope.dimension_count", "rope.scale_linear")
-) | {
-    f"rope.scaling.{key}"
-    for key in ("type", "factor", "original_context_length", "attn_factor", "finetuned", "alpha")
-}
-KEYS |= {
-    f"rope.scaling.yarn_{key}"
-    for key in ("ext_factor", "attn_factor", "beta_fast", "beta_slow", "log_multiplier")
-}
+KEYS = frozenset({
+    "rope.freq_base", "rope.freq_base_swa", "rope.dimension_count", "rope.scale_linear",
+    *(f"rope.scaling.{key}" for key in (
+        "type", "factor", "original_context_length", "attn_factor", "finetuned", "alpha",
+        "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow",
+        "yarn_log_multiplier",
+    )),
+})  # fmt: skip
 WIDEST = 1 << 16  # dimensions of a head: more is damage, and its angles would fill the memory
 BASE = 10000.0  # llama.cpp's where a file names none
 TOLERANCE = 2e-5  # relative: divisors were computed in float32, some units of the last place apart
@@ -66,134 +62,128 @@ class Rope:
 class _File:
     """The keys and tensors of a file that tell of rotary embeddings."""
 
-    path: Path
-    metadata: Metadata
-    tensors: Mapping[str, npt.NDArray[np.float32]]
+    model: GgufModel
+    tensors: Mapping[str, npt.NDArray[np.float32]]  # those of TENSORS that it has
     theta: float
     base: Array  # (dim / 2,) angles at position 1, without scaling
+    head_dim: int
     context: int
-
-    def number(self, key: str, default: float) -> float:
-        return read_number(self.path, self.metadata, key, default)
 
     @property
     def original(self) -> int:
         """The context of training, 0 where the file does not say."""
-        return int(self.number("rope.scaling.original_context_length", 0))
+        return int(self.model.number("rope.scaling.original_context_length", 0))
+
+    def divisors(self, name: str) -> Array:
+        found, angles = self.tensors.get(name), len(self.base)
+        if found is None or len(found) != angles:
+            size = "missing" if found is None else f"of {len(found)} values"
+            what = f"has rotary embeddings of {angles} angles, and `{name}` is {size}"
+            raise self.model.refusal(what)
+        return found.astype(np.float64)
+
+    def rope(
+        self, kind: str, frequencies: Array, scaling: Mapping[str, object], attention: float = 1.0
+    ) -> Rope:
+        known = {"rope_type": kind, **scaling, "rope_theta": self.theta}
+        if 2 * len(self.base) != self.head_dim:
+            known["partial_rotary_factor"] = 2 * len(self.base) / self.head_dim
+        local = "rope.freq_base_swa"
+        return Rope(
+            kind=kind,
+            theta=self.theta,
+            parameters=known,
+            frequencies=frequencies,
+            attention=attention,
+            local_theta=self.model.number(local, 0) if local in self.model.own else None,
+        )
 
 
-class _Scaling(NamedTuple):
-    kind: str
-    parameters: dict[str, object]
-    frequencies: Array
-    attention: float = 1.0
-
-
-def read_rope(
-    path: Path,
-    metadata: Metadata,
-    tensors: Mapping[str, npt.NDArray[np.float32]],
-    *,
-    head_dim: int,
-    context: int,
-) -> Rope:
+def read_rope(model: GgufModel, *, head_dim: int, context: int) -> Rope:
     """Turn keys and tensors into `rope_parameters`.
 
     Args:
-        path: of the file, for errors.
-        metadata: the keys of its architecture, without `ARCH.`.
-        tensors: those of `TENSORS` that the file has, each of one dimension.
+        model: the file.
         head_dim: width of a head; all of it is rotated where the file gives no other number.
         context: most positions; the model was trained on as many where the file gives no number.
     Raises:
         CheckpointError: scaling that transformers has no parameters for, or no number where one
             belongs.
     """
-    theta = read_number(path, metadata, "rope.freq_base", BASE)
-    dim = int(read_number(path, metadata, "rope.dimension_count", head_dim))
+    theta = model.number("rope.freq_base", BASE)
+    dim = int(model.number("rope.dimension_count", head_dim))
     if not 1 < theta < math.inf:
-        raise _refused(path, "rope.freq_base", theta)
+        raise _refused(model, "rope.freq_base", theta)
     if dim % 2 or not 0 < dim <= max(head_dim, dim) <= WIDEST:
-        raise _refused(path, "rope.dimension_count", dim)
-    base = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+        raise _refused(model, "rope.dimension_count", dim)
     file = _File(
-        path=path, metadata=metadata, tensors=tensors, theta=theta, base=base, context=context
-    )
-    found = _scaling(file)
-    parameters = {"rope_type": found.kind, **found.parameters, "rope_theta": theta}
-    if dim != head_dim:
-        parameters["partial_rotary_factor"] = dim / head_dim
-    has_local = "rope.freq_base_swa" in metadata
-    return Rope(
-        kind=found.kind,
+        model=model,
+        tensors={t.name: t.floats().reshape(-1) for t in model.tensors if t.name in TENSORS},
         theta=theta,
-        parameters=parameters,
-        frequencies=found.frequencies,
-        attention=found.attention,
-        local_theta=file.number("rope.freq_base_swa", theta) if has_local else None,
+        base=theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim),
+        head_dim=head_dim,
+        context=context,
     )
+    return _scaling(file)
 
 
-def _refused(path: Path, key: str, value: object) -> CheckpointError:
-    return not_expressible(
-        f"`{path}` says `{key}` is {shown(value)}, which config.json cannot express"
-    )
+def _refused(model: GgufModel, key: str, value: object) -> CheckpointError:
+    return model.refusal(f"says `{key}` is {shown(value)}, which config.json cannot express")
 
 
-def _scaling(file: _File) -> _Scaling:
+def _scaling(file: _File) -> Rope:
+    model = file.model
     for key, neutral in (  # transformers has none of these
         ("rope.scaling.alpha", (0, 1)),
         ("rope.scaling.yarn_log_multiplier", (0,)),
         ("rope.scaling.yarn_ext_factor", (1, -1)),  # -1: not set
     ):
-        if (value := file.metadata.get(key, neutral[0])) not in neutral:
-            raise _refused(file.path, key, value)
-    kind, factor = _kind(file)
+        if (value := model.own.get(key, neutral[0])) not in neutral:
+            raise _refused(model, key, value)
+    kind, factor = _kind(model)
     if LONG in file.tensors or SHORT in file.tensors:
         return _longrope(file, kind=kind, factor=factor)
     if kind == "longrope" and FREQS not in file.tensors:
-        raise not_expressible(
-            f"`{file.path}` says `rope.scaling.type` is longrope, and has no tensor `{LONG}`"
-        )
+        raise model.refusal(f"says `rope.scaling.type` is longrope, and has no tensor `{LONG}`")
     if kind == "yarn" and FREQS not in file.tensors:
         return _yarn(file, factor)
     if FREQS in file.tensors:
         found = _divided(file, scaled=kind != "default")
     elif kind == "linear":
-        found = _Scaling("linear", {"factor": factor}, file.base / factor)
+        found = file.rope("linear", file.base / factor, {"factor": factor})
     else:
-        found = _Scaling("default", {}, file.base)
+        found = file.rope("default", file.base, {})
     for key in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
-        if not math.isclose(file.number(key, 1.0), 1.0, rel_tol=1e-6):
-            raise _refused(file.path, key, file.metadata[key])
+        if not math.isclose(model.number(key, 1.0), 1.0, rel_tol=1e-6):
+            raise _refused(model, key, model.own[key])
     return found
 
 
-def _kind(file: _File) -> tuple[str, float]:
+def _kind(model: GgufModel) -> tuple[str, float]:
     """Name the scaling and its factor; llama.cpp scales linearly if no type is given."""
-    kind = str(file.metadata.get("rope.scaling.type", "linear")).lower()
+    kind = str(model.own.get("rope.scaling.type", "linear")).lower()
     if kind not in ("none", "linear", "yarn", "longrope"):
-        raise _refused(file.path, "rope.scaling.type", kind)
-    factor = file.number("rope.scaling.factor", file.number("rope.scale_linear", 0.0))
+        raise _refused(model, "rope.scaling.type", kind)
+    factor = model.number("rope.scaling.factor", model.number("rope.scale_linear", 0.0))
     if not 0 <= factor < math.inf:
-        raise _refused(file.path, "rope.scaling.factor", factor)
+        raise _refused(model, "rope.scaling.factor", factor)
     factor = factor or 1.0
     plain = kind == "none" or (kind == "linear" and factor == 1.0)
     return ("default", 1.0) if plain else (kind, factor)
 
 
-def _yarn(file: _File, factor: float) -> _Scaling:
-    original, base = file.original or file.context, file.base
+def _yarn(file: _File, factor: float) -> Rope:
+    original, base, number = file.original or file.context, file.base, file.model.number
     parameters: dict[str, object] = {"factor": factor, "original_max_position_embeddings": original}
-    fast = file.number("rope.scaling.yarn_beta_fast", 32.0)
-    slow = file.number("rope.scaling.yarn_beta_slow", 1.0)
+    fast = number("rope.scaling.yarn_beta_fast", 32.0)
+    slow = number("rope.scaling.yarn_beta_slow", 1.0)
     if (fast, slow) != (32.0, 1.0):
         parameters |= {"beta_fast": fast, "beta_slow": slow}
     usual = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
     # llama.cpp multiplies by attn_factor; its converter writes yarn_attn_factor for what
     # config.json calls attention_factor.
-    attention = file.number("rope.scaling.yarn_attn_factor", usual)
-    attention *= file.number("rope.scaling.attn_factor", 1.0)
+    attention = number("rope.scaling.yarn_attn_factor", usual)
+    attention *= number("rope.scaling.attn_factor", 1.0)
     if not math.isclose(attention, usual, rel_tol=1e-6):
         parameters["attention_factor"] = attention
     dim = 2 * len(base)
@@ -203,77 +193,43 @@ def _yarn(file: _File, factor: float) -> _Scaling:
 
     low, high = max(0, math.floor(turns(fast))), min(dim - 1, math.ceil(turns(slow)))
     ramp = np.clip((np.arange(dim // 2) - low) / max(0.001, high - low), 0, 1)
-    return _Scaling("yarn", parameters, base / factor * ramp + base * (1 - ramp), attention)
+    return file.rope("yarn", base / factor * ramp + base * (1 - ramp), parameters, attention)
 
 
-def _longrope(file: _File, *, kind: str, factor: float) -> _Scaling:
-    both = [file.tensors.get(name) for name in (LONG, SHORT)]
-    for name, found in zip((LONG, SHORT), both, strict=True):
-        if found is None or len(found) != len(file.base):
-            size = "missing" if found is None else f"of {len(found)} values"
-            raise not_expressible(
-                f"`{file.path}` has rotary embeddings of {len(file.base)} angles, and `{name}` is "
-                f"{size}"
-            )
-    long, short = ([float(value) for value in found] for found in both if found is not None)
+def _longrope(file: _File, *, kind: str, factor: float) -> Rope:
+    long, short = file.divisors(LONG), file.divisors(SHORT)
     original = file.original or file.context
     ratio = file.context / original
     is_usual = factor == 1.0 or math.isclose(factor, ratio, rel_tol=1e-4)
     if kind not in ("default", "longrope") or not is_usual:
-        raise _refused(file.path, "rope.scaling.factor", factor)
+        raise _refused(file.model, "rope.scaling.factor", factor)
     parameters: dict[str, object] = {
-        "long_factor": long,
-        "short_factor": short,
+        "long_factor": long.tolist(),
+        "short_factor": short.tolist(),
         "original_max_position_embeddings": original,
     }
     usual = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
-    attention = file.number("rope.scaling.attn_factor", usual)
+    attention = file.model.number("rope.scaling.attn_factor", usual)
     if not math.isclose(attention, usual, rel_tol=1e-6):
         parameters["attention_factor"] = attention
-    return _Scaling("longrope", parameters, file.base / np.asarray(short), attention)
+    return file.rope("longrope", file.base / short, parameters, attention)
 
 
-def _divided(file: _File, *, scaled: bool) -> _Scaling:
+def _divided(file: _File, *, scaled: bool) -> Rope:
     """Find the scaling that made the divisors of `rope_freqs.weight`."""
-    values = file.tensors[FREQS].astype(np.float64)
-    if len(values) != len(file.base):
-        raise not_expressible(
-            f"`{file.path}` has rotary embeddings of {len(file.base)} angles, and `{FREQS}` is of "
-            f"{len(values)} values"
-        )
+    values = file.divisors(FREQS)
     if np.all(values == 1.0) and not scaled:
-        return _Scaling("default", {}, file.base)
+        return file.rope("default", file.base, {})
     if not scaled and np.all(np.isfinite(values)) and values.min() >= 1.0:
         if np.all(values == values[0]):
-            return _Scaling("linear", {"factor": float(values[0])}, file.base / values)
+            return file.rope("linear", file.base / values, {"factor": float(values[0])})
         found = recover_llama3(values, theta=file.theta, original=file.original)
         if found is not None:
-            return _Scaling("llama3", {**found}, file.base / values)
-    raise not_expressible(
-        f"`{file.path}` scales rotary embeddings by `{FREQS}`, and no llama3 scaling makes its "
-        f"values ({', '.join(f'{value:.5g}' for value in values[:3])} ... {values[-1]:.5g})"
+            return file.rope("llama3", file.base / values, found)
+    raise file.model.refusal(
+        f"scales rotary embeddings by `{FREQS}`, and no llama3 scaling makes its values "
+        f"({', '.join(f'{value:.5g}' for value in values[:3])} ... {values[-1]:.5g})"
     )
-
-
-def divide_llama3(
-    *, theta: float, dim: int, factor: float, low: float, high: float, original: float
-) -> Array:
-    """Compute the divisors that llama.cpp's converter writes for llama3 scaling.
-
-    Args:
-        theta: base of the angles.
-        dim: width that is rotated.
-        factor: of the lowest frequencies.
-        low: low_freq_factor.
-        high: high_freq_factor.
-        original: original_max_position_embeddings.
-    Returns:
-        (dim / 2,) float64.
-    """
-    waves = 2 * math.pi * theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
-    smooth = np.clip((original / waves - low) / (high - low), 0, 1)
-    divisors: Array = 1 / ((1 - smooth) / factor + smooth)
-    return divisors
 
 
 def recover_llama3(
@@ -291,12 +247,12 @@ def recover_llama3(
     Returns:
         None if there are none.
     """
-    dim = 2 * len(values)
-    tried = _usual(values, original)
-    for factor, low, high, length in (*tried, *_fitted(values, theta)):
-        made = divide_llama3(
-            theta=theta, dim=dim, factor=factor, low=low, high=high, original=length
-        )
+    waves = 2 * math.pi * theta ** (np.arange(len(values)) / len(values))
+    lengths = (original, *LENGTHS) if original > 0 else LENGTHS
+    usual = [(factor, LOW, HIGH, n) for factor in _factors(values) for n in lengths]
+    for factor, low, high, length in (*usual, *_fitted(values, waves)):
+        smooth = np.clip((length / waves - low) / (high - low), 0, 1)
+        made = 1 / ((1 - smooth) / factor + smooth)  # as llama.cpp's converter writes them
         if np.allclose(made, values, rtol=TOLERANCE, atol=0):
             return {
                 "factor": factor,
@@ -307,9 +263,6 @@ def recover_llama3(
     return None
 
 
-Llama3 = tuple[float, float, float, int]
-
-
 def _factors(values: Array) -> list[float]:
     """List factors to try: the largest divisor, or those above it if all angles are mixed."""
     most = float(values.max())
@@ -318,15 +271,8 @@ def _factors(values: Array) -> list[float]:
     return [near, *(factor for factor in FACTORS if factor > most)]
 
 
-def _usual(values: Array, original: int) -> Iterator[Llama3]:
-    for factor in _factors(values):
-        for length in (original, *LENGTHS) if original > 0 else LENGTHS:
-            yield factor, LOW, HIGH, length
-
-
-def _fitted(values: Array, theta: float) -> Iterator[Llama3]:
+def _fitted(values: Array, waves: Array) -> Iterator[tuple[float, float, float, int]]:
     """Solve for the parameters: between both ends, 1 / divisor is linear in 1 / wave length."""
-    waves = 2 * math.pi * theta ** (np.arange(len(values)) / len(values))
     for factor in _factors(values):
         if factor < 1 + TOLERANCE:
             continue
@@ -350,9 +296,7 @@ def _lines(values: Array, waves: Array, factor: float) -> Iterator[tuple[float, 
         for ratio in RATIOS:
             start = -1 / (ratio - 1)
             yield float((smooth[0] - start) * waves[mixed][0]), start
-    elif (
-        values < 1 + TOLERANCE
-    ).any():  # no angle is between both ends: any line that separates them fits
+    elif (values < 1 + TOLERANCE).any():  # no angle between both ends: any line between them fits
         last, first = waves[values < 1 + TOLERANCE].max(), waves[values > 1 + TOLERANCE].min()
         short, long = last * (first / last) ** 0.25, last * (first / last) ** 0.75
         slope = short * long / (long - short)

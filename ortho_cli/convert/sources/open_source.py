@@ -15,17 +15,13 @@ from ortho_cli.convert.sources.artifact import open_dense
 from ortho_cli.convert.sources.base import Format, Source
 from ortho_cli.convert.sources.dequantize import dequantize
 from ortho_cli.convert.sources.wrappers import strip_wrappers
-from ortho_cli.errors import CheckpointError, InternalError, UsageError, unreadable
+from ortho_cli.errors import CheckpointError, InternalError, UsageError, blamed
 from ortho_cli.formats.artifact import is_artifact
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage.sealing import Keys
 
 # The first that recognizes a path opens it. Safetensors are last, since they take any path.
-FORMATS: tuple[Format, ...] = (
-    gguf.FORMAT,
-    torch_files.FORMAT,
-    safetensors_files.FORMAT,
-)
+FORMATS: tuple[Format, ...] = (gguf.FORMAT, torch_files.FORMAT, safetensors_files.FORMAT)
 
 
 def open_source(
@@ -68,11 +64,8 @@ def open_source(
             hint="leave --alpha out",
         )
     refuse_adapter(path)
-    try:
+    with blamed(CheckpointError, path=path, hint="give a model file or folder that you may read"):
         source, is_final = _open(path, key)
-    except OSError as error:
-        hint = "give a model file or folder that you may read"
-        raise unreadable(path, error, kind=CheckpointError, hint=hint) from error
     return source if is_final else _make_plain(source)
 
 
@@ -80,11 +73,10 @@ def _open(path: Path, key: str | None) -> tuple[Source, bool]:
     """Open a path by the first format that recognizes it; say whether the source is final."""
     for form in FORMATS:
         opener = form.recognize(path, key if form.takes_key else None)
-        if opener is None:
-            continue
-        if key is not None and not form.takes_key:
+        if opener is not None and key is not None and not form.takes_key:
             raise _refuse_key(path, key, f"read as {form.label}")
-        return opener(), form.is_final
+        if opener is not None:
+            return opener(), form.is_final
     raise InternalError(f"no format opens `{path}`, and the last takes any path")
 
 

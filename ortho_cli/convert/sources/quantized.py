@@ -176,9 +176,7 @@ class Quantization:
 
     weights: tuple[QuantizedWeight, ...]
     dropped: tuple[str, ...]  # names of scales of activations and of the cache
-    unsupported: tuple[
-        tuple[str, str], ...
-    ]  # names of tensors of layouts that are not read, and why
+    unsupported: tuple[tuple[str, str], ...]  # tensors of layouts that are not read, and why
     declared: tuple[str, ...]  # the statements of JSON files, each as part of a sentence
     settings: Mapping[str, object]  # keys and values of these JSON files
 
@@ -220,12 +218,10 @@ class Quantization:
 
     def refusal(self, path: Path) -> CheckpointError:
         """Make the error of a command that takes no quantized checkpoint."""
-        return CheckpointError(
-            f"`{path}` is quantized already ({self.evidence})",
-            hint=f"`ortho convert {hints.said(path)}` dequantizes it"
-            if self.can_convert
-            else "decompose the unquantized model",
-        )
+        hint = f"`ortho convert {hints.said(path)}` dequantizes it"
+        if not self.can_convert:
+            hint = "decompose the unquantized model"
+        return CheckpointError(f"`{path}` is quantized already ({self.evidence})", hint=hint)
 
 
 def examine(
@@ -238,7 +234,7 @@ def examine(
         config: config.json, if there is one.
         folder: the folder in which SIDE_FILES are looked for; None for a file alone.
     """
-    entries = list(config_entries(config or {}))
+    entries = list(_config_entries(config or {}))
     declared = [
         f"`{key}` says {shown(_method(value))}" if _method(value) else f"config.json has `{key}`"
         for key, value in entries
@@ -248,7 +244,7 @@ def examine(
         declared.append(f"`{name}` is beside the weights")
         settings |= said
     for _, value in reversed(entries):  # of several, the first and outermost counts
-        settings |= value if isinstance(value, dict) else {"quant_method": value}
+        settings |= value
     named = {tensor.name: tensor for tensor in tensors}
     found = _Examination(named, _cache_heads(config)).run(tuple(declared), settings)
     rewritten = _rewritten(found, named, config)
@@ -282,15 +278,16 @@ def _cache_heads(config: Mapping[str, object] | None) -> frozenset[int]:
     return frozenset(heads for heads in found if type(heads) is int)
 
 
-def config_entries(
+def _config_entries(
     config: Mapping[str, object], where: str = ""
-) -> Iterator[tuple[str, dict[str, object] | str]]:
+) -> Iterator[tuple[str, dict[str, object]]]:
     """Yield each entry of config.json on quantization, with its dotted key."""
     for key, value in config.items():
         if is_config_entry(key, value):
-            yield f"{where}{key}", value if isinstance(value, dict) else str(value)
+            said = value if isinstance(value, dict) else {"quant_method": str(value)}
+            yield f"{where}{key}", said
         elif isinstance(value, dict):
-            yield from config_entries(value, f"{where}{key}.")
+            yield from _config_entries(value, f"{where}{key}.")
 
 
 def is_config_entry(key: str, value: object) -> bool:
@@ -311,21 +308,18 @@ def _is_off(value: object) -> bool:
     return not (value.get("load_in_4bit") or value.get("load_in_8bit"))
 
 
-def _method(value: Mapping[str, object] | str) -> str | None:
-    if isinstance(value, str):
-        return value
+def _method(value: Mapping[str, object]) -> str | None:
     found = value.get("quant_method") or value.get("format") or value.get("quant_algo")
     return found if isinstance(found, str) else None
 
 
-def _side_files(folder: Path) -> Iterator[tuple[str, dict[str, object]]]:
+def _side_files(folder: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
     for name, keys in SIDE_FILES.items():
         if (folder / name).is_file():
-            said = strict_json.read(folder / name, constants=True)
-            for part in (said, *said.values()):
-                if isinstance(part, dict) and any(part.get(key) for key in keys):
-                    yield name, part
-                    break
+            parts = strict_json.levels(strict_json.read(folder / name, constants=True))
+            said = next((part for part in parts if any(part.get(key) for key in keys)), None)
+            if said is not None:
+                yield name, said
 
 
 class _Examination:
@@ -338,7 +332,6 @@ class _Examination:
         self._scales = _index_scales(tensors)
 
     def run(self, declared: tuple[str, ...], settings: Mapping[str, object]) -> Quantization:
-        """Sort all tensors."""
         unscaled = []
         for tensor in self._tensors.values():
             if tensor.dtype in INTEGERS or tensor.dtype in FP8:

@@ -15,6 +15,7 @@ from ortho_cli.errors import CheckpointError, NumericalError, shown
 from ortho_cli.split import quantize
 
 EXPONENTS = ("U8", "F8_E8M0")  # dtypes of scales that are powers of two
+UNQUANTIZED = "it cannot be dequantized; start from the unquantized model"
 AGAIN = "the file is damaged or of another version; download it again"
 
 Plan = tuple[tuple[int, ...], Read]  # the weight's shape, and what reads rows of it
@@ -74,45 +75,23 @@ class Settings:
             return 1
         raise CheckpointError(
             f"`{parts.path}` says that its codes are packed as {shown(form)}, not gptq or gptq_v2",
-            hint="it cannot be dequantized; start from the unquantized model",
+            hint=UNQUANTIZED,
         )
 
 
-class Cache:
-    """One entry, shared by all weights of a source: so memory does not grow with their number."""
-
-    def __init__(self) -> None:
-        self._key: object = None
-        self._value: tuple[Tensor, ...] = ()
-
-    def get(self, key: object, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Give the tensors of `make`, which is called only where the last key was another."""
-        if self._key != key:
-            self._key, self._value = None, ()  # freed before the next is made
-            self._value = make()
-            self._key = key
-        return self._value
+Held = dict[object, tuple[Tensor, ...]]  # one entry at most, so that memory does not grow
 
 
-class Parts:
+class Parts(dict[str, SourceTensor]):
     """The tensors of one quantized weight, by role."""
 
-    def __init__(self, tensors: Mapping[str, SourceTensor], path: Path, cache: Cache) -> None:
-        self._tensors, self.path, self._cache = tensors, path, cache
-
-    def __contains__(self, role: str) -> bool:
-        return role in self._tensors
-
-    def __getitem__(self, role: str) -> SourceTensor:
-        return self._tensors[role]
-
-    def shape(self, role: str) -> tuple[int, ...]:
-        """Give the shape of a part."""
-        return self._tensors[role].shape
+    def __init__(self, tensors: Mapping[str, SourceTensor], path: Path, held: Held) -> None:
+        super().__init__(tensors)
+        self.path, self._held = path, held
 
     def elements(self, role: str, start: int, stop: int) -> Tensor:
         """Read elements, in row-major order, into memory of their own."""
-        tensor = self._tensors[role]
+        tensor = self[role]
         columns = tensor.columns
         first, last = start // columns, -(-stop // columns)
         flat = tensor.read(first, last - first).reshape(-1)
@@ -120,12 +99,12 @@ class Parts:
 
     def whole(self, role: str) -> Tensor:
         """Read a part whole, into memory of its own."""
-        tensor = self._tensors[role]
+        tensor = self[role]
         return self.elements(role, 0, tensor.numel).view(tensor.shape)
 
     def scales(self, role: str, start: int, stop: int) -> Tensor:
         """Read scales as float32; eight bits without a sign are a power of two (E8M0)."""
-        found, tensor = self.elements(role, start, stop), self._tensors[role]
+        found, tensor = self.elements(role, start, stop), self[role]
         if tensor.dtype in EXPONENTS:
             found = _POWERS[found.view(torch.uint8).int()]
         found = found.float()
@@ -140,28 +119,30 @@ class Parts:
 
     def hold(self, key: object, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Give the tensors of `make`, which is called again only after another key or weight."""
-        return self._cache.get((self._tensors["codes"].name, key), make)
+        place = (self["codes"].name, key)
+        if place not in self._held:
+            self._held.clear()  # freed before the next is made
+            self._held[place] = make()
+        return self._held[place]
 
     def misfit(self, role: str, wanted: str) -> CheckpointError:
         """Make the error of a part that does not fit the codes."""
-        tensor, codes = self._tensors[role], self._tensors["codes"]
-        beside = "" if role == "codes" else f" where `{codes.name}` {list(codes.shape)} takes"
-        return CheckpointError(
-            f"tensor `{tensor.name}` of `{self.path}` is {tensor.dtype} "
-            f"{list(tensor.shape)}{beside or ','} {wanted}",
-            hint=AGAIN,
-        )
+        tensor, codes = self[role], self["codes"]
+        beside = "," if role == "codes" else f" where `{codes.name}` {list(codes.shape)} takes"
+        is_now = f"is {tensor.dtype} {list(tensor.shape)}{beside} {wanted}"
+        return CheckpointError(f"tensor `{tensor.name}` of `{self.path}` {is_now}", hint=AGAIN)
 
     def check_product(self, weight: Tensor, codes: Tensor | None = None) -> Tensor:
         """Refuse a product that is not finite, of a code and a scale that are."""
-        if not quantize.all_finite(weight):
-            bad = ~weight.isfinite()
-            if codes is not None:
-                bad &= codes.isfinite()
-            if bool(bad.any()):
-                raise NumericalError(
-                    f"tensor `{self._tensors['codes'].name}` of `{self.path}` times its scale is "
-                    f"{weight[bad][0].item()} somewhere, beyond float32",
-                    hint=AGAIN,
-                )
+        if quantize.all_finite(weight):
+            return weight
+        bad = ~weight.isfinite()
+        if codes is not None:
+            bad &= codes.isfinite()
+        if bool(bad.any()):
+            raise NumericalError(
+                f"tensor `{self['codes'].name}` of `{self.path}` times its scale is "
+                f"{weight[bad][0].item()} somewhere, beyond float32",
+                hint=AGAIN,
+            )
         return weight

@@ -6,6 +6,7 @@ that is used again.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -16,12 +17,7 @@ from ortho_cli.errors import CheckpointError
 from ortho_cli.split.dtypes import DTYPES, torch_dtypes
 from ortho_cli.split.quantize import Scratch, as_bytes
 from ortho_cli.storage import folders
-from ortho_cli.storage.checkpoint import (
-    ShardReader,
-    TensorInfo,
-    model_name,
-    open_checkpoint,
-)
+from ortho_cli.storage.checkpoint import ShardReader, TensorInfo, open_checkpoint
 
 WIDEST = 1 << 22  # elements of a row that is read whole; a wider row is read in pieces
 
@@ -69,31 +65,27 @@ class RowReader:
 
 def has_safetensors(folder: Path) -> bool:
     """Tell whether transformers would read the safetensors of a folder."""
-    if folders.is_bin_first(folder):
-        return False
-    return any(p.name.endswith((folders.SUFFIX, folders.INDEX_SUFFIX)) for p in folder.iterdir())
+    ends = (folders.SUFFIX, folders.INDEX_SUFFIX)
+    return not folders.is_bin_first(folder) and any(f.name.endswith(ends) for f in folder.iterdir())
 
 
 def _open(given: Path) -> Source:
     checkpoint = open_checkpoint(given)
     path, names = checkpoint.path, {tensor.name for tensor in checkpoint.tensors}
     metadata = {k: v for shard in checkpoint.shards for k, v in shard.metadata.items()}
-    own = frozenset(shard.name for shard in checkpoint.shards) if path.is_dir() else None
-    reader = ShardReader(checkpoint.shards)
-    rows = RowReader(reader)
-    try:
+    with ExitStack() as opened:
+        reader = ShardReader(checkpoint.shards)
+        opened.callback(reader.close)
+        rows = RowReader(reader)
         tensors = tuple(rows.tensor(info, path=path) for info in checkpoint.tensors)
-    except BaseException:
-        reader.close()
-        raise
+        opened.pop_all()
     return Source(
-        name=model_name(path),
         kind="safetensors",
         path=path,
         tensors=tensors,
         files=tuple(mark(shard.path) for shard in checkpoint.shards),
         config=checkpoint.config,
-        own=own,
+        own=frozenset(shard.name for shard in checkpoint.shards) if path.is_dir() else None,
         notes=checkpoint.notes,
         # safetensors.torch.save_model names a dropped copy in the metadata, with the one kept.
         aliases={k: v for k, v in metadata.items() if v in names and k not in names},

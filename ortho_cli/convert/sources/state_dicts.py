@@ -47,7 +47,8 @@ SHOWN = 8  # names in a note
 WHOLE = "."  # the key that stands for the file's top level
 
 Keys = tuple[str, ...]
-Container = Mapping[object, object] | list[object] | tuple[object, ...]
+Node = Mapping[object, object]
+Container = Node | list[object] | tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,45 +83,41 @@ class _Search:
     def run(self, found: object, key: str | None) -> Weights:
         if not isinstance(found, Mapping) and key is None:
             raise self._no_dict(found)
-        at: Keys = ()
-        start: object = found
+        node, path = found, Keys()
         if key not in (None, WHOLE):
-            start, at = self._follow(found, str(key))
-        if not isinstance(start, Mapping):  # of `--key .`
+            node, path = self._follow(found, str(key))
+        if not isinstance(node, Mapping):  # of `--key .`
             raise self._no_dict(found)
-        node, path = (start, at) if key == WHOLE else self._descend(start, at, asked=bool(key))
+        if key != WHOLE:
+            node, path = self._descend(node, path, asked=bool(key))
         tensors = self._named(node, whole=key == WHOLE)
-        left = list(self._left_out(found, path, node, tensors))
+        left = list(self._left_out(found, path, tensors))
         if not tensors or (left and all(tensor.numel() == 1 for tensor in tensors.values())):
             raise self._no_tensors(found)  # a loss or an epoch is no model
         notes = []
+        weights = f"the weights of `{self._file.name}` are"
         if path:
-            notes.append(f"the weights of `{self._file.name}` are those under `{_dotted(path)}`")
+            notes.append(f"{weights} those under `{_dotted(path)}`")
         if any(name not in node for name in tensors):
-            notes.append(
-                f"the weights of `{self._file.name}` are dicts within dicts: their names are "
-                "joined with dots"
-            )
+            notes.append(f"{weights} dicts within dicts: their names are joined with dots")
         if left:
             notes.append(f"left out of `{self._file.name}`: {hints.some(left, SHOWN)}")
         return Weights(key=_dotted(path), tensors=tensors, notes=tuple(notes))
 
-    def _follow(self, node: object, key: str) -> tuple[Mapping[object, object], Keys]:
+    def _follow(self, node: object, key: str) -> tuple[Node, Keys]:
         """Go to the node that `--key` names; a key may have dots in it."""
         path: Keys = ()
         rest = key
         while rest:
             items = {str(k): v for k, v in _items(node)}
-            step = next(
-                (k for k in sorted(items, key=len, reverse=True) if f"{rest}.".startswith(f"{k}.")),
-                None,
-            )
-            if step is None:
+            fitting = [k for k in items if f"{rest}.".startswith(f"{k}.")]
+            if not fitting:
                 there = ", ".join(f"`{k}`" for k in sorted(items)[:8]) or "no keys"
                 where = f"`{_dotted(path)}` of `{self._file}`" if path else f"`{self._file}`"
                 raise UsageError(
                     f"--key {key} is not in {where}, which has {there}", hint="give one of these"
                 )
+            step = max(fitting, key=len)
             node, path, rest = items[step], (*path, step), rest[len(step) + 1 :]
         if not self._size(node) or not isinstance(node, Mapping):
             raise UsageError(
@@ -129,13 +126,12 @@ class _Search:
             )
         return node, path
 
-    def _descend(
-        self, node: Mapping[object, object], path: Keys, *, asked: bool
-    ) -> tuple[Mapping[object, object], Keys]:
+    def _descend(self, node: Node, path: Keys, *, asked: bool) -> tuple[Node, Keys]:
         """Go down while one part is the largest by far; stop where all tensors are one model."""
         start = path
         while (parts := self._parts(node)) and len(path) < DEEPEST:
-            own = _own(node) if _looks_like_weights(node, parts) else 0
+            tops = _own(node) if _looks_like_weights(node, parts) else {}
+            own = sum(tensor.numel() for tensor in tops.values())
             inside = asked or any(WEIGHTS.search(step.lower()) for step in path)
             if self._is_tree(node, parts, own, inside=inside):
                 return node, path
@@ -159,12 +155,7 @@ class _Search:
         return node, path
 
     def _is_tree(
-        self,
-        node: Mapping[object, object],
-        parts: Mapping[str, Container],
-        own: int,
-        *,
-        inside: bool,
+        self, node: Node, parts: Mapping[str, Container], own: int, *, inside: bool
     ) -> bool:
         """Tell whether a node is one model of nested dicts, and no container of several things."""
         dicts = [part for part in parts.values() if isinstance(part, Mapping)]
@@ -176,7 +167,7 @@ class _Search:
         loose = not own and any(isinstance(v, Tensor) for v in node.values())
         return inside or not (plain or loose or _are_alike(dicts))
 
-    def _leads_to_flat(self, node: Mapping[object, object]) -> bool:
+    def _leads_to_flat(self, node: Node) -> bool:
         """Tell whether single keys lead to a flat state dict, and so are no parts of its names."""
         for _ in range(DEEPEST):  # a dict may hold itself
             if _has_dotted_names(node):
@@ -187,7 +178,7 @@ class _Search:
             node = parts[0]
         return False
 
-    def _parts(self, node: Mapping[object, object]) -> dict[str, Container]:
+    def _parts(self, node: Node) -> dict[str, Container]:
         """Select the containers of a node that have tensors and may be weights."""
         return {
             str(key): value
@@ -199,10 +190,8 @@ class _Search:
 
     def _size(self, node: object, depth: int = 0) -> int:
         """Count the elements of the tensors below; bare tensors in a list have no names."""
-        if isinstance(node, Tensor):
-            return max(
-                1, node.numel()
-            )  # ZeRO-3 leaves tensors without elements: `_load` refuses these
+        if isinstance(node, Tensor):  # ZeRO-3 leaves tensors without elements: `_load` refuses them
+            return max(1, node.numel())
         if not isinstance(node, Mapping | list | tuple) or depth > DEEPEST:
             return 0
         if id(node) not in self._sizes:
@@ -215,33 +204,24 @@ class _Search:
             )
         return self._sizes[id(node)]
 
-    def _named(self, node: Mapping[object, object], *, whole: bool) -> dict[str, Tensor]:
+    def _named(self, node: Node, *, whole: bool) -> dict[str, Tensor]:
         """Collect the tensors of a tree by name, or of its top if that alone is the state dict."""
         parts = self._parts(node)
-        flat = (
-            not whole
-            and _looks_like_weights(node, parts)
-            and any(WEIGHTS.search(name.lower()) for name in parts)
-        )
+        named = any(WEIGHTS.search(name.lower()) for name in parts)
+        flat = not whole and named and _looks_like_weights(node, parts)
+        hint = "save a flat state_dict()"
         found: dict[str, Tensor] = {}
         for name, tensor in self._leaves(node, "", 0 if flat else DEEPEST):
             if name in found:
-                raise CheckpointError(
-                    f"`{self._file}` has two tensors of the name `{name}`, once its dicts are "
-                    "joined with dots",
-                    hint="save a flat state_dict()",
-                )
+                what = f"two tensors of the name `{name}`, once its dicts are joined with dots"
+                raise self._refused(f"has {what}", hint)
             if len(found) >= MOST_NAMES and name not in node:
-                raise CheckpointError(
-                    f"`{self._file}` has more than {MOST_NAMES} tensors in dicts within dicts",
-                    hint="save a flat state_dict()",
-                )
+                what = f"more than {MOST_NAMES} tensors in dicts within dicts"
+                raise self._refused(f"has {what}", hint)
             found[name] = tensor
         return found
 
-    def _leaves(
-        self, node: Mapping[object, object], prefix: str, deeper: int
-    ) -> Iterator[tuple[str, Tensor]]:
+    def _leaves(self, node: Node, prefix: str, deeper: int) -> Iterator[tuple[str, Tensor]]:
         for key, value in node.items():
             if not isinstance(key, str) or _is_training(key, value):
                 continue
@@ -250,25 +230,16 @@ class _Search:
             elif isinstance(value, Mapping) and deeper and self._size(value):
                 yield from self._leaves(value, f"{prefix}{key}.", deeper - 1)
 
-    def _left_out(
-        self,
-        found: object,
-        path: Keys,
-        node: Mapping[object, object],
-        tensors: Mapping[str, Tensor],
-    ) -> Iterator[str]:
+    def _left_out(self, found: object, path: Keys, tensors: Mapping[str, Tensor]) -> Iterator[str]:
         """List the keys beside the weights, on the path to them and among them."""
-        at: Keys = ()
-        for step in path:
-            for key, _ in _items(found):
-                if str(key) != step:
-                    yield _dotted((*at, str(key)))
-            found = next(value for key, value in _items(found) if str(key) == step)
-            at = (*at, step)
+        for depth, step in enumerate(path):
+            items = [(str(key), value) for key, value in _items(found)]
+            yield from (_dotted((*path[:depth], key)) for key, _ in items if key != step)
+            found = next(value for key, value in items if key == step)
         prefixes = {name[: i + 1] for name in tensors for i, c in enumerate(name) if c == "."}
-        for key in node:
+        for key, _ in _items(found):
             if key not in tensors and f"{key}." not in prefixes:
-                yield _dotted((*at, str(key)))
+                yield _dotted((*path, str(key)))
 
     def _doubt(
         self, path: Keys, parts: Mapping[str, Container], names: list[str], sizes: Mapping[str, int]
@@ -287,9 +258,7 @@ class _Search:
         is_list = any(isinstance(parts.get(name), list | tuple) for name in names)
         whole = "" if is_list else f"; `--key {WHOLE}` takes all that the file holds"
         what = "holds several sets of weights" if len(told) > 1 else "keeps its weights in a list"
-        return CheckpointError(
-            f"`{self._file}` {what}: {some}", hint=f"choose one, as in `{command}`{whole}"
-        )
+        return self._refused(f"{what}: {some}", f"choose one, as in `{command}`{whole}")
 
     def _choices(self, path: Keys, name: str, part: object) -> Iterator[str]:
         if isinstance(part, list | tuple):
@@ -299,30 +268,27 @@ class _Search:
         else:
             yield _dotted((*path, name) if name else path) or WHOLE
 
+    def _refused(self, what: str, hint: str = "save the model's state_dict()") -> CheckpointError:
+        return CheckpointError(f"`{self._file}` {what}", hint=hint)
+
     def _no_dict(self, found: object) -> CheckpointError:
         kind = type(found).__name__
         if isinstance(found, list | tuple):
             dicts = [i for i, v in enumerate(found) if isinstance(v, Mapping) and self._size(v)]
             if dicts:
                 chosen = f"ortho convert {hints.said(self._given)} --key {dicts[0]}"
-                return CheckpointError(
-                    f"`{self._file}` holds a {kind} of {len(found)} entries, {len(dicts)} of them "
-                    "with tensors, not a map of names to tensors",
-                    hint=f"choose one by its number, as in `{chosen}`",
+                return self._refused(
+                    f"holds a {kind} of {len(found)} entries, {len(dicts)} of them with tensors, "
+                    "not a map of names to tensors",
+                    f"choose one by its number, as in `{chosen}`",
                 )
             kind += f" of {len(found)} entries"
-        return CheckpointError(
-            f"`{self._file}` holds a {kind}, not a map of names to tensors",
-            hint="save the model's state_dict()",
-        )
+        return self._refused(f"holds a {kind}, not a map of names to tensors")
 
     def _no_tensors(self, found: object) -> CheckpointError:
         keys = [str(key) for key, _ in _items(found)]
         some = f": {', '.join(f'`{key:.60}`' for key in keys[:6])}" if keys else ""
-        return CheckpointError(
-            f"`{self._file}` holds no tensors of a model among {len(keys)} entries{some}",
-            hint="save the model's state_dict()",
-        )
+        return self._refused(f"holds no tensors of a model among {len(keys)} entries{some}")
 
 
 def _items(node: object) -> Iterator[tuple[object, object]]:
@@ -340,9 +306,8 @@ def _is_training(key: str, value: object) -> bool:
     """Tell whether an entry is an optimizer's or trainer's state, by its name or its content."""
     if isinstance(value, Tensor):
         return False
-    if TRAINING.search(key.lower()):
-        return True
-    if PERHAPS_TRAINING.search(key.lower()) and not _holds_matrices(value):
+    name = key.lower()
+    if TRAINING.search(name) or (PERHAPS_TRAINING.search(name) and not _holds_matrices(value)):
         return True
     if not isinstance(value, Mapping):
         return False
@@ -373,19 +338,19 @@ def _holds_matrices(value: object) -> bool:
     return found
 
 
-def _own(node: Mapping[object, object]) -> int:
-    return sum(v.numel() for k, v in node.items() if isinstance(v, Tensor) and isinstance(k, str))
+def _own(node: Node) -> dict[str, Tensor]:
+    return {k: v for k, v in node.items() if isinstance(v, Tensor) and isinstance(k, str)}
 
 
-def _looks_like_weights(node: Mapping[object, object], parts: Mapping[str, Container]) -> bool:
+def _looks_like_weights(node: Node, parts: Mapping[str, Container]) -> bool:
     """Tell whether a node's own tensors are weights, and not a loss or an epoch."""
-    names = {k for k, v in node.items() if isinstance(v, Tensor) and isinstance(k, str)}
+    names = _own(node).keys()
     again = any(names & set(part) for part in parts.values() if isinstance(part, Mapping))
     return again or _has_dotted_names(node) or bool(names & {"weight", "bias"})
 
 
-def _has_dotted_names(node: Mapping[object, object]) -> bool:
-    return any(isinstance(v, Tensor) and isinstance(k, str) and "." in k for k, v in node.items())
+def _has_dotted_names(node: Node) -> bool:
+    return any("." in name for name in _own(node))
 
 
 def _are_alike(dicts: Collection[object]) -> bool:
@@ -410,10 +375,12 @@ def _is_same_tensor(left: object, right: object) -> bool:
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return False
     try:
-        places = {
-            (t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.stride(), t.dtype)
-            for t in (left, right)
-        }
+        return place_of(left) == place_of(right)
     except (RuntimeError, NotImplementedError):  # sparse tensors have no storage
         return False
-    return len(places) == 1
+
+
+def place_of(tensor: Tensor) -> tuple[object, ...]:
+    """Tell which elements of which memory a tensor is; raises for one without storage."""
+    start = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+    return *start, tensor.shape, tensor.stride(), tensor.dtype

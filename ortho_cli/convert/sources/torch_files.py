@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from ortho_cli.convert.sources.architectures import is_tied
-from ortho_cli.convert.sources.base import Format, Opener, Source, SourceTensor, mark
+from ortho_cli.convert.sources.base import Format, Opener, Source, SourceTensor, config_of, mark
 from ortho_cli.convert.sources.safetensors_files import has_safetensors
-from ortho_cli.convert.sources.state_dicts import Weights, find_weights
+from ortho_cli.convert.sources.state_dicts import Weights, find_weights, place_of
 from ortho_cli.errors import CheckpointError
 from ortho_cli.split.dtypes import names_of_torch
-from ortho_cli.storage import hints, sniff, strict_json
-from ortho_cli.storage.checkpoint import check_index, model_name
+from ortho_cli.storage import hints, sniff
+from ortho_cli.storage.checkpoint import check_index
 from ortho_cli.storage.folders import read_index
 from ortho_cli.storage.untrusted import open_regular
 
@@ -53,13 +53,11 @@ HEADS = re.compile(
 )
 EMBEDDINGS = re.compile(r"(^|\.)(\w*embed\w*|wte|shared|emb|embeddings\.word)\.weight$")
 
+Found = tuple[list[Path], dict[str, str] | None]  # files, and the file of each tensor by an index
 
-def is_torch_file(path: Path) -> bool:
-    """Tell whether a file is one of torch.save, by its bytes and not by its name.
 
-    Raises:
-        CheckpointError: its content is of a kind that is not read.
-    """
+def _is_torch_file(path: Path) -> bool:
+    """Tell whether a file is one of torch.save, by its bytes; raises for other known kinds."""
     if path.suffix == ".safetensors":
         return False
     if path.suffix == ".distcp":
@@ -75,27 +73,24 @@ def _wrong_kind(path: Path, kind: str) -> CheckpointError:
     return CheckpointError(f"`{path}` is {kind}, no torch file", hint=sniff.remedy(kind, path))
 
 
-def find_files(folder: Path) -> tuple[list[Path], dict[str, str] | None] | None:
-    """List the files of a folder to read, and the file of each tensor by its index.
+def _find_files(folder: Path) -> Found | None:
+    """List the files of a folder to read, if it has any, and the file of each tensor by its index.
 
     One whole file comes before an index, as in transformers.
 
-    Returns:
-        Files, and the index where there is one; None where the folder has no file of torch.save.
     Raises:
         CheckpointError: several files and no index, an index that does not fit, or pieces.
     """
     if (folder / WHOLE_FILE).is_file():
         return [folder / WHOLE_FILE], None
-    indexes = [folder / INDEX, *sorted(folder.glob(VARIANT_INDEX))]
-    indexes = [path for path in indexes if path.is_file()]
+    indexes = [p for p in (folder / INDEX, *sorted(folder.glob(VARIANT_INDEX))) if p.is_file()]
     if indexes:
         if indexes[0].name != INDEX and len(indexes) > 1:
             raise _several(folder, indexes, "indexes and none without a variant's name")
         weight_map = read_index(indexes[0], suffix=".bin")
         return [folder / name for name in sorted(set(weight_map.values()))], weight_map
-    found = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
-    files = [path for path in found if path.is_file() and not BESIDE.search(path.name)]
+    named = sorted(p for p in folder.iterdir() if p.name.endswith(SUFFIXES) and p.is_file())
+    files = [path for path in named if not BESIDE.search(path.name)]
     if (folder / "zero_to_fp32.py").is_file() and len(files) != 1:
         raise CheckpointError(
             f"`{folder}` holds a checkpoint of DeepSpeed in pieces",
@@ -132,14 +127,11 @@ def _refuse_pieces(file: Path) -> None:
     """Refuse a file that has a sibling with another slice of the same tensors."""
     for one in (file, file.parent):
         own = PIECE.match(one.name)
-        if own is None:
-            continue
-        beside = [path.name for path in sorted(one.parent.iterdir())]
-        matches = [match for match in map(PIECE.match, beside) if match]
+        beside = [PIECE.match(path.name) for path in sorted(one.parent.iterdir())] if own else []
         others = [
             match.string
-            for match in matches
-            if match["name"] == own["name"] and match["number"] != own["number"]
+            for match in beside
+            if match and own and match["name"] == own["name"] and match["number"] != own["number"]
         ]
         if others:
             raise CheckpointError(
@@ -150,25 +142,17 @@ def _refuse_pieces(file: Path) -> None:
             )
 
 
-def open_torch(
-    path: Path, files: list[Path], weight_map: dict[str, str] | None, *, key: str | None = None
-) -> Source:
-    """Describe the weights of torch's files.
+def _open(path: Path, found: Found, key: str | None) -> Source:
+    """Describe the weights of files, which are under a key in each.
 
-    Args:
-        path: what the user named, a file or a folder.
-        files: what is read, from `find_files` or `path` alone.
-        weight_map: the file of each tensor, where there is an index.
-        key: where the weights are in each file; None looks for them.
     Raises:
         UsageError: there is no such key.
-        CheckpointError: see `find_files`; something that is no plain tensor; one name in two files.
+        CheckpointError: something that is no plain tensor; one name in two files.
     """
+    files, weight_map = found
     folder = path if path.is_dir() else None
-    config = None
+    config = None if folder is None else config_of(folder)
     notes: list[str] = []
-    if folder is not None and (folder / "config.json").exists():
-        config = strict_json.read(folder / "config.json", constants=True)
     for file in files:
         _refuse_pieces(file)
     marks, bins = tuple(mark(file) for file in files), _Files(path, key)
@@ -190,11 +174,12 @@ def open_torch(
                 )
             where[name] = file.name
             if name not in dropped:
-                tensors.append(bins.tensor(file, name, tensor))
+                dtype, read = names_of_torch()[tensor.dtype], partial(bins.read, file, name)
+                shape = tuple(tensor.shape)
+                tensors.append(SourceTensor(name=name, dtype=dtype, shape=shape, read=read))
     if folder is not None and weight_map is not None:
         notes += check_index(folder, where, weight_map, config=config)
     return Source(
-        name=model_name(path),
         kind="torch",
         path=path,
         tensors=tuple(tensors),
@@ -219,29 +204,18 @@ class _Files:
         self._flat: tuple[str, Tensor] | None = None
         self._touched = 0  # bytes of the mapping that were read, and so count as memory in use
 
-    def tensor(self, file: Path, name: str, tensor: Tensor) -> SourceTensor:
-        return SourceTensor(
-            name=name,
-            dtype=names_of_torch()[tensor.dtype],
-            shape=tuple(tensor.shape),
-            read=lambda start, rows: self._read(file, name, start, rows),
-        )
-
-    def _read(self, file: Path, name: str, start: int, rows: int) -> Tensor:
+    def read(self, file: Path, name: str, start: int, rows: int) -> Tensor:
         stale = start == 0 and self._touched > REMAP_BYTES and zipfile.is_zipfile(file)
         if self._file != file or stale:
             self.close()
             self._tensors = _load(file, self._given, self._key).tensors
             self._file = file
-        tensor = self._tensors[name]
-        if tensor.dim() > 2:
+        if self._flat is None or self._flat[0] != name:
+            tensor = self._tensors[name]
             # A tensor that cannot be viewed as rows is copied: once, and not for every tile.
-            if self._flat is None or self._flat[0] != name:
-                self._flat = (name, tensor.reshape(-1, tensor.shape[-1]))
-            tensor = self._flat[1]
-        elif tensor.dim() < 2:
-            tensor = tensor.reshape(-1, 1)
-        found = tensor[start : start + rows]
+            flat = tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.reshape(-1, 1)
+            self._flat = name, flat
+        found = self._flat[1][start : start + rows]
         self._touched += found.nbytes
         return found.resolve_conj().resolve_neg().contiguous()
 
@@ -251,7 +225,6 @@ class _Files:
 
 
 def _load(path: Path, given: Path, key: str | None = None) -> Weights:
-    """Load the weights of a file."""
     weights = find_weights(_unpickle(path), file=path, given=given, key=key)
     tensors = {name: _plain(path, name, tensor) for name, tensor in weights.tensors.items()}
     if DEEPSPEED.search(path.name) and not any(tensor.numel() for tensor in tensors.values()):
@@ -271,13 +244,14 @@ def _plain(path: Path, name: str, tensor: Tensor) -> Tensor:
     elif tensor.is_meta:
         what = "on the meta device, without values"
     elif tensor.is_quantized:
-        what = f"quantized ({tensor.dtype})".replace("torch.", "")
+        what = f"quantized ({tensor.dtype})"
     elif tensor.layout is not torch.strided:
-        what = f"sparse ({tensor.layout})".replace("torch.", "")
+        what = f"sparse ({tensor.layout})"
     elif tensor.dtype not in names_of_torch():
-        what = str(tensor.dtype).replace("torch.", "")
+        what = str(tensor.dtype)
     else:
         return tensor.detach()
+    what = what.replace("torch.", "")
     raise CheckpointError(
         f"tensor `{name}` of `{path}` is {what}, which safetensors cannot hold",
         hint="save dense tensors of a plain dtype, with values",
@@ -293,12 +267,9 @@ def _unpickle(path: Path) -> object:
     if kind not in sniff.TORCHES:
         raise _wrong_kind(path, kind)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's own internals, on old files
-            found: object = torch.load(
-                path, weights_only=True, mmap=zipfile.is_zipfile(path), map_location="cpu"
-            )
-            return found
+        with warnings.catch_warnings(action="ignore"):  # of torch's own internals, on old files
+            mmap = zipfile.is_zipfile(path)
+            return torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
     except (OSError, MemoryError):
         raise
     except Exception as error:  # noqa: BLE001 - a damaged file can make the reader raise anything
@@ -347,16 +318,14 @@ def _copies(
         embedding = next((n for n in names if EMBEDDINGS.search(n) and n not in heads), None)
         kept = embedding or names[0]
         tied = is_tied(config) if heads and embedding else None
-        for name in names:
-            if name == kept:
-                continue
+        for name in (name for name in names if name != kept):
             if name in heads and tied:
                 dropped[name] = kept
                 verb = "kept once, since the model ties them"
-            elif name in heads and tied is not None:
-                verb = "written out as copies, since the model does not tie them"
             else:
-                verb = "written out as copies, since nothing says that they are tied"
+                known = name in heads and tied is not None
+                why = "the model does not tie them" if known else "nothing says that they are tied"
+                verb = f"written out as copies, since {why}"
             notes.append(f"`{name}` is the same memory as `{kept}`: {verb}")
     if len(notes) > SHOWN:
         notes[SHOWN:] = [f"{len(notes) - SHOWN} other tensors are the same memory as another, too"]
@@ -368,20 +337,17 @@ def _shared(tensors: Mapping[str, Tensor]) -> Iterable[list[str]]:
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.numel():
-            place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
-            groups.setdefault((*place, tensor.shape, tensor.stride(), tensor.dtype), []).append(
-                name
-            )
+            groups.setdefault(place_of(tensor), []).append(name)
     return [names for names in groups.values() if len(names) > 1]
 
 
 def _recognize(path: Path, key: str | None) -> Opener | None:
-    files: tuple[list[Path], dict[str, str] | None] | None = None
+    found: Found | None = None
     if path.is_file():
-        files = ([path], None) if is_torch_file(path) else None
+        found = ([path], None) if _is_torch_file(path) else None
     elif path.is_dir() and not has_safetensors(path):
-        files = find_files(path)
-    return None if files is None else partial(open_torch, path, *files, key=key)
+        found = _find_files(path)
+    return None if found is None else partial(_open, path, found, key)
 
 
 FORMAT = Format(label="a file of torch.save", recognize=_recognize, takes_key=True)

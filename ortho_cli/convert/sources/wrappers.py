@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -43,9 +43,8 @@ def strip_wrappers(source: Source) -> Source:
     """Give tensors their names without wrappers, and note which prefixes were stripped.
 
     Args:
-        source: any checkpoint.
-    Returns:
-        The source itself where no name has a prefix.
+        source: any checkpoint; the architecture of its config decides on prefixes that may be the
+            model's own.
     Raises:
         CheckpointError: two names become one, there are two models side by side, or the tensors
             are FSDP's flat shards.
@@ -58,55 +57,17 @@ def strip_wrappers(source: Source) -> Source:
             hint="save a full state dict: `fsdp.state_dict_type: FULL_STATE_DICT`, or "
             "`accelerate merge-weights FOLDER OUT`",
         )
-    rename, notes = find_rename(names, source.config)
-    renamed = {name: rename(name) for name in names}
-    if all(old == new for old, new in renamed.items()):
-        return replace(source, notes=(*source.notes, *notes)) if notes else source
-    _check_distinct(renamed, source)
-    return replace(
-        source,
-        tensors=tuple(replace(tensor, name=renamed[tensor.name]) for tensor in source.tensors),
-        aliases={rename(copy): renamed[kept] for copy, kept in source.aliases.items()},
-        notes=(*source.notes, *notes),
-    )
-
-
-def _check_distinct(renamed: Mapping[str, str], source: Source) -> None:
-    seen: dict[str, str] = {}
-    for old, new in renamed.items():
-        other = seen.setdefault(new, old)
-        if other != old:
-            raise CheckpointError(
-                f"tensors `{other}` and `{old}` of `{source.path}` are both `{new}` without the "
-                "prefixes of wrappers",
-                hint="save one of the two: the state_dict() of the model that is wrapped",
-            )
-
-
-def find_rename(
-    names: Iterable[str], config: Mapping[str, object] | None
-) -> tuple[Rename, list[str]]:
-    """Find a function that strips wrappers' prefixes from the names of a checkpoint.
-
-    Args:
-        names: all names of the checkpoint.
-        config: config.json, whose architecture decides on prefixes that may be the model's own.
-    Returns:
-        The function, and notes on what it strips.
-    Raises:
-        CheckpointError: there are two models side by side, each with a prefix of its own.
-    """
     steps: list[Rename] = []
     notes: list[str] = []
-    left = list(names)
-    for prefix, step in _sure_prefixes(left):
+    left = names
+    for prefix, step in _sure_prefixes(names):
         found = [step(name) for name in left]
         count = sum(new != old for new, old in zip(found, left, strict=True))
         if count:
             notes.append(f"`{prefix}` of a wrapper is stripped from {count} of {len(left)} names")
             steps.append(step)
             left = found
-    step, said = _strip_by_architecture(left, config)
+    step, said = _strip_by_architecture(left, source.config)
     steps.append(step)
 
     def rename(name: str) -> str:
@@ -114,7 +75,25 @@ def find_rename(
             name = step(name)
         return name
 
-    return rename, notes + said
+    renamed = {name: rename(name) for name in names}
+    _check_distinct(renamed, source)
+    return replace(
+        source,
+        tensors=tuple(replace(tensor, name=renamed[tensor.name]) for tensor in source.tensors),
+        aliases={rename(copy): renamed[kept] for copy, kept in source.aliases.items()},
+        notes=(*source.notes, *notes, *said),
+    )
+
+
+def _check_distinct(renamed: Mapping[str, str], source: Source) -> None:
+    seen: dict[str, str] = {}
+    for old, new in renamed.items():
+        if (other := seen.setdefault(new, old)) != old:
+            raise CheckpointError(
+                f"tensors `{other}` and `{old}` of `{source.path}` are both `{new}` without the "
+                "prefixes of wrappers",
+                hint="save one of the two: the state_dict() of the model that is wrapped",
+            )
 
 
 def _sure_prefixes(names: list[str]) -> Iterator[tuple[str, Rename]]:
@@ -139,11 +118,8 @@ def _strip_by_architecture(
     if known is None:
         return _same, list(_note_kept(names, inner, prefix))
     candidates = [partial(re.compile(r"\.module\.").sub, ".")] if inner else []
-    parts = prefix.split(".")[:-1]
-    candidates += [
-        partial(re.compile(rf"^{re.escape('.'.join(parts[:n]))}\.").sub, "")
-        for n in range(1, len(parts) + 1)
-    ]
+    ends = (place + 1 for place, letter in enumerate(prefix) if letter == ".")
+    candidates += [partial(re.compile(f"^{re.escape(prefix[:n])}").sub, "") for n in ends]
     for step in candidates:
         changed = [name for name in names if step(name) != name]
         fits = sum(step(name) in known for name in changed)
@@ -154,9 +130,8 @@ def _strip_by_architecture(
                 f"{len(changed)} of {len(names)} names have a wrapper's prefix, which the "
                 f"architecture does not have: `{changed[0]}` becomes `{step(changed[0])}`"
             ]
-    if known.intersection(names):
-        return _same, []
-    return _same, [f"no name is one of the architecture's: `{names[0]}` and others are kept"]
+    strange = f"no name is one of the architecture's: `{names[0]}` and others are kept"
+    return _same, [] if known.intersection(names) else [strange]
 
 
 def _refuse_second_model(names: list[str], step: Rename) -> None:
@@ -201,9 +176,10 @@ def _leading_prefix(names: list[str], config: Mapping[str, object] | None) -> st
     tops = TOPS | {str((config or {}).get("model_type"))}
     inner_tops = [place for place, part in enumerate(parts) if place and part in tops]
     if inner_tops:
-        return "".join(f"{part}." for part in parts[: inner_tops[-1] + 1])
-    unusual = parts and parts[0] not in COMMON | tops
-    return "".join(f"{part}." for part in parts) if unusual else ""
+        parts = parts[: inner_tops[-1] + 1]
+    elif parts and parts[0] in COMMON | tops:
+        parts = []
+    return "".join(f"{part}." for part in parts)
 
 
 def _note_kept(names: list[str], inner: list[str], prefix: str) -> Iterator[str]:
