@@ -40,12 +40,7 @@ FINITE = 0x7F80  # bins from here on hold infinity and NaN
 CENTRES = ((np.arange(FINITE, dtype=np.uint32) << 16) | 0x8000).view(np.float32).astype(np.float64)
 
 
-def survey(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    *,
-    on_event: EventSink = null_sink,
-) -> Survey:
+def survey(plan: Plan, checkpoint: Checkpoint, *, on_event: EventSink = null_sink) -> Survey:
     """Count the saliency of every weight that is split, rounded to nearest without ortho.
 
     Args:

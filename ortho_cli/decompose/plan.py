@@ -457,11 +457,7 @@ def _ignore(unfit: list[TensorInfo], split: list[TensorInfo], recipe: Recipe) ->
 
 
 def _plan_tensor(
-    tensor: TensorInfo,
-    reason: str | None,
-    recipe: Recipe,
-    group_size: int,
-    kept: Mapping[str, int],
+    tensor: TensorInfo, reason: str | None, recipe: Recipe, group_size: int, kept: Mapping[str, int]
 ) -> TensorPlan:
     if reason is not None:
         return CopyTensor(source=tensor, reason=reason)
@@ -534,10 +530,7 @@ def _check_compact_header(split: tuple[SplitTensor, ...], recipe: Recipe) -> Non
 
 
 def _sha256(
-    tensors: tuple[TensorPlan, ...],
-    recipe: Recipe,
-    group_size: int,
-    statistics: Statistics | None,
+    tensors: tuple[TensorPlan, ...], recipe: Recipe, group_size: int, statistics: Statistics | None
 ) -> str:
     content = {
         "format": artifact.FORMAT,

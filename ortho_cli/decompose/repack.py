@@ -125,12 +125,7 @@ class Repacker:
         return codes, step, values.float() - back.float()
 
     def _figures(
-        self,
-        tensor: SplitTensor,
-        figures: Figures,
-        crow: Integers,
-        column: Integers,
-        lost: Tensor,
+        self, tensor: SplitTensor, figures: Figures, crow: Integers, column: Integers, lost: Tensor
     ) -> Figures:
         """Take what rounding cost from what was thought to be kept exactly."""
         plain = weighted = float(lost.double().square().sum())

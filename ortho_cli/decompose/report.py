@@ -179,10 +179,7 @@ def make_config(plan: Plan, config: Mapping[str, object]) -> dict[str, object]:
         elif module in unsplit and renamed not in split:
             unsplit.add(renamed)
     settings = quantization_config(
-        split=split,
-        unsplit=sorted(unsplit),
-        group_size=plan.group_size,
-        others=sorted(others),
+        split=split, unsplit=sorted(unsplit), group_size=plan.group_size, others=sorted(others)
     )
     return {**config, "quantization_config": settings}
 

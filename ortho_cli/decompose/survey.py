@@ -66,10 +66,7 @@ def load_surveys(out: Path) -> tuple[Survey, ...]:
 
 def _encode(surveys: Sequence[Survey]) -> bytes:
     found = [
-        {
-            "of": survey.of,
-            "tensors": {name: _told(survey, name) for name in sorted(survey.counts)},
-        }
+        {"of": survey.of, "tensors": {name: _told(survey, name) for name in sorted(survey.counts)}}
         for survey in surveys
     ]
     return json.dumps(found, separators=(",", ":")).encode()
@@ -78,11 +75,7 @@ def _encode(surveys: Sequence[Survey]) -> bytes:
 def _told(survey: Survey, name: str) -> dict[str, object]:
     counts = survey.counts[name]
     bins = np.flatnonzero(counts)  # a few hundred of them
-    return {
-        "blake3": survey.digests[name],
-        "bins": bins.tolist(),
-        "counts": counts[bins].tolist(),
-    }
+    return {"blake3": survey.digests[name], "bins": bins.tolist(), "counts": counts[bins].tolist()}
 
 
 def _decode(raw: bytes) -> tuple[Survey, ...]:

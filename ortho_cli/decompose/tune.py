@@ -202,10 +202,7 @@ class _Job:
         self.told = "the first block"
 
     def tune(
-        self,
-        number: int,
-        start: dict[str, Rounded],
-        weights: tuple[Tensor, Tensor] | None,
+        self, number: int, start: dict[str, Rounded], weights: tuple[Tensor, Tensor] | None
     ) -> dict[str, Rounded]:
         """Tune a block, or keep it where there are no `weights`; advance both hidden states."""
         parameters = {name: self._parameter(name) for name in start}

@@ -24,15 +24,7 @@ from ortho_cli.split import quantize
 from ortho_cli.split.dtypes import torch_dtypes
 from ortho_cli.split.select import TopK
 from ortho_cli.split.sizes import DEFAULT_SIZES, Part, Sizes
-from ortho_cli.split.task import (
-    Array,
-    Buffers,
-    CurvatureTile,
-    Room,
-    SplitTask,
-    Tile,
-    TileResult,
-)
+from ortho_cli.split.task import Array, Buffers, CurvatureTile, Room, SplitTask, Tile, TileResult
 from ortho_cli.split.torch_kernel import words_of
 
 
@@ -185,10 +177,7 @@ def _candidates(begun: _Begun, select: TopK) -> list[Tensor]:
     if found.numel() > select.k:
         bar = saliency.topk(select.k, sorted=False).values.min()
         found = torch.nonzero(saliency >= bar).view(-1)
-    return [
-        (found + begun.start).cpu(),
-        *(one[found].cpu() for one in (saliency, *begun.payloads)),
-    ]
+    return [(found + begun.start).cpu(), *(one[found].cpu() for one in (saliency, *begun.payloads))]
 
 
 def _squares(values: Tensor) -> Tensor:

@@ -175,13 +175,7 @@ def _call(loop: Any, arguments: tuple[Any, ...]) -> Any:
 # Longer than 60 lines: in parts, called from here, it runs at half the speed.
 @kept(njit, nogil=True)  # others may run meanwhile
 def search_tile(  # noqa: C901 - see above
-    tile: Any,
-    factors: Any,
-    curvature: Any,
-    vectors: Any,
-    held: Any,
-    scales: Any,
-    buffers: Any,
+    tile: Any, factors: Any, curvature: Any, vectors: Any, held: Any, scales: Any, buffers: Any
 ) -> None:
     """Search each group's scale for the least squared error of what base has to stand for.
 
