@@ -188,7 +188,7 @@ def decompose(
         )
     # Not in report.json: what was left out of the source's folder concerns this user alone.
     done = {"left_out": plan.side.to_json(), "run": run_facts(out, began)}
-    output.show(report.to_json() | done, print_done)
+    output.show(report | done, print_done)
 
 
 def _split_device(device: str) -> str:

@@ -23,7 +23,7 @@ from ortho_cli.decompose.kernels import Kernels
 from ortho_cli.decompose.plan import Plan, TensorPlan, check_memory, check_statistics
 from ortho_cli.decompose.recheck import Recheck
 from ortho_cli.decompose.record import TensorRecord
-from ortho_cli.decompose.report import Report, make_config, make_report
+from ortho_cli.decompose.report import make_config, make_report
 from ortho_cli.decompose.survey import load_surveys, save_surveys
 from ortho_cli.decompose.workers import Results, Worker, at_work, shape_bytes, shape_key
 from ortho_cli.errors import CheckpointError, InternalError, RecipeError
@@ -149,7 +149,7 @@ def decompose(
     compiled: bool = True,
     device: str = "cpu",
     on_event: EventSink = null_sink,
-) -> Report:
+) -> dict[str, object]:
     """Carry a plan out.
 
     Args:
@@ -349,7 +349,7 @@ class _Job:
         # Ortho holds what others must not read.
         return DataFile(self._work, name, layout, mode=0o600, scratch=scratch)
 
-    def run(self, tuner: Tuner | None) -> Report:
+    def run(self, tuner: Tuner | None) -> dict[str, object]:
         """Split, tune and finish."""
         torch_alone = nullcontext() if self._kernels.compiled else _one_thread_of_torch()
         with _many_small_operations(), torch_alone:
@@ -411,7 +411,7 @@ class _Job:
         found = ((name, TensorRecord.from_json(line)) for name, line in self._work.done.items())
         return {name: record for name, record in found if record is not None}
 
-    def finish(self, base_blake3: str) -> Report:
+    def finish(self, base_blake3: str) -> dict[str, object]:
         """Check that no input has changed, and write ortho and the files beside it."""
         plan, done = self._plan, self._done()
         self._emit(Finishing(step="digests"))
@@ -460,7 +460,7 @@ class _Job:
             device=self._kernels.device.partition(":")[0],
             side_files=self._write_side_files(),
         )
-        job.write_files(self._work, {REPORT_FILE: pretty_json(report.to_json())})
+        job.write_files(self._work, {REPORT_FILE: pretty_json(report)})
         return report
 
     def _check_forgotten(self) -> None:

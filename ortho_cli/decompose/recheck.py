@@ -26,7 +26,6 @@ from ortho_cli.formats.report import Figures, read_report, rows_of
 from ortho_cli.split.exact import (
     HINT,
     WORDS,
-    Array,
     Rows,
     Rules,
     Sums,
@@ -35,6 +34,7 @@ from ortho_cli.split.exact import (
     largest_step,
 )
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
+from ortho_cli.split.task import Array
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, TensorInfo
 from ortho_cli.storage.data_file import DataFile
 from ortho_cli.storage.sealing import OrthoFile

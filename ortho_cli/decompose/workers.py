@@ -163,7 +163,7 @@ class Worker:
         base: DataFile,
         ortho: OrthoFile,
         *,
-        make_kernel: Callable[[], TileKernel[Any]],
+        make_kernel: Callable[[], TileKernel],
         curvature: StatisticsReader | None = None,
         reference: ShardReader | None = None,
         edits: Edits | None = None,
@@ -189,7 +189,7 @@ class Worker:
         """
         self._plan, self._reader, self._base, self._ortho = plan, reader, base, ortho
         self._make_kernel = make_kernel
-        self._kernel: TileKernel[Any] | None = None
+        self._kernel: TileKernel | None = None
         self._curvature, self._reference, self._edits = curvature, reference, edits
         self._references = {t.name: t for t in plan.reference.tensors} if plan.reference else {}
         self._check, self._stop, self._on_event = check, stop, on_event

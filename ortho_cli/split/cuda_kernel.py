@@ -102,8 +102,7 @@ class CudaKernel:
         """Take the root of a tile's curvature, and tell whether it is any."""
         true = torch.ones((), dtype=torch.bool, device=self._device)
         if curvature.words is not None:
-            dtype = torch.bfloat16 if curvature.words.itemsize == 2 else torch.float32
-            values = lane.send(curvature.words).view(dtype).float()
+            values = lane.send(curvature.words).view(torch_dtypes()[curvature.dtype]).float()
             return values.sqrt(), ((values >= 0) & (values < math.inf)).all()
         if curvature.columns is None:
             return None, true

@@ -12,15 +12,15 @@ not repeated here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ortho_cli.errors import ArtifactError
+from ortho_cli.split.task import Array, Figures
 
-Array = npt.NDArray[Any]
 Float = npt.NDArray[np.float32]
 
 WORDS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
@@ -65,11 +65,8 @@ class Sums:
 
     def add(self, other: Sums) -> None:
         """Add what other rows gave."""
-        self.signal += other.signal
-        self.noise += other.noise
-        self.noise_kept += other.noise_kept
-        self.weights += other.weights
-        self.moved += other.moved
+        for one in fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
 
 def widen(words: Array, dtype: str) -> Float:
@@ -100,22 +97,6 @@ def unpack(packed: npt.NDArray[np.int32], bits: int, columns: int) -> npt.NDArra
     return (stream @ weights).astype(np.int8) - np.int8(1 << (bits - 1))
 
 
-class Told(Protocol):
-    """Figures of a weight that somebody else added up."""
-
-    @property
-    def signal(self) -> float:
-        """Squares of the weights."""
-
-    @property
-    def noise(self) -> float:
-        """Squares of the residual."""
-
-    @property
-    def noise_kept(self) -> float:
-        """What alpha = 1 takes away of them."""
-
-
 def check_rows(rules: Rules, rows: Rows) -> Sums:
     """Hold what was written of some rows against the source.
 
@@ -126,14 +107,11 @@ def check_rows(rules: Rules, rows: Rows) -> Sums:
             the place and both values.
     """
     source = widen(rows.source, rules.dtype)
-    scales = widen(rows.scales, rules.dtype)
     columns = source.shape[1]
-    wide = np.repeat(scales, columns // scales.shape[1], axis=1)
-    codes = unpack(rows.packed, rules.bits, columns)
+    wide, codes, base = _base_of(rules, rows)
     with np.errstate(over="ignore", invalid="ignore"):
         half = 1 << (rules.bits - 1)
         nearest = np.clip(np.rint(source / wide), -half, half - 1)
-        base = round_to(codes.astype(np.float32) * wide, rules.dtype)
         own = round_to(nearest * wide, rules.dtype)
     moved = codes != nearest
     flat, at = source.reshape(-1), rows.positions
@@ -163,6 +141,16 @@ def check_rows(rules: Rules, rows: Rows) -> Sums:
     )
 
 
+def _base_of(rules: Rules, rows: Rows) -> tuple[Float, npt.NDArray[np.int8], Float]:
+    """Read scale, code and value of each weight of base, (rows, in)."""
+    columns = rows.source.shape[1]
+    scales = widen(rows.scales, rules.dtype)
+    wide = np.repeat(scales, columns // scales.shape[1], axis=1)
+    codes = unpack(rows.packed, rules.bits, columns)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return wide, codes, round_to(codes.astype(np.float32) * wide, rules.dtype)
+
+
 def _within_a_step(
     rules: Rules, values: Float, source: Float, base: Float, wide: Float, at: Array
 ) -> npt.NDArray[np.bool_]:
@@ -177,16 +165,12 @@ def _within_a_step(
 
 def largest_step(rules: Rules, rows: Rows) -> float:
     """Find the step of int8 values by the largest of them, which is 127: |value - base| / 127^2."""
-    columns = rows.source.shape[1]
-    scales = widen(rows.scales, rules.dtype)
-    wide = np.repeat(scales, columns // scales.shape[1], axis=1)
-    codes = unpack(rows.packed, rules.bits, columns).astype(np.float32)
-    base = round_to(codes * wide, rules.dtype).reshape(-1)[rows.positions]
-    far = np.abs(widen(rows.values, rules.dtype).astype(np.float64) - base)
-    return float((far / wide.reshape(-1)[rows.positions]).max(initial=0.0)) / 127**2
+    wide, _, base = _base_of(rules, rows)
+    far = np.abs(widen(rows.values, rules.dtype).astype(np.float64) - base.flat[rows.positions])
+    return float((far / wide.flat[rows.positions]).max(initial=0.0)) / 127**2
 
 
-def check_figures(name: str, told: Told, sums: Sums) -> None:
+def check_figures(name: str, told: Figures, sums: Sums) -> None:
     """Hold the figures of a weight against what all of its rows add up to.
 
     Args:

@@ -78,7 +78,7 @@ def _overflow_by_curvature(task: SplitTask, tile: Tile, residual: Array) -> Orth
     near = tile.curvature
     root = np.ones((1, 1), np.float32)
     if near.words is not None:
-        root = np.sqrt(exact.widen(near.words, "BF16" if near.words.itemsize == 2 else "F32"))
+        root = np.sqrt(exact.widen(near.words, near.dtype))
     elif near.columns is not None:
         rows = root if near.rows is None else near.rows.roots[:, None]
         root = rows * near.columns.roots

@@ -155,17 +155,8 @@ def kept(compiler: Callable[..., Any], **options: Any) -> Callable[[Any], Any]:
     return compiled
 
 
-def search(*arguments: Any) -> None:
-    """Call `search_tile`."""
-    _call(search_tile, arguments)
-
-
-def split(*arguments: Any) -> int:
-    """Call `split_tile`."""
-    return int(_call(split_tile, arguments))
-
-
-def _call(loop: Any, arguments: tuple[Any, ...]) -> Any:
+def call(loop: Any, *arguments: Any) -> Any:
+    """Call a loop that `kept` made."""
     try:
         return loop(*arguments)
     except OSError:  # it was compiled, and could not be kept: the disk is full
@@ -179,7 +170,7 @@ def search_tile(  # noqa: C901 - see above
 ) -> None:
     """Search each group's scale for the least squared error of what base has to stand for.
 
-    What `scales.mse_scales` and `scales.curvature_scales` find; a scale of weights that are not
+    What `scales.searched_scales` finds; a scale of weights that are not
     finite, or weighed by what is no curvature, is of no use.
 
     Args:

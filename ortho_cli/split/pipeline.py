@@ -67,7 +67,7 @@ class Work(NamedTuple):
 
     task: SplitTask
     inputs: Inputs
-    kernel: TileKernel[Any]
+    kernel: TileKernel
     sink: Sink | None = None
 
 
@@ -106,7 +106,7 @@ def split_tensor(work: Work, select: TopK, given: Given | None = None) -> Array:
     return sums
 
 
-def _part(kernel: TileKernel[Any], given: Given | None) -> Part:
+def _part(kernel: TileKernel, given: Given | None) -> Part:
     """Say which of the sizes a pass has; rounding with compensation has larger tiles."""
     return "gptq" if given is not None and given.factor is not None else kernel.part
 

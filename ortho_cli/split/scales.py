@@ -6,7 +6,7 @@ Pure functions on CPU tensors, as in `ops`, whose conventions they share.
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,24 +46,20 @@ def base_scales(
     empty: Empty = torch_empty,
 ) -> Tensor:
     """Find base's scales of a weight, (out, groups) in its dtype; each row by itself."""
-    settings: dict[str, Any] = {
-        "group_size": group_size,
-        "dtype": raw.dtype,
-        "bits": bits,
-        "empty": empty,
-    }
     if scale == "absmax":
-        return absmax_scales(raw, **settings)
-    settings["kept"] = kept
-    if scale == "curvature":
-        if curvature is None:  # scales would be those of mse, under another name
-            raise InternalError("scales are to be searched by curvature, and none is given")
-        return curvature_scales(raw, curvature, **settings)
-    return mse_scales(raw, **settings)
+        return absmax_scales(raw, group_size=group_size, dtype=raw.dtype, bits=bits, empty=empty)
+    if scale == "mse":
+        curvature = None
+    elif curvature is None:  # scales would be those of mse, under another name
+        raise InternalError("scales are to be searched by curvature, and none is given")
+    return searched_scales(
+        raw, curvature, group_size=group_size, dtype=raw.dtype, bits=bits, kept=kept, empty=empty
+    )
 
 
-def mse_scales(
+def searched_scales(
     weight: Tensor,
+    curvature: Tensor | None = None,
     *,
     group_size: int,
     dtype: torch.dtype,
@@ -73,12 +69,14 @@ def mse_scales(
 ) -> Tensor:
     """Search each group's scale for the smallest squared error of what will be stored.
 
-    scale = argmin over f in scale_factors(bits) of sum (w - dequantize(quantize(w, s_f)))^2,
-    s_f = f * max|w| / ((2^bits - 1) / 2), both over the
-    weights that base has to stand for.
+    scale = argmin over f in scale_factors(bits) of sum h (w - dequantize(quantize(w, s_f)))^2,
+    s_f = f * max|w| / ((2^bits - 1) / 2), both over the weights that base has to stand for, with
+    h = 1 where no curvature is given. In a group h counts relative to the group's largest, which
+    changes no argmin and keeps a curvature of 1e-38 from vanishing in the product.
 
     Args:
         weight: (out, in) float32, bfloat16 or float16; `group_size` divides in.
+        curvature: h, (in,) or (out, in) float32, >= 0, finite.
         group_size: neighbours in a row that share a scale.
         dtype: dtype the scales are stored in; candidates are rounded to it before they are judged.
         bits: of a code, 3 or 4.
@@ -86,61 +84,19 @@ def mse_scales(
         empty: where temporaries come from.
     Returns:
         (out, in / group_size) of `dtype`, > 0; the first of equals wins, so the error is never
-        above absmax's, nor above that of `kept.scales`. Groups with NaN or infinity keep absmax's
-        scale, which is not finite.
-    Source: the clipping search of AWQ (arXiv:2306.00978, section 3.2), with plain squared error per
-        group.
+        above absmax's, nor above that of `kept.scales`. A group whose curvature is zero throughout
+        keeps the scale that stood first (absmax's, or that of `kept`), and so do groups with NaN or
+        infinity, whose scale is not finite.
+    Source: the clipping search of AWQ (arXiv:2306.00978, section 3.2), with squared error per
+        group, plain or by the second-order loss of OBS (Hassibi and Stork 1993), diagonal.
     """
-    return _search_scales(weight, None, group_size, dtype, bits, kept, empty)
-
-
-def curvature_scales(
-    weight: Tensor,
-    curvature: Tensor,
-    *,
-    group_size: int,
-    dtype: torch.dtype,
-    bits: int = 4,
-    kept: Kept | None = None,
-    empty: Empty = torch_empty,
-) -> Tensor:
-    """Search as `mse_scales` does, each weight's squared error multiplied by its curvature.
-
-    scale = argmin over f in scale_factors(bits) of sum h (w - dequantize(quantize(w, s_f)))^2. In a
-    group h counts relative to the group's largest, which changes no argmin and keeps a curvature of
-    1e-38 from vanishing in the product.
-
-    Args:
-        weight: (out, in) float32, bfloat16 or float16; `group_size` divides in.
-        curvature: (in,) or (out, in) float32, >= 0, finite.
-        group_size: neighbours in a row that share a scale.
-        dtype: dtype the scales are stored in; candidates are rounded to it before they are judged.
-        bits: of a code, 3 or 4.
-        kept: as `mse_scales` takes it.
-        empty: where temporaries come from.
-    Returns:
-        (out, in / group_size) of `dtype`, > 0. A group whose curvature is zero throughout keeps
-        the scale that stood first (absmax's, or that of `kept`), and so do groups with NaN or
-        infinity.
-    Source: `mse_scales`, with the second-order loss of OBS (Hassibi and Stork 1993), diagonal.
-    """
-    groups = groups_of(curvature.view(-1, weight.shape[1]), weight.shape[1] // group_size)
-    peak = groups.amax(-1, keepdim=True)
-    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
-    relative = torch.div(groups, peak, out=empty(tuple(groups.shape), torch.float32))
-    return _search_scales(weight, relative, group_size, dtype, bits, kept, empty)
-
-
-def _search_scales(
-    weight: Tensor,
-    importance: Tensor | None,
-    group_size: int,
-    dtype: torch.dtype,
-    bits: int,
-    kept: Kept | None,
-    empty: Empty,
-) -> Tensor:
     count = weight.shape[1] // group_size
+    importance = None
+    if curvature is not None:
+        groups = groups_of(curvature.view(-1, weight.shape[1]), count)
+        peak = groups.amax(-1, keepdim=True)
+        peak = torch.where(peak > 0, peak, torch.ones_like(peak))
+        importance = torch.div(groups, peak, out=empty(tuple(groups.shape), torch.float32))
     if kept is None:
         return _least_error(weight, importance, count, None, dtype, bits, empty)
     # Where ortho holds nothing, the scale that is known is the best already.

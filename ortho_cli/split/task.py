@@ -14,14 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ortho_cli.errors import RecipeError
 from ortho_cli.split.dtypes import DTYPES, SPLIT
-from ortho_cli.split.sizes import Part, Sizes
+from ortho_cli.split.sizes import DEFAULT_SIZES, Part, Sizes
 
 if TYPE_CHECKING:
     from ortho_cli.split.select import TopK
@@ -119,6 +119,11 @@ class CurvatureTile(NamedTuple):
     rows: Vector | None = None
     columns: Vector | None = None
 
+    @property
+    def dtype(self) -> str:
+        """Dtype of the words."""
+        return "F32" if self.words is None or self.words.itemsize == 4 else "BF16"
+
 
 class Tile(NamedTuple):
     """Some rows of a weight, and what is known of them before they are split."""
@@ -175,10 +180,7 @@ class Curvature(Protocol):
 Sink = Callable[[TileResult, int], None]
 
 
-P = TypeVar("P")
-
-
-class TileKernel(Protocol[P]):
+class TileKernel(Protocol):
     """Splits one tile after another; a worker has one of its own."""
 
     depth: int  # tiles that are begun before the first of them is finished
@@ -189,10 +191,10 @@ class TileKernel(Protocol[P]):
     def room(self) -> Room:
         """Give the buffers of the next tile; they are in use until it is finished."""
 
-    def begin(self, task: SplitTask, tile: Tile) -> P:
+    def begin(self, task: SplitTask, tile: Tile) -> Any:
         """Begin to split a tile."""
 
-    def finish(self, task: SplitTask, pending: P, select: TopK, sums: Array) -> TileResult:
+    def finish(self, task: SplitTask, pending: Any, select: TopK, sums: Array) -> TileResult:
         """Finish it: add to `sums`, and hand what may be kept to `select`."""
 
 
@@ -222,6 +224,29 @@ class Buffers:
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(array.nbytes for array in self._held.values())
+
+
+class HostKernel:
+    """What the kernels of the CPU share: each takes one tile at a time, all of it in `finish`."""
+
+    depth = 1
+
+    def __init__(self, sizes: Sizes = DEFAULT_SIZES, *, part: Part = "split") -> None:
+        """Say how large tiles are; start without buffers."""
+        self.sizes, self.part, self.held = sizes, part, Buffers()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return self.held.nbytes
+
+    def room(self) -> Room:
+        """Give the buffers of the next tile."""
+        return self.held
+
+    def begin(self, task: SplitTask, tile: Tile) -> Tile:
+        """Leave it to `finish`."""
+        return tile
 
 
 def as_bytes(array: Array) -> memoryview:

@@ -17,38 +17,26 @@ from ortho_cli.split.sizes import DEFAULT_SIZES, Part, Sizes
 from ortho_cli.split.task import (
     SIGNAL,
     Array,
-    Buffers,
     CurvatureTile,
-    Room,
+    HostKernel,
     SplitTask,
     Tile,
     TileResult,
 )
 
 
-class TorchKernel:
+class TorchKernel(HostKernel):
     """Splits a tile with torch on the CPU."""
-
-    depth = 1
 
     def __init__(self, sizes: Sizes = DEFAULT_SIZES, *, part: Part = "split") -> None:
         """Say how large tiles are; start without buffers."""
-        self.sizes, self.part = sizes, part
-        self.held = Buffers()
+        super().__init__(sizes, part=part)
         self._scratch = quantize.Scratch()  # of one tile
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return self.held.nbytes + self._scratch.nbytes
-
-    def room(self) -> Room:
-        """Give the buffers of the next tile."""
-        return self.held
-
-    def begin(self, task: SplitTask, tile: Tile) -> Tile:
-        """Leave it to `finish`."""
-        return tile
 
     def finish(self, task: SplitTask, pending: Tile, select: TopK, sums: Array) -> TileResult:
         """Round a tile, measure what that costs, and let `select` choose."""
@@ -135,7 +123,7 @@ def curvature_of(
     Roots are numpy's, each rounded as IEEE 754 says; torch's differ in the last bit.
     """
     if tile.words is not None:
-        raw = tensor_of(tile.words, "BF16" if tile.words.itemsize == 2 else "F32")
+        raw = tensor_of(tile.words, tile.dtype)
         shape = tuple(raw.shape)
         values = raw if raw.dtype == torch.float32 else empty(shape, torch.float32).copy_(raw)
         root = empty(shape, torch.float32)
@@ -157,11 +145,7 @@ def curvature_of(
 
 def _is_curvature(tile: CurvatureTile) -> bool:
     """Tell whether words that were streamed are curvature; vectors were checked when loaded."""
-    if tile.words is None:
-        return True
-    return quantize.is_curvature(
-        tensor_of(tile.words, "BF16" if tile.words.itemsize == 2 else "F32")
-    )
+    return tile.words is None or quantize.is_curvature(tensor_of(tile.words, tile.dtype))
 
 
 def _measure(
