@@ -27,8 +27,9 @@ from ortho_cli.errors import UsageError
 from ortho_cli.events import Event, EventSink, Noted
 
 if TYPE_CHECKING:
-    from ortho_cli.decompose.job import Editor, Tuner
+    from ortho_cli.decompose.job import Editor
     from ortho_cli.decompose.plan import Plan
+    from ortho_cli.decompose.tune import Tuner
     from ortho_cli.storage.checkpoint import Checkpoint
     from ortho_cli.storage.sealing import Keys, Seal
 

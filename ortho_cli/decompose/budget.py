@@ -29,6 +29,7 @@ from ortho_cli.formats.artifact import canonical_json
 from ortho_cli.formats.curvature import Curvature
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.split import pipeline
+from ortho_cli.split.dtypes import DTYPES
 from ortho_cli.split.pipeline import Work
 from ortho_cli.split.select import BINS
 from ortho_cli.split.task import Inputs
@@ -73,7 +74,11 @@ def _known(plan: Plan, checkpoint: Checkpoint, known: Sequence[Survey]) -> Surve
     if not known:
         return None
     of = _subject(plan, checkpoint)
-    return next((one for one in known if one.of == of and _is_whole(one, plan)), None)
+    sizes = {tensor.name: tensor.source.numel for tensor in plan.split}
+    for one in known:  # whose counts add up to each tensor's weights
+        if one.of == of and sizes == {name: int(n.sum()) for name, n in one.counts.items()}:
+            return one
+    return None
 
 
 def _subject(plan: Plan, checkpoint: Checkpoint) -> str:
@@ -90,12 +95,6 @@ def _subject(plan: Plan, checkpoint: Checkpoint) -> str:
         ],
     }
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
-
-
-def _is_whole(found: Survey, plan: Plan) -> bool:
-    """Tell whether each split tensor's counts add up to its weights."""
-    sizes = {tensor.name: tensor.source.numel for tensor in plan.split}
-    return sizes == {name: int(counts.sum()) for name, counts in found.counts.items()}
 
 
 def spend(surveyed: Mapping[str, Counts], total: int) -> dict[str, int]:
@@ -152,7 +151,7 @@ def expected_bits(plan: Plan) -> float:
 def _compact_bytes(plan: Plan, tensor: SplitTensor) -> float:
     rows, columns = tensor.source.shape
     share = tensor.k / tensor.source.numel
-    value = 1 if plan.recipe.ortho.values == "int8" else tensor.source.nbytes / tensor.source.numel
+    value = DTYPES[tensor.values].bits / 8
     longer = np.arange(255, columns, 255)
     chance = share * float(((columns - longer) * (1 - share) ** longer).sum())
     escapes = (rows * chance + min(rows, tensor.k) * longer.size) / 2

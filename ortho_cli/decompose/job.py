@@ -9,15 +9,15 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from ortho_cli.decompose.edits import Edits, Key, Room, check_edits, count, load_edits, save_edits
+from ortho_cli.decompose.edits import Edits, Key, check_edits, count, load_edits, save_edits
 from ortho_cli.decompose.identity import identity_of
 from ortho_cli.decompose.kernels import Kernels
 from ortho_cli.decompose.plan import Plan, TensorPlan, check_memory, check_statistics
@@ -60,7 +60,8 @@ from ortho_cli.storage.work_folder import Entry, WorkFolder, interruptible
 from ortho_cli.version import __version__
 
 if TYPE_CHECKING:  # to import torch takes longer than to decompose a billion weights
-    from ortho_cli.split.quantize import Rounded
+    from ortho_cli.decompose.readback import ReadBack
+    from ortho_cli.decompose.tune import Tuner
 
 log = logging.getLogger(__name__)
 
@@ -81,25 +82,6 @@ class Editor(Protocol):
         self, folder: Path, *, curvature: StatisticsReader, key: Key | None, on_event: EventSink
     ) -> Edits:
         """Find the edits; unfinished work goes to `folder`, sealed with `key` if there is one."""
-
-
-class Tuner(Protocol):
-    """Finds better codes and scales for rounded weights; see `tune`."""
-
-    @property
-    def identity(self) -> object:
-        """Everything that its result depends on beside plan and source, as JSON."""
-
-    def tune(
-        self, start: Callable[[str], Rounded], tuned: Collection[str], *, on_event: EventSink
-    ) -> Iterator[dict[str, Rounded]]:
-        """Yield tuned weights, a block at a time, by name.
-
-        Args:
-            start: gives a weight as base and ortho have it.
-            tuned: weights that an earlier run has tuned; a block of these alone is not yielded.
-            on_event: gets progress.
-        """
 
 
 KIND = Kind(name="artifact", is_ours=artifact.is_artifact)
@@ -197,8 +179,7 @@ def decompose(
         return _Job(plan, checkpoint, inputs, edits, key, work, kernels, on_event).run(tuner)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Inputs:
+class _Inputs(NamedTuple):
     """The open files that a job reads."""
 
     source: ShardReader
@@ -207,7 +188,7 @@ class _Inputs:
 
     def check_unchanged(self) -> None:
         """Raise if a file was written to since its header was read."""
-        for opened in (self.source, self.curvature, self.reference):
+        for opened in self:
             if opened:
                 opened.check_unchanged()
 
@@ -221,7 +202,7 @@ def _open_inputs(plan: Plan, checkpoint: Checkpoint) -> Iterator[_Inputs]:
             curvature = stack.enter_context(closing(StatisticsReader(plan.statistics)))
         if plan.reference is not None:
             reference = stack.enter_context(closing(ShardReader(plan.reference.shards)))
-        yield _Inputs(source=source, curvature=curvature, reference=reference)
+        yield _Inputs(source, curvature, reference)
 
 
 def _fits(plan: Plan) -> Callable[[Entry], bool]:
@@ -270,17 +251,17 @@ def _find_edits(
     if editor is None or curvature is None:
         return {}
     path = work.private / EDITS_FILE
-    room = {t.name: Room(t.k, t.source.numel, t.bits) for t in plan.split}
     known: Edits | None = load_edits(path, key)
     log.info("moves of codes are %s", "searched" if known is None else "those of an earlier run")
     if known is None:
         work.done.clear()  # a tensor that was split before cannot be relied on without its edits
-        found = editor.find(work.private, curvature=curvature, key=key, on_event=on_event)
-        check_edits(found, room)
-        save_edits(path, found, key)
-        return found
-    check_edits(known, room)
-    return known
+        edits = editor.find(work.private, curvature=curvature, key=key, on_event=on_event)
+    else:
+        edits = known
+    check_edits(edits, {tensor.name: tensor for tensor in plan.split})
+    if known is None:
+        save_edits(path, edits, key)
+    return edits
 
 
 @contextmanager
@@ -386,9 +367,9 @@ class _Job:
         among them, lines of the block are missing. In both cases the next run splits and tunes the
         tensors of that block again.
         """
-        from ortho_cli.decompose.readback import ReadBack, given_of
+        from ortho_cli.decompose.readback import given_of
 
-        written = ReadBack(self._plan, self._base, self._ortho)
+        written = self._written()
         tensors = {tensor.name: tensor for tensor in self._plan.split}
         tuned = [name for name, record in self._done().items() if record.tuned]
         self._stop.clear()  # the workers that it stopped have ended
@@ -405,6 +386,11 @@ class _Job:
                     records.append(replace(record, tuned=block))
                 self._work.commit([record.to_json() for record in records])
         return GrowingDigest(self._base.fd).up_to(self._plan.base.size)
+
+    def _written(self) -> ReadBack:
+        from ortho_cli.decompose.readback import ReadBack
+
+        return ReadBack(self._plan, self._base, self._ortho)
 
     def _done(self) -> dict[str, TensorRecord]:
         """Give the records of finished tensors."""
@@ -434,7 +420,7 @@ class _Job:
             self._emit(Finishing(step="compact"))
             from ortho_cli.decompose.repack import Repacker
 
-            repacker = Repacker(plan, self._base, self._ortho, self._inputs.curvature)
+            repacker = Repacker(plan, self._written(), self._inputs.curvature)
             # Where ortho is sealed, a scratch file of its name holds the CSR.
             make = partial(self._ortho_file, ORTHO_FILE if self._key is None else COMPACT_FILE)
             with _one_thread_of_torch():
@@ -468,14 +454,9 @@ class _Job:
 
         No figure would show a breach: base would still know the secret, or ortho would lack it.
         """
-        if not self._edits:
-            return
-        from ortho_cli.decompose.readback import ReadBack
-
-        written = ReadBack(self._plan, self._base, self._ortho)
         for tensor in self._plan.split:
             if tensor.name in self._edits:
-                written.check_moved(tensor, self._edits[tensor.name])
+                self._written().check_moved(tensor, self._edits[tensor.name])
 
     def _check_sealed(self, sealed_blake3: str | None) -> None:
         """Check that ortho is sealed where it should be, and that no plain ortho is published."""
@@ -516,9 +497,8 @@ class _Job:
         results: Results = SimpleQueue()
         with job.Commits(self._work, self._emit) as commits:
             try:
-                if (
-                    self._kernels.compiled and pending
-                ):  # while copies, which come first, are written
+                # While copies, which come first, are written.
+                if self._kernels.compiled and pending:
                     threading.Thread(target=self._kernels.load).start()
                 with at_work(
                     self._worker, pending, results, workers=self._plan.workers, stop=self._stop

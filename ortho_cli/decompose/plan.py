@@ -12,7 +12,6 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from ortho_cli.decompose.refusals import (
     check_compensation,
@@ -81,11 +80,18 @@ class SplitTensor:
     k: int
     base: tuple[TensorSpec, ...]  # weight_packed, weight_scale, weight_shape
     ortho: tuple[TensorSpec, ...]  # crow_indices, col_indices, values
+    values: str  # dtype of what ortho holds in the end: the source's, or I8
 
     @property
     def name(self) -> str:
         """The tensor's name."""
         return self.source.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        rows, columns = self.source.shape
+        return rows, columns
 
 
 TensorPlan = SplitTensor | CopyTensor
@@ -155,15 +161,9 @@ class Plan:
         """Bytes of ortho; an upper bound where it is compact, since its size depends on weights."""
         if not self.is_compact:
             return self.ortho.size
-        rounded = self.recipe.ortho.values == "int8"
         return len(self.ortho.header) + sum(
-            artifact.compact_at_most(
-                tensor.name,
-                dtype="I8" if rounded else tensor.source.dtype,
-                shape=(tensor.source.shape[0], tensor.source.shape[1]),
-                nnz=tensor.k,
-            )
-            for tensor in self.split
+            artifact.compact_at_most(t.name, dtype=t.values, shape=t.shape, nnz=t.k)
+            for t in self.split
         )
 
     @property
@@ -278,7 +278,8 @@ def make_plan(
         CheckpointError: the source is quantized, or has weights that should be split and cannot.
     """
     refuse_quantized(checkpoint)
-    recipe = _resolve(recipe, statistics)
+    kind = recipe.saliency.kind or ("residual" if statistics is None else "curvature")
+    recipe = recipe.model_copy(update={"saliency": Saliency(kind=kind)})
     reasons = select(checkpoint, recipe)
     weights = [tensor for tensor in checkpoint.tensors if reasons[tensor.name] is None]
     group_size = _group_size(weights, recipe)
@@ -314,12 +315,6 @@ def make_plan(
 def _notes(checkpoint: Checkpoint, reference: Checkpoint | None) -> tuple[str, ...]:
     theirs = reference.notes if reference else ()
     return (*checkpoint.notes, *(f"of the reference: {note}" for note in theirs))
-
-
-def _resolve(recipe: Recipe, statistics: Statistics | None) -> Recipe:
-    """Set `saliency.kind` where the recipe leaves it open."""
-    kind = recipe.saliency.kind or ("residual" if statistics is None else "curvature")
-    return recipe.model_copy(update={"saliency": Saliency(kind=kind)})
 
 
 def _check_use(
@@ -472,6 +467,7 @@ def _plan_tensor(
         k=k,
         base=artifact.base_specs(name, dtype=dtype, shape=shape, group_size=group_size, bits=bits),
         ortho=artifact.ortho_specs(name, dtype=dtype, shape=shape, nnz=k),
+        values="I8" if recipe.ortho.values == "int8" else dtype,
     )
 
 
@@ -481,28 +477,25 @@ def _layouts(
     """Lay out base and ortho; digests that are not known yet are zeros of the same length."""
     canonical = canonical_json(recipe.canonical())
     common = {"plan_sha256": sha256, "recipe": canonical, "version": __version__}
-    base = plan_layout(_unique(checkpoint, tensors, "base"), artifact.base_metadata(**common))
-    ortho = plan_layout(
-        _unique(checkpoint, tensors, "ortho"),
+    base = (spec for tensor in tensors for spec in tensor.base)
+    ortho = (spec for tensor in tensors for spec in tensor.ortho)
+    return plan_layout(_unique(checkpoint, base), artifact.base_metadata(**common)), plan_layout(
+        _unique(checkpoint, ortho),
         artifact.ortho_metadata(**common, source_digest=NO_DIGEST, base_blake3=NO_DIGEST),
     )
-    return base, ortho
 
 
-def _unique(
-    checkpoint: Checkpoint, tensors: tuple[TensorPlan, ...], file: Literal["base", "ortho"]
-) -> Iterator[TensorSpec]:
+def _unique(checkpoint: Checkpoint, specs: Iterable[TensorSpec]) -> Iterator[TensorSpec]:
     seen: set[str] = set()
-    for tensor in tensors:
-        for spec in tensor.base if file == "base" else tensor.ortho:
-            if spec.key in seen:
-                raise CheckpointError(
-                    f"`{checkpoint.path}` holds a tensor named `{spec.key}`, which splitting "
-                    f"would write too",
-                    hint="is it quantized already? else add its weight to `ignore`",
-                )
-            seen.add(spec.key)
-            yield spec
+    for spec in specs:
+        if spec.key in seen:
+            raise CheckpointError(
+                f"`{checkpoint.path}` holds a tensor named `{spec.key}`, which splitting would "
+                "write too",
+                hint="is it quantized already? else add its weight to `ignore`",
+            )
+        seen.add(spec.key)
+        yield spec
 
 
 def _check_compact_header(split: tuple[SplitTensor, ...], recipe: Recipe) -> None:
@@ -512,14 +505,13 @@ def _check_compact_header(split: tuple[SplitTensor, ...], recipe: Recipe) -> Non
     """
     if recipe.ortho.layout != "compact":
         return
-    rounded = recipe.ortho.values == "int8"
     specs = (
         spec
         for tensor in split
         for spec in artifact.compact_specs(
             tensor.name,
-            dtype="I8" if rounded else tensor.source.dtype,
-            shape=(tensor.source.shape[0], tensor.source.shape[1]),
+            dtype=tensor.values,
+            shape=tensor.shape,
             columns=0,
             counts=artifact.COUNT_DTYPES[0],
             gaps=tensor.k,
@@ -532,23 +524,15 @@ def _check_compact_header(split: tuple[SplitTensor, ...], recipe: Recipe) -> Non
 def _sha256(
     tensors: tuple[TensorPlan, ...], recipe: Recipe, group_size: int, statistics: Statistics | None
 ) -> str:
+    split = {t.name: (t.scale, t.density, t.k) for t in tensors if isinstance(t, SplitTensor)}
     content = {
         "format": artifact.FORMAT,
         "version": __version__,
         "recipe": recipe.canonical(),
         "group_size": group_size,
         "tensors": [
-            [
-                tensor.name,
-                tensor.source.dtype,
-                tensor.source.shape,
-                *(
-                    (tensor.scale, tensor.density, tensor.k)
-                    if isinstance(tensor, SplitTensor)
-                    else (None, None, 0)
-                ),
-            ]
-            for tensor in tensors
+            [t.name, t.source.dtype, t.source.shape, *split.get(t.name, (None, None, 0))]
+            for t in tensors
         ],
     }
     if statistics is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,20 +23,12 @@ from ortho_cli.errors import ArtifactError
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
 from ortho_cli.formats.artifact import REPORT_FILE, Artifact, module_of
 from ortho_cli.formats.report import Figures, read_report, rows_of
-from ortho_cli.split.exact import (
-    HINT,
-    WORDS,
-    Rows,
-    Rules,
-    Sums,
-    check_figures,
-    check_rows,
-    largest_step,
-)
+from ortho_cli.split.dtypes import SPLIT, words_of
+from ortho_cli.split.exact import HINT, Rows, Rules, Sums, check_figures, check_rows, largest_step
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.split.task import Array
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, TensorInfo
-from ortho_cli.storage.data_file import DataFile
+from ortho_cli.storage.data_file import DataFile, TensorSpec
 from ortho_cli.storage.sealing import OrthoFile
 
 SAMPLE_BLOCKS = 4  # blocks of rows that are read back of a large weight
@@ -98,26 +90,28 @@ class Recheck:
             check_figures(tensor.name, record.figures, sums)
 
     def _rows(self, tensor: SplitTensor, start: int, count: int) -> Rows:
-        columns, word = tensor.source.shape[1], WORDS[tensor.source.dtype]
-        packed, scales = tensor.base[0], tensor.base[1]
+        columns, word = tensor.source.shape[1], words_of(tensor.source.dtype)
+        packed, scales, _ = tensor.base
         crow_spec, column_spec, value_spec = tensor.ortho
 
-        def part(key: str) -> Read:
-            output = self._ortho if key in (s.key for s in tensor.ortho) else self._base
-            return lambda buffer, at: output.read_into(key, buffer, start=at)
+        def part(spec: TensorSpec) -> Read:
+            output = self._ortho if spec in tensor.ortho else self._base
+            return lambda buffer, at: output.read_into(spec.key, buffer, start=at)
 
-        source: Read = lambda buffer, at: self._reader.read_into(buffer, tensor.source, start=at)  # noqa: E731
-        crow = _read(part(crow_spec.key), NUMPY_DTYPES[crow_spec.dtype], start, count + 1)
+        def source(buffer: memoryview, at: int) -> None:
+            self._reader.read_into(buffer, tensor.source, start=at)
+
+        crow = _read(part(crow_spec), NUMPY_DTYPES[crow_spec.dtype], start, count + 1)
         first, size = int(crow[0]), int(crow[-1] - crow[0])
-        column = _read(part(column_spec.key), NUMPY_DTYPES[column_spec.dtype], first, size)
+        column = _read(part(column_spec), NUMPY_DTYPES[column_spec.dtype], first, size)
         row = np.repeat(np.arange(count), np.diff(crow))
         return Rows(
             first=start,
             source=_matrix(source, word, start, count, columns),
-            packed=_matrix(part(packed.key), np.int32, start, count, packed.shape[1]),
-            scales=_matrix(part(scales.key), word, start, count, scales.shape[1]),
+            packed=_matrix(part(packed), np.int32, start, count, packed.shape[1]),
+            scales=_matrix(part(scales), word, start, count, scales.shape[1]),
             positions=row * columns + column.astype(np.int64),
-            values=_read(part(value_spec.key), word, first, size),
+            values=_read(part(value_spec), word, first, size),
         )
 
 
@@ -183,7 +177,8 @@ def check_values(
     rows = rows_of(report, artifact.folder / REPORT_FILE) if report is not None else ()
     told: dict[str, Figures] = {row.name: row for row in rows}
     total = Sums()
-    with _Opened(artifact, source, sizes) as opened:
+    with ExitStack() as stack:
+        opened = _Opened(artifact, source, sizes, stack)
         for tensor in source.tensors:
             module = module_of(tensor.name)
             if tensor.name == f"{module}.weight" and module in artifact.shapes:
@@ -219,31 +214,21 @@ def _setting(recipe: Mapping[str, object], section: str, key: str) -> object:
 
 
 class _Opened:
-    """An artifact and its source, open."""
+    """An artifact and its source, open until `stack` is closed."""
 
-    def __init__(self, artifact: Artifact, source: Checkpoint, sizes: Sizes) -> None:
-        from ortho_cli.formats.ortho_reader import (
-            KeptReader,  # needs torch, which the jobs above do without
-        )
-
-        self._artifact, self._sizes, self._stack = artifact, sizes, ExitStack()
+    def __init__(
+        self, artifact: Artifact, source: Checkpoint, sizes: Sizes, stack: ExitStack
+    ) -> None:
+        self._artifact, self._sizes = artifact, sizes
         self._base = {tensor.name: tensor for tensor in artifact.base.tensors}
-        with self._stack:
-            self._kept = None
-            if artifact.ortho is not None:
-                self._kept = self._stack.enter_context(KeptReader(artifact, sizes=sizes))
-            self._source = ShardReader(source.shards)
-            self._stack.callback(self._source.close)
-            self._written = ShardReader(artifact.files)
-            self._stack.callback(self._written.close)
-            self._stack = self._stack.pop_all()
-        self._parts = artifact.kept
+        self._kept = None
+        if artifact.ortho is not None:
+            # It needs torch, which the jobs above do without.
+            from ortho_cli.formats.ortho_reader import KeptReader
 
-    def __enter__(self) -> _Opened:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._stack.close()
+            self._kept = stack.enter_context(KeptReader(artifact, sizes=sizes))
+        self._source = stack.enter_context(closing(ShardReader(source.shards)))
+        self._written = stack.enter_context(closing(ShardReader(artifact.files)))
 
     def check_copy(self, tensor: TensorInfo) -> None:
         """Check that an unsplit tensor is the source's, byte for byte."""
@@ -261,7 +246,7 @@ class _Opened:
     ) -> Sums:
         """Check every row of a split weight."""
         rows, columns = self._artifact.shapes[module]
-        if tensor.shape != (rows, columns) or tensor.dtype not in WORDS:
+        if tensor.shape != (rows, columns) or tensor.dtype not in SPLIT:
             raise ArtifactError(
                 f"`{tensor.name}` is {tensor.dtype} {list(tensor.shape)} in the source and "
                 f"{[rows, columns]} in base: they cannot be compared",
@@ -286,7 +271,7 @@ class _Opened:
     def _tiles(self, module: str, tensor: TensorInfo) -> Iterator[Rows]:
         rows, columns = shape = self._artifact.shapes[module]
         crow, column, values = self._csr(module, rows, tensor.dtype)
-        word = WORDS[tensor.dtype]
+        word = words_of(tensor.dtype)
         for start, count in self._sizes.tiles("check", shape):
             here = slice(int(crow[start]), int(crow[start + count]))
             row = np.repeat(np.arange(count), np.diff(crow[start : start + count + 1]))
@@ -311,7 +296,7 @@ class _Opened:
         return _matrix(read, dtype, start, count, info.shape[1])
 
     def _step(self, module: str) -> float | None:
-        info = self._parts.get(module, {}).get("value_step")
+        info = self._artifact.kept.get(module, {}).get("value_step")
         if info is None:
             return None
         buffer = np.empty(1, np.float32)
@@ -321,12 +306,12 @@ class _Opened:
     def _csr(self, module: str, rows: int, dtype: str) -> tuple[Array, Array, Array]:
         if self._kept is None:
             nothing = np.zeros(0, np.int64)
-            return np.zeros(rows + 1, np.int64), nothing, nothing.astype(WORDS[dtype])
+            return np.zeros(rows + 1, np.int64), nothing, nothing.astype(words_of(dtype))
         import torch
 
         found = self._kept.csr(module)
         same = torch.int32 if dtype == "F32" else torch.int16
-        words = found["values"].view(same).numpy().view(WORDS[dtype])
+        words = found["values"].view(same).numpy().view(words_of(dtype))
         crow, column = (
             found[part].numpy().astype(np.int64) for part in ("crow_indices", "col_indices")
         )

@@ -8,7 +8,7 @@ kill loses nothing: the next run encodes again, and one matrix has one encoding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -28,20 +28,16 @@ from ortho_cli.split import quantize
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.split.task import Buffers, Figures
 from ortho_cli.split.torch_kernel import curvature_of
-from ortho_cli.storage.data_file import DataFile, Layout, TensorSpec, TensorStream, plan_layout
+from ortho_cli.storage.data_file import Layout, TensorSpec, TensorStream, plan_layout
 from ortho_cli.storage.sealing import OrthoFile
 
 
 class Repacker:
     """Encodes what the scratch file holds; the same bytes on every run."""
 
-    def __init__(
-        self, plan: Plan, base: DataFile, scratch: OrthoFile, curvature: StatisticsReader | None
-    ) -> None:
+    def __init__(self, plan: Plan, written: ReadBack, curvature: StatisticsReader | None) -> None:
         """Say where base and CSR lie, complete; curvature is there if the plan has statistics."""
-        self._plan, self._curvature = plan, curvature
-        self._written = ReadBack(plan, base, scratch)
-        self._rounded = plan.recipe.ortho.values == "int8"
+        self._plan, self._written, self._curvature = plan, written, curvature
 
     def run(
         self,
@@ -73,11 +69,11 @@ class Repacker:
     def _specs(self, tensor: SplitTensor) -> tuple[TensorSpec, ...]:
         """Find out what a tensor's parts will measure."""
         crow, column = self._written.positions(tensor)
-        found = compact.encode_positions(crow, column, _shape(tensor))
+        found = compact.encode_positions(crow, column, tensor.shape)
         return artifact.compact_specs(
             tensor.name,
-            dtype="I8" if self._rounded else tensor.source.dtype,
-            shape=_shape(tensor),
+            dtype=tensor.values,
+            shape=tensor.shape,
             columns=found.columns.size,
             counts=artifact.count_dtype(int(found.counts.max())),
             gaps=found.gaps.size,
@@ -89,10 +85,10 @@ class Repacker:
         crow, column = self._written.positions(tensor)
         values, figures = self._written.values(tensor), record.figures
         more: dict[str, Tensor] = {}
-        if self._rounded and figures is not None:
+        if tensor.values == "I8" and figures is not None:
             values, more["value_step"], lost = self._round(tensor, crow, column, values)
             figures = self._figures(tensor, figures, crow, column, lost)
-        parts = compact.encode(crow, column, values, _shape(tensor)) | more
+        parts = compact.encode(crow, column, values, tensor.shape) | more
         digests = {}
         for part, value in parts.items():
             key = f"{module_of(tensor.name)}.{part}"
@@ -111,7 +107,7 @@ class Repacker:
             lambda start, count: self._written.base_rows(tensor, start, count),
             crow,
             column,
-            _shape(tensor),
+            tensor.shape,
             sizes=self._plan.sizes,
         )
         codes, step = compact.round_values(values, base, scales)
@@ -148,30 +144,20 @@ class Repacker:
         column: Integers,
         lost: Tensor,
     ) -> float:
-        """Sum squares of what was lost times curvature, in float64."""
+        """Sum squares of what was lost times curvature, in float64, tile by tile."""
         curvature, total = Curvature(reader, tensor.name), 0.0
         room, scratch, places = Buffers(), quantize.Scratch(), torch.from_numpy(column)
-        for start, stop, row in self._tiles(tensor, crow):
-            here = slice(int(crow[start]), int(crow[stop]))
+        for start, count in self._plan.sizes.tiles("split", tensor.shape):
+            here = slice(int(crow[start]), int(crow[start + count]))
+            if here.start == here.stop:
+                continue
             scratch.reset()
-            _, root = curvature_of(curvature.peek([start], stop - start, room), empty=scratch)
+            _, root = curvature_of(curvature.peek([start], count, room), empty=scratch)
             if root is None:
                 raise InternalError(
                     f"the curvature of `{tensor.name}` has neither words nor vectors"
                 )
-            mine = root[places[here]] if root.ndim == 1 else root[row, places[here]]
-            total += float((mine * lost[here]).double().square().sum())
+            row = np.repeat(np.arange(count), np.diff(crow[start : start + count + 1]))
+            at = (places[here],) if root.ndim == 1 else (torch.from_numpy(row), places[here])
+            total += float((root[at] * lost[here]).double().square().sum())
         return total
-
-    def _tiles(self, tensor: SplitTensor, crow: Integers) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield the rows of each tile that holds entries, and each entry's row in its tile."""
-        for start, count in self._plan.sizes.tiles("split", tensor.source.shape):
-            stop = start + count
-            if crow[start] < crow[stop]:
-                row = np.repeat(np.arange(count), np.diff(crow[start : stop + 1]))
-                yield start, stop, torch.from_numpy(row)
-
-
-def _shape(tensor: SplitTensor) -> tuple[int, int]:
-    rows, columns = tensor.source.shape
-    return rows, columns

@@ -68,14 +68,11 @@ _DEEPEST = 4  # levels of config.json that are read; transformers nests three
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Sizes of a model that config.json and the other tensors tell.
+    """Sizes of a model that config.json and the other tensors tell."""
 
-    `vocabularies` are numbers of tokens that are no width of the model. `experts` has the numbers
-    of experts that each module may have.
-    """
-
-    vocabularies: frozenset[int] = frozenset()
-    experts: Mapping[str, frozenset[int]]
+    vocabularies: frozenset[int] = frozenset()  # numbers of tokens that are no width of the model
+    experts: Mapping[str, frozenset[int]]  # numbers of experts that each module may have
+    counts: frozenset[int] = frozenset()  # numbers of experts that config.json names
 
 
 UNKNOWN = Sizes(experts={})
@@ -94,7 +91,6 @@ def read_sizes(config: Mapping[str, object] | None, tensors: Iterable[TensorInfo
     widths = {
         size for key, size in told if _WIDTH_KEY.search(key) and not _VOCABULARY_KEY.search(key)
     }
-    found: dict[str, set[int]] = {}
     highest: dict[str, int] = {}
     for tensor in tensors:
         module = module_of(tensor.name)
@@ -108,18 +104,10 @@ def read_sizes(config: Mapping[str, object] | None, tensors: Iterable[TensorInfo
             count = int(number[1]) + 1 if number else (tensor.shape or (0,))[0]
             if number or len(tensor.shape) == 3:
                 highest[block] = max(highest.get(block, 0), count)
-    for block, count in highest.items():
-        found[block] = {count, *counts}
     return Sizes(
         vocabularies=frozenset(vocabularies - widths),
-        experts={block: frozenset(sizes) for block, sizes in found.items()},
-    )
-
-
-def expert_counts(config: Mapping[str, object] | None) -> frozenset[int]:
-    """List the numbers of experts that config.json names."""
-    return frozenset(
-        size for key, size in _numbers(config or {}) if _EXPERTS_KEY.search(key) and size > 1
+        experts={block: frozenset({count, *counts}) for block, count in highest.items()},
+        counts=frozenset(counts),
     )
 
 

@@ -11,15 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ortho_cli.decompose.roles import (
-    UNKNOWN,
-    Sizes,
-    expert_counts,
-    is_embedding,
-    named_role,
-    read_sizes,
-    role_of,
-)
+from ortho_cli.decompose.roles import UNKNOWN, Sizes, is_embedding, named_role, read_sizes, role_of
 from ortho_cli.decompose.settings import Override, Patterns, Recipe, Scale, matches
 from ortho_cli.errors import CheckpointError, OrthoError, RecipeError
 from ortho_cli.formats.artifact import module_of
@@ -65,20 +57,9 @@ class _Source:
     """Facts of the whole checkpoint that decide on one tensor."""
 
     names: frozenset[str]
-    config: Mapping[str, object] | None
+    head: str | None  # the module of the output head, where it is tied to the embedding
     sizes: Sizes
-    experts: frozenset[int]
     stored_in_out: frozenset[str]
-
-
-def _read_source(checkpoint: Checkpoint, *, conv1d: bool) -> _Source:
-    return _Source(
-        names=frozenset(tensor.name for tensor in checkpoint.tensors),
-        config=checkpoint.config,
-        sizes=read_sizes(checkpoint.config, checkpoint.tensors),
-        experts=expert_counts(checkpoint.config),
-        stored_in_out=frozenset() if conv1d else conv1d_names(checkpoint),
-    )
 
 
 def select(
@@ -94,7 +75,12 @@ def select(
         RecipeError: a target matches nothing that can be split, or one of fused weights is split.
         CheckpointError: weights that should be split cannot be, or there is nothing to split.
     """
-    source = _read_source(checkpoint, conv1d=conv1d)
+    source = _Source(
+        names=frozenset(tensor.name for tensor in checkpoint.tensors),
+        head=tied_head(checkpoint.config),
+        sizes=read_sizes(checkpoint.config, checkpoint.tensors),
+        stored_in_out=frozenset() if conv1d else conv1d_names(checkpoint),
+    )
     reasons: dict[str, str | None] = {}
     unsupported: list[tuple[TensorInfo, str]] = []
     hit: set[str] = set()
@@ -103,10 +89,7 @@ def select(
         wanted = targets.matching(tensor.name)
         ignored = bool(ignore.numbers(tensor.name))
         unfit = None if ignored or not tensor.numel else _unsupported(tensor, source)
-        if ignored:
-            reason: str | None = IGNORED
-        else:
-            reason = unfit or _obstacle(tensor, source)
+        reason = IGNORED if ignored else unfit or _obstacle(tensor, source)
         if reason is None and recipe.targets is None:
             reason = not_by_default(module_of(tensor.name), tensor.shape, source.sizes)
         elif reason is None and not wanted:
@@ -136,31 +119,26 @@ def _check_targets(
     for pattern in recipe.targets or ():
         if pattern in hit:
             continue
-        matched = [t.name for t in checkpoint.tensors if matches(pattern, t.name)]
+        matched = [name for name in reasons if matches(pattern, name)]
         if matched:
             raise RecipeError(
                 f"target `{pattern}` matches `{matched[0]}`, which cannot be split "
                 f"({reasons[matched[0]]})",
                 hint="leave it out; `ortho inspect` lists what can be split",
             )
-        else:
-            raise RecipeError(
-                f"target `{pattern}` matches no tensor of `{checkpoint.path}`",
-                hint=_near_names(pattern, checkpoint),
-            )
-
-
-def _near_names(pattern: str, checkpoint: Checkpoint) -> str:
-    names = [tensor.name for tensor in checkpoint.tensors]
-    near = difflib.get_close_matches(pattern.removeprefix("re:"), names, n=1, cutoff=0.3)
-    return f"its tensors are named like `{(near or names)[0]}`; `ortho inspect` lists them"
+        near = difflib.get_close_matches(pattern.removeprefix("re:"), reasons, n=1, cutoff=0.3)
+        like = (near or list(reasons))[0]
+        raise RecipeError(
+            f"target `{pattern}` matches no tensor of `{checkpoint.path}`",
+            hint=f"its tensors are named like `{like}`; `ortho inspect` lists them",
+        )
 
 
 def conv1d_names(checkpoint: Checkpoint) -> frozenset[str]:
     """Name the weights stored (in, out), by model type or by the length of a bias."""
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
     typed = str((checkpoint.config or {}).get("model_type")) in CONV1D_MODEL_TYPES
-    found, betrayed = set(), False
+    found = set()
     for name, tensor in tensors.items():
         if len(tensor.shape) != 2 or not _CONV1D.search(module_of(name)):
             continue
@@ -171,13 +149,13 @@ def conv1d_names(checkpoint: Checkpoint) -> frozenset[str]:
             and tensor.shape[0] != tensor.shape[1]
             and bias.shape == tensor.shape[1:]
         ):
-            betrayed = True
-    return frozenset(found) if typed or betrayed else frozenset()
+            typed = True
+    return frozenset(found) if typed else frozenset()
 
 
 def _unsupported(tensor: TensorInfo, source: _Source) -> str | None:
     """Say why a weight cannot be split that a user would expect to be."""
-    stacked = _stacked(tensor, source.experts)
+    stacked = _stacked(tensor, source.sizes.counts)
     if stacked is not None:
         return stacked
     if tensor.name in source.stored_in_out:
@@ -283,7 +261,7 @@ def _obstacle(tensor: TensorInfo, source: _Source) -> str | None:
 
 
 def _is_tied(module: str, shape: tuple[int, ...], source: _Source) -> bool:
-    head = tied_head(source.config)
+    head = source.head
     if head is None or role_of(module, shape, source.sizes) != "output head":
         return False
     tokens = source.sizes.vocabularies
@@ -339,10 +317,8 @@ class TensorSettings:
     own_density: bool  # set by an override
 
 
-_compiled: tuple[list[Override], Patterns] = (
-    [],
-    Patterns(()),
-)  # overrides of the last recipe that was asked for
+# Overrides of the last recipe that was asked for.
+_compiled: tuple[list[Override], Patterns] = ([], Patterns(()))
 
 
 def _overrides(recipe: Recipe, name: str) -> list[Override]:

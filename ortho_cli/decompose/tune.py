@@ -147,14 +147,20 @@ class Tuner:
         left = set(linears).difference(*blocks.names)
         if left:
             on_event(Noted(message=f"{len(left)} split tensors are in no block, and not tuned"))
-        weights = _Weights(blocks, tokens, settings, on_event)
+
+        def told(done: int) -> None:
+            on_event(Step(name="weigh outputs, in sequences", number=done, of=len(tokens)))
+
+        # u (n, length) and v (hidden,) of each block.
+        token, channel = blocks.gradients(tokens, seed=settings.seed, on_batch=told)
         bits = {tensor.name: tensor.bits for tensor in plan.split}
         job = _Job(blocks, linears, bits, tokens, settings)
         for number, names in enumerate(blocks.names):
             on_event(Step(name=f"tune: {job.told}", number=number + 1, of=len(blocks)))
             known = {name: _on(self.device, start(name)) for name in names}
             done = all(name in tuned for name in names)
-            found = job.tune(number, known, None if done else weights.of(number))
+            weights = _normalised(token[number]), _normalised(channel[number])
+            found = job.tune(number, known, None if done else weights)
             if not done:
                 yield {name: _on(torch.device("cpu"), rounded) for name, rounded in found.items()}
 
@@ -163,22 +169,8 @@ def _on(device: torch.device, rounded: Rounded) -> Rounded:
     return Rounded(*(part.to(device) for part in rounded))
 
 
-class _Weights:
-    """u_t and v_c of each block, each with a mean of 1."""
-
-    def __init__(self, blocks: Blocks, tokens: Tensor, settings: Tune, on_event: EventSink) -> None:
-        def told(done: int) -> None:
-            on_event(Step(name="weigh outputs, in sequences", number=done, of=len(tokens)))
-
-        found = blocks.gradients(tokens, seed=settings.seed, on_batch=told)
-        self._token, self._channel = found
-
-    def of(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return u (n, length) and v (hidden,) of a block; ones where every gradient is 0."""
-        return _normalised(self._token[number]), _normalised(self._channel[number])
-
-
 def _normalised(values: Tensor) -> Tensor:
+    """Divide by the mean; ones where all are 0."""
     mean = values.mean()
     return values / mean if mean > 0 else torch.ones_like(values)
 

@@ -24,7 +24,7 @@ from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.split import pipeline
 from ortho_cli.split.exact import widen
 from ortho_cli.split.faults import not_finite
-from ortho_cli.split.pipeline import Given, Outcome, Work
+from ortho_cli.split.pipeline import Given, Work
 from ortho_cli.split.roundings import rounding_of
 from ortho_cli.split.select import crow_indices
 from ortho_cli.split.task import (
@@ -61,13 +61,13 @@ def task_of(
         edits: codes that forgetting moves.
         curvature: holds the Gram matrices, where rounding compensates.
     """
-    recipe, (rows, columns) = plan.recipe, tensor.source.shape
+    recipe = plan.recipe
     # Tuning begins with the codes of GPTQ.
     rounding = "gptq" if recipe.base.rounding == "tuned" else recipe.base.rounding
     return SplitTask(
         name=tensor.name,
         file=tensor.source.shard,
-        shape=(rows, columns),
+        shape=tensor.shape,
         dtype=tensor.source.dtype,
         bits=tensor.bits,
         group_size=plan.group_size,
@@ -193,7 +193,7 @@ class Worker:
         self._curvature, self._reference, self._edits = curvature, reference, edits
         self._references = {t.name: t for t in plan.reference.tensors} if plan.reference else {}
         self._check, self._stop, self._on_event = check, stop, on_event
-        self._piece, self._bits = np.empty(0, np.uint8), np.empty(0, np.uint8)
+        self._piece, self._bits = (np.empty(plan.sizes.copy_bytes, np.uint8) for _ in range(2))
 
     def work(self, tensor: TensorPlan) -> TensorRecord:
         """Carry out what the plan says of one tensor; return its record."""
@@ -219,13 +219,18 @@ class Worker:
         found = pipeline.split_weight(work, given)
         if near is not None:
             near.finish(rows.digest)
-        return self._record(tensor, rows.digest, base.streams, found)
+        shape = {shape_key(tensor): blake3(shape_bytes(tensor)).hexdigest()}  # written before
+        return TensorRecord(
+            name=name,
+            source_blake3=rows.digest,
+            base=_digests_of(base.streams) | shape,
+            ortho=self._write_csr(tensor, found.indices, found.values),
+            figures=found.figures,
+        )
 
     def _copy(self, tensor: CopyTensor) -> TensorRecord:
         """Carry a tensor over unchanged, through one buffer."""
         size = self._plan.sizes.copy_bytes
-        if not self._piece.size:
-            self._piece, self._bits = np.empty(size, np.uint8), np.empty(size, np.uint8)
         # A weight that is NaN ruins the model wherever it is; other buffers may mean it.
         checked = tensor.name.endswith("weight") and tensor.reason != IGNORED
         digest, written, nbytes = blake3(), blake3(), tensor.source.nbytes
@@ -254,34 +259,13 @@ class Worker:
             values, first = widen(bits, source.dtype), start // bits.itemsize
             raise not_finite(tensor.name, source.shard, source.shape, values, first)
 
-    def _record(
-        self, tensor: SplitTensor, source: str, base: list[TensorStream], found: Outcome
-    ) -> TensorRecord:
-        """Write what ortho keeps of a weight, and make its record.
-
-        Args:
-            tensor: what the plan says of it.
-            source: BLAKE3 of all its weights.
-            base: what was written of it; its shape is there since before any worker began.
-            found: what was made of it.
-        """
-        shape = {shape_key(tensor): blake3(shape_bytes(tensor)).hexdigest()}
-        return TensorRecord(
-            name=tensor.name,
-            source_blake3=source,
-            base=_digests_of(base) | shape,
-            ortho=self._write_csr(tensor, found.indices, found.values),
-            figures=found.figures,
-        )
-
     def _write_csr(self, tensor: SplitTensor, indices: Array, values: Array) -> dict[str, str]:
-        rows, columns = tensor.source.shape
         if len(indices) != tensor.k or len(values) != tensor.k:
             raise InternalError(
                 f"`{tensor.name}` keeps {len(indices)} positions and {len(values)} values, and "
                 f"the plan says {tensor.k}"
             )
-        parts = (crow_indices(indices, (rows, columns)), indices % columns, values)
+        parts = (crow_indices(indices, tensor.shape), indices % tensor.shape[1], values)
         streams = []
         for spec, part in zip(tensor.ortho, parts, strict=True):
             stream = TensorStream(self._ortho, spec.key)

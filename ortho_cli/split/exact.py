@@ -23,7 +23,6 @@ from ortho_cli.split.task import Array, Figures
 
 Float = npt.NDArray[np.float32]
 
-WORDS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
 SMALLEST = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149}  # last place of subnormals
 # Figures are sums in float32 and float64, in another order than here.
 TOLERANCE = 1e-3
