@@ -48,22 +48,16 @@ def save_arrays(path: Path, arrays: Arrays, key: Key | None = None) -> None:
     """Write arrays whole or not at all, readable by their owner alone: they reveal private data."""
 
     def write(file: BinaryIO) -> None:
-        if key is None:
-            _save_npz(file, arrays)
-            return
         plain = io.BytesIO()
-        _save_npz(plain, arrays)
-        file.write(key.seal(plain.getvalue()))
+        # What np.savez writes, without its pickles.
+        with zipfile.ZipFile(file if key is None else plain, "w") as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+        if key is not None:
+            file.write(key.seal(plain.getvalue()))
 
     write_private(path, write)
-
-
-def _save_npz(file: BinaryIO, arrays: Arrays) -> None:
-    """Write what np.savez writes, without its pickles."""
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def load_arrays(path: Path, key: Key | None = None) -> dict[str, npt.NDArray[np.generic]] | None:

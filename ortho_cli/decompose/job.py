@@ -10,12 +10,12 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from ortho_cli.decompose.edits import Edits, Key, check_edits, count, load_edits, save_edits
 from ortho_cli.decompose.identity import identity_of
@@ -25,7 +25,15 @@ from ortho_cli.decompose.recheck import Recheck
 from ortho_cli.decompose.record import TensorRecord
 from ortho_cli.decompose.report import make_config, make_report
 from ortho_cli.decompose.survey import load_surveys, save_surveys
-from ortho_cli.decompose.workers import Results, Worker, at_work, shape_bytes, shape_key
+from ortho_cli.decompose.workers import (
+    Inputs,
+    Results,
+    Worker,
+    at_work,
+    open_inputs,
+    shape_bytes,
+    shape_key,
+)
 from ortho_cli.errors import CheckpointError, InternalError, RecipeError
 from ortho_cli.events import Event, EventSink, Finishing, Noted, null_sink
 from ortho_cli.formats import artifact
@@ -42,7 +50,7 @@ from ortho_cli.formats.quantization_config import index
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.formats.verify import file_digest
 from ortho_cli.storage import job
-from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, check_in_place
+from ortho_cli.storage.checkpoint import Checkpoint, check_in_place
 from ortho_cli.storage.data_file import DataFile, Frontier, GrowingDigest, Layout, plan_layout
 from ortho_cli.storage.job import Kind, Target
 from ortho_cli.storage.output import files_of
@@ -64,6 +72,8 @@ if TYPE_CHECKING:  # to import torch takes longer than to decompose a billion we
     from ortho_cli.decompose.tune import Tuner
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SWITCH_SECONDS = 0.0002  # see `_many_small_operations`
 
@@ -163,7 +173,7 @@ def decompose(
     plan = _settled(plan, checkpoint, target.path, on_event)
     more = {"forget": editor and editor.identity, "tune": tuner and tuner.identity}
     with (
-        _open_inputs(plan, checkpoint) as inputs,
+        open_inputs(plan, checkpoint) as inputs,
         job.open_job(
             target,
             identity=identity_of(plan, checkpoint, seal, **more),
@@ -177,32 +187,6 @@ def decompose(
         edits = _find_edits(plan, editor, work, inputs.curvature, key, on_event)
         kernels = partial(Kernels, plan, compiled=compiled, device=device)
         return _Job(plan, checkpoint, inputs, edits, key, work, kernels, on_event).run(tuner)
-
-
-class _Inputs(NamedTuple):
-    """The open files that a job reads."""
-
-    source: ShardReader
-    curvature: StatisticsReader | None
-    reference: ShardReader | None
-
-    def check_unchanged(self) -> None:
-        """Raise if a file was written to since its header was read."""
-        for opened in self:
-            if opened:
-                opened.check_unchanged()
-
-
-@contextmanager
-def _open_inputs(plan: Plan, checkpoint: Checkpoint) -> Iterator[_Inputs]:
-    with ExitStack() as stack:
-        source = stack.enter_context(closing(ShardReader(checkpoint.shards)))
-        curvature = reference = None
-        if plan.statistics is not None:
-            curvature = stack.enter_context(closing(StatisticsReader(plan.statistics)))
-        if plan.reference is not None:
-            reference = stack.enter_context(closing(ShardReader(plan.reference.shards)))
-        yield _Inputs(source, curvature, reference)
 
 
 def _fits(plan: Plan) -> Callable[[Entry], bool]:
@@ -265,27 +249,29 @@ def _find_edits(
 
 
 @contextmanager
-def _many_small_operations() -> Iterator[None]:
-    """Let threads switch more often: tiles are many short operations."""
-    interval = sys.getswitchinterval()
-    # Workers hold the interpreter lock for microseconds; the default wait of 5 ms costs 5 %.
-    sys.setswitchinterval(SWITCH_SECONDS)
+def _set_to(value: T, get: Callable[[], T], put: Callable[[T], object]) -> Iterator[None]:
+    """Give a setting of the process another value, and then its own again."""
+    before = get()
+    put(value)
     try:
         yield
     finally:
-        sys.setswitchinterval(interval)
+        put(before)
 
 
-@contextmanager
-def _one_thread_of_torch() -> Iterator[None]:
+def _many_small_operations() -> AbstractContextManager[None]:
+    """Let threads switch more often: tiles are many short operations.
+
+    Workers hold the interpreter lock for microseconds; the default wait of 5 ms costs 5 %.
+    """
+    return _set_to(SWITCH_SECONDS, sys.getswitchinterval, sys.setswitchinterval)
+
+
+def _one_thread_of_torch() -> AbstractContextManager[None]:
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # parallel over tensors, not inside an operation
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    # Parallel over tensors, not inside an operation.
+    return _set_to(1, torch.get_num_threads, torch.set_num_threads)
 
 
 class _Job:
@@ -293,7 +279,7 @@ class _Job:
         self,
         plan: Plan,
         checkpoint: Checkpoint,
-        inputs: _Inputs,
+        inputs: Inputs,
         edits: Edits,
         key: WorkKey | None,
         work: WorkFolder,
@@ -304,7 +290,7 @@ class _Job:
         self._key = key
         self._edits = edits
         self._checkpoint = checkpoint
-        self._inputs, self._reader = inputs, inputs.source
+        self._inputs = inputs
         self._work = work
         self._on_event = on_event
         self._event_lock = threading.Lock()
@@ -314,9 +300,9 @@ class _Job:
         self._ortho = self._ortho_file(ORTHO_FILE, plan.ortho, scratch=plan.is_compact)
         recipe = plan.recipe
         self._recheck = Recheck(
-            inputs.source,
-            self._base,
-            self._ortho,
+            reader=inputs.source,
+            base=self._base,
+            ortho=self._ortho,
             nearest=not recipe.compensates and inputs.reference is None,
             own_code=recipe.ortho.split == "unlearn",
             # Beside what finds codes to move or to tune, reading them back takes no time.
@@ -482,7 +468,7 @@ class _Job:
     def _is_intact(self, tensor: TensorPlan, record: TensorRecord) -> bool:
         """Tell whether source and output of a finished tensor still have the journal's digests."""
         # All files of an archive or image have one time, so stamps cannot tell two models apart.
-        if self._reader.digest(tensor.source) != record.source_blake3:
+        if self._inputs.source.digest(tensor.source) != record.source_blake3:
             return False
         parts = ((self._base, record.base), (self._ortho, record.ortho))
         return all(out.digest(key) == told for out, part in parts for key, told in part.items())
@@ -520,13 +506,11 @@ class _Job:
 
     def _worker(self) -> Worker:
         return Worker(
-            self._plan,
-            self._reader,
-            self._base,
-            self._ortho,
+            plan=self._plan,
+            inputs=self._inputs,
+            base=self._base,
+            ortho=self._ortho,
             make_kernel=self._kernels.make,
-            curvature=self._inputs.curvature,
-            reference=self._inputs.reference,
             edits=self._edits,
             check=self._recheck.check,
             stop=self._stop,

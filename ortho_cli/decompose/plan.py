@@ -125,11 +125,11 @@ class Plan:
     @property
     def inputs(self) -> tuple[Path, ...]:
         """Files that are read beside the checkpoint: statistics, reference."""
-        found = (self.statistics.path,) if self.statistics else ()
-        if self.reference is None:
-            return found
-        folder = self.reference.folder
-        return (*found, *(folder / shard.name for shard in self.reference.shards))
+        shards = self.reference.shards if self.reference else ()
+        return (
+            *((self.statistics.path,) if self.statistics else ()),
+            *(shard.path for shard in shards),
+        )
 
     @property
     def weights(self) -> int:

@@ -36,34 +36,17 @@ SHARE = 2.5e-3  # of noise: 0.01 dB, by which sums in another order and precisio
 Read = Callable[[memoryview, int], None]  # fills a buffer from a byte offset
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recheck:
     """Compares each weight that a running job has written with the source; threads may share it."""
 
-    def __init__(
-        self,
-        reader: ShardReader,
-        base: DataFile,
-        ortho: OrthoFile,
-        *,
-        nearest: bool,
-        own_code: bool,
-        whole: bool,
-        sizes: Sizes,
-    ) -> None:
-        """Keep the files and the rules.
-
-        Args:
-            reader: of the source.
-            base: codes and scales.
-            ortho: the CSR.
-            nearest: codes outside of ortho are the nearest to the source's weights.
-            own_code: where a code was moved, alpha = 1 may be the source's own code.
-            whole: read every row of every weight.
-            sizes: of tiles.
-        """
-        self._reader, self._base, self._ortho = reader, base, ortho
-        self._nearest, self._own_code, self._whole = nearest, own_code, whole
-        self._sizes = sizes
+    reader: ShardReader  # of the source
+    base: DataFile  # codes and scales
+    ortho: OrthoFile  # the CSR
+    nearest: bool  # codes outside of ortho are the nearest to the source's weights
+    own_code: bool  # where a code was moved, alpha = 1 may be the source's own code
+    whole: bool  # read every row of every weight
+    sizes: Sizes  # of tiles
 
     def check(self, tensor: SplitTensor, record: TensorRecord) -> None:
         """Check some rows of a weight, or all rows and its figures.
@@ -78,13 +61,13 @@ class Recheck:
             name=tensor.name,
             dtype=tensor.source.dtype,
             bits=tensor.bits,
-            nearest=self._nearest,
-            own_code=self._own_code,
+            nearest=self.nearest,
+            own_code=self.own_code,
         )
-        whole = self._whole or tensor.source.numel <= self._sizes.check_sample
-        every = self._sizes.tiles("check", tensor.source.shape)
+        whole = self.whole or tensor.source.numel <= self.sizes.check_sample
+        every = self.sizes.tiles("check", tensor.source.shape)
         sums = Sums()
-        for start, count in every if whole else _some_rows(tensor, self._sizes.check_sample):
+        for start, count in every if whole else _some_rows(tensor, self.sizes.check_sample):
             sums.add(check_rows(rules, self._rows(tensor, start, count)))
         if whole and record.figures is not None:
             check_figures(tensor.name, record.figures, sums)
@@ -95,11 +78,11 @@ class Recheck:
         crow_spec, column_spec, value_spec = tensor.ortho
 
         def part(spec: TensorSpec) -> Read:
-            output = self._ortho if spec in tensor.ortho else self._base
+            output = self.ortho if spec in tensor.ortho else self.base
             return lambda buffer, at: output.read_into(spec.key, buffer, start=at)
 
         def source(buffer: memoryview, at: int) -> None:
-            self._reader.read_into(buffer, tensor.source, start=at)
+            self.reader.read_into(buffer, tensor.source, start=at)
 
         crow = _read(part(crow_spec), NUMPY_DTYPES[crow_spec.dtype], start, count + 1)
         first, size = int(crow[0]), int(crow[-1] - crow[0])
@@ -136,17 +119,6 @@ def _some_rows(tensor: SplitTensor, elements: int) -> Iterator[tuple[int, int]]:
         yield start, count
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValuesChecked:
-    """The result of `check_values`."""
-
-    tensors: int  # that were split
-    weights: int  # of them
-    moved: int  # codes that are not the source's own
-    sqnr_db_alpha_0: float | None  # by the bytes; None where there is no error
-    sqnr_db_alpha_1: float | None  # None without ortho, too
-
-
 def check_values(
     artifact: Artifact,
     source: Checkpoint,
@@ -154,7 +126,7 @@ def check_values(
     *,
     sizes: Sizes = DEFAULT_SIZES,
     on_event: EventSink = null_sink,
-) -> ValuesChecked:
+) -> dict[str, int | float | None]:
     """Compare every weight of an artifact with the checkpoint that it was made from.
 
     Args:
@@ -164,7 +136,8 @@ def check_values(
         sizes: of tiles.
         on_event: gets progress.
     Returns:
-        What was checked, and SQNR by the bytes.
+        `tensors` that were split, their `weights`, `moved` codes that are not the source's own, and
+        SQNR by the bytes: None where there is no error, and at alpha 1 without ortho, too.
     Raises:
         ArtifactError: an unsplit tensor differs from the source, or a value, code or figure breaks
             its rule; names the tensor.
@@ -199,13 +172,13 @@ def check_values(
     if report is not None:
         _check_decibels(report.totals, "totals", total, there=there)
     at_1 = decibels(total.signal, total.noise - total.noise_kept) if there else None
-    return ValuesChecked(
-        tensors=len(artifact.split),
-        weights=total.weights,
-        moved=total.moved,
-        sqnr_db_alpha_0=decibels(total.signal, total.noise),
-        sqnr_db_alpha_1=at_1,
-    )
+    return {
+        "tensors": len(artifact.split),
+        "weights": total.weights,
+        "moved": total.moved,
+        "sqnr_db_alpha_0": decibels(total.signal, total.noise),
+        "sqnr_db_alpha_1": at_1,
+    }
 
 
 def _setting(recipe: Mapping[str, object], section: str, key: str) -> object:
@@ -307,11 +280,10 @@ class _Opened:
         if self._kept is None:
             nothing = np.zeros(0, np.int64)
             return np.zeros(rows + 1, np.int64), nothing, nothing.astype(words_of(dtype))
-        import torch
+        from ortho_cli.split import torch_kernel
 
         found = self._kept.csr(module)
-        same = torch.int32 if dtype == "F32" else torch.int16
-        words = found["values"].view(same).numpy().view(words_of(dtype))
+        words = torch_kernel.words_of(found["values"]).view(words_of(dtype))
         crow, column = (
             found[part].numpy().astype(np.int64) for part in ("crow_indices", "col_indices")
         )

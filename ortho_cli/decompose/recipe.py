@@ -27,11 +27,6 @@ Path_ = tuple[str | int, ...]
 DEFAULT = Recipe(version=1)
 
 
-def json_schema() -> dict[str, object]:
-    """Return the JSON schema of a recipe, for editors."""
-    return Recipe.model_json_schema()
-
-
 def recipe_folder() -> Path:
     """Find the recipes that come with `ortho`: in the package, or beside it in a checkout."""
     inside = Path(__file__).parent.parent / "recipes"

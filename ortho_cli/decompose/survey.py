@@ -65,17 +65,15 @@ def load_surveys(out: Path) -> tuple[Survey, ...]:
 
 
 def _encode(surveys: Sequence[Survey]) -> bytes:
-    found = [
-        {"of": survey.of, "tensors": {name: _told(survey, name) for name in sorted(survey.counts)}}
-        for survey in surveys
-    ]
+    found = []
+    for survey in surveys:
+        tensors = {}
+        for name, counts in sorted(survey.counts.items()):
+            bins = np.flatnonzero(counts)  # a few hundred of them
+            told = {"bins": bins.tolist(), "counts": counts[bins].tolist()}
+            tensors[name] = {"blake3": survey.digests[name], **told}
+        found.append({"of": survey.of, "tensors": tensors})
     return json.dumps(found, separators=(",", ":")).encode()
-
-
-def _told(survey: Survey, name: str) -> dict[str, object]:
-    counts = survey.counts[name]
-    bins = np.flatnonzero(counts)  # a few hundred of them
-    return {"blake3": survey.digests[name], "bins": bins.tolist(), "counts": counts[bins].tolist()}
 
 
 def _decode(raw: bytes) -> tuple[Survey, ...]:

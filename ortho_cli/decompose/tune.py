@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from ortho_cli.decompose.plan import Plan
 from ortho_cli.decompose.settings import Tune
-from ortho_cli.errors import CalibrationError, InternalError, RecipeError
+from ortho_cli.errors import CalibrationError, RecipeError
 from ortho_cli.events import EventSink, Finishing, Noted, Step, null_sink
 from ortho_cli.model import load as models
 from ortho_cli.model.blocks import Blocks
@@ -49,9 +49,6 @@ from ortho_cli.storage.checkpoint import Checkpoint
 REACH = 0.48  # codes; how far from GPTQ's code a latent starts at most: short of the next at 0.5
 RATES = (1.0, 0.25)  # factors of the rates; the second where the first made a block worse
 LIMIT = 0.499  # codes; how far beyond the last code a latent may go
-
-
-Start = Callable[[str], Rounded]
 
 
 class Latent:
@@ -118,7 +115,11 @@ class Tuner:
         return [*stamps(self.files), self.device.type]
 
     def tune(
-        self, start: Start, tuned: Collection[str], *, on_event: EventSink = null_sink
+        self,
+        start: Callable[[str], Rounded],
+        tuned: Collection[str],
+        *,
+        on_event: EventSink = null_sink,
     ) -> Iterator[dict[str, Rounded]]:
         """Tune one block after another.
 
@@ -203,7 +204,9 @@ class _Job:
         self._put({name: value_of(found, source[name]) for name, found in start.items()})
         outputs, before = self._forward(number, self._inputs, wanted, weights)
         found, error = start, before
-        for share in RATES if weights is not None and start else ():
+        for share in RATES:
+            if weights is None or not start:
+                break
             latents = {
                 name: Latent(source[name], start[name], bits=self._bits[name]) for name in start
             }
@@ -223,12 +226,10 @@ class _Job:
         number: int,
         latents: dict[str, Latent],
         wanted: Tensor,
-        weights: tuple[Tensor, Tensor] | None,
+        weights: tuple[Tensor, Tensor],
         share: float,
     ) -> None:
         """Take all steps, with rates times `share`; the block then holds the learned weights."""
-        if weights is None:
-            raise InternalError(f"block {number} is tuned without weights of its errors")
         settings = self._settings
         parameters = [self._parameter(name) for name in latents]
         self._put({name: latent.value() for name, latent in latents.items()})

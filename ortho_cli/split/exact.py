@@ -13,7 +13,6 @@ not repeated here.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -106,7 +105,6 @@ def check_rows(rules: Rules, rows: Rows) -> Sums:
             the place and both values.
     """
     source = widen(rows.source, rules.dtype)
-    columns = source.shape[1]
     wide, codes, base = _base_of(rules, rows)
     with np.errstate(over="ignore", invalid="ignore"):
         half = 1 << (rules.bits - 1)
@@ -122,13 +120,20 @@ def check_rows(rules: Rules, rows: Rows) -> Sums:
         sound |= _within_a_step(rules, values, flat[at], base.reshape(-1)[at], wide, at)
     if not sound.all():
         bad = int(np.flatnonzero(~sound)[0])
-        raise _broken(rules, rows.first, columns, int(at[bad]), values[bad], flat[at[bad]])
+        allowed = (
+            "nor its own code" if rules.own_code else "nor near it" if rules.step else "as it is"
+        )
+        neither = "neither" if rules.own_code or rules.step else "not"
+        why = f", which is {neither} the source's weight {flat[at[bad]]:g} {allowed}"
+        raise _wrong(rules, rows, int(at[bad]), f"ortho holds {values[bad]:g}", why)
     if rules.nearest:
         loose = moved.reshape(-1).copy()
         loose[at] = False
         if loose.any():
             bad = int(np.flatnonzero(loose)[0])
-            raise _unheld(rules, rows.first, columns, bad, codes.reshape(-1)[bad], nearest)
+            own_code = f"where the source's own is {int(nearest.flat[bad])}"
+            why = f" {own_code}, and ortho does not hold that place"
+            raise _wrong(rules, rows, bad, f"base holds code {codes.flat[bad]}", why)
     lost = np.square(base - source, dtype=np.float64)
     kept = np.square(values - flat[at], dtype=np.float64)
     return Sums(
@@ -192,27 +197,7 @@ def check_figures(name: str, told: Figures, sums: Sums) -> None:
 HINT = "do not use this artifact: decompose again, and report it if that happens twice"
 
 
-def _place(first: int, columns: int, flat: int) -> list[int]:
-    return [first + flat // columns, flat % columns]
-
-
-def _broken(
-    rules: Rules, first: int, columns: int, flat: int, value: Any, source: Any
-) -> ArtifactError:
-    allowed = "nor its own code" if rules.own_code else "nor near it" if rules.step else "as it is"
-    neither = "neither" if rules.own_code or rules.step else "not"
-    return ArtifactError(
-        f"ortho holds {value:g} of `{rules.name}` at {_place(first, columns, flat)}, which is "
-        f"{neither} the source's weight {source:g} {allowed}",
-        hint=HINT,
-    )
-
-
-def _unheld(
-    rules: Rules, first: int, columns: int, flat: int, code: Any, nearest: Array
-) -> ArtifactError:
-    return ArtifactError(
-        f"base holds code {int(code)} of `{rules.name}` at {_place(first, columns, flat)} where "
-        f"the source's own is {int(nearest.reshape(-1)[flat])}, and ortho does not hold that place",
-        hint=HINT,
-    )
+def _wrong(rules: Rules, rows: Rows, flat: int, what: str, why: str) -> ArtifactError:
+    columns = rows.source.shape[1]
+    place = [rows.first + flat // columns, flat % columns]
+    return ArtifactError(f"{what} of `{rules.name}` at {place}{why}", hint=HINT)

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -77,11 +76,6 @@ class Scratch:
             view = self._slots[slot][:nbytes].view(dtype).view(shape)
             self._views[slot][key] = view
         return view
-
-    def array(self, size: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """Hand out a numpy array of one dimension on the same terms."""
-        nbytes = size * np.dtype(dtype).itemsize
-        return self((nbytes,), torch.uint8).numpy().view(dtype)
 
     @property
     def nbytes(self) -> int:

@@ -217,8 +217,12 @@ class Buffers:
         """Hand out the buffer of this name, whatever is in it."""
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         if name not in self._held or self._held[name].size < nbytes:
-            self._held[name] = np.empty(nbytes, np.uint8)
+            self._held[name] = self.allocate(nbytes)
         return self._held[name][:nbytes].view(dtype).reshape(shape)
+
+    def allocate(self, nbytes: int) -> Array:
+        """Take fresh memory."""
+        return np.empty(nbytes, np.uint8)
 
     @property
     def nbytes(self) -> int:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ortho_cli.split import quantize
-from ortho_cli.split.dtypes import torch_dtypes
+from ortho_cli.split.dtypes import names_of_torch, torch_dtypes
 from ortho_cli.split.roundings import rounding_of
 from ortho_cli.split.scales import Kept, base_scales
 from ortho_cli.split.select import Own, TopK
 from ortho_cli.split.sizes import DEFAULT_SIZES, Part, Sizes
 from ortho_cli.split.task import (
     SIGNAL,
+    WORDS,
     Array,
     CurvatureTile,
     HostKernel,
@@ -42,7 +43,8 @@ class TorchKernel(HostKernel):
         """Round a tile, measure what that costs, and let `select` choose."""
         tile, scratch = pending, self._scratch
         scratch.reset()
-        if not _is_curvature(tile.curvature):
+        words = tile.curvature.words  # vectors were checked when they were loaded
+        if words is not None and not quantize.is_curvature(tensor_of(words, tile.curvature.dtype)):
             return TileResult(tile.raw, tile.raw, sound=False)
         raw = tensor_of(tile.raw, task.dtype)
         curvature, root = curvature_of(tile.curvature, empty=scratch)
@@ -108,11 +110,8 @@ def tensor_of(words: Array, dtype: str) -> Tensor:
 
 def words_of(values: Tensor) -> Array:
     """Look at numbers as their words."""
-    if values.dtype == torch.float16:
-        return values.view(torch.int16).numpy()
-    signed = values.view(torch.int16 if values.dtype == torch.bfloat16 else torch.int32)
-    found: Array = signed.numpy()
-    return found.view(np.uint16 if found.itemsize == 2 else np.uint32)
+    signed: Array = values.view(torch.int16 if values.itemsize == 2 else torch.int32).numpy()
+    return signed.view(WORDS[names_of_torch()[values.dtype]])
 
 
 def curvature_of(
@@ -141,11 +140,6 @@ def curvature_of(
         for row, column in zip(rows, columns, strict=True)
     )
     return values, root
-
-
-def _is_curvature(tile: CurvatureTile) -> bool:
-    """Tell whether words that were streamed are curvature; vectors were checked when loaded."""
-    return tile.words is None or quantize.is_curvature(tensor_of(tile.words, tile.dtype))
 
 
 def _measure(
