@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -185,8 +185,18 @@ def decompose(
         save_surveys(work.private, plan.surveys)  # from here on a kill does not cost them
         key = key_of(work, seal, keys, on_event) if seal else None
         edits = _find_edits(plan, editor, work, inputs.curvature, key, on_event)
-        kernels = partial(Kernels, plan, compiled=compiled, device=device)
-        return _Job(plan, checkpoint, inputs, edits, key, work, kernels, on_event).run(tuner)
+        emit = _one_at_a_time(on_event)
+        kernels = Kernels(plan, compiled=compiled, device=device, on_event=emit)
+        return _Job(
+            plan=plan,
+            checkpoint=checkpoint,
+            inputs=inputs,
+            edits=edits,
+            key=key,
+            work=work,
+            kernels=kernels,
+            on_event=emit,
+        ).run(tuner)
 
 
 def _fits(plan: Plan) -> Callable[[Entry], bool]:
@@ -248,6 +258,16 @@ def _find_edits(
     return edits
 
 
+def _one_at_a_time(on_event: EventSink) -> EventSink:
+    lock = threading.Lock()
+
+    def emit(event: Event) -> None:
+        with lock:
+            on_event(event)
+
+    return emit
+
+
 @contextmanager
 def _set_to(value: T, get: Callable[[], T], put: Callable[[T], object]) -> Iterator[None]:
     """Give a setting of the process another value, and then its own again."""
@@ -274,63 +294,54 @@ def _one_thread_of_torch() -> AbstractContextManager[None]:
     return _set_to(1, torch.get_num_threads, torch.set_num_threads)
 
 
+@dataclass(kw_only=True)
 class _Job:
-    def __init__(
-        self,
-        plan: Plan,
-        checkpoint: Checkpoint,
-        inputs: Inputs,
-        edits: Edits,
-        key: WorkKey | None,
-        work: WorkFolder,
-        kernels: Callable[..., Kernels],
-        on_event: EventSink,
-    ) -> None:
-        self._plan = plan
-        self._key = key
-        self._edits = edits
-        self._checkpoint = checkpoint
-        self._inputs = inputs
-        self._work = work
-        self._on_event = on_event
-        self._event_lock = threading.Lock()
-        self._kernels = kernels(on_event=self._emit)
+    plan: Plan
+    checkpoint: Checkpoint
+    inputs: Inputs
+    edits: Edits
+    key: WorkKey | None
+    work: WorkFolder
+    kernels: Kernels
+    on_event: EventSink
+
+    def __post_init__(self) -> None:
         self._stop = threading.Event()
-        self._base = DataFile(work, BASE_FILE, plan.base, mode=0o644)
-        self._ortho = self._ortho_file(ORTHO_FILE, plan.ortho, scratch=plan.is_compact)
-        recipe = plan.recipe
+        self._base = DataFile(self.work, BASE_FILE, self.plan.base, mode=0o644)
+        self._ortho = self._ortho_file(ORTHO_FILE, self.plan.ortho, scratch=self.plan.is_compact)
+        recipe = self.plan.recipe
         self._recheck = Recheck(
-            reader=inputs.source,
+            reader=self.inputs.source,
             base=self._base,
             ortho=self._ortho,
-            nearest=not recipe.compensates and inputs.reference is None,
+            nearest=not recipe.compensates and self.inputs.reference is None,
             own_code=recipe.ortho.split == "unlearn",
             # Beside what finds codes to move or to tune, reading them back takes no time.
             whole=recipe.forgets or recipe.compensates,
-            sizes=plan.sizes,
+            sizes=self.plan.sizes,
         )
 
     def _ortho_file(self, name: str, layout: Layout, *, scratch: bool = False) -> OrthoFile:
-        if self._key is not None:
-            return SealedFile(self._work, name, layout, self._key)
+        if self.key is not None:
+            return SealedFile(self.work, name, layout, self.key)
         # Ortho holds what others must not read.
-        return DataFile(self._work, name, layout, mode=0o600, scratch=scratch)
+        return DataFile(self.work, name, layout, mode=0o600, scratch=scratch)
 
     def run(self, tuner: Tuner | None) -> dict[str, object]:
         """Split, tune and finish."""
-        torch_alone = nullcontext() if self._kernels.compiled else _one_thread_of_torch()
+        torch_alone = nullcontext() if self.kernels.compiled else _one_thread_of_torch()
         with _many_small_operations(), torch_alone:
             base_blake3 = self.split()
         if tuner is not None:
             base_blake3 = self.tune(tuner)
-        if self._plan.recipe.forgets or tuner is not None:
-            check_in_place(self._checkpoint)  # transformers read the model by its files' names
+        if self.plan.recipe.forgets or tuner is not None:
+            check_in_place(self.checkpoint)  # transformers read the model by its files' names
         with _many_small_operations():
             return self.finish(base_blake3)
 
     def split(self) -> str:
         """Split every tensor that no earlier run has finished; return base's BLAKE3."""
-        plan, done, records = self._plan, self._work.done, self._done()
+        plan, done, records = self.plan, self.work.done, self._done()
         for tensor in plan.tensors:
             if tensor.name in done and not self._is_intact(tensor, records[tensor.name]):
                 del done[tensor.name], records[tensor.name]
@@ -338,7 +349,7 @@ class _Job:
             del done[name], records[name]
         self._check_surveyed(records.values())
         nbytes = {tensor.name: tensor.source.nbytes for tensor in plan.tensors}
-        job.report_start(self._work, nbytes, plan.side.notes, self._emit)
+        job.report_start(self.work, nbytes, plan.side.notes, self.on_event)
         self._base.write_header(plan.base.header)
         # They are first in the file: hashing it need not wait for their weights.
         for tensor in plan.split:
@@ -356,13 +367,13 @@ class _Job:
         from ortho_cli.decompose.readback import given_of
 
         written = self._written()
-        tensors = {tensor.name: tensor for tensor in self._plan.split}
+        tensors = {tensor.name: tensor for tensor in self.plan.split}
         tuned = [name for name, record in self._done().items() if record.tuned]
         self._stop.clear()  # the workers that it stopped have ended
         worker = self._worker()
-        with interruptible(self._work, total=len(tensors), done="tuned"):
+        with interruptible(self.work, total=len(tensors), done="tuned"):
             for found in tuner.tune(
-                lambda name: written.rounded(tensors[name]), tuned, on_event=self._emit
+                lambda name: written.rounded(tensors[name]), tuned, on_event=self.on_event
             ):
                 block = (min(found), len(found))
                 records = []
@@ -370,24 +381,24 @@ class _Job:
                     record = worker.split(tensors[name], given_of(rounded))
                     self._recheck.check(tensors[name], record)
                     records.append(replace(record, tuned=block))
-                self._work.commit([record.to_json() for record in records])
-        return GrowingDigest(self._base.fd).up_to(self._plan.base.size)
+                self.work.commit([record.to_json() for record in records])
+        return GrowingDigest(self._base.fd).up_to(self.plan.base.size)
 
     def _written(self) -> ReadBack:
         from ortho_cli.decompose.readback import ReadBack
 
-        return ReadBack(self._plan, self._base, self._ortho)
+        return ReadBack(self.plan, self._base, self._ortho)
 
     def _done(self) -> dict[str, TensorRecord]:
         """Give the records of finished tensors."""
-        found = ((name, TensorRecord.from_json(line)) for name, line in self._work.done.items())
+        found = ((name, TensorRecord.from_json(line)) for name, line in self.work.done.items())
         return {name: record for name, record in found if record is not None}
 
     def finish(self, base_blake3: str) -> dict[str, object]:
         """Check that no input has changed, and write ortho and the files beside it."""
-        plan, done = self._plan, self._done()
-        self._emit(Finishing(step="digests"))
-        self._inputs.check_unchanged()
+        plan, done = self.plan, self._done()
+        self.on_event(Finishing(step="digests"))
+        self.inputs.check_unchanged()
         records = [done[tensor.name] for tensor in plan.tensors]
         digest = artifact.source_digest(
             (t.name, t.source.dtype, t.source.shape, done[t.name].source_blake3)
@@ -403,36 +414,36 @@ class _Job:
         self._check_forgotten()
         ortho, layout = self._ortho, plan.ortho
         if plan.is_compact:
-            self._emit(Finishing(step="compact"))
+            self.on_event(Finishing(step="compact"))
             from ortho_cli.decompose.repack import Repacker
 
-            repacker = Repacker(plan, self._written(), self._inputs.curvature)
+            repacker = Repacker(plan, self._written(), self.inputs.curvature)
             # Where ortho is sealed, a scratch file of its name holds the CSR.
-            make = partial(self._ortho_file, ORTHO_FILE if self._key is None else COMPACT_FILE)
+            make = partial(self._ortho_file, ORTHO_FILE if self.key is None else COMPACT_FILE)
             with _one_thread_of_torch():
                 ortho, layout, records = repacker.run(make, records, told)
         else:
             layout = plan_layout((s for t in plan.tensors for s in t.ortho), told)
             if layout.regions != plan.ortho.regions:
                 raise InternalError("ortho's tensors are at other offsets than the plan says")
-        if self._key is not None:
-            self._emit(Finishing(step="seal"))
+        if self.key is not None:
+            self.on_event(Finishing(step="seal"))
         ortho_blake3, sealed_blake3 = ortho.finish(layout)
         self._check_sealed(sealed_blake3)
-        self._emit(Finishing(step="sync"))
+        self.on_event(Finishing(step="sync"))
         report = make_report(
             plan,
             records,
             ortho=layout,
-            moved=count(self._edits),
+            moved=count(self.edits),
             source_digest=digest,
             base_blake3=base_blake3,
             ortho_blake3=ortho_blake3,
             sealed_blake3=sealed_blake3,
-            device=self._kernels.device.partition(":")[0],
+            device=self.kernels.device.partition(":")[0],
             side_files=self._write_side_files(),
         )
-        job.write_files(self._work, {REPORT_FILE: pretty_json(report)})
+        job.write_files(self.work, {REPORT_FILE: pretty_json(report)})
         return report
 
     def _check_forgotten(self) -> None:
@@ -440,15 +451,15 @@ class _Job:
 
         No figure would show a breach: base would still know the secret, or ortho would lack it.
         """
-        for tensor in self._plan.split:
-            if tensor.name in self._edits:
-                self._written().check_moved(tensor, self._edits[tensor.name])
+        for tensor in self.plan.split:
+            if tensor.name in self.edits:
+                self._written().check_moved(tensor, self.edits[tensor.name])
 
     def _check_sealed(self, sealed_blake3: str | None) -> None:
         """Check that ortho is sealed where it should be, and that no plain ortho is published."""
-        if self._key is None:
+        if self.key is None:
             return
-        here = [path.name for path in self._work.artifact.glob(f"{ORTHO_FILE}*")]
+        here = [path.name for path in self.work.artifact.glob(f"{ORTHO_FILE}*")]
         plain = [name for name in here if not name.startswith(SEALED_FILE)]
         if sealed_blake3 is None or plain:
             raise InternalError(f"ortho was to be sealed, and is not: {plain or here}")
@@ -456,7 +467,7 @@ class _Job:
     def _check_surveyed(self, records: Iterable[TensorRecord]) -> None:
         """Check that split weights were surveyed as they are: other files can have equal stamps."""
         for record in records:
-            for survey in self._plan.surveys:
+            for survey in self.plan.surveys:
                 told = survey.digests.get(record.name, record.source_blake3)
                 if told != record.source_blake3:
                     raise CheckpointError(
@@ -468,26 +479,26 @@ class _Job:
     def _is_intact(self, tensor: TensorPlan, record: TensorRecord) -> bool:
         """Tell whether source and output of a finished tensor still have the journal's digests."""
         # All files of an archive or image have one time, so stamps cannot tell two models apart.
-        if self._inputs.source.digest(tensor.source) != record.source_blake3:
+        if self.inputs.source.digest(tensor.source) != record.source_blake3:
             return False
         parts = ((self._base, record.base), (self._ortho, record.ortho))
         return all(out.digest(key) == told for out, part in parts for key, told in part.items())
 
     def _work_through(self, pending: list[TensorPlan]) -> str:
         """Run the workers on every pending tensor; return base's BLAKE3."""
-        owners = {spec.key: t.name for t in self._plan.tensors for spec in t.base}
-        shapes = {shape_key(tensor): "" for tensor in self._plan.split}  # they are written
-        frontier = Frontier(self._plan.base, owners | shapes, done=[""])
-        frontier.finish(self._work.done)
+        owners = {spec.key: t.name for t in self.plan.tensors for spec in t.base}
+        shapes = {shape_key(tensor): "" for tensor in self.plan.split}  # they are written
+        frontier = Frontier(self.plan.base, owners | shapes, done=[""])
+        frontier.finish(self.work.done)
         digest = GrowingDigest(self._base.fd)
         results: Results = SimpleQueue()
-        with job.Commits(self._work, self._emit) as commits:
+        with job.Commits(self.work, self.on_event) as commits:
             try:
                 # While copies, which come first, are written.
-                if self._kernels.compiled and pending:
-                    threading.Thread(target=self._kernels.load).start()
+                if self.kernels.compiled and pending:
+                    threading.Thread(target=self.kernels.load).start()
                 with at_work(
-                    self._worker, pending, results, workers=self._plan.workers, stop=self._stop
+                    self._worker, pending, results, workers=self.plan.workers, stop=self._stop
                 ):
                     for _ in pending:
                         record = results.get()
@@ -502,35 +513,31 @@ class _Job:
                     result = results.get()
                     if not isinstance(result, BaseException):
                         commits.keep(result.to_json())
-        return digest.up_to(self._plan.base.size)
+        return digest.up_to(self.plan.base.size)
 
     def _worker(self) -> Worker:
         return Worker(
-            plan=self._plan,
-            inputs=self._inputs,
+            plan=self.plan,
+            inputs=self.inputs,
             base=self._base,
             ortho=self._ortho,
-            make_kernel=self._kernels.make,
-            edits=self._edits,
+            make_kernel=self.kernels.make,
+            edits=self.edits,
             check=self._recheck.check,
             stop=self._stop,
-            on_event=self._emit,
+            on_event=self.on_event,
         )
-
-    def _emit(self, event: Event) -> None:
-        with self._event_lock:
-            self._on_event(event)
 
     def _write_side_files(self) -> dict[str, str]:
         """Write config.json, the index and what is copied; return the BLAKE3 of each, by name."""
-        plan, config = self._plan, self._checkpoint.config
+        plan, config = self.plan, self.checkpoint.config
         size = plan.base.size - len(plan.base.header)
         made = {INDEX_FILE: pretty_json(index(plan.base.regions, total_size=size))}
         if config is not None:
             made[CONFIG_FILE] = pretty_json(make_config(plan, config))
-        job.write_side_files(self._work, plan.side, made)
+        job.write_side_files(self.work, plan.side, made)
         names = sorted([*made, *(file.name for file in plan.side.copied)])
-        return {artifact.spelled(n): file_digest(self._work.artifact / n) for n in names}
+        return {artifact.spelled(n): file_digest(self.work.artifact / n) for n in names}
 
 
 def _torn(done: dict[str, TensorRecord]) -> list[str]:

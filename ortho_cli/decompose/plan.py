@@ -294,6 +294,7 @@ def make_plan(
     sha256 = _sha256(tensors, recipe, group_size, statistics)
     base, ortho = _layouts(checkpoint, tensors, recipe, sha256)
     _check_compact_header(split, recipe)
+    theirs = reference.notes if reference else ()
     return Plan(
         recipe=recipe,
         group_size=group_size,
@@ -308,13 +309,8 @@ def make_plan(
         sizes=sizes,
         reference=reference,
         kept=kept,
-        notes=_notes(checkpoint, reference),
+        notes=(*checkpoint.notes, *(f"of the reference: {note}" for note in theirs)),
     )
-
-
-def _notes(checkpoint: Checkpoint, reference: Checkpoint | None) -> tuple[str, ...]:
-    theirs = reference.notes if reference else ()
-    return (*checkpoint.notes, *(f"of the reference: {note}" for note in theirs))
 
 
 def _check_use(

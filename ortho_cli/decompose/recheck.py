@@ -81,16 +81,13 @@ class Recheck:
             output = self.ortho if spec in tensor.ortho else self.base
             return lambda buffer, at: output.read_into(spec.key, buffer, start=at)
 
-        def source(buffer: memoryview, at: int) -> None:
-            self.reader.read_into(buffer, tensor.source, start=at)
-
         crow = _read(part(crow_spec), NUMPY_DTYPES[crow_spec.dtype], start, count + 1)
         first, size = int(crow[0]), int(crow[-1] - crow[0])
         column = _read(part(column_spec), NUMPY_DTYPES[column_spec.dtype], first, size)
         row = np.repeat(np.arange(count), np.diff(crow))
         return Rows(
             first=start,
-            source=_matrix(source, word, start, count, columns),
+            source=_rows_in(self.reader, tensor.source, word, start, count),
             packed=_matrix(part(packed), np.int32, start, count, packed.shape[1]),
             scales=_matrix(part(scales), word, start, count, scales.shape[1]),
             positions=row * columns + column.astype(np.int64),
@@ -108,6 +105,15 @@ def _read(read: Read, dtype: npt.DTypeLike, start: int, size: int) -> Array:
 
 def _matrix(read: Read, dtype: npt.DTypeLike, start: int, count: int, columns: int) -> Array:
     return _read(read, dtype, start * columns, count * columns).reshape(count, columns)
+
+
+def _rows_in(
+    reader: ShardReader, info: TensorInfo, dtype: npt.DTypeLike, start: int, count: int
+) -> Array:
+    def read(buffer: memoryview, at: int) -> None:
+        reader.read_into(buffer, info, start=at)
+
+    return _matrix(read, dtype, start, count, info.shape[1])
 
 
 def _some_rows(tensor: SplitTensor, elements: int) -> Iterator[tuple[int, int]]:
@@ -250,7 +256,7 @@ class _Opened:
             row = np.repeat(np.arange(count), np.diff(crow[start : start + count + 1]))
             yield Rows(
                 first=start,
-                source=self._read(self._source, tensor, word, start, count),
+                source=_rows_in(self._source, tensor, word, start, count),
                 packed=self._part(module, "weight_packed", np.int32, start, count),
                 scales=self._part(module, "weight_scale", word, start, count),
                 positions=row * columns + column[here],
@@ -258,15 +264,7 @@ class _Opened:
             )
 
     def _part(self, module: str, part: str, dtype: npt.DTypeLike, start: int, count: int) -> Array:
-        return self._read(self._written, self._base[f"{module}.{part}"], dtype, start, count)
-
-    def _read(
-        self, reader: ShardReader, info: TensorInfo, dtype: npt.DTypeLike, start: int, count: int
-    ) -> Array:
-        def read(buffer: memoryview, at: int) -> None:
-            reader.read_into(buffer, info, start=at)
-
-        return _matrix(read, dtype, start, count, info.shape[1])
+        return _rows_in(self._written, self._base[f"{module}.{part}"], dtype, start, count)
 
     def _step(self, module: str) -> float | None:
         info = self._artifact.kept.get(module, {}).get("value_step")
@@ -291,14 +289,7 @@ class _Opened:
 
 
 def _check_decibels(told: Figures, name: str, sums: Sums, *, there: bool) -> None:
-    """Compare the figures of a weight, or of all weights, in report.json with the bytes.
-
-    Args:
-        told: `sqnr_db_alpha_0`, `sqnr_db_alpha_1` and `residual_kept` of the report.
-        name: of the weight, or `totals`.
-        sums: over the bytes.
-        there: ortho is there.
-    """
+    """Compare what report.json tells of a weight, or of `totals`, with sums over the bytes."""
     noise = sums.noise / sums.signal if sums.signal else 0.0
     at_1 = max(0.0, sums.noise - sums.noise_kept) / sums.signal if sums.signal else 0.0
     mine = {"sqnr_db_alpha_0": noise} | ({"sqnr_db_alpha_1": at_1} if there else {})

@@ -204,7 +204,10 @@ def _role_by_name(parts: _Parts) -> Role | None:
     words = [name for name, depth in zip(parts.names, parts.depth, strict=True) if depth < 2]
     if any(_ROUTER.search(name) for name in words):
         return "router"
-    if any(_HEAD.search(name) for name in words) and not _is_attention_head(parts):
+    # A head may be an attention's projection, as Funnel's `attention.q_head` is.
+    in_attention = any(_ATTENTION.search(name) for name in parts.names)
+    projection = in_attention and _PROJECTION_HEAD.search(parts.leaf)
+    if any(_HEAD.search(name) for name in words) and not projection:
         return "output head"
     if (
         any(_EMBEDDING.search(name) for name in words)
@@ -215,13 +218,6 @@ def _role_by_name(parts: _Parts) -> Role | None:
     if any(_NORM.search(name) for name in parts.names[-2:]):
         return "norm"
     return None
-
-
-def _is_attention_head(parts: _Parts) -> bool:
-    """Tell whether a head is an attention's projection, as Funnel's `attention.q_head` is."""
-    return bool(_PROJECTION_HEAD.search(parts.leaf)) and any(
-        _ATTENTION.search(name) for name in parts.names
-    )
 
 
 def _is_gate(parts: _Parts, rows: int, columns: int) -> bool:

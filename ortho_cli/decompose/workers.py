@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
@@ -84,35 +84,29 @@ def _factor(curvature: StatisticsReader | None, name: str, rounding: str) -> Any
     return rounding_of(rounding).prepare(torch.from_numpy(gram_of(curvature, name)), name=name)
 
 
+@dataclass
 class ShardRows:
     """Rows of a weight in a shard."""
 
-    def __init__(self, reader: ShardReader, source: TensorInfo) -> None:
-        """Say where they are."""
-        self._reader, self._source = reader, source
+    reader: ShardReader
+    source: TensorInfo
 
     def read(self, buffer: Array, row: int) -> None:
         """Read rows."""
         start = row * buffer.shape[1] * buffer.itemsize
-        self._reader.read_into(as_bytes(buffer), self._source, start=start)
+        self.reader.read_into(as_bytes(buffer), self.source, start=start)
 
     peek = read
 
 
+@dataclass
 class DigestedRows(ShardRows):
     """Rows that are digested in each pass; the first one tells of their bytes."""
 
-    def __init__(
-        self,
-        reader: ShardReader,
-        source: TensorInfo,
-        *,
-        stop: threading.Event | None = None,
-        on_event: EventSink,
-    ) -> None:
-        """Say where they are, what stops the reading, and who is told of bytes."""
-        super().__init__(reader, source)
-        self._stop, self._on_event = stop, on_event
+    stop: threading.Event | None = field(default=None, kw_only=True)  # stops the reading
+    on_event: EventSink = field(kw_only=True)
+
+    def __post_init__(self) -> None:
         self._passes, self._digest = 0, blake3()
 
     @property
@@ -122,14 +116,14 @@ class DigestedRows(ShardRows):
 
     def read(self, buffer: Array, row: int) -> None:
         """Read the next rows of a pass; it begins with row 0."""
-        if self._stop is not None and self._stop.is_set():
+        if self.stop is not None and self.stop.is_set():
             raise InterruptedError  # reaches nobody: the run is being stopped
         if row == 0:
             self._passes, self._digest = self._passes + 1, blake3()
         self.peek(buffer, row)
         self._digest.update(as_bytes(buffer))
         if self._passes == 1:
-            self._on_event(Advanced(nbytes=buffer.nbytes))
+            self.on_event(Advanced(nbytes=buffer.nbytes))
 
 
 class Inputs(NamedTuple):

@@ -9,16 +9,17 @@ import numpy as np
 
 from ortho_cli.split import numba_loops as loops
 from ortho_cli.split.dtypes import SMALLEST_SCALE
-from ortho_cli.split.scale_search import LANES, scale_factors
 from ortho_cli.split.select import TopK
 from ortho_cli.split.task import (
     EXPONENTS,
+    LANES,
     Array,
     CurvatureTile,
     HostKernel,
     SplitTask,
     Tile,
     TileResult,
+    scale_factors,
 )
 
 

@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from ortho_cli.split.scale_search import LANES
+from ortho_cli.split.task import LANES
 
 # Squares that are added in float32 before they go into a sum in float64.
 STRETCH = 512

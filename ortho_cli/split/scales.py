@@ -25,7 +25,7 @@ from ortho_cli.split.quantize import (
     round_scales,
     torch_empty,
 )
-from ortho_cli.split.scale_search import LANES, scale_factors
+from ortho_cli.split.task import LANES, scale_factors
 
 
 class Kept(NamedTuple):

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ortho_cli.split import quantize
-from ortho_cli.split.scale_search import scale_factors
 from ortho_cli.split.scales import searched_scales, sum_lanes
+from ortho_cli.split.task import scale_factors
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Values that meet: zeros, exact ties, halves of a step, subnormals, the ends of the range.
