@@ -16,12 +16,11 @@ from importlib import metadata
 
 import numpy as np
 
-from ortho_cli.decompose.identity import stamps
 from ortho_cli.decompose.kernels import Kernels
 from ortho_cli.decompose.plan import Plan, SplitTensor, make_plan
 from ortho_cli.decompose.selection import tensor_settings
 from ortho_cli.decompose.settings import GROUP_SIZES, Recipe
-from ortho_cli.decompose.survey import Counts, Survey
+from ortho_cli.decompose.survey import Counts, Survey, stamps
 from ortho_cli.decompose.workers import DigestedRows, open_inputs, task_of
 from ortho_cli.errors import RecipeError
 from ortho_cli.events import EventSink, Noted, Started, null_sink

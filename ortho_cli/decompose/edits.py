@@ -7,13 +7,14 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from ortho_cli.decompose.plan import SplitTensor
 from ortho_cli.errors import InternalError
+from ortho_cli.storage.sealing import WorkKey
 from ortho_cli.storage.work_folder import write_private
 
 
@@ -32,16 +33,7 @@ class Edit:
 
 Edits = Mapping[str, Edit]
 Arrays = Mapping[str, npt.NDArray[np.generic]]
-
-
-class Key(Protocol):
-    """Seals the files of edits, where ortho is sealed."""
-
-    def seal(self, data: bytes) -> bytes:
-        """Encrypt `data`."""
-
-    def open(self, data: bytes) -> bytes:
-        """Decrypt `data`, or raise ValueError."""
+Key = WorkKey  # seals the files of edits, where ortho is sealed
 
 
 def save_arrays(path: Path, arrays: Arrays, key: Key | None = None) -> None:

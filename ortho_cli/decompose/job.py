@@ -13,57 +13,30 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from ortho_cli.decompose import workers
 from ortho_cli.decompose.edits import Edits, Key, check_edits, count, load_edits, save_edits
-from ortho_cli.decompose.identity import identity_of
 from ortho_cli.decompose.kernels import Kernels
 from ortho_cli.decompose.plan import Plan, TensorPlan, check_memory, check_statistics
 from ortho_cli.decompose.recheck import Recheck
 from ortho_cli.decompose.record import TensorRecord
 from ortho_cli.decompose.report import make_config, make_report
-from ortho_cli.decompose.survey import load_surveys, save_surveys
-from ortho_cli.decompose.workers import (
-    Inputs,
-    Results,
-    Worker,
-    at_work,
-    open_inputs,
-    shape_bytes,
-    shape_key,
-)
+from ortho_cli.decompose.survey import KEY, digest_of, load_surveys, save_surveys, stamps
 from ortho_cli.errors import CheckpointError, InternalError, RecipeError
 from ortho_cli.events import Event, EventSink, Finishing, Noted, null_sink
 from ortho_cli.formats import artifact
-from ortho_cli.formats.artifact import (
-    BASE_FILE,
-    CONFIG_FILE,
-    INDEX_FILE,
-    ORTHO_FILE,
-    REPORT_FILE,
-    canonical_json,
-    pretty_json,
-)
 from ortho_cli.formats.quantization_config import index
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.formats.verify import file_digest
-from ortho_cli.storage import job
+from ortho_cli.storage import job, sealing
 from ortho_cli.storage.checkpoint import Checkpoint, check_in_place
 from ortho_cli.storage.data_file import DataFile, Frontier, GrowingDigest, Layout, plan_layout
 from ortho_cli.storage.job import Kind, Target
 from ortho_cli.storage.output import files_of
-from ortho_cli.storage.sealing import (
-    SEALED_FILE,
-    Keys,
-    OrthoFile,
-    Seal,
-    SealedFile,
-    WorkKey,
-    key_of,
-    scratch_bytes,
-)
 from ortho_cli.storage.work_folder import Entry, WorkFolder, interruptible
 from ortho_cli.version import __version__
 
@@ -103,7 +76,7 @@ def check_target(
     out: Path,
     *,
     force: bool = False,
-    seal: Seal | None = None,
+    seal: sealing.Seal | None = None,
     reads: Iterable[Path] = (),
 ) -> Target:
     """Refuse an output that would lose something, and work that cannot be done as planned.
@@ -123,7 +96,7 @@ def check_target(
     """
     sources = [*files_of(checkpoint, *plan.inputs), *reads]
     target = job.check_target(out, KIND, sources, force=force)
-    target.check_space(plan.bytes_on_disk + scratch_bytes(plan.ortho, seal))
+    target.check_space(plan.bytes_on_disk + sealing.scratch_bytes(plan.ortho, seal))
     check_memory(plan)
     check_statistics(plan, checkpoint)
     return target
@@ -136,8 +109,8 @@ def decompose(
     *,
     editor: Editor | None = None,
     tuner: Tuner | None = None,
-    seal: Seal | None = None,
-    keys: Keys | None = None,
+    seal: sealing.Seal | None = None,
+    keys: sealing.Keys | None = None,
     compiled: bool = True,
     device: str = "cpu",
     on_event: EventSink = null_sink,
@@ -173,30 +146,52 @@ def decompose(
     plan = _settled(plan, checkpoint, target.path, on_event)
     more = {"forget": editor and editor.identity, "tune": tuner and tuner.identity}
     with (
-        open_inputs(plan, checkpoint) as inputs,
+        workers.open_inputs(plan, checkpoint) as inputs,
         job.open_job(
             target,
-            identity=identity_of(plan, checkpoint, seal, **more),
+            identity=_identity(plan, checkpoint, seal, **more),
             total=len(plan.tensors),
             is_sound=_fits(plan),
             on_event=on_event,
         ) as work,
     ):
         save_surveys(work.private, plan.surveys)  # from here on a kill does not cost them
-        key = key_of(work, seal, keys, on_event) if seal else None
+        key = sealing.key_of(work, seal, keys, on_event) if seal else None
         edits = _find_edits(plan, editor, work, inputs.curvature, key, on_event)
         emit = _one_at_a_time(on_event)
         kernels = Kernels(plan, compiled=compiled, device=device, on_event=emit)
-        return _Job(
-            plan=plan,
-            checkpoint=checkpoint,
-            inputs=inputs,
-            edits=edits,
-            key=key,
-            work=work,
-            kernels=kernels,
-            on_event=emit,
-        ).run(tuner)
+        return _Job(plan, checkpoint, inputs, edits, key, work, kernels, emit).run(tuner)
+
+
+def _identity(
+    plan: Plan, checkpoint: Checkpoint, seal: sealing.Seal | None, **more: object
+) -> dict[str, object]:
+    """List everything that the bytes depend on, and the sizes of the files that hold them.
+
+    Only a run of equal identity resumes the unfinished work of another. Of `more`, None counts as
+    absent.
+    """
+    base, ortho = {artifact.BASE_FILE: plan.base.size}, {artifact.ORTHO_FILE: plan.ortho.size}
+    found: dict[str, object] = {
+        "plan": plan.sha256,
+        "source": stamps(checkpoint.shards),
+        "version": [__version__, metadata.version("torch")],
+        "files": base if seal is not None or plan.is_compact else base | ortho,
+        **{name: value for name, value in more.items() if value is not None},
+    }
+    # Ortho is made from a scratch file.
+    if seal is not None:
+        found["seal"] = seal.identity
+        found["scratch"] = {artifact.ORTHO_FILE: sealing.scratch_bytes(plan.ortho, seal)}
+    elif plan.is_compact:
+        found["scratch"] = ortho
+    if plan.statistics is not None:
+        found["statistics"] = stamps([plan.statistics.shard])[0]
+    if plan.reference is not None:
+        found["reference"] = stamps(plan.reference.shards)
+    if plan.surveys:
+        found[KEY] = digest_of(plan.surveys)
+    return found
 
 
 def _fits(plan: Plan) -> Callable[[Entry], bool]:
@@ -238,7 +233,7 @@ def _find_edits(
     editor: Editor | None,
     work: WorkFolder,
     curvature: StatisticsReader | None,
-    key: WorkKey | None,
+    key: sealing.WorkKey | None,
     on_event: EventSink,
 ) -> Edits:
     """Find the edits, or load those that an earlier run found."""
@@ -294,21 +289,23 @@ def _one_thread_of_torch() -> AbstractContextManager[None]:
     return _set_to(1, torch.get_num_threads, torch.set_num_threads)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class _Job:
     plan: Plan
     checkpoint: Checkpoint
-    inputs: Inputs
+    inputs: workers.Inputs
     edits: Edits
-    key: WorkKey | None
+    key: sealing.WorkKey | None
     work: WorkFolder
     kernels: Kernels
     on_event: EventSink
 
     def __post_init__(self) -> None:
         self._stop = threading.Event()
-        self._base = DataFile(self.work, BASE_FILE, self.plan.base, mode=0o644)
-        self._ortho = self._ortho_file(ORTHO_FILE, self.plan.ortho, scratch=self.plan.is_compact)
+        self._base = DataFile(self.work, artifact.BASE_FILE, self.plan.base, mode=0o644)
+        self._ortho = self._ortho_file(
+            artifact.ORTHO_FILE, self.plan.ortho, scratch=self.plan.is_compact
+        )
         recipe = self.plan.recipe
         self._recheck = Recheck(
             reader=self.inputs.source,
@@ -321,9 +318,9 @@ class _Job:
             sizes=self.plan.sizes,
         )
 
-    def _ortho_file(self, name: str, layout: Layout, *, scratch: bool = False) -> OrthoFile:
+    def _ortho_file(self, name: str, layout: Layout, *, scratch: bool = False) -> sealing.OrthoFile:
         if self.key is not None:
-            return SealedFile(self.work, name, layout, self.key)
+            return sealing.SealedFile(self.work, name, layout, self.key)
         # Ortho holds what others must not read.
         return DataFile(self.work, name, layout, mode=0o600, scratch=scratch)
 
@@ -353,7 +350,7 @@ class _Job:
         self._base.write_header(plan.base.header)
         # They are first in the file: hashing it need not wait for their weights.
         for tensor in plan.split:
-            self._base.write(shape_key(tensor), shape_bytes(tensor), start=0)
+            self._base.write(workers.shape_key(tensor), workers.shape_bytes(tensor), start=0)
         return self._work_through([t for t in plan.tensors if t.name not in done])
 
     def tune(self, tuner: Tuner) -> str:
@@ -406,7 +403,7 @@ class _Job:
         )
         told = artifact.ortho_metadata(
             plan_sha256=plan.sha256,
-            recipe=canonical_json(plan.recipe.canonical()),
+            recipe=artifact.canonical_json(plan.recipe.canonical()),
             version=__version__,
             source_digest=digest,
             base_blake3=base_blake3,
@@ -419,7 +416,9 @@ class _Job:
 
             repacker = Repacker(plan, self._written(), self.inputs.curvature)
             # Where ortho is sealed, a scratch file of its name holds the CSR.
-            make = partial(self._ortho_file, ORTHO_FILE if self.key is None else COMPACT_FILE)
+            make = partial(
+                self._ortho_file, artifact.ORTHO_FILE if self.key is None else COMPACT_FILE
+            )
             with _one_thread_of_torch():
                 ortho, layout, records = repacker.run(make, records, told)
         else:
@@ -443,7 +442,7 @@ class _Job:
             device=self.kernels.device.partition(":")[0],
             side_files=self._write_side_files(),
         )
-        job.write_files(self.work, {REPORT_FILE: pretty_json(report)})
+        job.write_files(self.work, {artifact.REPORT_FILE: artifact.pretty_json(report)})
         return report
 
     def _check_forgotten(self) -> None:
@@ -459,8 +458,8 @@ class _Job:
         """Check that ortho is sealed where it should be, and that no plain ortho is published."""
         if self.key is None:
             return
-        here = [path.name for path in self.work.artifact.glob(f"{ORTHO_FILE}*")]
-        plain = [name for name in here if not name.startswith(SEALED_FILE)]
+        here = [path.name for path in self.work.artifact.glob(f"{artifact.ORTHO_FILE}*")]
+        plain = [name for name in here if not name.startswith(sealing.SEALED_FILE)]
         if sealed_blake3 is None or plain:
             raise InternalError(f"ortho was to be sealed, and is not: {plain or here}")
 
@@ -487,17 +486,17 @@ class _Job:
     def _work_through(self, pending: list[TensorPlan]) -> str:
         """Run the workers on every pending tensor; return base's BLAKE3."""
         owners = {spec.key: t.name for t in self.plan.tensors for spec in t.base}
-        shapes = {shape_key(tensor): "" for tensor in self.plan.split}  # they are written
+        shapes = {workers.shape_key(tensor): "" for tensor in self.plan.split}  # they are written
         frontier = Frontier(self.plan.base, owners | shapes, done=[""])
         frontier.finish(self.work.done)
         digest = GrowingDigest(self._base.fd)
-        results: Results = SimpleQueue()
+        results: workers.Results = SimpleQueue()
         with job.Commits(self.work, self.on_event) as commits:
             try:
                 # While copies, which come first, are written.
                 if self.kernels.compiled and pending:
                     threading.Thread(target=self.kernels.load).start()
-                with at_work(
+                with workers.at_work(
                     self._worker, pending, results, workers=self.plan.workers, stop=self._stop
                 ):
                     for _ in pending:
@@ -515,8 +514,8 @@ class _Job:
                         commits.keep(result.to_json())
         return digest.up_to(self.plan.base.size)
 
-    def _worker(self) -> Worker:
-        return Worker(
+    def _worker(self) -> workers.Worker:
+        return workers.Worker(
             plan=self.plan,
             inputs=self.inputs,
             base=self._base,
@@ -532,9 +531,11 @@ class _Job:
         """Write config.json, the index and what is copied; return the BLAKE3 of each, by name."""
         plan, config = self.plan, self.checkpoint.config
         size = plan.base.size - len(plan.base.header)
-        made = {INDEX_FILE: pretty_json(index(plan.base.regions, total_size=size))}
+        made = {
+            artifact.INDEX_FILE: artifact.pretty_json(index(plan.base.regions, total_size=size))
+        }
         if config is not None:
-            made[CONFIG_FILE] = pretty_json(make_config(plan, config))
+            made[artifact.CONFIG_FILE] = artifact.pretty_json(make_config(plan, config))
         job.write_side_files(self.work, plan.side, made)
         names = sorted([*made, *(file.name for file in plan.side.copied)])
         return {artifact.spelled(n): file_digest(self.work.artifact / n) for n in names}

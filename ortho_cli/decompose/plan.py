@@ -13,13 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ortho_cli.decompose.refusals import (
-    check_compensation,
-    check_global,
-    check_reference,
-    check_values,
-    refuse_quantized,
-)
+from ortho_cli.decompose import refusals
 from ortho_cli.decompose.selection import check_overrides, select, tensor_settings
 from ortho_cli.decompose.settings import GROUP_SIZES, Recipe, Saliency, Scale, fold_names
 from ortho_cli.decompose.survey import Survey
@@ -277,7 +271,7 @@ def make_plan(
         CalibrationError: statistics lack a tensor that is split, or were measured in another shape.
         CheckpointError: the source is quantized, or has weights that should be split and cannot.
     """
-    refuse_quantized(checkpoint)
+    refusals.refuse_quantized(checkpoint)
     kind = recipe.saliency.kind or ("residual" if statistics is None else "curvature")
     recipe = recipe.model_copy(update={"saliency": Saliency(kind=kind)})
     reasons = select(checkpoint, recipe)
@@ -289,8 +283,7 @@ def make_plan(
         for tensor in checkpoint.tensors
     )
     split = tuple(tensor for tensor in tensors if isinstance(tensor, SplitTensor))
-    _check_use(recipe, split, statistics)
-    _check_split(recipe, checkpoint, split, statistics, reference)
+    _check_inputs(recipe, checkpoint, split, statistics, reference)
     sha256 = _sha256(tensors, recipe, group_size, statistics)
     base, ortho = _layouts(checkpoint, tensors, recipe, sha256)
     _check_compact_header(split, recipe)
@@ -313,10 +306,14 @@ def make_plan(
     )
 
 
-def _check_use(
-    recipe: Recipe, split: tuple[SplitTensor, ...], statistics: Statistics | None
+def _check_inputs(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    split: tuple[SplitTensor, ...],
+    statistics: Statistics | None,
+    reference: Checkpoint | None,
 ) -> None:
-    """Refuse curvature without statistics, and statistics that would change nothing."""
+    """Refuse a recipe without what it needs, and what it has no use for, or of another model."""
     uses = ["`saliency.kind`"] if recipe.saliency.kind == "curvature" else []
     uses += [f"the scale of `{tensor.name}`" for tensor in split if tensor.scale == "curvature"]
     if uses and statistics is None:
@@ -325,27 +322,14 @@ def _check_use(
             hint="give --stats FILE, as `ortho calibrate` writes it",
         )
     if recipe.compensates:
-        check_compensation(recipe, statistics)
-        return
-    if statistics is not None and not uses:
+        refusals.check_compensation(recipe, statistics)
+    elif statistics is not None and not uses:
         raise RecipeError(
             f"`{statistics.path}` is given, and `saliency.kind` is residual and no scale curvature",
             hint="leave --stats out, or set saliency.kind or base.scale to curvature",
         )
-
-
-def _check_split(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    split: tuple[SplitTensor, ...],
-    statistics: Statistics | None,
-    reference: Checkpoint | None,
-) -> None:
-    """Refuse a split without what it needs, and statistics or a reference of another model."""
-    check_values(recipe)
+    refusals.check_settings(recipe)
     kind = recipe.ortho.split
-    if recipe.ortho.budget == "global":
-        check_global(recipe)
     if recipe.forgets and (
         statistics is None or statistics.kind == "gram" or recipe.saliency.kind == "residual"
     ):
@@ -359,7 +343,7 @@ def _check_split(
             hint="--reference CHECKPOINT goes with --set ortho.split=reference",
         )
     if reference is not None:
-        check_reference(checkpoint, reference)
+        refusals.check_reference(checkpoint, reference)
     if statistics is not None:
         check_weights(statistics, [tensor.source for tensor in split])
 
@@ -416,12 +400,9 @@ def _group_size(split: list[TensorInfo], recipe: Recipe) -> int:
             return size
     unfit = [tensor for tensor in split if tensor.shape[1] % sizes[-1]]
     worst, others = unfit[0], len(unfit) - 1
-    asked = (
-        f"group_size {sizes[0]}"
-        if len(sizes) == 1
-        else f"none of the group sizes {', '.join(map(str, sizes))}"
-    )
-    verb = "does not divide" if len(sizes) == 1 else "divides"
+    told = f"none of the group sizes {', '.join(map(str, sizes))} divides"
+    if len(sizes) == 1:
+        told = f"group_size {sizes[0]} does not divide"
     known = (256, *GROUP_SIZES, 16, 8)
     common = [size for size in known if all(tensor.shape[1] % size == 0 for tensor in split)]
     ways = []
@@ -431,7 +412,7 @@ def _group_size(split: list[TensorInfo], recipe: Recipe) -> int:
     if len(unfit) < len(split):
         ways.append(_ignore(unfit, split, recipe))
     raise RecipeError(
-        f"{asked} {verb} in_features {worst.shape[1]} of `{worst.name}`"
+        f"{told} in_features {worst.shape[1]} of `{worst.name}`"
         + (f", nor what {others} more tensors have" if others else ""),
         hint="; or ".join(ways) or "no multiple of 8 divides any target: there is nothing to split",
     )
@@ -548,25 +529,19 @@ def _peak_bytes(
         (_buffer_bytes(t, statistics, recipe.compensates, sizes) for t in tensors), reverse=True
     )
     entries = len(tensors) + (0 if statistics is None else len(statistics.digests))
-    held = 0
+    held, weights = 0, sum(tensor.source.numel for tensor in tensors)
     if recipe.forgets:
-        held = LOGITS_BYTES + FORGET_BYTES[recipe.ortho.split] * sum(
-            t.source.numel for t in tensors
-        )
+        held = LOGITS_BYTES + FORGET_BYTES[recipe.ortho.split] * weights
     if recipe.base.rounding == "tuned":
-        held = _tuning_bytes(tensors, recipe.tune.batch * recipe.tune.length)
+        # A backward pass in bfloat16: weights, 1.5 times the activations, and logits.
+        tokens = recipe.tune.batch * recipe.tune.length
+        features = sum(sum(t.source.shape) for t in tensors if isinstance(t, SplitTensor))
+        held = 2 * weights + 3 * tokens * features + LOGITS_BYTES // 2
     work = sum(needs[:workers])
     if recipe.ortho.layout == "compact":  # encoded after the workers have ended
         most = max(t.k for t in tensors if isinstance(t, SplitTensor))
         work = max(work, REPACK_BYTES * most + 24 * sizes.split)
     return MODULES_BYTES + TENSOR_BYTES * entries + held + work
-
-
-def _tuning_bytes(tensors: tuple[TensorPlan, ...], tokens: int) -> int:
-    """Bound a backward pass in bfloat16: weights, 1.5 times the activations, and logits."""
-    model = 2 * sum(tensor.source.numel for tensor in tensors)
-    features = sum(sum(t.source.shape) for t in tensors if isinstance(t, SplitTensor))
-    return model + 3 * tokens * features + LOGITS_BYTES // 2
 
 
 def _buffer_bytes(
@@ -588,12 +563,12 @@ def _buffer_bytes(
         8 + (4 if numel < 2**31 else 8) + value + more
     )
     # Searched scales and positions are kept from one pass to the next.
-    held = 0 if tensor.scale == "absmax" else 2 * tensor.base[1].nbytes + 8 * tensor.k
+    passes = (tensor.scale != "absmax") + compensates
+    held = passes * (2 * tensor.base[1].nbytes + 8 * tensor.k)
     if compensates:
         columns = tensor.source.shape[1]
         # The Gram matrix, its inverse and factor, two of them in float64; copies of a larger tile.
         held += 28 * columns**2 + 88 * sizes.rows("gptq", tensor.source.shape) * columns
-        held += 2 * tensor.base[1].nbytes + 8 * tensor.k
     return tile + candidates + held + ((20 if tensor.k < numel else 8) + 2 * more) * tensor.k
 
 

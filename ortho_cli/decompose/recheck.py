@@ -23,8 +23,8 @@ from ortho_cli.errors import ArtifactError
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
 from ortho_cli.formats.artifact import REPORT_FILE, Artifact, module_of
 from ortho_cli.formats.report import Figures, read_report, rows_of
+from ortho_cli.split import exact
 from ortho_cli.split.dtypes import SPLIT, words_of
-from ortho_cli.split.exact import HINT, Rows, Rules, Sums, check_figures, check_rows, largest_step
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.split.task import Array
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, TensorInfo
@@ -57,7 +57,7 @@ class Recheck:
         Raises:
             ArtifactError: a value, a code or a figure breaks its rule.
         """
-        rules = Rules(
+        rules = exact.Rules(
             name=tensor.name,
             dtype=tensor.source.dtype,
             bits=tensor.bits,
@@ -66,13 +66,13 @@ class Recheck:
         )
         whole = self.whole or tensor.source.numel <= self.sizes.check_sample
         every = self.sizes.tiles("check", tensor.source.shape)
-        sums = Sums()
+        sums = exact.Sums()
         for start, count in every if whole else _some_rows(tensor, self.sizes.check_sample):
-            sums.add(check_rows(rules, self._rows(tensor, start, count)))
+            sums.add(exact.check_rows(rules, self._rows(tensor, start, count)))
         if whole and record.figures is not None:
-            check_figures(tensor.name, record.figures, sums)
+            exact.check_figures(tensor.name, record.figures, sums)
 
-    def _rows(self, tensor: SplitTensor, start: int, count: int) -> Rows:
+    def _rows(self, tensor: SplitTensor, start: int, count: int) -> exact.Rows:
         columns, word = tensor.source.shape[1], words_of(tensor.source.dtype)
         packed, scales, _ = tensor.base
         crow_spec, column_spec, value_spec = tensor.ortho
@@ -85,7 +85,7 @@ class Recheck:
         first, size = int(crow[0]), int(crow[-1] - crow[0])
         column = _read(part(column_spec), NUMPY_DTYPES[column_spec.dtype], first, size)
         row = np.repeat(np.arange(count), np.diff(crow))
-        return Rows(
+        return exact.Rows(
             first=start,
             source=_rows_in(self.reader, tensor.source, word, start, count),
             packed=_matrix(part(packed), np.int32, start, count, packed.shape[1]),
@@ -149,13 +149,12 @@ def check_values(
             its rule; names the tensor.
     """
     split, there = _setting(recipe, "ortho", "split"), artifact.ortho is not None
-    tensors = {tensor.name: tensor for tensor in source.tensors}
     size = sum(tensor.nbytes for tensor in source.tensors)
-    on_event(Started(tensors=len(tensors), resumed=0, bytes_total=size, bytes_done=0))
+    on_event(Started(tensors=len(source.tensors), resumed=0, bytes_total=size, bytes_done=0))
     report = read_report(artifact)
     rows = rows_of(report, artifact.folder / REPORT_FILE) if report is not None else ()
     told: dict[str, Figures] = {row.name: row for row in rows}
-    total = Sums()
+    total = exact.Sums()
     with ExitStack() as stack:
         opened = _Opened(artifact, source, sizes, stack)
         for tensor in source.tensors:
@@ -217,12 +216,12 @@ class _Opened:
             raise ArtifactError(
                 f"tensor `{tensor.name}` of `{self._artifact.base.path}` was not split, and is not "
                 "the source's",
-                hint=HINT,
+                hint=exact.HINT,
             )
 
     def check_split(
         self, module: str, tensor: TensorInfo, *, nearest: bool, own_code: bool, rounded: bool
-    ) -> Sums:
+    ) -> exact.Sums:
         """Check every row of a split weight."""
         rows, columns = self._artifact.shapes[module]
         if tensor.shape != (rows, columns) or tensor.dtype not in SPLIT:
@@ -231,7 +230,7 @@ class _Opened:
                 f"{[rows, columns]} in base: they cannot be compared",
                 hint="leave --verify or --expect-source out",
             )
-        rules = Rules(
+        rules = exact.Rules(
             name=tensor.name,
             dtype=tensor.dtype,
             bits=self._artifact.bits[module],
@@ -240,21 +239,21 @@ class _Opened:
             step=self._step(module),
         )
         if rounded and rules.step is None:  # int8 values that were saved again as CSR
-            steps = (largest_step(rules, tile) for tile in self._tiles(module, tensor))
+            steps = (exact.largest_step(rules, tile) for tile in self._tiles(module, tensor))
             rules = replace(rules, step=max(steps, default=0.0) or 1.0)
-        sums = Sums()
+        sums = exact.Sums()
         for tile in self._tiles(module, tensor):
-            sums.add(check_rows(rules, tile))
+            sums.add(exact.check_rows(rules, tile))
         return sums
 
-    def _tiles(self, module: str, tensor: TensorInfo) -> Iterator[Rows]:
+    def _tiles(self, module: str, tensor: TensorInfo) -> Iterator[exact.Rows]:
         rows, columns = shape = self._artifact.shapes[module]
         crow, column, values = self._csr(module, rows, tensor.dtype)
         word = words_of(tensor.dtype)
         for start, count in self._sizes.tiles("check", shape):
             here = slice(int(crow[start]), int(crow[start + count]))
             row = np.repeat(np.arange(count), np.diff(crow[start : start + count + 1]))
-            yield Rows(
+            yield exact.Rows(
                 first=start,
                 source=_rows_in(self._source, tensor, word, start, count),
                 packed=self._part(module, "weight_packed", np.int32, start, count),
@@ -288,7 +287,7 @@ class _Opened:
         return crow, column, words
 
 
-def _check_decibels(told: Figures, name: str, sums: Sums, *, there: bool) -> None:
+def _check_decibels(told: Figures, name: str, sums: exact.Sums, *, there: bool) -> None:
     """Compare what report.json tells of a weight, or of `totals`, with sums over the bytes."""
     noise = sums.noise / sums.signal if sums.signal else 0.0
     at_1 = max(0.0, sums.noise - sums.noise_kept) / sums.signal if sums.signal else 0.0
@@ -301,13 +300,13 @@ def _check_decibels(told: Figures, name: str, sums: Sums, *, there: bool) -> Non
             raise ArtifactError(
                 f"`{name}` has {key} {_decibels(energy)} by its bytes, and {decibel} in "
                 "report.json",
-                hint=HINT,
+                hint=exact.HINT,
             )
     share, said = sums.noise_kept / sums.noise if sums.noise else 0.0, told.residual_kept
     if there and said is not None and not abs(share - said) <= 1e-3:
         raise ArtifactError(
             f"`{name}` has residual_kept {share:.6f} by its bytes, and {said} in report.json",
-            hint=HINT,
+            hint=exact.HINT,
         )
 
 

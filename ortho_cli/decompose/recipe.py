@@ -230,15 +230,11 @@ def _explain(error: ValidationError, label: str, where: dict[Path_, str]) -> Rec
     elif first["type"] == "value_error":
         problem = f"is wrong: {first['ctx']['error']}"
     else:
-        problem = f"{_lower(first['msg'])}, not {shown(first['input'])}"
+        message = first["msg"].removeprefix("Input ")
+        problem = f"{message[:1].lower()}{message[1:]}, not {shown(first['input'])}"
     return RecipeError(
         f"{place}: `{dotted}` {problem}", hint="see `ortho decompose --recipe-schema`"
     )
-
-
-def _lower(text: str) -> str:
-    text = text.removeprefix("Input ")
-    return text[:1].lower() + text[1:]
 
 
 def _keys_at(path: Path_) -> list[str]:

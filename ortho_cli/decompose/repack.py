@@ -9,7 +9,7 @@ kill loses nothing: the next run encodes again, and one matrix has one encoding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,12 +32,13 @@ from ortho_cli.storage.data_file import Layout, TensorSpec, TensorStream, plan_l
 from ortho_cli.storage.sealing import OrthoFile
 
 
+@dataclass(frozen=True, slots=True)
 class Repacker:
     """Encodes what the scratch file holds; the same bytes on every run."""
 
-    def __init__(self, plan: Plan, written: ReadBack, curvature: StatisticsReader | None) -> None:
-        """Say where base and CSR lie, complete; curvature is there if the plan has statistics."""
-        self._plan, self._written, self._curvature = plan, written, curvature
+    plan: Plan
+    written: ReadBack  # base and CSR, complete
+    curvature: StatisticsReader | None  # there if the plan has statistics
 
     def run(
         self,
@@ -58,17 +59,17 @@ class Repacker:
             NumericalError: an int8 value stands for a weight that the source's dtype cannot hold.
             ResourceError: the disk is full.
         """
-        layout = plan_layout((s for t in self._plan.split for s in self._specs(t)), metadata)
+        layout = plan_layout((s for t in self.plan.split for s in self._specs(t)), metadata)
         output = make(layout)
         told = [
             self._encode(tensor, record, output) if isinstance(tensor, SplitTensor) else record
-            for tensor, record in zip(self._plan.tensors, records, strict=True)
+            for tensor, record in zip(self.plan.tensors, records, strict=True)
         ]
         return output, layout, told
 
     def _specs(self, tensor: SplitTensor) -> tuple[TensorSpec, ...]:
         """Find out what a tensor's parts will measure."""
-        crow, column = self._written.positions(tensor)
+        crow, column = self.written.positions(tensor)
         found = compact.encode_positions(crow, column, tensor.shape)
         return artifact.compact_specs(
             tensor.name,
@@ -82,8 +83,8 @@ class Repacker:
 
     def _encode(self, tensor: SplitTensor, record: TensorRecord, output: OrthoFile) -> TensorRecord:
         """Write a tensor's parts; return its record with what is true of them."""
-        crow, column = self._written.positions(tensor)
-        values, figures = self._written.values(tensor), record.figures
+        crow, column = self.written.positions(tensor)
+        values, figures = self.written.values(tensor), record.figures
         more: dict[str, Tensor] = {}
         if tensor.values == "I8" and figures is not None:
             values, more["value_step"], lost = self._round(tensor, crow, column, values)
@@ -104,11 +105,11 @@ class Repacker:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Round values to int8; give what they lose by it, too."""
         base, scales = compact.base_at(
-            lambda start, count: self._written.base_rows(tensor, start, count),
+            lambda start, count: self.written.base_rows(tensor, start, count),
             crow,
             column,
             tensor.shape,
-            sizes=self._plan.sizes,
+            sizes=self.plan.sizes,
         )
         codes, step = compact.round_values(values, base, scales)
         back = compact.restore_values(codes, step, base, scales, values.dtype)
@@ -126,8 +127,8 @@ class Repacker:
         """Take what rounding cost from what was thought to be kept exactly."""
         plain = weighted = float(lost.double().square().sum())
         kept, delta = figures.curvature_noise_kept, figures.delta_kept
-        if self._curvature is not None and kept is not None:
-            weighted = self._weigh(self._curvature, tensor, crow, column, lost)
+        if self.curvature is not None and kept is not None:
+            weighted = self._weigh(self.curvature, tensor, crow, column, lost)
             kept -= weighted
         return replace(
             figures,
@@ -147,7 +148,7 @@ class Repacker:
         """Sum squares of what was lost times curvature, in float64, tile by tile."""
         curvature, total = Curvature(reader, tensor.name), 0.0
         room, scratch, places = Buffers(), quantize.Scratch(), torch.from_numpy(column)
-        for start, count in self._plan.sizes.tiles("split", tensor.shape):
+        for start, count in self.plan.sizes.tiles("split", tensor.shape):
             here = slice(int(crow[start]), int(crow[start + count]))
             if here.start == here.stop:
                 continue

@@ -94,7 +94,7 @@ def read_sizes(config: Mapping[str, object] | None, tensors: Iterable[TensorInfo
     highest: dict[str, int] = {}
     for tensor in tensors:
         module = module_of(tensor.name)
-        if len(tensor.shape) == 2 and _TOKEN_EMBEDDING.search(_without_numbers(module)):
+        if len(tensor.shape) == 2 and _TOKEN_EMBEDDING.search(".".join(_parts(module).names)):
             vocabularies.add(tensor.shape[0])
             widths.add(tensor.shape[1])
         experts = _EXPERTS.search(tensor.name)
@@ -243,7 +243,3 @@ def _is_padded(size: int, *, of: frozenset[int]) -> bool:
     return size % 64 == 0 and any(
         0 < size - known < known // 64 + 64 for known in of if known > _FEW
     )
-
-
-def _without_numbers(module: str) -> str:
-    return ".".join(piece for piece in module.split(".") if not piece.isdecimal())

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ortho_cli.decompose.roles import UNKNOWN, Sizes, is_embedding, named_role, read_sizes, role_of
+from ortho_cli.decompose import roles
 from ortho_cli.decompose.settings import Override, Patterns, Recipe, Scale, matches
 from ortho_cli.errors import CheckpointError, OrthoError, RecipeError
 from ortho_cli.formats.artifact import module_of
@@ -58,7 +58,7 @@ class _Source:
 
     names: frozenset[str]
     head: str | None  # the module of the output head, where it is tied to the embedding
-    sizes: Sizes
+    sizes: roles.Sizes
     stored_in_out: frozenset[str]
 
 
@@ -78,7 +78,7 @@ def select(
     source = _Source(
         names=frozenset(tensor.name for tensor in checkpoint.tensors),
         head=tied_head(checkpoint.config),
-        sizes=read_sizes(checkpoint.config, checkpoint.tensors),
+        sizes=roles.read_sizes(checkpoint.config, checkpoint.tensors),
         stored_in_out=frozenset() if conv1d else conv1d_names(checkpoint),
     )
     reasons: dict[str, str | None] = {}
@@ -105,8 +105,10 @@ def select(
         raise _unsupported_error(checkpoint, unsupported, left=None in reasons.values())
     _check_targets(checkpoint, recipe, hit, reasons)
     if None not in reasons.values():
+        counts = Counter(reasons.values()).most_common(4)
+        most = ", ".join(f"{count} x {reason}" for reason, count in counts)
         raise CheckpointError(
-            f"`{checkpoint.path}` has nothing to split: {_count(reasons)}",
+            f"`{checkpoint.path}` has nothing to split: {most}",
             hint=hints.nothing_to_split(checkpoint.path, {t.dtype for t in checkpoint.tensors}),
         )
     _check_siblings(reasons)
@@ -162,11 +164,11 @@ def _unsupported(tensor: TensorInfo, source: _Source) -> str | None:
         return "Conv1D, stored (in, out)"
     exotic = tensor.dtype in ("F64", "C64") or tensor.dtype.startswith(("F8", "F6", "F4"))
     linear = len(tensor.shape) == 2 and tensor.name.endswith(".weight")
-    if exotic and linear:
-        module = module_of(tensor.name)
-        if not is_embedding(module) and not_by_default(module, tensor.shape, source.sizes) is None:
-            return f"dtype {tensor.dtype}"
-    return None
+    module = module_of(tensor.name)
+    if not (exotic and linear) or roles.is_embedding(module):
+        return None
+    unsplit = not_by_default(module, tensor.shape, source.sizes)
+    return f"dtype {tensor.dtype}" if unsplit is None else None
 
 
 def _stacked(tensor: TensorInfo, counts: frozenset[int]) -> str | None:
@@ -174,7 +176,7 @@ def _stacked(tensor: TensorInfo, counts: frozenset[int]) -> str | None:
     module, shape = module_of(tensor.name), tensor.shape
     if len(shape) not in (2, 3) or min(shape[-2:]) < MIN_IN_FEATURES:
         return None
-    if named_role(module) is not None or _NO_STACK.search(module):
+    if roles.named_role(module) is not None or _NO_STACK.search(module):
         return None
     experts = _EXPERTS.search(module) is not None
     if len(shape) == 3 and shape[0] > 1:
@@ -250,7 +252,7 @@ def _obstacle(tensor: TensorInfo, source: _Source) -> str | None:
     if not re.search(r"[^.]\.weight$", tensor.name):
         return "not named <module>.weight"
     module = module_of(tensor.name)
-    if is_embedding(module):
+    if roles.is_embedding(module):
         return "embedding"
     if _is_tied(module, tensor.shape, source):
         return "tied to the embedding"
@@ -262,13 +264,15 @@ def _obstacle(tensor: TensorInfo, source: _Source) -> str | None:
 
 def _is_tied(module: str, shape: tuple[int, ...], source: _Source) -> bool:
     head = source.head
-    if head is None or role_of(module, shape, source.sizes) != "output head":
+    if head is None or roles.role_of(module, shape, source.sizes) != "output head":
         return False
     tokens = source.sizes.vocabularies
     return f".{module}".endswith(f".{head}") or not tokens or shape[0] in tokens
 
 
-def not_by_default(module: str, shape: tuple[int, ...], sizes: Sizes = UNKNOWN) -> str | None:
+def not_by_default(
+    module: str, shape: tuple[int, ...], sizes: roles.Sizes = roles.UNKNOWN
+) -> str | None:
     """Say why a Linear is not split by default, but only by a target; None if it is.
 
     Args:
@@ -276,17 +280,12 @@ def not_by_default(module: str, shape: tuple[int, ...], sizes: Sizes = UNKNOWN) 
         shape: (out_features, in_features).
         sizes: what is known of the model.
     """
-    role = role_of(module, shape, sizes)
+    role = roles.role_of(module, shape, sizes)
     if role is not None:
         return role
     if shape[1] < MIN_IN_FEATURES:
         return f"in_features {shape[1]} < {MIN_IN_FEATURES}"
     return None
-
-
-def _count(reasons: dict[str, str | None]) -> str:
-    counts = Counter(reasons.values()).most_common(4)
-    return ", ".join(f"{count} x {reason}" for reason, count in counts)
 
 
 def _siblings(name: str) -> Iterator[str]:

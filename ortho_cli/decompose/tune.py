@@ -176,23 +176,22 @@ def _normalised(values: Tensor) -> Tensor:
     return values / mean if mean > 0 else torch.ones_like(values)
 
 
+@dataclass
 class _Job:
     """Hidden states of the source and of the quantized model, between two blocks."""
 
-    def __init__(
-        self,
-        blocks: Blocks,
-        linears: dict[str, nn.Module],
-        bits: dict[str, int],
-        tokens: Tensor,
-        settings: Tune,
-    ) -> None:
-        self._blocks, self._linears, self._bits = blocks, linears, bits
-        self._settings, self._count = settings, len(tokens)
-        starts = range(0, len(tokens), settings.batch)
-        self._ideal = torch.cat([blocks.embed(tokens[i : i + settings.batch]) for i in starts])
+    blocks: Blocks
+    linears: dict[str, nn.Module]
+    bits: dict[str, int]
+    tokens: Tensor
+    settings: Tune
+    told: str = "the first block"
+
+    def __post_init__(self) -> None:
+        self._count, batch = len(self.tokens), self.settings.batch
+        starts = range(0, self._count, batch)
+        self._ideal = torch.cat([self.blocks.embed(self.tokens[i : i + batch]) for i in starts])
         self._inputs = self._ideal
-        self.told = "the first block"
 
     def tune(
         self, number: int, start: dict[str, Rounded], weights: tuple[Tensor, Tensor] | None
@@ -208,7 +207,7 @@ class _Job:
             if weights is None or not start:
                 break
             latents = {
-                name: Latent(source[name], start[name], bits=self._bits[name]) for name in start
+                name: Latent(source[name], start[name], bits=self.bits[name]) for name in start
             }
             self._learn(number, latents, wanted, weights, share)
             learned, after = self._forward(number, self._inputs, wanted, weights)
@@ -230,7 +229,7 @@ class _Job:
         share: float,
     ) -> None:
         """Take all steps, with rates times `share`; the block then holds the learned weights."""
-        settings = self._settings
+        settings = self.settings
         parameters = [self._parameter(name) for name in latents]
         self._put({name: latent.value() for name, latent in latents.items()})
         for parameter in parameters:
@@ -241,7 +240,7 @@ class _Job:
             if len(order) < settings.batch:
                 order = torch.randperm(self._count, generator=generator).tolist()
             chosen = [order.pop() for _ in range(settings.batch)]
-            error = _error(self._blocks(number, self._inputs[chosen]), wanted, weights, chosen)
+            error = _error(self.blocks(number, self._inputs[chosen]), wanted, weights, chosen)
             torch.autograd.backward([error])
             falling = share * (1.0 - step / settings.steps)
             for name, latent in latents.items():
@@ -267,15 +266,15 @@ class _Job:
     ) -> tuple[Tensor, float]:
         """Pass all data through a block; return the outputs and their mean error."""
         outputs, total = torch.empty_like(inputs), 0.0
-        for first in range(0, self._count, self._settings.batch):
-            chosen = list(range(first, first + self._settings.batch))
-            outputs[chosen] = found = self._blocks(number, inputs[chosen])
+        for first in range(0, self._count, self.settings.batch):
+            chosen = list(range(first, first + self.settings.batch))
+            outputs[chosen] = found = self.blocks(number, inputs[chosen])
             if wanted is not None and weights is not None:
                 total += float(_error(found, wanted, weights, chosen)) * len(chosen) / self._count
         return outputs, total
 
     def _parameter(self, name: str) -> nn.Parameter:
-        return self._linears[name].get_parameter("weight")
+        return self.linears[name].get_parameter("weight")
 
     def _put(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():

@@ -31,7 +31,6 @@ from ortho_cli.split.task import (
     SplitTask,
     Tile,
     TileKernel,
-    TileResult,
 )
 
 log = logging.getLogger(__name__)
@@ -82,13 +81,16 @@ class Work(NamedTuple):
         return [self.task.word, *(np.float32 for _ in self.measures[1:])]
 
 
-def split_tensor(work: Work, select: TopK, given: Given | None = None) -> Array:
+def split_tensor(
+    work: Work, select: TopK, given: Given | None = None, scales: Array | None = None
+) -> Array:
     """Walk over all tiles of a weight once.
 
     Args:
         work: whose inputs are read once, in order.
         select: gets the weights that may be kept.
         given: what an earlier pass found.
+        scales: (out, groups) words: gets base's scales, where they are to be kept.
     Returns:
         (4,) float64: SIGNAL, NOISE, CURVATURE_NOISE and DELTA, added up.
     Raises:
@@ -104,6 +106,8 @@ def split_tensor(work: Work, select: TopK, given: Given | None = None) -> Array:
         result = kernel.finish(task, pending, select, sums)
         if not (result.sound and np.isfinite(sums).all()):
             raise fault_of(task, inputs.curvature, tile, result)
+        if scales is not None:
+            scales[tile.row : tile.row + len(result.scales)] = result.scales
         if sink is not None:
             sink(result, tile.row)
 
@@ -211,16 +215,10 @@ def _given(found: Outcome, *, stays: bool) -> Given:
 
 def _select(work: Work, given: Given | None = None, *, bar: float | None = None) -> Outcome:
     """Split in one pass; where fewer than k weights exceed `bar`, in another one without it."""
-    task, _, kernel, sink = work
+    task, kernel = work.task, work.kernel
     scales: Array | None = None
     if _turns(work) or task.factor is not None:  # another pass may begin with them
         scales = np.empty((task.shape[0], task.shape[1] // task.group_size), task.word)
-
-    def write(result: TileResult, row: int) -> None:
-        if scales is not None:
-            scales[row : row + len(result.scales)] = result.scales
-        if sink is not None:
-            sink(result, row)
 
     select = TopK(
         task.k,
@@ -230,7 +228,7 @@ def _select(work: Work, given: Given | None = None, *, bar: float | None = None)
         bar=bar,
         empty=kernel.held,
     )
-    sums = split_tensor(work._replace(sink=write), select, given)
+    sums = split_tensor(work, select, given, scales)
     if select.short:
         if bar is None:
             raise InternalError(

@@ -13,18 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ortho_cli.errors import InternalError
-from ortho_cli.split.quantize import (
-    Empty,
-    Scratch,
-    absmax,
-    absmax_scales,
-    dequantize,
-    groups_of,
-    half_range,
-    quantize,
-    round_scales,
-    torch_empty,
-)
+from ortho_cli.split import quantize
 from ortho_cli.split.task import LANES, scale_factors
 
 
@@ -43,11 +32,13 @@ def base_scales(
     *,
     bits: int = 4,
     kept: Kept | None = None,
-    empty: Empty = torch_empty,
+    empty: quantize.Empty = quantize.torch_empty,
 ) -> Tensor:
     """Find base's scales of a weight, (out, groups) in its dtype; each row by itself."""
     if scale == "absmax":
-        return absmax_scales(raw, group_size=group_size, dtype=raw.dtype, bits=bits, empty=empty)
+        return quantize.absmax_scales(
+            raw, group_size=group_size, dtype=raw.dtype, bits=bits, empty=empty
+        )
     if scale == "mse":
         curvature = None
     elif curvature is None:  # scales would be those of mse, under another name
@@ -65,7 +56,7 @@ def searched_scales(
     dtype: torch.dtype,
     bits: int = 4,
     kept: Kept | None = None,
-    empty: Empty = torch_empty,
+    empty: quantize.Empty = quantize.torch_empty,
 ) -> Tensor:
     """Search each group's scale for the smallest squared error of what will be stored.
 
@@ -93,16 +84,16 @@ def searched_scales(
     count = weight.shape[1] // group_size
     importance = None
     if curvature is not None:
-        groups = groups_of(curvature.view(-1, weight.shape[1]), count)
+        groups = quantize.groups_of(curvature.view(-1, weight.shape[1]), count)
         peak = groups.amax(-1, keepdim=True)
         peak = torch.where(peak > 0, peak, torch.ones_like(peak))
         importance = torch.div(groups, peak, out=empty(tuple(groups.shape), torch.float32))
     if kept is None:
         return _least_error(weight, importance, count, None, dtype, bits, empty)
     # Where ortho holds nothing, the scale that is known is the best already.
-    mask = groups_of(kept.mask, count)
+    mask = quantize.groups_of(kept.mask, count)
     held = mask.any(-1)
-    groups = groups_of(weight, count)[held]
+    groups = quantize.groups_of(weight, count)[held]
     # Zero is a code of every grid: it widens none, and rounds without error.
     groups = torch.where(mask[held], torch.zeros_like(groups), groups)
     if importance is not None:
@@ -121,20 +112,20 @@ def _least_error(
     known: Tensor | None,
     dtype: torch.dtype,
     bits: int,
-    empty: Empty,
+    empty: quantize.Empty,
 ) -> Tensor:
     """Try `known`, then absmax's scale times each factor; give the first of the best."""
-    largest = absmax(weight, count, empty).div_(half_range(bits))
+    largest = quantize.absmax(weight, count, empty).div_(quantize.half_range(bits))
     weight = weight.float()
-    candidates = (round_scales(largest * factor, dtype) for factor in scale_factors(bits))
+    candidates = (quantize.round_scales(largest * factor, dtype) for factor in scale_factors(bits))
     best, best_error = largest, largest  # of no candidate yet
-    buffers = Scratch()
+    buffers = quantize.Scratch()
     every = candidates if known is None else chain([known], candidates)
     for number, candidate in enumerate(every):
         buffers.reset()
-        codes = quantize(weight, candidate, bits=bits, empty=buffers)
-        error = dequantize(codes, candidate, empty=buffers).sub_(weight).square_()
-        error = groups_of(error, count)
+        codes = quantize.quantize(weight, candidate, bits=bits, empty=buffers)
+        error = quantize.dequantize(codes, candidate, empty=buffers).sub_(weight).square_()
+        error = quantize.groups_of(error, count)
         error = sum_lanes(error if importance is None else error.mul_(importance))
         if not number:
             best, best_error = candidate, error
