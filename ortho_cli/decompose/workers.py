@@ -211,7 +211,9 @@ class Worker:
         found = pipeline.split_weight(work, given)
         if near is not None:
             near.finish(rows.digest)
-        shape = {shape_key(tensor): blake3(shape_bytes(tensor)).hexdigest()}  # written before
+        shape = {
+            shape_key(tensor): blake3(shape_bytes(tensor)).hexdigest()
+        }  # there before any work
         return TensorRecord(
             name=name,
             source_blake3=rows.digest,
