@@ -286,7 +286,6 @@ def make_plan(
     _check_inputs(recipe, checkpoint, split, statistics, reference)
     sha256 = _sha256(tensors, recipe, group_size, statistics)
     base, ortho = _layouts(checkpoint, tensors, recipe, sha256)
-    _check_compact_header(split, recipe)
     theirs = reference.notes if reference else ()
     return Plan(
         recipe=recipe,
@@ -452,6 +451,8 @@ def _layouts(
     checkpoint: Checkpoint, tensors: tuple[TensorPlan, ...], recipe: Recipe, sha256: str
 ) -> tuple[Layout, Layout]:
     """Lay out base and ortho; digests that are not known yet are zeros of the same length."""
+    if recipe.ortho.layout == "compact":
+        _check_compact_header(tensors)
     canonical = canonical_json(recipe.canonical())
     common = {"plan_sha256": sha256, "recipe": canonical, "version": __version__}
     base = (spec for tensor in tensors for spec in tensor.base)
@@ -475,16 +476,15 @@ def _unique(checkpoint: Checkpoint, specs: Iterable[TensorSpec]) -> Iterator[Ten
         yield spec
 
 
-def _check_compact_header(split: tuple[SplitTensor, ...], recipe: Recipe) -> None:
+def _check_compact_header(tensors: tuple[TensorPlan, ...]) -> None:
     """Refuse a compact ortho whose header would pass the format's limit.
 
     Sizes of its parts depend on weights; their number, and so the header's length, does not.
     """
-    if recipe.ortho.layout != "compact":
-        return
     specs = (
         spec
-        for tensor in split
+        for tensor in tensors
+        if isinstance(tensor, SplitTensor)
         for spec in artifact.compact_specs(
             tensor.name,
             dtype=tensor.values,

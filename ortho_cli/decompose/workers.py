@@ -211,13 +211,11 @@ class Worker:
         found = pipeline.split_weight(work, given)
         if near is not None:
             near.finish(rows.digest)
-        shape = {
-            shape_key(tensor): blake3(shape_bytes(tensor)).hexdigest()
-        }  # there before any work
+        shape = blake3(shape_bytes(tensor)).hexdigest()  # it is there before any worker begins
         return TensorRecord(
             name=name,
             source_blake3=rows.digest,
-            base=_digests_of(base.streams) | shape,
+            base=_digests_of(base.streams) | {shape_key(tensor): shape},
             ortho=self._write_csr(tensor, found.indices, found.values),
             figures=found.figures,
         )
