@@ -240,15 +240,14 @@ def _find_edits(
     if editor is None or curvature is None:
         return {}
     path = work.private / EDITS_FILE
-    known: Edits | None = load_edits(path, key)
-    log.info("moves of codes are %s", "searched" if known is None else "those of an earlier run")
-    if known is None:
+    edits: Edits | None = load_edits(path, key)
+    found = edits is None
+    log.info("moves of codes are %s", "searched" if found else "those of an earlier run")
+    if edits is None:
         work.done.clear()  # a tensor that was split before cannot be relied on without its edits
         edits = editor.find(work.private, curvature=curvature, key=key, on_event=on_event)
-    else:
-        edits = known
     check_edits(edits, {tensor.name: tensor for tensor in plan.split})
-    if known is None:
+    if found:
         save_edits(path, edits, key)
     return edits
 

@@ -120,10 +120,9 @@ def check_rows(rules: Rules, rows: Rows) -> Sums:
         sound |= _within_a_step(rules, values, flat[at], base.reshape(-1)[at], wide, at)
     if not sound.all():
         bad = int(np.flatnonzero(~sound)[0])
-        allowed = (
-            "nor its own code" if rules.own_code else "nor near it" if rules.step else "as it is"
-        )
-        neither = "neither" if rules.own_code or rules.step else "not"
+        neither, allowed = "not", "as it is"
+        if rules.own_code or rules.step:
+            neither, allowed = "neither", "nor its own code" if rules.own_code else "nor near it"
         why = f", which is {neither} the source's weight {flat[at[bad]]:g} {allowed}"
         raise _wrong(rules, rows, int(at[bad]), f"ortho holds {values[bad]:g}", why)
     if rules.nearest:

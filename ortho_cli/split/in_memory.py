@@ -64,9 +64,7 @@ def split_weight(
         UsageError: curvature has another shape.
     Ties keep the lower flat index.
     """
-    check_group_size(weight.shape[1], group_size, name)
-    check_bits(weight.shape[1], bits, name)
-    _check(density, scale, curvature, name)
+    _check(weight.shape[1], group_size, bits, density, scale, curvature is not None, name)
     task = SplitTask(
         name=name,
         shape=(weight.shape[0], weight.shape[1]),
@@ -94,13 +92,17 @@ def split_weight(
     }
 
 
-def _check(density: float, scale: str, curvature: Tensor | None, name: str) -> None:
-    """Refuse settings that do not fit one another."""
+def _check(
+    columns: int, group_size: int, bits: int, density: float, scale: str, curved: bool, name: str
+) -> None:
+    """Refuse settings that do not fit the weight, or one another."""
+    check_group_size(columns, group_size, name)
+    check_bits(columns, bits, name)
     if not 0.0 <= density <= 1.0:
         raise RecipeError(f"density is {density}", hint="a share from 0 to 1; 0.005 keeps 0.5 %")
     if scale not in SCALES:
         raise RecipeError(f"scale is {scale!r}", hint=f"one of {', '.join(SCALES)}")
-    if scale == "curvature" and curvature is None:
+    if scale == "curvature" and not curved:
         raise RecipeError(
             f"scale is curvature and `{name}` has none", hint="calibrate first, or scale mse"
         )
