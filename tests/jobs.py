@@ -24,7 +24,7 @@ def decompose(
 ) -> dict[str, Any]:
     seal = options.get("seal")
     target = decompose_job.check_target(plan, source, out, force=force, seal=seal)
-    return decompose_job.decompose(plan, source, target, **options).to_json()
+    return decompose_job.decompose(plan, source, target, **options)
 
 
 def calibrate(plan: CalibrationPlan, source: Checkpoint, out: Path, **options: Any) -> None:

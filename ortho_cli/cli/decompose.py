@@ -15,8 +15,9 @@ from ortho_cli.errors import UsageError
 from ortho_cli.events import Event, EventSink, Noted
 
 if TYPE_CHECKING:
-    from ortho_cli.decompose.job import Editor, Tuner
+    from ortho_cli.decompose.job import Editor
     from ortho_cli.decompose.plan import Plan
+    from ortho_cli.decompose.tune import Tuner
     from ortho_cli.storage.checkpoint import Checkpoint
     from ortho_cli.storage.sealing import Keys, Seal
 
@@ -150,7 +151,7 @@ def decompose(
         )
     # Not in report.json: what was left out of the source's folder concerns this user alone.
     done = {"left_out": plan.side.to_json(), "run": run_facts(out, began)}
-    output.show(report.to_json() | done, print_done)
+    output.show(report | done, print_done)
 
 
 def _split_device(device: str) -> str:

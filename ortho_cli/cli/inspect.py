@@ -111,7 +111,7 @@ def _show_artifact(
 
         with output.progress("values") as sink:
             checked = check_values(artifact, source, recipe_of(artifact.base), on_event=sink)
-            document["values_checked"] = asdict(checked)
+            document["values_checked"] = checked
     output.show(document, print_artifact, folder=str(path))
 
 

@@ -21,9 +21,9 @@ files = partial(typer.Option, metavar="FILE...")  # each name is in `MANY` of ap
 def print_schema(wanted: bool) -> None:
     """Print the JSON schema of recipes and end."""
     if wanted:
-        from ortho_cli.decompose.recipe import json_schema
+        from ortho_cli.decompose.settings import Recipe
 
-        typer.echo(json.dumps(json_schema(), indent=2))
+        typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
         raise typer.Exit
 
 

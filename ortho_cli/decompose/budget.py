@@ -7,32 +7,31 @@ exponent and seven bits more: inside a bin values differ by less than 0.8 %.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 
 import numpy as np
 
-from ortho_cli.decompose.identity import stamps
 from ortho_cli.decompose.kernels import Kernels
 from ortho_cli.decompose.plan import Plan, SplitTensor, make_plan
 from ortho_cli.decompose.selection import tensor_settings
 from ortho_cli.decompose.settings import GROUP_SIZES, Recipe
-from ortho_cli.decompose.survey import Counts, Survey
-from ortho_cli.decompose.workers import DigestedRows, task_of
+from ortho_cli.decompose.survey import Counts, Survey, stamps
+from ortho_cli.decompose.workers import DigestedRows, open_inputs, task_of
 from ortho_cli.errors import RecipeError
 from ortho_cli.events import EventSink, Noted, Started, null_sink
 from ortho_cli.formats.artifact import canonical_json
 from ortho_cli.formats.curvature import Curvature
-from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.split import pipeline
+from ortho_cli.split.dtypes import DTYPES
 from ortho_cli.split.pipeline import Work
 from ortho_cli.split.select import BINS
 from ortho_cli.split.task import Inputs
-from ortho_cli.storage.checkpoint import Checkpoint, ShardReader
+from ortho_cli.storage.checkpoint import Checkpoint
 from ortho_cli.version import __version__
 
 FINITE = 0x7F80  # bins from here on hold infinity and NaN
@@ -40,12 +39,7 @@ FINITE = 0x7F80  # bins from here on hold infinity and NaN
 CENTRES = ((np.arange(FINITE, dtype=np.uint32) << 16) | 0x8000).view(np.float32).astype(np.float64)
 
 
-def survey(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    *,
-    on_event: EventSink = null_sink,
-) -> Survey:
+def survey(plan: Plan, checkpoint: Checkpoint, *, on_event: EventSink = null_sink) -> Survey:
     """Count the saliency of every weight that is split, rounded to nearest without ortho.
 
     Args:
@@ -59,14 +53,10 @@ def survey(
     size = sum(tensor.source.nbytes for tensor in plan.split)
     on_event(Started(tensors=len(plan.split), resumed=0, bytes_total=size, bytes_done=0))
     kernel = Kernels(plan, on_event=on_event).make()
-    with contextlib.ExitStack() as stack:
-        reader = stack.enter_context(contextlib.closing(ShardReader(checkpoint.shards)))
-        curvature = None
-        if plan.statistics is not None:
-            curvature = stack.enter_context(contextlib.closing(StatisticsReader(plan.statistics)))
+    with open_inputs(plan, checkpoint) as inputs:
         for tensor in plan.split:
-            rows = DigestedRows(reader, tensor.source, on_event=on_event)
-            near = Curvature(curvature, tensor.name) if curvature else None
+            rows = DigestedRows(inputs.source, tensor.source, on_event=on_event)
+            near = Curvature(inputs.curvature, tensor.name) if inputs.curvature else None
             work = Work(task_of(plan, tensor), Inputs(rows, near), kernel)
             counts[tensor.name] = pipeline.survey(work)
             digests[tensor.name] = rows.digest
@@ -78,7 +68,11 @@ def _known(plan: Plan, checkpoint: Checkpoint, known: Sequence[Survey]) -> Surve
     if not known:
         return None
     of = _subject(plan, checkpoint)
-    return next((one for one in known if one.of == of and _is_whole(one, plan)), None)
+    sizes = {tensor.name: tensor.source.numel for tensor in plan.split}
+    for one in known:  # whose counts add up to each tensor's weights
+        if one.of == of and sizes == {name: int(n.sum()) for name, n in one.counts.items()}:
+            return one
+    return None
 
 
 def _subject(plan: Plan, checkpoint: Checkpoint) -> str:
@@ -95,12 +89,6 @@ def _subject(plan: Plan, checkpoint: Checkpoint) -> str:
         ],
     }
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
-
-
-def _is_whole(found: Survey, plan: Plan) -> bool:
-    """Tell whether each split tensor's counts add up to its weights."""
-    sizes = {tensor.name: tensor.source.numel for tensor in plan.split}
-    return sizes == {name: int(counts.sum()) for name, counts in found.counts.items()}
 
 
 def spend(surveyed: Mapping[str, Counts], total: int) -> dict[str, int]:
@@ -157,7 +145,7 @@ def expected_bits(plan: Plan) -> float:
 def _compact_bytes(plan: Plan, tensor: SplitTensor) -> float:
     rows, columns = tensor.source.shape
     share = tensor.k / tensor.source.numel
-    value = 1 if plan.recipe.ortho.values == "int8" else tensor.source.nbytes / tensor.source.numel
+    value = DTYPES[tensor.values].bits / 8
     longer = np.arange(255, columns, 255)
     chance = share * float(((columns - longer) * (1 - share) ** longer).sum())
     escapes = (rows * chance + min(rows, tensor.k) * longer.size) / 2
@@ -304,13 +292,10 @@ def _with(recipe: Recipe, group_size: int, density: float) -> Recipe:
 
 def _fill(bare: Plan, checkpoint: Checkpoint, target: float) -> Plan:
     """Find the highest density within `target`, to a hundred-thousandth."""
-    low, high, found = 0, 100_000, bare
-    while low < high:
-        middle = (low + high + 1) // 2
-        settings = _with(bare.recipe, bare.group_size, middle / 100_000)
-        plan = _again(bare, checkpoint, settings)
-        if expected_bits(plan) <= target:
-            low, found = middle, plan
-        else:
-            high = middle - 1
-    return found
+
+    def filled(steps: int) -> Plan:
+        settings = _with(bare.recipe, bare.group_size, steps / 100_000)
+        return _again(bare, checkpoint, settings)
+
+    steps = range(1, 100_001)
+    return filled(bisect_right(steps, target, key=lambda step: expected_bits(filled(step))))

@@ -7,12 +7,14 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from ortho_cli.decompose.plan import SplitTensor
 from ortho_cli.errors import InternalError
+from ortho_cli.storage.sealing import WorkKey
 from ortho_cli.storage.work_folder import write_private
 
 
@@ -31,52 +33,36 @@ class Edit:
 
 Edits = Mapping[str, Edit]
 Arrays = Mapping[str, npt.NDArray[np.generic]]
-
-
-class Key(Protocol):
-    """Seals the files of edits, where ortho is sealed."""
-
-    def seal(self, data: bytes) -> bytes:
-        """Encrypt `data`."""
-
-    def open(self, data: bytes) -> bytes:
-        """Decrypt `data`, or raise ValueError."""
+Key = WorkKey  # seals the files of edits, where ortho is sealed
 
 
 def save_arrays(path: Path, arrays: Arrays, key: Key | None = None) -> None:
     """Write arrays whole or not at all, readable by their owner alone: they reveal private data."""
 
     def write(file: BinaryIO) -> None:
-        if key is None:
-            _save_npz(file, arrays)
-            return
         plain = io.BytesIO()
-        _save_npz(plain, arrays)
-        file.write(key.seal(plain.getvalue()))
+        # What np.savez writes, without its pickles.
+        with zipfile.ZipFile(file if key is None else plain, "w") as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+        if key is not None:
+            file.write(key.seal(plain.getvalue()))
 
     write_private(path, write)
-
-
-def _save_npz(file: BinaryIO, arrays: Arrays) -> None:
-    """Write what np.savez writes, without its pickles."""
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def load_arrays(path: Path, key: Key | None = None) -> dict[str, npt.NDArray[np.generic]] | None:
     """Read what `save_arrays` wrote; None where there is nothing, or nothing whole."""
     try:
         # numpy leaves a file that it opened itself open when it is cut.
-        with path.open("rb") as file, np.load(_unsealed(file, key)) as held:
+        with (
+            path.open("rb") as file,
+            np.load(file if key is None else io.BytesIO(key.open(file.read()))) as held,
+        ):
             return {name: held[name] for name in held.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
-
-
-def _unsealed(file: BinaryIO, key: Key | None) -> BinaryIO:
-    return file if key is None else io.BytesIO(key.open(file.read()))
 
 
 def save_edits(path: Path, edits: Edits, key: Key | None = None) -> None:
@@ -102,46 +88,38 @@ def load_edits(path: Path, key: Key | None = None) -> dict[str, Edit] | None:
     }
 
 
-class Room(NamedTuple):
-    """Bounds on the edits of one weight."""
-
-    k: int  # positions that ortho keeps
-    numel: int
-    bits: int  # of a code
-
-
-def check_edits(edits: Edits, room: Mapping[str, Room]) -> None:
+def check_edits(edits: Edits, split: Mapping[str, SplitTensor]) -> None:
     """Check that ortho has room for each position that moves, and that `within` finds each.
 
     Args:
         edits: by name of the weight.
-        room: bounds for each weight that is split, by name.
+        split: the weights that are split, by name.
     Raises:
         InternalError: a weight is not split; more positions than ortho keeps; positions that are
             not ascending inside the weight, or codes that base cannot hold: `Edit.within` would
             skip them, and base would still know the secret.
     """
     for name, edit in edits.items():
-        if name not in room:
+        if name not in split:
             raise InternalError(f"forgetting moves codes of `{name}`, which is not split")
-        if wrong := _misfit(edit, room[name]):
+        if wrong := _misfit(edit, split[name]):
             raise InternalError(f"forgetting moves codes of `{name}`: {wrong}")
 
 
-def _misfit(edit: Edit, room: Room) -> str | None:
+def _misfit(edit: Edit, tensor: SplitTensor) -> str | None:
     """Describe what is wrong with the edits of one weight; None if nothing is."""
     places, codes = edit.positions, edit.codes
     if len(places) != len(codes):
         return f"{len(places)} positions and {len(codes)} codes"
-    if len(places) > room.k:
-        return f"{len(places)} of them, and ortho keeps {room.k}"
+    if len(places) > tensor.k:
+        return f"{len(places)} of them, and ortho keeps {tensor.k}"
     if not len(places):
         return None
-    if not (np.diff(places) > 0).all() or places[0] < 0 or places[-1] >= room.numel:
-        return f"their positions do not ascend inside its {room.numel} weights"
-    half = 1 << (room.bits - 1)
+    if not (np.diff(places) > 0).all() or places[0] < 0 or places[-1] >= tensor.source.numel:
+        return f"their positions do not ascend inside its {tensor.source.numel} weights"
+    half = 1 << (tensor.bits - 1)
     if codes.min() < -half or codes.max() >= half:
-        return f"from {codes.min()} to {codes.max()}, which {room.bits} bits do not hold"
+        return f"from {codes.min()} to {codes.max()}, which {tensor.bits} bits do not hold"
     return None
 
 

@@ -6,7 +6,6 @@ import logging
 import threading
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
 
 from ortho_cli.decompose.plan import Plan
 from ortho_cli.events import EventSink, Noted
@@ -56,14 +55,14 @@ class Kernels:
                     self._on_event(Noted(message=f"split without numba, which is slower: {error}"))
         return self._loops
 
-    def make(self) -> TileKernel[Any]:
+    def make(self) -> TileKernel:
         """Make a kernel."""
         if self.device != "cpu":
             from ortho_cli.split.cuda_kernel import CudaKernel
 
             return CudaKernel(self.device, self._sizes)
         if loops := self.load():
-            found: TileKernel[Any] = loops.NumbaKernel(self._sizes)
+            found: TileKernel = loops.NumbaKernel(self._sizes)
             return found
         from ortho_cli.split.torch_kernel import TorchKernel
 

@@ -12,15 +12,8 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from ortho_cli.decompose.refusals import (
-    check_compensation,
-    check_global,
-    check_reference,
-    check_values,
-    refuse_quantized,
-)
+from ortho_cli.decompose import refusals
 from ortho_cli.decompose.selection import check_overrides, select, tensor_settings
 from ortho_cli.decompose.settings import GROUP_SIZES, Recipe, Saliency, Scale, fold_names
 from ortho_cli.decompose.survey import Survey
@@ -81,11 +74,18 @@ class SplitTensor:
     k: int
     base: tuple[TensorSpec, ...]  # weight_packed, weight_scale, weight_shape
     ortho: tuple[TensorSpec, ...]  # crow_indices, col_indices, values
+    values: str  # dtype of what ortho holds in the end: the source's, or I8
 
     @property
     def name(self) -> str:
         """The tensor's name."""
         return self.source.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        rows, columns = self.source.shape
+        return rows, columns
 
 
 TensorPlan = SplitTensor | CopyTensor
@@ -119,11 +119,11 @@ class Plan:
     @property
     def inputs(self) -> tuple[Path, ...]:
         """Files that are read beside the checkpoint: statistics, reference."""
-        found = (self.statistics.path,) if self.statistics else ()
-        if self.reference is None:
-            return found
-        folder = self.reference.folder
-        return (*found, *(folder / shard.name for shard in self.reference.shards))
+        shards = self.reference.shards if self.reference else ()
+        return (
+            *((self.statistics.path,) if self.statistics else ()),
+            *(shard.path for shard in shards),
+        )
 
     @property
     def weights(self) -> int:
@@ -155,15 +155,9 @@ class Plan:
         """Bytes of ortho; an upper bound where it is compact, since its size depends on weights."""
         if not self.is_compact:
             return self.ortho.size
-        rounded = self.recipe.ortho.values == "int8"
         return len(self.ortho.header) + sum(
-            artifact.compact_at_most(
-                tensor.name,
-                dtype="I8" if rounded else tensor.source.dtype,
-                shape=(tensor.source.shape[0], tensor.source.shape[1]),
-                nnz=tensor.k,
-            )
-            for tensor in self.split
+            artifact.compact_at_most(t.name, dtype=t.values, shape=t.shape, nnz=t.k)
+            for t in self.split
         )
 
     @property
@@ -277,8 +271,9 @@ def make_plan(
         CalibrationError: statistics lack a tensor that is split, or were measured in another shape.
         CheckpointError: the source is quantized, or has weights that should be split and cannot.
     """
-    refuse_quantized(checkpoint)
-    recipe = _resolve(recipe, statistics)
+    refusals.refuse_quantized(checkpoint)
+    kind = recipe.saliency.kind or ("residual" if statistics is None else "curvature")
+    recipe = recipe.model_copy(update={"saliency": Saliency(kind=kind)})
     reasons = select(checkpoint, recipe)
     weights = [tensor for tensor in checkpoint.tensors if reasons[tensor.name] is None]
     group_size = _group_size(weights, recipe)
@@ -288,11 +283,10 @@ def make_plan(
         for tensor in checkpoint.tensors
     )
     split = tuple(tensor for tensor in tensors if isinstance(tensor, SplitTensor))
-    _check_use(recipe, split, statistics)
-    _check_split(recipe, checkpoint, split, statistics, reference)
+    _check_inputs(recipe, checkpoint, split, statistics, reference)
     sha256 = _sha256(tensors, recipe, group_size, statistics)
     base, ortho = _layouts(checkpoint, tensors, recipe, sha256)
-    _check_compact_header(split, recipe)
+    theirs = reference.notes if reference else ()
     return Plan(
         recipe=recipe,
         group_size=group_size,
@@ -307,25 +301,18 @@ def make_plan(
         sizes=sizes,
         reference=reference,
         kept=kept,
-        notes=_notes(checkpoint, reference),
+        notes=(*checkpoint.notes, *(f"of the reference: {note}" for note in theirs)),
     )
 
 
-def _notes(checkpoint: Checkpoint, reference: Checkpoint | None) -> tuple[str, ...]:
-    theirs = reference.notes if reference else ()
-    return (*checkpoint.notes, *(f"of the reference: {note}" for note in theirs))
-
-
-def _resolve(recipe: Recipe, statistics: Statistics | None) -> Recipe:
-    """Set `saliency.kind` where the recipe leaves it open."""
-    kind = recipe.saliency.kind or ("residual" if statistics is None else "curvature")
-    return recipe.model_copy(update={"saliency": Saliency(kind=kind)})
-
-
-def _check_use(
-    recipe: Recipe, split: tuple[SplitTensor, ...], statistics: Statistics | None
+def _check_inputs(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    split: tuple[SplitTensor, ...],
+    statistics: Statistics | None,
+    reference: Checkpoint | None,
 ) -> None:
-    """Refuse curvature without statistics, and statistics that would change nothing."""
+    """Refuse a recipe without what it needs, and what it has no use for, or of another model."""
     uses = ["`saliency.kind`"] if recipe.saliency.kind == "curvature" else []
     uses += [f"the scale of `{tensor.name}`" for tensor in split if tensor.scale == "curvature"]
     if uses and statistics is None:
@@ -334,27 +321,14 @@ def _check_use(
             hint="give --stats FILE, as `ortho calibrate` writes it",
         )
     if recipe.compensates:
-        check_compensation(recipe, statistics)
-        return
-    if statistics is not None and not uses:
+        refusals.check_compensation(recipe, statistics)
+    elif statistics is not None and not uses:
         raise RecipeError(
             f"`{statistics.path}` is given, and `saliency.kind` is residual and no scale curvature",
             hint="leave --stats out, or set saliency.kind or base.scale to curvature",
         )
-
-
-def _check_split(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    split: tuple[SplitTensor, ...],
-    statistics: Statistics | None,
-    reference: Checkpoint | None,
-) -> None:
-    """Refuse a split without what it needs, and statistics or a reference of another model."""
-    check_values(recipe)
+    refusals.check_settings(recipe)
     kind = recipe.ortho.split
-    if recipe.ortho.budget == "global":
-        check_global(recipe)
     if recipe.forgets and (
         statistics is None or statistics.kind == "gram" or recipe.saliency.kind == "residual"
     ):
@@ -368,7 +342,7 @@ def _check_split(
             hint="--reference CHECKPOINT goes with --set ortho.split=reference",
         )
     if reference is not None:
-        check_reference(checkpoint, reference)
+        refusals.check_reference(checkpoint, reference)
     if statistics is not None:
         check_weights(statistics, [tensor.source for tensor in split])
 
@@ -425,12 +399,9 @@ def _group_size(split: list[TensorInfo], recipe: Recipe) -> int:
             return size
     unfit = [tensor for tensor in split if tensor.shape[1] % sizes[-1]]
     worst, others = unfit[0], len(unfit) - 1
-    asked = (
-        f"group_size {sizes[0]}"
-        if len(sizes) == 1
-        else f"none of the group sizes {', '.join(map(str, sizes))}"
-    )
-    verb = "does not divide" if len(sizes) == 1 else "divides"
+    told = f"none of the group sizes {', '.join(map(str, sizes))} divides"
+    if len(sizes) == 1:
+        told = f"group_size {sizes[0]} does not divide"
     known = (256, *GROUP_SIZES, 16, 8)
     common = [size for size in known if all(tensor.shape[1] % size == 0 for tensor in split)]
     ways = []
@@ -440,7 +411,7 @@ def _group_size(split: list[TensorInfo], recipe: Recipe) -> int:
     if len(unfit) < len(split):
         ways.append(_ignore(unfit, split, recipe))
     raise RecipeError(
-        f"{asked} {verb} in_features {worst.shape[1]} of `{worst.name}`"
+        f"{told} in_features {worst.shape[1]} of `{worst.name}`"
         + (f", nor what {others} more tensors have" if others else ""),
         hint="; or ".join(ways) or "no multiple of 8 divides any target: there is nothing to split",
     )
@@ -457,11 +428,7 @@ def _ignore(unfit: list[TensorInfo], split: list[TensorInfo], recipe: Recipe) ->
 
 
 def _plan_tensor(
-    tensor: TensorInfo,
-    reason: str | None,
-    recipe: Recipe,
-    group_size: int,
-    kept: Mapping[str, int],
+    tensor: TensorInfo, reason: str | None, recipe: Recipe, group_size: int, kept: Mapping[str, int]
 ) -> TensorPlan:
     if reason is not None:
         return CopyTensor(source=tensor, reason=reason)
@@ -476,6 +443,7 @@ def _plan_tensor(
         k=k,
         base=artifact.base_specs(name, dtype=dtype, shape=shape, group_size=group_size, bits=bits),
         ortho=artifact.ortho_specs(name, dtype=dtype, shape=shape, nnz=k),
+        values="I8" if recipe.ortho.values == "int8" else dtype,
     )
 
 
@@ -483,47 +451,44 @@ def _layouts(
     checkpoint: Checkpoint, tensors: tuple[TensorPlan, ...], recipe: Recipe, sha256: str
 ) -> tuple[Layout, Layout]:
     """Lay out base and ortho; digests that are not known yet are zeros of the same length."""
+    if recipe.ortho.layout == "compact":
+        _check_compact_header(tensors)
     canonical = canonical_json(recipe.canonical())
     common = {"plan_sha256": sha256, "recipe": canonical, "version": __version__}
-    base = plan_layout(_unique(checkpoint, tensors, "base"), artifact.base_metadata(**common))
-    ortho = plan_layout(
-        _unique(checkpoint, tensors, "ortho"),
+    base = (spec for tensor in tensors for spec in tensor.base)
+    ortho = (spec for tensor in tensors for spec in tensor.ortho)
+    return plan_layout(_unique(checkpoint, base), artifact.base_metadata(**common)), plan_layout(
+        _unique(checkpoint, ortho),
         artifact.ortho_metadata(**common, source_digest=NO_DIGEST, base_blake3=NO_DIGEST),
     )
-    return base, ortho
 
 
-def _unique(
-    checkpoint: Checkpoint, tensors: tuple[TensorPlan, ...], file: Literal["base", "ortho"]
-) -> Iterator[TensorSpec]:
+def _unique(checkpoint: Checkpoint, specs: Iterable[TensorSpec]) -> Iterator[TensorSpec]:
     seen: set[str] = set()
-    for tensor in tensors:
-        for spec in tensor.base if file == "base" else tensor.ortho:
-            if spec.key in seen:
-                raise CheckpointError(
-                    f"`{checkpoint.path}` holds a tensor named `{spec.key}`, which splitting "
-                    f"would write too",
-                    hint="is it quantized already? else add its weight to `ignore`",
-                )
-            seen.add(spec.key)
-            yield spec
+    for spec in specs:
+        if spec.key in seen:
+            raise CheckpointError(
+                f"`{checkpoint.path}` holds a tensor named `{spec.key}`, which splitting would "
+                "write too",
+                hint="is it quantized already? else add its weight to `ignore`",
+            )
+        seen.add(spec.key)
+        yield spec
 
 
-def _check_compact_header(split: tuple[SplitTensor, ...], recipe: Recipe) -> None:
+def _check_compact_header(tensors: tuple[TensorPlan, ...]) -> None:
     """Refuse a compact ortho whose header would pass the format's limit.
 
     Sizes of its parts depend on weights; their number, and so the header's length, does not.
     """
-    if recipe.ortho.layout != "compact":
-        return
-    rounded = recipe.ortho.values == "int8"
     specs = (
         spec
-        for tensor in split
+        for tensor in tensors
+        if isinstance(tensor, SplitTensor)
         for spec in artifact.compact_specs(
             tensor.name,
-            dtype="I8" if rounded else tensor.source.dtype,
-            shape=(tensor.source.shape[0], tensor.source.shape[1]),
+            dtype=tensor.values,
+            shape=tensor.shape,
             columns=0,
             counts=artifact.COUNT_DTYPES[0],
             gaps=tensor.k,
@@ -534,28 +499,17 @@ def _check_compact_header(split: tuple[SplitTensor, ...], recipe: Recipe) -> Non
 
 
 def _sha256(
-    tensors: tuple[TensorPlan, ...],
-    recipe: Recipe,
-    group_size: int,
-    statistics: Statistics | None,
+    tensors: tuple[TensorPlan, ...], recipe: Recipe, group_size: int, statistics: Statistics | None
 ) -> str:
+    split = {t.name: (t.scale, t.density, t.k) for t in tensors if isinstance(t, SplitTensor)}
     content = {
         "format": artifact.FORMAT,
         "version": __version__,
         "recipe": recipe.canonical(),
         "group_size": group_size,
         "tensors": [
-            [
-                tensor.name,
-                tensor.source.dtype,
-                tensor.source.shape,
-                *(
-                    (tensor.scale, tensor.density, tensor.k)
-                    if isinstance(tensor, SplitTensor)
-                    else (None, None, 0)
-                ),
-            ]
-            for tensor in tensors
+            [t.name, t.source.dtype, t.source.shape, *split.get(t.name, (None, None, 0))]
+            for t in tensors
         ],
     }
     if statistics is not None:
@@ -575,25 +529,19 @@ def _peak_bytes(
         (_buffer_bytes(t, statistics, recipe.compensates, sizes) for t in tensors), reverse=True
     )
     entries = len(tensors) + (0 if statistics is None else len(statistics.digests))
-    held = 0
+    held, weights = 0, sum(tensor.source.numel for tensor in tensors)
     if recipe.forgets:
-        held = LOGITS_BYTES + FORGET_BYTES[recipe.ortho.split] * sum(
-            t.source.numel for t in tensors
-        )
+        held = LOGITS_BYTES + FORGET_BYTES[recipe.ortho.split] * weights
     if recipe.base.rounding == "tuned":
-        held = _tuning_bytes(tensors, recipe.tune.batch * recipe.tune.length)
+        # A backward pass in bfloat16: weights, 1.5 times the activations, and logits.
+        tokens = recipe.tune.batch * recipe.tune.length
+        features = sum(sum(t.source.shape) for t in tensors if isinstance(t, SplitTensor))
+        held = 2 * weights + 3 * tokens * features + LOGITS_BYTES // 2
     work = sum(needs[:workers])
     if recipe.ortho.layout == "compact":  # encoded after the workers have ended
         most = max(t.k for t in tensors if isinstance(t, SplitTensor))
         work = max(work, REPACK_BYTES * most + 24 * sizes.split)
     return MODULES_BYTES + TENSOR_BYTES * entries + held + work
-
-
-def _tuning_bytes(tensors: tuple[TensorPlan, ...], tokens: int) -> int:
-    """Bound a backward pass in bfloat16: weights, 1.5 times the activations, and logits."""
-    model = 2 * sum(tensor.source.numel for tensor in tensors)
-    features = sum(sum(t.source.shape) for t in tensors if isinstance(t, SplitTensor))
-    return model + 3 * tokens * features + LOGITS_BYTES // 2
 
 
 def _buffer_bytes(
@@ -615,12 +563,12 @@ def _buffer_bytes(
         8 + (4 if numel < 2**31 else 8) + value + more
     )
     # Searched scales and positions are kept from one pass to the next.
-    held = 0 if tensor.scale == "absmax" else 2 * tensor.base[1].nbytes + 8 * tensor.k
+    passes = (tensor.scale != "absmax") + compensates
+    held = passes * (2 * tensor.base[1].nbytes + 8 * tensor.k)
     if compensates:
         columns = tensor.source.shape[1]
         # The Gram matrix, its inverse and factor, two of them in float64; copies of a larger tile.
         held += 28 * columns**2 + 88 * sizes.rows("gptq", tensor.source.shape) * columns
-        held += 2 * tensor.base[1].nbytes + 8 * tensor.k
     return tile + candidates + held + ((20 if tensor.k < numel else 8) + 2 * more) * tensor.k
 
 

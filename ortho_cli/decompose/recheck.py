@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,20 +23,12 @@ from ortho_cli.errors import ArtifactError
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
 from ortho_cli.formats.artifact import REPORT_FILE, Artifact, module_of
 from ortho_cli.formats.report import Figures, read_report, rows_of
-from ortho_cli.split.exact import (
-    HINT,
-    WORDS,
-    Array,
-    Rows,
-    Rules,
-    Sums,
-    check_figures,
-    check_rows,
-    largest_step,
-)
+from ortho_cli.split import exact
+from ortho_cli.split.dtypes import SPLIT, words_of
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
+from ortho_cli.split.task import Array
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, TensorInfo
-from ortho_cli.storage.data_file import DataFile
+from ortho_cli.storage.data_file import DataFile, TensorSpec
 from ortho_cli.storage.sealing import OrthoFile
 
 SAMPLE_BLOCKS = 4  # blocks of rows that are read back of a large weight
@@ -44,34 +36,17 @@ SHARE = 2.5e-3  # of noise: 0.01 dB, by which sums in another order and precisio
 Read = Callable[[memoryview, int], None]  # fills a buffer from a byte offset
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recheck:
     """Compares each weight that a running job has written with the source; threads may share it."""
 
-    def __init__(
-        self,
-        reader: ShardReader,
-        base: DataFile,
-        ortho: OrthoFile,
-        *,
-        nearest: bool,
-        own_code: bool,
-        whole: bool,
-        sizes: Sizes,
-    ) -> None:
-        """Keep the files and the rules.
-
-        Args:
-            reader: of the source.
-            base: codes and scales.
-            ortho: the CSR.
-            nearest: codes outside of ortho are the nearest to the source's weights.
-            own_code: where a code was moved, alpha = 1 may be the source's own code.
-            whole: read every row of every weight.
-            sizes: of tiles.
-        """
-        self._reader, self._base, self._ortho = reader, base, ortho
-        self._nearest, self._own_code, self._whole = nearest, own_code, whole
-        self._sizes = sizes
+    reader: ShardReader  # of the source
+    base: DataFile  # codes and scales
+    ortho: OrthoFile  # the CSR
+    nearest: bool  # codes outside of ortho are the nearest to the source's weights
+    own_code: bool  # where a code was moved, alpha = 1 may be the source's own code
+    whole: bool  # read every row of every weight
+    sizes: Sizes  # of tiles
 
     def check(self, tensor: SplitTensor, record: TensorRecord) -> None:
         """Check some rows of a weight, or all rows and its figures.
@@ -82,42 +57,41 @@ class Recheck:
         Raises:
             ArtifactError: a value, a code or a figure breaks its rule.
         """
-        rules = Rules(
+        rules = exact.Rules(
             name=tensor.name,
             dtype=tensor.source.dtype,
             bits=tensor.bits,
-            nearest=self._nearest,
-            own_code=self._own_code,
+            nearest=self.nearest,
+            own_code=self.own_code,
         )
-        whole = self._whole or tensor.source.numel <= self._sizes.check_sample
-        every = self._sizes.tiles("check", tensor.source.shape)
-        sums = Sums()
-        for start, count in every if whole else _some_rows(tensor, self._sizes.check_sample):
-            sums.add(check_rows(rules, self._rows(tensor, start, count)))
+        whole = self.whole or tensor.source.numel <= self.sizes.check_sample
+        every = self.sizes.tiles("check", tensor.source.shape)
+        sums = exact.Sums()
+        for start, count in every if whole else _some_rows(tensor, self.sizes.check_sample):
+            sums.add(exact.check_rows(rules, self._rows(tensor, start, count)))
         if whole and record.figures is not None:
-            check_figures(tensor.name, record.figures, sums)
+            exact.check_figures(tensor.name, record.figures, sums)
 
-    def _rows(self, tensor: SplitTensor, start: int, count: int) -> Rows:
-        columns, word = tensor.source.shape[1], WORDS[tensor.source.dtype]
-        packed, scales = tensor.base[0], tensor.base[1]
+    def _rows(self, tensor: SplitTensor, start: int, count: int) -> exact.Rows:
+        columns, word = tensor.source.shape[1], words_of(tensor.source.dtype)
+        packed, scales, _ = tensor.base
         crow_spec, column_spec, value_spec = tensor.ortho
 
-        def part(key: str) -> Read:
-            output = self._ortho if key in (s.key for s in tensor.ortho) else self._base
-            return lambda buffer, at: output.read_into(key, buffer, start=at)
+        def part(spec: TensorSpec) -> Read:
+            output = self.ortho if spec in tensor.ortho else self.base
+            return lambda buffer, at: output.read_into(spec.key, buffer, start=at)
 
-        source: Read = lambda buffer, at: self._reader.read_into(buffer, tensor.source, start=at)  # noqa: E731
-        crow = _read(part(crow_spec.key), NUMPY_DTYPES[crow_spec.dtype], start, count + 1)
+        crow = _read(part(crow_spec), NUMPY_DTYPES[crow_spec.dtype], start, count + 1)
         first, size = int(crow[0]), int(crow[-1] - crow[0])
-        column = _read(part(column_spec.key), NUMPY_DTYPES[column_spec.dtype], first, size)
+        column = _read(part(column_spec), NUMPY_DTYPES[column_spec.dtype], first, size)
         row = np.repeat(np.arange(count), np.diff(crow))
-        return Rows(
+        return exact.Rows(
             first=start,
-            source=_matrix(source, word, start, count, columns),
-            packed=_matrix(part(packed.key), np.int32, start, count, packed.shape[1]),
-            scales=_matrix(part(scales.key), word, start, count, scales.shape[1]),
+            source=_rows_in(self.reader, tensor.source, word, start, count),
+            packed=_matrix(part(packed), np.int32, start, count, packed.shape[1]),
+            scales=_matrix(part(scales), word, start, count, scales.shape[1]),
             positions=row * columns + column.astype(np.int64),
-            values=_read(part(value_spec.key), word, first, size),
+            values=_read(part(value_spec), word, first, size),
         )
 
 
@@ -133,6 +107,15 @@ def _matrix(read: Read, dtype: npt.DTypeLike, start: int, count: int, columns: i
     return _read(read, dtype, start * columns, count * columns).reshape(count, columns)
 
 
+def _rows_in(
+    reader: ShardReader, info: TensorInfo, dtype: npt.DTypeLike, start: int, count: int
+) -> Array:
+    def read(buffer: memoryview, at: int) -> None:
+        reader.read_into(buffer, info, start=at)
+
+    return _matrix(read, dtype, start, count, info.shape[1])
+
+
 def _some_rows(tensor: SplitTensor, elements: int) -> Iterator[tuple[int, int]]:
     """Yield blocks of rows, evenly spaced, with the first and the last row of the weight."""
     rows, columns = tensor.source.shape
@@ -142,17 +125,6 @@ def _some_rows(tensor: SplitTensor, elements: int) -> Iterator[tuple[int, int]]:
         yield start, count
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValuesChecked:
-    """The result of `check_values`."""
-
-    tensors: int  # that were split
-    weights: int  # of them
-    moved: int  # codes that are not the source's own
-    sqnr_db_alpha_0: float | None  # by the bytes; None where there is no error
-    sqnr_db_alpha_1: float | None  # None without ortho, too
-
-
 def check_values(
     artifact: Artifact,
     source: Checkpoint,
@@ -160,7 +132,7 @@ def check_values(
     *,
     sizes: Sizes = DEFAULT_SIZES,
     on_event: EventSink = null_sink,
-) -> ValuesChecked:
+) -> dict[str, int | float | None]:
     """Compare every weight of an artifact with the checkpoint that it was made from.
 
     Args:
@@ -170,20 +142,21 @@ def check_values(
         sizes: of tiles.
         on_event: gets progress.
     Returns:
-        What was checked, and SQNR by the bytes.
+        `tensors` that were split, their `weights`, `moved` codes that are not the source's own, and
+        SQNR by the bytes: None where there is no error, and at alpha 1 without ortho, too.
     Raises:
         ArtifactError: an unsplit tensor differs from the source, or a value, code or figure breaks
             its rule; names the tensor.
     """
     split, there = _setting(recipe, "ortho", "split"), artifact.ortho is not None
-    tensors = {tensor.name: tensor for tensor in source.tensors}
     size = sum(tensor.nbytes for tensor in source.tensors)
-    on_event(Started(tensors=len(tensors), resumed=0, bytes_total=size, bytes_done=0))
+    on_event(Started(tensors=len(source.tensors), resumed=0, bytes_total=size, bytes_done=0))
     report = read_report(artifact)
     rows = rows_of(report, artifact.folder / REPORT_FILE) if report is not None else ()
     told: dict[str, Figures] = {row.name: row for row in rows}
-    total = Sums()
-    with _Opened(artifact, source, sizes) as opened:
+    total = exact.Sums()
+    with ExitStack() as stack:
+        opened = _Opened(artifact, source, sizes, stack)
         for tensor in source.tensors:
             module = module_of(tensor.name)
             if tensor.name == f"{module}.weight" and module in artifact.shapes:
@@ -204,13 +177,13 @@ def check_values(
     if report is not None:
         _check_decibels(report.totals, "totals", total, there=there)
     at_1 = decibels(total.signal, total.noise - total.noise_kept) if there else None
-    return ValuesChecked(
-        tensors=len(artifact.split),
-        weights=total.weights,
-        moved=total.moved,
-        sqnr_db_alpha_0=decibels(total.signal, total.noise),
-        sqnr_db_alpha_1=at_1,
-    )
+    return {
+        "tensors": len(artifact.split),
+        "weights": total.weights,
+        "moved": total.moved,
+        "sqnr_db_alpha_0": decibels(total.signal, total.noise),
+        "sqnr_db_alpha_1": at_1,
+    }
 
 
 def _setting(recipe: Mapping[str, object], section: str, key: str) -> object:
@@ -219,31 +192,21 @@ def _setting(recipe: Mapping[str, object], section: str, key: str) -> object:
 
 
 class _Opened:
-    """An artifact and its source, open."""
+    """An artifact and its source, open until `stack` is closed."""
 
-    def __init__(self, artifact: Artifact, source: Checkpoint, sizes: Sizes) -> None:
-        from ortho_cli.formats.ortho_reader import (
-            KeptReader,  # needs torch, which the jobs above do without
-        )
-
-        self._artifact, self._sizes, self._stack = artifact, sizes, ExitStack()
+    def __init__(
+        self, artifact: Artifact, source: Checkpoint, sizes: Sizes, stack: ExitStack
+    ) -> None:
+        self._artifact, self._sizes = artifact, sizes
         self._base = {tensor.name: tensor for tensor in artifact.base.tensors}
-        with self._stack:
-            self._kept = None
-            if artifact.ortho is not None:
-                self._kept = self._stack.enter_context(KeptReader(artifact, sizes=sizes))
-            self._source = ShardReader(source.shards)
-            self._stack.callback(self._source.close)
-            self._written = ShardReader(artifact.files)
-            self._stack.callback(self._written.close)
-            self._stack = self._stack.pop_all()
-        self._parts = artifact.kept
+        self._kept = None
+        if artifact.ortho is not None:
+            # It needs torch, which the jobs above do without.
+            from ortho_cli.formats.ortho_reader import KeptReader
 
-    def __enter__(self) -> _Opened:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._stack.close()
+            self._kept = stack.enter_context(KeptReader(artifact, sizes=sizes))
+        self._source = stack.enter_context(closing(ShardReader(source.shards)))
+        self._written = stack.enter_context(closing(ShardReader(artifact.files)))
 
     def check_copy(self, tensor: TensorInfo) -> None:
         """Check that an unsplit tensor is the source's, byte for byte."""
@@ -253,21 +216,21 @@ class _Opened:
             raise ArtifactError(
                 f"tensor `{tensor.name}` of `{self._artifact.base.path}` was not split, and is not "
                 "the source's",
-                hint=HINT,
+                hint=exact.HINT,
             )
 
     def check_split(
         self, module: str, tensor: TensorInfo, *, nearest: bool, own_code: bool, rounded: bool
-    ) -> Sums:
+    ) -> exact.Sums:
         """Check every row of a split weight."""
         rows, columns = self._artifact.shapes[module]
-        if tensor.shape != (rows, columns) or tensor.dtype not in WORDS:
+        if tensor.shape != (rows, columns) or tensor.dtype not in SPLIT:
             raise ArtifactError(
                 f"`{tensor.name}` is {tensor.dtype} {list(tensor.shape)} in the source and "
                 f"{[rows, columns]} in base: they cannot be compared",
                 hint="leave --verify or --expect-source out",
             )
-        rules = Rules(
+        rules = exact.Rules(
             name=tensor.name,
             dtype=tensor.dtype,
             bits=self._artifact.bits[module],
@@ -276,23 +239,23 @@ class _Opened:
             step=self._step(module),
         )
         if rounded and rules.step is None:  # int8 values that were saved again as CSR
-            steps = (largest_step(rules, tile) for tile in self._tiles(module, tensor))
+            steps = (exact.largest_step(rules, tile) for tile in self._tiles(module, tensor))
             rules = replace(rules, step=max(steps, default=0.0) or 1.0)
-        sums = Sums()
+        sums = exact.Sums()
         for tile in self._tiles(module, tensor):
-            sums.add(check_rows(rules, tile))
+            sums.add(exact.check_rows(rules, tile))
         return sums
 
-    def _tiles(self, module: str, tensor: TensorInfo) -> Iterator[Rows]:
+    def _tiles(self, module: str, tensor: TensorInfo) -> Iterator[exact.Rows]:
         rows, columns = shape = self._artifact.shapes[module]
         crow, column, values = self._csr(module, rows, tensor.dtype)
-        word = WORDS[tensor.dtype]
+        word = words_of(tensor.dtype)
         for start, count in self._sizes.tiles("check", shape):
             here = slice(int(crow[start]), int(crow[start + count]))
             row = np.repeat(np.arange(count), np.diff(crow[start : start + count + 1]))
-            yield Rows(
+            yield exact.Rows(
                 first=start,
-                source=self._read(self._source, tensor, word, start, count),
+                source=_rows_in(self._source, tensor, word, start, count),
                 packed=self._part(module, "weight_packed", np.int32, start, count),
                 scales=self._part(module, "weight_scale", word, start, count),
                 positions=row * columns + column[here],
@@ -300,18 +263,10 @@ class _Opened:
             )
 
     def _part(self, module: str, part: str, dtype: npt.DTypeLike, start: int, count: int) -> Array:
-        return self._read(self._written, self._base[f"{module}.{part}"], dtype, start, count)
-
-    def _read(
-        self, reader: ShardReader, info: TensorInfo, dtype: npt.DTypeLike, start: int, count: int
-    ) -> Array:
-        def read(buffer: memoryview, at: int) -> None:
-            reader.read_into(buffer, info, start=at)
-
-        return _matrix(read, dtype, start, count, info.shape[1])
+        return _rows_in(self._written, self._base[f"{module}.{part}"], dtype, start, count)
 
     def _step(self, module: str) -> float | None:
-        info = self._parts.get(module, {}).get("value_step")
+        info = self._artifact.kept.get(module, {}).get("value_step")
         if info is None:
             return None
         buffer = np.empty(1, np.float32)
@@ -321,27 +276,19 @@ class _Opened:
     def _csr(self, module: str, rows: int, dtype: str) -> tuple[Array, Array, Array]:
         if self._kept is None:
             nothing = np.zeros(0, np.int64)
-            return np.zeros(rows + 1, np.int64), nothing, nothing.astype(WORDS[dtype])
-        import torch
+            return np.zeros(rows + 1, np.int64), nothing, nothing.astype(words_of(dtype))
+        from ortho_cli.split import torch_kernel
 
         found = self._kept.csr(module)
-        same = torch.int32 if dtype == "F32" else torch.int16
-        words = found["values"].view(same).numpy().view(WORDS[dtype])
+        words = torch_kernel.words_of(found["values"]).view(words_of(dtype))
         crow, column = (
             found[part].numpy().astype(np.int64) for part in ("crow_indices", "col_indices")
         )
         return crow, column, words
 
 
-def _check_decibels(told: Figures, name: str, sums: Sums, *, there: bool) -> None:
-    """Compare the figures of a weight, or of all weights, in report.json with the bytes.
-
-    Args:
-        told: `sqnr_db_alpha_0`, `sqnr_db_alpha_1` and `residual_kept` of the report.
-        name: of the weight, or `totals`.
-        sums: over the bytes.
-        there: ortho is there.
-    """
+def _check_decibels(told: Figures, name: str, sums: exact.Sums, *, there: bool) -> None:
+    """Compare what report.json tells of a weight, or of `totals`, with sums over the bytes."""
     noise = sums.noise / sums.signal if sums.signal else 0.0
     at_1 = max(0.0, sums.noise - sums.noise_kept) / sums.signal if sums.signal else 0.0
     mine = {"sqnr_db_alpha_0": noise} | ({"sqnr_db_alpha_1": at_1} if there else {})
@@ -353,13 +300,13 @@ def _check_decibels(told: Figures, name: str, sums: Sums, *, there: bool) -> Non
             raise ArtifactError(
                 f"`{name}` has {key} {_decibels(energy)} by its bytes, and {decibel} in "
                 "report.json",
-                hint=HINT,
+                hint=exact.HINT,
             )
     share, said = sums.noise_kept / sums.noise if sums.noise else 0.0, told.residual_kept
     if there and said is not None and not abs(share - said) <= 1e-3:
         raise ArtifactError(
             f"`{name}` has residual_kept {share:.6f} by its bytes, and {said} in report.json",
-            hint=HINT,
+            hint=exact.HINT,
         )
 
 

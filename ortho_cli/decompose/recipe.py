@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -24,11 +25,6 @@ MAX_DEPTH = 16  # of nested YAML, before anything is built from it
 Path_ = tuple[str | int, ...]
 
 DEFAULT = Recipe(version=1)
-
-
-def json_schema() -> dict[str, object]:
-    """Return the JSON schema of a recipe, for editors."""
-    return Recipe.model_json_schema()
 
 
 def recipe_folder() -> Path:
@@ -112,12 +108,8 @@ _UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError)
 
 def _parse(text: str, label: str, where: dict[Path_, str]) -> dict[str, object]:
     try:
-        _check_plain(text, label)
-        node = yaml.compose(text, Loader=_Loader)
-        if node is not None:
-            for path, line in _walk(node, label):
-                where[path] = f"{label} line {line}"
-        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        data, lines = _load(text, label)
+        where.update((path, f"{label} line {line}") for path, line in lines.items())
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f" line {mark.line + 1}" if mark else ""
@@ -135,6 +127,14 @@ def _parse(text: str, label: str, where: dict[Path_, str]) -> dict[str, object]:
             f"{label} is {found}, not a mapping of settings", hint="start with `version: 1`"
         )
     return data
+
+
+def _load(text: str, label: str) -> tuple[object, dict[Path_, int]]:
+    """Parse plain YAML in which no key is set twice; tell the line of each path, too."""
+    _check_plain(text, label)
+    node = yaml.compose(text, Loader=_Loader)
+    lines = dict(_walk(node, label)) if node is not None else {}
+    return yaml.load(text, Loader=_Loader), lines  # noqa: S506 - a SafeLoader
 
 
 def _check_plain(text: str, label: str) -> None:
@@ -183,32 +183,24 @@ def _assign(data: dict[str, object], where: dict[Path_, str], assignment: str) -
             f"`{label}` is not key.path=value", hint="for example --set ortho.density=0.01"
         )
     try:
-        _check_plain(text, f"`{label}`")
-        node = yaml.compose(text, Loader=_Loader)
-        for _ in _walk(node, f"`{label}`") if node is not None else ():
-            pass  # raises on a key that is set twice
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        value, _ = _load(text, f"`{label}`")
     except (yaml.YAMLError, RecursionError, *_UNREADABLE):
         raise RecipeError(
             f"the value of `{label}` is not YAML", hint="quote it: --set 'ignore=[a, b]'"
         ) from None
-    here: object = data
+    here: Any = data
     for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
         if isinstance(here, dict) and isinstance(key, str):
-            if last:
-                here[key] = value
-            here = here.setdefault(key, {})
-        elif isinstance(here, list) and isinstance(key, int) and key < len(here):
-            if last:
-                here[key] = value
-            here = here[key]
-        else:
+            here.setdefault(key, {})
+        elif not (isinstance(here, list) and isinstance(key, int) and key < len(here)):
             raise RecipeError(
                 f"`{label}` goes through `{'.'.join(map(str, keys[:depth]))}`, which has no "
                 f"`{key}`",
                 hint="set the whole value instead",
             )
+        if depth == len(keys) - 1:
+            here[key] = value
+        here = here[key]
     where[tuple(keys)] = f"`{label}`"
 
 
@@ -238,15 +230,11 @@ def _explain(error: ValidationError, label: str, where: dict[Path_, str]) -> Rec
     elif first["type"] == "value_error":
         problem = f"is wrong: {first['ctx']['error']}"
     else:
-        problem = f"{_lower(first['msg'])}, not {shown(first['input'])}"
+        message = first["msg"].removeprefix("Input ")
+        problem = f"{message[:1].lower()}{message[1:]}, not {shown(first['input'])}"
     return RecipeError(
         f"{place}: `{dotted}` {problem}", hint="see `ortho decompose --recipe-schema`"
     )
-
-
-def _lower(text: str) -> str:
-    text = text.removeprefix("Input ")
-    return text[:1].lower() + text[1:]
 
 
 def _keys_at(path: Path_) -> list[str]:

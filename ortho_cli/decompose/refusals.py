@@ -92,37 +92,32 @@ def check_compensation(recipe: Recipe, statistics: Statistics | None) -> None:
         )
 
 
-def check_global(recipe: Recipe) -> None:
-    """Refuse one budget for all tensors where saliencies of different tensors do not compare.
+def check_settings(recipe: Recipe) -> None:
+    """Refuse int8 values, or one budget for all tensors, beside settings that they do not fit.
 
     Raises:
-        RecipeError: the recipe forgets or has a reference, or selects by the residual alone.
+        RecipeError: values are int8, and the layout is CSR or the recipe forgets; the budget is
+            global, and saliencies of different tensors do not compare, since the recipe forgets,
+            has a reference, or selects by the residual alone.
     """
-    if recipe.ortho.split != "residual":
+    split, layout = recipe.ortho.split, recipe.ortho.layout
+    if recipe.ortho.values == "int8" and layout != "compact":
         raise RecipeError(
-            f"ortho.budget is global, and ortho.split is {recipe.ortho.split}",
-            hint="this split needs room in every tensor; use ortho.budget per-tensor",
-        )
-    if recipe.saliency.kind != "curvature":
-        raise RecipeError(
-            f"ortho.budget is global, and saliency.kind is {recipe.saliency.kind}",
-            hint="only curvature compares weights of different layers: --stats FILE",
-        )
-
-
-def check_values(recipe: Recipe) -> None:
-    """Refuse int8 values in a layout that has none, or where values must be exact.
-
-    Raises:
-        RecipeError: the layout is CSR, or the recipe forgets.
-    """
-    if recipe.ortho.values == "int8" and recipe.ortho.layout != "compact":
-        raise RecipeError(
-            f"ortho.values is int8, and ortho.layout is {recipe.ortho.layout}",
+            f"ortho.values is int8, and ortho.layout is {layout}",
             hint="set ortho.layout to compact",
         )
     if recipe.ortho.values == "int8" and recipe.forgets:
         raise RecipeError(
-            f"ortho.values is int8, and ortho.split is {recipe.ortho.split}",
+            f"ortho.values is int8, and ortho.split is {split}",
             hint="alpha 1 must restore what was forgotten exactly; use ortho.values source",
+        )
+    if recipe.ortho.budget == "global" and split != "residual":
+        raise RecipeError(
+            f"ortho.budget is global, and ortho.split is {split}",
+            hint="this split needs room in every tensor; use ortho.budget per-tensor",
+        )
+    if recipe.ortho.budget == "global" and recipe.saliency.kind != "curvature":
+        raise RecipeError(
+            f"ortho.budget is global, and saliency.kind is {recipe.saliency.kind}",
+            hint="only curvature compares weights of different layers: --stats FILE",
         )

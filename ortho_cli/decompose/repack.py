@@ -8,8 +8,8 @@ kill loses nothing: the next run encodes again, and one matrix has one encoding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,20 +28,17 @@ from ortho_cli.split import quantize
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.split.task import Buffers, Figures
 from ortho_cli.split.torch_kernel import curvature_of
-from ortho_cli.storage.data_file import DataFile, Layout, TensorSpec, TensorStream, plan_layout
+from ortho_cli.storage.data_file import Layout, TensorSpec, TensorStream, plan_layout
 from ortho_cli.storage.sealing import OrthoFile
 
 
+@dataclass(frozen=True, slots=True)
 class Repacker:
     """Encodes what the scratch file holds; the same bytes on every run."""
 
-    def __init__(
-        self, plan: Plan, base: DataFile, scratch: OrthoFile, curvature: StatisticsReader | None
-    ) -> None:
-        """Say where base and CSR lie, complete; curvature is there if the plan has statistics."""
-        self._plan, self._curvature = plan, curvature
-        self._written = ReadBack(plan, base, scratch)
-        self._rounded = plan.recipe.ortho.values == "int8"
+    plan: Plan
+    written: ReadBack  # base and CSR, complete
+    curvature: StatisticsReader | None  # there if the plan has statistics
 
     def run(
         self,
@@ -62,22 +59,22 @@ class Repacker:
             NumericalError: an int8 value stands for a weight that the source's dtype cannot hold.
             ResourceError: the disk is full.
         """
-        layout = plan_layout((s for t in self._plan.split for s in self._specs(t)), metadata)
+        layout = plan_layout((s for t in self.plan.split for s in self._specs(t)), metadata)
         output = make(layout)
         told = [
             self._encode(tensor, record, output) if isinstance(tensor, SplitTensor) else record
-            for tensor, record in zip(self._plan.tensors, records, strict=True)
+            for tensor, record in zip(self.plan.tensors, records, strict=True)
         ]
         return output, layout, told
 
     def _specs(self, tensor: SplitTensor) -> tuple[TensorSpec, ...]:
         """Find out what a tensor's parts will measure."""
-        crow, column = self._written.positions(tensor)
-        found = compact.encode_positions(crow, column, _shape(tensor))
+        crow, column = self.written.positions(tensor)
+        found = compact.encode_positions(crow, column, tensor.shape)
         return artifact.compact_specs(
             tensor.name,
-            dtype="I8" if self._rounded else tensor.source.dtype,
-            shape=_shape(tensor),
+            dtype=tensor.values,
+            shape=tensor.shape,
             columns=found.columns.size,
             counts=artifact.count_dtype(int(found.counts.max())),
             gaps=found.gaps.size,
@@ -86,13 +83,13 @@ class Repacker:
 
     def _encode(self, tensor: SplitTensor, record: TensorRecord, output: OrthoFile) -> TensorRecord:
         """Write a tensor's parts; return its record with what is true of them."""
-        crow, column = self._written.positions(tensor)
-        values, figures = self._written.values(tensor), record.figures
+        crow, column = self.written.positions(tensor)
+        values, figures = self.written.values(tensor), record.figures
         more: dict[str, Tensor] = {}
-        if self._rounded and figures is not None:
+        if tensor.values == "I8" and figures is not None:
             values, more["value_step"], lost = self._round(tensor, crow, column, values)
             figures = self._figures(tensor, figures, crow, column, lost)
-        parts = compact.encode(crow, column, values, _shape(tensor)) | more
+        parts = compact.encode(crow, column, values, tensor.shape) | more
         digests = {}
         for part, value in parts.items():
             key = f"{module_of(tensor.name)}.{part}"
@@ -108,11 +105,11 @@ class Repacker:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Round values to int8; give what they lose by it, too."""
         base, scales = compact.base_at(
-            lambda start, count: self._written.base_rows(tensor, start, count),
+            lambda start, count: self.written.base_rows(tensor, start, count),
             crow,
             column,
-            _shape(tensor),
-            sizes=self._plan.sizes,
+            tensor.shape,
+            sizes=self.plan.sizes,
         )
         codes, step = compact.round_values(values, base, scales)
         back = compact.restore_values(codes, step, base, scales, values.dtype)
@@ -125,18 +122,13 @@ class Repacker:
         return codes, step, values.float() - back.float()
 
     def _figures(
-        self,
-        tensor: SplitTensor,
-        figures: Figures,
-        crow: Integers,
-        column: Integers,
-        lost: Tensor,
+        self, tensor: SplitTensor, figures: Figures, crow: Integers, column: Integers, lost: Tensor
     ) -> Figures:
         """Take what rounding cost from what was thought to be kept exactly."""
         plain = weighted = float(lost.double().square().sum())
         kept, delta = figures.curvature_noise_kept, figures.delta_kept
-        if self._curvature is not None and kept is not None:
-            weighted = self._weigh(self._curvature, tensor, crow, column, lost)
+        if self.curvature is not None and kept is not None:
+            weighted = self._weigh(self.curvature, tensor, crow, column, lost)
             kept -= weighted
         return replace(
             figures,
@@ -153,30 +145,20 @@ class Repacker:
         column: Integers,
         lost: Tensor,
     ) -> float:
-        """Sum squares of what was lost times curvature, in float64."""
+        """Sum squares of what was lost times curvature, in float64, tile by tile."""
         curvature, total = Curvature(reader, tensor.name), 0.0
         room, scratch, places = Buffers(), quantize.Scratch(), torch.from_numpy(column)
-        for start, stop, row in self._tiles(tensor, crow):
-            here = slice(int(crow[start]), int(crow[stop]))
+        for start, count in self.plan.sizes.tiles("split", tensor.shape):
+            here = slice(int(crow[start]), int(crow[start + count]))
+            if here.start == here.stop:
+                continue
             scratch.reset()
-            _, root = curvature_of(curvature.peek([start], stop - start, room), empty=scratch)
+            _, root = curvature_of(curvature.peek([start], count, room), empty=scratch)
             if root is None:
                 raise InternalError(
                     f"the curvature of `{tensor.name}` has neither words nor vectors"
                 )
-            mine = root[places[here]] if root.ndim == 1 else root[row, places[here]]
-            total += float((mine * lost[here]).double().square().sum())
+            row = np.repeat(np.arange(count), np.diff(crow[start : start + count + 1]))
+            at = (places[here],) if root.ndim == 1 else (torch.from_numpy(row), places[here])
+            total += float((root[at] * lost[here]).double().square().sum())
         return total
-
-    def _tiles(self, tensor: SplitTensor, crow: Integers) -> Iterator[tuple[int, int, Tensor]]:
-        """Yield the rows of each tile that holds entries, and each entry's row in its tile."""
-        for start, count in self._plan.sizes.tiles("split", tensor.source.shape):
-            stop = start + count
-            if crow[start] < crow[stop]:
-                row = np.repeat(np.arange(count), np.diff(crow[start : stop + 1]))
-                yield start, stop, torch.from_numpy(row)
-
-
-def _shape(tensor: SplitTensor) -> tuple[int, int]:
-    rows, columns = tensor.source.shape
-    return rows, columns

@@ -12,9 +12,10 @@ sum of (W - base)^2 times curvature. With int8 values, figures at alpha 1 includ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from importlib import metadata
+from typing import Any
 
 from ortho_cli.decompose.plan import CopyTensor, Plan, SplitTensor, TensorPlan
 from ortho_cli.decompose.record import TensorRecord
@@ -23,134 +24,13 @@ from ortho_cli.decompose.selection import stacked_experts
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import module_of
 from ortho_cli.formats.quantization_config import quantization_config
-from ortho_cli.formats.report import Figures as Quality
 from ortho_cli.model.renames import rename_modules
 from ortho_cli.split.task import Figures
-from ortho_cli.storage.data_file import Layout, TensorSpec
+from ortho_cli.storage.data_file import Layout
 from ortho_cli.storage.tied import tied_head
 from ortho_cli.version import __version__
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SplitReport:
-    """What became of a weight that was split."""
-
-    bits: int  # per code
-    scale: str
-    nnz: int
-    columns: int | None  # that a compact ortho holds whole; None for CSR
-    quality: Quality
-
-    def to_json(self) -> dict[str, object]:
-        """Give the keys that the tensor's report has beside those of every tensor."""
-        return {
-            "bits": self.bits,
-            "scale": self.scale,
-            "nnz": self.nnz,
-            **({} if self.columns is None else {"columns": self.columns}),
-            **self.quality.model_dump(),
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorReport:
-    """What became of one source tensor."""
-
-    name: str
-    reason: str | None  # why it was not split
-    dtype: str
-    shape: tuple[int, ...]
-    bits_per_weight: float  # of both files, without headers
-    split: SplitReport | None
-    source_blake3: str
-    blake3: Mapping[str, Mapping[str, str]]  # by file, by key
-
-    def to_json(self) -> dict[str, object]:
-        """Give its entry of `tensors`."""
-        return {
-            "name": self.name,
-            "action": "split" if self.split else "copy",
-            "reason": self.reason,
-            "dtype": self.dtype,
-            "shape": list(self.shape),
-            "bits_per_weight": self.bits_per_weight,
-            **(self.split.to_json() if self.split else {}),
-            "source_blake3": self.source_blake3,
-            "blake3": self.blake3,
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceFigures:
-    """How much of source - reference ortho holds, and which tensors it cannot hold it of."""
-
-    delta_kept: float | None
-    unsplit_of_reference: list[str]
-    unsplit_of_reference_weights: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Totals:
-    """Figures of the whole model; sizes in bytes."""
-
-    tensors: int
-    split_tensors: int
-    weights: int
-    split_weights: int
-    source_bytes: int
-    base_bytes: int
-    ortho_bytes: int
-    bits_per_weight: float  # of both files, headers and all
-    split_bits_per_weight_base: float  # of split tensors, without headers
-    split_bits_per_weight: float
-    nnz: int
-    moved: int  # codes that forgetting moved: where they are is not told
-    density: float
-    quality: Quality
-    reference: ReferenceFigures | None
-
-    def to_json(self) -> dict[str, object]:
-        """Give the section `totals`."""
-        parts = ("quality", "reference")
-        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in parts}
-        return own | self.quality.model_dump() | (asdict(self.reference) if self.reference else {})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """All of report.json; the same for the same input, so without times and paths.
-
-    Only `sealed_blake3` is another in each run: age draws fresh keys.
-    """
-
-    plan: Plan
-    device: str
-    source_digest: str
-    base_blake3: str
-    ortho_blake3: str
-    sealed_blake3: str | None  # where ortho is sealed
-    totals: Totals
-    tensors: tuple[TensorReport, ...]
-    side_files: Mapping[str, str]  # BLAKE3 by name
-
-    def to_json(self) -> dict[str, object]:
-        """Give the document."""
-        plan, torch = self.plan, metadata.version("torch")
-        return {
-            "format": artifact.FORMAT,
-            "versions": {"ortho": __version__, "torch": torch, "device": self.device},
-            "plan_sha256": plan.sha256,
-            "source_digest": self.source_digest,
-            "base_blake3": self.base_blake3,
-            "ortho_blake3": self.ortho_blake3,
-            **({"sealed_blake3": self.sealed_blake3} if self.sealed_blake3 else {}),
-            "recipe": plan.recipe.canonical(),
-            "group_size": plan.group_size,
-            "statistics": plan.statistics.summary() if plan.statistics else None,
-            "totals": self.totals.to_json(),
-            "tensors": [tensor.to_json() for tensor in self.tensors],
-            "side_files": self.side_files,
-        }
+Written = list[tuple[TensorPlan, TensorRecord]]
 
 
 def make_config(plan: Plan, config: Mapping[str, object]) -> dict[str, object]:
@@ -164,9 +44,8 @@ def make_config(plan: Plan, config: Mapping[str, object]) -> dict[str, object]:
         module = module_of(tensor.name)
         stacked = stacked_experts(tensor.source, tensor.reason)
         if stacked is not None:
-            unsplit.add(
-                f"{stacked}.0.gate_proj"
-            )  # the name that vLLM looks up, whatever its own is
+            # The name that vLLM looks up, whatever its own is.
+            unsplit.add(f"{stacked}.0.gate_proj")
         elif len(tensor.source.shape) == 2:
             (others if is_embedding(module) else unsplit).add(module)
     head = tied_head(config)
@@ -179,10 +58,7 @@ def make_config(plan: Plan, config: Mapping[str, object]) -> dict[str, object]:
         elif module in unsplit and renamed not in split:
             unsplit.add(renamed)
     settings = quantization_config(
-        split=split,
-        unsplit=sorted(unsplit),
-        group_size=plan.group_size,
-        others=sorted(others),
+        split=split, unsplit=sorted(unsplit), group_size=plan.group_size, others=sorted(others)
     )
     return {**config, "quantization_config": settings}
 
@@ -199,14 +75,16 @@ def make_report(
     sealed_blake3: str | None,
     device: str,
     side_files: Mapping[str, str],
-) -> Report:
-    """Make the report of what was done.
+) -> dict[str, object]:
+    """Make report.json; the same for the same input, so without times and paths.
+
+    Only `sealed_blake3` is another in each run: age draws fresh keys.
 
     Args:
         plan: what was carried out.
         records: of its tensors, in its order.
         ortho: where ortho's tensors are, as they were written.
-        moved: codes that forgetting moved.
+        moved: codes that forgetting moved: where they are is not told.
         source_digest: of the source's tensors.
         base_blake3: of base.
         ortho_blake3: of ortho, unsealed.
@@ -215,72 +93,68 @@ def make_report(
         side_files: BLAKE3 of what is beside both, by name.
     """
     written = list(zip(plan.tensors, records, strict=True))
-    return Report(
-        plan=plan,
-        device=device,
-        source_digest=source_digest,
-        base_blake3=base_blake3,
-        ortho_blake3=ortho_blake3,
-        sealed_blake3=sealed_blake3,
-        totals=_totals(plan, written, ortho, moved),
-        tensors=tuple(_report_tensor(plan, tensor, record, ortho) for tensor, record in written),
-        side_files=side_files,
-    )
+    return {
+        "format": artifact.FORMAT,
+        "versions": {"ortho": __version__, "torch": metadata.version("torch"), "device": device},
+        "plan_sha256": plan.sha256,
+        "source_digest": source_digest,
+        "base_blake3": base_blake3,
+        "ortho_blake3": ortho_blake3,
+        **({"sealed_blake3": sealed_blake3} if sealed_blake3 else {}),
+        "recipe": plan.recipe.canonical(),
+        "group_size": plan.group_size,
+        "statistics": plan.statistics.summary() if plan.statistics else None,
+        "totals": _totals(plan, written, ortho, moved),
+        "tensors": [_tensor(plan, tensor, record, ortho) for tensor, record in written],
+        "side_files": side_files,
+    }
 
 
-def _totals(
-    plan: Plan, written: list[tuple[TensorPlan, TensorRecord]], ortho: Layout, moved: int
-) -> Totals:
+def _totals(plan: Plan, written: Written, ortho: Layout, moved: int) -> dict[str, object]:
+    """Tell sizes in bytes, and figures of the whole model."""
     nnz, weights = sum(tensor.k for tensor in plan.split), plan.split_weights
-    base_bits = 8 * sum(_nbytes(tensor.base) for tensor in plan.split)
+    base_bits = 8 * sum(spec.nbytes for tensor in plan.split for spec in tensor.base)
     ortho_bits = 8 * sum(_ortho_bytes(record, ortho) for _, record in written)
     figures = _add_up([record.figures for _, record in written if record.figures])
-    return Totals(
-        tensors=len(plan.tensors),
-        split_tensors=len(plan.split),
-        weights=plan.weights,
-        split_weights=weights,
-        source_bytes=plan.bytes_read,
-        base_bytes=plan.base.size,
-        ortho_bytes=ortho.size,
-        bits_per_weight=round(8 * (plan.base.size + ortho.size) / plan.weights, 4),
-        split_bits_per_weight_base=round(base_bits / weights, 4),
-        split_bits_per_weight=round((base_bits + ortho_bits) / weights, 4),
-        nnz=nnz,
-        moved=moved,
-        density=nnz / weights,
-        quality=_quality(plan, figures),
-        reference=_reference_figures(written, figures) if plan.reference else None,
-    )
+    return {
+        "tensors": len(plan.tensors),
+        "split_tensors": len(plan.split),
+        "weights": plan.weights,
+        "split_weights": weights,
+        "source_bytes": plan.bytes_read,
+        "base_bytes": plan.base.size,
+        "ortho_bytes": ortho.size,
+        "bits_per_weight": round(8 * (plan.base.size + ortho.size) / plan.weights, 4),
+        # Of split tensors, without headers.
+        "split_bits_per_weight_base": round(base_bits / weights, 4),
+        "split_bits_per_weight": round((base_bits + ortho_bits) / weights, 4),
+        "nnz": nnz,
+        "moved": moved,
+        "density": nnz / weights,
+        **_quality(plan, figures),
+        **(_of_reference(written, figures) if plan.reference else {}),
+    }
 
 
-def _report_tensor(
+def _tensor(
     plan: Plan, tensor: TensorPlan, record: TensorRecord, ortho: Layout
-) -> TensorReport:
-    split, numel = None, tensor.source.numel
-    nbytes = _nbytes(tensor.base) + _ortho_bytes(record, ortho)
+) -> dict[str, object]:
+    """Tell what became of one source tensor."""
+    numel, split = tensor.source.numel, isinstance(tensor, SplitTensor)
+    nbytes = sum(spec.nbytes for spec in tensor.base) + _ortho_bytes(record, ortho)
+    found: dict[str, object] = {
+        "name": tensor.name,
+        "action": "split" if split else "copy",
+        "reason": tensor.reason if isinstance(tensor, CopyTensor) else None,
+        "dtype": tensor.source.dtype,
+        "shape": list(tensor.source.shape),
+        "bits_per_weight": round(8 * nbytes / numel, 4) if numel else 0.0,  # without headers
+    }
     if isinstance(tensor, SplitTensor) and record.figures is not None:
-        split = SplitReport(
-            bits=tensor.bits,
-            scale=tensor.scale,
-            nnz=tensor.k,
-            columns=record.columns,
-            quality=_quality(plan, record.figures),
-        )
-    return TensorReport(
-        name=tensor.name,
-        reason=tensor.reason if isinstance(tensor, CopyTensor) else None,
-        dtype=tensor.source.dtype,
-        shape=tensor.source.shape,
-        bits_per_weight=round(8 * nbytes / numel, 4) if numel else 0.0,
-        split=split,
-        source_blake3=record.source_blake3,
-        blake3=record.digests,
-    )
-
-
-def _nbytes(specs: Iterable[TensorSpec]) -> int:
-    return sum(spec.nbytes for spec in specs)
+        found |= {"bits": tensor.bits, "scale": tensor.scale, "nnz": tensor.k}
+        found |= {} if record.columns is None else {"columns": record.columns}
+        found |= _quality(plan, record.figures)
+    return found | {"source_blake3": record.source_blake3, "blake3": record.digests}
 
 
 def _ortho_bytes(record: TensorRecord, ortho: Layout) -> int:
@@ -291,56 +165,45 @@ def _ortho_bytes(record: TensorRecord, ortho: Layout) -> int:
 def _add_up(figures: Sequence[Figures]) -> Figures:
     """Add the figures of weights; one that a weight lacks is absent from the sum."""
 
-    def optional(values: Iterable[float | None]) -> float | None:
-        there = [value for value in values if value is not None]
-        return sum(there) if len(there) == len(figures) else None
+    def total(name: str) -> Any:
+        values = [getattr(one, name) for one in figures]
+        return None if None in values else sum(values)
 
-    return Figures(
-        signal=sum(one.signal for one in figures),
-        noise=sum(one.noise for one in figures),
-        noise_kept=sum(one.noise_kept for one in figures),
-        curvature_noise=optional(one.curvature_noise for one in figures),
-        curvature_noise_kept=optional(one.curvature_noise_kept for one in figures),
-        delta=optional(one.delta for one in figures),
-        delta_kept=optional(one.delta_kept for one in figures),
-    )
+    return Figures(**{one.name: total(one.name) for one in fields(Figures)})
 
 
-def _quality(plan: Plan, of: Figures) -> Quality:
+def _quality(plan: Plan, of: Figures) -> dict[str, float | None]:
     error, kept = of.curvature_noise, of.curvature_noise_kept
     at_0 = at_1 = None
     if plan.statistics is not None and error is not None and kept is not None:
         at_0, at_1 = error, max(0.0, error - kept)
-    chosen = (
-        (kept, error) if plan.recipe.saliency.kind == "curvature" else (of.noise_kept, of.noise)
-    )
-    return Quality(
-        sqnr_db_alpha_0=decibels(of.signal, of.noise),
-        sqnr_db_alpha_1=decibels(of.signal, of.noise - of.noise_kept),
-        residual_kept=_share(of.noise_kept, of.noise),
-        curvature_error_alpha_0=at_0,
-        curvature_error_alpha_1=at_1,
-        saliency_kept=_share(*chosen),
-    )
+    by_curvature = plan.recipe.saliency.kind == "curvature"
+    return {
+        "sqnr_db_alpha_0": decibels(of.signal, of.noise),
+        "sqnr_db_alpha_1": decibels(of.signal, of.noise - of.noise_kept),
+        "residual_kept": _share(of.noise_kept, of.noise),
+        "curvature_error_alpha_0": at_0,
+        "curvature_error_alpha_1": at_1,
+        "saliency_kept": _share(kept, error) if by_curvature else _share(of.noise_kept, of.noise),
+    }
 
 
 def _share(part: float | None, whole: float | None) -> float | None:
     return round(part / whole, 6) if part is not None and whole else None
 
 
-def _reference_figures(
-    written: Iterable[tuple[TensorPlan, TensorRecord]], figures: Figures
-) -> ReferenceFigures:
+def _of_reference(written: Written, figures: Figures) -> dict[str, object]:
+    """Tell how much of source - reference ortho holds, and which tensors it cannot hold it of."""
     other = [
         tensor
         for tensor, record in written
         if isinstance(tensor, CopyTensor) and record.base[tensor.name] != record.source_blake3
     ]
-    return ReferenceFigures(
-        delta_kept=_share(figures.delta_kept, figures.delta),
-        unsplit_of_reference=[tensor.name for tensor in other],
-        unsplit_of_reference_weights=sum(tensor.source.numel for tensor in other),
-    )
+    return {
+        "delta_kept": _share(figures.delta_kept, figures.delta),
+        "unsplit_of_reference": [tensor.name for tensor in other],
+        "unsplit_of_reference_weights": sum(tensor.source.numel for tensor in other),
+    }
 
 
 def decibels(signal: float, noise: float) -> float | None:

@@ -68,14 +68,11 @@ _DEEPEST = 4  # levels of config.json that are read; transformers nests three
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Sizes of a model that config.json and the other tensors tell.
+    """Sizes of a model that config.json and the other tensors tell."""
 
-    `vocabularies` are numbers of tokens that are no width of the model. `experts` has the numbers
-    of experts that each module may have.
-    """
-
-    vocabularies: frozenset[int] = frozenset()
-    experts: Mapping[str, frozenset[int]]
+    vocabularies: frozenset[int] = frozenset()  # numbers of tokens that are no width of the model
+    experts: Mapping[str, frozenset[int]]  # numbers of experts that each module may have
+    counts: frozenset[int] = frozenset()  # numbers of experts that config.json names
 
 
 UNKNOWN = Sizes(experts={})
@@ -94,11 +91,10 @@ def read_sizes(config: Mapping[str, object] | None, tensors: Iterable[TensorInfo
     widths = {
         size for key, size in told if _WIDTH_KEY.search(key) and not _VOCABULARY_KEY.search(key)
     }
-    found: dict[str, set[int]] = {}
     highest: dict[str, int] = {}
     for tensor in tensors:
         module = module_of(tensor.name)
-        if len(tensor.shape) == 2 and _TOKEN_EMBEDDING.search(_without_numbers(module)):
+        if len(tensor.shape) == 2 and _TOKEN_EMBEDDING.search(".".join(_parts(module).names)):
             vocabularies.add(tensor.shape[0])
             widths.add(tensor.shape[1])
         experts = _EXPERTS.search(tensor.name)
@@ -108,18 +104,10 @@ def read_sizes(config: Mapping[str, object] | None, tensors: Iterable[TensorInfo
             count = int(number[1]) + 1 if number else (tensor.shape or (0,))[0]
             if number or len(tensor.shape) == 3:
                 highest[block] = max(highest.get(block, 0), count)
-    for block, count in highest.items():
-        found[block] = {count, *counts}
     return Sizes(
         vocabularies=frozenset(vocabularies - widths),
-        experts={block: frozenset(sizes) for block, sizes in found.items()},
-    )
-
-
-def expert_counts(config: Mapping[str, object] | None) -> frozenset[int]:
-    """List the numbers of experts that config.json names."""
-    return frozenset(
-        size for key, size in _numbers(config or {}) if _EXPERTS_KEY.search(key) and size > 1
+        experts={block: frozenset({count, *counts}) for block, count in highest.items()},
+        counts=frozenset(counts),
     )
 
 
@@ -216,7 +204,10 @@ def _role_by_name(parts: _Parts) -> Role | None:
     words = [name for name, depth in zip(parts.names, parts.depth, strict=True) if depth < 2]
     if any(_ROUTER.search(name) for name in words):
         return "router"
-    if any(_HEAD.search(name) for name in words) and not _is_attention_head(parts):
+    # A head may be an attention's projection, as Funnel's `attention.q_head` is.
+    in_attention = any(_ATTENTION.search(name) for name in parts.names)
+    projection = in_attention and _PROJECTION_HEAD.search(parts.leaf)
+    if any(_HEAD.search(name) for name in words) and not projection:
         return "output head"
     if (
         any(_EMBEDDING.search(name) for name in words)
@@ -227,13 +218,6 @@ def _role_by_name(parts: _Parts) -> Role | None:
     if any(_NORM.search(name) for name in parts.names[-2:]):
         return "norm"
     return None
-
-
-def _is_attention_head(parts: _Parts) -> bool:
-    """Tell whether a head is an attention's projection, as Funnel's `attention.q_head` is."""
-    return bool(_PROJECTION_HEAD.search(parts.leaf)) and any(
-        _ATTENTION.search(name) for name in parts.names
-    )
 
 
 def _is_gate(parts: _Parts, rows: int, columns: int) -> bool:
@@ -259,7 +243,3 @@ def _is_padded(size: int, *, of: frozenset[int]) -> bool:
     return size % 64 == 0 and any(
         0 < size - known < known // 64 + 64 for known in of if known > _FEW
     )
-
-
-def _without_numbers(module: str) -> str:
-    return ".".join(piece for piece in module.split(".") if not piece.isdecimal())

@@ -11,15 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ortho_cli.decompose.roles import (
-    UNKNOWN,
-    Sizes,
-    expert_counts,
-    is_embedding,
-    named_role,
-    read_sizes,
-    role_of,
-)
+from ortho_cli.decompose import roles
 from ortho_cli.decompose.settings import Override, Patterns, Recipe, Scale, matches
 from ortho_cli.errors import CheckpointError, OrthoError, RecipeError
 from ortho_cli.formats.artifact import module_of
@@ -65,20 +57,9 @@ class _Source:
     """Facts of the whole checkpoint that decide on one tensor."""
 
     names: frozenset[str]
-    config: Mapping[str, object] | None
-    sizes: Sizes
-    experts: frozenset[int]
+    head: str | None  # the module of the output head, where it is tied to the embedding
+    sizes: roles.Sizes
     stored_in_out: frozenset[str]
-
-
-def _read_source(checkpoint: Checkpoint, *, conv1d: bool) -> _Source:
-    return _Source(
-        names=frozenset(tensor.name for tensor in checkpoint.tensors),
-        config=checkpoint.config,
-        sizes=read_sizes(checkpoint.config, checkpoint.tensors),
-        experts=expert_counts(checkpoint.config),
-        stored_in_out=frozenset() if conv1d else conv1d_names(checkpoint),
-    )
 
 
 def select(
@@ -94,7 +75,12 @@ def select(
         RecipeError: a target matches nothing that can be split, or one of fused weights is split.
         CheckpointError: weights that should be split cannot be, or there is nothing to split.
     """
-    source = _read_source(checkpoint, conv1d=conv1d)
+    source = _Source(
+        names=frozenset(tensor.name for tensor in checkpoint.tensors),
+        head=tied_head(checkpoint.config),
+        sizes=roles.read_sizes(checkpoint.config, checkpoint.tensors),
+        stored_in_out=frozenset() if conv1d else conv1d_names(checkpoint),
+    )
     reasons: dict[str, str | None] = {}
     unsupported: list[tuple[TensorInfo, str]] = []
     hit: set[str] = set()
@@ -103,10 +89,7 @@ def select(
         wanted = targets.matching(tensor.name)
         ignored = bool(ignore.numbers(tensor.name))
         unfit = None if ignored or not tensor.numel else _unsupported(tensor, source)
-        if ignored:
-            reason: str | None = IGNORED
-        else:
-            reason = unfit or _obstacle(tensor, source)
+        reason = IGNORED if ignored else unfit or _obstacle(tensor, source)
         if reason is None and recipe.targets is None:
             reason = not_by_default(module_of(tensor.name), tensor.shape, source.sizes)
         elif reason is None and not wanted:
@@ -122,8 +105,10 @@ def select(
         raise _unsupported_error(checkpoint, unsupported, left=None in reasons.values())
     _check_targets(checkpoint, recipe, hit, reasons)
     if None not in reasons.values():
+        counts = Counter(reasons.values()).most_common(4)
+        most = ", ".join(f"{count} x {reason}" for reason, count in counts)
         raise CheckpointError(
-            f"`{checkpoint.path}` has nothing to split: {_count(reasons)}",
+            f"`{checkpoint.path}` has nothing to split: {most}",
             hint=hints.nothing_to_split(checkpoint.path, {t.dtype for t in checkpoint.tensors}),
         )
     _check_siblings(reasons)
@@ -136,31 +121,26 @@ def _check_targets(
     for pattern in recipe.targets or ():
         if pattern in hit:
             continue
-        matched = [t.name for t in checkpoint.tensors if matches(pattern, t.name)]
+        matched = [name for name in reasons if matches(pattern, name)]
         if matched:
             raise RecipeError(
                 f"target `{pattern}` matches `{matched[0]}`, which cannot be split "
                 f"({reasons[matched[0]]})",
                 hint="leave it out; `ortho inspect` lists what can be split",
             )
-        else:
-            raise RecipeError(
-                f"target `{pattern}` matches no tensor of `{checkpoint.path}`",
-                hint=_near_names(pattern, checkpoint),
-            )
-
-
-def _near_names(pattern: str, checkpoint: Checkpoint) -> str:
-    names = [tensor.name for tensor in checkpoint.tensors]
-    near = difflib.get_close_matches(pattern.removeprefix("re:"), names, n=1, cutoff=0.3)
-    return f"its tensors are named like `{(near or names)[0]}`; `ortho inspect` lists them"
+        near = difflib.get_close_matches(pattern.removeprefix("re:"), reasons, n=1, cutoff=0.3)
+        like = (near or list(reasons))[0]
+        raise RecipeError(
+            f"target `{pattern}` matches no tensor of `{checkpoint.path}`",
+            hint=f"its tensors are named like `{like}`; `ortho inspect` lists them",
+        )
 
 
 def conv1d_names(checkpoint: Checkpoint) -> frozenset[str]:
     """Name the weights stored (in, out), by model type or by the length of a bias."""
     tensors = {tensor.name: tensor for tensor in checkpoint.tensors}
     typed = str((checkpoint.config or {}).get("model_type")) in CONV1D_MODEL_TYPES
-    found, betrayed = set(), False
+    found = set()
     for name, tensor in tensors.items():
         if len(tensor.shape) != 2 or not _CONV1D.search(module_of(name)):
             continue
@@ -171,24 +151,24 @@ def conv1d_names(checkpoint: Checkpoint) -> frozenset[str]:
             and tensor.shape[0] != tensor.shape[1]
             and bias.shape == tensor.shape[1:]
         ):
-            betrayed = True
-    return frozenset(found) if typed or betrayed else frozenset()
+            typed = True
+    return frozenset(found) if typed else frozenset()
 
 
 def _unsupported(tensor: TensorInfo, source: _Source) -> str | None:
     """Say why a weight cannot be split that a user would expect to be."""
-    stacked = _stacked(tensor, source.experts)
+    stacked = _stacked(tensor, source.sizes.counts)
     if stacked is not None:
         return stacked
     if tensor.name in source.stored_in_out:
         return "Conv1D, stored (in, out)"
     exotic = tensor.dtype in ("F64", "C64") or tensor.dtype.startswith(("F8", "F6", "F4"))
     linear = len(tensor.shape) == 2 and tensor.name.endswith(".weight")
-    if exotic and linear:
-        module = module_of(tensor.name)
-        if not is_embedding(module) and not_by_default(module, tensor.shape, source.sizes) is None:
-            return f"dtype {tensor.dtype}"
-    return None
+    module = module_of(tensor.name)
+    if not (exotic and linear) or roles.is_embedding(module):
+        return None
+    unsplit = not_by_default(module, tensor.shape, source.sizes)
+    return f"dtype {tensor.dtype}" if unsplit is None else None
 
 
 def _stacked(tensor: TensorInfo, counts: frozenset[int]) -> str | None:
@@ -196,7 +176,7 @@ def _stacked(tensor: TensorInfo, counts: frozenset[int]) -> str | None:
     module, shape = module_of(tensor.name), tensor.shape
     if len(shape) not in (2, 3) or min(shape[-2:]) < MIN_IN_FEATURES:
         return None
-    if named_role(module) is not None or _NO_STACK.search(module):
+    if roles.named_role(module) is not None or _NO_STACK.search(module):
         return None
     experts = _EXPERTS.search(module) is not None
     if len(shape) == 3 and shape[0] > 1:
@@ -272,7 +252,7 @@ def _obstacle(tensor: TensorInfo, source: _Source) -> str | None:
     if not re.search(r"[^.]\.weight$", tensor.name):
         return "not named <module>.weight"
     module = module_of(tensor.name)
-    if is_embedding(module):
+    if roles.is_embedding(module):
         return "embedding"
     if _is_tied(module, tensor.shape, source):
         return "tied to the embedding"
@@ -283,14 +263,16 @@ def _obstacle(tensor: TensorInfo, source: _Source) -> str | None:
 
 
 def _is_tied(module: str, shape: tuple[int, ...], source: _Source) -> bool:
-    head = tied_head(source.config)
-    if head is None or role_of(module, shape, source.sizes) != "output head":
+    head = source.head
+    if head is None or roles.role_of(module, shape, source.sizes) != "output head":
         return False
     tokens = source.sizes.vocabularies
     return f".{module}".endswith(f".{head}") or not tokens or shape[0] in tokens
 
 
-def not_by_default(module: str, shape: tuple[int, ...], sizes: Sizes = UNKNOWN) -> str | None:
+def not_by_default(
+    module: str, shape: tuple[int, ...], sizes: roles.Sizes = roles.UNKNOWN
+) -> str | None:
     """Say why a Linear is not split by default, but only by a target; None if it is.
 
     Args:
@@ -298,17 +280,12 @@ def not_by_default(module: str, shape: tuple[int, ...], sizes: Sizes = UNKNOWN) 
         shape: (out_features, in_features).
         sizes: what is known of the model.
     """
-    role = role_of(module, shape, sizes)
+    role = roles.role_of(module, shape, sizes)
     if role is not None:
         return role
     if shape[1] < MIN_IN_FEATURES:
         return f"in_features {shape[1]} < {MIN_IN_FEATURES}"
     return None
-
-
-def _count(reasons: dict[str, str | None]) -> str:
-    counts = Counter(reasons.values()).most_common(4)
-    return ", ".join(f"{count} x {reason}" for reason, count in counts)
 
 
 def _siblings(name: str) -> Iterator[str]:
@@ -339,10 +316,8 @@ class TensorSettings:
     own_density: bool  # set by an override
 
 
-_compiled: tuple[list[Override], Patterns] = (
-    [],
-    Patterns(()),
-)  # overrides of the last recipe that was asked for
+# Overrides of the last recipe that was asked for.
+_compiled: tuple[list[Override], Patterns] = ([], Patterns(()))
 
 
 def _overrides(recipe: Recipe, name: str) -> list[Override]:

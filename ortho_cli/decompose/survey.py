@@ -9,7 +9,7 @@ changed. `Survey.of` and `Survey.digests` tell which weights were counted.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from ortho_cli.split.select import BINS
+from ortho_cli.storage.checkpoint import Shard
 from ortho_cli.storage.output import resolve_output
 from ortho_cli.storage.untrusted import read_regular
 from ortho_cli.storage.work_folder import identity_left, work_folder, write_private
@@ -40,6 +41,11 @@ class Survey:
 def digest_of(surveys: Sequence[Survey]) -> str:
     """Return the BLAKE3 of survey.json with these surveys."""
     return blake3(_encode(surveys)).hexdigest()
+
+
+def stamps(shards: Iterable[Shard]) -> list[list[str | int]]:
+    """List name, size and time of files: a file of other stamps is another file."""
+    return [[shard.name, shard.size, shard.mtime_ns] for shard in shards]
 
 
 def save_surveys(folder: Path, surveys: Sequence[Survey]) -> None:
@@ -65,24 +71,15 @@ def load_surveys(out: Path) -> tuple[Survey, ...]:
 
 
 def _encode(surveys: Sequence[Survey]) -> bytes:
-    found = [
-        {
-            "of": survey.of,
-            "tensors": {name: _told(survey, name) for name in sorted(survey.counts)},
-        }
-        for survey in surveys
-    ]
+    found = []
+    for survey in surveys:
+        tensors = {}
+        for name, counts in sorted(survey.counts.items()):
+            bins = np.flatnonzero(counts)  # a few hundred of them
+            told = {"bins": bins.tolist(), "counts": counts[bins].tolist()}
+            tensors[name] = {"blake3": survey.digests[name], **told}
+        found.append({"of": survey.of, "tensors": tensors})
     return json.dumps(found, separators=(",", ":")).encode()
-
-
-def _told(survey: Survey, name: str) -> dict[str, object]:
-    counts = survey.counts[name]
-    bins = np.flatnonzero(counts)  # a few hundred of them
-    return {
-        "blake3": survey.digests[name],
-        "bins": bins.tolist(),
-        "counts": counts[bins].tolist(),
-    }
 
 
 def _decode(raw: bytes) -> tuple[Survey, ...]:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from ortho_cli.decompose.plan import Plan
 from ortho_cli.decompose.settings import Tune
-from ortho_cli.errors import CalibrationError, InternalError, RecipeError
+from ortho_cli.errors import CalibrationError, RecipeError
 from ortho_cli.events import EventSink, Finishing, Noted, Step, null_sink
 from ortho_cli.model import load as models
 from ortho_cli.model.blocks import Blocks
@@ -49,9 +49,6 @@ from ortho_cli.storage.checkpoint import Checkpoint
 REACH = 0.48  # codes; how far from GPTQ's code a latent starts at most: short of the next at 0.5
 RATES = (1.0, 0.25)  # factors of the rates; the second where the first made a block worse
 LIMIT = 0.499  # codes; how far beyond the last code a latent may go
-
-
-Start = Callable[[str], Rounded]
 
 
 class Latent:
@@ -118,7 +115,11 @@ class Tuner:
         return [*stamps(self.files), self.device.type]
 
     def tune(
-        self, start: Start, tuned: Collection[str], *, on_event: EventSink = null_sink
+        self,
+        start: Callable[[str], Rounded],
+        tuned: Collection[str],
+        *,
+        on_event: EventSink = null_sink,
     ) -> Iterator[dict[str, Rounded]]:
         """Tune one block after another.
 
@@ -147,14 +148,20 @@ class Tuner:
         left = set(linears).difference(*blocks.names)
         if left:
             on_event(Noted(message=f"{len(left)} split tensors are in no block, and not tuned"))
-        weights = _Weights(blocks, tokens, settings, on_event)
+
+        def told(done: int) -> None:
+            on_event(Step(name="weigh outputs, in sequences", number=done, of=len(tokens)))
+
+        # u (n, length) and v (hidden,) of each block.
+        token, channel = blocks.gradients(tokens, seed=settings.seed, on_batch=told)
         bits = {tensor.name: tensor.bits for tensor in plan.split}
         job = _Job(blocks, linears, bits, tokens, settings)
         for number, names in enumerate(blocks.names):
             on_event(Step(name=f"tune: {job.told}", number=number + 1, of=len(blocks)))
             known = {name: _on(self.device, start(name)) for name in names}
             done = all(name in tuned for name in names)
-            found = job.tune(number, known, None if done else weights.of(number))
+            weights = _normalised(token[number]), _normalised(channel[number])
+            found = job.tune(number, known, None if done else weights)
             if not done:
                 yield {name: _on(torch.device("cpu"), rounded) for name, rounded in found.items()}
 
@@ -163,49 +170,31 @@ def _on(device: torch.device, rounded: Rounded) -> Rounded:
     return Rounded(*(part.to(device) for part in rounded))
 
 
-class _Weights:
-    """u_t and v_c of each block, each with a mean of 1."""
-
-    def __init__(self, blocks: Blocks, tokens: Tensor, settings: Tune, on_event: EventSink) -> None:
-        def told(done: int) -> None:
-            on_event(Step(name="weigh outputs, in sequences", number=done, of=len(tokens)))
-
-        found = blocks.gradients(tokens, seed=settings.seed, on_batch=told)
-        self._token, self._channel = found
-
-    def of(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return u (n, length) and v (hidden,) of a block; ones where every gradient is 0."""
-        return _normalised(self._token[number]), _normalised(self._channel[number])
-
-
 def _normalised(values: Tensor) -> Tensor:
+    """Divide by the mean; ones where all are 0."""
     mean = values.mean()
     return values / mean if mean > 0 else torch.ones_like(values)
 
 
+@dataclass
 class _Job:
     """Hidden states of the source and of the quantized model, between two blocks."""
 
-    def __init__(
-        self,
-        blocks: Blocks,
-        linears: dict[str, nn.Module],
-        bits: dict[str, int],
-        tokens: Tensor,
-        settings: Tune,
-    ) -> None:
-        self._blocks, self._linears, self._bits = blocks, linears, bits
-        self._settings, self._count = settings, len(tokens)
-        starts = range(0, len(tokens), settings.batch)
-        self._ideal = torch.cat([blocks.embed(tokens[i : i + settings.batch]) for i in starts])
+    blocks: Blocks
+    linears: dict[str, nn.Module]
+    bits: dict[str, int]
+    tokens: Tensor
+    settings: Tune
+    told: str = "the first block"
+
+    def __post_init__(self) -> None:
+        self._count, batch = len(self.tokens), self.settings.batch
+        starts = range(0, self._count, batch)
+        self._ideal = torch.cat([self.blocks.embed(self.tokens[i : i + batch]) for i in starts])
         self._inputs = self._ideal
-        self.told = "the first block"
 
     def tune(
-        self,
-        number: int,
-        start: dict[str, Rounded],
-        weights: tuple[Tensor, Tensor] | None,
+        self, number: int, start: dict[str, Rounded], weights: tuple[Tensor, Tensor] | None
     ) -> dict[str, Rounded]:
         """Tune a block, or keep it where there are no `weights`; advance both hidden states."""
         parameters = {name: self._parameter(name) for name in start}
@@ -214,9 +203,11 @@ class _Job:
         self._put({name: value_of(found, source[name]) for name, found in start.items()})
         outputs, before = self._forward(number, self._inputs, wanted, weights)
         found, error = start, before
-        for share in RATES if weights is not None and start else ():
+        for share in RATES:
+            if weights is None or not start:
+                break
             latents = {
-                name: Latent(source[name], start[name], bits=self._bits[name]) for name in start
+                name: Latent(source[name], start[name], bits=self.bits[name]) for name in start
             }
             self._learn(number, latents, wanted, weights, share)
             learned, after = self._forward(number, self._inputs, wanted, weights)
@@ -234,13 +225,11 @@ class _Job:
         number: int,
         latents: dict[str, Latent],
         wanted: Tensor,
-        weights: tuple[Tensor, Tensor] | None,
+        weights: tuple[Tensor, Tensor],
         share: float,
     ) -> None:
         """Take all steps, with rates times `share`; the block then holds the learned weights."""
-        if weights is None:
-            raise InternalError(f"block {number} is tuned without weights of its errors")
-        settings = self._settings
+        settings = self.settings
         parameters = [self._parameter(name) for name in latents]
         self._put({name: latent.value() for name, latent in latents.items()})
         for parameter in parameters:
@@ -251,7 +240,7 @@ class _Job:
             if len(order) < settings.batch:
                 order = torch.randperm(self._count, generator=generator).tolist()
             chosen = [order.pop() for _ in range(settings.batch)]
-            error = _error(self._blocks(number, self._inputs[chosen]), wanted, weights, chosen)
+            error = _error(self.blocks(number, self._inputs[chosen]), wanted, weights, chosen)
             torch.autograd.backward([error])
             falling = share * (1.0 - step / settings.steps)
             for name, latent in latents.items():
@@ -277,15 +266,15 @@ class _Job:
     ) -> tuple[Tensor, float]:
         """Pass all data through a block; return the outputs and their mean error."""
         outputs, total = torch.empty_like(inputs), 0.0
-        for first in range(0, self._count, self._settings.batch):
-            chosen = list(range(first, first + self._settings.batch))
-            outputs[chosen] = found = self._blocks(number, inputs[chosen])
+        for first in range(0, self._count, self.settings.batch):
+            chosen = list(range(first, first + self.settings.batch))
+            outputs[chosen] = found = self.blocks(number, inputs[chosen])
             if wanted is not None and weights is not None:
                 total += float(_error(found, wanted, weights, chosen)) * len(chosen) / self._count
         return outputs, total
 
     def _parameter(self, name: str) -> nn.Parameter:
-        return self._linears[name].get_parameter("weight")
+        return self.linears[name].get_parameter("weight")
 
     def _put(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():

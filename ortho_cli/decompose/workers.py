@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,19 +25,12 @@ from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.split import pipeline
 from ortho_cli.split.exact import widen
 from ortho_cli.split.faults import not_finite
-from ortho_cli.split.pipeline import Given, Outcome, Work
+from ortho_cli.split.pipeline import Given, Work
 from ortho_cli.split.roundings import rounding_of
 from ortho_cli.split.select import crow_indices
-from ortho_cli.split.task import (
-    EXPONENTS,
-    Array,
-    Inputs,
-    SplitTask,
-    TileKernel,
-    TileResult,
-    as_bytes,
-)
-from ortho_cli.storage.checkpoint import ShardReader, TensorInfo
+from ortho_cli.split.task import EXPONENTS, Array, SplitTask, TileKernel, TileResult, as_bytes
+from ortho_cli.split.task import Inputs as SplitInputs
+from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, TensorInfo
 from ortho_cli.storage.data_file import DataFile, TensorStream
 from ortho_cli.storage.sealing import OrthoFile
 
@@ -61,13 +55,13 @@ def task_of(
         edits: codes that forgetting moves.
         curvature: holds the Gram matrices, where rounding compensates.
     """
-    recipe, (rows, columns) = plan.recipe, tensor.source.shape
+    recipe = plan.recipe
     # Tuning begins with the codes of GPTQ.
     rounding = "gptq" if recipe.base.rounding == "tuned" else recipe.base.rounding
     return SplitTask(
         name=tensor.name,
         file=tensor.source.shard,
-        shape=(rows, columns),
+        shape=tensor.shape,
         dtype=tensor.source.dtype,
         bits=tensor.bits,
         group_size=plan.group_size,
@@ -90,35 +84,29 @@ def _factor(curvature: StatisticsReader | None, name: str, rounding: str) -> Any
     return rounding_of(rounding).prepare(torch.from_numpy(gram_of(curvature, name)), name=name)
 
 
+@dataclass
 class ShardRows:
     """Rows of a weight in a shard."""
 
-    def __init__(self, reader: ShardReader, source: TensorInfo) -> None:
-        """Say where they are."""
-        self._reader, self._source = reader, source
+    reader: ShardReader
+    source: TensorInfo
 
     def read(self, buffer: Array, row: int) -> None:
         """Read rows."""
         start = row * buffer.shape[1] * buffer.itemsize
-        self._reader.read_into(as_bytes(buffer), self._source, start=start)
+        self.reader.read_into(as_bytes(buffer), self.source, start=start)
 
     peek = read
 
 
+@dataclass
 class DigestedRows(ShardRows):
     """Rows that are digested in each pass; the first one tells of their bytes."""
 
-    def __init__(
-        self,
-        reader: ShardReader,
-        source: TensorInfo,
-        *,
-        stop: threading.Event | None = None,
-        on_event: EventSink,
-    ) -> None:
-        """Say where they are, what stops the reading, and who is told of bytes."""
-        super().__init__(reader, source)
-        self._stop, self._on_event = stop, on_event
+    stop: threading.Event | None = field(default=None, kw_only=True)  # stops the reading
+    on_event: EventSink = field(kw_only=True)
+
+    def __post_init__(self) -> None:
         self._passes, self._digest = 0, blake3()
 
     @property
@@ -128,14 +116,41 @@ class DigestedRows(ShardRows):
 
     def read(self, buffer: Array, row: int) -> None:
         """Read the next rows of a pass; it begins with row 0."""
-        if self._stop is not None and self._stop.is_set():
+        if self.stop is not None and self.stop.is_set():
             raise InterruptedError  # reaches nobody: the run is being stopped
         if row == 0:
             self._passes, self._digest = self._passes + 1, blake3()
         self.peek(buffer, row)
         self._digest.update(as_bytes(buffer))
         if self._passes == 1:
-            self._on_event(Advanced(nbytes=buffer.nbytes))
+            self.on_event(Advanced(nbytes=buffer.nbytes))
+
+
+class Inputs(NamedTuple):
+    """The open files that a job reads."""
+
+    source: ShardReader
+    curvature: StatisticsReader | None
+    reference: ShardReader | None
+
+    def check_unchanged(self) -> None:
+        """Raise if a file was written to since its header was read."""
+        for opened in self:
+            if opened:
+                opened.check_unchanged()
+
+
+@contextmanager
+def open_inputs(plan: Plan, checkpoint: Checkpoint) -> Iterator[Inputs]:
+    """Open what a plan reads: the source, and statistics and a reference where it has any."""
+    with ExitStack() as stack:
+        source = stack.enter_context(closing(ShardReader(checkpoint.shards)))
+        curvature = reference = None
+        if plan.statistics is not None:
+            curvature = stack.enter_context(closing(StatisticsReader(plan.statistics)))
+        if plan.reference is not None:
+            reference = stack.enter_context(closing(ShardReader(plan.reference.shards)))
+        yield Inputs(source, curvature, reference)
 
 
 class _BaseFile:
@@ -153,97 +168,80 @@ class _BaseFile:
             stream.write(as_bytes(part))
 
 
+@dataclass(kw_only=True)
 class Worker:
     """Works on one tensor after another, with buffers of its own."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        reader: ShardReader,
-        base: DataFile,
-        ortho: OrthoFile,
-        *,
-        make_kernel: Callable[[], TileKernel[Any]],
-        curvature: StatisticsReader | None = None,
-        reference: ShardReader | None = None,
-        edits: Edits | None = None,
-        check: Check | None = None,
-        stop: threading.Event,
-        on_event: EventSink,
-    ) -> None:
-        """Say where tensors come from and go to, and what is done to them.
+    plan: Plan  # of the whole model
+    inputs: Inputs
+    base: DataFile  # gets codes and scales, and what is carried over
+    ortho: OrthoFile  # gets what is kept
+    # Makes what splits tiles, when it is first needed: another worker may copy while this one loads
+    # it.
+    make_kernel: Callable[[], TileKernel]
+    edits: Edits  # codes that forgetting moves
+    check: Check  # looks at what was written of a weight
+    stop: threading.Event  # stops the work at the next tile
+    on_event: EventSink  # told of bytes and tensors
+    _kernel: TileKernel | None = None
 
-        Args:
-            plan: of the whole model.
-            reader: of the source.
-            base: gets codes and scales, and what is carried over.
-            ortho: gets what is kept.
-            make_kernel: makes what splits tiles, when it is first needed: another worker may copy
-                while this one loads it.
-            curvature: of the weights.
-            reference: what base is made of instead of the source.
-            edits: codes that forgetting moves.
-            check: looks at what was written of a weight.
-            stop: stops the work at the next tile.
-            on_event: told of bytes and tensors.
-        """
-        self._plan, self._reader, self._base, self._ortho = plan, reader, base, ortho
-        self._make_kernel = make_kernel
-        self._kernel: TileKernel[Any] | None = None
-        self._curvature, self._reference, self._edits = curvature, reference, edits
-        self._references = {t.name: t for t in plan.reference.tensors} if plan.reference else {}
-        self._check, self._stop, self._on_event = check, stop, on_event
-        self._piece, self._bits = np.empty(0, np.uint8), np.empty(0, np.uint8)
+    def __post_init__(self) -> None:
+        reference = self.plan.reference
+        self._references = {t.name: t for t in reference.tensors} if reference else {}
+        self._piece, self._bits = (np.empty(self.plan.sizes.copy_bytes, np.uint8) for _ in range(2))
 
     def work(self, tensor: TensorPlan) -> TensorRecord:
         """Carry out what the plan says of one tensor; return its record."""
         if isinstance(tensor, CopyTensor):
             return self._copy(tensor)
         record = self.split(tensor)
-        if self._check is not None:
-            self._check(tensor, record)
+        self.check(tensor, record)
         return record
 
     def split(self, tensor: SplitTensor, given: Given | None = None) -> TensorRecord:
         """Split one weight, or write it again with codes and scales that are given."""
-        self._kernel = kernel = self._kernel or self._make_kernel()
-        source, name = tensor.source, tensor.name
-        rows = DigestedRows(self._reader, source, stop=self._stop, on_event=self._on_event)
-        near = Curvature(self._curvature, name) if self._curvature else None
-        other = None
-        if self._reference is not None:
-            other = ShardRows(self._reference, self._references[name])
-        base = _BaseFile(self._base, tensor)
-        task = task_of(self._plan, tensor, edits=self._edits, curvature=self._curvature)
-        work = Work(task, Inputs(rows, near, other), kernel, base.write)
+        self._kernel = kernel = self._kernel or self.make_kernel()
+        name, (source, curvature, reference) = tensor.name, self.inputs
+        rows = DigestedRows(source, tensor.source, stop=self.stop, on_event=self.on_event)
+        near = Curvature(curvature, name) if curvature else None
+        other = ShardRows(reference, self._references[name]) if reference else None
+        base = _BaseFile(self.base, tensor)
+        task = task_of(self.plan, tensor, edits=self.edits, curvature=curvature)
+        work = Work(task, SplitInputs(rows, near, other), kernel, base.write)
         found = pipeline.split_weight(work, given)
         if near is not None:
             near.finish(rows.digest)
-        return self._record(tensor, rows.digest, base.streams, found)
+        shape = blake3(shape_bytes(tensor)).hexdigest()  # it is there before any worker begins
+        return TensorRecord(
+            name=name,
+            source_blake3=rows.digest,
+            base=_digests_of(base.streams) | {shape_key(tensor): shape},
+            ortho=self._write_csr(tensor, found.indices, found.values),
+            figures=found.figures,
+        )
 
     def _copy(self, tensor: CopyTensor) -> TensorRecord:
         """Carry a tensor over unchanged, through one buffer."""
-        size = self._plan.sizes.copy_bytes
-        if not self._piece.size:
-            self._piece, self._bits = np.empty(size, np.uint8), np.empty(size, np.uint8)
+        size = self.plan.sizes.copy_bytes
         # A weight that is NaN ruins the model wherever it is; other buffers may mean it.
         checked = tensor.name.endswith("weight") and tensor.reason != IGNORED
         digest, written, nbytes = blake3(), blake3(), tensor.source.nbytes
+        reference = self.inputs.reference
         for start in range(0, nbytes, size):
-            if self._stop.is_set():
+            if self.stop.is_set():
                 raise InterruptedError  # reaches nobody: the run is being stopped
             raw = self._piece[: nbytes - start]
-            self._reader.read_into(raw.data, tensor.source, start=start)
+            self.inputs.source.read_into(raw.data, tensor.source, start=start)
             digest.update(raw.data)
-            if self._reference:
-                self._reference.read_into(raw.data, self._references[tensor.name], start=start)
+            if reference:
+                reference.read_into(raw.data, self._references[tensor.name], start=start)
                 written.update(raw.data)
             if checked and tensor.source.dtype in EXPONENTS:
                 self._check_finite(tensor, raw, start)
-            self._base.write(tensor.name, raw.data, start=start)
-            self._on_event(Advanced(nbytes=raw.size))
+            self.base.write(tensor.name, raw.data, start=start)
+            self.on_event(Advanced(nbytes=raw.size))
         hexdigest = digest.hexdigest()
-        there = written.hexdigest() if self._reference else hexdigest
+        there = written.hexdigest() if reference else hexdigest
         return TensorRecord(name=tensor.name, source_blake3=hexdigest, base={tensor.name: there})
 
     def _check_finite(self, tensor: CopyTensor, raw: npt.NDArray[np.uint8], start: int) -> None:
@@ -254,37 +252,16 @@ class Worker:
             values, first = widen(bits, source.dtype), start // bits.itemsize
             raise not_finite(tensor.name, source.shard, source.shape, values, first)
 
-    def _record(
-        self, tensor: SplitTensor, source: str, base: list[TensorStream], found: Outcome
-    ) -> TensorRecord:
-        """Write what ortho keeps of a weight, and make its record.
-
-        Args:
-            tensor: what the plan says of it.
-            source: BLAKE3 of all its weights.
-            base: what was written of it; its shape is there since before any worker began.
-            found: what was made of it.
-        """
-        shape = {shape_key(tensor): blake3(shape_bytes(tensor)).hexdigest()}
-        return TensorRecord(
-            name=tensor.name,
-            source_blake3=source,
-            base=_digests_of(base) | shape,
-            ortho=self._write_csr(tensor, found.indices, found.values),
-            figures=found.figures,
-        )
-
     def _write_csr(self, tensor: SplitTensor, indices: Array, values: Array) -> dict[str, str]:
-        rows, columns = tensor.source.shape
         if len(indices) != tensor.k or len(values) != tensor.k:
             raise InternalError(
                 f"`{tensor.name}` keeps {len(indices)} positions and {len(values)} values, and "
                 f"the plan says {tensor.k}"
             )
-        parts = (crow_indices(indices, (rows, columns)), indices % columns, values)
+        parts = (crow_indices(indices, tensor.shape), indices % tensor.shape[1], values)
         streams = []
         for spec, part in zip(tensor.ortho, parts, strict=True):
-            stream = TensorStream(self._ortho, spec.key)
+            stream = TensorStream(self.ortho, spec.key)
             stream.write(np.ascontiguousarray(part, NUMPY_DTYPES.get(spec.dtype)).data)
             streams.append(stream)
         return _digests_of(streams)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,15 +23,7 @@ from ortho_cli.split import quantize
 from ortho_cli.split.dtypes import torch_dtypes
 from ortho_cli.split.select import TopK
 from ortho_cli.split.sizes import DEFAULT_SIZES, Part, Sizes
-from ortho_cli.split.task import (
-    Array,
-    Buffers,
-    CurvatureTile,
-    Room,
-    SplitTask,
-    Tile,
-    TileResult,
-)
+from ortho_cli.split.task import Array, Buffers, CurvatureTile, Room, SplitTask, Tile, TileResult
 from ortho_cli.split.torch_kernel import words_of
 
 
@@ -52,7 +43,7 @@ class CudaKernel:
     def room(self) -> Room:
         """Give the buffers of the next tile, which takes the other lane."""
         self._lanes.reverse()
-        return self._lanes[0].room
+        return self._lanes[0]
 
     def begin(self, task: SplitTask, tile: Tile) -> _Begun:
         """Send a tile there, and ask for all that does not depend on other tiles."""
@@ -110,8 +101,7 @@ class CudaKernel:
         """Take the root of a tile's curvature, and tell whether it is any."""
         true = torch.ones((), dtype=torch.bool, device=self._device)
         if curvature.words is not None:
-            dtype = torch.bfloat16 if curvature.words.itemsize == 2 else torch.float32
-            values = lane.send(curvature.words).view(dtype).float()
+            values = lane.send(curvature.words).view(torch_dtypes()[curvature.dtype]).float()
             return values.sqrt(), ((values >= 0) & (values < math.inf)).all()
         if curvature.columns is None:
             return None, true
@@ -138,14 +128,14 @@ class _Begun:
     start: int
 
 
-class _Lane:
+class _Lane(Buffers):
     """What one tile in flight needs: pinned buffers, and on a card a stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self._device = device
         self._cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
-        self._held: dict[str, Tensor] = {}
 
     def at_work(self) -> AbstractContextManager[Any]:
         """Ask for kernels and copies in this lane's order."""
@@ -156,11 +146,9 @@ class _Lane:
         if self._stream:
             self._stream.synchronize()
 
-    def room(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        """Hand out the pinned buffer of this name."""
-        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        found: Array = self._pinned(name, nbytes).numpy().view(dtype).reshape(shape)
-        return found
+    def allocate(self, nbytes: int) -> Array:
+        """Take pinned memory."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._cuda).numpy()
 
     def send(self, array: Array) -> Tensor:
         """Copy there; torch has no arithmetic, and needs none, on unsigned words."""
@@ -169,13 +157,8 @@ class _Lane:
 
     def fetch(self, name: str, values: Tensor) -> Tensor:
         """Copy back, into the pinned buffer of this name."""
-        there = self._pinned(name, values.nbytes).view(values.dtype).view(values.shape)
-        return there.copy_(values, non_blocking=True)
-
-    def _pinned(self, name: str, nbytes: int) -> Tensor:
-        if name not in self._held or self._held[name].numel() < nbytes:
-            self._held[name] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._cuda)
-        return self._held[name][:nbytes]
+        there = torch.from_numpy(self(name, (values.nbytes,), np.uint8)).view(values.dtype)
+        return there.view(values.shape).copy_(values, non_blocking=True)
 
 
 def _candidates(begun: _Begun, select: TopK) -> list[Tensor]:
@@ -185,10 +168,7 @@ def _candidates(begun: _Begun, select: TopK) -> list[Tensor]:
     if found.numel() > select.k:
         bar = saliency.topk(select.k, sorted=False).values.min()
         found = torch.nonzero(saliency >= bar).view(-1)
-    return [
-        (found + begun.start).cpu(),
-        *(one[found].cpu() for one in (saliency, *begun.payloads)),
-    ]
+    return [(found + begun.start).cpu(), *(one[found].cpu() for one in (saliency, *begun.payloads))]
 
 
 def _squares(values: Tensor) -> Tensor:

@@ -51,11 +51,8 @@ SPLIT = ("BF16", "F16", "F32")  # of weights that can be split, and so of base's
 # The smallest scale worth storing; hardware keeps subnormals in float16, whose range is short.
 SMALLEST_SCALE = {"BF16": 2.0**-126, "F16": 2.0**-24, "F32": 2.0**-126}
 FLOATS = (*SPLIT, "F64")  # what a cast applies to
-BY_CONFIG = {
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "float32": "F32",
-}  # as config.json and --dtype say
+# As config.json and --dtype say.
+BY_CONFIG = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @cache

@@ -12,18 +12,16 @@ not repeated here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
 
 from ortho_cli.errors import ArtifactError
+from ortho_cli.split.task import Array, Figures
 
-Array = npt.NDArray[Any]
 Float = npt.NDArray[np.float32]
 
-WORDS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
 SMALLEST = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149}  # last place of subnormals
 # Figures are sums in float32 and float64, in another order than here.
 TOLERANCE = 1e-3
@@ -65,11 +63,8 @@ class Sums:
 
     def add(self, other: Sums) -> None:
         """Add what other rows gave."""
-        self.signal += other.signal
-        self.noise += other.noise
-        self.noise_kept += other.noise_kept
-        self.weights += other.weights
-        self.moved += other.moved
+        for one in fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
 
 def widen(words: Array, dtype: str) -> Float:
@@ -100,22 +95,6 @@ def unpack(packed: npt.NDArray[np.int32], bits: int, columns: int) -> npt.NDArra
     return (stream @ weights).astype(np.int8) - np.int8(1 << (bits - 1))
 
 
-class Told(Protocol):
-    """Figures of a weight that somebody else added up."""
-
-    @property
-    def signal(self) -> float:
-        """Squares of the weights."""
-
-    @property
-    def noise(self) -> float:
-        """Squares of the residual."""
-
-    @property
-    def noise_kept(self) -> float:
-        """What alpha = 1 takes away of them."""
-
-
 def check_rows(rules: Rules, rows: Rows) -> Sums:
     """Hold what was written of some rows against the source.
 
@@ -126,14 +105,10 @@ def check_rows(rules: Rules, rows: Rows) -> Sums:
             the place and both values.
     """
     source = widen(rows.source, rules.dtype)
-    scales = widen(rows.scales, rules.dtype)
-    columns = source.shape[1]
-    wide = np.repeat(scales, columns // scales.shape[1], axis=1)
-    codes = unpack(rows.packed, rules.bits, columns)
+    wide, codes, base = _base_of(rules, rows)
     with np.errstate(over="ignore", invalid="ignore"):
         half = 1 << (rules.bits - 1)
         nearest = np.clip(np.rint(source / wide), -half, half - 1)
-        base = round_to(codes.astype(np.float32) * wide, rules.dtype)
         own = round_to(nearest * wide, rules.dtype)
     moved = codes != nearest
     flat, at = source.reshape(-1), rows.positions
@@ -145,13 +120,19 @@ def check_rows(rules: Rules, rows: Rows) -> Sums:
         sound |= _within_a_step(rules, values, flat[at], base.reshape(-1)[at], wide, at)
     if not sound.all():
         bad = int(np.flatnonzero(~sound)[0])
-        raise _broken(rules, rows.first, columns, int(at[bad]), values[bad], flat[at[bad]])
+        neither, allowed = "not", "as it is"
+        if rules.own_code or rules.step:
+            neither, allowed = "neither", "nor its own code" if rules.own_code else "nor near it"
+        why = f", which is {neither} the source's weight {flat[at[bad]]:g} {allowed}"
+        raise _wrong(rules, rows, int(at[bad]), f"ortho holds {values[bad]:g}", why)
     if rules.nearest:
         loose = moved.reshape(-1).copy()
         loose[at] = False
         if loose.any():
             bad = int(np.flatnonzero(loose)[0])
-            raise _unheld(rules, rows.first, columns, bad, codes.reshape(-1)[bad], nearest)
+            own_code = f"where the source's own is {int(nearest.flat[bad])}"
+            why = f" {own_code}, and ortho does not hold that place"
+            raise _wrong(rules, rows, bad, f"base holds code {codes.flat[bad]}", why)
     lost = np.square(base - source, dtype=np.float64)
     kept = np.square(values - flat[at], dtype=np.float64)
     return Sums(
@@ -161,6 +142,16 @@ def check_rows(rules: Rules, rows: Rows) -> Sums:
         weights=source.size,
         moved=int(moved.sum()),
     )
+
+
+def _base_of(rules: Rules, rows: Rows) -> tuple[Float, npt.NDArray[np.int8], Float]:
+    """Read scale, code and value of each weight of base, (rows, in)."""
+    columns = rows.source.shape[1]
+    scales = widen(rows.scales, rules.dtype)
+    wide = np.repeat(scales, columns // scales.shape[1], axis=1)
+    codes = unpack(rows.packed, rules.bits, columns)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return wide, codes, round_to(codes.astype(np.float32) * wide, rules.dtype)
 
 
 def _within_a_step(
@@ -177,16 +168,12 @@ def _within_a_step(
 
 def largest_step(rules: Rules, rows: Rows) -> float:
     """Find the step of int8 values by the largest of them, which is 127: |value - base| / 127^2."""
-    columns = rows.source.shape[1]
-    scales = widen(rows.scales, rules.dtype)
-    wide = np.repeat(scales, columns // scales.shape[1], axis=1)
-    codes = unpack(rows.packed, rules.bits, columns).astype(np.float32)
-    base = round_to(codes * wide, rules.dtype).reshape(-1)[rows.positions]
-    far = np.abs(widen(rows.values, rules.dtype).astype(np.float64) - base)
-    return float((far / wide.reshape(-1)[rows.positions]).max(initial=0.0)) / 127**2
+    wide, _, base = _base_of(rules, rows)
+    far = np.abs(widen(rows.values, rules.dtype).astype(np.float64) - base.flat[rows.positions])
+    return float((far / wide.flat[rows.positions]).max(initial=0.0)) / 127**2
 
 
-def check_figures(name: str, told: Told, sums: Sums) -> None:
+def check_figures(name: str, told: Figures, sums: Sums) -> None:
     """Hold the figures of a weight against what all of its rows add up to.
 
     Args:
@@ -209,27 +196,7 @@ def check_figures(name: str, told: Told, sums: Sums) -> None:
 HINT = "do not use this artifact: decompose again, and report it if that happens twice"
 
 
-def _place(first: int, columns: int, flat: int) -> list[int]:
-    return [first + flat // columns, flat % columns]
-
-
-def _broken(
-    rules: Rules, first: int, columns: int, flat: int, value: Any, source: Any
-) -> ArtifactError:
-    allowed = "nor its own code" if rules.own_code else "nor near it" if rules.step else "as it is"
-    neither = "neither" if rules.own_code or rules.step else "not"
-    return ArtifactError(
-        f"ortho holds {value:g} of `{rules.name}` at {_place(first, columns, flat)}, which is "
-        f"{neither} the source's weight {source:g} {allowed}",
-        hint=HINT,
-    )
-
-
-def _unheld(
-    rules: Rules, first: int, columns: int, flat: int, code: Any, nearest: Array
-) -> ArtifactError:
-    return ArtifactError(
-        f"base holds code {int(code)} of `{rules.name}` at {_place(first, columns, flat)} where "
-        f"the source's own is {int(nearest.reshape(-1)[flat])}, and ortho does not hold that place",
-        hint=HINT,
-    )
+def _wrong(rules: Rules, rows: Rows, flat: int, what: str, why: str) -> ArtifactError:
+    columns = rows.source.shape[1]
+    place = [rows.first + flat // columns, flat % columns]
+    return ArtifactError(f"{what} of `{rules.name}` at {place}{why}", hint=HINT)

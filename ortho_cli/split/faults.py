@@ -56,15 +56,11 @@ def not_finite(
 ) -> NumericalError:
     """Make the error for weights from flat index `start` on, one of which is not finite."""
     value, place = first_bad(shape, values, start)
-    if file is None:
-        return NumericalError(
-            f"tensor `{name}` holds {value} at {place}",
-            hint="repair the model, or leave the layer out with `ignore`",
-        )
-    return NumericalError(
-        f"tensor `{name}` of `{file}` holds {value} at {place}",
-        hint="repair the checkpoint, or carry the tensor over as it is by adding it to `ignore`",
-    )
+    of, hint = "", "repair the model, or leave the layer out with `ignore`"
+    if file is not None:
+        of = f" of `{file}`"
+        hint = "repair the checkpoint, or carry the tensor over as it is by adding it to `ignore`"
+    return NumericalError(f"tensor `{name}`{of} holds {value} at {place}", hint=hint)
 
 
 def first_bad(shape: tuple[int, ...], values: Array, start: int) -> tuple[float, list[int]]:
@@ -78,7 +74,7 @@ def _overflow_by_curvature(task: SplitTask, tile: Tile, residual: Array) -> Orth
     near = tile.curvature
     root = np.ones((1, 1), np.float32)
     if near.words is not None:
-        root = np.sqrt(exact.widen(near.words, "BF16" if near.words.itemsize == 2 else "F32"))
+        root = np.sqrt(exact.widen(near.words, near.dtype))
     elif near.columns is not None:
         rows = root if near.rows is None else near.rows.roots[:, None]
         root = rows * near.columns.roots

@@ -57,12 +57,7 @@ def factorise(gram: Tensor, *, name: str = "weight") -> Factor:
 
 
 def round_columns(
-    weight: Tensor,
-    scales: Tensor,
-    factor: Factor,
-    *,
-    bits: int = 4,
-    kept: Tensor | None = None,
+    weight: Tensor, scales: Tensor, factor: Factor, *, bits: int = 4, kept: Tensor | None = None
 ) -> Tensor:
     """Round one column after another, and let the rest make up for each one's error.
 

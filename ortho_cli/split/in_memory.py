@@ -64,7 +64,7 @@ def split_weight(
         UsageError: curvature has another shape.
     Ties keep the lower flat index.
     """
-    _check(weight, group_size, density, scale, bits, curvature, name)
+    _check(weight.shape[1], group_size, bits, density, scale, curvature is not None, name)
     task = SplitTask(
         name=name,
         shape=(weight.shape[0], weight.shape[1]),
@@ -93,22 +93,16 @@ def split_weight(
 
 
 def _check(
-    weight: Tensor,
-    group_size: int,
-    density: float,
-    scale: str,
-    bits: int,
-    curvature: Tensor | None,
-    name: str,
+    columns: int, group_size: int, bits: int, density: float, scale: str, curved: bool, name: str
 ) -> None:
     """Refuse settings that do not fit the weight, or one another."""
-    check_group_size(weight.shape[1], group_size, name)
-    check_bits(weight.shape[1], bits, name)
+    check_group_size(columns, group_size, name)
+    check_bits(columns, bits, name)
     if not 0.0 <= density <= 1.0:
         raise RecipeError(f"density is {density}", hint="a share from 0 to 1; 0.005 keeps 0.5 %")
     if scale not in SCALES:
         raise RecipeError(f"scale is {scale!r}", hint=f"one of {', '.join(SCALES)}")
-    if scale == "curvature" and curvature is None:
+    if scale == "curvature" and not curved:
         raise RecipeError(
             f"scale is curvature and `{name}` has none", hint="calibrate first, or scale mse"
         )
@@ -121,7 +115,6 @@ class _Rows:
         self._words = words_of(weight)
 
     def read(self, buffer: Array, row: int) -> None:
-        """Copy rows."""
         buffer[...] = self._words[row : row + len(buffer)]
 
     peek = read
@@ -146,7 +139,6 @@ class _Curvature:
     """Curvature that is in memory, in float32 on the CPU."""
 
     def __init__(self, curvature: Tensor, weight: Tensor, name: str) -> None:
-        """Bring it there, and refuse what is no mean of squares."""
         if tuple(curvature.shape) not in (tuple(weight.shape), (weight.shape[1],)):
             raise UsageError(
                 f"curvature of `{name}` has shape {list(curvature.shape)} where the weight is "
@@ -162,11 +154,9 @@ class _Curvature:
         self._values: Array = wide.numpy()
 
     def read(self, row: int, count: int, room: Room) -> CurvatureTile:
-        """Give rows."""
         return self.peek([row], count, room)
 
     def peek(self, starts: Sequence[int], count: int, room: Room) -> CurvatureTile:
-        """Give `count` rows from each of `starts` on."""
         if self._values.ndim == 1:
             return CurvatureTile(columns=Vector(self._values, np.sqrt(self._values)))
         rows = [self._values[start : start + count] for start in starts]

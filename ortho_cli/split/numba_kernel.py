@@ -9,44 +9,22 @@ import numpy as np
 
 from ortho_cli.split import numba_loops as loops
 from ortho_cli.split.dtypes import SMALLEST_SCALE
-from ortho_cli.split.scale_search import LANES, scale_factors
 from ortho_cli.split.select import TopK
-from ortho_cli.split.sizes import DEFAULT_SIZES, Part, Sizes
 from ortho_cli.split.task import (
     EXPONENTS,
+    LANES,
     Array,
-    Buffers,
     CurvatureTile,
-    Room,
+    HostKernel,
     SplitTask,
     Tile,
     TileResult,
+    scale_factors,
 )
 
 
-class NumbaKernel:
+class NumbaKernel(HostKernel):
     """Splits a tile with compiled loops."""
-
-    depth = 1
-    part: Part = "split"
-
-    def __init__(self, sizes: Sizes = DEFAULT_SIZES) -> None:
-        """Say how large tiles are; start without buffers."""
-        self.sizes = sizes
-        self.held = Buffers()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        return self.held.nbytes
-
-    def room(self) -> Room:
-        """Give the buffers of the next tile."""
-        return self.held
-
-    def begin(self, task: SplitTask, tile: Tile) -> Tile:
-        """Leave it to `finish`."""
-        return tile
 
     def finish(self, task: SplitTask, pending: Tile, select: TopK, sums: Array) -> TileResult:
         """Run the loops over a tile."""
@@ -65,11 +43,19 @@ class NumbaKernel:
             factors = np.array(scale_factors(task.bits), np.float32)
             values = near if task.scale == "curvature" else CurvatureTile()
             group = room("group", (2, -(-size // LANES) * LANES), np.float32)
-            loops.search(
-                words, factors, values.words, _vectors(values, rows, "values"), held, scales, group
+            loops.call(
+                loops.search_tile,
+                words,
+                factors,
+                values.words,
+                _vectors(values, rows, "values"),
+                held,
+                scales,
+                group,
             )
         indices, saliency, (kept, *others) = select.room()
-        found = loops.split(
+        found = loops.call(
+            loops.split_tile,
             words,
             near.words,
             _vectors(near, rows, "roots"),

@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from ortho_cli.split.scale_search import LANES
+from ortho_cli.split.task import LANES
 
 # Squares that are added in float32 before they go into a sum in float64.
 STRETCH = 512
@@ -155,17 +155,8 @@ def kept(compiler: Callable[..., Any], **options: Any) -> Callable[[Any], Any]:
     return compiled
 
 
-def search(*arguments: Any) -> None:
-    """Call `search_tile`."""
-    _call(search_tile, arguments)
-
-
-def split(*arguments: Any) -> int:
-    """Call `split_tile`."""
-    return int(_call(split_tile, arguments))
-
-
-def _call(loop: Any, arguments: tuple[Any, ...]) -> Any:
+def call(loop: Any, *arguments: Any) -> Any:
+    """Call a loop that `kept` made."""
     try:
         return loop(*arguments)
     except OSError:  # it was compiled, and could not be kept: the disk is full
@@ -175,17 +166,11 @@ def _call(loop: Any, arguments: tuple[Any, ...]) -> Any:
 # Longer than 60 lines: in parts, called from here, it runs at half the speed.
 @kept(njit, nogil=True)  # others may run meanwhile
 def search_tile(  # noqa: C901 - see above
-    tile: Any,
-    factors: Any,
-    curvature: Any,
-    vectors: Any,
-    held: Any,
-    scales: Any,
-    buffers: Any,
+    tile: Any, factors: Any, curvature: Any, vectors: Any, held: Any, scales: Any, buffers: Any
 ) -> None:
     """Search each group's scale for the least squared error of what base has to stand for.
 
-    What `scales.mse_scales` and `scales.curvature_scales` find; a scale of weights that are not
+    What `scales.searched_scales` finds; a scale of weights that are not
     finite, or weighed by what is no curvature, is of no use.
 
     Args:

@@ -31,7 +31,6 @@ from ortho_cli.split.task import (
     SplitTask,
     Tile,
     TileKernel,
-    TileResult,
 )
 
 log = logging.getLogger(__name__)
@@ -67,17 +66,31 @@ class Work(NamedTuple):
 
     task: SplitTask
     inputs: Inputs
-    kernel: TileKernel[Any]
+    kernel: TileKernel
     sink: Sink | None = None
 
+    @property
+    def measures(self) -> list[int]:
+        """The sums that each weight adds to, first that by which positions are chosen."""
+        _, curvature, reference = self.inputs
+        return self.task.measures(curvature=curvature is not None, reference=reference is not None)
 
-def split_tensor(work: Work, select: TopK, given: Given | None = None) -> Array:
+    @property
+    def payloads(self) -> list[npt.DTypeLike]:
+        """What the selection carries along: words, and what further measures there are."""
+        return [self.task.word, *(np.float32 for _ in self.measures[1:])]
+
+
+def split_tensor(
+    work: Work, select: TopK, given: Given | None = None, scales: Array | None = None
+) -> Array:
     """Walk over all tiles of a weight once.
 
     Args:
         work: whose inputs are read once, in order.
         select: gets the weights that may be kept.
         given: what an earlier pass found.
+        scales: (out, groups) words: gets base's scales, where they are to be kept.
     Returns:
         (4,) float64: SIGNAL, NOISE, CURVATURE_NOISE and DELTA, added up.
     Raises:
@@ -93,6 +106,8 @@ def split_tensor(work: Work, select: TopK, given: Given | None = None) -> Array:
         result = kernel.finish(task, pending, select, sums)
         if not (result.sound and np.isfinite(sums).all()):
             raise fault_of(task, inputs.curvature, tile, result)
+        if scales is not None:
+            scales[tile.row : tile.row + len(result.scales)] = result.scales
         if sink is not None:
             sink(result, tile.row)
 
@@ -106,7 +121,7 @@ def split_tensor(work: Work, select: TopK, given: Given | None = None) -> Array:
     return sums
 
 
-def _part(kernel: TileKernel[Any], given: Given | None) -> Part:
+def _part(kernel: TileKernel, given: Given | None) -> Part:
     """Say which of the sizes a pass has; rounding with compensation has larger tiles."""
     return "gptq" if given is not None and given.factor is not None else kernel.part
 
@@ -171,10 +186,10 @@ def split_weight(work: Work, given: Given | None = None) -> Outcome:
 
 def survey(work: Work) -> Array:
     """Count a weight's saliencies by the upper half of their float32: (BINS,) int64."""
-    task, inputs, kernel, _ = work
+    task, _, kernel, _ = work
     select = Histogram(
         stretch=kernel.sizes.rows(kernel.part, task.shape) * task.shape[1],
-        payloads=_payloads(task, inputs),
+        payloads=work.payloads,
         empty=kernel.held,
     )
     split_tensor(work, select)
@@ -200,26 +215,20 @@ def _given(found: Outcome, *, stays: bool) -> Given:
 
 def _select(work: Work, given: Given | None = None, *, bar: float | None = None) -> Outcome:
     """Split in one pass; where fewer than k weights exceed `bar`, in another one without it."""
-    task, inputs, kernel, sink = work
+    task, kernel = work.task, work.kernel
     scales: Array | None = None
     if _turns(work) or task.factor is not None:  # another pass may begin with them
         scales = np.empty((task.shape[0], task.shape[1] // task.group_size), task.word)
-
-    def write(result: TileResult, row: int) -> None:
-        if scales is not None:
-            scales[row : row + len(result.scales)] = result.scales
-        if sink is not None:
-            sink(result, row)
 
     select = TopK(
         task.k,
         length=task.numel,
         stretch=kernel.sizes.rows(_part(kernel, given), task.shape) * task.shape[1],
-        payloads=_payloads(task, inputs),
+        payloads=work.payloads,
         bar=bar,
         empty=kernel.held,
     )
-    sums = split_tensor(work._replace(sink=write), select, given)
+    sums = split_tensor(work, select, given, scales)
     if select.short:
         if bar is None:
             raise InternalError(
@@ -228,19 +237,8 @@ def _select(work: Work, given: Given | None = None, *, bar: float | None = None)
         log.debug("%s: the guessed bar was too high, so its tiles are read again", task.name)
         return _select(work, given)
     indices, energies, values = select.taken()
-    kept = dict(zip(_measures(task, inputs), energies, strict=True))
+    kept = dict(zip(work.measures, energies, strict=True))
     return Outcome(indices, values, _figures(task, sums, kept, select.exact), scales)
-
-
-def _measures(task: SplitTask, inputs: Inputs) -> list[int]:
-    return task.measures(
-        curvature=inputs.curvature is not None, reference=inputs.reference is not None
-    )
-
-
-def _payloads(task: SplitTask, inputs: Inputs) -> list[npt.DTypeLike]:
-    """Say what the selection carries along: words, and what further measures there are."""
-    return [task.word, *(np.float32 for _ in _measures(task, inputs)[1:])]
 
 
 def _figures(task: SplitTask, sums: Array, kept: dict[int, float], exact: bool) -> Figures:
@@ -280,11 +278,7 @@ def _guess_bar(work: Work) -> float | None:
     if inputs.curvature is not None:
         curvature = inputs.curvature.peek(starts, count, room)
     every = TopK(
-        raw.size,
-        length=raw.size,
-        stretch=raw.size,
-        payloads=_payloads(task, inputs),
-        empty=kernel.held,
+        raw.size, length=raw.size, stretch=raw.size, payloads=work.payloads, empty=kernel.held
     )
     pending = kernel.begin(task, Tile(0, raw, curvature))
     if not kernel.finish(task, pending, every, np.zeros(4)).sound:

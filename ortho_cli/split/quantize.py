@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ortho_cli.split.dtypes import DTYPES, SMALLEST_SCALE, SPLIT, names_of_torch, torch_dtypes
 
-CODE_MIN, CODE_MAX = -8, 7  # of 4 bits; `code_range` knows the others
-
 Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
-Scales = Callable[..., Tensor]
 
 
 class Rounded(NamedTuple):
@@ -80,11 +76,6 @@ class Scratch:
             view = self._slots[slot][:nbytes].view(dtype).view(shape)
             self._views[slot][key] = view
         return view
-
-    def array(self, size: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """Hand out a numpy array of one dimension on the same terms."""
-        nbytes = size * np.dtype(dtype).itemsize
-        return self((nbytes,), torch.uint8).numpy().view(dtype)
 
     @property
     def nbytes(self) -> int:
@@ -202,7 +193,7 @@ def pack_int4(codes: Tensor, *, empty: Empty = torch_empty) -> Tensor:
     Source: compressed-tensors `pack_to_int32`, on a little-endian machine.
     """
     rows, columns = codes.shape
-    nibbles = empty((rows, columns), torch.int8).copy_(codes).add_(-CODE_MIN)
+    nibbles = empty((rows, columns), torch.int8).copy_(codes).add_(8)
     pairs = nibbles.view(torch.int16)  # low byte: even column, high byte: odd column
     both = torch.bitwise_right_shift(pairs, 4, out=empty((rows, columns // 2), torch.int16))
     both.bitwise_or_(pairs)  # its low byte is now odd << 4 | even
@@ -219,7 +210,7 @@ def unpack_int4(packed: Tensor) -> Tensor:
     """
     pairs = packed.contiguous().view(torch.uint8)
     nibbles = torch.stack((pairs & 15, pairs >> 4), dim=-1)
-    return nibbles.flatten(-2).to(torch.int8).add_(CODE_MIN)
+    return nibbles.flatten(-2).to(torch.int8).sub_(8)
 
 
 def pack_int3(codes: Tensor, *, empty: Empty = torch_empty) -> Tensor:

@@ -6,26 +6,15 @@ Pure functions on CPU tensors, as in `ops`, whose conventions they share.
 from __future__ import annotations
 
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ortho_cli.errors import InternalError
-from ortho_cli.split.quantize import (
-    Empty,
-    Scratch,
-    absmax,
-    absmax_scales,
-    dequantize,
-    groups_of,
-    half_range,
-    quantize,
-    round_scales,
-    torch_empty,
-)
-from ortho_cli.split.scale_search import LANES, scale_factors
+from ortho_cli.split import quantize
+from ortho_cli.split.task import LANES, scale_factors
 
 
 class Kept(NamedTuple):
@@ -43,42 +32,42 @@ def base_scales(
     *,
     bits: int = 4,
     kept: Kept | None = None,
-    empty: Empty = torch_empty,
+    empty: quantize.Empty = quantize.torch_empty,
 ) -> Tensor:
     """Find base's scales of a weight, (out, groups) in its dtype; each row by itself."""
-    settings: dict[str, Any] = {
-        "group_size": group_size,
-        "dtype": raw.dtype,
-        "bits": bits,
-        "empty": empty,
-    }
     if scale == "absmax":
-        return absmax_scales(raw, **settings)
-    settings["kept"] = kept
-    if scale == "curvature":
-        if curvature is None:  # scales would be those of mse, under another name
-            raise InternalError("scales are to be searched by curvature, and none is given")
-        return curvature_scales(raw, curvature, **settings)
-    return mse_scales(raw, **settings)
+        return quantize.absmax_scales(
+            raw, group_size=group_size, dtype=raw.dtype, bits=bits, empty=empty
+        )
+    if scale == "mse":
+        curvature = None
+    elif curvature is None:  # scales would be those of mse, under another name
+        raise InternalError("scales are to be searched by curvature, and none is given")
+    return searched_scales(
+        raw, curvature, group_size=group_size, dtype=raw.dtype, bits=bits, kept=kept, empty=empty
+    )
 
 
-def mse_scales(
+def searched_scales(
     weight: Tensor,
+    curvature: Tensor | None = None,
     *,
     group_size: int,
     dtype: torch.dtype,
     bits: int = 4,
     kept: Kept | None = None,
-    empty: Empty = torch_empty,
+    empty: quantize.Empty = quantize.torch_empty,
 ) -> Tensor:
     """Search each group's scale for the smallest squared error of what will be stored.
 
-    scale = argmin over f in scale_factors(bits) of sum (w - dequantize(quantize(w, s_f)))^2,
-    s_f = f * max|w| / ((2^bits - 1) / 2), both over the
-    weights that base has to stand for.
+    scale = argmin over f in scale_factors(bits) of sum h (w - dequantize(quantize(w, s_f)))^2,
+    s_f = f * max|w| / ((2^bits - 1) / 2), both over the weights that base has to stand for, with
+    h = 1 where no curvature is given. In a group h counts relative to the group's largest, which
+    changes no argmin and keeps a curvature of 1e-38 from vanishing in the product.
 
     Args:
         weight: (out, in) float32, bfloat16 or float16; `group_size` divides in.
+        curvature: h, (in,) or (out, in) float32, >= 0, finite.
         group_size: neighbours in a row that share a scale.
         dtype: dtype the scales are stored in; candidates are rounded to it before they are judged.
         bits: of a code, 3 or 4.
@@ -86,67 +75,25 @@ def mse_scales(
         empty: where temporaries come from.
     Returns:
         (out, in / group_size) of `dtype`, > 0; the first of equals wins, so the error is never
-        above absmax's, nor above that of `kept.scales`. Groups with NaN or infinity keep absmax's
-        scale, which is not finite.
-    Source: the clipping search of AWQ (arXiv:2306.00978, section 3.2), with plain squared error per
-        group.
+        above absmax's, nor above that of `kept.scales`. A group whose curvature is zero throughout
+        keeps the scale that stood first (absmax's, or that of `kept`), and so do groups with NaN or
+        infinity, whose scale is not finite.
+    Source: the clipping search of AWQ (arXiv:2306.00978, section 3.2), with squared error per
+        group, plain or by the second-order loss of OBS (Hassibi and Stork 1993), diagonal.
     """
-    return _search_scales(weight, None, group_size, dtype, bits, kept, empty)
-
-
-def curvature_scales(
-    weight: Tensor,
-    curvature: Tensor,
-    *,
-    group_size: int,
-    dtype: torch.dtype,
-    bits: int = 4,
-    kept: Kept | None = None,
-    empty: Empty = torch_empty,
-) -> Tensor:
-    """Search as `mse_scales` does, each weight's squared error multiplied by its curvature.
-
-    scale = argmin over f in scale_factors(bits) of sum h (w - dequantize(quantize(w, s_f)))^2. In a
-    group h counts relative to the group's largest, which changes no argmin and keeps a curvature of
-    1e-38 from vanishing in the product.
-
-    Args:
-        weight: (out, in) float32, bfloat16 or float16; `group_size` divides in.
-        curvature: (in,) or (out, in) float32, >= 0, finite.
-        group_size: neighbours in a row that share a scale.
-        dtype: dtype the scales are stored in; candidates are rounded to it before they are judged.
-        bits: of a code, 3 or 4.
-        kept: as `mse_scales` takes it.
-        empty: where temporaries come from.
-    Returns:
-        (out, in / group_size) of `dtype`, > 0. A group whose curvature is zero throughout keeps
-        the scale that stood first (absmax's, or that of `kept`), and so do groups with NaN or
-        infinity.
-    Source: `mse_scales`, with the second-order loss of OBS (Hassibi and Stork 1993), diagonal.
-    """
-    groups = groups_of(curvature.view(-1, weight.shape[1]), weight.shape[1] // group_size)
-    peak = groups.amax(-1, keepdim=True)
-    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
-    relative = torch.div(groups, peak, out=empty(tuple(groups.shape), torch.float32))
-    return _search_scales(weight, relative, group_size, dtype, bits, kept, empty)
-
-
-def _search_scales(
-    weight: Tensor,
-    importance: Tensor | None,
-    group_size: int,
-    dtype: torch.dtype,
-    bits: int,
-    kept: Kept | None,
-    empty: Empty,
-) -> Tensor:
     count = weight.shape[1] // group_size
+    importance = None
+    if curvature is not None:
+        groups = quantize.groups_of(curvature.view(-1, weight.shape[1]), count)
+        peak = groups.amax(-1, keepdim=True)
+        peak = torch.where(peak > 0, peak, torch.ones_like(peak))
+        importance = torch.div(groups, peak, out=empty(tuple(groups.shape), torch.float32))
     if kept is None:
         return _least_error(weight, importance, count, None, dtype, bits, empty)
     # Where ortho holds nothing, the scale that is known is the best already.
-    mask = groups_of(kept.mask, count)
+    mask = quantize.groups_of(kept.mask, count)
     held = mask.any(-1)
-    groups = groups_of(weight, count)[held]
+    groups = quantize.groups_of(weight, count)[held]
     # Zero is a code of every grid: it widens none, and rounds without error.
     groups = torch.where(mask[held], torch.zeros_like(groups), groups)
     if importance is not None:
@@ -165,20 +112,20 @@ def _least_error(
     known: Tensor | None,
     dtype: torch.dtype,
     bits: int,
-    empty: Empty,
+    empty: quantize.Empty,
 ) -> Tensor:
     """Try `known`, then absmax's scale times each factor; give the first of the best."""
-    largest = absmax(weight, count, empty).div_(half_range(bits))
+    largest = quantize.absmax(weight, count, empty).div_(quantize.half_range(bits))
     weight = weight.float()
-    candidates = (round_scales(largest * factor, dtype) for factor in scale_factors(bits))
+    candidates = (quantize.round_scales(largest * factor, dtype) for factor in scale_factors(bits))
     best, best_error = largest, largest  # of no candidate yet
-    buffers = Scratch()
+    buffers = quantize.Scratch()
     every = candidates if known is None else chain([known], candidates)
     for number, candidate in enumerate(every):
         buffers.reset()
-        codes = quantize(weight, candidate, bits=bits, empty=buffers)
-        error = dequantize(codes, candidate, empty=buffers).sub_(weight).square_()
-        error = groups_of(error, count)
+        codes = quantize.quantize(weight, candidate, bits=bits, empty=buffers)
+        error = quantize.dequantize(codes, candidate, empty=buffers).sub_(weight).square_()
+        error = quantize.groups_of(error, count)
         error = sum_lanes(error if importance is None else error.mul_(importance))
         if not number:
             best, best_error = candidate, error

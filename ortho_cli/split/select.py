@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[Any]
-Empty = Callable[[str, tuple[int, ...], npt.DTypeLike], Array]
+from ortho_cli.split.task import Array, Room
 
 # Bins of a survey: the upper half of a float32, which holds its exponent and seven bits more.
 BINS = 1 << 15
@@ -48,7 +47,7 @@ class TopK:
         stretch: int,
         payloads: Sequence[npt.DTypeLike],
         bar: float | None = None,
-        empty: Empty = fresh,
+        empty: Room = fresh,
     ) -> None:
         """Make room for the candidates.
 
@@ -198,7 +197,7 @@ class Histogram(TopK):
     """
 
     def __init__(
-        self, *, stretch: int, payloads: Sequence[npt.DTypeLike], empty: Empty = fresh
+        self, *, stretch: int, payloads: Sequence[npt.DTypeLike], empty: Room = fresh
     ) -> None:
         """Make room for one stretch, all of which is taken."""
         super().__init__(stretch, length=stretch, stretch=stretch, payloads=payloads, empty=empty)

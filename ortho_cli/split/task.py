@@ -14,14 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ortho_cli.errors import RecipeError
 from ortho_cli.split.dtypes import DTYPES, SPLIT
-from ortho_cli.split.sizes import Part, Sizes
+from ortho_cli.split.sizes import DEFAULT_SIZES, Part, Sizes
 
 if TYPE_CHECKING:
     from ortho_cli.split.select import TopK
@@ -31,12 +31,27 @@ WORDS: dict[str, type[np.generic]] = {"BF16": np.uint16, "F16": np.int16, "F32":
 # Exponent bits of a word; all set means infinity or NaN.
 EXPONENTS = {name: DTYPES[name].exponent or 0 for name in SPLIT}
 
+# Sums that the squared errors of a group are added into, one after another.
+LANES = 16
+
 # Where each sum of squares is in `sums`; `Figures` says what they are.
 SIGNAL, NOISE, CURVATURE_NOISE, DELTA = range(4)
 
 Array = npt.NDArray[Any]
 Room = Callable[[str, tuple[int, ...], npt.DTypeLike], Array]  # hands out the buffer of that name
 Places = tuple[npt.NDArray[np.int64], npt.NDArray[np.int8]]  # positions, and codes of base there
+
+
+def scale_factors(bits: int) -> tuple[float, ...]:
+    """List what absmax's scale is multiplied by in a search, in the order of trial.
+
+    For 4 bits 7.5/7 and 7.5/8 put the largest magnitude exactly on code 7 or -8, for 3 bits 3.5/3
+    and 3.5/4 on 3 or -4. Fewer codes are worth more clipping: to 0.5, and with 3 bits to 0.3.
+    """
+    half, codes = (2**bits - 1) / 2, 2 ** (bits - 1)
+    steps = range(25 if bits == 4 else 35)
+    descent = (round(0.98 - 0.02 * step, 2) for step in steps)
+    return (1.0, half / (codes - 1), half / codes, 1.04, 1.02, *descent)
 
 
 class Edited(Protocol):
@@ -119,6 +134,11 @@ class CurvatureTile(NamedTuple):
     rows: Vector | None = None
     columns: Vector | None = None
 
+    @property
+    def dtype(self) -> str:
+        """Dtype of the words."""
+        return "F32" if self.words is None or self.words.itemsize == 4 else "BF16"
+
 
 class Tile(NamedTuple):
     """Some rows of a weight, and what is known of them before they are split."""
@@ -175,10 +195,7 @@ class Curvature(Protocol):
 Sink = Callable[[TileResult, int], None]
 
 
-P = TypeVar("P")
-
-
-class TileKernel(Protocol[P]):
+class TileKernel(Protocol):
     """Splits one tile after another; a worker has one of its own."""
 
     depth: int  # tiles that are begun before the first of them is finished
@@ -189,10 +206,10 @@ class TileKernel(Protocol[P]):
     def room(self) -> Room:
         """Give the buffers of the next tile; they are in use until it is finished."""
 
-    def begin(self, task: SplitTask, tile: Tile) -> P:
+    def begin(self, task: SplitTask, tile: Tile) -> Any:
         """Begin to split a tile."""
 
-    def finish(self, task: SplitTask, pending: P, select: TopK, sums: Array) -> TileResult:
+    def finish(self, task: SplitTask, pending: Any, select: TopK, sums: Array) -> TileResult:
         """Finish it: add to `sums`, and hand what may be kept to `select`."""
 
 
@@ -215,13 +232,40 @@ class Buffers:
         """Hand out the buffer of this name, whatever is in it."""
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         if name not in self._held or self._held[name].size < nbytes:
-            self._held[name] = np.empty(nbytes, np.uint8)
+            self._held[name] = self.allocate(nbytes)
         return self._held[name][:nbytes].view(dtype).reshape(shape)
+
+    def allocate(self, nbytes: int) -> Array:
+        """Take fresh memory."""
+        return np.empty(nbytes, np.uint8)
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(array.nbytes for array in self._held.values())
+
+
+class HostKernel:
+    """What the kernels of the CPU share: each takes one tile at a time, all of it in `finish`."""
+
+    depth = 1
+
+    def __init__(self, sizes: Sizes = DEFAULT_SIZES, *, part: Part = "split") -> None:
+        """Say how large tiles are; start without buffers."""
+        self.sizes, self.part, self.held = sizes, part, Buffers()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return self.held.nbytes
+
+    def room(self) -> Room:
+        """Give the buffers of the next tile."""
+        return self.held
+
+    def begin(self, task: SplitTask, tile: Tile) -> Tile:
+        """Leave it to `finish`."""
+        return tile
 
 
 def as_bytes(array: Array) -> memoryview:

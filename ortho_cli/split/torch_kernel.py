@@ -9,32 +9,29 @@ import torch
 from torch import Tensor
 
 from ortho_cli.split import quantize
-from ortho_cli.split.dtypes import torch_dtypes
+from ortho_cli.split.dtypes import names_of_torch, torch_dtypes
 from ortho_cli.split.roundings import rounding_of
 from ortho_cli.split.scales import Kept, base_scales
 from ortho_cli.split.select import Own, TopK
 from ortho_cli.split.sizes import DEFAULT_SIZES, Part, Sizes
 from ortho_cli.split.task import (
     SIGNAL,
+    WORDS,
     Array,
-    Buffers,
     CurvatureTile,
-    Room,
+    HostKernel,
     SplitTask,
     Tile,
     TileResult,
 )
 
 
-class TorchKernel:
+class TorchKernel(HostKernel):
     """Splits a tile with torch on the CPU."""
-
-    depth = 1
 
     def __init__(self, sizes: Sizes = DEFAULT_SIZES, *, part: Part = "split") -> None:
         """Say how large tiles are; start without buffers."""
-        self.sizes, self.part = sizes, part
-        self.held = Buffers()
+        super().__init__(sizes, part=part)
         self._scratch = quantize.Scratch()  # of one tile
 
     @property
@@ -42,19 +39,12 @@ class TorchKernel:
         """Bytes of all buffers."""
         return self.held.nbytes + self._scratch.nbytes
 
-    def room(self) -> Room:
-        """Give the buffers of the next tile."""
-        return self.held
-
-    def begin(self, task: SplitTask, tile: Tile) -> Tile:
-        """Leave it to `finish`."""
-        return tile
-
     def finish(self, task: SplitTask, pending: Tile, select: TopK, sums: Array) -> TileResult:
         """Round a tile, measure what that costs, and let `select` choose."""
         tile, scratch = pending, self._scratch
         scratch.reset()
-        if not _is_curvature(tile.curvature):
+        words = tile.curvature.words  # vectors were checked when they were loaded
+        if words is not None and not quantize.is_curvature(tensor_of(words, tile.curvature.dtype)):
             return TileResult(tile.raw, tile.raw, sound=False)
         raw = tensor_of(tile.raw, task.dtype)
         curvature, root = curvature_of(tile.curvature, empty=scratch)
@@ -120,11 +110,8 @@ def tensor_of(words: Array, dtype: str) -> Tensor:
 
 def words_of(values: Tensor) -> Array:
     """Look at numbers as their words."""
-    if values.dtype == torch.float16:
-        return values.view(torch.int16).numpy()
-    signed = values.view(torch.int16 if values.dtype == torch.bfloat16 else torch.int32)
-    found: Array = signed.numpy()
-    return found.view(np.uint16 if found.itemsize == 2 else np.uint32)
+    signed: Array = values.view(torch.int16 if values.itemsize == 2 else torch.int32).numpy()
+    return signed.view(WORDS[names_of_torch()[values.dtype]])
 
 
 def curvature_of(
@@ -135,7 +122,7 @@ def curvature_of(
     Roots are numpy's, each rounded as IEEE 754 says; torch's differ in the last bit.
     """
     if tile.words is not None:
-        raw = tensor_of(tile.words, "BF16" if tile.words.itemsize == 2 else "F32")
+        raw = tensor_of(tile.words, tile.dtype)
         shape = tuple(raw.shape)
         values = raw if raw.dtype == torch.float32 else empty(shape, torch.float32).copy_(raw)
         root = empty(shape, torch.float32)
@@ -153,15 +140,6 @@ def curvature_of(
         for row, column in zip(rows, columns, strict=True)
     )
     return values, root
-
-
-def _is_curvature(tile: CurvatureTile) -> bool:
-    """Tell whether words that were streamed are curvature; vectors were checked when loaded."""
-    if tile.words is None:
-        return True
-    return quantize.is_curvature(
-        tensor_of(tile.words, "BF16" if tile.words.itemsize == 2 else "F32")
-    )
 
 
 def _measure(

@@ -193,7 +193,7 @@ def test_canonical_recipe_tells_the_layout_only_where_it_is_not_that_of_ortho_1(
 
 
 def test_json_schema_names_every_setting() -> None:
-    text = json.dumps(recipe.json_schema())
+    text = json.dumps(settings.Recipe.model_json_schema())
     for key in ("targets", "on_unsupported", "group_size", "density", "overrides", "match"):
         assert f'"{key}"' in text
 

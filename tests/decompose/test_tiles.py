@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,7 @@ def test_any_tiles_same_findings_of_inspect(
     plan = case.plan(*sets, curved=False, sizes=DEFAULT_SIZES)
     decompose(plan, source, out)
     one, many = (
-        asdict(check_values(open_artifact(out), source, plan.recipe.canonical(), sizes=sizes))
+        check_values(open_artifact(out), source, plan.recipe.canonical(), sizes=sizes)
         for sizes in (DEFAULT_SIZES, small_tiles)
     )
     small_tiles.prove("check", *(["values"] if COMPACT in sets else []))

@@ -28,7 +28,7 @@ from ortho_cli.formats.open_artifact import open_artifact
 from ortho_cli.formats.statistics import describe, is_statistics, open_statistics
 from ortho_cli.formats.verify import verify
 from ortho_cli.split.pipeline import ROUNDS
-from ortho_cli.split.scales import Kept, curvature_scales
+from ortho_cli.split.scales import Kept, searched_scales
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage import job
 from ortho_cli.storage.checkpoint import open_checkpoint
@@ -88,7 +88,7 @@ def settled_scales(
 ) -> Tensor:
     """Let scales and positions take turns, each pass written out."""
     options: dict[str, Any] = {"group_size": group_size, "dtype": weight.dtype}
-    scales = curvature_scales(weight, curvature, **options)
+    scales = searched_scales(weight, curvature, **options)
     indices: list[int] = []
     for _ in range(ROUNDS):
         before = indices
@@ -100,7 +100,7 @@ def settled_scales(
         mask = torch.zeros(weight.numel(), dtype=torch.bool)
         mask[indices] = True
         known = Kept(mask.view(weight.shape), scales)
-        scales = curvature_scales(weight, curvature, kept=known, **options)
+        scales = searched_scales(weight, curvature, kept=known, **options)
     return scales
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ortho_cli.split import quantize
 from ortho_cli.split.in_memory import split_weight
 from ortho_cli.split.pipeline import rounds
-from ortho_cli.split.scales import Kept, curvature_scales, mse_scales
+from ortho_cli.split.scales import Kept, searched_scales
 from ortho_cli.split.task import SplitTask
 from tests.split.test_quantize import curved
 
@@ -35,7 +35,7 @@ def left(parts: dict[str, Tensor], weight: Tensor, curvature: Tensor | None) -> 
 
 def split_blind(weight: Tensor, curvature: Tensor | None, size: int, scale: str) -> float:
     """What alpha = 1 loses where scales serve every weight, as if there were no ortho."""
-    search = mse_scales if curvature is None else curvature_scales
+    search = searched_scales
     given = () if curvature is None else (curvature,)
     scales = search(weight, *given, group_size=size, dtype=weight.dtype)
     codes = quantize.quantize(weight.float(), scales)
@@ -77,7 +77,7 @@ def test_positions_stay_where_scales_are_searched_for_another_error() -> None:
     weight = torch.randn(16, 128, generator=generator)
     curvature = torch.rand(128, generator=generator) ** 4
     parts = split_weight(weight, group_size=64, density=0.05, scale="mse", curvature=curvature)
-    scales = mse_scales(weight, group_size=64, dtype=torch.float32)
+    scales = searched_scales(weight, group_size=64, dtype=torch.float32)
     error = quantize.dequantize(quantize.quantize(weight, scales), scales) - weight
     chosen = reference.top_k_indices(error.abs() * curvature.sqrt(), round(0.05 * weight.numel()))
     rows = np.repeat(np.arange(16), parts["crow_indices"].diff().numpy())
@@ -97,7 +97,7 @@ def test_kept_weights_count_for_nothing_in_a_scale(case: Case, seed: int) -> Non
     options = {"group_size": size, "dtype": weight.dtype}
     known = Kept(mask, quantize.absmax_scales(weight, **options))
     spoiled = torch.where(mask, torch.full_like(weight, 3.0e4), weight)
-    for search, more in ((mse_scales, ()), (curvature_scales, (curvature,))):
+    for search, more in ((searched_scales, ()), (searched_scales, (curvature,))):
         found = search(weight, *more, kept=known, **options)
         assert torch.equal(found, search(spoiled, *more, kept=known, **options))
 
@@ -106,7 +106,7 @@ def test_kept_weights_count_for_nothing_in_a_scale(case: Case, seed: int) -> Non
 def test_nothing_or_everything_kept_needs_no_second_turn(density: float) -> None:
     weight = torch.randn(4, 64)
     parts = split_weight(weight, group_size=32, density=density, scale="mse")
-    scales = mse_scales(weight, group_size=32, dtype=torch.float32)
+    scales = searched_scales(weight, group_size=32, dtype=torch.float32)
     assert torch.equal(parts["weight_scale"], scales)
     task = SplitTask(
         name="a",

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ortho_cli.split import quantize
-from ortho_cli.split.scale_search import scale_factors
-from ortho_cli.split.scales import curvature_scales, mse_scales, sum_lanes
+from ortho_cli.split.scales import searched_scales, sum_lanes
+from ortho_cli.split.task import scale_factors
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Values that meet: zeros, exact ties, halves of a step, subnormals, the ends of the range.
@@ -69,7 +69,7 @@ def test_3_bits_any_weight_equal_twins(case: tuple[torch.Tensor, int], searched:
     whole = weight.shape[1] // 32 * 32
     weight = weight[:, :whole] if whole else weight.repeat(1, 4)
     wide = weight.float()
-    make = mse_scales if searched else quantize.absmax_scales
+    make = searched_scales if searched else quantize.absmax_scales
     scales = make(weight, group_size=group_size, dtype=weight.dtype, bits=3)
     assert (scales > 0).all()
     if not searched:
@@ -148,7 +148,7 @@ def test_scale_factors_reach_both_ends_of_the_codes() -> None:
     assert scale_factors(4)[5:] == tuple(round(0.98 - 0.02 * step, 2) for step in range(25))
     for bits, largest in ((4, 7.0), (3, 3.0)):
         weight = torch.tensor([[largest, *range(3), *([0.0] * 28)], [-largest - 1, *([0.0] * 31)]])
-        scales = mse_scales(weight, group_size=32, dtype=torch.float32, bits=bits)
+        scales = searched_scales(weight, group_size=32, dtype=torch.float32, bits=bits)
         codes = quantize.quantize(weight, scales, bits=bits)
         assert torch.equal(quantize.dequantize(codes, scales), weight)
 
@@ -167,7 +167,7 @@ def test_absmax_scales_float16_below_normal_range_keeps_the_weights() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("make", [quantize.absmax_scales, mse_scales])
+@pytest.mark.parametrize("make", [quantize.absmax_scales, searched_scales])
 def test_scales_group_with_a_bad_weight_is_not_finite(make: quantize.Scales, bad: float) -> None:
     for dtype in DTYPES:
         weight = torch.randn(3, 64, dtype=dtype)
@@ -182,7 +182,7 @@ def test_mse_scales_any_weight_never_worse_than_absmax(case: tuple[torch.Tensor,
     weight, group_size = case
     wide = weight.float()
     errors = []
-    for make in (quantize.absmax_scales, mse_scales):
+    for make in (quantize.absmax_scales, searched_scales):
         scales = make(wide, group_size=group_size, dtype=weight.dtype)
         back = quantize.dequantize(quantize.quantize(wide, scales), scales)
         errors.append(sum_lanes((back - wide).square().view(len(weight), -1, group_size)))
@@ -222,7 +222,7 @@ def test_curvature_scales_any_case_have_the_least_weighted_error_of_all_factors(
     weight, curvature, group_size = case
     wide = weight.float()
     settings_ = {"group_size": group_size, "dtype": weight.dtype, "bits": bits}
-    found = curvature_scales(weight, curvature, **settings_)
+    found = searched_scales(weight, curvature, **settings_)
     plain = reference.absmax_scales(wide, group_size, weight.dtype, bits=bits)
     errors = torch.tensor(reference.curvature_error(wide, curvature, found, group_size, bits=bits))
     smallest = 2.0**-24 if weight.dtype == torch.float16 else torch.finfo(weight.dtype).tiny
@@ -241,10 +241,10 @@ def test_curvature_scales_any_case_have_the_least_weighted_error_of_all_factors(
 def test_curvature_scales_flat_curvature_equals_mse(case: tuple[torch.Tensor, int]) -> None:
     weight, group_size = case
     settings_ = {"group_size": group_size, "dtype": weight.dtype}
-    expected = mse_scales(weight, **settings_)
+    expected = searched_scales(weight, **settings_)
     for flat in (1e-38, 0.25, 3e38):
         for shape in (weight.shape, weight.shape[1:]):
-            found = curvature_scales(weight, torch.full(shape, flat), **settings_)
+            found = searched_scales(weight, torch.full(shape, flat), **settings_)
             assert torch.equal(found, expected)
 
 
@@ -288,7 +288,7 @@ def test_mse_scales_gaussian_weight_is_better_by_most_of_a_decibel() -> None:
             )
             for scales in (
                 make(weight, group_size=128, dtype=torch.float32)
-                for make in (quantize.absmax_scales, mse_scales)
+                for make in (quantize.absmax_scales, searched_scales)
             )
         )
         gains.append(mse - absmax)
