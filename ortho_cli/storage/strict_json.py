@@ -32,22 +32,18 @@ def _doubled(pairs: list[tuple[str, object]]) -> Iterator[str]:
             yield key
 
 
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        for key in _doubled(pairs):
-            raise ValueError(f"key {key!r} occurs twice, with different values")
-    return found
-
-
 def _no_constants(text: str) -> float:
     raise ValueError(f"{text} is not JSON")
+
+
+def _values(raw: bytes) -> int:
+    return sum(map(raw.count, (b",", b"[", b"{")))
 
 
 def needed(raw: bytes) -> int:
     """Bound the bytes that JSON takes in memory once it is parsed."""
     # At most 250 bytes a value with its key, and the text, its characters and theirs again.
-    values = sum(map(raw.count, (b",", b"[", b"{")))
+    values = _values(raw)
     text = len(raw) * (3 if raw.isascii() else 9)
     bound = _VALUE_BYTES * values + text
     if bound <= MAX_PARSED:
@@ -82,15 +78,16 @@ def parse(
         most: bytes that it may take in memory.
     """
 
-    def last_counts(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        if notes is not None and len(found := dict(pairs)) != len(pairs):
-            twice = _doubled(pairs)
-            notes.extend(f"`{key}` occurs twice in {what}: the last counts" for key in twice)
-            return found
-        return _no_duplicates(pairs)
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        for key in _doubled(pairs) if len(found) != len(pairs) else ():
+            if notes is None:
+                raise ValueError(f"key {key!r} occurs twice, with different values")
+            notes.append(f"`{key}` occurs twice in {what}: the last counts")
+        return found
 
     if (size := needed(raw)) > most:
-        values = sum(map(raw.count, (b",", b"[", b"{")))
+        values = _values(raw)
         raise CheckpointError(
             f"{what} has {len(raw)} bytes and {values} values; parsed it would take "
             f"{size // 10**6} MB, and {most // 10**6} are given to it",
@@ -99,7 +96,7 @@ def parse(
     try:
         found = json.loads(
             raw.decode(),
-            object_pairs_hook=last_counts,
+            object_pairs_hook=unique,
             parse_constant=float if constants else _no_constants,
         )
         if b"\\u" in raw:
