@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass
 
 from ortho_cli.errors import ArtifactError, blamed
-from ortho_cli.events import Advanced, EventSink, Started, null_sink
+from ortho_cli.events import EventSink, Started, null_sink
 from ortho_cli.formats.artifact import (
     ORTHO_FILE,
     REPORT_FILE,
@@ -40,24 +40,19 @@ def provenance(artifact: Artifact, report: Report | None) -> Origin:
     Raises:
         ArtifactError: a header and report.json, or two headers, tell different origins.
     """
-    base = artifact.base.metadata
-    ortho = artifact.ortho.metadata if artifact.ortho else None
-    recipe = recipe_of(artifact.base)
-    for key in ("plan_sha256", "recipe", "ortho_version"):
+    base, ortho = artifact.base.metadata, artifact.ortho.metadata if artifact.ortho else None
+    recipe, keys = recipe_of(artifact.base), ("plan_sha256", "recipe", "ortho_version")
+    for key in keys:
         if ortho is not None and ortho.get(key) != base.get(key):
             raise _differs(key, ORTHO_FILE, ortho.get(key), artifact.base.name, base.get(key))
     source = ortho.get("source_digest") if ortho is not None else None
     if report is not None:
-        pairs = [
-            ("plan_sha256", report.plan_sha256, base),
-            ("recipe", canonical_json(report.recipe), base),
-            ("ortho_version", report.versions.ortho, base),
-            *([("source_digest", report.source_digest, ortho)] if ortho is not None else []),
-        ]
-        for key, said, header in pairs:
-            if said != header.get(key):
-                file = artifact.base.name if header is base else ORTHO_FILE
-                raise _differs(key, REPORT_FILE, said, file, header.get(key))
+        values = (report.plan_sha256, canonical_json(report.recipe), report.versions.ortho)
+        for key, value in zip(keys, values, strict=True):
+            if value != base.get(key):
+                raise _differs(key, REPORT_FILE, value, artifact.base.name, base.get(key))
+        if ortho is not None and report.source_digest != source:
+            raise _differs("source_digest", REPORT_FILE, report.source_digest, ORTHO_FILE, source)
         source = report.source_digest
     return Origin(
         plan_sha256=base.get("plan_sha256"),
@@ -119,8 +114,7 @@ def check_source(artifact: Artifact, source: Checkpoint, *, on_event: EventSink 
     listed = []
     with contextlib.closing(ShardReader(source.shards)) as reader:
         for name, tensor in tensors.items():
-            mine = (tensor.dtype, list(tensor.shape), reader.digest(tensor))
-            on_event(Advanced(nbytes=tensor.nbytes))
+            mine = (tensor.dtype, list(tensor.shape), reader.digest(tensor, on_event))
             if known and mine != known[name]:
                 raise _other(
                     f"tensor `{name}` of {where} is {_words(*mine)}, and the artifact was made "

@@ -39,32 +39,20 @@ def quantization_config(
     whole = dict.fromkeys(unsplit, 0)
     split = {**_asked_names(split, taken=whole), **split}
     unsplit = list({**_asked_names(whole, taken=split), **whole})
-    widths = sorted(set(split.values()), reverse=True)
+    form = {"type": "int", "symmetric": True, "strategy": "group"}
+    groups: dict[str, object] = {}
+    for number, bits in enumerate(sorted(set(split.values()), reverse=True)):
+        mine = [module for module in split if split[module] == bits]
+        rest = [module for module in split if split[module] != bits]
+        groups[f"group_{number}"] = {
+            "targets": patterns(mine, against=[*unsplit, *others, *rest]),
+            "weights": {"num_bits": bits, **form, "group_size": group_size, "dynamic": False},
+        }
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {
-            f"group_{number}": {
-                "targets": patterns(
-                    [module for module in split if split[module] == bits],
-                    against=[
-                        *unsplit,
-                        *others,
-                        *(module for module in split if split[module] != bits),
-                    ],
-                ),
-                "weights": {
-                    "num_bits": bits,
-                    "type": "int",
-                    "symmetric": True,
-                    "strategy": "group",
-                    "group_size": group_size,
-                    "dynamic": False,
-                },
-            }
-            for number, bits in enumerate(widths)
-        },
+        "config_groups": groups,
         "ignore": patterns(unsplit, against=list(split)),
     }
 
@@ -169,7 +157,5 @@ def _pattern(module: str, others: _Names) -> str:
 
 def index(keys: Iterable[str], *, total_size: int) -> dict[str, object]:
     """Make the index without which transformers does not find base."""
-    return {
-        "metadata": {"total_size": total_size},
-        "weight_map": dict.fromkeys(sorted(keys), BASE_FILE),
-    }
+    weight_map = dict.fromkeys(sorted(keys), BASE_FILE)
+    return {"metadata": {"total_size": total_size}, "weight_map": weight_map}

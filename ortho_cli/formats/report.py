@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ortho_cli.formats.artifact import REPORT_FILE, Artifact, count_kept, damaged
+from ortho_cli.formats.artifact import REPORT_FILE, Artifact, damaged
 from ortho_cli.formats.schema import Figure, Validated, fault
 
 
@@ -110,7 +110,7 @@ def rows_from_headers(artifact: Artifact) -> Iterator[Row]:
             "shape": [rows, columns],
             "bits": artifact.bits[module],
             "bits_per_weight": round(8 * sum(p.nbytes for p in parts) / (rows * columns), 4),
-            "nnz": count_kept(mine) if mine else None,
+            "nnz": sum(mine[p].numel for p in mine if p.endswith("values")) if mine else None,
         }
         if "columns" in mine:
             row["columns"] = mine["columns"].numel

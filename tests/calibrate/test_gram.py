@@ -197,7 +197,7 @@ def test_file_without_gram_says_nothing_of_it(ortho: Ortho, model: Path) -> None
     run(ortho, model, "--gram", "none", out="b.safetensors")
     a, b = ((model.parent / f"{name}.safetensors").read_bytes() for name in "ab")
     assert a == b
-    metadata = open_statistics(model.parent / "a.safetensors").metadata
+    metadata = open_statistics(model.parent / "a.safetensors").shard.metadata
     assert list(metadata) == [
         *("format", "kind", "unit", "storage", "source_digest", "data"),
         *("recipe", "versions", "tensors", "digests"),
@@ -217,7 +217,7 @@ def test_header_inspect_and_report_say_what_was_measured(ortho: Ortho, model: Pa
     path = model.parent / "stats.safetensors"
     found = open_statistics(path)
     assert found.has_gram
-    assert list(found.metadata)[3:6] == ["storage", "gram", "weighting"]
+    assert list(found.shard.metadata)[3:6] == ["storage", "gram", "weighting"]
     assert found.summary()["gram"] == "full"
     assert found.summary()["weighting"] == "gradient"
     told = ortho("inspect", path, "--verify", "--json").json
