@@ -44,8 +44,7 @@ from ortho_cli.formats.verify import file_digest
 from ortho_cli.storage import job
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, check_in_place
 from ortho_cli.storage.data_file import DataFile, Frontier, GrowingDigest, Layout, plan_layout
-from ortho_cli.storage.job import Kind, Target
-from ortho_cli.storage.output import files_of
+from ortho_cli.storage.job import Kind, Target, files_of
 from ortho_cli.storage.sealing import (
     SEALED_FILE,
     Keys,
@@ -460,7 +459,7 @@ class _Job:
             device=self._kernels.device.partition(":")[0],
             side_files=self._write_side_files(),
         )
-        job.write_files(self._work, {REPORT_FILE: pretty_json(report.to_json())})
+        self._work.write_file(REPORT_FILE, pretty_json(report.to_json()))
         return report
 
     def _check_forgotten(self) -> None:

@@ -277,7 +277,7 @@ def test_plan_counts_matrices_and_their_sums(
     extra = full["bytes_scratch"] - plain["bytes_scratch"]
     assert 2 * matrices <= extra < 2 * matrices + 5000  # and a line of the header each
     free = plain["bytes_written"] + plain["bytes_scratch"] + 100_000
-    monkeypatch.setattr("ortho_cli.storage.output.free_bytes", lambda place: free)
+    monkeypatch.setattr("ortho_cli.storage.job.free_bytes", lambda place: free)
     data, out = model.parent / "retain.jsonl", model.parent / "stats.safetensors"
     ran = ortho("calibrate", model, "--data", data, "-o", out, *SMALL, "--gram", "full")
     assert ran.code == 9
