@@ -90,14 +90,7 @@ def ortho_specs(name: str, *, dtype: str, shape: Shape, nnz: int) -> Specs:
 
 
 def compact_specs(
-    name: str,
-    *,
-    dtype: str,
-    shape: Shape,
-    columns: int,
-    counts: str,
-    gaps: int,
-    others: int,
+    name: str, *, dtype: str, shape: Shape, columns: int, counts: str, gaps: int, others: int
 ) -> Specs:
     """List the tensors of ortho for a split weight in layout compact.
 

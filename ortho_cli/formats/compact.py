@@ -118,7 +118,7 @@ def decode(parts: Mapping[str, Tensor], shape: Shape, prefix: str) -> dict[str, 
             names the part, prefixed.
     """
     (rows, width), bad = shape, partial(_bad, prefix)
-    columns, counts = _numbers(parts["columns"]), _numbers(parts["row_counts"])
+    columns, counts = (parts[p].numpy().astype(np.int64) for p in ("columns", "row_counts"))
     values, block = parts["values"], parts["column_values"]
     _check_shapes(parts, shape, prefix)
     if columns.size and (rows == 1 or columns[0] < 0 or columns[-1] >= width):
@@ -274,10 +274,6 @@ def base_at(
 
 def _count_dtype(counts: Integers) -> np.dtype[np.generic]:
     return np.dtype(DTYPES[count_dtype(int(counts.max(initial=0)))].numpy)
-
-
-def _numbers(tensor: Tensor) -> npt.NDArray[np.int64]:
-    return tensor.numpy().astype(np.int64)
 
 
 def _bad(prefix: str, what: str) -> ArtifactError:

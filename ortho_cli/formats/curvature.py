@@ -52,7 +52,8 @@ class Curvature:
     def peek(self, starts: Sequence[int], count: int, room: Room) -> CurvatureTile:
         """Read `count` rows from each of `starts` on, outside of the pass."""
         if self._streamed is None:
-            rows = self._rows and Vector(*(_rows_of(v, starts, count) for v in self._rows))
+            parts = ([v[at : at + count] for at in starts] for v in self._rows or ())
+            rows = self._rows and Vector(*map(np.concatenate, parts))
             return CurvatureTile(None, rows, self._columns)
         columns, word = self._streamed.shape[1], WORDS[self._streamed.dtype]
         raw = room("curvature", (len(starts) * count, columns), word)
@@ -106,10 +107,6 @@ class Curvature:
                 f"{value} at {place}; curvature is finite and >= 0",
                 hint="calibrate again",
             )
-
-
-def _rows_of(values: Array, starts: Sequence[int], count: int) -> Array:
-    return np.concatenate([values[start : start + count] for start in starts])
 
 
 def gram_of(reader: StatisticsReader, name: str) -> npt.NDArray[np.float32]:

@@ -144,29 +144,22 @@ def _check_base(base: Shard) -> tuple[dict[str, Shape], dict[str, int]]:
                     f"{scale.dtype} {list(scale.shape)}",
                 )
             reader.read_into(buffer, shape, start=0)
-            rows, columns = struct.unpack("<2q", buffer)
-            shapes[module] = rows, columns
-            bits[module] = _bits(path, module, packed.shape, scale.shape, (rows, columns))
+            rows, columns = shapes[module] = struct.unpack("<2q", buffer)
+            words, groups = packed.shape[1], scale.shape[1]
+            # No two widths fill the same words with one row.
+            width = next((bits for bits in WIDTHS if columns * bits == words * 32), None)
+            if rows != packed.shape[0] or width is None:
+                raise damaged(
+                    path,
+                    f"`{module}.weight_shape` says {[rows, columns]}, and its codes "
+                    f"{list(packed.shape)} are {packed.shape[0]} rows of {words * 8} codes of "
+                    f"4 bits, or {words * 32 / 3:g} of 3",
+                )
+            if columns % groups:
+                what = f"`{module}` has {columns} columns and {groups} scales a row"
+                raise damaged(path, f"{what}, which do not fit")
+            bits[module] = width
     return shapes, bits
-
-
-def _bits(
-    path: Path, module: str, packed: tuple[int, ...], scale: tuple[int, ...], shape: Shape
-) -> int:
-    """Tell the width of a module's codes: no two widths fill the same words with one row."""
-    rows, columns = shape
-    bits = next((bits for bits in WIDTHS if columns * bits == packed[1] * 32), None)
-    if rows != packed[0] or bits is None:
-        raise damaged(
-            path,
-            f"`{module}.weight_shape` says {list(shape)}, and its codes {list(packed)} are "
-            f"{packed[0]} rows of {packed[1] * 8} codes of 4 bits, or {packed[1] * 32 / 3:g} of 3",
-        )
-    if columns % scale[1]:
-        raise damaged(
-            path, f"`{module}` has {columns} columns and {scale[1]} scales a row, which do not fit"
-        )
-    return bits
 
 
 def _check_pair(artifact: Artifact, ortho: Shard) -> None:

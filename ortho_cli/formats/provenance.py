@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 
 from ortho_cli.errors import ArtifactError, blamed
 from ortho_cli.events import EventSink, Started, null_sink
@@ -19,24 +18,15 @@ from ortho_cli.storage import strict_json
 from ortho_cli.storage.checkpoint import Checkpoint, Shard, ShardReader
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
-    """What an artifact was made from, and by what; None where the files do not tell."""
-
-    plan_sha256: str | None
-    recipe: dict[str, object]
-    versions: dict[str, str | None]
-    source_digest: str | None
-
-
-def provenance(artifact: Artifact, report: Report | None) -> Origin:
+def provenance(artifact: Artifact, report: Report | None) -> dict[str, object]:
     """Read from the headers where an artifact comes from; hold report.json against them.
 
     Args:
         artifact: with or without ortho.
         report: its validated report.json, where it has one.
     Returns:
-        `source_digest` is None for a base that is alone, without report.json.
+        plan_sha256, recipe, versions and source_digest, which is None for a base that is alone,
+        without report.json.
     Raises:
         ArtifactError: a header and report.json, or two headers, tell different origins.
     """
@@ -54,12 +44,12 @@ def provenance(artifact: Artifact, report: Report | None) -> Origin:
         if ortho is not None and report.source_digest != source:
             raise _differs("source_digest", REPORT_FILE, report.source_digest, ORTHO_FILE, source)
         source = report.source_digest
-    return Origin(
-        plan_sha256=base.get("plan_sha256"),
-        recipe=recipe,
-        versions={"ortho": base.get("ortho_version")},
-        source_digest=source,
-    )
+    return {
+        "plan_sha256": base.get("plan_sha256"),
+        "recipe": recipe,
+        "versions": {"ortho": base.get("ortho_version")},
+        "source_digest": source,
+    }
 
 
 def recipe_of(file: Shard) -> dict[str, object]:
@@ -96,8 +86,8 @@ def check_source(artifact: Artifact, source: Checkpoint, *, on_event: EventSink 
             first tensor that differs where report.json is there.
     """
     report = read_report(artifact)
-    expected = provenance(artifact, report).source_digest
-    if expected is None:
+    expected = provenance(artifact, report)["source_digest"]
+    if not isinstance(expected, str):
         raise ArtifactError(
             f"a base without {REPORT_FILE} and {ORTHO_FILE} holds no digest of its source",
             hint="put one of them back",

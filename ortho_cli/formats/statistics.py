@@ -96,25 +96,9 @@ class Statistics(Validated):
                 hint="calibrate this model, or give the statistics that were made from it",
             )
 
-    def check_tensor(self, key: str, digest: str) -> None:
-        """Raise if a tensor of the file has not the BLAKE3 that its header tells."""
-        if digest != self.digests[key]:
-            raise CalibrationError(
-                f"tensor `{key}` of `{self.path}` has BLAKE3 {digest[:12]} where "
-                f"{self.digests[key][:12]} was written",
-                hint="the file is damaged; restore it, or calibrate again",
-            )
-
 
 def specs(
-    name: str,
-    shape: Shape,
-    *,
-    kind: str,
-    storage: str,
-    dtype: str,
-    forget: bool,
-    gram: bool,
+    name: str, shape: Shape, *, kind: str, storage: str, dtype: str, forget: bool, gram: bool
 ) -> Specs:
     """List the tensors of one weight.
 
@@ -268,9 +252,9 @@ def verify(found: Statistics, *, on_event: EventSink = null_sink) -> dict[str, i
     tensors = found.shard.tensors
     total = sum(tensor.nbytes for tensor in tensors)
     on_event(Started(tensors=len(tensors), resumed=0, bytes_total=total, bytes_done=0))
-    with contextlib.closing(ShardReader([found.shard])) as reader:
+    with contextlib.closing(StatisticsReader(found)) as reader:
         for tensor in tensors:
-            found.check_tensor(tensor.name, reader.digest(tensor, on_event))
+            reader.compare(tensor, reader.digest(tensor, on_event))
     return {"tensors": len(tensors), "bytes": total}
 
 
@@ -285,4 +269,10 @@ class StatisticsReader(ShardReader):
 
     def compare(self, tensor: TensorInfo, digest: str) -> None:
         """Raise if a tensor's bytes do not have the digest that the file tells."""
-        self.statistics.check_tensor(tensor.name, digest)
+        written = self.statistics.digests[tensor.name]
+        if digest != written:
+            raise CalibrationError(
+                f"tensor `{tensor.name}` of `{self.statistics.path}` has BLAKE3 {digest[:12]} "
+                f"where {written[:12]} was written",
+                hint="the file is damaged; restore it, or calibrate again",
+            )

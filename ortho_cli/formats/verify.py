@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
@@ -42,10 +42,8 @@ def describe(artifact: Artifact) -> dict[str, object]:
     Raises:
         ArtifactError: report.json is not this artifact's, or no report.
     """
-    present = {
-        artifact.base.name: artifact.base.size,
-        ORTHO_FILE: artifact.ortho.size if artifact.ortho else None,
-    }
+    ortho = artifact.ortho.size if artifact.ortho else None
+    present = {artifact.base.name: artifact.base.size, ORTHO_FILE: ortho}
     if artifact.sealed:
         present[SEALED_FILE] = artifact.sealed.stat().st_size
     origin = provenance(artifact, read_report(artifact))
@@ -53,7 +51,7 @@ def describe(artifact: Artifact) -> dict[str, object]:
         return {**artifact.report, "files": present}
     return {
         "format": artifact.form,
-        **asdict(origin),
+        **origin,
         "tensors": [row.model_dump(exclude_unset=True) for row in rows_from_headers(artifact)],
         "files": present,
     }
@@ -189,8 +187,7 @@ def _verify_ortho(artifact: Artifact, ortho: Shard, reader: ShardReader) -> None
     """Hold the ortho stream of every split weight against the rules of its layout."""
     if artifact.layout == "csr":
         parts = artifact.kept  # made anew each time that it is asked for
-        for module in artifact.split:
-            width = artifact.shapes[module][1]
+        for module, (_, width) in artifact.shapes.items():
             with damage_in(ortho.path):
                 _verify_csr(reader, parts[module], width, f"{module}.")
     else:

@@ -77,10 +77,8 @@ def plan_layout(specs: Iterable[TensorSpec], metadata: dict[str, str]) -> Layout
         )
     raw = len(text).to_bytes(8, "little") + text
     regions = {
-        spec.key: Region(
-            dtype=spec.dtype, shape=spec.shape, offset=len(raw) + start, nbytes=spec.nbytes
-        )
-        for spec, start in zip(ordered, starts, strict=False)
+        s.key: Region(dtype=s.dtype, shape=s.shape, offset=len(raw) + start, nbytes=s.nbytes)
+        for s, start in zip(ordered, starts[:-1], strict=True)
     }
     return Layout(header=raw, regions=regions, size=len(raw) + starts[-1])
 
@@ -102,15 +100,11 @@ class DataFile:
         self.name = name
         self.fd = work.open_data(name, size=layout.size, mode=mode, scratch=scratch)
         self._path = (work.private if scratch else work.artifact) / name
-        self._layout = layout
+        self.layout = layout
 
     def write(self, key: str, data: memoryview, *, start: int) -> None:
         """Write part of a tensor, `start` bytes into it."""
         self._put(data, self._place(key, start, data.nbytes))
-
-    def nbytes(self, key: str) -> int:
-        """Tell the size of a tensor."""
-        return self._layout.regions[key].nbytes
 
     def read_into(self, key: str, buffer: memoryview, *, start: int) -> None:
         """Read back what was written of a tensor, from `start` bytes into it."""
@@ -118,7 +112,7 @@ class DataFile:
 
     def read(self, key: str) -> Iterator[memoryview]:
         """Yield what is written of a tensor, piece by piece, in one buffer."""
-        region = self._layout.regions[key]
+        region = self.layout.regions[key]
         return pieces(self.fd, region.offset, region.nbytes, what=f"`{self._path}`")
 
     def digest(self, key: str) -> str:
@@ -143,7 +137,7 @@ class DataFile:
 
     def _place(self, key: str, start: int, nbytes: int) -> int:
         """Find bytes of a tensor in the file; those outside of it would be another tensor's."""
-        region = self._layout.regions[key]
+        region = self.layout.regions[key]
         if start < 0 or start + nbytes > region.nbytes:
             raise InternalError(
                 f"bytes {start} to {start + nbytes} of `{key}` are asked for, which has "
@@ -174,7 +168,7 @@ class TensorStream:
 
     def finish(self) -> str:
         """See that the tensor is whole, and give its BLAKE3; what is left out would be zeros."""
-        nbytes = self._output.nbytes(self.key)
+        nbytes = self._output.layout.regions[self.key].nbytes
         if self._position != nbytes:
             raise InternalError(f"`{self.key}` has {self._position} of its {nbytes} bytes")
         return self.digest.hexdigest()

@@ -32,12 +32,10 @@ def sync(fd: int) -> bool:
     return any(_works(call, fd) for call in (getattr(os, "fdatasync", os.fsync), os.fsync))
 
 
-def _works(
-    call: Callable[..., object], *arguments: object, lacking: frozenset[int] = LACKING
-) -> bool:
+def _works(call: Callable[..., object], *args: object, lacking: frozenset[int] = LACKING) -> bool:
     """Make a call of the system; False where the file system has none such."""
     try:
-        call(*arguments)
+        call(*args)
     except OSError as error:
         if error.errno not in lacking:
             raise

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from ortho_cli.errors import CheckpointError
@@ -23,22 +22,12 @@ _ID = re.compile(
 _FILE = re.compile(r"\.(safetensors|bin|pth?|ckpt|gguf|json|jsonl|txt|parquet|ya?ml|zip|gz)$")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HubName:
-    """A repository, and a revision where one is named."""
-
-    name: str
-    revision: str | None
-    certain: bool  # it has a slash or an address, as no plain folder's name has
-
-
-def parse(path: Path) -> HubName | None:
-    """Read a path as the name of a repository; None where it cannot be one."""
-    found = _ID.fullmatch(str(path))
-    if found is None or _FILE.search(found["name"]) or ".." in found["name"]:
+def parse(path: Path) -> re.Match[str] | None:
+    """Read a path as the url, name and revision or branch of a repository; None if it is none."""
+    named = _ID.fullmatch(str(path))
+    if named is None or _FILE.search(named["name"]) or ".." in named["name"]:
         return None
-    revision, certain = found["revision"] or found["branch"], found["url"] or "/" in found["name"]
-    return HubName(name=found["name"], revision=revision, certain=bool(certain))
+    return named
 
 
 def cache() -> Path:
@@ -65,7 +54,8 @@ def locate(given: Path) -> tuple[Path, str | None]:
         named = parse(given)
         if named is None:
             return given, None
-        folder, revision = cache() / ("models--" + named.name.replace("/", "--")), named.revision
+        folder = cache() / ("models--" + named["name"].replace("/", "--"))
+        revision = named["revision"] or named["branch"]
     if not folder.absolute().name.startswith("models--") or not (folder / "snapshots").is_dir():
         return given, None
     found = _snapshot(folder, revision)
@@ -96,9 +86,9 @@ def advice(given: Path) -> str | None:
     named = parse(given)
     if named is None:
         return None
-    revision = f" --revision {named.revision}" if named.revision else ""
-    short = named.name.rpartition("/")[2]
-    command = f"`hf download {named.name}{revision} --local-dir {short}`"
-    if not named.certain:
+    name, revision = named["name"], named["revision"] or named["branch"]
+    wanted, short = f" --revision {revision}" if revision else "", name.rpartition("/")[2]
+    command = f"`hf download {name}{wanted} --local-dir {short}`"
+    if not named["url"] and "/" not in name:  # a plain folder may be meant
         return f"give a .safetensors file or a model folder; {command} fetches a model of the Hub"
     return f"it looks like the name of a model on the Hub: {command}, then give `{short}`"

@@ -35,6 +35,7 @@ from ortho_cli.storage.work_folder import (
 
 # Seconds from one sync of finished tensors to the next: a kill costs at most this much work.
 COMMIT_SECONDS = 0.5
+Refusal = OutputExistsError | UsageError
 SIDE_BYTES = 2_048  # bytes that index, report and side files take per tensor, about
 
 
@@ -93,9 +94,7 @@ def resolve_output(out: Path) -> Path:
     try:
         return out.resolve()
     except (RuntimeError, OSError):
-        raise OutputExistsError(
-            f"output `{out}` is a link that leads nowhere", hint="choose another -o"
-        ) from None
+        raise _refusal(OutputExistsError, out, "is a link that leads nowhere") from None
 
 
 def files_of(checkpoint: Checkpoint, *more: Path) -> list[Path]:
@@ -125,19 +124,15 @@ def check_target(out: Path, kind: Kind, sources: Iterable[Path], *, force: bool)
     recover(path)
     if path.exists() and path.is_dir() == kind.is_file:
         there, wanted = ("a folder", "file") if kind.is_file else ("a file", "folder")
-        raise OutputExistsError(
-            f"output `{out}` is {there}", hint=f"choose another -o; the output is a {wanted}"
-        )
+        hint = f"choose another -o; the output is a {wanted}"
+        raise _refusal(OutputExistsError, out, f"is {there}", hint)
     if path.exists() and (kind.is_file or any(path.iterdir())):
         if not kind.is_ours(path):
-            raise OutputExistsError(
-                f"output `{out}` exists and is no {kind.name}",
-                hint=f"choose another -o; --force replaces {kind.name}s only",
-            )
+            hint = f"choose another -o; --force replaces {kind.name}s only"
+            raise _refusal(OutputExistsError, out, f"exists and is no {kind.name}", hint)
         if not force:
-            raise OutputExistsError(
-                f"output `{out}` exists", hint="choose another -o, or replace it with --force"
-            )
+            hint = "choose another -o, or replace it with --force"
+            raise _refusal(OutputExistsError, out, "exists", hint)
     return Target(path=path, kind=kind, force=force)
 
 
@@ -146,22 +141,20 @@ def _check_place(out: Path, path: Path, sources: Iterable[Path]) -> None:
     for source in sources:
         real = source.resolve()
         if path == real or (real.is_dir() and real in path.parents):
-            raise UsageError(
-                f"output `{out}` is the source `{source}` or inside it", hint="choose another -o"
-            )
+            raise _refusal(UsageError, out, f"is the source `{source}` or inside it")
         if path in real.parents:
-            raise UsageError(
-                f"output `{out}` holds the source `{source}`", hint="choose another -o"
-            )
+            raise _refusal(UsageError, out, f"holds the source `{source}`")
     if path == Path.cwd() or os.path.ismount(path):
         what = "the current folder" if path == Path.cwd() else "a mount point"
-        raise UsageError(
-            f"output `{out}` is {what}, which cannot be replaced as a whole",
-            hint="choose a folder inside it",
-        )
+        what = f"is {what}, which cannot be replaced as a whole"
+        raise _refusal(UsageError, out, what, "choose a folder inside it")
     blocked = next((p for p in path.parents if p.exists() and not p.is_dir()), None)
     if blocked is not None:
-        raise UsageError(f"output `{out}` is under the file `{blocked}`", hint="choose another -o")
+        raise _refusal(UsageError, out, f"is under the file `{blocked}`")
+
+
+def _refusal(kind: type[Refusal], out: Path, what: str, hint: str = "choose another -o") -> Refusal:
+    return kind(f"output `{out}` {what}", hint=hint)
 
 
 @contextlib.contextmanager

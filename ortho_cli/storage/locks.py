@@ -177,8 +177,7 @@ class _Holder(NamedTuple):
 
 def _held(pid: str, out: Path) -> OutputExistsError:
     return OutputExistsError(
-        f"process {pid} is writing `{out}` right now",
-        hint="wait for it, or choose another -o",
+        f"process {pid} is writing `{out}` right now", hint="wait for it, or choose another -o"
     )
 
 
@@ -186,14 +185,11 @@ def _parse(raw: bytes) -> _Holder | None:
     """Read which process holds a lock; None while the file is written, or if it is damaged."""
     try:
         fields = json.loads(raw)
-    except (ValueError, RecursionError):
+        holder = _Holder(fields["pid"], fields["host"], fields.get("start"), fields.get("space"))
+    except (ValueError, RecursionError, LookupError, TypeError):
         return None
-    if not isinstance(fields, dict):
-        return None
-    pid, host = fields.get("pid"), fields.get("host")
-    if type(pid) is not int or pid <= 0 or not isinstance(host, str):
-        return None
-    return _Holder(pid, host, fields.get("start"), fields.get("space"))
+    sound = type(holder.pid) is int and holder.pid > 0 and isinstance(holder.host, str)
+    return holder if sound else None
 
 
 def _is_here(holder: _Holder) -> bool:

@@ -179,7 +179,7 @@ class WorkKey:
 
     def __init__(self, secret: str, seal: Seal) -> None:
         """Take an identity of age, as it is spelled, and the recipients that it is locked to."""
-        self._secret, self._seal = secret, seal
+        self._secret, self.lock = secret, seal
         self._identity = _pyrage().x25519.Identity.from_str(secret)
         self._mine = self._identity.to_public()
 
@@ -204,19 +204,14 @@ class WorkKey:
     def locked(self) -> bytes:
         """Seal the key itself to the recipients of ortho."""
         module, text = _pyrage(), self._secret.encode()
-        if self._seal.passphrase:
-            return bytes(module.passphrase.encrypt(text, self._seal.passphrase))
+        if self.lock.passphrase:
+            return bytes(module.passphrase.encrypt(text, self.lock.passphrase))
         return bytes(module.encrypt(text, self._recipients))
-
-    @property
-    def has_passphrase(self) -> bool:
-        """Whether a passphrase opens it, and it opens ortho."""
-        return self._seal.passphrase is not None
 
     @property
     def _recipients(self) -> list[object]:
         """Recipients of the finished stream."""
-        return [_recipient(text) for text in self._seal.recipients] or [self._mine]
+        return [_recipient(text) for text in self.lock.recipients] or [self._mine]
 
     def seal(self, data: Buffer) -> bytes:
         """Seal some bytes to this key; never the same bytes twice."""
@@ -264,11 +259,11 @@ class SealedFile(DataFile):
         """Open it; each tensor of the layout has a slot of its own."""
         self._slots = _slots(layout)
         super().__init__(work, name, self._slots, mode=0o600, scratch=True)
-        self._layout, self._key, self._work = layout, key, work
+        self.layout, self._key, self._work = layout, key, work
 
     def write(self, key: str, data: memoryview, *, start: int) -> None:
         """Seal a tensor, which is given whole."""
-        size = self._layout.regions[key].nbytes
+        size = self.layout.regions[key].nbytes
         if start != 0 or data.nbytes != size:
             raise InternalError(
                 f"{data.nbytes} bytes from {start} on of `{key}` are to be sealed, and it has "
@@ -321,7 +316,7 @@ class SealedFile(DataFile):
 
         with writing(work.artifact / SEALED_FILE):
             self._key.seal_stream(pieces(), write)
-            if self._key.has_passphrase:
+            if self._key.lock.passphrase:
                 work.write_file(IDENTITY_FILE, (work.private / KEY_FILE).read_bytes())
         return content.hexdigest(), sealed.hexdigest()
 

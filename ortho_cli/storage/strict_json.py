@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from ortho_cli.errors import CheckpointError
@@ -22,14 +22,6 @@ REPORT_FILE, REPORT_PARSED = 800, 5_000
 _ENTRY = re.compile(rb'"[^"\\]*":\{"dtype":"\w+","shape":\[[\d,]*\],"data_offsets":\[\d+,\d+\]\}')
 _ENTRY_BYTES, _VALUE_BYTES = 650, 250
 _ENTRY_VALUES = 6  # commas, brackets and braces in one, without those of its shape or name
-
-
-def _doubled(pairs: list[tuple[str, object]]) -> Iterator[str]:
-    """Name the keys that occur twice, with different values."""
-    found: dict[str, object] = {}
-    for key, value in pairs:
-        if found.setdefault(key, value) != value:
-            yield key
 
 
 def _no_constants(text: str) -> float:
@@ -79,12 +71,14 @@ def parse(
     """
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found = dict(pairs)
-        for key in _doubled(pairs) if len(found) != len(pairs) else ():
+        last, first = dict(pairs), dict[str, object]()
+        for key, value in pairs if len(last) != len(pairs) else ():
+            if first.setdefault(key, value) == value:
+                continue
             if notes is None:
                 raise ValueError(f"key {key!r} occurs twice, with different values")
             notes.append(f"`{key}` occurs twice in {what}: the last counts")
-        return found
+        return last
 
     if (size := needed(raw)) > most:
         values = _values(raw)
@@ -117,11 +111,7 @@ def levels(config: Mapping[str, object] | None) -> list[Mapping[str, object]]:
 
 
 def read(
-    path: Path,
-    *,
-    constants: bool = False,
-    notes: list[str] | None = None,
-    tensors: int = 0,
+    path: Path, *, constants: bool = False, notes: list[str] | None = None, tensors: int = 0
 ) -> dict[str, object]:
     """Read a JSON file that comes with a model.
 
@@ -134,8 +124,7 @@ def read(
     most = MAX_FILE + REPORT_FILE * tensors
     if (size := path.stat().st_size) > most:
         raise CheckpointError(
-            f"`{path}` has {size} bytes; at most {most} are read",
-            hint="is it the right file?",
+            f"`{path}` has {size} bytes; at most {most} are read", hint="is it the right file?"
         )
     raw = read_regular(path)
     kind = sniff.kind_of(raw[: sniff.HEAD])

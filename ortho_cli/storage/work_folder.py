@@ -333,8 +333,7 @@ class WorkFolder:
         self.out.rename(previous)
 
     def _close(self) -> None:
-        fds, self._fds = [*self._fds.values(), self._journal], {}
-        self._journal = -1
+        fds, self._fds, self._journal = [*self._fds.values(), self._journal], {}, -1
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
@@ -423,9 +422,8 @@ def _complete_lines(path: Path) -> Iterator[Entry]:
                 line = json.loads(raw)
             except (ValueError, RecursionError):
                 return
-            if not isinstance(line, dict) or _encode(line) != raw:
-                return
-            if number and not isinstance(line.get("name"), str):
+            sound = isinstance(line, dict) and (not number or isinstance(line.get("name"), str))
+            if not sound or _encode(line) != raw:
                 return
             yield line
 
