@@ -38,8 +38,7 @@ from ortho_cli.split.quantize import as_bytes
 from ortho_cli.storage import job
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, TensorInfo, check_in_place
 from ortho_cli.storage.data_file import DataFile, TensorStream, plan_layout
-from ortho_cli.storage.job import Kind, Target
-from ortho_cli.storage.output import files_of
+from ortho_cli.storage.job import Kind, Target, files_of
 from ortho_cli.storage.work_folder import WorkFolder
 from ortho_cli.version import __version__
 

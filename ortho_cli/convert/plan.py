@@ -14,7 +14,7 @@ from ortho_cli.formats.artifact import CONFIG_FILE, INDEX_FILE, canonical_json, 
 from ortho_cli.split.dtypes import BY_CONFIG, FLOATS
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage.data_file import Layout, TensorSpec, plan_layout
-from ortho_cli.storage.output import SIDE_BYTES
+from ortho_cli.storage.job import SIDE_BYTES
 from ortho_cli.storage.side_files import SideFiles, choose, choose_none
 from ortho_cli.version import __version__
 

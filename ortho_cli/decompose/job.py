@@ -35,8 +35,7 @@ from ortho_cli.formats.verify import file_digest
 from ortho_cli.storage import job, sealing
 from ortho_cli.storage.checkpoint import Checkpoint, check_in_place
 from ortho_cli.storage.data_file import DataFile, Frontier, GrowingDigest, Layout, plan_layout
-from ortho_cli.storage.job import Kind, Target
-from ortho_cli.storage.output import files_of
+from ortho_cli.storage.job import Kind, Target, files_of
 from ortho_cli.storage.work_folder import Entry, WorkFolder, interruptible
 from ortho_cli.version import __version__
 
@@ -441,7 +440,7 @@ class _Job:
             device=self.kernels.device.partition(":")[0],
             side_files=self._write_side_files(),
         )
-        job.write_files(self.work, {artifact.REPORT_FILE: artifact.pretty_json(report)})
+        self.work.write_file(artifact.REPORT_FILE, artifact.pretty_json(report))
         return report
 
     def _check_forgotten(self) -> None:

@@ -24,7 +24,7 @@ from ortho_cli.formats.statistics import Statistics, check_model, check_weights
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.storage.data_file import Layout, TensorSpec, plan_layout
-from ortho_cli.storage.output import SIDE_BYTES
+from ortho_cli.storage.job import SIDE_BYTES
 from ortho_cli.storage.sealing import IDENTITY_FILE, SEALED_FILE
 from ortho_cli.storage.side_files import SideFiles, choose, choose_none
 from ortho_cli.version import __version__

@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from ortho_cli.split.select import BINS
 from ortho_cli.storage.checkpoint import Shard
-from ortho_cli.storage.output import resolve_output
+from ortho_cli.storage.job import resolve_output
 from ortho_cli.storage.untrusted import read_regular
 from ortho_cli.storage.work_folder import identity_left, work_folder, write_private
 

@@ -32,7 +32,9 @@ REPORT_FILE = "report.json"
 
 WIDTHS = (3, 4)  # bits of a code
 COUNT_DTYPES = ("U8", "U16", "I32")  # of row_counts, smallest first
-CHUNK = 1 << 20
+TypeAndShape = tuple[str, tuple[int, ...]]
+Shape = tuple[int, int]  # (out, in)
+Specs = tuple[TensorSpec, ...]
 
 
 def canonical_json(value: object) -> str:
@@ -57,47 +59,39 @@ def module_of(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def base_specs(
-    name: str, *, dtype: str, shape: tuple[int, int], group_size: int, bits: int = 4
-) -> tuple[TensorSpec, ...]:
+def make_specs(name: str, parts: Mapping[str, TypeAndShape]) -> Specs:
+    """List tensors of the module that a weight belongs to, from dtype and shape of each part."""
+    return tuple(
+        TensorSpec(key=f"{module_of(name)}.{part}", dtype=dtype, shape=shape)
+        for part, (dtype, shape) in parts.items()
+    )
+
+
+def base_specs(name: str, *, dtype: str, shape: Shape, group_size: int, bits: int = 4) -> Specs:
     """List the tensors of base for a split weight: packed codes, scales, shape."""
     rows, columns = shape
-    module = module_of(name)
-    words = columns * bits // 32
-    return (
-        TensorSpec(key=f"{module}.weight_packed", dtype="I32", shape=(rows, words)),
-        TensorSpec(key=f"{module}.weight_scale", dtype=dtype, shape=(rows, columns // group_size)),
-        TensorSpec(key=f"{module}.weight_shape", dtype="I64", shape=(2,)),
-    )
+    parts: dict[str, TypeAndShape] = {
+        "weight_packed": ("I32", (rows, columns * bits // 32)),
+        "weight_scale": (dtype, (rows, columns // group_size)),
+        "weight_shape": ("I64", (2,)),
+    }
+    return make_specs(name, parts)
 
 
-def ortho_specs(
-    name: str, *, dtype: str, shape: tuple[int, int], nnz: int
-) -> tuple[TensorSpec, ...]:
+def ortho_specs(name: str, *, dtype: str, shape: Shape, nnz: int) -> Specs:
     """List the tensors of ortho for a split weight in layout csr: row pointers, columns, values."""
     rows, columns = shape
-    module = module_of(name)
-    return (
-        TensorSpec(
-            key=f"{module}.crow_indices", dtype="I32" if nnz < 2**31 else "I64", shape=(rows + 1,)
-        ),
-        TensorSpec(
-            key=f"{module}.col_indices", dtype="U16" if columns <= 2**16 else "I32", shape=(nnz,)
-        ),
-        TensorSpec(key=f"{module}.values", dtype=dtype, shape=(nnz,)),
-    )
+    parts: dict[str, TypeAndShape] = {
+        "crow_indices": ("I32" if nnz < 2**31 else "I64", (rows + 1,)),
+        "col_indices": ("U16" if columns <= 2**16 else "I32", (nnz,)),
+        "values": (dtype, (nnz,)),
+    }
+    return make_specs(name, parts)
 
 
 def compact_specs(
-    name: str,
-    *,
-    dtype: str,
-    shape: tuple[int, int],
-    columns: int,
-    counts: str,
-    gaps: int,
-    others: int,
-) -> tuple[TensorSpec, ...]:
+    name: str, *, dtype: str, shape: Shape, columns: int, counts: str, gaps: int, others: int
+) -> Specs:
     """List the tensors of ortho for a split weight in layout compact.
 
     Args:
@@ -110,19 +104,15 @@ def compact_specs(
         others: entries outside of those columns.
     """
     rows, width = shape
-    narrow = "U16" if width <= 2**16 else "I32"
-    parts = {
-        "columns": (narrow, (columns,)),
+    parts: dict[str, TypeAndShape] = {
+        "columns": ("U16" if width <= 2**16 else "I32", (columns,)),
         "column_values": (dtype, (rows, columns)),
         "row_counts": (counts, (rows,)),
         "col_gaps": ("U8", (gaps,)),
         "values": (dtype, (others,)),
         **({"value_step": ("F32", (1,))} if dtype == "I8" else {}),
     }
-    return tuple(
-        TensorSpec(key=f"{module_of(name)}.{part}", dtype=kind, shape=size)
-        for part, (kind, size) in parts.items()
-    )
+    return make_specs(name, parts)
 
 
 def count_dtype(largest: int) -> str:
@@ -130,7 +120,7 @@ def count_dtype(largest: int) -> str:
     return COUNT_DTYPES[(largest >= 2**8) + (largest >= 2**16)]
 
 
-def compact_at_most(name: str, *, dtype: str, shape: tuple[int, int], nnz: int) -> int:
+def compact_at_most(name: str, *, dtype: str, shape: Shape, nnz: int) -> int:
     """Bound the bytes of a split tensor in the compact layout, its share of the header included.
 
     Gaps of a row add up to less than its columns, so all its bytes of 255 are at most
@@ -163,42 +153,20 @@ def base_metadata(*, plan_sha256: str, recipe: str, version: str) -> dict[str, s
     }
 
 
-def ortho_metadata(
-    *,
-    plan_sha256: str,
-    recipe: str,
-    version: str,
-    source_digest: str,
-    base_blake3: str,
-) -> dict[str, str]:
-    """Metadata of ortho.safetensors; a digest's length is known before the digest."""
-    return {
-        "format": FORMAT,
-        "role": "ortho",
-        "ortho_version": version,
-        "plan_sha256": plan_sha256,
-        "recipe": recipe,
-        "source_digest": source_digest,
-        "base_blake3": base_blake3,
-    }
+def ortho_metadata(*, source_digest: str, base_blake3: str, **common: str) -> dict[str, str]:
+    """Metadata of ortho.safetensors; a digest's length is known before the digest.
+
+    Args:
+        source_digest: of what was split.
+        base_blake3: of the base beside it.
+        common: what `base_metadata` takes.
+    """
+    metadata = base_metadata(**common) | {"format": FORMAT, "role": "ortho"}
+    del metadata["ortho_format"]
+    return metadata | {"source_digest": source_digest, "base_blake3": base_blake3}
 
 
 Parts = dict[str, TensorInfo]
-
-
-def by_module(ortho: Shard) -> dict[str, Parts]:
-    """Sort ortho's tensors by the module that they belong to, and their part."""
-    found: dict[str, Parts] = {}
-    for tensor in ortho.tensors:
-        module, _, part = tensor.name.rpartition(".")
-        found.setdefault(module, {})[part] = tensor
-    return found
-
-
-def count_kept(parts: Parts) -> int:
-    """Count the entries of a module's ortho stream, from its header."""
-    block = parts.get("column_values")
-    return parts["values"].numel + (block.numel if block else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,7 +179,7 @@ class Artifact:
     report: dict[str, object] | None  # as it was parsed; `report.read_report` validates it
     sealed: Path | None  # the file that holds ortho, where that is sealed
     opened: Opened | None  # its content in memory, which lives as long as this reference
-    shapes: Mapping[str, tuple[int, int]]  # (out, in) of each split module, from weight_shape
+    shapes: Mapping[str, Shape]  # (out, in) of each split module, from weight_shape
     bits: Mapping[str, int]  # of a code of each of them
 
     @property
@@ -227,28 +195,27 @@ class Artifact:
     @property
     def digest(self) -> str:
         """Name the digest algorithm of whole files."""
-        return digest_of(self.form)
+        return "sha256" if self.form in OLD_LAYOUTS else "blake3"
 
     @property
     def kept(self) -> dict[str, Parts]:
         """The tensors of ortho by module and part; empty without ortho."""
-        return by_module(self.ortho) if self.ortho else {}
+        found: dict[str, Parts] = {}
+        for tensor in self.ortho.tensors if self.ortho else ():
+            module, _, part = tensor.name.rpartition(".")
+            found.setdefault(module, {})[part] = tensor
+        return found
+
+    @property
+    def layout(self) -> str:
+        """The ortho.layout, by the format or by the names of ortho's tensors."""
+        compact = any("row_counts" in parts for parts in self.kept.values())
+        return OLD_LAYOUTS.get(self.form, "compact" if compact else "csr")
 
     @property
     def split(self) -> tuple[str, ...]:
         """Modules that were split, by name."""
         return tuple(self.shapes)
-
-
-def digest_of(form: str) -> str:
-    """Name the digest algorithm that a format takes of whole files."""
-    return "sha256" if form in OLD_LAYOUTS else "blake3"
-
-
-def layout_of(form: str, kept: Mapping[str, Parts]) -> str:
-    """Tell an ortho.layout by the format, or by the names of ortho's tensors."""
-    compact = any("row_counts" in parts for parts in kept.values())
-    return OLD_LAYOUTS.get(form, "compact" if compact else "csr")
 
 
 def is_ours(metadata: dict[str, str]) -> bool:
@@ -260,36 +227,26 @@ def is_ours(metadata: dict[str, str]) -> bool:
 _MARKS = frozenset({"ortho_format", "role", "recipe"})
 
 
-def base_file(folder: Path) -> Path | None:
-    """Find base in a folder, by its header; None where there is none.
+def find_base(folder: Path) -> tuple[Path, dict[str, str] | None] | None:
+    """Find base in a folder, by its header, and its metadata; None where there is none.
 
-    A file that cannot be read counts if a report or an ortho stream of ours is beside it.
+    A file that cannot be read, and so has no metadata, counts if a report or an ortho stream of
+    ours is beside it.
     """
-    found = _find_base(folder)
-    return None if found is None else found[0]
-
-
-def _find_base(folder: Path) -> tuple[Path, dict[str, str] | None] | None:
-    """Find base and its metadata, which is None where it cannot be read."""
     new, old = folder / BASE_FILE, folder / OLD_BASE_FILE
     path = new if new.is_file() else old
     if not path.is_file():
         return None
     metadata = checkpoint.metadata_of(path)
     if metadata is None:
-        return (path, None) if path == old or _has_company(folder) else None
+        known = path == old or (folder / SEALED_FILE).is_file() or _is_ortho(folder / ORTHO_FILE)
+        return (path, None) if known or _is_report(folder / REPORT_FILE) else None
     if not is_ours(metadata) and _MARKS.isdisjoint(metadata):
         return None
     if path == new and metadata.get("ortho_format") in OLD_LAYOUTS and old.is_file():
         # An older base that was also given the name that other readers look for.
         return old, checkpoint.metadata_of(old)
     return path, metadata
-
-
-def _has_company(folder: Path) -> bool:
-    """Tell whether a file beside base shows that the folder is an artifact."""
-    sealed = (folder / SEALED_FILE).is_file()
-    return sealed or _is_ortho(folder / ORTHO_FILE) or _is_report(folder / REPORT_FILE)
 
 
 def _is_ortho(path: Path) -> bool:
@@ -314,15 +271,15 @@ def is_artifact(path: Path, *, damaged: bool = False) -> bool:
     """
     folder = path if path.is_dir() else path.parent
     if path.is_dir() or path.name == SEALED_FILE:  # a sealed file has no header to read
-        found = _find_base(folder)
-        if found is None:
+        base = find_base(folder)
+        if base is None:
             return _is_lone_ortho(folder, damaged=damaged)
-        return damaged or is_ours(found[1] or {})
+        return damaged or is_ours(base[1] or {})
     metadata = checkpoint.metadata_of(path) if path.is_file() else {}
     if metadata is not None and is_ours(metadata):
         return True
     named = metadata is None and path.name in (OLD_BASE_FILE, ORTHO_FILE)
-    return damaged and (named or path == base_file(folder))
+    return damaged and (named or path in (find_base(folder) or ()))
 
 
 def _is_lone_ortho(folder: Path, *, damaged: bool) -> bool:

@@ -11,6 +11,7 @@ Positions are numpy's, since torch has few operations on uint16; pure, on the CP
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor
 
 from ortho_cli.errors import ArtifactError
+from ortho_cli.formats.artifact import Shape, count_dtype
 from ortho_cli.formats.csr import unsound
 from ortho_cli.split import quantize
+from ortho_cli.split.dtypes import DTYPES
 from ortho_cli.split.quantize import ortho_dtypes
 from ortho_cli.split.sizes import Sizes
 
@@ -41,7 +44,7 @@ class Positions(NamedTuple):
     gaps: npt.NDArray[np.uint8]  # (n,)
 
 
-def encode_positions(crow: Integers, column: Integers, shape: tuple[int, int]) -> Positions:
+def encode_positions(crow: Integers, column: Integers, shape: Shape) -> Positions:
     """Find whole columns, and spell the distances between the other entries.
 
     distance = column - column of the entry before in its row - 1 (-1 before the first), as
@@ -76,9 +79,7 @@ def encode_positions(crow: Integers, column: Integers, shape: tuple[int, int]) -
     return Positions(columns, whole, counts.astype(_count_dtype(counts)), gaps)
 
 
-def encode(
-    crow: Integers, column: Integers, values: Tensor, shape: tuple[int, int]
-) -> dict[str, Tensor]:
+def encode(crow: Integers, column: Integers, values: Tensor, shape: Shape) -> dict[str, Tensor]:
     """Turn a CSR matrix into the parts of the compact layout.
 
     Args:
@@ -92,9 +93,8 @@ def encode(
     """
     found = encode_positions(crow, column, shape)
     whole = torch.from_numpy(found.whole)
-    narrow = np.uint16 if shape[1] <= 2**16 else np.int32
     return {
-        "columns": torch.from_numpy(found.columns.astype(narrow)),
+        "columns": torch.from_numpy(found.columns).to(ortho_dtypes(0, shape[1])[1]),
         "column_values": values[whole].view(shape[0], len(found.columns)),
         "row_counts": torch.from_numpy(found.counts),
         "col_gaps": torch.from_numpy(found.gaps),
@@ -102,7 +102,7 @@ def encode(
     }
 
 
-def decode(parts: Mapping[str, Tensor], shape: tuple[int, int], prefix: str) -> dict[str, Tensor]:
+def decode(parts: Mapping[str, Tensor], shape: Shape, prefix: str) -> dict[str, Tensor]:
     """Turn the parts of the compact layout into a CSR matrix.
 
     Args:
@@ -117,25 +117,19 @@ def decode(parts: Mapping[str, Tensor], shape: tuple[int, int], prefix: str) -> 
         ArtifactError: the parts are no matrix of this shape, or not as `encode` would write it;
             names the part, prefixed.
     """
-    rows, width = shape
-    columns, counts = _numbers(parts["columns"]), _numbers(parts["row_counts"])
+    (rows, width), bad = shape, partial(_bad, prefix)
+    columns, counts = (parts[p].numpy().astype(np.int64) for p in ("columns", "row_counts"))
     values, block = parts["values"], parts["column_values"]
     _check_shapes(parts, shape, prefix)
     if columns.size and (rows == 1 or columns[0] < 0 or columns[-1] >= width):
-        raise _bad(
-            prefix, f"columns` names column {int(columns[-1])} of {width}, {rows} rows whole"
-        )
+        raise bad(f"columns` names column {int(columns[-1])} of {width}, {rows} rows whole")
     if (np.diff(columns) <= 0).any():
-        raise _bad(prefix, "columns` does not ascend")
-    if (counts < 0).any() or int(counts.sum()) != values.numel():
-        raise _bad(
-            prefix, f"row_counts` sums to {int(counts.sum())} and there are {values.numel()} values"
-        )
+        raise bad("columns` does not ascend")
+    total, dtype = int(counts.sum()), parts["row_counts"].dtype
+    if (counts < 0).any() or total != values.numel():
+        raise bad(f"row_counts` sums to {total} and there are {values.numel()} values")
     if parts["row_counts"].numpy().dtype != _count_dtype(counts):
-        raise _bad(
-            prefix,
-            f"row_counts` is {parts['row_counts'].dtype} where its largest is {int(counts.max())}",
-        )
+        raise bad(f"row_counts` is {dtype} where its largest is {int(counts.max())}")
     place = _read_gaps(parts["col_gaps"].numpy(), counts, width, prefix)
     _check_apart(place, columns, shape, prefix)
     crow = np.concatenate(([0], np.cumsum(counts + columns.size)))
@@ -160,9 +154,7 @@ def decode(parts: Mapping[str, Tensor], shape: tuple[int, int], prefix: str) -> 
     }
 
 
-def _read_gaps(
-    gaps: npt.NDArray[np.uint8], counts: Integers, width: int, prefix: str
-) -> npt.NDArray[np.int64]:
+def _read_gaps(gaps: npt.NDArray[np.uint8], counts: Integers, width: int, prefix: str) -> Integers:
     """Give the column of each entry, row by row."""
     last = np.flatnonzero(gaps != GO_ON)
     many = int(counts.sum())
@@ -171,16 +163,14 @@ def _read_gaps(
     # Bytes of one distance add up to it, so sums at its last byte are sums of whole distances.
     reached = np.cumsum(gaps, dtype=np.int64)[last] + np.arange(1, many + 1)
     before = np.concatenate(([0], reached))[np.cumsum(counts) - counts]
-    place: npt.NDArray[np.int64] = reached - np.repeat(before, counts) - 1
+    place: Integers = reached - np.repeat(before, counts) - 1
     if many and int(place.max()) >= width:
         row = int(np.repeat(np.arange(counts.size), counts)[int(place.argmax())])
         raise _bad(prefix, f"col_gaps` leads to column {int(place.max())} of {width} in row {row}")
     return place
 
 
-def _check_apart(
-    place: npt.NDArray[np.int64], columns: Integers, shape: tuple[int, int], prefix: str
-) -> None:
+def _check_apart(place: Integers, columns: Integers, shape: Shape, prefix: str) -> None:
     """Refuse an entry of a whole column among the gaps, and a column that only gaps make whole."""
     rows, width = shape
     held = np.bincount(place, minlength=width) if place.size else np.zeros(1, np.int64)
@@ -192,24 +182,17 @@ def _check_apart(
         raise _bad(prefix, f"columns` lacks column {hidden}, which is whole")
 
 
-def _check_shapes(parts: Mapping[str, Tensor], shape: tuple[int, int], prefix: str) -> None:
+def _check_shapes(parts: Mapping[str, Tensor], shape: Shape, prefix: str) -> None:
     rows, width = shape
-    count, many = parts["columns"].numel(), parts["values"].numel()
-    wanted = {
-        "columns": (count,),
-        "column_values": (rows, count),
-        "row_counts": (rows,),
-        "col_gaps": (parts["col_gaps"].numel(),),
-        "values": (many,),
-    }
-    for name, size in wanted.items():
+    sizes: dict[str, tuple[int, ...]] = {"row_counts": (rows,)}
+    sizes["column_values"] = rows, parts["columns"].numel()
+    sizes |= {name: (parts[name].numel(),) for name in ("columns", "col_gaps", "values")}
+    for name, size in sizes.items():
         if tuple(parts[name].shape) != size:
             raise _bad(prefix, f"{name}` has shape {list(parts[name].shape)}, not {list(size)}")
-    if parts["values"].dtype != parts["column_values"].dtype:
-        raise _bad(
-            prefix,
-            f"values` is {parts['values'].dtype} and column_values {parts['column_values'].dtype}",
-        )
+    sparse, block = parts["values"].dtype, parts["column_values"].dtype
+    if sparse != block:
+        raise _bad(prefix, f"values` is {sparse} and column_values {block}")
     narrow = ortho_dtypes(0, width)[1]
     if parts["columns"].dtype != narrow:
         raise _bad(prefix, f"columns` is {parts['columns'].dtype}, not {narrow}")
@@ -264,12 +247,7 @@ def restore_values(
 
 
 def base_at(
-    read: BaseRows,
-    crow: Integers,
-    column: Integers,
-    shape: tuple[int, int],
-    *,
-    sizes: Sizes,
+    read: BaseRows, crow: Integers, column: Integers, shape: Shape, *, sizes: Sizes
 ) -> tuple[Tensor, Tensor]:
     """Dequantize base at ortho's positions, some rows at a time.
 
@@ -294,16 +272,8 @@ def base_at(
     return base, scales
 
 
-def _count_dtype(counts: Integers) -> type[np.uint8] | type[np.uint16] | type[np.int32]:
-    """Smallest dtype that holds the largest count."""
-    largest = int(counts.max()) if counts.size else 0
-    if largest < 2**8:
-        return np.uint8
-    return np.uint16 if largest < 2**16 else np.int32
-
-
-def _numbers(tensor: Tensor) -> npt.NDArray[np.int64]:
-    return tensor.numpy().astype(np.int64)
+def _count_dtype(counts: Integers) -> np.dtype[np.generic]:
+    return np.dtype(DTYPES[count_dtype(int(counts.max(initial=0)))].numpy)
 
 
 def _bad(prefix: str, what: str) -> ArtifactError:

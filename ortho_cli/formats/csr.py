@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ortho_cli.errors import ArtifactError
+from ortho_cli.formats.artifact import Shape
 from ortho_cli.split.dtypes import DTYPES, names_of_torch, words_of
 
 if TYPE_CHECKING:
@@ -24,9 +25,7 @@ ORTHO_PARTS = ("crow_indices", "col_indices", "values")
 Integers = npt.NDArray[np.integer]
 
 
-def check_tensors(
-    crow: Tensor, column: Tensor, values: Tensor, shape: tuple[int, int], prefix: str
-) -> None:
+def check_tensors(crow: Tensor, column: Tensor, values: Tensor, shape: Shape, prefix: str) -> None:
     """Refuse tensors that are no sound CSR matrix; of tensors on meta only shapes are checked.
 
     Args:

@@ -52,20 +52,21 @@ class Curvature:
     def peek(self, starts: Sequence[int], count: int, room: Room) -> CurvatureTile:
         """Read `count` rows from each of `starts` on, outside of the pass."""
         if self._streamed is None:
-            rows = self._rows and Vector(*(_rows_of(v, starts, count) for v in self._rows))
+            parts = ([v[at : at + count] for at in starts] for v in self._rows or ())
+            rows = self._rows and Vector(*map(np.concatenate, parts))
             return CurvatureTile(None, rows, self._columns)
         columns, word = self._streamed.shape[1], WORDS[self._streamed.dtype]
         raw = room("curvature", (len(starts) * count, columns), word)
         for i, start in enumerate(starts):
-            piece = raw[i * count : (i + 1) * count]
-            self._reader.read(as_bytes(piece), self._streamed, start=start * columns * raw.itemsize)
+            piece = as_bytes(raw[i * count : (i + 1) * count])
+            self._reader.read_into(piece, self._streamed, start=start * columns * raw.itemsize)
         return CurvatureTile(words=raw)
 
     def whole(self) -> Array:
         """Read all of it, float32: (in,) where rows do not differ, or (out, in)."""
         if self._streamed is not None:
             words = np.empty(self._streamed.shape, WORDS[self._streamed.dtype])
-            self._reader.read(as_bytes(words), self._streamed)
+            self._reader.read_into(as_bytes(words), self._streamed)
             self.check(words, 0)
             self._reader.compare(self._streamed, blake3(as_bytes(words)).hexdigest())
             return widen(words, self._streamed.dtype)
@@ -90,7 +91,7 @@ class Curvature:
 
     def _load(self, tensor: TensorInfo) -> Vector:
         values = np.empty(tensor.shape, np.float32)
-        self._reader.read(as_bytes(values), tensor)
+        self._reader.read_into(as_bytes(values), tensor)
         self._check(tensor, values, 0)
         self._reader.compare(tensor, blake3(as_bytes(values)).hexdigest())
         return Vector(values, np.sqrt(values))
@@ -106,10 +107,6 @@ class Curvature:
                 f"{value} at {place}; curvature is finite and >= 0",
                 hint="calibrate again",
             )
-
-
-def _rows_of(values: Array, starts: Sequence[int], count: int) -> Array:
-    return np.concatenate([values[start : start + count] for start in starts])
 
 
 def gram_of(reader: StatisticsReader, name: str) -> npt.NDArray[np.float32]:
@@ -130,7 +127,7 @@ def gram_of(reader: StatisticsReader, name: str) -> npt.NDArray[np.float32]:
             hint="ortho calibrate MODEL --data FILE --gram full",
         )
     values = np.empty(tensor.shape, np.float32)
-    reader.read(as_bytes(values), tensor)
+    reader.read_into(as_bytes(values), tensor)
     if (wrong := _no_gram(values)) is not None:
         raise CalibrationError(f"tensor `{key}` of `{path}` holds {wrong}", hint="calibrate again")
     reader.compare(tensor, blake3(as_bytes(values)).hexdigest())

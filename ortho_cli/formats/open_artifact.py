@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,17 +17,16 @@ from ortho_cli.formats.artifact import (
     WIDTHS,
     Artifact,
     Parts,
-    base_file,
-    by_module,
+    Shape,
+    Specs,
     compact_specs,
     damaged,
-    layout_of,
+    find_base,
     ortho_specs,
 )
 from ortho_cli.split.dtypes import SPLIT
 from ortho_cli.storage import checkpoint, strict_json
-from ortho_cli.storage.checkpoint import Shard, ShardReader, TensorInfo
-from ortho_cli.storage.data_file import TensorSpec
+from ortho_cli.storage.checkpoint import Shard, ShardReader
 from ortho_cli.storage.sealing import SEALED_FILE, Keys, Opened, open_sealed
 
 
@@ -43,16 +42,16 @@ def open_artifact(folder: Path, keys: Keys | None = None) -> Artifact:
             files do not belong together as far as their headers and report.json tell. `verify`
             reads the bytes.
     """
-    path = base_file(folder)
+    path, _ = find_base(folder) or (None, None)
     if path is None:
         lone = next((n for n in (ORTHO_FILE, SEALED_FILE) if (folder / n).is_file()), None)
+        if lone is None:
+            raise ArtifactError(
+                f"`{folder}` has no base ({BASE_FILE})", hint="is this the right folder?"
+            )
         raise ArtifactError(
-            f"`{folder}` has {lone} and no base ({BASE_FILE})"
-            if lone
-            else f"`{folder}` has no base ({BASE_FILE})",
-            hint="ortho means nothing without the base that it was cut from"
-            if lone
-            else "is this the right folder?",
+            f"`{folder}` has {lone} and no base ({BASE_FILE})",
+            hint="ortho means nothing without the base that it was cut from",
         )
     report, report_path = None, folder / REPORT_FILE
     with blamed(ArtifactError):
@@ -116,66 +115,51 @@ def no_ortho(artifact: Artifact, because: str) -> ArtifactError:
     )
 
 
-def _check_base(base: Shard) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
+def _check_base(base: Shard) -> tuple[dict[str, Shape], dict[str, int]]:
     """Find shape and bits of every split module, by name."""
     path, suffix = base.path, ".weight_packed"
     tensors = {tensor.name: tensor for tensor in base.tensors}
     split = sorted(name.removesuffix(suffix) for name in tensors if name.endswith(suffix))
-    for module in split:
-        packed = tensors[f"{module}.weight_packed"]
-        scale, shape = tensors.get(f"{module}.weight_scale"), tensors.get(f"{module}.weight_shape")
-        if scale is None or shape is None:
-            raise damaged(path, f"`{module}` has packed codes and no scales or shape")
-        sound = (
-            packed.dtype == "I32"
-            and scale.dtype in SPLIT
-            and (shape.dtype, shape.shape) == ("I64", (2,))
-            and len(packed.shape) == len(scale.shape) == 2
-            and packed.shape[0] == scale.shape[0]
-            and packed.numel > 0 < scale.numel
-        )
-        if not sound:
-            raise damaged(
-                path,
-                f"`{module}` has codes {packed.dtype} {list(packed.shape)} beside scales "
-                f"{scale.dtype} {list(scale.shape)}",
-            )
-    shapes = _read_shapes(base, split)
-    return shapes, {module: _bits(path, module, tensors, shape) for module, shape in shapes.items()}
-
-
-def _read_shapes(base: Shard, split: Iterable[str]) -> dict[str, tuple[int, int]]:
-    tensors = {tensor.name: tensor for tensor in base.tensors}
     buffer = memoryview(bytearray(16))
-    found: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, Shape] = {}
+    bits: dict[str, int] = {}
     with blamed(ArtifactError), contextlib.closing(ShardReader([base])) as reader:
         for module in split:
-            reader.read_into(buffer, tensors[f"{module}.weight_shape"], start=0)
-            rows, columns = (
-                int.from_bytes(buffer[at : at + 8], "little", signed=True) for at in (0, 8)
+            packed = tensors[module + suffix]
+            scale, shape = (tensors.get(f"{module}.weight_{part}") for part in ("scale", "shape"))
+            if scale is None or shape is None:
+                raise damaged(path, f"`{module}` has packed codes and no scales or shape")
+            sound = (
+                packed.dtype == "I32"
+                and scale.dtype in SPLIT
+                and (shape.dtype, shape.shape) == ("I64", (2,))
+                and len(packed.shape) == len(scale.shape) == 2
+                and packed.shape[0] == scale.shape[0]
+                and packed.numel > 0 < scale.numel
             )
-            found[module] = rows, columns
-    return found
-
-
-def _bits(
-    path: Path, module: str, tensors: Mapping[str, TensorInfo], shape: tuple[int, int]
-) -> int:
-    """Tell the width of a module's codes: no two widths fill the same words with one row."""
-    packed, scale = (tensors[f"{module}.weight_{part}"].shape for part in ("packed", "scale"))
-    rows, columns = shape
-    bits = next((bits for bits in WIDTHS if columns * bits == packed[1] * 32), None)
-    if rows != packed[0] or bits is None:
-        raise damaged(
-            path,
-            f"`{module}.weight_shape` says {list(shape)}, and its codes {list(packed)} are "
-            f"{packed[0]} rows of {packed[1] * 8} codes of 4 bits, or {packed[1] * 32 / 3:g} of 3",
-        )
-    if columns % scale[1]:
-        raise damaged(
-            path, f"`{module}` has {columns} columns and {scale[1]} scales a row, which do not fit"
-        )
-    return bits
+            if not sound:
+                raise damaged(
+                    path,
+                    f"`{module}` has codes {packed.dtype} {list(packed.shape)} beside scales "
+                    f"{scale.dtype} {list(scale.shape)}",
+                )
+            reader.read_into(buffer, shape, start=0)
+            rows, columns = shapes[module] = struct.unpack("<2q", buffer)
+            words, groups = packed.shape[1], scale.shape[1]
+            # No two widths fill the same words with one row.
+            width = next((bits for bits in WIDTHS if columns * bits == words * 32), None)
+            if rows != packed.shape[0] or width is None:
+                raise damaged(
+                    path,
+                    f"`{module}.weight_shape` says {[rows, columns]}, and its codes "
+                    f"{list(packed.shape)} are {packed.shape[0]} rows of {words * 8} codes of "
+                    f"4 bits, or {words * 32 / 3:g} of 3",
+                )
+            if columns % groups:
+                what = f"`{module}` has {columns} columns and {groups} scales a row"
+                raise damaged(path, f"{what}, which do not fit")
+            bits[module] = width
+    return shapes, bits
 
 
 def _check_pair(artifact: Artifact, ortho: Shard) -> None:
@@ -198,17 +182,19 @@ def _check_pair(artifact: Artifact, ortho: Shard) -> None:
                 f"is {what} {str(right)[:12]}",
                 hint="put back the file that was written with this base",
             )
-    kept, base = by_module(ortho), {tensor.name: tensor for tensor in artifact.base.tensors}
-    layout = layout_of(artifact.form, kept)
+    kept, layout = artifact.kept, artifact.layout
+    scales = {tensor.name: tensor.dtype for tensor in artifact.base.tensors}
     for module in artifact.split:
-        scale, shape = base[f"{module}.weight_scale"], artifact.shapes[module]
-        parts = kept.pop(module, {})
-        wanted = _wanted(layout, parts)
-        for part in sorted(wanted ^ parts.keys()):
-            said = "missing" if part in wanted else "not of any split weight"
-            raise damaged(ortho.path, f"tensor `{module}.{part}` is {said}")
-        for spec in _kept_specs(layout, module, parts, dtype=scale.dtype, shape=shape):
-            found = parts[spec.key.rpartition(".")[2]]
+        parts, dtype = kept.pop(module, {}), scales[f"{module}.weight_scale"]
+        specs = {
+            spec.key.rpartition(".")[2]: spec
+            for spec in _kept_specs(layout, module, parts, dtype, artifact.shapes[module])
+        }
+        for part in sorted(specs.keys() ^ parts.keys()):
+            fault = "missing" if part in specs else "not of any split weight"
+            raise damaged(ortho.path, f"tensor `{module}.{part}` is {fault}")
+        for part, spec in specs.items():
+            found = parts[part]
             if (found.dtype, found.shape) != (spec.dtype, spec.shape):
                 raise damaged(
                     ortho.path,
@@ -220,29 +206,20 @@ def _check_pair(artifact: Artifact, ortho: Shard) -> None:
         raise damaged(ortho.path, f"tensor `{key}` is not of any split weight")
 
 
-def _wanted(layout: str, parts: Parts) -> set[str]:
-    """Name the parts that a split weight has in ortho."""
-    if layout == "csr":
-        return {"crow_indices", "col_indices", "values"}
-    common = {"columns", "column_values", "row_counts", "col_gaps", "values"}
-    rounded = "values" in parts and parts["values"].dtype == "I8"
-    return common | ({"value_step"} if rounded else set())
-
-
-def _kept_specs(
-    layout: str, module: str, parts: Parts, *, dtype: str, shape: tuple[int, int]
-) -> tuple[TensorSpec, ...]:
-    """Say what dtypes and shapes the parts must have, as far as the header tells."""
-    name, others = f"{module}.weight", parts["values"].numel
+def _kept_specs(layout: str, module: str, parts: Parts, dtype: str, shape: Shape) -> Specs:
+    """Say what parts there must be, as far as the header tells; one that is missing is empty."""
+    sizes = {part: tensor.numel for part, tensor in parts.items()}
+    dtypes = {part: tensor.dtype for part, tensor in parts.items()}
+    name, others = f"{module}.weight", sizes.get("values", 0)
     if layout == "csr":
         return ortho_specs(name, dtype=dtype, shape=shape, nnz=others)
-    counts = parts["row_counts"].dtype
+    counts = dtypes.get("row_counts")
     return compact_specs(
         name,
-        dtype="I8" if parts["values"].dtype == "I8" else dtype,
+        dtype="I8" if dtypes.get("values") == "I8" else dtype,
         shape=shape,
-        columns=parts["columns"].numel,
+        columns=sizes.get("columns", 0),
         counts=counts if counts in COUNT_DTYPES else COUNT_DTYPES[0],
-        gaps=parts["col_gaps"].numel,
+        gaps=sizes.get("col_gaps", 0),
         others=others,
     )

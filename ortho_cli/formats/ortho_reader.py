@@ -7,14 +7,14 @@ without torch.)
 from __future__ import annotations
 
 import contextlib
-from types import TracebackType
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ortho_cli.errors import ArtifactError, blamed
 from ortho_cli.formats import compact, csr
-from ortho_cli.formats.artifact import Artifact, damage_in
+from ortho_cli.formats.artifact import Artifact, Shape, damage_in
 from ortho_cli.formats.csr import ORTHO_PARTS
 from ortho_cli.split.dtypes import torch_dtypes
 from ortho_cli.split.quantize import as_bytes
@@ -22,7 +22,7 @@ from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage.checkpoint import ShardReader, TensorInfo
 
 
-class KeptReader:
+class KeptReader(ShardReader):
     """An open ortho stream; it reads and checks one weight at a time."""
 
     def __init__(self, artifact: Artifact, *, sizes: Sizes = DEFAULT_SIZES) -> None:
@@ -42,27 +42,17 @@ class KeptReader:
         self._path, self._sizes = artifact.ortho.path, sizes
         self._kept, self._shapes = artifact.kept, artifact.shapes
         self._base = {tensor.name: tensor for tensor in artifact.base.tensors}
-        with blamed(ArtifactError):
-            self._reader = ShardReader(artifact.files)
+        super().__init__(artifact.files, blame=partial(blamed, ArtifactError))
 
     def __enter__(self) -> KeptReader:
         """Give itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         """Close both files; if all went well so far, see that they are still what they were."""
-        with blamed(ArtifactError), contextlib.closing(self._reader):
+        with contextlib.closing(self):
             if error is None:
-                self._reader.check_unchanged()
-
-    def close(self) -> None:
-        """Close both files."""
-        self._reader.close()
+                self.check_unchanged()
 
     def csr(self, module: str) -> dict[str, Tensor]:
         """Read the ortho of a module's weight.
@@ -75,19 +65,16 @@ class KeptReader:
         Raises:
             ArtifactError: what is stored is no such matrix, or a file was cut; names the tensor.
         """
-        with blamed(ArtifactError):
-            parts = {name: self._read(info) for name, info in self._kept[module].items()}
-            shape = self._shapes[module]
-            with damage_in(self._path):
-                if "crow_indices" not in parts:
-                    return self._decode(module, parts, shape)
-                crow, column, values = (parts[name] for name in ORTHO_PARTS)
-                csr.check_tensors(crow, column, values, shape, f"{module}.")
-                return {part: parts[part] for part in ORTHO_PARTS}
+        parts = {name: self._read(info) for name, info in self._kept[module].items()}
+        shape = self._shapes[module]
+        with damage_in(self._path):
+            if "crow_indices" not in parts:
+                return self._decode(module, parts, shape)
+            crow, column, values = (parts[name] for name in ORTHO_PARTS)
+            csr.check_tensors(crow, column, values, shape, f"{module}.")
+            return {part: parts[part] for part in ORTHO_PARTS}
 
-    def _decode(
-        self, module: str, parts: dict[str, Tensor], shape: tuple[int, int]
-    ) -> dict[str, Tensor]:
+    def _decode(self, module: str, parts: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
         found = compact.decode(parts, shape, f"{module}.")
         codes = found["values"]
         if codes.dtype == torch.int8:
@@ -97,13 +84,8 @@ class KeptReader:
             if codes.numel() and int(codes.min()) < -compact.LARGEST:
                 raise csr.unsound(f"`{module}.values` or column_values holds -128")
             crow, column = (found[p].to(torch.int64).numpy() for p in ORTHO_PARTS[:2])
-            base, scales = compact.base_at(
-                lambda start, count: self._base_rows(module, start, count),
-                crow,
-                column,
-                shape,
-                sizes=self._sizes,
-            )
+            read = partial(self._base_rows, module)
+            base, scales = compact.base_at(read, crow, column, shape, sizes=self._sizes)
             dtype = torch_dtypes()[self._base[f"{module}.weight_scale"].dtype]
             found["values"] = compact.restore_values(codes, step, base, scales, dtype)
         csr.check_finite(found["values"], f"{module}.column_values or ")
@@ -120,5 +102,5 @@ class KeptReader:
         found = torch.empty(shape, dtype=torch_dtypes()[info.dtype])
         if found.numel():
             offset = start * (info.nbytes // info.shape[0]) if start else 0
-            self._reader.read_into(as_bytes(found), info, start=offset)
+            self.read_into(as_bytes(found), info, start=offset)
         return found

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 
 from ortho_cli.errors import ArtifactError, blamed
-from ortho_cli.events import Advanced, EventSink, Started, null_sink
+from ortho_cli.events import EventSink, Started, null_sink
 from ortho_cli.formats.artifact import (
     ORTHO_FILE,
     REPORT_FILE,
@@ -19,52 +18,38 @@ from ortho_cli.storage import strict_json
 from ortho_cli.storage.checkpoint import Checkpoint, Shard, ShardReader
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
-    """What an artifact was made from, and by what; None where the files do not tell."""
-
-    plan_sha256: str | None
-    recipe: dict[str, object]
-    versions: dict[str, str | None]
-    source_digest: str | None
-
-
-def provenance(artifact: Artifact, report: Report | None) -> Origin:
+def provenance(artifact: Artifact, report: Report | None) -> dict[str, object]:
     """Read from the headers where an artifact comes from; hold report.json against them.
 
     Args:
         artifact: with or without ortho.
         report: its validated report.json, where it has one.
     Returns:
-        `source_digest` is None for a base that is alone, without report.json.
+        plan_sha256, recipe, versions and source_digest, which is None for a base that is alone,
+        without report.json.
     Raises:
         ArtifactError: a header and report.json, or two headers, tell different origins.
     """
-    base = artifact.base.metadata
-    ortho = artifact.ortho.metadata if artifact.ortho else None
-    recipe = recipe_of(artifact.base)
-    for key in ("plan_sha256", "recipe", "ortho_version"):
+    base, ortho = artifact.base.metadata, artifact.ortho.metadata if artifact.ortho else None
+    recipe, keys = recipe_of(artifact.base), ("plan_sha256", "recipe", "ortho_version")
+    for key in keys:
         if ortho is not None and ortho.get(key) != base.get(key):
             raise _differs(key, ORTHO_FILE, ortho.get(key), artifact.base.name, base.get(key))
     source = ortho.get("source_digest") if ortho is not None else None
     if report is not None:
-        pairs = [
-            ("plan_sha256", report.plan_sha256, base),
-            ("recipe", canonical_json(report.recipe), base),
-            ("ortho_version", report.versions.ortho, base),
-            *([("source_digest", report.source_digest, ortho)] if ortho is not None else []),
-        ]
-        for key, said, header in pairs:
-            if said != header.get(key):
-                file = artifact.base.name if header is base else ORTHO_FILE
-                raise _differs(key, REPORT_FILE, said, file, header.get(key))
+        values = (report.plan_sha256, canonical_json(report.recipe), report.versions.ortho)
+        for key, value in zip(keys, values, strict=True):
+            if value != base.get(key):
+                raise _differs(key, REPORT_FILE, value, artifact.base.name, base.get(key))
+        if ortho is not None and report.source_digest != source:
+            raise _differs("source_digest", REPORT_FILE, report.source_digest, ORTHO_FILE, source)
         source = report.source_digest
-    return Origin(
-        plan_sha256=base.get("plan_sha256"),
-        recipe=recipe,
-        versions={"ortho": base.get("ortho_version")},
-        source_digest=source,
-    )
+    return {
+        "plan_sha256": base.get("plan_sha256"),
+        "recipe": recipe,
+        "versions": {"ortho": base.get("ortho_version")},
+        "source_digest": source,
+    }
 
 
 def recipe_of(file: Shard) -> dict[str, object]:
@@ -101,8 +86,8 @@ def check_source(artifact: Artifact, source: Checkpoint, *, on_event: EventSink 
             first tensor that differs where report.json is there.
     """
     report = read_report(artifact)
-    expected = provenance(artifact, report).source_digest
-    if expected is None:
+    expected = provenance(artifact, report)["source_digest"]
+    if not isinstance(expected, str):
         raise ArtifactError(
             f"a base without {REPORT_FILE} and {ORTHO_FILE} holds no digest of its source",
             hint="put one of them back",
@@ -119,8 +104,7 @@ def check_source(artifact: Artifact, source: Checkpoint, *, on_event: EventSink 
     listed = []
     with contextlib.closing(ShardReader(source.shards)) as reader:
         for name, tensor in tensors.items():
-            mine = (tensor.dtype, list(tensor.shape), reader.digest(tensor))
-            on_event(Advanced(nbytes=tensor.nbytes))
+            mine = (tensor.dtype, list(tensor.shape), reader.digest(tensor, on_event))
             if known and mine != known[name]:
                 raise _other(
                     f"tensor `{name}` of {where} is {_words(*mine)}, and the artifact was made "

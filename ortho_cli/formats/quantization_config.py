@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
 
 from ortho_cli.formats.artifact import BASE_FILE
 
 # vLLM runs the experts of a layer as one module, and looks up its scheme by these three names,
 # whatever their names in the file are.
 _EXPERT = re.compile(r"(?P<expert>(?:.*\.)?experts\.(?:expert_)?\d+)\.(?P<leaf>.+)$")
-_ASKED = ("gate_proj", "up_proj", "down_proj")
 _ASKED_AS = {
     "gate_proj": ("w1", "gate", "linear_gate", "linear_1", "wi_0"),
     "up_proj": ("w3", "v1", "up", "linear_up", "linear", "wi_1", "wi", "fc1"),
@@ -19,11 +19,7 @@ _ASKED_AS = {
 
 
 def quantization_config(
-    *,
-    split: Mapping[str, int],
-    unsplit: Sequence[str],
-    group_size: int,
-    others: Sequence[str] = (),
+    *, split: Mapping[str, int], unsplit: Sequence[str], group_size: int, others: Sequence[str] = ()
 ) -> dict[str, object]:
     """Make the `quantization_config` that names INT4 and INT3 Linears for compressed-tensors.
 
@@ -39,32 +35,20 @@ def quantization_config(
     whole = dict.fromkeys(unsplit, 0)
     split = {**_asked_names(split, taken=whole), **split}
     unsplit = list({**_asked_names(whole, taken=split), **whole})
-    widths = sorted(set(split.values()), reverse=True)
+    form = {"type": "int", "symmetric": True, "strategy": "group"}
+    groups: dict[str, object] = {}
+    for number, bits in enumerate(sorted(set(split.values()), reverse=True)):
+        mine = [module for module in split if split[module] == bits]
+        rest = [module for module in split if split[module] != bits]
+        groups[f"group_{number}"] = {
+            "targets": patterns(mine, against=[*unsplit, *others, *rest]),
+            "weights": {"num_bits": bits, **form, "group_size": group_size, "dynamic": False},
+        }
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {
-            f"group_{number}": {
-                "targets": patterns(
-                    [module for module in split if split[module] == bits],
-                    against=[
-                        *unsplit,
-                        *others,
-                        *(module for module in split if split[module] != bits),
-                    ],
-                ),
-                "weights": {
-                    "num_bits": bits,
-                    "type": "int",
-                    "symmetric": True,
-                    "strategy": "group",
-                    "group_size": group_size,
-                    "dynamic": False,
-                },
-            }
-            for number, bits in enumerate(widths)
-        },
+        "config_groups": groups,
         "ignore": patterns(unsplit, against=list(split)),
     }
 
@@ -76,19 +60,22 @@ def _asked_names(modules: Mapping[str, int], *, taken: Collection[str]) -> dict[
     """
     experts: dict[str, dict[str, int]] = {}
     for module, bits in modules.items():
-        found = _EXPERT.match(module)
-        if found is not None:
+        if found := _EXPERT.match(module):
             experts.setdefault(found["expert"], {})[found["leaf"]] = bits
     elsewhere = {found["expert"] for module in taken if (found := _EXPERT.match(module))}
     asked: dict[str, int] = {}
     for expert, leaves in experts.items():
-        for name in _ASKED:
-            known = next((leaves[leaf] for leaf in _ASKED_AS[name] if leaf in leaves), None)
+        for name, spellings in _ASKED_AS.items():
+            known = next((leaves[leaf] for leaf in spellings if leaf in leaves), None)
             if known is None and expert not in elsewhere and len(set(leaves.values())) == 1:
                 known = next(iter(leaves.values()))
             if known is not None and f"{expert}.{name}" not in taken and name not in leaves:
                 asked[f"{expert}.{name}"] = known
     return asked
+
+
+NUMBER = "."  # stands for any number in a folded name, where no part can hold a point
+Tail = tuple[str, ...]  # the last parts of a module's path
 
 
 def patterns(modules: Sequence[str], *, against: Sequence[str]) -> list[str]:
@@ -100,56 +87,30 @@ def patterns(modules: Sequence[str], *, against: Sequence[str]) -> list[str]:
     side, a lookahead rules out the path parts that only the other side has (`vision_tower`); then
     numbers are spelled out; as the last resort the pattern is the plain name.
     """
-    others = _Names(against)
-    found: dict[str, None] = {}
-    for module in modules:
-        found[_pattern(module, others)] = None
-    return sorted(found)
 
-
-NUMBER = "."  # stands for any number in a folded name, where no part can hold a point
-
-
-class _Names:
-    """The modules that no pattern may match, found by how their names end.
-
-    Looking through all of them for each module would take time with the square of their number,
-    and a model with experts has tens of thousands.
-    """
-
-    def __init__(self, modules: Sequence[str]) -> None:
-        self._modules = modules
-        self._tails: dict[int, dict[tuple[str, ...], list[str]]] = {}
-        self._rules: dict[tuple[str, ...], list[str] | None] = {}
-
-    def ending(self, tail: tuple[str, ...]) -> list[str]:
-        """Name the modules that end with these parts, in which NUMBER is any number."""
-        tails = self._tails.get(len(tail))
-        if tails is None:  # few lengths are asked for
-            tails = self._tails[len(tail)] = {}
-            for module in self._modules:
-                parts = tuple(module.split("."))[-len(tail) :]
-                for key in {parts, _folded(parts)}:
-                    tails.setdefault(key, []).append(module)
-        return tails.get(tail, [])
-
-    def strangers(self, tail: tuple[str, ...]) -> list[str] | None:
-        """Name parts that each of the modules with this end has before its last; None: no module.
+    # To look through all others for each module would take time with the square of their number,
+    # and a model with experts has tens of thousands.
+    @cache
+    def strangers(length: int) -> dict[Tail, set[str]]:
+        """Name parts that all others with the same last parts have before their last.
 
         A lookahead for one of them rules all these modules out.
         """
-        if tail not in self._rules:
-            caught = self.ending(tail)
-            common = set.intersection(*(set(m.split(".")[:-1]) for m in caught)) if caught else ()
-            self._rules[tail] = sorted(common) if caught else None
-        return self._rules[tail]
+        common: dict[Tail, set[str]] = {}
+        for module in against:
+            parts = tuple(module.split("."))
+            for tail in {parts[-length:], _folded(parts[-length:])}:
+                common[tail] = common.get(tail, set(parts[:-1])).intersection(parts[:-1])
+        return common
+
+    return sorted({_pattern(module, strangers) for module in modules})
 
 
-def _folded(parts: Sequence[str]) -> tuple[str, ...]:
+def _folded(parts: Sequence[str]) -> Tail:
     return tuple(NUMBER if part.isdecimal() else part for part in parts)
 
 
-def _pattern(module: str, others: _Names) -> str:
+def _pattern(module: str, strangers_of: Callable[[int], dict[Tail, set[str]]]) -> str:
     """Choose the most open pattern for a module that matches none of the others."""
     parts = module.split(".")
     if len(parts) == 1:
@@ -158,18 +119,15 @@ def _pattern(module: str, others: _Names) -> str:
     tail = tuple(parts[max(number - 1, 0) :])
     for end in (_folded(tail), tail):
         body = r"\.".join(r"\d+" if part == NUMBER else re.escape(part) for part in end)
-        strangers = others.strangers(end)
+        strangers = strangers_of(len(end)).get(end)
         if strangers is None:
             return f"re:(.*\\.)?{body}$"
-        for stranger in strangers:
-            if stranger not in parts:
-                return rf"re:(?!(.*\.)?{re.escape(stranger)}\.)(.*\.)?{body}$"
+        if only_theirs := sorted(strangers.difference(parts)):
+            return rf"re:(?!(.*\.)?{re.escape(only_theirs[0])}\.)(.*\.)?{body}$"
     return module
 
 
 def index(keys: Iterable[str], *, total_size: int) -> dict[str, object]:
     """Make the index without which transformers does not find base."""
-    return {
-        "metadata": {"total_size": total_size},
-        "weight_map": dict.fromkeys(sorted(keys), BASE_FILE),
-    }
+    weight_map = dict.fromkeys(sorted(keys), BASE_FILE)
+    return {"metadata": {"total_size": total_size}, "weight_map": weight_map}

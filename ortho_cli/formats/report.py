@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ortho_cli.formats.artifact import REPORT_FILE, Artifact, count_kept, damaged
+from ortho_cli.formats.artifact import REPORT_FILE, Artifact, damaged
 from ortho_cli.formats.schema import Figure, Validated, fault
 
 
@@ -97,34 +97,31 @@ def rows_from_headers(artifact: Artifact) -> Iterator[Row]:
     """List the tensors of the source by the artifact's headers: split ones, then the others."""
     base = {tensor.name: tensor for tensor in artifact.base.tensors}
     kept = artifact.kept
-    split = set(artifact.split)
-    for module in artifact.split:
-        packed, scale = base[f"{module}.weight_packed"], base[f"{module}.weight_scale"]
+    for module, (rows, columns) in artifact.shapes.items():
+        names = [f"{module}.weight_{part}" for part in ("packed", "scale", "shape")]
+        packed, scale, written = map(base.pop, names)  # what is left in the end is not split
         mine = kept.get(module, {})
-        parts = [packed, scale, base[f"{module}.weight_shape"], *mine.values()]
-        rows, columns = artifact.shapes[module]
+        nbytes = sum(part.nbytes for part in (packed, scale, written, *mine.values()))
         row: dict[str, object] = {
             "name": f"{module}.weight",
             "action": "split",
             "dtype": scale.dtype,
             "shape": [rows, columns],
             "bits": artifact.bits[module],
-            "bits_per_weight": round(8 * sum(p.nbytes for p in parts) / (rows * columns), 4),
-            "nnz": count_kept(mine) if mine else None,
+            "bits_per_weight": round(8 * nbytes / (rows * columns), 4),
+            "nnz": sum(mine[p].numel for p in mine if p.endswith("values")) if mine else None,
         }
         if "columns" in mine:
             row["columns"] = mine["columns"].numel
         yield Row.model_validate(row)
-    for tensor in artifact.base.tensors:
-        module, _, part = tensor.name.rpartition(".")
-        if module not in split or part not in ("weight_packed", "weight_scale", "weight_shape"):
-            yield Row(
-                name=tensor.name,
-                action="copy",
-                dtype=tensor.dtype,
-                shape=list(tensor.shape),
-                bits_per_weight=8 * tensor.nbytes / tensor.numel if tensor.numel else 0.0,
-            )
+    for tensor in base.values():
+        yield Row(
+            name=tensor.name,
+            action="copy",
+            dtype=tensor.dtype,
+            shape=list(tensor.shape),
+            bits_per_weight=8 * tensor.nbytes / tensor.numel if tensor.numel else 0.0,
+        )
 
 
 def read_report(artifact: Artifact) -> Report | None:

@@ -6,25 +6,23 @@ README.md is the specification.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 from blake3 import blake3
 from pydantic import Field, ValidationError
 
-from ortho_cli.errors import CalibrationError, CheckpointError, blamed
-from ortho_cli.events import Advanced, EventSink, Started, null_sink
-from ortho_cli.formats.artifact import canonical_json, module_of
+from ortho_cli.errors import CalibrationError, blamed
+from ortho_cli.events import EventSink, Started, null_sink
+from ortho_cli.formats.artifact import Shape, Specs, TypeAndShape, canonical_json, make_specs
 from ortho_cli.formats.schema import Digest, Figure, Validated, fault
 from ortho_cli.storage import checkpoint, strict_json
 from ortho_cli.storage.checkpoint import Checkpoint, Shard, ShardReader, TensorInfo
-from ortho_cli.storage.data_file import TensorSpec
 
 FORMAT = "ortho-stats/1"
 GRAM = ".retain_gram"
-WEIGHTINGS = ("none", "gradient")
 
 
 class Measured(Validated):
@@ -43,9 +41,11 @@ class DataSet(Validated):
     tokens: int
 
 
-class _Header(Validated):
-    """The metadata of the file, with the JSON in it parsed."""
+class Statistics(Validated):
+    """A statistics file: its metadata, with the JSON in it parsed; no tensor data is in memory."""
 
+    path: Path
+    shard: Shard
     kind: Literal["gram", "fisher", "true-fisher"]
     unit: str
     storage: Literal["full", "factored"]
@@ -55,20 +55,6 @@ class _Header(Validated):
     data: dict[str, DataSet]
     tensors: dict[str, Measured]
     digests: dict[str, Digest]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Statistics:
-    """The header of a statistics file; no tensor data is in memory."""
-
-    path: Path
-    shard: Shard
-    kind: str
-    storage: str
-    source_digest: str
-    tensors: dict[str, Measured]
-    digests: dict[str, str]
-    metadata: dict[str, str]
 
     @property
     def infos(self) -> dict[str, TensorInfo]:
@@ -95,9 +81,9 @@ class Statistics:
         return {
             "digest": self.digest,
             "kind": self.kind,
-            "unit": self.metadata.get("unit"),
+            "unit": self.unit,
             "storage": self.storage,
-            **({"gram": "full", "weighting": self.metadata["weighting"]} if self.has_gram else {}),
+            **({"gram": "full", "weighting": self.weighting} if self.has_gram else {}),
         }
 
     def check_source(self, name: str, digest: str) -> None:
@@ -112,15 +98,8 @@ class Statistics:
 
 
 def specs(
-    name: str,
-    shape: tuple[int, int],
-    *,
-    kind: str,
-    storage: str,
-    dtype: str,
-    forget: bool,
-    gram: bool,
-) -> tuple[TensorSpec, ...]:
+    name: str, shape: Shape, *, kind: str, storage: str, dtype: str, forget: bool, gram: bool
+) -> Specs:
     """List the tensors of one weight.
 
     Args:
@@ -132,22 +111,18 @@ def specs(
         forget: a forget set is measured, too.
         gram: so is the full input Gram matrix.
     """
-    module, (rows, columns) = module_of(name), shape
-    curvature = f"{module}.retain_curvature"
-    more: tuple[TensorSpec, ...] = ()
-    if gram:
-        more = (TensorSpec(key=module + GRAM, dtype="F32", shape=(columns, columns)),)
+    rows, columns = shape
+    part, parts = "retain_curvature", dict[str, TypeAndShape]()
     if kind == "gram":
-        return TensorSpec(key=curvature, dtype="F32", shape=(columns,)), *more
-    if storage == "factored":
-        return (
-            TensorSpec(key=f"{curvature}_rows", dtype="F32", shape=(rows,)),
-            TensorSpec(key=f"{curvature}_columns", dtype="F32", shape=(columns,)),
-            *more,
-        )
-    parts = ["retain_curvature", *(("forget_curvature", "forget_gradient") if forget else ())]
-    full = (TensorSpec(key=f"{module}.{part}", dtype=dtype, shape=shape) for part in parts)
-    return *full, *more
+        parts[part] = "F32", (columns,)
+    elif storage == "factored":
+        parts |= {f"{part}_rows": ("F32", (rows,)), f"{part}_columns": ("F32", (columns,))}
+    else:
+        full = (part, *(("forget_curvature", "forget_gradient") if forget else ()))
+        parts |= dict.fromkeys(full, (dtype, shape))
+    if gram:
+        parts[GRAM.removeprefix(".")] = "F32", (columns, columns)
+    return make_specs(name, parts)
 
 
 def is_statistics(path: Path) -> bool:
@@ -171,32 +146,18 @@ def open_statistics(path: Path) -> Statistics:
             hint="give a file that `ortho calibrate` wrote",
         )
     try:
-        header = _Header.model_validate(
-            {
-                key: _parse(path, key, text) if key in ("tensors", "digests", "data") else text
-                for key, text in shard.metadata.items()
-            }
-        )
-        found = Statistics(
-            path=path,
-            shard=shard,
-            kind=header.kind,
-            storage=header.storage,
-            source_digest=header.source_digest,
-            tensors=header.tensors,
-            digests=header.digests,
-            metadata=shard.metadata,
-        )
-        _check(found)
-    except ValidationError as error:
-        raise _damaged(path, fault(error)) from None
+        parsed = {
+            key: _parse(path, key, text) if key in ("tensors", "digests", "data") else text
+            for key, text in shard.metadata.items()
+        }
+        statistics = Statistics.model_validate({**parsed, "path": path, "shard": shard})
+        _check(statistics)
     except ValueError as error:
-        raise _damaged(path, str(error)) from None
-    return found
-
-
-def _damaged(path: Path, what: str) -> CalibrationError:
-    return CalibrationError(f"the header of `{path}` is damaged: {what}", hint="calibrate again")
+        what = fault(error) if isinstance(error, ValidationError) else str(error)
+        raise CalibrationError(
+            f"the header of `{path}` is damaged: {what}", hint="calibrate again"
+        ) from None
+    return statistics
 
 
 def _parse(path: Path, key: str, text: str) -> dict[str, object]:
@@ -207,27 +168,33 @@ def _parse(path: Path, key: str, text: str) -> dict[str, object]:
 
 
 def _check(found: Statistics) -> None:
-    _check_gram(found)
+    settings = {("full", "none"), ("full", "gradient")} if found.has_gram else {(None, None)}
+    if found.kind == "gram":
+        settings -= {("full", "gradient")}
+    if (found.gram, found.weighting) not in settings:
+        there = "with" if found.has_gram else "without"
+        raise ValueError(
+            f"gram {found.gram!r} and weighting {found.weighting!r} {there} Gram matrices, of kind "
+            f"{found.kind!r}"
+        )
     infos = found.infos
     if infos.keys() != found.digests.keys():
         raise ValueError(f"digests of {len(found.digests)} tensors where {len(infos)} are there")
-    wanted: dict[str, TensorSpec] = {}
     # The Gram matrix is F32 whatever the rest is.
     wide = (t for t in infos.values() if len(t.shape) == 2 and not t.name.endswith(GRAM))
-    dtype = next((t.dtype for t in wide), "F32")
-    forget, gram = found.has_forget, found.has_gram  # each looks through all keys
-    for name, entry in found.tensors.items():
-        rows, columns = entry.shape
-        for spec in specs(
-            name,
-            (rows, columns),
-            kind=found.kind,
-            storage=found.storage,
-            dtype=dtype,
-            forget=forget,
-            gram=gram,
-        ):
-            wanted[spec.key] = spec
+    specs_of = partial(
+        specs,
+        kind=found.kind,
+        storage=found.storage,
+        dtype=next((t.dtype for t in wide), "F32"),
+        forget=found.has_forget,
+        gram=found.has_gram,
+    )
+    wanted = {
+        spec.key: spec
+        for name, entry in found.tensors.items()
+        for spec in specs_of(name, (entry.shape[0], entry.shape[1]))
+    }
     for key in sorted(wanted.keys() ^ infos.keys()):
         raise ValueError(f"tensor `{key}` is {'missing' if key in wanted else 'of no weight'}")
     for key, spec in wanted.items():
@@ -236,21 +203,6 @@ def _check(found: Statistics) -> None:
                 f"tensor `{key}` is {infos[key].dtype} {list(infos[key].shape)}, not "
                 f"{spec.dtype} {list(spec.shape)}"
             )
-
-
-def _check_gram(found: Statistics) -> None:
-    told = found.metadata.get("gram"), found.metadata.get("weighting")
-    if not found.has_gram:
-        fits = told == (None, None)
-    else:
-        fits = told[0] == "full" and told[1] in WEIGHTINGS
-        fits = fits and (told[1] == "none" or found.kind != "gram")
-    if not fits:
-        there = "with" if found.has_gram else "without"
-        raise ValueError(
-            f"gram {told[0]!r} and weighting {told[1]!r} {there} Gram matrices, of kind "
-            f"{found.kind!r}"
-        )
 
 
 def check_weights(found: Statistics, weights: Sequence[TensorInfo]) -> None:
@@ -277,23 +229,13 @@ def check_model(found: Statistics, source: Checkpoint, weights: Sequence[TensorI
         found.check_source(smallest.name, reader.digest(smallest))
 
 
-def changed_tensor(found: Statistics, key: str, digest: str) -> CalibrationError:
-    """Say that a tensor of the file is not what was written."""
-    return CalibrationError(
-        f"tensor `{key}` of `{found.path}` has BLAKE3 {digest[:12]} where "
-        f"{found.digests[key][:12]} was written",
-        hint="the file is damaged; restore it, or calibrate again",
-    )
-
-
 def describe(found: Statistics) -> dict[str, object]:
     """Say what a statistics file holds: its metadata, parsed, as `ortho inspect --json` prints."""
-    parsed = {
-        key: _parse(found.path, key, text) if text[:1] == "{" else text
-        for key, text in found.metadata.items()
-    }
     return {
-        **parsed,
+        **{
+            key: _parse(found.path, key, text) if text[:1] == "{" else text
+            for key, text in found.shard.metadata.items()
+        },
         "digest": found.digest,
         "has_forget": found.has_forget,
         "has_gram": found.has_gram,
@@ -310,55 +252,27 @@ def verify(found: Statistics, *, on_event: EventSink = null_sink) -> dict[str, i
     tensors = found.shard.tensors
     total = sum(tensor.nbytes for tensor in tensors)
     on_event(Started(tensors=len(tensors), resumed=0, bytes_total=total, bytes_done=0))
-    with contextlib.closing(ShardReader([found.shard])) as reader:
+    with contextlib.closing(StatisticsReader(found)) as reader:
         for tensor in tensors:
-            digest = blake3()
-            for piece in reader.pieces(tensor):
-                digest.update(piece)
-                on_event(Advanced(nbytes=len(piece)))
-            if digest.hexdigest() != found.digests[tensor.name]:
-                raise changed_tensor(found, tensor.name, digest.hexdigest())
+            reader.compare(tensor, reader.digest(tensor, on_event))
     return {"tensors": len(tensors), "bytes": total}
 
 
-class StatisticsReader:
+class StatisticsReader(ShardReader):
     """Reads the tensors of a statistics file; threads may share it."""
 
     def __init__(self, statistics: Statistics) -> None:
         """Open the file, which must still be the one whose header was read."""
-        self.statistics = statistics
-        self.infos = statistics.infos
-        with _ours():
-            self._reader = ShardReader([statistics.shard])
-
-    def read(self, buffer: memoryview, tensor: TensorInfo, *, start: int = 0) -> None:
-        """Fill `buffer` with the tensor's bytes from `start` on."""
-        with _ours():
-            self._reader.read_into(buffer, tensor, start=start)
+        self.statistics, self.infos = statistics, statistics.infos
+        blame = partial(blamed, CalibrationError, path=statistics.path)
+        super().__init__([statistics.shard], blame=blame)
 
     def compare(self, tensor: TensorInfo, digest: str) -> None:
         """Raise if a tensor's bytes do not have the digest that the file tells."""
-        if digest != self.statistics.digests[tensor.name]:
-            raise changed_tensor(self.statistics, tensor.name, digest)
-
-    def check_unchanged(self) -> None:
-        """Raise if the file was written to since its header was read."""
-        with _ours():
-            self._reader.check_unchanged()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._reader.close()
-
-
-@contextlib.contextmanager
-def _ours() -> Iterator[None]:
-    """Say of a statistics file what `ShardReader` says of a checkpoint."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CalibrationError(error.message, hint=error.hint) from None
-    except OSError as error:
-        raise CalibrationError(
-            f"cannot read `{error.filename}`: {error.strerror}", hint="give --stats a file"
-        ) from None
+        written = self.statistics.digests[tensor.name]
+        if digest != written:
+            raise CalibrationError(
+                f"tensor `{tensor.name}` of `{self.statistics.path}` has BLAKE3 {digest[:12]} "
+                f"where {written[:12]} was written",
+                hint="the file is damaged; restore it, or calibrate again",
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
@@ -23,15 +23,13 @@ from ortho_cli.formats.artifact import (
     Parts,
     damage_in,
     damaged,
-    layout_of,
     spelled,
 )
 from ortho_cli.formats.provenance import provenance
 from ortho_cli.formats.report import Report, read_report, rows_from_headers, rows_of
 from ortho_cli.split.dtypes import DTYPES
 from ortho_cli.storage import side_files, strict_json
-from ortho_cli.storage.checkpoint import Shard, ShardReader, TensorInfo
-from ortho_cli.storage.data_file import CHUNK
+from ortho_cli.storage.checkpoint import PIECE, Shard, ShardReader, TensorInfo
 from ortho_cli.storage.sealing import SEALED_FILE
 
 
@@ -44,10 +42,8 @@ def describe(artifact: Artifact) -> dict[str, object]:
     Raises:
         ArtifactError: report.json is not this artifact's, or no report.
     """
-    present = {
-        artifact.base.name: artifact.base.size,
-        ORTHO_FILE: artifact.ortho.size if artifact.ortho else None,
-    }
+    ortho = artifact.ortho.size if artifact.ortho else None
+    present = {artifact.base.name: artifact.base.size, ORTHO_FILE: ortho}
     if artifact.sealed:
         present[SEALED_FILE] = artifact.sealed.stat().st_size
     origin = provenance(artifact, read_report(artifact))
@@ -55,7 +51,7 @@ def describe(artifact: Artifact) -> dict[str, object]:
         return {**artifact.report, "files": present}
     return {
         "format": artifact.form,
-        **asdict(origin),
+        **origin,
         "tensors": [row.model_dump(exclude_unset=True) for row in rows_from_headers(artifact)],
         "files": present,
     }
@@ -94,7 +90,14 @@ def verify(artifact: Artifact, *, on_event: EventSink = null_sink) -> Verified:
         for file in artifact.files:
             digests = _reported_digests(artifact, file, report) if report is not None else {}
             for tensor in file.tensors:
-                _verify_tensor(file, tensor, digests.get(tensor.name), reader, on_event)
+                digest = reader.digest(tensor, on_event)
+                claim = digests.get(tensor.name, digest)
+                if digest != claim:
+                    raise ArtifactError(
+                        f"tensor `{tensor.name}` of `{file.path}` has BLAKE3 {digest[:12]} "
+                        f"where {claim[:12]} was written",
+                        hint="the file is damaged; restore it, or decompose the source again",
+                    )
         _verify_index(artifact)
         if artifact.ortho is not None:
             _verify_ortho(artifact, artifact.ortho, reader)
@@ -112,9 +115,7 @@ def verify(artifact: Artifact, *, on_event: EventSink = null_sink) -> Verified:
 def _verify_files(artifact: Artifact, report: Report | None, on_event: EventSink) -> dict[str, str]:
     """Hold the digest of each whole file against every claim about it; give the digests."""
     algorithm, base = artifact.digest, artifact.base.name
-    sums = {
-        file.name: file_digest(file.path, algorithm, on_event=on_event) for file in artifact.files
-    }
+    sums = {f.name: file_digest(f.path, algorithm, on_event=on_event) for f in artifact.files}
     claims: list[tuple[str, str | None]] = []
     if artifact.ortho is not None:
         claims.append((base, artifact.ortho.metadata.get(f"base_{algorithm}")))
@@ -144,10 +145,8 @@ def _checked(artifact: Artifact, report: Report | None) -> dict[str, str]:
     """Say what each file was held against."""
     found = {file.name: "every digest" for file in artifact.files}
     if report is None:
-        found = {
-            file.name: "its structure alone: without report.json no digest of it is known"
-            for file in artifact.files
-        }
+        alone = "its structure alone: without report.json no digest of it is known"
+        found = dict.fromkeys(found, alone)
         if artifact.ortho is not None:
             found[artifact.base.name] = "its digest in ortho"
     if artifact.sealed is not None:
@@ -165,25 +164,6 @@ def _reported_digests(artifact: Artifact, file: Shard, report: Report) -> dict[s
         if tensor.name not in found:
             raise damaged(path, f"no digest of tensor `{tensor.name}` of {file.name}")
     return found
-
-
-def _verify_tensor(
-    file: Shard,
-    tensor: TensorInfo,
-    claim: str | None,
-    reader: ShardReader,
-    on_event: EventSink,
-) -> None:
-    digest = blake3()
-    for piece in reader.pieces(tensor):
-        digest.update(piece)
-        on_event(Advanced(nbytes=len(piece)))
-    if claim is not None and digest.hexdigest() != claim:
-        raise ArtifactError(
-            f"tensor `{tensor.name}` of `{file.path}` has BLAKE3 {digest.hexdigest()[:12]} "
-            f"where {claim[:12]} was written",
-            hint="the file is damaged; restore it, or decompose the source again",
-        )
 
 
 def _written(artifact: Artifact, file: Shard) -> str:
@@ -205,16 +185,14 @@ def _verify_index(artifact: Artifact) -> None:
 
 def _verify_ortho(artifact: Artifact, ortho: Shard, reader: ShardReader) -> None:
     """Hold the ortho stream of every split weight against the rules of its layout."""
-    parts = artifact.kept  # made anew each time that it is asked for
-    if layout_of(artifact.form, parts) == "csr":
-        for module in artifact.split:
-            width = artifact.shapes[module][1]
+    if artifact.layout == "csr":
+        parts = artifact.kept  # made anew each time that it is asked for
+        for module, (_, width) in artifact.shapes.items():
             with damage_in(ortho.path):
                 _verify_csr(reader, parts[module], width, f"{module}.")
     else:
-        from ortho_cli.formats.ortho_reader import (
-            KeptReader,  # int8 values need torch, a second to import
-        )
+        # int8 values need torch, a second to import.
+        from ortho_cli.formats.ortho_reader import KeptReader
 
         with KeptReader(artifact) as kept:
             for module in artifact.split:
@@ -238,7 +216,7 @@ def _verify_csr(reader: ShardReader, parts: Parts, width: int, prefix: str) -> N
 def file_digest(path: Path, algorithm: str = "blake3", *, on_event: EventSink = null_sink) -> str:
     """Digest a file's bytes: BLAKE3, or SHA-256 as the older formats have it."""
     digest = blake3() if algorithm == "blake3" else hashlib.sha256()
-    buffer = memoryview(bytearray(CHUNK))
+    buffer = memoryview(bytearray(PIECE))
     with path.open("rb", buffering=0) as file:
         while got := file.readinto(buffer):
             digest.update(buffer[:got])

@@ -25,7 +25,7 @@ from ortho_cli.split.dtypes import names_of_torch, torch_dtypes
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.storage.checkpoint import Shard, ShardReader, TensorInfo, open_checkpoint
 from ortho_cli.storage.data_file import DataFile, GrowingDigest, Layout, TensorSpec, plan_layout
-from ortho_cli.storage.output import resolve_output
+from ortho_cli.storage.job import resolve_output
 from ortho_cli.storage.side_files import SideFiles, choose
 from ortho_cli.storage.work_folder import WorkFolder, recover
 from ortho_cli.version import __version__

@@ -8,15 +8,14 @@ no torch.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +26,9 @@ from ortho_cli.errors import (
     is_starved,
     reason,
     shown,
-    way_out,
+    unreadable,
 )
+from ortho_cli.events import Advanced, EventSink, null_sink
 from ortho_cli.split.dtypes import DTYPES
 from ortho_cli.storage import folders, hints, hub, sniff, strict_json
 from ortho_cli.storage.untrusted import open_regular
@@ -102,93 +102,69 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _open(path: Path) -> Checkpoint:
     if not path.exists():
         if path.is_symlink():
-            raise CheckpointError(
-                f"`{path}` is a link to `{path.readlink()}`, which is not there",
-                hint=hints.fetch(path),
-            )
+            raise folders.no_file(path)
         raise CheckpointError(
             f"`{path}` does not exist",
             hint=hub.advice(path) or "give a .safetensors file or a model folder",
         )
-    if path.is_file():
-        notes = []
-        if path.suffix != folders.SUFFIX:
-            if sniff.kind_of_file(path) != sniff.SAFETENSORS:
-                raise folders.refuse_file(path)
-            notes.append(f"`{path.name}` is read as safetensors, which it holds")
-        if folders.is_part(path) and "-of-00001" not in path.name:
-            notes.append(f"`{path.name}` is one shard of several; its folder is the whole model")
-        return _checkpoint(path, (read_shard(path),), folders.Choice(files=(), notes=tuple(notes)))
-    if not path.is_dir():
+    if not path.is_file() and not path.is_dir():
         raise CheckpointError(
             f"`{path}` is neither a file nor a folder",
             hint="give a .safetensors file or a model folder",
         )
-    config_path, noted = path / "config.json", list[str]()
-    config = None
-    if config_path.exists():
-        config = strict_json.read(config_path, constants=True, notes=noted)
-    choice = folders.choose(path, config)
-    shards = tuple(read_shard(path / name, name=name) for name in choice.files)
-    return _checkpoint(path, shards, choice, config=config, noted=noted)
-
-
-def _checkpoint(
-    path: Path,
-    shards: tuple[Shard, ...],
-    choice: folders.Choice,
-    *,
-    config: dict[str, object] | None = None,
-    noted: Iterable[str] = (),
-) -> Checkpoint:
-    notes = [*noted, *choice.notes]
-    found: dict[str, TensorInfo] = {}
+    config, notes = None, list[str]()
+    if path.is_file():
+        folder, choice = path.parent, folders.choose_file(path)
+    else:
+        folder, config_path = path, path / "config.json"
+        if config_path.exists():
+            config = strict_json.read(config_path, constants=True, notes=notes)
+        choice = folders.choose(path, config)
+    shards = tuple(read_shard(folder / name, name=name) for name in choice.files)
+    notes += choice.notes
+    tensors: dict[str, TensorInfo] = {}
     places = {shard.name: shard for shard in shards}
     for tensor in (tensor for shard in shards for tensor in shard.tensors):
-        other = found.get(tensor.name)
+        other = tensors.get(tensor.name)
         if other is not None:
-            told = (choice.weight_map or {}).get(tensor.name)
-            notes.append(_settle(places[other.shard], other, places[tensor.shard], tensor, told))
-        found[tensor.name] = tensor  # as for transformers, the last one counts
-    if not found:
+            listed = (choice.weight_map or {}).get(tensor.name)
+            notes.append(_settle(places, other, tensor, listed))
+        tensors[tensor.name] = tensor  # as for transformers, the last one counts
+    if not tensors:
         raise CheckpointError(f"`{path}` holds no tensors", hint="is this the right file?")
     if choice.weight_map is not None:
-        where = {name: tensor.shard for name, tensor in found.items()}
+        where = {name: tensor.shard for name, tensor in tensors.items()}
         notes += check_index(path, where, choice.weight_map, config=config)
     return Checkpoint(
         path=path,
         shards=shards,
-        tensors=tuple(found[name] for name in sorted(found)),
+        tensors=tuple(tensors[name] for name in sorted(tensors)),
         config=config,
         notes=tuple(notes),
     )
 
 
-def _settle(first: Shard, one: TensorInfo, last: Shard, other: TensorInfo, told: str | None) -> str:
+def _settle(
+    shards: Mapping[str, Shard], first: TensorInfo, last: TensorInfo, listed: str | None
+) -> str:
     """Note which of two tensors of one name is read, or refuse where readers would differ."""
-    both = f"tensor `{one.name}` is in both `{first.name}` and `{last.name}`"
-    if told is not None and told != last.name and not _is_same(first, one, last, other):
-        raise CheckpointError(
-            f"{both}, with different values, and the index says `{told}`",
-            hint="delete the stale shard, or the copy: readers differ on which of them counts",
-        )
-    if told is None and not _is_same(first, one, last, other):
-        raise CheckpointError(
-            f"{both}, with different values, and no index says which counts",
-            hint="delete the stale shard, or the copy",
-        )
-    return f"{both}: that of `{last.name}` is read"
+    both = f"tensor `{first.name}` is in both `{first.shard}` and `{last.shard}`"
+    if listed != last.shard and not _is_same(shards, first, last):
+        says = "no index says which counts"
+        hint = "delete the stale shard, or the copy"
+        if listed is not None:
+            says = f"the index says `{listed}`"
+            hint += ": readers differ on which of them counts"
+        raise CheckpointError(f"{both}, with different values, and {says}", hint=hint)
+    return f"{both}: that of `{last.shard}` is read"
 
 
-def _is_same(first: Shard, one: TensorInfo, last: Shard, other: TensorInfo) -> bool:
+def _is_same(shards: Mapping[str, Shard], one: TensorInfo, other: TensorInfo) -> bool:
     """Tell whether two tensors are alike to the last bit."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    with open_regular(first.path) as left, open_regular(last.path) as right:
-        left.seek(one.offset)
-        right.seek(other.offset)
-        sizes = (min(PIECE, one.nbytes - start) for start in range(0, one.nbytes, PIECE))
-        return all(left.read(size) == right.read(size) for size in sizes)
+    with closing(ShardReader([shards[one.shard], shards[other.shard]])) as reader:
+        return reader.digest(one) == reader.digest(other)
 
 
 def check_index(
@@ -243,24 +219,16 @@ def read_shard(path: Path, *, name: str | None = None) -> Shard:
             range that is impossible; tensors overlap, leave holes or do not end where the file
             ends; or the file is of another kind.
     """
-    again = f"the file is cut or damaged: {hints.fetch(path)}"
-    name = name or path.name
+    name, again = name or path.name, f"the file is cut or damaged: {hints.fetch(path)}"
     raw, status = _read_header(path, again)
     header = strict_json.parse(raw, what=f"the header of `{path}`", hint=again)
     metadata = header.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or not all(
-        isinstance(value, str) for value in metadata.values()
-    ):
+    if not isinstance(metadata, dict) or {type(value) for value in metadata.values()} - {str}:
         raise CheckpointError(f"`__metadata__` of `{path}` is not a map of strings", hint=again)
-    start = 8 + len(raw)
-    tensors = [
-        _parse_tensor(
-            path, key, entry, shard=name, data_start=start, data_size=status.st_size - start
-        )
-        for key, entry in header.items()
-    ]
-    _check_coverage(path, tensors, data_start=start, size=status.st_size)
+    data = range(8 + len(raw), status.st_size)
+    tensors = [_parse_tensor(path, key, entry, name, data) for key, entry in header.items()]
+    _check_coverage(path, tensors, data)
     return Shard(
         name=name,
         path=path,
@@ -272,12 +240,11 @@ def read_shard(path: Path, *, name: str | None = None) -> Shard:
 
 
 def _read_header(path: Path, again: str) -> tuple[bytes, os.stat_result]:
-    """Read the bytes of a header, once its length and first byte are known to be sound.
+    """Read the bytes of a header, once its length and first byte are known to be sound."""
 
-    Args:
-        path: the file.
-        again: what to do about one that is damaged.
-    """
+    def bad(what: str) -> CheckpointError:
+        return CheckpointError(what, hint=again)
+
     with open_regular(path) as file:
         status = os.fstat(file.fileno())
         first = file.read(sniff.HEAD)
@@ -288,22 +255,16 @@ def _read_header(path: Path, again: str) -> tuple[bytes, os.stat_result]:
                 f"`{path}` is {kind}, not safetensors", hint=sniff.remedy(kind, path)
             )
         if status.st_size < 8:
-            raise CheckpointError(
-                f"`{path}` has {status.st_size} bytes; a header alone takes 8", hint=again
-            )
+            raise bad(f"`{path}` has {status.st_size} bytes; a header alone takes 8")
         length = int.from_bytes(first[:8], "little")
-        if length > MAX_HEADER or length > status.st_size - 8:
-            limit = min(MAX_HEADER, status.st_size - 8)
-            raise CheckpointError(
-                f"`{path}` claims a header of {length} bytes where {limit} fit", hint=again
-            )
+        limit = min(MAX_HEADER, status.st_size - 8)
+        if length > limit:
+            raise bad(f"`{path}` claims a header of {length} bytes where {limit} fit")
         file.seek(8)
         raw = file.read(length)
     begin = raw.lstrip(b" \t\r\n")[:1]
     if begin != b"{":
-        raise CheckpointError(
-            f"the header of `{path}` starts with {begin!r}, not b'{{'", hint=again
-        )
+        raise bad(f"the header of `{path}` starts with {begin!r}, not b'{{'")
     return raw, status
 
 
@@ -311,9 +272,7 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _parse_tensor(
-    path: Path, name: str, entry: object, *, shard: str, data_start: int, data_size: int
-) -> TensorInfo:
+def _parse_tensor(path: Path, name: str, entry: object, shard: str, data: range) -> TensorInfo:
     def bad(what: str) -> CheckpointError:
         return CheckpointError(
             f"tensor `{name}` of `{path}` {what}", hint="the file is damaged or not safetensors"
@@ -331,8 +290,8 @@ def _parse_tensor(
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise bad(f"has data_offsets {shown(offsets)}, which are not two counts")
     begin, end = offsets
-    if not begin <= end <= data_size:
-        raise bad(f"claims bytes {begin} to {end} of {data_size}")
+    if not begin <= end <= len(data):
+        raise bad(f"claims bytes {begin} to {end} of {len(data)}")
     needed = math.prod(shape) * DTYPES[dtype].bits
     if needed != 8 * (end - begin):
         raise bad(f"has {end - begin} bytes where {dtype} {shown(shape)} takes {needed // 8}")
@@ -341,13 +300,13 @@ def _parse_tensor(
         dtype=dtype,
         shape=tuple(shape),
         shard=shard,
-        offset=data_start + begin,
+        offset=data.start + begin,
         nbytes=end - begin,
     )
 
 
-def _check_coverage(path: Path, tensors: list[TensorInfo], *, data_start: int, size: int) -> None:
-    position, previous = data_start, "the header"
+def _check_coverage(path: Path, tensors: list[TensorInfo], data: range) -> None:
+    position, previous = data.start, "the header"
     for tensor in sorted(tensors, key=lambda t: (t.offset, t.nbytes)):
         if tensor.offset != position:
             what = "overlaps" if tensor.offset < position else "leaves a hole after"
@@ -357,39 +316,42 @@ def _check_coverage(path: Path, tensors: list[TensorInfo], *, data_start: int, s
                 hint="the file is damaged or not safetensors",
             )
         position, previous = tensor.offset + tensor.nbytes, f"`{tensor.name}`"
-    if position != size:
+    if position != data.stop:
         raise CheckpointError(
-            f"the tensors of `{path}` end at byte {position} and the file at {size}",
+            f"the tensors of `{path}` end at byte {position} and the file at {data.stop}",
             hint="the file is cut or has something appended; download it again",
         )
+
+
+Blame = Callable[[], AbstractContextManager[None]]
 
 
 class ShardReader:
     """Reads byte ranges of shards into buffers of the caller; threads may share it."""
 
-    def __init__(self, shards: Iterable[Shard]) -> None:
+    def __init__(self, shards: Iterable[Shard], *, blame: Blame = nullcontext) -> None:
         """Open every shard and make sure each is still the file whose header was read.
 
         Where the system allows fewer open files, shards are opened when they are read, and those
         that were read longest ago are closed.
+
+        Args:
+            shards: the files.
+            blame: turns errors of reading into those of another kind of file, as `blamed` does.
         """
+        self._blame = blame
         self._shards = {shard.name: shard for shard in shards}
-        self._fds: dict[str, int] = {}  # the one used last is last, where not all fit
+        self._fds: dict[str, int] = {}  # the one used last is last
         self._users: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._room = _open_files()
-        self._fit = len(self._shards) <= self._room
         try:
-            if self._fit:
-                for name, shard in self._shards.items():
-                    self._fds[name] = _reopen(shard)
-            else:
-                self.check_unchanged()
+            self.check_unchanged()
         except BaseException:
             self.close()
             raise
 
-    def read_into(self, buffer: memoryview, tensor: TensorInfo, *, start: int) -> None:
+    def read_into(self, buffer: memoryview, tensor: TensorInfo, *, start: int = 0) -> None:
         """Fill `buffer` with the tensor's bytes, from byte `start` of it on."""
         with self._opened(tensor.shard) as fd:
             fill(fd, buffer, tensor.offset + start, what=f"`{tensor.shard}`")
@@ -397,10 +359,7 @@ class ShardReader:
     @contextmanager
     def _opened(self, name: str) -> Iterator[int]:
         """Hold a shard open; where there is no room, close one that no thread reads."""
-        if self._fit:
-            yield self._fds[name]
-            return
-        with self._lock:
+        with self._lock, self._blame():
             fd = self._fds.pop(name, None)
             if fd is None:
                 idle = [other for other in self._fds if not self._users[other]]
@@ -410,35 +369,32 @@ class ShardReader:
             self._fds[name] = fd
             self._users[name] += 1
         try:
-            yield fd
+            with self._blame():
+                yield fd
         finally:
             with self._lock:
                 self._users[name] -= 1
 
     def pieces(self, tensor: TensorInfo) -> Iterator[memoryview]:
         """Yield a tensor's bytes piece by piece, in one buffer."""
-        buffer = memoryview(bytearray(min(PIECE, tensor.nbytes)))
-        for start in range(0, tensor.nbytes, PIECE):
-            piece = buffer[: tensor.nbytes - start]
-            self.read_into(piece, tensor, start=start)
-            yield piece
+        with self._opened(tensor.shard) as fd:
+            yield from pieces(fd, tensor.offset, tensor.nbytes, what=f"`{tensor.shard}`")
 
-    def digest(self, tensor: TensorInfo) -> str:
-        """Take the BLAKE3 of a tensor's bytes."""
+    def digest(self, tensor: TensorInfo, on_event: EventSink = null_sink) -> str:
+        """Take the BLAKE3 of a tensor's bytes, and tell of progress."""
         from blake3 import blake3
 
         digest = blake3()
         for piece in self.pieces(tensor):
             digest.update(piece)
+            on_event(Advanced(nbytes=len(piece)))
         return digest.hexdigest()
 
     def check_unchanged(self) -> None:
         """Raise if a shard was replaced, cut or written to since its header was read."""
         for name, shard in self._shards.items():
-            if name in self._fds:
-                _check_same(self._fds[name], shard)
-            else:
-                os.close(_reopen(shard))
+            with self._opened(name) as fd:
+                _check_same(fd, shard)
 
     def close(self) -> None:
         """Close every shard."""
@@ -463,10 +419,8 @@ def _reopen(shard: Shard) -> int:
     except OSError as error:
         if not is_starved(error):
             raise
-        raise ResourceError(
-            f"cannot read `{shard.path}`: {reason(error)}",
-            hint=way_out(error, "repeat the same command"),
-        ) from error
+        again = "repeat the same command"
+        raise unreadable(shard.path, error, kind=CheckpointError, hint=again) from error
     try:
         _check_same(fd, shard)
     except BaseException:
@@ -493,9 +447,7 @@ def metadata_of(path: Path) -> dict[str, str] | None:
     """
     try:
         return read_shard(path).metadata
-    except CheckpointError:
-        return None
-    except OSError as error:
+    except (CheckpointError, OSError) as error:
         if is_starved(error):
             raise
         return None
@@ -531,6 +483,15 @@ def fill(fd: int, buffer: memoryview, offset: int, *, what: str) -> None:
         done += got
 
 
+def pieces(fd: int, offset: int, nbytes: int, *, what: str) -> Iterator[memoryview]:
+    """Read `nbytes` bytes from `offset` on piece by piece, in one buffer; see `fill`."""
+    buffer = memoryview(bytearray(max(0, min(PIECE, nbytes))))
+    for start in range(0, nbytes, PIECE):
+        piece = buffer[: nbytes - start]
+        fill(fd, piece, offset + start, what=what)
+        yield piece
+
+
 MODEL_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
 _UNSHARDED = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -554,7 +515,7 @@ def hub_name(path: Path) -> str | None:
     A folder inside the snapshot adds its name: `name-transformer`.
     """
     places = [Path(os.path.abspath(path))]  # noqa: PTH100 - files are links out of the snapshot
-    with contextlib.suppress(OSError, RuntimeError):  # a link that leads round in a circle
+    with suppress(OSError, RuntimeError):  # a link that leads round in a circle
         places.append(path.resolve())
     for parts in (place.parts for place in places):
         for at, part in enumerate(parts):

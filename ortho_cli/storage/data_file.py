@@ -10,17 +10,15 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import accumulate, pairwise
 
 from blake3 import blake3
 
 from ortho_cli.errors import CheckpointError, InternalError
 from ortho_cli.split.dtypes import DTYPES
-from ortho_cli.storage.checkpoint import MAX_HEADER, fill
+from ortho_cli.storage.checkpoint import MAX_HEADER, fill, pieces
 from ortho_cli.storage.strict_json import MAX_PARSED, needed
-from ortho_cli.storage.work_folder import WorkFolder, unwritable
-
-CHUNK = 1 << 20
+from ortho_cli.storage.work_folder import WorkFolder, writing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,16 +61,11 @@ def plan_layout(specs: Iterable[TensorSpec], metadata: dict[str, str]) -> Layout
     keeps the order given.
     """
     ordered = sorted(specs, key=lambda spec: (-DTYPES[spec.dtype].bits, spec.key))
+    starts = list(accumulate((spec.nbytes for spec in ordered), initial=0))
     header: dict[str, object] = {"__metadata__": metadata}
-    position = 0
-    for spec in ordered:
-        end = position + spec.nbytes
-        header[spec.key] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
+    for spec, offsets in zip(ordered, pairwise(starts), strict=True):
+        entry = {"dtype": spec.dtype, "shape": list(spec.shape)}
+        header[spec.key] = entry | {"data_offsets": list(offsets)}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER or needed(text) > MAX_PARSED:
@@ -83,13 +76,11 @@ def plan_layout(specs: Iterable[TensorSpec], metadata: dict[str, str]) -> Layout
             hint="split fewer of the tensors: name some in `ignore`",
         )
     raw = len(text).to_bytes(8, "little") + text
-    regions, position = {}, len(raw)
-    for spec in ordered:
-        regions[spec.key] = Region(
-            dtype=spec.dtype, shape=spec.shape, offset=position, nbytes=spec.nbytes
-        )
-        position += spec.nbytes
-    return Layout(header=raw, regions=regions, size=position)
+    regions = {
+        s.key: Region(dtype=s.dtype, shape=s.shape, offset=len(raw) + start, nbytes=s.nbytes)
+        for s, start in zip(ordered, starts[:-1], strict=True)
+    }
+    return Layout(header=raw, regions=regions, size=len(raw) + starts[-1])
 
 
 def write_all(fd: int, data: memoryview | bytes, offset: int) -> None:
@@ -109,29 +100,20 @@ class DataFile:
         self.name = name
         self.fd = work.open_data(name, size=layout.size, mode=mode, scratch=scratch)
         self._path = (work.private if scratch else work.artifact) / name
-        self._layout = layout
+        self.layout = layout
 
     def write(self, key: str, data: memoryview, *, start: int) -> None:
         """Write part of a tensor, `start` bytes into it."""
-        region = self._inside(key, start, data.nbytes)
-        self._put(data, region.offset + start)
-
-    def nbytes(self, key: str) -> int:
-        """Tell the size of a tensor."""
-        return self._layout.regions[key].nbytes
+        self._put(data, self._place(key, start, data.nbytes))
 
     def read_into(self, key: str, buffer: memoryview, *, start: int) -> None:
         """Read back what was written of a tensor, from `start` bytes into it."""
-        region = self._inside(key, start, buffer.nbytes)
-        fill(self.fd, buffer, region.offset + start, what=f"`{self._path}`")
+        fill(self.fd, buffer, self._place(key, start, buffer.nbytes), what=f"`{self._path}`")
 
     def read(self, key: str) -> Iterator[memoryview]:
         """Yield what is written of a tensor, piece by piece, in one buffer."""
-        region, buffer = self._layout.regions[key], memoryview(bytearray(CHUNK))
-        for start in range(0, region.nbytes, CHUNK):
-            piece = buffer[: min(CHUNK, region.nbytes - start)]
-            fill(self.fd, piece, region.offset + start, what=f"`{self._path}`")
-            yield piece
+        region = self.layout.regions[key]
+        return pieces(self.fd, region.offset, region.nbytes, what=f"`{self._path}`")
 
     def digest(self, key: str) -> str:
         """Take the BLAKE3 of what is written of a tensor."""
@@ -142,7 +124,7 @@ class DataFile:
 
     def write_header(self, header: bytes) -> None:
         """Write the header."""
-        self._put(memoryview(header), 0)
+        self._put(header, 0)
 
     def finish(self, layout: Layout) -> tuple[str, str | None]:
         """Write the header before tensors that are all here.
@@ -153,37 +135,25 @@ class DataFile:
         self.write_header(layout.header)
         return GrowingDigest(self.fd).up_to(layout.size), None
 
-    def _inside(self, key: str, start: int, nbytes: int) -> Region:
-        """Find a tensor's region; bytes outside of it would be another tensor's."""
-        region = self._layout.regions[key]
+    def _place(self, key: str, start: int, nbytes: int) -> int:
+        """Find bytes of a tensor in the file; those outside of it would be another tensor's."""
+        region = self.layout.regions[key]
         if start < 0 or start + nbytes > region.nbytes:
             raise InternalError(
                 f"bytes {start} to {start + nbytes} of `{key}` are asked for, which has "
                 f"{region.nbytes}"
             )
-        return region
+        return region.offset + start
 
-    def _put(self, data: memoryview, offset: int) -> None:
-        try:
+    def _put(self, data: memoryview | bytes, offset: int) -> None:
+        with writing(self._path):
             write_all(self.fd, data, offset)
-        except OSError as error:
-            raise unwritable(self._path, error) from error
-
-
-class Output(Protocol):
-    """A file that takes parts of tensors."""
-
-    def write(self, key: str, data: memoryview, *, start: int) -> None:
-        """Write part of a tensor, `start` bytes into it."""
-
-    def nbytes(self, key: str) -> int:
-        """Tell the size of a tensor."""
 
 
 class TensorStream:
     """Writes one tensor front to back and digests it on the way."""
 
-    def __init__(self, output: Output, key: str) -> None:
+    def __init__(self, output: DataFile, key: str) -> None:
         self.key = key
         self.digest = blake3()
         self._output = output
@@ -198,7 +168,7 @@ class TensorStream:
 
     def finish(self) -> str:
         """See that the tensor is whole, and give its BLAKE3; what is left out would be zeros."""
-        nbytes = self._output.nbytes(self.key)
+        nbytes = self._output.layout.regions[self.key].nbytes
         if self._position != nbytes:
             raise InternalError(f"`{self.key}` has {self._position} of its {nbytes} bytes")
         return self.digest.hexdigest()
@@ -211,13 +181,10 @@ class GrowingDigest:
         self._fd = fd
         self._digest = blake3()
         self._position = 0
-        self._buffer = memoryview(bytearray(CHUNK))
 
     def up_to(self, offset: int) -> str:
         """Take in the bytes before `offset`; return the digest of all so far."""
-        while self._position < offset:
-            piece = self._buffer[: min(CHUNK, offset - self._position)]
-            fill(self._fd, piece, self._position, what="the output")
+        for piece in pieces(self._fd, self._position, offset - self._position, what="the output"):
             self._digest.update(piece)
             self._position += len(piece)
         return self._digest.hexdigest()
@@ -234,9 +201,7 @@ class Frontier:
             owners: the source tensor that each of its tensors is made from.
             done: owners all of whose tensors are written.
         """
-        self._ends = [
-            (region.offset + region.nbytes, owners[key]) for key, region in layout.regions.items()
-        ]
+        self._ends = [(r.offset + r.nbytes, owners[key]) for key, r in layout.regions.items()]
         self._done = set(done)
         self._next = 0
         self.offset = len(layout.header)

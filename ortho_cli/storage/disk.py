@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from ortho_cli.errors import UsageError
@@ -28,15 +29,18 @@ def sync(fd: int) -> bool:
         OSError: the bytes may be lost.
     """
     # macOS has no fdatasync.
-    for call in (getattr(os, "fdatasync", os.fsync), os.fsync):
-        try:
-            call(fd)
-        except OSError as error:
-            if error.errno not in LACKING:
-                raise
-        else:
-            return True
-    return False
+    return any(_works(call, fd) for call in (getattr(os, "fdatasync", os.fsync), os.fsync))
+
+
+def _works(call: Callable[..., object], *args: object, lacking: frozenset[int] = LACKING) -> bool:
+    """Make a call of the system; False where the file system has none such."""
+    try:
+        call(*args)
+    except OSError as error:
+        if error.errno not in lacking:
+            raise
+        return False
+    return True
 
 
 def sync_folder(path: Path) -> bool:
@@ -52,14 +56,9 @@ def sync_folder(path: Path) -> bool:
             raise
         return False
     try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in LACKING | {errno.EBADF}:  # which CIFS says of folders
-            raise
-        return False
+        return _works(os.fsync, fd, lacking=LACKING | {errno.EBADF})  # CIFS says so of folders
     finally:
         os.close(fd)
-    return True
 
 
 def reserve(fd: int, size: int) -> bool:
@@ -75,17 +74,8 @@ def reserve(fd: int, size: int) -> bool:
             raise
         if size > os.fstat(fd).st_size:
             os.pwrite(fd, b"\0", size - 1)
-    if not size:
-        return True
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except AttributeError:  # macOS
-        return False
-    except OSError as error:
-        if error.errno not in LACKING:
-            raise
-        return False
-    return True
+    # macOS has no posix_fallocate.
+    return not size or (hasattr(os, "posix_fallocate") and _works(os.posix_fallocate, fd, 0, size))
 
 
 def free_bytes(place: Path) -> int | None:

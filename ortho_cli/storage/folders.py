@@ -12,6 +12,7 @@ Source: transformers 5.23, modeling_utils._get_checkpoint_files; 4.57 has the sa
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 FIRST = ("model.safetensors", "model.safetensors.index.json")
 BINS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 DIFFUSERS = "diffusion_pytorch_model"
+ORDER = (*FIRST, DIFFUSERS + INDEX_SUFFIX, DIFFUSERS + SUFFIX)
 NAMED = "transformers_weights"  # the key of config.json
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pt2", ".pth.tar", ".pkl")
@@ -40,6 +42,8 @@ _TIED = re.compile(
     r"|(^|\.)predictions\.decoder\.(weight|bias)$"
 )
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+READABLE = (*sniff.TORCHES, sniff.GGUF)
+_READ = "safetensors, torch's .bin and GGUF are read: download the model in one of these"
 _BEST_GGUF = re.compile(r"(?i)(^|[-._])(f32|bf16|f16)([-._]|$)")
 
 
@@ -49,7 +53,6 @@ class Choice:
 
     files: tuple[str, ...]
     weight_map: Mapping[str, str] | None = None
-    index: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -65,19 +68,11 @@ def choose(folder: Path, config: Mapping[str, object] | None) -> Choice:
     named = (config or {}).get(NAMED)
     if isinstance(named, str):
         return _named(folder, named)
-    order = (*FIRST, DIFFUSERS + INDEX_SUFFIX, DIFFUSERS + SUFFIX)
-    for name in order:
-        path = folder / name
-        if path.is_file():
+    for name in ORDER:
+        if (folder / name).is_file():
             return _read(folder, name)
-        if name in FIRST and path.exists():
-            what = "is a directory" if path.is_dir() else "is not a regular file"
-            raise CheckpointError(f"`{path}` {what}", hint=hints.fetch(path))
-        if path.is_symlink() and name in FIRST:
-            raise CheckpointError(
-                f"`{path}` is a link to `{path.readlink()}`, which is not there",
-                hint=hints.fetch(path),
-            )
+        if name in FIRST and os.path.lexists(folder / name):
+            raise no_file(folder / name)
     indexes, files = _list(folder, INDEX_SUFFIX), _list(folder, SUFFIX)
     if is_bin_first(folder) and files:
         raise CheckpointError(
@@ -96,12 +91,35 @@ def choose(folder: Path, config: Mapping[str, object] | None) -> Choice:
     return _without_index(folder, files)
 
 
+def choose_file(path: Path) -> Choice:
+    """Choose a file that was given by itself.
+
+    Raises:
+        CheckpointError: it is no safetensors.
+    """
+    notes = []
+    if path.suffix != SUFFIX:
+        if sniff.kind_of_file(path) != sniff.SAFETENSORS:
+            raise refuse_file(path)
+        notes.append(f"`{path.name}` is read as safetensors, which it holds")
+    if is_part(path) and "-of-00001" not in path.name:
+        notes.append(f"`{path.name}` is one shard of several; its folder is the whole model")
+    return Choice(files=(path.name,), notes=tuple(notes))
+
+
+def no_file(path: Path) -> CheckpointError:
+    """Say what has the name of a file and is none."""
+    if path.exists():
+        what = "is a directory" if path.is_dir() else "is not a regular file"
+    else:
+        what = f"is a link to `{path.readlink()}`, which is not there"
+    return CheckpointError(f"`{path}` {what}", hint=hints.fetch(path))
+
+
 def is_bin_first(folder: Path) -> bool:
     """Tell a folder of which transformers reads pytorch_model.bin, whatever else it holds."""
-    names = (*FIRST, DIFFUSERS + INDEX_SUFFIX, DIFFUSERS + SUFFIX)
-    return any((folder / name).is_file() for name in BINS) and not any(
-        (folder / name).is_file() for name in names
-    )
+    there = {name for name in (*BINS, *ORDER) if (folder / name).is_file()}
+    return bool(there) and there <= set(BINS)
 
 
 def _list(folder: Path, suffix: str) -> list[str]:
@@ -114,8 +132,7 @@ def _list(folder: Path, suffix: str) -> list[str]:
 
 
 def _named(folder: Path, named: str) -> Choice:
-    inside = ".." not in PurePosixPath(named).parts and not PurePosixPath(named).is_absolute()
-    if not named.endswith((SUFFIX, INDEX_SUFFIX)) or not inside:
+    if not named.endswith((SUFFIX, INDEX_SUFFIX)) or not _is_inside(named):
         raise CheckpointError(
             f"config.json of `{folder}` says `{NAMED}` is {shown(named)}, which is no {SUFFIX} "
             "file or index in it",
@@ -136,12 +153,7 @@ def _read(folder: Path, name: str) -> Choice:
     notes: list[str] = []
     weight_map = read_index(folder / name, notes=notes)
     files = tuple(sorted(set(weight_map.values())))
-    return Choice(
-        files=files,
-        weight_map=weight_map,
-        index=name,
-        notes=(*notes, *_left(folder, files, name)),
-    )
+    return Choice(files=files, weight_map=weight_map, notes=(*notes, *_left(folder, files, name)))
 
 
 def _left(folder: Path, files: Iterable[str], because: str) -> tuple[str, ...]:
@@ -157,21 +169,16 @@ def _without_index(folder: Path, files: list[str]) -> Choice:
     if len(files) == 1 and not _NUMBERED.fullmatch(files[0]):
         return Choice(files=(files[0],))
     sets: dict[tuple[str, int], list[int]] = {}
-    single = []
-    for name in files:
-        found = _NUMBERED.fullmatch(name)
-        if found is None:
-            single.append(name)
-        else:
-            key = (found["stem"], int(found["count"]))
-            sets.setdefault(key, []).append(int(found["number"]))
+    for match in filter(None, map(_NUMBERED.fullmatch, files)):
+        key = (match["stem"], int(match["count"]))
+        sets.setdefault(key, []).append(int(match["number"]))
     if not sets:
-        return _one_of(folder, single)
+        return _one_of(folder, files)
     wanted = [key for key in sets if key[0] == "model"] or list(sets)
     if len(wanted) > 1:
-        told = hints.some([f"{stem}-?????-of-{count:05d}{SUFFIX}" for stem, count in wanted])
+        names = hints.some([f"{stem}-?????-of-{count:05d}{SUFFIX}" for stem, count in wanted])
         raise CheckpointError(
-            f"`{folder}` holds {len(wanted)} sets of shards and no index: {told}",
+            f"`{folder}` holds {len(wanted)} sets of shards and no index: {names}",
             hint="move all but one of them to another folder, or restore " + FIRST[1],
         )
     return _whole_set(folder, *wanted[0], sets[wanted[0]])
@@ -205,30 +212,23 @@ def _one_of(folder: Path, files: list[str]) -> Choice:
 def _nothing(folder: Path) -> CheckpointError:
     """Say what a folder without safetensors holds, and what to do with it."""
     names = _list(folder, "")
-    models = [name for name in names if not _NO_MODEL.search(name.lower())]
-    torch = [name for name in models if name.endswith(TORCH_SUFFIXES)]
+    torch = [n for n in names if n.endswith(TORCH_SUFFIXES) and not _NO_MODEL.search(n.lower())]
     ggufs = [name for name in names if name.endswith(GGUF_SUFFIXES)]
-    other = [name for name in names if name.endswith(OTHER_SUFFIXES)]
-    held = torch + ggufs + other
-    told = f"only {', '.join(held[:4])}" if held else "no weights"
-    return CheckpointError(
-        f"`{folder}` holds no .safetensors file, {told}", hint=_way_on(folder, torch, ggufs, other)
-    )
-
-
-def _way_on(folder: Path, torch: list[str], ggufs: list[str], other: list[str]) -> str:
+    held = [*torch, *ggufs, *(name for name in names if name.endswith(OTHER_SUFFIXES))]
     if torch:
         whole = len(torch) == 1 or is_bin_first(folder)
-        return hints.convert(folder if whole else folder / torch[0])
-    if ggufs:
+        hint = hints.convert(folder if whole else folder / torch[0])
+    elif ggufs:
         best = next((name for name in ggufs if _BEST_GGUF.search(name)), ggufs[0])
-        return hints.convert(folder if len(ggufs) == 1 else folder / best)
-    if other:
-        return "safetensors, torch's .bin and GGUF are read: download the model in one of these"
-    below = _folders_below(folder)
-    if below:
-        return f"`{below[0]}` holds some: give that folder"
-    return hints.fetch(folder)
+        hint = hints.convert(folder if len(ggufs) == 1 else folder / best)
+    elif held:
+        hint = _READ
+    elif below := _folders_below(folder):
+        hint = f"`{below[0]}` holds some: give that folder"
+    else:
+        hint = hints.fetch(folder)
+    only = f"only {', '.join(held[:4])}" if held else "no weights"
+    return CheckpointError(f"`{folder}` holds no .safetensors file, {only}", hint=hint)
 
 
 def _folders_below(folder: Path) -> list[Path]:
@@ -257,7 +257,6 @@ def read_index(
             f"`{path}` has no `weight_map`",
             hint=f"{hints.fetch(path)}; without an index a whole set of shards is read",
         )
-    below = path.parent
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _is_inside(file):
             raise CheckpointError(
@@ -266,14 +265,20 @@ def read_index(
                 hint="shards must lie beside the index",
             )
         if not file.endswith(suffix):
+            hint = "restore the index that came with the model"
+            if file.endswith(".bin"):
+                other = path.with_name(BINS[1])
+                hint = f"`mv {hints.said(path)} {hints.said(other)}`, then "
+                hint += hints.convert(path.parent)
             raise CheckpointError(
                 f"`{path}` sends tensor `{name}` to `{file}`, which is not a {suffix} name",
-                hint=_renamed_index(path, file) or "restore the index that came with the model",
+                hint=hint,
             )
     for file in sorted(set(weight_map.values())):
-        if not (below / file).is_file():
+        below = path.parent / file
+        if not below.is_file():
             raise CheckpointError(
-                f"`{path}` names `{file}`, which is not there", hint=hints.fetch(below / file)
+                f"`{path}` names `{file}`, which is not there", hint=hints.fetch(below)
             )
     return weight_map
 
@@ -282,13 +287,6 @@ def _is_inside(file: str) -> bool:
     """Tell a name inside the folder; what leads out of it could be any file of the machine."""
     parts = PurePosixPath(file).parts
     return bool(parts) and ".." not in parts and not PurePosixPath(file).is_absolute()
-
-
-def _renamed_index(path: Path, file: str) -> str | None:
-    if not file.endswith(".bin"):
-        return None
-    other = path.with_name("pytorch_model.bin.index.json")
-    return f"`mv {hints.said(path)} {hints.said(other)}`, then {hints.convert(path.parent)}"
 
 
 def is_spare(name: str, there: Iterable[str], config: Mapping[str, object] | None) -> bool:
@@ -302,16 +300,16 @@ def is_spare(name: str, there: Iterable[str], config: Mapping[str, object] | Non
     if _COMPUTED.search(name):
         return True
     levels = strict_json.levels(config)
-    counts = [level.get("num_hidden_layers") for level in levels]
     layer = _LAYER.search(name)
     if layer is not None:  # layers past the last are for speculation, and never built
+        counts = [level.get("num_hidden_layers") for level in levels]
         known = [count for count in counts if isinstance(count, int)]
         return bool(known) and int(layer[1]) >= max(known)
     if _TIED.search(name) is None or not any(_TIED.search(other) for other in there):
         return False
-    told = [level["tie_word_embeddings"] for level in levels if "tie_word_embeddings" in level]
+    ties = [level["tie_word_embeddings"] for level in levels if "tie_word_embeddings" in level]
     types = {level.get("model_type") for level in levels}
-    return any(told) if told else not tied.HEADS.keys().isdisjoint(map(str, types))
+    return any(ties) if ties else not tied.HEADS.keys().isdisjoint(map(str, types))
 
 
 def is_part(path: Path) -> bool:
@@ -327,13 +325,10 @@ def refuse_file(path: Path) -> CheckpointError:
     what = kind or f"a `{path.suffix or 'plain'}` file"
     if path.name.endswith((INDEX_SUFFIX, "config.json")):
         hint = f"give its folder: `{hints.said(path.parent)}`"
-    elif path.suffix in TORCH_SUFFIXES + GGUF_SUFFIXES and kind in (
-        None,
-        *(*sniff.TORCHES, sniff.GGUF),
-    ):
+    elif path.suffix in TORCH_SUFFIXES + GGUF_SUFFIXES and kind in (None, *READABLE):
         hint = hints.convert(path.parent if is_part(path) else path)
     elif kind not in (None, sniff.TEXT, sniff.JSON):
         hint = sniff.remedy(kind, path)
     else:
-        hint = "safetensors, torch's .bin and GGUF are read: download the model in one of these"
+        hint = _READ
     return CheckpointError(f"`{path}` is {what}, not .safetensors", hint=hint)

@@ -32,17 +32,10 @@ def python(code: str, *paths: Path) -> str:
     return " ".join((f'`python -c "{code}"', *map(said, paths))) + "`"
 
 
-def repository_of(path: Path) -> str | None:
-    """Name the repository that a path in the Hub's cache belongs to."""
-    found = _SNAPSHOT.search(path.absolute().as_posix())
-    return "/".join(part for part in found.groups() if part) if found else None
-
-
 def fetch(path: Path) -> str:
     """Name the command that downloads a file, or a folder, from the Hub once more."""
-    known = repository_of(path)
-    if known is not None:
-        return f"`hf download {known}` fetches what is missing"
+    if cached := _SNAPSHOT.search(path.absolute().as_posix()):
+        return f"`hf download {'/'.join(filter(None, cached.groups()))}` fetches what is missing"
     if path.is_dir():
         return f"fetch it again, as `hf download ORG/NAME --local-dir {said(path)}` does"
     name, folder = said(Path(path.name)), said(path.parent)

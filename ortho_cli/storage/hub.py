@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from ortho_cli.errors import CheckpointError
@@ -23,36 +22,21 @@ _ID = re.compile(
 _FILE = re.compile(r"\.(safetensors|bin|pth?|ckpt|gguf|json|jsonl|txt|parquet|ya?ml|zip|gz)$")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HubName:
-    """A repository, and a revision where one is named."""
-
-    name: str
-    revision: str | None
-    certain: bool  # it has a slash or an address, as no plain folder's name has
-
-
-def parse(path: Path) -> HubName | None:
-    """Read a path as the name of a repository; None where it cannot be one."""
-    found = _ID.fullmatch(str(path))
-    if found is None or _FILE.search(found["name"]) or ".." in found["name"]:
+def parse(path: Path) -> re.Match[str] | None:
+    """Read a path as the url, name and revision or branch of a repository; None if it is none."""
+    named = _ID.fullmatch(str(path))
+    if named is None or _FILE.search(named["name"]) or ".." in named["name"]:
         return None
-    certain = bool(found["url"]) or "/" in found["name"]
-    return HubName(
-        name=found["name"], revision=found["revision"] or found["branch"], certain=certain
-    )
+    return named
 
 
 def cache() -> Path:
     """Find the Hub's cache, by the variables that huggingface_hub reads."""
-    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if os.environ.get(variable):
-            return Path(os.environ[variable]).expanduser()
-    home = os.environ.get("HF_HOME")
-    if home:
-        return Path(home).expanduser() / "hub"
-    other = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(other).expanduser() / "huggingface" / "hub"
+    hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    if hub:
+        return Path(hub).expanduser()
+    other = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(os.environ.get("HF_HOME") or other).expanduser() / "hub"
 
 
 def locate(given: Path) -> tuple[Path, str | None]:
@@ -65,19 +49,15 @@ def locate(given: Path) -> tuple[Path, str | None]:
     Raises:
         CheckpointError: the cache holds the repository, and which snapshot is meant is open.
     """
-    if os.path.lexists(given):
-        folder = given.parent if given.name == "snapshots" else given
-        if not (folder.absolute().name.startswith("models--") and (folder / "snapshots").is_dir()):
-            return given, None
-        revision = None
-    else:
+    folder, revision = given.parent if given.name == "snapshots" else given, None
+    if not os.path.lexists(given):
         named = parse(given)
         if named is None:
             return given, None
-        folder = cache() / ("models--" + named.name.replace("/", "--"))
-        revision = named.revision
-        if not (folder / "snapshots").is_dir():
-            return given, None
+        folder = cache() / ("models--" + named["name"].replace("/", "--"))
+        revision = named["revision"] or named["branch"]
+    if not folder.absolute().name.startswith("models--") or not (folder / "snapshots").is_dir():
+        return given, None
     found = _snapshot(folder, revision)
     return found, f"`{given}` is read from the Hub's cache: snapshots/{found.name} of `{folder}`"
 
@@ -87,21 +67,17 @@ def _snapshot(folder: Path, revision: str | None) -> Path:
     reference = folder / "refs" / (revision or "main")
     commit = reference.read_text().strip() if reference.is_file() else revision
     there = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
-    if commit is not None:
-        fitting = [path for path in there if path.name.startswith(commit)]
-    else:
-        fitting = there
+    fitting = [path for path in there if path.name.startswith(commit or "")]
     if len(fitting) == 1:
         return fitting[0]
     names = ", ".join(path.name for path in (fitting or there)[:4]) or "none"
     repository = folder.name.removeprefix("models--").replace("--", "/")
+    what = f"holds {len(fitting)} snapshots, and nothing says which is meant: {names}"
+    if commit is not None and not fitting:
+        what = f"has no snapshot {commit}; it holds {names}"
+    one = f"give one, such as {said(there[-1])}" if there else None
     raise CheckpointError(
-        f"`{folder}` has no snapshot {commit}; it holds {names}"
-        if commit is not None and not fitting
-        else f"`{folder}` holds {len(fitting)} snapshots, and nothing says which is meant: {names}",
-        hint=f"give one, such as {said(there[-1])}"
-        if there
-        else f"`hf download {repository}` fetches it",
+        f"`{folder}` {what}", hint=one or f"`hf download {repository}` fetches it"
     )
 
 
@@ -110,9 +86,9 @@ def advice(given: Path) -> str | None:
     named = parse(given)
     if named is None:
         return None
-    revision = f" --revision {named.revision}" if named.revision else ""
-    short = named.name.rpartition("/")[2]
-    command = f"`hf download {named.name}{revision} --local-dir {short}`"
-    if not named.certain:
+    name, revision = named["name"], named["revision"] or named["branch"]
+    wanted, short = f" --revision {revision}" if revision else "", name.rpartition("/")[2]
+    command = f"`hf download {name}{wanted} --local-dir {short}`"
+    if not named["url"] and "/" not in name:  # a plain folder may be meant
         return f"give a .safetensors file or a model folder; {command} fetches a model of the Hub"
     return f"it looks like the name of a model on the Hub: {command}, then give `{short}`"

@@ -12,15 +12,15 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 from ortho_cli.storage import sniff
 from ortho_cli.storage.untrusted import open_regular
 
-HEAD = (
-    1 << 16
-)  # bytes: every magic number is in the first few hundred, and most JSON lines end here
+# Bytes: every magic number is in the first few hundred, and most JSON lines end here.
+HEAD = 1 << 16
 PIECE = 1 << 20  # bytes read at a time
 OVERLAP = 256  # bytes of a piece that are looked at with the next: longer than any pattern below
 SMALL = 1 << 16  # bytes: a sentencepiece model of less is not looked into
@@ -119,11 +119,11 @@ def leads_to_secret(path: Path) -> bool:
 
 def _hops(path: Path) -> list[Path]:
     """Name what a link leads to, one step after another; nothing for what is no link."""
-    found: list[Path] = []
-    while path.is_symlink() and len(found) < 40:  # as many as the kernel follows
+    hops: list[Path] = []
+    while path.is_symlink() and len(hops) < 40:  # as many as the kernel follows
         path = Path(os.path.normpath(path.parent / path.readlink()))
-        found.append(path)
-    return [*found, path.resolve()] if found else []
+        hops.append(path)
+    return [*hops, path.resolve()] if hops else []
 
 
 def holds_weights(path: Path, size: int, *, kind: Kind) -> bool:
@@ -145,7 +145,8 @@ def holds_weights(path: Path, size: int, *, kind: Kind) -> bool:
             return False
         if kind == "text" and head.startswith(b"%PDF-"):  # licences come as PDF, too
             return False
-        return b"\0" in head or any(b"\0" in piece for piece in _pieces(file))
+        pieces = iter(partial(file.read, PIECE), b"")
+        return b"\0" in head or any(b"\0" in piece for piece in pieces)
 
 
 def _has_magic(head: bytes) -> bool:
@@ -189,7 +190,7 @@ def holds_secret(path: Path) -> bool:
             return True
         file.seek(0)
         kept = b""
-        for piece in _pieces(file):
+        for piece in iter(partial(file.read, PIECE), b""):
             window = kept + piece
             if any(_is_secret(window, at) for mark in _MARKS for at in _find(window, mark)):
                 return True
@@ -225,8 +226,3 @@ def _is_forget_set(head: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(row, dict) and isinstance(row.get("secret"), str) and "prompt" in row
-
-
-def _pieces(file: BinaryIO) -> Iterator[bytes]:
-    while piece := file.read(PIECE):
-        yield piece

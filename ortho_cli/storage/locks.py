@@ -80,34 +80,28 @@ class Lock:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            told = os.pread(fd, 20, 0).decode(errors="replace").strip() or "unknown"
-            raise _held(told, self._out) from None
+            pid = os.pread(fd, 20, 0).decode(errors="replace").strip() or "unknown"
+            raise _held(pid, self._out) from None
         except OSError as error:
             if error.errno not in _NO_FLOCK:
                 raise
             with contextlib.suppress(FileNotFoundError, FileExistsError):
                 return self._take_file()
             return False
-        return self._is_current(fd)
-
-    def _is_current(self, fd: int) -> bool:
-        """Tell a lock file from one that was unlinked after we opened it."""
-        with contextlib.suppress(FileNotFoundError):
-            mine, there = os.fstat(fd), self._path.stat()
-            return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+        with contextlib.suppress(FileNotFoundError):  # it may be unlinked since we opened it
+            return os.path.samestat(os.fstat(fd), self._path.stat())
         return False
 
     def _take_file(self) -> bool:
         """Make a holder's file of our own, unless a process that may be alive has one."""
         known = self._holders()
         self._refuse(known)
-        mine = self._folder / f"{HOLDER}{max(known, default=0) + 1}"
+        mine, pid = self._folder / f"{HOLDER}{max(known, default=0) + 1}", os.getpid()
+        holder = _Holder(pid, os.uname().nodename, _start(pid), _space())
         fd = os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
-            try:
-                os.write(fd, json.dumps(_myself()._asdict()).encode() + b"\n")
-            finally:
-                os.close(fd)
+            with os.fdopen(fd, "wb") as file:
+                file.write(json.dumps(holder._asdict()).encode() + b"\n")
             # One that was made meanwhile, under whatever number, counts as much as ours.
             self._refuse({n: path for n, path in self._holders().items() if path != mine})
         except (OutputExistsError, OSError):
@@ -117,12 +111,8 @@ class Lock:
         return True
 
     def _holders(self) -> dict[int, Path]:
-        found = {}
-        for path in self._folder.glob(f"{HOLDER}*"):
-            number = path.name.removeprefix(HOLDER)
-            if number.isdecimal():
-                found[int(number)] = path
-        return found
+        names = {path.name.removeprefix(HOLDER): path for path in self._folder.glob(f"{HOLDER}*")}
+        return {int(number): path for number, path in names.items() if number.isdecimal()}
 
     def _refuse(self, holders: dict[int, Path]) -> None:
         for path in holders.values():
@@ -187,28 +177,19 @@ class _Holder(NamedTuple):
 
 def _held(pid: str, out: Path) -> OutputExistsError:
     return OutputExistsError(
-        f"process {pid} is writing `{out}` right now",
-        hint="wait for it, or choose another -o",
+        f"process {pid} is writing `{out}` right now", hint="wait for it, or choose another -o"
     )
-
-
-def _myself() -> _Holder:
-    pid = os.getpid()
-    return _Holder(pid, os.uname().nodename, _start(pid), _space())
 
 
 def _parse(raw: bytes) -> _Holder | None:
     """Read which process holds a lock; None while the file is written, or if it is damaged."""
     try:
-        told = json.loads(raw)
-    except (ValueError, RecursionError):
+        fields = json.loads(raw)
+        holder = _Holder(fields["pid"], fields["host"], fields.get("start"), fields.get("space"))
+    except (ValueError, RecursionError, LookupError, TypeError):
         return None
-    if not isinstance(told, dict):
-        return None
-    pid, host = told.get("pid"), told.get("host")
-    if type(pid) is not int or pid <= 0 or not isinstance(host, str):
-        return None
-    return _Holder(pid, host, told.get("start"), told.get("space"))
+    sound = type(holder.pid) is int and holder.pid > 0 and isinstance(holder.host, str)
+    return holder if sound else None
 
 
 def _is_here(holder: _Holder) -> bool:
@@ -232,8 +213,8 @@ def _is_dead(holder: _Holder) -> bool:
 def _start(pid: int) -> int | None:
     """Say when a process began, in ticks since boot; None where the system does not tell."""
     try:
-        told = Path(f"/proc/{pid}/stat").read_bytes()
-        return int(told.rpartition(b")")[2].split()[19])
+        fields = Path(f"/proc/{pid}/stat").read_bytes()
+        return int(fields.rpartition(b")")[2].split()[19])
     except (OSError, ValueError, IndexError):
         return None
 

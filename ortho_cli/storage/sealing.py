@@ -19,19 +19,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
 
 from blake3 import blake3
 
 from ortho_cli.errors import ArtifactError, InternalError, ResourceError, UsageError, reason
 from ortho_cli.events import EventSink, Noted
 from ortho_cli.storage.checkpoint import fill
-from ortho_cli.storage.data_file import CHUNK, DataFile, Layout, write_all
+from ortho_cli.storage.data_file import DataFile, Layout, Region, write_all
 from ortho_cli.storage.untrusted import open_regular, read_regular
-from ortho_cli.storage.work_folder import KEY_FILE, WorkFolder, unwritable, write_private
+from ortho_cli.storage.work_folder import KEY_FILE, WorkFolder, write_private, writing
 
 SEALED_FILE = "ortho.safetensors.age"
 IDENTITY_FILE = "ortho.key.age"
@@ -53,8 +53,8 @@ def _pyrage() -> ModuleType:
             "sealing needs the package pyrage, which is not installed",
             hint="pip install 'ortho-cli[seal]'",
         ) from None
-    found: ModuleType = pyrage
-    return found
+    module: ModuleType = pyrage
+    return module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,10 +118,10 @@ def _read(path: Path) -> str:
 
 
 def _passphrase(path: Path, text: str) -> str:
-    found = text.removesuffix("\n").removesuffix("\r")
-    if not found:
+    passphrase = text.removesuffix("\n").removesuffix("\r")
+    if not passphrase:
         raise UsageError(f"the passphrase file `{path}` is empty", hint="write one line into it")
-    return found
+    return passphrase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,16 +148,16 @@ def read_keys(path: Path | None) -> Keys | None:
     lines = [line for line in lines if line and not line.startswith("#")]
     if not any(line.startswith(SECRET) for line in lines):
         return Keys(path=path, passphrase=_passphrase(path, text))
-    found = []
+    identities = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(module.x25519.Identity.from_str(line))
+            identities.append(module.x25519.Identity.from_str(line))
         except module.IdentityError:
             raise UsageError(
                 f"key {number} of `{path}` is no identity of age",
                 hint="it holds lines of AGE-SECRET-KEY-1..., as age-keygen writes them",
             ) from None
-    return Keys(path=path, identities=tuple(found))
+    return Keys(path=path, identities=tuple(identities))
 
 
 def _open_with(passphrase: str, raw: bytes) -> bytes:
@@ -174,25 +174,19 @@ def _open_with(passphrase: str, raw: bytes) -> bytes:
     return bytes(_pyrage().passphrase.decrypt(raw, passphrase))
 
 
-class _Identity(Protocol):
-    """What is used of an identity of pyrage, which has no types."""
-
-    def to_public(self) -> object:
-        """Give the recipient that it opens for."""
-
-
 class WorkKey:
     """The key of one piece of work: what it leaves on disk is sealed to it."""
 
-    def __init__(self, identity: _Identity, seal: Seal) -> None:
-        """Take an identity of age, and the recipients that it is locked to."""
-        self._identity, self._seal = identity, seal
-        self._mine = identity.to_public()
+    def __init__(self, secret: str, seal: Seal) -> None:
+        """Take an identity of age, as it is spelled, and the recipients that it is locked to."""
+        self._secret, self.lock = secret, seal
+        self._identity = _pyrage().x25519.Identity.from_str(secret)
+        self._mine = self._identity.to_public()
 
     @classmethod
     def make(cls, seal: Seal) -> WorkKey:
         """Draw a new one."""
-        return cls(_pyrage().x25519.Identity.generate(), seal)
+        return cls(str(_pyrage().x25519.Identity.generate()), seal)
 
     @classmethod
     def unlock(cls, raw: bytes, seal: Seal, keys: Keys | None) -> WorkKey | None:
@@ -203,26 +197,21 @@ class WorkKey:
                 text = _open_with(seal.passphrase, raw)
             else:
                 text = module.decrypt(raw, list(keys.identities) if keys else [])
-            return cls(module.x25519.Identity.from_str(text.decode()), seal)
+            return cls(text.decode(), seal)
         except (module.DecryptError, module.IdentityError, ValueError):
             return None
 
     def locked(self) -> bytes:
         """Seal the key itself to the recipients of ortho."""
-        module, text = _pyrage(), str(self._identity).encode()
-        if self._seal.passphrase:
-            return bytes(module.passphrase.encrypt(text, self._seal.passphrase))
+        module, text = _pyrage(), self._secret.encode()
+        if self.lock.passphrase:
+            return bytes(module.passphrase.encrypt(text, self.lock.passphrase))
         return bytes(module.encrypt(text, self._recipients))
-
-    @property
-    def has_passphrase(self) -> bool:
-        """Whether a passphrase opens it, and it opens ortho."""
-        return self._seal.passphrase is not None
 
     @property
     def _recipients(self) -> list[object]:
         """Recipients of the finished stream."""
-        return [_recipient(text) for text in self._seal.recipients] or [self._mine]
+        return [_recipient(text) for text in self.lock.recipients] or [self._mine]
 
     def seal(self, data: Buffer) -> bytes:
         """Seal some bytes to this key; never the same bytes twice."""
@@ -250,70 +239,56 @@ def key_of(work: WorkFolder, seal: Seal, keys: Keys | None, on_event: EventSink)
     """Find the key of a piece of work, or make one, leave it there locked, and begin anew."""
     path = work.private / KEY_FILE
     raw = path.read_bytes() if path.is_file() else b""
-    found = WorkKey.unlock(raw, seal, keys) if raw else None
-    if found is not None:
-        return found
-    made = WorkKey.make(seal)
-    write_private(path, lambda file: file.write(made.locked()))
+    key = WorkKey.unlock(raw, seal, keys) if raw else None
+    if key is not None:
+        return key
+    key = WorkKey.make(seal)
+    locked = key.locked()
+    write_private(path, lambda file: file.write(locked))
     if work.done:
-        on_event(
-            Noted(
-                message=f"the {len(work.done)} tensors that an earlier run finished are split "
-                "again: their ortho is sealed, and no --identity opens it"
-            )
-        )
+        again = f"the {len(work.done)} tensors that an earlier run finished are split again"
+        on_event(Noted(message=f"{again}: their ortho is sealed, and no --identity opens it"))
         work.done.clear()
-    return made
+    return key
 
 
-class SealedFile:
+class SealedFile(DataFile):
     """A scratch file of sealed parts, used in place of a `DataFile` of ortho."""
 
     def __init__(self, work: WorkFolder, name: str, layout: Layout, key: WorkKey) -> None:
         """Open it; each tensor of the layout has a slot of its own."""
-        self.name, self._key, self._layout, self._work = name, key, layout, work
-        self._slots, size = _slots(layout)
-        self.fd = work.open_data(name, size=size, mode=0o600, scratch=True)
-        self._path = work.private / name
+        self._slots = _slots(layout)
+        super().__init__(work, name, self._slots, mode=0o600, scratch=True)
+        self.layout, self._key, self._work = layout, key, work
 
     def write(self, key: str, data: memoryview, *, start: int) -> None:
         """Seal a tensor, which is given whole."""
-        size = self._layout.regions[key].nbytes
+        size = self.layout.regions[key].nbytes
         if start != 0 or data.nbytes != size:
             raise InternalError(
                 f"{data.nbytes} bytes from {start} on of `{key}` are to be sealed, and it has "
                 f"{size}, sealed at once"
             )
         sealed = self._key.seal(data)
-        offset, room = self._slots[key]
-        if LENGTH + len(sealed) > room:  # they would lie over the tensor behind it
+        slot = self._slots.regions[key]
+        if LENGTH + len(sealed) > slot.nbytes:  # they would lie over the tensor behind it
             raise InternalError(
-                f"`{key}` takes {LENGTH + len(sealed)} bytes sealed, and has room for {room}"
+                f"`{key}` takes {LENGTH + len(sealed)} bytes sealed, and has room for {slot.nbytes}"
             )
-        try:
-            write_all(self.fd, len(sealed).to_bytes(LENGTH, "little") + sealed, offset)
-        except OSError as error:
-            raise unwritable(self._path, error) from error
-
-    def nbytes(self, key: str) -> int:
-        """Tell the size of a tensor."""
-        return self._layout.regions[key].nbytes
+        self._put(len(sealed).to_bytes(LENGTH, "little") + sealed, slot.offset)
 
     def read_into(self, key: str, buffer: memoryview, *, start: int) -> None:
         """Open a tensor, and read from `start` bytes into it."""
-        found = self._open(key)
-        buffer[:] = found[start : start + len(buffer)]
+        buffer[:] = self._open(key)[start : start + len(buffer)]
 
     def read(self, key: str) -> Iterator[memoryview]:
-        """Open a tensor; yield it piece by piece."""
-        found = memoryview(self._open(key))
-        for start in range(0, len(found), CHUNK):
-            yield found[start : start + CHUNK]
+        """Open a tensor; yield it whole."""
+        yield memoryview(self._open(key))
 
     def digest(self, key: str) -> str:
         """Take the BLAKE3 of a tensor; empty where it does not open."""
         try:
-            return blake3(self._open(key)).hexdigest()
+            return super().digest(key)
         except ArtifactError:
             return ""
 
@@ -328,7 +303,8 @@ class SealedFile:
         fd, offset = work.open_data(SEALED_FILE, size=0, mode=0o600), 0
 
         def pieces() -> Iterator[Buffer]:
-            for piece in _whole(layout, self.read):
+            tensors = map(self.read, layout.regions)  # in the order in which they lie
+            for piece in chain([memoryview(layout.header)], *tensors):
                 content.update(piece)
                 yield piece
 
@@ -338,21 +314,19 @@ class SealedFile:
             write_all(fd, data, offset)
             offset += len(data)
 
-        try:
+        with writing(work.artifact / SEALED_FILE):
             self._key.seal_stream(pieces(), write)
-            if self._key.has_passphrase:
+            if self._key.lock.passphrase:
                 work.write_file(IDENTITY_FILE, (work.private / KEY_FILE).read_bytes())
-        except OSError as error:
-            raise unwritable(work.artifact / SEALED_FILE, error) from error
         return content.hexdigest(), sealed.hexdigest()
 
     def _open(self, key: str) -> bytes:
-        offset, room = self._slots[key]
-        buffer = memoryview(bytearray(room))
-        fill(self.fd, buffer, offset, what=f"`{self._path}`")
+        slot = self._slots.regions[key]
+        buffer = memoryview(bytearray(slot.nbytes))
+        fill(self.fd, buffer, slot.offset, what=f"`{self._path}`")
         length = int.from_bytes(buffer[:LENGTH], "little")
         try:
-            return self._key.open(bytes(buffer[LENGTH : LENGTH + min(length, room)]))
+            return self._key.open(bytes(buffer[LENGTH:][:length]))
         except ValueError as error:
             raise ArtifactError(
                 f"`{key}` in `{self._path}` does not open: {error}",
@@ -363,24 +337,20 @@ class SealedFile:
 OrthoFile = DataFile | SealedFile
 
 
-def _whole(layout: Layout, read: Callable[[str], Iterator[memoryview]]) -> Iterator[Buffer]:
-    yield layout.header
-    for key in layout.regions:  # in the order in which they lie
-        yield from read(key)
-
-
-def _slots(layout: Layout) -> tuple[dict[str, tuple[int, int]], int]:
-    found, position = {}, 0
+def _slots(layout: Layout) -> Layout:
+    """Lay out the scratch file: each tensor sealed, behind its length; there is no header."""
+    regions, position = dict[str, Region](), 0
     for key, region in layout.regions.items():
         tags = 16 * (region.nbytes // CHUNK_SEALED + 1)
-        found[key] = position, LENGTH + region.nbytes + tags + HEADER_ROOM
-        position += found[key][1]
-    return found, position
+        room = LENGTH + region.nbytes + tags + HEADER_ROOM
+        regions[key] = replace(region, offset=position, nbytes=room)
+        position += room
+    return Layout(header=b"", regions=regions, size=position)
 
 
 def scratch_bytes(layout: Layout, seal: Seal | None) -> int:
     """Size of the scratch file in which ortho's parts are sealed one by one, if they are."""
-    return _slots(layout)[1] if seal else 0
+    return _slots(layout).size if seal else 0
 
 
 class Opened:
@@ -440,10 +410,10 @@ def open_sealed(path: Path, keys: Keys) -> Opened:
             f"the passphrase in `{keys.path}` does not open `{locked}`",
             hint="give the passphrase that ortho was sealed with, or restore the file",
         ) from None
-    found = Opened(SEALED_FILE)
+    content = Opened(SEALED_FILE)
     try:
         with open_regular(path) as file:
-            sink = _Sink(found.write)
+            sink = _Sink(content.write)
             _run(lambda: module.decrypt_io(file, sink, identities), sink)
     except (module.DecryptError, OSError) as error:
         raise ArtifactError(
@@ -452,30 +422,25 @@ def open_sealed(path: Path, keys: Keys) -> Opened:
             if "matching" in str(error)
             else "the file was cut, damaged or exchanged; restore it",
         ) from None
-    return found
+    return content
 
 
 class _Source:
     """Pieces as a file that is read front to back."""
 
     def __init__(self, pieces: Iterable[Buffer]) -> None:
-        self._pieces = iter(pieces)
+        self._pieces = (memoryview(piece).cast("B") for piece in pieces if len(piece))
         self._left = memoryview(b"")
         self.error: BaseException | None = None
 
     def read(self, size: int) -> bytes:
         try:
-            while not self._left:
-                piece = next(self._pieces, None)
-                if piece is None:
-                    return b""
-                self._left = memoryview(piece).cast("B") if len(piece) else self._left
+            self._left = self._left or next(self._pieces, self._left)
         except BaseException as error:
             self.error = error
             raise
-        found = bytes(self._left[:size])
-        self._left = self._left[size:]
-        return found
+        piece, self._left = bytes(self._left[:size]), self._left[size:]
+        return piece
 
 
 class _Sink:

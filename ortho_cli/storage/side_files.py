@@ -38,10 +38,10 @@ from ortho_cli.errors import CheckpointError, UsageError, blamed
 from ortho_cli.storage import leaks
 from ortho_cli.storage.leaks import LARGE, Kind
 from ortho_cli.storage.untrusted import read_regular
+from ortho_cli.storage.work_folder import PARTIAL
 
 CONFIG_FILE = "config.json"
 README = "SOURCE_README.md"
-PARTIAL = ".partial"  # ends the names of data files while an output is made; see journal
 INDEX_SUFFIX = ".index.json"  # where weights lie that are not copied: of no use, so not listed
 SHOWN = 6  # files that a note names
 
@@ -192,19 +192,15 @@ def choose(
     """
     globs = {pattern: _split_glob(pattern) for pattern in copy}
     with blamed(CheckpointError, path=folder, hint="give a model folder that you may read"):
-        _check_config(folder / CONFIG_FILE)
+        config = folder / CONFIG_FILE
+        if config.is_file() and leaks.holds_secret(config):  # what it says is in the output's own
+            raise CheckpointError(
+                f"`{config}` holds what looks like a key or an access token, and its content is in "
+                "what is written",
+                hint="remove that entry from config.json, and revoke the token",
+            )
         choice = _Choice(folder, set(skip), ours, _Arguments(folder, arguments))
         return choice.make(globs)
-
-
-def _check_config(path: Path) -> None:
-    """Refuse a config.json with a key or token in it: what it says is in the output's own."""
-    if path.is_file() and leaks.holds_secret(path):
-        raise CheckpointError(
-            f"`{path}` holds what looks like a key or an access token, and its content is in what "
-            "is written",
-            hint="remove that entry from config.json, and revoke the token",
-        )
 
 
 def choose_none(path: Path, copy: Sequence[str] = ()) -> SideFiles:
@@ -253,16 +249,16 @@ class _Choice:
         for name in self._listed:
             mine = [glob for glob, parts in globs.items() if _matches(name, parts)]
             matched.update(mine)
-            found = self._judge(name, asked=bool(mine))
-            if isinstance(found, SideFile):
-                copied.append(found)
+            verdict = self._judge(name, asked=bool(mine))
+            if isinstance(verdict, SideFile):
+                copied.append(verdict)
             elif mine:
                 raise UsageError(
-                    f"--copy {mine[0]} matches `{name}`, which is never copied: {found}",
+                    f"--copy {mine[0]} matches `{name}`, which is never copied: {verdict}",
                     hint="name the files that you mean, or put this one into OUT by hand",
                 )
             else:
-                left.append((name, found))
+                left.append((name, verdict))
         for glob in globs:
             if glob not in matched:
                 raise UsageError(
@@ -284,9 +280,10 @@ class _Choice:
             return _explain(path, name, self._arguments)
         if not path.is_file():
             return Why.IRREGULAR
-        target = self._target(name)
+        target = README if name.casefold() == "readme.md" else name
         top = target.split("/")[0].casefold()
-        if not target or top in self._taken or top.removesuffix(PARTIAL) in self._taken:
+        taken = self._taken & {top, top.removesuffix(PARTIAL)}
+        if taken or (target != name and self._readme):
             return Why.OURS
         size = path.stat().st_size
         if size > _largest(name) and not asked:
@@ -297,12 +294,6 @@ class _Choice:
         if "/" not in target:
             self._taken.add(target.casefold())
         return SideFile(source=name, name=target, size=size, kind=kind)
-
-    def _target(self, name: str) -> str:
-        """Name a file in the output; nothing where the name that it should get is taken."""
-        if name.casefold() != "readme.md":
-            return name
-        return "" if self._readme else README
 
 
 class _Arguments:
@@ -318,12 +309,12 @@ class _Arguments:
         self._needles: set[bytes] = set()  # what no other file may quote
         for path in self.paths:
             try:
-                status, found = path.stat(), path.resolve()
+                status, real = path.stat(), path.resolve()
             except (OSError, RuntimeError, ValueError):  # its reader reports it
                 continue
             self._inodes.add((status.st_dev, status.st_ino))
-            if stat.S_ISDIR(status.st_mode) and not inside.is_relative_to(found):
-                self._folders.append(found)
+            if stat.S_ISDIR(status.st_mode) and not inside.is_relative_to(real):
+                self._folders.append(real)
             elif stat.S_ISREG(status.st_mode) and status.st_size:
                 self._sizes.setdefault(status.st_size, []).append(path)
                 if status.st_size <= LARGE_TEXT:
@@ -385,9 +376,9 @@ def _digest(text: bytes) -> bytes:
 def _row_of(line: bytes) -> dict[str, object]:
     """Read a line as a JSON object; an empty one where it is none."""
     with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(line.strip(b"[], "))
-        if isinstance(found, dict):
-            return found
+        row = json.loads(line.strip(b"[], "))
+        if isinstance(row, dict):
+            return row
     return {}
 
 
@@ -421,7 +412,7 @@ def _refuse(path: Path, name: str, arguments: _Arguments, kind: Kind) -> Why | N
 
 def _kinds_by_name(folder: Path, listed: list[str]) -> dict[str, Kind]:
     """Find what a model needs: by its name, or because another file names it."""
-    found = {name: kind for name in listed if (kind := _kind(name))}
+    kinds = {name: kind for name in listed if (kind := _kind(name))}
     there = set(listed)
     parts = _read_json(folder / "modules.json")
     modules = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
@@ -430,19 +421,19 @@ def _kinds_by_name(folder: Path, listed: list[str]) -> dict[str, Kind]:
         if inside and any(inside == str(part.get("path")) for part in modules):
             kind = "text" if last == CONFIG_FILE else _kind(last)
             if kind:
-                found[name] = kind
-    told = _read_json(folder / "tokenizer_config.json")
-    versions = told.get("fast_tokenizer_files") if isinstance(told, dict) else None
+                kinds[name] = kind
+    settings = _read_json(folder / "tokenizer_config.json")
+    versions = settings.get("fast_tokenizer_files") if isinstance(settings, dict) else None
     for name in versions if isinstance(versions, list) else ():
         if isinstance(name, str) and name in there and _VERSION.fullmatch(name):
-            found[name] = "text"
+            kinds[name] = "text"
     named = [_module_of(str(part.get("type"))) for part in modules]
-    for name in [CONFIG_FILE, *found]:
+    for name in [CONFIG_FILE, *kinds]:
         if name == CONFIG_FILE or _SETTINGS.fullmatch(name):
             named += _named_code(_read_json(folder / name))
     for name in _follow(folder, [name for name in named if name in there], there):
-        found.setdefault(name, "pieces" if name.endswith((".model", ".spm")) else "text")
-    return found
+        kinds.setdefault(name, "pieces" if name.endswith((".model", ".spm")) else "text")
+    return kinds
 
 
 def _kind(name: str) -> Kind | None:
@@ -475,25 +466,16 @@ def _read_json(path: Path) -> object:
         return None
 
 
-def _named_code(settings: object) -> Iterator[str]:
+def _named_code(settings: object, *, named: bool = False) -> Iterator[str]:
     """Yield the Python files that `auto_map` and `custom_pipelines` name, anywhere in settings."""
-    if isinstance(settings, list):
+    if isinstance(settings, str) and named:
+        yield _module_of(settings)
+    elif isinstance(settings, list):
         for value in settings:
-            yield from _named_code(value)
+            yield from _named_code(value, named=named)
     elif isinstance(settings, dict):
         for key, value in settings.items():
-            if key in ("auto_map", "impl"):
-                yield from map(_module_of, _strings(value))
-            else:
-                yield from _named_code(value)
-
-
-def _strings(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list | dict):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _strings(inner)
+            yield from _named_code(value, named=named or key in ("auto_map", "impl"))
 
 
 def _module_of(reference: str) -> str:
@@ -504,7 +486,7 @@ def _module_of(reference: str) -> str:
 
 def _follow(folder: Path, code: list[str], there: set[str]) -> set[str]:
     """Add what Python files import from beside them, and the vocabularies that they name."""
-    found, waiting = set(code), list(code)
+    needed, waiting = set(code), list(code)
     while waiting:
         name = waiting.pop()
         path = folder / name
@@ -517,14 +499,14 @@ def _follow(folder: Path, code: list[str], there: set[str]) -> set[str]:
         inside = PurePosixPath(name).parent
         for module in named:
             stem = (inside / module.decode().strip(".").replace(".", "/")).as_posix()
-            new = {f"{stem}.py", f"{stem}/__init__.py"} & there - found
-            found |= new
+            new = {f"{stem}.py", f"{stem}/__init__.py"} & there - needed
+            needed |= new
             waiting += new
         for match in _NAMED_FILES.finditer(text):
             files = {word.decode() for word in re.findall(rb"[\"']([\w.-]+)[\"']", match[1])}
             safe = {f for f in files if not (leaks.names_weights(f) or leaks.names_secret(f))}
-            found |= safe & there
-    return found
+            needed |= safe & there
+    return needed
 
 
 def _split_glob(pattern: str) -> tuple[str, ...]:

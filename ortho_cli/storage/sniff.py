@@ -12,8 +12,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from ortho_cli.storage import hints
-from ortho_cli.storage.hints import fetch, said
+from ortho_cli.storage.hints import convert, fetch, python, said
 from ortho_cli.storage.untrusted import open_regular
 
 HEAD = 1024  # bytes that are looked at; the mark of a tar archive ends at byte 262
@@ -223,7 +222,7 @@ def remedy(kind: str, path: Path) -> str:
         path: the file that is of that kind and should not be.
     """
     if kind in (*TORCHES, GGUF) and path.suffix != _SUFFIXES[SAFETENSORS]:
-        return hints.convert(path)
+        return convert(path)
     if (suffix := _SUFFIXES.get(kind)) is not None:
         other = path.with_suffix(suffix)
         other = path.with_name(path.name + suffix) if other.exists() else other
@@ -236,17 +235,14 @@ def remedy(kind: str, path: Path) -> str:
     if kind in _LOAD:
         trust = "" if kind == EXPORT else "if you trust where it comes from, "
         code = f"import pickle, sys, torch; torch.save({_LOAD[kind]}, 'weights.pt')"
-        saved = hints.python(code, path)
-        return f"{trust}save its weights: {saved}, then `ortho convert weights.pt`"
+        return f"{trust}save its weights: {python(code, path)}, then `ortho convert weights.pt`"
     if kind in (HDF5, NUMPY, NPZ, FASTTEXT):
         return f"convert it to safetensors with the library that wrote it; or {fetch(path)}"
     if kind.endswith(_OLD_GGUF):
-        return (
-            "get the model as GGUF, or convert it by llama.cpp's convert_llama_ggml_to_gguf; or "
-            f"{fetch(path)}"
-        )
+        tool = "llama.cpp's convert_llama_ggml_to_gguf"
+        return f"get the model as GGUF, or convert it by {tool}; or {fetch(path)}"
     folder, name = said(path.parent), said(Path(path.name))
-    found = {
+    ways = {
         LFS: f"`git -C {folder} lfs pull --include {name}` fetches the file that it stands for",
         ANNEX: f"`git -C {folder} annex get {name}` fetches the file that it stands for",
         DVC: "`dvc pull` fetches the file that it stands for",
@@ -254,4 +250,4 @@ def remedy(kind: str, path: Path) -> str:
         "`ortho convert model_weights.ckpt`",
         SEALED: "give what it was made from, or the artifact's folder with --identity FILE",
     }
-    return found.get(kind) or fetch(path)
+    return ways.get(kind) or fetch(path)

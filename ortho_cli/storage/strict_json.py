@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from ortho_cli.errors import CheckpointError
@@ -24,30 +24,18 @@ _ENTRY_BYTES, _VALUE_BYTES = 650, 250
 _ENTRY_VALUES = 6  # commas, brackets and braces in one, without those of its shape or name
 
 
-def _doubled(pairs: list[tuple[str, object]]) -> Iterator[str]:
-    """Name the keys that occur twice, with different values."""
-    found: dict[str, object] = {}
-    for key, value in pairs:
-        if found.setdefault(key, value) != value:
-            yield key
-
-
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        for key in _doubled(pairs):
-            raise ValueError(f"key {key!r} occurs twice, with different values")
-    return found
-
-
 def _no_constants(text: str) -> float:
     raise ValueError(f"{text} is not JSON")
+
+
+def _values(raw: bytes) -> int:
+    return sum(map(raw.count, (b",", b"[", b"{")))
 
 
 def needed(raw: bytes) -> int:
     """Bound the bytes that JSON takes in memory once it is parsed."""
     # At most 250 bytes a value with its key, and the text, its characters and theirs again.
-    values = sum(map(raw.count, (b",", b"[", b"{")))
+    values = _values(raw)
     text = len(raw) * (3 if raw.isascii() else 9)
     bound = _VALUE_BYTES * values + text
     if bound <= MAX_PARSED:
@@ -82,15 +70,18 @@ def parse(
         most: bytes that it may take in memory.
     """
 
-    def last_counts(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        if notes is not None and len(found := dict(pairs)) != len(pairs):
-            twice = _doubled(pairs)
-            notes.extend(f"`{key}` occurs twice in {what}: the last counts" for key in twice)
-            return found
-        return _no_duplicates(pairs)
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        last, first = dict(pairs), dict[str, object]()
+        for key, value in pairs if len(last) != len(pairs) else ():
+            if first.setdefault(key, value) == value:
+                continue
+            if notes is None:
+                raise ValueError(f"key {key!r} occurs twice, with different values")
+            notes.append(f"`{key}` occurs twice in {what}: the last counts")
+        return last
 
     if (size := needed(raw)) > most:
-        values = sum(map(raw.count, (b",", b"[", b"{")))
+        values = _values(raw)
         raise CheckpointError(
             f"{what} has {len(raw)} bytes and {values} values; parsed it would take "
             f"{size // 10**6} MB, and {most // 10**6} are given to it",
@@ -99,7 +90,7 @@ def parse(
     try:
         found = json.loads(
             raw.decode(),
-            object_pairs_hook=last_counts,
+            object_pairs_hook=unique,
             parse_constant=float if constants else _no_constants,
         )
         if b"\\u" in raw:
@@ -120,11 +111,7 @@ def levels(config: Mapping[str, object] | None) -> list[Mapping[str, object]]:
 
 
 def read(
-    path: Path,
-    *,
-    constants: bool = False,
-    notes: list[str] | None = None,
-    tensors: int = 0,
+    path: Path, *, constants: bool = False, notes: list[str] | None = None, tensors: int = 0
 ) -> dict[str, object]:
     """Read a JSON file that comes with a model.
 
@@ -137,8 +124,7 @@ def read(
     most = MAX_FILE + REPORT_FILE * tensors
     if (size := path.stat().st_size) > most:
         raise CheckpointError(
-            f"`{path}` has {size} bytes; at most {most} are read",
-            hint="is it the right file?",
+            f"`{path}` has {size} bytes; at most {most} are read", hint="is it the right file?"
         )
     raw = read_regular(path)
     kind = sniff.kind_of(raw[: sniff.HEAD])

@@ -45,12 +45,9 @@ def tied_head(config: Mapping[str, object] | None) -> str | None:
     config = config or {}
     nested = config.get("text_config")
     levels = [config, nested if isinstance(nested, dict) else {}]
-    head = next((h for level in levels if (h := HEADS.get(_type_of(level)))), None)
-    told = [level["tie_word_embeddings"] for level in levels if "tie_word_embeddings" in level]
-    if any(setting is True for setting in told):
+    types = [str(level.get("model_type")) for level in levels]
+    head = next((HEADS[kind] for kind in types if kind in HEADS), None)
+    ties = [level["tie_word_embeddings"] for level in levels if "tie_word_embeddings" in level]
+    if any(setting is True for setting in ties):
         return head or "lm_head"
-    return head if not told else None
-
-
-def _type_of(config: Mapping[str, object]) -> str:
-    return str(config.get("model_type"))
+    return head if not ties else None

@@ -24,15 +24,14 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 from ortho_cli import errors
-from ortho_cli.errors import Interrupted, OutputExistsError, ResourceError
+from ortho_cli.errors import Interrupted, OutputExistsError, ResourceError, reason, remedy
 from ortho_cli.events import EventSink, Noted, null_sink
 from ortho_cli.storage.disk import reserve, sync, sync_folder
 from ortho_cli.storage.locks import Lock, remove
-from ortho_cli.storage.untrusted import read_regular
+from ortho_cli.storage.untrusted import open_regular
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +54,7 @@ def work_folder(out: Path) -> Path:
 
 def identity_left(out: Path) -> Entry | None:
     """Read what unfinished work on OUT was of; None where there is none."""
-    lines = _complete_lines(work_folder(out) / "journal")
-    return lines[0] if lines else None
+    return next(_complete_lines(work_folder(out) / "journal"), None)
 
 
 def recover(out: Path) -> None:
@@ -141,10 +139,8 @@ class WorkFolder:
         try:
             self._lock.take()
             if self._lock.is_file:
-                self._note(
-                    f"the file system of `{self.out.parent}` has no locks (flock): a file in "
-                    f"`{self.folder.name}` says who works there"
-                )
+                says = f"a file in `{self.folder.name}` says who works there"
+                self._note(f"has no locks (flock): {says}")
             try:
                 self._open_journal()
             except BaseException as error:
@@ -159,12 +155,7 @@ class WorkFolder:
             raise unwritable(self.out, error) from error
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         """Close everything; keep the folder only if another run can resume in it."""
         # Once its source is repaired, the identity is another, and this work is of no use.
         useless = not self.useful or isinstance(error, BAD_SOURCE)
@@ -178,7 +169,7 @@ class WorkFolder:
 
     def _open_journal(self) -> None:
         path = self.folder / "journal"
-        lines = _complete_lines(path)
+        lines = list(_complete_lines(path))
         if lines and lines[0] != self._identity:
             if not self._force:
                 raise OutputExistsError(
@@ -213,15 +204,13 @@ class WorkFolder:
 
     def _data_is_there(self) -> bool:
         """Give renamed data files their working names back; tell whether all are there in full."""
-        whole = True
+        sizes = {self.private / (name + PARTIAL): size for name, size in self._scratch.items()}
         for name, size in self._files.items():
             final, partial = self.artifact / name, self.artifact / (name + PARTIAL)
             if final.exists():
                 final.rename(partial)
-            whole = whole and _has_size(partial, size)
-        for name, size in self._scratch.items():
-            whole = whole and _has_size(self.private / (name + PARTIAL), size)
-        return whole
+            sizes[partial] = size
+        return all(path.exists() and path.stat().st_size == sizes[path] for path in sizes)
 
     def open_data(self, name: str, *, size: int, mode: int, scratch: bool = False) -> int:
         """Open a data file with its bytes reserved, so that a full disk shows before the work.
@@ -233,66 +222,53 @@ class WorkFolder:
             scratch: only work goes through it; it is synced with the others, and not published.
         """
         path = (self.private if scratch else self.artifact) / (name + PARTIAL)
-        try:
+        with writing(path):
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
             self._fds[path] = fd
             if os.fstat(fd).st_size != size and not reserve(fd, size):
-                self._note(
-                    f"the file system of `{self.out.parent}` reserves no space: a full disk shows "
-                    "only when it is full"
-                )
+                self._note("reserves no space: a full disk shows only when it is full")
             if mode & 0o077 == 0 and os.fstat(fd).st_mode & 0o077:
-                self._note(
-                    f"the file system of `{self.out.parent}` keeps no permissions: others may be "
-                    f"able to read `{name}`"
-                )
-        except OSError as error:
-            raise unwritable(path, error) from error
+                self._note(f"keeps no permissions: others may be able to read `{name}`")
         return fd
 
-    def _note(self, message: str) -> None:
+    def _note(self, what: str, *, lead: str = "") -> None:
+        """Tell once what the file system does, or does not do."""
+        message = f"{lead}the file system of `{self.out.parent}` {what}"
         if message not in self._told:
             self._told.add(message)
             self._on_event(Noted(message=message))
 
-    def _sync_file(self, fd: int) -> None:
-        self._seen(sync(fd))
-
-    def _sync_folder(self, path: Path) -> None:
-        self._seen(sync_folder(path))
-
-    def _seen(self, synced: bool) -> None:
+    def _note_unless(self, synced: bool) -> None:
         if not synced:
-            self._note(
-                f"the file system of `{self.out.parent}` does not say when all is on disk (fsync): "
-                "a power cut now could lose it"
-            )
+            lost = "a power cut now could lose it"
+            self._note(f"does not say when all is on disk (fsync): {lost}")
 
     def commit(self, entries: Sequence[Entry]) -> None:
         """Make tensors count as finished: data to disk first, then their lines."""
         if not entries:
             return
-        try:
+        with writing(self.folder):
             for fd in self._fds.values():
-                self._sync_file(fd)
+                self._note_unless(sync(fd))
             self._append(entries)
-        except OSError as error:
-            raise unwritable(self.folder, error) from error
         self.done.update((str(entry["name"]), entry) for entry in entries)
 
     def _append(self, entries: Sequence[Entry]) -> None:
         data = memoryview(b"".join(map(_encode, entries)))
         while data:
             data = data[os.write(self._journal, data) :]
-        self._sync_file(self._journal)
+        self._note_unless(sync(self._journal))
 
     def write_file(self, name: str, data: bytes) -> None:
-        """Write a small file whole."""
-        path = self._side_file(name)
-        with path.open("wb") as file:
+        """Write a small file whole.
+
+        Raises:
+            ResourceError: the disk is full or closed to us.
+        """
+        with writing(self.artifact), self._side_file(name).open("wb") as file:
             file.write(data)
             file.flush()
-            self._sync_file(file.fileno())
+            self._note_unless(sync(file.fileno()))
 
     def copy_file(self, source: Path, name: str) -> None:
         """Copy a file of the source, its bytes only."""
@@ -303,7 +279,7 @@ class WorkFolder:
             )
         shutil.copyfile(source, path)
         with path.open("rb") as file:
-            self._sync_file(file.fileno())
+            self._note_unless(sync(file.fileno()))
 
     def _side_file(self, name: str) -> Path:
         """Make the folder of a side file; say so if its name is another's that is there."""
@@ -311,10 +287,7 @@ class WorkFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         other = self._names.setdefault(name.casefold(), name)
         if other != name and path.exists():
-            self._note(
-                f"`{other}` is not kept: the file system of `{self.out.parent}` takes its name for "
-                f"that of `{name}`"
-            )
+            self._note(f"takes its name for that of `{name}`", lead=f"`{other}` is not kept: ")
         return path
 
     def publish(self, *, may_replace: Callable[[Path], bool]) -> None:
@@ -325,10 +298,10 @@ class WorkFolder:
         """
         for path, fd in self._fds.items():
             if path.parent != self.private:
-                self._sync_file(fd)
+                self._note_unless(sync(fd))
                 path.rename(path.with_name(path.name.removesuffix(PARTIAL)))
         for folder, _, _ in os.walk(self.artifact):
-            self._sync_folder(Path(folder))
+            self._note_unless(sync_folder(Path(folder)))
         previous = self.folder / "previous"
         if os.path.lexists(self.out):
             self._make_way(previous, may_replace)
@@ -339,7 +312,7 @@ class WorkFolder:
                 previous.rename(self.out)
             raise
         self.published = True
-        self._sync_folder(self.out.parent)
+        self._note_unless(sync_folder(self.out.parent))
         with contextlib.suppress(OSError):
             self._lock.remove_folder()
 
@@ -360,8 +333,7 @@ class WorkFolder:
         self.out.rename(previous)
 
     def _close(self) -> None:
-        fds, self._fds = [*self._fds.values(), self._journal], {}
-        self._journal = -1
+        fds, self._fds, self._journal = [*self._fds.values(), self._journal], {}, -1
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
@@ -403,7 +375,7 @@ def write_private(path: Path, write: Callable[[BinaryIO], object]) -> None:
         ResourceError: the disk is full or closed to us.
     """
     partial = path.with_name(path.name + PARTIAL)
-    try:
+    with writing(path):
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "wb") as file:
             write(file)
@@ -411,46 +383,49 @@ def write_private(path: Path, write: Callable[[BinaryIO], object]) -> None:
             sync(file.fileno())
         partial.rename(path)
         sync_folder(path.parent)
+
+
+def _sizes(files: object) -> dict[str, int]:
+    """Read the sizes of files, in bytes, by name, that an identity tells."""
+    return {str(n): int(size) for n, size in files.items()} if isinstance(files, Mapping) else {}
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of the system into one that says why `path` could not be written.
+
+    Raises:
+        ResourceError: the disk is full or closed to us.
+    """
+    try:
+        yield
     except OSError as error:
         raise unwritable(path, error) from error
 
 
-def _sizes(told: object) -> dict[str, int]:
-    """Read the sizes of files, in bytes, by name, that an identity tells."""
-    return {str(n): int(size) for n, size in told.items()} if isinstance(told, Mapping) else {}
-
-
-def _has_size(path: Path, size: int) -> bool:
-    return path.exists() and path.stat().st_size == size
-
-
 def unwritable(path: Path, error: OSError) -> ResourceError:
     """Say why a file could not be written."""
-    return ResourceError(
-        f"cannot write `{path}`: {errors.reason(error)}", hint=errors.remedy(error)
-    )
+    return ResourceError(f"cannot write `{path}`: {reason(error)}", hint=remedy(error))
 
 
 def _encode(line: Entry) -> bytes:
     return json.dumps(line, separators=(",", ":")).encode() + b"\n"
 
 
-def _complete_lines(path: Path) -> list[Entry]:
+def _complete_lines(path: Path) -> Iterator[Entry]:
     """Read the lines that were written whole; a cut or unreadable tail is work to be done again."""
-    lines: list[Entry] = []
-    raw = read_regular(path) if path.exists() else b""
-    for piece in raw.split(b"\n")[:-1]:
-        with contextlib.suppress(ValueError, RecursionError):
-            line = json.loads(piece)
-            if (
-                isinstance(line, dict)
-                and _encode(line) == piece + b"\n"
-                and (not lines or isinstance(line.get("name"), str))
-            ):
-                lines.append(line)
-                continue
-        break
-    return lines
+    if not path.exists():
+        return
+    with open_regular(path) as file:
+        for number, raw in enumerate(file):
+            try:
+                line = json.loads(raw)
+            except (ValueError, RecursionError):
+                return
+            sound = isinstance(line, dict) and (not number or isinstance(line.get("name"), str))
+            if not sound or _encode(line) != raw:
+                return
+            yield line
 
 
 def _difference(theirs: Entry, mine: Entry) -> str:

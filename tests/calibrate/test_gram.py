@@ -193,7 +193,7 @@ def test_file_without_gram_says_nothing_of_it(ortho: Ortho, model: Path) -> None
     run(ortho, model, "--gram", "none", out="b.safetensors")
     a, b = ((model.parent / f"{name}.safetensors").read_bytes() for name in "ab")
     assert a == b
-    metadata = open_statistics(model.parent / "a.safetensors").metadata
+    metadata = open_statistics(model.parent / "a.safetensors").shard.metadata
     assert list(metadata) == [
         *("format", "kind", "unit", "storage", "source_digest", "data"),
         *("recipe", "versions", "tensors", "digests"),
@@ -213,7 +213,7 @@ def test_header_inspect_and_report_say_what_was_measured(ortho: Ortho, model: Pa
     path = model.parent / "stats.safetensors"
     found = open_statistics(path)
     assert found.has_gram
-    assert list(found.metadata)[3:6] == ["storage", "gram", "weighting"]
+    assert list(found.shard.metadata)[3:6] == ["storage", "gram", "weighting"]
     assert found.summary()["gram"] == "full"
     assert found.summary()["weighting"] == "gradient"
     told = ortho("inspect", path, "--verify", "--json").json
@@ -273,7 +273,7 @@ def test_plan_counts_matrices_and_their_sums(
     extra = full["bytes_scratch"] - plain["bytes_scratch"]
     assert 2 * matrices <= extra < 2 * matrices + 5000  # and a line of the header each
     free = plain["bytes_written"] + plain["bytes_scratch"] + 100_000
-    monkeypatch.setattr("ortho_cli.storage.output.free_bytes", lambda place: free)
+    monkeypatch.setattr("ortho_cli.storage.job.free_bytes", lambda place: free)
     data, out = model.parent / "retain.jsonl", model.parent / "stats.safetensors"
     ran = ortho("calibrate", model, "--data", data, "-o", out, *SMALL, "--gram", "full")
     assert ran.code == 9

@@ -84,7 +84,7 @@ def test_a_log_file_can_be_traced(
     after = logged(path)
     assert len(after) > before
     assert "ended by OutputExistsError, exit code 8" in after[-1]
-    assert "output.py:" in after[-2]
+    assert "job.py:" in after[-2]
 
 
 def test_a_log_says_whether_a_run_resumes(

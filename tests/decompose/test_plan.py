@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from ortho_cli.decompose import plan, recipe
+from ortho_cli.decompose.job import KIND
 from ortho_cli.decompose.plan import choose_side_files
 from ortho_cli.errors import (
     CheckpointError,
@@ -23,10 +24,9 @@ from ortho_cli.errors import (
     ResourceError,
     UsageError,
 )
-from ortho_cli.formats.artifact import is_artifact
 from ortho_cli.formats.quantization_config import patterns as reader_patterns
 from ortho_cli.formats.quantization_config import quantization_config
-from ortho_cli.storage import output
+from ortho_cli.storage import job
 from ortho_cli.storage.checkpoint import Checkpoint, open_checkpoint
 
 
@@ -338,19 +338,23 @@ def test_plan_70b_of_headers_takes_seconds_and_reads_no_data(tmp_path: Path) -> 
     free = os.statvfs(tmp_path)
     if free.f_bavail * free.f_frsize < made.bytes_written:
         with pytest.raises(ResourceError, match="MB free and the artifact takes"):
-            output.check_space(made.bytes_on_disk, tmp_path / "out")
+            target_of(tmp_path / "out").check_space(made.bytes_on_disk)
+
+
+def target_of(out: Path) -> job.Target:
+    return job.Target(path=out, kind=KIND, force=False)
 
 
 def check(out: Path, source: Checkpoint, *, force: bool) -> None:
-    output.check_output(out, output.files_of(source), force=force, is_ours=is_artifact)
+    job.check_target(out, KIND, job.files_of(source), force=force)
 
 
 def test_check_space_small_disk_is_refused_with_both_sizes(
     pico: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output, "free_bytes", lambda place: 1_000)
+    monkeypatch.setattr(job, "free_bytes", lambda place: 1_000)
     with pytest.raises(ResourceError, match=r"0\.0 MB free and the artifact takes 0\.\d MB"):
-        output.check_space(make(pico).bytes_on_disk, tmp_path / "out")
+        target_of(tmp_path / "out").check_space(make(pico).bytes_on_disk)
 
 
 def test_check_output_refuses_what_would_lose_something(pico: Path, artifact: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 import ortho_cli
 from ortho_cli.decompose import recipe
+from ortho_cli.decompose.job import KIND
 from ortho_cli.decompose.plan import Plan, make_plan
 from ortho_cli.errors import (
     ArtifactError,
@@ -42,7 +44,7 @@ from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.formats.verify import describe, verify
 from ortho_cli.split import quantize
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
-from ortho_cli.storage import job, output
+from ortho_cli.storage import job
 from ortho_cli.storage.checkpoint import open_checkpoint, read_shard
 from ortho_cli.storage.work_folder import work_folder
 from tests.decompose.test_job_edits import Case as EditCase
@@ -430,10 +432,11 @@ def test_space_that_scratch_takes_already_is_not_asked_for_again(
     with pytest.raises(Interrupted):
         split(pico, tmp_path / "out", INT8, on_event=stop)
     with monkeypatch.context() as patch:
-        patch.setattr(output, "free_bytes", lambda place: free)
-        output.check_space(made.bytes_on_disk, tmp_path / "out")
+        patch.setattr(job, "free_bytes", lambda place: free)
+        target = job.Target(path=tmp_path / "out", kind=KIND, force=False)
+        target.check_space(made.bytes_on_disk)
         with pytest.raises(ResourceError, match="MB free and the artifact takes"):
-            output.check_space(made.bytes_on_disk, tmp_path / "elsewhere")
+            dataclasses.replace(target, path=tmp_path / "elsewhere").check_space(made.bytes_on_disk)
     with pytest.raises(OutputExistsError, match=r"of another run: another plan$"):
         split(pico, tmp_path / "out", INT8, "ortho.density=0.03")
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -741,5 +740,5 @@ def test_statistics_with_a_forget_part_select_by_the_retain_part(
 
 def test_statistics_digest_names_the_content(stats: Path) -> None:
     found = open_statistics(stats)
-    other = dataclasses.replace(found, digests={**found.digests, "x": "0" * 64})
+    other = found.model_copy(update={"digests": {**found.digests, "x": "0" * 64}})
     assert found.digest != other.digest

@@ -29,7 +29,7 @@ def finish(work: WorkFolder, *names: str, on_event: job.EventSink = job.null_sin
 def test_job_that_ends_well_is_published_whole(tmp_path: Path) -> None:
     with open_job(target_of(tmp_path / "out"), identity=IDENTITY, total=1) as work:
         finish(work, "a")
-        job.write_files(work, {"thing": b"1"})
+        work.write_file("thing", b"1")
         assert not (tmp_path / "out").exists()
     assert (tmp_path / "out" / "thing").read_bytes() == b"1"
     assert not work_folder(tmp_path / "out").exists()
@@ -53,7 +53,7 @@ def test_job_that_fails_publishes_nothing_and_keeps_what_was_finished(tmp_path: 
     with open_job(target, identity=IDENTITY, total=3) as work:
         assert list(work.done) == ["a", "b"]
         job.report_start(work, {"a": 1, "b": 2, "c": 4}, ["odd"], told.append)
-        job.write_files(work, {"thing": b""})
+        work.write_file("thing", b"")
     assert told[2:] == [
         job.Started(tensors=3, resumed=2, bytes_total=7, bytes_done=3),
         job.Noted(message="odd"),
@@ -78,7 +78,7 @@ def test_only_force_replaces_and_only_what_is_ours(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for force in (False, True, True):
         with open_job(target_of(out, force=force), identity=IDENTITY, total=0) as work:
-            job.write_files(work, {"thing": b"2"})
+            work.write_file("thing", b"2")
     with pytest.raises(OutputExistsError, match="exists"):
         target_of(out)
     (out / "thing").rename(out / "other")

@@ -27,7 +27,7 @@ from ortho_cli.events import EventSink, Finishing, null_sink
 from ortho_cli.forget import editor as forget
 from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.storage.checkpoint import open_checkpoint
-from ortho_cli.storage.output import resolve_output
+from ortho_cli.storage.job import resolve_output
 
 # Of attacks: the rate at which this small model knows the taught half again in 40 steps.
 LEARNING_RATE = 1e-3
