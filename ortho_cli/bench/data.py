@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ortho_cli.bench.plan import CONTEXT, NEEDS, TEXT_FIGURES, Settings
-from ortho_cli.errors import CalibrationError, UsageError
+from ortho_cli.errors import CalibrationError, CheckpointError, UsageError
 from ortho_cli.events import Event, Noted
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import Artifact
@@ -51,9 +51,12 @@ def gather(settings: Settings, opened: Artifact) -> Material:
         CheckpointError: the folder has no tokenizer, and something is to be read.
     """
     texts = (settings.data, settings.forget, settings.nonmember, settings.unlisted, settings.keep)
-    if not any((*texts, settings.kinds)) and not any(opened.folder.glob("tokenizer*")):
-        return Material()
-    tokenizer = models.load_tokenizer(opened.folder)
+    try:
+        tokenizer = models.load_tokenizer(opened.folder)
+    except CheckpointError:
+        if any((*texts, settings.kinds)):
+            raise
+        return Material()  # `unfit` names what that leaves out
     events: list[Event] = []
     rows = read_rows(settings.data, events.append)[0] if settings.data else []
     running = [row for row in rows if isinstance(row, Text)]

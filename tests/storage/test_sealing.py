@@ -95,7 +95,7 @@ def test_ortho_that_would_be_published_plain_is_a_bug_that_is_told(
     def plain(work: Any, name: str, layout: Any, key: Any) -> DataFile:
         return DataFile(work, name, layout, mode=0o600)
 
-    monkeypatch.setattr("ortho_cli.decompose.job.SealedFile", plain)
+    monkeypatch.setattr("ortho_cli.storage.sealing.SealedFile", plain)
     told = sealing.make_seal([key.recipient])
     with pytest.raises(InternalError, match="ortho was to be sealed, and is not"):
         split(pico, tmp_path / "out", f"ortho.layout={layout}", seal=told)
