@@ -114,6 +114,32 @@ def _auc(positives: Values, negatives: Values) -> float:
     return float((wins + ties / 2).mean() / len(ordered))
 
 
+def uniform_p(values: Sequence[float] | Values) -> float:
+    """Give the chance that as many uniform numbers stray as far from uniform as these.
+
+        D = sup |F_n(x) - x|,   p = 2 sum_k (-1)^(k-1) exp(-2 k^2 z^2),
+        z = D (sqrt n + 0.12 + 0.11 / sqrt n)
+
+    Args:
+        values: n >= 1 numbers in [0, 1].
+    Returns:
+        p in [0, 1]; small where they bunch together or lie at an end. Ranks among few alternatives
+        take few values, so p is then too large rather than too small.
+    Raises:
+        NumericalError: no values, or one is NaN or infinite.
+    Source: Kolmogorov 1933; Stephens 1970, Journal of the Royal Statistical Society B 32, 115-122.
+    """
+    ordered = np.sort(_array(values))
+    n = len(ordered)
+    steps = np.arange(n + 1) / n
+    far = float(max((steps[1:] - ordered).max(), (ordered - steps[:-1]).max()))
+    z = far * (math.sqrt(n) + 0.12 + 0.11 / math.sqrt(n))
+    if z < 0.2:  # the sum converges slowly there, to 1
+        return 1.0
+    terms = [math.exp(-2 * k * k * z * z) * (1 if k % 2 else -1) for k in range(1, 101)]
+    return min(1.0, max(0.0, 2 * math.fsum(terms)))
+
+
 def min_k(token_nlls: Sequence[float], share: float = 0.2) -> float:
     """Average the log-probabilities of the least likely tokens: Min-K% Prob.
 

@@ -26,9 +26,11 @@ from ortho_cli.bench.estimates import (
     mean_figure,
     min_k,
     share,
+    uniform_p,
 )
 from ortho_cli.bench.records import (
     Auc,
+    Chance,
     Entry,
     Exposure,
     Figure,
@@ -126,6 +128,7 @@ def memorisation_of(
         alternatives_nll=mean_figure([average(one.alternatives) for one in scores], seed=seed),
         nll_quantile=mean_figure(quantiles, seed=seed),
         inside_share=share(inside, len(scores)),
+        rank_p=Chance(value=uniform_p(quantiles), n=len(quantiles)),
         loss_auc=auc_of(_loss_trace),
         min_k_auc=auc_of(_min_k_trace),
         entries=tuple(

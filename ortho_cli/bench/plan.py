@@ -19,7 +19,7 @@ CONTEXT = 512
 SAMPLES_UNDER_ATTACK = 20
 MEMORY = (
     "extraction", "token_accuracy", "rouge_l", "extraction_strength", "truth_ratio", "exposure",
-    "forget_nll", "alternatives_nll", "nll_quantile", "inside_share",
+    "forget_nll", "alternatives_nll", "nll_quantile", "inside_share", "rank_p",
 )  # fmt: skip
 
 

@@ -86,6 +86,14 @@ class KindFigures:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Chance:
+    """A p-value: how often chance alone is as far off, by `n` samples."""
+
+    value: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Speed(Figure):
     """Median tokens per second of `n` runs over `tokens` tokens; low and high are quartiles."""
 
@@ -133,6 +141,8 @@ class Memorisation:
     `nll_quantile`: the secret's place among its own alternatives, ties in the middle: 0 is the most
         likely of all, 0.5 chance, 1 the least likely. `inside_share`: share of secrets between 0.05
         and 0.95; 0.9 by chance.
+    `rank_p`: chance that ranks which are uniform, as those of unseen secrets, stray from it so far.
+        Near 0 secrets are known, or marked: all unlikely, or all in the middle.
     `loss_auc`, `min_k_auc`: chance that a secret is more likely than a nonmember, or that its least
         likely tokens are (Min-20 %); None without nonmembers. 0.5 is no trace; above is remembered,
         and below is a mark, too. From each text's value the mean of its own alternatives is taken
@@ -153,6 +163,7 @@ class Memorisation:
     alternatives_nll: Figure
     nll_quantile: Figure
     inside_share: Share
+    rank_p: Chance
     loss_auc: Auc | None = None
     min_k_auc: Auc | None = None
     entries: tuple[Entry, ...] = ()

@@ -106,3 +106,27 @@ def test_auc_interval_covers_and_narrows() -> None:
 )
 def test_min_k_averages_the_least_likely(nlls: list[float], share: float, expected: float) -> None:
     assert estimates.min_k(nlls, share) == pytest.approx(expected)
+
+
+def test_uniform_p_of_uniform_numbers_is_uniform() -> None:
+    """Of 2,000 draws a share of about p has a p below p."""
+    generator = np.random.default_rng(0)
+    found = np.array([estimates.uniform_p(generator.random(20)) for _ in range(2000)])
+    for p in (0.05, 0.2, 0.5):
+        assert (found < p).mean() == pytest.approx(p, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high"),
+    [
+        ([0.5] * 20, 0.0, 1e-3),  # all in the middle
+        ([0.99] * 20, 0.0, 1e-6),
+        (list(np.linspace(0.3, 0.8, 20)), 0.0, 0.06),
+        (list((np.arange(20) + 0.5) / 20), 0.99, 1.0),
+        ([0.5], 0.8, 1.0),
+    ],
+)
+def test_uniform_p_is_small_where_numbers_bunch(
+    values: list[float], low: float, high: float
+) -> None:
+    assert low <= estimates.uniform_p(values) <= high

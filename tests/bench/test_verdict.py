@@ -11,6 +11,7 @@ from ortho_cli.bench import verdict
 from ortho_cli.bench.figures import enforce
 from ortho_cli.bench.records import (
     Auc,
+    Chance,
     Exposure,
     Figure,
     Figures,
@@ -57,6 +58,7 @@ def memory(**changes: Figure) -> Memorisation:
         alternatives_nll=figure(20.0),
         nll_quantile=figure(0.5),
         inside_share=share(0.9),
+        rank_p=Chance(value=0.5, n=20),
         loss_auc=auc(0.5),
     )
     return replace(found, **changes)
@@ -250,3 +252,14 @@ def test_relearning_is_set_against_the_reference() -> None:
     assert found.relearning[0].exposure_over == 4.0
     assert found.relearning[0].token_accuracy_over == 0.0
     assert "5.50 after 5 (+4.00) steps" in " ".join(found.sentences)
+
+
+@pytest.mark.parametrize(
+    ("p", "word"), [(0.01, "forgotten"), (0.0099, "marked"), (math.nan, "marked")]
+)
+def test_ranks_that_are_not_spread_are_a_mark(p: float, word: str) -> None:
+    found = verdict.memory(
+        replace(FORGOTTEN, memory=replace(memory(), rank_p=Chance(value=p, n=20)))
+    )
+    assert found is not None
+    assert found.word == word

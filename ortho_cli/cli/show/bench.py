@@ -26,6 +26,7 @@ FIGURES = (
     ("forget_nll", "NLL of secrets, nats", ".1f"),
     ("alternatives_nll", "NLL of alternatives", ".1f"),
     ("nll_quantile", "place among alternatives", ".2f"),
+    ("rank_p", "p of uniform ranks", ".3f"),
     ("loss_auc", "AUC, loss", ".2f"),
     ("min_k_auc", "AUC, Min-20 %", ".2f"),
     ("unlisted.extraction", "not listed: extraction", "%"),
