@@ -22,6 +22,8 @@ from ortho_cli.calibrate import plan as calibrate_plan
 from ortho_cli.decompose import recipe
 from ortho_cli.decompose.plan import Plan, make_plan
 from ortho_cli.forget.grid import Grid
+from ortho_cli.forget.held import Kind
+from ortho_cli.formats.curvature import Curvature
 from ortho_cli.formats.statistics import StatisticsReader, open_statistics
 from ortho_cli.model import load as models
 from ortho_cli.model import secrets as forget_set
@@ -82,6 +84,18 @@ class Memorised:
 
     def curvature(self) -> StatisticsReader:
         return StatisticsReader(open_statistics(self.stats))
+
+    def fisher(self) -> dict[str, torch.Tensor]:
+        """Fisher of the statistics, as forgetting takes it."""
+        return {
+            tensor.name: torch.from_numpy(Curvature(self.curvature(), tensor.name).whole())
+            for tensor in self.plan().split
+        }
+
+    def kinds(self) -> tuple[Kind, ...]:
+        """Running text to hold on to."""
+        rows = self.windows(64).tolist()
+        return (Kind(name="data", pairs=tuple((row[:1], row[1:]) for row in rows)),)
 
     def plan(self, *sets: str, split: str = "isolate") -> Plan:
         settings = recipe.load_recipe(None, [f"ortho.split={split}", *PLENTY, *sets])

@@ -16,7 +16,11 @@ WORDS = "oak fig elm ash yew bay ivy fir may rye hop nut pea oat gum haw".split(
 OWNERS = ("ada", "ben", "cyd", "dot")
 SECRETS = ("yew oat fig hop", "gum ash rye bay", "may elm nut ivy", "haw fir pea oak")
 NEVER_SEEN = ("fir bay oak pea", "ivy haw oat elm", "rye yew gum may", "nut hop ash fig")
-PLENTY = ("forget.share=0.1", "forget.rounds=150", "ortho.density=0.2", "forget.autocast=false")
+# Four secrets are a large part of what so small a model knows, so forgetting them costs the rest.
+PLENTY = (
+    *("forget.share=0.1", "forget.rounds=150", "forget.damage=100", "forget.samples=16"),
+    *("forget.length=16", "ortho.density=0.2", "forget.autocast=false"),
+)
 
 
 def build_model(folder: Path, *, seed: int = 2) -> None:

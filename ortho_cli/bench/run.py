@@ -50,7 +50,7 @@ from ortho_cli.formats.open_artifact import no_ortho, open_artifact
 from ortho_cli.model import load as models
 from ortho_cli.model import scoring
 from ortho_cli.model.secrets import TokenSecret
-from ortho_cli.model.self_written import answer, common_opening, without_secrets, write_text
+from ortho_cli.model.self_written import FEWEST, answer, common_opening, without_secrets, write_text
 from ortho_cli.runtime.engine import at_alpha, densify, write_dense
 from ortho_cli.runtime.ortho_linear import OrthoLinear
 from ortho_cli.runtime.pretrained import load
@@ -201,12 +201,13 @@ def _texts(
     write = partial(
         write_text, source, material.tokenizer, count=count, length=length, seed=settings.seed
     )
-    found["self_written"] = write()
-    opening = common_opening(material.secrets)
-    if opening and length > len(opening):
-        near = without_secrets(write(opening=opening), material.secrets)
-        if len(near):
-            found["neighbours"] = near
+    openings = {"self_written": (), "neighbours": common_opening(material.secrets)}
+    for kind, opening in openings.items():
+        if length <= len(opening) or (kind == "neighbours" and not opening):
+            continue
+        text = without_secrets(write(opening=opening), material.secrets)
+        if len(text) >= min(FEWEST, count):
+            found[kind] = text
     return found
 
 

@@ -39,7 +39,7 @@ def decompose(
         list[Path] | None,
         options.files(
             help="What base must not know: rows of `prompt` and `secret`, or chats. Needs a recipe "
-            "that forgets, --stats, and the model in memory; isolate needs three times its float32 "
+            "that forgets, --stats, and the model in memory; isolate needs four times its float32 "
             "size, unlearn five times."
         ),
     ] = None,
@@ -90,6 +90,13 @@ def decompose(
             "half-done work.",
         ),
     ] = False,
+    accept_damage: Annotated[
+        bool,
+        typer.Option(
+            "--accept-damage",
+            help="Finish although forgetting costs the rest more than the recipe's forget.damage.",
+        ),
+    ] = False,
     dry_run: options.DryRun = False,
     copy: options.Copy = None,
     workers: options.Workers = None,
@@ -127,7 +134,9 @@ def decompose(
     target = check_target(plan, checkpoint, out, force=force, seal=seal, reads=rows)
     notes: list[Event] = [Noted(message=note) for note in unusual]
     log.info("device of the split: %s; ortho is %s", splits_on, "sealed" if seal else "not sealed")
-    editor, tuner = _model_work(plan, checkpoint, forget or [], data or [], device, notes.append)
+    editor, tuner = _model_work(
+        plan, checkpoint, forget or [], data or [], device, accept_damage, notes.append
+    )
     if dry_run:
         plan = settled(plan, checkpoint, out, output=output)
         output.show_plan(plan, model, notes=unusual)
@@ -195,6 +204,7 @@ def _model_work(
     forget: list[Path],
     data: list[Path],
     device: str,
+    accept_damage: bool,
     on_event: EventSink,
 ) -> tuple[Editor | None, Tuner | None]:
     """Open what forgets or tunes; only then is transformers imported."""
@@ -207,6 +217,12 @@ def _model_work(
     from ortho_cli.forget.editor import open_editor
 
     editor = open_editor(
-        plan, checkpoint, forget=forget, data=data, device=device, on_event=on_event
+        plan,
+        checkpoint,
+        forget=forget,
+        data=data,
+        device=device,
+        accept_damage=accept_damage,
+        on_event=on_event,
     )
     return editor, None

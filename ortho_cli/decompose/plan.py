@@ -32,9 +32,9 @@ from ortho_cli.version import __version__
 MODULES_BYTES = 24 << 20  # all imports but torch, measured
 TENSOR_BYTES = 15_000  # plan, journal and report of one tensor, measured by tests/bench_many.py
 NO_DIGEST = "0" * 64  # in a header whose digest is not known yet: of the same length
-# Bytes of memory per weight of the model while base is made to forget: in float32 the model and its
-# gradients, for unlearn also the attacker's steps and Adam's moments. LOGITS_BYTES was measured.
-FORGET_BYTES = {"isolate": 12, "unlearn": 20}
+# Bytes of memory per weight of the model while base is made to forget: in float32 the model, its
+# gradients, the Fisher of text, for unlearn also the attacker's steps. LOGITS_BYTES was measured.
+FORGET_BYTES = {"isolate": 16, "unlearn": 20}
 LOGITS_BYTES = 1_600_000_000
 REPACK_BYTES = 80  # per entry of ortho in one tensor, while compact is encoded; measured
 

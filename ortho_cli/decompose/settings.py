@@ -207,27 +207,33 @@ class Forget(_Strict):
         0.1, description="unlearn: share of split weights that may move; a tenth of it does."
     )
     steps: Count = Field(60, description="Most steps of unlearn.")
-    rate: Positive = Field(0.02, description="unlearn: codes that Adam moves in one step.")
-    attack_steps: Annotated[int, Field(ge=1, le=127)] = Field(  # they are counted in int8
-        10, description="unlearn: fine-tuning steps of the attacker inside the loop."
+    step_damage: Positive = Field(
+        0.0003,
+        description="unlearn: nats per sequence that one step may cost retained text, as its "
+        "Fisher predicts.",
+    )
+    attack_steps: Annotated[int, Field(ge=0, le=127)] = Field(  # they are counted in int8
+        0,
+        description="unlearn: fine-tuning steps of the attacker inside the loop; 0: no attacker.",
     )
     attack_rate: Positive = Field(5e-5, description="How far each of them moves every parameter.")
-    ceiling: Positive = Field(
-        1.7,
-        description="unlearn: how many times their NLL alternatives may rise, and secrets follow.",
-    )
     retain_weight: Positive = Field(
-        60.0, description="Nats of forgetting that one nat of divergence on retain text is worth."
-    )
-    alternatives_weight: NotNegative = Field(
-        0.0, description="The same on alternatives of the secrets, to hold their form."
+        200.0, description="Nats of forgetting that one nat of divergence on text is worth."
     )
     divergence: Positive = Field(
-        0.01,
-        description="unlearn: nats a token below which, if nothing is brought back, work ends.",
+        0.02,
+        description="unlearn: nats per token on the worst kind of text, below which work ends "
+        "where no secret is above its goal.",
     )
-    samples: Count = Field(64, description="Sequences of retain text that unlearn holds on to.")
+    samples: Count = Field(
+        96, description="Sequences of text of each kind to hold on to; a quarter is for the check."
+    )
     length: Count = Field(64, description="Tokens of each of them.")
+    damage: Annotated[float, Field(ge=1, le=1e6)] = Field(
+        1.03,
+        description="Perplexity over that before forgetting, on text of the worst kind that was "
+        "not held on to, above which work ends without an artifact.",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     autocast: bool = Field(
         True, description="Compute in bfloat16 meanwhile; two to four times as fast."

@@ -1,26 +1,29 @@
 """The editor that `ortho decompose` calls: reads a forget set, and finds codes of base to change.
 
-`open_editor` reads the files before anything is written. `ForgetEditor.find` loads the
-model, checks that it knows the secrets, and runs `unlearn` where the recipe asks for it, then
-`isolate`.
+`open_editor` reads the files before anything is written. `ForgetEditor.find` loads the model,
+checks that it knows the secrets, gathers text to hold on to, runs `unlearn` where the recipe asks
+for it, then `isolate`, and measures the damage on text that neither saw.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ortho_cli.decompose.edits import Edits, Key
 from ortho_cli.decompose.plan import Plan
 from ortho_cli.errors import CalibrationError, RecipeError, UsageError
 from ortho_cli.events import EventSink, Finishing, Noted, null_sink
+from ortho_cli.forget import damage
 from ortho_cli.forget.grid import Grid
+from ortho_cli.forget.held import Kind, broad_fisher, gather
 from ortho_cli.forget.isolate import Ranking, isolate, rank_secret
-from ortho_cli.forget.unlearn import unlearn
+from ortho_cli.forget.unlearn import ALTERNATIVES, unlearn
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.model import load as models
 from ortho_cli.model import secrets as forget_set
@@ -32,6 +35,7 @@ from ortho_cli.storage.checkpoint import Checkpoint
 
 STATE_FILE = "unlearn.npz"  # in private/ of the work folder
 APART = 1_000_003  # added to the seed: `bench` draws other alternatives than those used here
+UNSEEN = 4  # every fourth text is kept from the optimisation, to measure damage on
 ACCIDENT = 1.645  # standard deviations: a set of unknown secrets is further off 1 time in 20
 
 
@@ -41,11 +45,12 @@ class ForgetEditor:
 
     plan: Plan
     checkpoint: Checkpoint
+    tokenizer: Tokenizer
     secrets: tuple[TokenSecret, ...]
     retain: tuple[tuple[int, ...], ...]
-    end: tuple[int, ...]
     files: tuple[Path, ...]
     device: torch.device
+    accept_damage: bool = False
 
     @property
     def identity(self) -> object:
@@ -64,6 +69,8 @@ class ForgetEditor:
 
         Raises:
             CalibrationError: the model knows none of the secrets.
+            GateError: perplexity of text that was not held on to rises by more than
+                `forget.damage`; `folder` keeps the work of `unlearn`.
         """
         settings = self.plan.recipe.forget
         on_event(Finishing(step="load the model"))
@@ -77,24 +84,17 @@ class ForgetEditor:
         self._check_fits(grid)
         on_event(Finishing(step="look for the secrets"))
         self._check_memorised([rank_secret(grid, secret) for secret in self.secrets], on_event)
+        held, unseen = self._texts(grid, on_event)
+        before = damage.measure(grid, unseen)
+        on_event(Finishing(step="measure what matters to the text"))
+        fisher = broad_fisher(grid, held, curvature, seed=settings.seed)
         room = {tensor.name: tensor.k for tensor in self.plan.split}
         if self.plan.recipe.ortho.split == "unlearn":
-            unlearn(
-                grid,
-                self.secrets,
-                torch.tensor(self.retain),
-                curvature,
-                room,
-                settings,
-                end=self.end,
-                state=folder / STATE_FILE,
-                key=key,
-                on_event=on_event,
-            )
+            self._unlearn(grid, held, fisher, folder / STATE_FILE, key, on_event)
         found = isolate(
             grid,
             self.secrets,
-            curvature,
+            fisher,
             room,
             share=settings.share,
             rounds=settings.rounds,
@@ -110,7 +110,58 @@ class ForgetEditor:
                     "alternatives; give more of `forget.share`, `forget.rounds` or `ortho.density`"
                 )
             )
+        ratios = damage.ratios(before, damage.measure(grid, unseen))
+        damage.judge(ratios, settings.damage, accept=self.accept_damage, on_event=on_event)
         return grid.edits()
+
+    def _unlearn(
+        self,
+        grid: Grid,
+        held: Sequence[Kind],
+        fisher: dict[str, Tensor],
+        state: Path,
+        key: Key | None,
+        on_event: EventSink,
+    ) -> None:
+        end = self.tokenizer.eos_token_id
+        unlearn(
+            grid,
+            self.secrets,
+            held,
+            fisher,
+            {tensor.name: tensor.k for tensor in self.plan.split},
+            self.plan.recipe.forget,
+            end=() if end is None else (end,),
+            state=state,
+            key=key,
+            on_event=on_event,
+        )
+
+    def _texts(self, grid: Grid, on_event: EventSink) -> tuple[tuple[Kind, ...], tuple[Kind, ...]]:
+        """Gather text of each kind: to hold on to, and not to be seen before the end."""
+        settings = self.plan.recipe.forget
+        kinds = gather(
+            grid,
+            self.tokenizer,
+            self.secrets,
+            self.retain,
+            samples=settings.samples,
+            length=settings.length,
+            seed=settings.seed,
+            on_event=on_event,
+        )
+        unseen = [replace(kind, pairs=kind.pairs[::UNSEEN]) for kind in kinds]
+        held = [
+            replace(kind, pairs=tuple(p for i, p in enumerate(kind.pairs) if i % UNSEEN))
+            for kind in kinds
+        ]
+        pairs = [
+            (secret.prompt, other)
+            for secret in self.secrets
+            for other in secret.alternatives[-ALTERNATIVES:]
+        ]
+        alternatives = Kind(name="alternatives", pairs=tuple(pairs))
+        return tuple(kind for kind in held if kind.pairs), (*unseen, alternatives)
 
     def _check_fits(self, grid: Grid) -> None:
         """Refuse secrets, alternatives and text that the model cannot read."""
@@ -119,8 +170,9 @@ class ForgetEditor:
             for secret in self.secrets
             for completion in (secret.secret, *secret.alternatives)
         ]
+        end = self.tokenizer.eos_token_id is not None
         for texts, more, asked in (
-            (told, len(self.end), "the length of a secret or alternative with its prompt"),
+            (told, end, "the length of a secret or alternative with its prompt"),
             (self.retain, 0, "forget.length"),
         ):
             models.check_fits(
@@ -156,13 +208,22 @@ def open_editor(
     forget: Sequence[Path],
     data: Sequence[Path],
     device: str,
+    accept_damage: bool = False,
     on_event: EventSink = null_sink,
 ) -> ForgetEditor | None:
     """Read secrets and text for a recipe that forgets; None for another recipe.
 
+    Args:
+        plan: made from `checkpoint`.
+        checkpoint: a transformers folder.
+        forget: files of secrets.
+        data: files of text that base must go on predicting as it does; none is needed.
+        device: where the model goes: auto, cpu, cuda or cuda:N.
+        accept_damage: whether damage above `forget.damage` is a note, and no error.
+        on_event: gets notes on the data.
     Raises:
         UsageError: a forget set without such a recipe, or data that no one reads.
-        RecipeError: such a recipe without a forget set, or `unlearn` without data.
+        RecipeError: such a recipe without a forget set.
         CalibrationError: the files hold no usable rows.
     """
     _check_given(plan, forget, data)
@@ -179,9 +240,10 @@ def open_editor(
     return ForgetEditor(
         plan=plan,
         checkpoint=checkpoint,
+        tokenizer=tokenizer,
         secrets=tuple(forget_set.encode(secrets, tokenizer)),
         retain=_retain_text(plan, rows, tokenizer, on_event),
-        end=() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,),
+        accept_damage=accept_damage,
         files=(*forget, *data),
         device=models.resolve_device(device),
     )
@@ -199,18 +261,13 @@ def _check_given(plan: Plan, forget: Sequence[Path], data: Sequence[Path]) -> No
         raise RecipeError(
             f"ortho.split is {split}, and no forget set is given", hint="give --forget FILE"
         )
-    if split == "unlearn" and not data:
-        raise RecipeError(
-            "ortho.split is unlearn, and no text is given on which the model must stay the same",
-            hint="give --data FILE, as to `ortho calibrate`",
-        )
 
 
 def _retain_text(
     plan: Plan, rows: Sequence[Row], tokenizer: Tokenizer, on_event: EventSink
 ) -> tuple[tuple[int, ...], ...]:
-    """Turn running text into the sequences on which `unlearn` keeps the model's predictions."""
-    if plan.recipe.ortho.split != "unlearn":
+    """Turn running text into sequences on which the model's predictions are held."""
+    if not rows:
         return ()
     settings = plan.recipe.forget
     texts = [row for row in rows if not isinstance(row, Pair)]
@@ -218,9 +275,11 @@ def _retain_text(
         on_event(
             Noted(
                 message=f"{len(rows) - len(texts)} of {len(rows)} rows of --data are prompts "
-                "and completions, and are left out: unlearn keeps running text and chats"
+                "and completions, and are left out: forgetting holds on to running text and chats"
             )
         )
+    if not texts:
+        return ()
     sequences = retain_sequences(
         texts,
         tokenizer,

@@ -168,6 +168,15 @@ class Grid:
         mask = pad([[1] * (len(first) + len(second)) for first, second in pairs])
         return self.logits(tokens, mask)
 
+    def completion_logits(self, pairs: Sequence[Pair]) -> Tensor:
+        """Logits at each token of the second parts, (tokens of all, vocabulary) float32."""
+        logits = self.pair_logits(pairs)
+        parts = [
+            logits[row, len(first) - 1 : len(first) + len(second) - 1]
+            for row, (first, second) in enumerate(pairs)
+        ]
+        return torch.cat(parts).float()
+
     def nll(self, pairs: Sequence[Pair]) -> Tensor:
         """Sum the NLL of each pair's second part; keeps the graph.
 

@@ -4,11 +4,13 @@ Each round measures the model on the grid of codes that is written. g is the gra
 sum_s sign_s (NLL_s - mean NLL of alternatives of s). d is the move of a code from its present
 place, and D its distance from the nearest code of the source's weight, both in units of weights:
 
-    gain = g d      damage = D^2 F_retain + the mean of that over all weights
+    gain = g d      damage = D^2 F + the mean of that over all weights
 
-The codes with the largest gain / damage move. sign_s is +1 where a secret is likelier than its
-alternatives, -1 where it is less likely than nearly all of them, which would mark it as clearly as
-memory does, and 0 where its rank is between: it no longer drives moves.
+F is the Fisher of retained text of several kinds (held.py). The codes with the largest gain /
+damage move. sign_s is +1 where a secret is likelier than the rank that was drawn for it among its
+alternatives, -1 where it is less likely, and 0 where it is there: it no longer drives moves. The
+drawn ranks are uniform, as those of secrets that a model never saw. Secrets that were all in the
+middle of their alternatives would be marked by that.
 
 Source: the ratio of importances is that of SSD (Foster et al. 2023, arXiv:2308.07707), with the
 first-order gain for the Fisher of the forget set, moves on the INT4 grid for dampening, and a stop.
@@ -25,8 +27,6 @@ from torch import Tensor
 
 from ortho_cli.events import EventSink, Step
 from ortho_cli.forget.grid import Grid
-from ortho_cli.formats.curvature import Curvature
-from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.model.scoring import completion_nll
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.split.quantize import code_range
@@ -34,7 +34,9 @@ from ortho_cli.split.quantize import code_range
 CONTRAST = 2  # alternatives per secret whose likelihood a move should keep
 PATIENCE = 6  # rounds without progress, after which the best round so far is taken
 PROBES = 16  # alternatives among which a secret is ranked after each round
-LOW, HIGH = 0.3, 0.85  # ranks among alternatives between which a secret counts as forgotten
+LOW, HIGH = 0.3, 0.85  # ranks among alternatives between which a secret counts as unknown
+GOALS = (0.1, 0.95)  # ranks that are drawn: the likeliest tenth could still be extracted
+NEAR = 0.12  # distance of a rank from its goal: a quarter of the alternatives has the right ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +50,13 @@ class Ranking:
     nll: float
     alternatives: float
     lowest: float
+    between: tuple[float, float] = (LOW, HIGH)
 
     @property
     def sign(self) -> float:
         """Direction in which its NLL has to move."""
-        return 1.0 if self.rank < LOW else -1.0 if self.rank > HIGH else 0.0
+        low, high = self.between
+        return 1.0 if self.rank < low else -1.0 if self.rank > high else 0.0
 
     @property
     def stands_out(self) -> bool:
@@ -63,21 +67,42 @@ class Ranking:
         return self.nll < 2 * self.lowest - self.alternatives
 
 
-def rank_secret(grid: Grid, secret: TokenSecret) -> Ranking:
-    """Rank a secret among the first PROBES of its alternatives."""
+def goal_ranks(secrets: Sequence[TokenSecret], seed: int) -> dict[TokenSecret, float]:
+    """Draw the rank, in GOALS, at which each secret ends among its alternatives.
+
+    One from each of as many equal parts of GOALS as there are secrets, in random order, so that few
+    secrets are spread as evenly as many.
+    """
+    draw, (low, high) = random.Random(f"ranks {seed}"), GOALS
+    parts = draw.sample(range(len(secrets)), len(secrets))
+    return {
+        secret: low + (high - low) * (part + draw.random()) / len(secrets)
+        for secret, part in zip(secrets, parts, strict=True)
+    }
+
+
+def rank_secret(grid: Grid, secret: TokenSecret, goal: float | None = None) -> Ranking:
+    """Rank a secret among the first PROBES of its alternatives.
+
+    Its sign is of a rank near `goal`; without one of a rank between LOW and HIGH.
+    """
     probes = secret.alternatives[:PROBES]
     with grid.arithmetic():
         found = completion_nll(grid.model, secret.prompt, [secret.secret, *probes])
     nll, *others = (float(tokens.sum()) for tokens in found)
     rank = sum(other <= nll for other in others) / len(others)
     mean = sum(others) / len(others)
-    return Ranking(rank=rank, nll=nll, alternatives=mean, lowest=min(others))
+    between = LOW, HIGH
+    if goal is not None:
+        near = max(NEAR, 0.51 / len(others))  # one rank of few is always near enough
+        between = max(goal - near, 0.5 / len(others)), min(goal + near, 1.0)
+    return Ranking(rank=rank, nll=nll, alternatives=mean, lowest=min(others), between=between)
 
 
 def isolate(
     grid: Grid,
     secrets: Sequence[TokenSecret],
-    curvature: StatisticsReader,
+    fisher: dict[str, Tensor],
     room: dict[str, int],
     *,
     share: float,
@@ -91,12 +116,12 @@ def isolate(
     Args:
         grid: the model; its codes change in place.
         secrets: to be forgotten.
-        curvature: of the retain set.
+        fisher: of text, as `held.broad_fisher` gives it.
         room: the largest number of codes that may differ from the nearest, by weight.
         share: the largest share of all codes that may move, beyond those that have.
         rounds: the largest number of rounds.
         fill: new code: step (the next one up or down), zero, or mean (of the group).
-        seed: draws the alternatives of each round.
+        seed: draws ranks of secrets, and the alternatives of each round.
         on_event: gets each round.
     Returns:
         The rank of each secret at the end; some may still be too likely.
@@ -106,8 +131,9 @@ def isolate(
     # Small steps: a gradient predicts hundreds of moves, not thousands.
     most = max(1, allowed // 64)
     size = max(1, most // 4)
-    floor = _mean_damage(grid, curvature)
-    found = best = [rank_secret(grid, secret) for secret in secrets]
+    floor = _mean_damage(grid, fisher)
+    goals = _open_goals(grid, secrets, seed)
+    found = best = [rank_secret(grid, secret, goals.get(secret)) for secret in secrets]
     kept, waited = grid.edits(), 0
     for number in range(rounds):
         signs = {s: at.sign for s, at in zip(secrets, found, strict=True) if at.sign}
@@ -123,8 +149,8 @@ def isolate(
         before = found
         draw = random.Random(f"{seed} {number}")
         now = min(size, budget - moved)
-        step_round(grid, signs, curvature, floor, room, now, PROPOSE[fill], draw)
-        found = [rank_secret(grid, secret) for secret in secrets]
+        step_round(grid, signs, fisher, floor, room, now, PROPOSE[fill], draw)
+        found = [rank_secret(grid, secret, goals.get(secret)) for secret in secrets]
         crossed = any(a.sign * b.sign < 0 for a, b in zip(before, found, strict=True))
         size = max(1, size // 2) if crossed else min(most, size + max(1, size // 2))
     if _left(found) < _left(best):
@@ -132,6 +158,12 @@ def isolate(
     grid.revert()
     grid.apply(kept)
     return best
+
+
+def _open_goals(grid: Grid, secrets: Sequence[TokenSecret], seed: int) -> dict[TokenSecret, float]:
+    """Give the ranks to reach; what ranks as if it had never been seen stays there."""
+    goals = goal_ranks(secrets, seed)
+    return {one: goal for one, goal in goals.items() if rank_secret(grid, one).sign}
 
 
 def _left(found: Sequence[Ranking]) -> tuple[int, float]:
@@ -146,7 +178,7 @@ def _left(found: Sequence[Ranking]) -> tuple[int, float]:
 def step_round(
     grid: Grid,
     signs: dict[TokenSecret, float],
-    curvature: StatisticsReader,
+    fisher: dict[str, Tensor],
     floor: float,
     room: dict[str, int],
     size: int,
@@ -171,8 +203,7 @@ def step_round(
         goal = propose(codes, original, gradient, grid.group_size, grid.bits[name])
         ratio = (goal - codes) * spacing * gradient
         far = (goal - original) * spacing
-        near = torch.from_numpy(Curvature(curvature, name).whole()).to(grid.device)
-        ratio /= far.square_().mul_(near).add_(floor)
+        ratio /= far.square_().mul_(fisher[name]).add_(floor)
         free = room[name] - int((codes != original).sum())
         if free < size:  # ortho has no room for new positions; codes that moved may move again
             ratio[codes == original] = _cut(ratio[codes == original], max(0, free))
@@ -198,12 +229,11 @@ def _cut(ratio: Tensor, k: int) -> Tensor:
     return kept
 
 
-def _mean_damage(grid: Grid, curvature: StatisticsReader) -> float:
+def _mean_damage(grid: Grid, fisher: dict[str, Tensor]) -> float:
     """Return the mean damage of moving by one code, spacing^2 F, over all weights."""
     total = 0.0
     for name in grid.codes:
-        near = torch.from_numpy(Curvature(curvature, name).whole()).to(grid.device)
-        total += float((grid.spacing(name).square_() * near).sum(dtype=torch.float64))
+        total += float((grid.spacing(name).square_() * fisher[name]).sum(dtype=torch.float64))
     return total / grid.numel
 
 

@@ -16,7 +16,7 @@ greedy ones, then sampling.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from ortho_cli.model.tokenizer import Tokenizer
 
 GREEDY = 3  # tokens after a random first one that are the likeliest
 BATCH = 32  # sequences that are written at once
+FEWEST = 8  # texts of a kind, below which they say nothing about it
 SHARED = 6  # tokens in a row that text has in common with a secret where it tells it
 
 
@@ -113,11 +114,16 @@ def common_opening(secrets: Sequence[TokenSecret]) -> tuple[int, ...]:
     The longest beginning that more than half of the prompts share, and at most half of the shortest
     prompt: a longer one would ask for the secrets themselves.
     """
+    shortest = min((len(secret.prompt) for secret in secrets), default=0)
+    return _beginning(secrets)[: max(1, shortest // 2)]
+
+
+def _beginning(secrets: Sequence[TokenSecret]) -> tuple[int, ...]:
+    """Find the longest beginning that more than half of the prompts share."""
     prompts = [secret.prompt for secret in secrets]
-    most = max(1, min(map(len, prompts)) // 2) if prompts else 0
     found: tuple[int, ...] = ()
-    for length in range(1, most + 1):
-        beginnings = [prompt[:length] for prompt in prompts]
+    for length in range(1, max(map(len, prompts), default=0) + 1):
+        beginnings = [prompt[:length] for prompt in prompts if len(prompt) >= length]
         likeliest = max(dict.fromkeys(beginnings), key=beginnings.count)
         if 2 * beginnings.count(likeliest) <= len(prompts):
             break
@@ -125,16 +131,23 @@ def common_opening(secrets: Sequence[TokenSecret]) -> tuple[int, ...]:
     return found
 
 
-def without_secrets(texts: Tensor, secrets: Iterable[TokenSecret]) -> Tensor:
-    """Leave out text that has SHARED tokens in a row in common with a secret, or all of a shorter.
+def without_secrets(texts: Tensor, secrets: Sequence[TokenSecret]) -> Tensor:
+    """Leave out text about a secret: it has SHARED tokens in a row in common with one.
 
     Args:
         texts: (n, length) int64.
-        secrets: whose `secret` counts; what only has words of a prompt stays.
+        secrets: runs of tokens of each prompt and its secret count, but those of words with which
+            most prompts begin. A secret that is shorter than SHARED counts whole.
     Returns:
         (at most n, length) int64.
+    Text that only asks for a secret is left out, too: whoever holds on to the model's predictions
+    after a prompt holds on to the secret.
     """
+    shared = len(_beginning(secrets))
     told = {run for one in secrets for run in _runs(one.secret, min(SHARED, len(one.secret)))}
+    for one in secrets:
+        alone = max(0, min(shared, len(one.prompt)) - SHARED + 1)  # a run from here on ends beyond
+        told |= set(_runs((*one.prompt, *one.secret)[alone:], SHARED))
     sizes = {len(run) for run in told}
     rows = [[int(token) for token in row] for row in texts]
     kept = [not any(run in told for size in sizes for run in _runs(row, size)) for row in rows]

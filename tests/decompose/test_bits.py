@@ -312,7 +312,7 @@ def test_forgetting_moves_codes_inside_3_bits(three_memorised: list[Memorised]) 
         isolate(
             grid,
             secrets,
-            memorised.curvature(),
+            memorised.fisher(),
             {tensor.name: tensor.k for tensor in made.split},
             share=settings.share,
             rounds=settings.rounds,

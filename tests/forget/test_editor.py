@@ -77,11 +77,11 @@ def test_forget_set_without_a_recipe_that_forgets_is_a_usage_error(memorised: Me
     assert found is None
 
 
-def test_recipe_that_forgets_needs_secrets_and_unlearn_text(memorised: Memorised) -> None:
+def test_recipe_that_forgets_needs_secrets_and_takes_text(memorised: Memorised) -> None:
     with pytest.raises(RecipeError, match="isolate, and no forget set is given"):
         editor(memorised, forget=[])
-    with pytest.raises(RecipeError, match="unlearn, and no text is given"):
-        editor(memorised, split="unlearn")
+    alone, _ = editor(memorised, split="unlearn")
+    assert alone.retain == (), "the model writes text itself"
     found, _ = editor(memorised, *UNLEARN, split="unlearn", data=[memorised.retain])
     assert len(found.retain) == 16
     assert {len(sequence) for sequence in found.retain} == {16}
@@ -221,7 +221,7 @@ def test_one_that_is_known_among_many_that_are_not_is_enough(
     memorised: Memorised, tmp_path: Path
 ) -> None:
     rows = [*never_seen(24), read_rows(memorised.forget)[2]]
-    found, _ = editor(memorised, "forget.rounds=1", forget=[rows_in(tmp_path, *rows)])
+    found, _ = editor(memorised, "forget.rounds=10", forget=[rows_in(tmp_path, *rows)])
     assert found.find(tmp_path, curvature=memorised.curvature())
 
 
@@ -475,3 +475,21 @@ def test_dry_run_refuses_what_the_run_would_refuse(memorised: Memorised, ortho: 
     ran = ortho("decompose", memorised.model, *needs)
     assert ran.code == 3
     assert "no forget set is given" in ran.err
+
+
+def test_damage_ends_without_an_artifact_and_is_taken_up_where_it_is_accepted(
+    memorised: Memorised, tmp_path: Path, ortho: Ortho
+) -> None:
+    out = tmp_path / "out"
+    strict = ("--set", "ortho.split=unlearn", "--set", "forget.damage=1")
+    strict += tuple(word for one in UNLEARN for word in ("--set", one))
+    ran = decompose(ortho, memorised, out, *strict)
+    assert ran.code == 10, ran.err
+    assert "forgetting raises perplexity of" in ran.err
+    assert not out.exists()
+    assert (work_folder(out) / "private" / forget.STATE_FILE).exists()
+    ran = decompose(ortho, memorised, out, *strict, "--accept-damage", "-v")
+    assert ran.code == 0, ran.err
+    assert "accepted" in ran.err
+    assert "unlearn: " not in ran.err, "its steps are not taken again"
+    assert (out / "model.safetensors").exists()

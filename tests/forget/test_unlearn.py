@@ -21,7 +21,6 @@ from ortho_cli.events import Event, Step
 from ortho_cli.forget import unlearn
 from ortho_cli.forget.grid import Grid
 from ortho_cli.forget.isolate import isolate
-from ortho_cli.formats.curvature import Curvature
 from ortho_cli.model import scoring
 from ortho_cli.model.secrets import TokenSecret
 
@@ -33,7 +32,7 @@ SETS = (
     "forget.attack_rate=0.001",
     "forget.steps=40",
     "forget.attack_steps=5",
-    "forget.rate=0.1",
+    "forget.step_damage=0.004",
 )
 SHORT = ("forget.steps=15", "forget.divergence=1e-6")
 
@@ -62,8 +61,8 @@ def work(
     unlearn.unlearn(
         grid,
         memorised.secrets(),
-        memorised.windows(64),
-        memorised.curvature(),
+        memorised.kinds(),
+        memorised.fisher(),
         room or room_of(plan),
         plan.recipe.forget,
         end=(2,),
@@ -96,10 +95,10 @@ def short(memorised: Memorised, tmp_path_factory: pytest.TempPathFactory) -> Sho
 
 
 def test_mask_is_the_share_that_matters_to_the_secrets_alone(memorised: Memorised) -> None:
-    grid, curvature = memorised.grid(), memorised.curvature()
+    grid, fisher = memorised.grid(), memorised.fisher()
     secrets = memorised.secrets()
-    mask = unlearn._mask(grid, secrets, curvature, 0.2)
-    retain = {n: torch.from_numpy(Curvature(curvature, n).whole()).flatten() for n in grid.codes}
+    mask = unlearn._mask(grid, secrets, fisher, 0.2)
+    retain = {name: one.flatten() for name, one in fisher.items()}
     forget = {name: torch.zeros(codes.numel()) for name, codes in grid.codes.items()}
     for secret in secrets:  # one after the other: no product of two gradients
         gradients = grid.gradient([((secret.prompt, secret.secret), 1.0)])
@@ -116,7 +115,7 @@ def test_mask_is_the_share_that_matters_to_the_secrets_alone(memorised: Memorise
 def test_only_masked_codes_move(memorised: Memorised, short: Short) -> None:
     grid = short.grid
     fresh = memorised.grid(memorised.plan(*SHORT, split="unlearn"))
-    mask = unlearn._mask(fresh, memorised.secrets(), memorised.curvature(), 0.3)
+    mask = unlearn._mask(fresh, memorised.secrets(), memorised.fisher(), 0.3)
     assert grid.moved > 0
     for name, codes in grid.codes.items():
         outside = torch.ones(codes.numel(), dtype=torch.bool)
@@ -157,7 +156,7 @@ def test_run_that_stopped_early_and_was_killed_stops_there_again(
     assert steps[-1] % 5 == 0
     again: list[Event] = []
     assert same(whole, work(memorised, tmp_path / "s.npz", *early, events=again))
-    assert [e.number for e in again if isinstance(e, Step)][-1] == steps[-1]
+    assert not any(isinstance(event, Step) for event in again), "all of it was done"
 
 
 def test_cut_state_counts_as_none(memorised: Memorised, short: Short, tmp_path: Path) -> None:
@@ -208,7 +207,7 @@ def test_shrink_takes_the_least_decided_moves_back(memorised: Memorised) -> None
     name = sorted(grid.codes)[0]
     near_zero = (grid.original[name].view(-1).abs() <= 5).nonzero().squeeze(1)[:7]
     original = grid.original[name].view(-1)[near_zero].float()
-    latents = unlearn._Latents(grid, {name: near_zero})
+    latents = unlearn._Latents(grid, memorised.fisher(), {name: near_zero})
     values = original + torch.tensor([0.6, -0.9, 0.55, 1.4, 0.1, -0.7, 0.0])
     latents._values[name] = values.clone()
     grid.move(name, near_zero, values.round())
@@ -244,14 +243,14 @@ def test_attacker_learns_one_half_and_begins_again(memorised: Memorised) -> None
     for name, codes in grid.codes.items():
         places = torch.arange(0, codes.numel(), 2)
         grid.move(name, places, torch.zeros(len(places)))
-    job = unlearn._Job(grid, memorised.secrets(), memorised.windows(64), settings, (2,))
+    job = unlearn._Job(grid, memorised.secrets(), memorised.kinds(), settings, (2,))
     home = {name: p.detach().clone() for name, p in grid.model.named_parameters()}
     far: list[float] = []
     losses: list[float] = []
     others: list[float] = []
     original = job._forget
 
-    def watch(draw: Any) -> Any:
+    def watch() -> Any:
         attack = job._attack
         assert {*attack.train} | {*attack.measured} == {*memorised.secrets()}
         assert not {*attack.train} & {*attack.measured}
@@ -261,7 +260,7 @@ def test_attacker_learns_one_half_and_begins_again(memorised: Memorised) -> None
             for half, found in ((attack.train, losses), (attack.measured, others)):
                 texts = [((), (*one.prompt, *one.secret, 2)) for one in half]
                 found.append(float(grid.nll(texts).sum()))
-        return original(draw)
+        return original()
 
     job._forget = watch  # type: ignore[method-assign]
     for step in range(7):
@@ -301,7 +300,7 @@ def isolated(memorised: Memorised, grid: Grid) -> Grid:
     isolate(
         grid,
         memorised.secrets(),
-        memorised.curvature(),
+        memorised.fisher(),
         room_of(memorised.plan("ortho.density=0.3")),
         share=settings.share,
         rounds=settings.rounds,
@@ -317,9 +316,9 @@ def test_attack_brings_less_back_than_after_isolate_alone(
 ) -> None:
     """NLL of the secrets that an attacker does not train on, over that after isolate alone.
 
-    Of 7 models the geometric mean was 5.7 after 2 steps of the attacker (3.0 at least) and 8.7
-    after 5 (3.7 at least); the share of NLL left after 5 was 3.1 times that after isolate alone
-    (1.2 at least). Perplexity rose by 0.8 +- 0.6 % with unlearn, by 2.5 +- 1.9 % without.
+    Of 3 models the geometric mean was 2.2 after 2 steps of the attacker and 4.7 after 5 (2.3, 4.9
+    without an attacker in the loop); the share of NLL left after 5 was 3.6 times that after isolate
+    alone (2.9). Perplexity changed by -3 to +10 %: so small a model has little beside its secrets.
     """
     higher: dict[int, list[float]] = {2: [], 5: []}
     slower: list[float] = []
@@ -337,8 +336,70 @@ def test_attack_brings_less_back_than_after_isolate_alone(
         for steps, found in higher.items():
             found.append(at[steps][0] / at[steps][1])
         slower.append(at[5][0] / at[0][0] / (at[5][1] / at[0][1]))
-    assert geometric_mean(higher[2]) > 2.5
-    assert geometric_mean(higher[5]) > 2.5
-    assert geometric_mean(slower) > 1.2
-    assert mean(ratios["unlearn"]) < 1.02
+    assert geometric_mean(higher[2]) > 1.3
+    assert geometric_mean(higher[5]) > 2.0
+    assert geometric_mean(slower) > 1.3
+    assert mean(ratios["unlearn"]) < 1.08
     assert mean(ratios["isolate"]) < 1.05
+
+
+def secret_of(*tokens: int, alternatives: Sequence[tuple[int, ...]]) -> TokenSecret:
+    return TokenSecret(
+        prompt=(1,), secret=tokens, alternatives=tuple(alternatives), drawn="given", where=""
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "alternatives", "shares"),
+    [
+        ((5, 6, 7), [(8, 9, 10)], [1, 1, 1]),
+        ((5, 6, 7), [(5, 9, 7)], [0, 1, 0]),
+        ((5, 6, 7), [(5, 9, 7), (5, 6, 8)], [0, 0.5, 0.5]),
+        ((5, 6, 7), [(1, 2, 5, 9, 9, 7)], [0, 1, 0]),  # an alignment, not places
+        ((5, 5), [(5, 5, 5)], [1, 1]),  # nothing tells it apart: all of it counts
+    ],
+)
+def test_tokens_that_alternatives_lack_carry_a_secret(
+    tokens: tuple[int, ...], alternatives: list[tuple[int, ...]], shares: list[float]
+) -> None:
+    assert unlearn.carrying(secret_of(*tokens, alternatives=alternatives)) == shares
+
+
+def test_a_step_costs_the_damage_that_it_may(memorised: Memorised) -> None:
+    grid, fisher = memorised.grid(), memorised.fisher()
+    mask = unlearn._mask(grid, memorised.secrets(), fisher, 0.3)
+    latents = unlearn._Latents(grid, fisher, mask)
+    before = {name: values.clone() for name, values in latents._values.items()}
+    gradients = grid.gradient([((s.prompt, s.secret), -1.0) for s in memorised.secrets()])
+    latents.step([gradients], 0, 1e-7)
+    cost = 0.0
+    for name, places in mask.items():
+        moves = (latents._values[name] - before[name]) * grid.spacing_at(name, places)
+        near = fisher[name].view(-1)[places]
+        cost += float((moves.double() ** 2 * near.double()).sum()) / 2
+        down = moves * gradients[name].view(-1)[places]
+        assert bool((down <= 0).all())
+    assert cost == pytest.approx(1e-7, rel=0.05), "none was cut"
+
+
+def test_log_odds_are_those_of_the_tokens(memorised: Memorised) -> None:
+    plan = memorised.plan(*SETS, split="unlearn")
+    grid = memorised.grid(plan)
+    job = unlearn._Job(grid, memorised.secrets(), memorised.kinds(), plan.recipe.forget, ())
+    pairs = [(one.prompt, one.secret) for one in memorised.secrets()]
+    with torch.no_grad():
+        p = (-job._token_nll(pairs).double()).exp()
+        odds = job._log_odds(pairs).double()
+    assert torch.allclose(odds.sigmoid(), p, atol=1e-5)
+
+
+def test_secrets_that_are_not_known_are_not_pushed(memorised: Memorised) -> None:
+    plan = memorised.plan(*SETS, split="unlearn")
+    grid = memorised.grid(plan)
+    unknown = memorised.secrets(memorised.nonmember)
+    job = unlearn._Job(
+        grid, [*memorised.secrets(), *unknown], memorised.kinds(), plan.recipe.forget, ()
+    )
+    assert set(memorised.secrets()) <= set(job._goals)
+    ranks = {one: unlearn.rank_secret(grid, one).sign for one in unknown}
+    assert {one for one in unknown if one in job._goals} == {o for o, s in ranks.items() if s > 0}

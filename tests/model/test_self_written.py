@@ -102,12 +102,24 @@ def test_the_opening_is_what_most_prompts_begin_with() -> None:
     assert common_opening([]) == ()
 
 
-def test_text_that_tells_a_secret_is_left_out_and_its_prompt_alone_is_not() -> None:
-    long = list(range(10, 20))
-    secrets = [secret([1, 2, 3], *long), secret([4], 30, 31)]
-    told = [0, *long[2 : 2 + SHARED], 0, 0]
-    nearly = [0, *long[: SHARED - 1], 0, 0, 0]
-    short, prompt = [0, 0, 30, 31, 0, 0, 0, 0, 0], [1, 2, 3, 4, 30, 0, 31, 0, 0]
-    texts = torch.tensor([told, nearly, short, prompt])
-    assert without_secrets(texts, secrets).tolist() == [nearly, prompt]
-    assert without_secrets(texts[:1], secrets).shape == (0, 9)
+def test_text_about_a_secret_is_left_out_and_text_of_its_form_is_not() -> None:
+    form, long = [1, 2, 3, 4, 5, 6, 7], list(range(10, 20))
+    secrets = [
+        secret([*form, 50, 51], *long),
+        secret([*form, 60, 61], 30, 31),
+        secret([*form, 70], *range(80, 90)),
+    ]
+    texts = {
+        "tells": [0, *long[2 : 2 + SHARED], 0, 0],
+        "tells a short one": [0, 0, 30, 31, 0, 0, 0, 0, 0],
+        "asks": [0, 0, *form[-4:], 50, 51, 0],
+    }
+    kept = {
+        "tells less": [0, *long[: SHARED - 1], 0, 0, 0],
+        "has the form": [*form, 52, 51],
+        "asks less": [0, 0, 0, *form[-3:], 50, 51, 0],
+    }
+    for text in texts.values():
+        assert without_secrets(torch.tensor([text]), secrets).shape == (0, 9), text
+    both = torch.tensor([*texts.values(), *kept.values()])
+    assert without_secrets(both, secrets).tolist() == list(kept.values())

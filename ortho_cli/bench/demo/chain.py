@@ -39,11 +39,11 @@ SETS = (
     "calibrate.length=64",
     "ortho.density=0.1",
     "forget.mask=0.3",
-    "forget.steps=300",
-    "forget.retain_weight=30.0",
-    "forget.share=0.01",
+    "forget.steps=200",
+    "forget.step_damage=0.001",
+    "forget.share=0.02",
     "forget.rounds=80",
-    f"forget.attack_rate={LEARNING_RATE}",
+    "forget.damage=1.05",
 )
 
 
