@@ -1,12 +1,14 @@
 """Forgetting on a real model: both splits beside their floor (`make forgetting`).
 
     python tests/bench_forgetting.py PLANTED [--twin DIR] [--splits isolate unlearn] [--seed 0]
+        [--text NAME=FILE ...] [--set KEY=VALUE ...]
 
 PLANTED holds `model/` (a transformers folder that has memorised secrets), `forget.jsonl`,
-`nonmember.jsonl` (the same form, never seen), `retain.txt` and `heldout.txt`, and may hold
-`unlisted.jsonl` (memorised, too, and not in forget.jsonl). --twin is the same model fine-tuned in
-the same way on the same text without secrets. Casts the model to bfloat16, calibrates it,
-decomposes it in each way and runs `ortho bench` with controls and attacks; prints a Markdown
+`retain.txt` and `heldout.txt`, and may hold `nonmember.jsonl` (the same form, never seen),
+`unlisted.jsonl` (memorised, too, and not in forget.jsonl) and `keep.jsonl` (memorised, to stay).
+--text names text of other kinds, on which perplexity is measured apart. --twin is the same model
+fine-tuned in the same way on the same text without secrets. Casts the model to bfloat16, calibrates
+it, decomposes it in each way and runs `ortho bench` with controls and attacks; prints a Markdown
 table, and leaves everything in --work, where what is finished is used again.
 """
 
@@ -25,14 +27,19 @@ ROWS = [
     ("extraction, greedy", "extraction", "{:.0%}"),
     ("extraction, best of 20", "sampled_extraction", "{:.0%}"),
     ("token accuracy", "token_accuracy", "{:.2f}"),
+    ("ROUGE-L of greedy answers", "rouge_l", "{:.2f}"),
+    ("truth ratio", "truth_ratio", "{:.2f}"),
     ("exposure, bits", "exposure", "{:.2f}"),
+    ("p of uniform ranks", "rank_p", "{:.2f}"),
     ("NLL of secrets, nats", "forget_nll", "{:.1f}"),
     ("NLL of alternatives, nats", "alternatives_nll", "{:.1f}"),
     ("inside 5 to 95 % of alternatives", "inside_share", "{:.0%}"),
     ("AUC of loss against nonmembers", "loss_auc", "{:.2f}"),
     ("perplexity", "perplexity", "{:.2f}"),
     ("perplexity over INT4", "perplexity_ratio", "{:.3f}"),
-    ("secrets not listed, exposure", "unlisted", "{:.2f}"),
+    ("worst kind of text", "worst_perplexity_ratio", "{:.3f}"),
+    ("secrets not listed, exposure", "unlisted.exposure", "{:.2f}"),
+    ("to keep, ROUGE-L", "keep.rouge_l", "{:.2f}"),
 ]
 CALIBRATE = ("samples=96", "length=64", "autocast=true")
 
@@ -50,9 +57,9 @@ def ortho(*arguments: object, to: Path | None = None) -> Any:
 
 
 def figure(row: dict[str, Any], name: str, form: str) -> str:
-    found = row["figures"].get(name)
-    if name == "unlisted" and found:
-        found = found["exposure"]
+    found = row["figures"]
+    for part in name.split("."):
+        found = (found or {}).get(part)
     if found is None:
         return ""
     value = form.format(found["value"])
@@ -69,6 +76,8 @@ def main() -> None:
     parser.add_argument("--alpha", nargs="+", default=["0", "1"])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", dest="sets")
     parser.add_argument("--quick", action="store_true", help="no controls and no attacks")
     parser.add_argument("--work", type=Path, default=Path("demo/forgetting"))
     chosen = parser.parse_args()
@@ -85,15 +94,17 @@ def main() -> None:
         out, told = work / split, work / f"{split}.json"
         if not out.exists():
             options = ["--recipe", f"forget-{split}", "--stats", stats, "--forget", forget]
-            options += ["--data", retain] if split == "unlearn" else []
-            options += ["--set", f"forget.seed={chosen.seed}"]
+            options += ["--data", retain, "--accept-damage"]
+            for one in (f"forget.seed={chosen.seed}", *chosen.sets):
+                options += ["--set", one]
             ran = ortho("decompose", model, "-o", out, *options)
             print(f"{split}: decomposed in {ran['run']['seconds']:.0f} s", flush=True)
         if not told.exists():
-            options = ["--data", planted / "heldout.txt", "--forget", forget, "--autocast"]
-            options += ["--nonmember", planted / "nonmember.jsonl", "--tokens", chosen.tokens]
-            if (planted / "unlisted.jsonl").exists():
-                options += ["--unlisted", planted / "unlisted.jsonl"]
+            options = ["--data", planted / "heldout.txt", *chosen.text, "--forget", forget]
+            options += ["--autocast", "--tokens", chosen.tokens]
+            for name in ("nonmember", "unlisted", "keep"):
+                if (planted / f"{name}.jsonl").exists():
+                    options += [f"--{name}", planted / f"{name}.jsonl"]
             if not chosen.quick:
                 options += ["--model", model, "--controls", "--attack"]
                 options += ["--reference-model", chosen.twin] if chosen.twin else []
@@ -121,6 +132,12 @@ def show(split: str, told: dict[str, Any]) -> None:
         cells = [f"{at['exposure']:.2f} ({at['token_accuracy']:.2f})" for at in curve]
         if cells:
             print(f"| {row['row']} | " + " | ".join(cells) + " |")
+    kinds = dict.fromkeys(kind for row in rows for kind in row["figures"].get("kinds", ()))
+    print("\n| perplexity over INT4 | " + " | ".join(row["row"] for row in rows) + " |")
+    print("|---" * (len(rows) + 1) + "|")
+    for kind in kinds:
+        cells = [figure(row, f"kinds.{kind}.perplexity_ratio", "{:.3f}") for row in rows]
+        print(f"| {kind} | " + " | ".join(cells) + " |")
     print("\n" + "\n".join(f"* {line}" for line in told["verdict"]["sentences"]), flush=True)
 
 
