@@ -206,7 +206,7 @@ class Forget(_Strict):
     mask: Density = Field(
         0.1, description="unlearn: share of split weights that may move; a tenth of it does."
     )
-    steps: Count = Field(60, description="Most steps of unlearn.")
+    steps: Count = Field(40, description="Most steps of unlearn.")
     step_damage: Positive = Field(
         0.0003,
         description="unlearn: nats per sequence that one step may cost retained text, as its "
@@ -230,7 +230,7 @@ class Forget(_Strict):
     )
     length: Count = Field(64, description="Tokens of each of them.")
     damage: Annotated[float, Field(ge=1, le=1e6)] = Field(
-        1.03,
+        1.05,
         description="Perplexity over that before forgetting, on text of the worst kind that was "
         "not held on to, above which work ends without an artifact.",
     )

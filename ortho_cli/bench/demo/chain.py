@@ -43,7 +43,6 @@ SETS = (
     "forget.step_damage=0.001",
     "forget.share=0.02",
     "forget.rounds=80",
-    "forget.damage=1.05",
 )
 
 
