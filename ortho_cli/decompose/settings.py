@@ -206,14 +206,14 @@ class Forget(_Strict):
     mask: Density = Field(
         0.1, description="unlearn: share of split weights that may move; a tenth of it does."
     )
-    steps: Count = Field(40, description="Most steps of unlearn.")
+    steps: Count = Field(60, description="Most steps of unlearn.")
     step_damage: Positive = Field(
         0.0003,
         description="unlearn: nats per sequence that one step may cost retained text, as its "
         "Fisher predicts.",
     )
     attack_steps: Annotated[int, Field(ge=0, le=127)] = Field(  # they are counted in int8
-        0,
+        10,
         description="unlearn: fine-tuning steps of the attacker inside the loop; 0: no attacker.",
     )
     attack_rate: Positive = Field(5e-5, description="How far each of them moves every parameter.")

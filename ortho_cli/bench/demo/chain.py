@@ -40,6 +40,7 @@ SETS = (
     "ortho.density=0.1",
     "forget.mask=0.3",
     "forget.steps=200",
+    "forget.attack_steps=0",
     "forget.step_damage=0.001",
     "forget.share=0.02",
     "forget.rounds=80",
