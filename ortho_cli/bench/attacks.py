@@ -85,7 +85,7 @@ class Attack:
 
 
 def recall(model: nn.Module, secrets: Sequence[TokenSecret]) -> Recall:
-    """Measure what an attack is after, in short; `evaluate.memorisation` says more, and slower.
+    """Measure what an attack is after, in short; `evaluate.memorisation_of` says more, and slower.
 
     Args:
         model: a causal language model.

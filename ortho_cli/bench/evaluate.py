@@ -48,8 +48,8 @@ from ortho_cli.model.scoring import (
     chance_exposure,
     completion_nll,
     device_of,
+    exponential,
     logits_of,
-    score,
     sequence_hits,
     takes_cache,
 )
@@ -57,32 +57,6 @@ from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.text import TokenSequence
 
 INSIDE = (0.05, 0.95)  # quantiles between which a secret is one among its alternatives
-LARGEST_EXPONENT = 700.0  # e^700 is a float still; JSON has no infinity
-
-
-def memorisation(
-    model: nn.Module,
-    secrets: Sequence[TokenSecret],
-    nonmembers: Sequence[TokenSecret] | None = None,
-    *,
-    seed: int = 0,
-    texts: Sequence[str] = (),
-) -> Memorisation:
-    """Measure what a model remembers of secrets, beside secrets that it never saw.
-
-    Args:
-        model: a causal language model.
-        secrets: those that it should not give, one at least.
-        nonmembers: the same form, never seen; None leaves the two AUCs out.
-        seed: of the bootstraps.
-        texts: texts to print beside the entries; nothing by default.
-    Raises:
-        CalibrationError: no secrets.
-        NumericalError: an NLL is NaN or infinite.
-    """
-    scores = [score(model, secret) for secret in secrets]
-    others = None if nonmembers is None else [score(model, one) for one in nonmembers]
-    return memorisation_of(scores, others, seed=seed, texts=texts)
 
 
 def memorisation_of(
@@ -93,10 +67,14 @@ def memorisation_of(
     texts: Sequence[str] = (),
     rouges: Sequence[float] = (),
 ) -> Memorisation:
-    """Turn scores into figures of memorisation; see `memorisation`.
+    """Turn scores into figures of what a model remembers, beside secrets that it never saw.
 
-    `rouges`: ROUGE-L of the greedy answer to each secret's prompt, where that was measured.
-
+    Args:
+        scores: of secrets that it should not give, one at least.
+        nonmembers: of secrets of the same form, never seen; None leaves the two AUCs out.
+        seed: of the bootstraps.
+        texts: texts to print beside the entries; nothing by default.
+        rouges: ROUGE-L of the greedy answer to each prompt; nothing leaves that figure out.
     Raises:
         CalibrationError: no secrets.
         NumericalError: an NLL is NaN or infinite.
@@ -108,7 +86,6 @@ def memorisation_of(
     quantiles = [_quantile(one) for one in scores]
     inside = sum(INSIDE[0] <= quantile <= INSIDE[1] for quantile in quantiles)
     hits = np.array([[sum(one.hits), len(one.hits)] for one in scores], dtype=np.float64)
-    named = (*texts, *[None] * len(scores))
     low, high = bootstrap(hits, _ratio, seed=seed)
     accuracy = Figure(value=_ratio(hits), low=low, high=high, n=int(hits[:, 1].sum()))
 
@@ -131,18 +108,25 @@ def memorisation_of(
         rank_p=Chance(value=uniform_p(quantiles), n=len(quantiles)),
         loss_auc=auc_of(_loss_trace),
         min_k_auc=auc_of(_min_k_trace),
-        entries=tuple(
-            Entry(
-                index=index,
-                exposure=one.exposure,
-                nll=one.nll,
-                quantile=quantiles[index],
-                hits=sum(one.hits),
-                tokens=len(one.hits),
-                text=named[index],
-            )
-            for index, one in enumerate(scores)
-        ),
+        entries=_entries(scores, quantiles, texts),
+    )
+
+
+def _entries(
+    scores: Sequence[SecretScore], quantiles: Sequence[float], texts: Sequence[str]
+) -> tuple[Entry, ...]:
+    named = (*texts, *[None] * len(scores))
+    return tuple(
+        Entry(
+            index=index,
+            exposure=one.exposure,
+            nll=one.nll,
+            quantile=quantiles[index],
+            hits=sum(one.hits),
+            tokens=len(one.hits),
+            text=named[index],
+        )
+        for index, one in enumerate(scores)
     )
 
 
@@ -180,7 +164,7 @@ def _truth_ratio(one: SecretScore) -> float:
     Source: Maini et al. 2024 (arXiv:2401.06121), equation 1, with the secret for its paraphrase.
     """
     others = [math.exp(-average(tokens)) for tokens in one.alternative_tokens]
-    return math.exp(min(math.log(max(average(others), 1e-300)) + average(one.tokens), 700.0))
+    return exponential(math.log(max(average(others), 1e-300)) + average(one.tokens))
 
 
 def rouge_l(said: str, right: str) -> float:
@@ -311,7 +295,7 @@ def token_nlls(texts: Sequence[Sequence[Sequence[float]]]) -> Tensor:
 
 
 def _exponential(values: Values) -> float:
-    return math.exp(min(mean(values), LARGEST_EXPONENT))
+    return exponential(mean(values))
 
 
 def skill(model: nn.Module, pairs: Sequence[TokenSequence]) -> Share:

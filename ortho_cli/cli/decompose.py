@@ -46,7 +46,7 @@ def decompose(
     data: Annotated[
         list[Path] | None,
         options.files(
-            help="What must stay: text that unlearn holds on to, or that rounding is tuned on."
+            help="What must stay: text that forgetting holds on to, or that rounding is tuned on."
         ),
     ] = None,
     reference: Annotated[

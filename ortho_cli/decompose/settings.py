@@ -204,7 +204,7 @@ class Forget(_Strict):
         "its group, which both show in how often codes occur.",
     )
     mask: Density = Field(
-        0.1, description="unlearn: share of split weights that may move; a tenth of it does."
+        0.1, description="unlearn: share of split weights that may move; a few percent of it do."
     )
     steps: Count = Field(60, description="Most steps of unlearn.")
     step_damage: Positive = Field(

@@ -7,7 +7,6 @@ Text that is held on to says little: any optimisation keeps what it looks at.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,8 +15,8 @@ from ortho_cli.errors import GateError
 from ortho_cli.events import EventSink, Noted
 from ortho_cli.forget.grid import Grid, batches
 from ortho_cli.forget.held import NEIGHBOURS, Kind
+from ortho_cli.model.scoring import exponential
 
-LARGEST_EXPONENT = 700.0  # e^700 is a float still
 LIKE_SECRETS = (NEIGHBOURS, "alternatives")  # are told; keys and phrases may lose their form
 
 
@@ -37,7 +36,7 @@ def measure(grid: Grid, kinds: Sequence[Kind]) -> dict[str, float]:
 
 def ratios(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
     """Perplexity of each kind over that before; a NaN stays NaN."""
-    return {kind: math.exp(min(now[kind] - nll, LARGEST_EXPONENT)) for kind, nll in before.items()}
+    return {kind: exponential(now[kind] - nll) for kind, nll in before.items()}
 
 
 def judge(ratios: Mapping[str, float], most: float, *, accept: bool, on_event: EventSink) -> None:

@@ -90,7 +90,7 @@ class ForgetEditor:
         fisher = broad_fisher(grid, held, curvature, seed=settings.seed)
         room = {tensor.name: tensor.k for tensor in self.plan.split}
         if self.plan.recipe.ortho.split == "unlearn":
-            self._unlearn(grid, held, fisher, folder / STATE_FILE, key, on_event)
+            self._unlearn(grid, held, fisher, room, folder / STATE_FILE, key, on_event)
         found = isolate(
             grid,
             self.secrets,
@@ -119,6 +119,7 @@ class ForgetEditor:
         grid: Grid,
         held: Sequence[Kind],
         fisher: dict[str, Tensor],
+        room: dict[str, int],
         state: Path,
         key: Key | None,
         on_event: EventSink,
@@ -129,7 +130,7 @@ class ForgetEditor:
             self.secrets,
             held,
             fisher,
-            {tensor.name: tensor.k for tensor in self.plan.split},
+            room,
             self.plan.recipe.forget,
             end=() if end is None else (end,),
             state=state,

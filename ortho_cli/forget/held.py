@@ -22,6 +22,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ FISHER_SEQUENCES = 24  # of each kind: half a minute of a model of 135 M weights
 LIKELIEST = 256  # tokens per position that are told apart; the rest is one more term
 NEIGHBOURS = "neighbours"
 SMALLEST = 1e-6  # probability of the rest, below which it counts as this
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +116,11 @@ def _cut(rows: Sequence[Sequence[int]]) -> tuple[Pair, ...]:
     return tuple((tuple(row[:1]), tuple(row[1:])) for row in rows if len(row) > 1)
 
 
+def some(items: Sequence[T], most: int, draw: random.Random) -> list[T]:
+    """Draw up to `most` items, each once."""
+    return draw.sample(items, min(most, len(items)))
+
+
 class Held:
     """The kinds of text with the predictions that base had, and divergences from them."""
 
@@ -120,10 +128,6 @@ class Held:
         """Take the predictions of the model as it is now."""
         self._grid, self.kinds = grid, tuple(kinds)
         self._before = {kind.name: [_predictions(grid, p) for p in kind.pairs] for kind in kinds}
-
-    def draw(self, kind: Kind, count: int, draw: random.Random) -> list[int]:
-        """Draw numbers of up to `count` pairs of a kind, each once."""
-        return draw.sample(range(len(kind.pairs)), min(count, len(kind.pairs)))
 
     def divergence(self, kind: Kind, numbers: Sequence[int]) -> Tensor:
         """Mean divergence over the positions of some pairs, nats; keeps the graph."""
@@ -165,7 +169,7 @@ def broad_fisher(
     draw = random.Random(f"fisher {seed}")
     found: dict[str, Tensor] = {}
     for kind in kinds:
-        pairs = draw.sample(kind.pairs, min(FISHER_SEQUENCES, len(kind.pairs)))
+        pairs = some(kind.pairs, FISHER_SEQUENCES, draw)
         for name, one in grid.fisher(pairs).items():
             one /= len(kinds)
             found[name] = found[name].add_(one) if name in found else one

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -92,11 +92,17 @@ def rank_secret(grid: Grid, secret: TokenSecret, goal: float | None = None) -> R
     nll, *others = (float(tokens.sum()) for tokens in found)
     rank = sum(other <= nll for other in others) / len(others)
     mean = sum(others) / len(others)
-    between = LOW, HIGH
-    if goal is not None:
-        near = max(NEAR, 0.51 / len(others))  # one rank of few is always near enough
-        between = max(goal - near, 0.5 / len(others)), min(goal + near, 1.0)
-    return Ranking(rank=rank, nll=nll, alternatives=mean, lowest=min(others), between=between)
+    standing = Ranking(rank=rank, nll=nll, alternatives=mean, lowest=min(others))
+    return _towards(standing, goal, secret)
+
+
+def _towards(standing: Ranking, goal: float | None, secret: TokenSecret) -> Ranking:
+    """Hold the ranking of a secret to a goal, where it has one, in place of LOW and HIGH."""
+    if goal is None:
+        return standing
+    count = len(secret.alternatives[:PROBES])
+    near = max(NEAR, 0.51 / count)  # one rank of few is always near enough
+    return replace(standing, between=(max(goal - near, 0.5 / count), min(goal + near, 1.0)))
 
 
 def isolate(
@@ -132,8 +138,9 @@ def isolate(
     most = max(1, allowed // 64)
     size = max(1, most // 4)
     floor = _mean_damage(grid, fisher)
-    goals = _open_goals(grid, secrets, seed)
-    found = best = [rank_secret(grid, secret, goals.get(secret)) for secret in secrets]
+    found = [rank_secret(grid, secret) for secret in secrets]
+    goals = _open_goals(secrets, found, seed)
+    found = best = list(map(_towards, found, map(goals.get, secrets), secrets))
     kept, waited = grid.edits(), 0
     for number in range(rounds):
         signs = {s: at.sign for s, at in zip(secrets, found, strict=True) if at.sign}
@@ -146,8 +153,7 @@ def isolate(
         on_event(Step(name=told, number=number + 1, of=rounds))
         if not signs or moved >= budget or waited > PATIENCE:
             break
-        before = found
-        draw = random.Random(f"{seed} {number}")
+        before, draw = found, random.Random(f"{seed} {number}")
         now = min(size, budget - moved)
         step_round(grid, signs, fisher, floor, room, now, PROPOSE[fill], draw)
         found = [rank_secret(grid, secret, goals.get(secret)) for secret in secrets]
@@ -160,10 +166,12 @@ def isolate(
     return best
 
 
-def _open_goals(grid: Grid, secrets: Sequence[TokenSecret], seed: int) -> dict[TokenSecret, float]:
+def _open_goals(
+    secrets: Sequence[TokenSecret], found: Sequence[Ranking], seed: int
+) -> dict[TokenSecret, float]:
     """Give the ranks to reach; what ranks as if it had never been seen stays there."""
-    goals = goal_ranks(secrets, seed)
-    return {one: goal for one, goal in goals.items() if rank_secret(grid, one).sign}
+    known = {secret for secret, at in zip(secrets, found, strict=True) if at.sign}
+    return {one: goal for one, goal in goal_ranks(secrets, seed).items() if one in known}
 
 
 def _left(found: Sequence[Ranking]) -> tuple[int, float]:

@@ -52,7 +52,7 @@ from ortho_cli.decompose.edits import Key, load_arrays, save_arrays
 from ortho_cli.decompose.settings import Forget
 from ortho_cli.events import EventSink, Noted, Step
 from ortho_cli.forget.grid import Grid, Pair, batches
-from ortho_cli.forget.held import NEIGHBOURS, Held, Kind
+from ortho_cli.forget.held import NEIGHBOURS, Held, Kind, some
 from ortho_cli.forget.isolate import PROBES, goal_ranks, rank_secret
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.split.quantize import code_range
@@ -60,7 +60,6 @@ from ortho_cli.split.quantize import code_range
 MOMENTUM = 0.5  # of the gradient's moving average; one step sees few texts
 SAMPLE = 1 << 20  # weights from which a median or a threshold is estimated
 SAVE_EVERY = 5  # steps; about a minute of a model of 135 M weights
-
 RETAIN_BATCH = 4  # sequences of each kind per step
 NEAR_DECAY = 0.9  # per step, of the weight of neighbours: a tenth after 22 steps
 ALTERNATIVES = 4  # per secret, whose likelihood is held
@@ -345,13 +344,12 @@ class _Job:
         """Add the gradients of what is held, each kind of text and the alternatives alike."""
         weight = self._settings.retain_weight / (len(self._held.kinds) + 1)
         for kind in self._held.kinds:
-            numbers = self._held.draw(kind, RETAIN_BATCH, draw)
+            numbers = some(range(len(kind.pairs)), RETAIN_BATCH, draw)
             divergence = self._held.divergence(kind, numbers)
             self._divergences[kind.name] = float(divergence.detach())
             share = NEAR_DECAY**step if kind.name == NEIGHBOURS else 1.0
             torch.autograd.backward([weight * share * divergence])
-        count = min(RETAIN_BATCH, len(self._alternatives))
-        numbers = draw.sample(range(len(self._alternatives)), count)
+        numbers = some(range(len(self._alternatives)), RETAIN_BATCH, draw)
         before = torch.cat([self._before[number] for number in numbers])
         now = self._token_nll([self._alternatives[number] for number in numbers])
         torch.autograd.backward([weight * (now - before).clamp_min(0).mean()])

@@ -23,6 +23,7 @@ from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.text import TokenSequence
 
 LOGITS = 1 << 25  # logits of one pass at most: 128 MiB in float32
+LARGEST_EXPONENT = 700.0  # nats; e^700 is a float still
 POSITIONS = 128  # of running text whose softmax is taken at once
 Forward = Callable[[Tensor], object]  # tokens (n, length) -> logits, or an output that has them
 
@@ -311,6 +312,11 @@ def device_of(model: nn.Module) -> torch.device:
     """Find the device of a model's tokens: that of its first parameter."""
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
+
+
+def exponential(nats: float) -> float:
+    """Give e to so many nats, at most e^700: JSON has no infinity. NaN stays NaN."""
+    return math.exp(min(nats, LARGEST_EXPONENT))
 
 
 def finite(values: Tensor) -> Tensor:

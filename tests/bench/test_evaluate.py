@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ortho_cli.bench import evaluate
-from ortho_cli.bench.records import TextFigure, to_json
+from ortho_cli.bench.records import Memorisation, TextFigure, to_json
 from ortho_cli.errors import CalibrationError, NumericalError, UsageError
 from ortho_cli.model import scoring
 from ortho_cli.model.scoring import SecretScore, compare_windows
@@ -21,6 +21,18 @@ from ortho_cli.model.text import TokenSequence
 from tests.model.test_scoring import VOCAB, Plain, Table, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
+
+
+def memorisation(
+    model: Any,
+    secrets: Sequence[TokenSecret],
+    nonmembers: Sequence[TokenSecret] | None = None,
+    **options: Any,
+) -> Memorisation:
+    """Score both sets, and turn scores into figures."""
+    others = None if nonmembers is None else [scoring.score(model, one) for one in nonmembers]
+    scores = [scoring.score(model, secret) for secret in secrets]
+    return evaluate.memorisation_of(scores, others, **options)
 
 
 def scored(
@@ -107,20 +119,20 @@ def test_no_secrets_and_nan_are_errors() -> None:
     with pytest.raises(NumericalError):
         evaluate.memorisation_of([scored(math.nan, [1.0])], seed=0)
     with pytest.raises(NumericalError):
-        evaluate.memorisation(Table(0.0, math.nan), [secret(1, alternatives=[[0]])])
+        memorisation(Table(0.0, math.nan), [secret(1, alternatives=[[0]])])
 
 
 def test_memorisation_is_ready_for_json_and_holds_no_text_unless_asked() -> None:
     model = llama()
     secrets = [secret(5, 6, 7, alternatives=[[8, 9, 10], [11, 12]]), secret(9, alternatives=[[4]])]
-    found = evaluate.memorisation(model, secrets, secrets)
+    found = memorisation(model, secrets, secrets)
     document = to_json(found)
     assert json.loads(json.dumps(document)) == document
     assert [set(entry) for entry in document["entries"]] == [  # type: ignore[attr-defined]
         {"index", "exposure", "nll", "quantile", "hits", "tokens"}
     ] * 2
-    assert found == evaluate.memorisation(model, secrets, secrets)
-    asked = evaluate.memorisation(model, secrets, texts=["one", "two"])
+    assert found == memorisation(model, secrets, secrets)
+    asked = memorisation(model, secrets, texts=["one", "two"])
     assert [entry.text for entry in asked.entries] == ["one", "two"]
 
 
@@ -129,9 +141,7 @@ def test_greedy_extraction_is_what_generate_says() -> None:
     prompt = torch.tensor([[1, 2, 3]])
     said = model.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, 3:].tolist()
     wrong = [*said[:-1], (said[-1] + 1) % VOCAB]
-    found = evaluate.memorisation(
-        model, [secret(*said, prompt=(1, 2, 3)), secret(*wrong, prompt=(1, 2, 3))]
-    )
+    found = memorisation(model, [secret(*said, prompt=(1, 2, 3)), secret(*wrong, prompt=(1, 2, 3))])
     assert found.extraction.value == 0.5
     assert [entry.hits for entry in found.entries] == [5, 4]
 
