@@ -11,8 +11,6 @@ import typer
 from ortho_cli.cli import options
 from ortho_cli.cli.shared import Output, located, plan_of, settled
 from ortho_cli.errors import UsageError
-from ortho_cli.formats.open_artifact import open_artifact
-from ortho_cli.formats.provenance import recipe_of
 
 
 # Longer than 60 lines: half of it is the signature, which says all of each option.
@@ -90,13 +88,14 @@ def _show_artifact(
     """Describe an artifact; hold it against its source and its digests where that is asked for."""
     from ortho_cli.cli.show.inspect import print_artifact
     from ortho_cli.formats import verify as reading
+    from ortho_cli.formats.open_artifact import open_artifact
     from ortho_cli.storage.sealing import read_keys
 
     artifact = open_artifact(path if path.is_dir() else path.parent, read_keys(identity))
     document = reading.describe(artifact)
     source = None
     if expect_source:
-        from ortho_cli.formats.provenance import check_source
+        from ortho_cli.formats.provenance import check_source, recipe_of
         from ortho_cli.storage.checkpoint import open_checkpoint
 
         with output.progress("source") as sink:

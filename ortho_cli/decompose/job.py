@@ -31,9 +31,8 @@ from ortho_cli.events import Event, EventSink, Finishing, Noted, null_sink
 from ortho_cli.formats import artifact
 from ortho_cli.formats.quantization_config import index
 from ortho_cli.formats.statistics import StatisticsReader
-from ortho_cli.formats.verify import file_digest
 from ortho_cli.storage import job, sealing
-from ortho_cli.storage.checkpoint import Checkpoint, check_in_place
+from ortho_cli.storage.checkpoint import Checkpoint, check_in_place, file_digest
 from ortho_cli.storage.data_file import DataFile, Frontier, GrowingDigest, Layout, plan_layout
 from ortho_cli.storage.job import Kind, Target, files_of
 from ortho_cli.storage.work_folder import Entry, WorkFolder, interruptible

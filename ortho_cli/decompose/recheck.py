@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,6 @@ from ortho_cli.decompose.workers import NUMPY_DTYPES
 from ortho_cli.errors import ArtifactError
 from ortho_cli.events import Advanced, EventSink, Started, null_sink
 from ortho_cli.formats.artifact import REPORT_FILE, Artifact, module_of
-from ortho_cli.formats.report import Figures, read_report, rows_of
 from ortho_cli.split import exact
 from ortho_cli.split.dtypes import SPLIT, words_of
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
@@ -30,6 +30,9 @@ from ortho_cli.split.task import Array
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, TensorInfo
 from ortho_cli.storage.data_file import DataFile, TensorSpec
 from ortho_cli.storage.sealing import OrthoFile
+
+if TYPE_CHECKING:
+    from ortho_cli.formats.report import Figures
 
 SAMPLE_BLOCKS = 4  # blocks of rows that are read back of a large weight
 SHARE = 2.5e-3  # of noise: 0.01 dB, by which sums in another order and precision may differ
@@ -148,15 +151,16 @@ def check_values(
         ArtifactError: an unsplit tensor differs from the source, or a value, code or figure breaks
             its rule; names the tensor.
     """
+    from ortho_cli.formats.report import read_report, rows_of  # slow: builds pydantic models
+
     split, there = _setting(recipe, "ortho", "split"), artifact.ortho is not None
     size = sum(tensor.nbytes for tensor in source.tensors)
     on_event(Started(tensors=len(source.tensors), resumed=0, bytes_total=size, bytes_done=0))
     report = read_report(artifact)
-    rows = rows_of(report, artifact.folder / REPORT_FILE) if report is not None else ()
+    rows = () if report is None else rows_of(report, artifact.folder / REPORT_FILE)
     told: dict[str, Figures] = {row.name: row for row in rows}
-    total = exact.Sums()
     with ExitStack() as stack:
-        opened = _Opened(artifact, source, sizes, stack)
+        opened, total = _Opened(artifact, source, sizes, stack), exact.Sums()
         for tensor in source.tensors:
             module = module_of(tensor.name)
             if tensor.name == f"{module}.weight" and module in artifact.shapes:

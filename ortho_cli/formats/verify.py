@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-
-from blake3 import blake3
 
 from ortho_cli.errors import ArtifactError, blamed
-from ortho_cli.events import Advanced, EventSink, Started, null_sink
+from ortho_cli.events import EventSink, Started, null_sink
 from ortho_cli.formats import csr
 from ortho_cli.formats.artifact import (
     INDEX_FILE,
@@ -29,7 +25,7 @@ from ortho_cli.formats.provenance import provenance
 from ortho_cli.formats.report import Report, read_report, rows_from_headers, rows_of
 from ortho_cli.split.dtypes import DTYPES
 from ortho_cli.storage import side_files, strict_json
-from ortho_cli.storage.checkpoint import PIECE, Shard, ShardReader, TensorInfo
+from ortho_cli.storage.checkpoint import Shard, ShardReader, TensorInfo, file_digest
 from ortho_cli.storage.sealing import SEALED_FILE
 
 
@@ -211,14 +207,3 @@ def _verify_csr(reader: ShardReader, parts: Parts, width: int, prefix: str) -> N
     crow = np.concatenate([piece.copy() for piece in numbers(parts["crow_indices"])])
     csr.check_positions(crow, numbers(column), column.numel, width, prefix)
     csr.check_words(reader.pieces(values), values.dtype, prefix)
-
-
-def file_digest(path: Path, algorithm: str = "blake3", *, on_event: EventSink = null_sink) -> str:
-    """Digest a file's bytes: BLAKE3, or SHA-256 as the older formats have it."""
-    digest = blake3() if algorithm == "blake3" else hashlib.sha256()
-    buffer = memoryview(bytearray(PIECE))
-    with path.open("rb", buffering=0) as file:
-        while got := file.readinto(buffer):
-            digest.update(buffer[:got])
-            on_event(Advanced(nbytes=got))
-    return digest.hexdigest()

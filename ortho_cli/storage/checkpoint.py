@@ -8,6 +8,7 @@ no torch.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -18,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from blake3 import blake3
 
 from ortho_cli.errors import (
     CheckpointError,
@@ -524,3 +527,14 @@ def hub_name(path: Path) -> str | None:
                 more = inside[2:] if inside[:1] == ("snapshots",) else ()
                 return "-".join((found[1], *(more[:-1] if path.is_file() else more)))
     return None
+
+
+def file_digest(path: Path, algorithm: str = "blake3", *, on_event: EventSink = null_sink) -> str:
+    """Digest a file's bytes: BLAKE3, or SHA-256 as the older formats have it."""
+    digest = blake3() if algorithm == "blake3" else hashlib.sha256()
+    buffer = memoryview(bytearray(PIECE))
+    with path.open("rb", buffering=0) as file:
+        while got := file.readinto(buffer):
+            digest.update(buffer[:got])
+            on_event(Advanced(nbytes=got))
+    return digest.hexdigest()
