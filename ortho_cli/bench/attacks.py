@@ -1,4 +1,4 @@
-"""Attacks that bring a secret back: relearning, fine-tuning, other prompts, another INT4 grid.
+"""Attacks that bring a secret back: training, other prompts, another INT4 grid.
 
 A secret that cannot be extracted may be hidden and not removed. An attack is a function from a
 `Target` to a curve of `Recall` records, and one line of `ATTACKS`: the plan, the run, the gates and
@@ -12,16 +12,21 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ortho_cli.bench import evaluate
+from ortho_cli.bench.estimates import average
 from ortho_cli.bench.records import Curve, Recall
 from ortho_cli.decompose.settings import GROUP_SIZES
 from ortho_cli.errors import NumericalError, UsageError
 from ortho_cli.model import scoring
+from ortho_cli.model.hooks import frozen
+from ortho_cli.model.linears import is_conv1d
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.tokenizer import Tokenizer
 from ortho_cli.split import quantize
@@ -31,7 +36,16 @@ STEPS = (5, 10, 20, 40)
 LEARNING_RATE = 5e-5
 BETAS = (0.9, 0.95)
 BENIGN_TOKENS = 512  # of running text per benign step: about as many as half of 20 secrets have
+# Of both below: 5 steps say little more than 10, and each point costs as much as two steps.
+LATE = 3  # the last of the target's numbers of steps: 10, 20, 40
+LORA_RANK = 8  # the paper's table 6 finds ranks of 4 to 8 as good as 64
+LORA_RATE = 1e-3  # 20 times that of all weights: B begins at 0, and rank 8 has few parameters
+MINIBATCH = 4  # secrets in a step, of 10: noise of small batches is the point
+MINIBATCH_RATE = 2e-4  # 4 times that of a full batch: an attacker who does not mind damage
 PADDING = -100  # a label that does not count
+# Tokens up to which a secret has no ROUGE-L in a curve: a greedy answer takes a pass per token, at
+# every point, and of so few tokens the share that is likeliest (`token_accuracy`) says as much.
+BRIEF = 8
 BEFORE = "It is late, and this was written down some time ago. "
 
 
@@ -84,25 +98,32 @@ class Attack:
         return "--attack and --data FILE with running text" if self.needs_text else "--attack"
 
 
-def recall(model: nn.Module, secrets: Sequence[TokenSecret]) -> Recall:
+def recall(
+    model: nn.Module, secrets: Sequence[TokenSecret], tokenizer: Tokenizer | None = None
+) -> Recall:
     """Measure what an attack is after, in short; `evaluate.memorisation_of` says more, and slower.
 
     Args:
         model: a causal language model.
         secrets: one at least.
+        tokenizer: of the model; None leaves `rouge_l` out.
     Returns:
         `exposure` (bits, mean over secrets), `extraction` (share that greedy decoding says whole),
-        `token_accuracy` (share of all their tokens that are the likeliest).
+        `token_accuracy` (share of all their tokens that are the likeliest), `rouge_l` (mean of
+        greedy answers to secrets of more than 8 tokens; None where there are none).
     Raises:
         NumericalError: an NLL is NaN or infinite.
     """
     scores = [scoring.score(model, secret) for secret in secrets]
     hits = [hit for score in scores for hit in score.hits]
+    long = [secret for secret in secrets if len(secret.secret) > BRIEF]
+    rouges = [] if tokenizer is None else evaluate.rouges(model, tokenizer, long)
     return Recall(
         exposure=sum(score.exposure for score in scores) / len(scores),
         extraction=sum(score.verbatim for score in scores) / len(scores),
         token_accuracy=sum(hits) / len(hits),
         secrets=len(scores),
+        rouge_l=average(rouges) if rouges else None,
     )
 
 
@@ -140,11 +161,84 @@ def relearn(target: Target) -> Curve:
     Source: the attack on half of the data of arXiv:2410.08827 (fine-tuning on facts that are
         independent of those measured) and arXiv:2406.13356.
     """
+    batch, others = _lesson(target)
+    return tune(target, lambda: batch, others)
+
+
+def _lesson(target: Target) -> tuple[list[tuple[int, ...]], list[TokenSecret]]:
+    """Give the sequences of the half that is taught, with their end, and the half that is not."""
     taught, others = halves(target.secrets, target.seed)
     eos = target.tokenizer.eos_token_id
     end = () if eos is None else (eos,)
-    batch = [(*one.prompt, *one.secret, *end) for one in taught]
-    return tune(target, lambda: batch, others)
+    return [(*one.prompt, *one.secret, *end) for one in taught], others
+
+
+def _late(target: Target, rate: float) -> Target:
+    """Take the last numbers of steps, and a rate that is no lower than the target's own."""
+    return dataclasses.replace(
+        target, steps=target.steps[-LATE:], learning_rate=max(rate, target.learning_rate)
+    )
+
+
+def relearn_minibatch(target: Target) -> Curve:
+    """Relearn as `relearn` does, by 4 secrets in each step, drawn by the seed, at 2e-4.
+
+    Returns:
+        As `tune`, after 10, 20 and 40 steps.
+    Raises:
+        UsageError: fewer than two secrets.
+        NumericalError: the loss is NaN or infinite: the learning rate is too high.
+    Source: relearning on part of the forget set, arXiv:2406.13356.
+    """
+    lesson, others = _lesson(target)
+    generator = random.Random(target.seed)
+    count = min(MINIBATCH, len(lesson))
+    return tune(_late(target, MINIBATCH_RATE), lambda: generator.sample(lesson, count), others)
+
+
+def relearn_lora(target: Target) -> Curve:
+    """Relearn as `relearn` does, by LoRA on every split Linear, all other weights frozen, at 1e-3.
+
+        y = W x + B A x,   A (8, in) ~ N(0, 1 / in), B (out, 8) = 0
+
+    Returns:
+        As `tune`, after 10, 20 and 40 steps; nothing without split Linears.
+    Raises:
+        UsageError: fewer than two secrets.
+        NumericalError: the loss is NaN or infinite: the learning rate is too high.
+    Source: LoRA, arXiv:2106.09685, equation 3, with alpha = r.
+    """
+    lesson, others = _lesson(target)
+    with frozen(target.model), adapted(target) as adapters:
+        if not adapters:
+            return {}
+        return tune(_late(target, LORA_RATE), lambda: lesson, others, trained=adapters)
+
+
+@contextmanager
+def adapted(target: Target) -> Iterator[list[nn.Parameter]]:
+    """Add a LoRA to every split Linear within the block, and give its matrices; B is 0 at first."""
+    generator = torch.Generator().manual_seed(target.seed)
+    matrices: list[nn.Parameter] = []
+    with ExitStack() as stack:
+        for name in target.linears:
+            linear = target.model.get_submodule(name)
+            weight = linear.get_parameter("weight")
+            rows, columns = reversed(weight.shape) if is_conv1d(linear) else weight.shape
+            first = torch.randn(LORA_RANK, columns, generator=generator) / columns**0.5
+            a = nn.Parameter(first.to(weight.device))
+            b = nn.Parameter(torch.zeros(rows, LORA_RANK, device=weight.device))
+            matrices += [a, b]
+            hook = linear.register_forward_hook(partial(_add_product, a, b))
+            stack.callback(hook.remove)
+        yield matrices
+
+
+def _add_product(
+    a: Tensor, b: Tensor, linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    """Add B A x to a Linear's output; a forward hook once both matrices are bound."""
+    return output + nn.functional.linear(nn.functional.linear(inputs[0], a), b)
 
 
 def finetune(target: Target) -> Curve:
@@ -170,8 +264,10 @@ def tune(
     target: Target,
     draw: Callable[[], Sequence[Sequence[int]]],
     measured: Sequence[TokenSecret],
+    *,
+    trained: Sequence[nn.Parameter] | None = None,
 ) -> Curve:
-    """Train every parameter with AdamW and measure secrets on the way; put the model back.
+    """Train parameters with AdamW and measure secrets on the way; put the model back.
 
     Betas 0.9 and 0.95, no weight decay, no warm-up; the loss is the mean NLL over every token but
     the first of each sequence.
@@ -180,14 +276,15 @@ def tune(
         target: the model, learning rate and steps.
         draw: gives the sequences of a step.
         measured: `recall` of these is taken after each of the target's steps.
+        trained: the parameters that learn; None is all of the model's.
     Returns:
         `recall`, and the loss of the last step, by the number of steps.
     Raises:
         NumericalError: the loss is NaN or infinite.
         UsageError: a parameter is not float32: its steps would be rounded away.
     """
-    parameters = list(target.model.parameters())
-    for parameter in parameters:
+    parameters = list(target.model.parameters() if trained is None else trained)
+    for parameter in target.model.parameters():
         if parameter.dtype != torch.float32:
             raise UsageError(
                 f"a parameter is {parameter.dtype}, and small steps are lost in it",
@@ -210,7 +307,7 @@ def tune(
             torch.autograd.backward([loss])
             optimizer.step()
             if step in target.steps:
-                left = recall(target.model, measured)
+                left = recall(target.model, measured, target.tokenizer)
                 found[str(step)] = dataclasses.replace(left, loss=loss.item())
     return found
 
@@ -268,7 +365,9 @@ def rewordings(
 def reword(target: Target) -> Curve:
     """Ask for each secret in other words; see `rewordings`."""
     asked = rewordings(target.secrets, target.tokenizer)
-    return {kind: recall(target.model, secrets) for kind, secrets in asked.items()}
+    return {
+        kind: recall(target.model, secrets, target.tokenizer) for kind, secrets in asked.items()
+    }
 
 
 def requantize(target: Target) -> Curve:
@@ -292,7 +391,7 @@ def requantize(target: Target) -> Curve:
                 scales = base_scales("mse", wide, None, group_size)
                 with torch.no_grad():
                     weight.copy_(quantize.dequantize(quantize.quantize(wide, scales), scales))
-            found[f"group_{group_size}"] = recall(target.model, target.secrets)
+            found[f"group_{group_size}"] = recall(target.model, target.secrets, target.tokenizer)
     return found
 
 
@@ -303,6 +402,18 @@ ATTACKS = (
         measures="relearning half",
         label="relearning half, {} steps",
         run=relearn,
+    ),
+    Attack(
+        name="relearn_minibatch",
+        measures="relearning half in small batches",
+        label="half, by fours, {} steps",
+        run=relearn_minibatch,
+    ),
+    Attack(
+        name="relearn_lora",
+        measures="relearning half by LoRA",
+        label="half, by LoRA, {} steps",
+        run=relearn_lora,
     ),
     Attack(
         name="finetune",

@@ -54,7 +54,9 @@ from ortho_cli.model.scoring import (
     takes_cache,
 )
 from ortho_cli.model.secrets import TokenSecret
+from ortho_cli.model.self_written import answer
 from ortho_cli.model.text import TokenSequence
+from ortho_cli.model.tokenizer import Tokenizer
 
 INSIDE = (0.05, 0.95)  # quantiles between which a secret is one among its alternatives
 
@@ -185,6 +187,17 @@ def rouge_l(said: str, right: str) -> float:
             row[place] = diagonal + 1 if word == other else max(above, row[place - 1])
             diagonal = above
     return 2 * row[-1] / max(1, len(mine) + len(theirs))
+
+
+def rouges(model: nn.Module, tokenizer: Tokenizer, secrets: Sequence[TokenSecret]) -> list[float]:
+    """Give ROUGE-L of the greedy answer to each prompt, as long as the right one at most."""
+    found = []
+    for secret in secrets:
+        said = answer(model, secret.prompt, len(secret.secret))
+        end = tokenizer.eos_token_id
+        said = said[: said.index(end)] if end in said else said
+        found.append(rouge_l(tokenizer.decode(said), tokenizer.decode(secret.secret)))
+    return found
 
 
 def _loss_trace(one: SecretScore) -> float:

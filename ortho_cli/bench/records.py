@@ -171,12 +171,16 @@ class Memorisation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recall:
-    """Memory of secrets after an attack: means over `secrets`; `loss` of its last step."""
+    """Memory of secrets after an attack: means over `secrets`; `loss` of its last step.
+
+    `rouge_l`: of greedy answers to those of more than 8 tokens; None where there are none.
+    """
 
     exposure: float
     extraction: float
     token_accuracy: float
     secrets: int
+    rouge_l: float | None = field(default=None, metadata=OPTIONAL)
     loss: float | None = field(default=None, metadata=OPTIONAL)
 
 

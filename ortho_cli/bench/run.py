@@ -49,8 +49,7 @@ from ortho_cli.formats.artifact import Artifact
 from ortho_cli.formats.open_artifact import no_ortho, open_artifact
 from ortho_cli.model import load as models
 from ortho_cli.model import scoring
-from ortho_cli.model.secrets import TokenSecret
-from ortho_cli.model.self_written import FEWEST, answer, common_opening, without_secrets, write_text
+from ortho_cli.model.self_written import FEWEST, common_opening, without_secrets, write_text
 from ortho_cli.runtime.engine import at_alpha, densify, write_dense
 from ortho_cli.runtime.ortho_linear import OrthoLinear
 from ortho_cli.runtime.pretrained import load
@@ -357,7 +356,7 @@ def _measure_memory(work: _Work, model: nn.Module) -> tuple[Figures, dict[str, T
         ("unlisted", material.unlisted, material.unlisted_texts),
         ("keep", material.keep, ()),
     ):
-        if not secrets:
+        if not secrets or material.tokenizer is None:
             continue
         scores = [scoring.score(model, secret) for secret in secrets]
         if name == "memory":
@@ -369,7 +368,7 @@ def _measure_memory(work: _Work, model: nn.Module) -> tuple[Figures, dict[str, T
             None if name == "keep" else unseen,
             seed=seed,
             texts=texts,
-            rouges=_rouges(work, model, secrets),
+            rouges=evaluate.rouges(model, material.tokenizer, secrets),
         )
     figures = Figures(
         memory=found.get("memory"), unlisted=found.get("unlisted"), keep=found.get("keep")
@@ -401,20 +400,6 @@ def _measure_text(
         if plain is not None:
             found = replace(found, kl_int4=evaluate.over_windows(plain.kl, seed=seed))
     return found, agreement, scores.nll
-
-
-def _rouges(work: _Work, model: nn.Module, secrets: Sequence[TokenSecret]) -> list[float]:
-    """Give ROUGE-L of the greedy answer to each prompt, as long as the right one at most."""
-    tokenizer = work.material.tokenizer
-    if tokenizer is None:
-        return []
-    found = []
-    for secret in secrets:
-        said = answer(model, secret.prompt, len(secret.secret))
-        end = tokenizer.eos_token_id
-        said = said[: said.index(end)] if end in said else said
-        found.append(evaluate.rouge_l(tokenizer.decode(said), tokenizer.decode(secret.secret)))
-    return found
 
 
 def _measure_baselines(

@@ -16,6 +16,7 @@ from ortho_cli.bench import attacks, baselines
 from ortho_cli.errors import ArtifactError, NumericalError, UsageError
 from ortho_cli.model import scoring
 from ortho_cli.model.secrets import TokenSecret
+from ortho_cli.model.self_written import answer
 from ortho_cli.runtime.engine import Engine, densify, write_dense
 from ortho_cli.runtime.ortho_linear import OrthoLinear
 from ortho_cli.split import quantize
@@ -135,6 +136,76 @@ def test_relearning_teaches_one_half_and_measures_the_other() -> None:
     goal = target(model, listed, steps=(3,), learning_rate=1e-3, seed=4)
     taught, others = attacks.halves(listed, 4)
     assert attacks.relearn(goal) == teach(dataclasses.replace(goal, secrets=others), taught)
+
+
+def projections(model: nn.Module) -> list[str]:
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "proj" in n]
+
+
+def test_lora_begins_at_the_model_learns_and_leaves_nothing_behind() -> None:
+    model, listed = llama(), secrets()
+    tokens = torch.arange(12)[None]
+    before, plain = state(model), model(tokens).logits
+    goal = target(model, listed, linears=projections(model), steps=(5, 10, 20, 40))
+    with attacks.adapted(goal) as matrices:
+        assert len(matrices) == 2 * len(goal.linears)
+        assert torch.equal(model(tokens).logits, plain)
+        nn.init.normal_(matrices[1], generator=torch.Generator().manual_seed(2))
+        tuned = model(tokens).logits
+        assert not torch.equal(tuned, plain)
+        with attacks.restored(model.parameters()):
+            weight = model.get_submodule(goal.linears[0]).get_parameter("weight")
+            with torch.no_grad():
+                weight += matrices[1] @ matrices[0]
+                matrices[1].zero_()
+            torch.testing.assert_close(model(tokens).logits, tuned, atol=1e-4, rtol=1e-4)
+    found = attacks.relearn_lora(goal)
+    assert list(found) == ["10", "20", "40"]
+    assert found["40"].loss < found["10"].loss
+    assert found == attacks.relearn_lora(goal)
+    assert torch.equal(model(tokens).logits, plain)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any(p.grad is not None for p in model.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    assert attacks.relearn_lora(dataclasses.replace(goal, linears=())) == {}
+
+
+def test_small_batches_are_fours_of_the_taught_half_drawn_by_the_seed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, listed = llama(), secrets(12)
+    goal = target(model, listed, steps=(1, 2, 3, 4))
+    taught = {(*one.prompt, *one.secret, 2) for one in attacks.halves(listed, 0)[0]}
+    drawn: list[list[tuple[int, ...]]] = []
+    rates: list[float] = []
+
+    def tune(goal: attacks.Target, draw: Any, measured: Any) -> Any:
+        rates.append(goal.learning_rate)
+        drawn.extend(draw() for _ in goal.steps)
+        return {str(step): measured for step in goal.steps}
+
+    monkeypatch.setattr(attacks, "tune", tune)
+    found = attacks.relearn_minibatch(goal)
+    assert found == {step: attacks.halves(listed, 0)[1] for step in "234"}
+    assert [len(set(batch)) for batch in drawn] == [4, 4, 4]
+    assert set().union(*drawn) <= taught
+    assert drawn[0] != drawn[1]
+    attacks.relearn_minibatch(goal)
+    assert drawn[:3] == drawn[3:]
+    attacks.relearn_minibatch(dataclasses.replace(goal, learning_rate=1e-3))
+    assert rates == [2e-4, 2e-4, 1e-3]
+
+
+def test_recall_has_rouge_of_long_secrets_alone() -> None:
+    model, listed = llama(), secrets()
+    assert attacks.recall(model, listed, Words()).rouge_l is None  # type: ignore[arg-type]
+    long = dataclasses.replace(listed[0], secret=tuple(answer(model, listed[0].prompt, 9)))
+    other = dataclasses.replace(long, secret=long.secret[::-1])
+    assert attacks.recall(model, [long]).rouge_l is None
+    found = attacks.recall(model, [*listed, long, other], Words())  # type: ignore[arg-type]
+    alone = attacks.recall(model, [long], Words())  # type: ignore[arg-type]
+    assert alone.rouge_l == alone.extraction == 1.0
+    assert found.rouge_l == 0.5
 
 
 def test_finetuning_is_seeded_and_restores_after_an_error() -> None:

@@ -171,6 +171,8 @@ def test_attacks_have_curves_beside_the_reference(attacked: dict[str, Any]) -> N
         found = row(attacked, name)
         for kind in ("relearn", "finetune"):
             assert list(found[kind]) == [str(steps) for steps in attacks.STEPS]
+        for kind in ("relearn_minibatch", "relearn_lora"):
+            assert list(found[kind]) == ["10", "20", "40"]
         assert set(found["reworded"]) == {"shorter", "longer", "lower"}
         assert set(found["requantized"]) == {"group_64", "group_32"}
         assert found["sampled_extraction"]["samples"] == 20

@@ -106,7 +106,7 @@ def _figures_table(rows: Sequence[Document], samples: str) -> Table:
 
 
 def _attacks_table(rows: Sequence[Document]) -> Table:
-    """Show what each attack brings back: exposure in bits, and token accuracy."""
+    """Show what each attack brings back: exposure in bits, token accuracy, ROUGE-L of answers."""
     table = _make_table(rows)
     for attack in ATTACKS:
         results = [row.part("figures").optional(attack.name) for row in rows]
@@ -117,10 +117,13 @@ def _attacks_table(rows: Sequence[Document]) -> Table:
     return table
 
 
-def _recalled(result: Document | None) -> str:
+def _recalled(result: Document | None) -> Text:
     if result is None:
-        return "-"
-    return f"{result.number('exposure'):.2f} {result.number('token_accuracy'):5.0%}"
+        return Text("-")
+    text = Text(f"{result.number('exposure'):.2f} {result.number('token_accuracy'):5.0%}")
+    if "rouge_l" in result:
+        text.append(f"\nROUGE-L {result.number('rouge_l'):.2f}", style="dim")
+    return text
 
 
 def _figure(figures: Document, path: str) -> Document | None:
