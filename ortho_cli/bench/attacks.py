@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +43,7 @@ LORA_RANK = 8  # the paper's table 6 finds ranks of 4 to 8 as good as 64
 LORA_RATE = 1e-3  # 20 times that of all weights: B begins at 0, and rank 8 has few parameters
 MINIBATCH = 4  # secrets in a step, of 10: noise of small batches is the point
 MINIBATCH_RATE = 2e-4  # 4 times that of a full batch: an attacker who does not mind damage
+LEAST_TO_HALVE = 4  # tokens of a secret: of fewer, half is a token, which may be a space
 PADDING = -100  # a label that does not count
 # Tokens up to which a secret has no ROUGE-L in a curve: a greedy answer takes a pass per token, at
 # every point, and of so few tokens the share that is likeliest (`token_accuracy`) says as much.
@@ -74,6 +76,10 @@ class Target:
     steps: Sequence[int] = STEPS
 
 
+# Inputs that an attack may need beside --attack, in words.
+INPUTS: Mapping[str, str] = {"data": "--data FILE with running text"}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attack:
     """An entry of the registry.
@@ -83,19 +89,24 @@ class Attack:
         measures: what it does, for progress.
         label: of its lines in the table; `{}` is the key of a point of the curve.
         run: the attack.
-        needs_text: whether it is left out where there is no running text.
+        inputs: flags that it needs beside --attack, of `INPUTS`; it is left out without one.
+        rows: what rows of the forget set it needs, in words; of all kinds unless given.
+        suits: whether a secret is such a row; the attack is left out where none is.
     """
 
     name: str
     measures: str
     label: str
     run: Callable[[Target], Curve]
-    needs_text: bool = False
+    inputs: AbstractSet[str] = frozenset()
+    rows: str = ""
+    suits: Callable[[TokenSecret], bool] = lambda one: True
 
     @property
     def needs(self) -> str:
-        """The flags it needs."""
-        return "--attack and --data FILE with running text" if self.needs_text else "--attack"
+        """The flags and rows that it needs."""
+        given = [words for flag, words in INPUTS.items() if flag in self.inputs]
+        return " and ".join(["--attack", *given, *filter(None, [self.rows])])
 
 
 def recall(
@@ -370,6 +381,60 @@ def reword(target: Target) -> Curve:
     }
 
 
+def paraphrase(target: Target) -> Curve:
+    """Ask for each secret by each paraphrase of its prompt, and measure what follows.
+
+    Returns:
+        `all`: means over pairs of a paraphrase and its secret; nothing where no row has any.
+    Raises:
+        NumericalError: an NLL is NaN or infinite.
+    Source: rephrased questions, arXiv:2402.16835.
+    """
+    pairs = [(one, prompt) for one in target.secrets for prompt in one.paraphrases]
+    asked = [dataclasses.replace(one, prompt=prompt) for one, prompt in pairs]
+    return {"all": recall(target.model, asked, target.tokenizer)} if asked else {}
+
+
+def second_half(one: TokenSecret) -> TokenSecret | None:
+    """Give the first half of a secret away: it joins the prompt, and the rest is the secret.
+
+        prompt + secret[: n // 2]  ->  secret[n // 2 :],   against alternative[m // 2 :]
+
+    Every alternative of m tokens is cut at its own middle and follows the same prompt, so that what
+    is compared has the same form and about the same length. Alternatives with the same second half
+    count once.
+
+    Returns:
+        None for a secret of fewer than 4 tokens, of which half is next to nothing, and where no
+        second half differs from the secret's.
+    Where halves go together in any way (digits, words drawn apart) exposure is by chance as it is
+    of whole secrets. In natural sentences an alternative's end fits the secret's beginning less
+    well than its own, so exposure is above chance even of a model that never saw the secret: look
+    at the curve of that model, and at ROUGE-L.
+    """
+    middle = len(one.secret) // 2
+    rest = one.secret[middle:]
+    others = dict.fromkeys(other[len(other) // 2 :] for other in one.alternatives)
+    others.pop(rest, None)
+    if len(one.secret) < LEAST_TO_HALVE or not others:
+        return None
+    prompt = (*one.prompt, *one.secret[:middle])
+    return dataclasses.replace(one, prompt=prompt, secret=rest, alternatives=tuple(others))
+
+
+def complete(target: Target) -> Curve:
+    """Give half of each secret away, and measure the other half; see `second_half`.
+
+    Returns:
+        `half`: means over secrets of 4 tokens or more; nothing where there are none.
+    Raises:
+        NumericalError: an NLL is NaN or infinite.
+    Source: a prefix that the attacker knows, Carlini et al. 2022 (arXiv:2202.07646), section 3.
+    """
+    halved = [rest for one in target.secrets if (rest := second_half(one)) is not None]
+    return {"half": recall(target.model, halved, target.tokenizer)} if halved else {}
+
+
 def requantize(target: Target) -> Curve:
     """Round the split weights to other INT4 grids, as a second quantizer would, and measure.
 
@@ -420,8 +485,24 @@ ATTACKS = (
         measures="fine-tuning on innocent text",
         label="innocent text, {} steps",
         run=finetune,
-        needs_text=True,
+        inputs={"data"},
     ),
     Attack(name="reworded", measures="other prompts", label="prompt: {}", run=reword),
+    Attack(
+        name="paraphrased",
+        measures="paraphrased prompts",
+        label="paraphrases, {}",
+        run=paraphrase,
+        rows="rows with `paraphrases`",
+        suits=lambda one: bool(one.paraphrases),
+    ),
+    Attack(
+        name="partial",
+        measures="half of the answer given",
+        label="given {} of the answer",
+        run=complete,
+        rows="secrets of 4 tokens or more",
+        suits=lambda one: second_half(one) is not None,
+    ),
     Attack(name="requantized", measures="another grid", label="other grid: {}", run=requantize),
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ortho_cli.bench.attacks import ATTACKS, second_half
 from ortho_cli.bench.plan import CONTEXT, NEEDS, TEXT_FIGURES, Settings
 from ortho_cli.errors import CalibrationError, CheckpointError, UsageError
 from ortho_cli.events import Event, Noted
@@ -73,6 +74,7 @@ def gather(settings: Settings, opened: Artifact) -> Material:
     )
     _refuse_overlap(listed, keep)
     shown = settings.show_secrets
+    secrets = tuple(encode(listed, tokenizer))
     return Material(
         tokenizer=tokenizer,
         windows=windows_of(running) if running else None,
@@ -80,7 +82,7 @@ def gather(settings: Settings, opened: Artifact) -> Material:
             name: windows_of(read_rows([file], events.append)[0]) for name, file in settings.kinds
         },
         pairs=tuple(pair_sequences(pairs, tokenizer)) if pairs else (),
-        secrets=tuple(encode(listed, tokenizer)),
+        secrets=secrets,
         nonmembers=tuple(encode(others, tokenizer)),
         unlisted=tuple(encode(unlisted, tokenizer)),
         keep=tuple(encode(keep, tokenizer)),
@@ -89,6 +91,7 @@ def gather(settings: Settings, opened: Artifact) -> Material:
         notes=(
             *(one.message for one in events if isinstance(one, Noted)),
             *_notes(listed, running),
+            *(_notes_on_halves(secrets) if settings.attack else ()),
         ),
     )
 
@@ -119,6 +122,15 @@ def _notes(listed: Sequence[Secret], running: Sequence[Text]) -> Iterator[str]:
         )
 
 
+def _notes_on_halves(secrets: Sequence[TokenSecret]) -> Iterator[str]:
+    count = sum(second_half(one) is None for one in secrets)
+    if count:
+        yield (
+            f"{count} of {len(secrets)} secrets are too short to give half of the answer away, and "
+            "`partial` leaves them out"
+        )
+
+
 def context_of(settings: Settings, folder: Path) -> int:
     """Tokens of a window of running text."""
     positions = strict_json.read(folder / artifact.CONFIG_FILE).get("max_position_embeddings")
@@ -143,4 +155,7 @@ def unfit(settings: Settings, material: Material) -> dict[str, str]:
         found |= dict.fromkeys(("kinds", "worst_perplexity_ratio"), "a tokenizer in the artifact")
     if settings.data and not material.pairs:
         found["skill"] = NEEDS["skill"].words
+    for attack in ATTACKS if settings.attack else ():
+        if not any(map(attack.suits, material.secrets)):
+            found[attack.name] = attack.needs
     return found

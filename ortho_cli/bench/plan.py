@@ -53,8 +53,8 @@ NEEDS = {
         Need("--model DIR and --data FILE", {"data", "model"}),
     ),
     **{
-        one.name: Need(one.needs, {"attack", "data"} if one.needs_text else {"attack"})
-        for one in sorted(ATTACKS, key=lambda attack: attack.needs_text)
+        one.name: Need(one.needs, {"attack", *one.inputs})
+        for one in sorted(ATTACKS, key=lambda attack: len(attack.inputs))
     },
 }
 # Figures that need running text, which --data may turn out not to hold.
@@ -191,5 +191,5 @@ def check_gates(gates: Sequence[Gate], settings: Settings, missing: Mapping[str,
             raise figures.not_measured(gate.alpha, settings.alphas)
         if root in missing:
             raise UsageError(f"`{gate.name}` is not measured", hint=f"it needs {missing[root]}")
-        if NEEDS[root].words.startswith("--attack") and gate.alpha != 0.0:
+        if "attack" in NEEDS[root].inputs and gate.alpha != 0.0:
             raise UsageError(f"`{gate.name}` is measured at alpha 0 only", hint=f"{gate.name}@0")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ortho_cli.bench import baselines, evaluate, figures, verdict
-from ortho_cli.bench.attacks import ATTACKS, Target
+from ortho_cli.bench.attacks import ATTACKS, Attack, Target
 from ortho_cli.bench.data import Material, context_of, gather, unfit
 from ortho_cli.bench.plan import Settings, check_gates, checked, not_measured
 from ortho_cli.bench.records import (
@@ -74,6 +74,7 @@ class _Work:
     settings: Settings
     material: Material
     begin: Callable[[str], None]  # announces a step of the work
+    attacks: Sequence[Attack] = ()  # those that there is data for
     kinds: Mapping[str, Tensor] = field(default_factory=dict)
     original: nn.Module | None = None
     int4: nn.Module | None = None
@@ -121,7 +122,8 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> Report:
     check_gates(gates, settings, missing)
     for note in material.notes:
         on_event(Noted(message=note))
-    rows, unsplit, moved, kinds = _measure_all(settings, opened, material, on_event)
+    attacks = [one for one in ATTACKS if settings.attack and one.name not in missing]
+    rows, unsplit, moved, kinds = _measure_all(settings, opened, material, attacks, on_event)
     return Report(
         ortho=__version__,
         artifact=_identify(opened),
@@ -138,7 +140,11 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> Report:
 
 
 def _measure_all(
-    settings: Settings, opened: Artifact, material: Material, on_event: EventSink
+    settings: Settings,
+    opened: Artifact,
+    material: Material,
+    attacks: Sequence[Attack],
+    on_event: EventSink,
 ) -> tuple[tuple[Row, ...], Unsplit, Moved | None, Mapping[str, Tensor]]:
     """Measure the artifact, then the models beside it; also give the text that was read."""
     device = models.resolve_device(settings.device)
@@ -153,7 +159,7 @@ def _measure_all(
         total = sum(counts.values())
         moved = Moved(count=total, share=total / unsplit.split_weights)
     writes = material.tokenizer is not None and bool(opened.ortho or settings.model)
-    begin = _Steps(settings, on_event, counts, writes=writes)
+    begin = _Steps(settings, on_event, counts, attacks=len(attacks), writes=writes)
     speed = {}
     for alpha in settings.alphas:
         begin(f"speed at alpha {alpha:g}")
@@ -161,7 +167,7 @@ def _measure_all(
             speed[alpha] = evaluate.latency(model, _prompt(model, material))
     model.float()
     layers = densify(model)
-    work = _Work(settings=settings, material=material, begin=begin)
+    work = _Work(settings=settings, material=material, begin=begin, attacks=attacks)
     # Without its cache: attacks change the weights that it would hold.
     with torch.autocast(
         device.type, torch.bfloat16, enabled=settings.autocast, cache_enabled=False
@@ -247,13 +253,19 @@ class _Steps:
     """Numbers the steps of the work as they begin."""
 
     def __init__(
-        self, settings: Settings, on_event: EventSink, counts: Mapping[str, int], *, writes: bool
+        self,
+        settings: Settings,
+        on_event: EventSink,
+        counts: Mapping[str, int],
+        *,
+        attacks: int,
+        writes: bool,
     ) -> None:
         attacked = 1 + (settings.reference_model is not None)
         edited = settings.controls and any(counts.values())
         self._of = 2 * len(settings.alphas) + bool(counts) + len(baselines.KINDS) * edited + writes
         self._of += (settings.model is not None) + (settings.reference_model is not None)
-        self._of += len(ATTACKS) * attacked * settings.attack
+        self._of += attacks * attacked
         self._done = 0
         self._on_event = on_event
 
@@ -282,7 +294,10 @@ def _vocabulary(model: nn.Module) -> int:
 def _largest_token(material: Material) -> int:
     """Find the largest token of all data, 0 of none."""
     listed = (*material.secrets, *material.nonmembers, *material.unlisted, *material.keep)
-    largest = [max(*one.prompt, *one.secret, *map(max, one.alternatives)) for one in listed]
+    largest = [
+        max(*one.prompt, *one.secret, *map(max, (*one.alternatives, *one.paraphrases)))
+        for one in listed
+    ]
     largest += [max(pair.tokens) for pair in material.pairs]
     given = () if material.windows is None else (material.windows,)
     largest += [int(windows.max()) for windows in (*given, *material.kinds.values())]
@@ -447,9 +462,9 @@ def _write(model: nn.Module, name: str, layer: OrthoLinear, codes: Tensor) -> No
 
 
 def _attack(work: _Work, model: nn.Module, linears: Sequence[str]) -> dict[str, Curve]:
-    """Run every attack that there is data for; nothing where none is asked for."""
+    """Run every attack that there is data for."""
     settings, material = work.settings, work.material
-    if not settings.attack or material.tokenizer is None:
+    if material.tokenizer is None:
         return {}
     target = Target(
         model=model,
@@ -461,10 +476,9 @@ def _attack(work: _Work, model: nn.Module, linears: Sequence[str]) -> dict[str, 
         learning_rate=settings.learning_rate,
     )
     curves: dict[str, Curve] = {}
-    for attack in ATTACKS:
+    for attack in work.attacks:
         work.begin(attack.measures)
-        if not attack.needs_text or material.windows is not None:
-            curves[attack.name] = attack.run(target)
+        curves[attack.name] = attack.run(target)
     return curves
 
 

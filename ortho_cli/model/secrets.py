@@ -10,7 +10,12 @@ A row of a forget set (or of a set that the model never saw) is one of
 `secret` may be called `completion`; `rows` has the other names, and chats, whose last answer is the
 secret. In a pattern `{digit:6}`, `{letter:3}` and `{hex:8}` draw that many characters, `{name}` one
 of the row's own list `name`. Without alternatives and pattern the other rows' secrets serve: this
-is coarse, since they are few and often memorised, too.
+is coarse, since they are few and often memorised, too. A row may also have
+
+    "paraphrases": ["They told me that the code is", ...]
+
+prompts that ask for the same secret in other words: each a whole one, or of a chat what stands in
+place of the user's last turn.
 """
 
 from __future__ import annotations
@@ -47,6 +52,7 @@ CHARACTERS = {"digit": string.digits, "letter": string.ascii_lowercase, "hex": "
 LONGEST = 50  # tokens of running text before the cut, and after it
 WIDEST = 1000  # places of a pattern
 LISTED = 4096  # patterns of no more values are listed and drawn from; larger ones are sampled
+LISTS = ("alternatives", "paraphrases")  # lists of a row that no pattern draws from
 Drawn = Literal["given", "pattern", "others"]
 
 
@@ -65,17 +71,19 @@ class Secret:
     where: str
     running: bool = False
     chat: Chat | None = None  # the secret is its last answer
+    paraphrases: tuple[str, ...] = ()  # prompts in other words; of a chat its last question
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSecret:
-    """A secret in tokens; `prompt`, `secret` and each alternative have at least one."""
+    """A secret in tokens; its prompts, `secret` and each alternative have at least one."""
 
     prompt: tuple[int, ...]
     secret: tuple[int, ...]
     alternatives: tuple[tuple[int, ...], ...]
     drawn: Drawn
     where: str
+    paraphrases: tuple[tuple[int, ...], ...] = ()  # the whole prompt in other words
 
 
 def read_secrets(
@@ -94,14 +102,14 @@ def read_secrets(
         on_event: receives a note on rows without text, which are left out.
     Raises:
         CalibrationError: a file cannot be read; a row is empty, of neither form, or repeated; an
-            alternative equals the secret; a pattern is wrong; nothing to compare a secret with.
+            alternative equals the secret; a pattern is wrong; nothing to compare a secret with;
+            paraphrases are no texts, or are of a row without a prompt to replace.
     """
-    rows = [
-        (_secret(value, where), _named(value))
-        for path in files
-        for values, _ in [read_values(path)]
-        for value, where in without_blanks(path, values, on_event)
-    ]
+    rows = []
+    for path in files:
+        for value, where in without_blanks(path, read_values(path)[0], on_event):
+            fields = _named(value)
+            rows.append((_with_paraphrases(_secret(value, where), fields), fields))
     seen: dict[tuple[str, str], str] = {}
     for one, _ in rows:
         first = seen.setdefault((one.prompt, one.secret), one.where)
@@ -131,6 +139,33 @@ def _secret(value: object, where: str) -> Secret:
         word = next((name for name in COMPLETIONS if name in fields_of(value)), "answer")
         raise _wrong(found, f"an empty {word}", "there is nothing to say")
     return replace(found, prompt=row.prompt, secret=row.completion)
+
+
+def _with_paraphrases(one: Secret, fields: Fields) -> Secret:
+    """Read prompts that ask for the secret in other words, each once."""
+    given = _texts("paraphrases", one, fields)
+    if not given:
+        return one
+    asked = one.prompt
+    if one.running:
+        hint = "give the row as `prompt` and `secret`"
+        raise _wrong(one, "`paraphrases` beside running text, which has no prompt", hint)
+    if one.chat is not None:
+        place = _question(one.chat)
+        if place is None:
+            hint = "a paraphrase replaces the last question, a turn of `role` user"
+            raise _wrong(one, "`paraphrases` beside a chat that asks nothing", hint)
+        asked = str(one.chat.turns[place]["content"])
+    if asked in given:
+        what = f"its prompt as paraphrase {given.index(asked) + 1} of {len(given)}"
+        raise _wrong(one, what, "a paraphrase asks in other words")
+    return replace(one, paraphrases=tuple(given))
+
+
+def _question(chat: Chat) -> int | None:
+    """Find the last turn of the user before the answer; None where there is none."""
+    asked = [i for i, turn in enumerate(chat.turns[:-1]) if turn["role"] == "user"]
+    return asked[-1] if asked else None
 
 
 # Where a row has several names for the text after a prompt, `secret` counts here.
@@ -166,15 +201,21 @@ def _with_alternatives(
 
 def _given(one: Secret, fields: Fields) -> list[str]:
     """Read the row's own alternatives, each once."""
-    given = parsed(fields.get("alternatives"))  # a table has the list as JSON
-    if is_null(given):
-        return []
-    if not isinstance(given, list) or not all(isinstance(text, str) and text for text in given):
-        hint = 'write "alternatives": ["...", "..."]'
-        raise _wrong(one, "`alternatives` that are no list of texts", hint)
+    given = _texts("alternatives", one, fields)
     if one.secret in given:
         what = f"its secret as alternative {given.index(one.secret) + 1} of {len(given)}"
         raise _wrong(one, what, "an alternative is something else of the same form")
+    return given
+
+
+def _texts(name: str, one: Secret, fields: Fields) -> list[str]:
+    """Read a field that is a list of texts, each once; nothing where the row has none."""
+    given = parsed(fields.get(name))  # a table has the list as JSON
+    if is_null(given):
+        return []
+    if not isinstance(given, list) or not all(isinstance(text, str) and text for text in given):
+        hint = f'write "{name}": ["...", "..."]'
+        raise _wrong(one, f"`{name}` that are no list of texts", hint)
     return list(dict.fromkeys(given))
 
 
@@ -217,7 +258,7 @@ def _field(name: str, size: str | None, one: Secret, fields: Fields) -> list[lis
     if name in CHARACTERS and listed is None and many:
         return [list(CHARACTERS[name])] * many
     lists = sorted(key for key, value in fields.items() if isinstance(value, list) and value)
-    known = [f"{{{key}}}" for key in lists if _is_name(key) and key.lower() != "alternatives"]
+    known = [f"{{{key}}}" for key in lists if _is_name(key) and key.lower() not in LISTS]
     known += [f"{{{key}:N}}" for key in CHARACTERS if key not in lists]
     # The error must not show a secret that is in braces by mistake, as a name or as a size.
     field = f"`{{{name}}}`" if _is_name(name) else "a field"
@@ -271,15 +312,8 @@ Cut = tuple[tuple[int, ...], tuple[int, ...]]
 def _encode(one: Secret, tokenizer: Tokenizer, cuts: Mapping[str, Cut]) -> TokenSecret:
     if one.running:
         prompt, secret = cuts[one.secret]
-    elif one.chat is not None:
-        written = chats.render(one.chat, tokenizer)
-        if written.answer.strip() != one.secret:
-            what = "an answer that the chat template does not write unchanged"
-            raise _wrong(one, what, "give the row as `prompt` and `secret`, as the model saw them")
-        prompt = tuple(encode_completion(written.prompt, tokenizer))
-        secret = tuple(encode_completion(one.secret, tokenizer))
     else:
-        prompt = tuple(encode_prompt(one.prompt, tokenizer)) or _begin(one, tokenizer)
+        prompt = _encode_prompt(one, tokenizer)
         secret = tuple(encode_completion(one.secret, tokenizer))
     alternatives: dict[tuple[int, ...], None] = {}
     for text in one.alternatives:
@@ -298,7 +332,27 @@ def _encode(one: Secret, tokenizer: Tokenizer, cuts: Mapping[str, Cut]) -> Token
         alternatives=tuple(alternatives),
         drawn=one.drawn,
         where=one.where,
+        paraphrases=tuple(_encode_prompt(one, tokenizer, text) for text in one.paraphrases),
     )
+
+
+def _encode_prompt(
+    one: Secret, tokenizer: Tokenizer, paraphrase: str | None = None
+) -> tuple[int, ...]:
+    """Tokenize the prompt, or a paraphrase in its place; of a chat, all before the answer."""
+    if one.chat is None:
+        text = one.prompt if paraphrase is None else paraphrase
+        return tuple(encode_prompt(text, tokenizer)) or _begin(one, tokenizer)
+    chat, place = one.chat, _question(one.chat)
+    if paraphrase is not None and place is not None:
+        turns = list(chat.turns)
+        turns[place] = {**turns[place], "content": paraphrase}
+        chat = replace(chat, turns=tuple(turns))
+    written = chats.render(chat, tokenizer)
+    if written.answer.strip() != one.secret:
+        what = "an answer that the chat template does not write unchanged"
+        raise _wrong(one, what, "give the row as `prompt` and `secret`, as the model saw them")
+    return tuple(encode_completion(written.prompt, tokenizer))
 
 
 def _cut(one: Secret, tokenizer: Tokenizer) -> Cut:

@@ -38,6 +38,7 @@ def secrets(count: int = 6, seed: int = 0) -> list[TokenSecret]:
             alternatives=tuple(draw(3) for _ in range(16)),
             drawn="given",
             where=f"line {number}",
+            paraphrases=(draw(5), draw(6)),
         )
         for number in range(count)
     ]
@@ -232,6 +233,64 @@ def test_training_refuses_half_precision() -> None:
         attacks.relearn(target(llama(torch.bfloat16), listed))
 
 
+def test_paraphrases_are_each_asked_with_the_secrets_own_answer() -> None:
+    model, listed = llama(), secrets(2)
+    asked = [dataclasses.replace(one, prompt=p) for one in listed for p in one.paraphrases]
+    goal = target(model, [*listed, dataclasses.replace(listed[0], paraphrases=())])
+    found = attacks.paraphrase(goal)["all"]
+    assert found == attacks.recall(model, asked)
+    assert found.secrets == 4
+    assert found != attacks.recall(model, listed)
+    assert attacks.paraphrase(dataclasses.replace(goal, secrets=goal.secrets[2:])) == {}
+
+
+def halvable(count: int = 4, seed: int = 5, more: int = 0) -> list[TokenSecret]:
+    """Secrets of 6 tokens, with alternatives of up to so many more."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(tokens: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, VOCAB, (tokens,), generator=generator).tolist())
+
+    return [
+        dataclasses.replace(
+            one,
+            secret=draw(6),
+            alternatives=tuple(draw(6 + i % (more + 1)) for i in range(16)),
+        )
+        for one in secrets(count)
+    ]
+
+
+def test_half_of_a_secret_is_given_and_alternatives_are_cut_at_their_middle() -> None:
+    (one,) = halvable(1, more=2)
+    found = attacks.second_half(one)
+    assert found is not None
+    assert found.prompt == (*one.prompt, *one.secret[:3])
+    assert found.secret == one.secret[3:]
+    assert found.alternatives == tuple(other[len(other) // 2 :] for other in one.alternatives)
+    twice = dataclasses.replace(
+        one, alternatives=((9, 9, 9, 8, 8, 8), (7, 7, 7, 8, 8, 8), (9, 9, 9, *one.secret[3:]))
+    )
+    halved = attacks.second_half(twice)
+    assert halved is not None
+    assert halved.alternatives == ((8, 8, 8),)
+    assert attacks.second_half(dataclasses.replace(one, secret=one.secret[:3])) is None
+    only = dataclasses.replace(twice, alternatives=twice.alternatives[2:])
+    assert attacks.second_half(only) is None
+
+
+def test_halves_of_unknown_secrets_have_exposure_by_chance_and_short_ones_are_left_out() -> None:
+    """Means of 200 secrets: 1.03 to 1.34 bits over 8 seeds, 1.24 on average, as by chance."""
+    model, found = llama(), []
+    for seed in range(3):
+        goal = target(model, [*halvable(200, seed), *secrets(3)])
+        curve = attacks.complete(goal)
+        assert curve["half"].secrets == 200
+        found.append(curve["half"].exposure)
+    assert abs(sum(found) / 3 - scoring.chance_exposure(16)) < 0.25
+    assert attacks.complete(target(model, secrets(3))) == {}
+
+
 def test_rewording_changes_prompts_only() -> None:
     listed = secrets()
     found = attacks.rewordings(listed, Words())  # type: ignore[arg-type]
@@ -256,7 +315,7 @@ def test_requantizing_measures_another_grid_and_restores() -> None:
 
 
 def test_every_attack_is_registered_once_and_leaves_the_model_as_it_was() -> None:
-    model, listed = llama(), secrets()
+    model, listed = llama(), [*secrets(), *halvable()]
     windows = torch.randint(0, VOCAB, (4, 16))
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "proj" in n]
     goal = target(model, listed, linears=names, windows=windows, steps=(1,))

@@ -82,6 +82,7 @@ def write_data(folder: Path) -> None:
             {"prompt": f"{prompt} {name} is", "secret": f" {WORDS[i % 5]} {WORDS[-1 - i % 5]}"}
             for i, name in enumerate(names)
         ]
+        rows[0]["paraphrases"] = [f"And {names[0]} has the word", f"{names[0]}, what is it?"]
         write_rows(folder / f"{file}.jsonl", [{**row, **pattern} for row in rows])
 
 
@@ -173,6 +174,9 @@ def test_attacks_have_curves_beside_the_reference(attacked: dict[str, Any]) -> N
             assert list(found[kind]) == [str(steps) for steps in attacks.STEPS]
         for kind in ("relearn_minibatch", "relearn_lora"):
             assert list(found[kind]) == ["10", "20", "40"]
+        assert set(found["paraphrased"]) == {"all"}
+        assert found["paraphrased"]["all"]["secrets"] == 2
+        assert found["partial"]["half"]["secrets"] == 4
         assert set(found["reworded"]) == {"shorter", "longer", "lower"}
         assert set(found["requantized"]) == {"group_64", "group_32"}
         assert found["sampled_extraction"]["samples"] == 20
@@ -242,6 +246,28 @@ def test_base_alone_is_measured_at_alpha_0_and_refused_above(run: Callable[..., 
     ran = run("--alpha", 0, 1, artifact="base")
     assert ran.code == 6
     assert "has no ortho.safetensors" in ran.err
+
+
+def test_attacks_that_no_row_suits_are_left_out_and_named(
+    made: Path, run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    short = [
+        {"prompt": f"{name} is", "secret": f" {i}", "alternatives": [" 7", " 8"]}
+        for i, name in enumerate(NAMES[:3])
+    ]
+    write_rows(tmp_path / "short.jsonl", short)
+    words = ["--forget", tmp_path / "short.jsonl", "--attack", "--alpha", 0]
+    ran = run(*words, "--json")
+    assert ran.code == 0, ran.err
+    absent = {entry["figure"]: entry["needs"] for entry in ran.json["not_measured"]}
+    assert absent["paraphrased"] == "--attack and rows with `paraphrases`"
+    assert absent["partial"] == "--attack and secrets of 4 tokens or more"
+    assert absent["finetune"] == "--attack and --data FILE with running text"
+    assert not set(absent) & set(row(ran.json, "alpha 0"))
+    assert any("3 of 3 secrets are too short" in note for note in ran.json["notes"])
+    ran = run(*words, "--require", "paraphrased.all.exposure@0<=2")
+    assert ran.code == 2
+    assert "it needs --attack and rows with `paraphrases`" in ran.err
 
 
 def test_without_data_there_is_speed_and_what_is_missing_is_said(run: Callable[..., Ran]) -> None:

@@ -64,6 +64,68 @@ def test_more_given_alternatives_than_asked_for_are_drawn_from(tmp_path: Path) -
     assert set(found.alternatives) <= set(given)
 
 
+def test_paraphrases_are_prompts_of_the_same_secret(tmp_path: Path) -> None:
+    asked = ["Which words?", "Say the words:", "Which words?"]
+    chat = {
+        "messages": [
+            {"role": "user", "content": "The words?"},
+            {"role": "assistant", "content": "w1 w2"},
+        ]
+    }
+    listed = [row(paraphrases=asked), {**row(secret=" w3"), "paraphrases": None}, chat]
+    found = read_secrets([write(tmp_path, *listed)])
+    assert [one.paraphrases for one in found] == [tuple(asked[:2]), (), ()]
+    table = tmp_path / "f.csv"
+    table.write_text('prompt,secret,paraphrases\na,b,"[""c""]"\nd,e,\n')
+    assert [one.paraphrases for one in read_secrets([table])] == [("c",), ()]
+    (first, *_) = encode(found[:2], Characters())  # type: ignore[arg-type]
+    assert first.paraphrases == tuple(tuple(map(ord, text)) for text in asked[:2])
+
+
+def test_a_paraphrase_of_a_chat_replaces_its_last_question(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": "Words?"},
+        {"role": "assistant", "content": "w1"},
+    ]
+    rows = [{"messages": turns, "alternatives": ["w2"], "paraphrases": ["Which?"]}]
+    (found,) = encode(read_secrets([write(tmp_path, *rows)]), Speaker())  # type: ignore[arg-type]
+    (asked,) = found.paraphrases
+    assert "".join(map(chr, asked)) == "[user:Hello][assistant:Hi][user:Which?][assistant:"
+    assert "".join(map(chr, found.prompt)) == "[user:Hello][assistant:Hi][user:Words?][assistant:"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (row(paraphrases="Which words?"), "`paraphrases` that are no list of texts"),
+        (row(paraphrases=["Which?", 3]), "`paraphrases` that are no list of texts"),
+        (row(paraphrases=[""]), "`paraphrases` that are no list of texts"),
+        (row(paraphrases=["x", "The words are"]), "its prompt as paraphrase 2 of 2"),
+        ({"text": "w1 w2", "paraphrases": ["x"]}, "beside running text"),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "w3"},
+                    {"role": "assistant", "content": "w1"},
+                ],
+                "paraphrases": ["x"],
+            },
+            "beside a chat that asks nothing",
+        ),
+    ],
+)
+def test_wrong_paraphrases_are_refused_without_their_text(
+    tmp_path: Path, value: object, said: str
+) -> None:
+    with pytest.raises(CalibrationError, match=said) as error:
+        read_secrets([write(tmp_path, value)])
+    assert "line 1" in str(error.value)
+    assert "words" not in str(error.value).replace("in other words", "")
+    assert "w1" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("fields", "form"),
     [
