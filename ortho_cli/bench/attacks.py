@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ortho_cli.bench import evaluate
 from ortho_cli.bench.estimates import average
+from ortho_cli.bench.public import Public, clamp_to_codes
 from ortho_cli.bench.records import Curve, Recall
 from ortho_cli.decompose.settings import GROUP_SIZES
 from ortho_cli.errors import NumericalError, UsageError
@@ -44,6 +45,7 @@ LORA_RATE = 1e-3  # 20 times that of all weights: B begins at 0, and rank 8 has 
 MINIBATCH = 4  # secrets in a step, of 10: noise of small batches is the point
 MINIBATCH_RATE = 2e-4  # 4 times that of a full batch: an attacker who does not mind damage
 LEAST_TO_HALVE = 4  # tokens of a secret: of fewer, half is a token, which may be a space
+SHARES = (0.25, 0.5, 0.75)  # of a public model in a soup; both ends are models of their own
 PADDING = -100  # a label that does not count
 # Tokens up to which a secret has no ROUGE-L in a curve: a greedy answer takes a pass per token, at
 # every point, and of so few tokens the share that is likeliest (`token_accuracy`) says as much.
@@ -61,6 +63,7 @@ class Target:
         tokenizer: of the model.
         linears: names of the Linears that were split.
         windows: (n, length) int64 tokens of running text; None where there is none.
+        public: weights of a public model by the names in `linears`; None where there is none.
         seed: of every draw.
         learning_rate: of AdamW, for attacks that train.
         steps: after how many steps of training to measure, ascending.
@@ -71,13 +74,14 @@ class Target:
     tokenizer: Tokenizer
     linears: Sequence[str] = ()
     windows: Tensor | None = None
+    public: Mapping[str, Public] | None = None
     seed: int = 0
     learning_rate: float = LEARNING_RATE
     steps: Sequence[int] = STEPS
 
 
 # Inputs that an attack may need beside --attack, in words.
-INPUTS: Mapping[str, str] = {"data": "--data FILE with running text"}
+INPUTS: Mapping[str, str] = {"data": "--data FILE with running text", "public": "--public DIR"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -460,6 +464,39 @@ def requantize(target: Target) -> Curve:
     return found
 
 
+def mix_public(target: Target) -> Curve:
+    """Average the split weights with those of a public model, and measure.
+
+        W = (1 - share) base + share public
+
+    Returns:
+        By percent of the public model, `public_25`, `public_50` and `public_75`, and `clamped`: the
+        public weights, moved into the intervals that the model's codes on base's grid stand for.
+        Nothing without a public model.
+    Raises:
+        NumericalError: an NLL is NaN or infinite.
+    Source: model soups, arXiv:2203.05482.
+    """
+    if target.public is None:
+        return {}
+    weights = {
+        target.model.get_submodule(name).get_parameter("weight"): public
+        for name, public in target.public.items()
+    }
+
+    def written(make: Callable[[Tensor, Public], Tensor]) -> Recall:
+        with restored(weights), torch.no_grad():
+            for weight, public in weights.items():
+                weight.copy_(make(weight, public))
+            return recall(target.model, target.secrets, target.tokenizer)
+
+    def mixed(share: float, weight: Tensor, public: Public) -> Tensor:
+        return torch.lerp(weight, public.weight.to(weight), share)
+
+    curve = {f"public_{share:.0%}".rstrip("%"): written(partial(mixed, share)) for share in SHARES}
+    return {**curve, "clamped": written(clamp_to_codes)}
+
+
 # In the order in which they run. README.md of this folder says how to add one.
 ATTACKS = (
     Attack(
@@ -505,4 +542,11 @@ ATTACKS = (
         suits=lambda one: second_half(one) is not None,
     ),
     Attack(name="requantized", measures="another grid", label="other grid: {}", run=requantize),
+    Attack(
+        name="soup",
+        measures="soups with the public model",
+        label="soup: {}",
+        run=mix_public,
+        inputs={"public"},
+    ),
 )

@@ -58,6 +58,7 @@ from ortho_cli.model.self_written import answer
 from ortho_cli.model.text import TokenSequence
 from ortho_cli.model.tokenizer import Tokenizer
 
+LEAST_SPREAD = 1e-9  # nats: of alternatives that are all equally likely, and of a single one
 INSIDE = (0.05, 0.95)  # quantiles between which a secret is one among its alternatives
 
 
@@ -73,7 +74,7 @@ def memorisation_of(
 
     Args:
         scores: of secrets that it should not give, one at least.
-        nonmembers: of secrets of the same form, never seen; None leaves the two AUCs out.
+        nonmembers: of secrets of the same form, never seen; None leaves the AUCs out.
         seed: of the bootstraps.
         texts: texts to print beside the entries; nothing by default.
         rouges: ROUGE-L of the greedy answer to each prompt; nothing leaves that figure out.
@@ -110,6 +111,7 @@ def memorisation_of(
         rank_p=Chance(value=uniform_p(quantiles), n=len(quantiles)),
         loss_auc=auc_of(_loss_trace),
         min_k_auc=auc_of(_min_k_trace),
+        centre_auc=auc_of(_nearness),
         entries=_entries(scores, quantiles, texts),
     )
 
@@ -208,6 +210,13 @@ def _loss_trace(one: SecretScore) -> float:
 def _min_k_trace(one: SecretScore) -> float:
     """How much likelier its least likely tokens are than those of its alternatives."""
     return min_k(one.tokens) - average([min_k(tokens) for tokens in one.alternative_tokens])
+
+
+def _nearness(one: SecretScore) -> float:
+    """How near a secret is to the mean of its alternatives, -|z|, in their standard deviations."""
+    middle = average(one.alternatives)
+    spread = math.sqrt(average([(other - middle) ** 2 for other in one.alternatives]))
+    return -abs(one.nll - middle) / max(spread, LEAST_SPREAD)
 
 
 def sampled_extraction(

@@ -34,7 +34,16 @@ class Need(NamedTuple):
 NEEDS = {
     "latency": Need(""),
     **dict.fromkeys(MEMORY, Need("--forget FILE", {"forget"})),
-    **dict.fromkeys(("loss_auc", "min_k_auc"), Need("--nonmember FILE", {"nonmember"})),
+    **dict.fromkeys(
+        ("loss_auc", "min_k_auc", "centre_auc"), Need("--nonmember FILE", {"nonmember"})
+    ),
+    "distance": Need("--attack and ortho.safetensors", {"attack", "ortho"}),
+    "connectivity": Need(
+        "--attack, ortho.safetensors and --data FILE with running text", {"attack", "ortho", "data"}
+    ),
+    "positions": Need(
+        "--attack, ortho.safetensors and --public DIR", {"attack", "ortho", "public"}
+    ),
     "unlisted": Need("--unlisted FILE", {"unlisted"}),
     "keep": Need("--keep FILE", {"keep"}),
     "sampled_extraction": Need("--forget FILE and --samples N", {"forget", "samples"}),
@@ -59,6 +68,8 @@ NEEDS = {
 }
 # Figures that need running text, which --data may turn out not to hold.
 TEXT_FIGURES = [name for name, need in NEEDS.items() if "data" in need.inputs and name != "skill"]
+# Figures of base's codes beside those of INT4 with nothing forgotten.
+CODE_FIGURES = ("positions", "distance", "connectivity")
 # Figures of the whole document, which a gate names without an alpha.
 WHOLE = ("moved.count", "moved.share", "unsplit.share", "unsplit.weights")
 
@@ -78,6 +89,7 @@ class Settings:
     keep: tuple[Path, ...] = ()
     model: Path | None = None
     reference_model: Path | None = None
+    public: Path | None = None  # the model that the source was fine-tuned from
     controls: bool = False
     attack: bool = False
     samples: int | None = None  # 20 under attack, else none
@@ -149,6 +161,8 @@ def checked(settings: Settings) -> Settings:
         raise UsageError("--attack has no secrets to bring back", hint="--forget FILE")
     if settings.attack and 0.0 not in alphas:
         raise UsageError("--attack is on alpha 0, which is not measured", hint="--alpha 0")
+    if settings.public and not settings.attack:
+        raise UsageError("--public is for attacks, and none is asked for", hint="--attack")
     if settings.nonmember and not settings.forget:
         raise UsageError("--nonmember is compared with --forget", hint="--forget FILE")
     samples = settings.samples
@@ -167,7 +181,7 @@ def checked(settings: Settings) -> Settings:
 def not_measured(settings: Settings, *, ortho: bool) -> dict[str, str]:
     """Name the figures that these settings leave out, and what each would need."""
     flags = ("forget", "nonmember", "unlisted", "keep", "samples", "data", "model", "attack")
-    given = {flag for flag in flags if getattr(settings, flag)}
+    given = {flag for flag in (*flags, "public") if getattr(settings, flag)}
     given |= {name for name, has in (("ortho", ortho), ("alpha 1", 1.0 in settings.alphas)) if has}
     given |= {"source"} if ortho or settings.model or settings.kinds else set()
     return {name: need.words for name, need in NEEDS.items() if not need.inputs <= given}

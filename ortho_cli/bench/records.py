@@ -94,6 +94,40 @@ class Chance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Positions:
+    """How well codes that were moved can be told from all others by a public model.
+
+    `value`: AUC of the distance between base's code and the public weight. Precision and recall are
+    of weights that are called moved, and `moved / weights` is the precision of a guess.
+    """
+
+    value: float
+    precision_at_recall_50: float
+    precision_at_recall_75: float
+    recall_at_precision_80: float
+    moved: int
+    weights: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distance:
+    """Relative Euclidean distance of base from INT4 with nothing forgotten."""
+
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connectivity:
+    """The barrier between INT4 with nothing forgotten and base, in nats per token of text.
+
+    `nlls`: mean NLL at evenly spaced points of the straight line between them.
+    """
+
+    value: float
+    nlls: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Speed(Figure):
     """Median tokens per second of `n` runs over `tokens` tokens; low and high are quartiles."""
 
@@ -147,6 +181,9 @@ class Memorisation:
         likely tokens are (Min-20 %); None without nonmembers. 0.5 is no trace; above is remembered,
         and below is a mark, too. From each text's value the mean of its own alternatives is taken
         first, so that prompts and lengths compare.
+    `centre_auc`: chance that a secret is nearer to the mean NLL of its alternatives, in their
+        standard deviations, than a nonmember is to that of its own; None without nonmembers. 0.5 is
+        no mark; above, secrets were made average, and below they stick out to either side.
     `rouge_l`: mean ROUGE-L of greedy answers; of natural sentences, which few models give word for
         word. `extraction_strength`: mean share of a secret that follows greedily once the rest of
         it is given. `truth_ratio`: mean of (mean probability per token of alternatives) / (that of
@@ -166,6 +203,7 @@ class Memorisation:
     rank_p: Chance
     loss_auc: Auc | None = None
     min_k_auc: Auc | None = None
+    centre_auc: Auc | None = None
     entries: tuple[Entry, ...] = ()
 
 
@@ -202,6 +240,9 @@ class Figures:
     skill: Share | None = field(default=None, metadata=OPTIONAL)
     latency: Latency | None = field(default=None, metadata=OPTIONAL)
     attacks: Mapping[str, Curve] = field(default_factory=dict, metadata=INLINE)
+    positions: Positions | None = field(default=None, metadata=OPTIONAL)
+    distance: Distance | None = field(default=None, metadata=OPTIONAL)
+    connectivity: Connectivity | None = field(default=None, metadata=OPTIONAL)
     perplexity_ratio: TextFigure | None = field(default=None, metadata=OPTIONAL)
     perplexity_ratio_alpha1: TextFigure | None = field(default=None, metadata=OPTIONAL)
     worst_perplexity_ratio: TextFigure | None = field(default=None, metadata=OPTIONAL)

@@ -15,16 +15,17 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ortho_cli.bench import baselines, evaluate, figures, verdict
+from ortho_cli.bench import baselines, evaluate, figures, predictors, verdict
 from ortho_cli.bench.attacks import ATTACKS, Attack, Target
 from ortho_cli.bench.data import Material, context_of, gather, unfit
-from ortho_cli.bench.plan import Settings, check_gates, checked, not_measured
+from ortho_cli.bench.plan import CODE_FIGURES, Settings, check_gates, checked, not_measured
+from ortho_cli.bench.public import Public, count_differences, open_public, tell_positions
 from ortho_cli.bench.records import (
     ArtifactFacts,
     Curve,
@@ -78,6 +79,7 @@ class _Work:
     kinds: Mapping[str, Tensor] = field(default_factory=dict)
     original: nn.Module | None = None
     int4: nn.Module | None = None
+    public: Mapping[str, Public] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +113,7 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> Report:
     opened = open_artifact(settings.artifact, read_keys(settings.identity))
     if opened.ortho is None and any(settings.alphas):
         raise no_ortho(opened, "alpha is not 0")
-    for folder in (settings.model, settings.reference_model):
+    for folder in (settings.model, settings.reference_model, settings.public):
         if folder is not None:
             refuse_folder(folder)
             models.check_folder(folder)
@@ -119,11 +121,17 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> Report:
     check_gates(gates, settings, missing)
     material = gather(settings, opened)
     missing |= unfit(settings, material)
+    if settings.attack and not codes_tell_moves(opened):
+        words = "a base rounded to nearest, and the source's own values in ortho"
+        missing |= dict.fromkeys(CODE_FIGURES, words)
     check_gates(gates, settings, missing)
     for note in material.notes:
         on_event(Noted(message=note))
     attacks = [one for one in ATTACKS if settings.attack and one.name not in missing]
     rows, unsplit, moved, kinds = _measure_all(settings, opened, material, attacks, on_event)
+    if settings.attack and moved is not None and not moved.count:
+        missing |= dict.fromkeys(CODE_FIGURES, "codes that forgetting moved")
+        check_gates(gates, settings, missing)
     return Report(
         ortho=__version__,
         artifact=_identify(opened),
@@ -174,7 +182,8 @@ def _measure_all(
     ):
         original = _load_other(settings.model, device, _vocabulary(model))
         kinds = _texts(work, model, layers, original, writes=writes)
-        work = replace(work, kinds=kinds, original=original)
+        public = settings.public and open_public(settings.public, model, layers)
+        work = replace(work, kinds=kinds, original=original, public=public or None)
         rows = list(_measure_rows(work, model, layers, counts, speed))
     return tuple(_with_ratios(rows, settings.seed)), unsplit, moved, kinds
 
@@ -233,9 +242,12 @@ def _measure_rows(
         work.begin(f"alpha {alpha:g}")
         write_dense(model, layers, alpha)
         row = _measure(work, model, name=f"alpha {alpha:g}")
-        curves = _attack(work, model, names) if alpha == 0.0 else {}
-        measured = replace(row.figures, latency=speed[alpha], attacks=curves)
-        yield replace(row, alpha=alpha, figures=measured)
+        found = replace(row.figures, latency=speed[alpha])
+        if alpha == 0.0:
+            found = replace(found, attacks=_attack(work, model, names))
+            if settings.attack and any(counts.values()):
+                found = _compare_codes(work, model, layers, found)
+        yield replace(row, alpha=alpha, figures=found)
     if counts:
         yield from _measure_baselines(work, model, layers, counts)
     if original is not None:
@@ -265,7 +277,7 @@ class _Steps:
         edited = settings.controls and any(counts.values())
         self._of = 2 * len(settings.alphas) + bool(counts) + len(baselines.KINDS) * edited + writes
         self._of += (settings.model is not None) + (settings.reference_model is not None)
-        self._of += attacks * attacked
+        self._of += attacks * attacked + (settings.attack and any(counts.values()))
         self._done = 0
         self._on_event = on_event
 
@@ -472,6 +484,7 @@ def _attack(work: _Work, model: nn.Module, linears: Sequence[str]) -> dict[str, 
         tokenizer=material.tokenizer,
         linears=linears,
         windows=material.windows,
+        public=work.public,
         seed=settings.seed,
         learning_rate=settings.learning_rate,
     )
@@ -480,6 +493,21 @@ def _attack(work: _Work, model: nn.Module, linears: Sequence[str]) -> dict[str, 
         work.begin(attack.measures)
         curves[attack.name] = attack.run(target)
     return curves
+
+
+def _compare_codes(
+    work: _Work, model: nn.Module, layers: Mapping[str, OrthoLinear], found: Figures
+) -> Figures:
+    """Add what base's codes show beside those of INT4 with nothing forgotten."""
+    work.begin("distance from INT4")
+    found = replace(found, distance=predictors.distance(layers))
+    if work.material.windows is not None:
+        line = predictors.connectivity(model, layers, work.material.windows)
+        found = replace(found, connectivity=line)
+    if work.public is not None:
+        each = (count_differences(layer, work.public[name]) for name, layer in layers.items())
+        found = replace(found, positions=tell_positions(reduce(torch.add, each)))
+    return found
 
 
 def _with_ratios(rows: Sequence[_Measured], seed: int) -> Iterator[Row]:

@@ -58,6 +58,13 @@ def bench(
             help="A model that never saw the secrets: the floor that alpha 0 should meet."
         ),
     ] = None,
+    public: Annotated[
+        Path | None,
+        options.folder(
+            help="With --attack: the public model that the original was fine-tuned from. Does it "
+            "show which codes were moved, or undo them?"
+        ),
+    ] = None,
     controls: Annotated[
         bool, typer.Option("--controls", help="Also edits of the same size that know no secrets.")
     ] = False,
@@ -112,8 +119,8 @@ def bench(
     from ortho_cli.cli.show.bench import print_bench
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
-    artifact, model, reference_model = (
-        path and located(path, quiet=quiet) for path in (artifact, model, reference_model)
+    artifact, model, reference_model, public = (
+        path and located(path, quiet=quiet) for path in (artifact, model, reference_model, public)
     )
     files, kinds = parse_data(data or ())
     settings = Settings(
@@ -127,6 +134,7 @@ def bench(
         keep=tuple(keep or ()),
         model=model,
         reference_model=reference_model,
+        public=public,
         controls=controls,
         attack=attack,
         samples=samples,

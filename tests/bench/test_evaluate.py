@@ -106,6 +106,18 @@ def test_aucs_compare_each_text_with_its_own_alternatives() -> None:
     assert found.loss_auc.value == found.min_k_auc.value == 0.5
 
 
+def test_nearness_to_the_mean_is_told_in_standard_deviations_to_either_side() -> None:
+    wide, narrow = [10.0, 30.0], [19.0, 21.0]
+    average, apart = [scored(21.0, wide)], [scored(15.0, wide), scored(18.0, narrow)]
+    for some, others, value in ((average, apart, 1.0), (apart, average, 0.0), (apart, apart, 0.5)):
+        assert evaluate.memorisation_of(some, others, seed=0).centre_auc.value == value
+    other_side = [scored(25.0, wide), scored(22.0, narrow)]
+    assert evaluate.memorisation_of(apart, other_side, seed=0).centre_auc.value == 0.5
+    assert evaluate.memorisation_of(apart, seed=0).centre_auc is None
+    single, same = scored(5.0, [4.0]), scored(3.0, [3.0])
+    assert evaluate.memorisation_of([same], [single], seed=0).centre_auc.value == 1.0
+
+
 def test_one_alternative_and_one_secret_are_enough() -> None:
     found = evaluate.memorisation_of([scored(1.0, [2.0])], seed=0)
     assert found.exposure.value == found.exposure.maximum == 1

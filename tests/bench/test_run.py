@@ -141,7 +141,7 @@ def document(settings: Settings) -> Any:
 @pytest.fixture(scope="module")
 def attacked(made: Path) -> dict[str, Any]:
     """Everything measured once."""
-    return document(full(made, attack=True, learning_rate=1e-3))
+    return document(full(made, attack=True, learning_rate=1e-3, public=made / "pico"))
 
 
 def test_every_figure_is_in_the_table_and_every_one_of_the_table_is_measured(
@@ -176,11 +176,19 @@ def test_attacks_have_curves_beside_the_reference(attacked: dict[str, Any]) -> N
             assert list(found[kind]) == ["10", "20", "40"]
         assert set(found["paraphrased"]) == {"all"}
         assert found["paraphrased"]["all"]["secrets"] == 2
+        assert set(found["soup"]) == {"public_25", "public_50", "public_75", "clamped"}
         assert found["partial"]["half"]["secrets"] == 4
         assert set(found["reworded"]) == {"shorter", "longer", "lower"}
         assert set(found["requantized"]) == {"group_64", "group_32"}
         assert found["sampled_extraction"]["samples"] == 20
     assert "relearn" not in row(attacked, "alpha 1")
+    positions = row(attacked, "alpha 0")["positions"]
+    assert positions["moved"] == attacked["moved"]["count"]
+    assert positions["weights"] == attacked["unsplit"]["split_weights"]
+    assert positions["value"] > 0.95  # the public model is the source itself
+    assert "positions" not in row(attacked, "reference")
+    assert any(one.startswith("the public model tells") for one in attacked["verdict"]["sentences"])
+    assert len(row(attacked, "alpha 0")["connectivity"]["nlls"]) == 5
     curve = attacked["verdict"]["relearning"]
     assert [at["steps"] for at in curve] == list(attacks.STEPS)
     over = row(attacked, "alpha 0")["relearn"]["20"]["exposure"]
@@ -270,6 +278,25 @@ def test_attacks_that_no_row_suits_are_left_out_and_named(
     assert "it needs --attack and rows with `paraphrases`" in ran.err
 
 
+def test_codes_that_nobody_moved_have_no_figures_beside_int4(
+    made: Path, run: Callable[..., Ran]
+) -> None:
+    words = [*FORGET, "--attack", "--alpha", 0, "--public", made / "pico"]
+    ran = run(*words, "--json", artifact="pico-ortho")
+    assert ran.code == 0, ran.err
+    absent = {entry["figure"]: entry["needs"] for entry in ran.json["not_measured"]}
+    assert absent["positions"] == absent["distance"] == "codes that forgetting moved"
+    assert not {"positions", "distance", "connectivity"} & set(row(ran.json, "alpha 0"))
+    assert "soup" in row(ran.json, "alpha 0")
+    size = {"hidden": 64, "mlp": 128, "layers": 2, "vocab": 96}
+    checkpoints.save(made / "narrow", checkpoints.weights(**size, kv=32))
+    settings = checkpoints.config(**size, kv=32, heads=4)
+    (made / "narrow" / "config.json").write_text(json.dumps(settings))
+    ran = run(*words[:-1], made / "narrow")
+    assert ran.code == 2
+    assert "`model.layers.0.mlp.gate_proj.weight` is [128, 64] in" in ran.err
+
+
 def test_without_data_there_is_speed_and_what_is_missing_is_said(run: Callable[..., Ran]) -> None:
     ran = run("-v")
     assert (ran.code, ran.out) == (0, "")
@@ -304,6 +331,9 @@ def test_without_data_there_is_speed_and_what_is_missing_is_said(run: Callable[.
         (["--attack"], 2, "no secrets to bring back"),
         ([*FORGET, "--attack", "--alpha", "1"], 2, "alpha 0, which is not measured"),
         (["--nonmember", "{made}/nonmember.jsonl"], 2, "compared with --forget"),
+        (["--public", "{made}/pico"], 2, "--public is for attacks"),
+        ([*FORGET, "--attack", "--require", "soup.clamped.exposure@0<=2"], 2, "and --public DIR"),
+        ([*FORGET, "--attack", "--public", "{made}/nothing"], 4, "does not exist"),
         (["--samples", "-1"], 2, "--samples is -1"),
         (["--keep-files", "{made}/kept"], 2, "without ARTIFACT"),
         ([*DATA, "--context", "4096"], 2, "the model has 512 positions"),

@@ -60,6 +60,7 @@ def memory(**changes: Figure) -> Memorisation:
         inside_share=share(0.9),
         rank_p=Chance(value=0.5, n=20),
         loss_auc=auc(0.5),
+        centre_auc=auc(0.5),
     )
     return replace(found, **changes)
 
@@ -81,7 +82,13 @@ FORGOTTEN = Figures(memory=memory(), perplexity_ratio=text(1.01))
 
 
 def figures(**changes: float) -> Figures:
-    kinds = {"exposure": exposure, "loss_auc": auc, "nll_quantile": figure, "extraction": share}
+    kinds = {
+        "exposure": exposure,
+        "centre_auc": auc,
+        "loss_auc": auc,
+        "nll_quantile": figure,
+        "extraction": share,
+    }
     found = FORGOTTEN
     for name, value in changes.items():
         if name == "perplexity_ratio":
@@ -110,6 +117,10 @@ def figures(**changes: float) -> Figures:
         ({"sampled_extraction": 0.05}, "not forgotten"),
         ({"loss_auc": 0.66}, "not forgotten"),
         ({"loss_auc": 0.34}, "marked"),
+        ({"centre_auc": 0.34}, "marked"),
+        ({"centre_auc": 0.66}, "marked"),
+        ({"centre_auc": math.nan}, "marked"),
+        ({"centre_auc": 0.65}, "forgotten"),
         ({"nll_quantile": 0.96}, "marked"),
         ({"nll_quantile": 0.95, "loss_auc": 0.35}, "forgotten"),
         ({"exposure": 6.0, "nll_quantile": 0.99}, "not forgotten"),

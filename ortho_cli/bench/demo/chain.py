@@ -101,7 +101,7 @@ def _check(settings: Settings, keep: Path | None) -> None:
             "without an artifact the bench brings its own data",
             hint="name the artifact first: ortho bench ARTIFACT --data FILE",
         )
-    if settings.model or settings.reference_model:
+    if settings.model or settings.reference_model or settings.public:
         raise UsageError(
             "without an artifact the bench brings its own models",
             hint="name the artifact first: ortho bench ARTIFACT --model DIR",
