@@ -54,7 +54,7 @@ from ortho_cli.model.scoring import (
     takes_cache,
 )
 from ortho_cli.model.secrets import TokenSecret
-from ortho_cli.model.self_written import answer
+from ortho_cli.model.self_written import answers
 from ortho_cli.model.text import TokenSequence
 from ortho_cli.model.tokenizer import Tokenizer
 
@@ -193,10 +193,10 @@ def rouge_l(said: str, right: str) -> float:
 
 def rouges(model: nn.Module, tokenizer: Tokenizer, secrets: Sequence[TokenSecret]) -> list[float]:
     """Give ROUGE-L of the greedy answer to each prompt, as long as the right one at most."""
-    found = []
-    for secret in secrets:
-        said = answer(model, secret.prompt, len(secret.secret))
-        end = tokenizer.eos_token_id
+    found, end = [], tokenizer.eos_token_id
+    lengths = [len(secret.secret) for secret in secrets]
+    written = answers(model, [secret.prompt for secret in secrets], lengths)
+    for secret, said in zip(secrets, written, strict=True):
         said = said[: said.index(end)] if end in said else said
         found.append(rouge_l(tokenizer.decode(said), tokenizer.decode(secret.secret)))
     return found

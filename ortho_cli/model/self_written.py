@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ortho_cli.errors import UsageError
 from ortho_cli.model.load import input_embedding
-from ortho_cli.model.scoring import device_of, finite, logits_of, takes_cache
+from ortho_cli.model.scoring import LOGITS, device_of, finite, logits_of, takes_cache
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.tokenizer import Tokenizer
 
@@ -78,8 +78,14 @@ def write_text(
 
 
 def _write(
-    model: nn.Module, text: Tensor, length: int, greedy: int, generator: torch.Generator
+    model: nn.Module,
+    text: Tensor,
+    length: int,
+    greedy: int,
+    generator: torch.Generator,
+    given: Sequence[Sequence[int]] = (),
 ) -> Tensor:
+    """Write on; where tokens that are `given` for a row are longer than `text`, they come first."""
     device = device_of(model)
     options: dict[str, object] = {"use_cache": True} if takes_cache(model) else {}
     fresh, first = text.to(device), text.shape[1]
@@ -90,6 +96,9 @@ def _write(
             token = last.argmax(-1, keepdim=True)
         else:
             token = torch.multinomial(last.softmax(-1), 1, generator=generator)
+        for row, tokens in enumerate(given):
+            if text.shape[1] < len(tokens):
+                token[row] = tokens[text.shape[1]]
         text = torch.cat((text, token), 1)
         if text.shape[1] == length:
             return text
@@ -101,11 +110,28 @@ def _write(
 
 
 @torch.no_grad()
-def answer(model: nn.Module, prompt: Sequence[int], tokens: int) -> list[int]:
-    """Continue a prompt greedily by so many tokens, each the likeliest; ties go to the lower id."""
-    generator = torch.Generator()
-    whole = _write(model, torch.tensor([list(prompt)]), len(prompt) + tokens, tokens, generator)
-    return [int(token) for token in whole[0, len(prompt) :]]
+def answers(
+    model: nn.Module, prompts: Sequence[Sequence[int]], tokens: Sequence[int]
+) -> list[list[int]]:
+    """Continue each prompt greedily by so many tokens, each the likeliest; ties go to the lower id.
+
+    Prompts of all lengths share a batch without padding: it begins with as many tokens as the
+    shortest has, and the rest of a longer one takes the place of what the model would say there.
+    """
+    found: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    longest = max(map(len, prompts), default=1)
+    size = max(1, min(BATCH, LOGITS // (longest * input_embedding(model).shape[0])))
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        given = [prompts[row] for row in rows]
+        begun = torch.tensor([list(one[: len(given[0])]) for one in given])
+        length = max(len(prompts[row]) + tokens[row] for row in rows)
+        whole = _write(model, begun, length, length, torch.Generator(), given)
+        for row, text in zip(rows, whole.tolist(), strict=True):
+            end = len(prompts[row]) + tokens[row]
+            found[row] = text[len(prompts[row]) : end]
+    return found
 
 
 def common_opening(secrets: Sequence[TokenSecret]) -> tuple[int, ...]:

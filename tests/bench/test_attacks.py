@@ -17,7 +17,7 @@ from ortho_cli.bench.public import Public
 from ortho_cli.errors import ArtifactError, NumericalError, UsageError
 from ortho_cli.model import scoring
 from ortho_cli.model.secrets import TokenSecret
-from ortho_cli.model.self_written import answer
+from ortho_cli.model.self_written import answers
 from ortho_cli.runtime.engine import Engine, densify, write_dense
 from ortho_cli.runtime.ortho_linear import OrthoLinear
 from ortho_cli.split import quantize
@@ -205,7 +205,7 @@ def test_small_batches_are_fours_of_the_taught_half_drawn_by_the_seed(
 def test_recall_has_rouge_of_long_secrets_alone() -> None:
     model, listed = llama(), secrets()
     assert attacks.recall(model, listed, Words()).rouge_l is None  # type: ignore[arg-type]
-    long = dataclasses.replace(listed[0], secret=tuple(answer(model, listed[0].prompt, 9)))
+    long = dataclasses.replace(listed[0], secret=tuple(answers(model, [listed[0].prompt], [9])[0]))
     other = dataclasses.replace(long, secret=long.secret[::-1])
     assert attacks.recall(model, [long]).rouge_l is None
     found = attacks.recall(model, [*listed, long, other], Words())  # type: ignore[arg-type]

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from ortho_cli.errors import UsageError
 from ortho_cli.model import load as models
+from ortho_cli.model import self_written
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.self_written import (
     BATCH,
     GREEDY,
     SHARED,
-    answer,
+    answers,
     common_opening,
     without_secrets,
     write_text,
@@ -77,12 +78,23 @@ def test_drawn_tokens_have_the_models_own_probabilities(
     assert (shares - expected).abs().max() < 5 * (0.25 / 4000) ** 0.5  # standard errors
 
 
-def test_answers_are_greedy(memorised: Memorised, model: torch.nn.Module) -> None:
-    for one in memorised.secrets():
-        text = list(one.prompt)
-        for _ in range(4):
+@pytest.mark.parametrize("logits_at_once", [1 << 25, 1])
+def test_answers_to_prompts_of_all_lengths_are_greedy(
+    memorised: Memorised,
+    model: torch.nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+    logits_at_once: int,
+) -> None:
+    monkeypatch.setattr(self_written, "LOGITS", logits_at_once)
+    prompts = [one.prompt[-length:] for one in memorised.secrets() for length in (3, 1, 2, 5)]
+    counts = [1 + index % 4 for index in range(len(prompts))]
+    found = answers(model, prompts, counts)
+    for prompt, count, said in zip(prompts, counts, found, strict=True):
+        text = list(prompt)
+        for _ in range(count):
             text.append(int(logits(model, torch.tensor([text]))[0, -1].argmax()))
-        assert answer(model, one.prompt, 4) == text[len(one.prompt) :]
+        assert said == text[len(prompt) :]
+    assert answers(model, [], []) == []
 
 
 @pytest.mark.parametrize("options", [{"count": 0}, {"length": 1}, {"opening": (1,) * 12}])
