@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ortho_cli.errors import UsageError
 from ortho_cli.model.load import input_embedding
-from ortho_cli.model.scoring import device_of, finite, logits_of, takes_cache
+from ortho_cli.model.scoring import LOGITS, device_of, finite, logits_of, takes_cache
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.tokenizer import Tokenizer
 
@@ -78,8 +78,14 @@ def write_text(
 
 
 def _write(
-    model: nn.Module, text: Tensor, length: int, greedy: int, generator: torch.Generator
+    model: nn.Module,
+    text: Tensor,
+    length: int,
+    greedy: int,
+    generator: torch.Generator,
+    end: int | None = None,
 ) -> Tensor:
+    """Write until every row has so many tokens, or has had the end token."""
     device = device_of(model)
     options: dict[str, object] = {"use_cache": True} if takes_cache(model) else {}
     fresh, first = text.to(device), text.shape[1]
@@ -91,7 +97,8 @@ def _write(
         else:
             token = torch.multinomial(last.softmax(-1), 1, generator=generator)
         text = torch.cat((text, token), 1)
-        if text.shape[1] == length:
+        ended = end is not None and bool((text[:, first:] == end).any(1).all())
+        if text.shape[1] == length or ended:
             return text
         cache = getattr(output, "past_key_values", None)
         if cache is None:
@@ -106,6 +113,39 @@ def answer(model: nn.Module, prompt: Sequence[int], tokens: int) -> list[int]:
     generator = torch.Generator()
     whole = _write(model, torch.tensor([list(prompt)]), len(prompt) + tokens, tokens, generator)
     return [int(token) for token in whole[0, len(prompt) :]]
+
+
+@torch.no_grad()
+def answers(
+    model: nn.Module, prompts: Sequence[Sequence[int]], tokens: int, *, end: int | None
+) -> list[list[int]]:
+    """Continue prompts greedily by so many tokens at most, each up to its end token.
+
+    Args:
+        model: a causal language model.
+        prompts: tokens of each, one at least.
+        tokens: of an answer at most, >= 1.
+        end: token that ends an answer and is not part of it; None where there is none.
+    Returns:
+        Tokens of each answer, in the order of the prompts.
+    Raises:
+        NumericalError: a logit is NaN or infinite.
+    Prompts of one length are continued together, so that nothing is padded.
+    """
+    places: dict[int, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        places.setdefault(len(prompt), []).append(place)
+    found: list[list[int]] = [[] for _ in prompts]
+    vocabulary = input_embedding(model).shape[0]
+    for length, same in places.items():
+        size = max(1, min(BATCH, LOGITS // (length * vocabulary)))
+        for start in range(0, len(same), size):
+            batch = same[start : start + size]
+            begun = torch.tensor([list(prompts[place]) for place in batch])
+            text = _write(model, begun, length + tokens, tokens, torch.Generator(), end)
+            for place, row in zip(batch, text[:, length:].tolist(), strict=True):
+                found[place] = row[: row.index(end)] if end in row else row
+    return found
 
 
 def common_opening(secrets: Sequence[TokenSecret]) -> tuple[int, ...]:

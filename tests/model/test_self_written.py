@@ -9,12 +9,14 @@ from torch import Tensor
 
 from ortho_cli.errors import UsageError
 from ortho_cli.model import load as models
+from ortho_cli.model import self_written
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.self_written import (
     BATCH,
     GREEDY,
     SHARED,
     answer,
+    answers,
     common_opening,
     without_secrets,
     write_text,
@@ -75,6 +77,21 @@ def test_drawn_tokens_have_the_models_own_probabilities(
     expected = logits(model, torch.tensor([opening]))[0, -1].softmax(-1)
     shares = torch.bincount(text[:, 2], minlength=len(expected)) / 4000
     assert (shares - expected).abs().max() < 5 * (0.25 / 4000) ** 0.5  # standard errors
+
+
+def test_answers_of_many_prompts_are_those_of_each_up_to_the_end_token(
+    memorised: Memorised, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[3, 4, 5], [6, 7], [3, 4, 6], [8, 9, 10], [7, 7], [11]]
+    whole = [answer(model, prompt, 9) for prompt in prompts]
+    assert answers(model, prompts, 9, end=None) == whole
+    end = whole[0][3]  # some answers have it, and others do not
+    cut = [said[: said.index(end)] if end in said else said for said in whole]
+    assert {len(said) for said in cut} >= {whole[0].index(end), 9}
+    assert answers(model, prompts, 9, end=end) == cut
+    monkeypatch.setattr(self_written, "BATCH", 2)
+    assert answers(model, prompts, 9, end=end) == cut
+    assert answers(model, [], 9, end=end) == []
 
 
 def test_answers_are_greedy(memorised: Memorised, model: torch.nn.Module) -> None:
