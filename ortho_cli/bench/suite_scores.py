@@ -118,7 +118,7 @@ def _measure_tofu(
     tofu = Tofu(
         forget_set=data.forget_set,
         forget_truth_ratio=mean_figure(ratios, seed=seed) if ratios else None,
-        model_utility=_utility(list(rows.values()), seed)
+        model_utility=utility(list(rows.values()), seed)
         if len(rows) == len(UTILITY_SETS)
         else None,
         retain=found.get("retain"),
@@ -158,7 +158,7 @@ def _utility_rows(model: nn.Module, data: TofuData, name: str, tokenizer: Tokeni
     return found
 
 
-def _utility(sets: Sequence[Sequence[Row]], seed: int) -> Figure:
+def utility(sets: Sequence[Sequence[Row]], seed: int) -> Figure:
     """Give the harmonic mean of the means of all columns; the bootstrap draws each set anew."""
     values = [np.array(rows) for rows in sets]
     generator = np.random.default_rng(seed)
@@ -180,7 +180,7 @@ def _measure_muse(
     def rouge(prompts: Sequence[Prompt], length: int, stops: Sequence[str]) -> Figure | None:
         asked = [one.tokens for one in prompts]
         said = answers(model, asked, length, end=tokenizer.eos_token_id)
-        texts = [_before(_decoded(tokenizer, tokens), stops) for tokens in said]
+        texts = [before_next(_decoded(tokenizer, tokens), stops) for tokens in said]
         found = [_f1(text, one.text) for text, one in zip(texts, prompts, strict=True)]
         return mean_figure(found, seed=seed) if found else None
 
@@ -204,7 +204,8 @@ def _decoded(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def _before(text: str, stops: Sequence[str]) -> str:
+def before_next(text: str, stops: Sequence[str] = STOPS) -> str:
+    """Give the part of a text before the first of these words."""
     for stop in stops:
         text = text.split(stop)[0]
     return text

@@ -290,10 +290,10 @@ def test_model_utility_is_the_harmonic_mean_of_nine(
 
 def test_harmonic_mean_is_known_and_0_where_one_figure_is() -> None:
     row = (0.5, 0.25, 1.0)
-    figure = suite_scores._utility([[row], [row, row], [row]], 0)
+    figure = suite_scores.utility([[row], [row, row], [row]], 0)
     assert figure.value == pytest.approx(9 / (3 * (2 + 4 + 1)))
     assert (figure.low, figure.high) == pytest.approx((figure.value, figure.value))
-    assert suite_scores._utility([[(0.5, 0.0, 1.0)], [row], [row]], 0).value == 0
+    assert suite_scores.utility([[(0.5, 0.0, 1.0)], [row], [row]], 0).value == 0
 
 
 def test_forget_quality_compares_truth_ratios_with_those_of_the_reference(
@@ -338,6 +338,14 @@ def test_muse_is_rouge_of_greedy_text(
             for prompt, row in zip(asked, rows, strict=True)
         ]
         assert mine[f"knowmem_{kind}"]["value"] == pytest.approx(sum(scores) / 4, rel=FLOAT)
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [(" oak\n\nfig", " oak"), ("oak\nQuestion: fig", "oak"), ("oak\nfig", "oak\nfig")],
+)
+def test_an_answer_ends_where_the_next_example_begins(said: str, kept: str) -> None:
+    assert suite_scores.before_next(said) == kept
 
 
 def test_privleak_is_over_the_auc_of_the_reference(
