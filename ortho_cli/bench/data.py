@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ortho_cli.bench.attacks import ATTACKS, second_half
 from ortho_cli.bench.plan import CONTEXT, NEEDS, TEXT_FIGURES, Settings
+from ortho_cli.bench.suites import Suites, read_suites
 from ortho_cli.errors import CalibrationError, CheckpointError, UsageError
 from ortho_cli.events import Event, Noted
 from ortho_cli.formats import artifact
@@ -38,6 +39,7 @@ class Material:
     nonmembers: tuple[TokenSecret, ...] = ()
     unlisted: tuple[TokenSecret, ...] = ()
     keep: tuple[TokenSecret, ...] = ()
+    suites: Suites = field(default_factory=Suites)
     texts: tuple[str, ...] = ()
     unlisted_texts: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -47,15 +49,15 @@ def gather(settings: Settings, opened: Artifact) -> Material:
     """Read and tokenize all data with the artifact's own tokenizer.
 
     Raises:
-        CalibrationError: a file is unreadable, empty or too short.
-        UsageError: the context is longer than the model's positions.
+        CalibrationError: a file is unreadable, empty or too short, or a row of a suite is wrong.
+        UsageError: the context is longer than the model's positions, or a folder has no suite.
         CheckpointError: the folder has no tokenizer, and something is to be read.
     """
     texts = (settings.data, settings.forget, settings.nonmember, settings.unlisted, settings.keep)
     try:
         tokenizer = models.load_tokenizer(opened.folder)
     except CheckpointError:
-        if any((*texts, settings.kinds)):
+        if any((*texts, settings.kinds, settings.suites)):
             raise
         return Material()  # `unfit` names what that leaves out
     events: list[Event] = []
@@ -73,6 +75,7 @@ def gather(settings: Settings, opened: Artifact) -> Material:
         for files in texts[1:]
     )
     _refuse_overlap(listed, keep)
+    suites = read_suites(settings, tokenizer, positions=_positions(opened.folder), listed=listed)
     shown = settings.show_secrets
     secrets = tuple(encode(listed, tokenizer))
     return Material(
@@ -86,12 +89,14 @@ def gather(settings: Settings, opened: Artifact) -> Material:
         nonmembers=tuple(encode(others, tokenizer)),
         unlisted=tuple(encode(unlisted, tokenizer)),
         keep=tuple(encode(keep, tokenizer)),
+        suites=suites,
         texts=tuple(one.prompt + one.secret for one in listed) if shown else (),
         unlisted_texts=tuple(one.prompt + one.secret for one in unlisted) if shown else (),
         notes=(
             *(one.message for one in events if isinstance(one, Noted)),
             *_notes(listed, running),
             *(_notes_on_halves(secrets) if settings.attack else ()),
+            *suites.notes,
         ),
     )
 
@@ -133,8 +138,7 @@ def _notes_on_halves(secrets: Sequence[TokenSecret]) -> Iterator[str]:
 
 def context_of(settings: Settings, folder: Path) -> int:
     """Tokens of a window of running text."""
-    positions = strict_json.read(folder / artifact.CONFIG_FILE).get("max_position_embeddings")
-    positions = positions if type(positions) is int and positions > 0 else None
+    positions = _positions(folder)
     most = positions or CONTEXT
     if settings.context is None:
         return min(CONTEXT, most)
@@ -144,6 +148,12 @@ def context_of(settings: Settings, folder: Path) -> int:
             hint=f"--context {positions}",
         )
     return settings.context
+
+
+def _positions(folder: Path) -> int | None:
+    """Positions of a model; None where its config names no limit."""
+    positions = strict_json.read(folder / artifact.CONFIG_FILE).get("max_position_embeddings")
+    return positions if type(positions) is int and positions > 0 else None
 
 
 def unfit(settings: Settings, material: Material) -> dict[str, str]:
@@ -158,4 +168,4 @@ def unfit(settings: Settings, material: Material) -> dict[str, str]:
     for attack in ATTACKS if settings.attack else ():
         if not any(map(attack.suits, material.secrets)):
             found[attack.name] = attack.needs
-    return found
+    return {**found, **material.suites.missing}

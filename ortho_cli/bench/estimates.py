@@ -140,6 +140,38 @@ def uniform_p(values: Sequence[float] | Values) -> float:
     return min(1.0, max(0.0, 2 * math.fsum(terms)))
 
 
+def same_p(mine: Sequence[float] | Values, other: Sequence[float] | Values) -> float:
+    """Give the chance that two samples of one distribution differ as much as these.
+
+        D = sup |F_n(x) - G_m(x)|,   p = share of the (n + m)! / (n! m!) orders with D >= this one
+
+    Args:
+        mine: n >= 1 numbers.
+        other: m >= 1 numbers.
+    Returns:
+        p in [0, 1], exact where no two numbers are equal: an order is a path of n + m steps on a
+        grid, and integers count those that stay where D is smaller. n m steps: a tenth of a second
+        for TOFU's 400 and 400.
+    Raises:
+        NumericalError: no values, or one is NaN or infinite.
+    Source: the two-sample test of Smirnov 1939; paths as in Hodges 1958, Arkiv foer Matematik 3,
+    469-486. scipy.stats.ks_2samp does the same for samples of this size.
+    """
+    first, second = np.sort(_array(mine)), np.sort(_array(other))
+    n, m = len(first), len(second)
+    every = np.concatenate((first, second))
+    below = np.searchsorted(first, every, "right"), np.searchsorted(second, every, "right")
+    far = int(np.abs(below[0] * m - below[1] * n).max())  # n m D, an integer
+    if far == 0:
+        return 1.0
+    paths = [1] + [0] * m  # to each number of steps in `second`, none of them as far as D
+    for i in range(n + 1):
+        for j in range(m + 1):
+            paths[j] = 0 if abs(i * m - j * n) >= far else paths[j] + (paths[j - 1] if j else 0)
+    total = math.comb(n + m, n)
+    return (total - paths[m]) / total
+
+
 def min_k(token_nlls: Sequence[float], share: float = 0.2) -> float:
     """Average the log-probabilities of the least likely tokens: Min-K% Prob.
 

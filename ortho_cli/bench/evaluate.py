@@ -163,12 +163,22 @@ def _strength(one: SecretScore) -> float:
 
 
 def _truth_ratio(one: SecretScore) -> float:
-    """Mean probability per token of alternatives over that of the secret, at most e^700.
+    """Give the truth ratio of a secret, which stands for its paraphrase."""
+    return truth_ratio(average(one.tokens), list(map(average, one.alternative_tokens)))
 
-    Source: Maini et al. 2024 (arXiv:2401.06121), equation 1, with the secret for its paraphrase.
+
+def truth_ratio(right: float, wrong: Sequence[float]) -> float:
+    """Give the mean probability per token of wrong answers over that of the right one.
+
+        R = mean_w exp(-NLL_w) / exp(-NLL_right),   at most e^700
+
+    Args:
+        right: mean NLL per token of the right answer, in nats.
+        wrong: the same of each wrong one, one at least.
+    Source: Maini et al. 2024 (arXiv:2401.06121), equation 1.
     """
-    others = [math.exp(-average(tokens)) for tokens in one.alternative_tokens]
-    return exponential(math.log(max(average(others), 1e-300)) + average(one.tokens))
+    others = average([math.exp(-nll) for nll in wrong])
+    return exponential(math.log(max(others, 1e-300)) + right)
 
 
 def rouge_l(said: str, right: str) -> float:
@@ -181,6 +191,11 @@ def rouge_l(said: str, right: str) -> float:
     Source: Lin 2004, "ROUGE: a package for automatic evaluation of summaries", section 3, beta = 1.
     """
     mine, theirs = said.casefold().split(), right.casefold().split()
+    return 2 * common_words(mine, theirs) / max(1, len(mine) + len(theirs))
+
+
+def common_words(mine: Sequence[str], theirs: Sequence[str]) -> int:
+    """Count the words of the longest common subsequence."""
     row = [0] * (len(theirs) + 1)
     for word in mine:
         diagonal = 0
@@ -188,18 +203,19 @@ def rouge_l(said: str, right: str) -> float:
             above = row[place]
             row[place] = diagonal + 1 if word == other else max(above, row[place - 1])
             diagonal = above
-    return 2 * row[-1] / max(1, len(mine) + len(theirs))
+    return row[-1]
 
 
 def rouges(model: nn.Module, tokenizer: Tokenizer, secrets: Sequence[TokenSecret]) -> list[float]:
     """Give ROUGE-L of the greedy answer to each prompt, as long as the right one at most."""
-    found, end = [], tokenizer.eos_token_id
     lengths = [len(secret.secret) for secret in secrets]
-    written = answers(model, [secret.prompt for secret in secrets], lengths)
-    for secret, said in zip(secrets, written, strict=True):
-        said = said[: said.index(end)] if end in said else said
-        found.append(rouge_l(tokenizer.decode(said), tokenizer.decode(secret.secret)))
-    return found
+    prompts = [secret.prompt for secret in secrets]
+    return [
+        rouge_l(tokenizer.decode(said), tokenizer.decode(secret.secret))
+        for secret, said in zip(
+            secrets, answers(model, prompts, lengths, end=tokenizer.eos_token_id), strict=True
+        )
+    ]
 
 
 def _loss_trace(one: SecretScore) -> float:

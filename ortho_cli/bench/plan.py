@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from ortho_cli.errors import UsageError
 from ortho_cli.runtime import product
 
 CONTEXT = 512
+SUITES = ("tofu", "muse")
+SUITE_ROWS = 100  # of each part of a suite: greedy answers take most of its time
 SAMPLES_UNDER_ATTACK = 20
 MEMORY = (
     "extraction", "token_accuracy", "rouge_l", "extraction_strength", "truth_ratio", "exposure",
@@ -56,6 +59,7 @@ NEEDS = {
         "ortho.safetensors, which tells INT4 without forgetting", {"ortho"}
     ),
     "kinds": Need("ortho.safetensors or --model DIR: the source writes text", {"source"}),
+    **{name: Need(f"--suite {name} DIR", {name}) for name in SUITES},
     "perplexity_ratio_alpha1": Need("--alpha 1", {"data", "alpha 1"}),
     **dict.fromkeys(
         ("perplexity_ratio_original", "kl", "agreement"),
@@ -87,6 +91,8 @@ class Settings:
     nonmember: tuple[Path, ...] = ()
     unlisted: tuple[Path, ...] = ()
     keep: tuple[Path, ...] = ()
+    suites: tuple[tuple[str, Path], ...] = ()  # folders of TOFU and MUSE, by name
+    suite_rows: int = SUITE_ROWS  # of each part at most; all of the forget set
     model: Path | None = None
     reference_model: Path | None = None
     public: Path | None = None  # the model that the source was fine-tuned from
@@ -152,6 +158,24 @@ def parse_data(words: Sequence[Path]) -> tuple[tuple[Path, ...], tuple[tuple[str
     return tuple(files), tuple(kinds.items())
 
 
+def parse_suites(words: Sequence[str]) -> tuple[tuple[str, Path], ...]:
+    """Read `NAME DIR` as often as it is typed.
+
+    Raises:
+        UsageError: a name of no suite, or one that is given twice, or a name without a folder.
+    """
+    found: dict[str, Path] = {}
+    for name, folder in zip_longest(words[::2], words[1::2]):
+        if name not in SUITES or folder is None or name in found:
+            what = "has no folder" if folder is None else "is given twice"
+            raise UsageError(
+                f"--suite {name} {what if name in SUITES else 'is no suite'}",
+                hint=" or ".join(f"--suite {suite} DIR" for suite in SUITES),
+            )
+        found[name] = Path(folder)
+    return tuple(found.items())
+
+
 def checked(settings: Settings) -> Settings:
     """Refuse what does not fit together; fill in what follows from the rest."""
     alphas = dict.fromkeys(float(product.check_alpha(alpha)) for alpha in settings.alphas)
@@ -171,6 +195,7 @@ def checked(settings: Settings) -> Settings:
     for name, number, least in (
         ("--samples", samples, 0),
         ("--tokens", settings.tokens, 2),
+        ("--suite-rows", settings.suite_rows, 1),
         ("--context", settings.context or CONTEXT, 2),
     ):
         if number < least:
@@ -183,6 +208,7 @@ def not_measured(settings: Settings, *, ortho: bool) -> dict[str, str]:
     flags = ("forget", "nonmember", "unlisted", "keep", "samples", "data", "model", "attack")
     given = {flag for flag in (*flags, "public") if getattr(settings, flag)}
     given |= {name for name, has in (("ortho", ortho), ("alpha 1", 1.0 in settings.alphas)) if has}
+    given |= {name for name, _ in settings.suites}
     given |= {"source"} if ortho or settings.model or settings.kinds else set()
     return {name: need.words for name, need in NEEDS.items() if not need.inputs <= given}
 
@@ -203,7 +229,8 @@ def check_gates(gates: Sequence[Gate], settings: Settings, missing: Mapping[str,
             raise figures.unknown(gate.name, NEEDS)
         if gate.alpha not in settings.alphas:
             raise figures.not_measured(gate.alpha, settings.alphas)
-        if root in missing:
-            raise UsageError(f"`{gate.name}` is not measured", hint=f"it needs {missing[root]}")
+        for name, needs in missing.items():
+            if f"{gate.name}.".startswith(f"{name}."):
+                raise UsageError(f"`{gate.name}` is not measured", hint=f"it needs {needs}")
         if "attack" in NEEDS[root].inputs and gate.alpha != 0.0:
             raise UsageError(f"`{gate.name}` is measured at alpha 0 only", hint=f"{gate.name}@0")

@@ -226,6 +226,67 @@ Curve = Mapping[str, Recall]  # by steps taken, or by the variant of an attack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TofuSet:
+    """Figures of one set of TOFU's questions, each in [0, 1]; model utility takes all three.
+
+    `probability`: of the right answer, per token; of real authors and world facts its share in the
+        probabilities of all options. `rouge_l`: recall of the right answer in the greedy one.
+    `truth_ratio`: mean of max(0, 1 - R), R = (mean probability per token of wrong answers) / (that
+        of a right one).
+    """
+
+    probability: Figure
+    rouge_l: Figure
+    truth_ratio: Figure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tofu:
+    """The figures of TOFU; a field is None where its file or model was not given.
+
+    `forget_quality`: p-value of two samples, truth ratios R of this model and of the reference
+        model on the forget set: below 0.05 they differ, so that forgetting, or memory, is seen.
+    `forget_truth_ratio`: mean R there. `model_utility`: harmonic mean of the nine figures of the
+        other three sets.
+    """
+
+    forget_set: str | None = field(default=None, metadata=OPTIONAL)
+    forget_quality: Chance | None = field(default=None, metadata=OPTIONAL)
+    forget_truth_ratio: Figure | None = field(default=None, metadata=OPTIONAL)
+    model_utility: Figure | None = field(default=None, metadata=OPTIONAL)
+    retain: TofuSet | None = field(default=None, metadata=OPTIONAL)
+    real_authors: TofuSet | None = field(default=None, metadata=OPTIONAL)
+    world_facts: TofuSet | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivLeak(Figure):
+    """100 (auc - reference_auc) / reference_auc, in percent.
+
+    `auc`: chance that a held-out text is likelier than one to be forgotten, by Min-40%: 0 is full
+    memory. `reference_auc`: that of the reference model, or 0.5 without one. The interval is that
+    of `auc`.
+    """
+
+    auc: float
+    reference_auc: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Muse:
+    """The figures of MUSE; a field is None where its file was not given.
+
+    `verbmem`, `knowmem_forget`, `knowmem_retain`: mean ROUGE-L (F1) of greedy text, in [0, 1]; the
+    paper prints them in percent. Negative `privleak` is memory, positive a mark.
+    """
+
+    verbmem: Figure | None = field(default=None, metadata=OPTIONAL)
+    knowmem_forget: Figure | None = field(default=None, metadata=OPTIONAL)
+    knowmem_retain: Figure | None = field(default=None, metadata=OPTIONAL)
+    privleak: PrivLeak | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
     """All figures of one row; None, and left out of JSON, where there was no data for one."""
 
@@ -247,6 +308,8 @@ class Figures:
     perplexity_ratio_alpha1: TextFigure | None = field(default=None, metadata=OPTIONAL)
     worst_perplexity_ratio: TextFigure | None = field(default=None, metadata=OPTIONAL)
     kinds: Mapping[str, KindFigures] | None = field(default=None, metadata=OPTIONAL)
+    tofu: Tofu | None = field(default=None, metadata=OPTIONAL)
+    muse: Muse | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

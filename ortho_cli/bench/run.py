@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ortho_cli.bench import baselines, evaluate, figures, predictors, verdict
+from ortho_cli.bench import baselines, evaluate, figures, predictors, suite_scores, verdict
 from ortho_cli.bench.attacks import ATTACKS, Attack, Target
 from ortho_cli.bench.data import Material, context_of, gather, unfit
 from ortho_cli.bench.plan import CODE_FIGURES, Settings, check_gates, checked, not_measured
@@ -43,6 +43,7 @@ from ortho_cli.bench.records import (
     Unsplit,
     to_json,
 )
+from ortho_cli.bench.suite_scores import Samples
 from ortho_cli.decompose.refusals import refuse_folder
 from ortho_cli.errors import UsageError
 from ortho_cli.events import EventSink, Noted, Step, null_sink
@@ -84,12 +85,13 @@ class _Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Measured:
-    """A row, and its NLL of each token of each kind of text, for ratios between rows."""
+    """A row, its NLL of each token of each kind of text, and samples of suites, to compare rows."""
 
     name: str
     figures: Figures
     alpha: float | None = None
     nll: Mapping[str, Tensor] = field(default_factory=dict)
+    samples: Samples = field(default_factory=Samples)
 
 
 def bench(settings: Settings, *, on_event: EventSink = null_sink) -> Report:
@@ -313,7 +315,7 @@ def _largest_token(material: Material) -> int:
     largest += [max(pair.tokens) for pair in material.pairs]
     given = () if material.windows is None else (material.windows,)
     largest += [int(windows.max()) for windows in (*given, *material.kinds.values())]
-    return max(largest, default=0)
+    return max((*largest, material.suites.largest_token))
 
 
 def _count_unsplit(model: nn.Module) -> Unsplit:
@@ -369,7 +371,13 @@ def _measure(work: _Work, model: nn.Module, *, name: str) -> _Measured:
             )
     if work.material.pairs:
         found = replace(found, skill=evaluate.skill(model, work.material.pairs))
-    return _Measured(name=name, figures=replace(found, kinds=kinds or None), nll=nlls)
+    suites, samples = Figures(), Samples()
+    if (tokenizer := work.material.tokenizer) is not None:
+        suites, samples = suite_scores.measure_suites(
+            model, work.material.suites, tokenizer, seed=seed
+        )
+    found = replace(found, kinds=kinds or None, tofu=suites.tofu, muse=suites.muse)
+    return _Measured(name=name, figures=found, nll=nlls, samples=samples)
 
 
 def _measure_memory(work: _Work, model: nn.Module) -> tuple[Figures, dict[str, Tensor]]:
@@ -511,11 +519,15 @@ def _compare_codes(
 
 
 def _with_ratios(rows: Sequence[_Measured], seed: int) -> Iterator[Row]:
-    """Add each row's perplexity over INT4 without forgetting and over alpha 1, paired."""
+    """Add each row's perplexity over INT4 without forgetting and over alpha 1, paired.
+
+    Figures of suites that compare a row with the reference are added, too.
+    """
     nlls = {row.name: row.nll for row in rows}
     int4, full = nlls.get("int4", {}), nlls.get("alpha 1", {})
+    reference = next((row.samples for row in rows if row.name == "reference"), None)
     for row in rows:
-        found = row.figures
+        found = suite_scores.beside(row.figures, row.samples, reference)
         ratios = {
             kind: evaluate.ratio(nll, int4[kind], seed=seed)
             for kind, nll in row.nll.items()

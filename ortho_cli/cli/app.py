@@ -33,7 +33,7 @@ for _command in (decompose, calibrate, convert, inspect, bench):
 MANY = {
     "calibrate": ("--data", "--forget"),
     "decompose": ("--data", "--forget"),
-    "bench": ("--alpha", "--data", "--forget", "--nonmember", "--unlisted", "--keep"),
+    "bench": ("--alpha", "--data", "--forget", "--nonmember", "--unlisted", "--keep", "--suite"),
 }
 
 

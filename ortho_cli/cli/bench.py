@@ -49,6 +49,16 @@ def bench(
         list[Path] | None,
         options.files(help="Rows like those of --forget that must stay known; measured apart."),
     ] = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME DIR",
+            help="Also the figures of TOFU (`tofu DIR`) or MUSE (`muse DIR`), whose files DIR has.",
+        ),
+    ] = None,
+    suite_rows: Annotated[
+        int, typer.Option(help="Most rows of each part of a suite; all of TOFU's forget set.")
+    ] = 100,
     model: Annotated[
         Path | None, options.folder(help="The original, to measure the distance from.")
     ] = None,
@@ -114,7 +124,7 @@ def bench(
     from ortho_cli.bench import run
     from ortho_cli.bench.demo import chain
     from ortho_cli.bench.figures import check_csv, enforce, to_csv
-    from ortho_cli.bench.plan import Settings, parse_alphas, parse_data
+    from ortho_cli.bench.plan import Settings, parse_alphas, parse_data, parse_suites
     from ortho_cli.bench.records import to_json
     from ortho_cli.cli.show.bench import print_bench
 
@@ -132,6 +142,8 @@ def bench(
         nonmember=tuple(nonmember or ()),
         unlisted=tuple(unlisted or ()),
         keep=tuple(keep or ()),
+        suites=parse_suites(suite or ()),
+        suite_rows=suite_rows,
         model=model,
         reference_model=reference_model,
         public=public,

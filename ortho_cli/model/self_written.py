@@ -84,8 +84,12 @@ def _write(
     greedy: int,
     generator: torch.Generator,
     given: Sequence[Sequence[int]] = (),
+    end: int | None = None,
 ) -> Tensor:
-    """Write on; where tokens that are `given` for a row are longer than `text`, they come first."""
+    """Write until every row has so many tokens, or has had the end token.
+
+    Where tokens that are `given` for a row are longer than `text`, they come first.
+    """
     device = device_of(model)
     options: dict[str, object] = {"use_cache": True} if takes_cache(model) else {}
     fresh, first = text.to(device), text.shape[1]
@@ -100,7 +104,7 @@ def _write(
             if text.shape[1] < len(tokens):
                 token[row] = tokens[text.shape[1]]
         text = torch.cat((text, token), 1)
-        if text.shape[1] == length:
+        if text.shape[1] == length or _all_ended(text, [len(one) for one in given], end):
             return text
         cache = getattr(output, "past_key_values", None)
         if cache is None:
@@ -109,15 +113,37 @@ def _write(
             options["past_key_values"], fresh = cache, token.to(device)
 
 
+def _all_ended(text: Tensor, prompts: Sequence[int], end: int | None) -> bool:
+    """Tell whether each row has the end token after its prompt of so many tokens."""
+    if end is None:
+        return False
+    rows = zip(text.tolist(), prompts, strict=True)
+    return all(end in row[prompt:] for row, prompt in rows)
+
+
 @torch.no_grad()
 def answers(
-    model: nn.Module, prompts: Sequence[Sequence[int]], tokens: Sequence[int]
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    tokens: int | Sequence[int],
+    *,
+    end: int | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt greedily by so many tokens, each the likeliest; ties go to the lower id.
+    """Continue prompts greedily, each token the likeliest; ties go to the lower id.
 
+    Args:
+        model: a causal language model.
+        prompts: tokens of each.
+        tokens: of an answer at most, >= 1: of all, or of each.
+        end: token that ends an answer and is not part of it; None where there is none.
+    Returns:
+        Tokens of each answer, in the order of the prompts.
+    Raises:
+        NumericalError: a logit is NaN or infinite.
     Prompts of all lengths share a batch without padding: it begins with as many tokens as the
     shortest has, and the rest of a longer one takes the place of what the model would say there.
     """
+    most = [tokens] * len(prompts) if isinstance(tokens, int) else tokens
     found: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     longest = max(map(len, prompts), default=1)
@@ -126,11 +152,11 @@ def answers(
         rows = order[start : start + size]
         given = [prompts[row] for row in rows]
         begun = torch.tensor([list(one[: len(given[0])]) for one in given])
-        length = max(len(prompts[row]) + tokens[row] for row in rows)
-        whole = _write(model, begun, length, length, torch.Generator(), given)
+        length = max(len(prompts[row]) + most[row] for row in rows)
+        whole = _write(model, begun, length, length, torch.Generator(), given, end)
         for row, text in zip(rows, whole.tolist(), strict=True):
-            end = len(prompts[row]) + tokens[row]
-            found[row] = text[len(prompts[row]) : end]
+            said = text[len(prompts[row]) :][: most[row]]
+            found[row] = said[: said.index(end)] if end in said else said
     return found
 
 

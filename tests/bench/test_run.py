@@ -19,7 +19,7 @@ from memorised import PLENTY, Memorised
 from safetensors.torch import load_file
 
 import ortho_cli
-from ortho_cli.bench import attacks, baselines, figures
+from ortho_cli.bench import attacks, baselines, figures, suites
 from ortho_cli.bench import run as bench
 from ortho_cli.bench.demo import chain, sandbox
 from ortho_cli.bench.plan import NEEDS, WHOLE, Settings, parse_alphas, parse_data
@@ -29,6 +29,7 @@ from ortho_cli.runtime.engine import Engine, densify
 from ortho_cli.runtime.ortho_linear import OrthoLinear
 from ortho_cli.split import quantize
 from tests.bench.test_attacks import edit
+from tests.bench.test_suites import write_muse, write_tofu
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 NAMES = ["Bertram", "Cordula", "Dietmar", "Eleonore", "Friedolin", "Gundula"]
@@ -141,7 +142,13 @@ def document(settings: Settings) -> Any:
 @pytest.fixture(scope="module")
 def attacked(made: Path) -> dict[str, Any]:
     """Everything measured once."""
-    return document(full(made, attack=True, learning_rate=1e-3, public=made / "pico"))
+    asked = (("tofu", write_tofu(made / "tofu")), ("muse", write_muse(made / "muse")))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("ANSWER", "VERBMEM", "KNOWMEM"):  # so many tokens of answers are enough
+            patch.setattr(suites, name, 8)
+        return document(
+            full(made, attack=True, learning_rate=1e-3, suites=asked, public=made / "pico")
+        )
 
 
 def test_every_figure_is_in_the_table_and_every_one_of_the_table_is_measured(

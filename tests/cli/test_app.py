@@ -524,6 +524,7 @@ def test_shell_completion_completes(typed: str, expected: str) -> None:
         ("bench --alpha 0 -1 -.5", "bench --alpha 0 --alpha -1 --alpha -.5"),
         ("bench --alpha=0 X", "bench --alpha=0 X"),
         ("bench --data a b --forget c d", "bench --data a --data b --forget c --forget d"),
+        ("bench --suite tofu DIR -q", "bench --suite tofu --suite DIR -q"),
         ("inspect --alpha 0 1", "inspect --alpha 0 1"),
         ("", ""),
     ],

@@ -78,6 +78,23 @@ def test_drawn_tokens_have_the_models_own_probabilities(
     assert (shares - expected).abs().max() < 5 * (0.25 / 4000) ** 0.5  # standard errors
 
 
+def test_answers_end_with_the_end_token_after_the_prompt(
+    memorised: Memorised, model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[3, 4, 5], [6, 7], [3, 4, 6], [8, 9, 10], [7, 7], [11]]
+    whole = answers(model, prompts, 9)
+    end = whole[0][3]  # some answers have it, and others do not
+    cut = [said[: said.index(end)] if end in said else said for said in whole]
+    assert {len(said) for said in cut} >= {whole[0].index(end), 9}
+    assert answers(model, prompts, 9, end=end) == cut
+    assert answers(model, [[end, *prompts[0]]], 1, end=end) == answers(model, [[end, 3, 4, 5]], 1)
+    calls: list[int] = []
+    original = self_written.logits_of
+    monkeypatch.setattr(self_written, "logits_of", lambda out: calls.append(1) or original(out))
+    answers(model, [prompts[0]], 9, end=end)
+    assert len(calls) == whole[0].index(end) + 1
+
+
 @pytest.mark.parametrize("logits_at_once", [1 << 25, 1])
 def test_answers_to_prompts_of_all_lengths_are_greedy(
     memorised: Memorised,

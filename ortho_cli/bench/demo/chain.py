@@ -96,7 +96,8 @@ def _filled(settings: Settings, box: Sandbox, artifact: Path) -> Settings:
 
 def _check(settings: Settings, keep: Path | None) -> None:
     """Refuse settings that would fail only after minutes of training."""
-    if settings.data or settings.forget or settings.nonmember or settings.unlisted:
+    given = (settings.data, settings.forget, settings.nonmember, settings.unlisted)
+    if any((*given, settings.suites)):
         raise UsageError(
             "without an artifact the bench brings its own data",
             hint="name the artifact first: ortho bench ARTIFACT --data FILE",

@@ -44,6 +44,26 @@ FIGURES = (
     ("kl", "KL to the original, nats", ".4f"),
     ("agreement", "agreement with it", "%"),
     ("skill", "skill, exact", "%"),
+    ("tofu.forget_quality", "TOFU: forget quality, p", ".2g"),
+    ("tofu.forget_truth_ratio", "  truth ratio, forget set", ".2f"),
+    ("tofu.model_utility", "TOFU: model utility", ".2f"),
+    *(
+        (f"tofu.{name}.{figure}", f"  {label}, {words}", ".2f")
+        for name, label in (
+            ("retain", "retain"),
+            ("real_authors", "authors"),
+            ("world_facts", "facts"),
+        )
+        for figure, words in (
+            ("probability", "probability"),
+            ("rouge_l", "ROUGE-L"),
+            ("truth_ratio", "1 - R"),
+        )
+    ),
+    ("muse.verbmem", "MUSE: VerbMem", ".2f"),
+    ("muse.knowmem_forget", "  KnowMem, forget", ".2f"),
+    ("muse.knowmem_retain", "  KnowMem, retain", ".2f"),
+    ("muse.privleak", "  PrivLeak, percent", ".0f"),
     ("latency.prefill", "prefill, tokens/s", ",.0f"),
     ("latency.decode", "decode, tokens/s", ",.1f"),
     ("latency.memory", "memory", "size"),
@@ -148,7 +168,8 @@ def _cell(figure: Document | None, form: str) -> Text:
     if "low" in figure:
         # One percent sign, after the value, serves all three.
         low, high = (_number(figure.number(end), form).rstrip("%") for end in ("low", "high"))
-        text.append(f"\n{low}-{high}", style="dim")
+        between = " to " if figure.number("low") < 0 else "-"
+        text.append(f"\n{low}{between}{high}", style="dim")
     return text
 
 
