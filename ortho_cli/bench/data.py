@@ -12,14 +12,12 @@ from torch import Tensor
 from ortho_cli.bench.plan import CONTEXT, NEEDS, TEXT_FIGURES, Settings
 from ortho_cli.errors import CalibrationError, CheckpointError, UsageError
 from ortho_cli.events import Event, Noted
-from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import Artifact
 from ortho_cli.model import load as models
 from ortho_cli.model.rows import Row, Text
-from ortho_cli.model.secrets import Secret, TokenSecret, encode, overlap, read_secrets
+from ortho_cli.model.secrets import Secret, TokenSecret, encode, overlap, read_secrets, said
 from ortho_cli.model.text import TokenSequence, pair_sequences, read_rows, text_windows
 from ortho_cli.model.tokenizer import Tokenizer
-from ortho_cli.storage import strict_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +65,17 @@ def gather(settings: Settings, opened: Artifact) -> Material:
         limit = max(1, settings.tokens // context)
         return torch.tensor(text_windows(rows, tokenizer, length=context, limit=limit))
 
+    positions = models.positions_of(opened.folder) if any(texts[1:]) else None
+
+    def tokens_of(secrets: Sequence[Secret]) -> tuple[TokenSecret, ...]:
+        return tuple(encode(secrets, tokenizer, positions=positions))
+
     listed, others, unlisted, keep = (
         read_secrets(files, seed=settings.seed, on_event=events.append) if files else []
         for files in texts[1:]
     )
-    _refuse_overlap(listed, keep)
+    for rows_of, what in ((keep, "kept"), (others, "never seen"), (unlisted, "left unlisted")):
+        _refuse_overlap(listed, rows_of, what)
     shown = settings.show_secrets
     return Material(
         tokenizer=tokenizer,
@@ -80,26 +84,29 @@ def gather(settings: Settings, opened: Artifact) -> Material:
             name: windows_of(read_rows([file], events.append)[0]) for name, file in settings.kinds
         },
         pairs=tuple(pair_sequences(pairs, tokenizer)) if pairs else (),
-        secrets=tuple(encode(listed, tokenizer)),
-        nonmembers=tuple(encode(others, tokenizer)),
-        unlisted=tuple(encode(unlisted, tokenizer)),
-        keep=tuple(encode(keep, tokenizer)),
+        secrets=tokens_of(listed),
+        nonmembers=tokens_of(others),
+        unlisted=tokens_of(unlisted),
+        keep=tokens_of(keep),
         texts=tuple(one.prompt + one.secret for one in listed) if shown else (),
         unlisted_texts=tuple(one.prompt + one.secret for one in unlisted) if shown else (),
         notes=(
             *(one.message for one in events if isinstance(one, Noted)),
             *_notes(listed, running),
+            *_notes_of_draws((*listed, *others, *unlisted, *keep)),
         ),
     )
 
 
-def _refuse_overlap(listed: Sequence[Secret], keep: Sequence[Secret]) -> None:
-    """Refuse a row that is both to be forgotten and to be kept."""
-    rows = {(one.prompt, one.secret): one for one in keep}
+def _refuse_overlap(listed: Sequence[Secret], others: Sequence[Secret], what: str) -> None:
+    """Refuse a row that is both to be forgotten and else; case and blanks do not count."""
+    rows = {said(one).casefold(): one for one in others}
     for one in listed:
-        if other := rows.get((one.prompt, one.secret)):
+        if other := rows.get(said(one).casefold()):
+            same = (one.prompt, one.secret) == (other.prompt, other.secret)
             raise CalibrationError(
-                f"{one.where} is to be forgotten, and {other.where} is the same row, to be kept",
+                f"{one.where} is to be forgotten, and {other.where} is the same row"
+                f"{'' if same else ' but for case or blanks'}, to be {what}",
                 hint="leave it out of one of the two files",
             )
 
@@ -110,19 +117,21 @@ def _notes(listed: Sequence[Secret], running: Sequence[Text]) -> Iterator[str]:
         yield (
             f"{count} of {len(listed)} secrets occur in the held-out text: it rewards keeping them"
         )
-    coarse = sum(one.drawn == "others" for one in listed)
-    if coarse:
-        few = min(len(one.alternatives) for one in listed)
+
+
+def _notes_of_draws(secrets: Sequence[Secret]) -> Iterator[str]:
+    bare = sum(one.drawn == "model" for one in secrets)
+    if bare:
         yield (
-            f"{coarse} of {len(listed)} secrets have only other secrets for alternatives ({few}): "
-            "exposure is coarse; give a `pattern`"
+            f"{bare} of {len(secrets)} secrets have neither `alternatives` nor a `pattern`: they "
+            "are compared with what the source itself writes, which is likelier to it than most "
+            "text that it never saw; give `alternatives`, or a `pattern` such as ` {digit:6}`"
         )
 
 
 def context_of(settings: Settings, folder: Path) -> int:
     """Tokens of a window of running text."""
-    positions = strict_json.read(folder / artifact.CONFIG_FILE).get("max_position_embeddings")
-    positions = positions if type(positions) is int and positions > 0 else None
+    positions = models.positions_of(folder)
     most = positions or CONTEXT
     if settings.context is None:
         return min(CONTEXT, most)
