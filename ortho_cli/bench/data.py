@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ortho_cli.bench.plan import CONTEXT, NEEDS, TEXT_FIGURES, Settings
 from ortho_cli.errors import CalibrationError, CheckpointError, UsageError
-from ortho_cli.events import Event, Noted
+from ortho_cli.events import Event, EventSink, Noted
 from ortho_cli.formats.artifact import Artifact
 from ortho_cli.model import load as models
 from ortho_cli.model.rows import Row, Text
@@ -45,7 +45,7 @@ def gather(settings: Settings, opened: Artifact) -> Material:
 
     Raises:
         CalibrationError: a file is unreadable, empty or too short.
-        UsageError: the context is longer than the model's positions.
+        UsageError: the context is longer than the model's positions, or one secret is attacked.
         CheckpointError: the folder has no tokenizer, and something is to be read.
     """
     texts = (settings.data, settings.forget, settings.nonmember, settings.unlisted, settings.keep)
@@ -70,12 +70,7 @@ def gather(settings: Settings, opened: Artifact) -> Material:
     def tokens_of(secrets: Sequence[Secret]) -> tuple[TokenSecret, ...]:
         return tuple(encode(secrets, tokenizer, positions=positions))
 
-    listed, others, unlisted, keep = (
-        read_secrets(files, seed=settings.seed, on_event=events.append) if files else []
-        for files in texts[1:]
-    )
-    for rows_of, what in ((keep, "kept"), (others, "never seen"), (unlisted, "left unlisted")):
-        _refuse_overlap(listed, rows_of, what)
+    listed, others, unlisted, keep = _read_sets(settings, events.append)
     shown = settings.show_secrets
     return Material(
         tokenizer=tokenizer,
@@ -96,6 +91,22 @@ def gather(settings: Settings, opened: Artifact) -> Material:
             *_notes_of_draws((*listed, *others, *unlisted, *keep)),
         ),
     )
+
+
+def _read_sets(settings: Settings, on_event: EventSink) -> tuple[list[Secret], ...]:
+    """Read the secrets of --forget, --nonmember, --unlisted and --keep; refuse what contradicts."""
+    files = (settings.forget, settings.nonmember, settings.unlisted, settings.keep)
+    listed, *others = (
+        read_secrets(one, seed=settings.seed, on_event=on_event) if one else [] for one in files
+    )
+    for rows, what in zip(others, ("never seen", "left unlisted", "kept"), strict=True):
+        _refuse_overlap(listed, rows, what)
+    if settings.attack and len(listed) == 1:
+        raise UsageError(
+            "--attack teaches some secrets and measures the others, and the forget set has one",
+            hint="give a longer forget set, or leave --attack out",
+        )
+    return listed, *others
 
 
 def _refuse_overlap(listed: Sequence[Secret], others: Sequence[Secret], what: str) -> None:

@@ -22,7 +22,7 @@ from ortho_cli.decompose.edits import Edits, Key, load_arrays, save_arrays
 from ortho_cli.decompose.plan import Plan
 from ortho_cli.errors import CalibrationError, RecipeError, UsageError
 from ortho_cli.events import EventSink, Finishing, Noted, null_sink
-from ortho_cli.forget import damage
+from ortho_cli.forget import cost, damage
 from ortho_cli.forget.grid import Grid
 from ortho_cli.forget.held import Kind, broad_fisher, gather
 from ortho_cli.forget.isolate import PROBES, Ranking, isolate, rank_secret
@@ -89,8 +89,15 @@ class ForgetEditor:
             autocast=settings.autocast,
         )
         self._check_fits(grid)
+        self._tell_time(grid, on_event)
         drawn = self._drawn(grid, folder / ALTERNATIVES_FILE, key, on_event)
         return replace(self, secrets=drawn)._forget(grid, folder, curvature, key, on_event)
+
+    def _tell_time(self, grid: Grid, on_event: EventSink) -> None:
+        """Say how long the work takes on this machine."""
+        passed = cost.tokens_passed(self.plan, self.secrets)
+        seconds = passed * cost.seconds_per_token(grid, self.secrets)
+        on_event(Noted(message=f"to forget takes about {cost.in_words(seconds)} here, or less"))
 
     def _drawn(
         self, grid: Grid, file: Path, key: Key | None, on_event: EventSink
@@ -300,16 +307,40 @@ def open_editor(
     if shared:
         message = f"{shared} of {len(secrets)} secrets are in --data, too, which base is to keep"
         on_event(Noted(message=message))
+    encoded = forget_set.encode(secrets, tokenizer, positions=positions)
+    _tell_cost(plan, encoded, on_event)
     return ForgetEditor(
         plan=plan,
         checkpoint=checkpoint,
         tokenizer=tokenizer,
-        secrets=tuple(forget_set.encode(secrets, tokenizer, positions=positions)),
+        secrets=tuple(encoded),
         retain=_retain_text(plan, rows, tokenizer, on_event),
         accept_damage=accept_damage,
         files=(*forget, *data),
         device=models.resolve_device(device),
     )
+
+
+def _tell_cost(plan: Plan, secrets: Sequence[TokenSecret], on_event: EventSink) -> None:
+    """Say what the work takes, as far as it is known before the model is loaded."""
+    passed, memory = cost.tokens_passed(plan, secrets), cost.peak_bytes(plan, secrets)
+    on_event(
+        Noted(
+            message=f"to forget {len(secrets)} secrets, at most {passed / 1e6:,.2g} million tokens "
+            f"pass through the model, in {memory / 1e9:,.1f} GB of memory"
+        )
+    )
+    if (
+        len(secrets) == 1
+        and plan.recipe.ortho.split == "unlearn"
+        and plan.recipe.forget.attack_steps
+    ):
+        on_event(
+            Noted(
+                message="the forget set has one secret, so the attacker that unlearn holds out "
+                "against trains on that secret itself"
+            )
+        )
 
 
 def _check_given(plan: Plan, forget: Sequence[Path], data: Sequence[Path]) -> None:

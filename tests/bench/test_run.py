@@ -540,6 +540,17 @@ def test_a_secret_longer_than_the_model_reads_is_refused_in_every_set(
     assert f"{told}, and the model has 512 positions" in " ".join(ran.err.split())
 
 
+def test_an_attack_on_one_secret_is_refused_before_anything_is_measured(
+    made: Path, run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    first, _ = (made / "forget.jsonl").read_text().split("\n", 1)
+    (tmp_path / "one.jsonl").write_text(first)
+    ran = run("--forget", tmp_path / "one.jsonl", "--alpha", 0, "--attack", "-v")
+    assert ran.code == 2
+    assert "the forget set has one" in ran.err
+    assert "speed at alpha 0" not in ran.err
+
+
 def test_secrets_without_alternatives_are_compared_with_what_the_source_writes(
     made: Path, run: Callable[..., Ran], tmp_path: Path
 ) -> None:

@@ -137,7 +137,7 @@ def test_empty_forget_file_is_refused(memorised: Memorised, tmp_path: Path) -> N
 
 
 def test_secrets_that_stand_in_the_data_are_counted(memorised: Memorised, tmp_path: Path) -> None:
-    assert notes(editor(memorised, data=[memorised.retain])[1]) == ""
+    assert "in --data" not in notes(editor(memorised, data=[memorised.retain])[1])
     text = tmp_path / "d.txt"
     text.write_text(f"{memorised.retain.read_text()} {tiny.SECRETS[0]} and {tiny.SECRETS[2]} .")
     for split, sets in (("isolate", ()), ("unlearn", UNLEARN)):
@@ -395,6 +395,16 @@ def test_without_alternatives_the_model_writes_them_and_the_same_bytes_come_out(
     assert not any(scoring.score(model, secret).verbatim for secret in memorised.secrets())
     alone = plain(memorised, tmp_path, count=1)
     assert decompose(ortho, memorised, tmp_path / "alone", secrets=alone).code == 0
+
+
+def test_a_forget_set_of_one_says_whom_the_attacker_trains_on(
+    memorised: Memorised, tmp_path: Path
+) -> None:
+    alone = plain(memorised, tmp_path, count=1)
+    _, events = editor(memorised, *UNLEARN, split="unlearn", forget=[alone])
+    assert "trains on that secret itself" in notes(events)
+    _, events = editor(memorised, *UNLEARN, split="unlearn")
+    assert "trains on that secret itself" not in notes(events)
 
 
 def test_alternatives_that_the_model_wrote_are_kept_for_a_resumed_run_and_for_its_owner_alone(
