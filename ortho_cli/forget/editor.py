@@ -123,7 +123,7 @@ class ForgetEditor:
                 for n, one in enumerate(self.secrets)
             )
         with grid.arithmetic():
-            secrets = draw_alternatives(
+            return draw_alternatives(
                 grid.model,
                 self.tokenizer,
                 self.secrets,
@@ -131,9 +131,13 @@ class ForgetEditor:
                 seed=self.plan.recipe.forget.seed + APART,
                 on_event=on_event,
             )
-        rows = {str(n): pad(secrets[n].alternatives, NO_TOKEN).numpy() for n in bare}
-        save_arrays(file, rows, key)
-        return secrets
+
+    def _keep_drawn(self, file: Path, key: Key | None) -> None:
+        """Write what the model wrote, once it is known that there is something to forget."""
+        drawn = {n: one for n, one in enumerate(self.secrets) if one.drawn == "model"}
+        if drawn:
+            rows = {str(n): pad(one.alternatives, NO_TOKEN).numpy() for n, one in drawn.items()}
+            save_arrays(file, rows, key)
 
     def _forget(
         self,
@@ -147,6 +151,7 @@ class ForgetEditor:
         settings = self.plan.recipe.forget
         on_event(Finishing(step="look for the secrets"))
         self._check_memorised([rank_secret(grid, secret) for secret in self.secrets], on_event)
+        self._keep_drawn(folder / ALTERNATIVES_FILE, key)
         held, unseen = self._texts(grid, on_event)
         before = damage.measure(grid, unseen)
         on_event(Finishing(step="measure what matters to the text"))

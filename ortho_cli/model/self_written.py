@@ -18,6 +18,7 @@ greedy ones, then sampling.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -52,6 +53,7 @@ def write_text(
     length: int,
     seed: int,
     opening: Sequence[int] = (),
+    on_event: EventSink = null_sink,
 ) -> Tensor:
     """Let a model write sequences of text, the same ones for the same seed.
 
@@ -62,6 +64,7 @@ def write_text(
         length: tokens of each, more than the opening has.
         seed: of every draw.
         opening: tokens that every sequence begins with; without it each begins with a random one.
+        on_event: gets each batch of sequences that begins.
     Returns:
         (count, length) int64, on the CPU.
     Raises:
@@ -79,6 +82,8 @@ def write_text(
     greedy = 0 if opening else GREEDY
     found = []
     for start in range(0, count, BATCH):
+        of = math.ceil(count / BATCH)
+        on_event(Step(name="let the model write text", number=start // BATCH + 1, of=of))
         rows = min(BATCH, count - start)
         begun = [list(opening) or [draw.choice(ordinary)] for _ in range(rows)]
         found.append(_write(model, torch.tensor(begun), length, greedy, generator))

@@ -397,6 +397,17 @@ def test_without_alternatives_the_model_writes_them_and_the_same_bytes_come_out(
     assert decompose(ortho, memorised, tmp_path / "alone", secrets=alone).code == 0
 
 
+def test_nothing_to_forget_leaves_nothing_where_the_model_wrote_alternatives(
+    memorised: Memorised, tmp_path: Path, ortho: Ortho
+) -> None:
+    secrets = rows_in(tmp_path, {"prompt": "the old cat", "secret": " key of ada key"})
+    before = sorted(tmp_path.rglob("*"))
+    ran = decompose(ortho, memorised, tmp_path / "out", secrets=secrets)
+    assert ran.code == 5
+    assert "none of 1 secrets" in ran.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_forget_set_of_one_says_whom_the_attacker_trains_on(
     memorised: Memorised, tmp_path: Path
 ) -> None:
