@@ -300,6 +300,9 @@ def test_killed_run_reads_the_text_that_it_wrote_and_gives_the_same_bytes(model:
         if until == 99:
             finished.append(out.read_bytes())
             out.unlink()
+        else:
+            text = work_folder(out) / "private" / work.TEXT_FILE
+            assert text.exists() == (until > 0)
     assert len(finished) == 3
     assert len(set(finished)) == 1
 
