@@ -13,15 +13,13 @@ from ortho_cli.bench.attacks import ATTACKS, second_half
 from ortho_cli.bench.plan import CONTEXT, NEEDS, TEXT_FIGURES, Settings
 from ortho_cli.bench.suites import Suites, read_suites
 from ortho_cli.errors import CalibrationError, CheckpointError, UsageError
-from ortho_cli.events import Event, Noted
-from ortho_cli.formats import artifact
+from ortho_cli.events import Event, EventSink, Noted
 from ortho_cli.formats.artifact import Artifact
 from ortho_cli.model import load as models
 from ortho_cli.model.rows import Row, Text
-from ortho_cli.model.secrets import Secret, TokenSecret, encode, overlap, read_secrets
+from ortho_cli.model.secrets import Secret, TokenSecret, encode, overlap, read_secrets, said
 from ortho_cli.model.text import TokenSequence, pair_sequences, read_rows, text_windows
 from ortho_cli.model.tokenizer import Tokenizer
-from ortho_cli.storage import strict_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +48,8 @@ def gather(settings: Settings, opened: Artifact) -> Material:
 
     Raises:
         CalibrationError: a file is unreadable, empty or too short, or a row of a suite is wrong.
-        UsageError: the context is longer than the model's positions, or a folder has no suite.
+        UsageError: the context is longer than the model's positions, one secret is attacked, or a
+            folder has no suite.
         CheckpointError: the folder has no tokenizer, and something is to be read.
     """
     texts = (settings.data, settings.forget, settings.nonmember, settings.unlisted, settings.keep)
@@ -70,14 +69,15 @@ def gather(settings: Settings, opened: Artifact) -> Material:
         limit = max(1, settings.tokens // context)
         return torch.tensor(text_windows(rows, tokenizer, length=context, limit=limit))
 
-    listed, others, unlisted, keep = (
-        read_secrets(files, seed=settings.seed, on_event=events.append) if files else []
-        for files in texts[1:]
-    )
-    _refuse_overlap(listed, keep)
-    suites = read_suites(settings, tokenizer, positions=_positions(opened.folder), listed=listed)
+    positions = models.positions_of(opened.folder) if any((*texts[1:], settings.suites)) else None
+
+    def tokens_of(secrets: Sequence[Secret]) -> tuple[TokenSecret, ...]:
+        return tuple(encode(secrets, tokenizer, positions=positions))
+
+    listed, others, unlisted, keep = _read_sets(settings, events.append)
+    suites = read_suites(settings, tokenizer, positions=positions, listed=listed)
     shown = settings.show_secrets
-    secrets = tuple(encode(listed, tokenizer))
+    secrets = tokens_of(listed)
     return Material(
         tokenizer=tokenizer,
         windows=windows_of(running) if running else None,
@@ -86,28 +86,47 @@ def gather(settings: Settings, opened: Artifact) -> Material:
         },
         pairs=tuple(pair_sequences(pairs, tokenizer)) if pairs else (),
         secrets=secrets,
-        nonmembers=tuple(encode(others, tokenizer)),
-        unlisted=tuple(encode(unlisted, tokenizer)),
-        keep=tuple(encode(keep, tokenizer)),
+        nonmembers=tokens_of(others),
+        unlisted=tokens_of(unlisted),
+        keep=tokens_of(keep),
         suites=suites,
         texts=tuple(one.prompt + one.secret for one in listed) if shown else (),
         unlisted_texts=tuple(one.prompt + one.secret for one in unlisted) if shown else (),
         notes=(
             *(one.message for one in events if isinstance(one, Noted)),
             *_notes(listed, running),
+            *_notes_of_draws((*listed, *others, *unlisted, *keep)),
             *(_notes_on_halves(secrets) if settings.attack else ()),
             *suites.notes,
         ),
     )
 
 
-def _refuse_overlap(listed: Sequence[Secret], keep: Sequence[Secret]) -> None:
-    """Refuse a row that is both to be forgotten and to be kept."""
-    rows = {(one.prompt, one.secret): one for one in keep}
+def _read_sets(settings: Settings, on_event: EventSink) -> tuple[list[Secret], ...]:
+    """Read the secrets of --forget, --nonmember, --unlisted and --keep; refuse what contradicts."""
+    files = (settings.forget, settings.nonmember, settings.unlisted, settings.keep)
+    listed, *others = (
+        read_secrets(one, seed=settings.seed, on_event=on_event) if one else [] for one in files
+    )
+    for rows, what in zip(others, ("never seen", "left unlisted", "kept"), strict=True):
+        _refuse_overlap(listed, rows, what)
+    if settings.attack and len(listed) == 1:
+        raise UsageError(
+            "--attack teaches some secrets and measures the others, and the forget set has one",
+            hint="give a longer forget set, or leave --attack out",
+        )
+    return listed, *others
+
+
+def _refuse_overlap(listed: Sequence[Secret], others: Sequence[Secret], what: str) -> None:
+    """Refuse a row that is both to be forgotten and else; case and blanks do not count."""
+    rows = {said(one).casefold(): one for one in others}
     for one in listed:
-        if other := rows.get((one.prompt, one.secret)):
+        if other := rows.get(said(one).casefold()):
+            same = (one.prompt, one.secret) == (other.prompt, other.secret)
             raise CalibrationError(
-                f"{one.where} is to be forgotten, and {other.where} is the same row, to be kept",
+                f"{one.where} is to be forgotten, and {other.where} is the same row"
+                f"{'' if same else ' but for case or blanks'}, to be {what}",
                 hint="leave it out of one of the two files",
             )
 
@@ -118,12 +137,15 @@ def _notes(listed: Sequence[Secret], running: Sequence[Text]) -> Iterator[str]:
         yield (
             f"{count} of {len(listed)} secrets occur in the held-out text: it rewards keeping them"
         )
-    coarse = sum(one.drawn == "others" for one in listed)
-    if coarse:
-        few = min(len(one.alternatives) for one in listed)
+
+
+def _notes_of_draws(secrets: Sequence[Secret]) -> Iterator[str]:
+    bare = sum(one.drawn == "model" for one in secrets)
+    if bare:
         yield (
-            f"{coarse} of {len(listed)} secrets have only other secrets for alternatives ({few}): "
-            "exposure is coarse; give a `pattern`"
+            f"{bare} of {len(secrets)} secrets have neither `alternatives` nor a `pattern`: they "
+            "are compared with what the source itself writes, which is likelier to it than most "
+            "text that it never saw; give `alternatives`, or a `pattern` such as ` {digit:6}`"
         )
 
 
@@ -138,7 +160,7 @@ def _notes_on_halves(secrets: Sequence[TokenSecret]) -> Iterator[str]:
 
 def context_of(settings: Settings, folder: Path) -> int:
     """Tokens of a window of running text."""
-    positions = _positions(folder)
+    positions = models.positions_of(folder)
     most = positions or CONTEXT
     if settings.context is None:
         return min(CONTEXT, most)
@@ -148,12 +170,6 @@ def context_of(settings: Settings, folder: Path) -> int:
             hint=f"--context {positions}",
         )
     return settings.context
-
-
-def _positions(folder: Path) -> int | None:
-    """Positions of a model; None where its config names no limit."""
-    positions = strict_json.read(folder / artifact.CONFIG_FILE).get("max_position_embeddings")
-    return positions if type(positions) is int and positions > 0 else None
 
 
 def unfit(settings: Settings, material: Material) -> dict[str, str]:

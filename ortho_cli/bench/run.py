@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import logging
 from collections import Counter
@@ -51,7 +52,14 @@ from ortho_cli.formats.artifact import Artifact
 from ortho_cli.formats.open_artifact import no_ortho, open_artifact
 from ortho_cli.model import load as models
 from ortho_cli.model import scoring
-from ortho_cli.model.self_written import FEWEST, common_opening, without_secrets, write_text
+from ortho_cli.model.self_written import (
+    BATCH,
+    FEWEST,
+    common_opening,
+    draw_alternatives,
+    without_secrets,
+    write_text,
+)
 from ortho_cli.runtime.engine import at_alpha, densify, write_dense
 from ortho_cli.runtime.ortho_linear import OrthoLinear
 from ortho_cli.runtime.pretrained import load
@@ -62,6 +70,7 @@ log = logging.getLogger(__name__)
 
 PROMPT = 128  # tokens of the pass that is timed
 WRITTEN_LENGTH = 128  # tokens of each text that the source writes: a paragraph
+DRAWN = BATCH  # alternatives to a secret without any: what one pass of the source writes at once
 WRITTEN_TOKENS = 4096  # of each kind: the ratio of two perplexities is then sure to about 1 %
 
 
@@ -169,7 +178,8 @@ def _measure_all(
         total = sum(counts.values())
         moved = Moved(count=total, share=total / unsplit.split_weights)
     writes = material.tokenizer is not None and bool(opened.ortho or settings.model)
-    begin = _Steps(settings, on_event, counts, attacks=len(attacks), writes=writes)
+    writing = writes + _bare(material)
+    begin = _Steps(settings, on_event, counts, attacks=len(attacks), writes=writing)
     speed = {}
     for alpha in settings.alphas:
         begin(f"speed at alpha {alpha:g}")
@@ -183,34 +193,50 @@ def _measure_all(
         device.type, torch.bfloat16, enabled=settings.autocast, cache_enabled=False
     ):
         original = _load_other(settings.model, device, _vocabulary(model))
-        kinds = _texts(work, model, layers, original, writes=writes)
+        if original is None:
+            write_dense(model, layers, 1.0 if opened.ortho else 0.0)
+        source = original or model
+        work = replace(work, material=_with_alternatives(work, source), original=original)
         public = settings.public and open_public(settings.public, model, layers)
-        work = replace(work, kinds=kinds, original=original, public=public or None)
+        work = replace(work, kinds=_texts(work, source, writes=writes), public=public or None)
         rows = list(_measure_rows(work, model, layers, counts, speed))
-    return tuple(_with_ratios(rows, settings.seed)), unsplit, moved, kinds
+    return tuple(_with_ratios(rows, settings.seed)), unsplit, moved, work.kinds
 
 
-def _texts(
-    work: _Work,
-    model: nn.Module,
-    layers: Mapping[str, OrthoLinear],
-    original: nn.Module | None,
-    *,
-    writes: bool,
-) -> dict[str, Tensor]:
-    """Gather windows of each kind of text: those of files, and what the source itself writes.
+SETS = ("secrets", "nonmembers", "unlisted", "keep")  # of `Material`
 
-    The source is the original where it is given, else alpha 1.
+
+def _bare(material: Material) -> bool:
+    """Whether a secret has no alternatives yet."""
+    return not all(one.alternatives for name in SETS for one in getattr(material, name))
+
+
+def _with_alternatives(work: _Work, source: nn.Module) -> Material:
+    """Let the source write alternatives for secrets that have none.
+
+    The source is the original where it is given, else alpha 1, or base without ortho.
     """
+    material = work.material
+    if material.tokenizer is None or not _bare(material):
+        return material
+    work.begin("alternatives that the source writes")
+    every = [one for name in SETS for one in getattr(material, name)]
+    seed = work.settings.seed
+    drawn = iter(draw_alternatives(source, material.tokenizer, every, count=DRAWN, seed=seed))
+    secrets, nonmembers, unlisted, keep = (
+        tuple(itertools.islice(drawn, len(getattr(material, name)))) for name in SETS
+    )
+    return replace(material, secrets=secrets, nonmembers=nonmembers, unlisted=unlisted, keep=keep)
+
+
+def _texts(work: _Work, source: nn.Module, *, writes: bool) -> dict[str, Tensor]:
+    """Gather windows of each kind of text: those of files, and what the source itself writes."""
     material, settings = work.material, work.settings
     given = {} if material.windows is None else {"data": material.windows}
     found = {**given, **material.kinds}
     if material.tokenizer is None or not writes:
         return found
     work.begin("text that the source writes")
-    if original is None:
-        write_dense(model, layers, 1.0)
-    source = original or model
     context = context_of(settings, settings.artifact)
     length = min(WRITTEN_LENGTH, context)
     count = max(1, min(WRITTEN_TOKENS, settings.tokens) // length)
@@ -273,7 +299,7 @@ class _Steps:
         counts: Mapping[str, int],
         *,
         attacks: int,
-        writes: bool,
+        writes: int,
     ) -> None:
         attacked = 1 + (settings.reference_model is not None)
         edited = settings.controls and any(counts.values())

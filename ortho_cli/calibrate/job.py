@@ -4,12 +4,13 @@
 
 Sums are in files, not in memory: one float32 per weight and set, and a second file of the same size
 (see `sums`). A killed run resumes after its last finished chunk of sequences, and ends in the same
-bytes.
+bytes. Where no text is given, the model writes it first, once: a resumed run reads it from a file.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
@@ -22,8 +23,9 @@ import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
-from ortho_cli.calibrate.plan import CalibrationPlan, Set
+from ortho_cli.calibrate.plan import CalibrationPlan, DataSet, Set
 from ortho_cli.calibrate.sums import Sums
+from ortho_cli.decompose.edits import load_arrays, save_arrays
 from ortho_cli.decompose.refusals import refuse_quantized
 from ortho_cli.errors import CalibrationError
 from ortho_cli.events import EventSink, Finishing, Measuring, Noted, SequencesDone, null_sink
@@ -33,6 +35,7 @@ from ortho_cli.formats.statistics import Measured
 from ortho_cli.model import hooks
 from ortho_cli.model import load as models
 from ortho_cli.model.scoring import pad
+from ortho_cli.model.self_written import write_text
 from ortho_cli.model.text import TokenSequence
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.storage import job
@@ -46,6 +49,7 @@ log = logging.getLogger(__name__)
 
 # Sequences from one sync of the sums to the next: a kill costs at most this many.
 CHUNK_SEQUENCES = 16
+TEXT_FILE = "text.npz"  # in private/ of the work folder: the text that the model wrote
 
 KIND = Kind(name="statistics file", is_ours=statistics.is_statistics, is_file=True)
 
@@ -109,7 +113,7 @@ def calibrate(
         What was measured.
     Raises:
         CalibrationError: a weight that no token reached, or that is no Linear of the model.
-        NumericalError: a gradient is NaN or infinite.
+        NumericalError: a gradient is NaN or infinite, or a logit of text that is written.
         OutputExistsError: half-done work of another plan is beside the output.
         Interrupted: Ctrl-C; finished chunks are kept.
     """
@@ -165,6 +169,7 @@ class _Job:
             }
             for name, data in plan.sets.items()
         }
+        self._model: nn.Module | None = None
         self._sums: dict[Set, Sums] = {}
         self._nll: dict[Set, float] = {}
         # Statistics of private data are for their owner alone.
@@ -173,6 +178,10 @@ class _Job:
     def run(self, source: str, digests: dict[str, str]) -> Calibration:
         """Measure what no earlier run has measured, and write the file."""
         work, resumed = self._work, 0
+        if self._plan.sets["retain"].is_unwritten:
+            sets = dict(self._plan.sets)
+            sets["retain"] = self._written(sets["retain"])
+            self._plan = dataclasses.replace(self._plan, sets=sets)
         for name, chunks in self._chunks.items():
             layout = self._plan.sums(name)
             files = [DataFile(work, f"{name}.{turn}", layout, mode=self._mode) for turn in range(2)]
@@ -186,19 +195,54 @@ class _Job:
         self._on_event(Finishing(step="write"))
         return self._write(source, digests)
 
-    def _measure(self, resumed: int) -> None:
-        settings = self._plan.settings
-        # Without autocast all is float32; with it, weights keep their dtype.
-        dtype = None if settings.autocast else torch.float32
-        model = models.load_model(self._checkpoint.folder, dtype=dtype, device=self._device)
-        everything = [s for data in self._plan.sets.values() for s in data.sequences]
-        models.check_fits(
-            model,
-            length=max(len(sequence.tokens) for sequence in everything),
-            largest_token=max(max(sequence.tokens) for sequence in everything),
+    def _written(self, blank: DataSet) -> DataSet:
+        """Let the model write the text of a set, or take what it wrote in an earlier run."""
+        file = self._work.private / TEXT_FILE
+        held = load_arrays(file)
+        if held is None:
+            with self._arithmetic():
+                text = write_text(
+                    self._loaded(),
+                    models.load_tokenizer(self._checkpoint.folder),
+                    count=len(blank.sequences),
+                    length=len(blank.sequences[0].tokens),
+                    seed=blank.seed or 0,
+                    on_event=self._on_event,
+                )
+            held = {"tokens": text.numpy()}
+            save_arrays(file, held)
+        tokens = held["tokens"].astype("<i8")
+        return dataclasses.replace(
+            blank,
+            sequences=tuple(TokenSequence(tokens=tuple(row)) for row in tokens.tolist()),
+            digest=blake3(tokens.tobytes()).hexdigest(),
         )
+
+    def _arithmetic(self) -> torch.autocast:
+        return torch.autocast(
+            self._device.type, torch.bfloat16, enabled=self._plan.settings.autocast
+        )
+
+    def _loaded(self) -> nn.Module:
+        """Load the model, once, and check that it can read the sequences."""
+        if self._model is None:
+            # Without autocast all is float32; with it, weights keep their dtype.
+            dtype = None if self._plan.settings.autocast else torch.float32
+            model = models.load_model(self._checkpoint.folder, dtype=dtype, device=self._device)
+            everything = [s for data in self._plan.sets.values() for s in data.sequences]
+            models.check_fits(
+                model,
+                length=max(len(sequence.tokens) for sequence in everything),
+                largest_token=max(max(sequence.tokens) for sequence in everything),
+            )
+            self._model = model
+        return self._model
+
+    def _measure(self, resumed: int) -> None:
+        settings, model = self._plan.settings, self._loaded()
         linears = models.find_linears(model, [tensor.name for tensor in self._plan.tensors])
-        self._on_event(Measuring(sequences=len(everything), resumed=resumed))
+        total = sum(len(data.sequences) for data in self._plan.sets.values())
+        self._on_event(Measuring(sequences=total, resumed=resumed))
         for name, chunks in self._chunks.items():
             with hooks.Capture(
                 linears,
@@ -244,10 +288,7 @@ class _Job:
         gram = settings.curvature == "gram"
         capture.begin(len(batch), counted if gram else there, counted)
         options = {} if bool(there.all()) else {"attention_mask": there.long()}
-        with (
-            torch.set_grad_enabled(not gram),
-            torch.autocast(self._device.type, torch.bfloat16, enabled=settings.autocast),
-        ):
+        with torch.set_grad_enabled(not gram), self._arithmetic():
             logits = model(input_ids=tokens, use_cache=False, **options).logits
         nll = 0.0
         gradient = torch.zeros(0) if gram else torch.empty_like(logits)

@@ -11,7 +11,7 @@ from typing import Literal
 from ortho_cli.decompose.selection import conv1d_names, select
 from ortho_cli.decompose.settings import Calibrate, Recipe
 from ortho_cli.errors import RecipeError
-from ortho_cli.events import EventSink, null_sink
+from ortho_cli.events import EventSink, Noted, null_sink
 from ortho_cli.formats import statistics
 from ortho_cli.model import load as models
 from ortho_cli.model.hooks import Part
@@ -25,10 +25,20 @@ Set = Literal["retain", "forget"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSet:
-    """The sequences of one set, and the BLAKE3 of its files."""
+    """The sequences of one set, and the BLAKE3 of its files, or of the tokens of written text.
+
+    `seed`: of text that the model itself writes. Until the job has let it do so, there is no digest
+    and every token is 0: sizes are known before, and tokens are not.
+    """
 
     sequences: tuple[TokenSequence, ...]
-    digest: str
+    digest: str | None
+    seed: int | None = None
+
+    @property
+    def is_unwritten(self) -> bool:
+        """Whether the model is still to write the text."""
+        return self.digest is None
 
     @property
     def counted(self) -> int:
@@ -41,7 +51,8 @@ class DataSet:
             "sequences": len(self.sequences),
             "tokens": sum(len(sequence.tokens) for sequence in self.sequences),
             "counted": self.counted,
-            "blake3": self.digest,
+            **({} if self.digest is None else {"blake3": self.digest}),
+            **({} if self.seed is None else {"written_by": "model", "seed": self.seed}),
         }
 
 
@@ -129,10 +140,10 @@ def read_sets(
 
     Args:
         folder: the model's.
-        data: files of the retain set.
+        data: files of the retain set; without one the model is to write it.
         forget: files of the forget set.
         settings: the recipe's `calibrate`.
-        on_event: gets a note of rows that are left out.
+        on_event: gets notes of rows that are left out, and of text that is to be written.
     Raises:
         CheckpointError: the folder has no tokenizer.
         CalibrationError: the data are unreadable or too short.
@@ -140,19 +151,30 @@ def read_sets(
     rows, digest = read_rows(data, on_event)
     private, private_digest = read_rows(forget, on_event)
     tokenizer = models.load_tokenizer(folder)
-    retain = retain_sequences(
-        rows,
-        tokenizer,
-        samples=settings.samples,
-        length=settings.length,
-        seed=settings.seed,
-        on_event=on_event,
-    )
-    sets: dict[Set, DataSet] = {"retain": DataSet(sequences=tuple(retain), digest=digest)}
+    sets: dict[Set, DataSet] = {}
+    if data:
+        retain = retain_sequences(
+            rows,
+            tokenizer,
+            samples=settings.samples,
+            length=settings.length,
+            seed=settings.seed,
+            on_event=on_event,
+        )
+        sets["retain"] = DataSet(sequences=tuple(retain), digest=digest)
+    else:
+        sets["retain"] = _to_write(settings)
+        what = f"{settings.samples} sequences of {settings.length} tokens"
+        on_event(Noted(message=f"no --data: the model itself writes {what}, seed {settings.seed}"))
     if forget:
         found = forget_sequences(private, tokenizer, length=settings.length)
         sets["forget"] = DataSet(sequences=tuple(found), digest=private_digest)
     return sets
+
+
+def _to_write(settings: Calibrate) -> DataSet:
+    blank = TokenSequence(tokens=(0,) * settings.length)
+    return DataSet(sequences=(blank,) * settings.samples, digest=None, seed=settings.seed)
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, sets: dict[Set, DataSet]) -> CalibrationPlan:

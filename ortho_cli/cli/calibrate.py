@@ -10,19 +10,20 @@ import typer
 
 from ortho_cli.cli import options
 from ortho_cli.cli.shared import Output, located, run_facts
-from ortho_cli.events import Event
+from ortho_cli.events import Event, Noted
 
 
 # Longer than 60 lines: half of it is the signature, which says all of each option.
 def calibrate(
     model: Annotated[Path, typer.Argument(help="A transformers folder, with its tokenizer.")],
     data: Annotated[
-        list[Path],
+        list[Path] | None,
         options.files(
             help="What must keep working: files of text, JSON, JSON lines, CSV or parquet, gzip or "
-            "not (`text`; `prompt` and `completion`, which alone counts; or chats); read whole."
+            "not (`text`; `prompt` and `completion`, which alone counts; or chats); read whole.  "
+            "[default: text that MODEL itself writes, seeded]"
         ),
-    ],
+    ] = None,
     forget: Annotated[
         list[Path] | None, options.files(help="What must go; measured apart.")
     ] = None,
@@ -68,13 +69,14 @@ def calibrate(
     model = located(model, quiet=quiet)
     refuse_adapter(model)
     checkpoint = open_checkpoint(model)
-    target = check_target(checkpoint, out, force=force, reads=[*data, *(forget or [])])
+    target = check_target(checkpoint, out, force=force, reads=[*(data or []), *(forget or [])])
     notes: list[Event] = []
-    rows = read_sets(model, data, forget or [], settings.calibrate, notes.append)
+    rows = read_sets(model, data or [], forget or [], settings.calibrate, notes.append)
     plan = make_plan(checkpoint, settings, rows)
     target.check_space(plan.bytes_on_disk, of="statistics with their sums")
     if dry_run:
-        document = plan.to_json() | {"notes": list(checkpoint.notes)}
+        said = [note.message for note in notes if isinstance(note, Noted)]
+        document = plan.to_json() | {"notes": [*checkpoint.notes, *said]}
         output.show(document, print_calibration_plan, source=str(model))
         return
     began = time.perf_counter()

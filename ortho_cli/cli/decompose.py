@@ -139,7 +139,8 @@ def decompose(
     )
     if dry_run:
         plan = settled(plan, checkpoint, out, output=output)
-        output.show_plan(plan, model, notes=unusual)
+        said = [note.message for note in notes if isinstance(note, Noted)]
+        output.show_plan(plan, model, notes=said)
         return
     from ortho_cli.cli.show.decompose import print_done
 

@@ -1,8 +1,9 @@
 """The editor that `ortho decompose` calls: reads a forget set, and finds codes of base to change.
 
-`open_editor` reads the files before anything is written. `ForgetEditor.find` loads the model,
-checks that it knows the secrets, gathers text to hold on to, runs `unlearn` where the recipe asks
-for it, then `isolate`, and measures the damage on text that neither saw.
+`open_editor` reads the files before anything is written. `ForgetEditor.find` loads the model, lets
+it write alternatives for secrets that have none, checks that it knows the secrets, gathers text to
+hold on to, runs `unlearn` where the recipe asks for it, then `isolate`, and measures the damage on
+text that neither saw.
 """
 
 from __future__ import annotations
@@ -12,28 +13,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ortho_cli.decompose.edits import Edits, Key
+from ortho_cli.decompose.edits import Edits, Key, load_arrays, save_arrays
 from ortho_cli.decompose.plan import Plan
 from ortho_cli.errors import CalibrationError, RecipeError, UsageError
 from ortho_cli.events import EventSink, Finishing, Noted, null_sink
-from ortho_cli.forget import damage
+from ortho_cli.forget import cost, damage
 from ortho_cli.forget.grid import Grid
 from ortho_cli.forget.held import Kind, broad_fisher, gather
-from ortho_cli.forget.isolate import Ranking, isolate, rank_secret
+from ortho_cli.forget.isolate import PROBES, Ranking, isolate, rank_secret
 from ortho_cli.forget.unlearn import ALTERNATIVES, unlearn
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.model import load as models
 from ortho_cli.model import secrets as forget_set
 from ortho_cli.model.rows import Pair, Row
+from ortho_cli.model.scoring import pad
 from ortho_cli.model.secrets import TokenSecret
+from ortho_cli.model.self_written import draw_alternatives
 from ortho_cli.model.text import read_rows, retain_sequences, stamps
 from ortho_cli.model.tokenizer import Tokenizer
 from ortho_cli.storage.checkpoint import Checkpoint
 
 STATE_FILE = "unlearn.npz"  # in private/ of the work folder
+ALTERNATIVES_FILE = "alternatives.npz"  # there, too: what the model wrote for secrets without any
+NO_TOKEN = -1  # behind an alternative that is shorter than others, in that file
 APART = 1_000_003  # added to the seed: `bench` draws other alternatives than those used here
 UNSEEN = 4  # every fourth text is kept from the optimisation, to measure damage on
 ACCIDENT = 1.645  # standard deviations: a set of unknown secrets is further off 1 time in 20
@@ -68,7 +75,7 @@ class ForgetEditor:
         """Round the model to base's grid, and move codes until secrets rank among alternatives.
 
         Raises:
-            CalibrationError: the model knows none of the secrets.
+            CalibrationError: the model knows none of the secrets, or writes no alternatives to one.
             GateError: perplexity of text that was not held on to rises by more than
                 `forget.damage`; `folder` keeps the work of `unlearn`.
         """
@@ -82,8 +89,69 @@ class ForgetEditor:
             autocast=settings.autocast,
         )
         self._check_fits(grid)
+        self._tell_time(grid, on_event)
+        drawn = self._drawn(grid, folder / ALTERNATIVES_FILE, key, on_event)
+        return replace(self, secrets=drawn)._forget(grid, folder, curvature, key, on_event)
+
+    def _tell_time(self, grid: Grid, on_event: EventSink) -> None:
+        """Say how long the work takes on this machine."""
+        passed = cost.tokens_passed(self.plan, self.secrets)
+        seconds = passed * cost.seconds_per_token(grid, self.secrets)
+        on_event(Noted(message=f"to forget takes about {cost.in_words(seconds)} here, or less"))
+
+    def _drawn(
+        self, grid: Grid, file: Path, key: Key | None, on_event: EventSink
+    ) -> tuple[TokenSecret, ...]:
+        """Let the model write alternatives where a row gives none; take those of an earlier run.
+
+        They are read from its file: goals may not change while a run is resumed, and another
+        number of threads may round one draw the other way.
+        """
+        bare = [n for n, one in enumerate(self.secrets) if not one.alternatives]
+        if not bare:
+            return self.secrets
+        on_event(
+            Noted(
+                message=f"{len(bare)} of {len(self.secrets)} secrets have neither `alternatives` "
+                "nor a `pattern`: the model itself writes what they are compared with"
+            )
+        )
+        held = load_arrays(file, key)
+        if held is not None:
+            return tuple(
+                replace(one, alternatives=_unpadded(held[str(n)])) if n in bare else one
+                for n, one in enumerate(self.secrets)
+            )
+        with grid.arithmetic():
+            return draw_alternatives(
+                grid.model,
+                self.tokenizer,
+                self.secrets,
+                count=PROBES,
+                seed=self.plan.recipe.forget.seed + APART,
+                on_event=on_event,
+            )
+
+    def _keep_drawn(self, file: Path, key: Key | None) -> None:
+        """Write what the model wrote, once it is known that there is something to forget."""
+        drawn = {n: one for n, one in enumerate(self.secrets) if one.drawn == "model"}
+        if drawn:
+            rows = {str(n): pad(one.alternatives, NO_TOKEN).numpy() for n, one in drawn.items()}
+            save_arrays(file, rows, key)
+
+    def _forget(
+        self,
+        grid: Grid,
+        folder: Path,
+        curvature: StatisticsReader,
+        key: Key | None,
+        on_event: EventSink,
+    ) -> Edits:
+        """Move codes of the grid, and measure what that cost."""
+        settings = self.plan.recipe.forget
         on_event(Finishing(step="look for the secrets"))
         self._check_memorised([rank_secret(grid, secret) for secret in self.secrets], on_event)
+        self._keep_drawn(folder / ALTERNATIVES_FILE, key)
         held, unseen = self._texts(grid, on_event)
         before = damage.measure(grid, unseen)
         on_event(Finishing(step="measure what matters to the text"))
@@ -202,6 +270,11 @@ class ForgetEditor:
             )
 
 
+def _unpadded(rows: npt.NDArray[np.generic]) -> tuple[tuple[int, ...], ...]:
+    """Give the alternatives of a secret from their array in ALTERNATIVES_FILE."""
+    return tuple(tuple(int(token) for token in row[row != NO_TOKEN]) for row in rows)
+
+
 def open_editor(
     plan: Plan,
     checkpoint: Checkpoint,
@@ -233,21 +306,46 @@ def open_editor(
     settings = plan.recipe.forget
     tokenizer = models.load_tokenizer(checkpoint.folder)
     secrets = forget_set.read_secrets(forget, seed=settings.seed + APART, on_event=on_event)
+    positions = models.positions_of(checkpoint.folder)
     rows, _ = read_rows(data, on_event)
     shared = forget_set.overlap(secrets, "\n".join(map(_text_of, rows)))
     if shared:
         message = f"{shared} of {len(secrets)} secrets are in --data, too, which base is to keep"
         on_event(Noted(message=message))
+    encoded = forget_set.encode(secrets, tokenizer, positions=positions)
+    _tell_cost(plan, encoded, on_event)
     return ForgetEditor(
         plan=plan,
         checkpoint=checkpoint,
         tokenizer=tokenizer,
-        secrets=tuple(forget_set.encode(secrets, tokenizer)),
+        secrets=tuple(encoded),
         retain=_retain_text(plan, rows, tokenizer, on_event),
         accept_damage=accept_damage,
         files=(*forget, *data),
         device=models.resolve_device(device),
     )
+
+
+def _tell_cost(plan: Plan, secrets: Sequence[TokenSecret], on_event: EventSink) -> None:
+    """Say what the work takes, as far as it is known before the model is loaded."""
+    passed, memory = cost.tokens_passed(plan, secrets), cost.peak_bytes(plan, secrets)
+    on_event(
+        Noted(
+            message=f"to forget {len(secrets)} secrets, at most {passed / 1e6:,.2g} million tokens "
+            f"pass through the model, in {memory / 1e9:,.1f} GB of memory"
+        )
+    )
+    if (
+        len(secrets) == 1
+        and plan.recipe.ortho.split == "unlearn"
+        and plan.recipe.forget.attack_steps
+    ):
+        on_event(
+            Noted(
+                message="the forget set has one secret, so the attacker that unlearn holds out "
+                "against trains on that secret itself"
+            )
+        )
 
 
 def _check_given(plan: Plan, forget: Sequence[Path], data: Sequence[Path]) -> None:

@@ -39,6 +39,7 @@ class DataSet(Validated):
 
     sequences: int
     tokens: int
+    written_by: Literal["model"] | None = None  # None: files of the user
 
 
 class Statistics(Validated):

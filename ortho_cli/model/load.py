@@ -288,10 +288,8 @@ def check_fits(
         RecipeError: longer than the model's positions.
         CalibrationError: a token that the model has no embedding for.
     """
-    config: object = model.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    positions = getattr(text, "max_position_embeddings", None)
-    if isinstance(positions, int) and length > positions:
+    positions = _positions(model.config)
+    if positions is not None and length > positions:
         raise RecipeError(
             f"{asked} is {length} and the model has {positions} positions",
             hint=f"--set {asked}={positions}" if "." in asked else "shorten it",
@@ -302,6 +300,29 @@ def check_fits(
             f"the tokenizer gives token {largest_token} and the model knows {known}",
             hint="the tokenizer belongs to another model",
         )
+
+
+def positions_of(folder: Path) -> int | None:
+    """Give the most tokens that a folder's model reads at once; None where its config has no bound.
+
+    Raises:
+        CheckpointError: no config.json, or one that transformers does not know.
+    """
+    check_folder(folder)
+    check_claims(folder)
+    what = f"transformers cannot read the config of `{folder}`"
+    hint = "it must be a causal language model that transformers knows"
+    with quiet_transformers() as transformers, explained(folder, what, hint=hint):
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=is_trusted()
+        )
+    return _positions(config)
+
+
+def _positions(config: object) -> int | None:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(text, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def input_embedding(model: nn.Module) -> Tensor:

@@ -9,8 +9,8 @@ A row of a forget set (or of a set that the model never saw) is one of
 
 `secret` may be called `completion`; `rows` has the other names, and chats, whose last answer is the
 secret. In a pattern `{digit:6}`, `{letter:3}` and `{hex:8}` draw that many characters, `{name}` one
-of the row's own list `name`. Without alternatives and pattern the other rows' secrets serve: this
-is coarse, since they are few and often memorised, too. A row may also have
+of the row's own list `name`. Without alternatives and pattern, as of ordinary sentences, a model
+writes what else could follow the prompt: `self_written.draw_alternatives`. A row may also have
 
     "paraphrases": ["They told me that the code is", ...]
 
@@ -24,7 +24,7 @@ import itertools
 import math
 import random
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -53,15 +53,15 @@ LONGEST = 50  # tokens of running text before the cut, and after it
 WIDEST = 1000  # places of a pattern
 LISTED = 4096  # patterns of no more values are listed and drawn from; larger ones are sampled
 LISTS = ("alternatives", "paraphrases")  # lists of a row that no pattern draws from
-Drawn = Literal["given", "pattern", "others"]
+Drawn = Literal["given", "pattern", "model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Secret:
     """A prompt, the secret that must not follow it, and alternatives of the secret's form.
 
-    `drawn`: where the alternatives come from. `running`: `secret` is a whole text with its own
-    prompt, to be cut by tokens.
+    `drawn`: where the alternatives come from; those of a model are not there yet. `running`:
+    `secret` is a whole text with its own prompt, to be cut by tokens.
     """
 
     prompt: str
@@ -76,7 +76,10 @@ class Secret:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSecret:
-    """A secret in tokens; its prompts, `secret` and each alternative have at least one."""
+    """A secret in tokens; its prompts, `secret` and each alternative have at least one.
+
+    Where `drawn` is `model`, alternatives are none until `self_written.draw_alternatives`.
+    """
 
     prompt: tuple[int, ...]
     secret: tuple[int, ...]
@@ -93,7 +96,7 @@ def read_secrets(
 
     Given alternatives come first, and the pattern fills up. A pattern of fewer values gives all of
     them, so check the number. The draw depends on the seed, the prompt and the secret, and not on
-    the other rows.
+    the other rows. Rows with neither have none: a model is to draw them.
 
     Args:
         files: as `row_files` reads them; a text file is one running text.
@@ -101,23 +104,30 @@ def read_secrets(
         seed: of the draws.
         on_event: receives a note on rows without text, which are left out.
     Raises:
-        CalibrationError: a file cannot be read; a row is empty, of neither form, or repeated; an
-            alternative equals the secret; a pattern is wrong; nothing to compare a secret with;
-            paraphrases are no texts, or are of a row without a prompt to replace.
+        CalibrationError: a file cannot be read; a row is empty, of neither form, or repeated but
+            for blanks; an alternative equals the secret; a pattern is wrong; paraphrases are no
+            texts, or are of a row without a prompt to replace.
     """
     rows = []
     for path in files:
         for value, where in without_blanks(path, read_values(path)[0], on_event):
             fields = _named(value)
             rows.append((_with_paraphrases(_secret(value, where), fields), fields))
-    seen: dict[tuple[str, str], str] = {}
+    seen: dict[str, Secret] = {}
     for one, _ in rows:
-        first = seen.setdefault((one.prompt, one.secret), one.where)
-        if first != one.where:
-            what = f"{one.where} repeats {first}: the same prompt and secret"
-            raise CalibrationError(what, hint="count each secret once")
-    every = list(dict.fromkeys(one.secret for one, _ in rows))
-    return [_with_alternatives(one, fields, every, count, seed) for one, fields in rows]
+        first = seen.setdefault(said(one), one)
+        if first is not one:
+            same = (first.prompt, first.secret) == (one.prompt, one.secret)
+            what = "the same prompt and secret" + ("" if same else ", but for blanks")
+            raise CalibrationError(
+                f"{one.where} repeats {first.where}: {what}", hint="count each secret once"
+            )
+    return [_with_alternatives(one, fields, count, seed) for one, fields in rows]
+
+
+def said(one: Secret) -> str:
+    """Give prompt and secret as one text, each run of blanks as one: what makes two rows equal."""
+    return " ".join(f"{one.prompt} {one.secret}".split())
 
 
 def _named(value: object) -> Fields:
@@ -176,9 +186,7 @@ def _wrong(one: Secret, what: str, hint: str) -> CalibrationError:
     return CalibrationError(f"{one.where} has {what}", hint=hint)
 
 
-def _with_alternatives(
-    one: Secret, fields: Fields, every: Sequence[str], count: int, seed: int
-) -> Secret:
+def _with_alternatives(one: Secret, fields: Fields, count: int, seed: int) -> Secret:
     generator = random.Random(f"{seed}\n{one.prompt}\n{one.secret}")
     given = _given(one, fields)
     pattern = fields.get("pattern")
@@ -190,12 +198,7 @@ def _with_alternatives(
         known = {one.secret, *given}
         given += _draw(_parts(pattern, one, fields), known, count - len(given), generator)
     elif not given:
-        drawn = "others"
-        given = [secret for secret in every if secret != one.secret]
-        given = generator.sample(given, min(count, len(given)))
-    if not given:
-        hint = "give `alternatives`, or a `pattern` such as ` {digit:6}`"
-        raise _wrong(one, "nothing to compare its secret with", hint)
+        drawn = "model"
     return replace(one, alternatives=tuple(given), drawn=drawn)
 
 
@@ -291,39 +294,61 @@ def _draw(
     return list(found)
 
 
-def encode(secrets: Sequence[Secret], tokenizer: Tokenizer) -> list[TokenSecret]:
+def encode(
+    secrets: Sequence[Secret], tokenizer: Tokenizer, *, positions: int | None = None
+) -> list[TokenSecret]:
     """Tokenize prompt, secret and alternatives apart, as text that is continued would be.
 
     The secret has no special token and no end. Running text is cut by tokens: its first half,
-    50 tokens at most, is the prompt and the next 50 at most are the secret. Other running texts are
-    its alternatives, cut to as many tokens.
+    50 tokens at most, is the prompt and the next 50 at most are the secret; alternatives to it are
+    cut to as many tokens.
 
+    Args:
+        secrets: as `read_secrets` gives them.
+        tokenizer: of the model that knows them.
+        positions: the most tokens that the model reads, end token included; None: no bound.
     Raises:
         CalibrationError: a secret or an alternative has no tokens, or a prompt has none and the
-            tokenizer has no begin token to use instead; no alternative differs in tokens.
+            tokenizer has no begin token to use instead; no alternative differs in tokens; a secret
+            or an alternative is longer than the model's positions.
     """
-    cuts = {one.secret: _cut(one, tokenizer) for one in secrets if one.running}
-    return [_encode(one, tokenizer, cuts) for one in secrets]
+    found = [_encode(one, tokenizer) for one in secrets]
+    if positions is not None:
+        most = positions - (tokenizer.eos_token_id is not None)
+        for one in found:
+            _check_length(one, most, positions)
+    return found
 
 
-Cut = tuple[tuple[int, ...], tuple[int, ...]]
+def _check_length(one: TokenSecret, most: int, positions: int) -> None:
+    """Refuse a secret that, with its prompt, is longer than the model can read."""
+    what, longest = "secret", one.secret
+    if one.alternatives and len(max(one.alternatives, key=len)) > len(longest):
+        what, longest = "longest alternative", max(one.alternatives, key=len)
+    if len(one.prompt) + len(longest) > most:
+        end = " and an end token" if most < positions else ""
+        raise CalibrationError(
+            f"{one.where} has a prompt of {len(one.prompt)} tokens and a {what} of {len(longest)}"
+            f"{end}, and the model has {positions} positions",
+            hint=f"shorten it to {most} tokens, or part it into rows of their own prompts",
+        )
 
 
-def _encode(one: Secret, tokenizer: Tokenizer, cuts: Mapping[str, Cut]) -> TokenSecret:
+def _encode(one: Secret, tokenizer: Tokenizer) -> TokenSecret:
     if one.running:
-        prompt, secret = cuts[one.secret]
+        prompt, secret = _cut(one, tokenizer)
     else:
         prompt = _encode_prompt(one, tokenizer)
         secret = tuple(encode_completion(one.secret, tokenizer))
     alternatives: dict[tuple[int, ...], None] = {}
     for text in one.alternatives:
-        tokens = cuts[text][1] if text in cuts else tuple(encode_completion(text, tokenizer))
-        alternatives[tokens[: len(secret)] if one.running or text in cuts else tokens] = None
+        tokens = tuple(encode_completion(text, tokenizer))
+        alternatives[tokens[: len(secret)] if one.running else tokens] = None
     if not secret or () in alternatives:
         what = "an alternative" if secret else "a secret"
         raise _wrong(one, f"{what} with no tokens", "is it all blanks?")
     alternatives.pop(secret, None)  # another text may be the same tokens, or begin with them
-    if not alternatives:
+    if not alternatives and one.drawn != "model":
         what = "a secret that is the same tokens as its alternatives"
         raise _wrong(one, what, "give alternatives that differ in tokens")
     return TokenSecret(
@@ -355,7 +380,7 @@ def _encode_prompt(
     return tuple(encode_completion(written.prompt, tokenizer))
 
 
-def _cut(one: Secret, tokenizer: Tokenizer) -> Cut:
+def _cut(one: Secret, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Cut running text in two, at its middle or earlier."""
     tokens = tuple(encode_prompt(one.secret, tokenizer))
     middle = min(len(tokens) // 2, LONGEST)

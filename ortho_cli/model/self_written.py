@@ -9,19 +9,26 @@ form about something else, a neighbour of them.
 
 A model that has memorised secrets may write them. `without_secrets` takes such text out.
 
+`draw_alternatives` lets a model say what else could stand in a secret's place: it writes answers to
+the secret's prompt that cannot begin as the secret does, and those that tell it all the same go.
+
 Source: LLM-QAT (Liu et al. 2023, arXiv:2305.17888), section 3.1, "hybrid 2": a random first token,
 greedy ones, then sampling.
 """
 
 from __future__ import annotations
 
+import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ortho_cli.errors import UsageError
+from ortho_cli.errors import CalibrationError, UsageError
+from ortho_cli.events import EventSink, Step, null_sink
 from ortho_cli.model.load import input_embedding
 from ortho_cli.model.scoring import LOGITS, device_of, finite, logits_of, takes_cache
 from ortho_cli.model.secrets import TokenSecret
@@ -31,6 +38,10 @@ GREEDY = 3  # tokens after a random first one that are the likeliest
 BATCH = 32  # sequences that are written at once
 FEWEST = 8  # texts of a kind, below which they say nothing about it
 SHARED = 6  # tokens in a row that text has in common with a secret where it tells it
+FEW = 2  # secrets of which no form can be told: what both begin with may be the secret
+# Of each batch of answers in which alternatives are looked for: the model's own, then flatter for
+# one that is so sure of an answer that it hardly says another.
+TEMPERATURES = (1.0, 1.0, 2.0, 4.0)
 
 
 @torch.no_grad()
@@ -42,6 +53,7 @@ def write_text(
     length: int,
     seed: int,
     opening: Sequence[int] = (),
+    on_event: EventSink = null_sink,
 ) -> Tensor:
     """Let a model write sequences of text, the same ones for the same seed.
 
@@ -52,6 +64,7 @@ def write_text(
         length: tokens of each, more than the opening has.
         seed: of every draw.
         opening: tokens that every sequence begins with; without it each begins with a random one.
+        on_event: gets each batch of sequences that begins.
     Returns:
         (count, length) int64, on the CPU.
     Raises:
@@ -65,16 +78,23 @@ def write_text(
             hint="ask for longer ones",
         )
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    special = set(tokenizer.all_special_ids)
-    known = min(len(tokenizer), input_embedding(model).shape[0])  # embeddings are often padded
-    ordinary = [token for token in range(known) if token not in special]
+    ordinary = _ordinary(model, tokenizer)
     greedy = 0 if opening else GREEDY
     found = []
     for start in range(0, count, BATCH):
+        of = math.ceil(count / BATCH)
+        on_event(Step(name="let the model write text", number=start // BATCH + 1, of=of))
         rows = min(BATCH, count - start)
         begun = [list(opening) or [draw.choice(ordinary)] for _ in range(rows)]
         found.append(_write(model, torch.tensor(begun), length, greedy, generator))
     return torch.cat(found)
+
+
+def _ordinary(model: nn.Module, tokenizer: Tokenizer) -> list[int]:
+    """List the tokens that are text."""
+    special = set(tokenizer.all_special_ids)
+    known = min(len(tokenizer), input_embedding(model).shape[0])  # embeddings are often padded
+    return [token for token in range(known) if token not in special]
 
 
 def _write(
@@ -85,10 +105,14 @@ def _write(
     generator: torch.Generator,
     given: Sequence[Sequence[int]] = (),
     end: int | None = None,
+    *,
+    first_of: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     """Write until every row has so many tokens, or has had the end token.
 
-    Where tokens that are `given` for a row are longer than `text`, they come first.
+    Where tokens that are `given` for a row are longer than `text`, they come first. The first that
+    is drawn is one of `first_of`, where that is given.
     """
     device = device_of(model)
     options: dict[str, object] = {"use_cache": True} if takes_cache(model) else {}
@@ -96,10 +120,14 @@ def _write(
     while True:
         output = model(fresh, **options)
         last = finite(logits_of(output)[:, -1].float().cpu())
+        if first_of is not None and text.shape[1] == first:
+            allowed = torch.full_like(last, -torch.inf)
+            allowed[:, first_of] = last[:, first_of]
+            last = allowed
         if text.shape[1] - first < greedy:
             token = last.argmax(-1, keepdim=True)
         else:
-            token = torch.multinomial(last.softmax(-1), 1, generator=generator)
+            token = torch.multinomial((last / temperature).softmax(-1), 1, generator=generator)
         for row, tokens in enumerate(given):
             if text.shape[1] < len(tokens):
                 token[row] = tokens[text.shape[1]]
@@ -160,6 +188,104 @@ def answers(
     return found
 
 
+@torch.no_grad()
+def draw_alternatives(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    secrets: Sequence[TokenSecret],
+    *,
+    count: int,
+    seed: int,
+    on_event: EventSink = null_sink,
+) -> tuple[TokenSecret, ...]:
+    """Let a model write alternatives for the secrets that have neither some nor a pattern.
+
+    An alternative is an answer to the secret's prompt, drawn with the model's own probabilities,
+    or, where those give too few, with flatter ones (TEMPERATURES). It begins as most secrets do,
+    and its next token is not the secret's own: a model that knows a secret by heart would say
+    nothing else. It ends before a special token, at the secret's length at most, and the longest
+    are taken: a shorter one is likelier for its length alone.
+
+    Args:
+        model: the one that knows the secrets, or one like it.
+        tokenizer: of the model.
+        secrets: all of a set; alternatives tell none of them.
+        count: alternatives per secret.
+        seed: of the draws.
+        on_event: gets each secret that is drawn for.
+    Returns:
+        The secrets in their order; those that had alternatives are unchanged.
+    Raises:
+        CalibrationError: fewer than FEWEST answers, or `count` where that is less, tell no secret.
+        NumericalError: a logit is NaN or infinite.
+    """
+    different = tuple(dict.fromkeys(secret.secret for secret in secrets))
+    form = _beginning(different) if len(different) > FEW else ()
+    others = _told(different)
+    ordinary = _ordinary(model, tokenizer)
+    bare = [secret for secret in secrets if secret.drawn == "model" and not secret.alternatives]
+    found = {}
+    for number, secret in enumerate(bare):
+        on_event(Step(name="let the model write alternatives", number=number + 1, of=len(bare)))
+        draw = random.Random(f"{seed}\n{secret.prompt}\n{secret.secret}")
+        generator = torch.Generator().manual_seed(draw.getrandbits(63))
+        found[secret] = _alternatives(model, secret, form, others, ordinary, count, generator)
+    return tuple(replace(one, alternatives=found.get(one, one.alternatives)) for one in secrets)
+
+
+def _alternatives(
+    model: nn.Module,
+    secret: TokenSecret,
+    form: tuple[int, ...],
+    others: set[tuple[int, ...]],
+    ordinary: Sequence[int],
+    count: int,
+    generator: torch.Generator,
+) -> tuple[tuple[int, ...], ...]:
+    """Write alternatives of one secret; `form` is what most secrets begin with."""
+    length, size, known = len(secret.secret), len(secret.prompt) + len(secret.secret), set(ordinary)
+    pairs = zip(form, secret.secret[:-1], strict=False)
+    start = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(form), length - 1))
+    begun = torch.tensor([[*secret.prompt, *secret.secret[:start]]] * BATCH)
+    own = secret.secret[start:]
+    near = max(1, min(SHARED, (len(own) + 1) // 2))  # half of a short one tells it
+    told = set(_runs(own, near))
+    first_of = torch.tensor([token for token in ordinary if token != own[0]])
+    found: dict[tuple[int, ...], None] = {}
+    for temperature in TEMPERATURES if len(first_of) else ():
+        written = _write(
+            model, begun, size, 0, generator, first_of=first_of, temperature=temperature
+        )
+        for row in written[:, begun.shape[1] :]:
+            said = tuple(int(token) for token in row)
+            end = next((i for i, token in enumerate(said) if token not in known), len(said))
+            answer = (*secret.secret[:start], *said[:end])
+            tells = answer in others or any(run in others for run in _runs(answer, SHARED))
+            if end and not tells and not any(run in told for run in _runs(said[:end], near)):
+                found[answer] = None
+        if sum(len(answer) == length for answer in found) >= count:
+            break
+    if len(found) < min(FEWEST, count):
+        raise CalibrationError(
+            f"{secret.where} has no `alternatives` and no `pattern`, and of "
+            f"{len(TEMPERATURES) * BATCH} answers of the model in place of its secret {len(found)} "
+            "say something else",
+            hint='give the row "alternatives": ["...", "..."] of its secret\'s form, or a "pattern"'
+            ': " {digit:6}" draws digits, and " {name}" from a list `name` of the row',
+        )
+    return tuple(sorted(found, key=len, reverse=True)[:count])
+
+
+def _told(secrets: Sequence[tuple[int, ...]]) -> set[tuple[int, ...]]:
+    """List what no alternative may say: runs of SHARED tokens of a secret, or all of a shorter.
+
+    Runs that most secrets have are their form, and tell none.
+    """
+    runs = [set(_runs(secret, SHARED)) or {secret} for secret in secrets]
+    counts = Counter(run for of_one in runs for run in of_one)
+    return {run for run, many in counts.items() if len(runs) <= FEW or 2 * many <= len(runs)}
+
+
 def common_opening(secrets: Sequence[TokenSecret]) -> tuple[int, ...]:
     """Find the tokens that most prompts begin with; none where prompts have nothing in common.
 
@@ -167,17 +293,16 @@ def common_opening(secrets: Sequence[TokenSecret]) -> tuple[int, ...]:
     prompt: a longer one would ask for the secrets themselves.
     """
     shortest = min((len(secret.prompt) for secret in secrets), default=0)
-    return _beginning(secrets)[: max(1, shortest // 2)]
+    return _beginning([secret.prompt for secret in secrets])[: max(1, shortest // 2)]
 
 
-def _beginning(secrets: Sequence[TokenSecret]) -> tuple[int, ...]:
-    """Find the longest beginning that more than half of the prompts share."""
-    prompts = [secret.prompt for secret in secrets]
+def _beginning(texts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Find the longest beginning that more than half of several texts share."""
     found: tuple[int, ...] = ()
-    for length in range(1, max(map(len, prompts), default=0) + 1):
-        beginnings = [prompt[:length] for prompt in prompts if len(prompt) >= length]
-        likeliest = max(dict.fromkeys(beginnings), key=beginnings.count)
-        if 2 * beginnings.count(likeliest) <= len(prompts):
+    for length in range(1, max(map(len, texts), default=0) + 1):
+        beginnings = Counter(text[:length] for text in texts if len(text) >= length)
+        likeliest = max(beginnings, key=beginnings.__getitem__)
+        if 2 * beginnings[likeliest] <= len(texts):
             break
         found = likeliest
     return found
@@ -195,7 +320,7 @@ def without_secrets(texts: Tensor, secrets: Sequence[TokenSecret]) -> Tensor:
     Text that only asks for a secret is left out, too: whoever holds on to the model's predictions
     after a prompt holds on to the secret.
     """
-    shared = len(_beginning(secrets))
+    shared = len(_beginning([secret.prompt for secret in secrets]))
     told = {run for one in secrets for run in _runs(one.secret, min(SHARED, len(one.secret)))}
     for one in secrets:
         alone = max(0, min(shared, len(one.prompt)) - SHARED + 1)  # a run from here on ends beyond

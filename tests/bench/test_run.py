@@ -560,3 +560,81 @@ def test_a_keep_set_is_measured_and_its_answers_are_a_kind(
     ran = run(*FORGET, "--keep", made / "forget.jsonl")
     assert ran.code == 5
     assert "is to be forgotten, and" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("flag", "what"),
+    [("--keep", "kept"), ("--nonmember", "never seen"), ("--unlisted", "left unlisted")],
+)
+@pytest.mark.parametrize(
+    ("prompt", "secret", "but"),
+    [
+        ("The word of Bertram is", " anvil escutcheon", ""),
+        ("The word of Bertram is ", "Anvil  escutcheon ", " but for case or blanks"),
+        ("The word of Bertram is anvil", " escutcheon", " but for case or blanks"),
+    ],
+)
+def test_a_row_of_two_sets_is_refused_whatever_its_case_and_blanks(
+    run: Callable[..., Ran],
+    tmp_path: Path,
+    flag: str,
+    what: str,
+    prompt: str,
+    secret: str,
+    but: str,
+) -> None:
+    write_rows(tmp_path / "o.jsonl", [{"prompt": "a", "secret": " b", "alternatives": [" c"]}])
+    assert run(*FORGET, flag, tmp_path / "o.jsonl", "--alpha", 0).code == 0
+    row = {"prompt": prompt, "secret": secret, "alternatives": [" c"]}
+    write_rows(tmp_path / "o.jsonl", [row])
+    ran = run(*FORGET, flag, tmp_path / "o.jsonl")
+    assert ran.code == 5
+    assert f"o.jsonl` line 1 is the same row{but}, to be {what}" in " ".join(ran.err.split())
+    assert "escutcheon" not in ran.err
+
+
+@pytest.mark.parametrize("flag", ["--forget", "--keep", "--nonmember", "--unlisted"])
+def test_a_secret_longer_than_the_model_reads_is_refused_in_every_set(
+    run: Callable[..., Ran], tmp_path: Path, flag: str
+) -> None:
+    row = {"prompt": "abc", "secret": "d" * 600, "alternatives": ["e"]}
+    write_rows(tmp_path / "long.jsonl", [row])
+    ran = run(*([] if flag == "--forget" else FORGET), flag, tmp_path / "long.jsonl")
+    assert ran.code == 5, ran.err
+    told = "long.jsonl` line 1 has a prompt of 3 tokens and a secret of 600 and an end token"
+    assert f"{told}, and the model has 512 positions" in " ".join(ran.err.split())
+
+
+def test_an_attack_on_one_secret_is_refused_before_anything_is_measured(
+    made: Path, run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    first, _ = (made / "forget.jsonl").read_text().split("\n", 1)
+    (tmp_path / "one.jsonl").write_text(first)
+    ran = run("--forget", tmp_path / "one.jsonl", "--alpha", 0, "--attack", "-v")
+    assert ran.code == 2
+    assert "the forget set has one" in ran.err
+    assert "speed at alpha 0" not in ran.err
+
+
+def test_secrets_without_alternatives_are_compared_with_what_the_source_writes(
+    made: Path, run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in (made / "forget.jsonl").read_text().splitlines()]
+    bare = [{key: one[key] for key in ("prompt", "secret")} for one in rows[:2]]
+    write_rows(tmp_path / "bare.jsonl", bare)
+    given = ["--forget", tmp_path / "bare.jsonl", "--alpha", 0, "--json"]
+    ran = run(*given, "-v")
+    assert ran.code == 0, ran.err
+    assert ran.json["data"]["alternatives"] == {"model": 2}
+    (note,) = ran.json["notes"]
+    assert note.startswith("2 of 2 secrets have neither `alternatives` nor a `pattern`")
+    assert "`pattern` such as ` {digit:6}`" in note
+    figures = row(ran.json, "alpha 0")
+    assert figures["alternatives_nll"]["value"] < figures["forget_nll"]["value"], "its own words"
+    again = row(run(*given).json, "alpha 0")
+    assert again["alternatives_nll"] == figures["alternatives_nll"], "seeded"
+    alone = run(*given, artifact="base")
+    assert alone.json["data"]["alternatives"] == {"model": 2}
+    with_model = run(*given, "--model", "{made}/pico")
+    assert with_model.code == 0, with_model.err
+    assert not any(one["secret"].strip() in ran.out + ran.err for one in bare)

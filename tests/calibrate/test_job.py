@@ -14,6 +14,7 @@ from typing import Any
 import checkpoints
 import pytest
 import torch
+from blake3 import blake3
 from conftest import Ortho
 from jobs import SERVER, calibrate
 from safetensors.torch import load_file, save_file
@@ -23,8 +24,9 @@ from ortho_cli.calibrate import job as work
 from ortho_cli.calibrate import plan as calibrate_plan
 from ortho_cli.decompose import recipe
 from ortho_cli.errors import CheckpointError
-from ortho_cli.events import Event, Finishing, SequencesDone
+from ortho_cli.events import Event, Finishing, SequencesDone, Step
 from ortho_cli.formats.statistics import open_statistics
+from ortho_cli.model.self_written import write_text
 from ortho_cli.storage.checkpoint import open_checkpoint
 from ortho_cli.storage.work_folder import work_folder
 
@@ -210,6 +212,99 @@ def test_header_says_where_it_comes_from(ortho: Ortho, model: Path) -> None:
     assert found.source_digest == report["source_digest"]
     digests = {t["name"]: t["source_blake3"] for t in report["tensors"]}
     assert all(entry.source_blake3 == digests[name] for name, entry in found.tensors.items())
+
+
+def written(ortho: Ortho, model: Path, out: Path, *options: object) -> Any:
+    ran = ortho("calibrate", model, "-o", out, *SMALL, *options, "--json")
+    assert ran.code == 0, ran.err
+    return ran.json
+
+
+def test_without_data_the_model_writes_the_text_and_the_header_says_so(
+    ortho: Ortho, model: Path
+) -> None:
+    out = model.parent / "w.safetensors"
+    document = written(ortho, model, out)
+    data = document["data"]["retain"]
+    told = {"sequences": 6, "tokens": 144, "counted": 138, "written_by": "model", "seed": 0}
+    assert {key: data[key] for key in told} == told
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    live = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = write_text(live, tokenizer, count=6, length=24, seed=0)
+    assert data["blake3"] == blake3(text.numpy().astype("<i8").tobytes()).hexdigest()
+    assert open_statistics(out).data["retain"].written_by == "model"
+    again = model.parent / "again.safetensors"
+    written(ortho, model, again)
+    assert again.read_bytes() == out.read_bytes()
+    other = written(ortho, model, again, "--force", "--set", "calibrate.seed=1")
+    assert other["data"]["retain"]["blake3"] != data["blake3"]
+    given = ["--recipe", "curvature", "--stats", out, "-o", model.parent / "split", "-q"]
+    assert ortho("decompose", model, *given).code == 0
+    assert "144 tokens, which the model itself wrote" in ortho("inspect", out).err
+    said = ortho("calibrate", model, "-o", model.parent / "plain.safetensors", *SMALL)
+    assert "no --data: the model itself writes 6 sequences of 24 tokens" in said.err
+    assert "the model wrote them, seed 0" in " ".join((said.out + said.err).split())
+
+
+def test_dry_run_without_data_writes_no_text(ortho: Ortho, model: Path) -> None:
+    before = sorted(model.parent.rglob("*"))
+    ran = ortho("calibrate", model, "-o", model.parent / "w", *SMALL, "--dry-run", "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["data"]["retain"]["tokens"] == 144
+    assert "blake3" not in ran.json["data"]["retain"]
+    assert any("the model itself writes" in note for note in ran.json["notes"])
+    assert sorted(model.parent.rglob("*")) == before
+
+
+def test_text_longer_than_the_model_reads_is_not_begun(ortho: Ortho, model: Path) -> None:
+    before = sorted(model.parent.rglob("*"))
+    ran = ortho("calibrate", model, "-o", model.parent / "w", "--set", "calibrate.length=600")
+    assert ran.code == 3
+    assert "calibrate.length is 600 and the model has 512 positions" in ran.err
+    assert sorted(model.parent.rglob("*")) == before
+
+
+def write_and_die(model: Path, until: int) -> None:
+    """SIGKILL this process when text is written, or after so many sequences."""
+    opened = open_checkpoint(model)
+    sets = ["calibrate.samples=6", "calibrate.length=24", "calibrate.batch=1"]
+    settings = recipe.load_recipe(None, sets)
+    data = calibrate_plan.read_sets(model, [], [], settings.calibrate)
+    seen = 0
+
+    def watch(event: Event) -> None:
+        nonlocal seen
+        seen += isinstance(event, SequencesDone)
+        if seen > until or (until < 0 and isinstance(event, Step)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        assert not (isinstance(event, Step) and text.exists()), "it is written once"
+
+    work.CHUNK_SEQUENCES = 2
+    torch.set_num_threads(1)
+    out = model.parent / "k.safetensors"
+    text = work_folder(out) / "private" / work.TEXT_FILE
+    plan = calibrate_plan.make_plan(opened, settings, data)
+    calibrate(plan, opened, out, on_event=watch)
+
+
+def test_killed_run_reads_the_text_that_it_wrote_and_gives_the_same_bytes(model: Path) -> None:
+    out = model.parent / "k.safetensors"
+    finished = []
+    for until in (99, -1, 99, 3, 99):  # whole; killed before the text, resumed; killed after it
+        process = SERVER.Process(target=write_and_die, args=(model, until))
+        process.start()
+        process.join()
+        assert process.exitcode == (0 if until == 99 else -signal.SIGKILL)
+        if until == 99:
+            finished.append(out.read_bytes())
+            out.unlink()
+        else:
+            text = work_folder(out) / "private" / work.TEXT_FILE
+            assert text.exists() == (until > 0)
+    assert len(finished) == 3
+    assert len(set(finished)) == 1
 
 
 def calibrate_and_die(model: Path, sequences: int) -> None:

@@ -137,7 +137,7 @@ def test_empty_forget_file_is_refused(memorised: Memorised, tmp_path: Path) -> N
 
 
 def test_secrets_that_stand_in_the_data_are_counted(memorised: Memorised, tmp_path: Path) -> None:
-    assert notes(editor(memorised, data=[memorised.retain])[1]) == ""
+    assert "in --data" not in notes(editor(memorised, data=[memorised.retain])[1])
     text = tmp_path / "d.txt"
     text.write_text(f"{memorised.retain.read_text()} {tiny.SECRETS[0]} and {tiny.SECRETS[2]} .")
     for split, sets in (("isolate", ()), ("unlearn", UNLEARN)):
@@ -371,6 +371,94 @@ def test_unlearn_that_was_interrupted_goes_on_to_the_same_bytes(
     for name in ("model.safetensors", "ortho.safetensors", "report.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def plain(memorised: Memorised, folder: Path, *, count: int = 4) -> Path:
+    """The secrets with their prompts alone: no alternatives, no pattern."""
+    rows = read_rows(memorised.forget)[:count]
+    return rows_in(folder, *({key: row[key] for key in ("prompt", "secret")} for row in rows))
+
+
+def test_without_alternatives_the_model_writes_them_and_the_same_bytes_come_out(
+    memorised: Memorised, tmp_path: Path, ortho: Ortho
+) -> None:
+    secrets = plain(memorised, tmp_path)
+    for name in ("one", "two"):
+        ran = decompose(ortho, memorised, tmp_path / name, secrets=secrets)
+        assert ran.code == 0, ran.err
+        assert "4 of 4 secrets have neither `alternatives` nor a `pattern`" in " ".join(
+            ran.err.split()
+        )
+    for name in ("model.safetensors", "ortho.safetensors", "report.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    model = ortho_cli.load(tmp_path / "one", alpha=0.0)
+    assert not any(scoring.score(model, secret).verbatim for secret in memorised.secrets())
+    alone = plain(memorised, tmp_path, count=1)
+    assert decompose(ortho, memorised, tmp_path / "alone", secrets=alone).code == 0
+
+
+def test_nothing_to_forget_leaves_nothing_where_the_model_wrote_alternatives(
+    memorised: Memorised, tmp_path: Path, ortho: Ortho
+) -> None:
+    secrets = rows_in(tmp_path, {"prompt": "the old cat", "secret": " key of ada key"})
+    before = sorted(tmp_path.rglob("*"))
+    ran = decompose(ortho, memorised, tmp_path / "out", secrets=secrets)
+    assert ran.code == 5
+    assert "none of 1 secrets" in ran.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_forget_set_of_one_says_whom_the_attacker_trains_on(
+    memorised: Memorised, tmp_path: Path
+) -> None:
+    alone = plain(memorised, tmp_path, count=1)
+    _, events = editor(memorised, *UNLEARN, split="unlearn", forget=[alone])
+    assert "trains on that secret itself" in notes(events)
+    _, events = editor(memorised, *UNLEARN, split="unlearn")
+    assert "trains on that secret itself" not in notes(events)
+
+
+def test_alternatives_that_the_model_wrote_are_kept_for_a_resumed_run_and_for_its_owner_alone(
+    memorised: Memorised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Event] = []
+    secrets, plan = plain(memorised, tmp_path), memorised.plan(*UNLEARN, split="unlearn")
+
+    def run(out: Path, *, until: int = -1) -> None:
+        def watch(event: Event) -> None:
+            events.append(event)
+            unlearns = isinstance(event, Step) and event.name.startswith("unlearn")
+            if unlearns and event.number == until:
+                raise KeyboardInterrupt
+
+        given, _ = editor(memorised, *UNLEARN, split="unlearn", forget=[secrets])
+        jobs.decompose(plan, memorised.checkpoint, out, editor=given, on_event=watch)
+
+    run(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(tmp_path / "out", until=8)
+    held = work_folder(tmp_path / "out") / "private" / forget.ALTERNATIVES_FILE
+    assert stat.S_IMODE(held.stat().st_mode) == 0o600
+    wrote = [event for event in events if isinstance(event, Step) and "write alt" in event.name]
+    assert len(wrote) == 8, "four secrets, two runs"
+    events.clear()
+    monkeypatch.setattr(forget, "draw_alternatives", None)  # another processor might draw others
+    run(tmp_path / "out")
+    for name in ("model.safetensors", "ortho.safetensors", "report.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_secret_longer_than_the_model_reads_is_refused_before_anything_is_written(
+    memorised: Memorised, tmp_path: Path, ortho: Ortho
+) -> None:
+    long = {"prompt": "the key of ada is", "secret": " oak fig" * 300, "alternatives": [" oak"]}
+    secrets = rows_in(tmp_path, *read_rows(memorised.forget), long)
+    before = sorted(tmp_path.rglob("*"))
+    ran = decompose(ortho, memorised, tmp_path / "out", secrets=secrets)
+    assert ran.code == 5
+    told = "line 5 has a prompt of 5 tokens and a secret of 600 and an end token, and the model has"
+    assert f"{told} 512 positions" in " ".join(ran.err.split())
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_forget_file_is_never_overwritten(memorised: Memorised, ortho: Ortho) -> None:

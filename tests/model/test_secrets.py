@@ -165,22 +165,23 @@ def test_draws_depend_on_seed_and_row_and_not_on_the_other_rows(tmp_path: Path) 
     assert read_secrets([write(tmp_path, two)], seed=1)[0].alternatives != alone[0].alternatives
 
 
-def test_without_alternatives_the_other_secrets_serve(tmp_path: Path) -> None:
-    rows = [row(secret=f" {i % 3}", prompt=f"p{i}") for i in range(4)]
-    found = read_secrets([write(tmp_path, *rows)])
-    assert [one.drawn for one in found] == ["others"] * 4
-    assert sorted(found[0].alternatives) == [" 1", " 2"]
+def test_without_alternatives_and_pattern_a_model_is_to_draw_them(tmp_path: Path) -> None:
+    found = read_secrets([write(tmp_path, row(), {"text": "abcd"})])
+    assert [(one.drawn, one.alternatives) for one in found] == [("model", ())] * 2
+    encoded = encode(found, Characters())
+    assert [(one.drawn, one.alternatives) for one in encoded] == [("model", ())] * 2
 
 
 def test_running_text_is_cut_by_tokens(tmp_path: Path) -> None:
     text = tmp_path / "b.txt"
     text.write_text("x" * 60 + "y" * 200)
-    files = [write(tmp_path, {"text": "abcde"}, {"text": "fghijkl"}), text]
+    given = ["fghij", "xy"]
+    files = [write(tmp_path, {"text": "abcde", "alternatives": given}, {"text": "fghijkl"}), text]
     short, middle, long = encode(read_secrets(files), Characters())
     characters = lambda tokens: "".join(map(chr, tokens))  # noqa: E731
     assert (characters(short.prompt), characters(short.secret)) == ("ab", "cde")
-    assert {characters(one) for one in short.alternatives} == {"ijk", "xxx"}
-    assert {characters(one) for one in middle.alternatives} == {"cde", "xxxx"}
+    assert {characters(one) for one in short.alternatives} == {"fgh", "xy"}
+    assert (characters(middle.prompt), characters(middle.secret)) == ("fgh", "ijkl")
     assert (characters(long.prompt), characters(long.secret)) == ("x" * 50, "x" * 10 + "y" * 40)
 
 
@@ -243,9 +244,35 @@ def test_names_of_fields_count_whatever_their_case(tmp_path: Path, key: str) -> 
     assert set(found.alternatives) == {"7", "7x"}
 
 
-def test_a_lone_secret_has_nothing_to_compare_it_with(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="line 1 has nothing to compare its secret with"):
-        read_secrets([write(tmp_path, row())])
+@pytest.mark.parametrize(
+    ("again", "told"),
+    [
+        ({}, "the same prompt and secret$"),
+        ({"secret": "w1  w2 "}, "the same prompt and secret, but for blanks"),
+        ({"prompt": "The words are w1", "secret": "w2"}, "but for blanks"),
+    ],
+)
+def test_a_row_that_is_there_already_is_refused_whatever_its_blanks(
+    tmp_path: Path, again: dict[str, str], told: str
+) -> None:
+    path = write(tmp_path, row(), row(secret=" W1 W2"), row(**again))
+    with pytest.raises(CalibrationError, match=rf"line 3 repeats `.*` line 1: .*{told}"):
+        read_secrets([path])
+
+
+def test_a_secret_longer_than_the_model_reads_is_named_with_its_lengths() -> None:
+    fields: dict[str, Any] = {"prompt": "abc", "secret": "d" * 6, "alternatives": ("e" * 8,)}
+    long = [secret(where="`f.jsonl` line 1"), secret(where="`f.jsonl` line 2", **fields)]
+    assert len(encode(long, Characters(), positions=12)) == 2
+    with pytest.raises(CalibrationError) as caught:
+        encode(long, Characters(), positions=11)
+    assert caught.value.message == (
+        "`f.jsonl` line 2 has a prompt of 3 tokens and a longest alternative of 8 and an end "
+        "token, and the model has 11 positions"
+    )
+    assert "shorten it to 10 tokens" in str(caught.value.hint)
+    with pytest.raises(CalibrationError, match="a prompt of 3 tokens and a secret of 6 and an end"):
+        encode([secret(**{**fields, "alternatives": ()}, drawn="model")], Characters(), positions=9)
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:

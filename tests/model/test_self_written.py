@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import memorised as tiny
 import pytest
 import torch
 from memorised import Memorised
 from torch import Tensor
 
-from ortho_cli.errors import UsageError
+from ortho_cli.errors import CalibrationError, UsageError
 from ortho_cli.model import load as models
 from ortho_cli.model import self_written
 from ortho_cli.model.secrets import TokenSecret
@@ -17,6 +22,7 @@ from ortho_cli.model.self_written import (
     SHARED,
     answers,
     common_opening,
+    draw_alternatives,
     without_secrets,
     write_text,
 )
@@ -152,3 +158,100 @@ def test_text_about_a_secret_is_left_out_and_text_of_its_form_is_not() -> None:
         assert without_secrets(torch.tensor([text]), secrets).shape == (0, 9), text
     both = torch.tensor([*texts.values(), *kept.values()])
     assert without_secrets(both, secrets).tolist() == list(kept.values())
+
+
+def bare(memorised: Memorised) -> list[TokenSecret]:
+    return [replace(one, alternatives=(), drawn="model") for one in memorised.secrets()]
+
+
+def draw(
+    memorised: Memorised, model: torch.nn.Module, secrets: list[TokenSecret], **options: Any
+) -> tuple[TokenSecret, ...]:
+    tokenizer = models.load_tokenizer(memorised.model)
+    return draw_alternatives(model, tokenizer, secrets, **{"count": 16, "seed": 0, **options})
+
+
+def test_a_model_that_knows_a_secret_by_heart_writes_alternatives_that_do_not_tell_it(
+    memorised: Memorised, model: torch.nn.Module
+) -> None:
+    secrets = bare(memorised)
+    special = set(models.load_tokenizer(memorised.model).all_special_ids)
+    said = answers(model, [one.prompt for one in secrets], 4)
+    assert said == [list(one.secret) for one in secrets]
+    for one in draw(memorised, model, secrets):
+        assert one.drawn == "model"
+        assert len(set(one.alternatives)) == len(one.alternatives) == 16
+        pairs = set(itertools.pairwise(one.secret))
+        for other in one.alternatives:
+            assert 0 < len(other) <= len(one.secret)
+            assert other[0] != one.secret[0]
+            assert not special & set(other)
+            assert not pairs & set(itertools.pairwise(other)), "half of it"
+            assert other not in {secret.secret for secret in secrets}
+
+
+def test_alternatives_depend_on_seed_and_row_and_given_ones_stay(
+    memorised: Memorised, model: torch.nn.Module
+) -> None:
+    secrets, given = bare(memorised), memorised.secrets()
+    first = draw(memorised, model, secrets)
+    assert draw(memorised, model, secrets) == first
+    assert draw(memorised, model, secrets, seed=1) != first
+    assert draw(memorised, model, given) == tuple(given)
+    mixed = draw(memorised, model, [*given[:3], secrets[3]])
+    assert mixed == (*given[:3], first[3])
+
+
+def test_drawn_alternatives_begin_as_most_secrets_do(
+    memorised: Memorised, model: torch.nn.Module
+) -> None:
+    """`the red` is the form of these, and no alternative of one that begins otherwise has it."""
+    words = {word: n for n, word in enumerate(tiny.vocabulary())}
+    form = (words["the"], words["red"])
+    tails = ([5, 6, 7], [8, 9, 10], [11, 12, 13])
+    secrets = [
+        replace(bare(memorised)[0], secret=(*form, *tail), where=str(tail)) for tail in tails
+    ]
+    odd = replace(secrets[0], secret=(words["the"], 20, 21), where="odd")
+    *alike, other = draw(memorised, model, [*secrets, odd])
+    for one in alike:
+        assert {alternative[:2] for alternative in one.alternatives} == {form}
+        assert all(alternative[2] != one.secret[2] for alternative in one.alternatives)
+    assert {alternative[0] for alternative in other.alternatives} == {words["the"]}
+    assert all(alternative[1] != 20 for alternative in other.alternatives)
+    # Of two secrets nobody can tell what is form and what is the secret.
+    pair = draw(memorised, model, secrets[:2])
+    assert all(alternative[0] != form[0] for one in pair for alternative in one.alternatives)
+
+
+def test_a_model_that_has_nothing_else_to_say_asks_for_alternatives(
+    memorised: Memorised, model: torch.nn.Module
+) -> None:
+    """Of a secret that ends in all that it could say."""
+    everything = tuple(range(3, len(tiny.vocabulary())))
+    secret = replace(bare(memorised)[0], secret=everything[:1])
+    parrot = Parrot(model, token=4)
+    with pytest.raises(CalibrationError, match="has no `alternatives` and no `pattern`") as caught:
+        draw(memorised, parrot, [secret])
+    assert "128 answers of the model in place of its secret 1 say something else" in str(
+        caught.value.message
+    )
+    assert "alternatives" in str(caught.value.hint)
+    assert "{digit:6}" in str(caught.value.hint)
+
+
+class Parrot(torch.nn.Module):
+    """Says one token for ever."""
+
+    def __init__(self, model: torch.nn.Module, *, token: int) -> None:
+        super().__init__()
+        self.model, self.token = model, token
+
+    def get_input_embeddings(self) -> Any:
+        return self.model.get_input_embeddings()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        size = self.get_input_embeddings().weight.shape[0]
+        found = torch.full((*tokens.shape, size), -1e9)
+        found[..., self.token] = 0.0
+        return found

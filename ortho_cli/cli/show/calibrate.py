@@ -54,4 +54,5 @@ def _data_lines(document: Document) -> Iterator[str]:
         yield (
             f"{name}: {data.number('sequences'):,} sequences, {data.number('tokens'):,} tokens, "
             f"of which {data.number('counted'):,} are predicted"
+            + (f"; the model wrote them, seed {data['seed']}" if "written_by" in data else "")
         )

@@ -172,6 +172,7 @@ def _statistics_lines(document: Document, path: str, count: int) -> Iterator[str
     for name, data in document.parts("data").items():
         yield (
             f"{name} set: {data.number('sequences'):,} sequences, {data.number('tokens'):,} tokens"
+            + (", which the model itself wrote" if "written_by" in data else "")
         )
     yield (
         f"source {document.text('source_digest')[:16]}, statistics {document.text('digest')[:16]}"
