@@ -134,7 +134,7 @@ def recall(
     long = [secret for secret in secrets if len(secret.secret) > BRIEF]
     rouges = [] if tokenizer is None else evaluate.rouges(model, tokenizer, long)
     return Recall(
-        exposure=sum(score.exposure for score in scores) / len(scores),
+        exposure=sum(scoring.exposures(scores)) / len(scores),
         extraction=sum(score.verbatim for score in scores) / len(scores),
         token_accuracy=sum(hits) / len(hits),
         secrets=len(scores),

@@ -49,9 +49,11 @@ from ortho_cli.model.scoring import (
     completion_nll,
     device_of,
     exponential,
+    exposures,
     logits_of,
     sequence_hits,
     takes_cache,
+    telling_share,
 )
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.self_written import answers
@@ -86,7 +88,8 @@ def memorisation_of(
     """
     if not scores:
         raise CalibrationError("there are no secrets to measure", hint="give a forget set")
-    quantiles = [_quantile(one) for one in scores]
+    telling = telling_share(scores)
+    quantiles = [_quantile(one, telling) for one in scores]
     inside = sum(INSIDE[0] <= quantile <= INSIDE[1] for quantile in quantiles)
     hits = np.array([[sum(one.hits), len(one.hits)] for one in scores], dtype=np.float64)
     low, high = bootstrap(hits, _ratio, seed=seed)
@@ -102,6 +105,7 @@ def memorisation_of(
         token_accuracy=accuracy,
         rouge_l=mean_figure(rouges, seed=seed) if rouges else None,
         extraction_strength=mean_figure([_strength(one) for one in scores], seed=seed),
+        telling_share=telling,
         truth_ratio=mean_figure([_truth_ratio(one) for one in scores], seed=seed),
         exposure=_exposure(scores, seed),
         forget_nll=mean_figure([one.nll for one in scores], seed=seed),
@@ -119,11 +123,11 @@ def memorisation_of(
 def _entries(
     scores: Sequence[SecretScore], quantiles: Sequence[float], texts: Sequence[str]
 ) -> tuple[Entry, ...]:
-    named = (*texts, *[None] * len(scores))
+    named, bits = (*texts, *[None] * len(scores)), exposures(scores)
     return tuple(
         Entry(
             index=index,
-            exposure=one.exposure,
+            exposure=bits[index],
             nll=one.nll,
             quantile=quantiles[index],
             hits=sum(one.hits),
@@ -136,7 +140,7 @@ def _entries(
 
 def _exposure(scores: Sequence[SecretScore], seed: int) -> Exposure:
     counts = [len(one.alternatives) for one in scores]
-    mean_bits = mean_figure([one.exposure for one in scores], seed=seed)
+    mean_bits = mean_figure(exposures(scores), seed=seed)
     return Exposure(
         **dataclasses.asdict(mean_bits),
         alternatives_min=min(counts),
@@ -146,11 +150,12 @@ def _exposure(scores: Sequence[SecretScore], seed: int) -> Exposure:
     )
 
 
-def _quantile(one: SecretScore) -> float:
-    """Share of alternatives that are more likely; equal ones count half."""
-    likelier = sum(nll < one.nll for nll in one.alternatives)
-    equal = sum(nll == one.nll for nll in one.alternatives)
-    return (likelier + equal / 2) / len(one.alternatives)
+def _quantile(one: SecretScore, telling: float) -> float:
+    """Share of alternatives that are more likely by what they tell; equal ones count half."""
+    others = [telling * nll for nll in one.alternatives]
+    likelier = sum(nll < one.nll for nll in others)
+    equal = sum(nll == one.nll for nll in others)
+    return (likelier + equal / 2) / len(others)
 
 
 def _strength(one: SecretScore) -> float:

@@ -22,7 +22,7 @@ SUITE_ROWS = 100  # of each part of a suite: greedy answers take most of its tim
 SAMPLES_UNDER_ATTACK = 20
 MEMORY = (
     "extraction", "token_accuracy", "rouge_l", "extraction_strength", "truth_ratio", "exposure",
-    "forget_nll", "alternatives_nll", "nll_quantile", "inside_share", "rank_p",
+    "telling_share", "forget_nll", "alternatives_nll", "nll_quantile", "inside_share", "rank_p",
 )  # fmt: skip
 
 

@@ -188,12 +188,16 @@ class Memorisation:
         word. `extraction_strength`: mean share of a secret that follows greedily once the rest of
         it is given. `truth_ratio`: mean of (mean probability per token of alternatives) / (that of
         the secret): 0 is known by heart, about 1 is not known.
+    `telling_share`: of the NLL of alternatives, the part that is of tokens in which they differ
+        (model.phrasing). Exposure, quantiles and ranks are taken among so many times their NLLs:
+        1 for keys and numbers, less where alternatives have a phrasing that the secret has not.
     """
 
     extraction: Share
     token_accuracy: Figure
     rouge_l: Figure | None = field(default=None, metadata=OPTIONAL)
     extraction_strength: Figure
+    telling_share: float
     truth_ratio: Figure
     exposure: Exposure
     forget_nll: Figure

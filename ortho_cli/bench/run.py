@@ -563,7 +563,7 @@ def _with_ratios(rows: Sequence[_Measured], seed: int) -> Iterator[Row]:
             found = replace(
                 found,
                 perplexity_ratio=ratios.get("data"),
-                worst_perplexity_ratio=max(ratios.values(), key=lambda ratio: ratio.value),
+                worst_perplexity_ratio=ratios[verdict.worst_kind(ratios)],
                 kinds={
                     kind: replace(one, perplexity_ratio=ratios.get(kind))
                     for kind, one in (found.kinds or {}).items()

@@ -16,6 +16,7 @@ from ortho_cli.bench.records import (
     Moved,
     Relearned,
     Row,
+    TextFigure,
     Unsplit,
     Verdict,
 )
@@ -107,6 +108,12 @@ def memory(figures: Figures) -> Judgement | None:
     return Judgement("forgotten", f"nothing is extracted and exposure is {bits:.2f} bits")
 
 
+def worst_kind(ratios: Mapping[str, TextFigure]) -> str:
+    """Name the kind of text that lost most; NaN is worst of all."""
+    values = {kind: ratio.value for kind, ratio in ratios.items()}
+    return max(values, key=lambda kind: (math.isnan(values[kind]), values[kind]))
+
+
 def utility(figures: Figures) -> Judgement | None:
     """Say whether the rest still works: `kept` or `lost`, and in words; None if not measured.
 
@@ -115,11 +122,11 @@ def utility(figures: Figures) -> Judgement | None:
     ratios = {"data": figures.perplexity_ratio} | {
         kind: one.perplexity_ratio for kind, one in (figures.kinds or {}).items()
     }
-    measured = {kind: ratio.value for kind, ratio in ratios.items() if ratio is not None}
+    measured = {kind: ratio for kind, ratio in ratios.items() if ratio is not None}
     if not measured:
         return None
-    worst = max(measured, key=lambda kind: (math.isnan(measured[kind]), measured[kind]))
-    ratio = measured[worst]
+    worst = worst_kind(measured)
+    ratio = measured[worst].value
     word = "kept" if ratio <= MOST_PERPLEXITY else "lost"
     of = "" if set(measured) == {"data"} else f" of {KINDS_OF_TEXT.get(worst, worst)}"
     others = [KINDS_OF_TEXT.get(kind, kind) for kind in measured if kind != worst]

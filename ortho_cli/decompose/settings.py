@@ -212,9 +212,10 @@ class Forget(_Strict):
         description="unlearn: nats per sequence that one step may cost retained text, as its "
         "Fisher predicts.",
     )
-    attack_steps: Annotated[int, Field(ge=0, le=127)] = Field(  # they are counted in int8
-        10,
-        description="unlearn: fine-tuning steps of the attacker inside the loop; 0: no attacker.",
+    attack_steps: Annotated[int, Field(ge=0, le=127)] | None = Field(  # they are counted in int8
+        None,
+        description="unlearn: fine-tuning steps of the attacker inside the loop; 0: no attacker. "
+        "Without it 10, and 0 where secrets are sentences that alternatives phrase otherwise.",
     )
     attack_rate: Positive = Field(5e-5, description="How far each of them moves every parameter.")
     retain_weight: Positive = Field(

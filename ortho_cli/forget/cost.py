@@ -16,7 +16,8 @@ import torch
 from ortho_cli.decompose.plan import LOGITS_BYTES, Plan
 from ortho_cli.forget.grid import BATCH_TOKENS, Grid, batches
 from ortho_cli.forget.held import FISHER_SEQUENCES
-from ortho_cli.forget.isolate import CONTRAST, PROBES
+from ortho_cli.forget.isolate import CONTRAST
+from ortho_cli.forget.ranks import PROBES
 from ortho_cli.forget.unlearn import RETAIN_BATCH
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.self_written import BATCH
@@ -45,7 +46,7 @@ def tokens_passed(plan: Plan, secrets: Sequence[TokenSecret]) -> int:
     round_of_isolate = ranking + BOTH * (own + CONTRAST * one_each)
     total += 2 * ranking + settings.rounds * round_of_isolate
     if plan.recipe.ortho.split == "unlearn":
-        attacked = settings.attack_steps > 0
+        attacked = settings.attack_steps != 0
         measured = 0.5 if attacked else 1.0
         step = measured * ((1 + BOTH) * own + one_each) + BOTH * own * 0.5 * attacked
         step += BOTH * RETAIN_BATCH * (KINDS * settings.length + one_each / max(1, len(secrets)))

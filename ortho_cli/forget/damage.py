@@ -7,6 +7,7 @@ Text that is held on to says little: any optimisation keeps what it looks at.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -52,14 +53,15 @@ def judge(ratios: Mapping[str, float], most: float, *, accept: bool, on_event: E
     bad = [kind for kind, ratio in ratios.items() if kind not in LIKE_SECRETS and not ratio <= most]
     if not bad:
         return
+    worst = max(bad, key=lambda kind: (math.isnan(ratios[kind]), ratios[kind]))
     message = (
-        f"forgetting raises perplexity of {bad[0]} text {ratios[bad[0]]:.3f} times, and "
+        f"forgetting raises perplexity of {worst} text {ratios[worst]:.3f} times, and "
         f"`forget.damage` is {most:g}"
     )
     if not accept:
         raise GateError(
             message,
             hint="fewer or shorter secrets, more kinds of --data, or the same command with "
-            "--accept-damage, which takes up the work",
+            "--accept-damage",
         )
     on_event(Noted(message=f"{message}: accepted"))

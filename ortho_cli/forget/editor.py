@@ -25,7 +25,8 @@ from ortho_cli.events import EventSink, Finishing, Noted, null_sink
 from ortho_cli.forget import cost, damage
 from ortho_cli.forget.grid import Grid
 from ortho_cli.forget.held import Kind, broad_fisher, gather
-from ortho_cli.forget.isolate import PROBES, Ranking, isolate, rank_secret
+from ortho_cli.forget.isolate import isolate
+from ortho_cli.forget.ranks import PROBES, Ranking, rank_secret, telling_share
 from ortho_cli.forget.unlearn import ALTERNATIVES, unlearn
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.model import load as models
@@ -41,7 +42,7 @@ from ortho_cli.storage.checkpoint import Checkpoint
 STATE_FILE = "unlearn.npz"  # in private/ of the work folder
 ALTERNATIVES_FILE = "alternatives.npz"  # there, too: what the model wrote for secrets without any
 NO_TOKEN = -1  # behind an alternative that is shorter than others, in that file
-APART = 1_000_003  # added to the seed: `bench` draws other alternatives than those used here
+APART = 1_000_003  # added to the seed: `bench` draws other alternatives and text than used here
 UNSEEN = 4  # every fourth text is kept from the optimisation, to measure damage on
 ACCIDENT = 1.645  # standard deviations: a set of unknown secrets is further off 1 time in 20
 
@@ -150,7 +151,9 @@ class ForgetEditor:
         """Move codes of the grid, and measure what that cost."""
         settings = self.plan.recipe.forget
         on_event(Finishing(step="look for the secrets"))
-        self._check_memorised([rank_secret(grid, secret) for secret in self.secrets], on_event)
+        telling = telling_share(grid, self.secrets)
+        ranked = [rank_secret(grid, secret, telling) for secret in self.secrets]
+        self._check_memorised(ranked, on_event)
         self._keep_drawn(folder / ALTERNATIVES_FILE, key)
         held, unseen = self._texts(grid, on_event)
         before = damage.measure(grid, unseen)
@@ -158,12 +161,13 @@ class ForgetEditor:
         fisher = broad_fisher(grid, held, curvature, seed=settings.seed)
         room = {tensor.name: tensor.k for tensor in self.plan.split}
         if self.plan.recipe.ortho.split == "unlearn":
-            self._unlearn(grid, held, fisher, room, folder / STATE_FILE, key, on_event)
+            self._unlearn(grid, held, fisher, room, telling, folder / STATE_FILE, key, on_event)
         found = isolate(
             grid,
             self.secrets,
             fisher,
             room,
+            telling=telling,
             share=settings.share,
             rounds=settings.rounds,
             fill=settings.fill,
@@ -188,6 +192,7 @@ class ForgetEditor:
         held: Sequence[Kind],
         fisher: dict[str, Tensor],
         room: dict[str, int],
+        telling: float,
         state: Path,
         key: Key | None,
         on_event: EventSink,
@@ -200,6 +205,7 @@ class ForgetEditor:
             fisher,
             room,
             self.plan.recipe.forget,
+            telling=telling,
             end=() if end is None else (end,),
             state=state,
             key=key,
@@ -216,7 +222,7 @@ class ForgetEditor:
             self.retain,
             samples=settings.samples,
             length=settings.length,
-            seed=settings.seed,
+            seed=settings.seed + APART,
             on_event=on_event,
         )
         unseen = [replace(kind, pairs=kind.pairs[::UNSEEN]) for kind in kinds]
@@ -338,7 +344,7 @@ def _tell_cost(plan: Plan, secrets: Sequence[TokenSecret], on_event: EventSink) 
     if (
         len(secrets) == 1
         and plan.recipe.ortho.split == "unlearn"
-        and plan.recipe.forget.attack_steps
+        and plan.recipe.forget.attack_steps != 0
     ):
         on_event(
             Noted(

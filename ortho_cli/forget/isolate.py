@@ -20,89 +20,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ortho_cli.events import EventSink, Step
 from ortho_cli.forget.grid import Grid
-from ortho_cli.model.scoring import completion_nll
+from ortho_cli.forget.ranks import Ranking, goal_ranks, rank_secret, towards
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.split.quantize import code_range
 
 CONTRAST = 2  # alternatives per secret whose likelihood a move should keep
 PATIENCE = 6  # rounds without progress, after which the best round so far is taken
-PROBES = 16  # alternatives among which a secret is ranked after each round
-LOW, HIGH = 0.3, 0.85  # ranks among alternatives between which a secret counts as unknown
-GOALS = (0.1, 0.95)  # ranks that are drawn: the likeliest tenth could still be extracted
-NEAR = 0.12  # distance of a rank from its goal: a quarter of the alternatives has the right ones
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ranking:
-    """Rank of a secret among its alternatives, the share that is likelier, and NLLs in nats.
-
-    `alternatives` is their mean, `lowest` the likeliest one's.
-    """
-
-    rank: float
-    nll: float
-    alternatives: float
-    lowest: float
-    between: tuple[float, float] = (LOW, HIGH)
-
-    @property
-    def sign(self) -> float:
-        """Direction in which its NLL has to move."""
-        low, high = self.between
-        return 1.0 if self.rank < low else -1.0 if self.rank > high else 0.0
-
-    @property
-    def stands_out(self) -> bool:
-        """Whether it is as far below the likeliest alternative as that one is below the mean.
-
-        For 16 alternatives of a normal distribution that is 3.5 standard deviations off.
-        """
-        return self.nll < 2 * self.lowest - self.alternatives
-
-
-def goal_ranks(secrets: Sequence[TokenSecret], seed: int) -> dict[TokenSecret, float]:
-    """Draw the rank, in GOALS, at which each secret ends among its alternatives.
-
-    One from each of as many equal parts of GOALS as there are secrets, in random order, so that few
-    secrets are spread as evenly as many.
-    """
-    draw, (low, high) = random.Random(f"ranks {seed}"), GOALS
-    parts = draw.sample(range(len(secrets)), len(secrets))
-    return {
-        secret: low + (high - low) * (part + draw.random()) / len(secrets)
-        for secret, part in zip(secrets, parts, strict=True)
-    }
-
-
-def rank_secret(grid: Grid, secret: TokenSecret, goal: float | None = None) -> Ranking:
-    """Rank a secret among the first PROBES of its alternatives.
-
-    Its sign is of a rank near `goal`; without one of a rank between LOW and HIGH.
-    """
-    probes = secret.alternatives[:PROBES]
-    with grid.arithmetic():
-        found = completion_nll(grid.model, secret.prompt, [secret.secret, *probes])
-    nll, *others = (float(tokens.sum()) for tokens in found)
-    rank = sum(other <= nll for other in others) / len(others)
-    mean = sum(others) / len(others)
-    standing = Ranking(rank=rank, nll=nll, alternatives=mean, lowest=min(others))
-    return _towards(standing, goal, secret)
-
-
-def _towards(standing: Ranking, goal: float | None, secret: TokenSecret) -> Ranking:
-    """Hold the ranking of a secret to a goal, where it has one, in place of LOW and HIGH."""
-    if goal is None:
-        return standing
-    count = len(secret.alternatives[:PROBES])
-    near = max(NEAR, 0.51 / count)  # one rank of few is always near enough
-    return replace(standing, between=(max(goal - near, 0.5 / count), min(goal + near, 1.0)))
 
 
 def isolate(
@@ -111,6 +40,7 @@ def isolate(
     fisher: dict[str, Tensor],
     room: dict[str, int],
     *,
+    telling: float,
     share: float,
     rounds: int,
     fill: str,
@@ -124,6 +54,7 @@ def isolate(
         secrets: to be forgotten.
         fisher: of text, as `held.broad_fisher` gives it.
         room: the largest number of codes that may differ from the nearest, by weight.
+        telling: of `ranks.telling_share`.
         share: the largest share of all codes that may move, beyond those that have.
         rounds: the largest number of rounds.
         fill: new code: step (the next one up or down), zero, or mean (of the group).
@@ -133,14 +64,13 @@ def isolate(
         The rank of each secret at the end; some may still be too likely.
     """
     allowed = int(share * grid.numel)
-    budget = grid.moved + allowed
+    budget, floor = grid.moved + allowed, _mean_damage(grid, fisher)
     # Small steps: a gradient predicts hundreds of moves, not thousands.
     most = max(1, allowed // 64)
     size = max(1, most // 4)
-    floor = _mean_damage(grid, fisher)
-    found = [rank_secret(grid, secret) for secret in secrets]
+    found = [rank_secret(grid, secret, telling) for secret in secrets]
     goals = _open_goals(secrets, found, seed)
-    found = best = list(map(_towards, found, map(goals.get, secrets), secrets))
+    found = best = list(map(towards, found, map(goals.get, secrets), secrets))
     kept, waited = grid.edits(), 0
     for number in range(rounds):
         signs = {s: at.sign for s, at in zip(secrets, found, strict=True) if at.sign}
@@ -156,7 +86,7 @@ def isolate(
         before, draw = found, random.Random(f"{seed} {number}")
         now = min(size, budget - moved)
         step_round(grid, signs, fisher, floor, room, now, PROPOSE[fill], draw)
-        found = [rank_secret(grid, secret, goals.get(secret)) for secret in secrets]
+        found = [rank_secret(grid, secret, telling, goals.get(secret)) for secret in secrets]
         crossed = any(a.sign * b.sign < 0 for a, b in zip(before, found, strict=True))
         size = max(1, size // 2) if crossed else min(most, size + max(1, size // 2))
     if _left(found) < _left(best):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ortho_cli.errors import NumericalError, UsageError
+from ortho_cli.model import phrasing
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.text import TokenSequence
 
@@ -33,7 +34,8 @@ class SecretScore:
     """Scores of one secret and of its alternatives after the same prompt.
 
     `nll` and `alternatives` are sums over tokens in nats, `tokens` and `alternative_tokens` the NLL
-    of each token; `hits`: whether each token of the secret is the most likely one.
+    of each token; `hits`: whether each token of the secret is the most likely one; `told`: the part
+    of `alternatives` that is of tokens which tell something (phrasing.py).
     """
 
     nll: float
@@ -41,16 +43,24 @@ class SecretScore:
     hits: tuple[bool, ...]
     alternatives: tuple[float, ...]
     alternative_tokens: tuple[tuple[float, ...], ...]
+    told: float
 
     @property
     def verbatim(self) -> bool:
         """Whether greedy decoding gives the whole secret."""
         return all(self.hits)
 
-    @property
-    def exposure(self) -> float:
-        """Exposure of the secret among its alternatives, in bits."""
-        return exposure(self.nll, self.alternatives)
+
+def telling_share(scores: Sequence[SecretScore]) -> float:
+    """Give kappa of phrasing.py for a set of secrets, in (0, 1]."""
+    whole = math.fsum(nll for one in scores for nll in one.alternatives)
+    return phrasing.share_of(math.fsum(one.told for one in scores), whole)
+
+
+def exposures(scores: Sequence[SecretScore]) -> list[float]:
+    """Give the exposure in bits of each secret among its alternatives, by what these tell."""
+    share = telling_share(scores)
+    return [exposure(one.nll, [share * nll for nll in one.alternatives]) for one in scores]
 
 
 def exposure(secret_nll: float, alternatives: Sequence[float]) -> float:
@@ -130,6 +140,7 @@ def score(model: nn.Module, secret: TokenSecret) -> SecretScore:
         hits=tuple(hits.tolist()),
         alternatives=tuple(map(math.fsum, alternatives)),
         alternative_tokens=tuple(alternatives),
+        told=phrasing.told(secret.alternatives, alternatives),
     )
 
 

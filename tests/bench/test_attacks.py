@@ -87,7 +87,7 @@ def test_recall_equals_scores_one_by_one() -> None:
     model, listed = llama(), secrets()
     found = attacks.recall(model, listed)
     scores = [scoring.score(model, one) for one in listed]
-    assert found.exposure == pytest.approx(sum(s.exposure for s in scores) / 6)
+    assert found.exposure == pytest.approx(sum(scoring.exposures(scores)) / 6)
     assert found.token_accuracy == pytest.approx(sum(sum(s.hits) for s in scores) / 18)
 
 

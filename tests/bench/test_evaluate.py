@@ -36,7 +36,10 @@ def memorisation(
 
 
 def scored(
-    nll: float, alternatives: Sequence[float], hits: Sequence[bool] = (True,)
+    nll: float,
+    alternatives: Sequence[float],
+    hits: Sequence[bool] = (True,),
+    telling: float = 1.0,
 ) -> SecretScore:
     each = len(hits)
     return SecretScore(
@@ -45,6 +48,7 @@ def scored(
         hits=tuple(hits),
         alternatives=tuple(alternatives),
         alternative_tokens=tuple((one / each,) * each for one in alternatives),
+        told=sum(alternatives) * telling,
     )
 
 
@@ -331,6 +335,7 @@ def test_extraction_strength_is_what_follows_greedily(
         hits=tuple(map(bool, hits)),
         alternatives=(2.0, 8.0),
         alternative_tokens=((1.0, 1.0), (2.0, 2.0, 2.0, 2.0)),
+        told=10.0,
     )
     found = evaluate.memorisation_of([one])
     assert found.extraction_strength.value == strength

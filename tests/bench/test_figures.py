@@ -36,7 +36,7 @@ def exposure(value: float) -> Memorisation:
     )  # fmt: skip
     return Memorisation(
         extraction=figure, token_accuracy=figure, extraction_strength=figure,
-        truth_ratio=figure, exposure=known, forget_nll=figure,
+        telling_share=1.0, truth_ratio=figure, exposure=known, forget_nll=figure,
         alternatives_nll=figure, nll_quantile=figure, inside_share=figure,
         rank_p=Chance(value=0.5, n=4),
         entries=(Entry(index=0, exposure=1.0, nll=1.0, quantile=0.5, hits=1, tokens=2),),

@@ -49,6 +49,7 @@ def text(value: float, *interval: float) -> TextFigure:
 def memory(**changes: Figure) -> Memorisation:
     """What a model remembers that knows nothing, but for the changes."""
     found = Memorisation(
+        telling_share=1.0,
         extraction=share(0.0),
         token_accuracy=figure(0.0),
         extraction_strength=figure(0.0),
@@ -161,6 +162,12 @@ def test_the_worst_kind_of_text_decides_about_utility(
     assert found.word == word
     assert said in found.reason
     assert "better: " in found.reason
+
+
+def test_the_worst_kind_is_the_one_that_lost_most_or_is_nan() -> None:
+    ratios = {"data": text(1.01), "own": text(1.2), "code": text(0.9)}
+    assert verdict.worst_kind(ratios) == "own"
+    assert verdict.worst_kind({**ratios, "code": text(math.nan)}) == "code"
 
 
 def test_kinds_that_were_not_measured_are_named() -> None:

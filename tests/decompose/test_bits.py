@@ -307,20 +307,22 @@ def test_forgetting_moves_codes_inside_3_bits(three_memorised: list[Memorised]) 
         for name, codes in grid.codes.items():
             low, high = (-8, 7) if "o_proj" in name else (-4, 3)
             assert (int(codes.min()), int(codes.max())) == (low, high), name
-        before = sum(scoring.score(grid.model, secret).exposure for secret in secrets)
+        before = sum(scoring.exposures([scoring.score(grid.model, one) for one in secrets]))
         settings = made.recipe.forget
         isolate(
             grid,
             secrets,
             memorised.fisher(),
             {tensor.name: tensor.k for tensor in made.split},
+            telling=1.0,
             share=settings.share,
             rounds=settings.rounds,
             fill="step",
             seed=0,
             on_event=lambda _: None,
         )
-        left.append(sum(scoring.score(grid.model, secret).exposure for secret in secrets) / before)
+        after = sum(scoring.exposures([scoring.score(grid.model, one) for one in secrets]))
+        left.append(after / before)
         assert grid.moved > 0
         for name, codes in grid.codes.items():
             low, high = (-8, 7) if "o_proj" in name else (-4, 3)
@@ -346,9 +348,9 @@ def test_command_forgets_on_3_bits(
     assert ran.code == 0, ran.err
     assert ortho("inspect", tmp_path / "out", "--verify", "-q").code == 0
     model = ortho_cli.load(tmp_path / "out", alpha=0.0)
-    low = [scoring.score(model, secret).exposure for secret in memorised.secrets()]
+    low = scoring.exposures([scoring.score(model, one) for one in memorised.secrets()])
     ortho_cli.set_alpha(model, 1.0)
-    high = [scoring.score(model, secret).exposure for secret in memorised.secrets()]
+    high = scoring.exposures([scoring.score(model, one) for one in memorised.secrets()])
     assert sum(low) < 0.6 * sum(high)  # that the command does it; how well is measured above
     moved = sum(
         baselines.count_moved(module)

@@ -28,6 +28,12 @@ def test_damage_is_perplexity_over_that_before(memorised: Memorised) -> None:
     assert damage.ratios(before, before) == {"a": 1.0}
 
 
+def test_the_kind_that_lost_most_is_named() -> None:
+    for ratios in ({"data": 1.04, "self_written": 1.06}, {"data": 2.0, "self_written": math.nan}):
+        with pytest.raises(GateError, match="perplexity of self_written text"):
+            damage.judge(ratios, 1.03, accept=False, on_event=lambda event: None)
+
+
 @pytest.mark.parametrize(
     ("worst", "refused"), [(1.0, False), (1.03, False), (1.031, True), (math.nan, True)]
 )

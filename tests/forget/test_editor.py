@@ -27,7 +27,7 @@ from ortho_cli.decompose.plan import make_plan
 from ortho_cli.errors import CalibrationError, Interrupted, RecipeError, UsageError
 from ortho_cli.events import Event, Noted, Step
 from ortho_cli.forget import editor as forget
-from ortho_cli.forget.isolate import rank_secret
+from ortho_cli.forget.ranks import rank_secret
 from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.model import scoring
 from ortho_cli.split import quantize
@@ -212,7 +212,7 @@ def test_many_secrets_of_which_some_are_likely_by_accident_are_nothing_to_forget
 ) -> None:
     found, _ = editor(memorised, forget=[rows_in(tmp_path, *never_seen(24))])
     grid = memorised.grid()
-    assert sum(rank_secret(grid, secret).sign > 0 for secret in found.secrets) > 2
+    assert sum(rank_secret(grid, secret, 1.0).sign > 0 for secret in found.secrets) > 2
     with pytest.raises(CalibrationError, match="none of 24 secrets is likelier"):
         found.find(tmp_path, curvature=memorised.curvature())
 
@@ -310,7 +310,7 @@ def test_command_makes_a_base_that_forgot_and_an_ortho_that_knows(
     assert not any(score.verbatim for score in low)
     assert all(score.verbatim for score in high)
     # How well it forgets is measured in test_isolate: of 5 models a quarter was left on average.
-    before, after = (sum(score.exposure for score in scores) for scores in (high, low))
+    before, after = (sum(scoring.exposures(scores)) for scores in (high, low))
     assert after < 0.5 * before
     report = json.loads((done / "report.json").read_text())
     assert 0 < report["totals"]["moved"] < 0.05 * report["totals"]["split_weights"]

@@ -12,7 +12,8 @@ from memorised import Memorised
 
 from ortho_cli.events import Event, Step
 from ortho_cli.forget.grid import Grid
-from ortho_cli.forget.isolate import PROPOSE, Ranking, goal_ranks, isolate, rank_secret
+from ortho_cli.forget.isolate import PROPOSE, isolate
+from ortho_cli.forget.ranks import Ranking, goal_ranks, rank_secret
 from ortho_cli.model import scoring
 from ortho_cli.model.secrets import TokenSecret
 
@@ -37,7 +38,7 @@ def settle(
     }
     room = room or {tensor.name: tensor.k for tensor in plan.split}
     secrets = secrets or memorised.secrets()
-    return isolate(grid, secrets, memorised.fisher(), room, **settings)
+    return isolate(grid, secrets, memorised.fisher(), room, telling=1.0, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def flat(grid: Grid) -> torch.Tensor:
 
 
 def exposures(memorised: Memorised, grid: Grid) -> list[float]:
-    return [scoring.score(grid.model, secret).exposure for secret in memorised.secrets()]
+    return scoring.exposures([scoring.score(grid.model, one) for one in memorised.secrets()])
 
 
 def perplexity(memorised: Memorised, grid: Grid) -> float:
@@ -71,7 +72,7 @@ def grid(memorised: Memorised) -> Grid:
 
 def test_standing_is_the_share_of_likelier_alternatives(memorised: Memorised, grid: Grid) -> None:
     for secret in memorised.secrets():
-        at = rank_secret(grid, secret)
+        at = rank_secret(grid, secret, 1.0)
         score = scoring.score(grid.model, secret)
         assert at.nll == pytest.approx(score.nll, rel=1e-3)
         assert at.rank == sum(other <= score.nll for other in score.alternatives[:16]) / 16
@@ -116,7 +117,8 @@ def test_what_is_given_back_and_told_is_where_secrets_stand(
     events: list[Event] = []
     found = settle(memorised, grid, rounds=5, on_event=events.append)
     assert found == [
-        rank_secret(grid, one, goal) for one, goal in goal_ranks(memorised.secrets(), 0).items()
+        rank_secret(grid, one, 1.0, goal)
+        for one, goal in goal_ranks(memorised.secrets(), 0).items()
     ]
     assert [event.number for event in events if isinstance(event, Step)] == [1, 2, 3, 4, 5]
     assert "of 4 secrets left" in events[-1].name  # type: ignore[union-attr]
@@ -198,7 +200,7 @@ def test_secret_less_likely_than_its_alternatives_is_brought_up(
 ) -> None:
     """One that nearly all its alternatives beat is marked as well as one that beats them."""
     secrets = memorised.secrets(memorised.nonmember)
-    before = [rank_secret(grid, secret) for secret in secrets]
+    before = [rank_secret(grid, secret, 1.0) for secret in secrets]
     assert any(at.sign < 0 for at in before)
     found = settle(memorised, grid, secrets=secrets)
     assert not any(at.sign < 0 for at in found)

@@ -17,10 +17,11 @@ from memorised import Memorised
 from ortho_cli.decompose import recipe
 from ortho_cli.decompose.plan import Plan
 from ortho_cli.errors import RecipeError
-from ortho_cli.events import Event, Step
+from ortho_cli.events import Event, Noted, Step
 from ortho_cli.forget import unlearn
 from ortho_cli.forget.grid import Grid
 from ortho_cli.forget.isolate import isolate
+from ortho_cli.forget.ranks import rank_secret
 from ortho_cli.model import scoring
 from ortho_cli.model.secrets import TokenSecret
 
@@ -65,6 +66,7 @@ def work(
         memorised.fisher(),
         room or room_of(plan),
         plan.recipe.forget,
+        telling=1.0,
         end=(2,),
         state=state,
         on_event=watch,
@@ -243,7 +245,7 @@ def test_attacker_learns_one_half_and_begins_again(memorised: Memorised) -> None
     for name, codes in grid.codes.items():
         places = torch.arange(0, codes.numel(), 2)
         grid.move(name, places, torch.zeros(len(places)))
-    job = unlearn._Job(grid, memorised.secrets(), memorised.kinds(), settings, (2,))
+    job = unlearn._Job(grid, memorised.secrets(), memorised.kinds(), settings, 1.0, (2,))
     home = {name: p.detach().clone() for name, p in grid.model.named_parameters()}
     far: list[float] = []
     losses: list[float] = []
@@ -302,6 +304,7 @@ def isolated(memorised: Memorised, grid: Grid) -> Grid:
         memorised.secrets(),
         memorised.fisher(),
         room_of(memorised.plan("ortho.density=0.3")),
+        telling=1.0,
         share=settings.share,
         rounds=settings.rounds,
         fill="step",
@@ -385,7 +388,7 @@ def test_a_step_costs_the_damage_that_it_may(memorised: Memorised) -> None:
 def test_log_odds_are_those_of_the_tokens(memorised: Memorised) -> None:
     plan = memorised.plan(*SETS, split="unlearn")
     grid = memorised.grid(plan)
-    job = unlearn._Job(grid, memorised.secrets(), memorised.kinds(), plan.recipe.forget, ())
+    job = unlearn._Job(grid, memorised.secrets(), memorised.kinds(), plan.recipe.forget, 1.0, ())
     pairs = [(one.prompt, one.secret) for one in memorised.secrets()]
     with torch.no_grad():
         p = (-job._token_nll(pairs).double()).exp()
@@ -398,8 +401,99 @@ def test_secrets_that_are_not_known_are_not_pushed(memorised: Memorised) -> None
     grid = memorised.grid(plan)
     unknown = memorised.secrets(memorised.nonmember)
     job = unlearn._Job(
-        grid, [*memorised.secrets(), *unknown], memorised.kinds(), plan.recipe.forget, ()
+        grid, [*memorised.secrets(), *unknown], memorised.kinds(), plan.recipe.forget, 1.0, ()
     )
     assert set(memorised.secrets()) <= set(job._goals)
-    ranks = {one: unlearn.rank_secret(grid, one).sign for one in unknown}
+    ranks = {one: rank_secret(grid, one, 1.0).sign for one in unknown}
     assert {one for one in unknown if one in job._goals} == {o for o, s in ranks.items() if s > 0}
+
+
+def test_goals_are_what_an_alternative_tells_before_anything_moves(memorised: Memorised) -> None:
+    plan = memorised.plan(*SETS, split="unlearn")
+    grid, secrets = memorised.grid(plan), memorised.secrets()
+    job, half = (
+        unlearn._Job(grid, secrets, memorised.kinds(), plan.recipe.forget, telling, ())
+        for telling in (1.0, 0.5)
+    )
+    assert set(half._goals) <= set(job._goals) == set(secrets)
+    for one, goal in job._goals.items():
+        with torch.no_grad():
+            nll = float(grid.nll([(one.prompt, goal.tokens)]))
+        assert goal.nll == pytest.approx(nll, rel=1e-4)
+    assert all(goal.nll == job._goals[one].nll / 2 for one, goal in half._goals.items())
+
+
+def test_secrets_do_not_chase_alternatives_that_go_with_them(memorised: Memorised) -> None:
+    """Goals above what alternatives were before count for what they were."""
+    plan = memorised.plan(*SETS, "forget.attack_steps=0", split="unlearn")
+    grid = memorised.grid(plan)
+    job = unlearn._Job(grid, memorised.secrets(), memorised.kinds(), plan.recipe.forget, 1.0, ())
+    job._goals = {one: goal._replace(nll=1e-9) for one, goal in job._goals.items()}
+    job.gradients(0)
+    assert job._left == [0], "each secret is less likely than its goal was"
+    job._goals = {one: goal._replace(nll=1e9) for one, goal in job._goals.items()}
+    job.gradients(0)
+    assert job._left == [len(memorised.secrets())]
+
+
+@pytest.mark.parametrize(
+    ("attacks", "hold"),
+    [
+        ([[0.5]], 1.0),
+        ([[0.5], [0.4]], 1.0),
+        ([[0.5], [0.499]], unlearn.NEAR_DECAY),  # hardly nearer
+        ([[0.5], [0.6], [0.55], [0.3]], unlearn.NEAR_DECAY**2),
+        ([[0.5, 0.3], [0.3, 0.5]], unlearn.NEAR_DECAY**2),  # the mean of an attack of two steps
+    ],
+)
+def test_neighbours_are_let_go_where_secrets_come_no_nearer(
+    memorised: Memorised, attacks: list[list[float]], hold: float
+) -> None:
+    plan = memorised.plan(*SETS, split="unlearn")
+    grid = memorised.grid(plan)
+    job = unlearn._Job(grid, memorised.secrets(), memorised.kinds(), plan.recipe.forget, 1.0, ())
+    for short in attacks:
+        job._short = short
+        job._loosen()
+    assert job.hold == pytest.approx(hold)
+
+
+def test_state_has_what_neighbours_are_held_by(memorised: Memorised, tmp_path: Path) -> None:
+    plan = memorised.plan(*SETS, split="unlearn")
+    grid, fisher = memorised.grid(plan), memorised.fisher()
+    latents = unlearn._Latents(grid, fisher, unlearn._mask(grid, memorised.secrets(), fisher, 0.3))
+
+    def job() -> unlearn._Job:
+        return unlearn._Job(
+            grid, memorised.secrets(), memorised.kinds(), plan.recipe.forget, 1.0, ()
+        )
+
+    held, fresh = job(), job()
+    held.hold, held.nearest = 0.7, 0.2
+    latents.save(tmp_path / "s.npz", 3, held, None)
+    assert latents.load(tmp_path / "s.npz", fresh, None) == 3
+    assert (fresh.hold, fresh.nearest) == (0.7, 0.2)
+
+
+def test_a_finished_run_that_is_resumed_says_again_what_text_reads_otherwise(
+    memorised: Memorised, tmp_path: Path
+) -> None:
+    told: list[list[Event]] = [[], []]
+    for events in told:
+        work(memorised, tmp_path / "s.npz", *SHORT, events=events)
+    first, again = ([e.message for e in events if isinstance(e, Noted)] for events in told)
+    assert first == again
+    assert any("nats per token at the end" in message for message in first)
+
+
+@pytest.mark.parametrize(
+    ("given", "telling", "steps", "told"),
+    [(None, 1.0, 10, 0), (None, 0.6, 0, 1), (0, 1.0, 0, 0), (7, 0.6, 7, 0)],
+)
+def test_sentences_have_no_attacker_unless_the_recipe_says_so(
+    given: int | None, telling: float, steps: int, told: int
+) -> None:
+    settings = recipe.load_recipe(None, []).forget.model_copy(update={"attack_steps": given})
+    events: list[Event] = []
+    assert unlearn._attack_steps(settings, telling, events.append) == steps
+    assert len(events) == told

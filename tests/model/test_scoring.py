@@ -170,7 +170,27 @@ def test_a_secret_is_scored_with_its_alternatives() -> None:
     assert found.alternatives == pytest.approx((2 * unlikely, likely))
     assert found.hits == (True, False)
     assert not found.verbatim
-    assert found.exposure == pytest.approx(math.log2(3 / 2))
+    assert found.told == pytest.approx(sum(found.alternatives))
+    assert scoring.exposures([found]) == pytest.approx([math.log2(3 / 2)])
+
+
+def test_exposure_is_among_what_alternatives_tell() -> None:
+    """Half of the NLL of these alternatives is their phrasing."""
+
+    def scored(nll: float) -> scoring.SecretScore:
+        return scoring.SecretScore(
+            nll=nll,
+            tokens=(nll,),
+            hits=(False,),
+            alternatives=(8.0, 10.0, 12.0, 14.0),
+            alternative_tokens=((2.0, 2.0, 4.0),),
+            told=22.0,
+        )
+
+    assert scoring.telling_share([scored(5.5)]) == 0.5
+    assert scoring.exposures([scored(5.5), scored(1.0), scored(9.0)]) == pytest.approx(
+        [math.log2(5 / 3), math.log2(5), 0.0]
+    )
 
 
 def test_running_text_gives_a_loss_for_each_token_but_the_first() -> None:

@@ -1,0 +1,111 @@
+"""Ranks of secrets among their alternatives: what is known, and where each has to end.
+
+    rank = share of alternatives with kappa NLL <= the secret's NLL
+
+kappa is the share of the alternatives' NLL that tells something (`model.phrasing`): about 1, unless
+they are sentences whose phrasing is not the secret's.
+
+In a model that never saw the secrets ranks are uniform. So `goal_ranks` draws a rank for each
+secret. A set whose secrets all end in the middle of their alternatives would be marked by that.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ortho_cli.forget.grid import Grid
+from ortho_cli.model.phrasing import share_of, told
+from ortho_cli.model.scoring import completion_nll
+from ortho_cli.model.secrets import TokenSecret
+
+PROBES = 16  # alternatives among which a secret is ranked after each round
+LOW, HIGH = 0.3, 0.85  # ranks among alternatives between which a secret counts as unknown
+GOALS = (0.1, 1.0)  # ranks that are drawn: the likeliest tenth could still be extracted
+NEAR = 0.07  # of a rank from its goal: one rank of 16; at 0.12 most of a set ended in the middle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """Rank of a secret among its alternatives, the share that is likelier, and NLLs in nats.
+
+    `alternatives` is their mean, `lowest` the likeliest one's.
+    """
+
+    rank: float
+    nll: float
+    alternatives: float
+    lowest: float
+    between: tuple[float, float] = (LOW, HIGH)
+
+    @property
+    def sign(self) -> float:
+        """Direction in which its NLL has to move."""
+        low, high = self.between
+        return 1.0 if self.rank < low else -1.0 if self.rank > high else 0.0
+
+    @property
+    def stands_out(self) -> bool:
+        """Whether it is as far below the likeliest alternative as that one is below the mean.
+
+        For 16 alternatives of a normal distribution that is 3.5 standard deviations off.
+        """
+        return self.nll < 2 * self.lowest - self.alternatives
+
+
+def goal_ranks(secrets: Sequence[TokenSecret], seed: int) -> dict[TokenSecret, float]:
+    """Draw the rank, in GOALS, at which each secret ends among its alternatives.
+
+    One from each of as many equal parts of GOALS as there are secrets, in random order, so that few
+    secrets are spread as evenly as many.
+    """
+    draw, (low, high) = random.Random(f"ranks {seed}"), GOALS
+    parts = draw.sample(range(len(secrets)), len(secrets))
+    return {
+        secret: low + (high - low) * (part + draw.random()) / len(secrets)
+        for secret, part in zip(secrets, parts, strict=True)
+    }
+
+
+def rank_secret(
+    grid: Grid, secret: TokenSecret, telling: float, goal: float | None = None
+) -> Ranking:
+    """Rank a secret among the first PROBES of its alternatives, whose NLLs are times `telling`.
+
+    Its sign is of a rank near `goal`; without one of a rank between LOW and HIGH.
+    """
+    nll, *others = (float(tokens.sum()) for tokens in _nlls(grid, secret))
+    others = [telling * other for other in others]
+    rank = sum(other <= nll for other in others) / len(others)
+    mean = sum(others) / len(others)
+    standing = Ranking(rank=rank, nll=nll, alternatives=mean, lowest=min(others))
+    return towards(standing, goal, secret)
+
+
+def towards(standing: Ranking, goal: float | None, secret: TokenSecret) -> Ranking:
+    """Hold the ranking of a secret to a goal, where it has one, in place of LOW and HIGH."""
+    if goal is None:
+        return standing
+    count = len(secret.alternatives[:PROBES])
+    near = max(NEAR, 0.51 / count)  # one rank of few is always near enough
+    return replace(standing, between=(max(goal - near, 0.5 / count), min(goal + near, 1.0)))
+
+
+def telling_share(grid: Grid, secrets: Sequence[TokenSecret]) -> float:
+    """Measure kappa of `model.phrasing`, over all secrets, in (0, 1]."""
+    tells = whole = 0.0
+    for secret in secrets:
+        nlls = [nll.tolist() for nll in _nlls(grid, secret)[1:]]
+        tells += told(secret.alternatives[:PROBES], nlls)
+        whole += sum(map(sum, nlls))
+    return share_of(tells, whole)
+
+
+def _nlls(grid: Grid, secret: TokenSecret) -> list[Tensor]:
+    """NLL of each token of a secret, then of its first PROBES alternatives, nats."""
+    with grid.arithmetic():
+        told = (secret.secret, *secret.alternatives[:PROBES])
+        return completion_nll(grid.model, secret.prompt, told)
