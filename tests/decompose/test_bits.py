@@ -337,7 +337,7 @@ def test_forgetting_moves_codes_inside_3_bits(three_memorised: list[Memorised]) 
 def test_command_forgets_on_3_bits(
     memorised: Memorised, tmp_path: Path, ortho: Ortho, split: str
 ) -> None:
-    quick = ["forget.steps=10", "forget.attack_steps=5", "forget.samples=16", "forget.length=16"]
+    quick = ["forget.steps=30", "forget.attack_steps=5", "forget.samples=16", "forget.length=16"]
     sets = ["base.bits=3", f"ortho.split={split}", *PLENTY, "forget.mask=0.3", *quick]
     text = ["--data", memorised.retain] if split == "unlearn" else []
     given = [word for one in sets for word in ("--set", one)]
