@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 
@@ -91,6 +91,11 @@ Event = (
     | Noted
 )
 EventSink = Callable[[Event], None]
+
+
+def messages(events: Iterable[Event]) -> list[str]:
+    """Give the notes among events, in their order."""
+    return [event.message for event in events if isinstance(event, Noted)]
 
 
 def null_sink(event: Event) -> None:

@@ -13,7 +13,7 @@ from ortho_cli.bench.attacks import ATTACKS, second_half
 from ortho_cli.bench.plan import CONTEXT, NEEDS, TEXT_FIGURES, Settings
 from ortho_cli.bench.suites import Suites, read_suites
 from ortho_cli.errors import CalibrationError, CheckpointError, UsageError
-from ortho_cli.events import Event, EventSink, Noted
+from ortho_cli.events import Event, EventSink, messages
 from ortho_cli.formats.artifact import Artifact
 from ortho_cli.model import load as models
 from ortho_cli.model.rows import Row, Text
@@ -93,7 +93,7 @@ def gather(settings: Settings, opened: Artifact) -> Material:
         texts=tuple(one.prompt + one.secret for one in listed) if shown else (),
         unlisted_texts=tuple(one.prompt + one.secret for one in unlisted) if shown else (),
         notes=(
-            *(one.message for one in events if isinstance(one, Noted)),
+            *messages(events),
             *_notes(listed, running),
             *_notes_of_draws((*listed, *others, *unlisted, *keep)),
             *(_notes_on_halves(secrets) if settings.attack else ()),

@@ -13,6 +13,8 @@ from ortho_cli.errors import NumericalError
 
 Z = 1.959963984540054  # standard deviations: 95 % of a normal distribution are within +-Z
 Interval = tuple[float, float]
+ROUNDS = 1000  # resamples of a bootstrap: its interval's ends are sure to about a tenth of it
+
 Values = NDArray[np.float64]
 
 
@@ -52,7 +54,7 @@ def bootstrap(
     statistic: Callable[[Values], float] = mean,
     *,
     seed: int = 0,
-    rounds: int = 1000,
+    rounds: int = ROUNDS,
 ) -> Interval:
     """Give the 95 % percentile interval of a statistic by resampling rows with replacement.
 
@@ -73,7 +75,7 @@ def bootstrap(
 
 
 def auc(
-    positives: Sequence[float], negatives: Sequence[float], *, seed: int = 0, rounds: int = 1000
+    positives: Sequence[float], negatives: Sequence[float], *, seed: int = 0, rounds: int = ROUNDS
 ) -> Auc:
     """Give the chance that a positive is above a negative: the area under the ROC curve.
 

@@ -195,7 +195,11 @@ def rouge_l(said: str, right: str) -> float:
         A share in [0, 1]; 0 where neither has a word. Case does not count.
     Source: Lin 2004, "ROUGE: a package for automatic evaluation of summaries", section 3, beta = 1.
     """
-    mine, theirs = said.casefold().split(), right.casefold().split()
+    return f1(said.casefold().split(), right.casefold().split())
+
+
+def f1(mine: Sequence[str], theirs: Sequence[str]) -> float:
+    """Give ROUGE-L of words: the harmonic mean of precision and recall of the common ones."""
     return 2 * common_words(mine, theirs) / max(1, len(mine) + len(theirs))
 
 

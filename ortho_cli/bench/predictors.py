@@ -36,11 +36,16 @@ def distance(layers: Mapping[str, OrthoLinear]) -> Distance:
     """
     apart = whole = 0.0
     for layer in layers.values():
-        own = baselines.dequantized(layer, baselines.int4_codes(layer))
-        base = baselines.dequantized(layer, baselines.base_codes(layer))
+        own, base = _ends(layer)
         apart += float((base - own).double().square().sum())
         whole += float(own.double().square().sum())
     return Distance(value=math.sqrt(apart / whole) if whole else 0.0)
+
+
+def _ends(layer: OrthoLinear) -> tuple[Tensor, Tensor]:
+    """Give a weight of INT4 with nothing forgotten, and base's."""
+    own = baselines.dequantized(layer, baselines.int4_codes(layer))
+    return own, baselines.dequantized(layer, baselines.base_codes(layer))
 
 
 def connectivity(
@@ -63,8 +68,7 @@ def connectivity(
     nlls = []
     for point in range(POINTS):
         for name, layer in layers.items():
-            own = baselines.dequantized(layer, baselines.int4_codes(layer))
-            base = baselines.dequantized(layer, baselines.base_codes(layer))
+            own, base = _ends(layer)
             with torch.no_grad():
                 weight = model.get_submodule(name).get_parameter("weight")
                 weight.copy_(torch.lerp(own, base, point / (POINTS - 1)))

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ortho_cli.bench.estimates import auc, average, mean_figure, min_k, same_p
-from ortho_cli.bench.evaluate import common_words, truth_ratio
+from ortho_cli.bench.estimates import ROUNDS, auc, average, mean_figure, min_k, same_p
+from ortho_cli.bench.evaluate import common_words, f1, truth_ratio
 from ortho_cli.bench.records import Auc, Chance, Figure, Figures, Muse, PrivLeak, Tofu, TofuSet
 from ortho_cli.bench.suites import UTILITY_SETS, MuseData, Prompt, Question, Suites, TofuData
 from ortho_cli.model.scoring import compare_windows, completion_nll, exponential
@@ -42,7 +42,6 @@ NO_REFERENCE = 0.5
 and within 0.04 of what the authors measured."""
 SMALLEST = 1e-10  # an AUC of the reference at least: PrivLeak divides by it
 STOPS = ("\n\n", "\nQuestion", "Question:")  # end an answer of KnowMem: the next example begins
-ROUNDS = 1000  # of the bootstrap, as in `estimates`
 Row = tuple[float, float, float]  # probability, ROUGE-L, truth figure of one question
 
 
@@ -181,7 +180,9 @@ def _measure_muse(
         asked = [one.tokens for one in prompts]
         said = answers(model, asked, length, end=tokenizer.eos_token_id)
         texts = [before_next(_decoded(tokenizer, tokens), stops) for tokens in said]
-        found = [_f1(text, one.text) for text, one in zip(texts, prompts, strict=True)]
+        found = [
+            f1(_words(text), _words(one.text)) for text, one in zip(texts, prompts, strict=True)
+        ]
         return mean_figure(found, seed=seed) if found else None
 
     muse = Muse(
@@ -213,8 +214,3 @@ def before_next(text: str, stops: Sequence[str] = STOPS) -> str:
 
 def _words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
-
-
-def _f1(said: str, right: str) -> float:
-    mine, theirs = _words(said), _words(right)
-    return 2 * common_words(mine, theirs) / max(1, len(mine) + len(theirs))

@@ -6,7 +6,6 @@ read. At alpha = 1 a model may not be worse than INT4 alone: ortho is there to m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from ortho_cli.bench.baselines import KINDS
@@ -20,6 +19,7 @@ from ortho_cli.bench.records import (
     Unsplit,
     Verdict,
 )
+from ortho_cli.model.scoring import worst_of
 
 MOST_EXTRACTION = 0.0
 """Share of secrets that greedy decoding, or the best of n samples, may say: none."""
@@ -110,8 +110,7 @@ def memory(figures: Figures) -> Judgement | None:
 
 def worst_kind(ratios: Mapping[str, TextFigure]) -> str:
     """Name the kind of text that lost most; NaN is worst of all."""
-    values = {kind: ratio.value for kind, ratio in ratios.items()}
-    return max(values, key=lambda kind: (math.isnan(values[kind]), values[kind]))
+    return worst_of({kind: ratio.value for kind, ratio in ratios.items()})
 
 
 def utility(figures: Figures) -> Judgement | None:

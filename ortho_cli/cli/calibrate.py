@@ -10,7 +10,7 @@ import typer
 
 from ortho_cli.cli import options
 from ortho_cli.cli.shared import Output, located, run_facts
-from ortho_cli.events import Event, Noted
+from ortho_cli.events import Event, messages
 
 
 # Longer than 60 lines: half of it is the signature, which says all of each option.
@@ -75,8 +75,7 @@ def calibrate(
     plan = make_plan(checkpoint, settings, rows)
     target.check_space(plan.bytes_on_disk, of="statistics with their sums")
     if dry_run:
-        said = [note.message for note in notes if isinstance(note, Noted)]
-        document = plan.to_json() | {"notes": [*checkpoint.notes, *said]}
+        document = plan.to_json() | {"notes": [*checkpoint.notes, *messages(notes)]}
         output.show(document, print_calibration_plan, source=str(model))
         return
     began = time.perf_counter()

@@ -12,7 +12,7 @@ import typer
 from ortho_cli.cli import options
 from ortho_cli.cli.shared import Output, located, place_output, plan_of, run_facts, settled
 from ortho_cli.errors import UsageError
-from ortho_cli.events import Event, EventSink, Noted
+from ortho_cli.events import Event, EventSink, Noted, messages
 
 if TYPE_CHECKING:
     from ortho_cli.decompose.job import Editor
@@ -139,8 +139,7 @@ def decompose(
     )
     if dry_run:
         plan = settled(plan, checkpoint, out, output=output)
-        said = [note.message for note in notes if isinstance(note, Noted)]
-        output.show_plan(plan, model, notes=said)
+        output.show_plan(plan, model, notes=messages(notes))
         return
     from ortho_cli.cli.show.decompose import print_done
 

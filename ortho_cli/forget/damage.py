@@ -7,7 +7,6 @@ Text that is held on to says little: any optimisation keeps what it looks at.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,7 +15,7 @@ from ortho_cli.errors import GateError
 from ortho_cli.events import EventSink, Noted
 from ortho_cli.forget.grid import Grid, batches
 from ortho_cli.forget.held import NEIGHBOURS, Kind
-from ortho_cli.model.scoring import exponential
+from ortho_cli.model.scoring import exponential, worst_of
 
 LIKE_SECRETS = (NEIGHBOURS, "alternatives")  # are told; keys and phrases may lose their form
 
@@ -53,7 +52,7 @@ def judge(ratios: Mapping[str, float], most: float, *, accept: bool, on_event: E
     bad = [kind for kind, ratio in ratios.items() if kind not in LIKE_SECRETS and not ratio <= most]
     if not bad:
         return
-    worst = max(bad, key=lambda kind: (math.isnan(ratios[kind]), ratios[kind]))
+    worst = worst_of({kind: ratios[kind] for kind in bad})
     message = (
         f"forgetting raises perplexity of {worst} text {ratios[worst]:.3f} times, and "
         f"`forget.damage` is {most:g}"

@@ -26,7 +26,7 @@ from ortho_cli.forget import cost, damage
 from ortho_cli.forget.grid import Grid
 from ortho_cli.forget.held import Kind, broad_fisher, gather
 from ortho_cli.forget.isolate import isolate
-from ortho_cli.forget.ranks import PROBES, Ranking, rank_secret, telling_share
+from ortho_cli.forget.ranks import PROBES, Ranking, rank_all
 from ortho_cli.forget.unlearn import ALTERNATIVES, unlearn
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.model import load as models
@@ -151,8 +151,7 @@ class ForgetEditor:
         """Move codes of the grid, and measure what that cost."""
         settings = self.plan.recipe.forget
         on_event(Finishing(step="look for the secrets"))
-        telling = telling_share(grid, self.secrets)
-        ranked = [rank_secret(grid, secret, telling) for secret in self.secrets]
+        telling, ranked = rank_all(grid, self.secrets)
         self._check_memorised(ranked, on_event)
         self._keep_drawn(folder / ALTERNATIVES_FILE, key)
         held, unseen = self._texts(grid, on_event)

@@ -54,7 +54,7 @@ def isolate(
         secrets: to be forgotten.
         fisher: of text, as `held.broad_fisher` gives it.
         room: the largest number of codes that may differ from the nearest, by weight.
-        telling: of `ranks.telling_share`.
+        telling: as `ranks.rank_all` gives it.
         share: the largest share of all codes that may move, beyond those that have.
         rounds: the largest number of rounds.
         fill: new code: step (the next one up or down), zero, or mean (of the group).

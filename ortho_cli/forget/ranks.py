@@ -78,11 +78,31 @@ def rank_secret(
     Its sign is of a rank near `goal`; without one of a rank between LOW and HIGH.
     """
     nll, *others = (float(tokens.sum()) for tokens in _nlls(grid, secret))
-    others = [telling * other for other in others]
-    rank = sum(other <= nll for other in others) / len(others)
-    mean = sum(others) / len(others)
-    standing = Ranking(rank=rank, nll=nll, alternatives=mean, lowest=min(others))
-    return towards(standing, goal, secret)
+    return towards(rank_among(nll, others, telling), goal, secret)
+
+
+def rank_among(nll: float, alternatives: Sequence[float], telling: float) -> Ranking:
+    """Rank a secret of that NLL among so much of the NLLs of its alternatives, in nats."""
+    others = [telling * other for other in alternatives]
+    return Ranking(
+        rank=sum(other <= nll for other in others) / len(others),
+        nll=nll,
+        alternatives=sum(others) / len(others),
+        lowest=min(others),
+    )
+
+
+def rank_all(grid: Grid, secrets: Sequence[TokenSecret]) -> tuple[float, list[Ranking]]:
+    """Measure kappa of `model.phrasing` over all secrets, in (0, 1], and rank each by it."""
+    nlls = [_nlls(grid, secret) for secret in secrets]
+    tells = whole = 0.0
+    for secret, (_, *others) in zip(secrets, nlls, strict=True):
+        listed = [nll.tolist() for nll in others]
+        tells += told(secret.alternatives[:PROBES], listed)
+        whole += sum(map(sum, listed))
+    telling = share_of(tells, whole)
+    sums = [[float(tokens.sum()) for tokens in of_one] for of_one in nlls]
+    return telling, [rank_among(own, others, telling) for own, *others in sums]
 
 
 def towards(standing: Ranking, goal: float | None, secret: TokenSecret) -> Ranking:
@@ -94,18 +114,8 @@ def towards(standing: Ranking, goal: float | None, secret: TokenSecret) -> Ranki
     return replace(standing, between=(max(goal - near, 0.5 / count), min(goal + near, 1.0)))
 
 
-def telling_share(grid: Grid, secrets: Sequence[TokenSecret]) -> float:
-    """Measure kappa of `model.phrasing`, over all secrets, in (0, 1]."""
-    tells = whole = 0.0
-    for secret in secrets:
-        nlls = [nll.tolist() for nll in _nlls(grid, secret)[1:]]
-        tells += told(secret.alternatives[:PROBES], nlls)
-        whole += sum(map(sum, nlls))
-    return share_of(tells, whole)
-
-
 def _nlls(grid: Grid, secret: TokenSecret) -> list[Tensor]:
     """NLL of each token of a secret, then of its first PROBES alternatives, nats."""
     with grid.arithmetic():
-        told = (secret.secret, *secret.alternatives[:PROBES])
-        return completion_nll(grid.model, secret.prompt, told)
+        completions = (secret.secret, *secret.alternatives[:PROBES])
+        return completion_nll(grid.model, secret.prompt, completions)

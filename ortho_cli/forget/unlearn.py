@@ -55,7 +55,7 @@ from ortho_cli.decompose.settings import Forget
 from ortho_cli.events import EventSink, Noted, Step
 from ortho_cli.forget.grid import Grid, Pair, batches
 from ortho_cli.forget.held import NEIGHBOURS, Held, Kind, some
-from ortho_cli.forget.ranks import LOW, PROBES, goal_ranks
+from ortho_cli.forget.ranks import PROBES, goal_ranks, rank_among
 from ortho_cli.model.phrasing import lacking
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.split.quantize import code_range
@@ -97,7 +97,7 @@ def unlearn(
         fisher: of text, as `held.broad_fisher` gives it.
         room: the largest number of codes that may differ from the nearest, by weight.
         settings: the recipe's `forget`.
-        telling: of `ranks.telling_share`.
+        telling: as `ranks.rank_all` gives it.
         end: tokens that end a text of the attacker's; may be none.
         state: file of unfinished work, for its owner alone.
         key: seals that file.
@@ -286,7 +286,7 @@ class _Job:
         for secret, rank in goal_ranks(self._secrets, self._settings.seed).items():
             probes = secret.alternatives[:PROBES]
             own, *others = self._nlls([(secret.prompt, one) for one in (secret.secret, *probes)])
-            if sum(self._telling * nll <= own for nll in others) < LOW * len(others):
+            if rank_among(own, others, self._telling).sign > 0:
                 order = sorted(zip(others, probes, strict=True))
                 nll, tokens = order[min(int(rank * len(order)), len(order) - 1)]
                 found[secret] = _Goal(tokens, self._telling * nll)
@@ -317,28 +317,30 @@ class _Job:
 
     def holds(self, step: int) -> bool:
         """Tell whether a whole attack left no secret above its goal, nor text read otherwise."""
-        every = self._settings.attack_steps or 1
-        ended = (step + 1) % every == 0
-        return ended and not any(self._left) and self.worst <= self._settings.divergence
+        return self._ends(step) and not any(self._left) and self.worst <= self._settings.divergence
+
+    def _ends(self, step: int) -> bool:
+        """Tell whether a step is the last one of an attack; without attacker each is."""
+        return (step + 1) % (self._settings.attack_steps or 1) == 0
 
     def gradients(self, step: int) -> list[dict[str, Tensor]]:
         """Return the gradients of both parts of the loss by every split weight."""
         draw = random.Random(f"{self._settings.seed} {step}")
-        every = self._settings.attack_steps
-        if every and step % every == 0:
+        attacked, begins = bool(self._settings.attack_steps), self._ends(step - 1)
+        if attacked and begins:
             mixed = draw.sample(self._secrets, len(self._secrets))
             half = max(1, len(mixed) // 2)
             self._attack = _Attack(mixed[:half], mixed[half:] or mixed)
-        if step % (every or 1) == 0:
+        if begins:
             self._left, self._short = [], []
         self._grid.model.requires_grad_(True)
         try:
             self._displace()
             forget = self._forget()
-            if every:
+            if attacked:
                 self._attacker_steps()
                 self._restore()
-            if (step + 1) % (every or 1) == 0:
+            if self._ends(step):
                 self._loosen()
             self._keep(draw)
             return [forget, self._grid.take_gradients()]

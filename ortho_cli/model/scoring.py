@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -328,6 +328,11 @@ def device_of(model: nn.Module) -> torch.device:
 def exponential(nats: float) -> float:
     """Give e to so many nats, at most e^700: JSON has no infinity. NaN stays NaN."""
     return math.exp(min(nats, LARGEST_EXPONENT))
+
+
+def worst_of(ratios: Mapping[str, float]) -> str:
+    """Name what has the largest ratio; NaN is worst of all."""
+    return max(ratios, key=lambda name: (math.isnan(ratios[name]), ratios[name]))
 
 
 def finite(values: Tensor) -> Tensor:

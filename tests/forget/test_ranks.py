@@ -6,7 +6,7 @@ import pytest
 from memorised import Memorised
 
 from ortho_cli.forget.grid import Grid
-from ortho_cli.forget.ranks import rank_secret, telling_share
+from ortho_cli.forget.ranks import rank_all, rank_secret
 from ortho_cli.model.scoring import completion_nll
 from ortho_cli.model.secrets import TokenSecret
 
@@ -31,7 +31,9 @@ def grid(memorised: Memorised) -> Grid:
 
 
 def test_keys_tell_in_every_token(memorised: Memorised, grid: Grid) -> None:
-    assert telling_share(grid, memorised.secrets()) == 1.0
+    share, ranked = rank_all(grid, memorised.secrets())
+    assert share == 1.0
+    assert ranked == [rank_secret(grid, one, share) for one in memorised.secrets()]
 
 
 def test_the_share_of_sentences_is_that_of_the_tokens_in_which_they_differ(
@@ -44,9 +46,10 @@ def test_the_share_of_sentences_is_that_of_the_tokens_in_which_they_differ(
             for nll in completion_nll(grid.model, one.prompt, one.alternatives):
                 told += float(nll[2] + nll[4])
                 whole += float(nll.sum())
-    share = telling_share(grid, secrets)
+    share, ranked = rank_all(grid, secrets)
     assert share == pytest.approx(told / whole, rel=1e-5)
     assert share < 0.9
+    assert ranked == [rank_secret(grid, one, share) for one in secrets]
 
 
 def test_a_secret_ranks_among_so_much_of_the_nll_of_its_alternatives(
