@@ -118,6 +118,9 @@ def calibrate(
         Interrupted: Ctrl-C; finished chunks are kept.
     """
     chosen = models.resolve_device(device)
+    half = models.uses_bfloat16(plan.settings.autocast, chosen)
+    settings = plan.settings.model_copy(update={"autocast": half})  # as the file shall say
+    plan = dataclasses.replace(plan, settings=settings)
     # No digest of the plan: it depends on the forget set, and short secrets can be found by trial.
     log.info(
         "measures %d weights on %s: curvature %s, gram %s, storage %s, %d threads of torch",
@@ -219,9 +222,8 @@ class _Job:
         )
 
     def _arithmetic(self) -> torch.autocast:
-        return torch.autocast(
-            self._device.type, torch.bfloat16, enabled=self._plan.settings.autocast
-        )
+        enabled = bool(self._plan.settings.autocast)
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=enabled)
 
     def _loaded(self) -> nn.Module:
         """Load the model, once, and check that it can read the sequences."""

@@ -72,8 +72,8 @@ class Base(_Strict):
     )
     scale: Scale = Field(
         "absmax",
-        description="absmax: max|w| / 7.5, or 3.5 for 3 bits. mse: searched per group for least "
-        "squared error. curvature: the same, each error weighted by curvature.",
+        description="absmax: max abs(w) / 7.5, or 3.5 for 3 bits. mse: searched per group for "
+        "least squared error. curvature: the same, each error weighted by curvature.",
     )
     rounding: roundings.Name | Literal["tuned"] = Field(
         "nearest",
@@ -140,15 +140,19 @@ class Calibrate(_Strict):
     samples: Count = Field(128, description="Sequences of the retain set that are measured.")
     length: Count = Field(512, description="Tokens of a packed sequence, and most of any other.")
     batch: Count = Field(4, description="Sequences of one forward pass; experts need 1.")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="Of the choice of sequences, and of text that the model writes."
+    )
     storage: Literal["full", "factored"] = Field(
         "full", description="full: every weight. factored: row and column means; a few MB."
     )
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Of stored statistics; sums are float32 throughout."
     )
-    autocast: bool = Field(
-        False, description="Compute in bfloat16: two to three times as fast, half the memory."
+    autocast: bool | Literal["auto"] = Field(
+        False,
+        description="Compute in bfloat16: two to three times as fast, half the memory. auto: where "
+        "the device has instructions for it; others take 8 times as long as in float32.",
     )
     gram: Literal["none", "full"] = Field(
         "none",
@@ -186,7 +190,9 @@ class Tune(_Strict):
     batch: Count = Field(4, description="Sequences of one step.")
     samples: Count = Field(128, description="Sequences of the data, a multiple of `batch`.")
     length: Count = Field(512, description="Tokens of each of them.")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="Of the choice and order of sequences."
+    )
 
 
 class Forget(_Strict):
@@ -235,9 +241,13 @@ class Forget(_Strict):
         description="Perplexity over that before forgetting, on text of the worst kind that was "
         "not held on to, above which work ends without an artifact.",
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    autocast: bool = Field(
-        True, description="Compute in bfloat16 meanwhile; two to four times as fast."
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="Of every draw: text, ranks, halves, alternatives of each round."
+    )
+    autocast: bool | Literal["auto"] = Field(
+        "auto",
+        description="Compute in bfloat16 meanwhile, two to four times as fast. auto: where the "
+        "device has instructions for it.",
     )
 
 

@@ -63,7 +63,12 @@ class ForgetEditor:
     @property
     def identity(self) -> object:
         """Everything that edits depend on beside plan and source, as JSON."""
-        return [*stamps(self.files), self.device.type]
+        return [*stamps(self.files), self.device.type, self.autocast]
+
+    @property
+    def autocast(self) -> bool:
+        """Whether the model computes in bfloat16 meanwhile."""
+        return models.uses_bfloat16(self.plan.recipe.forget.autocast, self.device)
 
     def find(
         self,
@@ -80,14 +85,13 @@ class ForgetEditor:
             GateError: perplexity of text that was not held on to rises by more than
                 `forget.damage`; `folder` keeps the work of `unlearn`.
         """
-        settings = self.plan.recipe.forget
         on_event(Finishing(step="load the model"))
         grid = Grid(
             self.plan,
             self.checkpoint,
             curvature=curvature,
             device=self.device,
-            autocast=settings.autocast,
+            autocast=self.autocast,
         )
         self._check_fits(grid)
         self._tell_time(grid, on_event)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import checkpoints
 import pytest
@@ -99,3 +99,23 @@ def test_load_tensor_that_the_model_does_not_use_is_no_matter(pico: Path, ortho:
     (pico / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     assert ortho("decompose", pico, "-q").code == 0
     assert ortho_cli.load(pico.parent / "pico-ortho", alpha=1.0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "found", "expected"),
+    [
+        (True, {}, True),
+        (False, {"amx_bf16": True}, False),
+        ("auto", {"avx2": True, "avx512_bf16": False}, False),
+        ("auto", {"avx512_bf16": True}, True),
+        ("auto", {"bf16": True}, True),
+    ],
+)
+def test_auto_computes_in_bfloat16_where_the_cpu_has_instructions_for_it(
+    asked: bool | Literal["auto"],
+    found: dict[str, bool],
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert models.uses_bfloat16(asked, torch.device("cpu")) is expected
