@@ -18,7 +18,7 @@ from ortho_cli.forget.grid import BATCH_TOKENS, Grid, batches
 from ortho_cli.forget.held import FISHER_SEQUENCES
 from ortho_cli.forget.isolate import CONTRAST
 from ortho_cli.forget.ranks import PROBES
-from ortho_cli.forget.unlearn import RETAIN_BATCH
+from ortho_cli.forget.unlearn import AT_ONCE, RETAIN_BATCH
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.self_written import BATCH
 
@@ -48,7 +48,9 @@ def tokens_passed(plan: Plan, secrets: Sequence[TokenSecret]) -> int:
     if plan.recipe.ortho.split == "unlearn":
         attacked = settings.attack_steps != 0
         measured = 0.5 if attacked else 1.0
-        step = measured * ((1 + BOTH) * own + one_each) + BOTH * own * 0.5 * attacked
+        # Of many secrets a step takes some; their lengths are taken to be alike.
+        some = min(1.0, AT_ONCE / (measured * max(1, len(secrets))))
+        step = some * measured * ((1 + BOTH) * own + one_each + BOTH * own * attacked)
         step += BOTH * RETAIN_BATCH * (KINDS * settings.length + one_each / max(1, len(secrets)))
         total += round(settings.steps * step) + text  # predictions before
         total += BOTH * own + ranking + round(PROBES * one_each)  # the mask and the goals

@@ -69,6 +69,7 @@ PROGRESS = 0.98  # of the best shortfall so far: a step that does not come below
 CHECKED = 16  # sequences of each kind, on which divergence is measured at the end
 ATTACK_STEPS = 10  # of an attack, where the recipe says nothing: exposure that comes back is halved
 SENTENCES = 0.9  # kappa, below which alternatives have a phrasing of their own
+AT_ONCE = 64  # secrets that one step forgets, drawn anew each time; as many train an attacker
 ALTERNATIVES = 4  # per secret, whose likelihood is held
 FARTHEST = 0.5  # codes that one step moves at most
 REACH = 0.499  # codes; from a code to the edge of the interval that rounds to it
@@ -317,7 +318,9 @@ class _Job:
 
     def holds(self, step: int) -> bool:
         """Tell whether a whole attack left no secret above its goal, nor text read otherwise."""
-        return self._ends(step) and not any(self._left) and self.worst <= self._settings.divergence
+        if not self._ends(step) or any(self._left) or self.worst > self._settings.divergence:
+            return False
+        return len(self._secrets) <= AT_ONCE or not self._above(list(self._goals))
 
     def _ends(self, step: int) -> bool:
         """Tell whether a step is the last one of an attack; without attacker each is."""
@@ -328,9 +331,11 @@ class _Job:
         draw = random.Random(f"{self._settings.seed} {step}")
         attacked, begins = bool(self._settings.attack_steps), self._ends(step - 1)
         if attacked and begins:
-            mixed = draw.sample(self._secrets, len(self._secrets))
+            mixed = some(self._secrets, 2 * AT_ONCE, draw)
             half = max(1, len(mixed) // 2)
             self._attack = _Attack(mixed[:half], mixed[half:] or mixed)
+        elif len(self._secrets) > AT_ONCE and not attacked:
+            self._attack = _Attack([], some(self._secrets, AT_ONCE, draw))
         if begins:
             self._left, self._short = [], []
         self._grid.model.requires_grad_(True)
@@ -361,17 +366,11 @@ class _Job:
     def _forget(self) -> dict[str, Tensor]:
         """Return the gradient of the hinge on secrets that are above their goal."""
         measured = [secret for secret in self._attack.measured if secret in self._goals]
-        with torch.no_grad():
-            own = self._nlls([(one.prompt, one.secret) for one in measured])
-            now = self._nlls([(one.prompt, self._goals[one].tokens) for one in measured])
-        active, short = [], 0.0
-        for one, nll, other in zip(measured, own, now, strict=True):
-            goal = min(self._goals[one].nll, self._telling * other)
-            if nll < goal:
-                short += (1 - nll / goal) / len(measured)
-                active.append((one, goal / float(self._carry[one].sum())))
+        goals = self._above(measured)
+        active = [(one, goal / float(self._carry[one].sum())) for one, (_, goal) in goals.items()]
         self._left.append(len(active))
-        self._short.append(short)
+        short = sum(1 - nll / goal for nll, goal in goals.values())
+        self._short.append(short / max(1, len(measured)))
         for batch in batches(active, lambda item: (item[0].prompt, item[0].secret)):
             odds = self._log_odds([(one.prompt, one.secret) for one, _ in batch])
             tau = torch.cat([torch.full((len(one.secret),), tau) for one, tau in batch])
@@ -380,6 +379,22 @@ class _Job:
             torch.autograd.backward([hinge.sum() / len(measured)])
         found = self._grid.take_gradients()
         self._grid.model.zero_grad(set_to_none=True)
+        return found
+
+    @torch.no_grad()
+    def _above(self, measured: Sequence[TokenSecret]) -> dict[TokenSecret, tuple[float, float]]:
+        """NLL and goal of those secrets that are likelier than their goal, nats."""
+        own = self._nlls([(one.prompt, one.secret) for one in measured])
+        # A goal is never above what it was before, so others are there whatever theirs is now.
+        near = [
+            (one, nll) for one, nll in zip(measured, own, strict=True) if nll < self._goals[one].nll
+        ]
+        now = self._nlls([(one.prompt, self._goals[one].tokens) for one, _ in near])
+        found = {}
+        for (one, nll), other in zip(near, now, strict=True):
+            goal = min(self._goals[one].nll, self._telling * other)
+            if nll < goal:
+                found[one] = nll, goal
         return found
 
     def _nlls(self, pairs: Sequence[Pair]) -> list[float]:

@@ -436,6 +436,30 @@ def test_secrets_do_not_chase_alternatives_that_go_with_them(memorised: Memorise
     assert job._left == [len(memorised.secrets())]
 
 
+def test_of_many_secrets_a_step_takes_some_and_work_ends_where_all_are_gone(
+    memorised: Memorised, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unlearn, "AT_ONCE", 1)
+    plan = memorised.plan(*SETS, "forget.attack_steps=0", split="unlearn")
+    grid, secrets = memorised.grid(plan), memorised.secrets()
+    job = unlearn._Job(grid, secrets, memorised.kinds(), plan.recipe.forget, 1.0, ())
+    taken = set()
+    for step in range(16):
+        job.gradients(step)
+        assert job._left == [1], "one secret, and the model knows it"
+        taken |= set(job._attack.measured)
+    assert taken == set(secrets)
+    last = job._attack.measured[0]
+    gone = {one: goal._replace(nll=1e-9) for one, goal in job._goals.items()}
+    job._goals = {**gone, last: job._goals[last]}
+    job._divergences = {}
+    assert not job.holds(0), "what the step took is known"
+    job._left = [0]
+    assert not job.holds(0), "another step finds it"
+    job._goals = gone
+    assert job.holds(0)
+
+
 @pytest.mark.parametrize(
     ("attacks", "hold"),
     [
