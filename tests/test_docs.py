@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import checkpoints
+import make_recipe_keys
 import pyrage
 import pytest
 from conftest import Ortho
@@ -23,7 +24,18 @@ from ortho_cli.storage.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+RECIPES = (ROOT / "recipes" / "README.md").read_text()
+DEPTH = [path.read_text() for path in sorted((ROOT / "ortho_cli").rglob("README.md"))]
+BLOCKS = [
+    block
+    for text in (README, RECIPES, *DEPTH)
+    for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+]
+PYTHON = [
+    block
+    for text in (README, (ROOT / "ortho_cli" / "runtime" / "README.md").read_text())
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+]
 COMMANDS = [
     line.removeprefix("$ ") for block in BLOCKS for line in block.splitlines() if line[:2] == "$ "
 ]
@@ -43,14 +55,38 @@ def test_readme_exit_codes_are_the_classes() -> None:
     assert listed == {0, *(error.exit_code for error in classes)}
 
 
-def test_readme_names_every_recipe_and_every_module() -> None:
-    for name in recipe.built_in():
-        assert f"`{name}`" in README
+def test_readmes_name_every_module() -> None:
+    house = (ROOT / "ortho_cli" / "README.md").read_text()
     for path in (ROOT / "ortho_cli").glob("[a-z]*"):
-        assert f" {path.name}{'/' * path.is_dir()} " in README, path.name
+        assert f"`{path.name}{'/' * path.is_dir()}`" in house, path.name
     for path in (ROOT / "ortho_cli").rglob("[a-z]*.py"):
         if path.parent.name != "ortho_cli":
             assert f"`{path.name}`" in (path.parent / "README.md").read_text(), path
+
+
+def test_readme_is_short_and_its_links_lead_somewhere() -> None:
+    assert len(README.splitlines()) <= 200
+    found = re.findall(r"\]\(([^)]+)\)", README)
+    assert len(found) > 10
+    for link in found:
+        file, _, heading = link.partition("#")
+        assert (ROOT / file).exists(), link
+        titles = re.findall(r"^#+ (.*)$", (ROOT / file).read_text(), re.MULTILINE)
+        assert not heading or heading in {
+            re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles
+        }, link
+
+
+@pytest.mark.filterwarnings("ignore")  # other people's deprecations
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_python_of_the_readmes_runs(
+    pico: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.chdir(pico.parent)
+    (pico.parent / "SmolLM2").symlink_to(pico)
+    checkpoints.save_tokenizer(pico, vocab=96)
+    assert ortho("decompose", "SmolLM2", "-q").code == 0
+    exec(compile(PYTHON[number], f"python {number}", "exec"), {})
 
 
 def test_readme_of_the_tests_names_every_file_beside_the_rooms() -> None:
@@ -205,11 +241,17 @@ def test_every_recipe_plans_the_pico_checkpoint(
     assert plan.split
 
 
-def test_readme_recipe_example_loads(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+def test_example_of_a_recipe_loads(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", RECIPES, re.DOTALL)
     path = tmp_path / "example.yaml"
     path.write_text(example)
     recipe.load_recipe(str(path))
+
+
+def test_readme_of_recipes_has_every_key_with_its_default() -> None:
+    assert make_recipe_keys.with_keys(RECIPES) == RECIPES, "run python tests/make_recipe_keys.py"
+    for name in recipe.built_in():
+        assert f"| `{name}` |" in RECIPES
 
 
 def test_repository_names_no_machine() -> None:

@@ -70,5 +70,5 @@ def test_claims_of_headers_take_no_memory() -> None:
 
 
 def test_readme_counts_the_corpus() -> None:
-    readme = (HERE.parent.parent / "README.md").read_text()
+    readme = (HERE.parent.parent / "ortho_cli" / "storage" / "README.md").read_text()
     assert f"has {len(corpus.CASES)} malformed files" in readme
