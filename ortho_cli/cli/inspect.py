@@ -1,4 +1,4 @@
-"""The command `ortho inspect`: show a checkpoint's plan, an artifact, or statistics; compare two."""
+"""The command `ortho inspect`: show a plan, an artifact or statistics, or compare two of them."""
 
 from __future__ import annotations
 

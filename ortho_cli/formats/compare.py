@@ -1,4 +1,4 @@
-"""Two artifacts side by side, or an artifact and a checkpoint: which weights differ, and by how much.
+"""Two artifacts, or an artifact and a checkpoint: which weights differ, and by how much.
 
     difference(alpha) = ||A(alpha) - R(alpha)|| / ||R(alpha)||, Frobenius norms
 

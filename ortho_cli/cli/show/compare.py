@@ -83,8 +83,12 @@ def _row(tensor: Document, artifacts: list[str], *, to_source: bool) -> tuple[st
         *(number(one.get("sqnr_db_alpha_0")) for one in told),
         *(number(one.get("sqnr_db_alpha_1")) for one in told),
         *(() if to_source else (number(tensor["codes_differ"], ".2%"),)),
-        *(number(tensor[f"difference_alpha_{alpha}"], ".2e") for alpha in (0, 1)),
+        *(_percent(tensor[f"difference_alpha_{alpha}"]) for alpha in (0, 1)),
     )
+
+
+def _percent(value: object) -> str:
+    return f"{100 * value:.3g}%" if isinstance(value, int | float) else "-"
 
 
 def _lines(document: Document, names: Mapping[str, str], given: tuple[str, str]) -> Iterator[str]:
@@ -108,7 +112,7 @@ def _lines(document: Document, names: Mapping[str, str], given: tuple[str, str])
     if not differ:
         return
     figures = [
-        f"{number(totals[f'difference_alpha_{alpha}'], '.2e')}{_decibels(document, alpha)} at "
+        f"{_percent(totals[f'difference_alpha_{alpha}'])}{_decibels(document, alpha)} at "
         f"alpha {alpha}"
         for alpha in (0, 1)
         if totals[f"difference_alpha_{alpha}"] is not None

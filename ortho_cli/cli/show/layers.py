@@ -11,7 +11,7 @@ _LAYER = re.compile(r"(?:.*?\.)??([0-9]+)\.")
 
 
 class Place(NamedTuple):
-    """Where a module is: `model.layers.7.mlp.up_proj` is in `model.layers.7`, kind `mlp.up_proj`."""
+    """Where a module is; `model.layers.7.mlp.up_proj` is an `mlp.up_proj` of `model.layers.7`."""
 
     layer: str  # empty outside of layers
     kind: str  # further numbers, such as those of experts, are `*`

@@ -70,8 +70,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, kind: str
     return element("div", whole, kind=f"table {kind}".strip())
 
 
-def tiles(entries: Iterable[tuple[str, str, str, str]]) -> Html:
-    """Show figures in large type: a label, the figure, what it means, and `good`, `bad` or ``."""
+def tiles(entries: Iterable[tuple[str, str, str, str]], *, kind: str = "tiles") -> Html:
+    """Show figures in large type: a label, the figure, what it means, and `good`, `bad` or none."""
     return element(
         "div",
         *(
@@ -84,7 +84,7 @@ def tiles(entries: Iterable[tuple[str, str, str, str]]) -> Html:
             )
             for label, figure, meaning, state in entries
         ),
-        kind="tiles",
+        kind=kind,
     )
 
 
@@ -162,7 +162,7 @@ def check_page(path: Path | None, *, force: bool) -> None:
         raise UsageError(f"--html `{path}` has no folder to be in", hint="make it first")
     if not path.exists():
         return
-    if not path.is_file() or path.open("rb").read(len(START)) not in (b"", START):
+    if not _is_page(path):
         raise OutputExistsError(
             f"--html `{path}` exists and is no page of ortho",
             hint="choose another file; --force replaces pages only",
@@ -171,6 +171,13 @@ def check_page(path: Path | None, *, force: bool) -> None:
         raise OutputExistsError(
             f"--html `{path}` exists", hint="choose another file, or replace it with --force"
         )
+
+
+def _is_page(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(START)) in (b"", START)
 
 
 def write_page(path: Path, content: bytes) -> None:

@@ -305,7 +305,7 @@ def _table(
 ) -> tuple[list[str], list[tuple[str, ...]]]:
     has_ortho = _has_ortho(document)
     columns = ["module", "shape", "bits", "nnz", "dB at 0", "dB at 1", "error given back"]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for tensor in tensors:
         exact = "residual_kept" in tensor
         at_1 = decibels(tensor.get("sqnr_db_alpha_1"), exact=exact)

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ortho_cli.cli.show.console import visible
@@ -26,6 +27,7 @@ from ortho_cli.errors import UsageError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
 WIDTH = 1040.0  # of a plot, in pixels
 STEPS = 16  # of the ramp of a heat map
@@ -88,8 +90,6 @@ def check_matplotlib() -> None:
     Raises:
         UsageError: says what to install.
     """
-    from importlib.util import find_spec
-
     if find_spec("matplotlib") is None:
         raise UsageError(
             "--html needs matplotlib, which is not installed", hint="pip install 'ortho-cli[html]'"
@@ -278,7 +278,6 @@ class Panel:
     form: str = ".3g"
     x_label: str = ""
     floor: float | None = None  # the axis begins there
-    ceiling: float | None = None  # and shows at least this
     by_place: bool = False  # x is shown as evenly spaced places: steps 0, 5, 10, 20, 80
 
 
@@ -291,7 +290,7 @@ def draw_panels(panels: Sequence[Panel], *, across: int = 3, tall: float = 150.0
         figure = _make_figure(WIDTH, height)
         for i, panel in enumerate(panels):
             x, y = (i % across) * wide + 46, (i // across) * (tall + 66) + 24
-            box = (x / WIDTH, 1 - (y + tall) / height, (wide - 74) / WIDTH, tall / height)
+            box = (x / WIDTH, 1 - (y + tall) / height, (wide - 100) / WIDTH, tall / height)
             _draw_panel(figure.add_axes(box), panel)
         return _svg(figure, ", ".join(panel.title for panel in panels))
 
@@ -299,18 +298,6 @@ def draw_panels(panels: Sequence[Panel], *, across: int = 3, tall: float = 150.0
 def _draw_panel(axes: Axes, panel: Panel) -> None:
     places = sorted({x for line in panel.lines for x, *_ in line.points})
     spot = {x: float(i) if panel.by_place else x for i, x in enumerate(places)}
-    for name, level in panel.levels:
-        axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-        axes.annotate(
-            visible(name),
-            (1.0, level),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="right",
-            fontsize=8.0,
-            color=MUTED,
-        )
     for line in panel.lines:
         ink, xs = LINES[line.series % SERIES], [spot[x] for x, *_ in line.points]
         if any(math.isfinite(low) for _, _, low, _ in line.points):
@@ -327,13 +314,39 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     axes.yaxis.set_major_formatter(_formatter(panel.form))
     axes.grid(visible=False, axis="x")
     low, high = axes.get_ylim()
-    axes.set_ylim(low if panel.floor is None else panel.floor, max(high, panel.ceiling or high))
+    axes.set_ylim(low if panel.floor is None else panel.floor, high)
+    _draw_levels(axes, panel.levels)
 
 
-def _formatter(form: str):  # type: ignore[no-untyped-def]
+def _draw_levels(axes: Axes, levels: Sequence[tuple[str, float]]) -> None:
+    """Draw lines across axes; names at the right, those of nearly the same level together."""
+    for _, level in levels:
+        axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+    low, high = axes.get_ylim()
+    near = (high - low) * 11 / max(1.0, axes.get_window_extent().height)
+    groups: list[tuple[list[str], float]] = []
+    for name, level in sorted(levels, key=lambda one: one[1]):
+        if groups and level - groups[-1][1] < near:
+            groups[-1][0].append(visible(name))
+        else:
+            groups.append(([visible(name)], level))
+    for names, level in groups:
+        axes.annotate(
+            "\n".join(names),
+            (1.0, level),
+            xycoords=("axes fraction", "data"),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.0,
+            color=MUTED,
+        )
+
+
+def _formatter(form: str) -> FuncFormatter:
     from matplotlib.ticker import FuncFormatter
 
-    if form == ".0%":  # 0.025 would be 2 % as well as 3 %
+    if form.endswith("%"):  # 0.025 would be 2 % as well as 3 %
         return FuncFormatter(lambda value, _: f"{100 * value:.3g} %")
     return FuncFormatter(lambda value, _: f"{value:.4g}")
 
@@ -347,17 +360,18 @@ class Dots:
     threshold: tuple[str, float] | None = None
     form: str = ".2f"
     floor: float | None = None
+    ceiling: float | None = None  # larger values are arrows at the edge
 
 
 def draw_dots(names: Sequence[str], columns: Sequence[Dots], *, strong: Sequence[str] = ()) -> str:
     """Draw dots with intervals, a row for each name; `strong` ones stand out."""
     labels = [label_of(name) for name in names]
     left = LABEL * max(map(len, labels)) + 16
-    wide, height = (WIDTH - left) / len(columns), len(names) * 22.0 + 52
+    wide, height = (WIDTH - left) / max(2, len(columns)), len(names) * 22.0 + 60
     with _style():
         figure = _make_figure(WIDTH, height)
         for i, column in enumerate(columns):
-            box = ((left + i * wide) / WIDTH, 22 / height, (wide - 70) / WIDTH, 1 - 50 / height)
+            box = ((left + i * wide) / WIDTH, 22 / height, (wide - 76) / WIDTH, 1 - 60 / height)
             axes = figure.add_axes(box)
             _draw_dots(axes, names, column, strong)
             axes.set_yticks(range(len(names)), labels if i == 0 else [""] * len(labels))
@@ -370,10 +384,13 @@ def _draw_dots(axes: Axes, names: Sequence[str], column: Dots, strong: Sequence[
         if name not in column.values:
             continue
         value, low, high = column.values[name]
+        most = math.inf if column.ceiling is None else column.ceiling
         ink = LINES[0] if name in strong else MUTED
         if math.isfinite(low) and math.isfinite(high):
-            axes.plot([low, high], [down, down], color=ink, linewidth=1.4, solid_capstyle="butt")
-        axes.plot([value], [down], color=ink, marker="o", markersize=6)
+            ends = [min(low, most), min(high, most)]
+            axes.plot(ends, [down, down], color=ink, linewidth=1.4, solid_capstyle="butt")
+        marker = "o" if value <= most else ">"
+        axes.plot([min(value, most)], [down], color=ink, marker=marker, markersize=6)
         axes.annotate(
             format(value, column.form),
             (1.0, down),
@@ -391,16 +408,19 @@ def _draw_dots(axes: Axes, names: Sequence[str], column: Dots, strong: Sequence[
             visible(word),
             (at, 1.0),
             xycoords=("data", "axes fraction"),
-            xytext=(3, -1),
+            xytext=(0, 1),
             textcoords="offset points",
+            ha="center",
             fontsize=8.0,
             color=MUTED,
         )
-    axes.set_title(visible(column.title), pad=14)
+    axes.set_title(visible(column.title), pad=16)
     axes.set_ylim(len(names) - 0.4, -0.7)
     axes.locator_params(axis="x", nbins=6)
     low, high = axes.get_xlim()
-    axes.set_xlim(low if column.floor is None else column.floor, high)
+    room = 0.03 * (high - low)  # a threshold at the edge keeps clear of the numbers
+    axes.set_xlim(low if column.floor is None else column.floor - room, high + room)
+    axes.xaxis.set_major_formatter(_formatter(column.form))
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
 
@@ -416,18 +436,6 @@ def draw_pairs(
         axes = figure.add_axes(
             (46 / WIDTH, 40 / height, (WIDTH - 110) / WIDTH, (height - 60) / height)
         )
-        for name, level in levels:
-            axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-            axes.annotate(
-                visible(name),
-                (1.0, level),
-                xycoords=("axes fraction", "data"),
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8.0,
-                color=MUTED,
-            )
         spots = range(len(numbers))
         both = [(i, before[n], after[n]) for i, n in enumerate(numbers) if n in before]
         for i, was, now in both:
@@ -453,7 +461,9 @@ def draw_pairs(
         every = max(1, math.ceil(len(numbers) / 40))
         axes.set_xticks(list(spots)[::every], [str(n) for n in numbers][::every])
         axes.set_xlim(-0.8, len(numbers) - 0.2)
-        axes.set_ylim(min(0.0, axes.get_ylim()[0]), axes.get_ylim()[1])
+        highest = max([axes.get_ylim()[1], *(1.04 * level for _, level in levels)])
+        axes.set_ylim(min(0.0, axes.get_ylim()[0]), highest)
+        _draw_levels(axes, levels)
         axes.set_xlabel("number of the secret in its file", fontsize=9)
         axes.set_ylabel("exposure, bits", fontsize=9)
         axes.grid(visible=False, axis="x")
