@@ -218,9 +218,9 @@ def test_a_table_of_many_rows_is_printed_in_pieces_and_whole(
     many: dict[int, Path], ortho: Ortho, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = many[COUNTS[0]] / "out"
-    usual = ortho("inspect", folder).err
+    usual = ortho("inspect", folder).out
     monkeypatch.setattr(console, "ROWS", 7)
-    found = ortho("inspect", folder).err
+    found = ortho("inspect", folder).out
     assert [line.split() for line in found.splitlines()] == [
         line.split() for line in usual.splitlines()
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -96,6 +97,8 @@ def bench(
     csv: Annotated[
         Path | None, options.file(help="Also write a table with a line an alpha.")
     ] = None,
+    html: options.Html = None,
+    force: options.ForcePage = False,
     keep_files: Annotated[
         Path | None, options.folder(help="Without ARTIFACT: leave all files there.")
     ] = None,
@@ -164,6 +167,7 @@ def bench(
             "--keep-files is for a bench without ARTIFACT", hint="leave one of them out"
         )
     check_csv(csv)
+    _check_page(html, force=force)
     began = time.perf_counter()
     with output.progress("bench") as sink:
         if artifact is None:
@@ -176,5 +180,35 @@ def bench(
     document["run"] = {"seconds": round(time.perf_counter() - began, 3)}
     if csv:
         csv.write_text(to_csv(report.rows), encoding="utf-8", errors="backslashreplace")
+    if html:
+        output.write_page(html, _make_page(document, artifact, identity))
     output.show(document, print_bench)
     enforce(report.gates, report.verdict)
+
+
+def _check_page(html: Path | None, *, force: bool) -> None:
+    """Refuse a page that could not be written, before minutes of measuring."""
+    if html:
+        from ortho_cli.cli.show.page import check_page
+        from ortho_cli.cli.show.plots import check_matplotlib
+
+        check_page(html, force=force)
+        check_matplotlib()
+
+
+def _make_page(
+    document: Mapping[str, object], artifact: Path | None, identity: Path | None
+) -> bytes:
+    """Make the page of a bench, with the maps of its artifact."""
+    from ortho_cli.cli.show import page_bench, page_inspect
+    from ortho_cli.cli.show.document import Document
+    from ortho_cli.formats.open_artifact import open_artifact
+    from ortho_cli.formats.row_blocks import count_row_blocks
+    from ortho_cli.formats.verify import describe
+    from ortho_cli.storage.sealing import read_keys
+
+    if artifact is None:
+        return page_bench.make_page(document, name="A small language model with planted secrets")
+    opened = open_artifact(artifact if artifact.is_dir() else artifact.parent, read_keys(identity))
+    maps = page_inspect.map_parts(Document(describe(opened)), count_row_blocks(opened))
+    return page_bench.make_page(document, name=opened.folder.resolve().name, more=list(maps))

@@ -92,6 +92,10 @@ Trust = Annotated[
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+Html = Annotated[
+    Path | None, file(help="Also write a page with plots there: one file, without scripts.")
+]
+ForcePage = Annotated[bool, typer.Option("--force", help="Replace a page at FILE of --html.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Verbose = Annotated[

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,11 +26,12 @@ WORKERS = 8  # threads by default at most; with more the disk is the limit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """How a command prints: what --json, --quiet and --verbose ask for."""
+    """How a command prints: what --json, --csv, --quiet and --verbose ask for."""
 
     as_json: bool
     quiet: bool
     verbose: int
+    as_csv: bool = False
 
     def progress(self, stage: str) -> ProgressSink:
         """Open the progress of one stage of the work, a sink of events."""
@@ -40,7 +42,7 @@ class Output:
     def show(
         self, document: Mapping[str, object], printer: Callable[..., None], **names: str
     ) -> None:
-        """Print a document as JSON on stdout, or its gist on stderr."""
+        """Print a document as JSON on stdout, or its gist."""
         if not self.as_json:
             if not self.quiet:
                 printer(document, **names)
@@ -59,12 +61,23 @@ class Output:
                 hint=f"`ortho inspect {done}` says what it holds",
             ) from error
 
-    def show_plan(self, plan: Plan, model: Path, *, notes: Iterable[str] = ()) -> None:
+    def show_plan(
+        self, plan: Plan, model: Path, *, notes: Iterable[str] = (), stdout: bool = False
+    ) -> None:
         """Print a plan that is not carried out, and more notes."""
         from ortho_cli.cli.show.decompose import print_plan
 
         document = plan.to_json() | {"notes": [*plan.notes, *plan.side.notes, *notes]}
-        self.show(document, print_plan, source=str(model))
+        self.show(document, partial(print_plan, stdout=stdout), source=str(model))
+
+    def write_page(self, path: Path, content: bytes) -> None:
+        """Write a page of HTML, and say so."""
+        from ortho_cli.cli.show.console import print_note, size
+        from ortho_cli.cli.show.page import write_page
+
+        write_page(path, content)
+        if not self.quiet and not self.as_json:
+            print_note(f"the page is `{path}`, {size(len(content))}")
 
 
 def located(given: Path, *, quiet: bool) -> Path:

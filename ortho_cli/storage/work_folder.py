@@ -374,9 +374,22 @@ def write_private(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         ResourceError: the disk is full or closed to us.
     """
+    write_whole(path, write, mode=0o600)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object], *, mode: int = 0o666) -> None:
+    """Write a file whole or not at all.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        write: writes its bytes.
+        mode: who may read and write it, as far as the umask allows.
+    Raises:
+        ResourceError: the disk is full or closed to us.
+    """
     partial = path.with_name(path.name + PARTIAL)
     with writing(path):
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         with os.fdopen(fd, "wb") as file:
             write(file)
             file.flush()

@@ -219,7 +219,7 @@ def test_header_inspect_and_report_say_what_was_measured(ortho: Ortho, model: Pa
     told = ortho("inspect", path, "--verify", "--json").json
     assert (told["gram"], told["weighting"], told["has_gram"]) == ("full", "gradient", True)
     assert told["verified"]["tensors"] == 28
-    assert "input Gram matrices (weighting gradient)" in ortho("inspect", path).err
+    assert "input Gram matrices (weighting gradient)" in ortho("inspect", path).out
     assert ortho("decompose", model, "--stats", path, "-q").code == 0
     report = json.loads((model.parent / "pico-ortho" / "report.json").read_text())
     assert report["statistics"] == found.summary()

@@ -80,15 +80,16 @@ def test_inspect_json_is_the_report(pico: Path, artifact: Path, ortho: Ortho) ->
     assert {key: ran.json[key] for key in report} == report
     assert set(ran.json["verified"]["checked"].values()) == {"every digest"}
     ran = ortho("inspect", artifact / "model.safetensors")
-    assert "dB at 1" in ran.err
-    assert "of the squared residual" in ran.err
+    assert "dB at 1" in ran.out
+    assert "of the squared residual" in ran.out
+    assert ran.err == ""
 
 
 def test_inspect_checkpoint_shows_what_and_why(pico: Path, ortho: Ortho) -> None:
     ran = ortho("inspect", pico)
     assert ran.code == 0
-    assert "embedding" in ran.err
-    assert "14 of 20 tensors split" in ran.err
+    assert "embedding" in ran.out
+    assert "14 of 20 tensors split" in ran.out
 
 
 @pytest.mark.parametrize(
@@ -148,8 +149,8 @@ def test_names_with_escapes_and_markup_are_shown_escaped(tmp_path: Path, ortho: 
     name = "a\x1b[31m[bold]<script>.weight"
     save_file({name: torch.ones(64, 64)}, tmp_path / "m.safetensors")
     ran = ortho("inspect", tmp_path / "m.safetensors")
-    assert "\x1b" not in ran.err
-    assert r"a\x1b[31m[bold]<script>" in ran.err
+    assert "\x1b" not in ran.out + ran.err
+    assert r"a\x1b[31m[bold]<script>" in ran.out
     ran = ortho("decompose", tmp_path / "m.safetensors", "-v")
     assert ran.code == 0
     assert "\x1b" not in ran.err

@@ -51,12 +51,35 @@ def test_a_closed_stream_changes_neither_the_work_nor_the_exit_code(
 
 
 @pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["inspect", "{pico}"], 0),
+        (["inspect", "{pico}", "--json"], 0),
+        (["inspect", "{pico}", "--csv"], 0),
+        (["convert", "{pico}", "--dry-run"], 0),
+        (["calibrate", "{pico}/no", "--data", "x"], 4),
+        (["bench", "{pico}/no"], 6),
+        (["bench", "--nonsense"], 2),
+        (["--help"], 0),
+    ],
+)
+def test_closed_streams_change_the_exit_code_of_no_command(
+    pico: Path, words: list[str], code: int
+) -> None:
+    for closed in (CLOSED["stdout"], CLOSED["all"]):
+        ran = shell(closed, *(word.format(pico=pico) for word in words))
+        assert (ran.returncode, ran.stdout) == (code, "")
+        assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(
     ("redirect", "words", "code"),
     [
         (">/dev/full", ["inspect", "--json"], 9),
         (">/dev/full", ["--version"], 9),
         (">/dev/full", ["--help"], 9),
-        (">/dev/full", ["inspect"], 0),  # nothing goes there
+        (">/dev/full", ["inspect"], 9),
+        (">/dev/full", ["inspect", "--csv"], 9),
         ("2>/dev/full", ["inspect", "--json"], 0),
         ("2>/dev/full >&-", ["inspect", "--nonsense"], 2),
         (">/dev/full 2>/dev/full", ["inspect", "--json"], 9),

@@ -515,7 +515,7 @@ def test_inspect_says_at_most_before_and_the_truth_after(
     assert done.json["totals"]["ortho_bytes"] <= told["ortho_bytes"]
     ran = ortho("inspect", tmp_path / "out", "--verify")
     assert ran.code == 0, ran.err
-    assert "at most" not in ran.err
+    assert "at most" not in ran.out
     assert (
         "ortho_bytes_at_most" not in ortho("decompose", pico, "--dry-run", "--json").json["totals"]
     )

@@ -36,7 +36,7 @@ def test_origin_is_shown_of_any_artifact(artifact: Path, ortho: Ortho) -> None:
     (artifact / "ortho.safetensors").unlink()
     alone = json.loads(ortho("inspect", artifact, "--json").out)
     assert {key: alone[key] for key in origin} == origin | {"source_digest": None}
-    shown = ortho("inspect", artifact).err
+    shown = ortho("inspect", artifact).out
     assert f"source unknown, plan {origin['plan_sha256'][:16]}, ortho " in shown
     assert 'recipe saliency.kind="residual"' in shown
 
@@ -55,7 +55,7 @@ def test_expected_source_is_found_whatever_its_shards(
                 (artifact / "report.json").rename(tmp_path / "report.json")
             ran = ortho("inspect", artifact, "--expect-source", path)
             assert ran.code == 0, ran.err
-            assert f"made from {path}: {len(one)} tensors, every byte" in ran.err
+            assert f"made from {path}: {len(one)} tensors, every byte" in ran.out
         (tmp_path / "report.json").rename(artifact / "report.json")
 
 

@@ -73,7 +73,7 @@ FIGURES = (
 def print_bench(result: Mapping[str, object]) -> None:
     """Print tables that fit the terminal, then the verdict in sentences."""
     document, console = Document(result), make_console()
-    print_lines([_sizes(document)])
+    print_lines([sizes_line(document)])
     rows = [row for row in document.rows("rows") if row["figures"]]
     across = max(1, (console.width - LABELS) // (COLUMN + 1))
     samples = document.part("settings").text("samples")
@@ -85,10 +85,12 @@ def print_bench(result: Mapping[str, object]) -> None:
         console.print()
         console.print(_attacks_table(attacked))
     console.print()
-    print_lines(_lines(document))
+    print_lines(verdict_lines(document))
+    print_lines(_secrets(document))
 
 
-def _sizes(document: Document) -> str:
+def sizes_line(document: Document) -> str:
+    """Say how much data was measured on."""
     data, settings = document.part("data"), document.part("settings")
     labels = {
         "secrets": "secrets",
@@ -116,29 +118,40 @@ def _make_table(rows: Sequence[Document]) -> Table:
 
 def _figures_table(rows: Sequence[Document], samples: str) -> Table:
     table = _make_table(rows)
+    for label, cells in figure_rows(rows, samples):
+        table.add_row(label, *cells)
+    return table
+
+
+def figure_rows(rows: Sequence[Document], samples: str) -> Iterator[tuple[str, list[Text]]]:
+    """Give the label of each figure that any row has, and its cells."""
     kinds = dict.fromkeys(
         kind for row in rows for kind in row.part("figures").optional("kinds") or ()
     )
     named = [(f"kinds.{kind}.perplexity_ratio", f"  {kind} over INT4", ".3f") for kind in kinds]
     at = next(i for i, (path, _, _) in enumerate(FIGURES) if path == "perplexity_ratio_alpha1")
     for path, label, form in (*FIGURES[:at], *named, *FIGURES[at:]):
-        figures = [_figure(row.part("figures"), path) for row in rows]
+        figures = [figure_of(row.part("figures"), path) for row in rows]
         if any(figure is not None for figure in figures):
-            cells = (_cell(figure, form) for figure in figures)
-            table.add_row(label.replace("{n}", samples), *cells)
-    return table
+            yield label.replace("{n}", samples), [_cell(figure, form) for figure in figures]
 
 
 def _attacks_table(rows: Sequence[Document]) -> Table:
     """Show what each attack brings back: exposure in bits, token accuracy, ROUGE-L of answers."""
     table = _make_table(rows)
+    for label, results in attack_rows(rows):
+        table.add_row(label, *map(_recalled, results))
+    table.add_row(Text("exposure, token accuracy", style="dim"))
+    return table
+
+
+def attack_rows(rows: Sequence[Document]) -> Iterator[tuple[str, list[Document | None]]]:
+    """Give the label of each point of each attack's curve, and its results by row."""
     for attack in ATTACKS:
         results = [row.part("figures").optional(attack.name) for row in rows]
         for key in results[0] or ():
-            cells = (_recalled(result and result.optional(key)) for result in results)
-            table.add_row(attack.label.format(key.replace("_", " ")), *cells)
-    table.add_row(Text("exposure, token accuracy", style="dim"))
-    return table
+            label = attack.label.format(key.replace("_", " "))
+            yield label, [result and result.optional(key) for result in results]
 
 
 def _recalled(result: Document | None) -> Text:
@@ -150,7 +163,7 @@ def _recalled(result: Document | None) -> Text:
     return text
 
 
-def _figure(figures: Document, path: str) -> Document | None:
+def figure_of(figures: Document, path: str) -> Document | None:
     """Find a figure by its dotted path; None where it was not measured."""
     for part in path.split("."):
         inner = figures.optional(part)
@@ -181,7 +194,8 @@ def _number(value: float, form: str) -> str:
     return f"{value:.0%}" if form == "%" else format(value, form)
 
 
-def _lines(document: Document) -> Iterator[str]:
+def verdict_lines(document: Document) -> Iterator[str]:
+    """Say what the figures mean, what was not measured, and which gates were met."""
     if moved := document.optional("moved"):
         split = document.part("unsplit").number("split_weights")
         yield (
@@ -198,7 +212,6 @@ def _lines(document: Document) -> Iterator[str]:
     for gate in document.rows("gates"):
         state = "met" if gate["met"] else "missed"
         yield f"{state}: {gate['require']} ({gate.number('value'):.4g})"
-    yield from _secrets(document)
 
 
 def _secrets(document: Document) -> Iterator[str]:

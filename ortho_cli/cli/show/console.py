@@ -1,30 +1,48 @@
-"""Console output on stderr: colours, escaped names, sizes, tables, errors; JSON goes to stdout."""
+"""Console output: colours, escaped names, sizes, tables, errors.
+
+A result goes to stdout where its printer says so; notes, errors and progress go to stderr.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from ortho_cli.errors import OrthoError
 
 WIDE = 140  # columns where there is no terminal to ask
-ROWS = 1000  # of a table that rich lays out; it takes a millisecond and ten kilobytes for each
+NAME = 20  # columns that a name keeps; where fewer are left, figures go to a second table
+ROWS = 1000  # of a table that are printed at once
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a cell begins with that spreadsheets compute
 LONGEST = 4000  # characters of a line: a name can have as many as its file has bytes
 
 
-def make_console() -> Console:
-    """Open stderr; colours obey NO_COLOR and vanish off a terminal."""
-    width = None if sys.stderr.isatty() else WIDE
+def make_console(*, stdout: bool = False) -> Console:
+    """Open stderr, or stdout; colours obey NO_COLOR and vanish off a terminal."""
+    stream = sys.stdout if stdout else sys.stderr
+    width = None if stream.isatty() else WIDE
     return Console(
-        stderr=True, highlight=False, markup=False, emoji=False, width=width, soft_wrap=bool(width)
+        file=stream,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        width=width,
+        soft_wrap=bool(width),
     )
+
+
+def escaped(text: object) -> str:
+    """Escape the control characters of a name that comes from a file."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def visible(text: object) -> str:
@@ -32,7 +50,7 @@ def visible(text: object) -> str:
     shown = str(text)
     if len(shown) > LONGEST:
         shown = f"{shown[: LONGEST // 2]} ... {shown[-LONGEST // 2 :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+    return escaped(shown)
 
 
 def size(nbytes: float) -> str:
@@ -56,13 +74,39 @@ def decibels(value: object, *, exact: bool) -> str:
 
 def print_json(document: object) -> None:
     """Print one JSON document on stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=True) + "\n")
+    print_text(json.dumps(document, indent=2, ensure_ascii=True) + "\n")
+
+
+def print_text(text: str) -> None:
+    """Print a text on stdout as it is."""
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 
-def print_lines(lines: Iterable[str]) -> None:
+def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
+    """Write rows as CSV with all digits; its columns are all keys, in the order of their coming.
+
+    Names come from files of strangers. Where one begins with a sign by which a spreadsheet knows a
+    formula, an apostrophe goes before it; control characters are escaped.
+    Source: OWASP, CSV Injection.
+    """
+    text = io.StringIO()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _csv_cell(value) for key, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def _csv_cell(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    return "'" * value.startswith(FORMULA) + escaped(value)
+
+
+def print_lines(lines: Iterable[str], *, stdout: bool = False) -> None:
     """Print lines of text, which a terminal wraps."""
-    console = make_console()
+    console = make_console(stdout=stdout)
     for line in lines:
         console.print(visible(line), soft_wrap=True)
 
@@ -88,51 +132,95 @@ def print_bug(kind: type[BaseException], error: BaseException, trace: TracebackT
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]], note: str = ""
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, ...]],
+    note: str = "",
+    *,
+    groups: Sequence[str] = (),
+    stdout: bool = False,
 ) -> None:
     """Print a table, a note on it and an empty line; the first column is at the left.
 
-    Above ROWS rows the columns are aligned here: rich would take seconds.
+    On a terminal a name is shortened from the left, where names differ least; figures for which
+    there is no room follow in a second table. No figure is cut.
+
+    Args:
+        title: above it.
+        columns: their heads, that of the names first.
+        rows: a name, and its cells.
+        note: below it.
+        groups: of each row the name of what it belongs to, printed once above rows of one group on
+            a terminal; the row's own name is then what follows it. Elsewhere names stay whole, so
+            that each line says all.
+        stdout: print a result there.
     """
-    console = make_console()
-    (_print_long if len(rows) > ROWS else _print_short)(console, title, columns, rows)
+    console = make_console(stdout=stdout)
+    narrow = console.width if console.is_terminal else None
+    names, cells = [visible(name) for name, *_ in rows], [row[1:] for row in rows]
+    if groups and narrow:
+        heads = [visible(group) for group in groups]
+        names = [f"  {n[len(h) + 1 :]}" if h else n for n, h in zip(names, heads, strict=True)]
+    else:
+        heads = [""] * len(names)
+    widths = [max(map(cell_len, column)) for column in zip(columns[1:], *cells, strict=True)]
+    longest = max(map(cell_len, (columns[0], *names)))
+    for part in _bands(widths, longest, narrow):
+        room = sum(widths[part]) + len(widths[part])
+        width = longest if narrow is None else min(longest, max(NAME, narrow - room))
+        console.print(Text(title, "bold"), soft_wrap=True)
+        head = _line(columns[0], columns[1:][part], width, widths[part])
+        console.print(Text(head, "dim"), soft_wrap=True)
+        _print_rows(
+            console,
+            [
+                _line(name, row[part], width, widths[part])
+                for name, row in zip(names, cells, strict=True)
+            ],
+            [shorten(head, narrow) if narrow else head for head in heads],
+        )
     if note:
-        console.print(note, style="dim")
+        console.print(note, style="dim", soft_wrap=not narrow)
     console.print()
 
 
-def _print_short(
-    console: Console, title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]
-) -> None:
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-        collapse_padding=True,
-        header_style="dim",
-    )
-    table.add_column(columns[0], overflow="fold", min_width=28)
-    for column in columns[1:]:
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, *cells in rows:
-        table.add_row(Text(visible(name)), *cells)
-    console.print(table)
+def _bands(widths: Sequence[int], longest: int, narrow: int | None) -> Iterator[slice]:
+    """Share columns out to as many tables as it takes for each to fit."""
+    start, used = 0, min(longest, NAME)
+    for at, width in enumerate(widths):
+        if narrow is not None and at > start and used + 1 + width > narrow:
+            yield slice(start, at)
+            start, used = at, min(longest, NAME)
+        used += 1 + width
+    yield slice(start, len(widths))
 
 
-def _print_long(
-    console: Console, title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]
-) -> None:
-    rows = [(visible(name), *cells) for name, *cells in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+def _line(name: str, cells: Sequence[str], width: int, widths: Sequence[int]) -> str:
+    name = shorten(name, width)
+    others = (" " * (w - cell_len(cell)) + cell for cell, w in zip(cells, widths, strict=True))
+    return " ".join([name + " " * (width - cell_len(name)), *others])
 
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return " ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])
 
-    console.print(Text(title, "bold"), soft_wrap=True)
-    console.print(Text(line(columns), "dim"), soft_wrap=True)
-    for start in range(0, len(rows), ROWS):
-        piece = "\n".join(map(line, rows[start : start + ROWS]))
-        console.print(Text(piece), soft_wrap=True)
+def _print_rows(console: Console, lines: Sequence[str], heads: Sequence[str]) -> None:
+    """Print lines in pieces, the name of a group above its first one."""
+    before = ""
+    for start in range(0, len(lines), ROWS):
+        piece = Text()
+        for line, head in zip(
+            lines[start : start + ROWS], heads[start : start + ROWS], strict=True
+        ):
+            if head and head != before:
+                piece.append(f"{head}\n", "dim")
+            before = head
+            piece.append(f"{line}\n")
+        console.print(piece, soft_wrap=True, end="")
+
+
+def shorten(name: str, width: int) -> str:
+    """Cut a name from the left, so that it fits."""
+    if cell_len(name) <= width:
+        return name
+    name = name[-width + 2 :]  # a character takes one cell or more, hardly ever none
+    while cell_len(name) > width - 2:
+        name = name[1:]
+    return f"..{name}"

@@ -15,7 +15,7 @@ SEARCHED = 4e7  # several scales are tried for each group
 NEAREST = 5e8
 
 
-def print_plan(plan: Mapping[str, object], *, source: str) -> None:
+def print_plan(plan: Mapping[str, object], *, source: str, stdout: bool = False) -> None:
     """Print what would be split, what is copied and why, sizes, memory, and a guess of the time."""
     document = Document(plan)
     totals, tensors = document.part("totals"), document.rows("tensors")
@@ -31,7 +31,7 @@ def print_plan(plan: Mapping[str, object], *, source: str) -> None:
         )
         for name, alike in group([t for t in tensors if t["action"] == "split"], *fields)
     ]
-    print_table("split", ("module", "count", *fields, "k each"), rows)
+    print_table("split", ("module", "count", *fields, "k each"), rows, stdout=stdout)
     rows = [
         (
             name,
@@ -47,8 +47,8 @@ def print_plan(plan: Mapping[str, object], *, source: str) -> None:
     ]
     if rows:
         columns = ("tensor", "count", "shape", "dtype", "share", "because")
-        print_table("copied unchanged", columns, rows)
-    print_lines(_plan_lines(document, totals, source))
+        print_table("copied unchanged", columns, rows, stdout=stdout)
+    print_lines(_plan_lines(document, totals, source), stdout=stdout)
 
 
 def _plan_lines(document: Document, totals: Document, source: str) -> Iterator[str]:
