@@ -12,6 +12,13 @@ from ortho_cli.cli import options
 from ortho_cli.cli.shared import Output, located, plan_of, settled
 from ortho_cli.errors import UsageError
 
+SHORT = "Show a plan of a checkpoint, an artifact, or statistics."
+EXAMPLES = """
+    ortho inspect SmolLM2 --recipe int4-mse
+    ortho inspect SmolLM2-ortho
+    ortho inspect SmolLM2-ortho --verify --expect-source SmolLM2
+"""
+
 
 # Longer than 60 lines: half of it is the signature, which says all of each option.
 def inspect(
@@ -33,7 +40,7 @@ def inspect(
     sets: options.Set = None,
     workers: options.Workers = None,
     device: Annotated[
-        str, typer.Option(help="auto or cpu; this version computes on the CPU.")
+        str, typer.Option(hidden=True, help="auto or cpu: inspect computes on the CPU.")
     ] = "auto",
     as_json: options.Json = False,
     quiet: options.Quiet = False,

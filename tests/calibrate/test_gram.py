@@ -158,7 +158,7 @@ def test_gram_batches_chunks_and_tiles_change_nothing_but_rounding(
 ) -> None:
     options = [*chosen(f"curvature={kind}", f"weighting={weighting}"), "--gram", "full"]
     run(ortho, model, *options, *chosen("batch=1"), out="one.safetensors")
-    monkeypatch.setattr(work, "CHUNK_SEQUENCES", 4)
+    monkeypatch.setattr(work, "CHUNK_SECONDS", 0.0)
     monkeypatch.setattr(hooks, "SUM_ELEMENTS", 1000)
     run(ortho, model, *options, *chosen("batch=3"), out="three.safetensors")
     one, three = (load_file(model.parent / f"{n}.safetensors") for n in ("one", "three"))
@@ -219,7 +219,7 @@ def test_header_inspect_and_report_say_what_was_measured(ortho: Ortho, model: Pa
     told = ortho("inspect", path, "--verify", "--json").json
     assert (told["gram"], told["weighting"], told["has_gram"]) == ("full", "gradient", True)
     assert told["verified"]["tensors"] == 28
-    assert "input Gram matrices (weighting gradient)" in ortho("inspect", path).err
+    assert "input Gram matrices (weighting gradient)" in ortho("inspect", path).out
     assert ortho("decompose", model, "--stats", path, "-q").code == 0
     report = json.loads((model.parent / "pico-ortho" / "report.json").read_text())
     assert report["statistics"] == found.summary()
@@ -295,7 +295,7 @@ def calibrate_and_die(model: Path, sequences: int) -> None:
         if seen > sequences:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    work.CHUNK_SEQUENCES = 2
+    work.CHUNK_SECONDS = 0.0
     hooks.SUM_ELEMENTS = 5000
     torch.set_num_threads(1)
     plan = calibrate_plan.make_plan(opened, settings, data)

@@ -56,7 +56,7 @@ def test_a_closed_stream_changes_neither_the_work_nor_the_exit_code(
         (">/dev/full", ["inspect", "--json"], 9),
         (">/dev/full", ["--version"], 9),
         (">/dev/full", ["--help"], 9),
-        (">/dev/full", ["inspect"], 0),  # nothing goes there
+        (">/dev/full", ["inspect"], 9),
         ("2>/dev/full", ["inspect", "--json"], 0),
         ("2>/dev/full >&-", ["inspect", "--nonsense"], 2),
         (">/dev/full 2>/dev/full", ["inspect", "--json"], 9),

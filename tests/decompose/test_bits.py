@@ -114,7 +114,7 @@ def test_mixed_bits_are_counted_told_and_verified(pico: Path, ortho: Ortho) -> N
             assert tensor.get(key) == full[name].get(key), (name, key)
     ran = ortho("inspect", pico, "--set", SOME)
     assert ran.code == 0
-    rows = [line.split() for line in ran.err.splitlines() if "down_proj" in line]
+    rows = [line.split() for line in ran.out.splitlines() if "down_proj" in line]
     assert "3" in rows[0]
 
 

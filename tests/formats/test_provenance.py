@@ -55,7 +55,7 @@ def test_expected_source_is_found_whatever_its_shards(
                 (artifact / "report.json").rename(tmp_path / "report.json")
             ran = ortho("inspect", artifact, "--expect-source", path)
             assert ran.code == 0, ran.err
-            assert f"made from {path}: {len(one)} tensors, every byte" in ran.err
+            assert f"made from {path}: {len(one)} tensors, every byte" in ran.out
         (tmp_path / "report.json").rename(artifact / "report.json")
 
 

@@ -545,9 +545,9 @@ def test_decompose_never_replaces_the_folder_that_holds_its_statistics(
 
 
 def test_cli_plan_says_what_selects(pico: Path, stats: Path, ortho: Ortho) -> None:
-    assert "weights kept by residual\n" in ortho("inspect", pico).err
+    assert "weights kept by residual\n" in ortho("inspect", pico).out
     expected = "weights kept by curvature; curvature is fisher, full storage"
-    assert expected in ortho("decompose", pico, "--stats", stats, "--dry-run").err
+    assert expected in ortho("decompose", pico, "--stats", stats, "--dry-run").out
 
 
 def test_plan_tensor_without_statistics_is_named(pico: Path, stats: Path) -> None:
@@ -656,13 +656,13 @@ def test_cli_decompose_with_stats_shows_the_weighted_error(
     assert shown.code == 0, shown.err
     totals = document["totals"]
     for alpha in (0, 1):
-        assert f"{totals[f'curvature_error_alpha_{alpha}']:.3g} at alpha {alpha}" in shown.err
-    assert f"{totals['saliency_kept']:.1%} of the saliency is kept" in shown.err
-    assert "error at 0" in shown.err
+        assert f"{totals[f'curvature_error_alpha_{alpha}']:.3g} at alpha {alpha}" in shown.out
+    assert f"{totals['saliency_kept']:.1%} of the saliency is kept" in shown.out
+    assert "error at 0" in shown.out
     (out / "ortho.safetensors").unlink()
     alone = ortho("inspect", out)
     assert alone.code == 0, alone.err
-    assert "at alpha 0, - at alpha 1" in alone.err
+    assert "at alpha 0, - at alpha 1" in alone.out
 
 
 @pytest.mark.parametrize("command", [("decompose", "--dry-run"), ("inspect",), ("decompose",)])
@@ -691,15 +691,15 @@ def test_cli_inspect_statistics_shows_tensors_sets_and_the_warning(
     assert ran.code == 0, ran.err
     for text in ("fisher curvature of 14 tensors", "squared per sequence", "full storage", DOWN,
                  "64 x 192", "1e-09", "retain set: 8 sequences, 4,096 tokens"):  # fmt: skip
-        assert text in ran.err
-    assert "overlap" not in ran.err
-    assert "warning" not in ran.err
+        assert text in ran.out
+    assert "overlap" not in ran.out
+    assert "warning" not in ran.out
     checkpoints.save_statistics(stats, pico, forget=True)
     ran = ortho("inspect", stats, "--verify")
     assert ran.code == 0, ran.err
     for text in ("overlap", "0.250", "forget set: 2 sequences, 64 tokens", "warning: gradients",
                  "verified 42 tensors"):  # fmt: skip
-        assert text in ran.err
+        assert text in ran.out
 
 
 def test_cli_inspect_statistics_json_is_the_metadata_parsed(stats: Path, ortho: Ortho) -> None:

@@ -1,4 +1,4 @@
-"""Console output on stderr: colours, escaped names, sizes, tables, errors; JSON goes to stdout."""
+"""Console output: results on stdout, notes and errors on stderr; names escaped, sizes, tables."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ ROWS = 1000  # of a table that rich lays out; it takes a millisecond and ten kil
 LONGEST = 4000  # characters of a line: a name can have as many as its file has bytes
 
 
-def make_console() -> Console:
-    """Open stderr; colours obey NO_COLOR and vanish off a terminal."""
-    width = None if sys.stderr.isatty() else WIDE
+def make_console(*, stderr: bool = False) -> Console:
+    """Open stdout, or stderr; colours obey NO_COLOR and vanish off a terminal."""
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else WIDE
     return Console(
-        stderr=True, highlight=False, markup=False, emoji=False, width=width, soft_wrap=bool(width)
+        stderr=stderr,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        width=width,
+        soft_wrap=bool(width),
     )
 
 
@@ -60,24 +65,24 @@ def print_json(document: object) -> None:
     sys.stdout.flush()
 
 
-def print_lines(lines: Iterable[str]) -> None:
-    """Print lines of text, which a terminal wraps."""
-    console = make_console()
+def print_lines(lines: Iterable[str], *, stderr: bool = False) -> None:
+    """Print lines of a result, or of what goes to stderr; a terminal wraps them."""
+    console = make_console(stderr=stderr)
     for line in lines:
         console.print(visible(line), soft_wrap=True)
 
 
 def print_error(error: OrthoError) -> None:
     """Print the sentence, and the hint on a line of its own."""
-    console = make_console()
+    console = make_console(stderr=True)
     console.print(Text.assemble(("error: ", "bold red"), visible(error.message)), soft_wrap=True)
     if error.hint:
         console.print(Text.assemble(("hint: ", "bold"), visible(error.hint)), soft_wrap=True)
 
 
-def print_note(note: str) -> None:
-    """Print a note: something to know that needs no action."""
-    print_lines([f"note: {note}"])
+def print_notes(*notes: object) -> None:
+    """Print notes on stderr: something to know that needs no action."""
+    print_lines((f"note: {note}" for note in notes), stderr=True)
 
 
 def print_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

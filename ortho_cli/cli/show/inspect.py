@@ -159,7 +159,9 @@ def print_statistics(described: Mapping[str, object], *, path: str) -> None:
         for name, entry in sorted(entries.items())
     ]
     columns = ("module", "shape", "mean", *(("overlap",) if overlap else ()))
-    print_table("measured", columns, rows)
+    note = "(mean curvature of a weight"
+    note += "; overlap: share of the top 1 % that factored storage would find, too)" * overlap
+    print_table("measured", columns, rows, note if overlap else f"{note})")
     print_lines(_statistics_lines(document, path, len(entries)))
 
 
