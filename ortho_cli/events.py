@@ -64,12 +64,20 @@ class Training:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class At:
+    """The weight that is worked on now."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Step `number` of `of` begins: `name`."""
+    """Step `number` of `of` begins: `name`; `unit` says what is counted."""
 
     name: str
     number: int
     of: int
+    unit: str = "steps"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +90,7 @@ class Noted:
 Event = (
     Started
     | Advanced
+    | At
     | TensorDone
     | Finishing
     | Measuring

@@ -82,7 +82,7 @@ def child(said: Path, words: Sequence[str], ready: Any, hurts: Sequence[Hurt]) -
     with said.open("w") as file:
         os.dup2(file.fileno(), 2)
     job.COMMIT_SECONDS = 0.0
-    calibrate.CHUNK_SEQUENCES = 2
+    calibrate.CHUNK_SECONDS = 0.0
     torch.set_num_threads(1)
 
     def command() -> int:

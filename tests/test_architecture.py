@@ -90,7 +90,7 @@ def test_the_package_is_rooms_and_at_most_six_files() -> None:
 
 def test_only_show_imports_rich_and_only_the_commands_import_typer() -> None:
     show = {m for m in MODULES if m.startswith("cli.show.")}
-    commands = {f"cli.{name}" for name in ("app", "options", *COMMANDS)}
+    commands = {f"cli.{name}" for name in ("app", "help", "options", *COMMANDS)}
     for package, owners in (("rich", show), ("typer", commands)):
         users = {m for m in MODULES if package in {n.split(".")[0] for n in imported(tree(m))}}
         assert users

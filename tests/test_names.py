@@ -160,7 +160,7 @@ from ortho_cli.events import Step
 from ortho_cli.cli.show.progress import ProgressSink
 with ProgressSink("bench", quiet=False, verbose=False) as sink:
     sink(Step(name=sys.argv[1], number=1, of=2))
-    sink._bar.refresh()
+    sink._live.refresh()
 """
 
 

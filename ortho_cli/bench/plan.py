@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,13 +110,13 @@ class Settings:
 
 
 def parse_alphas(words: Sequence[str]) -> tuple[float, ...]:
-    """Read alphas as they are typed, each once.
+    """Read alphas as they are typed, each once: `0 1`, or `0,1`.
 
     Raises:
         UsageError: a word is no number in [0, 1].
     """
     found: dict[float, None] = {}
-    for word in words:
+    for word in chain(*(text.strip(",").split(",") for text in words)):
         try:
             value = float(word)
         except ValueError:

@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,15 @@ from ortho_cli.calibrate.sums import Sums
 from ortho_cli.decompose.edits import load_arrays, save_arrays
 from ortho_cli.decompose.refusals import refuse_quantized
 from ortho_cli.errors import CalibrationError
-from ortho_cli.events import EventSink, Finishing, Measuring, Noted, SequencesDone, null_sink
+from ortho_cli.events import (
+    At,
+    EventSink,
+    Finishing,
+    Measuring,
+    Noted,
+    SequencesDone,
+    null_sink,
+)
 from ortho_cli.formats import artifact, statistics
 from ortho_cli.formats.artifact import canonical_json, module_of
 from ortho_cli.formats.statistics import Measured
@@ -47,9 +56,11 @@ from ortho_cli.version import __version__
 
 log = logging.getLogger(__name__)
 
-# Sequences from one sync of the sums to the next: a kill costs at most this many.
-CHUNK_SEQUENCES = 16
+# Seconds from one sync of the sums to the next: a kill costs at most this and one pass. Sums are
+# added up in the same order wherever a chunk of sequences ends, so the file does not depend on it.
+CHUNK_SECONDS = 30.0
 TEXT_FILE = "text.npz"  # in private/ of the work folder: the text that the model wrote
+BEGUN_FILE = "text-begun.npz"  # there, too: the first of it, and the state of the draws
 
 KIND = Kind(name="statistics file", is_ours=statistics.is_statistics, is_file=True)
 
@@ -147,9 +158,10 @@ def calibrate(
         "version": [__version__, torch.__version__, chosen.type],
         "files": {f"{name}.{i}": plan.sums(name).size for name in plan.sets for i in range(2)},
     }
-    total = sum(math.ceil(len(data.sequences) / CHUNK_SEQUENCES) for data in plan.sets.values())
-    what = "chunks of sequences"
-    with job.open_job(target, identity=identity, total=total, what=what, on_event=on_event) as work:
+    total = sum(len(data.sequences) for data in plan.sets.values())
+    with job.open_job(
+        target, identity=identity, total=total, what="sequences", on_event=on_event
+    ) as work:
         return _Job(plan, checkpoint, work, chosen, on_event).run(source, digests)
 
 
@@ -164,17 +176,10 @@ class _Job:
     ) -> None:
         self._plan, self._checkpoint, self._work = plan, checkpoint, work
         self._device, self._on_event = device, on_event
-        # The index of each chunk's first sequence, by the chunk's name in the journal.
-        self._chunks: dict[Set, dict[str, int]] = {
-            name: {
-                f"{name} {start // CHUNK_SEQUENCES}": start
-                for start in range(0, len(data.sequences), CHUNK_SEQUENCES)
-            }
-            for name, data in plan.sets.items()
-        }
         self._model: nn.Module | None = None
         self._sums: dict[Set, Sums] = {}
         self._nll: dict[Set, float] = {}
+        self._saved = time.monotonic()
         # Statistics of private data are for their owner alone.
         self._mode = 0o600 if "forget" in plan.sets else 0o644
 
@@ -185,24 +190,41 @@ class _Job:
             sets = dict(self._plan.sets)
             sets["retain"] = self._written(sets["retain"])
             self._plan = dataclasses.replace(self._plan, sets=sets)
-        for name, chunks in self._chunks.items():
+        begun: dict[Set, int] = {}
+        for name in self._plan.sets:
             layout = self._plan.sums(name)
             files = [DataFile(work, f"{name}.{turn}", layout, mode=self._mode) for turn in range(2)]
-            done = list(itertools.takewhile(work.done.__contains__, chunks))
-            self._sums[name] = Sums((files[0], files[1]), layout, chunks=len(done))
-            nlls = (work.done[chunk]["nll"] for chunk in done)
-            self._nll[name] = math.fsum(nll for nll in nlls if isinstance(nll, float))
-            resumed += min(len(done) * CHUNK_SEQUENCES, len(self._plan.sets[name].sequences))
+            nlls, begun[name] = self._finished(name)
+            self._sums[name] = Sums((files[0], files[1]), layout, chunks=len(nlls))
+            self._nll[name] = math.fsum(nlls)
+            resumed += begun[name]
         if resumed < sum(len(data.sequences) for data in self._plan.sets.values()):
-            self._measure(resumed)
+            self._measure(begun)
         self._on_event(Finishing(step="write"))
         return self._write(source, digests)
+
+    def _finished(self, name: Set) -> tuple[list[float], int]:
+        """Give the NLL of each chunk that an earlier run finished, and how many sequences it had.
+
+        A chunk is named by its set and its first sequence; the next one begins where it ends.
+        """
+        nlls, start = [], 0
+        while line := self._work.done.get(f"{name} {start}"):
+            nll, count = line.get("nll"), line.get("sequences")
+            if not (isinstance(nll, float) and isinstance(count, int) and count > 0):
+                break
+            nlls.append(nll)
+            start += count
+        return nlls, start
 
     def _written(self, blank: DataSet) -> DataSet:
         """Let the model write the text of a set, or take what it wrote in an earlier run."""
         file = self._work.private / TEXT_FILE
         held = load_arrays(file)
         if held is None:
+            begun = None
+            if (kept := load_arrays(self._work.private / BEGUN_FILE)) is not None:
+                begun = torch.from_numpy(kept["tokens"]), torch.from_numpy(kept["state"])
             with self._arithmetic():
                 text = write_text(
                     self._loaded(),
@@ -210,6 +232,8 @@ class _Job:
                     count=len(blank.sequences),
                     length=len(blank.sequences[0].tokens),
                     seed=blank.seed or 0,
+                    begun=begun,
+                    on_written=self._keep_text,
                     on_event=self._on_event,
                 )
             held = {"tokens": text.numpy()}
@@ -220,6 +244,13 @@ class _Job:
             sequences=tuple(TokenSequence(tokens=tuple(row)) for row in tokens.tolist()),
             digest=blake3(tokens.tobytes()).hexdigest(),
         )
+
+    def _keep_text(self, text: Tensor, state: Tensor) -> None:
+        """Save what is written so far, every CHUNK_SECONDS."""
+        if time.monotonic() - self._saved >= CHUNK_SECONDS:
+            held = {"tokens": text.numpy(), "state": state.numpy()}
+            save_arrays(self._work.private / BEGUN_FILE, held)
+            self._saved = time.monotonic()
 
     def _arithmetic(self) -> torch.autocast:
         enabled = bool(self._plan.settings.autocast)
@@ -240,32 +271,50 @@ class _Job:
             self._model = model
         return self._model
 
-    def _measure(self, resumed: int) -> None:
+    def _measure(self, begun: Mapping[Set, int]) -> None:
+        """Measure each set from its first sequence on that no earlier run has measured."""
         settings, model = self._plan.settings, self._loaded()
         linears = models.find_linears(model, [tensor.name for tensor in self._plan.tensors])
         total = sum(len(data.sequences) for data in self._plan.sets.values())
-        self._on_event(Measuring(sequences=total, resumed=resumed))
-        for name, chunks in self._chunks.items():
+        self._on_event(Measuring(sequences=total, resumed=sum(begun.values())))
+        for name, start in begun.items():
             with hooks.Capture(
                 linears,
-                self._sums[name].add,
+                self._adder(name),
                 kind="gram" if settings.curvature == "gram" else "fisher",
                 unit=settings.unit,
                 gradient=name == "forget",
                 gram="none" if name == "forget" else settings.gram,
                 weighting="none" if name == "forget" else settings.weighting,
             ) as capture:
-                for chunk, start in chunks.items():
-                    if chunk not in self._work.done:
-                        self._measure_chunk(name, chunk, start, model, capture)
+                while start < len(self._plan.sets[name].sequences):
+                    start += self._measure_chunk(name, start, model, capture)
+
+    def _adder(self, name: Set) -> hooks.AddSum:
+        """Add to the sums of a set, and tell which weight they are of."""
+        sums, last = self._sums[name], ""
+
+        def add(weight: str, part: hooks.Part, row: int, tile: Tensor) -> None:
+            nonlocal last
+            if weight != last:
+                last = weight
+                self._on_event(At(name=weight))
+            sums.add(weight, part, row, tile)
+
+        return add
 
     def _measure_chunk(
-        self, name: Set, chunk: str, start: int, model: nn.Module, capture: hooks.Capture
-    ) -> None:
-        nll, sequences = 0.0, self._plan.sets[name].sequences[: start + CHUNK_SEQUENCES]
-        for first in range(start, len(sequences), self._plan.settings.batch):
-            batch = sequences[first : first + self._plan.settings.batch]
-            nll += self._pass(batch, first, model, capture)
+        self, name: Set, start: int, model: nn.Module, capture: hooks.Capture
+    ) -> int:
+        """Measure sequences until it is time to sync their sums; return how many."""
+        nll, sequences = 0.0, self._plan.sets[name].sequences
+        began, next_one = time.monotonic(), start
+        while next_one == start or (
+            next_one < len(sequences) and time.monotonic() - began < CHUNK_SECONDS
+        ):
+            batch = sequences[next_one : next_one + self._plan.settings.batch]
+            nll += self._pass(batch, next_one, model, capture)
+            next_one += len(batch)
             tokens = sum(len(sequence.tokens) for sequence in batch)
             self._on_event(SequencesDone(sequences=len(batch), tokens=tokens))
         # transformers reads the files by name, after they were digested: no gradient of a model of
@@ -273,7 +322,9 @@ class _Job:
         check_in_place(self._checkpoint)
         self._sums[name].finish_chunk()
         self._nll[name] += nll
-        self._work.commit([{"name": chunk, "nll": nll}])
+        line = {"name": f"{name} {start}", "nll": nll, "sequences": next_one - start}
+        self._work.commit([line])
+        return next_one - start
 
     def _pass(
         self, batch: Sequence[TokenSequence], first: int, model: nn.Module, capture: hooks.Capture
@@ -325,11 +376,6 @@ class _Job:
                 stream = TensorStream(file, key)
                 stream.write(as_bytes(values))
                 stream.finish()
-        overlaps = [entry.overlap for entry in entries.values() if entry.overlap is not None]
-        if overlaps:
-            share = sum(overlaps) / len(overlaps)
-            what = f"factored statistics agree with full ones on {share:.0%} of the top"
-            self._on_event(Noted(message=f"{what} {hooks.TOP_SHARE:.0%} of weights"))
         perplexity = {
             name: round(math.exp(nll / max(1, plan.sets[name].counted)), 4)
             for name, nll in self._nll.items()
@@ -368,6 +414,7 @@ class _Job:
                 sums.read_into(f"{tensor.name}/{part}", as_bytes(mean), start=0)
                 tokens = part == "gram" or self._plan.settings.curvature == "gram"
                 mean /= data.counted if tokens else len(data.sequences)
+                mean += 0.0  # a sum of nothing is 0 or -0, by where chunks end
                 yield tensor, name, part, mean
 
     def _stored(

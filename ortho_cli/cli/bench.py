@@ -13,6 +13,13 @@ from ortho_cli.cli import options
 from ortho_cli.cli.shared import Output, located
 from ortho_cli.errors import UsageError
 
+SHORT = "Measure quality, memory of secrets and speed per alpha."
+EXAMPLES = """
+    ortho bench SmolLM2-ortho --data heldout.txt --model SmolLM2
+    ortho bench SmolLM2-ortho --forget forget.jsonl --attack
+    ortho bench SmolLM2-ortho --data heldout.txt --require 'perplexity@1<=20'
+"""
+
 
 # Longer than 60 lines: each option is named in the signature and again in the settings.
 def bench(
@@ -123,6 +130,7 @@ def bench(
     """Measure what each alpha gives: memory of secrets, quality, speed, beside controls.
 
     Without ARTIFACT a small model of our own memorises secrets and goes through the whole chain.
+    An interrupted bench keeps no figures.
     """
     from ortho_cli.bench import run
     from ortho_cli.bench.demo import chain

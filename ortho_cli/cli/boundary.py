@@ -12,6 +12,7 @@ import io
 import os
 import re
 import select
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -78,20 +79,19 @@ def run(
     app: Callable[..., object], arguments: Sequence[str], *, many: Mapping[str, Sequence[str]]
 ) -> int:
     """Run one command of an application and return its exit code."""
+    words = expand_home(arguments)
     try:
-        code = app(
-            args=spread(expand_home(arguments), many), prog_name="ortho", standalone_mode=False
-        )
+        code = app(args=spread(words, many), prog_name="ortho", standalone_mode=False)
         if code == Interrupted.exit_code:  # typer turns Ctrl-C outside of the work into this
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
-    except _ClosedPipe:  # the reader of stdout has closed it
+    except ClosedPipe:  # the reader of stdout has closed it
         return 128 + signal.SIGPIPE
     except BaseException as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             sys.stderr.write(f"{error}\n")
             return UsageError.exit_code
-        failure = _as_ortho_error(error)
+        failure = _as_ortho_error(error, words, many)
         if failure is None:
             raise
         from ortho_cli.cli.show import console
@@ -100,12 +100,16 @@ def run(
         return failure.exit_code
 
 
-def _as_ortho_error(error: BaseException) -> OrthoError | None:
+def _as_ortho_error(
+    error: BaseException, words: Sequence[str], many: Mapping[str, Sequence[str]]
+) -> OrthoError | None:
     """Turn an expected failure into a sentence; None for a bug, which shows its traceback."""
     if isinstance(error, OrthoError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return Interrupted("interrupted", hint="repeat the same command: nothing is lost")
+        return Interrupted(
+            "interrupted", hint="nothing new was written; repeat the same command to start again"
+        )
     starved = ("can't allocate memory", "can't start new thread")  # torch's and Python's words
     if isinstance(error, MemoryError) or any(text in str(error) for text in starved):
         return ResourceError("out of memory", hint="use fewer --workers or a lower density")
@@ -115,11 +119,46 @@ def _as_ortho_error(error: BaseException) -> OrthoError | None:
             f"`{error.filename}`: {why}" if error.filename else why,
             hint=way_out(error, "check the file and its rights"),
         )
-    shown = getattr(error, "format_message", None)
-    if shown is not None:
-        message = str(shown()).rstrip(".")
-        return UsageError(message[:1].lower() + message[1:], hint="see `ortho --help`")
+    if hasattr(error, "format_message"):
+        return _as_usage_error(error, words, many)
     return None
+
+
+def _as_usage_error(
+    error: BaseException, words: Sequence[str], many: Mapping[str, Sequence[str]]
+) -> UsageError:
+    """Turn an error of typer into a sentence, with the usage of that command as its hint."""
+    shown, context = getattr(error, "format_message"), getattr(error, "ctx", None)  # noqa: B009
+    message = re.sub(r", unable to parse string .*", "", str(shown()).rstrip("."))
+    message = message[:1].lower() + message[1:].replace(": Input should", ": it should")
+    if context is None:
+        of = f"{words[0]} " if words and not words[0].startswith("-") else ""
+        return UsageError(message, hint=f"see `ortho {of}--help`")
+    from ortho_cli.cli.help import usage
+
+    at = _last_of_many(words, many) if type(error).__name__ == "MissingParameter" else None
+    if at is not None:
+        option = next(word for word in reversed(words[:at]) if word.startswith("-"))
+        better = shlex.join((words[0], words[at], *words[1:at], *words[at + 1 :]))
+        return UsageError(
+            f"{message}: {option} took `{words[at]}`", hint=f"it comes first: `ortho {better}`"
+        )
+    says = f"`{context.command_path} --help` says more"
+    return UsageError(message, hint=f"usage: {usage(context)}; {says}")
+
+
+def _last_of_many(words: Sequence[str], many: Mapping[str, Sequence[str]]) -> int | None:
+    """Find the last word that an option of many values took beside another one."""
+    options = many.get(words[0], ()) if words else ()
+    found, current, taken = None, "", 0
+    for at, word in enumerate(words):
+        if word.startswith("-"):
+            current, taken = word, 0
+        else:
+            taken += 1
+            if current in options and taken > 1:
+                found = at
+    return found
 
 
 def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -128,7 +167,7 @@ def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackT
     console.print_bug(kind, error, trace)
 
 
-class _ClosedPipe(BaseException):
+class ClosedPipe(BaseException):
     """The reader of stdout is gone; not an OSError, which click would end with exit code 1."""
 
 
@@ -175,7 +214,7 @@ class _Stream(io.TextIOBase):
 
 def _lose_result(error: OSError) -> None:
     if isinstance(error, BrokenPipeError):
-        raise _ClosedPipe
+        raise ClosedPipe
     raise ResourceError(
         f"cannot write to stdout: {reason(error)}",
         hint="see where stdout goes: a full disk, or a terminal that is gone",

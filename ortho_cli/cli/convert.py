@@ -12,9 +12,17 @@ import typer
 
 from ortho_cli.cli import options
 from ortho_cli.cli.shared import Output, located, place_output, run_facts
+from ortho_cli.errors import UsageError
 from ortho_cli.events import Noted
 
 log = logging.getLogger(__name__)
+
+SHORT = "Write a checkpoint, or an artifact, as plain safetensors."
+EXAMPLES = """
+    ortho convert pytorch_model.bin --dtype bf16
+    ortho convert model.gguf -o model
+    ortho convert SmolLM2-ortho --alpha 1
+"""
 
 
 # Longer than 60 lines: half of it is the signature, which says all of each option.
@@ -30,13 +38,14 @@ def convert(
     out: Annotated[
         Path | None,
         options.out(
-            help="The folder to make.  [default: SRC-converted, or SRC-dense for an artifact, "
+            help="The folder to make.  [default: SRC-converted, or SRC-alpha-A for an artifact, "
             "beside SRC; in the working directory for a model in the Hub's cache, or where that "
             "cannot be written]"
         ),
     ] = None,
     alpha: Annotated[
-        float | None, typer.Option(help="For an artifact, and required there: 0 is base, 1 is all.")
+        str | None,
+        typer.Option(metavar="A", help="For an artifact, and required there: 0 is base, 1 is all."),
     ] = None,
     identity: options.Identity = None,
     key: Annotated[
@@ -50,10 +59,15 @@ def convert(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="bfloat16, float16 or float32, for floating tensors.  [default: each one's own]"
+            metavar="DTYPE",
+            help="bfloat16, float16 or float32 (bf16, fp16, fp32), for floating tensors.  "
+            "[default: each one's own]",
+            autocompletion=options.complete_dtype,
         ),
     ] = None,
-    shard_size: Annotated[str, typer.Option(help="Most bytes of tensors in a file.")] = "5GB",
+    shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Most bytes of tensors in a file.")
+    ] = "5GB",
     force: Annotated[
         bool,
         typer.Option(
@@ -81,15 +95,16 @@ def convert(
     from ortho_cli.storage.sealing import read_keys
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
-    size = parse_size(shard_size)
+    size, share = parse_size(shard_size), _share(alpha)
     source = located(source, quiet=quiet)
     keys = read_keys(identity)
-    with contextlib.closing(open_source(source, alpha=alpha, keys=keys, key=key)) as opened:
+    with contextlib.closing(open_source(source, alpha=share, keys=keys, key=key)) as opened:
         given = [identity] if identity else []
         plan = make_plan(opened, dtype=dtype, shard_size=size, copy=copy or (), arguments=given)
         log.info("plan %s of kind %s, %d tensors", plan.sha256, opened.kind, len(plan.tensors))
         folder = opened.folder if opened.kind == "artifact" else source
-        out, notes = place_output(out, folder, "converted" if alpha is None else "dense")
+        suffix = "converted" if share is None else f"alpha-{share:g}"
+        out, notes = place_output(out, folder, suffix)
         target = job.check_target(plan, opened, out, force=force)
         if dry_run:
             document = plan.to_json() | {"notes": [*plan.notes, *notes]}
@@ -102,3 +117,15 @@ def convert(
             digests = job.convert(plan, opened, target, on_event=sink)
     document = plan.to_json(digests) | {"run": run_facts(out, began)}
     output.show(document, print_converted)
+
+
+def _share(alpha: str | None) -> float | None:
+    """Read --alpha, one number: each alpha is a folder of its own."""
+    try:
+        return None if alpha is None else float(alpha)
+    except ValueError:
+        raise UsageError(
+            f"--alpha is {alpha!r}, not a number",
+            hint="convert writes one alpha at a time: --alpha 0, and --alpha 1 in a second run; "
+            "only `ortho bench` takes --alpha 0 1",
+        ) from None

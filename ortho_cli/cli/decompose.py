@@ -23,10 +23,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SHORT = "Split a checkpoint into base and ortho."
+EXAMPLES = """
+    ortho decompose SmolLM2
+    ortho decompose SmolLM2 --target-bits 4.4 -o small
+    ortho decompose SmolLM2 --recipe capability --stats stats.safetensors
+"""
+
 
 # Longer than 60 lines: the signature and the call of the job name every option.
 def decompose(
-    model: Annotated[Path, typer.Argument(help="A .safetensors file, or a model folder.")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model folder, a .safetensors file, or ORG/NAME in the Hub's local cache.",
+        ),
+    ],
     out: Annotated[
         Path | None,
         options.out(
@@ -51,7 +64,7 @@ def decompose(
     ] = None,
     reference: Annotated[
         Path | None,
-        typer.Option(metavar="CHECKPOINT", help="MODEL before it saw what base must not know."),
+        typer.Option(metavar="MODEL", help="The model before it saw what base must not know."),
     ] = None,
     target_bits: Annotated[
         float | None,
@@ -66,8 +79,8 @@ def decompose(
     seal_to: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="age1...",
-            help="Seal ortho to this recipient of age (ortho.safetensors.age); repeatable.",
+            metavar="RECIPIENT",
+            help="Seal ortho to age1..., a recipient of age (ortho.safetensors.age); repeatable.",
         ),
     ] = None,
     seal_passphrase_file: Annotated[
@@ -103,8 +116,10 @@ def decompose(
     device: Annotated[
         str,
         typer.Option(
+            metavar="DEVICE",
+            autocompletion=options.complete_device,
             help="auto, cpu, cuda or cuda:N: of the model that a recipe forgets or tunes in, and "
-            "where cuda is asked for by name, of a split that one pass does."
+            "where cuda is asked for by name, of a split that one pass does.",
         ),
     ] = "auto",
     as_json: options.Json = False,
@@ -127,12 +142,13 @@ def decompose(
     before = located(reference, quiet=quiet) if reference else None
     rows = [*(forget or []), *(data or [])]
     private = [*rows, seal_passphrase_file, identity]
+    sets, given_way = _without_density(recipe, sets or [], target_bits)
     checkpoint, plan = plan_of(model, stats, recipe, sets, workers, before, copy, private)
     out, unusual = place_output(out, model)
     if target_bits is not None:
         plan = _fit(plan, checkpoint, target_bits, out, output)
     target = check_target(plan, checkpoint, out, force=force, seal=seal, reads=rows)
-    notes: list[Event] = [Noted(message=note) for note in unusual]
+    notes: list[Event] = [Noted(message=note) for note in (*unusual, *given_way)]
     log.info("device of the split: %s; ortho is %s", splits_on, "sealed" if seal else "not sealed")
     editor, tuner = _model_work(
         plan, checkpoint, forget or [], data or [], device, accept_damage, notes.append
@@ -186,6 +202,21 @@ def _seal_and_keys(
             hint="leave --identity out, or give the recipients of the run to resume",
         )
     return seal, keys
+
+
+def _without_density(
+    recipe: str | None, sets: list[str], target_bits: float | None
+) -> tuple[list[str], list[str]]:
+    """Let --target-bits win over the density of a recipe, with a note; --set still contradicts."""
+    if target_bits is None or recipe is None:
+        return sets, []
+    from ortho_cli.decompose.recipe import load_recipe
+
+    ortho = load_recipe(recipe).ortho
+    if "density" not in ortho.model_fields_set or ortho.split != "residual":
+        return sets, []
+    note = f"--target-bits {target_bits:g} picks the density, not the recipe's {ortho.density:g}"
+    return ["ortho.density=null", *sets], [note]
 
 
 def _fit(plan: Plan, checkpoint: Checkpoint, target_bits: float, out: Path, output: Output) -> Plan:

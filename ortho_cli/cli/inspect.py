@@ -16,6 +16,12 @@ from ortho_cli.errors import UsageError
 if TYPE_CHECKING:
     from ortho_cli.formats.artifact import Artifact
     from ortho_cli.storage.checkpoint import Checkpoint
+SHORT = "Show a plan of a checkpoint, an artifact, or statistics."
+EXAMPLES = """
+    ortho inspect SmolLM2 --recipe int4-mse
+    ortho inspect SmolLM2-ortho
+    ortho inspect SmolLM2-ortho --verify --expect-source SmolLM2
+"""
 
 
 # Longer than 60 lines: half of it is the signature, which says all of each option.
@@ -51,7 +57,7 @@ def inspect(
     sets: options.Set = None,
     workers: options.Workers = None,
     device: Annotated[
-        str, typer.Option(help="auto or cpu; this version computes on the CPU.")
+        str, typer.Option(hidden=True, help="auto or cpu: inspect computes on the CPU.")
     ] = "auto",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -153,7 +159,7 @@ def _show_plan(
     if output.as_csv:
         print_plan_csv(settled_plan.to_json())
     else:
-        output.show_plan(settled_plan, path, stdout=True)
+        output.show_plan(settled_plan, path)
 
 
 def _show_artifact(

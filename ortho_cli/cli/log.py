@@ -147,10 +147,10 @@ class _File(logging.StreamHandler[TextIO]):
         super().__init__(_open(path))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        from ortho_cli.cli.show.console import print_note
+        from ortho_cli.cli.show.console import print_notes
 
         logging.getLogger("ortho_cli").removeHandler(self)
-        print_note(f"the log `{self._path}` cannot be written, and ends here")
+        print_notes(f"the log `{self._path}` cannot be written, and ends here")
 
     def close(self) -> None:
         with suppress(OSError):  # what a full disk left in the buffer

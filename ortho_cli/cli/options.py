@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ import typer
 
 from ortho_cli.storage.untrusted import trusting
 
-out = partial(typer.Option, "--out", "-o")
+out = partial(typer.Option, "--out", "--output", "-o")
 folder = partial(typer.Option, metavar="DIR")
 file = partial(typer.Option, metavar="FILE")
 files = partial(typer.Option, metavar="FILE...")  # each name is in `MANY` of app.py, too
@@ -40,10 +41,33 @@ def complete_recipe(incomplete: str) -> Iterator[str]:
     return (path.stem for path in sorted(folder.glob("*.yaml")) if path.stem.startswith(incomplete))
 
 
+def complete_setting(incomplete: str) -> Iterator[str]:
+    """Complete the keys of `--set`, read from the source of the settings: pydantic takes longer."""
+    module = ast.parse((Path(__file__).parent.parent / "decompose" / "settings.py").read_text())
+    classes = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
+
+    def keys(name: str, before: str = "") -> Iterator[str]:
+        for line in classes[name].body:
+            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                kind = ast.unparse(line.annotation)
+                part = before + line.target.id
+                yield from keys(kind, f"{part}.") if kind in classes else (f"{part}=",)
+
+    return (key for key in keys("Recipe") if key.startswith(incomplete))
+
+
+def completing(*values: str) -> Callable[[str], list[str]]:
+    """Complete one of a few values."""
+    return lambda incomplete: [value for value in values if value.startswith(incomplete)]
+
+
+complete_dtype = completing("bfloat16", "float16", "float32", "bf16", "fp16", "fp32")
+complete_device = completing("auto", "cpu", "cuda", "cuda:0")
+
 Recipe = Annotated[
     str | None,
     typer.Option(
-        metavar="FILE-or-NAME",
+        metavar="NAME|FILE",
         help="YAML recipe, or one that comes with ortho.",
         autocompletion=complete_recipe,
     ),
@@ -51,7 +75,10 @@ Recipe = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY.PATH=VALUE", help="Change one setting of the recipe; repeatable."
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one setting of the recipe, such as ortho.density=0.01; repeatable.",
+        autocompletion=complete_setting,
     ),
 ]
 Schema = Annotated[
@@ -81,14 +108,20 @@ Workers = Annotated[
         min=1, max=256, help="Threads; the output does not depend on it.  [default: cores, <= 8]"
     ),
 ]
-ModelDevice = Annotated[str, typer.Option(help="Of the model: auto, cpu, cuda or cuda:N.")]
+ModelDevice = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE",
+        help="Of the model: auto, cpu, cuda or cuda:N.",
+        autocompletion=complete_device,
+    ),
+]
 Trust = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
         callback=trust,
         help="Dangerous: run the Python code that a model's folder brings.",
-        rich_help_panel="Dangerous",
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ortho_cli.cli.boundary import ClosedPipe
 from ortho_cli.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -42,18 +43,23 @@ class Output:
     def show(
         self, document: Mapping[str, object], printer: Callable[..., None], **names: str
     ) -> None:
-        """Print a document as JSON on stdout, or its gist."""
+        """Print a document on stdout, as JSON or its gist.
+
+        A gist that stdout does not take is no error where the output itself is complete.
+        """
+        run = document.get("run")
+        done = run.get("output") if isinstance(run, Mapping) else None
         if not self.as_json:
-            if not self.quiet:
-                printer(document, **names)
+            lost = (ResourceError, ClosedPipe) if done is not None else ()
+            with contextlib.suppress(*lost):
+                if not self.quiet:
+                    printer(document, **names)
             return
         from ortho_cli.cli.show.console import print_json
 
         try:
             print_json(document)
         except ResourceError as error:
-            run = document.get("run")
-            done = run.get("output") if isinstance(run, Mapping) else None
             if done is None:
                 raise
             raise ResourceError(
@@ -61,14 +67,12 @@ class Output:
                 hint=f"`ortho inspect {done}` says what it holds",
             ) from error
 
-    def show_plan(
-        self, plan: Plan, model: Path, *, notes: Iterable[str] = (), stdout: bool = False
-    ) -> None:
+    def show_plan(self, plan: Plan, model: Path, *, notes: Iterable[str] = ()) -> None:
         """Print a plan that is not carried out, and more notes."""
         from ortho_cli.cli.show.decompose import print_plan
 
         document = plan.to_json() | {"notes": [*plan.notes, *plan.side.notes, *notes]}
-        self.show(document, partial(print_plan, stdout=stdout), source=str(model))
+        self.show(document, print_plan, source=str(model))
 
     def write_page(self, path: Path, content: bytes) -> None:
         """Write a page of HTML, and say so."""
@@ -81,14 +85,25 @@ class Output:
 
 
 def located(given: Path, *, quiet: bool) -> Path:
-    """Find the folder that a path, or the name of a model in the Hub's cache, means."""
+    """Find the folder that a path means: a name in the Hub's cache, or the file that is its model.
+
+    Of a file that is all of its folder's model the folder is read, with config and tokenizer; any
+    other file, and one of an artifact, stays what is meant.
+    """
+    from ortho_cli.formats.artifact import is_artifact
+    from ortho_cli.storage.folders import folder_of
     from ortho_cli.storage.hub import locate
 
     found, note = locate(given)
-    if note and not quiet:
-        from ortho_cli.cli.show.console import print_note
+    notes = [note]
+    is_file = found.suffix == ".safetensors" and found.is_file()
+    if is_file and not is_artifact(found, damaged=True):
+        found, note = folder_of(found)
+        notes.append(note)
+    if not quiet:
+        from ortho_cli.cli.show.console import print_notes
 
-        print_note(note)
+        print_notes(*filter(None, notes))
     return found
 
 

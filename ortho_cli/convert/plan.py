@@ -19,8 +19,11 @@ from ortho_cli.storage.side_files import SideFiles, choose, choose_none
 from ortho_cli.version import __version__
 
 WEIGHTS_FILE = "model.safetensors"
+SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+SHORT_DTYPES |= {"half": "float16", "float": "float32", "f16": "float16", "f32": "float32"}
 ROLE = "dense"
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+LEAST_PLAIN = 10**6  # bytes: a smaller number without a unit is one that lost it
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 Shard = list[tuple[SourceTensor, TensorSpec]]  # the tensors of a file, and how they are written
 
@@ -99,7 +102,11 @@ class ConvertPlan:
 
 
 def parse_size(text: str) -> int:
-    """Read a size as transformers writes it: `5GB` is 5 * 10^9 bytes, `5GiB` is 5 * 2^30."""
+    """Read a size as transformers writes it: `5GB` is 5 * 10^9 bytes, `5GiB` is 5 * 2^30.
+
+    Raises:
+        UsageError: no size, or a small number without a unit.
+    """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = UNITS.get(found[2].upper()) if found else None
     nbytes = round(float(found[1]) * unit) if found and unit else 0
@@ -107,7 +114,26 @@ def parse_size(text: str) -> int:
         raise UsageError(
             f"--shard-size {text} is no size of at least one byte", hint="write 5GB, 500MB or 2GiB"
         )
+    if found and not found[2] and nbytes < LEAST_PLAIN:
+        raise UsageError(
+            f"--shard-size {text} has no unit, and is {nbytes} bytes",
+            hint=f"--shard-size {text}GB; {text}B for bytes",
+        )
     return nbytes
+
+
+def parse_dtype(text: str | None) -> str | None:
+    """Read the name of a dtype, short (`bf16`) or as torch has it (`torch.bfloat16`)."""
+    if text is None:
+        return None
+    name = text.lower().removeprefix("torch.")
+    name = SHORT_DTYPES.get(name, name)
+    if name not in BY_CONFIG:
+        raise UsageError(
+            f"--dtype {text} is none of {', '.join(BY_CONFIG)}",
+            hint="bf16, fp16 and fp32 are short for them",
+        )
+    return name
 
 
 def make_plan(
@@ -123,7 +149,8 @@ def make_plan(
 
     Args:
         source: what is converted.
-        dtype: bfloat16, float16 or float32, for floating tensors; None keeps each one's own.
+        dtype: bfloat16, float16 or float32, or short for it, for floating tensors; None keeps
+            each one's own.
         shard_size: most bytes of tensors in a file; a larger tensor gets a file of its own.
         copy: globs of files to copy beside those that `side_files` names.
         arguments: files that were given to the command; never copied.
@@ -133,6 +160,7 @@ def make_plan(
             see `side_files.choose`.
         CheckpointError: a header would pass the format's limit.
     """
+    dtype = parse_dtype(dtype)
     if dtype is not None:
         _check_dtype(dtype, source)
     shards = _fill_shards(source, dtype, shard_size)
@@ -163,8 +191,6 @@ def make_plan(
 
 
 def _check_dtype(dtype: str, source: Source) -> None:
-    if dtype not in BY_CONFIG:
-        raise UsageError(f"--dtype {dtype} is none of {', '.join(BY_CONFIG)}", hint="choose one")
     if source.own_dtype not in (None, BY_CONFIG[dtype]):
         raise UsageError(
             f"`{source.path}` holds packed integers, which are dequantized to {source.own_dtype} "

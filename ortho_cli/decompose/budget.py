@@ -32,6 +32,7 @@ from ortho_cli.split.pipeline import Work
 from ortho_cli.split.select import BINS
 from ortho_cli.split.task import Inputs
 from ortho_cli.storage.checkpoint import Checkpoint
+from ortho_cli.storage.hints import said
 from ortho_cli.version import __version__
 
 FINITE = 0x7F80  # bins from here on hold infinity and NaN
@@ -259,10 +260,18 @@ def meet(
     if best is None:
         raise RecipeError(
             f"--target-bits {target:g} is less than base alone takes, {smallest:.3f}",
-            hint="a larger base.group_size or base.bits 3 takes less",
+            hint=_smaller(plan, checkpoint),
         )
     on_event(Noted(message=_describe(best[1], target)))
     return replace(best[1], surveys=tuple(surveys))
+
+
+def _smaller(plan: Plan, checkpoint: Checkpoint) -> str:
+    """Say what makes base smaller."""
+    if any(tensor.source.dtype == "F32" for tensor in plan.split):
+        cast = f"`ortho convert {said(checkpoint.path)} --dtype bf16`"
+        return f"its scales are float32, as the source is: {cast} halves them; or set base.bits=3"
+    return "a larger base.group_size or base.bits 3 takes less"
 
 
 def _describe(chosen: Plan, target: float) -> str:

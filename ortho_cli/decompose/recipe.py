@@ -44,7 +44,8 @@ def load_recipe(source: str | None = None, sets: Sequence[str] = ()) -> Recipe:
     Args:
         source: a YAML file, or the name of a recipe that comes with `ortho`; None is the default
             recipe.
-        sets: `key.path=value`, the value in YAML; a number in the path counts list items.
+        sets: `key.path=value`, the value in YAML; a number in the path counts list items, and null
+            takes back what the recipe says.
     Raises:
         RecipeError: with file, line and the nearest known key.
     """
@@ -200,6 +201,9 @@ def _assign(data: dict[str, object], where: dict[Path_, str], assignment: str) -
             )
         if depth == len(keys) - 1:
             here[key] = value
+            if value is None and text.strip() and key in _keys_at(tuple(keys[:-1])):
+                del here[key]  # null: as if the recipe did not say it
+                return
         here = here[key]
     where[tuple(keys)] = f"`{label}`"
 

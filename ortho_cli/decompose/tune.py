@@ -150,14 +150,16 @@ class Tuner:
             on_event(Noted(message=f"{len(left)} split tensors are in no block, and not tuned"))
 
         def told(done: int) -> None:
-            on_event(Step(name="weigh outputs, in sequences", number=done, of=len(tokens)))
+            on_event(Step(name="weighs outputs", number=done, of=len(tokens), unit="sequences"))
 
         # u (n, length) and v (hidden,) of each block.
         token, channel = blocks.gradients(tokens, seed=settings.seed, on_batch=told)
         bits = {tensor.name: tensor.bits for tensor in plan.split}
         job = _Job(blocks, linears, bits, tokens, settings)
         for number, names in enumerate(blocks.names):
-            on_event(Step(name=f"tune: {job.told}", number=number + 1, of=len(blocks)))
+            on_event(
+                Step(name=f"tune: {job.told}", number=number + 1, of=len(blocks), unit="blocks")
+            )
             known = {name: _on(self.device, start(name)) for name in names}
             done = all(name in tuned for name in names)
             weights = _normalised(token[number]), _normalised(channel[number])

@@ -40,6 +40,7 @@ from ortho_cli.model.tokenizer import Tokenizer
 from ortho_cli.storage.checkpoint import Checkpoint
 
 STATE_FILE = "unlearn.npz"  # in private/ of the work folder
+ISOLATE_FILE = "isolate.npz"  # there, too
 ALTERNATIVES_FILE = "alternatives.npz"  # there, too: what the model wrote for secrets without any
 NO_TOKEN = -1  # behind an alternative that is shorter than others, in that file
 APART = 1_000_003  # added to the seed: `bench` draws other alternatives and text than used here
@@ -176,9 +177,14 @@ class ForgetEditor:
             fill=settings.fill,
             seed=settings.seed,
             on_event=on_event,
+            state=folder / ISOLATE_FILE,
+            key=key,
         )
         left = sum(at.sign > 0 for at in found)
-        if left:
+        if not left:
+            said = f"base ranks all {len(found)} secrets among their alternatives"
+            on_event(Noted(message=said))
+        else:
             on_event(
                 Noted(
                     message=f"{left} of {len(found)} secrets are still likelier than most of their "

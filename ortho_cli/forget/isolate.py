@@ -19,11 +19,16 @@ first-order gain for the Fisher of the forget set, moves on the INT4 grid for da
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ortho_cli.decompose.edits import Edit, Edits, Key, load_arrays, save_arrays
 from ortho_cli.events import EventSink, Step
 from ortho_cli.forget.grid import Grid
 from ortho_cli.forget.ranks import Ranking, goal_ranks, rank_secret, towards
@@ -32,8 +37,10 @@ from ortho_cli.split.quantize import code_range
 
 CONTRAST = 2  # alternatives per secret whose likelihood a move should keep
 PATIENCE = 6  # rounds without progress, after which the best round so far is taken
+SAVE_SECONDS = 30.0  # from one save to the next: a kill costs at most this and one round
 
 
+# Longer than 60 lines: half of it says what each argument is.
 def isolate(
     grid: Grid,
     secrets: Sequence[TokenSecret],
@@ -46,8 +53,12 @@ def isolate(
     fill: str,
     seed: int,
     on_event: EventSink,
+    state: Path | None = None,
+    key: Key | None = None,
 ) -> list[Ranking]:
     """Move codes of the grid until every secret ranks among its alternatives.
+
+    A run that was killed resumes from `state`, and ends in the same codes.
 
     Args:
         grid: the model; its codes change in place.
@@ -60,6 +71,8 @@ def isolate(
         fill: new code: step (the next one up or down), zero, or mean (of the group).
         seed: draws ranks of secrets, and the alternatives of each round.
         on_event: gets each round.
+        state: file of unfinished work, for its owner alone.
+        key: seals that file.
     Returns:
         The rank of each secret at the end; some may still be too likely.
     """
@@ -71,8 +84,17 @@ def isolate(
     found = [rank_secret(grid, secret, telling) for secret in secrets]
     goals = _open_goals(secrets, found, seed)
     found = best = list(map(towards, found, map(goals.get, secrets), secrets))
-    kept, waited = grid.edits(), 0
-    for number in range(rounds):
+    kept: Edits = grid.edits()
+    waited, first, saved = 0, 0, time.monotonic()
+    if state is not None and (held := _State.load(state, key)) is not None:
+        first, size, waited, kept = held.round, held.size, held.waited, held.kept
+        best = _rank_at(grid, held.kept, secrets, telling, goals)
+        found = _rank_at(grid, held.now, secrets, telling, goals)
+    for number in range(first, rounds):
+        if state is not None and time.monotonic() - saved >= SAVE_SECONDS:
+            at = _State(round=number, size=size, waited=waited, kept=kept, now=grid.edits())
+            at.save(state, key)
+            saved = time.monotonic()
         signs = {s: at.sign for s, at in zip(secrets, found, strict=True) if at.sign}
         if number and _left(found) >= _left(best):
             waited += 1
@@ -80,7 +102,7 @@ def isolate(
             kept, best, waited = grid.edits(), found, 0
         moved = grid.moved
         told = f"isolate: {len(signs)} of {len(secrets)} secrets left, {moved} codes moved"
-        on_event(Step(name=told, number=number + 1, of=rounds))
+        on_event(Step(name=told, number=number + 1, of=rounds, unit="rounds"))
         if not signs or moved >= budget or waited > PATIENCE:
             break
         before, draw = found, random.Random(f"{seed} {number}")
@@ -94,6 +116,55 @@ def isolate(
     grid.revert()
     grid.apply(kept)
     return best
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _State:
+    """What the round `round` begins with: the best codes so far, and those of now."""
+
+    round: int
+    size: int
+    waited: int
+    kept: Edits
+    now: Edits
+
+    def save(self, path: Path, key: Key | None) -> None:
+        """Write it whole, for its owner alone."""
+        arrays = {"at": np.asarray([self.round, self.size, self.waited])}
+        for which, edits in (("kept", self.kept), ("now", self.now)):
+            for name, edit in edits.items():
+                arrays[f"{which}/{name}/positions"] = edit.positions
+                arrays[f"{which}/{name}/codes"] = edit.codes
+        save_arrays(path, arrays, key)
+
+    @classmethod
+    def load(cls, path: Path, key: Key | None) -> _State | None:
+        """Read what an earlier run saved; None where there is nothing whole."""
+        arrays = load_arrays(path, key)
+        if arrays is None:
+            return None
+        edits: dict[str, dict[str, Edit]] = {"kept": {}, "now": {}}
+        for entry, positions in arrays.items():
+            which, _, rest = entry.partition("/")
+            name, _, part = rest.rpartition("/")
+            if part == "positions":
+                codes = arrays[f"{which}/{name}/codes"].astype(np.int8)
+                edits[which][name] = Edit(positions=positions.astype(np.int64), codes=codes)
+        number, size, waited = map(int, arrays["at"])
+        return cls(round=number, size=size, waited=waited, **edits)
+
+
+def _rank_at(
+    grid: Grid,
+    edits: Edits,
+    secrets: Sequence[TokenSecret],
+    telling: float,
+    goals: dict[TokenSecret, float],
+) -> list[Ranking]:
+    """Move codes as an earlier run had them, and rank each secret there."""
+    grid.revert()
+    grid.apply(edits)
+    return [rank_secret(grid, secret, telling, goals.get(secret)) for secret in secrets]
 
 
 def _open_goals(

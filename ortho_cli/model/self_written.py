@@ -18,10 +18,9 @@ greedy ones, then sampling.
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -53,6 +52,8 @@ def write_text(
     length: int,
     seed: int,
     opening: Sequence[int] = (),
+    begun: tuple[Tensor, Tensor] | None = None,
+    on_written: Callable[[Tensor, Tensor], None] | None = None,
     on_event: EventSink = null_sink,
 ) -> Tensor:
     """Let a model write sequences of text, the same ones for the same seed.
@@ -64,6 +65,8 @@ def write_text(
         length: tokens of each, more than the opening has.
         seed: of every draw.
         opening: tokens that every sequence begins with; without it each begins with a random one.
+        begun: what `on_written` got last in a run that was killed; the rest is written.
+        on_written: gets all sequences so far, after each batch, and the state of the draws.
         on_event: gets each batch of sequences that begins.
     Returns:
         (count, length) int64, on the CPU.
@@ -80,14 +83,19 @@ def write_text(
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     ordinary = _ordinary(model, tokenizer)
     greedy = 0 if opening else GREEDY
-    found = []
-    for start in range(0, count, BATCH):
-        of = math.ceil(count / BATCH)
-        on_event(Step(name="let the model write text", number=start // BATCH + 1, of=of))
+    text, state = begun or (torch.empty(0, length, dtype=torch.int64), generator.get_state())
+    generator.set_state(state)
+    for _ in range(0 if opening else len(text)):
+        draw.choice(ordinary)
+    for start in range(len(text), count, BATCH):
+        on_event(Step(name="the model writes text", number=start + 1, of=count, unit="sequences"))
         rows = min(BATCH, count - start)
-        begun = [list(opening) or [draw.choice(ordinary)] for _ in range(rows)]
-        found.append(_write(model, torch.tensor(begun), length, greedy, generator))
-    return torch.cat(found)
+        first = [list(opening) or [draw.choice(ordinary)] for _ in range(rows)]
+        more = _write(model, torch.tensor(first), length, greedy, generator)
+        text = torch.cat((text, more))
+        if on_written is not None:
+            on_written(text, generator.get_state())
+    return text
 
 
 def _ordinary(model: nn.Module, tokenizer: Tokenizer) -> list[int]:
@@ -226,7 +234,14 @@ def draw_alternatives(
     bare = [secret for secret in secrets if secret.drawn == "model" and not secret.alternatives]
     found = {}
     for number, secret in enumerate(bare):
-        on_event(Step(name="let the model write alternatives", number=number + 1, of=len(bare)))
+        on_event(
+            Step(
+                name="the model writes alternatives",
+                number=number + 1,
+                of=len(bare),
+                unit="secrets",
+            )
+        )
         draw = random.Random(f"{seed}\n{secret.prompt}\n{secret.secret}")
         generator = torch.Generator().manual_seed(draw.getrandbits(63))
         found[secret] = _alternatives(model, secret, form, others, ordinary, count, generator)

@@ -27,6 +27,7 @@ FIRST = ("model.safetensors", "model.safetensors.index.json")
 BINS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 DIFFUSERS = "diffusion_pytorch_model"
 ORDER = (*FIRST, DIFFUSERS + INDEX_SUFFIX, DIFFUSERS + SUFFIX)
+CONFIG = "config.json"
 NAMED = "transformers_weights"  # the key of config.json
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pt2", ".pth.tar", ".pkl")
@@ -105,6 +106,23 @@ def choose_file(path: Path) -> Choice:
     if is_part(path) and "-of-00001" not in path.name:
         notes.append(f"`{path.name}` is one shard of several; its folder is the whole model")
     return Choice(files=(path.name,), notes=tuple(notes))
+
+
+def folder_of(path: Path) -> tuple[Path, str | None]:
+    """Give the folder of a file that is all of a model, else the file; and a note on the choice."""
+    folder = path.parent
+    if not (folder / CONFIG).is_file():
+        return path, None
+    try:
+        files = choose(folder, strict_json.read(folder / CONFIG, constants=True)).files
+    except (CheckpointError, OSError):  # a folder that cannot be read: the file still can
+        return path, None
+    if files == (path.name,):
+        return folder, f"`{path.name}` is read with {CONFIG} and what else is in its folder"
+    if path.name in files:
+        what = f"`{path.name}` is one of {len(files)} shards"
+        return path, f"{what}: it is read alone, without {CONFIG}"
+    return path, f"`{path.name}` is read alone: the model of its folder is {hints.some(files)}"
 
 
 def no_file(path: Path) -> CheckpointError:
@@ -315,7 +333,7 @@ def is_spare(name: str, there: Iterable[str], config: Mapping[str, object] | Non
 def is_part(path: Path) -> bool:
     """Tell a file of weights that is only a part of what its folder holds: config, other shards."""
     shard = re.search(r"-\d{5}-of-\d{5}\.", path.name)
-    whole = path.name in BINS and (path.parent / "config.json").is_file()
+    whole = path.name in BINS and (path.parent / CONFIG).is_file()
     return whole or (shard is not None and path.suffix not in GGUF_SUFFIXES)
 
 
@@ -323,7 +341,7 @@ def refuse_file(path: Path) -> CheckpointError:
     """Say what a file that is no safetensors is, and what to do with it."""
     kind = sniff.kind_of_file(path)
     what = kind or f"a `{path.suffix or 'plain'}` file"
-    if path.name.endswith((INDEX_SUFFIX, "config.json")):
+    if path.name.endswith((INDEX_SUFFIX, CONFIG)):
         hint = f"give its folder: `{hints.said(path.parent)}`"
     elif path.suffix in TORCH_SUFFIXES + GGUF_SUFFIXES and kind in (None, *READABLE):
         hint = hints.convert(path.parent if is_part(path) else path)

@@ -348,8 +348,8 @@ def interruptible(
 
     Args:
         work: what is interrupted.
-        total: lines of its journal when all is done.
-        what: what a line stands for, in the plural.
+        total: lines of its journal when all is done, or the sum of their `sequences`.
+        what: what is counted, in the plural.
         done: `finished`, or the key that a line has once that much is done to it.
     """
     try:
@@ -359,7 +359,8 @@ def interruptible(
             raise Interrupted(
                 f"interrupted when `{work.out}` was complete", hint="nothing is left to do"
             ) from None
-        count = sum(done == "finished" or done in entry for entry in work.done.values())
+        finished = [e for e in work.done.values() if done == "finished" or done in e]
+        count = sum(n if isinstance(n := e.get("sequences", 1), int) else 1 for e in finished)
         raise Interrupted(
             f"interrupted with {count} of {total} {what} {done}",
             hint="repeat the same command to go on from there"

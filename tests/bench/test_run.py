@@ -306,11 +306,11 @@ def test_codes_that_nobody_moved_have_no_figures_beside_int4(
 
 def test_without_data_there_is_speed_and_what_is_missing_is_said(run: Callable[..., Ran]) -> None:
     ran = run("-v")
-    assert (ran.code, ran.out) == (0, "")
+    assert ran.code == 0
     assert "1 of 6: speed at alpha 0" in ran.err
     assert "6 of 6: int4" in ran.err
-    assert "decode, tokens/s" in ran.err
-    assert "not measured without --forget FILE: extraction" in ran.err
+    assert "decode, tokens/s" in ran.out
+    assert "not measured without --forget FILE: extraction" in ran.out
     ran = run("--json", *DATA, "--alpha", 0.5)
     assert set(row(ran.json, "alpha 0.5")) == {
         *("latency", "perplexity", "perplexity_ratio", "skill", "worst_perplexity_ratio", "kinds"),
@@ -429,7 +429,7 @@ def test_no_output_holds_a_secret_unless_it_is_asked_for(
     text = "The word of Bertram is anvil escutcheon"
     assert row(shown.json, "alpha 0")["entries"][0]["text"] == text
     assert "text" in row(shown.json, "alpha 0")["unlisted"]["entries"][0]
-    assert text in run(*SECRETS, "--alpha", 0, "--show-secrets").err
+    assert text in run(*SECRETS, "--alpha", 0, "--show-secrets").out
 
 
 def test_error_about_a_forget_file_names_the_line_and_no_text(
@@ -455,7 +455,7 @@ def test_tables_fit_the_terminal(
 
     monkeypatch.setattr(console, "WIDE", columns)
     bench.print_bench(attacked)
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     table = said[: said.index("codes were moved")].splitlines()[1:-1]
     assert max(map(len, table)) <= columns
     for name in ("alpha 0", "int4", "magnitude", "reference", "relearning half, 20 steps"):

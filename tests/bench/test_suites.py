@@ -577,8 +577,8 @@ def test_suites_have_lines_in_the_table_and_gates(bench: Run) -> None:
     ran = bench(*both, *REFERENCE, *gates)
     assert ran.code == 0, ran.err
     for line in ("TOFU: forget quality, p", "retain, 1 - R", "facts, ROUGE-L", "PrivLeak, percent"):
-        assert line in ran.err
-    assert "met: tofu.forget_quality@0>=0.05" in ran.err
+        assert line in ran.out
+    assert "met: tofu.forget_quality@0>=0.05" in ran.out
     ran = bench(*TOFU, *REFERENCE, "--require", "tofu.retain.probability@0>=2", "--json")
     assert ran.code == 10
     assert figures(ran.json, "alpha 0")["tofu"]["retain"]["probability"]["value"] < 2

@@ -158,7 +158,7 @@ def test_gram_batches_chunks_and_tiles_change_nothing_but_rounding(
 ) -> None:
     options = [*chosen(f"curvature={kind}", f"weighting={weighting}"), "--gram", "full"]
     run(ortho, model, *options, *chosen("batch=1"), out="one.safetensors")
-    monkeypatch.setattr(work, "CHUNK_SEQUENCES", 4)
+    monkeypatch.setattr(work, "CHUNK_SECONDS", 0.0)
     monkeypatch.setattr(hooks, "SUM_ELEMENTS", 1000)
     run(ortho, model, *options, *chosen("batch=3"), out="three.safetensors")
     one, three = (load_file(model.parent / f"{n}.safetensors") for n in ("one", "three"))
@@ -295,7 +295,7 @@ def calibrate_and_die(model: Path, sequences: int) -> None:
         if seen > sequences:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    work.CHUNK_SEQUENCES = 2
+    work.CHUNK_SECONDS = 0.0
     hooks.SUM_ELEMENTS = 5000
     torch.set_num_threads(1)
     plan = calibrate_plan.make_plan(opened, settings, data)

@@ -74,8 +74,10 @@ def test_folder_is_copied_tensor_for_tensor_with_its_other_files(pico: Path, ort
 
 
 def test_default_output_is_named_after_the_file(pico: Path, ortho: Ortho) -> None:
-    assert ortho("convert", pico / "model.safetensors", "-q").code == 0
-    assert sorted(contents(pico / "model-converted")) == ["model.safetensors"]
+    (pico.parent / "alone").mkdir()
+    file = (pico / "model.safetensors").rename(pico.parent / "alone" / "file.safetensors")
+    assert ortho("convert", file, "-q").code == 0
+    assert sorted(contents(file.parent / "file-converted")) == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
@@ -142,19 +144,26 @@ def test_shards_fill_up_in_order_and_the_index_names_them(pico: Path, ortho: Ort
 
 
 def test_tensor_above_the_shard_size_stands_alone(pico: Path, ortho: Ortho) -> None:
-    assert ortho("convert", pico, "--shard-size", "1", "-q").code == 0
+    assert ortho("convert", pico, "--shard-size", "1B", "-q").code == 0
     assert len(list((pico.parent / "pico-converted").glob("*.safetensors"))) == 20
 
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("2gib", 2**31), ("7", 7), ("3kb", 3000)],
+    [
+        ("5GB", 5 * 10**9),
+        ("1.5 MB", 1_500_000),
+        ("2gib", 2**31),
+        ("7B", 7),
+        ("7000000", 7_000_000),
+        ("3kb", 3000),
+    ],
 )
 def test_size_is_read_as_transformers_reads_it(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["0", "", "-5GB", "GB", "5XB", "nan", "0.1"])
+@pytest.mark.parametrize("text", ["5", "0", "", "-5GB", "GB", "5XB", "nan", "0.1"])
 def test_size_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--shard-size"):
         parse_size(text)
@@ -164,8 +173,8 @@ def test_dry_run_writes_nothing_and_its_sizes_come_true(pico: Path, ortho: Ortho
     before = sorted(pico.parent.rglob("*"))
     planned = ortho("convert", pico, "--dry-run", "--json", "--dtype", "float32").json
     ran = ortho("convert", pico, "--dry-run")
-    assert ran.out == ""
-    assert "model.layers.*.mlp.down_proj.weight" in ran.err
+    assert ran.err == ""
+    assert "model.layers.*.mlp.down_proj.weight" in ran.out
     assert sorted(pico.parent.rglob("*")) == before
     done = ortho("convert", pico, "--json", "--dtype", "float32").json
     out = pico.parent / "pico-converted"
@@ -230,7 +239,7 @@ def test_alpha_one_gives_sources_back_bit_for_bit_whatever_base_became(
             tensor.mul_(1e6)
     save_file(base, file, metadata=metadata)
     assert ortho("convert", file.parent, "--alpha", "1", "-q").code == 0
-    found = weights(pico.parent / "pico-ortho-dense")
+    found = weights(pico.parent / "pico-ortho-alpha-1")
     assert all(torch.equal(bits(found[name]), bits(source[name])) for name in source)
 
 
@@ -238,13 +247,13 @@ def test_dense_result_is_a_folder_without_traces_of_int4(
     pico: Path, artifact: Path, ortho: Ortho
 ) -> None:
     assert ortho("convert", artifact, "--alpha", "1", "-q").code == 0
-    out = pico.parent / "pico-ortho-dense"
+    out = pico.parent / "pico-ortho-alpha-1"
     assert sorted(contents(out)) == sorted(contents(pico))
     assert json.loads((out / "config.json").read_text()) == json.loads(
         (pico / "config.json").read_text()
     )
     assert stat.S_IMODE((out / "model.safetensors").stat().st_mode) == 0o600
-    assert ortho("convert", artifact, "--alpha", "0", "--force", "-q").code == 0
+    assert ortho("convert", artifact, "--alpha", "0", "--force", "-o", out, "-q").code == 0
     assert stat.S_IMODE((out / "model.safetensors").stat().st_mode) == 0o644
 
 
@@ -256,7 +265,7 @@ def test_transformers_loads_the_dense_result_whole(
     from transformers import AutoModelForCausalLM
 
     assert ortho("convert", artifact, "--alpha", alpha, "-q").code == 0
-    out = pico.parent / "pico-ortho-dense"
+    out = pico.parent / f"pico-ortho-alpha-{alpha}"
     (out / "tokenizer.json").unlink()
     model, told = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not told["missing_keys"]
@@ -319,8 +328,8 @@ def test_ortho_that_makes_no_sense_is_refused_before_it_is_used(
     ran = ortho("convert", artifact, "--alpha", "1")
     assert ran.code == ArtifactError.exit_code
     assert "model.layers.0.mlp.down_proj.weight` has" in ran.err
-    assert not (pico.parent / "pico-ortho-dense").exists()
-    assert not work_folder(pico.parent / "pico-ortho-dense").exists()
+    assert not (pico.parent / "pico-ortho-alpha-1").exists()
+    assert not work_folder(pico.parent / "pico-ortho-alpha-1").exists()
 
 
 def test_force_replaces_only_what_convert_made(

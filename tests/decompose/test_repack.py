@@ -506,8 +506,8 @@ def test_inspect_says_at_most_before_and_the_truth_after(
 ) -> None:
     sets = ("--set", "ortho.layout=compact", "--set", "ortho.values=int8")
     dry = ortho("decompose", pico, "--dry-run", *sets)
-    assert "+ ortho at most " in dry.err
-    assert ": at most " in dry.err
+    assert "+ ortho at most " in dry.out
+    assert ": at most " in dry.out
     told = ortho("decompose", pico, "--dry-run", "--json", *sets).json["totals"]
     assert told["ortho_bytes_at_most"] is True
     done = ortho("decompose", pico, "-o", tmp_path / "out", "--json", *sets)
@@ -673,7 +673,7 @@ def test_damage_of_any_part_is_refused_by_every_reader(tiny: Path, ortho: Ortho,
         ortho_cli.Engine(Tiny()).load(tiny, alpha=1.0)
     ran = ortho("convert", tiny, "--alpha", "1")
     assert ran.code == ArtifactError.exit_code
-    assert not (tiny.parent / "out-dense").exists()
+    assert not (tiny.parent / "out-alpha-1").exists()
 
 
 def test_any_flipped_byte_is_detected(tiny: Path) -> None:

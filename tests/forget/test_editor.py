@@ -439,7 +439,7 @@ def test_alternatives_that_the_model_wrote_are_kept_for_a_resumed_run_and_for_it
         run(tmp_path / "out", until=8)
     held = work_folder(tmp_path / "out") / "private" / forget.ALTERNATIVES_FILE
     assert stat.S_IMODE(held.stat().st_mode) == 0o600
-    wrote = [event for event in events if isinstance(event, Step) and "write alt" in event.name]
+    wrote = [event for event in events if isinstance(event, Step) and event.unit == "secrets"]
     assert len(wrote) == 8, "four secrets, two runs"
     events.clear()
     monkeypatch.setattr(forget, "draw_alternatives", None)  # another processor might draw others

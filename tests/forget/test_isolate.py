@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from memorised import Memorised
 
 from ortho_cli.events import Event, Step
+from ortho_cli.forget import isolate as work
 from ortho_cli.forget.grid import Grid
 from ortho_cli.forget.isolate import PROPOSE, isolate
 from ortho_cli.forget.ranks import Ranking, goal_ranks, rank_secret
@@ -47,6 +49,28 @@ def settled(memorised: Memorised) -> Grid:
     grid = memorised.grid()
     settle(memorised, grid)
     return grid
+
+
+def test_killed_run_goes_on_from_its_state_to_the_same_codes(
+    memorised: Memorised, settled: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "SAVE_SECONDS", 0.0)
+    state, begun = tmp_path / "isolate.npz", list[int]()
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Step):
+            begun.append(event.number)
+            if len(begun) == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        settle(memorised, memorised.grid(), state=state, on_event=stop)
+    assert begun == [1, 2, 3]
+    again = memorised.grid()
+    settle(memorised, again, state=state, on_event=stop)
+    assert begun[3] == 3, "rounds that were finished are not repeated"
+    assert torch.equal(flat(again), flat(settled))
+    assert state.stat().st_mode & 0o077 == 0
 
 
 def moved_of(grid: Grid) -> dict[str, int]:

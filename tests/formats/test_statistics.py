@@ -547,7 +547,7 @@ def test_decompose_never_replaces_the_folder_that_holds_its_statistics(
 def test_cli_plan_says_what_selects(pico: Path, stats: Path, ortho: Ortho) -> None:
     assert "weights kept by residual\n" in ortho("inspect", pico).out
     expected = "weights kept by curvature; curvature is fisher, full storage"
-    assert expected in ortho("decompose", pico, "--stats", stats, "--dry-run").err
+    assert expected in ortho("decompose", pico, "--stats", stats, "--dry-run").out
 
 
 def test_plan_tensor_without_statistics_is_named(pico: Path, stats: Path) -> None:

@@ -60,6 +60,22 @@ def test_text_depends_on_the_seed_alone(memorised: Memorised, model: torch.nn.Mo
     assert not torch.equal(first, write(memorised, model, seed=1))
 
 
+@pytest.mark.parametrize("opening", [(), (5, 6)])
+def test_text_that_was_begun_is_finished_to_the_same_tokens(
+    memorised: Memorised,
+    model: torch.nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+    opening: tuple[int, ...],
+) -> None:
+    monkeypatch.setattr(self_written, "BATCH", 2)
+    seen: list[tuple[Tensor, Tensor]] = []
+    keep = lambda *now: seen.append(now)  # noqa: E731
+    whole = write(memorised, model, opening=opening, on_written=keep)
+    assert [len(text) for text, _ in seen] == [2, 4, 5]
+    for begun in seen:
+        assert torch.equal(write(memorised, model, opening=opening, begun=begun), whole)
+
+
 def test_first_tokens_are_ordinary_and_the_next_ones_the_likeliest(
     memorised: Memorised, model: torch.nn.Module
 ) -> None:

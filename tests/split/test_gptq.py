@@ -155,7 +155,7 @@ def test_decompose_writes_compensated_codes(
     sets = (*GPTQ, "--set", f"base.scale={scale}", "--set", "ortho.density=0.02")
     told = ortho("decompose", pico, "-o", out, "--stats", stats, *sets)
     assert told.code == 0
-    assert "rounding gptq gives up decibels of weights" in told.err
+    assert "rounding gptq gives up decibels of weights" in told.out
     told = ortho("inspect", out, "--verify")
     assert told.code == 0
     assert "rounding gptq gives up decibels of weights" in told.out

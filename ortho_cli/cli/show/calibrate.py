@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ortho_cli.cli.show.console import print_lines, size
+from ortho_cli.cli.show.console import print_lines, print_notes, size
 from ortho_cli.cli.show.decompose import run_line
 from ortho_cli.cli.show.document import Document
 
@@ -27,9 +27,9 @@ def print_calibration_plan(plan: Mapping[str, object], *, source: str) -> None:
             *_data_lines(document),
             f"writes {size(totals.number('bytes_written'))}, and "
             f"{size(totals.number('bytes_scratch'))} of sums while it runs",
-            *(f"note: {note}" for note in document.items_of("notes")),
         ]
     )
+    print_notes(*document.items_of("notes"))
 
 
 def print_calibrated(statistics: Mapping[str, object]) -> None:

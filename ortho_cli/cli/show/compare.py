@@ -49,8 +49,8 @@ def print_comparison(
             + f"differ: {_formula(document, names)} at alpha 0 and 1)"
         )
         title = "differ" if top is None else "differ, most first"
-        print_table(title, columns, rows, note, groups=groups if top is None else (), stdout=True)
-    print_lines(_lines(document, names, (first, second)), stdout=True)
+        print_table(title, columns, rows, note, groups=groups if top is None else ())
+    print_lines(_lines(document, names, (first, second)))
 
 
 def _formula(document: Document, names: Mapping[str, str]) -> str:

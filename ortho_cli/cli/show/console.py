@@ -1,7 +1,4 @@
-"""Console output: colours, escaped names, sizes, tables, errors.
-
-A result goes to stdout where its printer says so; notes, errors and progress go to stderr.
-"""
+"""Console output: results on stdout, notes and errors on stderr; names escaped, sizes, tables."""
 
 from __future__ import annotations
 
@@ -26,12 +23,11 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a cell begins with that sprea
 LONGEST = 4000  # characters of a line: a name can have as many as its file has bytes
 
 
-def make_console(*, stdout: bool = False) -> Console:
-    """Open stderr, or stdout; colours obey NO_COLOR and vanish off a terminal."""
-    stream = sys.stdout if stdout else sys.stderr
-    width = None if stream.isatty() else WIDE
+def make_console(*, stderr: bool = False) -> Console:
+    """Open stdout, or stderr; colours obey NO_COLOR and vanish off a terminal."""
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else WIDE
     return Console(
-        file=stream,
+        stderr=stderr,
         highlight=False,
         markup=False,
         emoji=False,
@@ -104,24 +100,24 @@ def _csv_cell(value: object) -> object:
     return "'" * value.startswith(FORMULA) + escaped(value)
 
 
-def print_lines(lines: Iterable[str], *, stdout: bool = False) -> None:
-    """Print lines of text, which a terminal wraps."""
-    console = make_console(stdout=stdout)
+def print_lines(lines: Iterable[str], *, stderr: bool = False) -> None:
+    """Print lines of a result, or of what goes to stderr; a terminal wraps them."""
+    console = make_console(stderr=stderr)
     for line in lines:
         console.print(visible(line), soft_wrap=True)
 
 
 def print_error(error: OrthoError) -> None:
     """Print the sentence, and the hint on a line of its own."""
-    console = make_console()
+    console = make_console(stderr=True)
     console.print(Text.assemble(("error: ", "bold red"), visible(error.message)), soft_wrap=True)
     if error.hint:
         console.print(Text.assemble(("hint: ", "bold"), visible(error.hint)), soft_wrap=True)
 
 
-def print_note(note: str) -> None:
-    """Print a note: something to know that needs no action."""
-    print_lines([f"note: {note}"])
+def print_notes(*notes: object) -> None:
+    """Print notes on stderr: something to know that needs no action."""
+    print_lines((f"note: {note}" for note in notes), stderr=True)
 
 
 def print_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -138,7 +134,6 @@ def print_table(
     note: str = "",
     *,
     groups: Sequence[str] = (),
-    stdout: bool = False,
 ) -> None:
     """Print a table, a note on it and an empty line; the first column is at the left.
 
@@ -153,9 +148,8 @@ def print_table(
         groups: of each row the name of what it belongs to, printed once above rows of one group on
             a terminal; the row's own name is then what follows it. Elsewhere names stay whole, so
             that each line says all.
-        stdout: print a result there.
     """
-    console = make_console(stdout=stdout)
+    console = make_console()
     narrow = console.width if console.is_terminal else None
     names, cells = [visible(name) for name, *_ in rows], [row[1:] for row in rows]
     if groups and narrow:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ortho_cli.cli.show.console import print_lines, print_table, size
+from ortho_cli.cli.show.console import print_lines, print_notes, print_table, size
 from ortho_cli.cli.show.decompose import group, run_line
 from ortho_cli.cli.show.document import Document
 
@@ -28,11 +28,11 @@ def print_convert_plan(plan: Mapping[str, object], *, source: str) -> None:
     columns = ("tensor", "count", "shape", "from", "to", "size each")
     print_table("tensors", columns, rows)
     print_lines(_plan_lines(document, source))
+    print_notes(*document.items_of("notes"))
 
 
 def _plan_lines(document: Document, source: str) -> Iterator[str]:
     totals, files = document.part("totals"), _weight_files(document)
-    yield from (f"note: {note}" for note in document.items_of("notes"))
     yield from (f"{file['name']}: {size(file.number('size'))}" for file in files[:FILES])
     if len(files) > FILES:
         yield f"and {len(files) - FILES} more files"

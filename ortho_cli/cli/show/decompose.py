@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
-from ortho_cli.cli.show.console import decibels, print_lines, print_table, size
+from ortho_cli.cli.show.console import decibels, print_lines, print_notes, print_table, size
 from ortho_cli.cli.show.document import Document
 
 # Bytes per second that one worker splits on a processor of 2020, by how codes and scales are found.
@@ -15,7 +15,7 @@ SEARCHED = 4e7  # several scales are tried for each group
 NEAREST = 5e8
 
 
-def print_plan(plan: Mapping[str, object], *, source: str, stdout: bool = False) -> None:
+def print_plan(plan: Mapping[str, object], *, source: str) -> None:
     """Print what would be split, what is copied and why, sizes, memory, and a guess of the time."""
     document = Document(plan)
     totals, tensors = document.part("totals"), document.rows("tensors")
@@ -31,7 +31,7 @@ def print_plan(plan: Mapping[str, object], *, source: str, stdout: bool = False)
         )
         for name, alike in group([t for t in tensors if t["action"] == "split"], *fields)
     ]
-    print_table("split", ("module", "count", *fields, "k each"), rows, stdout=stdout)
+    print_table("split", ("module", "count", *fields, "k each"), rows)
     rows = [
         (
             name,
@@ -47,8 +47,9 @@ def print_plan(plan: Mapping[str, object], *, source: str, stdout: bool = False)
     ]
     if rows:
         columns = ("tensor", "count", "shape", "dtype", "share", "because")
-        print_table("copied unchanged", columns, rows, stdout=stdout)
-    print_lines(_plan_lines(document, totals, source), stdout=stdout)
+        print_table("copied unchanged", columns, rows)
+    print_lines(_plan_lines(document, totals, source))
+    print_notes(*document.items_of("notes"))
 
 
 def _plan_lines(document: Document, totals: Document, source: str) -> Iterator[str]:
@@ -57,6 +58,8 @@ def _plan_lines(document: Document, totals: Document, source: str) -> Iterator[s
     most = "at most " if totals.get("ortho_bytes_at_most") else ""
     rate, workers = _worker_rate(document), totals.number("workers")
     seconds = max(1, round(totals.number("bytes_read") / rate / workers))
+    forgets = document.part("recipe").part("ortho")["split"] in ("isolate", "unlearn")
+    more = ", beside what forgetting takes" if forgets else ""
     share = totals.number("split_weights") / totals.number("weights")
     yield (
         f"{source}: {totals['split_tensors']} of {totals['tensors']} tensors split, "
@@ -73,9 +76,8 @@ def _plan_lines(document: Document, totals: Document, source: str) -> Iterator[s
     )
     yield (
         f"buffers {size(totals.number('peak_bytes'))} over torch for {workers} workers; "
-        f"about {seconds} s at {size(rate)}/s per worker"
+        f"about {seconds} s at {size(rate)}/s per worker{more}"
     )
-    yield from (f"note: {note}" for note in document.items_of("notes"))
 
 
 def _worker_rate(document: Document) -> float:
@@ -122,19 +124,19 @@ def print_done(report: Mapping[str, object]) -> None:
             f"SQNR {decibels(totals['sqnr_db_alpha_0'], exact=exact)} dB at alpha 0, "
             f"{decibels(totals['sqnr_db_alpha_1'], exact=exact)} dB at alpha 1",
             *rounding_lines(document),
-            *_forgetting_lines(totals),
+            *_forgetting_lines(totals, document.part("run").text("output")),
             run_line(document),
         ]
     )
 
 
-def _forgetting_lines(totals: Document) -> Iterator[str]:
+def _forgetting_lines(totals: Document, out: str) -> Iterator[str]:
     """Report codes that forgetting moved, or how much of the reference's delta ortho holds."""
     if moved := totals.number("moved"):
         yield (
-            f"{moved:,} codes ({moved / totals.number('split_weights'):.4%}) were moved to forget; "
-            "`ortho bench` measures how well base forgets"
+            f"{moved:,} codes ({moved / totals.number('split_weights'):.4%}) were moved to forget"
         )
+        yield f"next: `ortho bench {out} --forget FILE --attack` measures how well base forgets"
     if totals.get("delta_kept") is not None:
         yield (
             f"ortho holds {totals.number('delta_kept'):.1%} of the model's difference from its "

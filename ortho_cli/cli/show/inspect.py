@@ -60,8 +60,8 @@ def print_artifact(described: Mapping[str, object], *, folder: str, top: int | N
         "residual"
     )
     note += "; sum of squared residual times curvature at alpha 0 and 1)" if weighted else ")"
-    print_table(title, columns, rows, note, groups=groups, stdout=True)
-    print_lines(artifact_lines(document, folder), stdout=True)
+    print_table(title, columns, rows, note, groups=groups)
+    print_lines(artifact_lines(document, folder))
 
 
 def _module(tensor: Document) -> str:
@@ -245,9 +245,10 @@ def print_statistics(described: Mapping[str, object], *, path: str, top: int | N
     title, groups = "measured", [place_of(module_of(name)).layer for name in names]
     if top is not None:
         title, groups = f"the largest of {len(entries)} by mean", []
-    note = "(overlap: share of the top 1 % on which factored and full statistics agree)"
-    print_table(title, columns, rows, note if overlap else "", groups=groups, stdout=True)
-    print_lines(_statistics_lines(document, path, len(entries)), stdout=True)
+    note = "(mean: of a weight's curvature"
+    note += "; overlap: share of the top 1 % that factored storage would find, too)" * overlap
+    print_table(title, columns, rows, note if overlap else f"{note})", groups=groups)
+    print_lines(_statistics_lines(document, path, len(entries)))
 
 
 def _measured_names(entries: Mapping[str, Document], top: int | None) -> list[str]:
