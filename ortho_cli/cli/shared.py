@@ -76,12 +76,12 @@ class Output:
 
     def write_page(self, path: Path, content: bytes) -> None:
         """Write a page of HTML, and say so."""
-        from ortho_cli.cli.show.console import print_note, size
+        from ortho_cli.cli.show.console import print_notes, size
         from ortho_cli.cli.show.page import write_page
 
         write_page(path, content)
         if not self.quiet and not self.as_json:
-            print_note(f"the page is `{path}`, {size(len(content))}")
+            print_notes(f"the page is `{path}`, {size(len(content))}")
 
 
 def located(given: Path, *, quiet: bool) -> Path:
