@@ -5,6 +5,7 @@
 Sums are in files, not in memory: one float32 per weight and set, and a second file of the same size
 (see `sums`). A killed run resumes after its last finished chunk of sequences, and ends in the same
 bytes. Where no text is given, the model writes it first, once: a resumed run reads it from a file.
+Inputs alone (kind gram) are measured while the model writes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from ortho_cli.formats.statistics import Measured
 from ortho_cli.model import hooks
 from ortho_cli.model import load as models
 from ortho_cli.model.scoring import pad
-from ortho_cli.model.self_written import write_text
+from ortho_cli.model.self_written import keeps_cache, random_text, write_text
 from ortho_cli.model.text import TokenSequence
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.storage import job
@@ -49,7 +50,7 @@ log = logging.getLogger(__name__)
 
 # Sequences from one sync of the sums to the next: a kill costs at most this many.
 CHUNK_SEQUENCES = 16
-TEXT_FILE = "text.npz"  # in private/ of the work folder: the text that the model wrote
+TEXT_FILE = "text.npz"  # in private/ of the work folder: the text that was made
 
 KIND = Kind(name="statistics file", is_ours=statistics.is_statistics, is_file=True)
 
@@ -60,7 +61,7 @@ class Calibration:
 
     nbytes: int  # of the file
     metadata: Mapping[str, str]  # of the file; most are JSON
-    perplexity: Mapping[Set, float]  # of the model on each set
+    perplexity: Mapping[Set, float]  # of the model on each set, but on one that it wrote meanwhile
 
     def to_json(self) -> dict[str, object]:
         """Give the document of `ortho calibrate --json`."""
@@ -144,10 +145,18 @@ def calibrate(
         "version": [__version__, torch.__version__, chosen.type],
         "files": {f"{name}.{i}": plan.sums(name).size for name in plan.sets for i in range(2)},
     }
-    total = sum(math.ceil(len(data.sequences) / CHUNK_SEQUENCES) for data in plan.sets.values())
+    total = sum(len(_chunks(plan, name)) for name in plan.sets)
     what = "chunks of sequences"
     with job.open_job(target, identity=identity, total=total, what=what, on_event=on_event) as work:
         return _Job(plan, checkpoint, work, chosen, on_event).run(source, digests)
+
+
+def _chunks(plan: CalibrationPlan, name: Set) -> dict[str, slice]:
+    """Cut the sequences of a set into chunks, by the chunk's name in the journal."""
+    count = len(plan.sets[name].sequences)
+    step = count if plan.measures_while_writing else CHUNK_SEQUENCES
+    parts = (slice(at, min(count, at + step)) for at in range(0, count, step))
+    return {f"{name} {number}": part for number, part in enumerate(parts)}
 
 
 class _Job:
@@ -161,14 +170,7 @@ class _Job:
     ) -> None:
         self._plan, self._checkpoint, self._work = plan, checkpoint, work
         self._device, self._on_event = device, on_event
-        # The index of each chunk's first sequence, by the chunk's name in the journal.
-        self._chunks: dict[Set, dict[str, int]] = {
-            name: {
-                f"{name} {start // CHUNK_SEQUENCES}": start
-                for start in range(0, len(data.sequences), CHUNK_SEQUENCES)
-            }
-            for name, data in plan.sets.items()
-        }
+        self._chunks: dict[Set, dict[str, slice]] = {n: _chunks(plan, n) for n in plan.sets}
         self._model: nn.Module | None = None
         self._sums: dict[Set, Sums] = {}
         self._nll: dict[Set, float] = {}
@@ -177,46 +179,64 @@ class _Job:
 
     def run(self, source: str, digests: dict[str, str]) -> Calibration:
         """Measure what no earlier run has measured, and write the file."""
-        work, resumed = self._work, 0
-        if self._plan.sets["retain"].is_unwritten:
-            sets = dict(self._plan.sets)
-            sets["retain"] = self._written(sets["retain"])
-            self._plan = dataclasses.replace(self._plan, sets=sets)
+        work = self._work
         for name, chunks in self._chunks.items():
             layout = self._plan.sums(name)
             files = [DataFile(work, f"{name}.{turn}", layout, mode=self._mode) for turn in range(2)]
             done = list(itertools.takewhile(work.done.__contains__, chunks))
             self._sums[name] = Sums((files[0], files[1]), layout, chunks=len(done))
-            nlls = (work.done[chunk]["nll"] for chunk in done)
-            self._nll[name] = math.fsum(nll for nll in nlls if isinstance(nll, float))
-            resumed += min(len(done) * CHUNK_SEQUENCES, len(self._plan.sets[name].sequences))
+        if self._plan.sets["retain"].is_unwritten:
+            sets = dict(self._plan.sets)
+            sets["retain"] = self._written(sets["retain"])
+            self._plan = dataclasses.replace(self._plan, sets=sets)
+        resumed = 0
+        for name, chunks in self._chunks.items():
+            done = list(itertools.takewhile(work.done.__contains__, chunks))
+            resumed += sum(chunks[chunk].stop - chunks[chunk].start for chunk in done)
+            nlls = [work.done[chunk].get("nll") for chunk in done]
+            if None not in nlls:
+                self._nll[name] = math.fsum(nll for nll in nlls if isinstance(nll, float))
         if resumed < sum(len(data.sequences) for data in self._plan.sets.values()):
             self._measure(resumed)
         self._on_event(Finishing(step="write"))
         return self._write(source, digests)
 
     def _written(self, blank: DataSet) -> DataSet:
-        """Let the model write the text of a set, or take what it wrote in an earlier run."""
+        """Make the text of a set, or take that of an earlier run."""
         file = self._work.private / TEXT_FILE
         held = load_arrays(file)
-        if held is None:
-            with self._arithmetic():
-                text = write_text(
-                    self._loaded(),
-                    models.load_tokenizer(self._checkpoint.folder),
-                    count=len(blank.sequences),
-                    length=len(blank.sequences[0].tokens),
-                    seed=blank.seed or 0,
-                    on_event=self._on_event,
-                )
+        if held is None or (self._plan.measures_while_writing and not self._work.done):
+            text, measured = self._made(blank)
             held = {"tokens": text.numpy()}
             save_arrays(file, held)
+            if measured:
+                self._finish_chunk("retain", next(iter(self._chunks["retain"])), None)
         tokens = held["tokens"].astype("<i8")
         return dataclasses.replace(
             blank,
             sequences=tuple(TokenSequence(tokens=tuple(row)) for row in tokens.tolist()),
             digest=blake3(tokens.tobytes()).hexdigest(),
         )
+
+    def _made(self, blank: DataSet) -> tuple[Tensor, bool]:
+        """Let the model write; tell whether inputs were measured meanwhile.
+
+        They are where nothing else is asked for and no token passes through the model twice. The
+        model never reads the last token of a sequence, and its position does not count, either.
+        """
+        model, count, length = self._loaded(), len(blank.sequences), len(blank.sequences[0].tokens)
+        seed = blank.seed or 0
+        if blank.written_by == "random":
+            return random_text(model, count=count, length=length, seed=seed), False
+        tokenizer = models.load_tokenizer(self._checkpoint.folder)
+        measures = self._plan.measures_while_writing and keeps_cache(model)
+        with contextlib.ExitStack() as hooked, self._arithmetic():
+            if measures:
+                hooked.enter_context(self._capture("retain", model))
+            text = write_text(
+                model, tokenizer, count=count, length=length, seed=seed, on_event=self._on_event
+            )
+        return text, measures
 
     def _arithmetic(self) -> torch.autocast:
         return torch.autocast(
@@ -239,39 +259,46 @@ class _Job:
         return self._model
 
     def _measure(self, resumed: int) -> None:
-        settings, model = self._plan.settings, self._loaded()
-        linears = models.find_linears(model, [tensor.name for tensor in self._plan.tensors])
+        model = self._loaded()
         total = sum(len(data.sequences) for data in self._plan.sets.values())
         self._on_event(Measuring(sequences=total, resumed=resumed))
         for name, chunks in self._chunks.items():
-            with hooks.Capture(
-                linears,
-                self._sums[name].add,
-                kind="gram" if settings.curvature == "gram" else "fisher",
-                unit=settings.unit,
-                gradient=name == "forget",
-                gram="none" if name == "forget" else settings.gram,
-                weighting="none" if name == "forget" else settings.weighting,
-            ) as capture:
-                for chunk, start in chunks.items():
+            with self._capture(name, model) as capture:
+                for chunk, part in chunks.items():
                     if chunk not in self._work.done:
-                        self._measure_chunk(name, chunk, start, model, capture)
+                        self._measure_chunk(name, chunk, part, model, capture)
+
+    def _capture(self, name: Set, model: nn.Module) -> hooks.Capture:
+        """Make the hooks that add to the sums of a set."""
+        settings = self._plan.settings
+        return hooks.Capture(
+            models.find_linears(model, [tensor.name for tensor in self._plan.tensors]),
+            self._sums[name].add,
+            kind="gram" if settings.curvature == "gram" else "fisher",
+            unit=settings.unit,
+            gradient=name == "forget",
+            gram="none" if name == "forget" else settings.gram,
+            weighting="none" if name == "forget" else settings.weighting,
+        )
 
     def _measure_chunk(
-        self, name: Set, chunk: str, start: int, model: nn.Module, capture: hooks.Capture
+        self, name: Set, chunk: str, part: slice, model: nn.Module, capture: hooks.Capture
     ) -> None:
-        nll, sequences = 0.0, self._plan.sets[name].sequences[: start + CHUNK_SEQUENCES]
-        for first in range(start, len(sequences), self._plan.settings.batch):
+        nll, sequences = 0.0, self._plan.sets[name].sequences[: part.stop]
+        for first in range(part.start, part.stop, self._plan.settings.batch):
             batch = sequences[first : first + self._plan.settings.batch]
             nll += self._pass(batch, first, model, capture)
             tokens = sum(len(sequence.tokens) for sequence in batch)
             self._on_event(SequencesDone(sequences=len(batch), tokens=tokens))
+        self._nll[name] += nll
+        self._finish_chunk(name, chunk, nll)
+
+    def _finish_chunk(self, name: Set, chunk: str, nll: float | None) -> None:
         # transformers reads the files by name, after they were digested: no gradient of a model of
         # other bytes may count.
         check_in_place(self._checkpoint)
         self._sums[name].finish_chunk()
-        self._nll[name] += nll
-        self._work.commit([{"name": chunk, "nll": nll}])
+        self._work.commit([{"name": chunk} | ({} if nll is None else {"nll": nll})])
 
     def _pass(
         self, batch: Sequence[TokenSequence], first: int, model: nn.Module, capture: hooks.Capture

@@ -25,6 +25,7 @@ MAX_DEPTH = 16  # of nested YAML, before anything is built from it
 Path_ = tuple[str | int, ...]
 
 DEFAULT = Recipe(version=1)
+MEASURED = "default"  # the recipe of `ortho decompose MODEL`, where the model can write text
 
 
 def recipe_folder() -> Path:
@@ -38,13 +39,17 @@ def built_in() -> list[str]:
     return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
 
 
-def load_recipe(source: str | None = None, sets: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    source: str | None = None, sets: Sequence[str] = (), *, open_density: bool = False
+) -> Recipe:
     """Load a recipe, and apply `--set key.path=value` to it.
 
     Args:
         source: a YAML file, or the name of a recipe that comes with `ortho`; None is the default
             recipe.
         sets: `key.path=value`, the value in YAML; a number in the path counts list items.
+        open_density: leave out the density of a recipe that comes with `ortho`, for one that is
+            picked.
     Raises:
         RecipeError: with file, line and the nearest known key.
     """
@@ -55,6 +60,9 @@ def load_recipe(source: str | None = None, sets: Sequence[str] = ()) -> Recipe:
         path = _find(source)
         label = f"`{path}`"
         data = _parse(_read(path), label, where)
+        ortho = data.get("ortho")
+        if open_density and path.parent == recipe_folder() and isinstance(ortho, dict):
+            ortho.pop("density", None)
     for assignment in sets:
         _assign(data, where, assignment)
     try:

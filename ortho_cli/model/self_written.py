@@ -90,6 +90,30 @@ def write_text(
     return torch.cat(found)
 
 
+@torch.no_grad()
+def keeps_cache(model: nn.Module) -> bool:
+    """Tell whether each token passes through the model once while it writes."""
+    if not takes_cache(model):
+        return False
+    output = model(torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)), use_cache=True)
+    return getattr(output, "past_key_values", None) is not None
+
+
+def random_text(model: nn.Module, *, count: int, length: int, seed: int) -> Tensor:
+    """Draw sequences of random tokens, for a model without a tokenizer.
+
+    Args:
+        model: a causal language model; every token that it has an embedding for is as likely.
+        count: sequences, >= 1.
+        length: tokens of each, >= 1.
+        seed: of the draw.
+    Returns:
+        (count, length) int64, on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(len(input_embedding(model)), (count, length), generator=generator)
+
+
 def _ordinary(model: nn.Module, tokenizer: Tokenizer) -> list[int]:
     """List the tokens that are text."""
     special = set(tokenizer.all_special_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 
 from ortho_cli.cli.show.console import decibels, print_lines, print_table, size
@@ -13,6 +14,11 @@ COMPENSATED = 6e6  # GPTQ goes column by column
 TUNED = 2e5  # hundreds of steps of training for each block
 SEARCHED = 4e7  # several scales are tried for each group
 NEAREST = 5e8
+# Multiplications per second of one core that lets a model write, and seconds to load it.
+WRITING = 3e10
+LOADING = 5
+
+PLAIN = "plain INT4, no curvature: KL to the source is about three times that of the default recipe"
 
 
 def print_plan(plan: Mapping[str, object], *, source: str) -> None:
@@ -57,6 +63,11 @@ def _plan_lines(document: Document, totals: Document, source: str) -> Iterator[s
     most = "at most " if totals.get("ortho_bytes_at_most") else ""
     rate, workers = _worker_rate(document), totals.number("workers")
     seconds = max(1, round(totals.number("bytes_read") / rate / workers))
+    before = ""
+    if statistics and "text_to_write" in statistics:
+        tokens = statistics.part("text_to_write").number("tokens")
+        wait = LOADING + tokens * totals.number("weights") / WRITING / workers
+        before = f"about {wait:.0f} s to measure on {tokens:,} tokens that the model writes, then "
     share = totals.number("split_weights") / totals.number("weights")
     yield (
         f"{source}: {totals['split_tensors']} of {totals['tensors']} tensors split, "
@@ -66,6 +77,7 @@ def _plan_lines(document: Document, totals: Document, source: str) -> Iterator[s
     if statistics:
         kind += f"; curvature is {statistics['kind']}, {statistics['storage']} storage"
     yield f"weights kept by {kind}"
+    yield from _plain_lines(document)
     yield (
         f"base {size(totals.number('base_bytes'))} + ortho "
         f"{most}{size(totals.number('ortho_bytes'))} from {size(totals.number('bytes_read'))}: "
@@ -73,7 +85,7 @@ def _plan_lines(document: Document, totals: Document, source: str) -> Iterator[s
     )
     yield (
         f"buffers {size(totals.number('peak_bytes'))} over torch for {workers} workers; "
-        f"about {seconds} s at {size(rate)}/s per worker"
+        f"{before}about {seconds} s at {size(rate)}/s per worker"
     )
     yield from (f"note: {note}" for note in document.items_of("notes"))
 
@@ -122,10 +134,34 @@ def print_done(report: Mapping[str, object]) -> None:
             f"SQNR {decibels(totals['sqnr_db_alpha_0'], exact=exact)} dB at alpha 0, "
             f"{decibels(totals['sqnr_db_alpha_1'], exact=exact)} dB at alpha 1",
             *rounding_lines(document),
+            *_text_lines(document),
+            *_plain_lines(document),
             *_forgetting_lines(totals),
             run_line(document),
+            f"next: ortho bench {shlex.quote(document.part('run').text('output'))}",
         ]
     )
+
+
+def _text_lines(document: Document) -> Iterator[str]:
+    """Tell which text curvature was measured on, where it is no user's."""
+    statistics = document.optional("statistics")
+    if statistics and "text" in statistics:
+        text = statistics.part("text")
+        wrote = "random ones" if text["written_by"] == "random" else "written by the model itself"
+        yield (
+            f"curvature is {statistics['kind']} of {text.number('tokens'):,} tokens, {wrote}, seed "
+            f"{text['seed']}"
+        )
+
+
+def _plain_lines(document: Document) -> Iterator[str]:
+    """Say what it costs to round to the nearest with no regard to what a weight is for."""
+    recipe = document.part("recipe")
+    base, split = recipe.part("base"), recipe.part("ortho")["split"]
+    plain = (base["scale"], base["rounding"], split) == ("absmax", "nearest", "residual")
+    if plain and recipe.part("saliency")["kind"] == "residual":
+        yield PLAIN
 
 
 def _forgetting_lines(totals: Document) -> Iterator[str]:
