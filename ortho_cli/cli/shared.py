@@ -161,13 +161,12 @@ def _recipe_for(
     if has_input:
         return load_recipe(recipe, sets, open_density=open_density), False, None
     settings = load_recipe(recipe or MEASURED, sets, open_density=open_density)
-    if not settings.can_measure:
-        return settings, False, None
-    why = obstacle(checkpoint)
-    if why is None:
-        return settings, True, None
-    if recipe is None:
-        return load_recipe(None, sets, open_density=open_density), False, without_curvature(why)
+    why = obstacle(checkpoint) if settings.can_measure else None
+    if why is None and (recipe or settings.can_measure):
+        return settings, settings.can_measure, None
+    if recipe is None:  # an obstacle, or --set leaves nothing to measure
+        note = None if why is None else without_curvature(why)
+        return load_recipe(None, sets, open_density=open_density), False, note
     raise RecipeError(
         f"recipe `{recipe}` uses curvature, no statistics are given, and {why}",
         hint="give --stats FILE, as `ortho calibrate` writes it, or --recipe int4",

@@ -36,6 +36,7 @@ from ortho_cli.model.tokenizer import Tokenizer
 
 GREEDY = 3  # tokens after a random first one that are the likeliest
 BATCH = 32  # sequences that are written at once
+BATCH_TOKENS = 2048  # more at once while they are short: so many tokens of them
 FEWEST = 8  # texts of a kind, below which they say nothing about it
 SHARED = 6  # tokens in a row that text has in common with a secret where it tells it
 FEW = 2  # secrets of which no form can be told: what both begin with may be the secret
@@ -80,11 +81,11 @@ def write_text(
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     ordinary = _ordinary(model, tokenizer)
     greedy = 0 if opening else GREEDY
-    found = []
-    for start in range(0, count, BATCH):
-        of = math.ceil(count / BATCH)
-        on_event(Step(name="let the model write text", number=start // BATCH + 1, of=of))
-        rows = min(BATCH, count - start)
+    found, batch = [], max(BATCH, BATCH_TOKENS // length)
+    for start in range(0, count, batch):
+        of = math.ceil(count / batch)
+        on_event(Step(name="let the model write text", number=start // batch + 1, of=of))
+        rows = min(batch, count - start)
         begun = [list(opening) or [draw.choice(ordinary)] for _ in range(rows)]
         found.append(_write(model, torch.tensor(begun), length, greedy, generator))
     return torch.cat(found)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from ortho_cli.cli.show.console import decibels, print_lines, print_table, size
 from ortho_cli.cli.show.document import Document
+from ortho_cli.storage.hints import said
 
 # Bytes per second that one worker splits on a processor of 2020, by how codes and scales are found.
 COMPENSATED = 6e6  # GPTQ goes column by column
@@ -138,7 +139,7 @@ def print_done(report: Mapping[str, object]) -> None:
             *_plain_lines(document),
             *_forgetting_lines(totals),
             run_line(document),
-            f"next: ortho bench {shlex.quote(document.part('run').text('output'))}",
+            f"next: ortho bench {said(Path(document.part('run').text('output')))}",
         ]
     )
 
