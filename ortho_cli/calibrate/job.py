@@ -5,6 +5,7 @@
 Sums are in files, not in memory: one float32 per weight and set, and a second file of the same size
 (see `sums`). A killed run resumes after its last finished chunk of sequences, and ends in the same
 bytes. Where no text is given, the model writes it first, once: a resumed run reads it from a file.
+Inputs alone (kind gram) are measured while the model writes.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from ortho_cli.formats.statistics import Measured
 from ortho_cli.model import hooks
 from ortho_cli.model import load as models
 from ortho_cli.model.scoring import pad
-from ortho_cli.model.self_written import write_text
+from ortho_cli.model.self_written import keeps_cache, random_text, write_text
 from ortho_cli.model.text import TokenSequence
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.storage import job
@@ -59,7 +60,7 @@ log = logging.getLogger(__name__)
 # Seconds from one sync of the sums to the next: a kill costs at most this and one pass. Sums are
 # added up in the same order wherever a chunk of sequences ends, so the file does not depend on it.
 CHUNK_SECONDS = 30.0
-TEXT_FILE = "text.npz"  # in private/ of the work folder: the text that the model wrote
+TEXT_FILE = "text.npz"  # in private/ of the work folder: the text that was made
 BEGUN_FILE = "text-begun.npz"  # there, too: the first of it, and the state of the draws
 
 KIND = Kind(name="statistics file", is_ours=statistics.is_statistics, is_file=True)
@@ -71,7 +72,7 @@ class Calibration:
 
     nbytes: int  # of the file
     metadata: Mapping[str, str]  # of the file; most are JSON
-    perplexity: Mapping[Set, float]  # of the model on each set
+    perplexity: Mapping[Set, float]  # of the model on each set, but on one that it wrote meanwhile
 
     def to_json(self) -> dict[str, object]:
         """Give the document of `ortho calibrate --json`."""
@@ -186,64 +187,88 @@ class _Job:
     def run(self, source: str, digests: dict[str, str]) -> Calibration:
         """Measure what no earlier run has measured, and write the file."""
         work, resumed = self._work, 0
+        for name in self._plan.sets:
+            layout = self._plan.sums(name)
+            files = [DataFile(work, f"{name}.{turn}", layout, mode=self._mode) for turn in range(2)]
+            chunks = len(self._finished(name)[0])
+            self._sums[name] = Sums((files[0], files[1]), layout, chunks=chunks)
         if self._plan.sets["retain"].is_unwritten:
             sets = dict(self._plan.sets)
             sets["retain"] = self._written(sets["retain"])
             self._plan = dataclasses.replace(self._plan, sets=sets)
         begun: dict[Set, int] = {}
         for name in self._plan.sets:
-            layout = self._plan.sums(name)
-            files = [DataFile(work, f"{name}.{turn}", layout, mode=self._mode) for turn in range(2)]
             nlls, begun[name] = self._finished(name)
-            self._sums[name] = Sums((files[0], files[1]), layout, chunks=len(nlls))
-            self._nll[name] = math.fsum(nlls)
+            if None not in nlls:
+                self._nll[name] = math.fsum(nll for nll in nlls if nll is not None)
             resumed += begun[name]
         if resumed < sum(len(data.sequences) for data in self._plan.sets.values()):
             self._measure(begun)
         self._on_event(Finishing(step="write"))
         return self._write(source, digests)
 
-    def _finished(self, name: Set) -> tuple[list[float], int]:
-        """Give the NLL of each chunk that an earlier run finished, and how many sequences it had.
+    def _finished(self, name: Set) -> tuple[list[float | None], int]:
+        """Give the NLL of each finished chunk, and how many sequences they had in all.
 
-        A chunk is named by its set and its first sequence; the next one begins where it ends.
+        A chunk is named by its set and its first sequence; the next one begins where it ends. A
+        chunk that was measured while the model wrote it has no NLL.
         """
-        nlls, start = [], 0
+        nlls: list[float | None] = []
+        start = 0
         while line := self._work.done.get(f"{name} {start}"):
             nll, count = line.get("nll"), line.get("sequences")
-            if not (isinstance(nll, float) and isinstance(count, int) and count > 0):
+            if not (isinstance(nll, float | None) and isinstance(count, int) and count > 0):
                 break
             nlls.append(nll)
             start += count
         return nlls, start
 
     def _written(self, blank: DataSet) -> DataSet:
-        """Let the model write the text of a set, or take what it wrote in an earlier run."""
+        """Make the text of a set, or take that of an earlier run."""
         file = self._work.private / TEXT_FILE
         held = load_arrays(file)
-        if held is None:
-            begun = None
-            if (kept := load_arrays(self._work.private / BEGUN_FILE)) is not None:
-                begun = torch.from_numpy(kept["tokens"]), torch.from_numpy(kept["state"])
-            with self._arithmetic():
-                text = write_text(
-                    self._loaded(),
-                    models.load_tokenizer(self._checkpoint.folder),
-                    count=len(blank.sequences),
-                    length=len(blank.sequences[0].tokens),
-                    seed=blank.seed or 0,
-                    begun=begun,
-                    on_written=self._keep_text,
-                    on_event=self._on_event,
-                )
+        if held is None or (self._plan.measures_while_writing and not self._work.done):
+            text, measured = self._made(blank)
             held = {"tokens": text.numpy()}
             save_arrays(file, held)
+            if measured:
+                self._finish_chunk("retain", 0, len(text), None)
         tokens = held["tokens"].astype("<i8")
         return dataclasses.replace(
             blank,
             sequences=tuple(TokenSequence(tokens=tuple(row)) for row in tokens.tolist()),
             digest=blake3(tokens.tobytes()).hexdigest(),
         )
+
+    def _made(self, blank: DataSet) -> tuple[Tensor, bool]:
+        """Let the model write; tell whether inputs were measured meanwhile.
+
+        They are where nothing else is asked for and no token passes through the model twice. The
+        model never reads the last token of a sequence, and its position does not count, either.
+        Such text is written from its beginning where a run was killed: its sums went with the run.
+        """
+        model, count, length = self._loaded(), len(blank.sequences), len(blank.sequences[0].tokens)
+        seed = blank.seed or 0
+        if blank.written_by == "random":
+            return random_text(model, count=count, length=length, seed=seed), False
+        tokenizer = models.load_tokenizer(self._checkpoint.folder)
+        measures = self._plan.measures_while_writing and keeps_cache(model)
+        kept = None if measures else load_arrays(self._work.private / BEGUN_FILE)
+        begun = kept and (torch.from_numpy(kept["tokens"]), torch.from_numpy(kept["state"]))
+        with contextlib.ExitStack() as hooked, self._arithmetic():
+            if measures:
+                hooked.enter_context(self._capture("retain", model))
+            text = write_text(
+                model,
+                tokenizer,
+                count=count,
+                length=length,
+                seed=seed,
+                begun=begun or None,
+                on_written=None if measures else self._keep_text,
+                on_event=self._on_event,
+            )
+        return text, measures
 
     def _keep_text(self, text: Tensor, state: Tensor) -> None:
         """Save what is written so far, every CHUNK_SECONDS."""
@@ -273,22 +298,26 @@ class _Job:
 
     def _measure(self, begun: Mapping[Set, int]) -> None:
         """Measure each set from its first sequence on that no earlier run has measured."""
-        settings, model = self._plan.settings, self._loaded()
-        linears = models.find_linears(model, [tensor.name for tensor in self._plan.tensors])
+        model = self._loaded()
         total = sum(len(data.sequences) for data in self._plan.sets.values())
         self._on_event(Measuring(sequences=total, resumed=sum(begun.values())))
         for name, start in begun.items():
-            with hooks.Capture(
-                linears,
-                self._adder(name),
-                kind="gram" if settings.curvature == "gram" else "fisher",
-                unit=settings.unit,
-                gradient=name == "forget",
-                gram="none" if name == "forget" else settings.gram,
-                weighting="none" if name == "forget" else settings.weighting,
-            ) as capture:
+            with self._capture(name, model) as capture:
                 while start < len(self._plan.sets[name].sequences):
                     start += self._measure_chunk(name, start, model, capture)
+
+    def _capture(self, name: Set, model: nn.Module) -> hooks.Capture:
+        """Make the hooks that add to the sums of a set."""
+        settings = self._plan.settings
+        return hooks.Capture(
+            models.find_linears(model, [tensor.name for tensor in self._plan.tensors]),
+            self._adder(name),
+            kind="gram" if settings.curvature == "gram" else "fisher",
+            unit=settings.unit,
+            gradient=name == "forget",
+            gram="none" if name == "forget" else settings.gram,
+            weighting="none" if name == "forget" else settings.weighting,
+        )
 
     def _adder(self, name: Set) -> hooks.AddSum:
         """Add to the sums of a set, and tell which weight they are of."""
@@ -317,14 +346,16 @@ class _Job:
             next_one += len(batch)
             tokens = sum(len(sequence.tokens) for sequence in batch)
             self._on_event(SequencesDone(sequences=len(batch), tokens=tokens))
+        self._nll[name] += nll
+        self._finish_chunk(name, start, next_one - start, nll)
+        return next_one - start
+
+    def _finish_chunk(self, name: Set, start: int, sequences: int, nll: float | None) -> None:
         # transformers reads the files by name, after they were digested: no gradient of a model of
         # other bytes may count.
         check_in_place(self._checkpoint)
         self._sums[name].finish_chunk()
-        self._nll[name] += nll
-        line = {"name": f"{name} {start}", "nll": nll, "sequences": next_one - start}
-        self._work.commit([line])
-        return next_one - start
+        self._work.commit([{"name": f"{name} {start}", "nll": nll, "sequences": sequences}])
 
     def _pass(
         self, batch: Sequence[TokenSequence], first: int, model: nn.Module, capture: hooks.Capture

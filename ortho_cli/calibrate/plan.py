@@ -10,7 +10,7 @@ from typing import Literal
 
 from ortho_cli.decompose.selection import conv1d_names, select
 from ortho_cli.decompose.settings import Calibrate, Recipe
-from ortho_cli.errors import RecipeError
+from ortho_cli.errors import CheckpointError, RecipeError
 from ortho_cli.events import EventSink, Noted, null_sink
 from ortho_cli.formats import statistics
 from ortho_cli.model import load as models
@@ -25,19 +25,21 @@ Set = Literal["retain", "forget"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSet:
-    """The sequences of one set, and the BLAKE3 of its files, or of the tokens of written text.
+    """The sequences of one set, and the BLAKE3 of its files, or of the tokens of made text.
 
-    `seed`: of text that the model itself writes. Until the job has let it do so, there is no digest
-    and every token is 0: sizes are known before, and tokens are not.
+    `written_by` and `seed`: of text that is made here: by the model itself, or of random tokens.
+    Until the job has made it, there is no digest and every token is 0: sizes are known before, and
+    tokens are not.
     """
 
     sequences: tuple[TokenSequence, ...]
     digest: str | None
+    written_by: Literal["model", "random"] | None = None
     seed: int | None = None
 
     @property
     def is_unwritten(self) -> bool:
-        """Whether the model is still to write the text."""
+        """Whether the text is still to be made."""
         return self.digest is None
 
     @property
@@ -52,7 +54,7 @@ class DataSet:
             "tokens": sum(len(sequence.tokens) for sequence in self.sequences),
             "counted": self.counted,
             **({} if self.digest is None else {"blake3": self.digest}),
-            **({} if self.seed is None else {"written_by": "model", "seed": self.seed}),
+            **({"written_by": self.written_by, "seed": self.seed} if self.written_by else {}),
         }
 
 
@@ -63,6 +65,12 @@ class CalibrationPlan:
     settings: Calibrate
     tensors: tuple[TensorInfo, ...]
     sets: dict[Set, DataSet]
+
+    @property
+    def measures_while_writing(self) -> bool:
+        """Whether inputs are measured while the model writes: no token passes through it twice."""
+        retain = self.sets["retain"]
+        return retain.written_by == "model" and self.settings.curvature == "gram"
 
     def parts(self, name: Set) -> tuple[Part, ...]:
         """List the sums over a set; the forget set never gets a Gram matrix."""
@@ -140,19 +148,22 @@ def read_sets(
 
     Args:
         folder: the model's.
-        data: files of the retain set; without one the model is to write it.
+        data: files of the retain set; without one the model is to write it, or where it has no
+            tokenizer tokens are random.
         forget: files of the forget set.
         settings: the recipe's `calibrate`.
         on_event: gets notes of rows that are left out, and of text that is to be written.
     Raises:
-        CheckpointError: the folder has no tokenizer.
+        CheckpointError: data are given, and the folder has no tokenizer.
         CalibrationError: the data are unreadable or too short.
     """
     rows, digest = read_rows(data, on_event)
     private, private_digest = read_rows(forget, on_event)
-    tokenizer = models.load_tokenizer(folder)
     sets: dict[Set, DataSet] = {}
-    if data:
+    if not data:
+        sets["retain"] = _to_make(folder, settings, on_event)
+    tokenizer = models.load_tokenizer(folder) if data or forget else None
+    if data and tokenizer:
         retain = retain_sequences(
             rows,
             tokenizer,
@@ -162,19 +173,31 @@ def read_sets(
             on_event=on_event,
         )
         sets["retain"] = DataSet(sequences=tuple(retain), digest=digest)
-    else:
-        sets["retain"] = _to_write(settings)
-        what = f"{settings.samples} sequences of {settings.length} tokens"
-        on_event(Noted(message=f"no --data: the model itself writes {what}, seed {settings.seed}"))
-    if forget:
+    if forget and tokenizer:
         found = forget_sequences(private, tokenizer, length=settings.length)
         sets["forget"] = DataSet(sequences=tuple(found), digest=private_digest)
     return sets
 
 
-def _to_write(settings: Calibrate) -> DataSet:
+def _to_make(folder: Path, settings: Calibrate, on_event: EventSink) -> DataSet:
+    """Plan text that is made here, since there are no files of it."""
+    what = f"{settings.samples} sequences of {settings.length}"
+    written_by: Literal["model", "random"] = "model"
+    try:
+        models.load_tokenizer(folder)
+        told = f"the model itself writes {what} tokens"
+    except CheckpointError as error:
+        models.check_folder(folder)  # the folder of a model without a tokenizer
+        written_by = "random"
+        told = f"{error.message}: it reads {what} random tokens instead"
+    on_event(Noted(message=f"no --data: {told}, seed {settings.seed}"))
     blank = TokenSequence(tokens=(0,) * settings.length)
-    return DataSet(sequences=(blank,) * settings.samples, digest=None, seed=settings.seed)
+    return DataSet(
+        sequences=(blank,) * settings.samples,
+        digest=None,
+        written_by=written_by,
+        seed=settings.seed,
+    )
 
 
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, sets: dict[Set, DataSet]) -> CalibrationPlan:

@@ -4,21 +4,39 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ortho_cli.cli import options
-from ortho_cli.cli.shared import Output, located, place_output, plan_of, run_facts, settled
-from ortho_cli.errors import UsageError
+from ortho_cli.cli.shared import (
+    Output,
+    located,
+    place_output,
+    plan_of,
+    run_facts,
+    settled,
+    without_curvature,
+)
+from ortho_cli.errors import (
+    CalibrationError,
+    CheckpointError,
+    NumericalError,
+    RecipeError,
+    UsageError,
+)
 from ortho_cli.events import Event, EventSink, Noted, messages
 
 if TYPE_CHECKING:
     from ortho_cli.decompose.job import Editor
     from ortho_cli.decompose.plan import Plan
+    from ortho_cli.decompose.settings import Recipe
     from ortho_cli.decompose.tune import Tuner
     from ortho_cli.storage.checkpoint import Checkpoint
+    from ortho_cli.storage.job import Target
     from ortho_cli.storage.sealing import Keys, Seal
 
 log = logging.getLogger(__name__)
@@ -118,8 +136,9 @@ def decompose(
         typer.Option(
             metavar="DEVICE",
             autocompletion=options.complete_device,
-            help="auto, cpu, cuda or cuda:N: of the model that a recipe forgets or tunes in, and "
-            "where cuda is asked for by name, of a split that one pass does.",
+            help="auto, cpu, cuda or cuda:N: of the model that writes text, or that a recipe "
+            "forgets or tunes in, and where cuda is asked for by name, of a split that one pass "
+            "does.",
         ),
     ] = "auto",
     as_json: options.Json = False,
@@ -128,12 +147,18 @@ def decompose(
     schema: options.Schema = False,
     trust_remote_code: options.Trust = False,
 ) -> None:
-    """Split every Linear of MODEL and write OUT; needs no GPU and a few tiles of memory.
+    """Split every Linear of MODEL and write OUT; needs no GPU.
 
-    A killed or interrupted run resumes when the same command is given again.
+    Without --recipe, --stats, --data and --forget the model first writes 2,048 tokens, on which it
+    is measured which weights matter: that takes seconds, and five bytes of memory per weight. Where
+    it cannot (a bare file, no causal language model, too little memory), a note says so, and the
+    recipe is int4, which needs about 70 MB beside the runtime for a model of any size. A killed or
+    interrupted run resumes when the same command is given again.
     """
+    from ortho_cli.cli.show.decompose import print_done
     from ortho_cli.decompose.job import check_target
     from ortho_cli.decompose.job import decompose as run
+    from ortho_cli.decompose.recipe import load_recipe
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     splits_on = _split_device(device)
@@ -142,38 +167,45 @@ def decompose(
     before = located(reference, quiet=quiet) if reference else None
     rows = [*(forget or []), *(data or [])]
     private = [*rows, seal_passphrase_file, identity]
+    fits = target_bits is not None
     sets, given_way = _without_density(recipe, sets or [], target_bits)
-    checkpoint, plan = plan_of(model, stats, recipe, sets, workers, before, copy, private)
-    out, unusual = place_output(out, model)
-    if target_bits is not None:
-        plan = _fit(plan, checkpoint, target_bits, out, output)
-    target = check_target(plan, checkpoint, out, force=force, seal=seal, reads=rows)
-    notes: list[Event] = [Noted(message=note) for note in (*unusual, *given_way)]
-    log.info("device of the split: %s; ortho is %s", splits_on, "sealed" if seal else "not sealed")
-    editor, tuner = _model_work(
-        plan, checkpoint, forget or [], data or [], device, accept_damage, notes.append
+    checkpoint, plan = plan_of(
+        model, stats, recipe, sets, workers, before, copy, private, has_rows=bool(rows)
     )
-    if dry_run:
-        plan = settled(plan, checkpoint, out, output=output)
-        output.show_plan(plan, model, notes=messages(notes))
-        return
-    from ortho_cli.cli.show.decompose import print_done
-
+    out, unusual = place_output(out, model)
     began = time.perf_counter()
-    with output.progress("decompose") as sink:
-        for note in notes:
-            sink(note)
-        report = run(
-            plan,
-            checkpoint,
-            target,
-            editor=editor,
-            tuner=tuner,
-            seal=seal,
-            keys=keys,
-            device=splits_on,
-            on_event=sink,
+    with ExitStack() as until_done:
+        if plan.measures and (fits or not dry_run):
+            target = check_target(plan, checkpoint, out, force=force, seal=seal)
+            file = until_done.enter_context(_statistics_file(target, dry_run))
+            otherwise = None if recipe else load_recipe(None, sets)
+            plan = _measured(plan, checkpoint, file, otherwise, device, output)
+        if target_bits is not None:
+            plan = _fit(plan, checkpoint, target_bits, out, output)
+        target = check_target(plan, checkpoint, out, force=force, seal=seal, reads=rows)
+        notes: list[Event] = [Noted(message=note) for note in (*unusual, *given_way)]
+        log.info("device of the split: %s; ortho is %ssealed", splits_on, "" if seal else "not ")
+        editor, tuner = _model_work(
+            plan, checkpoint, forget or [], data or [], device, accept_damage, notes.append
         )
+        if dry_run:
+            plan = settled(plan, checkpoint, out, output=output)
+            output.show_plan(plan, model, notes=messages(notes))
+            return
+        with output.progress("decompose") as sink:
+            for note in notes:
+                sink(note)
+            report = run(
+                plan,
+                checkpoint,
+                target,
+                editor=editor,
+                tuner=tuner,
+                seal=seal,
+                keys=keys,
+                device=splits_on,
+                on_event=sink,
+            )
     # Not in report.json: what was left out of the source's folder concerns this user alone.
     done = {"left_out": plan.side.to_json(), "run": run_facts(out, began)}
     output.show(report | done, print_done)
@@ -208,8 +240,10 @@ def _without_density(
     recipe: str | None, sets: list[str], target_bits: float | None
 ) -> tuple[list[str], list[str]]:
     """Let --target-bits win over the density of a recipe, with a note; --set still contradicts."""
-    if target_bits is None or recipe is None:
+    if target_bits is None:
         return sets, []
+    if recipe is None:
+        return ["ortho.density=null", *sets], []
     from ortho_cli.decompose.recipe import load_recipe
 
     ortho = load_recipe(recipe).ortho
@@ -219,6 +253,39 @@ def _without_density(
     return ["ortho.density=null", *sets], [note]
 
 
+def _statistics_file(target: Target, dry_run: bool) -> AbstractContextManager[Path]:
+    """Name the file of what is measured: beside the output, unless nothing is to be written."""
+    from ortho_cli.calibrate.own_text import beside, nowhere
+
+    return nowhere() if dry_run else beside(target)
+
+
+def _measured(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    file: Path,
+    otherwise: Recipe | None,
+    device: str,
+    output: Output,
+) -> Plan:
+    """Measure what a plan uses, and make it again; by another recipe where that is impossible."""
+    from ortho_cli.calibrate.own_text import measure
+    from ortho_cli.decompose.plan import make_plan
+
+    recipe, notes, statistics = plan.recipe, plan.notes, None
+    try:
+        with output.progress("calibrate") as sink:
+            statistics = measure(checkpoint, recipe, file, device=device, on_event=sink)
+    except (CalibrationError, CheckpointError, NumericalError, RecipeError) as error:
+        if otherwise is None:  # the recipe was asked for
+            raise
+        recipe, notes = otherwise, (*notes, without_curvature(error.message))
+    made = make_plan(
+        checkpoint, recipe, statistics=statistics, workers=plan.workers, side=plan.side
+    )
+    return replace(made, notes=notes)
+
+
 def _fit(plan: Plan, checkpoint: Checkpoint, target_bits: float, out: Path, output: Output) -> Plan:
     """Choose the density and group size that lose least within --target-bits."""
     from ortho_cli.decompose.budget import meet
@@ -226,7 +293,8 @@ def _fit(plan: Plan, checkpoint: Checkpoint, target_bits: float, out: Path, outp
 
     known = load_surveys(out)
     with output.progress("score") as sink:
-        return meet(plan, checkpoint, target_bits, known=known, on_event=sink)
+        met = meet(plan, checkpoint, target_bits, known=known, on_event=sink)
+    return replace(met, notes=plan.notes)
 
 
 def _model_work(

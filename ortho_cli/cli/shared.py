@@ -8,16 +8,17 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ortho_cli.cli.boundary import ClosedPipe
-from ortho_cli.errors import ResourceError, UsageError
+from ortho_cli.errors import RecipeError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from ortho_cli.cli.show.progress import ProgressSink
     from ortho_cli.decompose.plan import Plan
+    from ortho_cli.decompose.settings import Recipe
     from ortho_cli.storage.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -116,21 +117,41 @@ def plan_of(
     reference: Path | None = None,
     copy: list[str] | None = None,
     arguments: Iterable[Path | None] = (),
+    *,
+    has_rows: bool = False,
 ) -> tuple[Checkpoint, Plan]:
-    """Open a checkpoint and plan its split; no file of `arguments` is copied beside base."""
+    """Open a checkpoint and plan its split.
+
+    Args:
+        model: the checkpoint.
+        stats: statistics, if there are some.
+        recipe: as it was given.
+        sets: changes of it.
+        workers: threads; None for the cores.
+        reference: the model before.
+        copy: globs of more side files.
+        arguments: files that are never copied beside base.
+        has_rows: rows of data or of a forget set are given: without --recipe, nothing is measured.
+    """
     from ortho_cli.convert.sources.adapters import refuse_adapter
     from ortho_cli.decompose.plan import choose_side_files, make_plan
     from ortho_cli.decompose.recipe import load_recipe
     from ortho_cli.formats.statistics import open_statistics
     from ortho_cli.storage.checkpoint import open_checkpoint
 
-    settings = load_recipe(recipe, sets or ())
+    load_recipe(recipe, sets or ())  # what is wrong with it is told before the model is opened
     for path in (model, reference):
         if path is not None:
             refuse_adapter(path)
     checkpoint = open_checkpoint(model)
     statistics = open_statistics(stats) if stats else None
     before = open_checkpoint(reference) if reference else None
+    settings, measures, note = _recipe_for(
+        checkpoint,
+        recipe,
+        sets or [],
+        has_input=bool(stats or reference or has_rows),
+    )
     given = [path for path in (*arguments, Path(recipe) if recipe else None) if path is not None]
     plan = make_plan(
         checkpoint,
@@ -139,12 +160,46 @@ def plan_of(
         reference=before,
         workers=workers or _cores(),
         side=choose_side_files(checkpoint, statistics, before, copy=copy or (), arguments=given),
+        measures=measures,
     )
+    if note:
+        plan = replace(plan, notes=(*plan.notes, note))
     split, tensors = len(plan.split), len(plan.tensors)
     log.info(
         "plan %s splits %d of %d tensors, %d workers", plan.sha256, split, tensors, plan.workers
     )
     return checkpoint, plan
+
+
+def _recipe_for(
+    checkpoint: Checkpoint,
+    recipe: str | None,
+    sets: list[str],
+    *,
+    has_input: bool,
+) -> tuple[Recipe, bool, str | None]:
+    """Load the recipe; tell whether its curvature is measured, and why the default's is not."""
+    from ortho_cli.calibrate.own_text import obstacle
+    from ortho_cli.decompose.recipe import MEASURED, load_recipe
+
+    if has_input:
+        return load_recipe(recipe, sets), False, None
+    settings = load_recipe(recipe or MEASURED, sets)
+    why = obstacle(checkpoint) if settings.can_measure else None
+    if why is None and (recipe or settings.can_measure):
+        return settings, settings.can_measure, None
+    if recipe is None:  # an obstacle, or --set leaves nothing to measure
+        note = None if why is None else without_curvature(why)
+        return load_recipe(None, sets), False, note
+    raise RecipeError(
+        f"recipe `{recipe}` uses curvature, no statistics are given, and {why}",
+        hint="give --stats FILE, as `ortho calibrate` writes it, or --recipe int4",
+    )
+
+
+def without_curvature(why: str) -> str:
+    """Word the note that the default recipe is plain INT4, and why."""
+    return f"{why}: nothing tells which weights matter, so they are split as by `--recipe int4`"
 
 
 def settled(plan: Plan, checkpoint: Checkpoint, out: Path | None = None, *, output: Output) -> Plan:

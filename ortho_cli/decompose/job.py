@@ -214,6 +214,11 @@ def _settled(plan: Plan, checkpoint: Checkpoint, out: Path, on_event: EventSink)
 
 
 def _check_has_what_it_needs(plan: Plan, editor: Editor | None, tuner: Tuner | None) -> None:
+    if plan.measures:
+        raise RecipeError(
+            "the plan uses curvature that is not measured yet",
+            hint="make it again with `statistics`, as `ortho_cli.calibrate.own_text.measure` does",
+        )
     if plan.recipe.forgets and editor is None:
         raise RecipeError(
             f"ortho.split is {plan.recipe.ortho.split}, and there is no editor",

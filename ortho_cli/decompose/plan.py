@@ -109,6 +109,7 @@ class Plan:
     reference: Checkpoint | None = None
     kept: Mapping[str, int] | None = None  # nnz by tensor, where a survey chose them
     surveys: tuple[Survey, ...] = ()  # that the density or `kept` was chosen by
+    measures: bool = False  # inputs, on text that the model writes, before anything is split
     notes: tuple[str, ...] = ()  # about unusual sources that are read all the same
 
     @property
@@ -142,8 +143,11 @@ class Plan:
 
     @property
     def is_open(self) -> bool:
-        """Whether a survey of all weights still has to choose each tensor's nnz."""
-        return self.recipe.ortho.budget == "global" and self.kept is None
+        """Whether a survey of all weights still has to choose each tensor's nnz.
+
+        Before statistics are measured there is nothing to survey by.
+        """
+        return self.recipe.ortho.budget == "global" and self.kept is None and not self.measures
 
     @property
     def is_compact(self) -> bool:
@@ -179,10 +183,10 @@ class Plan:
     def to_json(self) -> dict[str, object]:
         """Give the document of `--dry-run --json`, with every byte offset that is known."""
         return {
-            "plan_sha256": self.sha256,
+            "plan_sha256": None if self.measures else self.sha256,  # it depends on statistics
             "recipe": self.recipe.canonical(),
             "group_size": self.group_size,
-            "statistics": self.statistics.summary() if self.statistics else None,
+            "statistics": self._statistics_json(),
             "totals": {
                 "tensors": len(self.tensors),
                 "split_tensors": len(self.split),
@@ -214,6 +218,17 @@ class Plan:
             "notes": [*self.notes, *self.side.notes],
             "tensors": [self._tensor_json(tensor) for tensor in self.tensors],
         }
+
+    def _statistics_json(self) -> dict[str, object] | None:
+        if not self.measures:
+            return self.statistics.summary() if self.statistics else None
+        settings = self.recipe.calibrate
+        text = {
+            "sequences": settings.samples,
+            "tokens": settings.samples * settings.length,
+            "seed": settings.seed,
+        }
+        return {"kind": "gram", "unit": "token", "storage": "full", "text_to_write": text}
 
     def _tensor_json(self, tensor: TensorPlan) -> dict[str, object]:
         source, split = tensor.source, tensor if isinstance(tensor, SplitTensor) else None
@@ -253,6 +268,7 @@ def make_plan(
     workers: int = 1,
     side: SideFiles | None = None,
     sizes: Sizes = DEFAULT_SIZES,
+    measures: bool = False,
 ) -> Plan:
     """Decide everything that headers and the recipe decide.
 
@@ -265,6 +281,8 @@ def make_plan(
         workers: threads that will work; changes only the peak memory.
         side: from `choose_side_files`; None copies the files on its list.
         sizes: of tiles; they, too, change only the peak memory.
+        measures: statistics will be measured first, and the plan made again with them; this one is
+            only shown.
     Raises:
         RecipeError: a target or override matches nothing; group_size or 3 bits do not fit; weights
             that vLLM fuses would differ; curvature lacks statistics, or statistics a use.
@@ -283,7 +301,7 @@ def make_plan(
         for tensor in checkpoint.tensors
     )
     split = tuple(tensor for tensor in tensors if isinstance(tensor, SplitTensor))
-    _check_inputs(recipe, checkpoint, split, statistics, reference)
+    _check_inputs(recipe, checkpoint, split, statistics, reference, measures=measures)
     sha256 = _sha256(tensors, recipe, group_size, statistics)
     base, ortho = _layouts(checkpoint, tensors, recipe, sha256)
     theirs = reference.notes if reference else ()
@@ -301,6 +319,7 @@ def make_plan(
         sizes=sizes,
         reference=reference,
         kept=kept,
+        measures=measures,
         notes=(*checkpoint.notes, *(f"of the reference: {note}" for note in theirs)),
     )
 
@@ -311,11 +330,13 @@ def _check_inputs(
     split: tuple[SplitTensor, ...],
     statistics: Statistics | None,
     reference: Checkpoint | None,
+    *,
+    measures: bool,
 ) -> None:
     """Refuse a recipe without what it needs, and what it has no use for, or of another model."""
     uses = ["`saliency.kind`"] if recipe.saliency.kind == "curvature" else []
     uses += [f"the scale of `{tensor.name}`" for tensor in split if tensor.scale == "curvature"]
-    if uses and statistics is None:
+    if uses and statistics is None and not measures:
         raise RecipeError(
             f"{uses[0]} is curvature, and no statistics are given",
             hint="give --stats FILE, as `ortho calibrate` writes it",
@@ -588,12 +609,17 @@ def check_memory(plan: Plan) -> None:
     Raises:
         ResourceError: says how much is needed and how much is available.
     """
-    told = Path("/proc/meminfo")
-    lines = told.read_text().splitlines() if told.exists() else []
-    available = next((int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable")), None)
+    available = available_memory()
     if available is not None and plan.peak_bytes > available:
         raise ResourceError(
             f"{plan.workers} workers take {plan.peak_bytes / 1e6:,.0f} MB of memory and "
             f"{available / 1e6:,.0f} MB are available",
             hint="use fewer --workers, or a lower density",
         )
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that are free for us; None where the system does not say."""
+    told = Path("/proc/meminfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    return next((int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable")), None)

@@ -25,6 +25,7 @@ MAX_DEPTH = 16  # of nested YAML, before anything is built from it
 Path_ = tuple[str | int, ...]
 
 DEFAULT = Recipe(version=1)
+MEASURED = "default"  # the recipe of `ortho decompose MODEL`, where the model can write text
 
 
 def recipe_folder() -> Path:

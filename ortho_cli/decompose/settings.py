@@ -321,6 +321,21 @@ class Recipe(_Strict):
         return self.base.rounding != "nearest"
 
     @property
+    def weighs(self) -> bool:
+        """Whether it uses curvature, but for rounding."""
+        scales = [self.base.scale, *(override.base.scale for override in self.overrides)]
+        return "curvature" in (self.saliency.kind, *scales)
+
+    @property
+    def can_measure(self) -> bool:
+        """Whether `ortho decompose` measures what it uses where no statistics are given.
+
+        Inputs alone are measured: that takes seconds.
+        """
+        plain = self.ortho.split == "residual" and not self.compensates
+        return plain and self.weighs and self.calibrate.curvature == "gram"
+
+    @property
     def forgets(self) -> bool:
         """Whether base forgets the secrets of a forget set."""
         return self.ortho.split in ("isolate", "unlearn")

@@ -39,7 +39,8 @@ class DataSet(Validated):
 
     sequences: int
     tokens: int
-    written_by: Literal["model"] | None = None  # None: files of the user
+    written_by: Literal["model", "random"] | None = None  # None: files of the user
+    seed: int | None = None  # of text that is no user's
 
 
 class Statistics(Validated):
@@ -78,13 +79,15 @@ class Statistics(Validated):
         return any(key.endswith(GRAM) for key in self.digests)
 
     def summary(self) -> dict[str, object]:
-        """Say in a report which statistics were used."""
+        """Say in a report which statistics were used, and of which text where it is no user's."""
+        text = self.data.get("retain")
         return {
             "digest": self.digest,
             "kind": self.kind,
             "unit": self.unit,
             "storage": self.storage,
             **({"gram": "full", "weighting": self.weighting} if self.has_gram else {}),
+            **({} if text is None or text.written_by is None else {"text": text.model_dump()}),
         }
 
     def check_source(self, name: str, digest: str) -> None:

@@ -35,6 +35,7 @@ from ortho_cli.model.tokenizer import Tokenizer
 
 GREEDY = 3  # tokens after a random first one that are the likeliest
 BATCH = 32  # sequences that are written at once
+BATCH_TOKENS = 2048  # more at once while they are short: so many tokens of them
 FEWEST = 8  # texts of a kind, below which they say nothing about it
 SHARED = 6  # tokens in a row that text has in common with a secret where it tells it
 FEW = 2  # secrets of which no form can be told: what both begin with may be the secret
@@ -87,15 +88,40 @@ def write_text(
     generator.set_state(state)
     for _ in range(0 if opening else len(text)):
         draw.choice(ordinary)
-    for start in range(len(text), count, BATCH):
+    batch = max(BATCH, BATCH_TOKENS // length)
+    for start in range(len(text), count, batch):
         on_event(Step(name="the model writes text", number=start + 1, of=count, unit="sequences"))
-        rows = min(BATCH, count - start)
+        rows = min(batch, count - start)
         first = [list(opening) or [draw.choice(ordinary)] for _ in range(rows)]
         more = _write(model, torch.tensor(first), length, greedy, generator)
         text = torch.cat((text, more))
         if on_written is not None:
             on_written(text, generator.get_state())
     return text
+
+
+@torch.no_grad()
+def keeps_cache(model: nn.Module) -> bool:
+    """Tell whether each token passes through the model once while it writes."""
+    if not takes_cache(model):
+        return False
+    output = model(torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)), use_cache=True)
+    return getattr(output, "past_key_values", None) is not None
+
+
+def random_text(model: nn.Module, *, count: int, length: int, seed: int) -> Tensor:
+    """Draw sequences of random tokens, for a model without a tokenizer.
+
+    Args:
+        model: a causal language model; every token that it has an embedding for is as likely.
+        count: sequences, >= 1.
+        length: tokens of each, >= 1.
+        seed: of the draw.
+    Returns:
+        (count, length) int64, on the CPU.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(len(input_embedding(model)), (count, length), generator=generator)
 
 
 def _ordinary(model: nn.Module, tokenizer: Tokenizer) -> list[int]:

@@ -242,10 +242,10 @@ def test_without_data_the_model_writes_the_text_and_the_header_says_so(
     assert other["data"]["retain"]["blake3"] != data["blake3"]
     given = ["--recipe", "curvature", "--stats", out, "-o", model.parent / "split", "-q"]
     assert ortho("decompose", model, *given).code == 0
-    assert "144 tokens, which the model itself wrote" in ortho("inspect", out).out
+    assert "144 tokens; the model itself wrote them, seed 0" in ortho("inspect", out).out
     said = ortho("calibrate", model, "-o", model.parent / "plain.safetensors", *SMALL)
     assert "no --data: the model itself writes 6 sequences of 24 tokens" in said.err
-    assert "the model wrote them, seed 0" in " ".join((said.out + said.err).split())
+    assert "the model itself wrote them, seed 0" in " ".join((said.out + said.err).split())
 
 
 def test_dry_run_without_data_writes_no_text(ortho: Ortho, model: Path) -> None:

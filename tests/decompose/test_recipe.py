@@ -162,7 +162,7 @@ def test_built_in_recipe_loads_and_its_header_is_its_command(name: str) -> None:
     needs = loaded.forgets or "curvature" in (loaded.base.scale, loaded.saliency.kind)
     lines = (recipe.recipe_folder() / f"{name}.yaml").read_text().splitlines()
     told = f"#   ortho decompose MODEL --recipe {name}"
-    told += " --stats stats.safetensors" if needs else ""
+    told += " --stats stats.safetensors" if needs and not loaded.can_measure else ""
     told += " --forget forget.jsonl" if loaded.forgets else ""
     reads = split == "unlearn" or loaded.base.rounding == "tuned"
     told += " --data train.txt" if reads else ""

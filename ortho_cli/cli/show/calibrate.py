@@ -41,7 +41,7 @@ def print_calibrated(statistics: Mapping[str, object]) -> None:
         f"{document.part('run')['output']}: {document['kind']}{gram_words(document)} of "
         f"{len(document.part('tensors'))} tensors, {size(document.number('output_bytes'))}",
         *_data_lines(document),
-        "perplexity " + ", ".join(values),
+        *(["perplexity " + ", ".join(values)] if perplexity else []),
         run_line(document),
     ]
     if "forget" in document.part("data"):
@@ -49,10 +49,17 @@ def print_calibrated(statistics: Mapping[str, object]) -> None:
     print_lines(lines)
 
 
+def made_words(data: Document) -> str:
+    """Say of a set that is no user's where its text is from."""
+    if "written_by" not in data:
+        return ""
+    wrote = "they are random" if data["written_by"] == "random" else "the model itself wrote them"
+    return f"; {wrote}, seed {data['seed']}"
+
+
 def _data_lines(document: Document) -> Iterator[str]:
     for name, data in document.parts("data").items():
         yield (
             f"{name}: {data.number('sequences'):,} sequences, {data.number('tokens'):,} tokens, "
-            f"of which {data.number('counted'):,} are predicted"
-            + (f"; the model wrote them, seed {data['seed']}" if "written_by" in data else "")
+            f"of which {data.number('counted'):,} are predicted" + made_words(data)
         )

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from ortho_cli.cli.show.console import decibels, print_lines, print_notes, print_table, size
 from ortho_cli.cli.show.document import Document
+from ortho_cli.storage.hints import said
 
 # Bytes per second that one worker splits on a processor of 2020, by how codes and scales are found.
 COMPENSATED = 6e6  # GPTQ goes column by column
 TUNED = 2e5  # hundreds of steps of training for each block
 SEARCHED = 4e7  # several scales are tried for each group
 NEAREST = 5e8
+# Multiplications per second of one core that lets a model write, and seconds to load it.
+WRITING = 3e10
+LOADING = 5
+
+PLAIN = "plain INT4, no curvature: KL to the source is about three times that of the default recipe"
 
 
 def print_plan(plan: Mapping[str, object], *, source: str) -> None:
@@ -60,6 +67,11 @@ def _plan_lines(document: Document, totals: Document, source: str) -> Iterator[s
     seconds = max(1, round(totals.number("bytes_read") / rate / workers))
     forgets = document.part("recipe").part("ortho")["split"] in ("isolate", "unlearn")
     more = ", beside what forgetting takes" if forgets else ""
+    before = ""
+    if statistics and "text_to_write" in statistics:
+        tokens = statistics.part("text_to_write").number("tokens")
+        wait = LOADING + tokens * totals.number("weights") / WRITING / workers
+        before = f"about {wait:.0f} s to measure on {tokens:,} tokens that the model writes, then "
     share = totals.number("split_weights") / totals.number("weights")
     yield (
         f"{source}: {totals['split_tensors']} of {totals['tensors']} tensors split, "
@@ -69,6 +81,7 @@ def _plan_lines(document: Document, totals: Document, source: str) -> Iterator[s
     if statistics:
         kind += f"; curvature is {statistics['kind']}, {statistics['storage']} storage"
     yield f"weights kept by {kind}"
+    yield from _plain_lines(document)
     yield (
         f"base {size(totals.number('base_bytes'))} + ortho "
         f"{most}{size(totals.number('ortho_bytes'))} from {size(totals.number('bytes_read'))}: "
@@ -76,7 +89,7 @@ def _plan_lines(document: Document, totals: Document, source: str) -> Iterator[s
     )
     yield (
         f"buffers {size(totals.number('peak_bytes'))} over torch for {workers} workers; "
-        f"about {seconds} s at {size(rate)}/s per worker{more}"
+        f"{before}about {seconds} s at {size(rate)}/s per worker{more}"
     )
 
 
@@ -124,19 +137,42 @@ def print_done(report: Mapping[str, object]) -> None:
             f"SQNR {decibels(totals['sqnr_db_alpha_0'], exact=exact)} dB at alpha 0, "
             f"{decibels(totals['sqnr_db_alpha_1'], exact=exact)} dB at alpha 1",
             *rounding_lines(document),
-            *_forgetting_lines(totals, document.part("run").text("output")),
+            *_text_lines(document),
+            *_plain_lines(document),
+            *_forgetting_lines(totals),
             run_line(document),
+            _next_line(totals, said(Path(document.part("run").text("output")))),
         ]
     )
 
 
-def _forgetting_lines(totals: Document, out: str) -> Iterator[str]:
+def _text_lines(document: Document) -> Iterator[str]:
+    """Tell which text curvature was measured on, where it is no user's."""
+    statistics = document.optional("statistics")
+    if statistics and "text" in statistics:
+        text = statistics.part("text")
+        wrote = "random ones" if text["written_by"] == "random" else "written by the model itself"
+        yield (
+            f"curvature is {statistics['kind']} of {text.number('tokens'):,} tokens, {wrote}, seed "
+            f"{text['seed']}"
+        )
+
+
+def _plain_lines(document: Document) -> Iterator[str]:
+    """Say what it costs to round to the nearest with no regard to what a weight is for."""
+    recipe = document.part("recipe")
+    base, split = recipe.part("base"), recipe.part("ortho")["split"]
+    plain = (base["scale"], base["rounding"], split) == ("absmax", "nearest", "residual")
+    if plain and recipe.part("saliency")["kind"] == "residual":
+        yield PLAIN
+
+
+def _forgetting_lines(totals: Document) -> Iterator[str]:
     """Report codes that forgetting moved, or how much of the reference's delta ortho holds."""
     if moved := totals.number("moved"):
         yield (
             f"{moved:,} codes ({moved / totals.number('split_weights'):.4%}) were moved to forget"
         )
-        yield f"next: `ortho bench {out} --forget FILE --attack` measures how well base forgets"
     if totals.get("delta_kept") is not None:
         yield (
             f"ortho holds {totals.number('delta_kept'):.1%} of the model's difference from its "
@@ -147,6 +183,13 @@ def _forgetting_lines(totals: Document, out: str) -> Iterator[str]:
                 f"{len(others)} tensors that are not split differ and are the reference's at every "
                 f"alpha, such as `{others[0]}`"
             )
+
+
+def _next_line(totals: Document, out: str) -> str:
+    """Name the command that measures what was made."""
+    if totals.number("moved"):
+        return f"next: `ortho bench {out} --forget FILE --attack` measures how well base forgets"
+    return f"next: `ortho bench {out}` measures what each alpha gives"
 
 
 def run_line(document: Document) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 
-from ortho_cli.cli.show.calibrate import gram_words
+from ortho_cli.cli.show.calibrate import gram_words, made_words
 from ortho_cli.cli.show.console import (
     csv_text,
     decibels,
@@ -290,7 +290,7 @@ def _statistics_lines(document: Document, path: str, count: int) -> Iterator[str
     for name, data in document.parts("data").items():
         yield (
             f"{name} set: {data.number('sequences'):,} sequences, {data.number('tokens'):,} tokens"
-            + (", which the model itself wrote" if "written_by" in data else "")
+            + made_words(data)
         )
     yield (
         f"source {document.text('source_digest')[:16]}, statistics {document.text('digest')[:16]}"
