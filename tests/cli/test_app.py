@@ -39,7 +39,7 @@ def test_exit_codes_are_the_designed_ones() -> None:
 
 
 def test_decompose_json_is_one_document_on_stdout(pico: Path, ortho: Ortho) -> None:
-    ran = ortho("decompose", pico, "--json")
+    ran = ortho("decompose", pico, "--recipe", "int4", "--json")
     assert ran.code == 0
     assert ran.json["run"]["output"] == str(pico.parent / "pico-ortho")
     assert ran.json["totals"]["split_tensors"] == 14

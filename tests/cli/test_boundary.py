@@ -43,7 +43,7 @@ def test_a_closed_stream_changes_neither_the_work_nor_the_exit_code(
 ) -> None:
     """With stdout closed a data file would be given its number, and hold what is printed."""
     out = tmp_path / "out"
-    ran = shell(closed, "decompose", pico, "-o", out, "--json")
+    ran = shell(closed, "decompose", pico, "-o", out, "--recipe", "int4", "--json")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert json.loads(ran.stdout or "{}") or ">&-" in closed
     assert header(out / "model.safetensors")

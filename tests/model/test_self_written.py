@@ -68,6 +68,7 @@ def test_text_that_was_begun_is_finished_to_the_same_tokens(
     opening: tuple[int, ...],
 ) -> None:
     monkeypatch.setattr(self_written, "BATCH", 2)
+    monkeypatch.setattr(self_written, "BATCH_TOKENS", 1)
     seen: list[tuple[Tensor, Tensor]] = []
     keep = lambda *now: seen.append(now)  # noqa: E731
     whole = write(memorised, model, opening=opening, on_written=keep)
