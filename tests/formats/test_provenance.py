@@ -36,7 +36,7 @@ def test_origin_is_shown_of_any_artifact(artifact: Path, ortho: Ortho) -> None:
     (artifact / "ortho.safetensors").unlink()
     alone = json.loads(ortho("inspect", artifact, "--json").out)
     assert {key: alone[key] for key in origin} == origin | {"source_digest": None}
-    shown = ortho("inspect", artifact).err
+    shown = ortho("inspect", artifact).out
     assert f"source unknown, plan {origin['plan_sha256'][:16]}, ortho " in shown
     assert 'recipe saliency.kind="residual"' in shown
 
