@@ -409,8 +409,10 @@ def test_copy_refuses_by_name_what_is_never_copied(
 
 
 def test_copy_is_for_folders(pico: Path, ortho: Ortho) -> None:
+    (pico.parent / "alone").mkdir()
+    alone = Path(shutil.copy(pico / "model.safetensors", pico.parent / "alone"))
     for command in ("decompose", "convert"):
-        ran = ortho(command, pico / "model.safetensors", "--copy", "*.txt")
+        ran = ortho(command, alone, "--copy", "*.txt")
         assert ran.code == 2
         assert "is a file, and --copy *.txt takes what lies in a model's folder" in ran.err
     engine = Engine(nn.Sequential(nn.Linear(64, 64)))
