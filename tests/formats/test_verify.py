@@ -343,8 +343,8 @@ def test_lone_base_shows_no_figure_of_the_ortho_that_is_gone(
     (artifact / "ortho.safetensors").unlink()
     ran = ortho("inspect", artifact, "--verify")
     assert ran.code == 0
-    assert "ortho absent: only alpha = 0 is possible" in ran.err
-    row = next(line for line in ran.err.splitlines() if "1.mlp.up_proj" in line)
+    assert "ortho absent: only alpha = 0 is possible" in ran.out
+    row = next(line for line in ran.out.splitlines() if "1.mlp.up_proj" in line)
     assert row.split()[-3:].count("-") == 2
 
 
@@ -454,4 +454,4 @@ def test_older_base_under_the_name_that_others_look_for_is_sound(
         old.unlink()
     ran = ortho("inspect", folder, "--verify")
     assert ran.code == 0, ran.err
-    assert f"ortho/{name[5]}, " in ran.err
+    assert f"ortho/{name[5]}, " in ran.out

@@ -147,7 +147,7 @@ def test_every_reader_opens_it_and_none_without_a_key(
 ) -> None:
     ran = ortho("inspect", sealed)
     assert ran.code == 0
-    assert "sealed: --identity opens it" in ran.err
+    assert "sealed: --identity opens it" in ran.out
     checked = ortho("inspect", sealed, "--verify", "--json").json["verified"]["checked"]
     assert checked == {
         "model.safetensors": "every digest",
