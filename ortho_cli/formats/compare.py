@@ -118,50 +118,59 @@ def compare(
         CheckpointError: the same, of a checkpoint.
     """
     with contextlib.ExitStack() as stack:
-        sides = [_Side.open(one, sizes, stack) for one in (first, second)]
-        mine, reference = sides if isinstance(second, Checkpoint) else sides[::-1]
+        sides = (_Side.open(first, sizes, stack), _Side.open(second, sizes, stack))
         shapes = [side.shapes for side in sides]
-        common = [name for name in shapes[0] if name in shapes[1]]
+        common = sorted(shapes[0].keys() & shapes[1].keys())
         size = sum(side.nbytes(name) for side in sides for name in common)
         on_event(Started(tensors=len(common), resumed=0, bytes_total=size, bytes_done=0))
         totals, tensors, other = Sums(), [], []
-        for name in sorted(common):
-            if shapes[0][name] != shapes[1][name]:
-                other.append({"name": name, "first": shapes[0][name], "second": shapes[1][name]})
+        for name in common:
+            if shapes[0][name] == shapes[1][name]:
+                tensors.append(_compare_tensor(name, sides, sizes, totals))
             else:
-                sums, same = _compare_tensor(name, mine, reference, sizes)
-                if sums is not None and (name in mine.split or name in reference.split):
-                    totals.merge(sums)
-                unknown = dict.fromkeys(Sums().to_json())
-                tensors.append(
-                    {
-                        "name": name,
-                        "shape": list(shapes[0][name]),
-                        "same": same,
-                        **((sums or Sums()).to_json() if sums or same else unknown),
-                        "first": sides[0].told(name),
-                        "second": sides[1].told(name),
-                    }
-                )
+                other.append({"name": name, "first": shapes[0][name], "second": shapes[1][name]})
             on_event(Advanced(nbytes=sum(side.nbytes(name) for side in sides)))
-        differ = sum(not tensor["same"] for tensor in tensors)
-    only = [sorted(shapes[i].keys() - shapes[1 - i].keys()) for i in (0, 1)]
+    differ = sum(not tensor["same"] for tensor in tensors)
     return {
         "format": FORMAT,
-        "reference": "first" if reference is sides[0] else "second",
+        "reference": ("first", "second")[_reference(sides)],
         "first": sides[0].summary(),
         "second": sides[1].summary(),
         "totals": {"tensors": len(tensors), "differ": differ, **totals.to_json()},
-        "only_in_first": only[0],
-        "only_in_second": only[1],
+        "only_in_first": sorted(shapes[0].keys() - shapes[1].keys()),
+        "only_in_second": sorted(shapes[1].keys() - shapes[0].keys()),
         "other_shapes": other,
         "tensors": tensors,
     }
 
 
+def _reference(sides: tuple[_Side, _Side]) -> int:
+    """Choose R: the second where it is a checkpoint, else the first."""
+    return int(isinstance(sides[1].of, Checkpoint))
+
+
 def _compare_tensor(
-    name: str, mine: _Side, reference: _Side, sizes: Sizes
-) -> tuple[Sums | None, bool]:
+    name: str, sides: tuple[_Side, _Side], sizes: Sizes, totals: Sums
+) -> dict[str, object]:
+    """Give the row of a tensor, and add to the totals what at least one side splits."""
+    reference = sides[_reference(sides)]
+    mine = sides[1 - _reference(sides)]
+    sums, same = _add_up(name, mine, reference, sizes)
+    if sums is not None and (name in mine.split or name in reference.split):
+        totals.merge(sums)
+    known = sums is not None or same
+    figures = (sums or Sums()).to_json()
+    return {
+        "name": name,
+        "shape": list(mine.shapes[name]),
+        "same": same,
+        **(figures if known else dict.fromkeys(figures)),
+        "first": sides[0].told(name),
+        "second": sides[1].told(name),
+    }
+
+
+def _add_up(name: str, mine: _Side, reference: _Side, sizes: Sizes) -> tuple[Sums | None, bool]:
     """Add up the differences of a tensor; no sums where its dtype has no arithmetic here.
 
     Two tensors that are not split and have the same bytes are the same, NaN or not.

@@ -432,6 +432,22 @@ def test_no_output_holds_a_secret_unless_it_is_asked_for(
     assert text in run(*SECRETS, "--alpha", 0, "--show-secrets").out
 
 
+def test_a_page_has_the_verdict_and_the_maps_and_never_a_secret(
+    run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "page.html"
+    ran = run("--alpha", 0, 1, *FORGET, "--show-secrets", "--json", "--html", path)
+    assert ran.code == 0, ran.err
+    text = path.read_text()
+    for part in ("Verdict", "Each secret, by number", "Layer by layer", "mlp.down_proj"):
+        assert part in text
+    known = {entry["text"] for entry in row(ran.json, "alpha 0")["entries"]}
+    assert known
+    assert not any(secret.strip() in text for secret in known)
+    assert run("--alpha", 0, "--html", path).code == 8  # before anything is measured
+
+
 def test_error_about_a_forget_file_names_the_line_and_no_text(
     run: Callable[..., Ran], tmp_path: Path
 ) -> None:
