@@ -130,9 +130,7 @@ def calibrate(
         Interrupted: Ctrl-C; finished chunks are kept.
     """
     chosen = models.resolve_device(device)
-    half = models.uses_bfloat16(plan.settings.autocast, chosen)
-    settings = plan.settings.model_copy(update={"autocast": half})  # as the file shall say
-    plan = dataclasses.replace(plan, settings=settings)
+    plan = _settled(plan, chosen)
     # No digest of the plan: it depends on the forget set, and short secrets can be found by trial.
     log.info(
         "measures %d weights on %s: curvature %s, gram %s, storage %s, %d threads of torch",
@@ -164,6 +162,12 @@ def calibrate(
         target, identity=identity, total=total, what="sequences", on_event=on_event
     ) as work:
         return _Job(plan, checkpoint, work, chosen, on_event).run(source, digests)
+
+
+def _settled(plan: CalibrationPlan, device: torch.device) -> CalibrationPlan:
+    """Decide about bfloat16, as the file shall say."""
+    half = models.uses_bfloat16(plan.settings.autocast, device)
+    return dataclasses.replace(plan, settings=plan.settings.model_copy(update={"autocast": half}))
 
 
 class _Job:

@@ -108,6 +108,7 @@ def located(given: Path, *, quiet: bool) -> Path:
     return found
 
 
+# Longer than 60 lines: half of it says what each argument is.
 def plan_of(
     model: Path,
     stats: Path | None,

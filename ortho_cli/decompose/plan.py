@@ -258,6 +258,7 @@ def _regions(specs: Iterable[TensorSpec], layout: Layout) -> dict[str, dict[str,
     }
 
 
+# Longer than 60 lines: half of it says what each argument is, and what is refused.
 def make_plan(
     checkpoint: Checkpoint,
     recipe: Recipe,
