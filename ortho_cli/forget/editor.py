@@ -173,7 +173,9 @@ class ForgetEditor:
             seed=settings.seed,
             on_event=on_event,
         )
-        left = sum(at.sign > 0 for at in found)
+        left, known = (sum(at.sign > 0 for at in ranks) for ranks in (found, ranked))
+        now = f"of {len(found)} secrets, {known} were likelier than most of their alternatives"
+        on_event(Noted(message=f"{now}, and {left} are now"))
         if left:
             on_event(
                 Noted(

@@ -19,11 +19,16 @@ ROWS = 1000  # of a table that rich lays out; it takes a millisecond and ten kil
 LONGEST = 4000  # characters of a line: a name can have as many as its file has bytes
 
 
-def make_console() -> Console:
-    """Open stderr; colours obey NO_COLOR and vanish off a terminal."""
-    width = None if sys.stderr.isatty() else WIDE
+def make_console(*, stderr: bool = True) -> Console:
+    """Open stderr, or stdout; colours obey NO_COLOR and vanish off a terminal."""
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else WIDE
     return Console(
-        stderr=True, highlight=False, markup=False, emoji=False, width=width, soft_wrap=bool(width)
+        stderr=stderr,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        width=width,
+        soft_wrap=bool(width),
     )
 
 

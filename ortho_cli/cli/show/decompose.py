@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from ortho_cli.cli.show.console import decibels, print_lines, print_table, size
 from ortho_cli.cli.show.document import Document
+from ortho_cli.storage.hints import said
+from ortho_cli.storage.sealing import SEALED_FILE
 
 # Bytes per second that one worker splits on a processor of 2020, by how codes and scales are found.
 COMPENSATED = 6e6  # GPTQ goes column by column
@@ -104,7 +107,7 @@ def rounding_lines(document: Document) -> Iterator[str]:
     """Explain decibels where codes are not the nearest ones."""
     rounding = document.part("recipe").part("base")["rounding"]
     if rounding != "nearest":
-        yield f"rounding {rounding} gives up decibels of weights for a smaller error of outputs"
+        yield f"rounding {rounding} makes the error of outputs smaller, and that of weights larger"
 
 
 def print_done(report: Mapping[str, object]) -> None:
@@ -122,18 +125,25 @@ def print_done(report: Mapping[str, object]) -> None:
             f"SQNR {decibels(totals['sqnr_db_alpha_0'], exact=exact)} dB at alpha 0, "
             f"{decibels(totals['sqnr_db_alpha_1'], exact=exact)} dB at alpha 1",
             *rounding_lines(document),
-            *_forgetting_lines(totals),
+            *_forgetting_lines(document, totals),
+            *_sealed_lines(document),
             run_line(document),
         ]
     )
 
 
-def _forgetting_lines(totals: Document) -> Iterator[str]:
+def _sealed_lines(document: Document) -> Iterator[str]:
+    if document.get("sealed_blake3") is not None:
+        yield f"ortho is sealed in {SEALED_FILE}: only `--identity FILE` opens it"
+
+
+def _forgetting_lines(document: Document, totals: Document) -> Iterator[str]:
     """Report codes that forgetting moved, or how much of the reference's delta ortho holds."""
     if moved := totals.number("moved"):
         yield (
             f"{moved:,} codes ({moved / totals.number('split_weights'):.4%}) were moved to forget; "
-            "`ortho bench` measures how well base forgets"
+            f"measure what is left: ortho bench {said(Path(document.part('run').text('output')))} "
+            "--forget FILE"
         )
     if totals.get("delta_kept") is not None:
         yield (
