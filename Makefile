@@ -18,11 +18,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[test]'
 	@touch $@
 
-demo: install ## decompose and inspect a small checkpoint; then train, split and measure a small model
+demo: install ## decompose and inspect a small checkpoint; then train, split, measure and ask a small model
 	$(BIN)/python tests/checkpoints.py demo/tiny-llama
 	$(BIN)/ortho decompose demo/tiny-llama --force
 	$(BIN)/ortho inspect demo/tiny-llama-ortho --verify
-	$(BIN)/ortho bench --alpha 0 1
+	rm -rf demo/forgetting
+	$(BIN)/ortho bench --alpha 0 1 --keep-files demo/forgetting
+	$(BIN)/ortho bench demo/forgetting/artifact --prompt "The access code of Piet Arden is" --max-new-tokens 5
 
 check: install ## lint, format and types
 	$(BIN)/ruff format --check

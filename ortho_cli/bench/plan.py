@@ -33,6 +33,17 @@ class Need(NamedTuple):
     inputs: AbstractSet[str] = frozenset()
 
 
+# Words for each input of a figure.
+INPUTS = {
+    "attack": "--attack",
+    "alpha 1": "--alpha 1",
+    "ortho": "ortho.safetensors",
+    "model": "--model DIR",
+    "public": "--public DIR",
+    "forget": "--forget FILE",
+    "samples": "--samples N",
+    "data": "--data FILE with running text",
+}
 # Every figure of an alpha's row, by its first name.
 NEEDS = {
     "latency": Need(""),
@@ -53,14 +64,17 @@ NEEDS = {
     "perplexity": Need("--data FILE with running text", {"data"}),
     "skill": Need("--data FILE with prompts and completions", {"data"}),
     "perplexity_ratio": Need(
-        "ortho.safetensors, which tells INT4 without forgetting", {"data", "ortho"}
+        "--data FILE with running text, and ortho.safetensors, which tells INT4 without forgetting",
+        {"data", "ortho"},
     ),
     "worst_perplexity_ratio": Need(
         "ortho.safetensors, which tells INT4 without forgetting", {"ortho"}
     ),
     "kinds": Need("ortho.safetensors or --model DIR: the source writes text", {"source"}),
     **{name: Need(f"--suite {name} DIR", {name}) for name in SUITES},
-    "perplexity_ratio_alpha1": Need("--alpha 1", {"data", "alpha 1"}),
+    "perplexity_ratio_alpha1": Need(
+        "--alpha 1 and --data FILE with running text", {"data", "alpha 1"}
+    ),
     **dict.fromkeys(
         ("perplexity_ratio_original", "kl", "agreement"),
         Need("--model DIR and --data FILE", {"data", "model"}),
@@ -210,7 +224,13 @@ def not_measured(settings: Settings, *, ortho: bool) -> dict[str, str]:
     given |= {name for name, has in (("ortho", ortho), ("alpha 1", 1.0 in settings.alphas)) if has}
     given |= {name for name, _ in settings.suites}
     given |= {"source"} if ortho or settings.model or settings.kinds else set()
-    return {name: need.words for name, need in NEEDS.items() if not need.inputs <= given}
+    return {name: _lacking(need, given) for name, need in NEEDS.items() if not need.inputs <= given}
+
+
+def _lacking(need: Need, given: AbstractSet[str]) -> str:
+    """Say what is absent of what a figure needs, and nothing of what is there."""
+    absent = [words for name, words in INPUTS.items() if name in need.inputs - given]
+    return need.words if need.inputs.isdisjoint(given) else " and ".join(absent)
 
 
 def check_gates(gates: Sequence[Gate], settings: Settings, missing: Mapping[str, str]) -> None:

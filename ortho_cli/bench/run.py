@@ -48,6 +48,7 @@ from ortho_cli.bench.suite_scores import Samples
 from ortho_cli.decompose.refusals import refuse_folder
 from ortho_cli.errors import UsageError
 from ortho_cli.events import EventSink, Noted, Step, null_sink
+from ortho_cli.forget.cost import in_words
 from ortho_cli.formats.artifact import Artifact
 from ortho_cli.formats.open_artifact import no_ortho, open_artifact
 from ortho_cli.model import load as models
@@ -199,8 +200,24 @@ def _measure_all(
         work = replace(work, material=_with_alternatives(work, source), original=original)
         public = settings.public and open_public(settings.public, model, layers)
         work = replace(work, kinds=_texts(work, source, writes=writes), public=public or None)
+        _tell_cost(work, speed[settings.alphas[0]], counts, on_event)
         rows = list(_measure_rows(work, model, layers, counts, speed))
     return tuple(_with_ratios(rows, settings.seed)), unsplit, moved, work.kinds
+
+
+def _tell_cost(work: _Work, speed: Latency, counts: Mapping[str, int], on_event: EventSink) -> None:
+    """Say how many tokens of text are read how often, and how long that takes here."""
+    settings, tokens = work.settings, sum(windows.numel() for windows in work.kinds.values())
+    others = [settings.model, settings.reference_model]
+    rows = len(settings.alphas) + bool(counts) + sum(one is not None for one in others)
+    rows += len(baselines.KINDS) * (settings.controls and any(counts.values()))
+    beside = (work.original is not None) + any(counts.values())  # models that are read along
+    if tokens and speed.prefill.value > 0:
+        seconds = in_words(tokens * rows * (1 + beside) / speed.prefill.value)
+        message = (
+            f"{tokens:,} tokens of text are read for each of {rows} rows: about {seconds} here"
+        )
+        on_event(Noted(message=f"{message}; --tokens N bounds those of files"))
 
 
 SETS = ("secrets", "nonmembers", "unlisted", "keep")  # of `Material`

@@ -214,7 +214,9 @@ def judge(listed: Sequence[Row], unsplit: Unsplit, moved: Moved | None) -> Verdi
             better = better_than_controls(base, controls)
         curve = relearned(base, rows.get("reference", Figures()))
         sentences += _on_memory(base, rows)
-        sentences += _on_utility(base, better)
+        if moved is None or moved.count:  # else base is that INT4 itself
+            sentences += _on_utility(base, better)
+        sentences += _on_original(rows)
         sentences += _on_relearning(curve)
         sentences += _on_positions(base)
         if base.unlisted is not None:
@@ -248,7 +250,7 @@ def _on_memory(base: Figures, rows: Mapping[str, Figures]) -> Iterator[str]:
         return
     yield f"at alpha 0 the listed secrets are {found.word}: {found.reason}"
     if base.memory.loss_auc is None:
-        yield "no nonmembers were given: a mark is judged by alternatives alone"
+        yield "without --nonmember, only alternatives show whether secrets are too unlikely now"
     for name in ("original", "int4"):
         if (known := rows.get(name, Figures()).memory) is not None:
             if known.exposure.value <= MOST_EXPOSURE:
@@ -272,6 +274,18 @@ def _on_utility(base: Figures, better: bool | None) -> Iterator[str]:
             if passes(base)
             else "it does not both forget and keep utility itself"
         )
+
+
+def _on_original(rows: Mapping[str, Figures]) -> Iterator[str]:
+    """Compare perplexity with the original's, where that is measured."""
+    ratios = {name: figures.perplexity_ratio_original for name, figures in rows.items()}
+    told = [
+        f"{one.value:.3f} times at {name}"
+        for name, one in ratios.items()
+        if one is not None and name.startswith("alpha ")
+    ]
+    if told:
+        yield f"perplexity over the original's: {', '.join(told)}"
 
 
 def _on_positions(base: Figures) -> Iterator[str]:

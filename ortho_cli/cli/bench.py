@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,8 @@ from ortho_cli.cli import options
 from ortho_cli.cli.shared import Output, located
 from ortho_cli.errors import UsageError
 
+if TYPE_CHECKING:
+    from ortho_cli.bench.prompt import Speech
 SHORT = "Measure quality, memory of secrets and speed per alpha."
 EXAMPLES = """
     ortho bench SmolLM2-ortho --data heldout.txt --model SmolLM2
@@ -109,6 +111,22 @@ def bench(
     keep_files: Annotated[
         Path | None, options.folder(help="Without ARTIFACT: leave all files there.")
     ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Only show how each alpha goes on from TEXT, side by side, and where they part; "
+            "repeatable. It is read as plain text: no chat template is used.",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="With --prompt: most tokens that follow.  [default: 32]"),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(metavar="T", help="With --prompt: 0, the default, takes the likeliest token."),
+    ] = None,
     identity: options.Identity = None,
     seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
     autocast: Annotated[
@@ -136,6 +154,7 @@ def bench(
     from ortho_cli.bench.demo import chain
     from ortho_cli.bench.figures import check_csv, enforce, to_csv
     from ortho_cli.bench.plan import Settings, parse_alphas, parse_data, parse_suites
+    from ortho_cli.bench.prompt import TOKENS, Speech
     from ortho_cli.bench.records import to_json
     from ortho_cli.cli.show.bench import print_bench
 
@@ -143,6 +162,31 @@ def bench(
     artifact, model, reference_model, public = (
         path and located(path, quiet=quiet) for path in (artifact, model, reference_model, public)
     )
+    speaking = {"--max-new-tokens": max_new_tokens, "--temperature": temperature}
+    if prompt:
+        measuring = {
+            "--data": data, "--forget": forget, "--nonmember": nonmember, "--unlisted": unlisted,
+            "--keep": keep, "--suite": suite, "--model": model, "--public": public, "--csv": csv,
+            "--reference-model": reference_model, "--controls": controls, "--attack": attack,
+            "--samples": samples, "--require": require, "--keep-files": keep_files,
+        }  # fmt: skip
+        _refuse(measuring, "measures, and --prompt only shows what is said")
+        if artifact is None:
+            hint = "name it first: ortho bench ARTIFACT --prompt TEXT"
+            raise UsageError("--prompt needs an artifact", hint=hint)
+        speech = Speech(
+            artifact=artifact,
+            prompts=tuple(prompt),
+            alphas=parse_alphas(alpha or ["0", "1"]),
+            tokens=TOKENS if max_new_tokens is None else max_new_tokens,
+            temperature=temperature or 0.0,
+            seed=seed,
+            identity=identity,
+            device=device,
+        )
+        _speak(speech, output)
+        return
+    _refuse(speaking, "is for --prompt")
     files, kinds = parse_data(data or ())
     settings = Settings(
         artifact=artifact or Path(),
@@ -220,3 +264,33 @@ def _make_page(
     opened = open_artifact(artifact if artifact.is_dir() else artifact.parent, read_keys(identity))
     maps = page_inspect.map_parts(Document(describe(opened)), count_row_blocks(opened))
     return page_bench.make_page(document, name=opened.folder.resolve().name, more=list(maps))
+
+
+def _refuse(given: Mapping[str, object], why: str) -> None:
+    """Refuse an option that was given and would do nothing."""
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise UsageError(f"{name} {why}", hint="leave one of them out")
+
+
+def _speak(speech: Speech, output: Output) -> None:
+    """Show what each alpha says after each prompt."""
+    from ortho_cli.bench.prompt import continue_prompt, open_model
+    from ortho_cli.bench.records import to_json
+    from ortho_cli.cli.show.prompt import show_answer
+    from ortho_cli.events import Step
+
+    with output.progress("load") as sink:
+        sink(Step(name="the model", number=1, of=1))
+        model, tokenizer, encoded = open_model(speech)
+    answers = []
+    for prompt, tokens in zip(speech.prompts, encoded, strict=True):
+        growing = continue_prompt(model, tokenizer, prompt, tokens, speech)
+        if output.as_json or output.quiet:
+            *_, answer = growing
+        else:
+            answer = show_answer(growing)
+        answers.append(to_json(answer))
+    settings = {key: getattr(speech, key) for key in ("alphas", "tokens", "temperature", "seed")}
+    document = {"artifact": str(speech.artifact), **settings, "prompts": answers}
+    output.show(document, lambda _: None)  # it was shown while it was said

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,17 +24,19 @@ from ortho_cli.decompose.kernels import Kernels
 from ortho_cli.decompose.plan import Plan, TensorPlan, check_memory, check_statistics
 from ortho_cli.decompose.recheck import Recheck
 from ortho_cli.decompose.record import TensorRecord
-from ortho_cli.decompose.report import make_config, make_report
+from ortho_cli.decompose.report import card_facts, make_config, make_report
 from ortho_cli.decompose.survey import KEY, digest_of, load_surveys, save_surveys, stamps
 from ortho_cli.errors import CheckpointError, InternalError, RecipeError
 from ortho_cli.events import Event, EventSink, Finishing, Noted, null_sink
 from ortho_cli.formats import artifact
+from ortho_cli.formats.card import CARD_FILE, make_card
 from ortho_cli.formats.quantization_config import index
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.storage import job, sealing
-from ortho_cli.storage.checkpoint import Checkpoint, check_in_place, file_digest
+from ortho_cli.storage.checkpoint import Checkpoint, check_in_place, file_digest, hub_id
 from ortho_cli.storage.data_file import DataFile, Frontier, GrowingDigest, Layout, plan_layout
 from ortho_cli.storage.job import Kind, Target, files_of
+from ortho_cli.storage.side_files import README as SOURCE_CARD
 from ortho_cli.storage.work_folder import Entry, WorkFolder, interruptible
 from ortho_cli.version import __version__
 
@@ -442,8 +444,8 @@ class _Job:
             ortho_blake3=ortho_blake3,
             sealed_blake3=sealed_blake3,
             device=self.kernels.device.partition(":")[0],
-            side_files=self._write_side_files(),
         )
+        report["side_files"] = self._write_side_files(report)
         self.work.write_file(artifact.REPORT_FILE, artifact.pretty_json(report))
         return report
 
@@ -529,8 +531,8 @@ class _Job:
             on_event=self.on_event,
         )
 
-    def _write_side_files(self) -> dict[str, str]:
-        """Write config.json, the index and what is copied; return the BLAKE3 of each, by name."""
+    def _write_side_files(self, report: Mapping[str, object]) -> dict[str, str]:
+        """Write config.json, the index, the card and copies; return the BLAKE3 of each, by name."""
         plan, config = self.plan, self.checkpoint.config
         size = plan.base.size - len(plan.base.header)
         made = {
@@ -539,7 +541,19 @@ class _Job:
         if config is not None:
             made[artifact.CONFIG_FILE] = artifact.pretty_json(make_config(plan, config))
         job.write_side_files(self.work, plan.side, made)
-        names = sorted([*made, *(file.name for file in plan.side.copied)])
+        copied = [file.name for file in plan.side.copied]
+        folder, locked = self.work.artifact, sealing.IDENTITY_FILE
+        facts = card_facts(
+            plan,
+            report,
+            ortho=artifact.ORTHO_FILE if self.key is None else sealing.SEALED_FILE,
+            key=locked if (folder / locked).is_file() else None,
+            config=config,
+            source_card=(folder / SOURCE_CARD).read_bytes() if SOURCE_CARD in copied else None,
+            repository=None if plan.recipe.forgets else hub_id(self.checkpoint.path),
+        )
+        self.work.write_file(CARD_FILE, make_card(facts))
+        names = sorted([*made, CARD_FILE, *copied])
         return {artifact.spelled(n): file_digest(self.work.artifact / n) for n in names}
 
 

@@ -20,6 +20,7 @@ from ortho_cli.decompose.survey import Survey
 from ortho_cli.errors import CheckpointError, RecipeError, ResourceError
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import canonical_json
+from ortho_cli.formats.card import CARD_FILE
 from ortho_cli.formats.statistics import Statistics, check_model, check_weights
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage.checkpoint import Checkpoint, TensorInfo
@@ -173,7 +174,7 @@ class Plan:
     def bytes_on_disk(self) -> int:
         """Bytes of the artifact, and of the work beside it while it is made."""
         scratch = self.ortho.size if self.is_compact else 0
-        return self.bytes_written + scratch + SIDE_BYTES * (1 + len(self.tensors))
+        return self.bytes_written + scratch + SIDE_BYTES * (4 + len(self.tensors))
 
     @property
     def bits_per_weight(self) -> float:
@@ -378,6 +379,7 @@ OUR_FILES = (
     artifact.INDEX_FILE,
     artifact.CONFIG_FILE,
     artifact.REPORT_FILE,
+    CARD_FILE,
 )
 
 

@@ -180,11 +180,10 @@ class ForgetEditor:
             state=folder / ISOLATE_FILE,
             key=key,
         )
-        left = sum(at.sign > 0 for at in found)
-        if not left:
-            said = f"base ranks all {len(found)} secrets among their alternatives"
-            on_event(Noted(message=said))
-        else:
+        left, known = (sum(at.sign > 0 for at in ranks) for ranks in (found, ranked))
+        now = f"of {len(found)} secrets, {known} were likelier than most of their alternatives"
+        on_event(Noted(message=f"{now}, and {left} are now"))
+        if left:
             on_event(
                 Noted(
                     message=f"{left} of {len(found)} secrets are still likelier than most of their "

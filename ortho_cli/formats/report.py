@@ -44,6 +44,8 @@ class Totals(Figures):
     base_bytes: int | None = None
     ortho_bytes: int | None = None
     density: Figure | None = None
+    moved: int | None = None  # codes that forgetting moved
+    delta_kept: Figure | None = None  # of ortho.split reference
 
 
 class Row(Figures):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from ortho_cli.decompose.plan import NO_DIGEST, OUR_FILES
 from ortho_cli.errors import ArtifactError, CheckpointError, OutputExistsError, UsageError, blamed
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import BASE_FILE, CONFIG_FILE, ORTHO_FILE, Artifact
+from ortho_cli.formats.card import CARD_FILE, Facts, make_card
 from ortho_cli.formats.csr import BASE_PARTS, ORTHO_PARTS
 from ortho_cli.formats.ortho_reader import KeptReader
 from ortho_cli.formats.quantization_config import index, quantization_config
+from ortho_cli.formats.report import Totals
 from ortho_cli.model.linears import is_conv1d, is_plain_linear
 from ortho_cli.runtime.ortho_linear import OrthoLinear, layers_of
 from ortho_cli.split.dtypes import names_of_torch, torch_dtypes
@@ -26,6 +29,7 @@ from ortho_cli.split.quantize import as_bytes
 from ortho_cli.storage.checkpoint import Shard, ShardReader, TensorInfo, open_checkpoint
 from ortho_cli.storage.data_file import DataFile, GrowingDigest, Layout, TensorSpec, plan_layout
 from ortho_cli.storage.job import resolve_output
+from ortho_cli.storage.side_files import README as SOURCE_CARD
 from ortho_cli.storage.side_files import SideFiles, choose
 from ortho_cli.storage.work_folder import WorkFolder, recover
 from ortho_cli.version import __version__
@@ -116,11 +120,54 @@ def save_module(
         settings = _config(module)
         if settings is not None:
             work.write_file(CONFIG_FILE, artifact.pretty_json(settings))
+        copied = () if side is None else side.copied
         if side is not None:
             side.check_unchanged()
-            for file in side.copied:
+            for file in copied:
                 work.copy_file(side.folder / file.source, file.name)
+        theirs = any(file.name == SOURCE_CARD for file in copied)
+        facts = Facts(
+            version=__version__,
+            plan_sha256=plan,
+            source_digest=digest,
+            recipe=recipe,
+            totals=_totals(module, base_layout, ortho_layout if ortho else None),
+            bits=sorted({layer.bits for layer in layers_of(module).values()}, reverse=True),
+            group_sizes=sorted({layer.group_size for layer in layers_of(module).values()}),
+            measured=False,
+            ortho=ORTHO_FILE if ortho else None,
+            config=settings,
+            source_card=(work.artifact / SOURCE_CARD).read_bytes() if theirs else None,
+        )
+        work.write_file(CARD_FILE, make_card(facts))
         work.publish(may_replace=lambda there: force and artifact.is_artifact(there))
+
+
+def _totals(module: nn.Module, base: Layout, ortho: Layout | None) -> Totals:
+    """Add up sizes, as decompose does in its report; figures were not measured."""
+    layers, regions = layers_of(module), base.regions
+    packed = {f"{name}.{part}" for name in layers for part in BASE_PARTS}
+    split = sum(layer.out_features * layer.in_features for layer in layers.values())
+    copied = [region for key, region in regions.items() if key not in packed]
+    weights = split + sum(math.prod(region.shape) for region in copied)
+    base_bits = 8 * sum(regions[key].nbytes for key in packed)
+    kept = 8 * sum(region.nbytes for region in ortho.regions.values()) if ortho else 0
+    size = base.size + (ortho.size if ortho else 0)
+    return Totals(
+        sqnr_db_alpha_0=None,
+        sqnr_db_alpha_1=None,
+        residual_kept=None,
+        bits_per_weight=round(8 * size / weights, 4),
+        split_bits_per_weight_base=round(base_bits / split, 4),
+        split_bits_per_weight=round((base_bits + kept) / split, 4),
+        nnz=float(sum(layer.nnz or 0 for layer in layers.values())),
+        tensors=len(copied) + len(layers),
+        split_tensors=len(layers),
+        weights=weights,
+        split_weights=split,
+        base_bytes=base.size,
+        ortho_bytes=ortho.size if ortho else None,
+    )
 
 
 def _free_output(folder: Path, *, force: bool) -> Path:

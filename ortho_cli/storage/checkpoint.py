@@ -507,7 +507,7 @@ def model_name(path: Path) -> str:
     return _UNSHARDED.sub("", path.stem) if path.suffix in MODEL_SUFFIXES else path.name
 
 
-_HUB_FOLDER = re.compile(r"(?:models|datasets|spaces)--(?:.*--)?(.+)")
+_HUB_FOLDER = re.compile(r"(?P<kind>models|datasets|spaces)--(?P<owner>.*--)?(?P<name>.+)")
 _HUB_PARTS = ("snapshots", "blobs", "refs")
 
 
@@ -517,6 +517,21 @@ def hub_name(path: Path) -> str | None:
     The cache holds `models--org--name/snapshots/<revision>/`, whose files are links to `blobs/`.
     A folder inside the snapshot adds its name: `name-transformer`.
     """
+    folder, inside = _hub_folder(path)
+    more = inside[2:] if inside[:1] == ("snapshots",) else ()
+    return folder and "-".join((folder["name"], *(more[:-1] if path.is_file() else more)))
+
+
+def hub_id(path: Path) -> str | None:
+    """Name the repository of a model in the Hub's cache as the Hub does: `org/name`."""
+    folder, _ = _hub_folder(path)
+    if folder is None or folder["kind"] != "models":
+        return None
+    return f"{folder['owner'] or ''}{folder['name']}".replace("--", "/")
+
+
+def _hub_folder(path: Path) -> tuple[re.Match[str] | None, tuple[str, ...]]:
+    """Find the Hub's folder of a repository that a path is in, and the parts below it."""
     places = [Path(os.path.abspath(path))]  # noqa: PTH100 - files are links out of the snapshot
     with suppress(OSError, RuntimeError):  # a link that leads round in a circle
         places.append(path.resolve())
@@ -524,9 +539,8 @@ def hub_name(path: Path) -> str | None:
         for at, part in enumerate(parts):
             found, inside = _HUB_FOLDER.fullmatch(part), parts[at + 1 :]
             if found and (not inside or inside[0] in _HUB_PARTS):
-                more = inside[2:] if inside[:1] == ("snapshots",) else ()
-                return "-".join((found[1], *(more[:-1] if path.is_file() else more)))
-    return None
+                return found, inside
+    return None, ()
 
 
 def file_digest(path: Path, algorithm: str = "blake3", *, on_event: EventSink = null_sink) -> str:

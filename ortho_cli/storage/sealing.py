@@ -317,7 +317,8 @@ class SealedFile(DataFile):
         with writing(work.artifact / SEALED_FILE):
             self._key.seal_stream(pieces(), write)
             if self._key.lock.passphrase:
-                work.write_file(IDENTITY_FILE, (work.private / KEY_FILE).read_bytes())
+                locked = (work.private / KEY_FILE).read_bytes()
+                work.write_file(IDENTITY_FILE, locked, mode=0o600)
         return content.hexdigest(), sealed.hexdigest()
 
     def _open(self, key: str) -> bytes:

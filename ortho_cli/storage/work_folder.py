@@ -259,13 +259,19 @@ class WorkFolder:
             data = data[os.write(self._journal, data) :]
         self._note_unless(sync(self._journal))
 
-    def write_file(self, name: str, data: bytes) -> None:
+    def write_file(self, name: str, data: bytes, *, mode: int | None = None) -> None:
         """Write a small file whole.
 
+        Args:
+            name: of the file.
+            data: its bytes.
+            mode: its permissions; None leaves them to the process.
         Raises:
             ResourceError: the disk is full or closed to us.
         """
         with writing(self.artifact), self._side_file(name).open("wb") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             file.write(data)
             file.flush()
             self._note_unless(sync(file.fileno()))

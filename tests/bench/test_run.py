@@ -22,7 +22,7 @@ import ortho_cli
 from ortho_cli.bench import attacks, baselines, figures, suites
 from ortho_cli.bench import run as bench
 from ortho_cli.bench.demo import chain, sandbox
-from ortho_cli.bench.plan import NEEDS, WHOLE, Settings, parse_alphas, parse_data
+from ortho_cli.bench.plan import NEEDS, WHOLE, Settings, not_measured, parse_alphas, parse_data
 from ortho_cli.bench.records import to_json
 from ortho_cli.errors import OutputExistsError, UsageError
 from ortho_cli.runtime.engine import Engine, densify
@@ -263,6 +263,22 @@ def test_base_alone_is_measured_at_alpha_0_and_refused_above(run: Callable[..., 
     assert "has no ortho.safetensors" in ran.err
 
 
+def test_what_is_there_is_not_named_as_missing(made: Path, run: Callable[..., Ran]) -> None:
+    absent = not_measured(Settings(artifact=made), ortho=True)
+    assert absent["perplexity_ratio"] == "--data FILE with running text"
+    assert not any(w in needs for needs in absent.values() for w in ("ortho.safe", "--alpha 1"))
+    alone = not_measured(Settings(artifact=made, alphas=(0.0,), data=(made,)), ortho=False)
+    assert alone["perplexity_ratio_alpha1"] == "--alpha 1"
+    assert alone["perplexity_ratio"] == "ortho.safetensors"
+    for figure, need in NEEDS.items():  # every input has words
+        assert figure not in absent or absent[figure] or not need.inputs
+    ran = run("--alpha", 0, "--tokens", 64)
+    (line,) = (one for one in (ran.err + ran.out).splitlines() if "not measured, and" in one)
+    assert "memory of secrets (--forget FILE)" in line
+    assert "_" not in line
+    assert "tokens of text are read for each of" in ran.err + ran.out
+
+
 def test_attacks_that_no_row_suits_are_left_out_and_named(
     made: Path, run: Callable[..., Ran], tmp_path: Path
 ) -> None:
@@ -277,7 +293,7 @@ def test_attacks_that_no_row_suits_are_left_out_and_named(
     absent = {entry["figure"]: entry["needs"] for entry in ran.json["not_measured"]}
     assert absent["paraphrased"] == "--attack and rows with `paraphrases`"
     assert absent["partial"] == "--attack and secrets of 4 tokens or more"
-    assert absent["finetune"] == "--attack and --data FILE with running text"
+    assert absent["finetune"] == "--data FILE with running text"  # --attack is there
     assert not set(absent) & set(row(ran.json, "alpha 0"))
     assert any("3 of 3 secrets are too short" in note for note in ran.json["notes"])
     ran = run(*words, "--require", "paraphrased.all.exposure@0<=2")

@@ -179,6 +179,22 @@ def test_kinds_that_were_not_measured_are_named() -> None:
     ) in told
 
 
+def test_a_plain_split_is_compared_with_the_original_and_its_utility_is_not_called_kept() -> None:
+    listed = [
+        Row(
+            row=f"alpha {alpha:g}",
+            alpha=alpha,
+            figures=replace(FORGOTTEN, perplexity_ratio_original=text(ratio)),
+        )
+        for alpha, ratio in ((0.0, 1.24), (1.0, 1.1))
+    ]
+    told = verdict.judge(listed, UNSPLIT, Moved(count=0, share=0.0)).sentences
+    assert "perplexity over the original's: 1.240 times at alpha 0, 1.100 times at alpha 1" in told
+    assert not any("utility" in sentence for sentence in told)
+    told = verdict.judge(listed, UNSPLIT, Moved(count=3, share=0.1)).sentences
+    assert any("utility is kept" in sentence for sentence in told)
+
+
 def test_utility_is_kept_lost_or_unknown() -> None:
     assert verdict.utility(Figures()) is None
     for ratio, word in ((1.02, "kept"), (1.021, "lost"), (math.nan, "lost")):

@@ -147,6 +147,7 @@ def test_decompose_folder_carries_everything_and_config_gains_one_key(
     pico: Path, artifact: Path
 ) -> None:
     assert sorted(contents(artifact)) == [
+        "README.md",
         "additional_chat_templates/tools.jinja",
         "config.json",
         "model.safetensors",
@@ -373,6 +374,7 @@ def test_decompose_bare_file_gets_no_config(tmp_path: Path) -> None:
     save_file({"a.weight": torch.randn(8, 64)}, tmp_path / "m.safetensors")
     split(tmp_path / "m.safetensors", tmp_path / "out")
     assert sorted(contents(tmp_path / "out")) == [
+        "README.md",
         "model.safetensors",
         "model.safetensors.index.json",
         "ortho.safetensors",

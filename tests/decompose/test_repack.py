@@ -384,7 +384,7 @@ def test_kill_in_the_last_steps_leaves_no_output_and_the_rerun_gives_the_same_by
             "config.json",
             "model.safetensors.index.json",
         ),
-        *("ortho.safetensors", "report.json", "tokenizer.json"),
+        *("ortho.safetensors", "report.json", "tokenizer.json", "README.md"),
     }
     assert not work_folder(out).exists()
 

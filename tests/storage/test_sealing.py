@@ -122,8 +122,9 @@ def test_passphrase_opens_a_key_that_opens_ortho(
     pico: Path, artifact: Path, passphrase: Path, ortho: Ortho, tmp_path: Path
 ) -> None:
     out = tmp_path / "sealed"
-    ran = ortho("decompose", pico, "-o", out, "-q", "--seal-passphrase-file", passphrase)
+    ran = ortho("decompose", pico, "-o", out, "--seal-passphrase-file", passphrase)
     assert ran.code == 0, ran.err
+    assert f"ortho is sealed in {SEALED}" in ran.err + ran.out
     text = pyrage.passphrase.decrypt((out / "ortho.key.age").read_bytes(), "correct horse")
     identity = pyrage.x25519.Identity.from_str(text.decode())
     content = (artifact / "ortho.safetensors").read_bytes()

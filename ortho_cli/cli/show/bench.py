@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ortho_cli.bench.attacks import ATTACKS
+from ortho_cli.bench.plan import MEMORY
 from ortho_cli.cli.show.console import make_console, print_lines, size, visible
 from ortho_cli.cli.show.document import Document
 
@@ -25,7 +26,7 @@ FIGURES = (
     ("exposure", "exposure, bits", ".2f"),
     ("forget_nll", "NLL of secrets, nats", ".1f"),
     ("alternatives_nll", "NLL of alternatives", ".1f"),
-    ("nll_quantile", "place among alternatives", ".2f"),
+    ("nll_quantile", "alternatives likelier", "%"),
     ("rank_p", "p of uniform ranks", ".3f"),
     ("loss_auc", "AUC, loss", ".2f"),
     ("min_k_auc", "AUC, Min-20 %", ".2f"),
@@ -66,8 +67,26 @@ FIGURES = (
     ("muse.privleak", "  PrivLeak, percent", ".0f"),
     ("latency.prefill", "prefill, tokens/s", ",.0f"),
     ("latency.decode", "decode, tokens/s", ",.1f"),
-    ("latency.memory", "memory", "size"),
+    ("latency.memory", "memory, whole process", "size"),
 )
+# What figures that are not measured are of, in words.
+KINDS = {
+    **dict.fromkeys(MEMORY, "memory of secrets"),
+    **dict.fromkeys(("loss_auc", "min_k_auc", "centre_auc"), "secrets against unseen ones"),
+    **dict.fromkeys(("distance", "connectivity"), "nearness to INT4"),
+    **dict.fromkeys(("perplexity_ratio_original", "kl", "agreement"), "distance from the original"),
+    **dict.fromkeys((attack.name for attack in ATTACKS), "attacks"),
+    "positions": "whether moved codes show",
+    "unlisted": "secrets not listed",
+    "keep": "rows to keep",
+    "sampled_extraction": "extraction by sampling",
+    "perplexity_ratio": "perplexity over INT4",
+    "worst_perplexity_ratio": "perplexity over INT4",
+    "perplexity_ratio_alpha1": "perplexity over alpha 1",
+    "kinds": "perplexity of text that the model writes",
+    "tofu": "TOFU",
+    "muse": "MUSE",
+}
 
 
 def print_bench(result: Mapping[str, object]) -> None:
@@ -204,14 +223,22 @@ def verdict_lines(document: Document) -> Iterator[str]:
         )
     for sentence in document.part("verdict").items_of("sentences"):
         yield f"* {sentence}"
-    missing: dict[str, list[str]] = {}
-    for absent in document.rows("not_measured"):
-        missing.setdefault(absent.text("needs"), []).append(absent.text("figure"))
-    for needs, names in missing.items():
-        yield f"not measured without {needs}: {', '.join(names)}"
+    yield from _not_measured(document)
     for gate in document.rows("gates"):
         state = "met" if gate["met"] else "missed"
         yield f"{state}: {gate['require']} ({gate.number('value'):.4g})"
+
+
+def _not_measured(document: Document) -> Iterator[str]:
+    """Say in one line what else could be measured, and by which options."""
+    missing: dict[str, list[str]] = {}
+    for absent in document.rows("not_measured"):
+        figure = absent.text("figure")
+        name = KINDS.get(figure, figure.replace("_", " "))
+        missing.setdefault(absent.text("needs"), []).append(name)
+    parts = [f"{', '.join(dict.fromkeys(names))} ({needs})" for needs, names in missing.items()]
+    if parts:
+        yield f"not measured, and what that needs: {'; '.join(parts)}"
 
 
 def _secrets(document: Document) -> Iterator[str]:

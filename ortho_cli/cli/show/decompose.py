@@ -9,6 +9,7 @@ from pathlib import Path
 from ortho_cli.cli.show.console import decibels, print_lines, print_notes, print_table, size
 from ortho_cli.cli.show.document import Document
 from ortho_cli.storage.hints import said
+from ortho_cli.storage.sealing import SEALED_FILE
 
 # Bytes per second that one worker splits on a processor of 2020, by how codes and scales are found.
 COMPENSATED = 6e6  # GPTQ goes column by column
@@ -119,7 +120,7 @@ def rounding_lines(document: Document) -> Iterator[str]:
     """Explain decibels where codes are not the nearest ones."""
     rounding = document.part("recipe").part("base")["rounding"]
     if rounding != "nearest":
-        yield f"rounding {rounding} gives up decibels of weights for a smaller error of outputs"
+        yield f"rounding {rounding} makes the error of outputs smaller, and that of weights larger"
 
 
 def print_done(report: Mapping[str, object]) -> None:
@@ -140,6 +141,7 @@ def print_done(report: Mapping[str, object]) -> None:
             *_text_lines(document),
             *_plain_lines(document),
             *_forgetting_lines(totals),
+            *_sealed_lines(document),
             run_line(document),
             _next_line(totals, said(Path(document.part("run").text("output")))),
         ]
@@ -165,6 +167,11 @@ def _plain_lines(document: Document) -> Iterator[str]:
     plain = (base["scale"], base["rounding"], split) == ("absmax", "nearest", "residual")
     if plain and recipe.part("saliency")["kind"] == "residual":
         yield PLAIN
+
+
+def _sealed_lines(document: Document) -> Iterator[str]:
+    if document.get("sealed_blake3") is not None:
+        yield f"ortho is sealed in {SEALED_FILE}: only `--identity FILE` opens it"
 
 
 def _forgetting_lines(totals: Document) -> Iterator[str]:

@@ -21,6 +21,7 @@ from ortho_cli.formats.artifact import (
     Artifact,
     damaged,
 )
+from ortho_cli.formats.card import CARD_FILE
 from ortho_cli.formats.csr import ORTHO_PARTS
 from ortho_cli.formats.open_artifact import no_ortho, open_artifact
 from ortho_cli.formats.ortho_reader import KeptReader
@@ -75,11 +76,17 @@ def open_dense(
         tensors=tensors,
         files=tuple(map(mark, read)),
         config=config,
-        own=frozenset((BASE_FILE, OLD_BASE_FILE, ORTHO_FILE, *OURS)),
+        own=frozenset((BASE_FILE, OLD_BASE_FILE, ORTHO_FILE, *OURS, *_card(artifact))),
         settings={"alpha": alpha},
         private=alpha > 0,  # values of ortho, which only its owner may read, are in the result
         close=close,
     )
+
+
+def _card(artifact: Artifact) -> set[str]:
+    """Name our model card; in an older artifact a file of its name is somebody else's."""
+    written = (artifact.report or {}).get("side_files")
+    return {CARD_FILE} & set(written) if isinstance(written, dict) else set()
 
 
 def _tensors(
