@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +30,13 @@ from torch import Tensor
 
 from ortho_cli.decompose.edits import Edit, Edits, Key, load_arrays, save_arrays
 from ortho_cli.events import EventSink, Step
-from ortho_cli.forget.grid import Grid
+from ortho_cli.forget.grid import Grid, Pair
 from ortho_cli.forget.ranks import Ranking, goal_ranks, rank_secret, towards
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.split.quantize import code_range
 
 CONTRAST = 2  # alternatives per secret whose likelihood a move should keep
+HOLD = 0.5  # weight of alternatives that are less likely than where the work began
 PATIENCE = 6  # rounds without progress, after which the best round so far is taken
 SAVE_SECONDS = 30.0  # from one save to the next: a kill costs at most this and one round
 
@@ -82,7 +83,7 @@ def isolate(
     most = max(1, allowed // 64)
     size = max(1, most // 4)
     found = [rank_secret(grid, secret, telling) for secret in secrets]
-    goals = _open_goals(secrets, found, seed)
+    goals, start = _open_goals(secrets, found, seed), found
     found = best = list(map(towards, found, map(goals.get, secrets), secrets))
     kept: Edits = grid.edits()
     waited, first, saved = 0, 0, time.monotonic()
@@ -107,7 +108,10 @@ def isolate(
             break
         before, draw = found, random.Random(f"{seed} {number}")
         now = min(size, budget - moved)
-        step_round(grid, signs, fisher, floor, room, now, PROPOSE[fill], draw)
+        terms = [
+            term for one in zip(secrets, found, start, strict=True) for term in _terms(*one, draw)
+        ]
+        step_round(grid, terms, fisher, floor, room, now, PROPOSE[fill])
         found = [rank_secret(grid, secret, telling, goals.get(secret)) for secret in secrets]
         crossed = any(a.sign * b.sign < 0 for a, b in zip(before, found, strict=True))
         size = max(1, size // 2) if crossed else min(most, size + max(1, size // 2))
@@ -184,22 +188,32 @@ def _left(found: Sequence[Ranking]) -> tuple[int, float]:
     return sum(at.sign != 0 for at in found), off
 
 
+def _terms(
+    secret: TokenSecret, now: Ranking, start: Ranking, draw: random.Random
+) -> Iterator[tuple[Pair, float]]:
+    """Give the NLLs whose sum is to rise, with their weights; none for a secret at its rank."""
+    if not now.sign:
+        return
+    yield (secret.prompt, secret.secret), now.sign
+    count = len(secret.alternatives)
+    drawn = draw.sample(range(count), min(CONTRAST, count))
+    for number in drawn:
+        lost = number < len(now.others) and now.others[number] > start.others[number]
+        weight = -(now.sign + HOLD * lost) / len(drawn)
+        yield (secret.prompt, secret.alternatives[number]), weight
+
+
 def step_round(
     grid: Grid,
-    signs: dict[TokenSecret, float],
+    terms: Sequence[tuple[Pair, float]],
     fisher: dict[str, Tensor],
     floor: float,
     room: dict[str, int],
     size: int,
     propose: Callable[[Tensor, Tensor, Tensor, int, int], Tensor],
-    draw: random.Random,
 ) -> None:
     """Move the `size` codes with the largest gain / damage; `floor` is the mean damage."""
-    pairs = [((s.prompt, s.secret), sign) for s, sign in signs.items()]
-    for secret, sign in signs.items():
-        others = draw.sample(secret.alternatives, min(CONTRAST, len(secret.alternatives)))
-        pairs += [((secret.prompt, other), -sign / len(others)) for other in others]
-    gradients = grid.gradient(pairs)
+    gradients = grid.gradient(terms)
     names = sorted(gradients)
     best: list[Tensor] = []
     places: list[Tensor] = []

@@ -32,7 +32,7 @@ NEAR = 0.07  # of a rank from its goal: one rank of 16; at 0.12 most of a set en
 class Ranking:
     """Rank of a secret among its alternatives, the share that is likelier, and NLLs in nats.
 
-    `alternatives` is their mean, `lowest` the likeliest one's.
+    `alternatives` is their mean, `lowest` the likeliest one's, `others` has each.
     """
 
     rank: float
@@ -40,6 +40,7 @@ class Ranking:
     alternatives: float
     lowest: float
     between: tuple[float, float] = (LOW, HIGH)
+    others: tuple[float, ...] = ()
 
     @property
     def sign(self) -> float:
@@ -89,6 +90,7 @@ def rank_among(nll: float, alternatives: Sequence[float], telling: float) -> Ran
         nll=nll,
         alternatives=sum(others) / len(others),
         lowest=min(others),
+        others=tuple(others),
     )
 
 
