@@ -32,6 +32,7 @@ CONTEXT = 512  # or as many tokens as the model takes
 
 
 RECIPE = ("--recipe", "capability")
+WITHOUT_DATA = ("int4", "default")  # recipes that need no statistics
 LEFT = ("base.alone=false",)
 TUNED = "capability-tuned"
 CSR = ("ortho.layout=csr", "ortho.values=source")
@@ -49,8 +50,10 @@ class Way:
 
 
 OURS = (
-    Way("INT4 alone, absmax", ("ortho.density=0",), recipe="int4", alpha=0),
-    Way("0.45 % by size", ("ortho.density=0.0045",), recipe="int4"),
+    Way("int4, density 0", ("ortho.density=0",), recipe="int4", alpha=0),
+    Way("int4, 0.45 % by size", ("ortho.density=0.0045",), recipe="int4"),
+    Way("default, 0.45 % by what the model writes", recipe="default"),
+    Way("default, base alone", recipe="default", alpha=0),
     Way("0.45 % by curvature, scales too", ("ortho.density=0.0045",), recipe="curvature"),
     Way("that, base alone", ("ortho.density=0.0045",), recipe="curvature", alpha=0),
     Way("0.45 %, not `base.alone`", (*LEFT, "ortho.density=0.0045"), recipe="curvature"),
@@ -172,7 +175,7 @@ def make(
         shutil.rmtree(folder, ignore_errors=True)
     options: list[object] = [word for one in way.sets for word in ("--set", one)]
     options += ["--recipe", way.recipe]
-    if way.recipe != "int4":
+    if way.recipe not in WITHOUT_DATA:
         options += ["--stats", stats]
     if way.target_bits:
         options += ["--target-bits", way.target_bits]
@@ -224,12 +227,11 @@ def main() -> None:
             show(told["name"], told["bits"], told["seconds"], told["peak_rss_bytes"], folder)
     if chosen.only == "peers":
         return
-    stats = chosen.stats
-    if stats is None:
+    ways = [way for way in OURS if not chosen.ways or chosen.ways in way.name]
+    stats = chosen.stats or chosen.work / "stats.safetensors"
+    if chosen.stats is None and any(way.recipe not in WITHOUT_DATA for way in ways):
         stats = calibrated(model, train, chosen.samples, judge.context, chosen.work)
-    for way in OURS:
-        if chosen.ways and chosen.ways not in way.name:
-            continue
+    for way in ways:
         if "base.group_size=192" in way.sets and judge.model.config.hidden_size % 192:
             continue
         sequences = chosen.samples, judge.context

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from ortho_cli.decompose.plan import available_memory
 from ortho_cli.decompose.settings import Recipe
-from ortho_cli.errors import CalibrationError, OrthoError
+from ortho_cli.errors import CalibrationError, CheckpointError, OrthoError
 from ortho_cli.events import EventSink, null_sink
-from ortho_cli.formats.artifact import canonical_json
 from ortho_cli.formats.statistics import Statistics, check_model, is_statistics, open_statistics
+from ortho_cli.storage import strict_json
 from ortho_cli.storage.checkpoint import Checkpoint
 from ortho_cli.storage.job import Target
 from ortho_cli.storage.work_folder import work_folder
@@ -104,10 +104,13 @@ def _is_made(file: Path, checkpoint: Checkpoint, recipe: Recipe) -> bool:
         return False
     try:
         found = open_statistics(file)
-        same = found.shard.metadata.get("recipe") == canonical_json(recipe.calibrate.canonical())
+        told = strict_json.parse(found.shard.metadata["recipe"].encode(), what="recipe", hint="")
+        wanted = recipe.calibrate.canonical()
+        # The file says of `autocast: auto` what that meant here.
+        same = told | {"autocast": None} == wanted | {"autocast": None}
         measured = [tensor for tensor in checkpoint.tensors if tensor.name in found.tensors]
         check_model(found, checkpoint, measured)
-    except CalibrationError:
+    except (CalibrationError, CheckpointError, KeyError):
         return False
     return same
 

@@ -110,4 +110,4 @@ def calibrate(
             sink(note)
         calibration = run(plan, checkpoint, target, device=device, on_event=sink)
     document = calibration.to_json() | {"run": run_facts(out, began)}
-    output.show(document, print_calibrated)
+    output.show(document, print_calibrated, source=str(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -147,6 +148,7 @@ def _show_plan(
     """Show what would be split of a checkpoint."""
     from ortho_cli.cli.show.inspect import print_plan_csv
     from ortho_cli.decompose.plan import check_statistics
+    from ortho_cli.storage.hints import said
 
     if top is not None and path.exists():
         raise UsageError(
@@ -159,7 +161,10 @@ def _show_plan(
     if output.as_csv:
         print_plan_csv(settled_plan.to_json())
     else:
-        output.show_plan(settled_plan, path)
+        asked = [f"--stats {said(stats)}"] if stats else []
+        asked += [f"--recipe {shlex.quote(recipe)}"] if recipe else []
+        asked += [f"--set {shlex.quote(one)}" for one in sets or ()]
+        output.show_plan(settled_plan, path, then=" ".join(["ortho decompose", said(path), *asked]))
 
 
 def _show_artifact(

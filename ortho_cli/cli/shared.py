@@ -68,12 +68,14 @@ class Output:
                 hint=f"`ortho inspect {done}` says what it holds",
             ) from error
 
-    def show_plan(self, plan: Plan, model: Path, *, notes: Iterable[str] = ()) -> None:
-        """Print a plan that is not carried out, and more notes."""
+    def show_plan(
+        self, plan: Plan, model: Path, *, notes: Iterable[str] = (), then: str = ""
+    ) -> None:
+        """Print a plan that is not carried out, more notes, and the command that comes next."""
         from ortho_cli.cli.show.decompose import print_plan
 
         document = plan.to_json() | {"notes": [*plan.notes, *plan.side.notes, *notes]}
-        self.show(document, print_plan, source=str(model))
+        self.show(document, print_plan, source=str(model), then=then)
 
     def write_page(self, path: Path, content: bytes) -> None:
         """Write a page of HTML, and say so."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from ortho_cli.cli.show.console import print_lines, print_notes, size
 from ortho_cli.cli.show.decompose import run_line
 from ortho_cli.cli.show.document import Document
+from ortho_cli.storage.hints import said
 
 
 def gram_words(settings: Document) -> str:
@@ -32,8 +34,8 @@ def print_calibration_plan(plan: Mapping[str, object], *, source: str) -> None:
     print_notes(*document.items_of("notes"))
 
 
-def print_calibrated(statistics: Mapping[str, object]) -> None:
-    """Print what a finished calibration measured."""
+def print_calibrated(statistics: Mapping[str, object], *, source: str) -> None:
+    """Print what a finished calibration measured, and the command that takes it up."""
     document = Document(statistics)
     perplexity = document.part("perplexity")
     values = (f"{perplexity.number(name):,.2f} on {name}" for name in perplexity)
@@ -43,10 +45,21 @@ def print_calibrated(statistics: Mapping[str, object]) -> None:
         *_data_lines(document),
         *(["perplexity " + ", ".join(values)] if perplexity else []),
         run_line(document),
+        f"next: `ortho decompose {said(Path(source))} --stats "
+        f"{said(Path(document.part('run').text('output')))} --recipe {_recipe_for(document)}`",
     ]
     if "forget" in document.part("data"):
         lines.insert(1, "as sensitive as the forget set itself: readable by its owner only")
     print_lines(lines)
+
+
+def _recipe_for(document: Document) -> str:
+    """Name the recipe that makes the most of statistics."""
+    if "forget" in document.part("data"):
+        return "forget-unlearn --forget FILE"
+    if document["kind"] == "gram":
+        return "default"
+    return "capability" if document.get("gram") == "full" else "curvature"
 
 
 def made_words(data: Document) -> str:

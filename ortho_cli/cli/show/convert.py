@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from ortho_cli.cli.show.console import print_lines, print_notes, print_table, size
 from ortho_cli.cli.show.decompose import group, run_line
 from ortho_cli.cli.show.document import Document
+from ortho_cli.storage.hints import said
 
 FILES = 8  # files of a plan that are listed by name; a sharded model has hundreds
 
@@ -46,12 +48,14 @@ def print_converted(result: Mapping[str, object]) -> None:
     """Print how much a finished conversion wrote."""
     document = Document(result)
     totals, files = document.part("totals"), len(_weight_files(document))
+    command = "inspect" if document["kind"] == "artifact" else "decompose"
     print_lines(
         [
             f"{document.part('run')['output']}: {totals['tensors']} tensors, "
             f"{totals.number('weights'):,} weights in {files} {'file' if files == 1 else 'files'}, "
             f"{size(totals.number('bytes_written'))}; {totals['cast']} tensors cast",
             run_line(document),
+            f"next: `ortho {command} {said(Path(document.part('run').text('output')))}`",
         ]
     )
 

@@ -23,7 +23,7 @@ LOADING = 5
 PLAIN = "plain INT4, no curvature: KL to the source is about three times that of the default recipe"
 
 
-def print_plan(plan: Mapping[str, object], *, source: str) -> None:
+def print_plan(plan: Mapping[str, object], *, source: str, then: str = "") -> None:
     """Print what would be split, what is copied and why, sizes, memory, and a guess of the time."""
     document = Document(plan)
     totals, tensors = document.part("totals"), document.rows("tensors")
@@ -57,6 +57,7 @@ def print_plan(plan: Mapping[str, object], *, source: str) -> None:
         columns = ("tensor", "count", "shape", "dtype", "share", "because")
         print_table("copied unchanged", columns, rows)
     print_lines(_plan_lines(document, totals, source))
+    print_lines([f"next: `{then}`"] if then else [])
     print_notes(*document.items_of("notes"))
 
 
