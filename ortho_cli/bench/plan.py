@@ -9,7 +9,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-from ortho_cli.bench import figures
+from ortho_cli.bench import attacks, figures
 from ortho_cli.bench.attacks import ATTACKS, LEARNING_RATE
 from ortho_cli.bench.figures import Gate
 from ortho_cli.bench.verdict import KINDS_OF_TEXT
@@ -33,16 +33,15 @@ class Need(NamedTuple):
     inputs: AbstractSet[str] = frozenset()
 
 
-# Words for each input of a figure.
-INPUTS = {
+# Words for each input of a figure that is made of several.
+WORDS = {
     "attack": "--attack",
     "alpha 1": "--alpha 1",
     "ortho": "ortho.safetensors",
     "model": "--model DIR",
-    "public": "--public DIR",
     "forget": "--forget FILE",
     "samples": "--samples N",
-    "data": "--data FILE with running text",
+    **attacks.INPUTS,
 }
 # Every figure of an alpha's row, by its first name.
 NEEDS = {
@@ -229,7 +228,7 @@ def not_measured(settings: Settings, *, ortho: bool) -> dict[str, str]:
 
 def _lacking(need: Need, given: AbstractSet[str]) -> str:
     """Say what is absent of what a figure needs, and nothing of what is there."""
-    absent = [words for name, words in INPUTS.items() if name in need.inputs - given]
+    absent = [words for name, words in WORDS.items() if name in need.inputs - given]
     return need.words if need.inputs.isdisjoint(given) else " and ".join(absent)
 
 

@@ -69,6 +69,7 @@ def source_digest(module: nn.Module) -> str:
     )
 
 
+# Longer than 60 lines: half of it says what each argument is.
 def save_module(
     module: nn.Module,
     folder: Path,

@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = checkpoints.config(**size, kv=64, heads=4) | {"eos_token_id": None}
     (folder / "m" / "config.json").write_text(json.dumps(config))
     checkpoints.save_tokenizer(folder / "m", vocab=96)
-    options = ["-o", str(folder / "out"), "-q", "--set", "ortho.density=0.3"]
+    options = ["-o", str(folder / "out"), "-q", "--recipe", "int4", "--set", "ortho.density=0.3"]
     assert app.run(["decompose", str(folder / "m"), *options]) == 0
     return folder / "out"
 

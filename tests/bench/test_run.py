@@ -50,7 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ortho_cli.cli import app
 
     density = "ortho.density=0.02"
-    assert app.run(["decompose", str(model), "-q", "--set", density]) == 0
+    assert app.run(["decompose", str(model), "-q", "--recipe", "int4", "--set", density]) == 0
     source = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     engine = Engine(source)
     engine.convert()
@@ -326,7 +326,7 @@ def test_without_data_there_is_speed_and_what_is_missing_is_said(run: Callable[.
     assert "1 of 6: speed at alpha 0" in ran.err
     assert "6 of 6: int4" in ran.err
     assert "decode, tokens/s" in ran.out
-    assert "not measured without --forget FILE: extraction" in ran.out
+    assert "not measured, and what that needs: memory of secrets (--forget FILE)" in ran.out
     ran = run("--json", *DATA, "--alpha", 0.5)
     assert set(row(ran.json, "alpha 0.5")) == {
         *("latency", "perplexity", "perplexity_ratio", "skill", "worst_perplexity_ratio", "kinds"),
@@ -355,7 +355,11 @@ def test_without_data_there_is_speed_and_what_is_missing_is_said(run: Callable[.
         ([*FORGET, "--attack", "--alpha", "1"], 2, "alpha 0, which is not measured"),
         (["--nonmember", "{made}/nonmember.jsonl"], 2, "compared with --forget"),
         (["--public", "{made}/pico"], 2, "--public is for attacks"),
-        ([*FORGET, "--attack", "--require", "soup.clamped.exposure@0<=2"], 2, "and --public DIR"),
+        (
+            [*FORGET, "--attack", "--require", "soup.clamped.exposure@0<=2"],
+            2,
+            "it needs --public DIR",
+        ),
         ([*FORGET, "--attack", "--public", "{made}/nothing"], 4, "does not exist"),
         (["--samples", "-1"], 2, "--samples is -1"),
         (["--keep-files", "{made}/kept"], 2, "without ARTIFACT"),

@@ -70,7 +70,12 @@ def test_card_tells_what_the_report_tells_and_its_digest_is_there(
 
 
 @pytest.mark.filterwarnings("ignore")  # other people's deprecations
-def test_the_lines_that_load_it_do(artifact: Path, ortho: Ortho) -> None:
+def test_the_lines_that_load_it_do(pico: Path, ortho: Ortho) -> None:
+    config = json.loads((pico / "config.json").read_text())
+    config["architectures"] = ["LlamaForCausalLM"]
+    (pico / "config.json").write_text(json.dumps(config))
+    assert ortho("decompose", pico, "--recipe", "int4", "-q").code == 0
+    artifact = pico.parent / "pico-ortho"
     card = (artifact / "README.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(snippets) == 2

@@ -154,7 +154,7 @@ def test_planted_weights_secrets_and_strangers_are_in_no_output(
     there = found(tmp_path / "out")
     assert not there & (planted - {"README.md"} | {side_files.README})
     if "README.md" in there:  # the output's own
-        assert (tmp_path / "out" / "README.md").read_bytes().startswith(b"---\ntags:\n- ortho\n")
+        assert (tmp_path / "out" / "README.md").read_bytes().startswith(b"---\n")
     assert "tokenizer.json" in there
     hidden = {".env", ".git/config", "hidden/.ssh/config"}
     assert f"{len(planted - hidden)} files of the source are not copied: `" in ran.err
@@ -461,7 +461,7 @@ def test_a_resumed_run_holds_what_its_own_copy_takes(
     assert "docs/b.md" not in found(out)
     report = json.loads((out / "report.json").read_text())
     assert sorted(report["side_files"]) == [
-        *("a.txt", "additional_chat_templates/tools.jinja", "config.json"),
+        *("README.md", "a.txt", "additional_chat_templates/tools.jinja", "config.json"),
         *("model.safetensors.index.json", "tokenizer.json"),
     ]
     assert "left_out" not in report
@@ -520,7 +520,7 @@ def test_an_artifact_gives_on_its_side_files_and_none_of_its_own(
     assert {"SOURCE_README.md", "LICENSE"} <= found(tmp_path / "dense")
     assert not found(tmp_path / "dense") & {"ortho.safetensors", "report.json", "README.md"}
     assert (tmp_path / "dense" / "SOURCE_README.md").read_text() != "ours"
-    for name in ("README.md", "forget.jsonl", "notes.txt"):
+    for name in ("forget.jsonl", "notes.txt"):
         assert f"`{name}`" in ran.err
     assert "report.json" not in ran.err
     assert ortho("convert", out, "--alpha", "0", "--copy", "ortho.safetensors").code == 2

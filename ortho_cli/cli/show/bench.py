@@ -231,10 +231,11 @@ def verdict_lines(document: Document) -> Iterator[str]:
 
 def _not_measured(document: Document) -> Iterator[str]:
     """Say in one line what else could be measured, and by which options."""
+    labels = {path: label.strip() for path, label, _ in FIGURES}
     missing: dict[str, list[str]] = {}
     for absent in document.rows("not_measured"):
         figure = absent.text("figure")
-        name = KINDS.get(figure, figure.replace("_", " "))
+        name = KINDS.get(figure) or labels.get(figure) or figure.replace("_", " ")
         missing.setdefault(absent.text("needs"), []).append(name)
     parts = [f"{', '.join(dict.fromkeys(names))} ({needs})" for needs, names in missing.items()]
     if parts:
