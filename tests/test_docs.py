@@ -50,7 +50,8 @@ def test_readme_names_every_command_and_no_other() -> None:
 
 
 def test_readme_exit_codes_are_the_classes() -> None:
-    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)}
+    codes = README.partition("\nExit codes: ")[2].partition("\n\n")[0]
+    listed = {int(code) for code in re.findall(r"`(\d+)`", codes)}
     classes = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, Exception)]
     assert listed == {0, *(error.exit_code for error in classes)}
 
@@ -149,7 +150,10 @@ def test_readme_setup_is_two_make_targets_that_exist() -> None:
         "clean",
     ):
         assert f"make {target}" in targets
-    assert COMMANDS[:2] == ["make demo", "make test"]
+    assert [command for command in COMMANDS if command.startswith("make")] == [
+        "make demo",
+        "make test",
+    ]
 
 
 def prepare_forgetting(memorised: Memorised) -> None:
@@ -188,7 +192,7 @@ def test_readme_commands_run_on_the_pico_checkpoint(
     command: str,
 ) -> None:
     monkeypatch.chdir(pico.parent)
-    if "forget.jsonl" in command:
+    if "forget.jsonl" in command or "SmolLM2-split" in command:
         prepare_forgetting(request.getfixturevalue("memorised"))
         if command.startswith("ortho bench"):
             made = "decompose SmolLM2 -o SmolLM2-split --recipe forget-isolate -q"
@@ -203,7 +207,7 @@ def test_readme_commands_run_on_the_pico_checkpoint(
     if "--identity" in command:
         Path("key.txt").write_text(str(key))
         assert ortho("decompose", "SmolLM2", "-q", "--seal-to", key.to_public()).code == 0
-    if "--data" in command:
+    if "--data" in command or command.startswith("ortho calibrate"):
         checkpoints.save_tokenizer(pico, vocab=96)
         Path("train.txt").write_text("A cat, and 2 more of them. " * 3000)
         Path("notes.jsonl").write_text('{"text": "one"}\n{"prompt": "two", "completion": "3"}\n')

@@ -124,7 +124,7 @@ def open_model(speech: Speech) -> tuple[nn.Module, Tokenizer, list[list[int]]]:
     for prompt in speech.prompts:
         tokens = encode_prompt(prompt, tokenizer)
         if not tokens:
-            raise UsageError("a --prompt has no tokens", hint="give the words to go on from")
+            raise UsageError("a --prompt has no tokens", hint="give the words to continue")
         if positions is not None and len(tokens) + speech.tokens > positions:
             raise UsageError(
                 f"a --prompt has {len(tokens)} tokens, {speech.tokens} may follow, and the model "

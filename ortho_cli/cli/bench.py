@@ -19,7 +19,7 @@ SHORT = "Measure quality, memory of secrets and speed per alpha."
 EXAMPLES = """
     ortho bench SmolLM2-ortho --data heldout.txt --model SmolLM2
     ortho bench SmolLM2-ortho --forget forget.jsonl --attack
-    ortho bench SmolLM2-ortho --data heldout.txt --require 'perplexity@1<=20'
+    ortho bench SmolLM2-ortho --prompt "The capital of France is"
 """
 
 
@@ -115,7 +115,7 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="Only show how each alpha goes on from TEXT, side by side, and where they part; "
+            help="Only show how each alpha continues TEXT, side by side, and where they part; "
             "repeatable. It is read as plain text: no chat template is used.",
         ),
     ] = None,

@@ -35,8 +35,9 @@ GROUPS = {
     ),
     "Output": (
         *("out", "force", "dry_run", "copy", "dtype", "shard_size", "accept_damage"),
-        *("require", "csv", "keep_files"),
+        *("require", "csv", "as_csv", "top", "html", "keep_files"),
     ),
+    "Continuations": ("prompts", "prompt", "max_new_tokens", "temperature"),
     "Sealing": ("seal_to", "seal_passphrase_file", "identity"),
     "Machine": ("workers", "device", "autocast"),
     "General": (

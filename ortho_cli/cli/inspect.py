@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SHORT = "Show a plan of a checkpoint, an artifact, or statistics."
 EXAMPLES = """
     ortho inspect SmolLM2 --recipe int4-mse
-    ortho inspect SmolLM2-ortho
+    ortho inspect SmolLM2-ortho SmolLM2
     ortho inspect SmolLM2-ortho --verify --expect-source SmolLM2
 """
 
