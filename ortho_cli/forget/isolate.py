@@ -1,7 +1,8 @@
 """isolate: forget secrets by few codes, those with the largest gain per damage to retained text.
 
 Each round measures the model on the grid of codes that is written. g is the gradient of
-sum_s sign_s (NLL_s - mean NLL of alternatives of s). d is the move of a code from its present
+sum_s sign_s (NLL_s - mean NLL of alternatives of s) - HOLD (mean NLL of those alternatives that are
+less likely than where the work began). d is the move of a code from its present
 place, and D its distance from the nearest code of the source's weight, both in units of weights:
 
     gain = g d      damage = D^2 F + the mean of that over all weights

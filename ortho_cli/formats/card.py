@@ -23,6 +23,7 @@ INHERITED = (
     "license", "license_name", "license_link", "language", "pipeline_tag", "datasets", "base_model",
     "tags",
 )  # fmt: skip
+NEARLY_EXACT = 90.0  # decibels; float32 sums of so small an error have few digits
 FRONT_BYTES = 1 << 16  # of a front matter: the longest on the Hub, with evaluations, have 30 kB
 LONGEST, MOST = 300, 200  # characters of a value and values of a list: languages of NLLB are 200
 
@@ -203,7 +204,10 @@ def _measured(facts: Facts) -> Iterator[str]:
 
 
 def _decibels(value: float | None) -> str:
-    return "exact" if value is None else f"{value:.2f}"
+    if value is None:
+        return "exact"
+    # The last digits of so small an error depend on the kernel, and the card's bytes must not.
+    return f"{value:.1f}" if value < NEARLY_EXACT else f"above {NEARLY_EXACT:.0f}"
 
 
 def _forgetting(facts: Facts) -> Iterator[str]:

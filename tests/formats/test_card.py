@@ -58,7 +58,7 @@ def test_card_tells_what_the_report_tells_and_its_digest_is_there(
     for figure in ("split_bits_per_weight_base", "split_bits_per_weight", "bits_per_weight"):
         assert f"| {totals[figure]:.2f} |" in card, figure
     noise = (totals["sqnr_db_alpha_0"], totals["sqnr_db_alpha_1"])
-    assert f"(SQNR), dB | {noise[0]:.2f} | {noise[1]:.2f} |" in card
+    assert f"(SQNR), dB | {noise[0]:.1f} | {noise[1]:.1f} |" in card
     assert f"{totals['nnz']:,} weights" in card
     assert json.loads(card.split("```json\n")[1].split("```")[0]) == report["recipe"]
     assert "README.md" in report["side_files"]

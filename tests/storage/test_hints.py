@@ -224,7 +224,7 @@ def test_way_out_of_what_the_system_says_reaches_every_error(number: int, hint: 
     assert hint in way_out(error, "nothing")
     assert hint in str(unreadable(Path("/x"), error, kind=CheckpointError, hint="no").hint)
     assert hint in str(unwritable(Path("/x"), error).hint)
-    failure = boundary._as_ortho_error(error)
+    failure = boundary._as_ortho_error(error, (), {})
     assert isinstance(failure, ResourceError)
     assert hint in str(failure.hint)
 
