@@ -327,6 +327,7 @@ CASES = (
     calibrate("gram", "--recipe", "capability"),
     *BASIC,
     *(variant for case in BASIC for variant in variants(case)),
+    recipe("odd", "default", "--stats", "@odd-inputs"),
     recipe("odd", "attention", portable=True),
     recipe("odd", "forget-reference", "--reference", "@odd-before", portable=True),
     recipe("odd", "capability", *GRAM),

@@ -25,7 +25,7 @@ from ortho_cli.events import EventSink, Finishing, Noted, null_sink
 from ortho_cli.forget import cost, damage
 from ortho_cli.forget.grid import Grid
 from ortho_cli.forget.held import Kind, broad_fisher, gather
-from ortho_cli.forget.isolate import isolate
+from ortho_cli.forget.isolate import HOLD, isolate
 from ortho_cli.forget.ranks import PROBES, Ranking, rank_all
 from ortho_cli.forget.unlearn import ALTERNATIVES, unlearn
 from ortho_cli.formats.statistics import StatisticsReader
@@ -177,6 +177,8 @@ class ForgetEditor:
             fill=settings.fill,
             seed=settings.seed,
             on_event=on_event,
+            # unlearn holds alternatives itself, and leaves a few secrets off their rank.
+            hold=0.0 if self.plan.recipe.ortho.split == "unlearn" else HOLD,
             state=folder / ISOLATE_FILE,
             key=key,
         )

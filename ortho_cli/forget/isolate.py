@@ -37,7 +37,7 @@ from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.split.quantize import code_range
 
 CONTRAST = 2  # alternatives per secret whose likelihood a move should keep
-HOLD = 0.5  # weight of alternatives that are less likely than where the work began
+HOLD = 0.5  # of alternatives that are less likely than where the work began; 1 converges worse
 PATIENCE = 6  # rounds without progress, after which the best round so far is taken
 SAVE_SECONDS = 30.0  # from one save to the next: a kill costs at most this and one round
 
@@ -55,6 +55,7 @@ def isolate(
     fill: str,
     seed: int,
     on_event: EventSink,
+    hold: float = HOLD,
     state: Path | None = None,
     key: Key | None = None,
 ) -> list[Ranking]:
@@ -73,6 +74,7 @@ def isolate(
         fill: new code: step (the next one up or down), zero, or mean (of the group).
         seed: draws ranks of secrets, and the alternatives of each round.
         on_event: gets each round.
+        hold: weight of alternatives that are less likely than where the work began.
         state: file of unfinished work, for its owner alone.
         key: seals that file.
     Returns:
@@ -110,7 +112,9 @@ def isolate(
         before, draw = found, random.Random(f"{seed} {number}")
         now = min(size, budget - moved)
         terms = [
-            term for one in zip(secrets, found, start, strict=True) for term in _terms(*one, draw)
+            term
+            for one in zip(secrets, found, start, strict=True)
+            for term in _terms(*one, hold, draw)
         ]
         step_round(grid, terms, fisher, floor, room, now, PROPOSE[fill])
         found = [rank_secret(grid, secret, telling, goals.get(secret)) for secret in secrets]
@@ -190,7 +194,7 @@ def _left(found: Sequence[Ranking]) -> tuple[int, float]:
 
 
 def _terms(
-    secret: TokenSecret, now: Ranking, start: Ranking, draw: random.Random
+    secret: TokenSecret, now: Ranking, start: Ranking, hold: float, draw: random.Random
 ) -> Iterator[tuple[Pair, float]]:
     """Give the NLLs whose sum is to rise, with their weights; none for a secret at its rank."""
     if not now.sign:
@@ -200,7 +204,7 @@ def _terms(
     drawn = draw.sample(range(count), min(CONTRAST, count))
     for number in drawn:
         lost = number < len(now.others) and now.others[number] > start.others[number]
-        weight = -(now.sign + HOLD * lost) / len(drawn)
+        weight = -(now.sign + hold * lost) / len(drawn)
         yield (secret.prompt, secret.alternatives[number]), weight
 
 

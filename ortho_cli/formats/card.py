@@ -90,7 +90,7 @@ def read_front_matter(card: bytes) -> tuple[dict[str, Words], bool]:
 
     try:
         # Every scalar stays the text that it is, and no tag is obeyed.
-        data = yaml.load(found[1] or "", Loader=yaml.BaseLoader)  # noqa: S506
+        data = yaml.BaseLoader(found[1] or "").get_single_data()
     except (yaml.YAMLError, RecursionError, ValueError):
         return {}, False
     if not isinstance(data, dict):
