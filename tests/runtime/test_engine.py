@@ -389,7 +389,7 @@ def test_load_equals_transformers_at_0_and_patched_weights_at_1(
     import transformers
 
     source = llama(tmp_path / "m", tied=tied)
-    ortho("decompose", tmp_path / "m", "-q", "--set", "ortho.density=0.05")
+    ortho("decompose", tmp_path / "m", "--recipe", "int4", "-q", "--set", "ortho.density=0.05")
     out = tmp_path / "m-ortho"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     ours = ortho_cli.load(out, alpha=0.0)
