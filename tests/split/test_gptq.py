@@ -155,10 +155,10 @@ def test_decompose_writes_compensated_codes(
     sets = (*GPTQ, "--set", f"base.scale={scale}", "--set", "ortho.density=0.02")
     told = ortho("decompose", pico, "-o", out, "--stats", stats, *sets)
     assert told.code == 0
-    assert "rounding gptq gives up decibels of weights" in told.out
+    assert "rounding gptq makes the error of outputs smaller" in told.out
     told = ortho("inspect", out, "--verify")
     assert told.code == 0
-    assert "rounding gptq gives up decibels of weights" in told.out
+    assert "rounding gptq makes the error of outputs smaller" in told.out
     streams = load_file(out / "model.safetensors") | load_file(out / "ortho.safetensors")
     grams = load_file(stats)
     for module in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.k_proj"):
