@@ -189,7 +189,8 @@ def _to_make(folder: Path, settings: Calibrate, on_event: EventSink) -> DataSet:
     except CheckpointError as error:
         models.check_folder(folder)  # the folder of a model without a tokenizer
         written_by = "random"
-        told = f"{error.message}: it reads {what} random tokens instead"
+        without = error.message.partition(": ")[0]  # transformers' own words tell a user nothing
+        told = f"{without}, so it reads {what} random tokens"
     on_event(Noted(message=f"no --data: {told}, seed {settings.seed}"))
     blank = TokenSequence(tokens=(0,) * settings.length)
     return DataSet(

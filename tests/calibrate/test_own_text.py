@@ -82,7 +82,7 @@ def test_inputs_measured_are_those_of_the_text(
     out = model.parent / "s"
     said = ortho("calibrate", model, "--recipe", "default", "-o", out)
     assert said.code == 0, said.err
-    assert ("random tokens instead" in said.err) is not tokenizer
+    assert ("32 random tokens" in said.err) is not tokenizer
     assert open_statistics(out).data["retain"].written_by == ("model" if tokenizer else "random")
     live = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     size: Any = {"count": 64, "length": 32, "seed": 0}
