@@ -121,9 +121,10 @@ def test_wrong_paraphrases_are_refused_without_their_text(
 ) -> None:
     with pytest.raises(CalibrationError, match=said) as error:
         read_secrets([write(tmp_path, value)])
-    assert "line 1" in str(error.value)
-    assert "words" not in str(error.value).replace("in other words", "")
-    assert "w1" not in str(error.value)
+    told = str(error.value).replace(str(tmp_path), "")  # which may have `w1` in it
+    assert "line 1" in told
+    assert "words" not in told.replace("in other words", "")
+    assert "w1" not in told
 
 
 @pytest.mark.parametrize(
