@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -160,6 +161,21 @@ def pico_tensors() -> dict[str, torch.Tensor]:
 def pico(tmp_path: Path, pico_tensors: dict[str, torch.Tensor]) -> Path:
     """A model folder: weights, config, tokenizer, a nested file."""
     return save_pico(tmp_path / "pico", pico_tensors)
+
+
+def read_terminal(hers: int, mine: int, command: Sequence[str], **options: Any) -> bytes:
+    """Run a command on a terminal (both ends of it are closed here); give all that it shows."""
+    said = b""
+    with subprocess.Popen(command, **options) as process:
+        os.close(mine)
+        try:
+            while piece := os.read(hers, 4096):
+                said += piece
+        except OSError:  # the end, on Linux
+            pass
+    os.close(hers)
+    assert process.returncode == 0, said
+    return said
 
 
 def save_pico(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:

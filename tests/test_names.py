@@ -12,7 +12,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
-from conftest import Ortho, Ran
+from conftest import Ortho, Ran, read_terminal
 from safetensors.torch import save_file
 
 from ortho_cli.cli.show.console import LONGEST, visible
@@ -143,17 +143,7 @@ def test_names_that_are_no_text_are_carried_over(hostile: Path, ortho: Ortho) ->
 def on_a_terminal(*command: str) -> bytes:
     """Run a command whose stdout and stderr are a terminal; give all that it prints."""
     hers, mine = pty.openpty()
-    with subprocess.Popen([sys.executable, *command], stdout=mine, stderr=mine) as process:
-        os.close(mine)
-        said = b""
-        try:
-            while piece := os.read(hers, 4096):
-                said += piece
-        except OSError:  # the end, on Linux
-            pass
-    os.close(hers)
-    assert process.returncode == 0, said
-    return said
+    return read_terminal(hers, mine, [sys.executable, *command], stdout=mine, stderr=mine)
 
 
 BAR = """

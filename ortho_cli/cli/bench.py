@@ -15,6 +15,7 @@ from ortho_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from ortho_cli.bench.prompt import Speech
+
 SHORT = "Measure quality, memory of secrets and speed per alpha."
 EXAMPLES = """
     ortho bench SmolLM2-ortho --data heldout.txt --model SmolLM2
@@ -219,7 +220,10 @@ def bench(
             "--keep-files is for a bench without ARTIFACT", hint="leave one of them out"
         )
     check_csv(csv)
-    _check_page(html, force=force)
+    if html:
+        from ortho_cli.cli.show.page import check_page
+
+        check_page(html, force=force)
     began = time.perf_counter()
     with output.progress("bench") as sink:
         if artifact is None:
@@ -236,16 +240,6 @@ def bench(
         output.write_page(html, _make_page(document, artifact, identity))
     output.show(document, print_bench)
     enforce(report.gates, report.verdict)
-
-
-def _check_page(html: Path | None, *, force: bool) -> None:
-    """Refuse a page that could not be written, before minutes of measuring."""
-    if html:
-        from ortho_cli.cli.show.page import check_page
-        from ortho_cli.cli.show.plots import check_matplotlib
-
-        check_page(html, force=force)
-        check_matplotlib()
 
 
 def _make_page(

@@ -183,10 +183,6 @@ def _show_artifact(
     from ortho_cli.formats.open_artifact import open_artifact
     from ortho_cli.storage.sealing import read_keys
 
-    if html:
-        from ortho_cli.cli.show.plots import check_matplotlib
-
-        check_matplotlib()
     artifact = open_artifact(path if path.is_dir() else path.parent, read_keys(identity))
     document = reading.describe(artifact)
     source = None

@@ -18,7 +18,7 @@ from typing import Any
 import checkpoints
 import pytest
 import torch
-from conftest import Ortho
+from conftest import Ortho, read_terminal
 from safetensors.torch import save_file
 
 from ortho_cli.cli.show.console import csv_text, shorten
@@ -43,18 +43,12 @@ def on_a_terminal(columns: int, *words: object) -> str:
     ioctl(mine, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     own = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
     command = [sys.executable, "-m", "ortho_cli", *map(str, words)]
-    said = b""
-    with subprocess.Popen(
-        command, stdout=mine, stderr=subprocess.DEVNULL, env={**own, "TERM": "xterm"}
-    ) as process:
-        os.close(mine)
-        try:
-            while piece := os.read(hers, 4096):
-                said += piece
-        except OSError:  # the end, on Linux
-            pass
-    os.close(hers)
-    assert process.returncode == 0, said
+    options: dict[str, Any] = {
+        "stdout": mine,
+        "stderr": subprocess.DEVNULL,
+        "env": {**own, "TERM": "xterm"},
+    }
+    said = read_terminal(hers, mine, command, **options)
     return re.sub(r"\x1b\[\d*m|\r", "", said.decode())
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ortho_cli.cli.show.console import visible
-from ortho_cli.cli.show.plots import STEPS
+from ortho_cli.cli.show.plots import STEPS, check_matplotlib
 from ortho_cli.errors import OutputExistsError, UsageError
 from ortho_cli.storage.work_folder import write_whole
 
@@ -154,10 +154,11 @@ def check_page(path: Path | None, *, force: bool) -> None:
 
     Raises:
         OutputExistsError: something is there that is no page, or a page without --force.
-        UsageError: there is no such folder.
+        UsageError: there is no such folder, or nothing to draw plots with.
     """
     if path is None:
         return
+    check_matplotlib()
     if not path.parent.is_dir():
         raise UsageError(f"--html `{path}` has no folder to be in", hint="make it first")
     if not path.exists():

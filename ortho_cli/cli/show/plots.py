@@ -331,16 +331,23 @@ def _draw_levels(axes: Axes, levels: Sequence[tuple[str, float]]) -> None:
         else:
             groups.append(([visible(name)], level))
     for names, level in groups:
-        axes.annotate(
-            "\n".join(names),
-            (1.0, level),
-            xycoords=("axes fraction", "data"),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8.0,
-            color=MUTED,
-        )
+        _write_beside(axes, "\n".join(names), level, gap=5, size=8.0, ink=MUTED)
+
+
+def _write_beside(
+    axes: Axes, text: str, level: float, *, gap: float, size: float, ink: str
+) -> None:
+    """Write at the right of axes, so many points from them, at a level of their data."""
+    axes.annotate(
+        text,
+        (1.0, level),
+        xycoords=("axes fraction", "data"),
+        xytext=(gap, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=size,
+        color=ink,
+    )
 
 
 def _formatter(form: str) -> FuncFormatter:
@@ -391,16 +398,8 @@ def _draw_dots(axes: Axes, names: Sequence[str], column: Dots, strong: Sequence[
             axes.plot(ends, [down, down], color=ink, linewidth=1.4, solid_capstyle="butt")
         marker = "o" if value <= most else ">"
         axes.plot([min(value, most)], [down], color=ink, marker=marker, markersize=6)
-        axes.annotate(
-            format(value, column.form),
-            (1.0, down),
-            xycoords=("axes fraction", "data"),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9.0,
-            color=INK if name in strong else MUTED,
-        )
+        text = format(value, column.form)
+        _write_beside(axes, text, down, gap=8, size=9.0, ink=INK if name in strong else MUTED)
     if column.threshold is not None:
         word, at = column.threshold
         axes.axvline(at, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
