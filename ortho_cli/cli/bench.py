@@ -169,7 +169,7 @@ def bench(
             "--data": data, "--forget": forget, "--nonmember": nonmember, "--unlisted": unlisted,
             "--keep": keep, "--suite": suite, "--model": model, "--public": public, "--csv": csv,
             "--reference-model": reference_model, "--controls": controls, "--attack": attack,
-            "--samples": samples, "--require": require, "--keep-files": keep_files,
+            "--samples": samples, "--require": require, "--keep-files": keep_files, "--html": html,
         }  # fmt: skip
         _refuse(measuring, "measures, and --prompt only shows what is said")
         if artifact is None:

@@ -245,6 +245,7 @@ def test_the_command_prints_on_stdout_and_json_is_one_document(made: Path, ortho
         (["--prompt", "a", "--max-new-tokens", "600"], 2, "512 positions"),
         (["--prompt", ""], 2, "no tokens"),
         (["--temperature", "0"], 2, "--temperature is for --prompt"),
+        (["--prompt", "a", "--html", "p.html"], 2, "--html measures"),
     ],
 )
 def test_refusals(made: Path, ortho: Ortho, options: list[str], code: int, words: str) -> None:
