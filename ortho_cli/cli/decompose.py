@@ -152,8 +152,9 @@ def decompose(
     Without --recipe, --stats, --data and --forget the model first writes 2,048 tokens, on which it
     is measured which weights matter: that takes seconds, and five bytes of memory per weight. Where
     it cannot (a bare file, no causal language model, too little memory), a note says so, and the
-    recipe is int4, which needs about 70 MB beside the runtime for a model of any size. A killed or
-    interrupted run resumes when the same command is given again.
+    recipe is int4, which needs about 70 MB beside the runtime for a model of any size. With --stats
+    and no recipe it is curvature. A killed or interrupted run resumes when the same command is
+    given again.
     """
     from ortho_cli.cli.show.decompose import print_done
     from ortho_cli.decompose.job import check_target

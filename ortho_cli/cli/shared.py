@@ -135,6 +135,7 @@ def plan_of(
         copy: globs of more side files.
         arguments: files that are never copied beside base.
         has_rows: rows of data or of a forget set are given: without --recipe, nothing is measured.
+    Without a recipe, statistics mean `curvature`, and no input at all means `default`.
     """
     from ortho_cli.convert.sources.adapters import refuse_adapter
     from ortho_cli.decompose.plan import choose_side_files, make_plan
@@ -153,7 +154,8 @@ def plan_of(
         checkpoint,
         recipe,
         sets or [],
-        has_input=bool(stats or reference or has_rows),
+        has_stats=stats is not None,
+        has_others=bool(reference or has_rows),
     )
     given = [path for path in (*arguments, Path(recipe) if recipe else None) if path is not None]
     plan = make_plan(
@@ -179,14 +181,20 @@ def _recipe_for(
     recipe: str | None,
     sets: list[str],
     *,
-    has_input: bool,
+    has_stats: bool,
+    has_others: bool,
 ) -> tuple[Recipe, bool, str | None]:
-    """Load the recipe; tell whether its curvature is measured, and why the default's is not."""
+    """Load the recipe; tell whether its curvature is measured, and a note on a choice of ours."""
     from ortho_cli.calibrate.own_text import obstacle
-    from ortho_cli.decompose.recipe import MEASURED, load_recipe
+    from ortho_cli.decompose.recipe import MEASURED, WEIGHTED, load_recipe
 
-    if has_input:
-        return load_recipe(recipe, sets), False, None
+    if has_stats or has_others:
+        settings = load_recipe(recipe, sets)
+        # With absmax scales statistics would help ortho alone, and base not at all.
+        if recipe or has_others or settings.forgets or settings.compensates:
+            return settings, False, None
+        chosen = f"--stats without --recipe: the recipe is `{WEIGHTED}`"
+        return load_recipe(WEIGHTED, sets), False, chosen
     settings = load_recipe(recipe or MEASURED, sets)
     why = obstacle(checkpoint) if settings.can_measure else None
     if why is None and (recipe or settings.can_measure):

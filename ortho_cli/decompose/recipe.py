@@ -26,6 +26,7 @@ Path_ = tuple[str | int, ...]
 
 DEFAULT = Recipe(version=1)
 MEASURED = "default"  # the recipe of `ortho decompose MODEL`, where the model can write text
+WEIGHTED = "curvature"  # the recipe of `ortho decompose MODEL --stats FILE`
 
 
 def recipe_folder() -> Path:

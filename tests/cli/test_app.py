@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import pytest
@@ -76,6 +77,32 @@ def test_dry_run_writes_nothing_and_prints_the_plan(pico: Path, ortho: Ortho) ->
     ran = ortho("decompose", pico, "--dry-run")
     assert "model.layers.*.mlp.down_proj " in ran.out
     assert sorted(pico.parent.rglob("*")) == before
+
+
+def test_statistics_without_a_recipe_mean_the_recipe_curvature(pico: Path, ortho: Ortho) -> None:
+    stats = pico.parent / "stats.safetensors"
+    checkpoints.save_statistics(stats, pico)
+
+    def recipe_of(*options: object) -> tuple[dict[str, Any], str]:
+        out = pico.parent / "out"
+        ran = ortho("decompose", pico, "-o", out, "--force", "--stats", stats, *options)
+        assert ran.code == 0, ran.err
+        return json.loads((out / "report.json").read_text())["recipe"], ran.err
+
+    chosen, said = recipe_of()
+    assert chosen == recipe_of("--recipe", "curvature")[0]
+    assert "note: --stats without --recipe: the recipe is `curvature`" in said
+    assert said.count("note: ") == 1
+    asked, said = recipe_of("--recipe", "int4", "--set", "saliency.kind=curvature")
+    assert asked["base"]["scale"] == "absmax"
+    assert "note: " not in said
+    changed, _ = recipe_of("--set", "ortho.density=0.02")
+    assert changed == chosen | {"ortho": chosen["ortho"] | {"density": 0.02}}
+    notes = ortho("inspect", pico, "--stats", stats, "--json").json["notes"]
+    assert any("the recipe is `curvature`" in note for note in notes)
+    # Rounding that needs more than curvature is put together by --set, as before.
+    told = ortho("decompose", pico, "--dry-run", "--stats", stats, "--set", "base.rounding=gptq")
+    assert "--gram full" in told.err
 
 
 def test_inspect_json_is_the_report(pico: Path, artifact: Path, ortho: Ortho) -> None:

@@ -158,7 +158,9 @@ def refuse(*arguments: Any, **options: Any) -> Any:
 def test_commands_take_up_the_survey_that_a_killed_run_left(
     pico: Path, stats: Path, ortho: Ortho, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, more = pico.parent / "out", ("--stats", stats, *words(*GLOBAL), "--json")
+    out, plain = pico.parent / "out", pico.parent / "plain.yaml"
+    plain.write_text("version: 1\n")  # as the killed run: without a recipe it is curvature
+    more = ("--recipe", plain, "--stats", stats, *words(*GLOBAL), "--json")
     fresh = ortho("decompose", pico, "--dry-run", "-o", out, *more).json
     kill(pico, stats, out, None, 3)
     monkeypatch.setattr(budget, "survey", refuse)
