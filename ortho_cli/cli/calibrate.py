@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ortho_cli.cli import options
 from ortho_cli.cli.shared import Output, located, run_facts
-from ortho_cli.events import Event, messages
+
+if TYPE_CHECKING:
+    from ortho_cli.events import Event
 
 SHORT = "Measure how much each weight matters."
 EXAMPLES = """
@@ -85,6 +87,7 @@ def calibrate(
     from ortho_cli.cli.show.calibrate import print_calibrated, print_calibration_plan
     from ortho_cli.convert.sources.adapters import refuse_adapter
     from ortho_cli.decompose.recipe import load_recipe
+    from ortho_cli.events import messages
     from ortho_cli.storage.checkpoint import open_checkpoint
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)

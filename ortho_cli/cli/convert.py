@@ -13,7 +13,6 @@ import typer
 from ortho_cli.cli import options
 from ortho_cli.cli.shared import Output, located, place_output, run_facts
 from ortho_cli.errors import UsageError
-from ortho_cli.events import Noted
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +91,7 @@ def convert(
     from ortho_cli.convert import job
     from ortho_cli.convert.plan import make_plan, parse_size
     from ortho_cli.convert.sources.open_source import open_source
+    from ortho_cli.events import Noted
     from ortho_cli.storage.sealing import read_keys
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)

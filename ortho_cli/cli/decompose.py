@@ -28,13 +28,13 @@ from ortho_cli.errors import (
     RecipeError,
     UsageError,
 )
-from ortho_cli.events import Event, EventSink, Noted, messages
 
 if TYPE_CHECKING:
     from ortho_cli.decompose.job import Editor
     from ortho_cli.decompose.plan import Plan
     from ortho_cli.decompose.settings import Recipe
     from ortho_cli.decompose.tune import Tuner
+    from ortho_cli.events import Event, EventSink
     from ortho_cli.storage.checkpoint import Checkpoint
     from ortho_cli.storage.job import Target
     from ortho_cli.storage.sealing import Keys, Seal
@@ -160,6 +160,7 @@ def decompose(
     from ortho_cli.decompose.job import check_target
     from ortho_cli.decompose.job import decompose as run
     from ortho_cli.decompose.recipe import load_recipe
+    from ortho_cli.events import Noted, messages
 
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     splits_on = _split_device(device)

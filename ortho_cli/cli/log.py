@@ -16,15 +16,12 @@ import functools
 import inspect
 import logging
 import os
-import platform
 import re
 import stat
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TextIO
 
@@ -56,6 +53,10 @@ def logged(command: Callable[..., None]) -> Callable[..., None]:
         with _traced(handlers, command.__name__, given):
             return command(**arguments)
 
+    # typer reads both three times, and would evaluate the text of each annotation each time.
+    whole = inspect.signature(command, eval_str=True)
+    run.__annotations__ = {one.name: one.annotation for one in whole.parameters.values()}
+    vars(run)["__signature__"] = whole
     return run
 
 
@@ -81,6 +82,9 @@ def _traced(
 
     Versions and the names of options come first, and last how the command ended.
     """
+    import platform
+    import traceback
+
     package = logging.getLogger("ortho_cli")
     before, began = package.level, time.perf_counter()
     package.setLevel(min(handlers.values()))
@@ -114,6 +118,8 @@ def _traced(
 
 
 def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return f"{package} {version(package)}"
     except PackageNotFoundError:

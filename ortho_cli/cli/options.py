@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,8 @@ files = partial(typer.Option, metavar="FILE...")  # each name is in `MANY` of ap
 def print_schema(wanted: bool) -> None:
     """Print the JSON schema of recipes and end."""
     if wanted:
+        import json
+
         from ortho_cli.decompose.settings import Recipe
 
         typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
