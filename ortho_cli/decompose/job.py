@@ -24,13 +24,14 @@ from ortho_cli.decompose.kernels import Kernels
 from ortho_cli.decompose.plan import Plan, TensorPlan, check_memory, check_statistics
 from ortho_cli.decompose.recheck import Recheck
 from ortho_cli.decompose.record import TensorRecord
-from ortho_cli.decompose.report import card_facts, make_config, make_report
+from ortho_cli.decompose.report import make_config, make_report
 from ortho_cli.decompose.survey import KEY, digest_of, load_surveys, save_surveys, stamps
 from ortho_cli.errors import CheckpointError, InternalError, RecipeError
 from ortho_cli.events import Event, EventSink, Finishing, Noted, null_sink
 from ortho_cli.formats import artifact
-from ortho_cli.formats.card import CARD_FILE, make_card
+from ortho_cli.formats.card import CARD_FILE, Facts, make_card
 from ortho_cli.formats.quantization_config import index
+from ortho_cli.formats.report import Totals
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.storage import job, sealing
 from ortho_cli.storage.checkpoint import Checkpoint, check_in_place, file_digest, hub_id
@@ -543,9 +544,14 @@ class _Job:
         job.write_side_files(self.work, plan.side, made)
         copied = [file.name for file in plan.side.copied]
         folder, locked = self.work.artifact, sealing.IDENTITY_FILE
-        facts = card_facts(
-            plan,
-            report,
+        facts = Facts(
+            plan_sha256=plan.sha256,
+            source_digest=str(report["source_digest"]),
+            recipe=plan.recipe.canonical(),
+            totals=Totals.model_validate(report["totals"]),
+            bits=sorted({tensor.bits for tensor in plan.split}, reverse=True),
+            group_sizes=[plan.group_size],
+            measured=True,
             ortho=artifact.ORTHO_FILE if self.key is None else sealing.SEALED_FILE,
             key=locked if (folder / locked).is_file() else None,
             config=config,

@@ -23,9 +23,7 @@ from ortho_cli.decompose.roles import is_embedding
 from ortho_cli.decompose.selection import stacked_experts
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import module_of
-from ortho_cli.formats.card import Facts
 from ortho_cli.formats.quantization_config import quantization_config
-from ortho_cli.formats.report import Totals
 from ortho_cli.model.renames import rename_modules
 from ortho_cli.split.task import Figures
 from ortho_cli.storage.data_file import Layout
@@ -107,44 +105,6 @@ def make_report(
         "totals": _totals(plan, written, ortho, moved),
         "tensors": [_tensor(plan, tensor, record, ortho) for tensor, record in written],
     }
-
-
-def card_facts(
-    plan: Plan,
-    report: Mapping[str, object],
-    *,
-    ortho: str,
-    key: str | None,
-    config: Mapping[str, object] | None,
-    source_card: bytes | None,
-    repository: str | None,
-) -> Facts:
-    """Gather what the model card tells, of the report and of nothing that it does not say.
-
-    Args:
-        plan: what was carried out.
-        report: of it, as `make_report` made it.
-        ortho: the file that holds ortho.
-        key: the file that holds the key to a sealed ortho, if there is one.
-        config: config.json of the source.
-        source_card: README.md of the source, as it was copied.
-        repository: the source's name on the Hub, where it may be told.
-    """
-    return Facts(
-        version=__version__,
-        plan_sha256=plan.sha256,
-        source_digest=str(report["source_digest"]),
-        recipe=plan.recipe.canonical(),
-        totals=Totals.model_validate(report["totals"]),
-        bits=sorted({tensor.bits for tensor in plan.split}, reverse=True),
-        group_sizes=[plan.group_size],
-        measured=True,
-        ortho=ortho,
-        key=key,
-        config=config,
-        source_card=source_card,
-        repository=repository,
-    )
 
 
 def _totals(plan: Plan, written: Written, ortho: Layout, moved: int) -> dict[str, object]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ortho_cli.formats.report import Totals
+from ortho_cli.version import __version__
 
 CARD_FILE = "README.md"
 PRIVATE = "ortho*"  # glob of the files of an artifact that must not be published: ortho, its key
@@ -43,7 +44,7 @@ Words = str | list[str]
 class Facts:
     """What a card tells of an artifact."""
 
-    version: str
+    version: str = __version__
     plan_sha256: str
     source_digest: str
     recipe: Mapping[str, object]

@@ -128,7 +128,6 @@ def save_module(
                 work.copy_file(side.folder / file.source, file.name)
         theirs = any(file.name == SOURCE_CARD for file in copied)
         facts = Facts(
-            version=__version__,
             plan_sha256=plan,
             source_digest=digest,
             recipe=recipe,
