@@ -23,9 +23,23 @@ EXAMPLES = """
     ortho bench SmolLM2-ortho --prompt "The capital of France is"
 """
 
+# Parameters that a bench with --prompt takes; all others are for figures.
+SPEAKING = {
+    *("artifact", "alpha", "prompt", "max_new_tokens", "temperature", "identity", "seed", "device"),
+    *("as_json", "quiet", "verbose", "trust_remote_code"),
+}
+# Parameters that do nothing without another one.
+BESIDE = {
+    "max_new_tokens": "prompt",
+    "temperature": "prompt",
+    "suite_rows": "suite",
+    "force": "html",
+}
+
 
 # Longer than 60 lines: each option is named in the signature and again in the settings.
 def bench(
+    invocation: typer.Context,
     artifact: Annotated[
         Path | None,
         typer.Argument(help="What `ortho decompose` made.  [default: a model of our own]"),
@@ -159,19 +173,12 @@ def bench(
     from ortho_cli.bench.records import to_json
     from ortho_cli.cli.show.bench import print_bench
 
+    _refuse_idle(invocation)
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     artifact, model, reference_model, public = (
         path and located(path, quiet=quiet) for path in (artifact, model, reference_model, public)
     )
-    speaking = {"--max-new-tokens": max_new_tokens, "--temperature": temperature}
     if prompt:
-        measuring = {
-            "--data": data, "--forget": forget, "--nonmember": nonmember, "--unlisted": unlisted,
-            "--keep": keep, "--suite": suite, "--model": model, "--public": public, "--csv": csv,
-            "--reference-model": reference_model, "--controls": controls, "--attack": attack,
-            "--samples": samples, "--require": require, "--keep-files": keep_files, "--html": html,
-        }  # fmt: skip
-        _refuse(measuring, "measures, and --prompt only shows what is said")
         if artifact is None:
             hint = "name it first: ortho bench ARTIFACT --prompt TEXT"
             raise UsageError("--prompt needs an artifact", hint=hint)
@@ -187,7 +194,6 @@ def bench(
         )
         _speak(speech, output)
         return
-    _refuse(speaking, "is for --prompt")
     files, kinds = parse_data(data or ())
     settings = Settings(
         artifact=artifact or Path(),
@@ -260,11 +266,23 @@ def _make_page(
     return page_bench.make_page(document, name=opened.folder.resolve().name, more=list(maps))
 
 
-def _refuse(given: Mapping[str, object], why: str) -> None:
-    """Refuse an option that was given and would do nothing."""
-    for name, value in given.items():
-        if value is not None and value is not False:
-            raise UsageError(f"{name} {why}", hint="leave one of them out")
+def _refuse_idle(context: typer.Context) -> None:
+    """Refuse an option that was given and would do nothing, also where its value is the default."""
+    options = {str(one.name): one.opts[0] for one in context.command.params}
+    told = {name: context.get_parameter_source(name) for name in options}
+    given = [name for name, source in told.items() if source and source.name == "COMMANDLINE"]
+    for name in given:
+        if "prompt" in given and name not in SPEAKING:
+            raise UsageError(
+                f"--prompt only shows how text continues, and takes no {options[name]}",
+                hint="leave one of them out",
+            )
+        beside = BESIDE.get(name, name)
+        if beside not in given:
+            raise UsageError(
+                f"{options[name]} does nothing without {options[beside]}",
+                hint=f"give {options[beside]}, too, or leave {options[name]} out",
+            )
 
 
 def _speak(speech: Speech, output: Output) -> None:

@@ -50,6 +50,7 @@ def logged(command: Callable[..., None]) -> Callable[..., None]:
             return command(**arguments)
         usual = inspect.signature(command).parameters
         given = [name for name, value in arguments.items() if value != usual[name].default]
+        given = [name for name in given if name != "invocation"]  # no option
         with _traced(handlers, command.__name__, given):
             return command(**arguments)
 

@@ -237,15 +237,29 @@ def test_the_command_prints_on_stdout_and_json_is_one_document(made: Path, ortho
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["--prompt", "a", "--data", "x"], 2, "--data measures"),
-        (["--prompt", "a", "--attack"], 2, "--attack measures"),
+        *(
+            (["--prompt", "a", *one], 2, f"continues, and takes no {one[0]}")
+            for one in (
+                ["--data", "x"],
+                ["--attack"],
+                ["--html", "p.html"],
+                # Given as what they are without being given.
+                ["--tokens", "16384"],
+                ["--context", "512"],
+                ["--suite-rows", "100"],
+                ["--autocast"],
+                ["--show-secrets"],
+                ["--force"],
+            )
+        ),
         (["--prompt", "a", "--max-new-tokens", "0"], 2, "--max-new-tokens is 0"),
         (["--prompt", "a", "--temperature", "-1"], 2, "--temperature is -1"),
         (["--prompt", "a", "--temperature", "nan"], 2, "--temperature is nan"),
         (["--prompt", "a", "--max-new-tokens", "600"], 2, "512 positions"),
         (["--prompt", ""], 2, "no tokens"),
-        (["--temperature", "0"], 2, "--temperature is for --prompt"),
-        (["--prompt", "a", "--html", "p.html"], 2, "--html measures"),
+        (["--temperature", "0"], 2, "--temperature does nothing without --prompt"),
+        (["--suite-rows", "100"], 2, "--suite-rows does nothing without --suite"),
+        (["--force"], 2, "--force does nothing without --html"),
     ],
 )
 def test_refusals(made: Path, ortho: Ortho, options: list[str], code: int, words: str) -> None:
