@@ -154,7 +154,8 @@ def halves(
     """
     if len(secrets) < 2:
         raise UsageError(
-            f"relearning needs 2 secrets, one to teach and one to measure; here is {len(secrets)}",
+            "relearning needs 2 secrets, one to teach and one to measure, and there is "
+            f"{len(secrets)}",
             hint="give a longer forget set, or leave --attack out",
         )
     taught = set(random.Random(seed).sample(range(len(secrets)), len(secrets) // 2))

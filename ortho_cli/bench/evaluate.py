@@ -357,7 +357,7 @@ def skill(model: nn.Module, pairs: Sequence[TokenSequence]) -> Share:
     """
     if not pairs:
         raise CalibrationError(
-            "there are no prompts to try a skill on", hint="rows of prompt and completion"
+            "the skill has no rows of prompt and completion", hint="--data FILE that has such rows"
         )
     hits = sequence_hits(model, pairs)
     return share(sum(bool(row.all()) for row in hits), len(pairs))

@@ -96,7 +96,7 @@ def unknown(name: str, known: Iterable[str]) -> UsageError:
     listed = list(known)
     near = difflib.get_close_matches(name, listed, n=3, cutoff=0.5) or listed[:8]
     return UsageError(
-        f"there is no figure `{name}`", hint=f"near it: {', '.join(near)}" if near else None
+        f"there is no figure `{name}`", hint=f"similar names: {', '.join(near)}" if near else None
     )
 
 
@@ -151,7 +151,7 @@ def enforce(gates: Sequence[GateResult], verdict: Verdict) -> None:
         raise GateError(
             f"{len(missed)} of {len(gates)} {'gate' if len(gates) == 1 else 'gates'} missed: "
             f"{listed}",
-            hint="look at the interval of a figure that missed by little",
+            hint="a bound inside a figure's interval may be missed by chance: give more data",
         )
 
 

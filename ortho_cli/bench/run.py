@@ -217,7 +217,7 @@ def _tell_cost(work: _Work, speed: Latency, counts: Mapping[str, int], on_event:
         message = (
             f"{tokens:,} tokens of text are read for each of {rows} rows: about {seconds} here"
         )
-        on_event(Noted(message=f"{message}; --tokens N bounds those of files"))
+        on_event(Noted(message=f"{message}; --tokens N reads less of files"))
 
 
 SETS = ("secrets", "nonmembers", "unlisted", "keep")  # of `Material`
@@ -338,7 +338,8 @@ def _load_other(folder: Path | None, device: torch.device, vocabulary: int) -> n
     model = models.load_model(folder, dtype=torch.float32, device=device)
     if _vocabulary(model) != vocabulary:
         raise UsageError(
-            f"`{folder}` knows {_vocabulary(model)} tokens and the artifact {vocabulary}",
+            f"`{folder}` has a vocabulary of {_vocabulary(model)} tokens, and the artifact one of "
+            f"{vocabulary}",
             hint="only a model of the same tokenizer can be compared",
         )
     return model

@@ -157,7 +157,8 @@ def full(rows: Mapping[str, Figures]) -> Judgement | None:
         if not least <= most:
             return Judgement(
                 "lost",
-                f"secrets have {least:.1f} nats or more where INT4 alone gives {most:.1f} or less",
+                f"the NLL of secrets is at least {least:.1f} nats, and at most {most:.1f} with "
+                "INT4 alone",
             )
     return Judgement("kept", "no worse than INT4 alone") if known else None
 
@@ -228,8 +229,8 @@ def judge(listed: Sequence[Row], unsplit: Unsplit, moved: Moved | None) -> Verdi
     if whole is not None:
         sentences.append(f"the full model is {whole.word}: at alpha 1 {whole.reason}")
     sentences.append(
-        f"{unsplit.share:.1%} of all weights are not split and keep what they held (embeddings, "
-        "norms)"
+        f"{unsplit.share:.1%} of all weights are not split (embeddings, norms): they are the "
+        "source's at every alpha"
     )
     if moved is not None and not moved.count:
         sentences.append("base holds the source's own codes: nothing was moved to forget")
@@ -250,12 +251,18 @@ def _on_memory(base: Figures, rows: Mapping[str, Figures]) -> Iterator[str]:
         return
     yield f"at alpha 0 the listed secrets are {found.word}: {found.reason}"
     if base.memory.loss_auc is None:
-        yield "without --nonmember, only alternatives show whether secrets are too unlikely now"
+        yield (
+            "secrets were not compared with others that the model never saw: --nonmember FILE "
+            "would show whether they are too unlikely now"
+        )
     for name in ("original", "int4"):
         if (known := rows.get(name, Figures()).memory) is not None:
             if known.exposure.value <= MOST_EXPOSURE:
                 bits = known.exposure.value
-                yield f"{name} has exposure {bits:.2f} bits: there was nothing to forget"
+                yield (
+                    f"the model did not know these secrets before, either: exposure of {name} is "
+                    f"{bits:.2f} bits"
+                )
             return
 
 
@@ -272,7 +279,7 @@ def _on_utility(base: Figures, better: bool | None) -> Iterator[str]:
         yield "not better than controls: " + (
             "an edit of the same size that knows no secrets passes as well"
             if passes(base)
-            else "it does not both forget and keep utility itself"
+            else "base itself does not forget, or loses utility"
         )
 
 
@@ -292,9 +299,10 @@ def _on_positions(base: Figures) -> Iterator[str]:
     found = base.positions
     if found is not None:
         yield (
-            f"the public model tells which codes were moved with AUC {found.value:.2f}: where half "
-            f"of them are found, {found.precision_at_recall_50:.1%} of all weights that are taken "
-            f"for moved were moved ({found.moved / found.weights:.2%} by a guess)"
+            f"the public model tells moved codes from others with AUC {found.value:.2f}: whoever "
+            f"picks weights by it until half of the moved ones are found picks "
+            f"{found.precision_at_recall_50:.1%} right, and by chance "
+            f"{found.moved / found.weights:.2%}"
         )
 
 
@@ -302,9 +310,12 @@ def _on_relearning(curve: Sequence[Relearned]) -> Iterator[str]:
     if not curve:
         return
     listed = ", ".join(
-        f"{at.exposure:.2f} after {at.steps}"
+        f"{at.exposure:.2f} bits after {at.steps} steps"
         + ("" if at.exposure_over is None else f" ({at.exposure_over:+.2f})")
         for at in curve
     )
-    beside = "" if curve[0].exposure_over is None else " (over a model that never saw them)"
-    yield (f"teaching half of the secrets brings the other half to exposure{beside} {listed} steps")
+    beside = "" if curve[0].exposure_over is None else " (against a model that never saw them)"
+    yield (
+        "an attacker trains base on half of the secrets; the exposure of the other half is then "
+        f"{listed}{beside}"
+    )

@@ -346,7 +346,7 @@ def test_without_data_there_is_speed_and_what_is_missing_is_said(run: Callable[.
         (["--alpha"], 2, "requires an argument"),
         (["--require", "exposure@0"], 2, "no comparison"),
         (["--require", "exposure@0<=2"], 2, "it needs --forget FILE"),
-        ([*FORGET, "--require", "exposur@0<=2"], 2, "near it: exposure"),
+        ([*FORGET, "--require", "exposur@0<=2"], 2, "similar names: exposure"),
         ([*FORGET, "--require", "exposure@0.5<=2"], 2, "alpha 0.5 is not measured, 0, 1 are"),
         ([*FORGET, "--require", "exposure<=2"], 2, "write exposure@0"),
         ([*FORGET, "--require", "exposure.nothing@0<=2"], 2, "no figure `exposure.nothing`"),
@@ -387,7 +387,7 @@ def test_model_of_other_tokens_is_refused(run: Callable[..., Ran], tmp_path: Pat
     (tmp_path / "other" / "config.json").write_text(json.dumps(settings))
     ran = run(*DATA, "--model", tmp_path / "other")
     assert ran.code == 2
-    assert "knows 64 tokens and the artifact 96" in ran.err
+    assert "has a vocabulary of 64 tokens, and the artifact one of 96" in ran.err
 
 
 def test_no_artifact_takes_no_data_and_no_such_artifact_is_refused(

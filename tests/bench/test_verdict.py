@@ -227,11 +227,11 @@ def test_full_model_is_kept_lost_or_unknown() -> None:
     found = verdict.full(secrets)
     assert found is not None
     assert found.word == "lost"
-    assert "18.0 nats or more where INT4 alone gives 1.5 or less" in found.reason
+    assert "at least 18.0 nats, and at most 1.5 with INT4 alone" in found.reason
     listed = [Row(row=name, figures=figures) for name, figures in secrets.items()]
     judged = verdict.judge(listed, UNSPLIT, None)
     assert judged.full == "lost"
-    with pytest.raises(GateError, match=r"the full model is lost: at alpha 1 secrets have"):
+    with pytest.raises(GateError, match=r"the full model is lost: at alpha 1 the NLL of secrets"):
         enforce([], judged)
 
 
@@ -263,7 +263,7 @@ def test_sentences_say_what_was_found_and_always_what_is_not_split() -> None:
     assert found.better_than_controls is False
     assert "knows no secrets passes as well" in " ".join(found.sentences)
     found = judge(base=bad, random=bad, magnitude=bad, int4=bad)
-    assert "does not both forget" in " ".join(found.sentences)
+    assert "base itself does not forget, or loses utility" in " ".join(found.sentences)
     nothing = verdict.judge([], UNSPLIT, None)
     assert nothing.memory is None
     assert len(nothing.sentences) == 1
@@ -271,7 +271,7 @@ def test_sentences_say_what_was_found_and_always_what_is_not_split() -> None:
 
 def test_nothing_to_forget_is_said() -> None:
     said = " ".join(judge(original=FORGOTTEN).sentences)
-    assert "original has exposure 1.40 bits: there was nothing to forget" in said
+    assert "did not know these secrets before, either: exposure of original is 1.40 bits" in said
 
 
 def test_relearning_is_set_against_the_reference() -> None:
@@ -285,7 +285,7 @@ def test_relearning_is_set_against_the_reference() -> None:
     found = judge(base=relearned(5.5), reference=relearned(1.5))
     assert found.relearning[0].exposure_over == 4.0
     assert found.relearning[0].token_accuracy_over == 0.0
-    assert "5.50 after 5 (+4.00) steps" in " ".join(found.sentences)
+    assert "the other half is then 5.50 bits after 5 steps (+4.00)" in " ".join(found.sentences)
 
 
 @pytest.mark.parametrize(

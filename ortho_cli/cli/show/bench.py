@@ -26,12 +26,12 @@ FIGURES = (
     ("exposure", "exposure, bits", ".2f"),
     ("forget_nll", "NLL of secrets, nats", ".1f"),
     ("alternatives_nll", "NLL of alternatives", ".1f"),
-    ("nll_quantile", "alternatives likelier", "%"),
+    ("nll_quantile", "alternatives more likely", "%"),
     ("rank_p", "p of uniform ranks", ".3f"),
     ("loss_auc", "AUC, loss", ".2f"),
     ("min_k_auc", "AUC, Min-20 %", ".2f"),
     ("centre_auc", "AUC, nearness to mean", ".2f"),
-    ("positions", "moved codes told, AUC", ".2f"),
+    ("positions", "moved codes found, AUC", ".2f"),
     ("distance", "distance from INT4", ".4f"),
     ("connectivity", "loss barrier to INT4, nats", ".4f"),
     ("unlisted.extraction", "not listed: extraction", "%"),
@@ -124,7 +124,7 @@ def sizes_line(document: Document) -> str:
     if data["pairs"]:
         parts.append(f"{data['pairs']} prompts")
     parts.append(f"seed {settings['seed']}")
-    return ", ".join(parts) + "; below: 95 % intervals, quartiles of speed"
+    return ", ".join(parts) + "; under each figure its 95 % interval, under speeds their quartiles"
 
 
 def _make_table(rows: Sequence[Document]) -> Table:

@@ -323,8 +323,9 @@ def _controls(document: Document, rows: Sequence[Document]) -> Iterator[Html]:
         yield page.section(
             "Beside controls and other models",
             page.plot(plots.draw_dots(names, columns, strong=["alpha 0"])),
-            about="Forgetting has to be left of the first line, and its price left of the second. "
-            "Bars are 95 % intervals; an arrow is a value beyond the axis.",
+            about="Dashed lines are the most that the verdict allows: of exposure, for secrets to "
+            "be forgotten; of perplexity, for the rest to be kept. Bars are 95 % intervals; an "
+            "arrow is a value beyond the axis.",
         )
 
 
