@@ -36,6 +36,7 @@ class Need(NamedTuple):
 # Words for each input of a figure that is made of several.
 WORDS = {
     "attack": "--attack",
+    "by_layer": "--by-layer",
     "alpha 1": "--alpha 1",
     "ortho": "ortho.safetensors",
     "model": "--model DIR",
@@ -70,6 +71,7 @@ NEEDS = {
         "ortho.safetensors, which tells INT4 without forgetting", {"ortho"}
     ),
     "kinds": Need("ortho.safetensors or --model DIR: the source writes text", {"source"}),
+    "kl_by_layer": Need("--by-layer, --model DIR and --data FILE", {"by_layer", "data", "model"}),
     **{name: Need(f"--suite {name} DIR", {name}) for name in SUITES},
     "perplexity_ratio_alpha1": Need(
         "--alpha 1 and --data FILE with running text", {"data", "alpha 1"}
@@ -111,6 +113,7 @@ class Settings:
     public: Path | None = None  # the model that the source was fine-tuned from
     controls: bool = False
     attack: bool = False
+    by_layer: bool = False
     samples: int | None = None  # 20 under attack, else none
     tokens: int = 16384
     context: int | None = None  # 512, or what the model takes if that is less
@@ -200,6 +203,9 @@ def checked(settings: Settings) -> Settings:
         raise UsageError("--attack is on alpha 0, which is not measured", hint="--alpha 0")
     if settings.public and not settings.attack:
         raise UsageError("--public is for attacks, and none is asked for", hint="--attack")
+    if settings.by_layer and not (settings.model and settings.data):
+        lacking = "--model DIR" if settings.data else "--data FILE"
+        raise UsageError(f"--by-layer needs {lacking}", hint="it reads text beside the original")
     if settings.nonmember and not settings.forget:
         raise UsageError("--nonmember is compared with --forget", hint="--forget FILE")
     samples = settings.samples
@@ -218,7 +224,17 @@ def checked(settings: Settings) -> Settings:
 
 def not_measured(settings: Settings, *, ortho: bool) -> dict[str, str]:
     """Name the figures that these settings leave out, and what each would need."""
-    flags = ("forget", "nonmember", "unlisted", "keep", "samples", "data", "model", "attack")
+    flags = (
+        "forget",
+        "nonmember",
+        "unlisted",
+        "keep",
+        "samples",
+        "data",
+        "model",
+        "attack",
+        "by_layer",
+    )
     given = {flag for flag in (*flags, "public") if getattr(settings, flag)}
     given |= {name for name, has in (("ortho", ortho), ("alpha 1", 1.0 in settings.alphas)) if has}
     given |= {name for name, _ in settings.suites}

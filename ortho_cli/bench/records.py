@@ -312,6 +312,7 @@ class Figures:
     perplexity_ratio_alpha1: TextFigure | None = field(default=None, metadata=OPTIONAL)
     worst_perplexity_ratio: TextFigure | None = field(default=None, metadata=OPTIONAL)
     kinds: Mapping[str, KindFigures] | None = field(default=None, metadata=OPTIONAL)
+    kl_by_layer: Mapping[str, TextFigure] | None = field(default=None, metadata=OPTIONAL)
     tofu: Tofu | None = field(default=None, metadata=OPTIONAL)
     muse: Muse | None = field(default=None, metadata=OPTIONAL)
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ortho_cli.bench import baselines, evaluate, figures, predictors, suite_scores, verdict
 from ortho_cli.bench.attacks import ATTACKS, Attack, Target
 from ortho_cli.bench.data import Material, context_of, gather, unfit
+from ortho_cli.bench.layer_cost import cost_by_layer
 from ortho_cli.bench.plan import CODE_FIGURES, Settings, check_gates, checked, not_measured
 from ortho_cli.bench.public import Public, count_differences, open_public, tell_positions
 from ortho_cli.bench.records import (
@@ -288,6 +289,11 @@ def _measure_rows(
         write_dense(model, layers, alpha)
         row = _measure(work, model, name=f"alpha {alpha:g}")
         found = replace(row.figures, latency=speed[alpha])
+        windows = work.material.windows
+        if settings.by_layer and original is not None and windows is not None:
+            work.begin(f"each layer at alpha {alpha:g}")
+            costs = cost_by_layer(model, original, names, windows, seed=settings.seed)
+            found = replace(found, kl_by_layer=costs)
         if alpha == 0.0:
             found = replace(found, attacks=_attack(work, model, names))
             if settings.attack and any(counts.values()):
@@ -322,6 +328,7 @@ class _Steps:
         edited = settings.controls and any(counts.values())
         self._of = 2 * len(settings.alphas) + bool(counts) + len(baselines.KINDS) * edited + writes
         self._of += (settings.model is not None) + (settings.reference_model is not None)
+        self._of += len(settings.alphas) * settings.by_layer
         self._of += attacks * attacked + (settings.attack and any(counts.values()))
         self._done = 0
         self._on_event = on_event

@@ -106,6 +106,14 @@ def bench(
     attack: Annotated[
         bool, typer.Option("--attack", help="Try to bring secrets back at alpha 0; takes minutes.")
     ] = False,
+    by_layer: Annotated[
+        bool,
+        typer.Option(
+            "--by-layer",
+            help="Also the KL to the original of each layer's weights alone: which layers cost "
+            "most? Needs --model and --data; a pass over 1,024 tokens for each layer and alpha.",
+        ),
+    ] = False,
     samples: Annotated[
         int | None, typer.Option(help="Also extraction by the best of N samples.")
     ] = None,
@@ -211,6 +219,7 @@ def bench(
         public=public,
         controls=controls,
         attack=attack,
+        by_layer=by_layer,
         samples=samples,
         tokens=tokens,
         context=context,

@@ -31,7 +31,7 @@ GROUPS = {
     "Other models": ("reference", "model", "reference_model", "public", "expect_source"),
     "Measuring": (
         *("alpha", "gram", "samples", "length", "batch_size", "tokens", "context", "seed"),
-        *("controls", "attack", "verify"),
+        *("controls", "attack", "by_layer", "verify"),
     ),
     "Output": (
         *("out", "force", "dry_run", "copy", "dtype", "shard_size", "accept_damage"),

@@ -146,9 +146,8 @@ def attacked(made: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("ANSWER", "VERBMEM", "KNOWMEM"):  # so many tokens of answers are enough
             patch.setattr(suites, name, 8)
-        return document(
-            full(made, attack=True, learning_rate=1e-3, suites=asked, public=made / "pico")
-        )
+        more = {"suites": asked, "public": made / "pico", "by_layer": True}
+        return document(full(made, attack=True, learning_rate=1e-3, **more))
 
 
 def test_every_figure_is_in_the_table_and_every_one_of_the_table_is_measured(
@@ -159,6 +158,26 @@ def test_every_figure_is_in_the_table_and_every_one_of_the_table_is_measured(
     assert set(WHOLE) <= figures.flatten(attacked).keys()
     assert attacked["not_measured"] == []
     json.dumps(attacked, allow_nan=False)
+
+
+def test_layers_have_their_cost_at_each_alpha(attacked: dict[str, Any]) -> None:
+    base, whole = (row(attacked, f"alpha {alpha}")["kl_by_layer"] for alpha in (0, 1))
+    assert list(base) == list(whole) == ["model.layers.0", "model.layers.1"]
+    for layer, figure in base.items():
+        assert whole[layer]["value"] < figure["value"]
+    assert "kl_by_layer" not in row(attacked, "int4")
+
+
+def test_cost_by_layer_needs_text_and_the_original(run: Callable[..., Ran]) -> None:
+    for given, lacking in ((DATA, "--model DIR"), (MODELS[:2], "--data FILE")):
+        ran = run(*given, "--by-layer")
+        assert ran.code == 2
+        assert f"--by-layer needs {lacking}" in ran.err
+    ran = run(*DATA, *MODELS[:2], "--by-layer", "--require", "kl_by_layer.model.layers.1@1<=9")
+    assert ran.code == 0, ran.err
+    shown = ran.out[ran.out.index("model.layers.") :]
+    assert "sum of all 2 layers" in shown
+    assert "KL to the original of a layer alone" in shown
 
 
 def test_rows_are_alphas_controls_and_other_models(attacked: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from conftest import Ortho, read_terminal
 from safetensors.torch import save_file
 
 from ortho_cli.cli.show.console import csv_text, shorten
-from ortho_cli.cli.show.layers import Place, natural, place_of, short_layers
+from ortho_cli.formats.layers import Place, natural, place_of, short_layers
 
 LAYERS = 11
 FIGURE = re.compile(r"(?<![\w.])\d[\d,]*\.\d+%?|\d+ x \d+")

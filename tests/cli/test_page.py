@@ -190,6 +190,12 @@ def report() -> dict[str, Any]:
             perplexity=figure(20 * ratio, TextFigure, **text),
             kl=figure(0.1 * ratio, TextFigure, **text),
             perplexity_ratio=figure(ratio, TextFigure, **text),
+            kl_by_layer=None
+            if alpha is None
+            else {
+                f"h.{layer}": figure(0.1 * ratio * (layer % 5), TextFigure, **text)
+                for layer in range(24)
+            },
             attacks={"relearn": curve, "reworded": {"shorter": curve["5"]}} if alpha == 0 else {},
         )
         return Row(row=name, alpha=alpha, figures=figures)

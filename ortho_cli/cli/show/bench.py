@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from rich.table import Table
@@ -12,6 +13,7 @@ from ortho_cli.bench.plan import MEMORY
 from ortho_cli.cli.show.console import make_console, print_lines, size, visible
 from ortho_cli.cli.show.document import Document
 
+MOST_LAYERS = 10  # in the table of layers
 LABELS = 26  # columns for the names of figures
 COLUMN = 12  # columns for each artifact, control or model
 # Path of each figure, its label and format, in the order of the table; a figure that no row has is
@@ -83,6 +85,7 @@ KINDS = {
     "perplexity_ratio": "perplexity over INT4",
     "worst_perplexity_ratio": "perplexity over INT4",
     "perplexity_ratio_alpha1": "perplexity over alpha 1",
+    "kl_by_layer": "KL by layer",
     "kinds": "perplexity of text that the model writes",
     "tofu": "TOFU",
     "muse": "MUSE",
@@ -103,8 +106,13 @@ def print_bench(result: Mapping[str, object]) -> None:
     if attacked:
         console.print()
         console.print(_attacks_table(attacked))
+    if costs := layer_rows(rows):
+        console.print()
+        console.print(_layers_table([row for row in rows if row.text("row") in costs[0][1]], costs))
     console.print()
     print_lines(verdict_lines(document))
+    if missing := missing_figures(document):
+        print_lines([f"not measured, and what that needs: {'; '.join(missing)}"])
     print_lines(_secrets(document))
 
 
@@ -182,6 +190,29 @@ def _recalled(result: Document | None) -> Text:
     return text
 
 
+def layer_rows(rows: Sequence[Document]) -> list[tuple[str, dict[str, Document]]]:
+    """Give each layer and its KL by row, the worst of the first row that has one first."""
+    found: dict[str, dict[str, Document]] = {}
+    for row in rows:
+        if costs := row.part("figures").optional("kl_by_layer"):
+            for layer, figure in costs.items():
+                found.setdefault(layer, {})[row.text("row")] = Document(figure)
+    return sorted(found.items(), key=lambda one: -next(iter(one[1].values())).number("value"))
+
+
+def _layers_table(
+    rows: Sequence[Document], costs: Sequence[tuple[str, Mapping[str, Document]]]
+) -> Table:
+    """Show the layers that cost most, and the sum of all beside the KL of the whole model."""
+    table, names = _make_table(rows), [row.text("row") for row in rows]
+    for layer, figures in costs[:MOST_LAYERS]:
+        table.add_row(visible(layer), *(_cell(figures.get(name), ".4f") for name in names))
+    sums = [math.fsum(figures[name].number("value") for _, figures in costs) for name in names]
+    table.add_row(f"sum of all {len(costs)} layers", *(f"{total:.4f}" for total in sums))
+    table.add_row(Text("KL to the original of a layer alone, nats; worst first", style="dim"))
+    return table
+
+
 def figure_of(figures: Document, path: str) -> Document | None:
     """Find a figure by its dotted path; None where it was not measured."""
     for part in path.split("."):
@@ -214,7 +245,7 @@ def _number(value: float, form: str) -> str:
 
 
 def verdict_lines(document: Document) -> Iterator[str]:
-    """Say what the figures mean, what was not measured, and which gates were met."""
+    """Say what the figures mean, and which gates were met."""
     if moved := document.optional("moved"):
         split = document.part("unsplit").number("split_weights")
         yield (
@@ -223,23 +254,20 @@ def verdict_lines(document: Document) -> Iterator[str]:
         )
     for sentence in document.part("verdict").items_of("sentences"):
         yield f"* {sentence}"
-    yield from _not_measured(document)
     for gate in document.rows("gates"):
         state = "met" if gate["met"] else "missed"
         yield f"{state}: {gate['require']} ({gate.number('value'):.4g})"
 
 
-def _not_measured(document: Document) -> Iterator[str]:
-    """Say in one line what else could be measured, and by which options."""
+def missing_figures(document: Document) -> list[str]:
+    """Say what else could be measured, and by which options."""
     labels = {path: label.strip() for path, label, _ in FIGURES}
     missing: dict[str, list[str]] = {}
     for absent in document.rows("not_measured"):
         figure = absent.text("figure")
         name = KINDS.get(figure) or labels.get(figure) or figure.replace("_", " ")
         missing.setdefault(absent.text("needs"), []).append(name)
-    parts = [f"{', '.join(dict.fromkeys(names))} ({needs})" for needs, names in missing.items()]
-    if parts:
-        yield f"not measured, and what that needs: {'; '.join(parts)}"
+    return [f"{', '.join(dict.fromkeys(names))} ({needs})" for needs, names in missing.items()]
 
 
 def _secrets(document: Document) -> Iterator[str]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 
 from ortho_cli.cli.show.console import csv_text, number, print_lines, print_table, print_text
 from ortho_cli.cli.show.document import Document
-from ortho_cli.cli.show.layers import natural, place_of
 from ortho_cli.formats.artifact import module_of
+from ortho_cli.formats.layers import natural, place_of
 
 SOME = 3  # names of tensors that only one has
 

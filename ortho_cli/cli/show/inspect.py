@@ -18,8 +18,8 @@ from ortho_cli.cli.show.console import (
 )
 from ortho_cli.cli.show.decompose import rounding_lines
 from ortho_cli.cli.show.document import Document
-from ortho_cli.cli.show.layers import natural, place_of
 from ortho_cli.formats.artifact import BASE_FILE, OLD_BASE_FILE, ORTHO_FILE, module_of
+from ortho_cli.formats.layers import natural, place_of
 from ortho_cli.storage.sealing import SEALED_FILE
 
 

@@ -14,12 +14,15 @@ from ortho_cli.cli.show.bench import (
     attack_rows,
     figure_of,
     figure_rows,
+    layer_rows,
+    missing_figures,
     sizes_line,
     verdict_lines,
 )
 from ortho_cli.cli.show.console import number
 from ortho_cli.cli.show.document import Document
 from ortho_cli.cli.show.page import Html
+from ortho_cli.formats.layers import natural, short_layers
 
 # Path, title, form, and the smallest value of the axis.
 DIAL: tuple[tuple[str, str, str, float | None], ...] = (
@@ -55,9 +58,10 @@ def make_page(bench: Mapping[str, object], *, name: str, more: Sequence[Html] = 
         page.section(
             "Verdict",
             page.tiles(_tiles(document, rows), kind="tiles four"),
-            page.sentences(line for line in lines if not line.startswith(MISSING)),
+            page.sentences(lines),
         ),
         *_dial(rows),
+        *_layers(rows),
         *_secrets(document, rows),
         *_curves(rows),
         *_variants(rows),
@@ -157,6 +161,36 @@ def _dial(rows: Sequence[Document]) -> Iterator[Html]:
             "are 95 % intervals; dashed lines are other models."
         )
         yield page.section("The dial", page.plot(plots.draw_panels(panels)), about=about)
+
+
+def _layers(rows: Sequence[Document]) -> Iterator[Html]:
+    """Draw what each layer costs by itself, a plot for each alpha."""
+    costs = layer_rows(rows)
+    if not costs:
+        return
+    names, layers = list(costs[0][1]), sorted(dict(costs), key=natural)
+    short, figures = short_layers(layers), dict(costs)
+    plotted = [
+        plots.Bars(
+            title=f"KL to the original at {name}, nats",
+            values={short[layer]: figures[layer][name].number("value") for layer in layers},
+            series=COLOURS.get(name, OTHERS[0]),
+        )
+        for name in names
+    ]
+    table = [
+        (layer, *(f"{found[name].number('value'):.5f}" for name in names)) for layer, found in costs
+    ]
+    about = (
+        "The original with the weights of one layer alone taken from the artifact: what that layer "
+        f"costs. Layers are compared on the same {costs[0][1][names[0]].number('n'):,} tokens."
+    )
+    yield page.section(
+        "What each layer costs",
+        page.plot(plots.draw_bars(plotted)),
+        page.fold("Layers in figures, the worst first", page.table(["layer", *names], table)),
+        about=about,
+    )
 
 
 def _exposures(figures: Document | None) -> dict[int, float]:

@@ -20,9 +20,9 @@ from ortho_cli.cli.show.inspect import (
     split_tensors,
     worst_first,
 )
-from ortho_cli.cli.show.layers import natural, place_of, short_layers
 from ortho_cli.cli.show.page import Html
 from ortho_cli.formats.artifact import ORTHO_FILE, module_of
+from ortho_cli.formats.layers import natural, place_of, short_layers
 
 WORST = 10  # weights in the table of the worst
 LISTED = 3000  # weights in the table of all; a page of more is slow to open

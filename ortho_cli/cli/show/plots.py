@@ -424,6 +424,37 @@ def _draw_dots(axes: Axes, names: Sequence[str], column: Dots, strong: Sequence[
     axes.spines["left"].set_visible(False)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bars:
+    """Bars from 0, one for each name."""
+
+    title: str
+    values: Mapping[str, float]
+    series: int = 0  # their colour
+
+
+def draw_bars(panels: Sequence[Bars], *, tall: float = 120.0) -> str:
+    """Draw plots of bars, one above the other."""
+    step = tall + 58
+    height = len(panels) * step
+    with _style():
+        figure = _make_figure(WIDTH, height)
+        for i, panel in enumerate(panels):
+            y = i * step + 24
+            box = (56 / WIDTH, 1 - (y + tall) / height, (WIDTH - 66) / WIDTH, tall / height)
+            axes, labels = figure.add_axes(box), [label_of(name) for name in panel.values]
+            axes.bar(range(len(labels)), list(panel.values.values()), color=LINES[panel.series])
+            every = math.ceil((_longest(labels) + 2) * LABEL * len(labels) / WIDTH)
+            axes.set_xticks(range(0, len(labels), every), labels[::every])
+            axes.set_xlim(-0.8, len(labels) - 0.2)
+            axes.set_xlabel("layer", fontsize=9)
+            axes.set_title(visible(panel.title), pad=8)
+            axes.locator_params(axis="y", nbins=5)
+            axes.yaxis.set_major_formatter(_formatter(".3g"))
+            axes.grid(visible=False, axis="x")
+        return _svg(figure, ", ".join(panel.title for panel in panels))
+
+
 def draw_pairs(
     before: Mapping[int, float], after: Mapping[int, float], levels: Sequence[tuple[str, float]]
 ) -> str:
