@@ -26,6 +26,7 @@ from ortho_cli.bench.records import (
     Figure,
     Figures,
     Memorisation,
+    NotMeasured,
     Recall,
     Report,
     Row,
@@ -236,6 +237,7 @@ def report() -> dict[str, Any]:
             ),
             unsplit=unsplit,
             rows=rows,
+            not_measured=(NotMeasured(figure="keep", needs="--keep FILE"),),
             verdict=judge(rows, unsplit, None),
         )
     )
@@ -248,10 +250,12 @@ def test_the_page_of_a_bench_has_its_parts_and_no_secret() -> None:
     text = made.decode()
     asks_for_nothing(text)
     said = visible_text(text)
-    parts = ("Verdict", "The dial", "Each secret, by number", "Relearning", "Attacks",
-             "Beside controls", "All figures")  # fmt: skip
+    parts = ("Verdict", "The dial", "What each layer costs", "Each secret, by number",
+             "Relearning", "Attacks", "Beside controls", "All figures", "Not measured, and",
+             "Rows to keep (--keep FILE)")  # fmt: skip
     places = [said.index(part) for part in parts]
     assert places == sorted(places)
+    assert said.count("--keep FILE") == 1
     assert said.index("forgotten") < said.index("The dial")
     assert SECRET not in said
     assert "/secret/place" not in said

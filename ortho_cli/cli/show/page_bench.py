@@ -37,7 +37,6 @@ LEVELS = ("original", "int4")  # rows that are levels on the dial
 COLOURS = {"alpha 0": 0, "alpha 1": 1, "original": 1, "int4": 2, "reference": 3}
 OTHERS = (4, 5, 2, 3)  # colours of further rows
 MOST_SECRETS = 300  # that are drawn one by one
-MISSING = "Not measured "  # lines of the verdict that go to the end
 GOOD = {"forgotten": "good", "kept": "good"}
 
 
@@ -52,7 +51,8 @@ def make_page(bench: Mapping[str, object], *, name: str, more: Sequence[Html] = 
     document = Document(bench)
     rows = [row for row in document.rows("rows") if row["figures"]]
     lines = [_capital(line.removeprefix("* ")) for line in verdict_lines(document)]
-    missing = [_capital(line[len(MISSING) :]) for line in lines if line.startswith(MISSING)]
+    missing = [_capital(words) for words in missing_figures(document)]
+    absent = page.section("Not measured, and what that needs", page.sentences(missing))
     lead = f"What each alpha of it gives, by ortho bench {document.text('ortho')}"
     parts = [
         page.section(
@@ -68,7 +68,7 @@ def make_page(bench: Mapping[str, object], *, name: str, more: Sequence[Html] = 
         *_controls(document, rows),
         *more,
         _all_figures(document, rows),
-        *([page.section("Not measured", page.sentences(missing))] if missing else []),
+        *([absent] if missing else []),
     ]
     return page.whole_page(name, lead, *parts)
 

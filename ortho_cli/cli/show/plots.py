@@ -433,6 +433,9 @@ class Bars:
     series: int = 0  # their colour
 
 
+FEWEST_BARS = 16  # that fill a plot: of fewer each would be a block
+
+
 def draw_bars(panels: Sequence[Bars], *, tall: float = 120.0) -> str:
     """Draw plots of bars, one above the other."""
     step = tall + 58
@@ -446,7 +449,7 @@ def draw_bars(panels: Sequence[Bars], *, tall: float = 120.0) -> str:
             axes.bar(range(len(labels)), list(panel.values.values()), color=LINES[panel.series])
             every = math.ceil((_longest(labels) + 2) * LABEL * len(labels) / WIDTH)
             axes.set_xticks(range(0, len(labels), every), labels[::every])
-            axes.set_xlim(-0.8, len(labels) - 0.2)
+            axes.set_xlim(-0.8, max(len(labels), FEWEST_BARS) - 0.2)
             axes.set_xlabel("layer", fontsize=9)
             axes.set_title(visible(panel.title), pad=8)
             axes.locator_params(axis="y", nbins=5)
