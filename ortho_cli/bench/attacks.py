@@ -33,6 +33,7 @@ from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.tokenizer import Tokenizer
 from ortho_cli.split import quantize
 from ortho_cli.split.scales import base_scales
+from ortho_cli.storage.parts import Parts
 
 STEPS = (5, 10, 20, 40)
 LEARNING_RATE = 5e-5
@@ -67,6 +68,7 @@ class Target:
         seed: of every draw.
         learning_rate: of AdamW, for attacks that train.
         steps: after how many steps of training to measure, ascending.
+        parts: keeps the points of the curve.
     """
 
     model: nn.Module
@@ -78,6 +80,29 @@ class Target:
     seed: int = 0
     learning_rate: float = LEARNING_RATE
     steps: Sequence[int] = STEPS
+    parts: Parts = dataclasses.field(default_factory=Parts)
+
+    def curve(self, points: Mapping[str, Callable[[Parts], Recall]]) -> Curve:
+        """Measure the points of a curve, but those that an earlier run has measured.
+
+        Each is given the parts that keep what it measures.
+        """
+
+        def measure(name: str) -> Recall:
+            return points[name](self.parts.at(name))
+
+        found = self.parts.each(
+            "points",
+            list(points),
+            measure,
+            write=dataclasses.asdict,
+            read=lambda held: Recall(**held),
+        )
+        return dict(zip(points, found, strict=True))
+
+    def recall(self, secrets: Sequence[TokenSecret], parts: Parts) -> Recall:
+        """Measure what is known of secrets now."""
+        return recall(self.model, secrets, self.tokenizer, parts)
 
 
 # Inputs that an attack may need beside --attack, in words.
@@ -114,7 +139,10 @@ class Attack:
 
 
 def recall(
-    model: nn.Module, secrets: Sequence[TokenSecret], tokenizer: Tokenizer | None = None
+    model: nn.Module,
+    secrets: Sequence[TokenSecret],
+    tokenizer: Tokenizer | None = None,
+    parts: Parts | None = None,
 ) -> Recall:
     """Measure what an attack is after, in short; `evaluate.memorisation_of` says more, and slower.
 
@@ -122,6 +150,7 @@ def recall(
         model: a causal language model.
         secrets: one at least.
         tokenizer: of the model; None leaves `rouge_l` out.
+        parts: keeps what is measured of each secret.
     Returns:
         `exposure` (bits, mean over secrets), `extraction` (share that greedy decoding says whole),
         `token_accuracy` (share of all their tokens that are the likeliest), `rouge_l` (mean of
@@ -129,10 +158,11 @@ def recall(
     Raises:
         NumericalError: an NLL is NaN or infinite.
     """
-    scores = [scoring.score(model, secret) for secret in secrets]
+    parts = parts or Parts()
+    scores = evaluate.score_secrets(model, secrets, parts)
     hits = [hit for score in scores for hit in score.hits]
     long = [secret for secret in secrets if len(secret.secret) > BRIEF]
-    rouges = [] if tokenizer is None else evaluate.rouges(model, tokenizer, long)
+    rouges = [] if tokenizer is None else evaluate.rouges(model, tokenizer, long, parts)
     return Recall(
         exposure=sum(scoring.exposures(scores)) / len(scores),
         extraction=sum(score.verbatim for score in scores) / len(scores),
@@ -305,26 +335,30 @@ def tune(
                 f"a parameter is {parameter.dtype}, and small steps are lost in it",
                 hint="model.float() first",
             )
-    found: dict[str, Recall] = {}
     with restored(parameters), torch.enable_grad():
         for parameter in parameters:
             parameter.requires_grad_()
         optimizer = torch.optim.AdamW(
             parameters, lr=target.learning_rate, betas=BETAS, weight_decay=0.0
         )
-        for step in range(1, max(target.steps, default=0) + 1):
-            optimizer.zero_grad(set_to_none=True)
-            loss = _loss(target.model, draw())
-            if not bool(torch.isfinite(loss)):
-                raise NumericalError(
-                    f"the loss of step {step} is {loss.item()}", hint="lower the learning rate"
-                )
-            torch.autograd.backward([loss])
-            optimizer.step()
-            if step in target.steps:
-                left = recall(target.model, measured, target.tokenizer)
-                found[str(step)] = dataclasses.replace(left, loss=loss.item())
-    return found
+        taken, loss = 0, torch.zeros(())
+
+        def train(steps: int, parts: Parts) -> Recall:
+            """Train up to that step, where a point is not known yet, and measure it."""
+            nonlocal taken, loss
+            for step in range(taken + 1, steps + 1):
+                optimizer.zero_grad(set_to_none=True)
+                loss = _loss(target.model, draw())
+                if not bool(torch.isfinite(loss)):
+                    raise NumericalError(
+                        f"the loss of step {step} is {loss.item()}", hint="lower the learning rate"
+                    )
+                torch.autograd.backward([loss])
+                optimizer.step()
+            taken = steps
+            return dataclasses.replace(target.recall(measured, parts), loss=loss.item())
+
+        return target.curve({str(steps): partial(train, steps) for steps in target.steps})
 
 
 def _loss(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -380,9 +414,7 @@ def rewordings(
 def reword(target: Target) -> Curve:
     """Ask for each secret in other words; see `rewordings`."""
     asked = rewordings(target.secrets, target.tokenizer)
-    return {
-        kind: recall(target.model, secrets, target.tokenizer) for kind, secrets in asked.items()
-    }
+    return target.curve({kind: partial(target.recall, rows) for kind, rows in asked.items()})
 
 
 def paraphrase(target: Target) -> Curve:
@@ -396,7 +428,7 @@ def paraphrase(target: Target) -> Curve:
     """
     pairs = [(one, prompt) for one in target.secrets for prompt in one.paraphrases]
     asked = [dataclasses.replace(one, prompt=prompt) for one, prompt in pairs]
-    return {"all": recall(target.model, asked, target.tokenizer)} if asked else {}
+    return target.curve({"all": partial(target.recall, asked)} if asked else {})
 
 
 def second_half(one: TokenSecret) -> TokenSecret | None:
@@ -436,7 +468,7 @@ def complete(target: Target) -> Curve:
     Source: a prefix that the attacker knows, Carlini et al. 2022 (arXiv:2202.07646), section 3.
     """
     halved = [rest for one in target.secrets if (rest := second_half(one)) is not None]
-    return {"half": recall(target.model, halved, target.tokenizer)} if halved else {}
+    return target.curve({"half": partial(target.recall, halved)} if halved else {})
 
 
 def requantize(target: Target) -> Curve:
@@ -450,18 +482,18 @@ def requantize(target: Target) -> Curve:
     Source: arXiv:2410.16454: rounding brings back what training hid in small differences.
     """
     weights = [target.model.get_submodule(n).get_parameter("weight") for n in target.linears]
-    found: dict[str, Recall] = {}
-    for group_size in GROUP_SIZES:
-        if any(weight.shape[1] % group_size for weight in weights):
-            continue
+
+    def measure(group_size: int, parts: Parts) -> Recall:
         with restored(weights):
             for weight in weights:
                 wide = weight.detach().float().cpu()
                 scales = base_scales("mse", wide, None, group_size)
                 with torch.no_grad():
                     weight.copy_(quantize.dequantize(quantize.quantize(wide, scales), scales))
-            found[f"group_{group_size}"] = recall(target.model, target.secrets, target.tokenizer)
-    return found
+            return target.recall(target.secrets, parts)
+
+    fit = [size for size in GROUP_SIZES if not any(weight.shape[1] % size for weight in weights)]
+    return target.curve({f"group_{size}": partial(measure, size) for size in fit})
 
 
 def mix_public(target: Target) -> Curve:
@@ -484,17 +516,20 @@ def mix_public(target: Target) -> Curve:
         for name, public in target.public.items()
     }
 
-    def written(make: Callable[[Tensor, Public], Tensor]) -> Recall:
+    def measure(make: Callable[[Tensor, Public], Tensor], parts: Parts) -> Recall:
         with restored(weights), torch.no_grad():
             for weight, public in weights.items():
                 weight.copy_(make(weight, public))
-            return recall(target.model, target.secrets, target.tokenizer)
+            return target.recall(target.secrets, parts)
 
     def mixed(share: float, weight: Tensor, public: Public) -> Tensor:
         return torch.lerp(weight, public.weight.to(weight), share)
 
-    curve = {f"public_{share:.0%}".rstrip("%"): written(partial(mixed, share)) for share in SHARES}
-    return {**curve, "clamped": written(clamp_to_codes)}
+    makes: dict[str, Callable[[Tensor, Public], Tensor]] = {
+        f"public_{share:.0%}".rstrip("%"): partial(mixed, share) for share in SHARES
+    }
+    makes["clamped"] = clamp_to_codes
+    return target.curve({name: partial(measure, make) for name, make in makes.items()})
 
 
 # In the order in which they run. README.md of this folder says how to add one.

@@ -1,0 +1,183 @@
+"""Finished parts of a bench, kept in the user's cache until the command ends.
+
+    ~/.cache/ortho/bench-<hash>/   for its owner alone
+        parts      figures by row and number; no text of a secret, no answer of a model
+        key.age    where ortho is sealed: the key of `parts`, locked to what opens ortho
+
+The hash is of everything that decides a figure: the artifact's bytes, name, size and time of every
+other file, settings, versions, device, threads. So the same command continues, and its figures are
+those of a run that nobody stopped. Speed and memory are measured again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+
+from ortho_cli.bench.plan import Settings
+from ortho_cli.errors import Interrupted, OrthoError, OutputExistsError, ResourceError, reason
+from ortho_cli.events import EventSink, Finishing, Noted
+from ortho_cli.formats.artifact import Artifact, canonical_json
+from ortho_cli.model import load as models
+from ortho_cli.storage.checkpoint import file_digest
+from ortho_cli.storage.locks import Lock
+from ortho_cli.storage.parts import Parts, open_parts
+from ortho_cli.storage.sealing import SEALED_FILE, Keys, key_beside
+from ortho_cli.storage.work_folder import user_cache
+from ortho_cli.version import __version__
+
+PARTS_FILE = "parts"
+KEEP_SECONDS = 30 * 86_400.0  # of a state that nobody came back for: a month
+# Settings that decide no figure: where the artifact is, what opens it, what is asked of figures.
+NO_FIGURE = ("artifact", "identity", "require", "show_secrets")
+
+
+@dataclass(slots=True, kw_only=True)
+class Kept:
+    """What is kept of a bench, and how many of its parts are finished.
+
+    `texts` keeps what a model wrote: like `parts`, but in no file where that would be plain beside
+    a sealed ortho.
+    """
+
+    parts: Parts = field(default_factory=Parts)
+    texts: Parts = field(default_factory=Parts)
+    finished: int = 0
+    total: int = 0  # 0 until it is known
+
+    def finish(self, name: str) -> None:
+        """Count a part as finished, in this run or in an earlier one."""
+        self.parts.at("finished").once(name, lambda: True)
+        self.finished += 1
+
+    @property
+    def earlier(self) -> int:
+        """Parts that an earlier run has finished and this one has not reached."""
+        return self.parts.at("finished").left
+
+    def interrupted(self) -> Interrupted:
+        """Say what an interrupt left."""
+        if not self.parts.kept:
+            return Interrupted(
+                "interrupted, and no figure is kept", hint="repeat the same command to start again"
+            )
+        of = f" of {self.total}" if self.total else ""
+        return Interrupted(
+            f"interrupted with {self.finished + self.earlier}{of} parts finished, which are kept",
+            hint="repeat the same command to go on from there",
+        )
+
+
+@contextlib.contextmanager
+def keep_parts(
+    settings: Settings, opened: Artifact, keys: Keys | None, on_event: EventSink
+) -> Iterator[Kept]:
+    """Keep finished parts of a bench within the block, and remove them where it ends well.
+
+    Args:
+        settings: of the bench, whose files are known to be there.
+        opened: the artifact.
+        keys: what opened its ortho, where that is sealed.
+        on_event: told where nothing can be kept, and of what an earlier run left.
+    Raises:
+        Interrupted: Ctrl-C; says what is kept.
+    """
+    on_event(Finishing(step="digest the artifact"))
+    folder = user_cache() / f"bench-{_identify(settings, opened)}"
+    lock, kept = Lock(folder, opened.folder), Kept()
+    try:
+        lock.take()
+        folder.chmod(0o700)
+        _sweep(folder)
+        kept = _open(folder, opened, keys, on_event)
+    except OutputExistsError:
+        on_event(Noted(message="the same bench runs in another process: this one keeps nothing"))
+    except (OSError, ResourceError) as error:
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        on_event(Noted(message=f"this bench keeps nothing: cannot write `{folder}`: {why}"))
+    try:
+        yield kept
+    except KeyboardInterrupt:
+        kept.parts.save()
+        raise kept.interrupted() from None
+    except BaseException as error:
+        kept.parts.save()
+        # Once the input is repaired, it is another bench.
+        if kept.parts.kept and isinstance(error, OrthoError) and not _passes(error):
+            lock.remove_folder()
+        raise
+    else:
+        if kept.parts.kept:
+            lock.remove_folder()
+    finally:
+        lock.release()
+
+
+def _passes(error: OrthoError) -> bool:
+    """Whether the same command may go on later: memory, a disk, an interrupt."""
+    return isinstance(error, ResourceError | Interrupted)
+
+
+def _open(folder: Path, opened: Artifact, keys: Keys | None, on_event: EventSink) -> Kept:
+    file, sealed = folder / PARTS_FILE, (opened.folder / SEALED_FILE).exists()
+    key = key_beside(file, keys) if sealed and keys is not None else None
+    parts = open_parts(file, key, on_event)
+    return Kept(parts=parts, texts=parts if key is not None or not sealed else Parts())
+
+
+def _identify(settings: Settings, opened: Artifact) -> str:
+    """Digest everything that decides a figure."""
+    told = {
+        one.name: _spelled(getattr(settings, one.name))
+        for one in dataclasses.fields(settings)
+        if one.name not in NO_FIGURE
+    }
+    here = [path for path in sorted(opened.folder.iterdir()) if path.is_file()]
+    identity = {
+        "artifact": {path.name: file_digest(path) for path in here},
+        "settings": told,
+        "versions": [__version__, *map(metadata.version, ("torch", "transformers", "numpy"))],
+        "machine": [
+            platform.machine(),
+            str(models.resolve_device(settings.device)),
+            torch.get_num_threads(),
+        ],
+    }
+    return blake3(canonical_json(identity).encode()).hexdigest(16)
+
+
+def _spelled(value: object) -> object:
+    """Spell a setting for the identity: of files name, size and time, as `text.stamps` does.
+
+    No digest of them: it would give short secrets away.
+    """
+    if isinstance(value, tuple):
+        return [_spelled(one) for one in value]
+    if not isinstance(value, Path):
+        return value
+    inside = [*value.glob("*"), *value.glob("*/*")] if value.is_dir() else [value]
+    stats = [(path.relative_to(value.parent).as_posix(), path.stat()) for path in sorted(inside)]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def _sweep(mine: Path) -> None:
+    """Remove what other benches left a month ago, and nobody came back for."""
+    for folder in mine.parent.glob("bench-*"):
+        file = folder / PARTS_FILE
+        if folder == mine or not file.is_file():
+            continue
+        if time.time() - file.stat().st_mtime > KEEP_SECONDS:
+            lock = Lock(folder, folder)
+            with contextlib.suppress(OutputExistsError, OSError):
+                lock.take()
+                lock.remove_folder()
+            lock.release()
