@@ -10,13 +10,17 @@ itself.
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -24,8 +28,9 @@ from ortho_cli.bench import evaluate
 from ortho_cli.bench.estimates import average
 from ortho_cli.bench.public import Public, clamp_to_codes
 from ortho_cli.bench.records import Curve, Recall
+from ortho_cli.decompose.edits import load_arrays, save_arrays
 from ortho_cli.decompose.settings import GROUP_SIZES
-from ortho_cli.errors import NumericalError, UsageError
+from ortho_cli.errors import NumericalError, ResourceError, UsageError
 from ortho_cli.model import scoring
 from ortho_cli.model.hooks import frozen
 from ortho_cli.model.linears import is_conv1d
@@ -33,7 +38,7 @@ from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.tokenizer import Tokenizer
 from ortho_cli.split import quantize
 from ortho_cli.split.scales import base_scales
-from ortho_cli.storage.parts import Parts
+from ortho_cli.storage.parts import Pace, Parts
 
 STEPS = (5, 10, 20, 40)
 LEARNING_RATE = 5e-5
@@ -69,6 +74,7 @@ class Target:
         learning_rate: of AdamW, for attacks that train.
         steps: after how many steps of training to measure, ascending.
         parts: keeps the points of the curve.
+        state: file that keeps what is trained; None keeps nothing, as beside a sealed ortho.
     """
 
     model: nn.Module
@@ -81,6 +87,7 @@ class Target:
     learning_rate: float = LEARNING_RATE
     steps: Sequence[int] = STEPS
     parts: Parts = dataclasses.field(default_factory=Parts)
+    state: Path | None = None
 
     def curve(self, points: Mapping[str, Callable[[Parts], Recall]]) -> Curve:
         """Measure the points of a curve, but those that an earlier run has measured.
@@ -341,24 +348,80 @@ def tune(
         optimizer = torch.optim.AdamW(
             parameters, lr=target.learning_rate, betas=BETAS, weight_decay=0.0
         )
-        taken, loss = 0, torch.zeros(())
+        training = _Training(target=target, draw=draw, parameters=parameters, optimizer=optimizer)
 
         def train(steps: int, parts: Parts) -> Recall:
             """Train up to that step, where a point is not known yet, and measure it."""
-            nonlocal taken, loss
-            for step in range(taken + 1, steps + 1):
-                optimizer.zero_grad(set_to_none=True)
-                loss = _loss(target.model, draw())
-                if not bool(torch.isfinite(loss)):
-                    raise NumericalError(
-                        f"the loss of step {step} is {loss.item()}", hint="lower the learning rate"
-                    )
-                torch.autograd.backward([loss])
-                optimizer.step()
-            taken = steps
-            return dataclasses.replace(target.recall(measured, parts), loss=loss.item())
+            loss = training.up_to(steps)
+            return dataclasses.replace(target.recall(measured, parts), loss=loss)
 
-        return target.curve({str(steps): partial(train, steps) for steps in target.steps})
+        found = target.curve({str(steps): partial(train, steps) for steps in target.steps})
+    if target.state is not None:
+        target.state.unlink(missing_ok=True)
+    return found
+
+
+@dataclass(slots=True, kw_only=True)
+class _Training:
+    """Parameters in training, which the target's file keeps as time passes."""
+
+    target: Target
+    draw: Callable[[], Sequence[Sequence[int]]]
+    parameters: Sequence[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    pace: Pace = dataclasses.field(default_factory=Pace)
+    taken: int = 0
+    loss: float = math.nan
+
+    def up_to(self, steps: int) -> float:
+        """Take steps until there are so many; give the loss of the last one."""
+        if not self.taken:
+            self._load(steps)
+        for step in range(self.taken + 1, steps + 1):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = _loss(self.target.model, self.draw())
+            if not bool(torch.isfinite(loss)):
+                raise NumericalError(
+                    f"the loss of step {step} is {loss.item()}", hint="lower the learning rate"
+                )
+            torch.autograd.backward([loss])
+            self.optimizer.step()
+            self.taken, self.loss = step, loss.item()
+            if self.target.state is not None and self.pace.due():
+                self.target.parts.save()  # points before this step are then known, too
+                self.pace.save(partial(self._save, self.target.state))
+        return self.loss
+
+    def _save(self, file: Path) -> None:
+        arrays: dict[str, npt.NDArray[np.generic]] = {"at": np.asarray([self.taken, self.loss])}
+        for number, parameter in enumerate(self.parameters):
+            arrays[f"{number}/value"] = parameter.detach().cpu().numpy()
+            for name, value in self.optimizer.state.get(parameter, {}).items():
+                arrays[f"{number}/{name}"] = value.cpu().numpy()
+        try:
+            save_arrays(file, arrays)
+        except ResourceError:  # a full disk costs what a kill would lose, and not the bench
+            file.unlink(missing_ok=True)
+
+    def _load(self, most: int) -> None:
+        """Continue where an earlier run was, unless it was beyond what is measured now."""
+        arrays = None if self.target.state is None else load_arrays(self.target.state)
+        if arrays is None or arrays["at"][0] > most:
+            return
+        self.taken, self.loss = int(arrays["at"][0]), float(arrays["at"][1])
+        for number, parameter in enumerate(self.parameters):
+            with torch.no_grad():
+                parameter.copy_(torch.from_numpy(arrays[f"{number}/value"]))
+            moments = {
+                name: torch.from_numpy(arrays[f"{number}/{name}"])
+                for name in ("step", "exp_avg", "exp_avg_sq")
+                if f"{number}/{name}" in arrays
+            }
+            if moments:  # what got no gradient has none
+                own = {name: value.to(parameter.device) for name, value in moments.items()}
+                self.optimizer.state[parameter] = own | {"step": moments["step"]}
+        for _ in range(self.taken):
+            self.draw()
 
 
 def _loss(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Tensor:

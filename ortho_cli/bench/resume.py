@@ -2,6 +2,7 @@
 
     ~/.cache/ortho/bench-<hash>/   for its owner alone
         parts      figures by row and number; no text of a secret, no answer of a model
+        *.npz      what an attack trains, until its curve is measured; not where ortho is sealed
         key.age    where ortho is sealed: the key of `parts`, locked to what opens ortho
 
 The hash is of everything that decides a figure: the artifact's bytes, name, size and time of every
@@ -18,6 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -46,11 +48,12 @@ class Kept:
     """What is kept of a bench, and how many of its parts are finished.
 
     `texts` keeps what a model wrote: like `parts`, but in no file where that would be plain beside
-    a sealed ortho.
+    a sealed ortho. `folder` is for what attacks train, None beside a sealed ortho.
     """
 
     parts: Parts = field(default_factory=Parts)
     texts: Parts = field(default_factory=Parts)
+    folder: Path | None = None
     finished: int = 0
     total: int = 0  # 0 until it is known
 
@@ -131,7 +134,9 @@ def _open(folder: Path, opened: Artifact, keys: Keys | None, on_event: EventSink
     file, sealed = folder / PARTS_FILE, (opened.folder / SEALED_FILE).exists()
     key = key_beside(file, keys) if sealed and keys is not None else None
     parts = open_parts(file, key, on_event)
-    return Kept(parts=parts, texts=parts if key is not None or not sealed else Parts())
+    if not sealed:
+        return Kept(parts=parts, texts=parts, folder=folder)
+    return Kept(parts=parts, texts=Parts() if key is None else parts)
 
 
 def _identify(settings: Settings, opened: Artifact) -> str:
@@ -142,10 +147,11 @@ def _identify(settings: Settings, opened: Artifact) -> str:
         if one.name not in NO_FIGURE
     }
     here = [path for path in sorted(opened.folder.iterdir()) if path.is_file()]
+    packages = [one for one in ("torch", "transformers", "numpy") if find_spec(one) is not None]
     identity = {
         "artifact": {path.name: file_digest(path) for path in here},
         "settings": told,
-        "versions": [__version__, *map(metadata.version, ("torch", "transformers", "numpy"))],
+        "versions": [__version__, *map(metadata.version, packages)],
         "machine": [
             platform.machine(),
             str(models.resolve_device(settings.device)),
@@ -165,7 +171,8 @@ def _spelled(value: object) -> object:
     if not isinstance(value, Path):
         return value
     inside = [*value.glob("*"), *value.glob("*/*")] if value.is_dir() else [value]
-    stats = [(path.relative_to(value.parent).as_posix(), path.stat()) for path in sorted(inside)]
+    files = [path for path in sorted(inside) if not path.is_dir() and path.exists()]
+    stats = [(path.relative_to(value.parent).as_posix(), path.stat()) for path in files]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 

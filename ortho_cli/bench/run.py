@@ -90,6 +90,7 @@ class _Work:
     begin: Callable[[str], None]  # announces a step of the work
     parts: Parts  # keeps what is finished of the row
     texts: Parts  # keeps what the source writes
+    folder: Path | None  # for what attacks train
     attacks: Sequence[Attack] = ()  # those that there is data for
     kinds: Mapping[str, Tensor] = field(default_factory=dict)
     original: nn.Module | None = None
@@ -203,6 +204,7 @@ def _measure_all(
         begin=begin,
         parts=kept.parts,
         texts=kept.texts,
+        folder=kept.folder,
         attacks=attacks,
     )
     # Without its cache: attacks change the weights that it would hold.
@@ -579,7 +581,8 @@ def _attack(work: _Work, model: nn.Module, linears: Sequence[str], row: str) -> 
     for attack in work.attacks:
         work.begin(attack.measures)
         parts = work.parts.at(row).at(attack.name)
-        curves[attack.name] = attack.run(replace(target, parts=parts))
+        state = work.folder and work.folder / f"{row} {attack.name}.npz"
+        curves[attack.name] = attack.run(replace(target, parts=parts, state=state))
     return curves
 
 

@@ -237,13 +237,15 @@ class _Job:
         if measures:
             file.unlink(missing_ok=True)
         parts = open_parts(file, on_event=self._on_event)
-        tokens = parts.once(
-            "tokens",
-            lambda: self._made(blank, None if measures else parts),
-            write=Tensor.tolist,
-            read=torch.tensor,
-        )
-        parts.save()
+        try:
+            tokens = parts.once(
+                "tokens",
+                lambda: self._made(blank, None if measures else parts),
+                write=Tensor.tolist,
+                read=torch.tensor,
+            )
+        finally:
+            parts.save()
         if measures:
             self._finish_chunk("retain", 0, len(tokens), None)
         return dataclasses.replace(

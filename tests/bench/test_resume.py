@@ -17,16 +17,18 @@ import pytest
 import torch
 from conftest import Ortho
 from jobs import SERVER
+from memorised import PLENTY, Memorised
 
 from ortho_cli.bench import attacks, evaluate
 from ortho_cli.bench import run as bench
+from ortho_cli.bench.demo import chain, sandbox
 from ortho_cli.bench.plan import Settings
 from ortho_cli.bench.records import to_json
 from ortho_cli.errors import Interrupted, NumericalError
 from ortho_cli.events import Event, EventSink, Step, messages, null_sink
 from ortho_cli.model import self_written
 from ortho_cli.storage import parts
-from tests.bench.test_run import NAMES, WORDS, made, write_rows
+from tests.bench.test_run import NAMES, WORDS, made, memorised_sandbox, write_rows
 
 __all__ = ["made"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
@@ -187,7 +189,7 @@ def test_an_interrupt_inside_a_part_says_what_is_kept_and_half_a_part_is_kept(
     assert scored == 7
     assert figures_of(plain) == expected
     assert scored == 7 + 2 + 4, "two of alpha 1 are left, and four of int4"
-    # A curve: its first points are not measured again, and the rest trains from the beginning.
+    # A curve: neither its points nor its steps are repeated.
     monkeypatch.setattr(evaluate, "score", score)
     monkeypatch.setattr(bench, "ATTACKS", attacks.ATTACKS[:1])
     monkeypatch.setattr(attacks, "_loss", train)
@@ -202,9 +204,11 @@ def test_an_interrupt_inside_a_part_says_what_is_kept_and_half_a_part_is_kept(
     monkeypatch.setattr(attacks, "recall", third)
     with pytest.raises(Interrupted):
         figures_of(settings)
+    (held,) = state(prepared).glob("*.npz")
+    assert (held.name, stat.S_IMODE(held.stat().st_mode)) == ("alpha 0 relearn.npz", 0o600)
     trained.clear()
     found = figures_of(settings)
-    assert recalls[3:] == [20, 40]
+    assert recalls[3:] == [0, 20], "20 steps were kept, and 20 are taken"
     row, same = (next(r for r in d["rows"] if r["row"] == "alpha 0") for d in (found, figures))
     assert row["figures"]["relearn"] == same["figures"]["relearn"]
 
@@ -319,6 +323,40 @@ def test_beside_a_sealed_ortho_nothing_that_a_model_wrote_is_in_plain(
     held = (state(prepared) / "parts").read_bytes()
     assert b"alpha 0/memory" in held
     assert not any(word in held for word in (b'["alternatives",', b'["self_written/text"'))
+
+
+def test_the_bench_without_an_artifact_says_how_it_goes_on_and_does(
+    memorised: Memorised, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box = memorised_sandbox(memorised, tmp_path / "box")
+    monkeypatch.setattr(sandbox, "cached", lambda seed, sink: box)
+    few = ("forget.samples=4", "forget.length=16", "forget.rounds=2")
+    sets = ("calibrate.samples=8", "calibrate.length=16", *few, *PLENTY)
+    monkeypatch.setattr(chain, "SETS", sets)
+    monkeypatch.setattr(chain, "RECIPE", "forget-isolate")
+    events: list[Event] = []
+
+    def run(at: str, keep: Path | None = None) -> Any:
+        def stop(event: Event) -> None:
+            events.append(event)
+            if at in (getattr(event, "step", ""), getattr(event, "name", "")):
+                raise KeyboardInterrupt
+
+        settings = Settings(artifact=Path(), alphas=(0.0,), tokens=96)
+        return chain.run(settings, keep=keep, on_event=stop)
+
+    with pytest.raises(Interrupted) as caught:
+        run("decompose", tmp_path / "files")
+    assert caught.value.hint == "the same command splits its model again"
+    assert not (tmp_path / "files").exists()
+    with pytest.raises(Interrupted) as caught:
+        run("reference", tmp_path / "files")
+    again = f"remove `{tmp_path / 'files'}`, then repeat the same command to go on from there"
+    assert caught.value.hint == again
+    events.clear()
+    assert run("nowhere").rows
+    told = [one for one in messages(events) if "interrupted run are taken up" in one]
+    assert told == ["6 of 7 parts of an interrupted run are taken up"]
 
 
 def named(event: Event, name: str) -> bool:
