@@ -73,9 +73,10 @@ class Kept:
             return Interrupted(
                 "interrupted, and no figure is kept", hint="repeat the same command to start again"
             )
-        of = f" of {self.total}" if self.total else ""
+        count, of = self.finished + self.earlier, f" of {self.total}" if self.total else ""
+        kept = ", which are kept" if count else ""
         return Interrupted(
-            f"interrupted with {self.finished + self.earlier}{of} parts finished, which are kept",
+            f"interrupted with {count}{of} parts finished{kept}",
             hint="repeat the same command to go on from there",
         )
 
@@ -96,38 +97,34 @@ def keep_parts(
     """
     on_event(Finishing(step="digest the artifact"))
     folder = user_cache() / f"bench-{_identify(settings, opened)}"
-    lock, kept = Lock(folder, opened.folder), Kept()
+    lock, kept, is_ours = Lock(folder, opened.folder), Kept(), False
     try:
         lock.take()
         folder.chmod(0o700)
         _sweep(folder)
-        kept = _open(folder, opened, keys, on_event)
+        kept, is_ours = _open(folder, opened, keys, on_event), True
     except OutputExistsError:
         on_event(Noted(message="the same bench runs in another process: this one keeps nothing"))
     except (OSError, ResourceError) as error:
         why = reason(error) if isinstance(error, OSError) else str(error)
         on_event(Noted(message=f"this bench keeps nothing: cannot write `{folder}`: {why}"))
+    over = False  # whether nobody will come back for what is kept
     try:
         yield kept
+        over = True
     except KeyboardInterrupt:
         kept.parts.save()
         raise kept.interrupted() from None
-    except BaseException as error:
-        kept.parts.save()
-        # Once the input is repaired, it is another bench.
-        if kept.parts.kept and isinstance(error, OrthoError) and not _passes(error):
-            lock.remove_folder()
+    except OrthoError as error:
+        # Memory and disks may do better next time; once another input is repaired, it is another
+        # bench.
+        over = not isinstance(error, ResourceError | Interrupted)
         raise
-    else:
-        if kept.parts.kept:
-            lock.remove_folder()
     finally:
+        kept.parts.save()
+        if is_ours and (over or not (folder / PARTS_FILE).exists()):
+            lock.remove_folder()
         lock.release()
-
-
-def _passes(error: OrthoError) -> bool:
-    """Whether the same command may go on later: memory, a disk, an interrupt."""
-    return isinstance(error, ResourceError | Interrupted)
 
 
 def _open(folder: Path, opened: Artifact, keys: Keys | None, on_event: EventSink) -> Kept:

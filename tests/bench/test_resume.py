@@ -346,7 +346,7 @@ def test_the_bench_without_an_artifact_says_how_it_goes_on_and_does(
         return chain.run(settings, keep=keep, on_event=stop)
 
     with pytest.raises(Interrupted) as caught:
-        run("decompose", tmp_path / "files")
+        run("look for the secrets", tmp_path / "files")
     assert caught.value.hint == "the same command splits its model again"
     assert not (tmp_path / "files").exists()
     with pytest.raises(Interrupted) as caught:
