@@ -78,6 +78,7 @@ FARTHEST = 0.5  # codes that one step moves at most
 REACH = 0.499  # codes; from a code to the edge of the interval that rounds to it
 
 
+# Longer than 60 lines: half of it says what each argument is.
 def unlearn(
     grid: Grid,
     secrets: Sequence[TokenSecret],
