@@ -14,7 +14,7 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from pathlib import Path
@@ -87,7 +87,7 @@ class _Work:
 
     settings: Settings
     material: Material
-    begin: Callable[[str], None]  # announces a step of the work
+    begin: _Steps  # announces a step of the work
     parts: Parts  # keeps what is finished of the row
     texts: Parts  # keeps what the source writes
     folder: Path | None  # for what attacks train
@@ -254,7 +254,7 @@ def _with_alternatives(work: _Work, source: nn.Module) -> Material:
     material = work.material
     if material.tokenizer is None or not _bare(material):
         return material
-    work.begin("alternatives that the source writes")
+    work.begin("alternatives that the source writes", again=not work.texts.kept)
     every = [one for name in SETS for one in getattr(material, name)]
     seed = work.settings.seed
     tokenizer, parts = material.tokenizer, work.texts
@@ -273,7 +273,7 @@ def _texts(work: _Work, source: nn.Module, *, writes: bool) -> dict[str, Tensor]
     found = {**given, **material.kinds}
     if material.tokenizer is None or not writes:
         return found
-    work.begin("text that the source writes")
+    work.begin("text that the source writes", again=not work.texts.kept)
     context = context_of(settings, settings.artifact)
     length = min(WRITTEN_LENGTH, context)
     count = max(1, min(WRITTEN_TOKENS, settings.tokens) // length)
@@ -348,13 +348,13 @@ class _Steps:
         self._done = 0
         self._last = ""  # that has begun, where it is kept
         self._kept, self._on_event = kept, on_event
-        kept.total = self._of - len(settings.alphas)
+        kept.total = self._of - len(settings.alphas) - (0 if kept.texts.kept else writes)
         if kept.earlier:
             message = f"{kept.earlier} of {kept.total} parts of an interrupted run are taken up"
             on_event(Noted(message=message))
 
     def __call__(self, name: str, *, again: bool = False) -> None:
-        """Begin a step; with `again` it is measured in each run."""
+        """Begin a step; what it finds is not kept where each run does it `again`."""
         if self._last:
             self._kept.finish(self._last)
         self._done += 1

@@ -318,7 +318,7 @@ def test_beside_a_sealed_ortho_nothing_that_a_model_wrote_is_in_plain(
     assert {path.name for path in state(prepared).iterdir()} == {"parts", "key.age", "lock"}
     assert figures_of(settings) == figures
     alone = replace(settings, identity=None, alphas=(0.0,))
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="with 1 of 2 parts finished, which are kept"):
         figures_of(alone, lambda e: stop(replace(e, name="int4") if named(e, "original") else e))
     held = (state(prepared) / "parts").read_bytes()
     assert b"alpha 0/memory" in held
