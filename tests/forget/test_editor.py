@@ -31,6 +31,7 @@ from ortho_cli.events import Event, Finishing, Noted, Step
 from ortho_cli.forget import editor as forget
 from ortho_cli.forget import ranks
 from ortho_cli.forget.grid import Grid
+from ortho_cli.forget.unlearn import MASK_FILE
 from ortho_cli.forget.ranks import rank_secret
 from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.model import scoring
@@ -347,8 +348,10 @@ def test_unlearn_by_command_writes_its_artifact(
 
 
 def test_unlearn_that_was_interrupted_goes_on_to_the_same_bytes(
-    memorised: Memorised, tmp_path: Path
+    memorised: Memorised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(parts, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(parts, "LARGEST_SHARE", 1e9)
     plan = memorised.plan(*UNLEARN, split="unlearn")
     seen: list[int] = []
 
@@ -368,11 +371,12 @@ def test_unlearn_that_was_interrupted_goes_on_to_the_same_bytes(
     assert "repeat the same command" in str(caught.value.hint)
     private = work_folder(tmp_path / "out") / "private"
     assert stat.S_IMODE(private.stat().st_mode) == 0o700
-    assert [path.name for path in private.iterdir()] == [forget.STATE_FILE]
+    files = {forget.PARTS_FILE, forget.FISHER_FILE, forget.STATE_FILE, MASK_FILE}
+    assert {path.name for path in private.iterdir()} == files
     assert stat.S_IMODE((private / forget.STATE_FILE).stat().st_mode) == 0o600
     seen.clear()
     run(tmp_path / "out")
-    assert seen == [6, 7, 8, 9, 10]
+    assert seen == [8, 9, 10], "steps that were finished are not repeated"
     for name in ("model.safetensors", "ortho.safetensors", "report.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
