@@ -31,8 +31,8 @@ from ortho_cli.events import Event, Finishing, Noted, Step
 from ortho_cli.forget import editor as forget
 from ortho_cli.forget import ranks
 from ortho_cli.forget.grid import Grid
-from ortho_cli.forget.unlearn import MASK_FILE
 from ortho_cli.forget.ranks import rank_secret
+from ortho_cli.forget.unlearn import MASK_FILE
 from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.model import scoring
 from ortho_cli.split import quantize
