@@ -76,13 +76,13 @@ def child(said: Path, words: Sequence[str], ready: Any, hurts: Sequence[Hurt]) -
 
     from ortho_cli.calibrate import job as calibrate
     from ortho_cli.cli import app, boundary
-    from ortho_cli.storage import job
+    from ortho_cli.storage import job, parts
 
     os.chdir(said.parent)
     with said.open("w") as file:
         os.dup2(file.fileno(), 2)
     job.COMMIT_SECONDS = 0.0
-    calibrate.CHUNK_SECONDS = 0.0
+    calibrate.CHUNK_SECONDS = parts.SAVE_SECONDS = 0.0
     torch.set_num_threads(1)
 
     def command() -> int:

@@ -10,13 +10,17 @@ itself.
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -24,8 +28,9 @@ from ortho_cli.bench import evaluate
 from ortho_cli.bench.estimates import average
 from ortho_cli.bench.public import Public, clamp_to_codes
 from ortho_cli.bench.records import Curve, Recall
+from ortho_cli.decompose.edits import load_arrays, save_arrays
 from ortho_cli.decompose.settings import GROUP_SIZES
-from ortho_cli.errors import NumericalError, UsageError
+from ortho_cli.errors import NumericalError, ResourceError, UsageError
 from ortho_cli.model import scoring
 from ortho_cli.model.hooks import frozen
 from ortho_cli.model.linears import is_conv1d
@@ -33,6 +38,7 @@ from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.tokenizer import Tokenizer
 from ortho_cli.split import quantize
 from ortho_cli.split.scales import base_scales
+from ortho_cli.storage.parts import Pace, Parts
 
 STEPS = (5, 10, 20, 40)
 LEARNING_RATE = 5e-5
@@ -67,6 +73,8 @@ class Target:
         seed: of every draw.
         learning_rate: of AdamW, for attacks that train.
         steps: after how many steps of training to measure, ascending.
+        parts: keeps the points of the curve.
+        state: file that keeps what is trained; None keeps nothing, as beside a sealed ortho.
     """
 
     model: nn.Module
@@ -78,6 +86,30 @@ class Target:
     seed: int = 0
     learning_rate: float = LEARNING_RATE
     steps: Sequence[int] = STEPS
+    parts: Parts = dataclasses.field(default_factory=Parts)
+    state: Path | None = None
+
+    def curve(self, points: Mapping[str, Callable[[Parts], Recall]]) -> Curve:
+        """Measure the points of a curve, but those that an earlier run has measured.
+
+        Each is given the parts that keep what it measures.
+        """
+
+        def measure(name: str) -> Recall:
+            return points[name](self.parts.at(name))
+
+        found = self.parts.each(
+            "points",
+            list(points),
+            measure,
+            write=dataclasses.asdict,
+            read=lambda held: Recall(**held),
+        )
+        return dict(zip(points, found, strict=True))
+
+    def recall(self, secrets: Sequence[TokenSecret], parts: Parts) -> Recall:
+        """Measure what is known of secrets now."""
+        return recall(self.model, secrets, self.tokenizer, parts)
 
 
 # Inputs that an attack may need beside --attack, in words.
@@ -114,7 +146,10 @@ class Attack:
 
 
 def recall(
-    model: nn.Module, secrets: Sequence[TokenSecret], tokenizer: Tokenizer | None = None
+    model: nn.Module,
+    secrets: Sequence[TokenSecret],
+    tokenizer: Tokenizer | None = None,
+    parts: Parts | None = None,
 ) -> Recall:
     """Measure what an attack is after, in short; `evaluate.memorisation_of` says more, and slower.
 
@@ -122,6 +157,7 @@ def recall(
         model: a causal language model.
         secrets: one at least.
         tokenizer: of the model; None leaves `rouge_l` out.
+        parts: keeps what is measured of each secret.
     Returns:
         `exposure` (bits, mean over secrets), `extraction` (share that greedy decoding says whole),
         `token_accuracy` (share of all their tokens that are the likeliest), `rouge_l` (mean of
@@ -129,10 +165,11 @@ def recall(
     Raises:
         NumericalError: an NLL is NaN or infinite.
     """
-    scores = [scoring.score(model, secret) for secret in secrets]
+    parts = parts or Parts()
+    scores = evaluate.score_secrets(model, secrets, parts)
     hits = [hit for score in scores for hit in score.hits]
     long = [secret for secret in secrets if len(secret.secret) > BRIEF]
-    rouges = [] if tokenizer is None else evaluate.rouges(model, tokenizer, long)
+    rouges = [] if tokenizer is None else evaluate.rouges(model, tokenizer, long, parts)
     return Recall(
         exposure=sum(scoring.exposures(scores)) / len(scores),
         extraction=sum(score.verbatim for score in scores) / len(scores),
@@ -306,26 +343,86 @@ def tune(
                 f"a parameter is {parameter.dtype}, and small steps are lost in it",
                 hint="model.float() first",
             )
-    found: dict[str, Recall] = {}
     with restored(parameters), torch.enable_grad():
         for parameter in parameters:
             parameter.requires_grad_()
         optimizer = torch.optim.AdamW(
             parameters, lr=target.learning_rate, betas=BETAS, weight_decay=0.0
         )
-        for step in range(1, max(target.steps, default=0) + 1):
-            optimizer.zero_grad(set_to_none=True)
-            loss = _loss(target.model, draw())
+        training = _Training(target=target, draw=draw, parameters=parameters, optimizer=optimizer)
+
+        def train(steps: int, parts: Parts) -> Recall:
+            """Train up to that step, where a point is not known yet, and measure it."""
+            loss = training.up_to(steps)
+            return dataclasses.replace(target.recall(measured, parts), loss=loss)
+
+        found = target.curve({str(steps): partial(train, steps) for steps in target.steps})
+    if target.state is not None:
+        target.state.unlink(missing_ok=True)
+    return found
+
+
+@dataclass(slots=True, kw_only=True)
+class _Training:
+    """Parameters in training, which the target's file keeps as time passes."""
+
+    target: Target
+    draw: Callable[[], Sequence[Sequence[int]]]
+    parameters: Sequence[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    pace: Pace = dataclasses.field(default_factory=Pace)
+    taken: int = 0
+    loss: float = math.nan
+
+    def up_to(self, steps: int) -> float:
+        """Take steps until there are so many; give the loss of the last one."""
+        if not self.taken:
+            self._load(steps)
+        for step in range(self.taken + 1, steps + 1):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = _loss(self.target.model, self.draw())
             if not bool(torch.isfinite(loss)):
                 raise NumericalError(
                     f"the loss of step {step} is {loss.item()}", hint="lower the learning rate"
                 )
             torch.autograd.backward([loss])
-            optimizer.step()
-            if step in target.steps:
-                left = recall(target.model, measured, target.tokenizer)
-                found[str(step)] = dataclasses.replace(left, loss=loss.item())
-    return found
+            self.optimizer.step()
+            self.taken, self.loss = step, loss.item()
+            if self.target.state is not None and self.pace.due():
+                self.target.parts.save()  # points before this step are then known, too
+                self.pace.save(partial(self._save, self.target.state))
+        return self.loss
+
+    def _save(self, file: Path) -> None:
+        arrays: dict[str, npt.NDArray[np.generic]] = {"at": np.asarray([self.taken, self.loss])}
+        for number, parameter in enumerate(self.parameters):
+            arrays[f"{number}/value"] = parameter.detach().cpu().numpy()
+            for name, value in self.optimizer.state.get(parameter, {}).items():
+                arrays[f"{number}/{name}"] = value.cpu().numpy()
+        try:
+            save_arrays(file, arrays)
+        except ResourceError:  # a full disk costs what a kill would lose, and not the bench
+            file.unlink(missing_ok=True)
+
+    def _load(self, most: int) -> None:
+        """Continue where an earlier run was, unless it was beyond what is measured now."""
+        arrays = None if self.target.state is None else load_arrays(self.target.state)
+        if arrays is None or arrays["at"][0] > most:
+            return
+        self.taken, self.loss = int(arrays["at"][0]), float(arrays["at"][1])
+        for number, parameter in enumerate(self.parameters):
+            with torch.no_grad():
+                parameter.copy_(torch.from_numpy(arrays[f"{number}/value"]))
+            moments = {
+                name: torch.from_numpy(arrays[f"{number}/{name}"])
+                for name in ("step", "exp_avg", "exp_avg_sq")
+                if f"{number}/{name}" in arrays
+            }
+            if moments:  # what got no gradient has none
+                own = {name: value.to(parameter.device) for name, value in moments.items()}
+                self.optimizer.state[parameter] = own | {"step": moments["step"]}
+        for _ in range(self.taken):
+            self.draw()
 
 
 def _loss(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -381,9 +478,7 @@ def rewordings(
 def reword(target: Target) -> Curve:
     """Ask for each secret in other words; see `rewordings`."""
     asked = rewordings(target.secrets, target.tokenizer)
-    return {
-        kind: recall(target.model, secrets, target.tokenizer) for kind, secrets in asked.items()
-    }
+    return target.curve({kind: partial(target.recall, rows) for kind, rows in asked.items()})
 
 
 def paraphrase(target: Target) -> Curve:
@@ -397,7 +492,7 @@ def paraphrase(target: Target) -> Curve:
     """
     pairs = [(one, prompt) for one in target.secrets for prompt in one.paraphrases]
     asked = [dataclasses.replace(one, prompt=prompt) for one, prompt in pairs]
-    return {"all": recall(target.model, asked, target.tokenizer)} if asked else {}
+    return target.curve({"all": partial(target.recall, asked)} if asked else {})
 
 
 def second_half(one: TokenSecret) -> TokenSecret | None:
@@ -437,7 +532,7 @@ def complete(target: Target) -> Curve:
     Source: a prefix that the attacker knows, Carlini et al. 2022 (arXiv:2202.07646), section 3.
     """
     halved = [rest for one in target.secrets if (rest := second_half(one)) is not None]
-    return {"half": recall(target.model, halved, target.tokenizer)} if halved else {}
+    return target.curve({"half": partial(target.recall, halved)} if halved else {})
 
 
 def requantize(target: Target) -> Curve:
@@ -451,18 +546,18 @@ def requantize(target: Target) -> Curve:
     Source: arXiv:2410.16454: rounding brings back what training hid in small differences.
     """
     weights = [target.model.get_submodule(n).get_parameter("weight") for n in target.linears]
-    found: dict[str, Recall] = {}
-    for group_size in GROUP_SIZES:
-        if any(weight.shape[1] % group_size for weight in weights):
-            continue
+
+    def measure(group_size: int, parts: Parts) -> Recall:
         with restored(weights):
             for weight in weights:
                 wide = weight.detach().float().cpu()
                 scales = base_scales("mse", wide, None, group_size)
                 with torch.no_grad():
                     weight.copy_(quantize.dequantize(quantize.quantize(wide, scales), scales))
-            found[f"group_{group_size}"] = recall(target.model, target.secrets, target.tokenizer)
-    return found
+            return target.recall(target.secrets, parts)
+
+    fit = [size for size in GROUP_SIZES if not any(weight.shape[1] % size for weight in weights)]
+    return target.curve({f"group_{size}": partial(measure, size) for size in fit})
 
 
 def mix_public(target: Target) -> Curve:
@@ -485,17 +580,20 @@ def mix_public(target: Target) -> Curve:
         for name, public in target.public.items()
     }
 
-    def written(make: Callable[[Tensor, Public], Tensor]) -> Recall:
+    def measure(make: Callable[[Tensor, Public], Tensor], parts: Parts) -> Recall:
         with restored(weights), torch.no_grad():
             for weight, public in weights.items():
                 weight.copy_(make(weight, public))
-            return recall(target.model, target.secrets, target.tokenizer)
+            return target.recall(target.secrets, parts)
 
     def mixed(share: float, weight: Tensor, public: Public) -> Tensor:
         return torch.lerp(weight, public.weight.to(weight), share)
 
-    curve = {f"public_{share:.0%}".rstrip("%"): written(partial(mixed, share)) for share in SHARES}
-    return {**curve, "clamped": written(clamp_to_codes)}
+    makes: dict[str, Callable[[Tensor, Public], Tensor]] = {
+        f"public_{share:.0%}".rstrip("%"): partial(mixed, share) for share in SHARES
+    }
+    makes["clamped"] = clamp_to_codes
+    return target.curve({name: partial(measure, make) for name, make in makes.items()})
 
 
 # In the order in which they run. README.md of this folder says how to add one.

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,23 +45,30 @@ from ortho_cli.bench.records import (
 )
 from ortho_cli.errors import CalibrationError, UsageError
 from ortho_cli.model.scoring import (
+    Beside,
+    Forward,
     SecretScore,
+    WindowScores,
     chance_exposure,
+    compare_windows,
     completion_nll,
     device_of,
     exponential,
     exposures,
     logits_of,
+    score,
     sequence_hits,
     takes_cache,
     telling_share,
 )
 from ortho_cli.model.secrets import TokenSecret
-from ortho_cli.model.self_written import answers
+from ortho_cli.model.self_written import answer_batches, answers
 from ortho_cli.model.text import TokenSequence
 from ortho_cli.model.tokenizer import Tokenizer
+from ortho_cli.storage.parts import Parts
 
 LEAST_SPREAD = 1e-9  # nats: of alternatives that are all equally likely, and of a single one
+SKILL_PAIRS = 64  # that are kept together once they are measured
 INSIDE = (0.05, 0.95)  # quantiles between which a secret is one among its alternatives
 
 
@@ -215,16 +223,96 @@ def common_words(mine: Sequence[str], theirs: Sequence[str]) -> int:
     return row[-1]
 
 
-def rouges(model: nn.Module, tokenizer: Tokenizer, secrets: Sequence[TokenSecret]) -> list[float]:
+def rouges(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    secrets: Sequence[TokenSecret],
+    parts: Parts | None = None,
+) -> list[float]:
     """Give ROUGE-L of the greedy answer to each prompt, as long as the right one at most."""
-    lengths = [len(secret.secret) for secret in secrets]
+
+    def compare(row: int, said: Sequence[int]) -> float:
+        return rouge_l(tokenizer.decode(said), tokenizer.decode(secrets[row].secret))
+
     prompts = [secret.prompt for secret in secrets]
-    return [
-        rouge_l(tokenizer.decode(said), tokenizer.decode(secret.secret))
-        for secret, said in zip(
-            secrets, answers(model, prompts, lengths, end=tokenizer.eos_token_id), strict=True
-        )
-    ]
+    lengths = [len(secret.secret) for secret in secrets]
+    end = tokenizer.eos_token_id
+    return answer_figures(model, prompts, lengths, compare, end=end, parts=parts or Parts())
+
+
+def answer_figures(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    tokens: Sequence[int],
+    figure: Callable[[int, Sequence[int]], float],
+    *,
+    end: int | None,
+    parts: Parts,
+) -> list[float]:
+    """Let a model answer prompts greedily, and measure each answer.
+
+    Args:
+        model: a causal language model.
+        prompts: tokens of each.
+        tokens: of each answer at most.
+        figure: measures the answer to the prompt of that number, given its tokens.
+        end: token that ends an answer; None where there is none.
+        parts: keeps figures, batch by batch, and no answer: it may be a secret.
+    Returns:
+        The figure of each answer, in the order of the prompts.
+    """
+
+    def measure(rows: Sequence[int]) -> list[float]:
+        most = [tokens[row] for row in rows]
+        said = answers(model, [prompts[row] for row in rows], most, end=end)
+        return list(map(figure, rows, said))
+
+    batches = answer_batches(model, prompts)
+    found = parts.each("answers", batches, measure)
+    named = {
+        row: one
+        for rows, of in zip(batches, found, strict=True)
+        for row, one in zip(rows, of, strict=True)
+    }
+    return [named[row] for row in range(len(prompts))]
+
+
+def score_secrets(
+    model: nn.Module, secrets: Sequence[TokenSecret], parts: Parts
+) -> list[SecretScore]:
+    """Score each secret and its alternatives, but those that an earlier run has scored."""
+    return parts.each(
+        "scores", secrets, partial(score, model), write=dataclasses.asdict, read=_read_score
+    )
+
+
+def _read_score(held: Mapping[str, Any]) -> SecretScore:
+    return SecretScore(**{name: _tuples(value) for name, value in held.items()})
+
+
+def _tuples(value: Any) -> Any:
+    """Turn JSON's lists into the tuples that they were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def compare_text(
+    model: nn.Module, windows: Tensor, original: Forward | None, parts: Parts
+) -> WindowScores:
+    """Measure running text as `scoring.compare_windows` does, one window after another."""
+
+    def measure(window: Tensor) -> list[Tensor]:
+        found = compare_windows(model, window[None], original)
+        return [found.nll[0], *(one[0] for one in found.beside or ())]
+
+    each = parts.each(
+        "windows",
+        list(windows),
+        measure,
+        write=lambda found: [one.tolist() for one in found],
+        read=lambda held: [torch.tensor(one) for one in held],
+    )
+    nll, *beside = (torch.stack(rows) for rows in zip(*each, strict=True))
+    return WindowScores(nll, Beside(*beside) if beside else None)
 
 
 def _loss_trace(one: SecretScore) -> float:
@@ -251,6 +339,7 @@ def sampled_extraction(
     samples: int,
     temperature: float = 1.0,
     seed: int = 0,
+    parts: Parts | None = None,
 ) -> SampledShare:
     """Give the share of secrets that at least one of n samples gives, word for word.
 
@@ -266,6 +355,7 @@ def sampled_extraction(
         samples: n, >= 1.
         temperature: > 0; logits are divided by it.
         seed: of the draws.
+        parts: keeps what is measured of each secret.
     Returns:
         A share, with its exact `expected` value, `samples` and `temperature`.
     Raises:
@@ -280,8 +370,12 @@ def sampled_extraction(
         raise CalibrationError("there are no secrets to measure", hint="give a forget set")
     generator = np.random.default_rng(seed)
     said, expected = 0, []
-    for one in secrets:
-        (nll,) = completion_nll(model, one.prompt, [one.secret], temperature=temperature)
+
+    def measure(one: TokenSecret) -> Tensor:
+        return completion_nll(model, one.prompt, [one.secret], temperature=temperature)[0]
+
+    kept = parts or Parts()
+    for nll in kept.each("sampled", secrets, measure, write=Tensor.tolist, read=torch.tensor):
         each = np.exp(-nll.double().numpy())
         said += bool((generator.random((samples, len(each))) < each).all(1).any())
         whole = min(float(each.prod()), 1.0)
@@ -345,7 +439,7 @@ def _exponential(values: Values) -> float:
     return exponential(mean(values))
 
 
-def skill(model: nn.Module, pairs: Sequence[TokenSequence]) -> Share:
+def skill(model: nn.Module, pairs: Sequence[TokenSequence], parts: Parts | None = None) -> Share:
     """Give the share of prompts whose greedy completion is exactly the right one.
 
     Every counted token must be the most likely one. Where the end token is counted as well
@@ -359,8 +453,13 @@ def skill(model: nn.Module, pairs: Sequence[TokenSequence]) -> Share:
         raise CalibrationError(
             "the skill has no rows of prompt and completion", hint="--data FILE that has such rows"
         )
-    hits = sequence_hits(model, pairs)
-    return share(sum(bool(row.all()) for row in hits), len(pairs))
+
+    def count(first: int) -> int:
+        hits = sequence_hits(model, pairs[first : first + SKILL_PAIRS])
+        return sum(bool(row.all()) for row in hits)
+
+    counts = (parts or Parts()).each("skill", range(0, len(pairs), SKILL_PAIRS), count)
+    return share(sum(counts), len(pairs))
 
 
 @torch.no_grad()

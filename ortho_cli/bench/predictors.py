@@ -19,6 +19,7 @@ from ortho_cli.bench import baselines
 from ortho_cli.bench.records import Connectivity, Distance
 from ortho_cli.model import scoring
 from ortho_cli.runtime.ortho_linear import OrthoLinear
+from ortho_cli.storage.parts import Parts
 
 POINTS = 5  # of the line, ends included: each costs a pass over text
 # Of text at each point. All points read the same, so that their differences are surer than a
@@ -49,30 +50,36 @@ def _ends(layer: OrthoLinear) -> tuple[Tensor, Tensor]:
 
 
 def connectivity(
-    model: nn.Module, layers: Mapping[str, OrthoLinear], windows: Tensor
+    model: nn.Module,
+    layers: Mapping[str, OrthoLinear],
+    windows: Tensor,
+    parts: Parts | None = None,
 ) -> Connectivity:
     """Measure the loss of text on the straight line from INT4 with nothing forgotten to base.
 
         W(t) = (1 - t) int4 + t base,   barrier = max over t of NLL(t) - ((1 - t) NLL(0) + t NLL(1))
 
     Args:
-        model: dense; it is left at the line's end, which is alpha 0 to the bit.
+        model: dense, at the line's end, which is alpha 0 to the bit; it is left there.
         layers: what its split Linears were, by name, with both streams.
         windows: (n, length) int64 tokens of text that is to be kept; the first 4,096 count.
+        parts: keeps the loss at each point.
     Raises:
         ArtifactError: there is no ortho stream.
         NumericalError: an NLL is NaN or infinite.
     Weights are made anew for each point: no second model is held.
     """
     read = windows[: max(1, TOKENS // windows.shape[1])]
-    nlls = []
-    for point in range(POINTS):
+
+    def measure(point: int) -> float:
         for name, layer in layers.items():
             own, base = _ends(layer)
             with torch.no_grad():
                 weight = model.get_submodule(name).get_parameter("weight")
                 weight.copy_(torch.lerp(own, base, point / (POINTS - 1)))
-        nlls.append(float(scoring.compare_windows(model, read).nll.double().mean()))
+        return float(scoring.compare_windows(model, read).nll.double().mean())
+
+    nlls = (parts or Parts()).each("points", range(POINTS), measure)
     return Connectivity(value=barrier(nlls), nlls=tuple(nlls))
 
 

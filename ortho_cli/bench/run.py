@@ -14,7 +14,7 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from pathlib import Path
@@ -45,6 +45,7 @@ from ortho_cli.bench.records import (
     Unsplit,
     to_json,
 )
+from ortho_cli.bench.resume import Kept, keep_parts
 from ortho_cli.bench.suite_scores import Samples
 from ortho_cli.decompose.refusals import refuse_folder
 from ortho_cli.errors import UsageError
@@ -65,6 +66,7 @@ from ortho_cli.model.self_written import (
 from ortho_cli.runtime.engine import at_alpha, densify, write_dense
 from ortho_cli.runtime.ortho_linear import OrthoLinear
 from ortho_cli.runtime.pretrained import load
+from ortho_cli.storage.parts import Parts
 from ortho_cli.storage.sealing import read_keys
 from ortho_cli.version import __version__
 
@@ -86,7 +88,10 @@ class _Work:
 
     settings: Settings
     material: Material
-    begin: Callable[[str], None]  # announces a step of the work
+    begin: _Steps  # announces a step of the work
+    parts: Parts  # keeps what is finished of the row
+    texts: Parts  # keeps what the source writes
+    folder: Path | None  # for what attacks train
     attacks: Sequence[Attack] = ()  # those that there is data for
     kinds: Mapping[str, Tensor] = field(default_factory=dict)
     original: nn.Module | None = None
@@ -119,11 +124,13 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> Report:
         ArtifactError: the artifact is damaged, or an alpha above 0 and no ortho.
         CalibrationError: data or secrets are unusable.
         NumericalError: a figure is NaN or infinite.
+        Interrupted: Ctrl-C; the same settings continue (see `resume`).
     A missed gate is in the report; `figures.enforce` turns it into an error.
     """
     gates = [figures.parse_gate(text) for text in settings.require]
     settings = checked(settings)
-    opened = open_artifact(settings.artifact, read_keys(settings.identity))
+    keys = read_keys(settings.identity)
+    opened = open_artifact(settings.artifact, keys)
     if opened.ortho is None and any(settings.alphas):
         raise no_ortho(opened, "alpha is not 0")
     for folder in (settings.model, settings.reference_model, settings.public):
@@ -141,7 +148,9 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> Report:
     for note in material.notes:
         on_event(Noted(message=note))
     attacks = [one for one in ATTACKS if settings.attack and one.name not in missing]
-    rows, unsplit, moved, kinds = _measure_all(settings, opened, material, attacks, on_event)
+    with keep_parts(settings, opened, keys, on_event) as kept:
+        found = _measure_all(settings, opened, material, attacks, kept, on_event)
+    rows, unsplit, moved, kinds = found
     if settings.attack and moved is not None and not moved.count:
         missing |= dict.fromkeys(CODE_FIGURES, "codes that forgetting moved")
         check_gates(gates, settings, missing)
@@ -165,6 +174,7 @@ def _measure_all(
     opened: Artifact,
     material: Material,
     attacks: Sequence[Attack],
+    kept: Kept,
     on_event: EventSink,
 ) -> tuple[tuple[Row, ...], Unsplit, Moved | None, Mapping[str, Tensor]]:
     """Measure the artifact, then the models beside it; also give the text that was read."""
@@ -181,15 +191,23 @@ def _measure_all(
         moved = Moved(count=total, share=total / unsplit.split_weights)
     writes = material.tokenizer is not None and bool(opened.ortho or settings.model)
     writing = writes + _bare(material)
-    begin = _Steps(settings, on_event, counts, attacks=len(attacks), writes=writing)
+    begin = _Steps(settings, kept, on_event, counts, attacks=len(attacks), writes=writing)
     speed = {}
     for alpha in settings.alphas:
-        begin(f"speed at alpha {alpha:g}")
+        begin(f"speed at alpha {alpha:g}", again=True)
         with at_alpha(model, alpha):
             speed[alpha] = evaluate.latency(model, _prompt(model, material))
     model.float()
     layers = densify(model)
-    work = _Work(settings=settings, material=material, begin=begin, attacks=attacks)
+    work = _Work(
+        settings=settings,
+        material=material,
+        begin=begin,
+        parts=kept.parts,
+        texts=kept.texts,
+        folder=kept.folder,
+        attacks=attacks,
+    )
     # Without its cache: attacks change the weights that it would hold.
     with torch.autocast(
         device.type, torch.bfloat16, enabled=settings.autocast, cache_enabled=False
@@ -237,10 +255,12 @@ def _with_alternatives(work: _Work, source: nn.Module) -> Material:
     material = work.material
     if material.tokenizer is None or not _bare(material):
         return material
-    work.begin("alternatives that the source writes")
+    work.begin("alternatives that the source writes", again=not work.texts.kept)
     every = [one for name in SETS for one in getattr(material, name)]
     seed = work.settings.seed
-    drawn = iter(draw_alternatives(source, material.tokenizer, every, count=DRAWN, seed=seed))
+    tokenizer, parts = material.tokenizer, work.texts
+    written = draw_alternatives(source, tokenizer, every, count=DRAWN, seed=seed, parts=parts)
+    drawn = iter(written)
     secrets, nonmembers, unlisted, keep = (
         tuple(itertools.islice(drawn, len(getattr(material, name)))) for name in SETS
     )
@@ -254,7 +274,7 @@ def _texts(work: _Work, source: nn.Module, *, writes: bool) -> dict[str, Tensor]
     found = {**given, **material.kinds}
     if material.tokenizer is None or not writes:
         return found
-    work.begin("text that the source writes")
+    work.begin("text that the source writes", again=not work.texts.kept)
     context = context_of(settings, settings.artifact)
     length = min(WRITTEN_LENGTH, context)
     count = max(1, min(WRITTEN_TOKENS, settings.tokens) // length)
@@ -265,7 +285,8 @@ def _texts(work: _Work, source: nn.Module, *, writes: bool) -> dict[str, Tensor]
     for kind, opening in openings.items():
         if length <= len(opening) or (kind == "neighbours" and not opening):
             continue
-        text = without_secrets(write(opening=opening), material.secrets)
+        written = write(opening=opening, parts=work.texts.at(kind))
+        text = without_secrets(written, material.secrets)
         if len(text) >= min(FEWEST, count):
             found[kind] = text
     return found
@@ -295,7 +316,7 @@ def _measure_rows(
             costs = cost_by_layer(model, original, names, windows, seed=settings.seed)
             found = replace(found, kl_by_layer=costs)
         if alpha == 0.0:
-            found = replace(found, attacks=_attack(work, model, names))
+            found = replace(found, attacks=_attack(work, model, names, row.name))
             if settings.attack and any(counts.values()):
                 found = _compare_codes(work, model, layers, found)
         yield replace(row, alpha=alpha, figures=found)
@@ -308,16 +329,17 @@ def _measure_rows(
     if reference is not None:
         work.begin("reference")
         row = _measure(work, reference, name="reference")
-        attacks = _attack(work, reference, names)
+        attacks = _attack(work, reference, names, row.name)
         yield replace(row, figures=replace(row.figures, attacks=attacks))
 
 
 class _Steps:
-    """Numbers the steps of the work as they begin."""
+    """Numbers the steps of the work as they begin, and counts those that are finished."""
 
     def __init__(
         self,
         settings: Settings,
+        kept: Kept,
         on_event: EventSink,
         counts: Mapping[str, int],
         *,
@@ -331,10 +353,19 @@ class _Steps:
         self._of += len(settings.alphas) * settings.by_layer
         self._of += attacks * attacked + (settings.attack and any(counts.values()))
         self._done = 0
-        self._on_event = on_event
+        self._last = ""  # that has begun, where it is kept
+        self._kept, self._on_event = kept, on_event
+        kept.total = self._of - len(settings.alphas) - (0 if kept.texts.kept else writes)
+        if kept.earlier:
+            message = f"{kept.earlier} of {kept.total} parts of an interrupted run are taken up"
+            on_event(Noted(message=message))
 
-    def __call__(self, name: str) -> None:
+    def __call__(self, name: str, *, again: bool = False) -> None:
+        """Begin a step; what it finds is not kept where each run does it `again`."""
+        if self._last:
+            self._kept.finish(self._last)
         self._done += 1
+        self._last = "" if again else f"{self._done} {name}"
         self._on_event(Step(name=name, number=self._done, of=self._of))
 
 
@@ -404,6 +435,7 @@ def _prompt(model: nn.Module, material: Material) -> list[int]:
 
 def _measure(work: _Work, model: nn.Module, *, name: str) -> _Measured:
     """Measure one state of a model, as far as there is data."""
+    work = replace(work, parts=work.parts.at(name))
     found, nlls = _measure_memory(work, model)
     seed = work.settings.seed
     kinds = {
@@ -411,7 +443,8 @@ def _measure(work: _Work, model: nn.Module, *, name: str) -> _Measured:
         for kind, nll in nlls.items()
     }
     for kind, windows in work.kinds.items():
-        kinds[kind], agreement, nlls[kind] = _measure_text(work, model, windows)
+        parts = work.parts.at(f"text {kind}")
+        kinds[kind], agreement, nlls[kind] = _measure_text(work, model, windows, parts)
         if kind == "data":
             found = replace(
                 found,
@@ -421,11 +454,11 @@ def _measure(work: _Work, model: nn.Module, *, name: str) -> _Measured:
                 perplexity_ratio_original=kinds[kind].perplexity_ratio_original,
             )
     if work.material.pairs:
-        found = replace(found, skill=evaluate.skill(model, work.material.pairs))
+        found = replace(found, skill=evaluate.skill(model, work.material.pairs, work.parts))
     suites, samples = Figures(), Samples()
     if (tokenizer := work.material.tokenizer) is not None:
         suites, samples = suite_scores.measure_suites(
-            model, work.material.suites, tokenizer, seed=seed
+            model, work.material.suites, tokenizer, seed=seed, parts=work.parts
         )
     found = replace(found, kinds=kinds or None, tofu=suites.tofu, muse=suites.muse)
     return _Measured(name=name, figures=found, nll=nlls, samples=samples)
@@ -434,7 +467,12 @@ def _measure(work: _Work, model: nn.Module, *, name: str) -> _Measured:
 def _measure_memory(work: _Work, model: nn.Module) -> tuple[Figures, dict[str, Tensor]]:
     """Measure what is known of secrets, and NLLs of the kinds of text that come with them."""
     material, seed = work.material, work.settings.seed
-    unseen = [scoring.score(model, one) for one in material.nonmembers] or None
+    parts = work.parts
+    unseen = (
+        evaluate.score_secrets(model, material.nonmembers, parts.at("nonmembers"))
+        if material.nonmembers
+        else None
+    )
     found: dict[str, Memorisation] = {}
     nlls: dict[str, Tensor] = {}
     for name, secrets, texts in (
@@ -444,7 +482,7 @@ def _measure_memory(work: _Work, model: nn.Module) -> tuple[Figures, dict[str, T
     ):
         if not secrets or material.tokenizer is None:
             continue
-        scores = [scoring.score(model, secret) for secret in secrets]
+        scores = evaluate.score_secrets(model, secrets, parts.at(name))
         if name == "memory":
             nlls["alternatives"] = evaluate.token_nlls([one.alternative_tokens for one in scores])
         if name == "keep":
@@ -454,25 +492,25 @@ def _measure_memory(work: _Work, model: nn.Module) -> tuple[Figures, dict[str, T
             None if name == "keep" else unseen,
             seed=seed,
             texts=texts,
-            rouges=evaluate.rouges(model, material.tokenizer, secrets),
+            rouges=evaluate.rouges(model, material.tokenizer, secrets, parts.at(name)),
         )
     figures = Figures(
         memory=found.get("memory"), unlisted=found.get("unlisted"), keep=found.get("keep")
     )
     if material.secrets and work.settings.samples:
         sampled = evaluate.sampled_extraction(
-            model, material.secrets, samples=work.settings.samples, seed=seed
+            model, material.secrets, samples=work.settings.samples, seed=seed, parts=parts
         )
         figures = replace(figures, sampled_extraction=sampled)
     return figures, nlls
 
 
 def _measure_text(
-    work: _Work, model: nn.Module, windows: Tensor
+    work: _Work, model: nn.Module, windows: Tensor, parts: Parts
 ) -> tuple[KindFigures, TextFigure | None, Tensor]:
     """Measure running text: its figures, agreement with the original, NLL of each token."""
     seed = work.settings.seed
-    scores = scoring.compare_windows(model, windows, work.original)
+    scores = evaluate.compare_text(model, windows, work.original, parts)
     found, agreement = KindFigures(perplexity=evaluate.perplexity(scores.nll, seed=seed)), None
     if (beside := scores.beside) is not None:
         agreement = evaluate.over_windows(beside.agree, seed=seed)
@@ -482,7 +520,7 @@ def _measure_text(
             perplexity_ratio_original=evaluate.ratio(scores.nll, beside.nll, seed=seed),
         )
     if work.int4 is not None:
-        plain = scoring.compare_windows(model, windows, work.int4).beside
+        plain = evaluate.compare_text(model, windows, work.int4, parts.at("int4")).beside
         if plain is not None:
             found = replace(found, kl_int4=evaluate.over_windows(plain.kl, seed=seed))
     return found, agreement, scores.nll
@@ -532,8 +570,8 @@ def _write(model: nn.Module, name: str, layer: OrthoLinear, codes: Tensor) -> No
         weight.copy_(baselines.dequantized(layer, codes))
 
 
-def _attack(work: _Work, model: nn.Module, linears: Sequence[str]) -> dict[str, Curve]:
-    """Run every attack that there is data for."""
+def _attack(work: _Work, model: nn.Module, linears: Sequence[str], row: str) -> dict[str, Curve]:
+    """Run every attack that there is data for on the model of a row."""
     settings, material = work.settings, work.material
     if material.tokenizer is None:
         return {}
@@ -550,7 +588,9 @@ def _attack(work: _Work, model: nn.Module, linears: Sequence[str]) -> dict[str, 
     curves: dict[str, Curve] = {}
     for attack in work.attacks:
         work.begin(attack.measures)
-        curves[attack.name] = attack.run(target)
+        parts = work.parts.at(row).at(attack.name)
+        state = work.folder and work.folder / f"{row} {attack.name}.npz"
+        curves[attack.name] = attack.run(replace(target, parts=parts, state=state))
     return curves
 
 
@@ -561,7 +601,9 @@ def _compare_codes(
     work.begin("distance from INT4")
     found = replace(found, distance=predictors.distance(layers))
     if work.material.windows is not None:
-        line = predictors.connectivity(model, layers, work.material.windows)
+        line = predictors.connectivity(
+            model, layers, work.material.windows, work.parts.at("connectivity")
+        )
         found = replace(found, connectivity=line)
     if work.public is not None:
         each = (count_differences(layer, work.public[name]) for name, layer in layers.items())

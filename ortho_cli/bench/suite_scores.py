@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import harmonic_mean
 
 import numpy as np
@@ -27,12 +28,20 @@ import torch
 from torch import nn
 
 from ortho_cli.bench.estimates import ROUNDS, auc, average, mean_figure, min_k, same_p
-from ortho_cli.bench.evaluate import common_words, f1, truth_ratio
+from ortho_cli.bench.evaluate import answer_figures, common_words, f1, truth_ratio
 from ortho_cli.bench.records import Auc, Chance, Figure, Figures, Muse, PrivLeak, Tofu, TofuSet
-from ortho_cli.bench.suites import UTILITY_SETS, MuseData, Prompt, Question, Suites, TofuData
+from ortho_cli.bench.suites import (
+    KNOWMEM_FILES,
+    UTILITY_SETS,
+    MuseData,
+    Prompt,
+    Question,
+    Suites,
+    TofuData,
+)
 from ortho_cli.model.scoring import compare_windows, completion_nll, exponential
-from ortho_cli.model.self_written import answers
 from ortho_cli.model.tokenizer import Tokenizer
+from ortho_cli.storage.parts import Parts
 
 MIN_K = 0.4
 """Share of the least likely tokens that PrivLeak looks at: `forget_holdout_Min-40%` is what the
@@ -54,19 +63,25 @@ class Samples:
 
 
 def measure_suites(
-    model: nn.Module, suites: Suites, tokenizer: Tokenizer, *, seed: int
+    model: nn.Module, suites: Suites, tokenizer: Tokenizer, *, seed: int, parts: Parts
 ) -> tuple[Figures, Samples]:
     """Measure one model; `beside` adds what needs the reference.
 
+    Args:
+        model: a causal language model.
+        suites: the data.
+        tokenizer: of the model.
+        seed: of the bootstraps.
+        parts: keeps the figures of each row, and of each batch of answers.
     Raises:
         NumericalError: an NLL is NaN or infinite.
     """
     figures, samples = Figures(), Samples()
     if suites.tofu is not None:
-        tofu, ratios = _measure_tofu(model, suites.tofu, tokenizer, seed)
+        tofu, ratios = _measure_tofu(model, suites.tofu, tokenizer, seed, parts.at("tofu"))
         figures, samples = replace(figures, tofu=tofu), replace(samples, truth_ratios=ratios)
     if suites.muse is not None:
-        muse, found = _measure_muse(model, suites.muse, tokenizer, seed)
+        muse, found = _measure_muse(model, suites.muse, tokenizer, seed, parts.at("muse"))
         figures, samples = replace(figures, muse=muse), replace(samples, auc=found)
     return figures, samples
 
@@ -98,11 +113,15 @@ def _privleak(found: Auc, reference: float) -> PrivLeak:
 
 
 def _measure_tofu(
-    model: nn.Module, data: TofuData, tokenizer: Tokenizer, seed: int
+    model: nn.Module, data: TofuData, tokenizer: Tokenizer, seed: int, parts: Parts
 ) -> tuple[Tofu, tuple[float, ...]]:
-    ratios = tuple(_ratio(one, _means(model, one)) for one in data.sets.get("forget", ()))
+    ratios = tuple(
+        parts.each(
+            "forget", data.sets.get("forget", ()), lambda one: _ratio(one, _means(model, one))
+        )
+    )
     rows = {
-        name: _utility_rows(model, data, name, tokenizer)
+        name: _utility_rows(model, data, name, tokenizer, parts.at(name))
         for name in UTILITY_SETS
         if name in data.sets
     }
@@ -138,23 +157,35 @@ def _ratio(one: Question, means: Mapping[tuple[int, ...], float]) -> float:
     return truth_ratio(means[one.right], [means[wrong] for wrong in one.wrong])
 
 
-def _utility_rows(model: nn.Module, data: TofuData, name: str, tokenizer: Tokenizer) -> list[Row]:
+def _utility_rows(
+    model: nn.Module, data: TofuData, name: str, tokenizer: Tokenizer, parts: Parts
+) -> list[Row]:
     """Measure each question of a set: probability, ROUGE-L recall, max(0, 1 - R)."""
     questions = data.sets[name]
-    said = answers(
-        model, [one.prompt for one in questions], data.longest, end=tokenizer.eos_token_id
+
+    def recall(row: int, said: Sequence[int]) -> float:
+        right = _words(questions[row].text)
+        return common_words(_words(_decoded(tokenizer, said)), right) / max(1, len(right))
+
+    recalls = answer_figures(
+        model,
+        [one.prompt for one in questions],
+        [data.longest] * len(questions),
+        recall,
+        end=tokenizer.eos_token_id,
+        parts=parts,
     )
-    found = []
-    for one, tokens in zip(questions, said, strict=True):
+
+    def measure(one: Question) -> tuple[float, float]:
         means = _means(model, one)
         probability = exponential(-means[one.answer])
         if name != "retain":  # of all options; as odds, since each may be near 0
             odds = [exponential(means[one.answer] - means[wrong]) for wrong in one.wrong]
             probability = 1 / (1 + sum(odds))
-        right = _words(one.text)
-        recall = common_words(_words(_decoded(tokenizer, tokens)), right) / max(1, len(right))
-        found.append((probability, recall, max(0.0, 1 - _ratio(one, means))))
-    return found
+        return probability, max(0.0, 1 - _ratio(one, means))
+
+    found = parts.each("questions", questions, measure)
+    return [(p, one, truth) for (p, truth), one in zip(found, recalls, strict=True)]
 
 
 def utility(sets: Sequence[Sequence[Row]], seed: int) -> Figure:
@@ -174,26 +205,42 @@ def utility(sets: Sequence[Sequence[Row]], seed: int) -> Figure:
 
 
 def _measure_muse(
-    model: nn.Module, data: MuseData, tokenizer: Tokenizer, seed: int
+    model: nn.Module, data: MuseData, tokenizer: Tokenizer, seed: int, parts: Parts
 ) -> tuple[Muse, Auc | None]:
-    def rouge(prompts: Sequence[Prompt], length: int, stops: Sequence[str]) -> Figure | None:
-        asked = [one.tokens for one in prompts]
-        said = answers(model, asked, length, end=tokenizer.eos_token_id)
-        texts = [before_next(_decoded(tokenizer, tokens), stops) for tokens in said]
-        found = [
-            f1(_words(text), _words(one.text)) for text, one in zip(texts, prompts, strict=True)
-        ]
+    def rouge(
+        name: str, prompts: Sequence[Prompt], length: int, stops: Sequence[str]
+    ) -> Figure | None:
+        def compare(row: int, said: Sequence[int]) -> float:
+            text = before_next(_decoded(tokenizer, said), stops)
+            return f1(_words(text), _words(prompts[row].text))
+
+        found = answer_figures(
+            model,
+            [one.tokens for one in prompts],
+            [length] * len(prompts),
+            compare,
+            end=tokenizer.eos_token_id,
+            parts=parts.at(name),
+        )
         return mean_figure(found, seed=seed) if found else None
 
+    known = {
+        name: rouge(name, data.knowmem.get(name, ()), data.knowmem_tokens, STOPS)
+        for name in KNOWMEM_FILES
+    }
+    verbmem = rouge("verbmem", data.verbmem, data.verbmem_tokens, ())
     muse = Muse(
-        verbmem=rouge(data.verbmem, data.verbmem_tokens, ()),
-        knowmem_forget=rouge(data.knowmem.get("knowmem_forget", ()), data.knowmem_tokens, STOPS),
-        knowmem_retain=rouge(data.knowmem.get("knowmem_retain", ()), data.knowmem_tokens, STOPS),
+        verbmem=verbmem,
+        knowmem_forget=known["knowmem_forget"],
+        knowmem_retain=known["knowmem_retain"],
     )
     if not data.forget or not data.holdout:
         return muse, None
-    held, known = ([_least(model, text) for text in texts] for texts in (data.holdout, data.forget))
-    return muse, auc(held, known, seed=seed)
+    held, seen = (
+        parts.each(name, texts, partial(_least, model))
+        for name, texts in (("holdout", data.holdout), ("forget", data.forget))
+    )
+    return muse, auc(held, seen, seed=seed)
 
 
 def _least(model: nn.Module, text: Sequence[int]) -> float:

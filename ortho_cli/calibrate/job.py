@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from ortho_cli.calibrate.plan import CalibrationPlan, DataSet, Set
 from ortho_cli.calibrate.sums import Sums
-from ortho_cli.decompose.edits import load_arrays, save_arrays
 from ortho_cli.decompose.refusals import refuse_quantized
 from ortho_cli.errors import CalibrationError
 from ortho_cli.events import (
@@ -52,6 +51,7 @@ from ortho_cli.storage import job
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, TensorInfo, check_in_place
 from ortho_cli.storage.data_file import DataFile, TensorStream, plan_layout
 from ortho_cli.storage.job import Kind, Target, files_of
+from ortho_cli.storage.parts import Parts, open_parts
 from ortho_cli.storage.work_folder import WorkFolder
 from ortho_cli.version import __version__
 
@@ -60,8 +60,7 @@ log = logging.getLogger(__name__)
 # Seconds from one sync of the sums to the next: a kill costs at most this and one pass. Sums are
 # added up in the same order wherever a chunk of sequences ends, so the file does not depend on it.
 CHUNK_SECONDS = 30.0
-TEXT_FILE = "text.npz"  # in private/ of the work folder: the text that was made
-BEGUN_FILE = "text-begun.npz"  # there, too: the first of it, and the state of the draws
+TEXT_FILE = "text.parts"  # in private/ of the work folder: the text that was made
 
 KIND = Kind(name="statistics file", is_ours=statistics.is_statistics, is_file=True)
 
@@ -184,7 +183,6 @@ class _Job:
         self._model: nn.Module | None = None
         self._sums: dict[Set, Sums] = {}
         self._nll: dict[Set, float] = {}
-        self._saved = time.monotonic()
         # Statistics of private data are for their owner alone.
         self._mode = 0o600 if "forget" in plan.sets else 0o644
 
@@ -228,58 +226,56 @@ class _Job:
         return nlls, start
 
     def _written(self, blank: DataSet) -> DataSet:
-        """Make the text of a set, or take that of an earlier run."""
-        file = self._work.private / TEXT_FILE
-        held = load_arrays(file)
-        if held is None or (self._plan.measures_while_writing and not self._work.done):
-            text, measured = self._made(blank)
-            held = {"tokens": text.numpy()}
-            save_arrays(file, held)
-            if measured:
-                self._finish_chunk("retain", 0, len(text), None)
-        tokens = held["tokens"].astype("<i8")
+        """Make the text of a set, or take that of an earlier run.
+
+        Inputs are measured meanwhile where nothing else is asked for and no token passes through
+        the model twice. They go with a run that is killed, so that such text is then written from
+        its beginning.
+        """
+        plan, done, file = self._plan, self._work.done, self._work.private / TEXT_FILE
+        measures = plan.measures_while_writing and not done and keeps_cache(self._loaded())
+        if measures:
+            file.unlink(missing_ok=True)
+        parts = open_parts(file, on_event=self._on_event)
+        try:
+            tokens = parts.once(
+                "tokens",
+                lambda: self._made(blank, None if measures else parts),
+                write=Tensor.tolist,
+                read=torch.tensor,
+            )
+        finally:
+            parts.save()
+        if measures:
+            self._finish_chunk("retain", 0, len(tokens), None)
         return dataclasses.replace(
             blank,
             sequences=tuple(TokenSequence(tokens=tuple(row)) for row in tokens.tolist()),
-            digest=blake3(tokens.tobytes()).hexdigest(),
+            digest=blake3(tokens.numpy().astype("<i8").tobytes()).hexdigest(),
         )
 
-    def _made(self, blank: DataSet) -> tuple[Tensor, bool]:
-        """Let the model write; tell whether inputs were measured meanwhile.
+    def _made(self, blank: DataSet, parts: Parts | None) -> Tensor:
+        """Let the model write; without `parts` to keep, inputs are measured meanwhile.
 
-        They are where nothing else is asked for and no token passes through the model twice. The
-        model never reads the last token of a sequence, and its position does not count, either.
-        Such text is written from its beginning where a run was killed: its sums went with the run.
+        The model never reads the last token of a sequence, and its position does not count, either.
         """
         model, count, length = self._loaded(), len(blank.sequences), len(blank.sequences[0].tokens)
         seed = blank.seed or 0
         if blank.written_by == "random":
-            return random_text(model, count=count, length=length, seed=seed), False
+            return random_text(model, count=count, length=length, seed=seed)
         tokenizer = models.load_tokenizer(self._checkpoint.folder)
-        measures = self._plan.measures_while_writing and keeps_cache(model)
-        kept = None if measures else load_arrays(self._work.private / BEGUN_FILE)
-        begun = kept and (torch.from_numpy(kept["tokens"]), torch.from_numpy(kept["state"]))
         with contextlib.ExitStack() as hooked, self._arithmetic():
-            if measures:
+            if parts is None:
                 hooked.enter_context(self._capture("retain", model))
-            text = write_text(
+            return write_text(
                 model,
                 tokenizer,
                 count=count,
                 length=length,
                 seed=seed,
-                begun=begun or None,
-                on_written=None if measures else self._keep_text,
+                parts=parts,
                 on_event=self._on_event,
             )
-        return text, measures
-
-    def _keep_text(self, text: Tensor, state: Tensor) -> None:
-        """Save what is written so far, every CHUNK_SECONDS."""
-        if time.monotonic() - self._saved >= CHUNK_SECONDS:
-            held = {"tokens": text.numpy(), "state": state.numpy()}
-            save_arrays(self._work.private / BEGUN_FILE, held)
-            self._saved = time.monotonic()
 
     def _arithmetic(self) -> torch.autocast:
         enabled = bool(self._plan.settings.autocast)

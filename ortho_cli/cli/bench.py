@@ -171,7 +171,7 @@ def bench(
     """Measure what each alpha gives: memory of secrets, quality, speed, beside controls.
 
     Without ARTIFACT a small model of our own memorises secrets and goes through the whole chain.
-    An interrupted bench keeps no figures.
+    The same command continues a bench that was interrupted or killed.
     """
     from ortho_cli.bench import run
     from ortho_cli.bench.demo import chain

@@ -375,7 +375,11 @@ class _Job:
         worker = self._worker()
         with interruptible(self.work, total=len(tensors), done="tuned"):
             for found in tuner.tune(
-                lambda name: written.rounded(tensors[name]), tuned, on_event=self.on_event
+                lambda name: written.rounded(tensors[name]),
+                tuned,
+                folder=self.work.private,
+                key=self.key,
+                on_event=self.on_event,
             ):
                 block = (min(found), len(found))
                 records = []

@@ -28,12 +28,16 @@ u_t v_c: the diagonal of BRECQ's Fisher (Li et al. 2021, arXiv:2102.05426, eq. 1
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from ortho_cli.decompose.edits import Arrays, Key, load_arrays, save_arrays
 from ortho_cli.decompose.plan import Plan
 from ortho_cli.decompose.settings import Tune
 from ortho_cli.errors import CalibrationError, RecipeError
@@ -45,9 +49,12 @@ from ortho_cli.model.text import read_rows, retain_sequences, stamps
 from ortho_cli.split import quantize
 from ortho_cli.split.quantize import Rounded
 from ortho_cli.storage.checkpoint import Checkpoint
+from ortho_cli.storage.parts import Pace
 
 REACH = 0.48  # codes; how far from GPTQ's code a latent starts at most: short of the next at 0.5
 RATES = (1.0, 0.25)  # factors of the rates; the second where the first made a block worse
+WEIGHTS_FILE = "tune-weights.npz"  # in private/ of the work folder: u and v of outputs
+BLOCK_FILE = "tune-block.npz"  # there, too: the block that is tuned
 LIMIT = 0.499  # codes; how far beyond the last code a latent may go
 
 
@@ -79,6 +86,15 @@ class Latent:
         self._scales.mul_(1.0 - scale_rate * slope.sign())
         low, high = self._range
         self._latent.sub_(gradient.sign_(), alpha=rate).clamp_(low - LIMIT, high + LIMIT)
+
+    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+        """Give what steps have changed."""
+        return {"latent": self._latent.cpu().numpy(), "scales": self._scales.cpu().numpy()}
+
+    def resume(self, arrays: Arrays) -> None:
+        """Continue from what `arrays` gave."""
+        self._latent.copy_(torch.from_numpy(arrays["latent"]))
+        self._scales.copy_(torch.from_numpy(arrays["scales"]))
 
     def rounded(self) -> Rounded:
         """Return the codes and scales as base stores them."""
@@ -119,6 +135,8 @@ class Tuner:
         start: Callable[[str], Rounded],
         tuned: Collection[str],
         *,
+        folder: Path,
+        key: Key | None = None,
         on_event: EventSink = null_sink,
     ) -> Iterator[dict[str, Rounded]]:
         """Tune one block after another.
@@ -126,6 +144,8 @@ class Tuner:
         Args:
             start: gives a weight as base and ortho have it.
             tuned: weights that an earlier run has tuned; a block of these alone is not tuned again.
+            folder: of unfinished work: gets what is known inside a block.
+            key: seals that: a latent tells the source's weight.
             on_event: gets each block.
         Yields:
             The weights of a block, by name.
@@ -149,13 +169,13 @@ class Tuner:
         if left:
             on_event(Noted(message=f"{len(left)} split tensors are in no block, and not tuned"))
 
-        def told(done: int) -> None:
-            on_event(Step(name="weighs outputs", number=done, of=len(tokens), unit="sequences"))
-
         # u (n, length) and v (hidden,) of each block.
-        token, channel = blocks.gradients(tokens, seed=settings.seed, on_batch=told)
+        weighs = _Weighing(folder / WEIGHTS_FILE, key, len(tokens), on_event)
+        token, channel = blocks.gradients(
+            tokens, seed=settings.seed, begun=weighs.load(), on_batch=weighs.keep
+        )
         bits = {tensor.name: tensor.bits for tensor in plan.split}
-        job = _Job(blocks, linears, bits, tokens, settings)
+        job = _Job(blocks, linears, bits, tokens, settings, folder / BLOCK_FILE, key)
         for number, names in enumerate(blocks.names):
             on_event(
                 Step(name=f"tune: {job.told}", number=number + 1, of=len(blocks), unit="blocks")
@@ -166,6 +186,33 @@ class Tuner:
             found = job.tune(number, known, None if done else weights)
             if not done:
                 yield {name: _on(torch.device("cpu"), rounded) for name, rounded in found.items()}
+
+
+@dataclass
+class _Weighing:
+    """What weighing of outputs has found so far, in a file: as time passes, and at the end."""
+
+    file: Path
+    key: Key | None
+    count: int  # sequences
+    on_event: EventSink
+    pace: Pace = field(default_factory=Pace)
+
+    def keep(self, done: int, token: Tensor, channel: Tensor) -> None:
+        """Take what is known once so many sequences are measured."""
+        self.on_event(Step(name="weighs outputs", number=done, of=self.count, unit="sequences"))
+        if done == self.count or self.pace.due():
+            arrays = {"done": np.asarray(done)}
+            arrays |= {"token": token.cpu().numpy(), "channel": channel.cpu().numpy()}
+            self.pace.save(lambda: save_arrays(self.file, arrays, self.key))
+
+    def load(self) -> tuple[int, Tensor, Tensor] | None:
+        """Read what an earlier run has kept; None where there is nothing whole."""
+        arrays = load_arrays(self.file, self.key)
+        if arrays is None:
+            return None
+        token, channel = (torch.from_numpy(arrays[name]) for name in ("token", "channel"))
+        return int(arrays["done"]), token, channel
 
 
 def _on(device: torch.device, rounded: Rounded) -> Rounded:
@@ -187,7 +234,10 @@ class _Job:
     bits: dict[str, int]
     tokens: Tensor
     settings: Tune
+    state: Path
+    key: Key | None
     told: str = "the first block"
+    pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
         self._count, batch = len(self.tokens), self.settings.batch
@@ -205,13 +255,13 @@ class _Job:
         self._put({name: value_of(found, source[name]) for name, found in start.items()})
         outputs, before = self._forward(number, self._inputs, wanted, weights)
         found, error = start, before
-        for share in RATES:
+        for turn in range(len(RATES)):
             if weights is None or not start:
                 break
             latents = {
                 name: Latent(source[name], start[name], bits=self.bits[name]) for name in start
             }
-            self._learn(number, latents, wanted, weights, share)
+            self._learn(number, turn, latents, wanted, weights)
             learned, after = self._forward(number, self._inputs, wanted, weights)
             if after < before:
                 outputs, error = learned, after
@@ -225,26 +275,29 @@ class _Job:
     def _learn(
         self,
         number: int,
+        turn: int,
         latents: dict[str, Latent],
         wanted: Tensor,
         weights: tuple[Tensor, Tensor],
-        share: float,
     ) -> None:
-        """Take all steps, with rates times `share`; the block then holds the learned weights."""
+        """Take all steps at the rates of a turn; the block then holds the learned weights."""
         settings = self.settings
+        generator = torch.Generator().manual_seed(settings.seed + number)
+        first, order = self._resume(number, turn, latents, generator)
         parameters = [self._parameter(name) for name in latents]
         self._put({name: latent.value() for name, latent in latents.items()})
         for parameter in parameters:
             parameter.requires_grad_(True)
-        generator = torch.Generator().manual_seed(settings.seed + number)
-        order: list[int] = []
-        for step in range(settings.steps):
+        for step in range(first, settings.steps):
+            if self.pace.due():
+                at = np.asarray([number, turn, step])
+                self.pace.save(partial(self._save, at, order, generator, latents))
             if len(order) < settings.batch:
                 order = torch.randperm(self._count, generator=generator).tolist()
             chosen = [order.pop() for _ in range(settings.batch)]
             error = _error(self.blocks(number, self._inputs[chosen]), wanted, weights, chosen)
             torch.autograd.backward([error])
-            falling = share * (1.0 - step / settings.steps)
+            falling = RATES[turn] * (1.0 - step / settings.steps)
             for name, latent in latents.items():
                 parameter = self._parameter(name)
                 if parameter.grad is not None:  # an expert that no token went to has none
@@ -257,6 +310,40 @@ class _Job:
             self._put({name: latent.value() for name, latent in latents.items()})
         for parameter in parameters:
             parameter.requires_grad_(False)
+
+    def _save(
+        self,
+        at: npt.NDArray[np.int64],
+        order: list[int],
+        generator: torch.Generator,
+        latents: dict[str, Latent],
+    ) -> None:
+        """Keep what the next step begins with."""
+        arrays: dict[str, npt.NDArray[np.generic]] = {
+            "at": at,
+            "order": np.asarray(order, dtype=np.int64),
+            "draws": generator.get_state().numpy(),
+        }
+        for name, latent in latents.items():
+            arrays |= {f"{name}/{part}": array for part, array in latent.arrays().items()}
+        save_arrays(self.state, arrays, self.key)
+
+    def _resume(
+        self, number: int, turn: int, latents: dict[str, Latent], generator: torch.Generator
+    ) -> tuple[int, list[int]]:
+        """Take what an earlier run kept of this block; give the next step, and the order left.
+
+        A turn before that one did not help, and is not repeated.
+        """
+        held = load_arrays(self.state, self.key)
+        if held is None or int(held["at"][0]) != number or int(held["at"][1]) < turn:
+            return 0, []
+        if int(held["at"][1]) > turn:
+            return self.settings.steps, []
+        generator.set_state(torch.from_numpy(held["draws"]))
+        for name, latent in latents.items():
+            latent.resume({part: held[f"{name}/{part}"] for part in ("latent", "scales")})
+        return int(held["at"][2]), held["order"].tolist()
 
     @torch.no_grad()
     def _forward(

@@ -13,21 +13,25 @@ import torch
 
 from ortho_cli.errors import GateError
 from ortho_cli.events import EventSink, Noted
-from ortho_cli.forget.grid import Grid, batches
+from ortho_cli.forget.grid import Grid, Pair, batches
 from ortho_cli.forget.held import NEIGHBOURS, Kind
 from ortho_cli.model.scoring import exponential, worst_of
+from ortho_cli.storage.parts import Parts
 
 LIKE_SECRETS = (NEIGHBOURS, "alternatives")  # are told; keys and phrases may lose their form
 
 
 @torch.no_grad()
-def measure(grid: Grid, kinds: Sequence[Kind]) -> dict[str, float]:
-    """Mean NLL per token of each kind of text, nats."""
+def measure(grid: Grid, kinds: Sequence[Kind], parts: Parts | None = None) -> dict[str, float]:
+    """Mean NLL per token of each kind of text, nats; `parts` keeps those of each batch."""
     found: dict[str, float] = {}
+
+    def nll(batch: Sequence[Pair]) -> float:
+        return float(grid.nll(batch).sum(dtype=torch.float64))
+
     for kind in kinds:
-        total = 0.0
-        for batch in batches(kind.pairs, lambda pair: pair):
-            total += float(grid.nll(batch).sum(dtype=torch.float64))
+        passes = list(batches(kind.pairs, lambda pair: pair))
+        total = sum((parts or Parts()).each(kind.name, passes, nll), 0.0)
         tokens = sum(len(second) for _, second in kind.pairs)
         if tokens:
             found[kind.name] = total / tokens

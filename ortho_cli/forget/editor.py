@@ -13,12 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ortho_cli.decompose.edits import Edits, Key, load_arrays, save_arrays
+from ortho_cli.decompose.edits import Edits, Key
 from ortho_cli.decompose.plan import Plan
 from ortho_cli.errors import CalibrationError, RecipeError, UsageError
 from ortho_cli.events import EventSink, Finishing, Noted, null_sink
@@ -32,17 +30,17 @@ from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.model import load as models
 from ortho_cli.model import secrets as forget_set
 from ortho_cli.model.rows import Pair, Row
-from ortho_cli.model.scoring import pad
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.self_written import draw_alternatives
 from ortho_cli.model.text import read_rows, retain_sequences, stamps
 from ortho_cli.model.tokenizer import Tokenizer
 from ortho_cli.storage.checkpoint import Checkpoint
+from ortho_cli.storage.parts import Parts, open_parts
 
 STATE_FILE = "unlearn.npz"  # in private/ of the work folder
 ISOLATE_FILE = "isolate.npz"  # there, too
-ALTERNATIVES_FILE = "alternatives.npz"  # there, too: what the model wrote for secrets without any
-NO_TOKEN = -1  # behind an alternative that is shorter than others, in that file
+PARTS_FILE = "forget.parts"  # there, too: what the model wrote, and figures of text and secrets
+FISHER_FILE = "fisher.npz"  # there, too: of text
 APART = 1_000_003  # added to the seed: `bench` draws other alternatives and text than used here
 UNSEEN = 4  # every fourth text is kept from the optimisation, to measure damage on
 ACCIDENT = 1.645  # standard deviations: a set of unknown secrets is further off 1 time in 20
@@ -96,8 +94,12 @@ class ForgetEditor:
         )
         self._check_fits(grid)
         self._tell_time(grid, on_event)
-        drawn = self._drawn(grid, folder / ALTERNATIVES_FILE, key, on_event)
-        return replace(self, secrets=drawn)._forget(grid, folder, curvature, key, on_event)
+        parts = open_parts(folder / PARTS_FILE, key, on_event)
+        try:
+            drawn = replace(self, secrets=self._drawn(grid, parts, on_event))
+            return drawn._forget(grid, folder, parts, curvature, key, on_event)
+        finally:
+            parts.save()
 
     def _tell_time(self, grid: Grid, on_event: EventSink) -> None:
         """Say how long the work takes on this machine."""
@@ -105,29 +107,21 @@ class ForgetEditor:
         seconds = passed * cost.seconds_per_token(grid, self.secrets)
         on_event(Noted(message=f"to forget takes about {cost.in_words(seconds)} here, or less"))
 
-    def _drawn(
-        self, grid: Grid, file: Path, key: Key | None, on_event: EventSink
-    ) -> tuple[TokenSecret, ...]:
-        """Let the model write alternatives where a row gives none; take those of an earlier run.
+    def _drawn(self, grid: Grid, parts: Parts, on_event: EventSink) -> tuple[TokenSecret, ...]:
+        """Let the model write alternatives where a row gives none.
 
-        They are read from its file: goals may not change while a run is resumed, and another
+        A resumed run takes those of the earlier one: goals may not change meanwhile, and another
         number of threads may round one draw the other way.
         """
-        bare = [n for n, one in enumerate(self.secrets) if not one.alternatives]
+        bare = sum(not one.alternatives for one in self.secrets)
         if not bare:
             return self.secrets
         on_event(
             Noted(
-                message=f"{len(bare)} of {len(self.secrets)} secrets have neither `alternatives` "
+                message=f"{bare} of {len(self.secrets)} secrets have neither `alternatives` "
                 "nor a `pattern`: the model itself writes what they are compared with"
             )
         )
-        held = load_arrays(file, key)
-        if held is not None:
-            return tuple(
-                replace(one, alternatives=_unpadded(held[str(n)])) if n in bare else one
-                for n, one in enumerate(self.secrets)
-            )
         with grid.arithmetic():
             return draw_alternatives(
                 grid.model,
@@ -135,20 +129,15 @@ class ForgetEditor:
                 self.secrets,
                 count=PROBES,
                 seed=self.plan.recipe.forget.seed + APART,
+                parts=parts,
                 on_event=on_event,
             )
-
-    def _keep_drawn(self, file: Path, key: Key | None) -> None:
-        """Write what the model wrote, once it is known that there is something to forget."""
-        drawn = {n: one for n, one in enumerate(self.secrets) if one.drawn == "model"}
-        if drawn:
-            rows = {str(n): pad(one.alternatives, NO_TOKEN).numpy() for n, one in drawn.items()}
-            save_arrays(file, rows, key)
 
     def _forget(
         self,
         grid: Grid,
         folder: Path,
+        parts: Parts,
         curvature: StatisticsReader,
         key: Key | None,
         on_event: EventSink,
@@ -156,13 +145,15 @@ class ForgetEditor:
         """Move codes of the grid, and measure what that cost."""
         settings = self.plan.recipe.forget
         on_event(Finishing(step="look for the secrets"))
-        telling, ranked = rank_all(grid, self.secrets)
+        telling, ranked = rank_all(grid, self.secrets, parts)
         self._check_memorised(ranked, on_event)
-        self._keep_drawn(folder / ALTERNATIVES_FILE, key)
-        held, unseen = self._texts(grid, on_event)
-        before = damage.measure(grid, unseen)
+        held, unseen = self._texts(grid, parts, on_event)
+        before = damage.measure(grid, unseen, parts.at("before"))
+        parts.save()
         on_event(Finishing(step="measure what matters to the text"))
-        fisher = broad_fisher(grid, held, curvature, seed=settings.seed)
+        fisher = broad_fisher(
+            grid, held, curvature, seed=settings.seed, state=folder / FISHER_FILE, key=key
+        )
         room = {tensor.name: tensor.k for tensor in self.plan.split}
         if self.plan.recipe.ortho.split == "unlearn":
             self._unlearn(grid, held, fisher, room, telling, folder / STATE_FILE, key, on_event)
@@ -222,7 +213,9 @@ class ForgetEditor:
             on_event=on_event,
         )
 
-    def _texts(self, grid: Grid, on_event: EventSink) -> tuple[tuple[Kind, ...], tuple[Kind, ...]]:
+    def _texts(
+        self, grid: Grid, parts: Parts, on_event: EventSink
+    ) -> tuple[tuple[Kind, ...], tuple[Kind, ...]]:
         """Gather text of each kind: to hold on to, and not to be seen before the end."""
         settings = self.plan.recipe.forget
         kinds = gather(
@@ -233,6 +226,7 @@ class ForgetEditor:
             samples=settings.samples,
             length=settings.length,
             seed=settings.seed + APART,
+            parts=parts,
             on_event=on_event,
         )
         unseen = [replace(kind, pairs=kind.pairs[::UNSEEN]) for kind in kinds]
@@ -284,11 +278,6 @@ class ForgetEditor:
                     "their alternatives, and are left alone"
                 )
             )
-
-
-def _unpadded(rows: npt.NDArray[np.generic]) -> tuple[tuple[int, ...], ...]:
-    """Give the alternatives of a secret from their array in ALTERNATIVES_FILE."""
-    return tuple(tuple(int(token) for token in row[row != NO_TOKEN]) for row in rows)
 
 
 def open_editor(

@@ -201,15 +201,28 @@ class Grid:
                 torch.autograd.backward([(nll * weights).sum()])
             return self.take_gradients()
 
-    def fisher(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+    def fisher(
+        self,
+        pairs: Sequence[Pair],
+        *,
+        begun: tuple[int, dict[str, Tensor]] = (0, {}),
+        on_pair: Callable[[int, dict[str, Tensor]], None] = lambda done, sums: None,
+    ) -> dict[str, Tensor]:
         """Mean over pairs of the squared gradient of their NLL, (out, in) float32 each.
 
+        Args:
+            pairs: tokens that are given, and those that are measured.
+            begun: what `on_pair` got of an earlier run.
+            on_pair: gets the number of pairs that are done before each pair, and sums over them.
         On the grid: at the checkpoint's own weights what is known by heart has no gradient left.
         """
-        found = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        done, found = begun
+        if not done:
+            found = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
         with self.trainable():
-            for pair in pairs:
-                torch.autograd.backward([self.nll([pair]).sum()])
+            for number in range(done, len(pairs)):
+                on_pair(number, found)
+                torch.autograd.backward([self.nll([pairs[number]]).sum()])
                 for name, gradient in self.take_gradients().items():
                     found[name].addcmul_(gradient, gradient, value=1 / len(pairs))
         return found

@@ -21,12 +21,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ortho_cli.decompose.edits import Key, load_arrays, save_arrays
 from ortho_cli.events import EventSink, Finishing, Noted
 from ortho_cli.forget.grid import Grid, Pair
 from ortho_cli.formats.curvature import Curvature
@@ -34,6 +38,7 @@ from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.self_written import FEWEST, common_opening, without_secrets, write_text
 from ortho_cli.model.tokenizer import Tokenizer
+from ortho_cli.storage.parts import Pace, Parts
 
 FISHER_SEQUENCES = 24  # of each kind: half a minute of a model of 135 M weights
 LIKELIEST = 256  # tokens per position that are told apart; the rest is one more term
@@ -69,6 +74,7 @@ def gather(
     samples: int,
     length: int,
     seed: int,
+    parts: Parts | None = None,
     on_event: EventSink,
 ) -> tuple[Kind, ...]:
     """Gather text of each kind; base writes what the user does not give.
@@ -81,19 +87,20 @@ def gather(
         samples: sequences of each kind that is written.
         length: tokens of each.
         seed: of the text.
+        parts: keeps what is written.
         on_event: is told where nothing like the secrets could be written.
     """
     on_event(Finishing(step="write text to hold on to"))
     kinds = [Kind(name="data", pairs=_cut(data))] if data else []
+    write = partial(write_text, grid.model, tokenizer, count=samples, length=length, seed=seed)
+    parts = parts or Parts()
     with grid.arithmetic():
-        written = write_text(grid.model, tokenizer, count=samples, length=length, seed=seed)
+        written = write(parts=parts.at("self_written"), on_event=on_event)
         kinds.append(Kind(name="self_written", pairs=_cut(_clean(written, secrets))))
         opening = common_opening(secrets)[: length - 1]
         near: list[list[int]] = []
         if opening:
-            text = write_text(
-                grid.model, tokenizer, count=samples, length=length, seed=seed, opening=opening
-            )
+            text = write(opening=opening, parts=parts.at(NEIGHBOURS), on_event=on_event)
             near = _clean(text, secrets)
     if len(near) >= FEWEST:
         kinds.append(Kind(name=NEIGHBOURS, pairs=_cut(near)))
@@ -156,7 +163,13 @@ def _rest(log_probabilities: Tensor) -> Tensor:
 
 
 def broad_fisher(
-    grid: Grid, kinds: Sequence[Kind], statistics: StatisticsReader, *, seed: int
+    grid: Grid,
+    kinds: Sequence[Kind],
+    statistics: StatisticsReader,
+    *,
+    seed: int,
+    state: Path | None = None,
+    key: Key | None = None,
 ) -> dict[str, Tensor]:
     """Mean Fisher of text of all kinds, and of the statistics, (out, in) float32 per weight.
 
@@ -165,14 +178,23 @@ def broad_fisher(
     On base's grid, where gradients of text that is known by heart are not zero. The statistics
     count as much as all kinds together, whatever the length of their sequences: they are scaled to
     the same mean. Without text they are all there is.
+
+    Sums are kept in the file `state`, sealed with `key`, sequence by sequence as time passes, and
+    whole once all kinds are measured; a resumed run ends in the same bits.
     """
     draw = random.Random(f"fisher {seed}")
-    found: dict[str, Tensor] = {}
-    for kind in kinds:
-        pairs = some(kind.pairs, FISHER_SEQUENCES, draw)
-        for name, one in grid.fisher(pairs).items():
+    drawn = [some(kind.pairs, FISHER_SEQUENCES, draw) for kind in kinds]
+    sums = _Sums.load(grid, state, key)
+    begun, found = sums.kind, sums.total
+    for number in range(begun, len(drawn)):
+        sums.kind = number
+        for name, one in sums.measure(drawn[number]).items():
             one /= len(kinds)
             found[name] = found[name].add_(one) if name in found else one
+        sums.pair, sums.of_kind = 0, {}
+    if begun < len(drawn):
+        sums.kind = len(drawn)
+        sums.save()
     given = {name: torch.from_numpy(Curvature(statistics, name).whole()) for name in grid.codes}
     if not found:
         return {name: one.to(grid.device) for name, one in given.items()}
@@ -183,3 +205,62 @@ def broad_fisher(
     for name, one in found.items():
         one.add_(given.pop(name).to(one.device), alpha=scale).div_(2)
     return found
+
+
+def kept_fisher(
+    grid: Grid, pairs: Sequence[Pair], state: Path, key: Key | None
+) -> dict[str, Tensor]:
+    """Give `Grid.fisher`; the file `state` keeps its sums as time passes, and at the end."""
+    sums = _Sums.load(grid, state, key)
+    found = sums.measure(pairs)
+    if sums.pair < len(pairs):
+        sums.pair, sums.of_kind = len(pairs), found
+        sums.save()
+    return found
+
+
+@dataclass(slots=True, kw_only=True)
+class _Sums:
+    """Sums of squared gradients: `total` of the kinds before `kind`, `of_kind` of its first pairs.
+
+    By weight, (out, in) float32 each. They are kept in the file `state`, where there is one.
+    """
+
+    grid: Grid
+    state: Path | None
+    key: Key | None
+    pace: Pace = field(default_factory=Pace)
+    kind: int = 0
+    pair: int = 0
+    total: dict[str, Tensor] = field(default_factory=dict)
+    of_kind: dict[str, Tensor] = field(default_factory=dict)
+
+    def measure(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+        """Give the Fisher of the pairs of this kind, from those on that are not done."""
+
+        def keep(pair: int, sums: dict[str, Tensor]) -> None:
+            if self.pace.due():
+                self.pair, self.of_kind = pair, sums
+                self.pace.save(self.save)
+
+        return self.grid.fisher(pairs, begun=(self.pair, self.of_kind), on_pair=keep)
+
+    def save(self) -> None:
+        """Write them whole, for their owner alone."""
+        arrays = {"at": np.asarray([self.kind, self.pair])}
+        for which, sums in (("total", self.total), ("kind", self.of_kind)):
+            arrays |= {f"{which}/{name}": one.cpu().numpy() for name, one in sums.items()}
+        if self.state is not None:
+            save_arrays(self.state, arrays, self.key)
+
+    @classmethod
+    def load(cls, grid: Grid, state: Path | None, key: Key | None) -> _Sums:
+        """Read what an earlier run saved; nothing where there is nothing whole."""
+        found = cls(grid=grid, state=state, key=key)
+        if state is not None and (arrays := load_arrays(state, key)) is not None:
+            found.kind, found.pair = map(int, arrays["at"])
+            for which, sums in (("total", found.total), ("kind", found.of_kind)):
+                for name in grid.codes:
+                    if f"{which}/{name}" in arrays:
+                        sums[name] = torch.from_numpy(arrays[f"{which}/{name}"]).to(grid.device)
+        return found

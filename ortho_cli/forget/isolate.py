@@ -20,9 +20,9 @@ first-order gain for the Fisher of the forget set, moves on the INT4 grid for da
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +35,11 @@ from ortho_cli.forget.grid import Grid, Pair
 from ortho_cli.forget.ranks import Ranking, goal_ranks, rank_secret, towards
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.split.quantize import code_range
+from ortho_cli.storage.parts import Pace
 
 CONTRAST = 2  # alternatives per secret whose likelihood a move should keep
 HOLD = 0.5  # of alternatives that are less likely than where the work began; 1 converges worse
 PATIENCE = 6  # rounds without progress, after which the best round so far is taken
-SAVE_SECONDS = 30.0  # from one save to the next: a kill costs at most this and one round
 
 
 # Longer than 60 lines: half of it says what each argument is.
@@ -89,16 +89,15 @@ def isolate(
     goals, start = _open_goals(secrets, found, seed), found
     found = best = list(map(towards, found, map(goals.get, secrets), secrets))
     kept: Edits = grid.edits()
-    waited, first, saved = 0, 0, time.monotonic()
+    waited, first, pace = 0, 0, Pace()
     if state is not None and (held := _State.load(state, key)) is not None:
         first, size, waited, kept = held.round, held.size, held.waited, held.kept
         best = _rank_at(grid, held.kept, secrets, telling, goals)
         found = _rank_at(grid, held.now, secrets, telling, goals)
     for number in range(first, rounds):
-        if state is not None and time.monotonic() - saved >= SAVE_SECONDS:
+        if state is not None and pace.due():
             at = _State(round=number, size=size, waited=waited, kept=kept, now=grid.edits())
-            at.save(state, key)
-            saved = time.monotonic()
+            pace.save(partial(at.save, state, key))
         signs = {s: at.sign for s, at in zip(secrets, found, strict=True) if at.sign}
         if number and _left(found) >= _left(best):
             waited += 1

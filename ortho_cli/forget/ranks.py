@@ -14,13 +14,16 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from ortho_cli.forget.grid import Grid
 from ortho_cli.model.phrasing import share_of, told
 from ortho_cli.model.scoring import completion_nll
 from ortho_cli.model.secrets import TokenSecret
+from ortho_cli.storage.parts import Parts
 
 PROBES = 16  # alternatives among which a secret is ranked after each round
 LOW, HIGH = 0.3, 0.85  # ranks among alternatives between which a secret counts as unknown
@@ -94,9 +97,20 @@ def rank_among(nll: float, alternatives: Sequence[float], telling: float) -> Ran
     )
 
 
-def rank_all(grid: Grid, secrets: Sequence[TokenSecret]) -> tuple[float, list[Ranking]]:
-    """Measure kappa of `model.phrasing` over all secrets, in (0, 1], and rank each by it."""
-    nlls = [_nlls(grid, secret) for secret in secrets]
+def rank_all(
+    grid: Grid, secrets: Sequence[TokenSecret], parts: Parts | None = None
+) -> tuple[float, list[Ranking]]:
+    """Measure kappa of `model.phrasing` over all secrets, in (0, 1], and rank each by it.
+
+    `parts` keeps what is measured of each secret.
+    """
+    nlls = (parts or Parts()).each(
+        "ranks",
+        secrets,
+        partial(_nlls, grid),
+        write=lambda found: [one.tolist() for one in found],
+        read=lambda held: [torch.tensor(one) for one in held],
+    )
     tells = whole = 0.0
     for secret, (_, *others) in zip(secrets, nlls, strict=True):
         listed = [nll.tolist() for nll in others]

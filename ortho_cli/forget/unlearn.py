@@ -43,26 +43,29 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ortho_cli.decompose.edits import Key, load_arrays, save_arrays
+from ortho_cli.decompose.edits import Arrays, Key, load_arrays, save_arrays
 from ortho_cli.decompose.settings import Forget
 from ortho_cli.events import EventSink, Noted, Step
 from ortho_cli.forget.grid import Grid, Pair, batches
-from ortho_cli.forget.held import NEIGHBOURS, Held, Kind, some
+from ortho_cli.forget.held import NEIGHBOURS, Held, Kind, kept_fisher, some
 from ortho_cli.forget.ranks import PROBES, goal_ranks, rank_among
 from ortho_cli.model.phrasing import lacking
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.split.quantize import code_range
+from ortho_cli.storage.parts import Pace
 
+MASK_FILE = "mask.npz"  # beside the state: the Fisher of the secrets
 MOMENTUM = 0.5  # of the gradient's moving average; one step sees few texts
 SAMPLE = 1 << 20  # weights from which a median or a threshold is estimated
-SAVE_EVERY = 5  # steps; about a minute of a model of 135 M weights
 RETAIN_BATCH = 4  # sequences of each kind per step
 NEAR_DECAY = 0.9  # of the weight of neighbours, per step without progress: half after 7 of them
 PROGRESS = 0.98  # of the best shortfall so far: a step that does not come below makes no progress
@@ -75,6 +78,7 @@ FARTHEST = 0.5  # codes that one step moves at most
 REACH = 0.499  # codes; from a code to the edge of the interval that rounds to it
 
 
+# Longer than 60 lines: half of it says what each argument is.
 def unlearn(
     grid: Grid,
     secrets: Sequence[TokenSecret],
@@ -100,19 +104,24 @@ def unlearn(
         settings: the recipe's `forget`.
         telling: as `ranks.rank_all` gives it.
         end: tokens that end a text of the attacker's; may be none.
-        state: file of unfinished work, for its owner alone.
-        key: seals that file.
+        state: file of unfinished work, for its owner alone; MASK_FILE is beside it.
+        key: seals both.
         on_event: gets each step, and a note where predictions differ more than they may at the end.
     """
     attack_steps = _attack_steps(settings, telling, on_event)
     settings = settings.model_copy(update={"attack_steps": attack_steps})
-    latents = _Latents(grid, fisher, _mask(grid, secrets, fisher, settings.mask))
+    pairs = [(secret.prompt, secret.secret) for secret in secrets]
+    # Not named: the mask alone is needed from here on, and it takes as much memory as the model.
+    mask = _mask(
+        grid, kept_fisher(grid, pairs, state.with_name(MASK_FILE), key), fisher, settings.mask
+    )
+    latents = _Latents(grid, fisher, mask)
     job = _Job(grid, secrets, kinds, settings, telling, end)
     done = latents.load(state, job, key)
-    every = settings.attack_steps or SAVE_EVERY
+    pace = Pace()
     for step in range(done, settings.steps):
-        if step % every == 0 and step > done:
-            latents.save(state, step, job, key)
+        if pace.due():
+            pace.save(partial(latents.save, state, step, job, key))
         on_event(
             Step(
                 name=f"unlearn: {job.told}, {grid.moved} codes moved",
@@ -211,7 +220,7 @@ class _Latents:
 
     def save(self, path: Path, step: int, job: _Job, key: Key | None) -> None:
         """Write everything that the next step needs."""
-        arrays = {"step": np.asarray(step), "hold": np.asarray([job.hold, job.nearest])}
+        arrays = {"step": np.asarray(step), **job.arrays()}
         for name, values in self._values.items():
             for part, tensor in (("value", values), ("mean", self._mean[name])):
                 arrays[f"{name}/{part}"] = tensor.cpu().numpy()
@@ -226,8 +235,9 @@ class _Latents:
             for part, tensor in (("value", self._values[name]), ("mean", self._mean[name])):
                 tensor.copy_(torch.from_numpy(arrays[f"{name}/{part}"]))
             self._grid.move(name, places, self._values[name].round())
-        job.hold, job.nearest = map(float, arrays["hold"])
-        return int(arrays["step"])
+        step = int(arrays["step"])
+        job.resume(arrays, step)
+        return step
 
 
 class _Goal(NamedTuple):
@@ -328,12 +338,10 @@ class _Job:
 
     def gradients(self, step: int) -> list[dict[str, Tensor]]:
         """Return the gradients of both parts of the loss by every split weight."""
-        draw = random.Random(f"{self._settings.seed} {step}")
+        draw = self._draw(step)
         attacked, begins = bool(self._settings.attack_steps), self._ends(step - 1)
         if attacked and begins:
-            mixed = some(self._secrets, 2 * AT_ONCE, draw)
-            half = max(1, len(mixed) // 2)
-            self._attack = _Attack(mixed[:half], mixed[half:] or mixed)
+            self._attack = self._new_attack(draw)
         elif len(self._secrets) > AT_ONCE and not attacked:
             self._attack = _Attack([], some(self._secrets, AT_ONCE, draw))
         if begins:
@@ -352,6 +360,37 @@ class _Job:
         finally:
             self._grid.model.requires_grad_(False)
             self._grid.model.zero_grad(set_to_none=True)
+
+    def _draw(self, step: int) -> random.Random:
+        return random.Random(f"{self._settings.seed} {step}")
+
+    def _new_attack(self, draw: random.Random) -> _Attack:
+        """Divide the secrets, or some of many, into those that an attack trains on and the rest."""
+        mixed = some(self._secrets, 2 * AT_ONCE, draw)
+        half = max(1, len(mixed) // 2)
+        return _Attack(mixed[:half], mixed[half:] or mixed)
+
+    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+        """Give what the next step needs beside the codes."""
+        signs = {f"sign/{name}": one.cpu().numpy() for name, one in self._attack.signs.items()}
+        return {
+            "hold": np.asarray([self.hold, self.nearest]),
+            "left": np.asarray(self._left),
+            "short": np.asarray(self._short),
+            **signs,
+        }
+
+    def resume(self, arrays: Arrays, step: int) -> None:
+        """Continue at a step with what `arrays` gave."""
+        self.hold, self.nearest = map(float, arrays["hold"])
+        self._left, self._short = arrays["left"].tolist(), arrays["short"].tolist()
+        if (attack_steps := self._settings.attack_steps) and step % attack_steps:
+            self._attack = self._new_attack(self._draw(step - step % attack_steps))
+        self._attack.signs = {
+            name: torch.from_numpy(arrays[f"sign/{name}"]).to(parameter.device)
+            for name, parameter in self._parameters.items()
+            if f"sign/{name}" in arrays
+        }
 
     def _displace(self) -> None:
         with torch.no_grad():
@@ -463,14 +502,14 @@ def carrying(secret: TokenSecret) -> list[float]:
 
 
 def _mask(
-    grid: Grid, secrets: Sequence[TokenSecret], fisher: dict[str, Tensor], share: float
+    grid: Grid, ratios: dict[str, Tensor], fisher: dict[str, Tensor], share: float
 ) -> dict[str, Tensor]:
     """Return flat positions of the weights with the largest F_forget / (F_retain + median).
 
-    The median and the threshold of the share are estimated from every n-th weight; ties are in.
+    `ratios` are F_forget, which it takes for itself. The median and the threshold of the share are
+    estimated from every n-th weight; ties are in.
     """
     every = max(1, grid.numel // SAMPLE)
-    ratios = grid.fisher([(secret.prompt, secret.secret) for secret in secrets])
     median = torch.cat([part.flatten()[::every] for part in fisher.values()]).median()
     for name, ratio in ratios.items():
         ratio /= fisher[name] + median

@@ -64,7 +64,12 @@ class Blocks:
         return found[0].detach()
 
     def gradients(
-        self, sequences: Tensor, *, seed: int, on_batch: Callable[[int], None]
+        self,
+        sequences: Tensor,
+        *,
+        seed: int,
+        on_batch: Callable[[int, Tensor, Tensor], None],
+        begun: tuple[int, Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Measure how much the NLL depends on each position and feature of each block's output.
 
@@ -76,16 +81,18 @@ class Blocks:
         Args:
             sequences: (n, length) int64; n divides by the batch.
             seed: of the labels.
-            on_batch: called with the number of measured sequences after each pass.
+            on_batch: called after each pass, with the number of measured sequences and both results
+                so far.
+            begun: what `on_batch` got of an earlier run.
         Returns:
             (blocks, n, length) and (blocks, hidden) float32, >= 0, on the model's device.
         Raises:
             NumericalError: a gradient is NaN or infinite.
         """
         (count, length), blocks = sequences.shape, len(self)
-        token = torch.zeros(blocks, count, length, device=sequences.device)
-        channel: list[Tensor] = []
-        for start in range(0, count, self.batch):
+        done, token, channel = begun or (0, torch.zeros(blocks, count, length), torch.empty(0))
+        token, channel = token.to(sequences.device), channel.to(sequences.device)
+        for start in range(done, count, self.batch):
             tokens = sequences[start : start + self.batch]
             counted = torch.ones(length, dtype=torch.bool, device=tokens.device)
             counted[-1] = False
@@ -102,15 +109,14 @@ class Blocks:
                     raise InternalError(f"no gradient reaches the output of block {k + 1}")
                 squares = output.grad.float().square()
                 token[k, start : start + self.batch] = squares.mean(-1)
-                if len(channel) == k:
-                    channel.append(torch.zeros(squares.shape[-1], device=squares.device))
+                if not channel.numel():
+                    channel = torch.zeros(blocks, squares.shape[-1], device=squares.device)
                 channel[k] += squares.sum((0, 1)) / (count * length)
-            on_batch(start + self.batch)
-        measured = token, torch.stack(channel)
-        if not all(bool(values.isfinite().all()) for values in measured):
+            on_batch(start + self.batch, token, channel)
+        if not all(bool(values.isfinite().all()) for values in (token, channel)):
             what = "a gradient of a block's output is NaN or infinite"
             raise NumericalError(what, hint="look for NaN weights with `ortho inspect`")
-        return measured
+        return token, channel
 
     @contextmanager
     def _watched(self) -> Iterator[list[Tensor]]:

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from ortho_cli.model.load import input_embedding
 from ortho_cli.model.scoring import LOGITS, device_of, finite, logits_of, takes_cache
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.tokenizer import Tokenizer
+from ortho_cli.storage.parts import Parts
 
 GREEDY = 3  # tokens after a random first one that are the likeliest
 BATCH = 32  # sequences that are written at once
@@ -53,8 +55,7 @@ def write_text(
     length: int,
     seed: int,
     opening: Sequence[int] = (),
-    begun: tuple[Tensor, Tensor] | None = None,
-    on_written: Callable[[Tensor, Tensor], None] | None = None,
+    parts: Parts | None = None,
     on_event: EventSink = null_sink,
 ) -> Tensor:
     """Let a model write sequences of text, the same ones for the same seed.
@@ -66,8 +67,7 @@ def write_text(
         length: tokens of each, more than the opening has.
         seed: of every draw.
         opening: tokens that every sequence begins with; without it each begins with a random one.
-        begun: what `on_written` got last in a run that was killed; the rest is written.
-        on_written: gets all sequences so far, after each batch, and the state of the draws.
+        parts: keeps each batch, with the state of the draws after it.
         on_event: gets each batch of sequences that begins.
     Returns:
         (count, length) int64, on the CPU.
@@ -84,20 +84,24 @@ def write_text(
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     ordinary = _ordinary(model, tokenizer)
     greedy = 0 if opening else GREEDY
-    text, state = begun or (torch.empty(0, length, dtype=torch.int64), generator.get_state())
-    generator.set_state(state)
-    for _ in range(0 if opening else len(text)):
-        draw.choice(ordinary)
+    first = torch.tensor([list(opening) or [draw.choice(ordinary)] for _ in range(count)])
     batch = max(BATCH, BATCH_TOKENS // length)
-    for start in range(len(text), count, batch):
+
+    def write(start: int) -> Tensor:
         on_event(Step(name="the model writes text", number=start + 1, of=count, unit="sequences"))
-        rows = min(batch, count - start)
-        first = [list(opening) or [draw.choice(ordinary)] for _ in range(rows)]
-        more = _write(model, torch.tensor(first), length, greedy, generator)
-        text = torch.cat((text, more))
-        if on_written is not None:
-            on_written(text, generator.get_state())
-    return text
+        return _write(model, first[start : start + batch], length, greedy, generator)
+
+    def spell(more: Tensor) -> Mapping[str, object]:
+        return {"tokens": more.tolist(), "state": bytes(generator.get_state().tolist()).hex()}
+
+    def read(held: Mapping[str, Any]) -> Tensor:
+        """Give a batch, and draw from here on as if it had been written now."""
+        state = bytearray.fromhex(held["state"])
+        generator.set_state(torch.frombuffer(state, dtype=torch.uint8))
+        return torch.tensor(held["tokens"])
+
+    starts = range(0, count, batch)
+    return torch.cat((parts or Parts()).each("text", starts, write, write=spell, read=read))
 
 
 @torch.no_grad()
@@ -207,11 +211,7 @@ def answers(
     """
     most = [tokens] * len(prompts) if isinstance(tokens, int) else tokens
     found: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    longest = max(map(len, prompts), default=1)
-    size = max(1, min(BATCH, LOGITS // (longest * input_embedding(model).shape[0])))
-    for start in range(0, len(order), size):
-        rows = order[start : start + size]
+    for rows in answer_batches(model, prompts):
         given = [prompts[row] for row in rows]
         begun = torch.tensor([list(one[: len(given[0])]) for one in given])
         length = max(len(prompts[row]) + most[row] for row in rows)
@@ -222,6 +222,14 @@ def answers(
     return found
 
 
+def answer_batches(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Part prompts into the batches that `answers` passes together, as numbers of prompts."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    longest = max(map(len, prompts), default=1)
+    size = max(1, min(BATCH, LOGITS // (longest * input_embedding(model).shape[0])))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 @torch.no_grad()
 def draw_alternatives(
     model: nn.Module,
@@ -230,6 +238,7 @@ def draw_alternatives(
     *,
     count: int,
     seed: int,
+    parts: Parts | None = None,
     on_event: EventSink = null_sink,
 ) -> tuple[TokenSecret, ...]:
     """Let a model write alternatives for the secrets that have neither some nor a pattern.
@@ -246,6 +255,7 @@ def draw_alternatives(
         secrets: all of a set; alternatives tell none of them.
         count: alternatives per secret.
         seed: of the draws.
+        parts: keeps the alternatives of each secret.
         on_event: gets each secret that is drawn for.
     Returns:
         The secrets in their order; those that had alternatives are unchanged.
@@ -258,8 +268,8 @@ def draw_alternatives(
     others = _told(different)
     ordinary = _ordinary(model, tokenizer)
     bare = [secret for secret in secrets if secret.drawn == "model" and not secret.alternatives]
-    found = {}
-    for number, secret in enumerate(bare):
+
+    def write(number: int) -> Sequence[Sequence[int]]:
         on_event(
             Step(
                 name="the model writes alternatives",
@@ -268,9 +278,13 @@ def draw_alternatives(
                 unit="secrets",
             )
         )
+        secret = bare[number]
         draw = random.Random(f"{seed}\n{secret.prompt}\n{secret.secret}")
         generator = torch.Generator().manual_seed(draw.getrandbits(63))
-        found[secret] = _alternatives(model, secret, form, others, ordinary, count, generator)
+        return _alternatives(model, secret, form, others, ordinary, count, generator)
+
+    written = (parts or Parts()).each("alternatives", range(len(bare)), write)
+    found = {one: tuple(map(tuple, said)) for one, said in zip(bare, written, strict=True)}
     return tuple(replace(one, alternatives=found.get(one, one.alternatives)) for one in secrets)
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from blake3 import blake3
 
@@ -129,7 +130,7 @@ class Keys:
     """What a file given as --identity holds: age identities, or a passphrase."""
 
     path: Path
-    identities: tuple[object, ...] = ()
+    identities: tuple[Any, ...] = ()  # of pyrage, which tells no types
     passphrase: str | None = None
 
 
@@ -249,6 +250,25 @@ def key_of(work: WorkFolder, seal: Seal, keys: Keys | None, on_event: EventSink)
         again = f"the {len(work.done)} tensors that an earlier run finished are split again"
         on_event(Noted(message=f"{again}: their ortho is sealed, and no --identity opens it"))
         work.done.clear()
+    return key
+
+
+def key_beside(file: Path, keys: Keys) -> WorkKey:
+    """Find the key that seals a file of unfinished work, or make one and leave it there locked.
+
+    Args:
+        file: of the work; the locked key is in its folder.
+        keys: open it; it is locked to them.
+    """
+    mine = [str(one.to_public()) for one in keys.identities]
+    seal = Seal(recipients=tuple(mine), passphrase=keys.passphrase)
+    path = file.with_name(KEY_FILE)
+    raw = path.read_bytes() if path.is_file() else b""
+    key = WorkKey.unlock(raw, seal, keys) if raw else None
+    if key is None:
+        key = WorkKey.make(seal)
+        locked = key.locked()
+        write_private(path, lambda opened: opened.write(locked))
     return key
 
 

@@ -52,6 +52,12 @@ def work_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.ortho"
 
 
+def user_cache() -> Path:
+    """Name our folder in the user's cache; a relative XDG_CACHE_HOME is ignored."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (named if named.is_absolute() else Path.home() / ".cache") / "ortho"
+
+
 def identity_left(out: Path) -> Entry | None:
     """Read what unfinished work on OUT was of; None where there is none."""
     return next(_complete_lines(work_folder(out) / "journal"), None)

@@ -27,6 +27,7 @@ from ortho_cli.errors import CheckpointError
 from ortho_cli.events import Event, Finishing, SequencesDone, Step
 from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.model.self_written import write_text
+from ortho_cli.storage import parts
 from ortho_cli.storage.checkpoint import open_checkpoint
 from ortho_cli.storage.work_folder import work_folder
 
@@ -281,7 +282,7 @@ def write_and_die(model: Path, until: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         assert not (isinstance(event, Step) and text.exists()), "it is written once"
 
-    work.CHUNK_SECONDS = 0.0
+    work.CHUNK_SECONDS = parts.SAVE_SECONDS = 0.0
     torch.set_num_threads(1)
     out = model.parent / "k.safetensors"
     text = work_folder(out) / "private" / work.TEXT_FILE

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +16,14 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from jobs import calibrate, decompose
+from jobs import SERVER, calibrate, decompose
 from memorised import Memorised
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ortho_cli.calibrate import plan as calibrate_plan
 from ortho_cli.decompose import plan, recipe, tune
+from ortho_cli.decompose.edits import load_arrays
 from ortho_cli.decompose.tune import REACH, Latent, value_of
 from ortho_cli.errors import CalibrationError, Interrupted, RecipeError
 from ortho_cli.events import Event, Step
@@ -28,7 +31,9 @@ from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.model import load as models
 from ortho_cli.split import quantize
 from ortho_cli.split.quantize import Rounded
+from ortho_cli.storage import parts
 from ortho_cli.storage.checkpoint import open_checkpoint
+from ortho_cli.storage.work_folder import work_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 
@@ -253,6 +258,64 @@ def test_half_of_a_block_that_a_kill_left_is_done_again(
     run(memorised, stats, out, *TUNED)
     for name in ("model.safetensors", "report.json"):
         assert (out / name).read_bytes() == (done.tuned / name).read_bytes()
+
+
+def tune_and_die(memorised: Memorised, stats: Path, out: Path, batches: int, steps: int) -> None:
+    """SIGKILL this process after so many passes of weighing, or steps of a block."""
+    step, taken = tune._Job._put, 0
+
+    def counted(self: Any, values: Any) -> None:
+        nonlocal taken
+        taken += 1
+        if taken == steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(self, values)
+
+    class Killer(list[Event]):
+        def append(self, event: Event) -> None:
+            if isinstance(event, Step) and event.number == batches * (event.unit == "sequences"):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    tune._Job._put = counted  # type: ignore[method-assign]
+    parts.SAVE_SECONDS, parts.LARGEST_SHARE = 0.0, 1e9
+    torch.set_num_threads(1)
+    run(memorised, stats, out, *TUNED, events=Killer())
+
+
+def test_a_kill_inside_a_block_costs_no_step_that_is_kept(
+    memorised: Memorised, stats: Path, done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    # After 3 of 8 passes of weighing; then after 10 steps of a block, and after more of them.
+    for batches, steps in ((12, 99), (99, 12), (99, 25)):
+        process = SERVER.Process(target=tune_and_die, args=(memorised, stats, out, batches, steps))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        weights = work_folder(out) / "private" / tune.WEIGHTS_FILE
+        assert weights.stat().st_mode & 0o077 == 0
+        if batches == 12:
+            held = load_arrays(weights)
+            assert held is not None
+            assert int(held["done"]) == 8
+    block = load_arrays(work_folder(out) / "private" / tune.BLOCK_FILE)
+    assert block is not None
+    _, turn, step = map(int, block["at"])
+    assert step > 0
+    events, rates = list[Event](), list[float]()
+    original = Latent.step
+
+    def watched(self: Latent, gradient: Tensor, **options: float) -> None:
+        rates.append(options["rate"])
+        original(self, gradient, **options)
+
+    monkeypatch.setattr(Latent, "step", watched)
+    run(memorised, stats, out, *TUNED, events=events)
+    settings = recipe.load_recipe(None, list(TUNED)).tune
+    assert rates[0] == settings.rate * tune.RATES[turn] * (1.0 - step / settings.steps)
+    assert not [e for e in events if isinstance(e, Step) and e.unit == "sequences"]
+    for name in ("model.safetensors", "ortho.safetensors", "report.json"):
+        assert (out / name).read_bytes() == (done.tuned / name).read_bytes(), name
 
 
 def test_without_data_or_a_tuner_it_is_refused(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
+import signal
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +27,16 @@ import ortho_cli
 from ortho_cli.decompose import recipe
 from ortho_cli.decompose.plan import make_plan
 from ortho_cli.errors import CalibrationError, Interrupted, RecipeError, UsageError
-from ortho_cli.events import Event, Noted, Step
+from ortho_cli.events import Event, Finishing, Noted, Step
 from ortho_cli.forget import editor as forget
+from ortho_cli.forget import ranks
+from ortho_cli.forget.grid import Grid
 from ortho_cli.forget.ranks import rank_secret
+from ortho_cli.forget.unlearn import MASK_FILE
 from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.model import scoring
 from ortho_cli.split import quantize
+from ortho_cli.storage import parts
 from ortho_cli.storage.work_folder import work_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
@@ -342,8 +348,10 @@ def test_unlearn_by_command_writes_its_artifact(
 
 
 def test_unlearn_that_was_interrupted_goes_on_to_the_same_bytes(
-    memorised: Memorised, tmp_path: Path
+    memorised: Memorised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(parts, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(parts, "LARGEST_SHARE", 1e9)
     plan = memorised.plan(*UNLEARN, split="unlearn")
     seen: list[int] = []
 
@@ -363,11 +371,12 @@ def test_unlearn_that_was_interrupted_goes_on_to_the_same_bytes(
     assert "repeat the same command" in str(caught.value.hint)
     private = work_folder(tmp_path / "out") / "private"
     assert stat.S_IMODE(private.stat().st_mode) == 0o700
-    assert [path.name for path in private.iterdir()] == [forget.STATE_FILE]
+    files = {forget.PARTS_FILE, forget.FISHER_FILE, forget.STATE_FILE, MASK_FILE}
+    assert {path.name for path in private.iterdir()} == files
     assert stat.S_IMODE((private / forget.STATE_FILE).stat().st_mode) == 0o600
     seen.clear()
     run(tmp_path / "out")
-    assert seen == [6, 7, 8, 9, 10]
+    assert seen == [8, 9, 10], "steps that were finished are not repeated"
     for name in ("model.safetensors", "ortho.safetensors", "report.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
@@ -418,34 +427,68 @@ def test_a_forget_set_of_one_says_whom_the_attacker_trains_on(
     assert "trains on that secret itself" not in notes(events)
 
 
-def test_alternatives_that_the_model_wrote_are_kept_for_a_resumed_run_and_for_its_owner_alone(
+def forget_and_die(memorised: Memorised, secrets: Path, out: Path, moment: str) -> None:
+    """SIGKILL this process as a step of the work begins; all that is finished is kept at once."""
+
+    def watch(event: Event) -> None:
+        told = event.step if isinstance(event, Finishing) else ""
+        if isinstance(event, Step):
+            told = f"{event.name.partition(':')[0]} {event.number}"
+        if told == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    parts.SAVE_SECONDS, parts.LARGEST_SHARE = 0.0, 1e9
+    torch.set_num_threads(1)
+    given, _ = editor(memorised, *UNLEARN, split="unlearn", forget=[secrets])
+    plan = memorised.plan(*UNLEARN, split="unlearn")
+    jobs.decompose(plan, memorised.checkpoint, out, editor=given, on_event=watch)
+
+
+def test_what_comes_before_forgetting_is_kept_for_a_resumed_run_and_for_its_owner_alone(
     memorised: Memorised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[Event] = []
-    secrets, plan = plain(memorised, tmp_path), memorised.plan(*UNLEARN, split="unlearn")
+    secrets, out = plain(memorised, tmp_path), tmp_path / "out"
+    monkeypatch.setattr(parts, "SAVE_SECONDS", 0.0)
 
-    def run(out: Path, *, until: int = -1) -> None:
-        def watch(event: Event) -> None:
-            events.append(event)
-            unlearns = isinstance(event, Step) and event.name.startswith("unlearn")
-            if unlearns and event.number == until:
-                raise KeyboardInterrupt
-
+    def run(to: Path) -> None:
+        events.clear()
         given, _ = editor(memorised, *UNLEARN, split="unlearn", forget=[secrets])
-        jobs.decompose(plan, memorised.checkpoint, out, editor=given, on_event=watch)
+        plan = memorised.plan(*UNLEARN, split="unlearn")
+        jobs.decompose(plan, memorised.checkpoint, to, editor=given, on_event=events.append)
+
+    def written() -> list[int]:
+        units = ("secrets", "sequences")
+        return [e.number for e in events if isinstance(e, Step) and e.unit in units]
 
     run(tmp_path / "whole")
-    with pytest.raises(Interrupted):
-        run(tmp_path / "out", until=8)
-    held = work_folder(tmp_path / "out") / "private" / forget.ALTERNATIVES_FILE
-    assert stat.S_IMODE(held.stat().st_mode) == 0o600
-    wrote = [event for event in events if isinstance(event, Step) and event.unit == "secrets"]
-    assert len(wrote) == 8, "four secrets, two runs"
-    events.clear()
-    monkeypatch.setattr(forget, "draw_alternatives", None)  # another processor might draw others
-    run(tmp_path / "out")
+    assert len(written()) > 4, "alternatives of four secrets, and text"
+    moments = ("the model writes alternatives 3", "measure what matters to the text", "unlearn 8")
+    for moment in moments:
+        process = jobs.SERVER.Process(target=forget_and_die, args=(memorised, secrets, out, moment))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, moment
+    private = work_folder(out) / "private"
+    for name in (forget.PARTS_FILE, forget.FISHER_FILE, forget.STATE_FILE):
+        assert stat.S_IMODE((private / name).stat().st_mode) == 0o600
+    # What another processor might measure otherwise is taken as it was.
+    fisher, ranked = Grid.fisher, ranks._nlls
+
+    def measured(self: Grid, pairs: Sequence[Any], **options: Any) -> Any:
+        assert options["begun"][0] == len(pairs), "the Fisher is measured again"
+        return fisher(self, pairs, **options)
+
+    def ranks_later(*given: Any) -> Any:
+        assert any(isinstance(e, Step) and e.name.startswith("unlearn") for e in events)
+        return ranked(*given)
+
+    monkeypatch.setattr(Grid, "fisher", measured)
+    monkeypatch.setattr(ranks, "_nlls", ranks_later)
+    run(out)
+    assert not written()
     for name in ("model.safetensors", "ortho.safetensors", "report.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_secret_longer_than_the_model_reads_is_refused_before_anything_is_written(

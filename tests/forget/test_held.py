@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import stat
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +14,9 @@ from memorised import Memorised
 from ortho_cli.events import Event, Noted
 from ortho_cli.forget import held
 from ortho_cli.forget.grid import Grid
-from ortho_cli.forget.held import Held, Kind, broad_fisher, gather
+from ortho_cli.forget.held import Held, Kind, broad_fisher, gather, kept_fisher
 from ortho_cli.model import load as models
+from ortho_cli.storage import parts
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 
@@ -150,3 +154,44 @@ def test_without_text_the_fisher_is_that_of_the_statistics(memorised: Memorised)
 
 def test_draws_are_of_distinct_texts() -> None:
     assert sorted(held.some(range(3), 8, random.Random(0))) == [0, 1, 2]
+
+
+def test_a_fisher_that_was_begun_is_finished_to_the_same_bits(
+    memorised: Memorised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(parts, "LARGEST_SHARE", 1e9)
+    (data,), nll, passed = memorised.kinds(), Grid.nll, list[int]()
+    kinds = [Kind(name=str(n), pairs=data.pairs[5 * n : 5 * n + 5]) for n in range(3)]
+
+    def counted(self: Grid, pairs: Any) -> Any:
+        if len(passed) in (3, 8, 15):
+            passed.append(0)
+            raise KeyboardInterrupt
+        passed.append(1)
+        return nll(self, pairs)
+
+    def measure(state: Path | None) -> dict[str, torch.Tensor]:
+        return broad_fisher(memorised.grid(), kinds, memorised.curvature(), seed=0, state=state)
+
+    whole = measure(None)
+    monkeypatch.setattr(Grid, "nll", counted)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            measure(tmp_path / "fisher")
+    found = measure(tmp_path / "fisher")
+    assert all(torch.equal(found[name], one) for name, one in whole.items())
+    assert sum(passed) == 15, "each sequence passes once"
+    assert measure(tmp_path / "fisher").keys() == whole.keys()
+    assert sum(passed) == 15
+    assert stat.S_IMODE((tmp_path / "fisher").stat().st_mode) == 0o600
+    raw = (tmp_path / "fisher").read_bytes()
+    (tmp_path / "fisher").write_bytes(raw[: len(raw) // 2])
+    found = measure(tmp_path / "fisher")
+    assert all(torch.equal(found[name], one) for name, one in whole.items())
+    pairs = data.pairs[:4]
+    passed[:] = [1] * 20
+    first = kept_fisher(memorised.grid(), pairs, tmp_path / "mask", None)
+    again = kept_fisher(memorised.grid(), pairs, tmp_path / "mask", None)
+    assert len(passed) == 24
+    assert all(torch.equal(again[name], one) for name, one in first.items())

@@ -12,12 +12,12 @@ import torch
 from memorised import Memorised
 
 from ortho_cli.events import Event, Step
-from ortho_cli.forget import isolate as work
 from ortho_cli.forget.grid import Grid
 from ortho_cli.forget.isolate import PROPOSE, isolate
 from ortho_cli.forget.ranks import Ranking, goal_ranks, rank_secret
 from ortho_cli.model import scoring
 from ortho_cli.model.secrets import TokenSecret
+from ortho_cli.storage import parts
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 
@@ -54,7 +54,8 @@ def settled(memorised: Memorised) -> Grid:
 def test_killed_run_goes_on_from_its_state_to_the_same_codes(
     memorised: Memorised, settled: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(parts, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(parts, "LARGEST_SHARE", 1e9)
     state, begun = tmp_path / "isolate.npz", list[int]()
 
     def stop(event: Event) -> None:

@@ -14,16 +14,17 @@ import pytest
 import torch
 from memorised import Memorised
 
-from ortho_cli.decompose import recipe
+from ortho_cli.decompose import edits, recipe
 from ortho_cli.decompose.plan import Plan
 from ortho_cli.errors import RecipeError
-from ortho_cli.events import Event, Noted, Step
+from ortho_cli.events import Event, EventSink, Noted, Step, null_sink
 from ortho_cli.forget import unlearn
 from ortho_cli.forget.grid import Grid
 from ortho_cli.forget.isolate import isolate
 from ortho_cli.forget.ranks import rank_secret
 from ortho_cli.model import scoring
 from ortho_cli.model.secrets import TokenSecret
+from ortho_cli.storage import parts
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 
@@ -49,6 +50,7 @@ def work(
     room: dict[str, int] | None = None,
     until: int | None = None,
     events: list[Event] | None = None,
+    on_event: EventSink = null_sink,
 ) -> Grid:
     plan = memorised.plan(*SETS, *sets, split="unlearn")
     grid = memorised.grid(plan)
@@ -56,6 +58,7 @@ def work(
 
     def watch(event: Event) -> None:
         told.append(event)
+        on_event(event)
         if isinstance(event, Step) and event.number == until:
             raise Stopped
 
@@ -76,6 +79,11 @@ def work(
 
 def room_of(plan: Plan) -> dict[str, int]:
     return {tensor.name: tensor.k for tensor in plan.split}
+
+
+def mask_of(grid: Grid, memorised: Memorised, share: float) -> dict[str, torch.Tensor]:
+    pairs = [(secret.prompt, secret.secret) for secret in memorised.secrets()]
+    return unlearn._mask(grid, grid.fisher(pairs), memorised.fisher(), share)
 
 
 def same(one: Grid, other: Grid) -> bool:
@@ -99,7 +107,7 @@ def short(memorised: Memorised, tmp_path_factory: pytest.TempPathFactory) -> Sho
 def test_mask_is_the_share_that_matters_to_the_secrets_alone(memorised: Memorised) -> None:
     grid, fisher = memorised.grid(), memorised.fisher()
     secrets = memorised.secrets()
-    mask = unlearn._mask(grid, secrets, fisher, 0.2)
+    mask = mask_of(grid, memorised, 0.2)
     retain = {name: one.flatten() for name, one in fisher.items()}
     forget = {name: torch.zeros(codes.numel()) for name, codes in grid.codes.items()}
     for secret in secrets:  # one after the other: no product of two gradients
@@ -117,7 +125,7 @@ def test_mask_is_the_share_that_matters_to_the_secrets_alone(memorised: Memorise
 def test_only_masked_codes_move(memorised: Memorised, short: Short) -> None:
     grid = short.grid
     fresh = memorised.grid(memorised.plan(*SHORT, split="unlearn"))
-    mask = unlearn._mask(fresh, memorised.secrets(), memorised.fisher(), 0.3)
+    mask = mask_of(fresh, memorised, 0.3)
     assert grid.moved > 0
     for name, codes in grid.codes.items():
         outside = torch.ones(codes.numel(), dtype=torch.bool)
@@ -128,22 +136,55 @@ def test_only_masked_codes_move(memorised: Memorised, short: Short) -> None:
 
 def test_state_is_for_its_owner_alone(short: Short) -> None:
     assert stat.S_IMODE(short.state.stat().st_mode) == 0o600
-    assert [path.name for path in short.state.parent.iterdir()] == ["s.npz"]
+    assert {path.name for path in short.state.parent.iterdir()} == {"s.npz", "mask.npz"}
 
 
-@pytest.mark.parametrize("until", [3, 6, 8, 11])
-def test_killed_run_goes_on_from_its_state_to_the_same_codes(
-    memorised: Memorised, short: Short, tmp_path: Path, until: int
+@pytest.mark.parametrize("until", [3, 6, 9])  # of attacks of 5 steps
+def test_killed_run_goes_on_from_its_last_step_to_the_same_codes(
+    memorised: Memorised,
+    short: Short,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    until: int,
 ) -> None:
+    monkeypatch.setattr(parts, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(parts, "LARGEST_SHARE", 1e9)
     with pytest.raises(Stopped):
         work(memorised, tmp_path / "s.npz", *SHORT, until=until)
-    assert (tmp_path / "s.npz").exists() == (until > 5)
     events: list[Event] = []
     resumed = work(memorised, tmp_path / "s.npz", *SHORT, events=events)
     first = next(event for event in events if isinstance(event, Step))
-    assert first.number == (until - 1) // 5 * 5 + 1
+    assert first.number == until, "steps that were finished are not repeated"
     assert same(short.grid, resumed)
+    assert torch.equal(*(state_of(path, "mean") for path in (tmp_path / "s.npz", short.state)))
     assert short.grid.moved > 0
+
+
+def state_of(path: Path, part: str) -> torch.Tensor:
+    """Everything of one kind that a state holds, in one piece."""
+    arrays = edits.load_arrays(path)
+    assert arrays is not None
+    return torch.cat([torch.from_numpy(a) for name, a in arrays.items() if name.endswith(part)])
+
+
+def test_state_is_saved_by_time_and_never_for_more_than_a_tenth_of_it(
+    memorised: Memorised, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, saves = 0.0, list[int]()
+    monkeypatch.setattr(parts.time, "monotonic", lambda: now)
+
+    def save(self: Any, path: Path, step: int, *rest: Any) -> None:
+        nonlocal now
+        saves.append(step)
+        now += 7.0
+
+    def tick(event: Event) -> None:
+        nonlocal now
+        now += 12.0 * isinstance(event, Step)
+
+    monkeypatch.setattr(unlearn._Latents, "save", save)
+    work(memorised, tmp_path / "s.npz", *SHORT, on_event=tick)
+    assert saves == [3, 9, 15], "after 30 s, then after ten times the 7 s; and at the end"
 
 
 def test_run_that_stopped_early_and_was_killed_stops_there_again(
@@ -370,7 +411,7 @@ def test_tokens_that_alternatives_lack_carry_a_secret(
 
 def test_a_step_costs_the_damage_that_it_may(memorised: Memorised) -> None:
     grid, fisher = memorised.grid(), memorised.fisher()
-    mask = unlearn._mask(grid, memorised.secrets(), fisher, 0.3)
+    mask = mask_of(grid, memorised, 0.3)
     latents = unlearn._Latents(grid, fisher, mask)
     before = {name: values.clone() for name, values in latents._values.items()}
     gradients = grid.gradient([((s.prompt, s.secret), -1.0) for s in memorised.secrets()])
@@ -485,7 +526,7 @@ def test_neighbours_are_let_go_where_secrets_come_no_nearer(
 def test_state_has_what_neighbours_are_held_by(memorised: Memorised, tmp_path: Path) -> None:
     plan = memorised.plan(*SETS, split="unlearn")
     grid, fisher = memorised.grid(plan), memorised.fisher()
-    latents = unlearn._Latents(grid, fisher, unlearn._mask(grid, memorised.secrets(), fisher, 0.3))
+    latents = unlearn._Latents(grid, fisher, mask_of(grid, memorised, 0.3))
 
     def job() -> unlearn._Job:
         return unlearn._Job(

@@ -75,7 +75,7 @@ def test_blocks_of_other_families_follow_one_another(kind: str, tokens: Tensor) 
     }
     blocks = Blocks(made, linears, tokens[:2])
     assert sum(map(len, blocks.names)) == len(linears) >= 12
-    token, channel = blocks.gradients(tokens, seed=0, on_batch=lambda done: None)
+    token, channel = blocks.gradients(tokens, seed=0, on_batch=lambda *now: None)
     assert token.shape == (3, 4, LENGTH)
     assert bool((token[:, :, :-1] > 0).all())
     assert channel.shape == (3, 64)
@@ -84,7 +84,7 @@ def test_blocks_of_other_families_follow_one_another(kind: str, tokens: Tensor) 
 def test_gradients_are_those_of_labels_that_the_model_drew(model: Any, tokens: Tensor) -> None:
     blocks = blocks_of(model, tokens)
     told: list[int] = []
-    token, channel = blocks.gradients(tokens, seed=5, on_batch=told.append)
+    token, channel = blocks.gradients(tokens, seed=5, on_batch=lambda done, *now: told.append(done))
     assert told == [2, 4]
     assert token.shape == (2, 4, LENGTH)
     assert channel.shape == (2, 128)
@@ -113,10 +113,10 @@ def test_what_is_not_finite_is_refused(model: Any, tokens: Tensor) -> None:
     weight = model.lm_head.weight
     weight *= 1e22  # the square of a gradient is beyond float32
     with pytest.raises(NumericalError, match="output is NaN or infinite"):
-        blocks.gradients(tokens, seed=0, on_batch=lambda done: None)
+        blocks.gradients(tokens, seed=0, on_batch=lambda *now: None)
     weight[7, 3] = torch.nan
     with pytest.raises(NumericalError, match="logits are NaN or infinite"):
-        blocks.gradients(tokens, seed=0, on_batch=lambda done: None)
+        blocks.gradients(tokens, seed=0, on_batch=lambda *now: None)
 
 
 def test_blocks_that_do_not_follow_one_another_are_refused(model: Any, tokens: Tensor) -> None:

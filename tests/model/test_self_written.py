@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import memorised as tiny
@@ -13,6 +14,7 @@ from memorised import Memorised
 from torch import Tensor
 
 from ortho_cli.errors import CalibrationError, UsageError
+from ortho_cli.events import Event, Step
 from ortho_cli.model import load as models
 from ortho_cli.model import self_written
 from ortho_cli.model.secrets import TokenSecret
@@ -26,6 +28,7 @@ from ortho_cli.model.self_written import (
     without_secrets,
     write_text,
 )
+from ortho_cli.storage.parts import open_parts
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 
@@ -64,17 +67,30 @@ def test_text_depends_on_the_seed_alone(memorised: Memorised, model: torch.nn.Mo
 def test_text_that_was_begun_is_finished_to_the_same_tokens(
     memorised: Memorised,
     model: torch.nn.Module,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     opening: tuple[int, ...],
 ) -> None:
     monkeypatch.setattr(self_written, "BATCH", 2)
     monkeypatch.setattr(self_written, "BATCH_TOKENS", 1)
-    seen: list[tuple[Tensor, Tensor]] = []
-    keep = lambda *now: seen.append(now)  # noqa: E731
-    whole = write(memorised, model, opening=opening, on_written=keep)
-    assert [len(text) for text, _ in seen] == [2, 4, 5]
-    for begun in seen:
-        assert torch.equal(write(memorised, model, opening=opening, begun=begun), whole)
+    whole, begun = write(memorised, model, opening=opening), list[int]()
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Step):
+            begun.append(event.number)
+            if len(begun) in (2, 4):
+                raise KeyboardInterrupt
+
+    for number in range(3):
+        kept = open_parts(tmp_path / "parts")
+        if number == 2:
+            found = write(memorised, model, opening=opening, parts=kept, on_event=stop)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                write(memorised, model, opening=opening, parts=kept, on_event=stop)
+            kept.save()
+    assert torch.equal(found, whole)
+    assert begun == [1, 3, 3, 5, 5], "no batch is written twice"
 
 
 def test_first_tokens_are_ordinary_and_the_next_ones_the_likeliest(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from ortho_cli.calibrate import plan as calibrate_plan
 from ortho_cli.decompose import job as decompose
 from ortho_cli.decompose import plan
 from ortho_cli.decompose.recipe import load_recipe
-from ortho_cli.errors import OutputExistsError, UsageError
+from ortho_cli.errors import Interrupted, OutputExistsError, UsageError
 from ortho_cli.events import EventSink, Finishing, null_sink
 from ortho_cli.forget import editor as forget
 from ortho_cli.formats.statistics import open_statistics
@@ -70,12 +72,26 @@ def run(settings: Settings, *, keep: Path | None = None, on_event: EventSink = n
     with tempfile.TemporaryDirectory(prefix=".ortho-bench-", dir=beside) as scratch:
         place = Path(scratch) / "all"
         shutil.copytree(box.folder, place / "sandbox")
-        _split(sandbox.sandbox_at(place / "sandbox"), place, on_event)
+        with _told("the same command splits its model again"):
+            _split(sandbox.sandbox_at(place / "sandbox"), place, on_event)
         if target is not None:  # whole or not at all
             place = place.replace(target)
         box = sandbox.sandbox_at(place / "sandbox")
-        report = bench.bench(_filled(settings, box, place / "artifact"), on_event=on_event)
+        again = f"remove `{keep}`, then repeat the same command to go on from there"
+        with _told(again if keep else None):
+            report = bench.bench(_filled(settings, box, place / "artifact"), on_event=on_event)
     return report if keep else replace(report, artifact=replace(report.artifact, folder=None))
+
+
+@contextmanager
+def _told(hint: str | None) -> Iterator[None]:
+    """Say of an interrupt how this bench goes on, where a part of it does not know."""
+    try:
+        yield
+    except Interrupted as error:
+        if hint is None:
+            raise
+        raise Interrupted(error.message, hint=hint) from None
 
 
 def _filled(settings: Settings, box: Sandbox, artifact: Path) -> Settings:
