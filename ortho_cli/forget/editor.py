@@ -31,6 +31,7 @@ from ortho_cli.forget.unlearn import ALTERNATIVES, unlearn
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.model import load as models
 from ortho_cli.model import secrets as forget_set
+from ortho_cli.model.cost import Part, in_words
 from ortho_cli.model.rows import Pair, Row
 from ortho_cli.model.scoring import pad
 from ortho_cli.model.secrets import TokenSecret
@@ -38,6 +39,7 @@ from ortho_cli.model.self_written import draw_alternatives
 from ortho_cli.model.text import read_rows, retain_sequences, stamps
 from ortho_cli.model.tokenizer import Tokenizer
 from ortho_cli.storage.checkpoint import Checkpoint
+from ortho_cli.storage.speeds import Speeds, open_speeds
 
 STATE_FILE = "unlearn.npz"  # in private/ of the work folder
 ISOLATE_FILE = "isolate.npz"  # there, too
@@ -71,6 +73,17 @@ class ForgetEditor:
         """Whether the model computes in bfloat16 meanwhile."""
         return models.uses_bfloat16(self.plan.recipe.forget.autocast, self.device)
 
+    def estimate(self, speeds: Speeds) -> Part:
+        """Estimate the seconds of `find` on this machine, and the most."""
+        return cost.estimate(
+            self.plan,
+            self.secrets,
+            self.checkpoint.tensors,
+            speeds,
+            given=bool(self.retain),
+            half=self.autocast,
+        )
+
     def find(
         self,
         folder: Path,
@@ -95,15 +108,8 @@ class ForgetEditor:
             autocast=self.autocast,
         )
         self._check_fits(grid)
-        self._tell_time(grid, on_event)
         drawn = self._drawn(grid, folder / ALTERNATIVES_FILE, key, on_event)
         return replace(self, secrets=drawn)._forget(grid, folder, curvature, key, on_event)
-
-    def _tell_time(self, grid: Grid, on_event: EventSink) -> None:
-        """Say how long the work takes on this machine."""
-        passed = cost.tokens_passed(self.plan, self.secrets)
-        seconds = passed * cost.seconds_per_token(grid, self.secrets)
-        on_event(Noted(message=f"to forget takes about {cost.in_words(seconds)} here, or less"))
 
     def _drawn(
         self, grid: Grid, file: Path, key: Key | None, on_event: EventSink
@@ -329,8 +335,7 @@ def open_editor(
         message = f"{shared} of {len(secrets)} secrets are in --data, too, which base is to keep"
         on_event(Noted(message=message))
     encoded = forget_set.encode(secrets, tokenizer, positions=positions)
-    _tell_cost(plan, encoded, on_event)
-    return ForgetEditor(
+    editor = ForgetEditor(
         plan=plan,
         checkpoint=checkpoint,
         tokenizer=tokenizer,
@@ -340,17 +345,23 @@ def open_editor(
         files=(*forget, *data),
         device=models.resolve_device(device),
     )
+    _tell_cost(editor, on_event)
+    return editor
 
 
-def _tell_cost(plan: Plan, secrets: Sequence[TokenSecret], on_event: EventSink) -> None:
-    """Say what the work takes, as far as it is known before the model is loaded."""
+def _tell_cost(editor: ForgetEditor, on_event: EventSink) -> None:
+    """Say what the work takes, before the model is loaded."""
+    plan, secrets = editor.plan, editor.secrets
     passed, memory = cost.tokens_passed(plan, secrets), cost.peak_bytes(plan, secrets)
-    on_event(
-        Noted(
-            message=f"to forget {len(secrets)} secrets, at most {passed / 1e6:,.2g} million tokens "
-            f"pass through the model, in {memory / 1e9:,.1f} GB of memory"
-        )
+    message = (
+        f"to forget {len(secrets)} secrets, at most {passed / 1e6:,.2g} million tokens pass "
+        f"through the model, in {memory / 1e9:,.1f} GB of memory"
     )
+    if editor.device.type == "cpu":  # nothing is timed on a GPU
+        part = editor.estimate(open_speeds())
+        message += f": about {in_words(part.seconds)} on this machine, {in_words(part.at_most)} if "
+        message += f"all {_most(plan)} are needed"
+    on_event(Noted(message=message))
     if (
         len(secrets) == 1
         and plan.recipe.ortho.split == "unlearn"
@@ -362,6 +373,14 @@ def _tell_cost(plan: Plan, secrets: Sequence[TokenSecret], on_event: EventSink) 
                 "against trains on that secret itself"
             )
         )
+
+
+def _most(plan: Plan) -> str:
+    """Name the rounds and steps that a recipe allows."""
+    rounds = f"{plan.recipe.forget.rounds} rounds"
+    if plan.recipe.ortho.split == "isolate":
+        return rounds
+    return f"{plan.recipe.forget.steps} steps and {rounds}"
 
 
 def _check_given(plan: Plan, forget: Sequence[Path], data: Sequence[Path]) -> None:

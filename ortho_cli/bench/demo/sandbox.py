@@ -18,7 +18,6 @@ transformers are imported late, so that naming the folder costs nothing.
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -32,6 +31,7 @@ from ortho_cli.errors import OutputExistsError, UsageError
 from ortho_cli.events import EventSink, Noted, null_sink
 from ortho_cli.formats.artifact import canonical_json
 from ortho_cli.storage.disk import sync
+from ortho_cli.storage.speeds import user_cache
 from ortho_cli.storage.work_folder import WorkFolder, interruptible, recover, unwritable
 from ortho_cli.version import __version__
 
@@ -118,11 +118,9 @@ def cached(
 
 
 def cache_folder(seed: int, settings: Settings) -> Path:
-    """Name the place of a sandbox in the user's cache; a relative XDG_CACHE_HOME is ignored."""
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    root = named if named.is_absolute() else Path.home() / ".cache"
+    """Name the place of a sandbox in the user's cache."""
     identity = canonical_json(_identity(seed, settings)).encode()
-    return root / "ortho" / f"sandbox-{blake3(identity).hexdigest(8)}"
+    return user_cache() / f"sandbox-{blake3(identity).hexdigest(8)}"
 
 
 def is_complete(folder: Path) -> bool:
