@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from ortho_cli.decompose.settings import Calibrate
@@ -92,6 +93,8 @@ def of_texts(
                 seconds["measure"] += cost.seconds_of(hooks, everything, speeds)
         if not while_writing:
             measured = _measuring(settings, tensors, text, gradient=name == "forget")
+            if settings.curvature == "true-fisher":  # labels are drawn from the model
+                measured = replace(measured, draws=text.tokens * _vocabulary(checkpoint))
             seconds["measure"] += cost.seconds_of(measured, everything, speeds, half=half)
             if settings.gram == "full" and name != "forget":
                 grams, squares = _grams(settings, tensors, text)

@@ -14,11 +14,12 @@ import math
 from collections.abc import Iterator, Sequence
 
 from ortho_cli.decompose.plan import LOGITS_BYTES, Plan
+from ortho_cli.forget.damage import UNSEEN
 from ortho_cli.forget.grid import BATCH_TOKENS
 from ortho_cli.forget.held import FISHER_SEQUENCES
 from ortho_cli.forget.isolate import CONTRAST
 from ortho_cli.forget.ranks import PROBES
-from ortho_cli.forget.unlearn import AT_ONCE, RETAIN_BATCH
+from ortho_cli.forget.unlearn import ALTERNATIVES, AT_ONCE, RETAIN_BATCH
 from ortho_cli.model import cost
 from ortho_cli.model.cost import BATCH, Part, Passes, Work
 from ortho_cli.model.secrets import TokenSecret
@@ -67,14 +68,14 @@ def passes_of(
     text = settings.samples * settings.length * kinds
     ranks = Passes(len(secrets) * (2 + rounds), ranking / many)
     found = [
-        # Written token by token, then measured before and afterwards.
+        # Written token by token; some of it is measured before and afterwards.
         *[
             one._replace(times=written * one.times)
             for one in cost.writing(
                 count=settings.samples, length=settings.length, vocabulary=0
             ).passes
         ],
-        _in_batches(text * 2),
+        _in_batches(text / UNSEEN + ALTERNATIVES * one_each, 2),
         Passes(writes / BATCH, BATCH),
         Passes(FISHER_SEQUENCES * kinds, settings.length, True),
         ranks,

@@ -17,6 +17,7 @@ from ortho_cli.forget.grid import Grid, batches
 from ortho_cli.forget.held import NEIGHBOURS, Kind
 from ortho_cli.model.scoring import exponential, worst_of
 
+UNSEEN = 4  # every fourth text is kept from the optimisation, to measure damage on
 LIKE_SECRETS = (NEIGHBOURS, "alternatives")  # are told; keys and phrases may lose their form
 
 

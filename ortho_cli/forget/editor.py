@@ -23,6 +23,7 @@ from ortho_cli.decompose.plan import Plan
 from ortho_cli.errors import CalibrationError, RecipeError, UsageError
 from ortho_cli.events import EventSink, Finishing, Noted, null_sink
 from ortho_cli.forget import cost, damage
+from ortho_cli.forget.damage import UNSEEN
 from ortho_cli.forget.grid import Grid
 from ortho_cli.forget.held import Kind, broad_fisher, gather
 from ortho_cli.forget.isolate import HOLD, isolate
@@ -46,7 +47,6 @@ ISOLATE_FILE = "isolate.npz"  # there, too
 ALTERNATIVES_FILE = "alternatives.npz"  # there, too: what the model wrote for secrets without any
 NO_TOKEN = -1  # behind an alternative that is shorter than others, in that file
 APART = 1_000_003  # added to the seed: `bench` draws other alternatives and text than used here
-UNSEEN = 4  # every fourth text is kept from the optimisation, to measure damage on
 ACCIDENT = 1.645  # standard deviations: a set of unknown secrets is further off 1 time in 20
 
 

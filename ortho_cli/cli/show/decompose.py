@@ -67,6 +67,9 @@ def _plan_lines(document: Document, totals: Document, source: str) -> Iterator[s
     )
     if statistics:
         kind += f"; curvature is {statistics['kind']}, {statistics['storage']} storage"
+        if "text_to_write" in statistics:
+            tokens = statistics.part("text_to_write").number("tokens")
+            kind += f", of {tokens:,} tokens that the model writes"
     yield f"weights kept by {kind}"
     yield from _plain_lines(document)
     yield (
