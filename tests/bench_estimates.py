@@ -2,10 +2,11 @@
 
 python tests/bench_estimates.py [MODEL DATA] [--only ROW ...] [--clock wall|cpu] [--scratch FOLDER]
 
-Without MODEL, on two models that are made here: a Llama of 30 million random weights, and a tiny one
-that has memorised four secrets. A busy machine gives each process another share of its cores from
-one second to the next, so there every row has one thread, and both figures are in seconds of the
-processor; on a quiet one all threads work, and the clock counts. Speeds are timed anew for each row.
+Without MODEL, on two models that are made here: a Llama of 30 million random weights, and a tiny
+one that has memorised four secrets. A busy machine gives each process another share of its cores
+from one second to the next, so there every row has one thread, and both figures are in seconds of
+the processor; on a quiet one all threads work, and the clock counts. Speeds are timed anew for
+each row.
 
 A range (what is usual, and the most) holds what takes longer than is usual.
 """
@@ -110,8 +111,7 @@ def estimated(words: list[str], cache: Path, *, processor: bool) -> tuple[float,
     ran = subprocess.run(
         [sys.executable, *start, *words, "--dry-run", "--json"],
         env=environment(cache, processor=processor),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         check=False,
     )

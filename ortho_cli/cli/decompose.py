@@ -177,7 +177,8 @@ def decompose(
     out, unusual = place_output(out, model)
     began = time.perf_counter()
     with ExitStack() as until_done:
-        if plan.measures and (fits or not dry_run):
+        measures = plan.measures
+        if measures and (fits or not dry_run):
             target = check_target(plan, checkpoint, out, force=force, seal=seal)
             file = until_done.enter_context(_statistics_file(target, dry_run))
             otherwise = None if recipe else load_recipe(None, sets)
@@ -192,7 +193,7 @@ def decompose(
         )
         if dry_run:
             plan = settled(plan, checkpoint, out, output=output)
-            parts = _estimate(plan, checkpoint, editor, device)
+            parts = _estimate(plan, checkpoint, editor, device, measures=measures)
             output.show_plan(plan, model, notes=messages(notes), estimate=parts)
             return
         with output.progress("decompose") as sink:
@@ -225,17 +226,31 @@ def _split_device(device: str) -> str:
 
 
 def _estimate(
-    plan: Plan, checkpoint: Checkpoint, editor: ForgetEditor | None, device: str
+    plan: Plan,
+    checkpoint: Checkpoint,
+    editor: ForgetEditor | None,
+    device: str,
+    *,
+    measures: bool,
 ) -> list[Part]:
-    """Estimate the time of a plan on this machine; nothing where a GPU would do the work."""
+    """Estimate the time of a plan on this machine; nothing where a GPU would do the work.
+
+    Args:
+        plan: as it is shown.
+        checkpoint: the source.
+        editor: of a recipe that forgets.
+        device: as it was given.
+        measures: statistics are measured first, although a plan for --target-bits has some already.
+    """
     from ortho_cli.decompose import estimate
     from ortho_cli.storage.speeds import open_speeds
 
-    if not computes_here("cpu" if estimate.is_plain(plan) else device):
+    if not computes_here("cpu" if estimate.is_plain(plan) and not measures else device):
         return []
     speeds = open_speeds()
+    plan = replace(plan, measures=measures)
     parts = estimate.of_plan(plan, checkpoint.tensors, speeds)
-    if plan.measures:
+    if measures:
         from ortho_cli.calibrate.estimate import of_own_text
 
         sources = [tensor.source for tensor in plan.split]

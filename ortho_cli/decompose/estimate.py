@@ -11,6 +11,7 @@ See `model/cost.py` for what each takes.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -66,8 +67,8 @@ def of_plan(plan: Plan, source: Sequence[TensorInfo], speeds: Speeds) -> list[Pa
     )
     parts = [Part("start", start, start)]
     split = _split_seconds(plan, kernels, speeds)
-    if plan.recipe.ortho.budget == "global":
-        plain = _split_seconds(_nearest(plan), kernels, speeds)
+    if surveys := len(plan.surveys) or plan.is_open:
+        plain = surveys * _split_seconds(_nearest(plan), kernels, speeds)
         parts.append(Part("survey", plain, plain))
     if plan.recipe.base.rounding == "tuned":
         least, most = _tune_seconds(plan, source, speeds)
@@ -108,10 +109,9 @@ def _split_seconds(plan: Plan, kernels: Kernels, speeds: Speeds) -> float:
 def _weight_seconds(plan: Plan, tensor: SplitTensor, kernels: Kernels, speeds: Speeds) -> float:
     """Seconds per weight of tensors like this one, by one worker."""
     task = task_of(plan, tensor)
-    columns = tensor.shape[1]
-    while columns > COLUMNS and columns % (2 * plan.group_size) == 0:
-        columns //= 2
-    rows = max(8, min(tensor.shape[0], SAMPLE // columns))
+    whole = math.lcm(plan.group_size, 32)  # columns of 3 bits fill words, too
+    columns = min(tensor.shape[1], max(1, COLUMNS // whole) * whole)
+    rows = max(1, min(tensor.shape[0], SAMPLE // columns))
     kind = plan.statistics.kind if plan.statistics else "gram" if plan.measures else "none"
     compensates = plan.recipe.compensates
     task = replace(task, shape=(rows, columns), factor=None, rounding="nearest")

@@ -177,6 +177,9 @@ def _products(speeds: Speeds, matrices: Matrices, passes: Passes, dtype: str) ->
     """Seconds of all Linears of one pass."""
     bound = min(max(passes.tokens, FEWEST_ROWS), MOST_ROWS[dtype])
     rows = 1 << round(math.log2(bound))
+    widest = max((columns for _, columns in matrices), default=1)
+    while rows > FEWEST_ROWS and rows * widest > LARGEST:
+        rows //= 2
     weights = {shape: math.prod(shape) * count for shape, count in matrices.items()}
     heaviest = sorted(weights, key=lambda shape: (-weights[shape], shape))[:KINDS]
     total = 0.0

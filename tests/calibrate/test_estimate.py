@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import Ortho
 
-from ortho_cli.calibrate.estimate import of_own_text, of_texts
-from ortho_cli.calibrate.estimate import Text
+from ortho_cli.calibrate.estimate import Text, of_own_text, of_texts
 from ortho_cli.decompose.settings import Calibrate
 from ortho_cli.storage.checkpoint import open_checkpoint
 from ortho_cli.storage.speeds import open_speeds
