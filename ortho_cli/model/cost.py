@@ -36,7 +36,7 @@ BATCH = 32  # sequences that a model writes at once
 BATCH_TOKENS = 2048  # more at once while they are short: so many tokens of them
 LOOP = 100_000  # turns of the loop that tells how fast Python runs
 TORCH = 200  # loops that importing torch takes
-TRANSFORMERS = 250  # and transformers, with the classes of a model
+TRANSFORMERS = 350  # and transformers, with a tokenizer and the classes of a model
 BARE = 80  # loops that any command takes to start
 NUMBA = 120  # loops that loading numba and its kept machine code takes
 

@@ -42,7 +42,8 @@ def test_text_that_the_model_writes_takes_time_by_its_tokens(pico: Path) -> None
 
     def written(**settings: object) -> dict[str, float]:
         wanted = Calibrate.model_validate({"samples": 64, "length": 33} | settings)
-        found = of_own_text(wanted, checkpoint.tensors[:3], checkpoint, open_speeds())
+        split = [one for one in checkpoint.tensors if "proj" in one.name]
+        found = of_own_text(wanted, split, checkpoint, open_speeds())
         return {part.name: part.seconds for part in found}
 
     once = written()

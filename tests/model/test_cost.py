@@ -25,7 +25,7 @@ def test_work_takes_time_in_proportion() -> None:
     assert seconds(passes=[Passes(1, 64), Passes(0, 64)]) == once
     assert seconds(passes=[Passes(1, 64)], calls=5) > once
     for what in ("draws", "elements", "file_bytes"):
-        assert seconds(**{what: 3e6}) == pytest.approx(3.0)
+        assert seconds(**{what: 3e9}) == pytest.approx(3.0)
     assert seconds() == 0
 
 
