@@ -41,14 +41,14 @@ def test_text_that_the_model_writes_takes_time_by_its_tokens(pico: Path) -> None
     checkpoint = open_checkpoint(pico)
 
     def written(**settings: object) -> dict[str, float]:
-        wanted = Calibrate.model_validate({"samples": 64, "length": 33} | settings)
+        wanted = Calibrate.model_validate({"samples": 62, "length": 33} | settings)
         split = [one for one in checkpoint.tensors if "proj" in one.name]
         found = of_own_text(wanted, split, checkpoint, open_speeds())
         return {part.name: part.seconds for part in found}
 
     once = written()
     assert written(length=65)["write text"] > 1.9 * once["write text"]
-    assert written(samples=640)["write text"] > 9 * once["write text"]
+    assert written(samples=620)["write text"] == pytest.approx(10 * once["write text"])
     # Inputs alone are measured meanwhile.
     assert written(curvature="gram")["measure"] < once["measure"]
 
