@@ -120,7 +120,7 @@ def _weight_seconds(plan: Plan, tensor: SplitTensor, kernels: Kernels, speeds: S
     kernel = "numba" if kernels.compiled else "torch"
     alone = ", alone" if task.alone else ""
     named = (
-        f"{task.dtype} by {kernel}, {task.scale}{alone}, {kind}, {rows} x {columns}, "
+        f"{task.dtype} to {task.bits} bits by {kernel}, {task.scale}{alone}, {kind}, {rows} x {columns}, "
         f"{density:g} kept"
     )
     if not compensates:
