@@ -120,8 +120,8 @@ def _weight_seconds(plan: Plan, tensor: SplitTensor, kernels: Kernels, speeds: S
     kernel = "numba" if kernels.compiled else "torch"
     alone = ", alone" if task.alone else ""
     named = (
-        f"{task.dtype} to {task.bits} bits by {kernel}, {task.scale}{alone}, {kind}, {rows} x {columns}, "
-        f"{density:g} kept"
+        f"{task.dtype} to {task.bits} bits by {kernel}, {task.scale}{alone}, {kind}, "
+        f"{rows} x {columns}, {density:g} kept"
     )
     if not compensates:
         timed = speeds.of(f"split {named}", lambda: _time_split(task, kind, kernels))
