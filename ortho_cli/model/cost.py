@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from ortho_cli.storage.checkpoint import TensorInfo
@@ -24,6 +25,9 @@ from ortho_cli.storage.speeds import Speeds
 BOTH = 3  # tokens of a pass with its backward pass, in tokens of forward passes
 WINDOW = 0.04  # seconds that each piece is repeated; 30 pieces take a second or two
 LARGEST = 1 << 22  # weights of a product that is timed; of a larger one, some rows
+# Seconds of products before any is timed: on a busy machine torch's threads took ten times as long
+# for the first quarter of a second as ever after.
+WARM = 0.4
 LONG = 5  # windows: of a piece that takes longer, one is timed
 KINDS = 6  # shapes that are timed, the heaviest; others count by their weights
 FEWEST_ROWS = 16  # tokens of a pass; fewer take as long
@@ -201,9 +205,20 @@ def _products(speeds: Speeds, matrices: Matrices, passes: Passes, dtype: str) ->
     return total * longer * sum(weights.values()) / max(1.0, covered)
 
 
+@cache
+def _warm_up() -> None:
+    """Let torch's threads begin, once in a process."""
+    import torch
+
+    square, began = torch.ones(512, 512), time.perf_counter()
+    while time.perf_counter() - began < WARM:
+        torch.mm(square, square)
+
+
 def _time_product(out: int, columns: int, rows: int, dtype: str, *, backward: bool) -> float:
     import torch
 
+    _warm_up()
     kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     inputs = torch.randn(rows, columns).to(kind).requires_grad_(backward)
     weight = torch.randn(out, columns).to(kind).requires_grad_(backward)
@@ -230,6 +245,7 @@ def _element(speeds: Speeds) -> float:
 def _time_element() -> float:
     import torch
 
+    _warm_up()
     one, other = torch.ones(1 << 22), torch.zeros(1 << 22)
     return repeated(lambda: one.add_(other)) / one.numel()
 
@@ -237,6 +253,7 @@ def _time_element() -> float:
 def _time_draw() -> float:
     import torch
 
+    _warm_up()
     logits = torch.randn(32, 1 << 14)
     return repeated(lambda: torch.multinomial(logits.softmax(-1), 1)) / logits.numel()
 
