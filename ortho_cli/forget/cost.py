@@ -39,6 +39,7 @@ GRID = 40
 FISHER = 4
 ROUND = 40
 STEP = 40
+OPERATIONS = 4  # of Python for each weight in each of these, in Linears of a pass
 
 
 def passes_of(
@@ -154,6 +155,7 @@ def estimate(
             ),
             draws=written * settings.samples * settings.length * max(s[0] for s in matrices),
             elements=per_weight * plan.split_weights,
+            calls=OPERATIONS * (rounds + steps * unlearns + FISHER_SEQUENCES * (written + given)),
         )
         return cost.seconds_of(work, matrices, speeds, half=half)
 

@@ -36,7 +36,7 @@ MOST_ROWS = {"float32": 512, "bfloat16": 128}  # from there on time grows with t
 # tokens a sequence.
 BESIDE = 1.3
 # Python beside each Linear of a pass, in loops of LOOP: transformers' blocks call 30 functions.
-CALLS = 0.02
+CALLS = 0.03
 BATCH = 32  # sequences that a model writes at once
 BATCH_TOKENS = 2048  # more at once while they are short: so many tokens of them
 LOOP = 100_000  # turns of the loop that tells how fast Python runs
