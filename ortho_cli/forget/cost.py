@@ -33,8 +33,8 @@ from ortho_cli.storage.speeds import Speeds
 ROUNDS = 12
 STEPS = 35
 # float32 that are read and written per split weight: when weights go to the grid, for the Fisher of
-# a sequence, in a round of isolate, in a step of unlearn. With them 6 rounds took 0.8 of what is
-# estimated, and 4 steps 0.93.
+# a sequence, in a round of isolate, in a step of unlearn. README has what was estimated with them,
+# and what it took.
 GRID = 40
 FISHER = 4
 ROUND = 40
