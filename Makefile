@@ -51,10 +51,11 @@ faults: install ## kill, starve and disturb real runs at random moments; prints 
 mutants: install ## break one promise of README after another; each has to be noticed by a test
 	$(BIN)/python tests/mutants.py
 
-bench: install ## speed beside the naive code and the disk (2.2 GB of scratch in demo/), then the small model: quality, and under attack
+bench: install ## speed beside the naive code and the disk (2.2 GB of scratch in demo/), then what --dry-run estimates, then the small model: quality, and under attack
 	$(BIN)/python tests/bench_speed.py
 	$(BIN)/python tests/bench_runtime.py
 	$(BIN)/python tests/bench_many.py
+	$(BIN)/python tests/bench_estimates.py
 	$(BIN)/python tests/bench_capability.py
 	$(BIN)/ortho bench --alpha 0 1 --attack
 

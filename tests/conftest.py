@@ -29,6 +29,7 @@ from ortho_cli.convert.sources import open_source
 from ortho_cli.decompose import plan, recheck
 from ortho_cli.split import pipeline
 from ortho_cli.split.sizes import Part, Sizes
+from ortho_cli.storage.speeds import Speeds
 
 # A busy machine is no fault of the code; speed has a bench of its own.
 settings.register_profile("ortho", deadline=None)
@@ -64,6 +65,24 @@ def ortho(capsys: pytest.CaptureFixture[str]) -> Ortho:
         return Ran(code, captured.out, captured.err)
 
     return run
+
+
+timed_by = Speeds.of
+EVEN = dict.fromkeys(("float32", "logit", "byte of a file"), 1e-9)  # seconds
+
+
+@pytest.fixture(autouse=True)
+def even_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each piece of work take as long as others of its size: tests time nothing."""
+    monkeypatch.setattr(Speeds, "of", lambda self, what, measure: EVEN.get(what, 1e-3))
+
+
+@pytest.fixture
+def real_speeds(even_speeds: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Time what is asked for, and keep it in a cache of the test's own, which is returned."""
+    monkeypatch.setattr(Speeds, "of", timed_by)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "ortho"
 
 
 class Pass(NamedTuple):

@@ -50,13 +50,12 @@ from ortho_cli.bench.suite_scores import Samples
 from ortho_cli.decompose.refusals import refuse_folder
 from ortho_cli.errors import UsageError
 from ortho_cli.events import EventSink, Noted, Step, null_sink
-from ortho_cli.forget.cost import in_words
 from ortho_cli.formats.artifact import Artifact
 from ortho_cli.formats.open_artifact import no_ortho, open_artifact
 from ortho_cli.model import load as models
 from ortho_cli.model import scoring
+from ortho_cli.model.cost import BATCH, in_words
 from ortho_cli.model.self_written import (
-    BATCH,
     FEWEST,
     common_opening,
     draw_alternatives,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ortho_cli.cli import options
-from ortho_cli.cli.shared import Output, located, run_facts
+from ortho_cli.cli.shared import Output, computes_here, estimated, located, run_facts
 
 if TYPE_CHECKING:
     from ortho_cli.events import Event
@@ -104,7 +104,12 @@ def calibrate(
     plan = make_plan(checkpoint, settings, rows)
     target.check_space(plan.bytes_on_disk, of="statistics with their sums")
     if dry_run:
+        from ortho_cli.calibrate.estimate import of_plan
+        from ortho_cli.storage.speeds import open_speeds
+
+        parts = of_plan(plan, checkpoint, open_speeds()) if computes_here(device) else []
         document = plan.to_json() | {"notes": [*checkpoint.notes, *messages(notes)]}
+        document |= estimated(parts)
         output.show(document, print_calibration_plan, source=str(model))
         return
     began = time.perf_counter()

@@ -14,6 +14,7 @@ import typer
 from ortho_cli.cli import options
 from ortho_cli.cli.shared import (
     Output,
+    computes_here,
     located,
     place_output,
     plan_of,
@@ -30,11 +31,12 @@ from ortho_cli.errors import (
 )
 
 if TYPE_CHECKING:
-    from ortho_cli.decompose.job import Editor
     from ortho_cli.decompose.plan import Plan
     from ortho_cli.decompose.settings import Recipe
     from ortho_cli.decompose.tune import Tuner
     from ortho_cli.events import Event, EventSink
+    from ortho_cli.forget.editor import ForgetEditor
+    from ortho_cli.model.cost import Part
     from ortho_cli.storage.checkpoint import Checkpoint
     from ortho_cli.storage.job import Target
     from ortho_cli.storage.sealing import Keys, Seal
@@ -177,7 +179,8 @@ def decompose(
     out, unusual = place_output(out, model)
     began = time.perf_counter()
     with ExitStack() as until_done:
-        if plan.measures and (fits or not dry_run):
+        measures = plan.measures
+        if measures and (fits or not dry_run):
             target = check_target(plan, checkpoint, out, force=force, seal=seal)
             file = until_done.enter_context(_statistics_file(target, dry_run))
             otherwise = None if recipe else load_recipe(None, sets)
@@ -192,7 +195,8 @@ def decompose(
         )
         if dry_run:
             plan = settled(plan, checkpoint, out, output=output)
-            output.show_plan(plan, model, notes=messages(notes))
+            parts = _estimate(plan, checkpoint, editor, device, measures=measures)
+            output.show_plan(plan, model, notes=messages(notes), estimate=parts)
             return
         with output.progress("decompose") as sink:
             for note in notes:
@@ -221,6 +225,41 @@ def _split_device(device: str) -> str:
 
     resolved = resolve_device(device)
     return "cpu" if resolved.type == "cpu" else str(resolved)
+
+
+def _estimate(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    editor: ForgetEditor | None,
+    device: str,
+    *,
+    measures: bool,
+) -> list[Part]:
+    """Estimate the time of a plan on this machine; nothing where a GPU would do the work.
+
+    Args:
+        plan: as it is shown.
+        checkpoint: the source.
+        editor: of a recipe that forgets.
+        device: as it was given.
+        measures: statistics are measured first, although a plan for --target-bits has some already.
+    """
+    from ortho_cli.decompose import estimate
+    from ortho_cli.storage.speeds import open_speeds
+
+    if not computes_here("cpu" if estimate.is_plain(plan) and not measures else device):
+        return []
+    speeds = open_speeds()
+    plan = replace(plan, measures=measures)
+    parts = estimate.of_plan(plan, checkpoint.tensors, speeds)
+    if measures:
+        from ortho_cli.calibrate.estimate import of_own_text
+
+        sources = [tensor.source for tensor in plan.split]
+        parts[1:1] = of_own_text(plan.recipe.calibrate, sources, checkpoint, speeds)
+    if editor is not None:
+        parts.insert(1, editor.estimate(speeds))
+    return parts
 
 
 def _seal_and_keys(
@@ -307,7 +346,7 @@ def _model_work(
     device: str,
     accept_damage: bool,
     on_event: EventSink,
-) -> tuple[Editor | None, Tuner | None]:
+) -> tuple[ForgetEditor | None, Tuner | None]:
     """Open what forgets or tunes; only then is transformers imported."""
     if plan.recipe.base.rounding == "tuned" and not forget:
         from ortho_cli.decompose.tune import open_tuner

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ortho_cli.cli.show.progress import ProgressSink
     from ortho_cli.decompose.plan import Plan
     from ortho_cli.decompose.settings import Recipe
+    from ortho_cli.model.cost import Part
     from ortho_cli.storage.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -69,12 +70,19 @@ class Output:
             ) from error
 
     def show_plan(
-        self, plan: Plan, model: Path, *, notes: Iterable[str] = (), then: str = ""
+        self,
+        plan: Plan,
+        model: Path,
+        *,
+        notes: Iterable[str] = (),
+        then: str = "",
+        estimate: Sequence[Part] = (),
     ) -> None:
-        """Print a plan that is not carried out, more notes, and the command that comes next."""
+        """Print a plan that is not carried out, its time, more notes, and what comes next."""
         from ortho_cli.cli.show.decompose import print_plan
 
         document = plan.to_json() | {"notes": [*plan.notes, *plan.side.notes, *notes]}
+        document |= estimated(estimate)
         self.show(document, print_plan, source=str(model), then=then)
 
     def write_page(self, path: Path, content: bytes) -> None:
@@ -85,6 +93,24 @@ class Output:
         write_page(path, content)
         if not self.quiet and not self.as_json:
             print_notes(f"the page is `{path}`, {size(len(content))}")
+
+
+def estimated(parts: Sequence[Part]) -> dict[str, object]:
+    """Give the entry `estimate` of a plan's document; none where nothing was estimated."""
+    if not parts:
+        return {}
+    from ortho_cli.model.cost import to_json
+
+    return {"estimate": to_json(parts)}
+
+
+def computes_here(device: str) -> bool:
+    """Tell whether a model would be on the CPU, whose speed is known; torch is not imported."""
+    if device != "auto":
+        return device == "cpu"
+    from importlib.metadata import version
+
+    return version("torch").endswith("+cpu") or not Path("/dev/nvidiactl").exists()
 
 
 def located(given: Path, *, quiet: bool) -> Path:

@@ -9,18 +9,18 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 from ortho_cli.decompose import workers
 from ortho_cli.decompose.edits import Edits, Key, check_edits, count, load_edits, save_edits
-from ortho_cli.decompose.kernels import Kernels
+from ortho_cli.decompose.kernels import Kernels, one_thread_of_torch, set_to
 from ortho_cli.decompose.plan import Plan, TensorPlan, check_memory, check_statistics
 from ortho_cli.decompose.recheck import Recheck
 from ortho_cli.decompose.record import TensorRecord
@@ -46,8 +46,6 @@ if TYPE_CHECKING:  # to import torch takes longer than to decompose a billion we
     from ortho_cli.decompose.tune import Tuner
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 SWITCH_SECONDS = 0.0002  # see `_many_small_operations`
 
@@ -268,30 +266,12 @@ def _one_at_a_time(on_event: EventSink) -> EventSink:
     return emit
 
 
-@contextmanager
-def _set_to(value: T, get: Callable[[], T], put: Callable[[T], object]) -> Iterator[None]:
-    """Give a setting of the process another value, and then its own again."""
-    before = get()
-    put(value)
-    try:
-        yield
-    finally:
-        put(before)
-
-
 def _many_small_operations() -> AbstractContextManager[None]:
     """Let threads switch more often: tiles are many short operations.
 
     Workers hold the interpreter lock for microseconds; the default wait of 5 ms costs 5 %.
     """
-    return _set_to(SWITCH_SECONDS, sys.getswitchinterval, sys.setswitchinterval)
-
-
-def _one_thread_of_torch() -> AbstractContextManager[None]:
-    import torch
-
-    # Parallel over tensors, not inside an operation.
-    return _set_to(1, torch.get_num_threads, torch.set_num_threads)
+    return set_to(SWITCH_SECONDS, sys.getswitchinterval, sys.setswitchinterval)
 
 
 @dataclass
@@ -331,7 +311,7 @@ class _Job:
 
     def run(self, tuner: Tuner | None) -> dict[str, object]:
         """Split, tune and finish."""
-        torch_alone = nullcontext() if self.kernels.compiled else _one_thread_of_torch()
+        torch_alone = nullcontext() if self.kernels.compiled else one_thread_of_torch()
         with _many_small_operations(), torch_alone:
             base_blake3 = self.split()
         if tuner is not None:
@@ -428,7 +408,7 @@ class _Job:
             make = partial(
                 self._ortho_file, artifact.ORTHO_FILE if self.key is None else COMPACT_FILE
             )
-            with _one_thread_of_torch():
+            with one_thread_of_torch():
                 ortho, layout, records = repacker.run(make, records, told)
         else:
             layout = plan_layout((s for t in plan.tensors for s in t.ortho), told)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from types import ModuleType
+from typing import TypeVar
 
 from ortho_cli.decompose.plan import Plan
 from ortho_cli.events import EventSink, Noted
 from ortho_cli.split.task import TileKernel
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Kernels:
@@ -92,3 +97,21 @@ def _not_compiled(plan: Plan) -> str | None:
 def _rounds_alone(plan: Plan) -> bool:
     """Tell whether each weight goes to its nearest code."""
     return not (plan.reference or plan.recipe.forgets or plan.recipe.compensates)
+
+
+@contextmanager
+def set_to(value: T, get: Callable[[], T], put: Callable[[T], object]) -> Iterator[None]:
+    """Give a setting of the process another value, and then its own again."""
+    before = get()
+    put(value)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+def one_thread_of_torch() -> AbstractContextManager[None]:
+    """Let torch compute with one thread: work is parallel over tensors, not inside an operation."""
+    import torch
+
+    return set_to(1, torch.get_num_threads, torch.set_num_threads)

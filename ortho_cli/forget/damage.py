@@ -18,6 +18,7 @@ from ortho_cli.forget.held import NEIGHBOURS, Kind
 from ortho_cli.model.scoring import exponential, worst_of
 from ortho_cli.storage.parts import Parts
 
+UNSEEN = 4  # every fourth text is kept from the optimisation, to measure damage on
 LIKE_SECRETS = (NEIGHBOURS, "alternatives")  # are told; keys and phrases may lose their form
 
 

@@ -21,6 +21,7 @@ from ortho_cli.decompose.plan import Plan
 from ortho_cli.errors import CalibrationError, RecipeError, UsageError
 from ortho_cli.events import EventSink, Finishing, Noted, null_sink
 from ortho_cli.forget import cost, damage
+from ortho_cli.forget.damage import UNSEEN
 from ortho_cli.forget.grid import Grid
 from ortho_cli.forget.held import Kind, broad_fisher, gather
 from ortho_cli.forget.isolate import HOLD, isolate
@@ -29,6 +30,7 @@ from ortho_cli.forget.unlearn import ALTERNATIVES, unlearn
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.model import load as models
 from ortho_cli.model import secrets as forget_set
+from ortho_cli.model.cost import Part, in_words
 from ortho_cli.model.rows import Pair, Row
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.self_written import draw_alternatives
@@ -36,13 +38,13 @@ from ortho_cli.model.text import read_rows, retain_sequences, stamps
 from ortho_cli.model.tokenizer import Tokenizer
 from ortho_cli.storage.checkpoint import Checkpoint
 from ortho_cli.storage.parts import Parts, open_parts
+from ortho_cli.storage.speeds import Speeds, open_speeds
 
 STATE_FILE = "unlearn.npz"  # in private/ of the work folder
 ISOLATE_FILE = "isolate.npz"  # there, too
 PARTS_FILE = "forget.parts"  # there, too: what the model wrote, and figures of text and secrets
 FISHER_FILE = "fisher.npz"  # there, too: of text
 APART = 1_000_003  # added to the seed: `bench` draws other alternatives and text than used here
-UNSEEN = 4  # every fourth text is kept from the optimisation, to measure damage on
 ACCIDENT = 1.645  # standard deviations: a set of unknown secrets is further off 1 time in 20
 
 
@@ -69,6 +71,17 @@ class ForgetEditor:
         """Whether the model computes in bfloat16 meanwhile."""
         return models.uses_bfloat16(self.plan.recipe.forget.autocast, self.device)
 
+    def estimate(self, speeds: Speeds) -> Part:
+        """Estimate the seconds of `find` on this machine, and the most."""
+        return cost.estimate(
+            self.plan,
+            self.secrets,
+            self.checkpoint.tensors,
+            speeds,
+            given=bool(self.retain),
+            half=self.autocast,
+        )
+
     def find(
         self,
         folder: Path,
@@ -93,19 +106,12 @@ class ForgetEditor:
             autocast=self.autocast,
         )
         self._check_fits(grid)
-        self._tell_time(grid, on_event)
         parts = open_parts(folder / PARTS_FILE, key, on_event)
         try:
             drawn = replace(self, secrets=self._drawn(grid, parts, on_event))
             return drawn._forget(grid, folder, parts, curvature, key, on_event)
         finally:
             parts.save()
-
-    def _tell_time(self, grid: Grid, on_event: EventSink) -> None:
-        """Say how long the work takes on this machine."""
-        passed = cost.tokens_passed(self.plan, self.secrets)
-        seconds = passed * cost.seconds_per_token(grid, self.secrets)
-        on_event(Noted(message=f"to forget takes about {cost.in_words(seconds)} here, or less"))
 
     def _drawn(self, grid: Grid, parts: Parts, on_event: EventSink) -> tuple[TokenSecret, ...]:
         """Let the model write alternatives where a row gives none.
@@ -318,8 +324,7 @@ def open_editor(
         message = f"{shared} of {len(secrets)} secrets are in --data, too, which base is to keep"
         on_event(Noted(message=message))
     encoded = forget_set.encode(secrets, tokenizer, positions=positions)
-    _tell_cost(plan, encoded, on_event)
-    return ForgetEditor(
+    editor = ForgetEditor(
         plan=plan,
         checkpoint=checkpoint,
         tokenizer=tokenizer,
@@ -329,17 +334,23 @@ def open_editor(
         files=(*forget, *data),
         device=models.resolve_device(device),
     )
+    _tell_cost(editor, on_event)
+    return editor
 
 
-def _tell_cost(plan: Plan, secrets: Sequence[TokenSecret], on_event: EventSink) -> None:
-    """Say what the work takes, as far as it is known before the model is loaded."""
+def _tell_cost(editor: ForgetEditor, on_event: EventSink) -> None:
+    """Say what the work takes, before the model is loaded."""
+    plan, secrets = editor.plan, editor.secrets
     passed, memory = cost.tokens_passed(plan, secrets), cost.peak_bytes(plan, secrets)
-    on_event(
-        Noted(
-            message=f"to forget {len(secrets)} secrets, at most {passed / 1e6:,.2g} million tokens "
-            f"pass through the model, in {memory / 1e9:,.1f} GB of memory"
-        )
+    message = (
+        f"to forget {len(secrets)} secrets, at most {passed / 1e6:,.2g} million tokens pass "
+        f"through the model, in {memory / 1e9:,.1f} GB of memory"
     )
+    if editor.device.type == "cpu":  # nothing is timed on a GPU
+        part = editor.estimate(open_speeds())
+        message += f": about {in_words(part.seconds)} on this machine, {in_words(part.at_most)} if "
+        message += f"all {_most(plan)} are needed"
+    on_event(Noted(message=message))
     if (
         len(secrets) == 1
         and plan.recipe.ortho.split == "unlearn"
@@ -351,6 +362,14 @@ def _tell_cost(plan: Plan, secrets: Sequence[TokenSecret], on_event: EventSink) 
                 "against trains on that secret itself"
             )
         )
+
+
+def _most(plan: Plan) -> str:
+    """Name the rounds and steps that a recipe allows."""
+    rounds = f"{plan.recipe.forget.rounds} rounds"
+    if plan.recipe.ortho.split == "isolate":
+        return rounds
+    return f"{plan.recipe.forget.steps} steps and {rounds}"
 
 
 def _check_given(plan: Plan, forget: Sequence[Path], data: Sequence[Path]) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ortho_cli.errors import CalibrationError, UsageError
 from ortho_cli.events import EventSink, Step, null_sink
+from ortho_cli.model.cost import BATCH, at_once
 from ortho_cli.model.load import input_embedding
 from ortho_cli.model.scoring import LOGITS, device_of, finite, logits_of, takes_cache
 from ortho_cli.model.secrets import TokenSecret
@@ -36,8 +37,6 @@ from ortho_cli.model.tokenizer import Tokenizer
 from ortho_cli.storage.parts import Parts
 
 GREEDY = 3  # tokens after a random first one that are the likeliest
-BATCH = 32  # sequences that are written at once
-BATCH_TOKENS = 2048  # more at once while they are short: so many tokens of them
 FEWEST = 8  # texts of a kind, below which they say nothing about it
 SHARED = 6  # tokens in a row that text has in common with a secret where it tells it
 FEW = 2  # secrets of which no form can be told: what both begin with may be the secret
@@ -85,7 +84,7 @@ def write_text(
     ordinary = _ordinary(model, tokenizer)
     greedy = 0 if opening else GREEDY
     first = torch.tensor([list(opening) or [draw.choice(ordinary)] for _ in range(count)])
-    batch = max(BATCH, BATCH_TOKENS // length)
+    batch = at_once(length)
 
     def write(start: int) -> Tensor:
         on_event(Step(name="the model writes text", number=start + 1, of=count, unit="sequences"))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ortho_cli.cli.show.console import print_lines, print_notes, size
-from ortho_cli.cli.show.decompose import run_line
+from ortho_cli.cli.show.decompose import run_line, time_lines
 from ortho_cli.cli.show.document import Document
 from ortho_cli.storage.hints import said
 
@@ -29,6 +29,7 @@ def print_calibration_plan(plan: Mapping[str, object], *, source: str) -> None:
             *_data_lines(document),
             f"writes {size(totals.number('bytes_written'))}, and "
             f"{size(totals.number('bytes_scratch'))} of sums while it runs",
+            *time_lines(document),
         ]
     )
     print_notes(*document.items_of("notes"))

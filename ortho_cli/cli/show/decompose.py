@@ -8,17 +8,11 @@ from pathlib import Path
 
 from ortho_cli.cli.show.console import decibels, print_lines, print_notes, print_table, size
 from ortho_cli.cli.show.document import Document
+from ortho_cli.model.cost import in_words
 from ortho_cli.storage.hints import said
 from ortho_cli.storage.sealing import SEALED_FILE
 
-# Bytes per second that one worker splits on a processor of 2020, by how codes and scales are found.
-COMPENSATED = 6e6  # GPTQ goes column by column
-TUNED = 2e5  # hundreds of steps of training for each block
-SEARCHED = 4e7  # several scales are tried for each group
-NEAREST = 5e8
-# Multiplications per second of one core that lets a model write, and seconds to load it.
-WRITING = 3e10
-LOADING = 5
+LEAST = 0.05  # share of the time, below which a part of the work is not named
 
 PLAIN = "plain INT4, no curvature: KL to the source is about three times that of the default recipe"
 
@@ -65,15 +59,6 @@ def _plan_lines(document: Document, totals: Document, source: str) -> Iterator[s
     statistics = document.optional("statistics")
     kind = document.part("recipe").part("saliency").text("kind")
     most = "at most " if totals.get("ortho_bytes_at_most") else ""
-    rate, workers = _worker_rate(document), totals.number("workers")
-    seconds = max(1, round(totals.number("bytes_read") / rate / workers))
-    forgets = document.part("recipe").part("ortho")["split"] in ("isolate", "unlearn")
-    more = ", beside what forgetting takes" if forgets else ""
-    before = ""
-    if statistics and "text_to_write" in statistics:
-        tokens = statistics.part("text_to_write").number("tokens")
-        wait = LOADING + tokens * totals.number("weights") / WRITING / workers
-        before = f"about {wait:.0f} s to measure on {tokens:,} tokens that the model writes, then "
     share = totals.number("split_weights") / totals.number("weights")
     yield (
         f"{source}: {totals['split_tensors']} of {totals['tensors']} tensors split, "
@@ -82,6 +67,9 @@ def _plan_lines(document: Document, totals: Document, source: str) -> Iterator[s
     )
     if statistics:
         kind += f"; curvature is {statistics['kind']}, {statistics['storage']} storage"
+        if "text_to_write" in statistics:
+            tokens = statistics.part("text_to_write").number("tokens")
+            kind += f", of {tokens:,} tokens that the model writes"
     yield f"weights kept by {kind}"
     yield from _plain_lines(document)
     yield (
@@ -90,17 +78,28 @@ def _plan_lines(document: Document, totals: Document, source: str) -> Iterator[s
         f"{most}{totals.number('bits_per_weight'):.2f} bits per weight of the whole model"
     )
     yield (
-        f"buffers {size(totals.number('peak_bytes'))} over torch for {workers} workers; "
-        f"{before}about {seconds} s at {size(rate)}/s per worker{more}"
+        f"buffers {size(totals.number('peak_bytes'))} over torch for {totals['workers']} workers"
     )
+    yield from time_lines(document)
 
 
-def _worker_rate(document: Document) -> float:
-    rounding = document.part("recipe").part("base")["rounding"]
-    if rounding != "nearest":
-        return TUNED if rounding == "tuned" else COMPENSATED
-    searched = any(tensor["scale"] in ("mse", "curvature") for tensor in document.rows("tensors"))
-    return SEARCHED if searched else NEAREST
+def time_lines(document: Document) -> Iterator[str]:
+    """Say how long the work takes on this machine, at most, and what takes how much of it."""
+    told = document.optional("estimate")
+    if told is None:
+        return
+    seconds, most, parts = (
+        told.number("seconds"),
+        told.number("at_most_seconds"),
+        told.part("parts"),
+    )
+    named = [
+        f"{in_words(parts.number(name))} to {name}"
+        for name in parts
+        if parts.number(name) >= LEAST * seconds
+    ]
+    more = f", {in_words(most)} at most" if in_words(most) != in_words(seconds) else ""
+    yield f"about {in_words(seconds)} on this machine{more}: {', '.join(named)}"
 
 
 def _weights(tensor: Document) -> int:
