@@ -316,7 +316,7 @@ class _Job:
             base=self._base,
             ortho=self._ortho,
             nearest=not recipe.compensates and self.inputs.reference is None,
-            own_code=recipe.ortho.split == "unlearn",
+            own_code=recipe.ortho.split == "unlearn" and not recipe.keeps_columns,
             # Beside what finds codes to move or to tune, reading them back takes no time.
             whole=recipe.forgets or recipe.compensates,
             sizes=self.plan.sizes,
@@ -379,7 +379,7 @@ class _Job:
                 block = (min(found), len(found))
                 records = []
                 for name, rounded in found.items():
-                    record = worker.split(tensors[name], given_of(rounded))
+                    record = worker.split(tensors[name], given_of(tensors[name], rounded))
                     self._recheck.check(tensors[name], record)
                     records.append(replace(record, tuned=block))
                 self.work.commit([record.to_json() for record in records])

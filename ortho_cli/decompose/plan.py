@@ -22,7 +22,9 @@ from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import canonical_json
 from ortho_cli.formats.card import CARD_FILE
 from ortho_cli.formats.statistics import Statistics, check_model, check_weights
+from ortho_cli.split.select import SUMMED_ROWS
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
+from ortho_cli.split.task import columns_of
 from ortho_cli.storage.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.storage.data_file import Layout, TensorSpec, plan_layout
 from ortho_cli.storage.job import SIDE_BYTES
@@ -74,7 +76,8 @@ class SplitTensor:
     density: float  # k as a share of its weights
     k: int
     base: tuple[TensorSpec, ...]  # weight_packed, weight_scale, weight_shape
-    ortho: tuple[TensorSpec, ...]  # crow_indices, col_indices, values
+    columns: int | None  # that ortho holds whole; None: single weights
+    ortho: tuple[TensorSpec, ...]  # crow_indices unless columns are whole, col_indices, values
     values: str  # dtype of what ortho holds in the end: the source's, or I8
 
     @property
@@ -458,15 +461,24 @@ def _plan_tensor(
         return CopyTensor(source=tensor, reason=reason)
     settings, name, dtype = tensor_settings(recipe, tensor.name), tensor.name, tensor.dtype
     shape, bits = (tensor.shape[0], tensor.shape[1]), settings.bits
-    k = kept.get(name, round(settings.density * tensor.numel))
+    k, whole = kept.get(name, round(settings.density * tensor.numel)), None
+    if recipe.keeps_columns:
+        most = recipe.ortho.max_rank
+        asked = columns_of(settings.density, shape[1], most)
+        whole = kept[name] // shape[0] if name in kept else asked
+        k = whole * shape[0]
+        ortho = artifact.column_specs(name, dtype=dtype, shape=shape, columns=whole)
+    else:
+        ortho = artifact.ortho_specs(name, dtype=dtype, shape=shape, nnz=k)
     return SplitTensor(
         source=tensor,
         bits=bits,
         scale=settings.scale,
-        density=k / tensor.numel if name in kept else settings.density,
+        density=k / tensor.numel if name in kept or whole is not None else settings.density,
         k=k,
+        columns=whole,
         base=artifact.base_specs(name, dtype=dtype, shape=shape, group_size=group_size, bits=bits),
-        ortho=artifact.ortho_specs(name, dtype=dtype, shape=shape, nnz=k),
+        ortho=ortho,
         values="I8" if recipe.ortho.values == "int8" else dtype,
     )
 
@@ -583,9 +595,10 @@ def _buffer_bytes(
         more = 4  # bytes per candidate: its residual beside its saliency
     # Each candidate has index, two saliencies and value; cutting back to k takes three copies of k.
     value = tensor.source.nbytes // numel
-    candidates = min(2 * tensor.k + elements, numel) * (
-        8 + (4 if numel < 2**31 else 8) + value + more
-    )
+    candidates = elements if tensor.columns is not None else min(2 * tensor.k + elements, numel)
+    candidates *= 8 + (4 if numel < 2**31 else 8) + value + more
+    if tensor.columns is not None:
+        candidates += 8 * (SUMMED_ROWS + 4) * tensor.source.shape[1]
     # Searched scales and positions are kept from one pass to the next.
     passes = (tensor.scale != "absmax") + compensates
     held = passes * (2 * tensor.base[1].nbytes + 8 * tensor.k)

@@ -98,9 +98,20 @@ def check_settings(recipe: Recipe) -> None:
     Raises:
         RecipeError: values are int8, and the layout is CSR or the recipe forgets; the budget is
             global, and saliencies of different tensors do not compare, since the recipe forgets,
-            has a reference, or selects by the residual alone.
+            has a reference, or selects by the residual alone; columns are whole, and the layout
+            is one of single weights; or they are not, and their number is bounded.
     """
     split, layout = recipe.ortho.split, recipe.ortho.layout
+    if recipe.keeps_columns and layout != "csr":
+        raise RecipeError(
+            f"ortho.structure is columns, and ortho.layout is {layout}",
+            hint="columns need no indices: --set ortho.layout=null",
+        )
+    if recipe.ortho.max_rank is not None and not recipe.keeps_columns:
+        raise RecipeError(
+            f"ortho.max_rank is {recipe.ortho.max_rank}, and ortho.structure is points",
+            hint="single weights have no rank: --set ortho.structure=columns",
+        )
     if recipe.ortho.values == "int8" and layout != "compact":
         raise RecipeError(
             f"ortho.values is int8, and ortho.layout is {layout}",

@@ -93,6 +93,14 @@ class Ortho(_Strict):
     density: Density = Field(
         0.005, description="Share of each split tensor's weights kept in full precision."
     )
+    structure: Literal["points", "columns"] = Field(
+        "points",
+        description="What is kept: single weights, or whole input columns, so that ortho at alpha "
+        "1 is a LoRA; density then counts columns.",
+    )
+    max_rank: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        None, description="The most columns of a weight, as a server bounds the rank of a LoRA."
+    )
     budget: Literal["per-tensor", "global"] = Field(
         "per-tensor",
         description="global: one density for the model, spent where curvature says it is worth "
@@ -313,6 +321,10 @@ class Recipe(_Strict):
             del found["base"]["alone"]
         if self.ortho.layout == "csr":
             del found["ortho"]["layout"]  # likewise
+        if self.ortho.structure == "points":
+            del found["ortho"]["structure"]
+        if self.ortho.max_rank is None:
+            del found["ortho"]["max_rank"]
         return found
 
     @property
@@ -334,6 +346,11 @@ class Recipe(_Strict):
         """
         plain = self.ortho.split == "residual" and not self.compensates
         return plain and self.weighs and self.calibrate.curvature == "gram"
+
+    @property
+    def keeps_columns(self) -> bool:
+        """Whether ortho holds whole columns."""
+        return self.ortho.structure == "columns"
 
     @property
     def forgets(self) -> bool:

@@ -1,4 +1,4 @@
-"""Reading the ortho stream of each weight as CSR, whatever its layout.
+"""Reading the ortho stream of each weight, as columns where it is, and as CSR whatever its layout.
 
 Only this module knows the layouts when weights are read. (`verify` checks CSR without it, and so
 without torch.)
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ortho_cli.errors import ArtifactError, blamed
-from ortho_cli.formats import compact, csr
+from ortho_cli.formats import columns, compact, csr
 from ortho_cli.formats.artifact import Artifact, Shape, damage_in
 from ortho_cli.formats.csr import ORTHO_PARTS
 from ortho_cli.split.dtypes import torch_dtypes
@@ -65,9 +65,28 @@ class KeptReader(ShardReader):
         Raises:
             ArtifactError: what is stored is no such matrix, or a file was cut; names the tensor.
         """
+        parts = self.parts(module)
+        if columns.holds_columns(parts):
+            return columns.to_csr(parts["col_indices"], parts["values"])
+        return parts
+
+    def parts(self, module: str) -> dict[str, Tensor]:
+        """Read the ortho of a module's weight as `OrthoLinear` holds it.
+
+        Args:
+            module: one of the artifact's `split`.
+        Returns:
+            What `csr` gives; where whole columns are kept, their numbers col_indices (k,) and
+            values (out, k) in the source's dtype.
+        Raises:
+            ArtifactError: as `csr`.
+        """
         parts = {name: self._read(info) for name, info in self._kept[module].items()}
         shape = self._shapes[module]
         with damage_in(self._path):
+            if columns.holds_columns(parts):
+                columns.check_block(parts["col_indices"], parts["values"], shape, f"{module}.")
+                return parts
             if "crow_indices" not in parts:
                 return self._decode(module, parts, shape)
             crow, column, values = (parts[name] for name in ORTHO_PARTS)
