@@ -16,7 +16,7 @@ from pathlib import Path
 from ortho_cli.decompose import refusals
 from ortho_cli.decompose.selection import check_overrides, select, tensor_settings
 from ortho_cli.decompose.settings import GROUP_SIZES, Recipe, Saliency, Scale, fold_names
-from ortho_cli.decompose.survey import Survey
+from ortho_cli.decompose.survey import Columns, Survey
 from ortho_cli.errors import CheckpointError, RecipeError, ResourceError
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import canonical_json
@@ -65,6 +65,8 @@ class CopyTensor:
         """The tensors that ortho holds of it: none."""
         return ()
 
+    stored = ortho
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitTensor:
@@ -79,6 +81,7 @@ class SplitTensor:
     columns: int | None  # that ortho holds whole; None: single weights
     ortho: tuple[TensorSpec, ...]  # crow_indices unless columns are whole, col_indices, values
     values: str  # dtype of what ortho holds in the end: the source's, or I8
+    stored: tuple[TensorSpec, ...]  # what ortho holds in the end; of a compact one, `ortho`
 
     @property
     def name(self) -> str:
@@ -103,7 +106,8 @@ class Plan:
     group_size: int
     tensors: tuple[TensorPlan, ...]
     base: Layout
-    ortho: Layout
+    ortho: Layout  # as work writes it
+    stored: Layout  # as it is in the end; of a compact one weights decide, and this is `ortho`
     side: SideFiles
     sha256: str
     peak_bytes: int
@@ -112,7 +116,8 @@ class Plan:
     sizes: Sizes = DEFAULT_SIZES  # of tiles; no byte that is written depends on them
     reference: Checkpoint | None = None
     kept: Mapping[str, int] | None = None  # nnz by tensor, where a survey chose them
-    surveys: tuple[Survey, ...] = ()  # that the density or `kept` was chosen by
+    shared: Mapping[str, Columns] | None = None  # columns by tensor, where siblings share them
+    surveys: tuple[Survey, ...] = ()  # that the density, `kept` or `shared` was chosen by
     measures: bool = False  # inputs, on text that the model writes, before anything is split
     notes: tuple[str, ...] = ()  # about unusual sources that are read all the same
 
@@ -147,22 +152,30 @@ class Plan:
 
     @property
     def is_open(self) -> bool:
-        """Whether a survey of all weights still has to choose each tensor's nnz.
+        """Whether a survey of all weights still has to choose each tensor's nnz, or columns.
 
         Before statistics are measured there is nothing to survey by.
         """
-        return self.recipe.ortho.budget == "global" and self.kept is None and not self.measures
+        ortho = self.recipe.ortho
+        spends, shares = ortho.budget == "global", ortho.share
+        is_open = (spends and self.kept is None) or (shares and self.shared is None)
+        return is_open and not self.measures
 
     @property
     def is_compact(self) -> bool:
-        """Whether ortho is compact: written as CSR to a scratch file first, and then encoded."""
+        """Whether ortho is compact: its size depends on weights."""
         return self.recipe.ortho.layout == "compact"
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether work writes ortho to a scratch file, which is encoded in the end."""
+        return self.is_compact or self.recipe.ortho.values == "int8"
 
     @property
     def ortho_bytes(self) -> int:
         """Bytes of ortho; an upper bound where it is compact, since its size depends on weights."""
         if not self.is_compact:
-            return self.ortho.size
+            return self.stored.size
         return len(self.ortho.header) + sum(
             artifact.compact_at_most(t.name, dtype=t.values, shape=t.shape, nnz=t.k)
             for t in self.split
@@ -176,7 +189,7 @@ class Plan:
     @property
     def bytes_on_disk(self) -> int:
         """Bytes of the artifact, and of the work beside it while it is made."""
-        scratch = self.ortho.size if self.is_compact else 0
+        scratch = self.ortho.size if self.is_encoded else 0
         return self.bytes_written + scratch + SIDE_BYTES * (4 + len(self.tensors))
 
     @property
@@ -214,7 +227,7 @@ class Plan:
                 {
                     "name": artifact.ORTHO_FILE,
                     "size": self.ortho_bytes,
-                    **({} if self.is_compact else {"header": len(self.ortho.header)}),
+                    **({} if self.is_compact else {"header": len(self.stored.header)}),
                 },
                 *({"name": file.name, "size": file.size} for file in self.side.copied),
             ],
@@ -250,7 +263,7 @@ class Plan:
             "density": split and split.density,
             "k": split.k if split else 0,
             "base": _regions(tensor.base, self.base),
-            "ortho": {} if self.is_compact else _regions(tensor.ortho, self.ortho),
+            "ortho": {} if self.is_compact else _regions(tensor.stored, self.stored),
         }
 
 
@@ -270,6 +283,7 @@ def make_plan(
     statistics: Statistics | None = None,
     reference: Checkpoint | None = None,
     kept: Mapping[str, int] | None = None,
+    shared: Mapping[str, Columns] | None = None,
     workers: int = 1,
     side: SideFiles | None = None,
     sizes: Sizes = DEFAULT_SIZES,
@@ -283,6 +297,7 @@ def make_plan(
         statistics: curvature of the source, for a recipe that uses it.
         reference: the model before it saw what base must not know, for ortho.split reference.
         kept: nnz by tensor, where `budget` chose them.
+        shared: columns by tensor, where `budget` chose those that siblings share.
         workers: threads that will work; changes only the peak memory.
         side: from `choose_side_files`; None copies the files on its list.
         sizes: of tiles; they, too, change only the peak memory.
@@ -307,8 +322,9 @@ def make_plan(
     )
     split = tuple(tensor for tensor in tensors if isinstance(tensor, SplitTensor))
     _check_inputs(recipe, checkpoint, split, statistics, reference, measures=measures)
+    refusals.check_shared(recipe, {t.name: (t.shape[1], t.columns or 0) for t in split})
     sha256 = _sha256(tensors, recipe, group_size, statistics)
-    base, ortho = _layouts(checkpoint, tensors, recipe, sha256)
+    base, ortho, stored = _layouts(checkpoint, tensors, recipe, sha256)
     theirs = reference.notes if reference else ()
     return Plan(
         recipe=recipe,
@@ -316,6 +332,7 @@ def make_plan(
         tensors=tensors,
         base=base,
         ortho=ortho,
+        stored=stored,
         side=choose_side_files(checkpoint, statistics, reference) if side is None else side,
         sha256=sha256,
         peak_bytes=_peak_bytes(tensors, workers, statistics, recipe, sizes),
@@ -324,6 +341,7 @@ def make_plan(
         sizes=sizes,
         reference=reference,
         kept=kept,
+        shared=shared,
         measures=measures,
         notes=(*checkpoint.notes, *(f"of the reference: {note}" for note in theirs)),
     )
@@ -461,6 +479,7 @@ def _plan_tensor(
         return CopyTensor(source=tensor, reason=reason)
     settings, name, dtype = tensor_settings(recipe, tensor.name), tensor.name, tensor.dtype
     shape, bits = (tensor.shape[0], tensor.shape[1]), settings.bits
+    values = "I8" if recipe.ortho.values == "int8" else dtype
     k, whole = kept.get(name, round(settings.density * tensor.numel)), None
     if recipe.keeps_columns:
         most = recipe.ortho.max_rank
@@ -468,8 +487,9 @@ def _plan_tensor(
         whole = kept[name] // shape[0] if name in kept else asked
         k = whole * shape[0]
         ortho = artifact.column_specs(name, dtype=dtype, shape=shape, columns=whole)
+        stored = artifact.column_specs(name, dtype=dtype, shape=shape, columns=whole, values=values)
     else:
-        ortho = artifact.ortho_specs(name, dtype=dtype, shape=shape, nnz=k)
+        ortho = stored = artifact.ortho_specs(name, dtype=dtype, shape=shape, nnz=k)
     return SplitTensor(
         source=tensor,
         bits=bits,
@@ -479,23 +499,32 @@ def _plan_tensor(
         columns=whole,
         base=artifact.base_specs(name, dtype=dtype, shape=shape, group_size=group_size, bits=bits),
         ortho=ortho,
-        values="I8" if recipe.ortho.values == "int8" else dtype,
+        values=values,
+        stored=stored,
     )
 
 
 def _layouts(
     checkpoint: Checkpoint, tensors: tuple[TensorPlan, ...], recipe: Recipe, sha256: str
-) -> tuple[Layout, Layout]:
+) -> tuple[Layout, Layout, Layout]:
     """Lay out base and ortho; digests that are not known yet are zeros of the same length."""
     if recipe.ortho.layout == "compact":
         _check_compact_header(tensors)
     canonical = canonical_json(recipe.canonical())
     common = {"plan_sha256": sha256, "recipe": canonical, "version": __version__}
     base = (spec for tensor in tensors for spec in tensor.base)
-    ortho = (spec for tensor in tensors for spec in tensor.ortho)
-    return plan_layout(_unique(checkpoint, base), artifact.base_metadata(**common)), plan_layout(
-        _unique(checkpoint, ortho),
-        artifact.ortho_metadata(**common, source_digest=NO_DIGEST, base_blake3=NO_DIGEST),
+    told = artifact.ortho_metadata(**common, source_digest=NO_DIGEST, base_blake3=NO_DIGEST)
+    ortho, stored = (
+        plan_layout(_unique(checkpoint, specs), told)
+        for specs in (
+            (spec for tensor in tensors for spec in tensor.ortho),
+            (spec for tensor in tensors for spec in tensor.stored),
+        )
+    )
+    return (
+        plan_layout(_unique(checkpoint, base), artifact.base_metadata(**common)),
+        ortho,
+        stored,
     )
 
 
@@ -574,7 +603,8 @@ def _peak_bytes(
         features = sum(sum(t.source.shape) for t in tensors if isinstance(t, SplitTensor))
         held = 2 * weights + 3 * tokens * features + LOGITS_BYTES // 2
     work = sum(needs[:workers])
-    if recipe.ortho.layout == "compact":  # encoded after the workers have ended
+    if recipe.ortho.layout == "compact" or recipe.ortho.values == "int8":
+        # It is encoded after the workers have ended.
         most = max(t.k for t in tensors if isinstance(t, SplitTensor))
         work = max(work, REPACK_BYTES * most + 24 * sizes.split)
     return MODULES_BYTES + TENSOR_BYTES * entries + held + work

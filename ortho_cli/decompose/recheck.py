@@ -248,7 +248,10 @@ class _Opened:
             own_code=own_code,
             step=self._step(module),
         )
-        if rounded and rules.step is None:  # int8 values that were saved again as CSR
+        if rounded and self._artifact.layout == "columns":
+            found = (exact.largest_steps(rules, tile) for tile in self._tiles(module, tensor))
+            rules = replace(rules, column_steps=np.max(np.stack(list(found)), axis=0))
+        elif rounded and rules.step is None:  # int8 values that were saved again as CSR
             steps = (exact.largest_step(rules, tile) for tile in self._tiles(module, tensor))
             rules = replace(rules, step=max(steps, default=0.0) or 1.0)
         sums = exact.Sums()

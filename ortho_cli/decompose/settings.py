@@ -101,6 +101,11 @@ class Ortho(_Strict):
     max_rank: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
         None, description="The most columns of a weight, as a server bounds the rank of a LoRA."
     )
+    share: bool = Field(
+        False,
+        description="Whether weights that servers fuse (q, k, v; gate, up) keep the same columns, "
+        "which halves the A of a LoRA; chosen by the saliency of all of them.",
+    )
     budget: Literal["per-tensor", "global"] = Field(
         "per-tensor",
         description="global: one density for the model, spent where curvature says it is worth "
@@ -114,7 +119,7 @@ class Ortho(_Strict):
     values: Literal["source", "int8"] = Field(
         "source",
         description="source: the source's weights, bit for bit. int8: what base lacks of them, in "
-        "255 widening steps; needs layout compact, and a split that does not forget.",
+        "255 steps; needs layout compact or structure columns, and a split that does not forget.",
     )
     split: Split = Field(
         "residual",
@@ -325,6 +330,8 @@ class Recipe(_Strict):
             del found["ortho"]["structure"]
         if self.ortho.max_rank is None:
             del found["ortho"]["max_rank"]
+        if not self.ortho.share:
+            del found["ortho"]["share"]
         return found
 
     @property

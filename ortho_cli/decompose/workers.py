@@ -68,6 +68,7 @@ def task_of(
         scale=tensor.scale,
         k=tensor.k,
         columns=tensor.columns,
+        fixed=(plan.shared or {}).get(tensor.name),
         by_curvature=recipe.saliency.kind == "curvature",
         alone=recipe.forgets or recipe.base.alone,
         edit=(edits or {}).get(tensor.name),

@@ -89,7 +89,9 @@ def ortho_specs(name: str, *, dtype: str, shape: Shape, nnz: int) -> Specs:
     return make_specs(name, parts)
 
 
-def column_specs(name: str, *, dtype: str, shape: Shape, columns: int) -> Specs:
+def column_specs(
+    name: str, *, dtype: str, shape: Shape, columns: int, values: str | None = None
+) -> Specs:
     """List the tensors of ortho for a split weight of which whole columns are kept.
 
     Args:
@@ -97,11 +99,13 @@ def column_specs(name: str, *, dtype: str, shape: Shape, columns: int) -> Specs:
         dtype: of the source.
         shape: (out, in).
         columns: how many are kept.
+        values: dtype of values, if it is not the source's; I8 brings a scale per column with it.
     """
     rows, width = shape
     parts: dict[str, TypeAndShape] = {
         "col_indices": ("U16" if width <= 2**16 else "I32", (columns,)),
-        "values": (dtype, (rows, columns)),
+        "values": (values or dtype, (rows, columns)),
+        **({"value_scales": (dtype, (columns,))} if values == "I8" else {}),
     }
     return make_specs(name, parts)
 

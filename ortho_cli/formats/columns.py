@@ -4,6 +4,8 @@
 
 At alpha = 1 that is a low-rank adapter: A has a row for each column, 1 there and 0 elsewhere, and B
 is the block of ortho. README.md specifies the parts. Numpy only where it is checked, as in `csr`.
+
+With int8 values the block holds v, and W(1)[:, j] = base[:, j] + v value_scales[j].
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COLUMN_PARTS = ("col_indices", "values")
+LARGEST = 127  # of an int8 value; -128 is not used
 
 
 def holds_columns(parts: Container[str]) -> bool:
@@ -67,6 +70,43 @@ def check_block(columns: Tensor, values: Tensor, shape: Shape, prefix: str) -> N
         return
     check_columns(columns.detach().cpu().numpy(), width, prefix)
     check_finite(values, prefix)
+
+
+def round_values(values: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+    """Round the difference between source and base in whole columns to int8.
+
+    scale_j = max over i of |w_ij - b_ij| / 127, rounded to the source's dtype, > 0
+    v_ij = round((w_ij - b_ij) / scale_j), halves to even, in [-127, 127]
+
+    Args:
+        values: (out, k) the source's weights w, any float dtype, finite.
+        base: (out, k) float32, dequantize(base) b in the same columns.
+    Returns:
+        v (out, k) int8; scale (k,) of the dtype of `values`.
+    """
+    import torch
+
+    from ortho_cli.split.quantize import round_scales
+
+    lacks = values.float() - base
+    largest = lacks.abs().amax(0) if lacks.numel() else lacks.new_zeros(lacks.shape[1])
+    scales = round_scales(largest / LARGEST, values.dtype)
+    codes = (lacks / scales.float()).round_().clamp_(-LARGEST, LARGEST)
+    return codes.to(torch.int8), scales
+
+
+def restore_values(codes: Tensor, scales: Tensor, base: Tensor) -> Tensor:
+    """Restore the weights at alpha = 1 from int8 values: b + v scale, rounded once.
+
+    Args:
+        codes: (out, k) int8 v.
+        scales: (k,) of the source's dtype.
+        base: (out, k) float32, dequantize(base) b there.
+    Returns:
+        (out, k) of the source's dtype; within half a scale of the source's weight, and one
+        rounding.
+    """
+    return (base + codes.float() * scales.float()).to(scales.dtype)
 
 
 def to_csr(columns: Tensor, values: Tensor) -> dict[str, Tensor]:

@@ -213,8 +213,13 @@ def _kept_specs(layout: str, module: str, parts: Parts, dtype: str, shape: Shape
     dtypes = {part: tensor.dtype for part, tensor in parts.items()}
     name, others = f"{module}.weight", sizes.get("values", 0)
     if layout == "columns":
-        columns = sizes.get("col_indices", 0)
-        return column_specs(name, dtype=dtype, shape=shape, columns=columns)
+        return column_specs(
+            name,
+            dtype=dtype,
+            shape=shape,
+            columns=sizes.get("col_indices", 0),
+            values="I8" if dtypes.get("values") == "I8" else None,
+        )
     if layout == "csr":
         return ortho_specs(name, dtype=dtype, shape=shape, nnz=others)
     counts = dtypes.get("row_counts")

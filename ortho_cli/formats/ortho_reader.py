@@ -86,7 +86,7 @@ class KeptReader(ShardReader):
         with damage_in(self._path):
             if columns.holds_columns(parts):
                 columns.check_block(parts["col_indices"], parts["values"], shape, f"{module}.")
-                return parts
+                return self._restored(module, parts, shape) if "value_scales" in parts else parts
             if "crow_indices" not in parts:
                 return self._decode(module, parts, shape)
             crow, column, values = (parts[name] for name in ORTHO_PARTS)
@@ -109,6 +109,21 @@ class KeptReader(ShardReader):
             found["values"] = compact.restore_values(codes, step, base, scales, dtype)
         csr.check_finite(found["values"], f"{module}.column_values or ")
         return found
+
+    def _restored(self, module: str, parts: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
+        """Restore the weights of whole columns from int8 values."""
+        codes, scales = parts["values"], parts["value_scales"]
+        if not bool(((scales > 0) & scales.isfinite()).all()):
+            raise csr.unsound(f"`{module}.value_scales` are not all above 0 and finite")
+        if codes.numel() and int(codes.min()) < -columns.LARGEST:
+            raise csr.unsound(f"`{module}.values` holds -128")
+        every = columns.to_csr(parts["col_indices"], codes)
+        crow, column = (every[part].to(torch.int64).numpy() for part in ORTHO_PARTS[:2])
+        read = partial(self._base_rows, module)
+        base, _ = compact.base_at(read, crow, column, shape, sizes=self._sizes)
+        values = columns.restore_values(codes, scales, base.view(codes.shape))
+        csr.check_finite(values, f"{module}.")
+        return {"col_indices": parts["col_indices"], "values": values}
 
     def _base_rows(self, module: str, start: int, count: int) -> tuple[Tensor, Tensor]:
         parts = [self._base[f"{module}.{part}"] for part in ("weight_packed", "weight_scale")]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ortho_cli.errors import InternalError
 from ortho_cli.split.faults import fault_of
-from ortho_cli.split.select import BINS, ColumnSums, Histogram, TopK, guess_bar
+from ortho_cli.split.select import ColumnSums, Histogram, TopK, guess_bar
 from ortho_cli.split.sizes import Part
 from ortho_cli.split.task import (
     CURVATURE_NOISE,
@@ -196,16 +196,8 @@ def _turn(work: Work) -> Outcome:
 
 
 def survey(work: Work) -> Array:
-    """Count a weight's saliencies by the upper half of their float32: (BINS,) int64.
-
-    Where columns are whole, each of their weights counts as the root of the column's mean square.
-    """
+    """Count a weight's saliencies by the upper half of their float32: (BINS,) int64."""
     task, _, kernel, _ = work
-    if task.columns is not None:
-        sums, _ = _sum_columns(work, None, None)
-        means = np.sqrt(sums.sums[0] / task.shape[0]).astype(np.float32)
-        bins = np.bincount(means.view(np.uint32) >> 16, minlength=BINS)
-        return bins.astype(np.int64) * task.shape[0]
     select = Histogram(
         stretch=kernel.sizes.rows(kernel.part, task.shape) * task.shape[1],
         payloads=work.payloads,
@@ -213,6 +205,13 @@ def survey(work: Work) -> Array:
     )
     split_tensor(work, select)
     return select.counts
+
+
+def survey_columns(work: Work) -> npt.NDArray[np.float64]:
+    """Sum the squared saliency of each column of a weight: (in,)."""
+    summed, _ = _sum_columns(work, None, None)
+    found: npt.NDArray[np.float64] = summed.sums[0]
+    return found
 
 
 def rounds(task: SplitTask) -> int:
@@ -242,7 +241,9 @@ def _select(work: Work, given: Given | None = None, *, bar: float | None = None)
     if task.columns is not None:
         summed, sums = _sum_columns(work, given, scales)
         stays = given is not None and given.stays
-        columns = given.positions if given and stays else summed.largest(task.columns)
+        columns = task.fixed
+        if columns is None:
+            columns = given.positions if given and stays else summed.largest(task.columns)
         kept = dict(zip(work.measures, summed.sums[:, columns].sum(axis=1).tolist(), strict=True))
         figures = _figures(task, sums, kept, exact=True)
         return Outcome(columns, np.empty(0, task.word), figures, scales)

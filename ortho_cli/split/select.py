@@ -262,8 +262,12 @@ class ColumnSums(TopK):
 
     def largest(self, count: int) -> Array:
         """Give the columns of the largest sums: (count,) int64 ascending; ties to the lower one."""
-        order = np.where(self._has_marks, np.inf, self.sums[0])
-        return np.sort(np.argsort(-order, kind="stable")[:count])
+        return largest_columns(np.where(self._has_marks, np.inf, self.sums[0]), count)
+
+
+def largest_columns(sums: Array, count: int) -> npt.NDArray[np.int64]:
+    """Give the columns of the largest sums: (count,) ascending; ties go to the lower one."""
+    return np.sort(np.argsort(-sums, kind="stable")[:count]).astype(np.int64)
 
 
 def guess_bar(sample: Array, share: float) -> float | None:

@@ -74,6 +74,7 @@ class SplitTask:
     scale: str  # absmax, mse or curvature
     k: int  # weights that ortho keeps
     columns: int | None = None  # that they fill whole: k = columns * rows; None: single weights
+    fixed: Array | None = None  # those columns, where they are known before
     by_curvature: bool = False  # those of largest |r| sqrt(h), not |r|
     alone: bool = False  # base has to serve without ortho: its scales do not leave out what is kept
     figures: bool = True  # add up what rounding costs
