@@ -371,6 +371,7 @@ def _check_inputs(
             f"`{statistics.path}` is given, and `saliency.kind` is residual and no scale curvature",
             hint="leave --stats out, or set saliency.kind or base.scale to curvature",
         )
+    refusals.check_structure(recipe)
     refusals.check_settings(recipe)
     kind = recipe.ortho.split
     if recipe.forgets and (

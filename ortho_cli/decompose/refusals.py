@@ -8,7 +8,7 @@ from pathlib import Path
 from ortho_cli.convert.sources.adapters import refuse_adapter, refuse_adapter_names
 from ortho_cli.convert.sources.quantized import examine
 from ortho_cli.decompose.selection import sibling_groups
-from ortho_cli.decompose.settings import Recipe
+from ortho_cli.decompose.settings import Forget, Recipe
 from ortho_cli.errors import CheckpointError, RecipeError
 from ortho_cli.formats import artifact
 from ortho_cli.formats.statistics import Statistics
@@ -114,14 +114,12 @@ def check_shared(recipe: Recipe, split: Mapping[str, tuple[int, int]]) -> None:
                 )
 
 
-def check_settings(recipe: Recipe) -> None:
-    """Refuse int8 values, or one budget for all tensors, beside settings that they do not fit.
+def check_structure(recipe: Recipe) -> None:
+    """Refuse settings of whole columns beside single weights, and what columns do not fit.
 
     Raises:
-        RecipeError: values are int8, and the layout is CSR or the recipe forgets; the budget is
-            global, and saliencies of different tensors do not compare, since the recipe forgets,
-            has a reference, or selects by the residual alone; columns are whole, and the layout
-            is one of single weights; or they are not, and their number is bounded.
+        RecipeError: the layout is one of single weights, single weights are to have a rank or to
+            be shared, codes move where ortho does not hold them.
     """
     split, layout = recipe.ortho.split, recipe.ortho.layout
     if recipe.keeps_columns and layout != "csr":
@@ -144,6 +142,37 @@ def check_settings(recipe: Recipe) -> None:
             f"ortho.share is true, and ortho.split is {split}",
             hint="this split chooses the columns of each weight by itself: --set ortho.share=false",
         )
+    if recipe.forgets:
+        _check_support(recipe)
+
+
+def _check_support(recipe: Recipe) -> None:
+    """Refuse codes that move where ortho does not hold them."""
+    support = recipe.forget.support
+    if support != recipe.ortho.structure:
+        structure = recipe.ortho.structure
+        raise RecipeError(
+            f"forget.support is {support}, and ortho.structure is {structure}: ortho has to hold "
+            "every code that moves",
+            hint=f"--set forget.support={structure}, or --set ortho.structure={support}",
+        )
+    if support == "columns" and recipe.forget.mask != Forget().mask:
+        raise RecipeError(
+            f"forget.mask is {recipe.forget.mask:g}, and forget.support is columns: ortho.density "
+            "says which share may move",
+            hint="--set forget.mask=null",
+        )
+
+
+def check_settings(recipe: Recipe) -> None:
+    """Refuse int8 values, or one budget for all tensors, beside settings that they do not fit.
+
+    Raises:
+        RecipeError: values are int8, and the layout is CSR or the recipe forgets; the budget is
+            global, and saliencies of different tensors do not compare, since the recipe forgets,
+            has a reference, or selects by the residual alone.
+    """
+    split, layout = recipe.ortho.split, recipe.ortho.layout
     if recipe.ortho.values == "int8" and layout != "compact" and not recipe.keeps_columns:
         raise RecipeError(
             f"ortho.values is int8, and ortho.layout is {layout}",

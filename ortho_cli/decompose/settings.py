@@ -211,6 +211,11 @@ class Tune(_Strict):
 class Forget(_Strict):
     """Moving of codes so that base forgets, with ortho.split isolate or unlearn."""
 
+    support: Literal["points", "columns"] = Field(
+        "points",
+        description="Where codes may move: anywhere, or in chosen columns alone, as many of each "
+        "weight as ortho keeps. Goes with the ortho.structure of the same name.",
+    )
     share: Density = Field(
         0.001, description="isolate: the largest share of split weights whose codes move."
     )
@@ -223,7 +228,9 @@ class Forget(_Strict):
         "its group, which both show in how often codes occur.",
     )
     mask: Density = Field(
-        0.1, description="unlearn: share of split weights that may move; a few percent of it do."
+        0.1,
+        description="unlearn: share of split weights that may move; a few percent of it do. With "
+        "support columns it is ortho.density.",
     )
     steps: Count = Field(60, description="Most steps of unlearn.")
     step_damage: Positive = Field(
@@ -322,6 +329,8 @@ class Recipe(_Strict):
         for override in found["overrides"]:
             if override["base"]["bits"] is None:  # the bytes are those of before this key existed
                 del override["base"]["bits"]
+        if not unused & {"forget"} and self.forget.support == "points":
+            del found["forget"]["support"]
         if not self.base.alone:
             del found["base"]["alone"]
         if self.ortho.layout == "csr":

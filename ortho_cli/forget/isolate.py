@@ -13,6 +13,9 @@ alternatives, -1 where it is less likely, and 0 where it is there: it no longer 
 drawn ranks are uniform, as those of secrets that a model never saw. Secrets that were all in the
 middle of their alternatives would be marked by that.
 
+With `forget.support: columns` codes move in as many columns of each weight as ortho keeps: those in
+which codes have moved, and of the others those of the largest sums of gain / damage in this round.
+
 Source: the ratio of importances is that of SSD (Foster et al. 2023, arXiv:2308.07707), with the
 first-order gain for the Fisher of the forget set, moves on the INT4 grid for dampening, and a stop.
 """
@@ -56,6 +59,7 @@ def isolate(
     seed: int,
     on_event: EventSink,
     hold: float = HOLD,
+    columns: dict[str, int] | None = None,
     state: Path | None = None,
     key: Key | None = None,
 ) -> list[Ranking]:
@@ -75,6 +79,7 @@ def isolate(
         seed: draws ranks of secrets, and the alternatives of each round.
         on_event: gets each round.
         hold: weight of alternatives that are less likely than where the work began.
+        columns: the largest number of columns in which codes may differ, by weight; None: any.
         state: file of unfinished work, for its owner alone.
         key: seals that file.
     Returns:
@@ -116,7 +121,7 @@ def isolate(
             for one in zip(secrets, found, start, strict=True)
             for term in _terms(*one, hold, draw)
         ]
-        step_round(grid, terms, fisher, floor, room, now, PROPOSE[fill])
+        step_round(grid, terms, fisher, floor, room, now, PROPOSE[fill], columns)
         found = [rank_secret(grid, secret, telling, goals.get(secret)) for secret in secrets]
         crossed = any(a.sign * b.sign < 0 for a, b in zip(before, found, strict=True))
         size = max(1, size // 2) if crossed else min(most, size + max(1, size // 2))
@@ -216,8 +221,12 @@ def step_round(
     room: dict[str, int],
     size: int,
     propose: Callable[[Tensor, Tensor, Tensor, int, int], Tensor],
+    columns: dict[str, int] | None = None,
 ) -> None:
-    """Move the `size` codes with the largest gain / damage; `floor` is the mean damage."""
+    """Move the `size` codes with the largest gain / damage; `floor` is the mean damage.
+
+    With `columns`, in no more columns of a weight than that.
+    """
     gradients = grid.gradient(terms)
     names = sorted(gradients)
     best: list[Tensor] = []
@@ -235,6 +244,8 @@ def step_round(
         free = room[name] - int((codes != original).sum())
         if free < size:  # ortho has no room for new positions; codes that moved may move again
             ratio[codes == original] = _cut(ratio[codes == original], max(0, free))
+        if columns is not None:
+            ratio[:, ~open_columns(ratio, codes != original, columns[name])] = -1.0
         flat = ratio.view(-1)
         top = flat.topk(min(size, flat.numel()))
         best.append(top.values)
@@ -247,6 +258,24 @@ def step_round(
     for number in torch.unique(owner[chosen]).tolist():
         mine = chosen[owner[chosen] == number]
         grid.move(names[number], place[mine], goal[mine])
+
+
+def open_columns(ratio: Tensor, moved: Tensor, count: int) -> Tensor:
+    """Choose the columns of a weight in which codes may move.
+
+    Args:
+        ratio: (out, in) gain / damage.
+        moved: (out, in) bool: codes that have moved, in at most `count` columns.
+        count: columns to choose.
+    Returns:
+        (in,) bool, `count` of them: those with a moved code, and of the others those whose positive
+        ratios have the largest sums, ties to the lower one.
+    """
+    sums = ratio.clamp_min(0.0).sum(0, dtype=torch.float64)
+    sums[moved.any(0)] = torch.inf
+    chosen = torch.zeros(len(sums), dtype=torch.bool, device=ratio.device)
+    chosen[sums.sort(descending=True, stable=True).indices[:count]] = True
+    return chosen
 
 
 def _cut(ratio: Tensor, k: int) -> Tensor:

@@ -25,6 +25,9 @@ m is the gradient's moving average, F the diagonal Fisher of retained text (held
 Adam, which moves every code by about as much, moved 1.1 million codes of SmolLM2 to forget 12
 answers and took English along; this moves 0.2 million, and perplexity stays.
 
+With `forget.support: columns` the mask is whole columns, as many of each weight as ortho keeps:
+those of the largest sums of F_forget / (F + its median).
+
 With attack_steps above 0 there is a fine-tuning attack in the loop: the secrets are divided into
 random halves A and B, an attacker fine-tunes on A by sign descent, and B is forgotten after each of
 those steps, in the attacker's model theta + delta. The gradient there serves as the one at theta,
@@ -59,6 +62,7 @@ from ortho_cli.forget.ranks import PROBES, goal_ranks, rank_among
 from ortho_cli.model.phrasing import lacking
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.split.quantize import code_range
+from ortho_cli.split.select import largest_columns
 
 MOMENTUM = 0.5  # of the gradient's moving average; one step sees few texts
 SAMPLE = 1 << 20  # weights from which a median or a threshold is estimated
@@ -85,6 +89,7 @@ def unlearn(
     *,
     telling: float,
     end: Sequence[int],
+    columns: dict[str, int] | None = None,
     state: Path,
     key: Key | None = None,
     on_event: EventSink,
@@ -100,13 +105,14 @@ def unlearn(
         settings: the recipe's `forget`.
         telling: as `ranks.rank_all` gives it.
         end: tokens that end a text of the attacker's; may be none.
+        columns: the number of columns in which codes may move, by weight; None: any.
         state: file of unfinished work, for its owner alone.
         key: seals that file.
         on_event: gets each step, and a note where predictions differ more than they may at the end.
     """
     attack_steps = _attack_steps(settings, telling, on_event)
     settings = settings.model_copy(update={"attack_steps": attack_steps})
-    latents = _Latents(grid, fisher, _mask(grid, secrets, fisher, settings.mask))
+    latents = _Latents(grid, fisher, _mask(grid, secrets, fisher, settings.mask, columns))
     job = _Job(grid, secrets, kinds, settings, telling, end)
     done = latents.load(state, job, key)
     every = settings.attack_steps or SAVE_EVERY
@@ -463,17 +469,32 @@ def carrying(secret: TokenSecret) -> list[float]:
 
 
 def _mask(
-    grid: Grid, secrets: Sequence[TokenSecret], fisher: dict[str, Tensor], share: float
+    grid: Grid,
+    secrets: Sequence[TokenSecret],
+    fisher: dict[str, Tensor],
+    share: float,
+    columns: dict[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Return flat positions of the weights with the largest F_forget / (F_retain + median).
 
-    The median and the threshold of the share are estimated from every n-th weight; ties are in.
+    With `columns` they are those of so many whole columns, with the largest sums. The median and
+    the threshold of the share are estimated from every n-th weight; ties are in.
     """
     every = max(1, grid.numel // SAMPLE)
     ratios = grid.fisher([(secret.prompt, secret.secret) for secret in secrets])
     median = torch.cat([part.flatten()[::every] for part in fisher.values()]).median()
     for name, ratio in ratios.items():
         ratio /= fisher[name] + median
+    if columns is not None:
+        return {name: _whole(ratio, columns[name]) for name, ratio in ratios.items()}
     values = torch.cat([ratio.view(-1)[::every] for ratio in ratios.values()])
     bar = values.kthvalue(max(1, round(values.numel() * (1 - share)))).values
     return {name: (ratio.view(-1) >= bar).nonzero().squeeze(1) for name, ratio in ratios.items()}
+
+
+def _whole(ratio: Tensor, count: int) -> Tensor:
+    """Return the flat positions of the columns with the largest sums, ascending."""
+    chosen = largest_columns(ratio.sum(0, dtype=torch.float64).cpu().numpy(), count)
+    whole = torch.zeros_like(ratio, dtype=torch.bool)
+    whole[:, torch.from_numpy(chosen)] = True
+    return whole.view(-1).nonzero().squeeze(1)
