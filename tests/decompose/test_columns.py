@@ -21,6 +21,7 @@ from ortho_cli.decompose.survey import load_surveys
 from ortho_cli.errors import Interrupted, OrthoError, RecipeError
 from ortho_cli.events import Event, Noted, TensorDone
 from ortho_cli.formats.open_artifact import open_artifact
+from ortho_cli.formats.row_blocks import count_row_blocks
 from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.formats.verify import verify
 from ortho_cli.split import quantize
@@ -294,6 +295,10 @@ def test_inspect_and_the_source_agree_on_columns(pico: Path, tmp_path: Path, ort
             row = split[f"{module}.weight"]
             assert (row["columns"], row["nnz"]) == (len(chosen), len(chosen) * row["shape"][0])
         assert ortho("inspect", out, "--html", out.with_suffix(".html")).code == 0
+        for module, shares in count_row_blocks(open_artifact(out)).items():
+            width = split[f"{module}.weight"]["shape"][1]
+            assert shares == pytest.approx([len(columns(out)[module]) / width] * len(shares))
+        assert "whole input columns: a LoRA" in (out / "README.md").read_text()
         (out / "report.json").unlink()
         bare = ortho("inspect", out, "--json").json["tensors"]
         assert {row["name"]: row.get("columns") for row in bare if row["action"] == "split"} == {
