@@ -207,7 +207,8 @@ def test_engine_writes_and_reads_columns(tmp_path: Path) -> None:
 def test_in_memory_columns_are_those_that_decompose_writes(tmp_path: Path, ortho: Any) -> None:
     weight = linear().weight.detach()
     save_file({"a.weight": weight}, tmp_path / "m.safetensors")
-    words = ("--set", "ortho={structure: columns, density: 0.1}", "--set", "base.scale=mse")
+    sets = ("ortho={structure: columns, density: 0.1}", "base={scale: mse, group_size: 32}")
+    words = [word for one in sets for word in ("--set", one)]
     out = tmp_path / "out"
     assert ortho("decompose", tmp_path / "m.safetensors", "-o", out, "-q", *words).code == 0
     made = layer(linear(), scale="mse").state_dict()
