@@ -13,8 +13,7 @@ alternatives, -1 where it is less likely, and 0 where it is there: it no longer 
 drawn ranks are uniform, as those of secrets that a model never saw. Secrets that were all in the
 middle of their alternatives would be marked by that.
 
-With `forget.support: columns` codes move in as many columns of each weight as ortho keeps: those in
-which codes have moved, and of the others those of the largest sums of gain / damage in this round.
+With `forget.support: columns` codes move in chosen columns of each weight alone (support.py).
 
 Source: the ratio of importances is that of SSD (Foster et al. 2023, arXiv:2308.07707), with the
 first-order gain for the Fisher of the forget set, moves on the INT4 grid for dampening, and a stop.
@@ -36,6 +35,7 @@ from ortho_cli.decompose.edits import Edit, Edits, Key, load_arrays, save_arrays
 from ortho_cli.events import EventSink, Step
 from ortho_cli.forget.grid import Grid, Pair
 from ortho_cli.forget.ranks import Ranking, goal_ranks, rank_secret, towards
+from ortho_cli.forget.support import choose_columns, weigh_secrets
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.split.quantize import code_range
 
@@ -79,12 +79,15 @@ def isolate(
         seed: draws ranks of secrets, and the alternatives of each round.
         on_event: gets each round.
         hold: weight of alternatives that are less likely than where the work began.
-        columns: the largest number of columns in which codes may differ, by weight; None: any.
+        columns: the number of columns in which codes may move, by weight; None: any.
         state: file of unfinished work, for its owner alone.
         key: seals that file.
     Returns:
         The rank of each secret at the end; some may still be too likely.
     """
+    open_ = None
+    if columns is not None:
+        open_ = choose_columns(grid, weigh_secrets(grid, secrets, fisher), columns)
     allowed = int(share * grid.numel)
     budget, floor = grid.moved + allowed, _mean_damage(grid, fisher)
     # Small steps: a gradient predicts hundreds of moves, not thousands.
@@ -121,7 +124,7 @@ def isolate(
             for one in zip(secrets, found, start, strict=True)
             for term in _terms(*one, hold, draw)
         ]
-        step_round(grid, terms, fisher, floor, room, now, PROPOSE[fill], columns)
+        step_round(grid, terms, fisher, floor, room, now, PROPOSE[fill], open_)
         found = [rank_secret(grid, secret, telling, goals.get(secret)) for secret in secrets]
         crossed = any(a.sign * b.sign < 0 for a, b in zip(before, found, strict=True))
         size = max(1, size // 2) if crossed else min(most, size + max(1, size // 2))
@@ -221,11 +224,11 @@ def step_round(
     room: dict[str, int],
     size: int,
     propose: Callable[[Tensor, Tensor, Tensor, int, int], Tensor],
-    columns: dict[str, int] | None = None,
+    columns: dict[str, Tensor] | None = None,
 ) -> None:
     """Move the `size` codes with the largest gain / damage; `floor` is the mean damage.
 
-    With `columns`, in no more columns of a weight than that.
+    With `columns`, (in,) bool of each weight, in those alone.
     """
     gradients = grid.gradient(terms)
     names = sorted(gradients)
@@ -245,7 +248,7 @@ def step_round(
         if free < size:  # ortho has no room for new positions; codes that moved may move again
             ratio[codes == original] = _cut(ratio[codes == original], max(0, free))
         if columns is not None:
-            ratio[:, ~open_columns(ratio, codes != original, columns[name])] = -1.0
+            ratio[:, ~columns[name]] = -1.0
         flat = ratio.view(-1)
         top = flat.topk(min(size, flat.numel()))
         best.append(top.values)
@@ -258,24 +261,6 @@ def step_round(
     for number in torch.unique(owner[chosen]).tolist():
         mine = chosen[owner[chosen] == number]
         grid.move(names[number], place[mine], goal[mine])
-
-
-def open_columns(ratio: Tensor, moved: Tensor, count: int) -> Tensor:
-    """Choose the columns of a weight in which codes may move.
-
-    Args:
-        ratio: (out, in) gain / damage.
-        moved: (out, in) bool: codes that have moved, in at most `count` columns.
-        count: columns to choose.
-    Returns:
-        (in,) bool, `count` of them: those with a moved code, and of the others those whose positive
-        ratios have the largest sums, ties to the lower one.
-    """
-    sums = ratio.clamp_min(0.0).sum(0, dtype=torch.float64)
-    sums[moved.any(0)] = torch.inf
-    chosen = torch.zeros(len(sums), dtype=torch.bool, device=ratio.device)
-    chosen[sums.sort(descending=True, stable=True).indices[:count]] = True
-    return chosen
 
 
 def _cut(ratio: Tensor, k: int) -> Tensor:

@@ -25,8 +25,7 @@ m is the gradient's moving average, F the diagonal Fisher of retained text (held
 Adam, which moves every code by about as much, moved 1.1 million codes of SmolLM2 to forget 12
 answers and took English along; this moves 0.2 million, and perplexity stays.
 
-With `forget.support: columns` the mask is whole columns, as many of each weight as ortho keeps:
-those of the largest sums of F_forget / (F + its median).
+The mask is where F_forget / (F + its median) is largest (support.py): single weights or columns.
 
 With attack_steps above 0 there is a fine-tuning attack in the loop: the secrets are divided into
 random halves A and B, an attacker fine-tunes on A by sign descent, and B is forgotten after each of
@@ -59,13 +58,12 @@ from ortho_cli.events import EventSink, Noted, Step
 from ortho_cli.forget.grid import Grid, Pair, batches
 from ortho_cli.forget.held import NEIGHBOURS, Held, Kind, some
 from ortho_cli.forget.ranks import PROBES, goal_ranks, rank_among
+from ortho_cli.forget.support import SAMPLE, choose_columns, weigh_secrets
 from ortho_cli.model.phrasing import lacking
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.split.quantize import code_range
-from ortho_cli.split.select import largest_columns
 
 MOMENTUM = 0.5  # of the gradient's moving average; one step sees few texts
-SAMPLE = 1 << 20  # weights from which a median or a threshold is estimated
 SAVE_EVERY = 5  # steps; about a minute of a model of 135 M weights
 RETAIN_BATCH = 4  # sequences of each kind per step
 NEAR_DECAY = 0.9  # of the weight of neighbours, per step without progress: half after 7 of them
@@ -477,24 +475,16 @@ def _mask(
 ) -> dict[str, Tensor]:
     """Return flat positions of the weights with the largest F_forget / (F_retain + median).
 
-    With `columns` they are those of so many whole columns, with the largest sums. The median and
-    the threshold of the share are estimated from every n-th weight; ties are in.
+    With `columns` they are those of so many whole columns. The threshold of the share is estimated
+    from every n-th weight; ties are in.
     """
-    every = max(1, grid.numel // SAMPLE)
-    ratios = grid.fisher([(secret.prompt, secret.secret) for secret in secrets])
-    median = torch.cat([part.flatten()[::every] for part in fisher.values()]).median()
-    for name, ratio in ratios.items():
-        ratio /= fisher[name] + median
+    ratios = weigh_secrets(grid, secrets, fisher)
     if columns is not None:
-        return {name: _whole(ratio, columns[name]) for name, ratio in ratios.items()}
+        return {
+            name: chosen.expand(ratios[name].shape).reshape(-1).nonzero().squeeze(1)
+            for name, chosen in choose_columns(grid, ratios, columns).items()
+        }
+    every = max(1, grid.numel // SAMPLE)
     values = torch.cat([ratio.view(-1)[::every] for ratio in ratios.values()])
     bar = values.kthvalue(max(1, round(values.numel() * (1 - share)))).values
     return {name: (ratio.view(-1) >= bar).nonzero().squeeze(1) for name, ratio in ratios.items()}
-
-
-def _whole(ratio: Tensor, count: int) -> Tensor:
-    """Return the flat positions of the columns with the largest sums, ascending."""
-    chosen = largest_columns(ratio.sum(0, dtype=torch.float64).cpu().numpy(), count)
-    whole = torch.zeros_like(ratio, dtype=torch.bool)
-    whole[:, torch.from_numpy(chosen)] = True
-    return whole.view(-1).nonzero().squeeze(1)
