@@ -17,11 +17,11 @@ from ortho_cli.events import Noted
 
 log = logging.getLogger(__name__)
 
-SHORT = "Write a checkpoint, or an artifact, as plain safetensors."
+SHORT = "Write a checkpoint, or an artifact, as plain safetensors, GGUF or an adapter."
 EXAMPLES = """
     ortho convert pytorch_model.bin --dtype bf16
     ortho convert model.gguf -o model
-    ortho convert SmolLM2-ortho --alpha 1
+    ortho convert SmolLM2-ortho --to gguf
 """
 
 
@@ -47,6 +47,35 @@ def convert(
         str | None,
         typer.Option(metavar="A", help="For an artifact, and required there: 0 is base, 1 is all."),
     ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORM",
+            help="What an artifact becomes instead: `gguf`, base for llama.cpp; `lora`, ortho as an "
+            "adapter of PEFT, vLLM and SGLang; `gguf-lora`, that for llama.cpp.",
+            autocompletion=options.completing("gguf", "lora", "gguf-lora"),
+        ),
+    ] = None,
+    max_rank: Annotated[
+        int | None,
+        typer.Option(
+            metavar="R", min=1, help="Keep the R columns of most energy in each weight's adapter."
+        ),
+    ] = None,
+    approximate: Annotated[
+        int | None,
+        typer.Option(
+            metavar="R",
+            min=1,
+            help="Write a scattered ortho as an adapter of rank R, the nearest one; what it loses is "
+            "measured.",
+        ),
+    ] = None,
+    seal_to: options.SealTo = None,
+    plaintext: Annotated[
+        bool,
+        typer.Option("--plaintext", help="Write the adapter of a sealed ortho without sealing it."),
+    ] = False,
     identity: options.Identity = None,
     key: Annotated[
         str | None,
@@ -87,14 +116,35 @@ def convert(
     Reads tile by tile and needs little memory; only a .bin of before torch 1.6 is held whole, and
     of a GGUF one tensor at a time. Nothing in a file of torch.save is ever run. Prefixes of
     wrappers, as DDP's `module.`, are stripped from names. A killed run resumes.
+
+    With --to it writes what servers take: OUT.gguf, or an adapter, which is as private as ortho
+    and must not be uploaded.
     """
+    output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
+    if to is not None:
+        from ortho_cli.cli.convert_to import Wish, convert_to
+
+        wish = Wish(
+            to=to,
+            dtype=dtype,
+            max_rank=max_rank,
+            approximate=approximate,
+            seal_to=tuple(seal_to or ()),
+            plaintext=plaintext,
+            identity=identity,
+            force=force,
+            dry_run=dry_run,
+        )
+        unfit = [("--alpha", alpha), ("--key", key), ("--copy", copy)]
+        convert_to(source, out, wish, output, unfit=[name for name, one in unfit if one])
+        return
     from ortho_cli.cli.show.convert import print_convert_plan, print_converted
     from ortho_cli.convert import job
     from ortho_cli.convert.plan import make_plan, parse_size
     from ortho_cli.convert.sources.open_source import open_source
     from ortho_cli.storage.sealing import read_keys
 
-    output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
+    _refuse_adapter_options(max_rank, approximate, seal_to, plaintext)
     size, share = parse_size(shard_size), _share(alpha)
     source = located(source, quiet=quiet)
     keys = read_keys(identity)
@@ -117,6 +167,19 @@ def convert(
             digests = job.convert(plan, opened, target, on_event=sink)
     document = plan.to_json(digests) | {"run": run_facts(out, began)}
     output.show(document, print_converted)
+
+
+def _refuse_adapter_options(
+    max_rank: int | None, approximate: int | None, seal_to: list[str] | None, plaintext: bool
+) -> None:
+    given = (
+        ("--max-rank", max_rank),
+        ("--approximate", approximate),
+        ("--seal-to", seal_to),
+        ("--plaintext", plaintext),
+    )
+    for name in [name for name, one in given if one]:
+        raise UsageError(f"{name} is for adapters, and there is no --to", hint="add --to lora")
 
 
 def _share(alpha: str | None) -> float | None:
