@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ortho_cli.cli import options
+from ortho_cli.cli.convert_to import Wish, convert_to
 from ortho_cli.cli.shared import Output, located, place_output, run_facts
 from ortho_cli.errors import UsageError
 from ortho_cli.events import Noted
@@ -51,8 +52,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="FORM",
-            help="What an artifact becomes instead: `gguf`, base for llama.cpp; `lora`, ortho as an "
-            "adapter of PEFT, vLLM and SGLang; `gguf-lora`, that for llama.cpp.",
+            help="What an artifact becomes instead: `gguf`, base for llama.cpp; `lora`, ortho as "
+            "an adapter of PEFT, vLLM and SGLang; `gguf-lora`, that for llama.cpp.",
             autocompletion=options.completing("gguf", "lora", "gguf-lora"),
         ),
     ] = None,
@@ -67,10 +68,16 @@ def convert(
         typer.Option(
             metavar="R",
             min=1,
-            help="Write a scattered ortho as an adapter of rank R, the nearest one; what it loses is "
+            help="Write a scattered ortho as the nearest adapter of rank R; what it loses is "
             "measured.",
         ),
     ] = None,
+    pad: Annotated[
+        bool,
+        typer.Option(
+            "--pad", help="Give every weight the largest rank, by zeros, as SGLang needs it."
+        ),
+    ] = False,
     seal_to: options.SealTo = None,
     plaintext: Annotated[
         bool,
@@ -121,20 +128,19 @@ def convert(
     and must not be uploaded.
     """
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
+    wish = Wish(
+        to=to,
+        dtype=dtype,
+        max_rank=max_rank,
+        approximate=approximate,
+        pad=pad,
+        seal_to=tuple(seal_to or ()),
+        plaintext=plaintext,
+        identity=identity,
+        force=force,
+        dry_run=dry_run,
+    )
     if to is not None:
-        from ortho_cli.cli.convert_to import Wish, convert_to
-
-        wish = Wish(
-            to=to,
-            dtype=dtype,
-            max_rank=max_rank,
-            approximate=approximate,
-            seal_to=tuple(seal_to or ()),
-            plaintext=plaintext,
-            identity=identity,
-            force=force,
-            dry_run=dry_run,
-        )
         unfit = [("--alpha", alpha), ("--key", key), ("--copy", copy)]
         convert_to(source, out, wish, output, unfit=[name for name, one in unfit if one])
         return
@@ -144,7 +150,8 @@ def convert(
     from ortho_cli.convert.sources.open_source import open_source
     from ortho_cli.storage.sealing import read_keys
 
-    _refuse_adapter_options(max_rank, approximate, seal_to, plaintext)
+    for name in wish.of_adapters:
+        raise UsageError(f"{name} is for adapters, and there is no --to", hint="add --to lora")
     size, share = parse_size(shard_size), _share(alpha)
     source = located(source, quiet=quiet)
     keys = read_keys(identity)
@@ -167,19 +174,6 @@ def convert(
             digests = job.convert(plan, opened, target, on_event=sink)
     document = plan.to_json(digests) | {"run": run_facts(out, began)}
     output.show(document, print_converted)
-
-
-def _refuse_adapter_options(
-    max_rank: int | None, approximate: int | None, seal_to: list[str] | None, plaintext: bool
-) -> None:
-    given = (
-        ("--max-rank", max_rank),
-        ("--approximate", approximate),
-        ("--seal-to", seal_to),
-        ("--plaintext", plaintext),
-    )
-    for name in [name for name, one in given if one]:
-        raise UsageError(f"{name} is for adapters, and there is no --to", hint="add --to lora")
 
 
 def _share(alpha: str | None) -> float | None:

@@ -15,7 +15,7 @@ from ortho_cli.events import Noted
 
 if TYPE_CHECKING:
     from ortho_cli.convert.targets.job import TargetPlan
-    from ortho_cli.storage.sealing import Keys
+    from ortho_cli.storage.sealing import Keys, Seal
 
 log = logging.getLogger(__name__)
 
@@ -28,15 +28,28 @@ SUFFIXES = {"gguf": "Q4_0.gguf", "lora": "lora", "gguf-lora": "lora.gguf"}
 class Wish:
     """What the options ask for."""
 
-    to: str
+    to: str | None
     dtype: str | None
     max_rank: int | None
     approximate: int | None
+    pad: bool
     seal_to: tuple[str, ...]
     plaintext: bool
     identity: Path | None
     force: bool
     dry_run: bool
+
+    @property
+    def of_adapters(self) -> list[str]:
+        """Name the options that were given and mean something for an adapter alone."""
+        given = {
+            "--max-rank": self.max_rank,
+            "--approximate": self.approximate,
+            "--pad": self.pad,
+            "--seal-to": self.seal_to,
+            "--plaintext": self.plaintext,
+        }
+        return [name for name, one in given.items() if one]
 
 
 def convert_to(
@@ -57,18 +70,18 @@ def convert_to(
     from ortho_cli.storage.job import check_target
     from ortho_cli.storage.sealing import read_keys
 
-    _check(wish, unfit)
+    to = _check(wish, unfit)
     source = located(source, quiet=output.quiet)
     if source.exists() and not is_artifact(source, damaged=True):
         raise UsageError(
-            f"`{source}` is no artifact, and --to {wish.to} is for artifacts",
+            f"`{source}` is no artifact, and --to {to} is for artifacts",
             hint=f"`ortho decompose {source}` makes one",
         )
     keys = read_keys(wish.identity)
     plan = _plan(source, wish, keys)
     with contextlib.closing(plan.source):
-        log.info("plan %s to %s, %d weights", plan.sha256, wish.to, len(plan.parts))
-        suffix = SUFFIXES[wish.to] + (".age" if plan.seal and plan.kind.is_file else "")
+        log.info("plan %s to %s, %d weights", plan.sha256, to, len(plan.parts))
+        suffix = SUFFIXES[to] + (".age" if plan.seal and plan.kind.is_file else "")
         place, notes = place_output(out, plan.source.folder, suffix)
         if plan.seal and plan.kind.is_file and place.suffix != ".age":
             raise UsageError(
@@ -91,9 +104,9 @@ def convert_to(
     output.show(document, print_target)
 
 
-def _check(wish: Wish, unfit: list[str]) -> None:
-    """Refuse options that have no meaning together."""
-    if wish.to not in FORMS:
+def _check(wish: Wish, unfit: list[str]) -> str:
+    """Refuse options that have no meaning together; give the form."""
+    if wish.to is None or wish.to not in FORMS:
         raise UsageError(f"--to {wish.to} is none of {', '.join(FORMS)}", hint="--to lora")
     if "--alpha" in unfit:
         hint = "leave --alpha out: gguf is base, and a server dials an adapter"
@@ -101,13 +114,7 @@ def _check(wish: Wish, unfit: list[str]) -> None:
     for name in unfit:
         raise UsageError(f"{name} has no meaning with --to {wish.to}", hint=f"leave {name} out")
     if wish.to == "gguf":
-        given = {
-            "--max-rank": wish.max_rank,
-            "--approximate": wish.approximate,
-            "--seal-to": wish.seal_to,
-            "--plaintext": wish.plaintext,
-        }
-        for name in [name for name, one in given.items() if one]:
+        for name in wish.of_adapters:
             raise UsageError(
                 f"{name} is for adapters, and --to gguf writes base alone",
                 hint="--to gguf-lora writes the adapter beside it",
@@ -117,11 +124,45 @@ def _check(wish: Wish, unfit: list[str]) -> None:
             "--max-rank takes columns as they are, and --approximate makes new ones",
             hint="give one of them",
         )
+    if wish.pad and wish.to == "gguf-lora":
+        raise UsageError("--pad has no meaning with --to gguf-lora", hint="leave --pad out")
     if wish.seal_to and wish.plaintext:
         raise UsageError("--seal-to and --plaintext exclude each other", hint="give one of them")
+    return wish.to
 
 
 def _plan(source: Path, wish: Wish, keys: Keys | None) -> TargetPlan:
-    from ortho_cli.convert.targets.gguf_base import plan_base
+    if wish.to == "gguf":
+        from ortho_cli.convert.targets.gguf_base import plan_base
 
-    return plan_base(source, dtype=wish.dtype)
+        return plan_base(source, dtype=wish.dtype)
+    from ortho_cli.convert.targets.factors import open_ortho
+    from ortho_cli.convert.targets.gguf_lora import plan_gguf_lora
+    from ortho_cli.convert.targets.peft import plan_lora
+
+    ortho = open_ortho(source, keys=keys, max_rank=wish.max_rank, approximate=wish.approximate)
+    try:
+        seal = _seal(wish, keys, is_sealed=ortho.artifact.sealed is not None)
+        if wish.to == "gguf-lora":
+            return plan_gguf_lora(ortho, dtype=wish.dtype, seal=seal)
+        return plan_lora(ortho, dtype=wish.dtype, pad=wish.pad, seal=seal)
+    except BaseException:
+        ortho.source.close()
+        raise
+
+
+def _seal(wish: Wish, keys: Keys | None, *, is_sealed: bool) -> Seal | None:
+    """Choose who opens an adapter: who is named, or else who opens ortho."""
+    from ortho_cli.storage.sealing import make_seal, seal_of
+
+    if wish.seal_to:
+        return make_seal(wish.seal_to)
+    if not is_sealed or wish.plaintext or keys is None:
+        return None
+    if keys.passphrase is not None and wish.to == "gguf-lora":
+        raise UsageError(
+            "ortho is sealed by a passphrase, which takes a second file, and --to gguf-lora writes "
+            "one",
+            hint="--seal-to age1..., or --plaintext",
+        )
+    return seal_of(keys)

@@ -35,7 +35,7 @@ GROUPS = {
     ),
     "Output": (
         *("out", "to", "force", "dry_run", "copy", "dtype", "shard_size", "accept_damage"),
-        *("max_rank", "approximate"),
+        *("max_rank", "approximate", "pad"),
         *("require", "csv", "as_csv", "top", "html", "keep_files"),
     ),
     "Continuations": ("prompts", "prompt", "max_new_tokens", "temperature"),

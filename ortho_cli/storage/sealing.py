@@ -161,6 +161,14 @@ def read_keys(path: Path | None) -> Keys | None:
     return Keys(path=path, identities=tuple(identities))
 
 
+def seal_of(keys: Keys) -> Seal:
+    """Seal to the holder of these keys."""
+    if keys.passphrase is not None:
+        return Seal(passphrase=keys.passphrase)
+    mine = (_pyrage().x25519.Identity.from_str(str(one)).to_public() for one in keys.identities)
+    return Seal(recipients=tuple(sorted({str(one) for one in mine})))
+
+
 def _open_with(passphrase: str, raw: bytes) -> bytes:
     """Open what a passphrase sealed, after a look at the memory that scrypt is asked to take.
 

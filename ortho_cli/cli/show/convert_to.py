@@ -43,7 +43,9 @@ def _result_lines(document: Document) -> Iterator[str]:
     if error.number("inexact") == 0:
         yield "every value is exact"
         return
+    of = "base" if document["to"] == "gguf" else "ortho"
     yield (
         f"{error['inexact']} weights are not exact: largest error {error.number('max_error'):.3g}, "
-        f"relative error {error.number('relative_error'):.3g}"
+        f"relative error {error.number('relative_error'):.3g} "
+        f"({error.number('share_lost'):.3%} of the energy of {of})"
     )

@@ -76,19 +76,10 @@ def plan_base(path: Path, *, dtype: str | None = None, sizes: Sizes = DEFAULT_SI
         ArtifactError: base is damaged.
         CheckpointError: an architecture, config or tokenizer that llama.cpp has none like.
     """
-    gguf_layout.check_packages("--to gguf")
-    dtype = parse_dtype(dtype)
     artifact = open_artifact(path if path.is_dir() else path.parent)
-    folder, config = artifact.folder, config_of(artifact.folder)
-    if config is None:
-        raise CheckpointError(
-            f"`{folder}` has no config.json, which says what model its weights are of",
-            hint="decompose the model's folder, not its file alone",
-        )
-    config = {key: value for key, value in config.items() if key != "quantization_config"}
-    model = gguf_keys.model_keys(config, told=folder)
+    folder = artifact.folder
+    config, model, weights, places = open_model(artifact, parse_dtype(dtype))
     tokens, notes = tokenizer_keys(folder, vocabulary=model.vocabulary)
-    weights, left = _weights(artifact, model, dtype)
     keys: dict[str, gguf_layout.Value] = {
         "general.file_type": FILE_TYPE,
         "general.quantization_version": QUANTIZATION_VERSION,
@@ -96,7 +87,6 @@ def plan_base(path: Path, *, dtype: str | None = None, sizes: Sizes = DEFAULT_SI
         **tokens,
     }
     layout = gguf_layout.plan_gguf(model.architecture, keys, [one.spec for one in weights])
-    places = _read_back(config, model, weights, folder)
     with ExitStack() as opened:
         reader = ShardReader([artifact.base])
         opened.callback(reader.close)
@@ -119,12 +109,40 @@ def plan_base(path: Path, *, dtype: str | None = None, sizes: Sizes = DEFAULT_SI
         layout=layout,
         parts=parts,
         settings={"to": "gguf"},
-        notes=(*notes, *left, *_notes(weights)),
+        notes=(*notes, *_notes(weights)),
     )
 
 
+def open_model(
+    artifact: Artifact, dtype: str | None
+) -> tuple[dict[str, object], ModelKeys, list[Weight], dict[str, Placed]]:
+    """Find what llama.cpp calls the model of an artifact and its tensors.
+
+    Args:
+        artifact: whose base it is.
+        dtype: of matrices that are not split; None keeps each one's.
+    Returns:
+        config.json; its keys; each weight of base, in the order of the file; where each tensor of
+        the file is read to, by its name there.
+    Raises:
+        UsageError: a package is missing.
+        CheckpointError: no config.json, or a model that llama.cpp has none like.
+    """
+    gguf_layout.check_packages("GGUF")
+    folder, config = artifact.folder, config_of(artifact.folder)
+    if config is None:
+        raise CheckpointError(
+            f"`{folder}` has no config.json, which says what model its weights are of",
+            hint="decompose the model's folder, not its file alone",
+        )
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    model = gguf_keys.model_keys(config, told=folder)
+    weights = _weights(artifact, model, dtype)
+    return config, model, weights, _read_back(config, model, weights, folder)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Weight:
+class Weight:
     """A weight of base, and the tensor that it becomes."""
 
     name: str
@@ -139,9 +157,7 @@ class _Weight:
         return self.module is not None and self.spec.kind == "Q4_0"
 
 
-def _weights(
-    artifact: Artifact, model: ModelKeys, dtype: str | None
-) -> tuple[list[_Weight], list[str]]:
+def _weights(artifact: Artifact, model: ModelKeys, dtype: str | None) -> list[Weight]:
     """Name every tensor as llama.cpp does, and choose its type."""
     import gguf
 
@@ -160,27 +176,26 @@ def _weights(
         return f"{found}{dot}{suffix}"
 
     tensors = {tensor.name: tensor for tensor in artifact.base.tensors}
-    found, left = [], []
+    found = []
     for module in artifact.split:
         parts = [tensors.pop(f"{module}.weight_{part}") for part in ("packed", "scale", "shape")]
         shape, scale = artifact.shapes[module], parts[1]
         group, name = shape[1] // scale.shape[1], f"{module}.weight"
         kind = "Q4_0" if group % BLOCK == 0 else "Q8_0" if shape[1] % BLOCK == 0 else scale.dtype
         spec = GgufSpec(key=named(name), kind=kind, shape=shape)
-        found.append(_Weight(name=name, spec=spec, module=module, group=group))
+        found.append(Weight(name=name, spec=spec, module=module, group=group))
     for name, info in tensors.items():
         if _COMPUTED.fullmatch(name) or (name == HEAD and model.is_tied):
-            left.append(f"`{name}` is left out: llama.cpp computes it, or takes the embedding")
-            continue
+            continue  # llama.cpp computes it, or takes the embedding
         kind = "F32" if len(info.shape) < 2 else BY_CONFIG[dtype] if dtype else info.dtype
         if info.dtype not in BY_CONFIG.values():
             raise damaged(artifact.base.path, f"`{name}` is {info.dtype}, which is not written")
         spec = GgufSpec(key=named(name), kind=kind, shape=info.shape)
-        found.append(_Weight(name=name, spec=spec, info=info))
+        found.append(Weight(name=name, spec=spec, info=info))
     if model.divisors is not None:
         spec = GgufSpec(key=FREQS, kind="F32", shape=model.divisors.shape)
-        found.append(_Weight(name=FREQS, spec=spec))
-    return sorted(found, key=lambda one: _rank(one.spec.key)), left
+        found.append(Weight(name=FREQS, spec=spec))
+    return sorted(found, key=lambda one: _rank(one.spec.key))
 
 
 def _rank(key: str) -> tuple[int, int, str]:
@@ -189,7 +204,7 @@ def _rank(key: str) -> tuple[int, int, str]:
     return (1, int(layer[1]), key) if layer else (0 if key.startswith("token") else 2, 0, key)
 
 
-def _notes(weights: list[_Weight]) -> Iterator[str]:
+def _notes(weights: list[Weight]) -> Iterator[str]:
     split = [one for one in weights if one.module is not None]
     codes = [one for one in split if one.has_codes]
     if codes:
@@ -215,7 +230,7 @@ def _notes(weights: list[_Weight]) -> Iterator[str]:
 def _read_back(
     config: Mapping[str, object],
     model: ModelKeys,
-    weights: list[_Weight],
+    weights: list[Weight],
     folder: Path,
 ) -> dict[str, Placed]:
     """Read the file, without its weights, as `ortho convert` reads GGUF; refuse another model.
@@ -264,9 +279,13 @@ class _Base:
         return found
 
 
-def _part(base: _Base, one: _Weight, place: Placed | None, model: ModelKeys) -> Part:
-    # The file's row g is the checkpoint's row order[g].
-    order = None if place is None or place.rows is None else np.argsort(place.rows)
+def order_of(place: Placed | None) -> Order | None:
+    """Say which row of the checkpoint each row of the file is; None: the same."""
+    return None if place is None or place.rows is None else np.argsort(place.rows)
+
+
+def _part(base: _Base, one: Weight, place: Placed | None, model: ModelKeys) -> Part:
+    order = order_of(place)
     if one.module is not None:
         make = partial(_make_split, base, one, order)
     elif one.info is not None:
@@ -279,14 +298,14 @@ def _part(base: _Base, one: _Weight, place: Placed | None, model: ModelKeys) -> 
     return Part(name=one.name, keys=(one.spec.key,), make=make, facts=facts)
 
 
-def _make_divisors(one: _Weight, model: ModelKeys, put: Put) -> Figures:
+def _make_divisors(one: Weight, model: ModelKeys, put: Put) -> Figures:
     if model.divisors is None:
         raise ArtifactError(f"`{one.name}` is planned and there is none", hint=gguf_keys.DENSE)
     put(one.spec.key, torch.from_numpy(model.divisors))
     return Error().figures()
 
 
-def _make_split(base: _Base, one: _Weight, order: Order | None, put: Put) -> Figures:
+def _make_split(base: _Base, one: Weight, order: Order | None, put: Put) -> Figures:
     packed, scales = (base.read(f"{one.module}.weight_{part}") for part in ("packed", "scale"))
     bits, error = base.artifact.bits[str(one.module)], Error()
     for start, count in base.sizes.tiles("convert", one.spec.shape):
@@ -299,7 +318,7 @@ def _make_split(base: _Base, one: _Weight, order: Order | None, put: Put) -> Fig
     return error.figures()
 
 
-def _q4_0(one: _Weight, codes: Tensor, scales: Tensor, error: Error) -> Tensor:
+def _q4_0(one: Weight, codes: Tensor, scales: Tensor, error: Error) -> Tensor:
     """Pack codes and scales as blocks of Q4_0.
 
     Args:
@@ -328,7 +347,7 @@ def _q4_0(one: _Weight, codes: Tensor, scales: Tensor, error: Error) -> Tensor:
     return torch.from_numpy(packed)
 
 
-def _again(one: _Weight, codes: Tensor, scales: Tensor, error: Error) -> Tensor:
+def _again(one: Weight, codes: Tensor, scales: Tensor, error: Error) -> Tensor:
     """Quantize what base stands for to Q8_0, or leave it as it is where rows are too short."""
     import gguf
 
@@ -342,7 +361,7 @@ def _again(one: _Weight, codes: Tensor, scales: Tensor, error: Error) -> Tensor:
 
 
 def _make_plain(
-    base: _Base, source: SourceTensor, one: _Weight, order: Order | None, put: Put
+    base: _Base, source: SourceTensor, one: Weight, order: Order | None, put: Put
 ) -> Figures:
     error = Error()
     if order is not None:  # no tile of rows of the file is one of the checkpoint
