@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 SHORT = "Write a checkpoint, or an artifact, as plain safetensors, GGUF or an adapter."
 EXAMPLES = """
     ortho convert pytorch_model.bin --dtype bf16
-    ortho convert model.gguf -o model
+    ortho convert SmolLM2-ortho --alpha 1
     ortho convert SmolLM2-ortho --to gguf
 """
 
@@ -39,9 +39,9 @@ def convert(
     out: Annotated[
         Path | None,
         options.out(
-            help="The folder to make.  [default: SRC-converted, or SRC-alpha-A for an artifact, "
-            "beside SRC; in the working directory for a model in the Hub's cache, or where that "
-            "cannot be written]"
+            help="The folder to make, or the GGUF file.  [default: SRC-converted, of an artifact "
+            "SRC-alpha-A, SRC-lora, SRC-Q4_0.gguf or SRC-lora.gguf, beside SRC; in the working "
+            "directory for a model in the Hub's cache, or where that cannot be written]"
         ),
     ] = None,
     alpha: Annotated[

@@ -81,6 +81,7 @@ def plan_base(path: Path, *, dtype: str | None = None, sizes: Sizes = DEFAULT_SI
     config, model, weights, places = open_model(artifact, parse_dtype(dtype))
     tokens, notes = tokenizer_keys(folder, vocabulary=model.vocabulary)
     keys: dict[str, gguf_layout.Value] = {
+        "general.type": "model",
         "general.file_type": FILE_TYPE,
         "general.quantization_version": QUANTIZATION_VERSION,
         **model.keys,

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from ortho_cli.convert.plan import parse_dtype
+from ortho_cli.convert.sources.architectures import parameter_names
 from ortho_cli.convert.targets.factors import Module, Ortho
 from ortho_cli.convert.targets.job import Error, Figures, Part, Put, TargetPlan
 from ortho_cli.formats.artifact import pretty_json
@@ -139,6 +140,13 @@ def notes_of(ortho: Ortho, modules: Sequence[Module]) -> Iterator[str]:
         yield f"{columns} columns of {len(cut)} weights are left out by --max-rank"
     if any(not module.held for module in modules):
         yield "ortho is scattered: the adapter is the nearest of its rank, not ortho itself"
+    known = parameter_names(ortho.source.config, tensors=len(ortho.artifact.base.tensors))
+    strange = [] if known is None else [m.name for m in modules if m.weight not in known]
+    if strange:
+        yield (
+            f"{len(strange)} weights are of modules that transformers' model does not have (first "
+            f"`{strange[0]}`): PEFT passes over them"
+        )
     yield "an adapter gives away what ortho does: keep it as private, and never upload it"
 
 
