@@ -40,7 +40,7 @@ def convert(
         Path | None,
         options.out(
             help="The folder to make, or the GGUF file.  [default: SRC-converted, of an artifact "
-            "SRC-alpha-A, SRC-lora, SRC-Q4_0.gguf or SRC-lora.gguf, beside SRC; in the working "
+            "SRC-alpha-A, SRC-lora, SRC-base.gguf or SRC-lora.gguf, beside SRC; in the working "
             "directory for a model in the Hub's cache, or where that cannot be written]"
         ),
     ] = None,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ortho_cli.cli.shared import Output, located, place_output, run_facts
-from ortho_cli.errors import UsageError
+from ortho_cli.errors import CheckpointError, UsageError
 from ortho_cli.events import Noted
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 FORMS = ("gguf", "lora", "gguf-lora")
 # The default name of an output, after that of the artifact.
-SUFFIXES = {"gguf": "Q4_0.gguf", "lora": "lora", "gguf-lora": "lora.gguf"}
+SUFFIXES = {"gguf": "base.gguf", "lora": "lora", "gguf-lora": "lora.gguf"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,9 @@ def convert_to(
 
     to = _check(wish, unfit)
     source = located(source, quiet=output.quiet)
-    if source.exists() and not is_artifact(source, damaged=True):
+    if not source.exists():
+        raise CheckpointError(f"`{source}` does not exist", hint="check the path")
+    if not is_artifact(source, damaged=True):
         raise UsageError(
             f"`{source}` is no artifact, and --to {to} is for artifacts",
             hint=f"`ortho decompose {source}` makes one",

@@ -275,7 +275,7 @@ def test_base_alone_is_enough_and_an_existing_file_is_replaced_only_if_it_is_our
 ) -> None:
     out = split(ortho, pico(tmp_path / "m"))
     (out / "ortho.safetensors").unlink()
-    place = tmp_path / "m-split-Q4_0.gguf"
+    place = tmp_path / "m-split-base.gguf"
     planned = ortho("convert", out, "--to", "gguf", "--dry-run", "--json")
     assert planned.code == 0, planned.err
     assert not place.exists()

@@ -39,7 +39,7 @@ from ortho_cli.convert.targets.gguf_keys import ModelKeys
 from ortho_cli.convert.targets.gguf_layout import GgufSpec
 from ortho_cli.convert.targets.gguf_tokenizer import tokenizer_keys
 from ortho_cli.convert.targets.job import Error, Figures, Part, Put, TargetPlan
-from ortho_cli.errors import ArtifactError, CheckpointError, NumericalError
+from ortho_cli.errors import CheckpointError, InternalError, NumericalError
 from ortho_cli.formats.artifact import Artifact, damaged
 from ortho_cli.formats.open_artifact import open_artifact
 from ortho_cli.split import quantize
@@ -54,8 +54,9 @@ Order = npt.NDArray[np.int64]  # (out,): rows of the checkpoint in the order of 
 BLOCK = 32  # weights of a block of Q4_0 and of Q8_0
 SUFFIX = ".gguf"
 KIND = Kind(name="GGUF file", is_ours=gguf_layout.is_ours, is_file=True)
-# gguf.LlamaFileType.MOSTLY_Q4_0 and GGML_QUANT_VERSION: what llama.cpp shows of a file.
-FILE_TYPE, QUANTIZATION_VERSION = 2, 2
+# What llama.cpp shows of a file: gguf.LlamaFileType by the type of most split weights.
+FILE_TYPES = {"Q4_0": 2, "Q8_0": 7, "BF16": 32, "F16": 1, "F32": 0}
+QUANTIZATION_VERSION = 2  # GGML_QUANT_VERSION
 # Buffers that old checkpoints hold, and that llama.cpp computes itself.
 _COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
 _LAYER = re.compile(r"blk\.(\d+)\.")
@@ -82,7 +83,7 @@ def plan_base(path: Path, *, dtype: str | None = None, sizes: Sizes = DEFAULT_SI
     tokens, notes = tokenizer_keys(folder, vocabulary=model.vocabulary)
     keys: dict[str, gguf_layout.Value] = {
         "general.type": "model",
-        "general.file_type": FILE_TYPE,
+        "general.file_type": _file_type(weights),
         "general.quantization_version": QUANTIZATION_VERSION,
         **model.keys,
         **tokens,
@@ -172,7 +173,7 @@ def _weights(artifact: Artifact, model: ModelKeys, dtype: str | None) -> list[We
             raise CheckpointError(
                 f"tensor `{name}` of `{artifact.base.path}` has no place in a {model.architecture} "
                 "of llama.cpp",
-                hint=gguf_keys.DENSE,
+                hint=gguf_keys.another_way(artifact.folder),
             )
         return f"{found}{dot}{suffix}"
 
@@ -203,6 +204,11 @@ def _rank(key: str) -> tuple[int, int, str]:
     """Order tensors as a model runs: the embedding, layer by layer, then the rest."""
     layer = _LAYER.match(key)
     return (1, int(layer[1]), key) if layer else (0 if key.startswith("token") else 2, 0, key)
+
+
+def _file_type(weights: list[Weight]) -> int:
+    kinds = [one.spec.kind for one in weights if one.module is not None]
+    return FILE_TYPES[max(FILE_TYPES, key=kinds.count)]
 
 
 def _notes(weights: list[Weight]) -> Iterator[str]:
@@ -251,13 +257,13 @@ def _read_back(
             read, places = read_places(path)
         except CheckpointError as error:
             told = error.message.replace(str(path), f"GGUF of {folder}")
-            raise CheckpointError(told, hint=gguf_keys.DENSE) from None
+            raise CheckpointError(told, hint=gguf_keys.another_way(folder)) from None
     gguf_keys.check_read_back(config, read, told=folder)
     for one in weights:
         if one.spec.key != FREQS and places[one.spec.key].name != one.name:
             raise CheckpointError(
                 f"tensor `{one.name}` of `{folder}` would be read as `{places[one.spec.key].name}`",
-                hint=gguf_keys.DENSE,
+                hint=gguf_keys.another_way(folder),
             )
     return places
 
@@ -301,7 +307,7 @@ def _part(base: _Base, one: Weight, place: Placed | None, model: ModelKeys) -> P
 
 def _make_divisors(one: Weight, model: ModelKeys, put: Put) -> Figures:
     if model.divisors is None:
-        raise ArtifactError(f"`{one.name}` is planned and there is none", hint=gguf_keys.DENSE)
+        raise InternalError(f"`{one.name}` is planned, and the model has no divisors")
     put(one.spec.key, torch.from_numpy(model.divisors))
     return Error().figures()
 
@@ -313,13 +319,13 @@ def _make_split(base: _Base, one: Weight, order: Order | None, put: Put) -> Figu
         rows = slice(start, start + count) if order is None else order[start : start + count]
         codes, mine = quantize.unpack_codes(packed[rows], bits=bits), scales[rows]
         if one.has_codes:
-            put(one.spec.key, _q4_0(one, codes, mine, error))
+            put(one.spec.key, _q4_0(one, codes, mine, error, base.artifact.folder))
         else:
             put(one.spec.key, _again(one, codes, mine, error))
     return error.figures()
 
 
-def _q4_0(one: Weight, codes: Tensor, scales: Tensor, error: Error) -> Tensor:
+def _q4_0(one: Weight, codes: Tensor, scales: Tensor, error: Error, folder: Path) -> Tensor:
     """Pack codes and scales as blocks of Q4_0.
 
     Args:
@@ -327,6 +333,7 @@ def _q4_0(one: Weight, codes: Tensor, scales: Tensor, error: Error) -> Tensor:
         codes: (rows, in) int8 in [-8, 7].
         scales: (rows, in / group), > 0.
         error: adds up what float16 scales lose.
+        folder: of the artifact, for errors.
     Returns:
         (rows, in / 32 * 18) uint8.
     """
@@ -335,7 +342,7 @@ def _q4_0(one: Weight, codes: Tensor, scales: Tensor, error: Error) -> Tensor:
         raise NumericalError(
             f"`{one.name}` has a scale of {scales.max().item():g}, and float16, which Q4_0 has, "
             "ends at 65504",
-            hint=gguf_keys.DENSE,
+            hint=gguf_keys.another_way(folder),
         )
     error.add_scales(codes, scales, halves)
     blocks = codes.shape[1] // BLOCK

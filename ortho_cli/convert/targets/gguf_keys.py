@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,19 @@ from ortho_cli.convert.sources import gguf_config, gguf_rope
 from ortho_cli.convert.targets.gguf_layout import Value
 from ortho_cli.errors import CheckpointError, shown
 from ortho_cli.model.load import quiet_transformers
+from ortho_cli.storage import hints
 
 # model_type -> llama.cpp's architecture. Of these, tensors are those of the checkpoint with rows in
 # another order at most. mistral without a sliding window computes what llama does.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 KNOWN = ", ".join(ARCHITECTURES)
-DENSE = "`ortho convert OUT --alpha 0` writes safetensors, which llama.cpp's own converter reads"
+
+
+def another_way(folder: Path) -> str:
+    """Name the command that writes what llama.cpp's own converter reads."""
+    command = f"`ortho convert {hints.said(folder)} --alpha 0`"
+    return f"{command} writes safetensors, which llama.cpp's own converter may read"
+
 
 # Keys of a config that change nothing of what the model computes for given tokens.
 IGNORED = frozenset({
@@ -49,7 +57,7 @@ class ModelKeys:
     divisors: npt.NDArray[np.float32] | None  # (dim / 2,), of rope_freqs.weight
 
 
-def model_keys(config: Mapping[str, object], *, told: object) -> ModelKeys:
+def model_keys(config: Mapping[str, object], *, told: Path) -> ModelKeys:
     """Write a config as keys of a GGUF file.
 
     Args:
@@ -63,7 +71,8 @@ def model_keys(config: Mapping[str, object], *, told: object) -> ModelKeys:
     architecture = ARCHITECTURES.get(str(kind))
     if architecture is None:
         raise CheckpointError(
-            f"`{told}` is a model of type {shown(kind)}, and GGUF is written of {KNOWN}", hint=DENSE
+            f"`{told}` is a model of type {shown(kind)}, and GGUF is written of {KNOWN}",
+            hint=another_way(told),
         )
     made = read_config(config)
     with quiet_transformers() as transformers:
@@ -97,7 +106,7 @@ def read_config(config: Mapping[str, object]) -> Any:
 
 
 def _rope_keys(
-    rope: Mapping[str, Any], width: int, told: object
+    rope: Mapping[str, Any], width: int, told: Path
 ) -> tuple[dict[str, Value], npt.NDArray[np.float32] | None]:
     """Write `rope_parameters` as keys, and as divisors where llama.cpp has no key."""
     kind, theta = rope.get("rope_type", "default"), float(rope.get("rope_theta", gguf_rope.BASE))
@@ -118,13 +127,13 @@ def _rope_keys(
         raise CheckpointError(
             f"`{told}` scales rotary embeddings as {shown(kind)}, and GGUF is written of default, "
             "linear, yarn and llama3",
-            hint=DENSE,
+            hint=another_way(told),
         )
     return found, None
 
 
 def check_read_back(
-    config: Mapping[str, object], read: Mapping[str, object], *, told: object
+    config: Mapping[str, object], read: Mapping[str, object], *, told: Path
 ) -> None:
     """Hold the config that comes back from a file against the one that it was written of.
 
@@ -138,7 +147,7 @@ def check_read_back(
             raise CheckpointError(
                 f"`{told}` says `{key}` is {shown(mine)}, and of its GGUF file a reader would make "
                 f"{shown(other)}",
-                hint=DENSE,
+                hint=another_way(told),
             )
 
 
