@@ -314,6 +314,14 @@ def test_weights_of_which_ortho_holds_nothing_get_no_adapter(tmp_path: Path, ort
     config = json.loads((tmp_path / "m-split-lora" / "adapter_config.json").read_text())
     assert len(config["target_modules"]) == 12
     assert not any("v_proj" in name for name in config["target_modules"])
+    ran = ortho("convert", out, "--to", "lora", "--pad", "--force")
+    assert ran.code == 0, ran.err
+    tensors = load_file(tmp_path / "m-split-lora" / "adapter_model.safetensors")
+    assert (
+        len(tensors) == 28
+    )  # all split weights of one rank, as servers that stack q, k, v need it
+    assert {t.shape[0] for name, t in tensors.items() if "lora_A" in name} == {10}
+    assert not any(tensors[name].any() for name in tensors if "v_proj" in name)
     empty = split(ortho, tmp_path / "e", "ortho.structure=columns", "ortho.density=0")
     ran = ortho("convert", empty, "--to", "lora")
     assert ran.code == ArtifactError.exit_code

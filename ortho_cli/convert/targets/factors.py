@@ -48,7 +48,7 @@ class Module:
 
     name: str  # of the module
     shape: Shape  # (out, in)
-    rank: int  # rows of A that are written
+    rank: int  # rows of A that are written; 0 where ortho holds nothing
     held: int  # columns that ortho holds; 0 where it is scattered
     dtype: str  # of the source, as safetensors names it
 
@@ -65,8 +65,13 @@ class Ortho:
     artifact: Artifact
     source: Source
     reader: KeptReader
-    modules: tuple[Module, ...]  # without those that ortho holds nothing of
+    split: tuple[Module, ...]  # every split weight
     sizes: Sizes
+
+    @property
+    def modules(self) -> tuple[Module, ...]:
+        """Those that ortho holds something of."""
+        return tuple(module for module in self.split if module.rank)
 
     @property
     def rank(self) -> int:
@@ -189,6 +194,8 @@ def nearest(delta: Tensor, *, rank: int) -> tuple[Tensor, Tensor]:
         smaller side is positive.
     Source: Eckart and Young (1936).
     """
+    if not delta.numel():
+        return delta.new_zeros(delta.shape[0], 0), delta.new_zeros(0, delta.shape[1])
     wide = delta.shape[0] <= delta.shape[1]
     side = delta if wide else delta.T
     gram = torch.zeros(len(side), len(side), dtype=torch.float64)
@@ -238,11 +245,10 @@ def open_ortho(
         raise no_ortho(artifact, "an adapter is made of it")
     _check_form(artifact, max_rank, approximate)
     modules = tuple(
-        module
+        _module(artifact, name, parts, max_rank or approximate)
         for name, parts in sorted(artifact.kept.items())
-        if (module := _module(artifact, name, parts, max_rank or approximate)) is not None
     )
-    if not modules:
+    if not any(module.rank for module in modules):
         raise ArtifactError(
             f"the ortho of `{artifact.folder}` holds no weight", hint="base alone is the model"
         )
@@ -261,7 +267,7 @@ def open_ortho(
         private=True,
         close=close,
     )
-    return Ortho(artifact=artifact, source=source, reader=reader, modules=modules, sizes=sizes)
+    return Ortho(artifact=artifact, source=source, reader=reader, split=modules, sizes=sizes)
 
 
 def _check_form(artifact: Artifact, max_rank: int | None, approximate: int | None) -> None:
@@ -289,7 +295,7 @@ def _check_form(artifact: Artifact, max_rank: int | None, approximate: int | Non
         )
 
 
-def _module(artifact: Artifact, name: str, parts: Parts, most: int | None) -> Module | None:
+def _module(artifact: Artifact, name: str, parts: Parts, most: int | None) -> Module:
     shape = artifact.shapes[name]
     is_columns = columns.holds_columns(parts)
     stored = ("col_indices",) if is_columns else ("values", "column_values")
@@ -297,8 +303,6 @@ def _module(artifact: Artifact, name: str, parts: Parts, most: int | None) -> Mo
     # All columns of a tall weight are more than its rows, and all of them are written.
     rank = held if is_columns else min(held, *shape)
     rank = rank if most is None else min(rank, most)
-    if rank == 0:
-        return None
     scales = {tensor.name: tensor.dtype for tensor in artifact.base.tensors}
     return Module(
         name=name,

@@ -69,7 +69,8 @@ def plan_lora(
         CheckpointError: the header would pass the format's limit.
     """
     kept, rank = parse_dtype(dtype), ortho.rank
-    modules = [replace(one, rank=rank) if pad else one for one in ortho.modules]
+    # SGLang stacks q, k and v, and misses one that is not there: padded, every split weight is.
+    modules = [replace(one, rank=rank) for one in ortho.split] if pad else ortho.modules
     parts, specs = [], []
     for module in modules:
         kind = BY_CONFIG[kept] if kept else module.dtype
