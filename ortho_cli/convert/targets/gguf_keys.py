@@ -141,6 +141,8 @@ def check_read_back(
         CheckpointError: names the first key that llama.cpp would not know of.
     """
     wanted, found = (read_config(one).to_dict() for one in (config, read))
+    for one in (wanted, found):  # qwen2 has it where it is not hidden / heads alone
+        one["head_dim"] = gguf_config.head_width(one)
     for key in sorted(wanted.keys() | found.keys()):
         mine, other = wanted.get(key), found.get(key)
         if key not in IGNORED and not _same(mine, other):
