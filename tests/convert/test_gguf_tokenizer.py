@@ -27,6 +27,7 @@ VOCAB = 400
 
 def save(folder: Path, backend: Any, **special: str) -> Path:
     folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
     told = {"unk_token": None, "bos_token": "<s>", "eos_token": "</s>"} | special
     transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **told).save_pretrained(folder)
     return folder
@@ -48,7 +49,7 @@ def byte_level(*steps: Any, ignore_merges: bool = False, normalizer: Any = None)
     return backend
 
 
-def sentencepiece(*, metaspace: bool = False) -> Any:
+def sentencepiece(*, metaspace: bool = False, complete: bool = True) -> Any:
     """Build a BPE with byte fallback, as transformers makes it of a SentencePiece model."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += sorted(
@@ -68,6 +69,10 @@ def sentencepiece(*, metaspace: bool = False) -> Any:
     vocab = {piece: number for number, piece in enumerate(pieces)}
     for merge in merges:
         vocab.setdefault("".join(merge), len(vocab))
+    if complete:  # every pair that makes a token, as transformers lists them
+        made = dict.fromkeys("".join(merge) for merge in merges)
+        cuts = [(token[:at], token[at:]) for token in made for at in range(1, len(token))]
+        merges = [pair for pair in cuts if vocab.keys() >= set(pair)]
     model = tokenizers.models.BPE(
         vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True
     )
@@ -186,6 +191,7 @@ def test_tokenizer_that_llama_cpp_has_none_like_is_refused(tmp_path: Path) -> No
             (plain, VOCAB, "is neither byte-level nor falls back to bytes"),
             (lower, VOCAB, "normalizes text by ['Lowercase']"),
             (byte_level(level), 100, "and the embedding 100 rows"),
+            (sentencepiece(complete=False), VOCAB, "never merges ('▁', 'at')"),
         )
     ):
         folder = save(tmp_path / str(number), backend)

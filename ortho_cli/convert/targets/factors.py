@@ -238,7 +238,7 @@ def open_ortho(
     Raises:
         ArtifactError: the artifact is damaged, has no ortho, or an empty one.
         UsageError: ortho is scattered and `approximate` is not given, or is given for whole
-            columns; or `max_rank` is, for a scattered one.
+            columns.
     """
     artifact = open_artifact(path if path.is_dir() else path.parent, keys)
     if artifact.ortho is None:
@@ -279,19 +279,14 @@ def _check_form(artifact: Artifact, max_rank: int | None, approximate: int | Non
             f"the ortho of `{artifact.folder}` holds scattered weights, as of `{scattered[0]}`, "
             "and an adapter is exact of whole columns alone",
             hint="decompose the model with `--set ortho.structure=columns`, or take "
-            f"`ortho convert {folder} --to lora --approximate 64`, which measures what is lost",
+            f"`ortho convert {folder} --to lora --approximate {max_rank or 64}`, which says what it "
+            "loses",
         )
     if approximate is not None and not scattered:
         raise UsageError(
             f"the ortho of `{artifact.folder}` holds whole columns, and --approximate "
             f"{approximate} is for scattered weights",
             hint=f"leave it out, or take the best columns: --max-rank {approximate}",
-        )
-    if max_rank is not None and scattered:
-        raise UsageError(
-            f"the ortho of `{artifact.folder}` holds scattered weights, and --max-rank {max_rank} "
-            "is for whole columns",
-            hint=f"--approximate {max_rank}",
         )
 
 

@@ -152,11 +152,12 @@ def _sentencepiece(folder: Path, told: Json, vocabulary: int) -> dict[str, Value
             raise _refusal(folder, f"falls back to bytes, and has a step {shown(step)}")
         prefixed |= prepend or (metaspace and step.get("prepend_scheme", "always") != "never")
     tokens, types = _tokens(told, vocabulary)
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in told["model"]["merges"]]
+    _check_merges(folder, [t for t, k in zip(tokens, types, strict=True) if k == NORMAL], merges)
     ranks: dict[str, int] = {}
-    for rank, merge in enumerate(told["model"]["merges"]):
-        made = "".join(merge.split(" ") if isinstance(merge, str) else merge)
-        ranks.setdefault(made, rank)
-    last = float(len(told["model"]["merges"]))
+    for rank, merge in enumerate(merges):
+        ranks.setdefault("".join(merge), rank)
+    last = float(len(merges))
     scores = [
         -float(ranks.get(token, last)) if kind == NORMAL else 0.0
         for token, kind in zip(tokens, types, strict=True)
@@ -169,6 +170,16 @@ def _sentencepiece(folder: Path, told: Json, vocabulary: int) -> dict[str, Value
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.add_space_prefix": prefixed,
     }
+
+
+def _check_merges(folder: Path, tokens: list[str], merges: list[tuple[str, ...]]) -> None:
+    """Refuse a vocabulary of which llama.cpp would merge more: it merges whatever gives a token."""
+    known, listed = set(tokens), set(merges)
+    for token in tokens:
+        for cut in range(1, len(token)):
+            pair = token[:cut], token[cut:]
+            if known.issuperset(pair) and pair not in listed:
+                raise _refusal(folder, f"never merges {shown(pair)}, which make a token of its own")
 
 
 def _tokens(told: Json, vocabulary: int) -> tuple[list[str], list[int]]:
