@@ -279,8 +279,8 @@ def _check_form(artifact: Artifact, max_rank: int | None, approximate: int | Non
             f"the ortho of `{artifact.folder}` holds scattered weights, as of `{scattered[0]}`, "
             "and an adapter is exact of whole columns alone",
             hint="decompose the model with `--set ortho.structure=columns`, or take "
-            f"`ortho convert {folder} --to lora --approximate {max_rank or 64}`, which says what it "
-            "loses",
+            f"`ortho convert {folder} --to lora --approximate {max_rank or 64}`, which says what "
+            "it loses",
         )
     if approximate is not None and not scattered:
         raise UsageError(
