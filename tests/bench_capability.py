@@ -35,6 +35,7 @@ RECIPE = ("--recipe", "capability")
 WITHOUT_DATA = ("int4", "default")  # recipes that need no statistics
 LEFT = ("base.alone=false",)
 TUNED = "capability-tuned"
+COLUMNS = ("ortho.structure=columns", "ortho.layout=null")
 CSR = ("ortho.layout=csr", "ortho.values=source")
 
 
@@ -78,6 +79,10 @@ OURS = (
     Way("`--target-bits 4.2`, groups of 192", ("base.group_size=192",), 4.2),
     Way("`--target-bits 4.3`", (), 4.3),
     Way("`--target-bits 5`", (), 5.0),
+    Way("columns, `--target-bits 4.3`", COLUMNS, 4.3),
+    Way("columns, source values, `--target-bits 4.3`", (*COLUMNS, "ortho.values=source"), 4.3),
+    Way("columns, shared, `--target-bits 4.3`", (*COLUMNS, "ortho.share=true"), 4.3),
+    Way("columns, tuned, `--target-bits 4.3`", COLUMNS, 4.3, TUNED),
 )
 
 

@@ -26,6 +26,7 @@ from memorised import build as build_memorised
 from ortho_cli.cli import app
 from ortho_cli.convert import plan as convert_plan
 from ortho_cli.convert.sources import open_source
+from ortho_cli.convert.targets import factors, gguf_base
 from ortho_cli.decompose import plan, recheck
 from ortho_cli.split import pipeline
 from ortho_cli.split.sizes import Part, Sizes
@@ -149,6 +150,8 @@ class SmallTiles(Sizes):
                 (convert_plan, "make_plan"),
                 (open_source, "open_source"),
                 (recheck, "check_values"),
+                (gguf_base, "plan_base"),
+                (factors, "open_ortho"),
             ):
                 patch.setattr(module, name, partial(getattr(module, name), sizes=self))
             yield

@@ -82,7 +82,10 @@ def weight(folder: Path, module: str) -> Weight:
     scales = np.repeat(number(stored, dtype), columns // stored.shape[1], axis=1)
     dense = round_once(codes * scales, dtype)
     parts = {n.rpartition(".")[2]: v for n, v in ortho.items() if n.rpartition(".")[0] == module}
-    places = _csr(parts) if "crow_indices" in parts else _compact(parts, rows)
+    if "crow_indices" in parts:
+        places = _csr(parts)
+    else:
+        places = _compact(parts, rows) if "row_counts" in parts else _columns(parts, dense, dtype)
     kept, full = np.zeros((rows, columns), bool), dense.copy()
     for row, column, value in places:
         assert not kept[row, column]
@@ -97,6 +100,23 @@ def _csr(parts: dict[str, Any]) -> list[tuple[int, int, float]]:
         (row, int(column[at]), float(values[at]))
         for row in range(len(crow) - 1)
         for at in range(int(crow[row]), int(crow[row + 1]))
+    ]
+
+
+def _columns(
+    parts: dict[str, Any], base: np.ndarray[Any, Any], dtype: str
+) -> list[tuple[int, int, float]]:
+    columns = [int(column) for column in parts["col_indices"][1]]
+    kind, stored = parts["values"]
+    values = number(stored, kind)
+    if kind == "I8":
+        scales = number(parts["value_scales"][1], parts["value_scales"][0]).astype(np.float32)
+        lacks = stored.astype(np.float32) * scales
+        values = round_once((base[:, columns].astype(np.float32) + lacks).astype(np.float64), dtype)
+    return [
+        (row, column, float(values[row, i]))
+        for row in range(len(base))
+        for i, column in enumerate(columns)
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,36 @@ def top_k_indices(saliency: Tensor, k: int) -> list[int]:
     """Flat indices of the k largest, ties to the lower index, ascending: a full sort."""
     values = saliency.flatten().tolist()
     return sorted(sorted(range(len(values)), key=lambda i: (-values[i], i))[:k])
+
+
+def column_indices(saliency: Tensor, count: int, forced: Collection[int] = ()) -> list[int]:
+    """The columns of the largest sums of squares, forced ones first, ties to the lower one."""
+    sums = [0.0] * saliency.shape[1]
+    for row in saliency.tolist():
+        for j, value in enumerate(row):
+            sums[j] += value * value
+    order = sorted(range(len(sums)), key=lambda j: (j not in forced, -sums[j], j))
+    return sorted(order[:count])
+
+
+def int8_columns(
+    values: list[list[float]], base: list[list[float]], dtype: torch.dtype
+) -> tuple[list[list[int]], list[float], list[list[float]]]:
+    """Codes, scales and weights of whole columns, given row by row, one weight at a time."""
+    f = np.float32
+    scales, codes, back = [], [], [[0.0] * len(row) for row in values]
+    for j in range(len(values[0])):
+        lacks = [f(row[j]) - f(held[j]) for row, held in zip(values, base, strict=True)]
+        largest = max(abs(one) for one in lacks) / f(127)
+        smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        scale = f(torch.tensor(max(largest, f(smallest))).to(dtype).float().item())
+        column = [max(-127, min(127, round(float(one / scale)))) for one in lacks]
+        for row, code in enumerate(column):
+            whole = f(base[row][j]) + f(code) * scale
+            back[row][j] = torch.tensor(whole).to(dtype).float().item()
+        scales.append(float(scale))
+        codes.append(column)
+    return [list(row) for row in zip(*codes, strict=True)], scales, back
 
 
 def forced_indices(residual: Tensor, curvature: Tensor, forced: list[int], k: int) -> list[int]:
@@ -409,7 +440,17 @@ def dense(base: dict[str, Tensor], ortho: dict[str, Tensor], module: str, alpha:
     rows, columns = base[f"{module}.weight_shape"].tolist()
     codes = unpack_codes(packed, bits=packed.shape[1] * 32 // columns)
     weight = dequantize(codes, scales)
-    if alpha:
+    if alpha and f"{module}.crow_indices" not in ortho:
+        stored = ortho[f"{module}.values"].float()
+        for i, column in enumerate(ortho[f"{module}.col_indices"].tolist()):
+            for row in range(rows):
+                held, value = weight[row, column].clone(), stored[row, i]
+                if f"{module}.value_scales" in ortho:
+                    value = held + value * ortho[f"{module}.value_scales"][i].float()
+                    value = value.to(scales.dtype).float()
+                blend = held + torch.tensor(alpha, dtype=torch.float32) * (value - held)
+                weight[row, column] = value if alpha == 1.0 else blend
+    elif alpha:
         crow, values = ortho[f"{module}.crow_indices"], ortho[f"{module}.values"].float()
         for row in range(rows):
             for i in range(int(crow[row]), int(crow[row + 1])):

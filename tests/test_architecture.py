@@ -20,6 +20,7 @@ RANKS = [
     ["model"],
     ["convert.sources"],
     ["convert"],
+    ["convert.targets"],
     ["decompose"],
     ["calibrate", "forget", "runtime"],
     ["bench"],

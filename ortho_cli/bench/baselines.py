@@ -41,9 +41,9 @@ def int4_codes(layer: OrthoLinear) -> Tensor:
     Exact, since ortho has every position that forgetting moves. Halves round to even, as in
     `quantize.quantize`.
     """
-    crow, column, values = layer.crow_indices, layer.col_indices, layer.values
-    if crow is None or column is None or values is None:
+    if layer.nnz is None:
         raise ArtifactError("INT4 without forgetting is not known from base alone", hint=NO_ORTHO)
+    crow, column, values = layer.csr()
     codes = base_codes(layer)
     rows = torch.repeat_interleave(torch.arange(layer.out_features), crow.cpu().long().diff())
     columns = column.cpu().to(torch.int64)

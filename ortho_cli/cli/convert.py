@@ -11,16 +11,17 @@ from typing import Annotated
 import typer
 
 from ortho_cli.cli import options
+from ortho_cli.cli.convert_to import Wish, convert_to
 from ortho_cli.cli.shared import Output, located, place_output, run_facts
 from ortho_cli.errors import UsageError
 
 log = logging.getLogger(__name__)
 
-SHORT = "Write a checkpoint, or an artifact, as plain safetensors."
+SHORT = "Write a checkpoint, or an artifact, as plain safetensors, GGUF or an adapter."
 EXAMPLES = """
     ortho convert pytorch_model.bin --dtype bf16
-    ortho convert model.gguf -o model
     ortho convert SmolLM2-ortho --alpha 1
+    ortho convert SmolLM2-ortho --to gguf
 """
 
 
@@ -37,15 +38,50 @@ def convert(
     out: Annotated[
         Path | None,
         options.out(
-            help="The folder to make.  [default: SRC-converted, or SRC-alpha-A for an artifact, "
-            "beside SRC; in the working directory for a model in the Hub's cache, or where that "
-            "cannot be written]"
+            help="The folder to make, or the GGUF file.  [default: SRC-converted, of an artifact "
+            "SRC-alpha-A, SRC-lora, SRC-base.gguf or SRC-lora.gguf, beside SRC; in the working "
+            "directory for a model in the Hub's cache, or where that cannot be written]"
         ),
     ] = None,
     alpha: Annotated[
         str | None,
         typer.Option(metavar="A", help="For an artifact, and required there: 0 is base, 1 is all."),
     ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORM",
+            help="What an artifact becomes instead: `gguf`, base for llama.cpp; `lora`, ortho as "
+            "an adapter of PEFT, vLLM and SGLang; `gguf-lora`, that for llama.cpp.",
+            autocompletion=options.completing("gguf", "lora", "gguf-lora"),
+        ),
+    ] = None,
+    max_rank: Annotated[
+        int | None,
+        typer.Option(
+            metavar="R", min=1, help="Keep the R columns of most energy in each weight's adapter."
+        ),
+    ] = None,
+    approximate: Annotated[
+        int | None,
+        typer.Option(
+            metavar="R",
+            min=1,
+            help="Write a scattered ortho as the nearest adapter of rank R; what it loses is "
+            "measured.",
+        ),
+    ] = None,
+    pad: Annotated[
+        bool,
+        typer.Option(
+            "--pad", help="Give every weight the largest rank, by zeros, as SGLang needs it."
+        ),
+    ] = False,
+    seal_to: options.SealTo = None,
+    plaintext: Annotated[
+        bool,
+        typer.Option("--plaintext", help="Write the adapter of a sealed ortho without sealing it."),
+    ] = False,
     identity: options.Identity = None,
     key: Annotated[
         str | None,
@@ -86,7 +122,27 @@ def convert(
     Reads tile by tile and needs little memory; only a .bin of before torch 1.6 is held whole, and
     of a GGUF one tensor at a time. Nothing in a file of torch.save is ever run. Prefixes of
     wrappers, as DDP's `module.`, are stripped from names. A killed run resumes.
+
+    With --to it writes what servers take: OUT.gguf, or an adapter, which is as private as ortho
+    and must not be uploaded.
     """
+    output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
+    wish = Wish(
+        to=to,
+        dtype=dtype,
+        max_rank=max_rank,
+        approximate=approximate,
+        pad=pad,
+        seal_to=tuple(seal_to or ()),
+        plaintext=plaintext,
+        identity=identity,
+        force=force,
+        dry_run=dry_run,
+    )
+    if to is not None:
+        unfit = [("--alpha", alpha), ("--key", key), ("--copy", copy)]
+        convert_to(source, out, wish, output, unfit=[name for name, one in unfit if one])
+        return
     from ortho_cli.cli.show.convert import print_convert_plan, print_converted
     from ortho_cli.convert import job
     from ortho_cli.convert.plan import make_plan, parse_size
@@ -94,7 +150,8 @@ def convert(
     from ortho_cli.events import Noted
     from ortho_cli.storage.sealing import read_keys
 
-    output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
+    for name in wish.of_adapters:
+        raise UsageError(f"{name} is for adapters, and there is no --to", hint="add --to lora")
     size, share = parse_size(shard_size), _share(alpha)
     source = located(source, quiet=quiet)
     keys = read_keys(identity)

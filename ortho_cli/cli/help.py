@@ -34,11 +34,12 @@ GROUPS = {
         *("controls", "attack", "by_layer", "verify"),
     ),
     "Output": (
-        *("out", "force", "dry_run", "copy", "dtype", "shard_size", "accept_damage"),
+        *("out", "to", "force", "dry_run", "copy", "dtype", "shard_size", "accept_damage"),
+        *("max_rank", "approximate", "pad"),
         *("require", "csv", "as_csv", "top", "html", "keep_files"),
     ),
     "Continuations": ("prompts", "prompt", "max_new_tokens", "temperature"),
-    "Sealing": ("seal_to", "seal_passphrase_file", "identity"),
+    "Sealing": ("seal_to", "seal_passphrase_file", "identity", "plaintext"),
     "Machine": ("workers", "device", "autocast"),
     "General": (
         *("as_json", "quiet", "verbose", "show_secrets", "version"),

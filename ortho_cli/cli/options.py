@@ -94,6 +94,13 @@ Schema = Annotated[
 Identity = Annotated[
     Path | None, file(help="age identities, or a passphrase, that open a sealed ortho, in memory.")
 ]
+SealTo = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="RECIPIENT",
+        help="Seal the output to age1..., a recipient of age; repeatable.",
+    ),
+]
 Stats = Annotated[Path | None, file(help="Curvature statistics, as `ortho calibrate` writes them.")]
 Copy = Annotated[
     list[str] | None,

@@ -118,27 +118,45 @@ def _write(tensor: ConvertTensor, file: DataFile, sizes: Sizes, on_event: EventS
     source = tensor.source
     stream = TensorStream(file, source.name)
     for row, count in sizes.tiles("convert", (source.rows, source.columns)):
-        cast = _round(tensor, source.read(row, count), row * source.columns)
+        cast = round_once(
+            source.read(row, count),
+            tensor.spec.dtype,
+            name=source.name,
+            shape=source.shape,
+            start=row * source.columns,
+        )
         stream.write(as_bytes(cast))
         on_event(Advanced(nbytes=cast.nbytes))
     return stream.finish()
 
 
-def _round(tensor: ConvertTensor, read: Tensor, start: int) -> Tensor:
-    """Round to the dtype that is written; refuse finite values that become infinite."""
-    dtype = torch_dtypes()[tensor.spec.dtype]
-    if read.dtype == dtype:
+def round_once(
+    read: Tensor, dtype: str, *, name: str, shape: tuple[int, ...], start: int
+) -> Tensor:
+    """Round to the dtype that is written; refuse finite values that become infinite.
+
+    Args:
+        read: some values of a tensor.
+        dtype: as safetensors names it.
+        name: of the tensor.
+        shape: of the tensor.
+        start: flat index of the first of the values.
+    Raises:
+        NumericalError: names the tensor and the place.
+    """
+    target = torch_dtypes()[dtype]
+    if read.dtype == target:
         return read
-    cast = read.to(dtype)
-    if dtype in quantize.EXPONENTS and cast.numel() and quantize.all_finite(cast):
+    cast = read.to(target)
+    if target in quantize.EXPONENTS and cast.numel() and quantize.all_finite(cast):
         return cast
     lost = cast.isinf() & read.isfinite()
     if bool(lost.any()):
         first = int(lost.view(-1).nonzero()[0])
-        position = [int(i) for i in np.unravel_index(start + first, tensor.source.shape)]
+        position = [int(i) for i in np.unravel_index(start + first, shape)]
         raise NumericalError(
-            f"tensor `{tensor.source.name}` holds {read.reshape(-1)[first].item():g} at "
-            f"{position}, which is infinite in {tensor.spec.dtype}",
+            f"tensor `{name}` holds {read.reshape(-1)[first].item():g} at "
+            f"{position}, which is infinite in {dtype}",
             hint="choose --dtype bfloat16 or float32, whose range is wider",
         )
     return cast

@@ -3,6 +3,9 @@
 A scoring pass reads every weight once, before anything is written, and counts what it would cost
 to lose it. Counts are kept in bins by the upper half of the float32 saliency, which holds its
 exponent and seven bits more: inside a bin values differ by less than 0.8 %.
+
+Whole columns are spent alike: each weight of a column counts as the root of the column's mean
+square, so that the columns of the most saliency per weight come first, whatever their length.
 """
 
 from __future__ import annotations
@@ -18,9 +21,9 @@ import numpy as np
 
 from ortho_cli.decompose.kernels import Kernels
 from ortho_cli.decompose.plan import Plan, SplitTensor, make_plan
-from ortho_cli.decompose.selection import tensor_settings
+from ortho_cli.decompose.selection import sibling_groups, tensor_settings
 from ortho_cli.decompose.settings import GROUP_SIZES, Recipe
-from ortho_cli.decompose.survey import Counts, Survey, stamps
+from ortho_cli.decompose.survey import Columns, Counts, Sums, Survey, stamps
 from ortho_cli.decompose.workers import DigestedRows, open_inputs, task_of
 from ortho_cli.errors import RecipeError
 from ortho_cli.events import EventSink, Noted, Started, null_sink
@@ -29,8 +32,8 @@ from ortho_cli.formats.curvature import Curvature
 from ortho_cli.split import pipeline
 from ortho_cli.split.dtypes import DTYPES
 from ortho_cli.split.pipeline import Work
-from ortho_cli.split.select import BINS
-from ortho_cli.split.task import Inputs
+from ortho_cli.split.select import BINS, largest_columns
+from ortho_cli.split.task import Inputs, columns_of
 from ortho_cli.storage.checkpoint import Checkpoint
 from ortho_cli.storage.hints import said
 from ortho_cli.version import __version__
@@ -50,7 +53,9 @@ def survey(plan: Plan, checkpoint: Checkpoint, *, on_event: EventSink = null_sin
     Raises:
         NumericalError: a weight is NaN or infinite.
     """
-    counts, digests = {}, {}
+    counts: dict[str, Counts] = {}
+    sums: dict[str, Sums] = {}
+    digests, groups = {}, _groups(plan)
     size = sum(tensor.source.nbytes for tensor in plan.split)
     on_event(Started(tensors=len(plan.split), resumed=0, bytes_total=size, bytes_done=0))
     kernel = Kernels(plan, on_event=on_event).make()
@@ -59,9 +64,40 @@ def survey(plan: Plan, checkpoint: Checkpoint, *, on_event: EventSink = null_sin
             rows = DigestedRows(inputs.source, tensor.source, on_event=on_event)
             near = Curvature(inputs.curvature, tensor.name) if inputs.curvature else None
             work = Work(task_of(plan, tensor), Inputs(rows, near), kernel)
-            counts[tensor.name] = pipeline.survey(work)
+            if tensor.columns is None:
+                counts[tensor.name] = pipeline.survey(work)
+            else:
+                first = groups[tensor.name][0]
+                more = pipeline.survey_columns(work)
+                sums[first] = sums[first] + more if first in sums else more
             digests[tensor.name] = rows.digest
-    return Survey(of=_subject(plan, checkpoint), counts=counts, digests=digests)
+    rows_of = {tensor.name: tensor.shape[0] for tensor in plan.split}
+    for name in rows_of if sums else ():
+        group = groups[name]
+        bins = bins_of(sums[group[0]], sum(map(rows_of.__getitem__, group)))
+        counts[name] = bins * rows_of[name]
+    shared = {one: total for one, total in sums.items() if len(groups[one]) > 1}
+    return Survey(of=_subject(plan, checkpoint), counts=counts, digests=digests, sums=shared)
+
+
+def _groups(plan: Plan) -> dict[str, tuple[str, ...]]:
+    """Give the weights that share columns with each weight that is split, itself included."""
+    found: dict[str, tuple[str, ...]] = {tensor.name: (tensor.name,) for tensor in plan.split}
+    if plan.recipe.ortho.share:
+        for group in sibling_groups(found):
+            found |= dict.fromkeys(group, group)
+    return found
+
+
+def bins_of(sums: Sums, rows: int) -> Counts:
+    """Count columns by the root of their mean square, in bins as those of single weights.
+
+    Args:
+        sums: (in,) float64 of squared saliency.
+        rows: weights of each column.
+    """
+    means = np.sqrt(sums / rows).astype(np.float32)
+    return np.bincount(means.view(np.uint32) >> 16, minlength=BINS).astype(np.int64)
 
 
 def _known(plan: Plan, checkpoint: Checkpoint, known: Sequence[Survey]) -> Survey | None:
@@ -89,20 +125,27 @@ def _subject(plan: Plan, checkpoint: Checkpoint) -> str:
             [t.name, t.source.dtype, list(t.source.shape), t.scale, t.bits] for t in plan.split
         ],
     }
+    if plan.recipe.keeps_columns:
+        content["columns"] = {"share": plan.recipe.ortho.share}
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
-def spend(surveyed: Mapping[str, Counts], total: int) -> dict[str, int]:
+def spend(
+    surveyed: Mapping[str, Counts], total: int, units: Mapping[str, int] | None = None
+) -> dict[str, int]:
     """Give each tensor as many of the `total` most salient weights as it holds.
 
     Those of the last bin that is reached are taken tensor by tensor, in the order given.
 
     Args:
         surveyed: counts of each tensor.
-        total: weights to keep of all, at most all.
+        total: weights to keep of all.
+        units: weights of a column of each tensor, where columns are whole.
     Returns:
-        How many weights each tensor keeps; they add up to `total`.
+        How many weights each tensor keeps; they add up to `total`, or where columns are whole to
+        less than a column below it, or to all that there are.
     """
+    total = min(total, sum(int(counts.sum()) for counts in surveyed.values()))
     everything = sum(surveyed.values(), np.zeros(BINS, np.int64))
     above = np.cumsum(everything[::-1])[::-1]  # in this bin or higher
     last = int(np.searchsorted(-above, -total, side="right")) - 1 if total else BINS
@@ -110,7 +153,8 @@ def spend(surveyed: Mapping[str, Counts], total: int) -> dict[str, int]:
     rest = total - sum(kept.values())
     for name, counts in surveyed.items():
         if last < BINS:
-            more = min(rest, int(counts[last]))
+            unit = (units or {}).get(name, 1)
+            more = min(rest, int(counts[last])) // unit * unit
             kept[name] += more
             rest -= more
     return kept
@@ -137,7 +181,7 @@ def expected_bits(plan: Plan) -> float:
     """
     total = 0.0
     for tensor in plan.split:
-        parts = tensor.base if plan.is_compact else (*tensor.base, *tensor.ortho)
+        parts = tensor.base if plan.is_compact else (*tensor.base, *tensor.stored)
         total += sum(spec.nbytes for spec in parts)
         total += _compact_bytes(plan, tensor) if plan.is_compact else 0.0
     return 8 * total / plan.split_weights
@@ -175,31 +219,90 @@ def settle(
     found = _known(plan, checkpoint, known)
     if found is None:
         message = "ortho.budget is global: every weight is read once to find what each tensor keeps"
+        if plan.recipe.ortho.budget != "global":
+            message = "ortho.share is true: every weight is read once to choose shared columns"
         on_event(Noted(message=message))
         found = survey(plan, checkpoint, on_event=on_event)
-    settled = _again(plan, checkpoint, plan.recipe, _shared(plan, found.counts))
-    return replace(settled, surveys=(found,))
+    kept = _spent(plan, found.counts) if plan.recipe.ortho.budget == "global" else None
+    return replace(_chosen(plan, checkpoint, found, kept), surveys=(found,))
 
 
-def _shared(plan: Plan, surveyed: Mapping[str, Counts]) -> dict[str, int]:
-    """Spend what the plan has, tensors with a density of their own apart."""
+def _chosen(
+    plan: Plan, checkpoint: Checkpoint, found: Survey, kept: Mapping[str, int] | None
+) -> Plan:
+    """Make the plan again with what a survey chose: nnz, and the columns that siblings share."""
+    settled = _again(plan, checkpoint, plan.recipe, kept)
+    if not plan.recipe.ortho.share:
+        return settled
+    counts = {tensor.name: tensor.columns or 0 for tensor in settled.split}
+    shared = {
+        name: largest_columns(found.sums[group[0]], counts[name])
+        for name, group in _groups(plan).items()
+        if len(group) > 1
+    }
+    return _again(plan, checkpoint, plan.recipe, kept, shared)
+
+
+def _spent(plan: Plan, surveyed: Mapping[str, Counts]) -> dict[str, int]:
+    """Spend what the plan has, tensors with a density of their own apart.
+
+    Siblings that share columns count as one weight. No weight has more columns than `max_rank`.
+    """
+    groups, most = _groups(plan), plan.recipe.ortho.max_rank
     own = {
         tensor.name: tensor.k
         for tensor in plan.split
         if tensor_settings(plan.recipe, tensor.name).own_density
     }
-    total = sum(tensor.k for tensor in plan.split) - sum(own.values())
-    return own | spend({n: c for n, c in surveyed.items() if n not in own}, total)
+    total = _asked(plan) - sum(own.values())
+    rows = {t.name: t.shape[0] if t.columns is not None else 1 for t in plan.split}
+    units = {group[0]: sum(rows[one] for one in group) for group in groups.values()}
+    merged: dict[str, Counts] = {}
+    for name, counts in surveyed.items():
+        if name not in own:
+            first = groups[name][0]
+            merged[first] = merged[first] + counts if first in merged else counts
+    if most is not None:
+        merged = {name: _highest(counts, most * units[name]) for name, counts in merged.items()}
+    spent = spend(merged, total, units)
+    kept = {
+        n: spent[groups[n][0]] // units[groups[n][0]] * rows[n] for n in surveyed if n not in own
+    }
+    return own | kept
+
+
+def _asked(plan: Plan) -> int:
+    """Say how many weights a budget has: columns that `max_rank` takes from one go to others."""
+    if plan.recipe.ortho.max_rank is None:
+        return sum(tensor.k for tensor in plan.split)
+    total = 0
+    for tensor in plan.split:
+        settings = tensor_settings(plan.recipe, tensor.name)
+        asked = columns_of(settings.density, tensor.shape[1]) * tensor.shape[0]
+        total += tensor.k if settings.own_density else asked
+    return total
+
+
+def _highest(counts: Counts, most: int) -> Counts:
+    """Count the `most` most salient weights alone."""
+    higher = np.cumsum(counts[::-1])[::-1] - counts
+    found: Counts = np.clip(most - higher, 0, counts)
+    return found
 
 
 def _again(
-    plan: Plan, checkpoint: Checkpoint, recipe: Recipe, kept: Mapping[str, int] | None = None
+    plan: Plan,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    kept: Mapping[str, int] | None = None,
+    shared: Mapping[str, Columns] | None = None,
 ) -> Plan:
     return make_plan(
         checkpoint,
         recipe,
         statistics=plan.statistics,
         kept=kept,
+        shared=shared,
         workers=plan.workers,
         side=plan.side,
         sizes=plan.sizes,
@@ -252,8 +355,10 @@ def meet(
         counts = found.counts
         kept = {tensor.name: tensor.k for tensor in filled.split}
         if recipe.ortho.budget == "global":
-            kept = _shared(filled, counts)
-            filled = _again(filled, checkpoint, filled.recipe, kept)
+            kept = _spent(filled, counts)
+            filled = _chosen(filled, checkpoint, found, kept)
+        elif recipe.ortho.share:
+            filled = _chosen(filled, checkpoint, found, None)
         loss = left(counts, kept)
         if best is None or loss < best[0]:
             best = loss, filled

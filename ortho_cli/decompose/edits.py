@@ -113,6 +113,10 @@ def _misfit(edit: Edit, tensor: SplitTensor) -> str | None:
         return f"{len(places)} positions and {len(codes)} codes"
     if len(places) > tensor.k:
         return f"{len(places)} of them, and ortho keeps {tensor.k}"
+    if tensor.columns is not None:
+        count = len(np.unique(places % tensor.shape[1]))
+        if count > tensor.columns:
+            return f"in {count} columns, and ortho keeps {tensor.columns}"
     if not len(places):
         return None
     if not (np.diff(places) > 0).all() or places[0] < 0 or places[-1] >= tensor.source.numel:

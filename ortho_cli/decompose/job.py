@@ -175,14 +175,14 @@ def _identity(
         "plan": plan.sha256,
         "source": stamps(checkpoint.shards),
         "version": [__version__, metadata.version("torch")],
-        "files": base if seal is not None or plan.is_compact else base | ortho,
+        "files": base if seal is not None or plan.is_encoded else base | ortho,
         **{name: value for name, value in more.items() if value is not None},
     }
     # Ortho is made from a scratch file.
     if seal is not None:
         found["seal"] = seal.identity
         found["scratch"] = {artifact.ORTHO_FILE: sealing.scratch_bytes(plan.ortho, seal)}
-    elif plan.is_compact:
+    elif plan.is_encoded:
         found["scratch"] = ortho
     if plan.statistics is not None:
         found["statistics"] = stamps([plan.statistics.shard])[0]
@@ -289,7 +289,7 @@ class _Job:
         self._stop = threading.Event()
         self._base = DataFile(self.work, artifact.BASE_FILE, self.plan.base, mode=0o644)
         self._ortho = self._ortho_file(
-            artifact.ORTHO_FILE, self.plan.ortho, scratch=self.plan.is_compact
+            artifact.ORTHO_FILE, self.plan.ortho, scratch=self.plan.is_encoded
         )
         recipe = self.plan.recipe
         self._recheck = Recheck(
@@ -297,7 +297,7 @@ class _Job:
             base=self._base,
             ortho=self._ortho,
             nearest=not recipe.compensates and self.inputs.reference is None,
-            own_code=recipe.ortho.split == "unlearn",
+            own_code=recipe.ortho.split == "unlearn" and not recipe.keeps_columns,
             # Beside what finds codes to move or to tune, reading them back takes no time.
             whole=recipe.forgets or recipe.compensates,
             sizes=self.plan.sizes,
@@ -364,7 +364,7 @@ class _Job:
                 block = (min(found), len(found))
                 records = []
                 for name, rounded in found.items():
-                    record = worker.split(tensors[name], given_of(rounded))
+                    record = worker.split(tensors[name], given_of(tensors[name], rounded))
                     self._recheck.check(tensors[name], record)
                     records.append(replace(record, tuned=block))
                 self.work.commit([record.to_json() for record in records])
@@ -399,7 +399,7 @@ class _Job:
         )
         self._check_forgotten()
         ortho, layout = self._ortho, plan.ortho
-        if plan.is_compact:
+        if plan.is_encoded:
             self.on_event(Finishing(step="compact"))
             from ortho_cli.decompose.repack import Repacker
 

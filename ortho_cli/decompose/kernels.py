@@ -76,6 +76,8 @@ class Kernels:
 
 def is_plain(plan: Plan) -> bool:
     """Tell whether one pass is all: rounding to nearest, absmax scales, nothing forgotten."""
+    if plan.recipe.keeps_columns:  # they are known after a pass over all rows
+        return False
     return _rounds_alone(plan) and all(tensor.scale == "absmax" for tensor in plan.split)
 
 

@@ -16,13 +16,15 @@ from pathlib import Path
 from ortho_cli.decompose import refusals
 from ortho_cli.decompose.selection import check_overrides, select, tensor_settings
 from ortho_cli.decompose.settings import GROUP_SIZES, Recipe, Saliency, Scale, fold_names
-from ortho_cli.decompose.survey import Survey
+from ortho_cli.decompose.survey import Columns, Survey
 from ortho_cli.errors import CheckpointError, RecipeError, ResourceError
 from ortho_cli.formats import artifact
 from ortho_cli.formats.artifact import canonical_json
 from ortho_cli.formats.card import CARD_FILE
 from ortho_cli.formats.statistics import Statistics, check_model, check_weights
+from ortho_cli.split.select import SUMMED_ROWS
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
+from ortho_cli.split.task import columns_of
 from ortho_cli.storage.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.storage.data_file import Layout, TensorSpec, plan_layout
 from ortho_cli.storage.job import SIDE_BYTES
@@ -63,6 +65,8 @@ class CopyTensor:
         """The tensors that ortho holds of it: none."""
         return ()
 
+    stored = ortho
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitTensor:
@@ -74,8 +78,10 @@ class SplitTensor:
     density: float  # k as a share of its weights
     k: int
     base: tuple[TensorSpec, ...]  # weight_packed, weight_scale, weight_shape
-    ortho: tuple[TensorSpec, ...]  # crow_indices, col_indices, values
+    columns: int | None  # that ortho holds whole; None: single weights
+    ortho: tuple[TensorSpec, ...]  # crow_indices unless columns are whole, col_indices, values
     values: str  # dtype of what ortho holds in the end: the source's, or I8
+    stored: tuple[TensorSpec, ...]  # what ortho holds in the end; of a compact one, `ortho`
 
     @property
     def name(self) -> str:
@@ -100,7 +106,8 @@ class Plan:
     group_size: int
     tensors: tuple[TensorPlan, ...]
     base: Layout
-    ortho: Layout
+    ortho: Layout  # as work writes it
+    stored: Layout  # as it is in the end; of a compact one weights decide, and this is `ortho`
     side: SideFiles
     sha256: str
     peak_bytes: int
@@ -109,7 +116,8 @@ class Plan:
     sizes: Sizes = DEFAULT_SIZES  # of tiles; no byte that is written depends on them
     reference: Checkpoint | None = None
     kept: Mapping[str, int] | None = None  # nnz by tensor, where a survey chose them
-    surveys: tuple[Survey, ...] = ()  # that the density or `kept` was chosen by
+    shared: Mapping[str, Columns] | None = None  # columns by tensor, where siblings share them
+    surveys: tuple[Survey, ...] = ()  # that the density, `kept` or `shared` was chosen by
     measures: bool = False  # inputs, on text that the model writes, before anything is split
     notes: tuple[str, ...] = ()  # about unusual sources that are read all the same
 
@@ -144,22 +152,30 @@ class Plan:
 
     @property
     def is_open(self) -> bool:
-        """Whether a survey of all weights still has to choose each tensor's nnz.
+        """Whether a survey of all weights still has to choose each tensor's nnz, or columns.
 
         Before statistics are measured there is nothing to survey by.
         """
-        return self.recipe.ortho.budget == "global" and self.kept is None and not self.measures
+        ortho = self.recipe.ortho
+        spends, shares = ortho.budget == "global", ortho.share
+        is_open = (spends and self.kept is None) or (shares and self.shared is None)
+        return is_open and not self.measures
 
     @property
     def is_compact(self) -> bool:
-        """Whether ortho is compact: written as CSR to a scratch file first, and then encoded."""
+        """Whether ortho is compact: its size depends on weights."""
         return self.recipe.ortho.layout == "compact"
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether work writes ortho to a scratch file, which is encoded in the end."""
+        return self.is_compact or self.recipe.ortho.values == "int8"
 
     @property
     def ortho_bytes(self) -> int:
         """Bytes of ortho; an upper bound where it is compact, since its size depends on weights."""
         if not self.is_compact:
-            return self.ortho.size
+            return self.stored.size
         return len(self.ortho.header) + sum(
             artifact.compact_at_most(t.name, dtype=t.values, shape=t.shape, nnz=t.k)
             for t in self.split
@@ -173,7 +189,7 @@ class Plan:
     @property
     def bytes_on_disk(self) -> int:
         """Bytes of the artifact, and of the work beside it while it is made."""
-        scratch = self.ortho.size if self.is_compact else 0
+        scratch = self.ortho.size if self.is_encoded else 0
         return self.bytes_written + scratch + SIDE_BYTES * (4 + len(self.tensors))
 
     @property
@@ -211,7 +227,7 @@ class Plan:
                 {
                     "name": artifact.ORTHO_FILE,
                     "size": self.ortho_bytes,
-                    **({} if self.is_compact else {"header": len(self.ortho.header)}),
+                    **({} if self.is_compact else {"header": len(self.stored.header)}),
                 },
                 *({"name": file.name, "size": file.size} for file in self.side.copied),
             ],
@@ -247,7 +263,7 @@ class Plan:
             "density": split and split.density,
             "k": split.k if split else 0,
             "base": _regions(tensor.base, self.base),
-            "ortho": {} if self.is_compact else _regions(tensor.ortho, self.ortho),
+            "ortho": {} if self.is_compact else _regions(tensor.stored, self.stored),
         }
 
 
@@ -267,6 +283,7 @@ def make_plan(
     statistics: Statistics | None = None,
     reference: Checkpoint | None = None,
     kept: Mapping[str, int] | None = None,
+    shared: Mapping[str, Columns] | None = None,
     workers: int = 1,
     side: SideFiles | None = None,
     sizes: Sizes = DEFAULT_SIZES,
@@ -280,6 +297,7 @@ def make_plan(
         statistics: curvature of the source, for a recipe that uses it.
         reference: the model before it saw what base must not know, for ortho.split reference.
         kept: nnz by tensor, where `budget` chose them.
+        shared: columns by tensor, where `budget` chose those that siblings share.
         workers: threads that will work; changes only the peak memory.
         side: from `choose_side_files`; None copies the files on its list.
         sizes: of tiles; they, too, change only the peak memory.
@@ -304,8 +322,9 @@ def make_plan(
     )
     split = tuple(tensor for tensor in tensors if isinstance(tensor, SplitTensor))
     _check_inputs(recipe, checkpoint, split, statistics, reference, measures=measures)
+    refusals.check_shared(recipe, {t.name: (t.shape[1], t.columns or 0) for t in split})
     sha256 = _sha256(tensors, recipe, group_size, statistics)
-    base, ortho = _layouts(checkpoint, tensors, recipe, sha256)
+    base, ortho, stored = _layouts(checkpoint, tensors, recipe, sha256)
     theirs = reference.notes if reference else ()
     return Plan(
         recipe=recipe,
@@ -313,6 +332,7 @@ def make_plan(
         tensors=tensors,
         base=base,
         ortho=ortho,
+        stored=stored,
         side=choose_side_files(checkpoint, statistics, reference) if side is None else side,
         sha256=sha256,
         peak_bytes=_peak_bytes(tensors, workers, statistics, recipe, sizes),
@@ -321,6 +341,7 @@ def make_plan(
         sizes=sizes,
         reference=reference,
         kept=kept,
+        shared=shared,
         measures=measures,
         notes=(*checkpoint.notes, *(f"of the reference: {note}" for note in theirs)),
     )
@@ -350,6 +371,7 @@ def _check_inputs(
             f"`{statistics.path}` is given, and `saliency.kind` is residual and no scale curvature",
             hint="leave --stats out, or set saliency.kind or base.scale to curvature",
         )
+    refusals.check_structure(recipe)
     refusals.check_settings(recipe)
     kind = recipe.ortho.split
     if recipe.forgets and (
@@ -458,32 +480,52 @@ def _plan_tensor(
         return CopyTensor(source=tensor, reason=reason)
     settings, name, dtype = tensor_settings(recipe, tensor.name), tensor.name, tensor.dtype
     shape, bits = (tensor.shape[0], tensor.shape[1]), settings.bits
-    k = kept.get(name, round(settings.density * tensor.numel))
+    values = "I8" if recipe.ortho.values == "int8" else dtype
+    k, whole = kept.get(name, round(settings.density * tensor.numel)), None
+    if recipe.keeps_columns:
+        most = recipe.ortho.max_rank
+        asked = columns_of(settings.density, shape[1], most)
+        whole = kept[name] // shape[0] if name in kept else asked
+        k = whole * shape[0]
+        ortho = artifact.column_specs(name, dtype=dtype, shape=shape, columns=whole)
+        stored = artifact.column_specs(name, dtype=dtype, shape=shape, columns=whole, values=values)
+    else:
+        ortho = stored = artifact.ortho_specs(name, dtype=dtype, shape=shape, nnz=k)
     return SplitTensor(
         source=tensor,
         bits=bits,
         scale=settings.scale,
-        density=k / tensor.numel if name in kept else settings.density,
+        density=k / tensor.numel if name in kept or whole is not None else settings.density,
         k=k,
+        columns=whole,
         base=artifact.base_specs(name, dtype=dtype, shape=shape, group_size=group_size, bits=bits),
-        ortho=artifact.ortho_specs(name, dtype=dtype, shape=shape, nnz=k),
-        values="I8" if recipe.ortho.values == "int8" else dtype,
+        ortho=ortho,
+        values=values,
+        stored=stored,
     )
 
 
 def _layouts(
     checkpoint: Checkpoint, tensors: tuple[TensorPlan, ...], recipe: Recipe, sha256: str
-) -> tuple[Layout, Layout]:
+) -> tuple[Layout, Layout, Layout]:
     """Lay out base and ortho; digests that are not known yet are zeros of the same length."""
     if recipe.ortho.layout == "compact":
         _check_compact_header(tensors)
     canonical = canonical_json(recipe.canonical())
     common = {"plan_sha256": sha256, "recipe": canonical, "version": __version__}
     base = (spec for tensor in tensors for spec in tensor.base)
-    ortho = (spec for tensor in tensors for spec in tensor.ortho)
-    return plan_layout(_unique(checkpoint, base), artifact.base_metadata(**common)), plan_layout(
-        _unique(checkpoint, ortho),
-        artifact.ortho_metadata(**common, source_digest=NO_DIGEST, base_blake3=NO_DIGEST),
+    told = artifact.ortho_metadata(**common, source_digest=NO_DIGEST, base_blake3=NO_DIGEST)
+    ortho, stored = (
+        plan_layout(_unique(checkpoint, specs), told)
+        for specs in (
+            (spec for tensor in tensors for spec in tensor.ortho),
+            (spec for tensor in tensors for spec in tensor.stored),
+        )
+    )
+    return (
+        plan_layout(_unique(checkpoint, base), artifact.base_metadata(**common)),
+        ortho,
+        stored,
     )
 
 
@@ -562,7 +604,8 @@ def _peak_bytes(
         features = sum(sum(t.source.shape) for t in tensors if isinstance(t, SplitTensor))
         held = 2 * weights + 3 * tokens * features + LOGITS_BYTES // 2
     work = sum(needs[:workers])
-    if recipe.ortho.layout == "compact":  # encoded after the workers have ended
+    if recipe.ortho.layout == "compact" or recipe.ortho.values == "int8":
+        # It is encoded after the workers have ended.
         most = max(t.k for t in tensors if isinstance(t, SplitTensor))
         work = max(work, REPACK_BYTES * most + 24 * sizes.split)
     return MODULES_BYTES + TENSOR_BYTES * entries + held + work
@@ -583,9 +626,10 @@ def _buffer_bytes(
         more = 4  # bytes per candidate: its residual beside its saliency
     # Each candidate has index, two saliencies and value; cutting back to k takes three copies of k.
     value = tensor.source.nbytes // numel
-    candidates = min(2 * tensor.k + elements, numel) * (
-        8 + (4 if numel < 2**31 else 8) + value + more
-    )
+    candidates = elements if tensor.columns is not None else min(2 * tensor.k + elements, numel)
+    candidates *= 8 + (4 if numel < 2**31 else 8) + value + more
+    if tensor.columns is not None:
+        candidates += 8 * (SUMMED_ROWS + 4) * tensor.source.shape[1]
     # Searched scales and positions are kept from one pass to the next.
     passes = (tensor.scale != "absmax") + compensates
     held = passes * (2 * tensor.base[1].nbytes + 8 * tensor.k)

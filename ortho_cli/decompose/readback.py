@@ -49,16 +49,24 @@ class ReadBack:
         return Rounded(codes.to(torch.int8), scales, kept)
 
     def positions(self, tensor: SplitTensor) -> tuple[Integers, Integers]:
-        """Read where a tensor's weights are kept: crow_indices and col_indices, int64."""
+        """Read where a tensor's weights are kept: crow_indices and col_indices of CSR, int64."""
+        if tensor.columns is not None:
+            rows = tensor.shape[0]
+            return np.arange(rows + 1) * tensor.columns, np.tile(self.columns(tensor), rows)
         crow, column = (
             self._part(spec.key).numpy().view(NUMPY_DTYPES[spec.dtype]).astype(np.int64)
             for spec in tensor.ortho[:2]
         )
         return crow, column
 
+    def columns(self, tensor: SplitTensor) -> Integers:
+        """Read which columns of a tensor are kept whole, int64."""
+        spec = tensor.ortho[0]
+        return self._part(spec.key).numpy().view(NUMPY_DTYPES[spec.dtype]).astype(np.int64)
+
     def values(self, tensor: SplitTensor) -> Tensor:
-        """Read the weights that are kept, in the source's dtype."""
-        return self._part(tensor.ortho[2].key).view(torch_dtypes()[tensor.source.dtype])
+        """Read the weights that are kept, in the source's dtype, row by row."""
+        return self._part(tensor.ortho[-1].key).view(torch_dtypes()[tensor.source.dtype])
 
     def check_moved(self, tensor: SplitTensor, edit: Edit) -> None:
         """See that base holds the codes that forgetting chose, and ortho those positions.
@@ -90,8 +98,8 @@ class ReadBack:
         return found
 
 
-def given_of(rounded: Rounded) -> Given:
+def given_of(tensor: SplitTensor, rounded: Rounded) -> Given:
     """Say that a weight is to be written as it was rounded, with the positions it has already."""
     codes, scales, kept = rounded
-    positions = np.flatnonzero(kept.numpy())
+    positions = np.flatnonzero(kept[0] if tensor.columns is not None else kept)
     return Given(positions, words_of(scales), stays=True, codes=codes.numpy())

@@ -78,15 +78,21 @@ class Recheck:
     def _rows(self, tensor: SplitTensor, start: int, count: int) -> exact.Rows:
         columns, word = tensor.source.shape[1], words_of(tensor.source.dtype)
         packed, scales, _ = tensor.base
-        crow_spec, column_spec, value_spec = tensor.ortho
+        *crow_spec, column_spec, value_spec = tensor.ortho
 
         def part(spec: TensorSpec) -> Read:
             output = self.ortho if spec in tensor.ortho else self.base
             return lambda buffer, at: output.read_into(spec.key, buffer, start=at)
 
-        crow = _read(part(crow_spec), NUMPY_DTYPES[crow_spec.dtype], start, count + 1)
-        first, size = int(crow[0]), int(crow[-1] - crow[0])
-        column = _read(part(column_spec), NUMPY_DTYPES[column_spec.dtype], first, size)
+        if tensor.columns is None:
+            crow = _read(part(crow_spec[0]), NUMPY_DTYPES[crow_spec[0].dtype], start, count + 1)
+            first, size = int(crow[0]), int(crow[-1] - crow[0])
+            column = _read(part(column_spec), NUMPY_DTYPES[column_spec.dtype], first, size)
+        else:
+            crow = np.arange(start, start + count + 1) * tensor.columns
+            first, size = int(crow[0]), int(crow[-1] - crow[0])
+            every = _read(part(column_spec), NUMPY_DTYPES[column_spec.dtype], 0, tensor.columns)
+            column = np.tile(every, count)
         row = np.repeat(np.arange(count), np.diff(crow))
         return exact.Rows(
             first=start,
@@ -169,7 +175,7 @@ def check_values(
                     module,
                     tensor,
                     nearest=nearest and there,
-                    own_code=split == "unlearn",
+                    own_code=split == "unlearn" and artifact.layout != "columns",
                     rounded=_setting(recipe, "ortho", "values") == "int8",
                 )
                 if report is not None:
@@ -242,7 +248,10 @@ class _Opened:
             own_code=own_code,
             step=self._step(module),
         )
-        if rounded and rules.step is None:  # int8 values that were saved again as CSR
+        if rounded and self._artifact.layout == "columns":
+            found = (exact.largest_steps(rules, tile) for tile in self._tiles(module, tensor))
+            rules = replace(rules, column_steps=np.max(np.stack(list(found)), axis=0))
+        elif rounded and rules.step is None:  # int8 values that were saved again as CSR
             steps = (exact.largest_step(rules, tile) for tile in self._tiles(module, tensor))
             rules = replace(rules, step=max(steps, default=0.0) or 1.0)
         sums = exact.Sums()

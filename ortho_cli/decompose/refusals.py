@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ortho_cli.convert.sources.adapters import refuse_adapter, refuse_adapter_names
 from ortho_cli.convert.sources.quantized import examine
-from ortho_cli.decompose.settings import Recipe
+from ortho_cli.decompose.selection import sibling_groups
+from ortho_cli.decompose.settings import Forget, Recipe
 from ortho_cli.errors import CheckpointError, RecipeError
 from ortho_cli.formats import artifact
 from ortho_cli.formats.statistics import Statistics
@@ -92,6 +94,76 @@ def check_compensation(recipe: Recipe, statistics: Statistics | None) -> None:
         )
 
 
+def check_shared(recipe: Recipe, split: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse siblings that are to share columns, and keep different numbers of them.
+
+    Args:
+        recipe: its settings.
+        split: columns of each weight that is split, and how many of them are kept.
+    Raises:
+        RecipeError: names two of them.
+    """
+    for group in sibling_groups(split) if recipe.ortho.share else ():
+        for one in group[1:]:
+            if split[one] != split[group[0]]:
+                (width, mine), (other_width, other) = split[group[0]], split[one]
+                raise RecipeError(
+                    f"ortho.share is true, and `{group[0]}` keeps {mine} of {width} columns where "
+                    f"`{one}` keeps {other} of {other_width}",
+                    hint="let overrides match all of q, k and v, and gate and up, or none",
+                )
+
+
+def check_structure(recipe: Recipe) -> None:
+    """Refuse settings of whole columns beside single weights, and what columns do not fit.
+
+    Raises:
+        RecipeError: the layout is one of single weights, single weights are to have a rank or to
+            be shared, codes move where ortho does not hold them.
+    """
+    split, layout = recipe.ortho.split, recipe.ortho.layout
+    if recipe.keeps_columns and layout != "csr":
+        raise RecipeError(
+            f"ortho.structure is columns, and ortho.layout is {layout}",
+            hint="columns need no indices: --set ortho.layout=null",
+        )
+    if recipe.ortho.max_rank is not None and not recipe.keeps_columns:
+        raise RecipeError(
+            f"ortho.max_rank is {recipe.ortho.max_rank}, and ortho.structure is points",
+            hint="single weights have no rank: --set ortho.structure=columns",
+        )
+    if recipe.ortho.share and not recipe.keeps_columns:
+        raise RecipeError(
+            "ortho.share is true, and ortho.structure is points",
+            hint="whole columns can be shared alone: --set ortho.structure=columns",
+        )
+    if recipe.ortho.share and split != "residual":
+        raise RecipeError(
+            f"ortho.share is true, and ortho.split is {split}",
+            hint="this split chooses the columns of each weight by itself: --set ortho.share=false",
+        )
+    if recipe.forgets:
+        _check_support(recipe)
+
+
+def _check_support(recipe: Recipe) -> None:
+    """Refuse codes that move where ortho does not hold them."""
+    support = recipe.forget.support
+    if support != recipe.ortho.structure:
+        structure = recipe.ortho.structure
+        raise RecipeError(
+            f"forget.support is {support}, and ortho.structure is {structure}: ortho has to hold "
+            "every code that moves",
+            hint=f"--set forget.support={structure}, or --set ortho.structure={support}",
+        )
+    if support == "columns" and recipe.forget.mask != Forget().mask:
+        raise RecipeError(
+            f"forget.mask is {recipe.forget.mask:g}, and forget.support is columns: ortho.density "
+            "says which share may move",
+            hint="--set forget.mask=null",
+        )
+
+
 def check_settings(recipe: Recipe) -> None:
     """Refuse int8 values, or one budget for all tensors, beside settings that they do not fit.
 
@@ -101,10 +173,10 @@ def check_settings(recipe: Recipe) -> None:
             has a reference, or selects by the residual alone.
     """
     split, layout = recipe.ortho.split, recipe.ortho.layout
-    if recipe.ortho.values == "int8" and layout != "compact":
+    if recipe.ortho.values == "int8" and layout != "compact" and not recipe.keeps_columns:
         raise RecipeError(
             f"ortho.values is int8, and ortho.layout is {layout}",
-            hint="set ortho.layout to compact",
+            hint="set ortho.layout to compact, or ortho.structure to columns",
         )
     if recipe.ortho.values == "int8" and recipe.forgets:
         raise RecipeError(

@@ -1,9 +1,10 @@
-"""The last step of a decomposition whose ortho is compact: the CSR that work left, encoded.
+"""The last step where ortho is compact, or columns of int8: what work left is encoded.
 
 How large compact parts are depends on weights, so work cannot write them at offsets known before.
 It writes CSR into a scratch file instead, and when all of that is there this reads it twice, tensor
 by tensor: once to lay the file out, once to fill it. One tensor's ortho is in memory at a time. A
-kill loses nothing: the next run encodes again, and one matrix has one encoding.
+kill loses nothing: the next run encodes again, and one matrix has one encoding. Columns of int8
+have known sizes, but need base, which is complete here.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from ortho_cli.decompose.plan import Plan, SplitTensor
 from ortho_cli.decompose.readback import ReadBack
 from ortho_cli.decompose.record import TensorRecord
 from ortho_cli.errors import InternalError, NumericalError
-from ortho_cli.formats import artifact, compact
+from ortho_cli.formats import artifact, columns, compact
 from ortho_cli.formats.artifact import module_of
 from ortho_cli.formats.compact import Integers
 from ortho_cli.formats.curvature import Curvature
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.split import quantize
+from ortho_cli.split.dtypes import torch_dtypes
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.split.task import Buffers, Figures
 from ortho_cli.split.torch_kernel import curvature_of
@@ -69,6 +71,8 @@ class Repacker:
 
     def _specs(self, tensor: SplitTensor) -> tuple[TensorSpec, ...]:
         """Find out what a tensor's parts will measure."""
+        if tensor.columns is not None:
+            return tensor.stored
         crow, column = self.written.positions(tensor)
         found = compact.encode_positions(crow, column, tensor.shape)
         return artifact.compact_specs(
@@ -87,9 +91,17 @@ class Repacker:
         values, figures = self.written.values(tensor), record.figures
         more: dict[str, Tensor] = {}
         if tensor.values == "I8" and figures is not None:
-            values, more["value_step"], lost = self._round(tensor, crow, column, values)
+            name = "value_step" if tensor.columns is None else "value_scales"
+            values, more[name], lost = self._round(tensor, crow, column, values)
             figures = self._figures(tensor, figures, crow, column, lost)
-        parts = compact.encode(crow, column, values, tensor.shape) | more
+        if tensor.columns is None:
+            parts = compact.encode(crow, column, values, tensor.shape)
+            whole = parts["columns"].numel()
+        else:
+            whole, numbers = tensor.columns, torch.from_numpy(self.written.columns(tensor))
+            narrow = torch_dtypes()[tensor.stored[0].dtype]
+            parts = {"col_indices": numbers.to(narrow), "values": values}
+        parts |= more
         digests = {}
         for part, value in parts.items():
             key = f"{module_of(tensor.name)}.{part}"
@@ -97,13 +109,12 @@ class Repacker:
             stream = TensorStream(output, key)
             stream.write(raw)
             digests[key] = stream.finish()
-        columns = parts["columns"].numel()
-        return replace(record, figures=figures, columns=columns, ortho=digests)
+        return replace(record, figures=figures, columns=whole, ortho=digests)
 
     def _round(
         self, tensor: SplitTensor, crow: Integers, column: Integers, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Round values to int8; give what they lose by it, too."""
+        """Round values to int8; give their step or scales, and what they lose by it, too."""
         base, scales = compact.base_at(
             lambda start, count: self.written.base_rows(tensor, start, count),
             crow,
@@ -111,12 +122,17 @@ class Repacker:
             tensor.shape,
             sizes=self.plan.sizes,
         )
-        codes, step = compact.round_values(values, base, scales)
-        back = compact.restore_values(codes, step, base, scales, values.dtype)
-        if codes.numel() and not (bool(step.isfinite()) and quantize.all_finite(back)):
+        if tensor.columns is None:
+            codes, step = compact.round_values(values, base, scales)
+            back = compact.restore_values(codes, step, base, scales, values.dtype)
+        else:
+            block, base = (part.view(tensor.shape[0], tensor.columns) for part in (values, base))
+            codes, step = columns.round_values(block, base)
+            back = columns.restore_values(codes, step, base).view(-1)
+        if codes.numel() and not (bool(step.isfinite().all()) and quantize.all_finite(back)):
             raise NumericalError(
                 f"int8 values of `{tensor.name}` overflow {tensor.source.dtype}: their step is "
-                f"{float(step):.3g}",
+                f"{float(step.amax()):.3g}",
                 hint="set ortho.values to source, or add the tensor to `ignore`",
             )
         return codes, step, values.float() - back.float()

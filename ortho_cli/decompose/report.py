@@ -149,7 +149,8 @@ def _tensor(
     }
     if isinstance(tensor, SplitTensor) and record.figures is not None:
         found |= {"bits": tensor.bits, "scale": tensor.scale, "nnz": tensor.k}
-        found |= {} if record.columns is None else {"columns": record.columns}
+        whole = tensor.columns if record.columns is None else record.columns
+        found |= {} if whole is None else {"columns": whole}
         found |= _quality(plan, record.figures)
     return found | {"source_blake3": record.source_blake3, "blake3": record.digests}
 

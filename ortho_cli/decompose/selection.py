@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ortho_cli.decompose import roles
@@ -293,6 +293,12 @@ def _siblings(name: str) -> Iterator[str]:
     parent, _, leaf = module_of(name).rpartition(".")
     for other in _SIBLINGS.get(leaf, ()):
         yield f"{parent}.{other}.weight".removeprefix(".")
+
+
+def sibling_groups(names: Collection[str]) -> list[tuple[str, ...]]:
+    """List the groups of weights that vLLM fuses into one matrix, two or more of `names` each."""
+    found = {tuple(one for one in _siblings(name) if one in names) for name in names}
+    return sorted(group for group in found if len(group) > 1)
 
 
 def _check_siblings(reasons: dict[str, str | None]) -> None:

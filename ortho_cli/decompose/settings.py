@@ -93,6 +93,19 @@ class Ortho(_Strict):
     density: Density = Field(
         0.005, description="Share of each split tensor's weights kept in full precision."
     )
+    structure: Literal["points", "columns"] = Field(
+        "points",
+        description="What is kept: single weights, or whole input columns, so that ortho at alpha "
+        "1 is a LoRA; density then counts columns.",
+    )
+    max_rank: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        None, description="The most columns of a weight, as a server bounds the rank of a LoRA."
+    )
+    share: bool = Field(
+        False,
+        description="Whether weights that servers fuse (q, k, v; gate, up) keep the same columns, "
+        "which halves the A of a LoRA; chosen by the saliency of all of them.",
+    )
     budget: Literal["per-tensor", "global"] = Field(
         "per-tensor",
         description="global: one density for the model, spent where curvature says it is worth "
@@ -106,7 +119,7 @@ class Ortho(_Strict):
     values: Literal["source", "int8"] = Field(
         "source",
         description="source: the source's weights, bit for bit. int8: what base lacks of them, in "
-        "255 widening steps; needs layout compact, and a split that does not forget.",
+        "255 steps; needs layout compact or structure columns, and a split that does not forget.",
     )
     split: Split = Field(
         "residual",
@@ -198,6 +211,11 @@ class Tune(_Strict):
 class Forget(_Strict):
     """Moving of codes so that base forgets, with ortho.split isolate or unlearn."""
 
+    support: Literal["points", "columns"] = Field(
+        "points",
+        description="Where codes may move: anywhere, or in chosen columns alone, as many of each "
+        "weight as ortho keeps. Goes with the ortho.structure of the same name.",
+    )
     share: Density = Field(
         0.001, description="isolate: the largest share of split weights whose codes move."
     )
@@ -210,7 +228,9 @@ class Forget(_Strict):
         "its group, which both show in how often codes occur.",
     )
     mask: Density = Field(
-        0.1, description="unlearn: share of split weights that may move; a few percent of it do."
+        0.1,
+        description="unlearn: share of split weights that may move; a few percent of it do. With "
+        "support columns it is ortho.density.",
     )
     steps: Count = Field(60, description="Most steps of unlearn.")
     step_damage: Positive = Field(
@@ -309,10 +329,18 @@ class Recipe(_Strict):
         for override in found["overrides"]:
             if override["base"]["bits"] is None:  # the bytes are those of before this key existed
                 del override["base"]["bits"]
+        if not unused & {"forget"} and self.forget.support == "points":
+            del found["forget"]["support"]
         if not self.base.alone:
             del found["base"]["alone"]
         if self.ortho.layout == "csr":
             del found["ortho"]["layout"]  # likewise
+        if self.ortho.structure == "points":
+            del found["ortho"]["structure"]
+        if self.ortho.max_rank is None:
+            del found["ortho"]["max_rank"]
+        if not self.ortho.share:
+            del found["ortho"]["share"]
         return found
 
     @property
@@ -334,6 +362,11 @@ class Recipe(_Strict):
         """
         plain = self.ortho.split == "residual" and not self.compensates
         return plain and self.weighs and self.calibrate.curvature == "gram"
+
+    @property
+    def keeps_columns(self) -> bool:
+        """Whether ortho holds whole columns."""
+        return self.ortho.structure == "columns"
 
     @property
     def forgets(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,8 @@ SURVEY_FILE = "survey.json"  # in private/ of the work folder
 KEY = "survey"  # of the identity of work
 
 Counts = npt.NDArray[np.int64]  # (BINS,) weights of a tensor by saliency
+Columns = npt.NDArray[np.int64]  # (k,) columns of a tensor, ascending
+Sums = npt.NDArray[np.float64]  # (in,) sum of the squared saliency of each column
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,8 @@ class Survey:
     of: str  # SHA-256 of everything in headers that the counts depend on
     counts: Mapping[str, Counts]
     digests: Mapping[str, str]  # BLAKE3 of each tensor that was read
+    # Of siblings that are to share columns: sums over all of them, by the name of the first.
+    sums: Mapping[str, Sums] = field(default_factory=dict)
 
 
 def digest_of(surveys: Sequence[Survey]) -> str:
@@ -78,7 +82,8 @@ def _encode(surveys: Sequence[Survey]) -> bytes:
             bins = np.flatnonzero(counts)  # a few hundred of them
             told = {"bins": bins.tolist(), "counts": counts[bins].tolist()}
             tensors[name] = {"blake3": survey.digests[name], **told}
-        found.append({"of": survey.of, "tensors": tensors})
+        sums = {name: one.tolist() for name, one in sorted(survey.sums.items())}
+        found.append({"of": survey.of, "tensors": tensors, **({"sums": sums} if sums else {})})
     return json.dumps(found, separators=(",", ":")).encode()
 
 
@@ -89,5 +94,6 @@ def _decode(raw: bytes) -> tuple[Survey, ...]:
         for name, tensor in told["tensors"].items():
             counts[name][tensor["bins"]] = tensor["counts"]
         digests = {name: tensor["blake3"] for name, tensor in told["tensors"].items()}
-        found.append(Survey(of=told["of"], counts=counts, digests=digests))
+        sums = {name: np.array(one, np.float64) for name, one in told.get("sums", {}).items()}
+        found.append(Survey(of=told["of"], counts=counts, digests=digests, sums=sums))
     return tuple(found)

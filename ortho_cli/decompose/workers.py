@@ -67,21 +67,26 @@ def task_of(
         group_size=plan.group_size,
         scale=tensor.scale,
         k=tensor.k,
+        columns=tensor.columns,
+        fixed=(plan.shared or {}).get(tensor.name),
         by_curvature=recipe.saliency.kind == "curvature",
         alone=recipe.forgets or recipe.base.alone,
         edit=(edits or {}).get(tensor.name),
-        own_code=recipe.ortho.split == "unlearn",
+        own_code=recipe.ortho.split == "unlearn" and not recipe.keeps_columns,
         rounding=rounding,
         factor=partial(_factor, curvature, tensor.name, rounding) if recipe.compensates else None,
     )
 
 
-def _factor(curvature: StatisticsReader | None, name: str, rounding: str) -> Any:
+def _factor(
+    curvature: StatisticsReader | None, name: str, rounding: str, columns: Array | None
+) -> Any:
     import torch
 
     if curvature is None:
         raise InternalError("columns are to make up for one another, and no statistics are open")
-    return rounding_of(rounding).prepare(torch.from_numpy(gram_of(curvature, name)), name=name)
+    gram = torch.from_numpy(gram_of(curvature, name))
+    return rounding_of(rounding).prepare(gram, name=name, without=columns)
 
 
 @dataclass
@@ -216,7 +221,7 @@ class Worker:
             name=name,
             source_blake3=rows.digest,
             base=_digests_of(base.streams) | {shape_key(tensor): shape},
-            ortho=self._write_csr(tensor, found.indices, found.values),
+            ortho=self._write_ortho(tensor, found.indices, found.values),
             figures=found.figures,
         )
 
@@ -252,13 +257,17 @@ class Worker:
             values, first = widen(bits, source.dtype), start // bits.itemsize
             raise not_finite(tensor.name, source.shard, source.shape, values, first)
 
-    def _write_csr(self, tensor: SplitTensor, indices: Array, values: Array) -> dict[str, str]:
-        if len(indices) != tensor.k or len(values) != tensor.k:
+    def _write_ortho(self, tensor: SplitTensor, indices: Array, values: Array) -> dict[str, str]:
+        wanted = tensor.k if tensor.columns is None else tensor.columns
+        if len(indices) != wanted or len(values) != tensor.k:
+            what = "positions" if tensor.columns is None else "columns"
             raise InternalError(
-                f"`{tensor.name}` keeps {len(indices)} positions and {len(values)} values, and "
-                f"the plan says {tensor.k}"
+                f"`{tensor.name}` keeps {len(indices)} {what} and {len(values)} values, and "
+                f"the plan says {wanted} and {tensor.k}"
             )
-        parts = (crow_indices(indices, tensor.shape), indices % tensor.shape[1], values)
+        parts = [indices % tensor.shape[1], values]
+        if tensor.columns is None:
+            parts.insert(0, crow_indices(indices, tensor.shape))
         streams = []
         for spec, part in zip(tensor.ortho, parts, strict=True):
             stream = TensorStream(self.ortho, spec.key)

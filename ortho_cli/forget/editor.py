@@ -160,14 +160,13 @@ class ForgetEditor:
         fisher = broad_fisher(
             grid, held, curvature, seed=settings.seed, state=folder / FISHER_FILE, key=key
         )
-        room = {tensor.name: tensor.k for tensor in self.plan.split}
         if self.plan.recipe.ortho.split == "unlearn":
-            self._unlearn(grid, held, fisher, room, telling, folder / STATE_FILE, key, on_event)
+            self._unlearn(grid, held, fisher, telling, folder / STATE_FILE, key, on_event)
         found = isolate(
             grid,
             self.secrets,
             fisher,
-            room,
+            self._room,
             telling=telling,
             share=settings.share,
             rounds=settings.rounds,
@@ -176,6 +175,7 @@ class ForgetEditor:
             on_event=on_event,
             # unlearn holds alternatives itself, and leaves a few secrets off their rank.
             hold=0.0 if self.plan.recipe.ortho.split == "unlearn" else HOLD,
+            columns=self._columns,
             state=folder / ISOLATE_FILE,
             key=key,
         )
@@ -193,12 +193,23 @@ class ForgetEditor:
         damage.judge(ratios, settings.damage, accept=self.accept_damage, on_event=on_event)
         return grid.edits()
 
+    @property
+    def _room(self) -> dict[str, int]:
+        """The largest number of codes that may move, by weight."""
+        return {tensor.name: tensor.k for tensor in self.plan.split}
+
+    @property
+    def _columns(self) -> dict[str, int] | None:
+        """The largest number of columns in which they may, by weight; None: any."""
+        if self.plan.recipe.forget.support != "columns":
+            return None
+        return {tensor.name: tensor.columns or 0 for tensor in self.plan.split}
+
     def _unlearn(
         self,
         grid: Grid,
         held: Sequence[Kind],
         fisher: dict[str, Tensor],
-        room: dict[str, int],
         telling: float,
         state: Path,
         key: Key | None,
@@ -210,10 +221,11 @@ class ForgetEditor:
             self.secrets,
             held,
             fisher,
-            room,
+            self._room,
             self.plan.recipe.forget,
             telling=telling,
             end=() if end is None else (end,),
+            columns=self._columns,
             state=state,
             key=key,
             on_event=on_event,

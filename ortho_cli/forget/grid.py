@@ -72,7 +72,9 @@ class Grid:
         kernel = TorchKernel(plan.sizes)
         with contextlib.closing(ShardReader(checkpoint.shards)) as reader:
             for tensor in plan.split:
-                task = replace(task_of(plan, tensor), k=0)  # base alone, as if there were no ortho
+                task = replace(
+                    task_of(plan, tensor), k=0, columns=None
+                )  # base alone, as if there were no ortho
                 near = Curvature(curvature, tensor.name) if task.scale == "curvature" else None
                 inputs, base = Inputs(ShardRows(reader, tensor.source), near), Base(task)
                 split_weight(Work(task, inputs, kernel, base.write))

@@ -13,6 +13,8 @@ alternatives, -1 where it is less likely, and 0 where it is there: it no longer 
 drawn ranks are uniform, as those of secrets that a model never saw. Secrets that were all in the
 middle of their alternatives would be marked by that.
 
+With `forget.support: columns` codes move in chosen columns of each weight alone (support.py).
+
 Source: the ratio of importances is that of SSD (Foster et al. 2023, arXiv:2308.07707), with the
 first-order gain for the Fisher of the forget set, moves on the INT4 grid for dampening, and a stop.
 """
@@ -33,6 +35,7 @@ from ortho_cli.decompose.edits import Edit, Edits, Key, load_arrays, save_arrays
 from ortho_cli.events import EventSink, Step
 from ortho_cli.forget.grid import Grid, Pair
 from ortho_cli.forget.ranks import Ranking, goal_ranks, rank_secret, towards
+from ortho_cli.forget.support import choose_columns, weigh
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.split.quantize import code_range
 from ortho_cli.storage.parts import Pace
@@ -56,6 +59,7 @@ def isolate(
     seed: int,
     on_event: EventSink,
     hold: float = HOLD,
+    columns: dict[str, int] | None = None,
     state: Path | None = None,
     key: Key | None = None,
 ) -> list[Ranking]:
@@ -75,11 +79,15 @@ def isolate(
         seed: draws ranks of secrets, and the alternatives of each round.
         on_event: gets each round.
         hold: weight of alternatives that are less likely than where the work began.
+        columns: the number of columns in which codes may move, by weight; None: any.
         state: file of unfinished work, for its owner alone.
         key: seals that file.
     Returns:
         The rank of each secret at the end; some may still be too likely.
     """
+    open_ = None
+    if columns is not None:
+        open_ = choose_columns(grid, weigh(grid.fisher(_pairs(secrets)), fisher), columns)
     allowed = int(share * grid.numel)
     budget, floor = grid.moved + allowed, _mean_damage(grid, fisher)
     # Small steps: a gradient predicts hundreds of moves, not thousands.
@@ -115,7 +123,7 @@ def isolate(
             for one in zip(secrets, found, start, strict=True)
             for term in _terms(*one, hold, draw)
         ]
-        step_round(grid, terms, fisher, floor, room, now, PROPOSE[fill])
+        step_round(grid, terms, fisher, floor, room, now, PROPOSE[fill], open_)
         found = [rank_secret(grid, secret, telling, goals.get(secret)) for secret in secrets]
         crossed = any(a.sign * b.sign < 0 for a, b in zip(before, found, strict=True))
         size = max(1, size // 2) if crossed else min(most, size + max(1, size // 2))
@@ -215,8 +223,12 @@ def step_round(
     room: dict[str, int],
     size: int,
     propose: Callable[[Tensor, Tensor, Tensor, int, int], Tensor],
+    columns: dict[str, Tensor] | None = None,
 ) -> None:
-    """Move the `size` codes with the largest gain / damage; `floor` is the mean damage."""
+    """Move the `size` codes with the largest gain / damage; `floor` is the mean damage.
+
+    With `columns`, (in,) bool of each weight, in those alone.
+    """
     gradients = grid.gradient(terms)
     names = sorted(gradients)
     best: list[Tensor] = []
@@ -234,6 +246,8 @@ def step_round(
         free = room[name] - int((codes != original).sum())
         if free < size:  # ortho has no room for new positions; codes that moved may move again
             ratio[codes == original] = _cut(ratio[codes == original], max(0, free))
+        if columns is not None:
+            ratio[:, ~columns[name]] = -1.0
         flat = ratio.view(-1)
         top = flat.topk(min(size, flat.numel()))
         best.append(top.values)

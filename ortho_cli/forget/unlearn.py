@@ -25,6 +25,8 @@ m is the gradient's moving average, F the diagonal Fisher of retained text (held
 Adam, which moves every code by about as much, moved 1.1 million codes of SmolLM2 to forget 12
 answers and took English along; this moves 0.2 million, and perplexity stays.
 
+The mask is where F_forget / (F + its median) is largest (support.py): single weights or columns.
+
 With attack_steps above 0 there is a fine-tuning attack in the loop: the secrets are divided into
 random halves A and B, an attacker fine-tunes on A by sign descent, and B is forgotten after each of
 those steps, in the attacker's model theta + delta. The gradient there serves as the one at theta,
@@ -58,6 +60,7 @@ from ortho_cli.events import EventSink, Noted, Step
 from ortho_cli.forget.grid import Grid, Pair, batches
 from ortho_cli.forget.held import NEIGHBOURS, Held, Kind, kept_fisher, some
 from ortho_cli.forget.ranks import PROBES, goal_ranks, rank_among
+from ortho_cli.forget.support import SAMPLE, choose_columns, weigh
 from ortho_cli.model.phrasing import lacking
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.split.quantize import code_range
@@ -65,7 +68,6 @@ from ortho_cli.storage.parts import Pace
 
 MASK_FILE = "mask.npz"  # beside the state: the Fisher of the secrets
 MOMENTUM = 0.5  # of the gradient's moving average; one step sees few texts
-SAMPLE = 1 << 20  # weights from which a median or a threshold is estimated
 RETAIN_BATCH = 4  # sequences of each kind per step
 NEAR_DECAY = 0.9  # of the weight of neighbours, per step without progress: half after 7 of them
 PROGRESS = 0.98  # of the best shortfall so far: a step that does not come below makes no progress
@@ -89,6 +91,7 @@ def unlearn(
     *,
     telling: float,
     end: Sequence[int],
+    columns: dict[str, int] | None = None,
     state: Path,
     key: Key | None = None,
     on_event: EventSink,
@@ -104,6 +107,7 @@ def unlearn(
         settings: the recipe's `forget`.
         telling: as `ranks.rank_all` gives it.
         end: tokens that end a text of the attacker's; may be none.
+        columns: the number of columns in which codes may move, by weight; None: any.
         state: file of unfinished work, for its owner alone; MASK_FILE is beside it.
         key: seals both.
         on_event: gets each step, and a note where predictions differ more than they may at the end.
@@ -113,7 +117,10 @@ def unlearn(
     pairs = [(secret.prompt, secret.secret) for secret in secrets]
     # Not named: the mask alone is needed from here on, and it takes as much memory as the model.
     mask = _mask(
-        grid, kept_fisher(grid, pairs, state.with_name(MASK_FILE), key), fisher, settings.mask
+        grid,
+        weigh(kept_fisher(grid, pairs, state.with_name(MASK_FILE), key), fisher),
+        settings.mask,
+        columns,
     )
     latents = _Latents(grid, fisher, mask)
     job = _Job(grid, secrets, kinds, settings, telling, end)
@@ -502,17 +509,22 @@ def carrying(secret: TokenSecret) -> list[float]:
 
 
 def _mask(
-    grid: Grid, ratios: dict[str, Tensor], fisher: dict[str, Tensor], share: float
+    grid: Grid,
+    ratios: dict[str, Tensor],
+    share: float,
+    columns: dict[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Return flat positions of the weights with the largest F_forget / (F_retain + median).
 
-    `ratios` are F_forget, which it takes for itself. The median and the threshold of the share are
-    estimated from every n-th weight; ties are in.
+    `ratios` are these, as `support.weigh` gives them. With `columns` they are those of so many
+    whole columns. The threshold of the share is estimated from every n-th weight; ties are in.
     """
+    if columns is not None:
+        return {
+            name: chosen.expand(ratios[name].shape).reshape(-1).nonzero().squeeze(1)
+            for name, chosen in choose_columns(grid, ratios, columns).items()
+        }
     every = max(1, grid.numel // SAMPLE)
-    median = torch.cat([part.flatten()[::every] for part in fisher.values()]).median()
-    for name, ratio in ratios.items():
-        ratio /= fisher[name] + median
     values = torch.cat([ratio.view(-1)[::every] for ratio in ratios.values()])
     bar = values.kthvalue(max(1, round(values.numel() * (1 - share)))).values
     return {name: (ratio.view(-1) >= bar).nonzero().squeeze(1) for name, ratio in ratios.items()}

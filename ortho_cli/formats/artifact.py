@@ -89,6 +89,27 @@ def ortho_specs(name: str, *, dtype: str, shape: Shape, nnz: int) -> Specs:
     return make_specs(name, parts)
 
 
+def column_specs(
+    name: str, *, dtype: str, shape: Shape, columns: int, values: str | None = None
+) -> Specs:
+    """List the tensors of ortho for a split weight of which whole columns are kept.
+
+    Args:
+        name: the tensor's name.
+        dtype: of the source.
+        shape: (out, in).
+        columns: how many are kept.
+        values: dtype of values, if it is not the source's; I8 brings a scale per column with it.
+    """
+    rows, width = shape
+    parts: dict[str, TypeAndShape] = {
+        "col_indices": ("U16" if width <= 2**16 else "I32", (columns,)),
+        "values": (values or dtype, (rows, columns)),
+        **({"value_scales": (dtype, (columns,))} if values == "I8" else {}),
+    }
+    return make_specs(name, parts)
+
+
 def compact_specs(
     name: str, *, dtype: str, shape: Shape, columns: int, counts: str, gaps: int, others: int
 ) -> Specs:
@@ -208,9 +229,12 @@ class Artifact:
 
     @property
     def layout(self) -> str:
-        """The ortho.layout, by the format or by the names of ortho's tensors."""
-        compact = any("row_counts" in parts for parts in self.kept.values())
-        return OLD_LAYOUTS.get(self.form, "compact" if compact else "csr")
+        """The ortho.layout, or columns, by the format or by the names of ortho's tensors."""
+        names = {part for parts in self.kept.values() for part in parts}
+        found = "compact" if "row_counts" in names else "csr"
+        if "col_indices" in names and "crow_indices" not in names:
+            found = "columns"
+        return OLD_LAYOUTS.get(self.form, found)
 
     @property
     def split(self) -> tuple[str, ...]:

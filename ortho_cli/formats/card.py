@@ -159,7 +159,14 @@ def _about(facts: Facts) -> Iterator[str]:
     yield f"| codes | {', '.join((f'{widths}, groups of {sizes}', *_chosen(facts.recipe)))} |"
     if facts.ortho is not None:
         share = totals.nnz / max(1, totals.split_weights or 0)
-        yield f"| ortho | {int(totals.nnz):,} weights ({share:.2%} of those that are split) |"
+        told = f"{int(totals.nnz):,} weights ({share:.2%} of those that are split)"
+        whole = ", whole input columns: a LoRA" if _keeps_columns(facts.recipe) else ""
+        yield f"| ortho | {told}{whole} |"
+
+
+def _keeps_columns(recipe: Mapping[str, object]) -> bool:
+    ortho = recipe.get("ortho")
+    return isinstance(ortho, dict) and ortho.get("structure") == "columns"
 
 
 def _chosen(recipe: Mapping[str, object]) -> Iterator[str]:

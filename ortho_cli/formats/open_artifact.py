@@ -19,6 +19,7 @@ from ortho_cli.formats.artifact import (
     Parts,
     Shape,
     Specs,
+    column_specs,
     compact_specs,
     damaged,
     find_base,
@@ -211,6 +212,14 @@ def _kept_specs(layout: str, module: str, parts: Parts, dtype: str, shape: Shape
     sizes = {part: tensor.numel for part, tensor in parts.items()}
     dtypes = {part: tensor.dtype for part, tensor in parts.items()}
     name, others = f"{module}.weight", sizes.get("values", 0)
+    if layout == "columns":
+        return column_specs(
+            name,
+            dtype=dtype,
+            shape=shape,
+            columns=sizes.get("col_indices", 0),
+            values="I8" if dtypes.get("values") == "I8" else None,
+        )
     if layout == "csr":
         return ortho_specs(name, dtype=dtype, shape=shape, nnz=others)
     counts = dtypes.get("row_counts")

@@ -1,4 +1,4 @@
-"""Reading the ortho stream of each weight as CSR, whatever its layout.
+"""Reading the ortho stream of each weight, as columns where it is, and as CSR whatever its layout.
 
 Only this module knows the layouts when weights are read. (`verify` checks CSR without it, and so
 without torch.)
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ortho_cli.errors import ArtifactError, blamed
-from ortho_cli.formats import compact, csr
+from ortho_cli.formats import columns, compact, csr
 from ortho_cli.formats.artifact import Artifact, Shape, damage_in
 from ortho_cli.formats.csr import ORTHO_PARTS
 from ortho_cli.split.dtypes import torch_dtypes
@@ -65,9 +65,28 @@ class KeptReader(ShardReader):
         Raises:
             ArtifactError: what is stored is no such matrix, or a file was cut; names the tensor.
         """
+        parts = self.parts(module)
+        if columns.holds_columns(parts):
+            return columns.to_csr(parts["col_indices"], parts["values"])
+        return parts
+
+    def parts(self, module: str) -> dict[str, Tensor]:
+        """Read the ortho of a module's weight as `OrthoLinear` holds it.
+
+        Args:
+            module: one of the artifact's `split`.
+        Returns:
+            What `csr` gives; where whole columns are kept, their numbers col_indices (k,) and
+            values (out, k) in the source's dtype.
+        Raises:
+            ArtifactError: as `csr`.
+        """
         parts = {name: self._read(info) for name, info in self._kept[module].items()}
         shape = self._shapes[module]
         with damage_in(self._path):
+            if columns.holds_columns(parts):
+                columns.check_block(parts["col_indices"], parts["values"], shape, f"{module}.")
+                return self._restored(module, parts, shape) if "value_scales" in parts else parts
             if "crow_indices" not in parts:
                 return self._decode(module, parts, shape)
             crow, column, values = (parts[name] for name in ORTHO_PARTS)
@@ -90,6 +109,21 @@ class KeptReader(ShardReader):
             found["values"] = compact.restore_values(codes, step, base, scales, dtype)
         csr.check_finite(found["values"], f"{module}.column_values or ")
         return found
+
+    def _restored(self, module: str, parts: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
+        """Restore the weights of whole columns from int8 values."""
+        codes, scales = parts["values"], parts["value_scales"]
+        if not bool(((scales > 0) & scales.isfinite()).all()):
+            raise csr.unsound(f"`{module}.value_scales` are not all above 0 and finite")
+        if codes.numel() and int(codes.min()) < -columns.LARGEST:
+            raise csr.unsound(f"`{module}.values` holds -128")
+        every = columns.to_csr(parts["col_indices"], codes)
+        crow, column = (every[part].to(torch.int64).numpy() for part in ORTHO_PARTS[:2])
+        read = partial(self._base_rows, module)
+        base, _ = compact.base_at(read, crow, column, shape, sizes=self._sizes)
+        values = columns.restore_values(codes, scales, base.view(codes.shape))
+        csr.check_finite(values, f"{module}.")
+        return {"col_indices": parts["col_indices"], "values": values}
 
     def _base_rows(self, module: str, start: int, count: int) -> tuple[Tensor, Tensor]:
         parts = [self._base[f"{module}.{part}"] for part in ("weight_packed", "weight_scale")]

@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ortho_cli.formats.artifact import REPORT_FILE, Artifact, damaged
+from ortho_cli.formats.columns import holds_columns
 from ortho_cli.formats.schema import Figure, Validated, fault
 
 
@@ -58,7 +59,7 @@ class Row(Figures):
     bits: int | None = None  # of a code; the first reports do not tell: it was 4 throughout
     bits_per_weight: Figure | None
     nnz: int | None = None
-    columns: int | None = None  # whole ones, of a compact ortho
+    columns: int | None = None  # whole ones, of a compact ortho or of structure columns
     source_blake3: str | None = None
     blake3: dict[str, dict[str, str]] | None = None  # file -> tensor in it -> digest
 
@@ -113,8 +114,8 @@ def rows_from_headers(artifact: Artifact) -> Iterator[Row]:
             "bits_per_weight": round(8 * nbytes / (rows * columns), 4),
             "nnz": sum(mine[p].numel for p in mine if p.endswith("values")) if mine else None,
         }
-        if "columns" in mine:
-            row["columns"] = mine["columns"].numel
+        if whole := mine.get("col_indices" if holds_columns(mine) else "columns"):
+            row["columns"] = whole.numel
         yield Row.model_validate(row)
     for tensor in base.values():
         yield Row(

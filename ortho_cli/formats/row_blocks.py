@@ -1,6 +1,7 @@
 """Where ortho's weights are, coarsely: how many there are in each block of rows of a weight.
 
-Counts come from row pointers, or from counts of rows in layout compact: no position is read. Numpy
+Counts come from row pointers, from counts of rows in layout compact, or from the number of whole
+columns: no position is read. Numpy
 only, as in `verify`.
 """
 
@@ -49,6 +50,9 @@ def _counts(
     if "crow_indices" in parts:
         crow, whole, name = _read(reader, parts["crow_indices"]), 0, "crow_indices"
         counts = np.diff(crow)
+    elif "row_counts" not in parts:  # every row has the same columns
+        counts, whole = np.zeros(rows, np.int64), parts["col_indices"].numel
+        name = "col_indices"
     else:
         counts, name = _read(reader, parts["row_counts"]), "row_counts"
         whole = parts["columns"].numel

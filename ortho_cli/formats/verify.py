@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ortho_cli.errors import ArtifactError, blamed
 from ortho_cli.events import EventSink, Started, null_sink
-from ortho_cli.formats import csr
+from ortho_cli.formats import columns, csr
 from ortho_cli.formats.artifact import (
     INDEX_FILE,
     OLD_BASE_FILE,
@@ -181,11 +181,12 @@ def _verify_index(artifact: Artifact) -> None:
 
 def _verify_ortho(artifact: Artifact, ortho: Shard, reader: ShardReader) -> None:
     """Hold the ortho stream of every split weight against the rules of its layout."""
-    if artifact.layout == "csr":
+    if not any({"row_counts", "value_scales"} & parts.keys() for parts in artifact.kept.values()):
+        verify = _verify_columns if artifact.layout == "columns" else _verify_csr
         parts = artifact.kept  # made anew each time that it is asked for
         for module, (_, width) in artifact.shapes.items():
             with damage_in(ortho.path):
-                _verify_csr(reader, parts[module], width, f"{module}.")
+                verify(reader, parts[module], width, f"{module}.")
     else:
         # int8 values need torch, a second to import.
         from ortho_cli.formats.ortho_reader import KeptReader
@@ -197,13 +198,28 @@ def _verify_ortho(artifact: Artifact, ortho: Shard, reader: ShardReader) -> None
 
 def _verify_csr(reader: ShardReader, parts: Parts, width: int, prefix: str) -> None:
     """Check one weight's CSR piece by piece; only its row pointers are in memory whole."""
+    column, values = parts["col_indices"], parts["values"]
+    crow = _whole(reader, parts["crow_indices"])
+    csr.check_positions(crow, _numbers(reader, column), column.numel, width, prefix)
+    csr.check_words(reader.pieces(values), values.dtype, prefix)
+
+
+def _verify_columns(reader: ShardReader, parts: Parts, width: int, prefix: str) -> None:
+    """Check the whole columns of one weight; only their numbers are in memory whole."""
+    values = parts["values"]
+    columns.check_columns(_whole(reader, parts["col_indices"]), width, prefix)
+    csr.check_words(reader.pieces(values), values.dtype, prefix)
+
+
+def _numbers(reader: ShardReader, info: TensorInfo) -> Iterator[csr.Integers]:
     import numpy as np
 
-    def numbers(info: TensorInfo) -> Iterator[csr.Integers]:
-        for piece in reader.pieces(info):
-            yield np.frombuffer(piece, DTYPES[info.dtype].numpy)
+    for piece in reader.pieces(info):
+        yield np.frombuffer(piece, DTYPES[info.dtype].numpy)
 
-    column, values = parts["col_indices"], parts["values"]
-    crow = np.concatenate([piece.copy() for piece in numbers(parts["crow_indices"])])
-    csr.check_positions(crow, numbers(column), column.numel, width, prefix)
-    csr.check_words(reader.pieces(values), values.dtype, prefix)
+
+def _whole(reader: ShardReader, info: TensorInfo) -> csr.Integers:
+    import numpy as np
+
+    empty = np.empty(0, DTYPES[info.dtype].numpy)
+    return np.concatenate([empty, *(piece.copy() for piece in _numbers(reader, info))])

@@ -286,6 +286,8 @@ class Engine:
         scale: str = "absmax",
         bits: int = 4,
         alone: bool = False,
+        structure: str = "points",
+        max_rank: int | None = None,
         curvature: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Replace every chosen Linear by an OrthoLinear; all of them or none.
@@ -297,6 +299,8 @@ class Engine:
             scale: absmax, mse, or curvature.
             bits: of a code of base, 4, or 3 where 32 divides every chosen in_features.
             alone: searched scales serve ortho's positions, too, for a base that is used by itself.
+            structure: points, or columns: ortho is whole input columns, and at alpha 1 a LoRA.
+            max_rank: the most columns of a weight.
             curvature: by `<module>.weight`, (out, in) or (in,); None for `self.curvature`, and if
                 that is empty, the residual alone decides.
         Raises:
@@ -321,6 +325,8 @@ class Engine:
                 scale=scale,
                 bits=bits,
                 alone=alone,
+                structure=structure,
+                max_rank=max_rank,
                 curvature=None if given is None else given[weight],
                 name=weight,
                 sizes=self._sizes,
@@ -331,7 +337,11 @@ class Engine:
             "version": 1,
             "targets": list(weights.values()),
             "base": {"bits": bits, "group_size": size, "scale": scale, "alone": alone},
-            "ortho": {"density": float(density)},
+            "ortho": {
+                "density": float(density),
+                "structure": structure,
+                "max_rank": max_rank,
+            },
             "saliency": {"kind": "residual" if given is None else "curvature"},
         }
         self._recipe, self._digest = Recipe.model_validate(recipe).canonical(), digest

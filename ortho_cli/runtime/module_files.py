@@ -309,7 +309,7 @@ def fill_ortho(opened: Artifact, layers: Mapping[str, OrthoLinear]) -> None:
         return
     with KeptReader(opened) as reader:
         for name, layer in layers.items():
-            for part, tensor in reader.csr(name).items():
+            for part, tensor in reader.parts(name).items():
                 setattr(layer, part, tensor.to(layer.weight_packed.device))
 
 

@@ -36,3 +36,10 @@ class Ortho(NamedTuple):
     crow_indices: Tensor  # int32 or int64 (out + 1,)
     col_indices: Tensor  # int32 (nnz,)
     residual: Tensor  # float32 (nnz,)
+
+
+class Columns(NamedTuple):
+    """The sparse stream of one layer as whole columns: values - dequantize(base) in each."""
+
+    col_indices: Tensor  # int64 (k,)
+    residual: Tensor  # float32 (out, k)

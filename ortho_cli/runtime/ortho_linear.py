@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ortho_cli.errors import ArtifactError, UsageError
 from ortho_cli.formats import csr
+from ortho_cli.formats.columns import COLUMN_PARTS, check_block, to_csr
 from ortho_cli.formats.csr import BASE_PARTS, ORTHO_PARTS
 from ortho_cli.model.linears import dense_weight
 from ortho_cli.runtime import product
-from ortho_cli.runtime.operands import Alpha, Base, Ortho, Packed
+from ortho_cli.runtime.operands import Alpha, Base, Columns, Ortho, Packed
 from ortho_cli.split.in_memory import split_weight
 from ortho_cli.split.quantize import ortho_dtypes
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
@@ -37,7 +38,9 @@ class OrthoLinear(nn.Module):
 
     Buffers, as in the artifact: `weight_packed` int32 (out, in bits / 32), `weight_scale` (out,
     groups), `weight_shape` int64 (2,); `crow_indices` (out + 1,), `col_indices` uint16 or int32
-    (nnz,) and `values` (nnz,), the source's own weights; these three are None for base alone.
+    (nnz,) and `values` (nnz,), the source's own weights; these three are None for base alone. Where
+    ortho is whole columns, there is no `crow_indices`, `col_indices` (k,) are their numbers and
+    `values` is (out, k).
     `alpha` is None until it is set: there is no default. Casting (`half()`, `to(dtype)`) moves bias
     alone: scales and values in another dtype would be another base.
     """
@@ -110,6 +113,15 @@ class OrthoLinear(nn.Module):
             self.col_indices = torch.zeros(nnz, dtype=column, device=device)
             self.values = torch.zeros(nnz, dtype=dtype, device=device)
 
+    def _allocate_columns(
+        self, count: int, dtype: torch.dtype, device: torch.device | str | None
+    ) -> None:
+        """Give the ortho buffers the sizes of whole columns: those of `artifact.column_specs`."""
+        _, column = ortho_dtypes(0, self.in_features)
+        self.crow_indices = None
+        self.col_indices = torch.zeros(count, dtype=column, device=device)
+        self.values = torch.zeros(self.out_features, count, dtype=dtype, device=device)
+
     @property
     def alpha(self) -> Alpha | None:
         """How much of ortho is added: in [0, 1], one for each batch row, or None until set."""
@@ -147,6 +159,8 @@ class OrthoLinear(nn.Module):
         scale: str = "absmax",
         bits: int = 4,
         alone: bool = False,
+        structure: str = "points",
+        max_rank: int | None = None,
         curvature: Tensor | None = None,
         name: str = "weight",
         sizes: Sizes = DEFAULT_SIZES,
@@ -164,12 +178,14 @@ class OrthoLinear(nn.Module):
             scale: absmax, mse, or curvature, which needs `curvature`.
             bits: of a code, 4, or 3 where in divides by 32.
             alone: searched scales serve ortho's positions, too.
+            structure: points, or columns: round(density * in) whole columns, ties to the lower one.
+            max_rank: the most columns.
             curvature: (out, in) or (in,) float32, >= 0, finite.
             name: the tensor's name, for errors.
             sizes: of tiles.
         Raises:
             NumericalError: a weight or curvature is NaN or infinite, or base overflows.
-            RecipeError: group_size, density, scale or bits does not fit.
+            RecipeError: group_size, density, scale, bits or structure does not fit.
             UsageError: the module has no 2-D floating weight, or curvature another shape.
         """
         weight = dense_weight(linear, name)
@@ -180,6 +196,8 @@ class OrthoLinear(nn.Module):
             scale=scale,
             bits=bits,
             alone=alone,
+            structure=structure,
+            max_rank=max_rank,
             curvature=curvature,
             name=name,
             sizes=sizes,
@@ -232,24 +250,56 @@ class OrthoLinear(nn.Module):
         ortho, rows = self._ortho() if alpha else None, (0, self.out_features)
         weight = product.weight_rows(self._base(), ortho, alpha, rows, dtype)
         if ortho is not None and alpha == 1.0:  # a residual can be rounded, the values are not
-            _, flat = product.ortho_positions(ortho, rows, self.in_features)
-            weight.view(-1)[flat] = self._csr()[2].to(dtype)
+            values = self._stored()[1].to(dtype)
+            if isinstance(ortho, Columns):
+                weight[:, ortho.col_indices] = values
+            else:
+                _, flat = product.ortho_positions(ortho, rows, self.in_features)
+                weight.view(-1)[flat] = values
         return weight
 
-    def _ortho(self) -> Ortho:
-        self._csr()
+    @property
+    def holds_columns(self) -> bool:
+        """Whether ortho is there, and is whole columns."""
+        return self.values is not None and self.crow_indices is None
+
+    def csr(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Give ortho as CSR: crow_indices, col_indices and values.
+
+        Raises:
+            ArtifactError: there is none.
+        """
+        column, values = self._stored()
+        if self.crow_indices is not None:
+            return self.crow_indices, column, values
+        found = to_csr(column.cpu(), values.cpu())
+        crow, column, values = (found[part].to(values.device) for part in ORTHO_PARTS)
+        return crow, column, values
+
+    def _ortho(self) -> Ortho | Columns:
+        self._stored()
+        if self.holds_columns:
+            return self._derive((*BASE_PARTS[:2], *COLUMN_PARTS), self._make_columns)
         return self._derive((*BASE_PARTS[:2], *ORTHO_PARTS), self._make_ortho)
 
-    def _csr(self) -> tuple[Tensor, Tensor, Tensor]:
-        crow, column, values = self.crow_indices, self.col_indices, self.values
-        if crow is None or column is None or values is None:
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        if self.col_indices is None or self.values is None:
             raise ArtifactError(
                 "alpha is not 0 and this layer has no ortho stream", hint=product.NO_ORTHO
             )
-        return crow, column, values
+        return self.col_indices, self.values
+
+    def _make_columns(self) -> Columns:
+        column, values = self._stored()
+        stream = Columns(column.to(torch.int64), values.to(torch.float32, copy=True))
+        base = self._base()
+        for start, stop in product.tiles(base):
+            tile = product.dequantize_rows(base, start, stop)
+            stream.residual[start:stop] -= tile[:, stream.col_indices].float()
+        return stream
 
     def _make_ortho(self) -> Ortho:
-        crow, column, values = self._csr()
+        crow, column, values = self.csr()
         wide = column.to(torch.int32)  # torch has few operations on uint16
         residual = values.to(torch.float32, copy=True)
         stream = Ortho(crow, wide, residual)
@@ -314,15 +364,18 @@ class OrthoLinear(nn.Module):
         self._cache.clear()
         parts = {name: state_dict.get(prefix + name) for name in (*BASE_PARTS, *ORTHO_PARTS)}
         here = [name for name in ORTHO_PARTS if parts[name] is not None]
-        if here and len(here) < len(ORTHO_PARTS):
+        if here and here not in (list(ORTHO_PARTS), list(COLUMN_PARTS)):
             raise ArtifactError(
                 f"`{prefix}{here[0]}` comes without the rest of its CSR matrix",
-                hint=f"the three are {', '.join(ORTHO_PARTS)}",
+                hint=f"the three are {', '.join(ORTHO_PARTS)}; whole columns have the last two",
             )
         if here:
-            values = self._check_ortho(parts, prefix)
-            if self.nnz != values.numel():
-                self._allocate_ortho(values.numel(), values.dtype, self.weight_packed.device)
+            values, device = self._check_ortho(parts, here, prefix), self.weight_packed.device
+            if len(here) == len(COLUMN_PARTS):
+                if not self.holds_columns or self.nnz != values.numel():
+                    self._allocate_columns(values.shape[1], values.dtype, device)
+            elif self.crow_indices is None or self.nnz != values.numel():
+                self._allocate_ortho(values.numel(), values.dtype, device)
         shape = parts["weight_shape"]
         if isinstance(shape, Tensor) and not shape.is_meta:
             stated, mine = shape.tolist(), [self.out_features, self.in_features]
@@ -334,10 +387,10 @@ class OrthoLinear(nn.Module):
         self._check_dtype(parts["weight_scale"], f"{prefix}weight_scale")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _check_ortho(self, parts: Mapping[str, object], prefix: str) -> Tensor:
-        """Refuse a CSR matrix that is damaged or of another layer; give its values."""
+    def _check_ortho(self, parts: Mapping[str, object], names: list[str], prefix: str) -> Tensor:
+        """Refuse a CSR matrix, or columns, damaged or of another layer; give the values."""
         tensors = []
-        for name in ORTHO_PARTS:
+        for name in names:
             part = parts[name]
             if not isinstance(part, Tensor):
                 raise ArtifactError(
@@ -345,8 +398,12 @@ class OrthoLinear(nn.Module):
                     hint="give the state dict as it was saved",
                 )
             tensors.append(part)
-        crow, column, values = tensors
-        csr.check_tensors(crow, column, values, (self.out_features, self.in_features), prefix)
+        *crow, column, values = tensors
+        shape = (self.out_features, self.in_features)
+        if crow:
+            csr.check_tensors(crow[0], column, values, shape, prefix)
+        else:
+            check_block(column, values, shape, prefix)
         self._check_dtype(values, f"{prefix}values")
         return values
 

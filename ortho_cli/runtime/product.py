@@ -17,7 +17,9 @@ There are three forms of one product. On the CPU the faster of two is chosen, as
 * **fused** (CUDA, where Triton 3.3 or later is installed, for codes of 4 bits): nothing is unpacked
   to memory. Written against Triton's interpreter and not yet run on a card; nor are tiles.
 
-The sparse product is a CSR matrix-vector product for one row, `embedding_bag` for more.
+The sparse product is a CSR matrix-vector product for one row, `embedding_bag` for more. Where ortho
+is whole columns it is a dense product of few columns, alpha (x[:, columns] ortho^T), as a server
+applies a LoRA.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ortho_cli.errors import ArtifactError, InternalError, UsageError
-from ortho_cli.runtime.operands import Alpha, Base, Ortho, Packed
+from ortho_cli.runtime.operands import Alpha, Base, Columns, Ortho, Packed
 from ortho_cli.split import quantize
 
 PACKED_ROWS = 32  # above, unpacking tiles is as fast or faster, and exact
@@ -43,6 +45,8 @@ PACKED_GROUPS = (32, 64, 128, 256)  # group sizes torch's kernel takes
 PACKED_MULTIPLE = 16  # of out_features, likewise
 TILE_ELEMENTS = 1 << 21  # weights unpacked at a time: 4 MB in bfloat16; a call costs microseconds
 TRITON = (3, 3)  # the first version that compiled the fused kernels
+
+Sparse = Ortho | Columns
 
 NO_ORTHO = "put ortho.safetensors back, or set alpha to 0"
 
@@ -105,7 +109,7 @@ def is_zero(alpha: Alpha) -> bool:
 
 
 def dual_linear(
-    x: Tensor, base: Base, ortho: Ortho | None, bias: Tensor | None, alpha: Alpha
+    x: Tensor, base: Base, ortho: Sparse | None, bias: Tensor | None, alpha: Alpha
 ) -> Tensor:
     """Multiply by W(alpha) without ever holding all of it.
 
@@ -116,7 +120,7 @@ def dual_linear(
             any strides.
         base: codes and scales; with `prepared`, few rows of x in the scales' dtype take the packed
             form.
-        ortho: the sparse stream; may be None where alpha is 0.
+        ortho: the sparse stream, as CSR or whole columns; may be None where alpha is 0.
         bias: (out,) or None.
         alpha: a float in [0, 1], or a tensor (x.shape[0],) with one for each batch row. 0, or
             zeros only, touches nothing of ortho.
@@ -171,7 +175,7 @@ def _per_row(alpha: Tensor, x: Tensor) -> Alpha:
 
 class _Context(Protocol):
     base: Base
-    ortho: Ortho | None
+    ortho: Sparse | None
     alpha: Alpha
     bias_dtype: torch.dtype | None
     needs_input_grad: tuple[bool, ...]
@@ -180,7 +184,12 @@ class _Context(Protocol):
 class _DualLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: _Context, x: Tensor, bias: Tensor | None, base: Base, ortho: Ortho | None, alpha: Alpha
+        ctx: _Context,
+        x: Tensor,
+        bias: Tensor | None,
+        base: Base,
+        ortho: Sparse | None,
+        alpha: Alpha,
     ) -> Tensor:
         ctx.base, ctx.ortho, ctx.alpha = base, ortho, alpha
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -199,18 +208,21 @@ class _DualLinear(torch.autograd.Function):
 
 
 def _forward(
-    x: Tensor, base: Base, ortho: Ortho | None, bias: Tensor | None, alpha: Alpha
+    x: Tensor, base: Base, ortho: Sparse | None, bias: Tensor | None, alpha: Alpha
 ) -> Tensor:
     if not x.shape[0]:
         return x.new_zeros((0, base.shape[0]))
     fused = _fused(x.device.type)
     if fused is not None and fused.takes(x, base):
-        product: Tensor = fused.product(x, base, ortho, bias, alpha)
-        return product
+        if not isinstance(ortho, Columns):
+            product: Tensor = fused.product(x, base, ortho, bias, alpha)
+            return product
+        y: Tensor = fused.product(x, base, None, None, 0.0).float()
+        return _finish(y, x, ortho, bias, alpha)
     packed, few = base.prepared, x.shape[0] <= PACKED_ROWS
     if packed is not None and few and x.dtype == packed.scales_and_zeros.dtype:
         group_size = base.shape[1] // base.weight_scale.shape[1]
-        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.contiguous(), packed.codes, group_size, packed.scales_and_zeros
         )
         if ortho is None and bias is None:
@@ -223,6 +235,13 @@ def _forward(
         return _tiled_product(x, base, ortho, alpha, x.dtype, bias)
     else:
         y, ortho = _tiled_product(x, base, ortho, alpha, torch.float32), None
+    return _finish(y, x, ortho, bias, alpha)
+
+
+def _finish(
+    y: Tensor, x: Tensor, ortho: Sparse | None, bias: Tensor | None, alpha: Alpha
+) -> Tensor:
+    """Add what base's product lacks, in float32, and round once."""
     if ortho is not None:
         _add_sparse(y, x, ortho, alpha)
     if bias is not None:
@@ -290,11 +309,15 @@ def dequantize_rows(base: Base, start: int, stop: int) -> Tensor:
 
 
 def weight_rows(
-    base: Base, ortho: Ortho | None, alpha: float, rows: tuple[int, int], dtype: torch.dtype
+    base: Base, ortho: Sparse | None, alpha: float, rows: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
     """Form some rows of W(alpha), added in float32 and rounded once to `dtype`."""
     weight = dequantize_rows(base, *rows).to(dtype)
-    if ortho is not None:
+    if isinstance(ortho, Columns):
+        at = ortho.col_indices
+        more = alpha * ortho.residual[slice(*rows)]
+        weight[:, at] = (weight[:, at].float() + more).to(dtype)
+    elif ortho is not None:
         entries, flat = ortho_positions(ortho, rows, base.shape[1])
         values = weight.view(-1)
         values[flat] = (values[flat].float() + alpha * ortho.residual[entries]).to(dtype)
@@ -319,7 +342,7 @@ def ortho_positions(ortho: Ortho, rows: tuple[int, int], columns: int) -> tuple[
 def _tiled_product(
     x: Tensor,
     base: Base,
-    ortho: Ortho | None,
+    ortho: Sparse | None,
     alpha: float,
     dtype: torch.dtype,
     bias: Tensor | None = None,
@@ -333,7 +356,7 @@ def _tiled_product(
     return y
 
 
-def _times_weight(grad: Tensor, base: Base, ortho: Ortho | None, alpha: Alpha) -> Tensor:
+def _times_weight(grad: Tensor, base: Base, ortho: Sparse | None, alpha: Alpha) -> Tensor:
     """Multiply grad by W(alpha), summed in float32 over tiles."""
     wide = grad.float()
     total = torch.zeros((grad.shape[0], base.shape[1]), dtype=torch.float32, device=grad.device)
@@ -345,10 +368,14 @@ def _times_weight(grad: Tensor, base: Base, ortho: Ortho | None, alpha: Alpha) -
         if ortho is None:
             raise InternalError("each row has an alpha of its own, and there is no ortho stream")
         total.addmm_(here, weight_rows(base, None, 0.0, rows, torch.float32))
+        scaled = here * alpha.unsqueeze(-1)
+        if isinstance(ortho, Columns):
+            total[:, ortho.col_indices] += scaled @ ortho.residual[slice(*rows)]
+            continue
         entries, flat = ortho_positions(ortho, rows, base.shape[1])
         sparse = torch.zeros(rows[1] - rows[0], base.shape[1], device=grad.device)
         sparse.view(-1)[flat] = ortho.residual[entries]
-        total.addmm_(here * alpha.unsqueeze(-1), sparse)
+        total.addmm_(scaled, sparse)
     return total.to(grad.dtype)
 
 
@@ -371,8 +398,16 @@ def _csr_is_quick() -> bool:
     return bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
 
 
-def _add_sparse(y: Tensor, x: Tensor, ortho: Ortho, alpha: Alpha) -> None:
+def _add_sparse(y: Tensor, x: Tensor, ortho: Sparse, alpha: Alpha) -> None:
     """Add alpha x ortho^T to y (n, out), both float32."""
+    if isinstance(ortho, Columns):
+        if ortho.col_indices.numel():
+            x = x[:, ortho.col_indices].float()  # few numbers: alpha is cheapest here
+            y.addmm_(
+                x.mul_(alpha.unsqueeze(-1) if isinstance(alpha, Tensor) else alpha),
+                ortho.residual.t(),
+            )
+        return
     x = x.float()
     crow, columns = ortho.crow_indices, ortho.col_indices.to(ortho.crow_indices.dtype)
     if not columns.numel():

@@ -37,6 +37,7 @@ class Rules:
     nearest: bool  # codes outside of ortho are the source's own
     own_code: bool = False  # where a code was moved, alpha = 1 may be the source's own code
     step: float | None = None  # of int8 values
+    column_steps: Array | None = None  # (in,) float64: of those of whole columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,12 +117,12 @@ def check_rows(rules: Rules, rows: Rows) -> Sums:
     sound = rows.values == rows.source.reshape(-1)[at]
     if rules.own_code:
         sound |= values == own.reshape(-1)[at]
-    if rules.step is not None:
+    if rules.step is not None or rules.column_steps is not None:
         sound |= _within_a_step(rules, values, flat[at], base.reshape(-1)[at], wide, at)
     if not sound.all():
         bad = int(np.flatnonzero(~sound)[0])
         neither, allowed = "not", "as it is"
-        if rules.own_code or rules.step:
+        if rules.own_code or rules.step or rules.column_steps is not None:
             neither, allowed = "neither", "nor its own code" if rules.own_code else "nor near it"
         why = f", which is {neither} the source's weight {flat[at[bad]]:g} {allowed}"
         raise _wrong(rules, rows, int(at[bad]), f"ortho holds {values[bad]:g}", why)
@@ -157,10 +158,19 @@ def _base_of(rules: Rules, rows: Rows) -> tuple[Float, npt.NDArray[np.int8], Flo
 def _within_a_step(
     rules: Rules, values: Float, source: Float, base: Float, wide: Float, at: Array
 ) -> npt.NDArray[np.bool_]:
-    """Tell where an int8 value v is no further off than the next one: 2 (|v| + 1) steps / 2."""
+    """Tell where an int8 value v is no further off than the next one: 2 (|v| + 1) steps / 2.
+
+    Of whole columns steps are even: half a step, and what rounding the scale itself may cost.
+    """
+    last = np.abs(source) * 2.0**-7 + SMALLEST[rules.dtype]  # places of a BF16, and of subnormals
+    if rules.column_steps is not None:
+        close: npt.NDArray[np.bool_] = (
+            np.abs(values.astype(np.float64) - source)
+            <= rules.column_steps[at % wide.shape[1]] * (0.5 + 2.0**-6) + last
+        )
+        return close
     unit = (rules.step or 0.0) * wide.reshape(-1)[at].astype(np.float64)
     number = np.sqrt(np.abs(values.astype(np.float64) - base) / unit)
-    last = np.abs(source) * 2.0**-7 + SMALLEST[rules.dtype]  # places of a BF16, and of subnormals
     room = (number + 1.0) * unit + last
     found: npt.NDArray[np.bool_] = np.abs(values - source) <= room
     return found
@@ -171,6 +181,15 @@ def largest_step(rules: Rules, rows: Rows) -> float:
     wide, _, base = _base_of(rules, rows)
     far = np.abs(widen(rows.values, rules.dtype).astype(np.float64) - base.flat[rows.positions])
     return float((far / wide.flat[rows.positions]).max(initial=0.0)) / 127**2
+
+
+def largest_steps(rules: Rules, rows: Rows) -> Array:
+    """Find the scale of each whole column of int8 values: the largest is 127 of them; (in,)."""
+    found = np.zeros(rows.source.shape[1])
+    _, _, base = _base_of(rules, rows)
+    far = np.abs(widen(rows.values, rules.dtype).astype(np.float64) - base.flat[rows.positions])
+    np.maximum.at(found, rows.positions % found.size, far / 127)
+    return found
 
 
 def check_figures(name: str, told: Figures, sums: Sums) -> None:

@@ -7,24 +7,26 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ortho_cli.errors import NumericalError
 from ortho_cli.split import quantize
+from ortho_cli.split.task import Array
 
 DAMPING = 0.01  # of the mean diagonal: GPTQ's own
 COLUMNS = 64  # rounded before the columns behind them are told; a matrix product from there on
 
 
 class Factor(NamedTuple):
-    """What one weight's Gram matrix comes to."""
+    """What one weight's Gram matrix comes to, of the n columns that base alone stands for."""
 
-    upper: Tensor  # (in, in) float32, U with U^T U = H^-1, rows and columns in `order`
-    order: Tensor  # (in,) int64: the columns, those with the largest inputs first
+    upper: Tensor  # (n, n) float32, U with U^T U = H^-1, rows and columns in `order`
+    order: Tensor  # (n,) int64: the columns, those with the largest inputs first
 
 
-def factorise(gram: Tensor, *, name: str = "weight") -> Factor:
+def factorise(gram: Tensor, *, name: str = "weight", without: Array | None = None) -> Factor:
     """Invert a damped Gram matrix, as a Cholesky factor.
 
     H = G + 0.01 mean(diag G) I,  H^-1 = U^T U with U upper triangular, both in float64. Columns are
@@ -34,6 +36,8 @@ def factorise(gram: Tensor, *, name: str = "weight") -> Factor:
     Args:
         gram: (in, in) float32, symmetric, positive semidefinite.
         name: the tensor's name, for errors.
+        without: columns that ortho holds whole. They have no error, so they leave the problem: H,
+            its damping and the factor are those of the other columns.
     Returns:
         The factor; of a matrix of zeros, that of the identity: nothing is compensated.
     Raises:
@@ -42,6 +46,11 @@ def factorise(gram: Tensor, *, name: str = "weight") -> Factor:
     """
     diagonal = gram.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
+    if without is not None:
+        order = order[~torch.isin(order, torch.from_numpy(without.astype(np.int64)))]
+        diagonal = diagonal[order]
+        if not order.numel():
+            return Factor(torch.empty(0, 0), order)
     damped = gram[order][:, order].double()
     damping = DAMPING * float(diagonal.double().mean())
     damped.diagonal().add_(damping if damping > 0 else 1.0)
@@ -70,7 +79,8 @@ def round_columns(
     Args:
         weight: (out, in) float32, finite; each row by itself.
         scales: (out, groups), > 0, of the dtype they are stored in; they stay what they are.
-        factor: of the Gram matrix of this weight's inputs.
+        factor: of the Gram matrix of this weight's inputs; columns that it lacks are rounded to
+            nearest.
         bits: of a code, 3 or 4.
         kept: (out, in) bool: ortho holds the weight, so alpha = 1 has it without error.
     Returns:
@@ -79,10 +89,10 @@ def round_columns(
         static_groups); kept weights as in SpQR (arXiv:2306.03078, algorithm 2), which stores what
         they have become by then, where here they stay the source's.
     """
-    columns = weight.shape[1]
     upper, order = factor
+    columns, group_size = order.numel(), weight.shape[1] // scales.shape[1]
     left = weight[:, order]
-    steps = scales.float().repeat_interleave(columns // scales.shape[1], 1)[:, order]
+    steps = scales.float().repeat_interleave(group_size, 1)[:, order]
     exact = None if kept is None else kept[:, order]
     source = None if kept is None else left.clone()
     codes = torch.empty_like(left)
@@ -102,4 +112,6 @@ def round_columns(
             errors[:, j : j + 1] = error
             here[:, j:] -= error * block[j, j:]
         left[:, stop:] -= errors @ upper[start:stop, stop:]
-    return torch.empty_like(codes).index_copy_(1, order, codes)
+    whole = columns == weight.shape[1]
+    every = torch.empty_like(codes) if whole else quantize.quantize(weight, scales, bits=bits)
+    return every.index_copy_(1, order, codes)

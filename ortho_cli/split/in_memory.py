@@ -24,6 +24,8 @@ from ortho_cli.split.task import (
     Vector,
     check_bits,
     check_group_size,
+    check_structure,
+    columns_of,
 )
 from ortho_cli.split.torch_kernel import TorchKernel, tensor_of, words_of
 
@@ -38,6 +40,8 @@ def split_weight(
     scale: str = "absmax",
     bits: int = 4,
     alone: bool = False,
+    structure: str = "points",
+    max_rank: int | None = None,
     curvature: Tensor | None = None,
     name: str = "weight",
     sizes: Sizes = DEFAULT_SIZES,
@@ -53,26 +57,33 @@ def split_weight(
         scale: absmax, mse, or curvature, which needs `curvature`.
         bits: of a code, 4, or 3 where in divides by 32.
         alone: searched scales serve ortho's positions, too: no turns are taken.
+        structure: points, or columns: round(density * in) whole columns, those of the largest sums
+            of squared saliency.
+        max_rank: the most columns.
         curvature: (out, in) or (in,) float32, >= 0, finite; None counts as ones.
         name: the tensor's name, for errors.
         sizes: of tiles.
     Returns:
-        The six parts of both streams, by their names in the artifact.
+        The parts of both streams, by their names in the artifact.
     Raises:
         NumericalError: a weight or curvature is NaN or infinite, or base overflows.
-        RecipeError: group_size, density, scale or bits does not fit.
+        RecipeError: group_size, density, scale, bits or structure does not fit.
         UsageError: curvature has another shape.
-    Ties keep the lower flat index.
+    Ties keep the lower flat index, or the lower column.
     """
     _check(weight.shape[1], group_size, bits, density, scale, curvature is not None, name)
+    check_structure(structure, max_rank)
+    rows, width = weight.shape
+    whole = columns_of(density, width, max_rank) if structure == "columns" else None
     task = SplitTask(
         name=name,
-        shape=(weight.shape[0], weight.shape[1]),
+        shape=(rows, width),
         dtype=names_of_torch()[weight.dtype],
         bits=bits,
         group_size=group_size,
         scale=scale,
-        k=round(density * weight.numel()),
+        k=round(density * weight.numel()) if whole is None else whole * rows,
+        columns=whole,
         by_curvature=curvature is not None,
         alone=alone,
         figures=False,
@@ -80,16 +91,20 @@ def split_weight(
     near = None if curvature is None else _Curvature(curvature, weight, name)
     base, kernel = Base(task), TorchKernel(sizes, part="in_memory")
     found = pipeline.split_weight(Work(task, Inputs(_Rows(weight), near), kernel, base.write))
-    columns = task.shape[1]
-    pointer, column = quantize.ortho_dtypes(task.k, columns)
-    return {
+    pointer, column = quantize.ortho_dtypes(task.k, width)
+    values = tensor_of(found.values.copy(), task.dtype)
+    parts = {
         "weight_packed": torch.from_numpy(base.packed),
         "weight_scale": tensor_of(base.scales, task.dtype),
         "weight_shape": torch.tensor(task.shape, dtype=torch.int64),
-        "crow_indices": torch.from_numpy(crow_indices(found.indices, task.shape)).to(pointer),
-        "col_indices": torch.from_numpy(np.ascontiguousarray(found.indices % columns)).to(column),
-        "values": tensor_of(found.values.copy(), task.dtype),
+        "col_indices": torch.from_numpy(np.ascontiguousarray(found.indices % width)).to(column),
+        "values": values if whole is None else values.view(rows, whole),
     }
+    if whole is None:
+        parts["crow_indices"] = torch.from_numpy(crow_indices(found.indices, task.shape)).to(
+            pointer
+        )
+    return parts
 
 
 def _check(

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ortho_cli.errors import InternalError
 from ortho_cli.split.faults import fault_of
-from ortho_cli.split.select import Histogram, TopK, guess_bar
+from ortho_cli.split.select import ColumnSums, Histogram, TopK, guess_bar
 from ortho_cli.split.sizes import Part
 from ortho_cli.split.task import (
     CURVATURE_NOISE,
@@ -45,7 +45,7 @@ SAMPLE_BLOCKS = 16
 class Given(NamedTuple):
     """What is known before a pass begins."""
 
-    positions: Array  # (nnz,) flat, ascending: what ortho holds
+    positions: Array  # what ortho holds, ascending: flat indices, or whole columns
     scales: Array  # (out, groups) words; searched ones are to beat these
     stays: bool  # ortho keeps these positions in this pass
     factor: Any = None  # round with compensation, on these scales
@@ -55,8 +55,8 @@ class Given(NamedTuple):
 class Outcome(NamedTuple):
     """What was made of a weight; arrays are valid until the next one is split."""
 
-    indices: Array  # (k,) flat, ascending: what ortho keeps
-    values: Array  # (k,) words
+    indices: Array  # what ortho keeps, ascending: (k,) flat, or where columns are whole, those
+    values: Array  # (k,) words in the order of flat indices
     figures: Figures
     scales: Array | None = None  # (out, groups) words, where they were to be kept
 
@@ -142,15 +142,19 @@ def _read_tile(work: Work, row: int, count: int, given: Given | None) -> Tile:
         edit = task.edit.within(tile.start, tile.start + raw.size)
         tile = tile._replace(edit=edit, forced=edit[0])
     if given is not None:
-        here = slice(*np.searchsorted(given.positions, (tile.start, tile.start + raw.size)))
-        places = given.positions[here] - tile.start
-        held = room("held", shape, np.bool_)
+        held, forced = room("held", shape, np.bool_), tile.forced
         held[...] = False
-        held.reshape(-1)[places] = True
+        if task.columns is not None:
+            held[:, given.positions] = True
+        else:
+            here = slice(*np.searchsorted(given.positions, (tile.start, tile.start + raw.size)))
+            places = given.positions[here] - tile.start
+            held.reshape(-1)[places] = True
+            forced = places if given.stays else forced
         tile = tile._replace(
             held=held,
             scales=given.scales[row : row + count],
-            forced=places if given.stays else tile.forced,
+            forced=forced,
             codes=None if given.codes is None else given.codes[row : row + count],
             factor=given.factor,
         )
@@ -158,7 +162,7 @@ def _read_tile(work: Work, row: int, count: int, given: Given | None) -> Tile:
 
 
 def split_weight(work: Work, given: Given | None = None) -> Outcome:
-    """Split one weight: quantize it, and keep the k weights that lose most.
+    """Split one weight: quantize it, and keep the k weights, or the columns, that lose most.
 
     Searched scales need not serve what ortho holds. So a weight is split again, with scales for
     the others alone, which are never worse for those; and where positions are chosen by what scales
@@ -170,8 +174,14 @@ def split_weight(work: Work, given: Given | None = None) -> Outcome:
     Raises:
         NumericalError: a weight is not finite, or a number overflows.
     """
-    if given is not None:
-        return _select(work, given)
+    found = _turn(work) if given is None else _select(work, given)
+    if work.task.columns is None:
+        return found
+    return found._replace(values=_read_columns(work, found.indices))
+
+
+def _turn(work: Work) -> Outcome:
+    """Let scales and positions take turns, and compensate last."""
     task = work.task
     found = _select(work, bar=_guess_bar(work))
     for _ in range(_turns(work)):
@@ -180,7 +190,8 @@ def split_weight(work: Work, given: Given | None = None) -> Outcome:
         if np.array_equal(found.indices, given.positions):
             break
     if task.factor is not None:
-        found = _select(work, _given(found, stays=True)._replace(factor=task.factor()))
+        columns = None if task.columns is None else found.indices
+        found = _select(work, _given(found, stays=True)._replace(factor=task.factor(columns)))
     return found
 
 
@@ -194,6 +205,13 @@ def survey(work: Work) -> Array:
     )
     split_tensor(work, select)
     return select.counts
+
+
+def survey_columns(work: Work) -> npt.NDArray[np.float64]:
+    """Sum the squared saliency of each column of a weight: (in,)."""
+    summed, _ = _sum_columns(work, None, None)
+    found: npt.NDArray[np.float64] = summed.sums[0]
+    return found
 
 
 def rounds(task: SplitTask) -> int:
@@ -220,6 +238,15 @@ def _select(work: Work, given: Given | None = None, *, bar: float | None = None)
     if _turns(work) or task.factor is not None:  # another pass may begin with them
         scales = np.empty((task.shape[0], task.shape[1] // task.group_size), task.word)
 
+    if task.columns is not None:
+        summed, sums = _sum_columns(work, given, scales)
+        stays = given is not None and given.stays
+        columns = task.fixed
+        if columns is None:
+            columns = given.positions if given and stays else summed.largest(task.columns)
+        kept = dict(zip(work.measures, summed.sums[:, columns].sum(axis=1).tolist(), strict=True))
+        figures = _figures(task, sums, kept, exact=True)
+        return Outcome(columns, np.empty(0, task.word), figures, scales)
     select = TopK(
         task.k,
         length=task.numel,
@@ -239,6 +266,30 @@ def _select(work: Work, given: Given | None = None, *, bar: float | None = None)
     indices, energies, values = select.taken()
     kept = dict(zip(work.measures, energies, strict=True))
     return Outcome(indices, values, _figures(task, sums, kept, select.exact), scales)
+
+
+def _sum_columns(work: Work, given: Given | None, scales: Array | None) -> tuple[ColumnSums, Array]:
+    """Split in one pass, and sum what each column loses by it."""
+    task, kernel = work.task, work.kernel
+    select = ColumnSums(
+        task.shape[1],
+        stretch=kernel.sizes.rows(_part(kernel, given), task.shape) * task.shape[1],
+        payloads=work.payloads,
+        empty=kernel.held,
+    )
+    return select, split_tensor(work, select, given, scales)
+
+
+def _read_columns(work: Work, columns: Array) -> Array:
+    """Read the weights of whole columns, row by row: (rows * columns,) words."""
+    task, inputs, kernel, _ = work
+    values = np.empty((task.shape[0], columns.size), task.word)
+    if columns.size:
+        for row, count in kernel.sizes.tiles(kernel.part, task.shape):
+            raw = kernel.room()("raw", (count, task.shape[1]), task.word)
+            inputs.rows.peek(raw, row)
+            np.take(raw, columns, axis=1, out=values[row : row + count], mode="clip")
+    return values.reshape(-1)
 
 
 def _figures(task: SplitTask, sums: Array, kept: dict[int, float], exact: bool) -> Figures:
@@ -267,7 +318,8 @@ def _guess_bar(work: Work) -> float | None:
     task, inputs, kernel, _ = work
     rows, columns = task.shape
     count = max(1, kernel.sizes.bar_sample // (SAMPLE_BLOCKS * columns))
-    if task.k == 0 or inputs.reference is not None or rows < 16 * SAMPLE_BLOCKS * count:
+    few = rows < 16 * SAMPLE_BLOCKS * count
+    if task.k == 0 or task.columns is not None or inputs.reference is not None or few:
         return None
     starts = [i * rows // SAMPLE_BLOCKS for i in range(SAMPLE_BLOCKS)]
     room = kernel.room()

@@ -19,7 +19,8 @@ Name = Literal["nearest", "gptq"]  # nearest rounds each weight by itself, and h
 class Rounding(NamedTuple):
     """The two steps of a rounding."""
 
-    prepare: Callable[..., tuple[Tensor, ...]]  # (gram, name=): once per weight
+    # (gram, name=, without=): once per weight, without the columns that ortho holds whole
+    prepare: Callable[..., tuple[Tensor, ...]]
     round: Callable[..., Tensor]  # (weight, scales, prepared, bits=, kept=): codes of some rows
 
 

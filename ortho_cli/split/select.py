@@ -1,4 +1,4 @@
-"""Exact selection: the k largest of a stream, and where they lie row by row."""
+"""Exact selection: the k largest weights, or columns, of a stream, and where they are."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ortho_cli.split.task import Array, Room
+
+# Rows whose squares are in memory at a time, while columns are summed: 2 MB at 4,096 columns.
+SUMMED_ROWS = 64
 
 # Bins of a survey: the upper half of a float32, which holds its exponent and seven bits more.
 BINS = 1 << 15
@@ -210,6 +213,61 @@ class Histogram(TopK):
     def took(self, count: int) -> None:
         """Count what was put into the room, and let the next stretch have it."""
         self.push(self._saliency[:count], (), start=0)
+
+
+class ColumnSums(TopK):
+    """Sums the squares of each column of a weight, and finds the columns of the largest sums.
+
+        s_j = sum over i of saliency_ij^2
+
+    A float64 holds the square of a float32 exactly, and rows are added one after another. So every
+    kernel and every tile gives the same bits. All columns of a weight cost the same, so the largest
+    sums are the most saliency for a cost.
+    """
+
+    def __init__(
+        self, width: int, *, stretch: int, payloads: Sequence[npt.DTypeLike], empty: Room = fresh
+    ) -> None:
+        """Make room for one stretch, all of which is taken.
+
+        Args:
+            width: columns of the weight.
+            stretch: most entries of one `push`: whole rows.
+            payloads: dtypes of what comes with each entry: its word, then each further measure.
+            empty: where the buffers come from.
+        """
+        super().__init__(stretch, length=stretch, stretch=stretch, payloads=payloads, empty=empty)
+        self.sums = np.zeros((max(1, len(payloads)), width))  # of saliency, then further measures
+        self._has_marks = np.zeros(width, np.bool_)
+        self._squares = empty("squares", (SUMMED_ROWS + 1, width), np.float64)
+
+    def mark(self, at: Array, measures: Sequence[Array], own: Own | None = None) -> None:
+        """Have the columns of some entries of the next stretch chosen before all others."""
+        self._has_marks[at % self._has_marks.size] = True
+
+    def push(self, saliency: Array, payloads: Sequence[Array], *, start: int) -> None:
+        """Add the next stretch of the stream: whole rows."""
+        for total, values in zip(self.sums, (saliency, *payloads[1:]), strict=True):
+            rows = values.reshape(-1, total.size)
+            for first in range(0, len(rows), SUMMED_ROWS):
+                some = rows[first : first + SUMMED_ROWS]
+                squares = self._squares[: len(some) + 1]
+                squares[0] = total  # the rows before these are added first
+                np.square(some, out=squares[1:], dtype=np.float64)
+                np.add.reduce(squares, axis=0, out=total)
+
+    def took(self, count: int) -> None:
+        """Add what was put into the room, and let the next stretch have it."""
+        self.push(self._saliency[:count], [one[:count] for one in self._payloads], start=0)
+
+    def largest(self, count: int) -> Array:
+        """Give the columns of the largest sums: (count,) int64 ascending; ties to the lower one."""
+        return largest_columns(np.where(self._has_marks, np.inf, self.sums[0]), count)
+
+
+def largest_columns(sums: Array, count: int) -> npt.NDArray[np.int64]:
+    """Give the columns of the largest sums: (count,) ascending; ties go to the lower one."""
+    return np.sort(np.argsort(-sums, kind="stable")[:count]).astype(np.int64)
 
 
 def guess_bar(sample: Array, share: float) -> float | None:

@@ -73,13 +73,16 @@ class SplitTask:
     group_size: int
     scale: str  # absmax, mse or curvature
     k: int  # weights that ortho keeps
+    columns: int | None = None  # that they fill whole: k = columns * rows; None: single weights
+    fixed: Array | None = None  # those columns, where they are known before
     by_curvature: bool = False  # those of largest |r| sqrt(h), not |r|
     alone: bool = False  # base has to serve without ortho: its scales do not leave out what is kept
     figures: bool = True  # add up what rounding costs
     edit: Edited | None = None
     own_code: bool = False  # where a code was edited, ortho may hold the source's own code
     rounding: str = "nearest"  # a name of `roundings`
-    factor: Callable[[], Any] | None = None  # what that rounding prepares, where it compensates
+    # What that rounding prepares, where it compensates, given the columns that ortho holds whole.
+    factor: Callable[[Array | None], Any] | None = None
 
     @property
     def numel(self) -> int:
@@ -282,6 +285,29 @@ def check_group_size(in_features: int, group_size: int, name: str = "weight") ->
             hint=f"sizes that do: {', '.join(map(str, known))}"
             if known
             else "no multiple of 8 divides it; leave the layer out with `ignore`",
+        )
+
+
+def columns_of(density: float, in_features: int, max_rank: int | None = None) -> int:
+    """Say how many whole columns of a weight a density keeps: the nearest number, at most the rank.
+
+    Args:
+        density: share of the weights, in [0, 1].
+        in_features: columns of the weight.
+        max_rank: the most columns; None for as many as there are.
+    """
+    found = round(density * in_features)
+    return found if max_rank is None else min(found, max_rank)
+
+
+def check_structure(structure: str, max_rank: int | None) -> None:
+    """Refuse a structure that there is not, and a rank that bounds nothing."""
+    if structure not in ("points", "columns"):
+        raise RecipeError(f"structure is {structure!r}", hint="points or columns")
+    if max_rank is not None and (structure != "columns" or max_rank < 1):
+        raise RecipeError(
+            f"max_rank is {max_rank} and structure is {structure}",
+            hint="at least 1, with structure columns",
         )
 
 

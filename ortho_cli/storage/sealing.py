@@ -34,6 +34,7 @@ from ortho_cli.storage.data_file import DataFile, Layout, Region, write_all
 from ortho_cli.storage.untrusted import open_regular, read_regular
 from ortho_cli.storage.work_folder import KEY_FILE, WorkFolder, write_private, writing
 
+SEALED = ".age"  # ends the name of a sealed file
 SEALED_FILE = "ortho.safetensors.age"
 IDENTITY_FILE = "ortho.key.age"
 SECRET = "AGE-SECRET-KEY-1"
@@ -161,6 +162,14 @@ def read_keys(path: Path | None) -> Keys | None:
     return Keys(path=path, identities=tuple(identities))
 
 
+def seal_of(keys: Keys) -> Seal:
+    """Seal to the holder of these keys."""
+    if keys.passphrase is not None:
+        return Seal(passphrase=keys.passphrase)
+    mine = (_pyrage().x25519.Identity.from_str(str(one)).to_public() for one in keys.identities)
+    return Seal(recipients=tuple(sorted({str(one) for one in mine})))
+
+
 def _open_with(passphrase: str, raw: bytes) -> bytes:
     """Open what a passphrase sealed, after a look at the memory that scrypt is asked to take.
 
@@ -275,9 +284,17 @@ def key_beside(file: Path, keys: Keys) -> WorkKey:
 class SealedFile(DataFile):
     """A scratch file of sealed parts, used in place of a `DataFile` of ortho."""
 
-    def __init__(self, work: WorkFolder, name: str, layout: Layout, key: WorkKey) -> None:
-        """Open it; each tensor of the layout has a slot of its own."""
-        self._slots = _slots(layout)
+    def __init__(
+        self,
+        work: WorkFolder,
+        name: str,
+        layout: Layout,
+        key: WorkKey,
+        *,
+        final: str = SEALED_FILE,
+    ) -> None:
+        """Open it; each tensor of the layout has a slot of its own; `final` is published."""
+        self._slots, self._final = _slots(layout), final
         super().__init__(work, name, self._slots, mode=0o600, scratch=True)
         self.layout, self._key, self._work = layout, key, work
 
@@ -313,14 +330,14 @@ class SealedFile(DataFile):
             return ""
 
     def finish(self, layout: Layout) -> tuple[str, str | None]:
-        """Seal header and tensors, which are all here, as the file that ortho is published as.
+        """Seal header and tensors, which are all here, as the file that is published.
 
         Returns:
             BLAKE3 of its content, and of the sealed file.
         """
         work = self._work
         content, sealed = blake3(), blake3()
-        fd, offset = work.open_data(SEALED_FILE, size=0, mode=0o600), 0
+        fd, offset = work.open_data(self._final, size=0, mode=0o600), 0
 
         def pieces() -> Iterator[Buffer]:
             tensors = map(self.read, layout.regions)  # in the order in which they lie
@@ -334,7 +351,7 @@ class SealedFile(DataFile):
             write_all(fd, data, offset)
             offset += len(data)
 
-        with writing(work.artifact / SEALED_FILE):
+        with writing(work.artifact / self._final):
             self._key.seal_stream(pieces(), write)
             if self._key.lock.passphrase:
                 locked = (work.private / KEY_FILE).read_bytes()

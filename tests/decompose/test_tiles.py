@@ -32,6 +32,7 @@ from tests.split.test_cuda_kernel import HERE
 from tests.split.test_numba_kernel import files
 
 COMPACT = "ortho={layout: compact, values: int8, density: 0.02}"
+COLUMNS = "ortho={structure: columns, density: 0.05}"
 SCALES = {
     "absmax": ("base.scale=absmax",),
     "mse": ("base.scale=mse", "ortho.density=0.03"),
@@ -39,6 +40,10 @@ SCALES = {
     "compact": (COMPACT,),
     "all of it": ("ortho.density=1",),
     "none of it": ("ortho.density=0",),
+    "columns": (COLUMNS,),
+    "columns mse": (COLUMNS, "base.scale=mse"),
+    "columns int8": (COLUMNS, "ortho.values=int8"),
+    "columns shared": (COLUMNS, "ortho.share=true"),
 }
 CURVED = {
     "curvature": ("ortho.density=0.02",),
@@ -46,6 +51,8 @@ CURVED = {
     "turns alone": ("base.scale=curvature", "base.alone=true", "ortho.density=0.03"),
     "compact curvature": (COMPACT, "base.scale=curvature"),
     "global": ("ortho.budget=global", "ortho.density=0.02"),
+    "columns turns": (COLUMNS, "base.scale=curvature"),
+    "columns global": (COLUMNS, "ortho.budget=global", "ortho.max_rank=6"),
     "global turns": ("ortho.budget=global", "ortho.density=0.02", "base.scale=curvature"),
 }
 # Of these the loops and the device take none.
@@ -53,6 +60,7 @@ GENERAL = {
     "3 bits": ("base.bits=3",),
     "scales of curvature alone": ("saliency.kind=residual", "base.scale=curvature"),
     "gptq": ("base.rounding=gptq", "ortho.density=0.02"),
+    "columns gptq": (COLUMNS, "base.rounding=gptq"),
     "gptq mse": ("base.rounding=gptq", "base.scale=mse", "ortho.density=0.02"),
 }
 
@@ -110,7 +118,8 @@ def test_any_tiles_same_bytes(
         pytest.importorskip("numba")
         plan = case.plan(*sets, curved=curved, sizes=DEFAULT_SIZES)
         assert Kernels(plan, on_event=null_sink).compiled
-    more: tuple[Part, ...] = ("values",) if "compact" in name else ()
+    encoded = "compact" in name or "int8" in name
+    more: tuple[Part, ...] = ("values",) if encoded else ()
     case.alike(
         small_tiles, *sets, curved=curved, prove=("split", "check", *more), compiled=compiled
     )
@@ -152,10 +161,14 @@ def test_any_tiles_same_bytes_of_a_reference(
     assert files(tmp_path / "many") == files(tmp_path / "one")
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("curved", [False, True])
-def test_any_tiles_same_survey(case: Case, small_tiles: SmallTiles, curved: bool) -> None:
+def test_any_tiles_same_survey(
+    case: Case, small_tiles: SmallTiles, curved: bool, whole: bool
+) -> None:
     opened = open_checkpoint(case.source)
     sets = ("base.scale=curvature",) if curved else ()
+    sets += (COLUMNS, "ortho.share=true") if whole else ()
     events: list[Event] = []
     one, many = (
         budget.survey(case.plan(*sets, curved=curved, sizes=sizes), opened, on_event=events.append)
@@ -167,7 +180,7 @@ def test_any_tiles_same_survey(case: Case, small_tiles: SmallTiles, curved: bool
 
 
 @pytest.mark.parametrize("alpha", ["0", "0.3", "1"])
-@pytest.mark.parametrize("sets", [(), (COMPACT,)])
+@pytest.mark.parametrize("sets", [(), (COMPACT,), (COLUMNS, "ortho.values=int8")])
 def test_any_tiles_same_bytes_of_convert(
     case: Case, small_tiles: SmallTiles, ortho: Ortho, alpha: str, sets: tuple[str, ...]
 ) -> None:
@@ -195,7 +208,10 @@ def test_any_tiles_same_bytes_of_convert_from_a_checkpoint(
         assert files(tmp_path / "many") == files(tmp_path / "one")
 
 
-@pytest.mark.parametrize("sets", [(), (COMPACT,), ("base.scale=mse", "base.bits=3")])
+@pytest.mark.parametrize(
+    "sets",
+    [(), (COMPACT,), ("base.scale=mse", "base.bits=3"), (COLUMNS,), (COLUMNS, "ortho.values=int8")],
+)
 def test_any_tiles_same_findings_of_inspect(
     case: Case, small_tiles: SmallTiles, sets: tuple[str, ...]
 ) -> None:
@@ -206,7 +222,7 @@ def test_any_tiles_same_findings_of_inspect(
         check_values(open_artifact(out), source, plan.recipe.canonical(), sizes=sizes)
         for sizes in (DEFAULT_SIZES, small_tiles)
     )
-    small_tiles.prove("check", *(["values"] if COMPACT in sets else []))
+    small_tiles.prove("check", *(["values"] if {COMPACT, "ortho.values=int8"} & set(sets) else []))
     assert many == pytest.approx(one)
 
 

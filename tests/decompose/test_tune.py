@@ -168,6 +168,26 @@ def test_kept_weights_are_the_sources_whatever_is_learnt() -> None:
     assert torch.equal(value, value_of(latent.rounded(), weight))
 
 
+def test_whole_columns_stay_exact_and_are_those_of_gptq(
+    memorised: Memorised, stats: Path, tmp_path: Path
+) -> None:
+    columns = "ortho={structure: columns, density: 0.05}"
+    run(memorised, stats, tmp_path / "tuned", *TUNED, columns)
+    run(memorised, stats, tmp_path / "gptq", "base.rounding=gptq", *BASE, columns)
+    source = load_file(memorised.model / "model.safetensors")
+    held, other = (load_file(tmp_path / n / "ortho.safetensors") for n in ("tuned", "gptq"))
+    assert held.keys() == other.keys()
+    assert all(torch.equal(held[key], other[key]) for key in held)
+    for key, chosen in held.items():
+        if key.endswith(".col_indices"):
+            module = key.removesuffix(".col_indices")
+            weight = source[f"{module}.weight"]
+            assert torch.equal(held[f"{module}.values"], weight[:, chosen.long()])
+    base, plain = (load_file(tmp_path / n / "model.safetensors") for n in ("tuned", "gptq"))
+    assert any(not torch.equal(base[k], plain[k]) for k in base if k.endswith("packed"))
+    assert divergence(memorised, tmp_path / "tuned") < divergence(memorised, tmp_path / "gptq")
+
+
 def divergence(memorised: Memorised, artifact: Path) -> float:
     """KL(source || artifact at alpha = 1) on text, in nats a token."""
     import ortho_cli

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "ortho_cli" / "formats" / "README.md").read_text()
 GOLDEN = ROOT / "tests" / "golden"
-ARTIFACTS = ["ortho1", "ortho2", "ortho3", "ortho3-compact"]
+ARTIFACTS = ["ortho1", "ortho2", "ortho3", "ortho3-compact", "ortho3-columns"]
 # part -> dtypes that it may have, over all tables of the page
 PARTS: dict[str, set[str]] = {}
 for part, dtypes in re.findall(r"^    <p>\.(\w+) +((?:[A-Z]+\d+ )+)", TEXT, re.MULTILINE):

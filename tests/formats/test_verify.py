@@ -34,6 +34,8 @@ LAYOUTS = {
     "csr": "{layout: csr, density: 0.1}",
     "compact": "{layout: compact, density: 0.1}",
     "int8": "{layout: compact, values: int8, density: 0.1}",
+    "columns": "{structure: columns, density: 0.1}",
+    "columns int8": "{structure: columns, values: int8, density: 0.1}",
 }
 GOLDEN = Path(__file__).parent.parent / "golden"
 FILES = ("model.safetensors", "ortho.safetensors")
@@ -371,6 +373,7 @@ GOLDEN_SETTINGS = {
     "ortho2": ["ortho={layout: compact, values: int8, density: 0.05}"],
     "ortho3": [],
     "ortho3-compact": ["ortho={layout: compact, values: int8, density: 0.05}"],
+    "ortho3-columns": ["ortho={structure: columns, values: int8, density: 0.05}"],
 }
 
 

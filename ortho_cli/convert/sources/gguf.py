@@ -114,6 +114,48 @@ def open_gguf(path: Path) -> Source:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """Where a tensor of a GGUF file is in the checkpoint that is read from it."""
+
+    name: str  # of the parameter
+    rows: npt.NDArray[np.int64] | None  # (out,): the file's row for each of its rows; None: its own
+
+
+def read_places(path: Path) -> tuple[dict[str, object], dict[str, Placed]]:
+    """Read names, config and row orders of a GGUF file, and no weight.
+
+    Args:
+        path: of the file, whose weights need not be written yet.
+    Returns:
+        config.json, and for each tensor of the file, by its name there, where it goes.
+    Raises:
+        CheckpointError: what `open_gguf` raises; or a tensor is no parameter with its rows in
+            another order.
+    """
+    with quiet_transformers(), _one_sentence(path):
+        model = gguf_file.open_model(path)
+        mapped = _map(model)
+        described = {tensor.name for tensor in _describe(model, mapped)}
+        _aliases(model, mapped, described)
+        places = {
+            tensor.name: _place(tensor, mapped)
+            for tensor in model.tensors
+            if tensor.name not in gguf_rope.TENSORS
+        }
+    return mapped.config, places
+
+
+def _place(tensor: GgufTensor, mapped: _Mapped) -> Placed:
+    """Find the order of rows by undoing llama.cpp's layout of their numbers."""
+    target, count = mapped.names[tensor.name], tensor.shape[0]
+    numbers = np.arange(count, dtype=np.float32).reshape(-1, *(1 for _ in tensor.shape[1:]))
+    found = _process(tensor, mapped.processor, target, numbers).reshape(-1).astype(np.int64)
+    if not np.array_equal(np.sort(found), np.arange(count)):
+        raise tensor.refusal(f"holds other values than `{target}`, which are not written")
+    return Placed(name=target, rows=None if np.all(np.diff(found) == 1) else found)
+
+
 @contextlib.contextmanager
 def _one_sentence(path: Path) -> Iterator[None]:
     """Turn any other exception that a damaged file causes into an error of one sentence."""

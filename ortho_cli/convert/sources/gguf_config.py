@@ -89,7 +89,7 @@ BIASES: dict[str, dict[str, str]] = {
     "lfm2": {"conv_bias": "shortconv.conv.bias"},
 }
 # Other keys than ARCH.*: of the file, its tokenizer, how it was made.
-KNOWN_PREFIXES = ("general", "tokenizer", "quantize", "split", "imatrix", "GGUF")
+KNOWN_PREFIXES = ("general", "tokenizer", "quantize", "split", "imatrix", "ortho", "GGUF")
 # Attributes of which GGUF can have one value for each layer, and a config has one for all.
 PER_LAYER = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
 # llama.cpp knows the 27B models, which scale attention otherwise, by their number of layers.

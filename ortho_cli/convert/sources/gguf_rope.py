@@ -251,16 +251,30 @@ def recover_llama3(
     lengths = (original, *LENGTHS) if original > 0 else LENGTHS
     usual = [(factor, LOW, HIGH, n) for factor in _factors(values) for n in lengths]
     for factor, low, high, length in (*usual, *_fitted(values, waves)):
-        smooth = np.clip((length / waves - low) / (high - low), 0, 1)
-        made = 1 / ((1 - smooth) / factor + smooth)  # as llama.cpp's converter writes them
-        if np.allclose(made, values, rtol=TOLERANCE, atol=0):
-            return {
-                "factor": factor,
-                "low_freq_factor": low,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": length,
-            }
+        made = {
+            "factor": factor,
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": length,
+        }
+        if np.allclose(llama3_divisors(made, waves), values, rtol=TOLERANCE, atol=0):
+            return made
     return None
+
+
+def llama3_divisors(parameters: Mapping[str, float], waves: Array) -> Array:
+    """Compute the divisors of `rope_freqs.weight`, as llama.cpp's converter writes them.
+
+    Args:
+        parameters: `rope_parameters` of type llama3.
+        waves: (dim / 2,) positions in which an angle turns once.
+    Returns:
+        (dim / 2,) float64, >= 1 where factor is.
+    """
+    low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+    length = parameters["original_max_position_embeddings"]
+    smooth = np.clip((length / waves - low) / (high - low), 0, 1)
+    return 1 / ((1 - smooth) / parameters["factor"] + smooth)
 
 
 def _factors(values: Array) -> list[float]:
