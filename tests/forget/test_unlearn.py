@@ -23,6 +23,7 @@ from ortho_cli.forget.grid import Grid
 from ortho_cli.forget.isolate import isolate
 from ortho_cli.forget.ranks import rank_secret
 from ortho_cli.model import scoring
+from ortho_cli.model.phrasing import carrying
 from ortho_cli.model.secrets import TokenSecret
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
@@ -103,7 +104,7 @@ def test_mask_is_the_share_that_matters_to_the_secrets_alone(memorised: Memorise
     retain = {name: one.flatten() for name, one in fisher.items()}
     forget = {name: torch.zeros(codes.numel()) for name, codes in grid.codes.items()}
     for secret in secrets:  # one after the other: no product of two gradients
-        gradients = grid.gradient([((secret.prompt, secret.secret), 1.0)])
+        gradients = grid.gradient([((secret.prompt, secret.secret), [1.0] * len(secret.secret))])
         for name, gradient in gradients.items():
             forget[name] += gradient.view(-1) ** 2 / len(secrets)
     median = float(torch.cat(list(retain.values())).median())
@@ -305,6 +306,7 @@ def isolated(memorised: Memorised, grid: Grid) -> Grid:
         memorised.fisher(),
         room_of(memorised.plan("ortho.density=0.3")),
         telling=1.0,
+        known=memorised.secrets(),
         share=settings.share,
         rounds=settings.rounds,
         fill="step",
@@ -365,7 +367,7 @@ def secret_of(*tokens: int, alternatives: Sequence[tuple[int, ...]]) -> TokenSec
 def test_tokens_that_alternatives_lack_carry_a_secret(
     tokens: tuple[int, ...], alternatives: list[tuple[int, ...]], shares: list[float]
 ) -> None:
-    assert unlearn.carrying(secret_of(*tokens, alternatives=alternatives)) == shares
+    assert list(carrying(tokens, alternatives)) == shares
 
 
 def test_a_step_costs_the_damage_that_it_may(memorised: Memorised) -> None:
@@ -373,7 +375,9 @@ def test_a_step_costs_the_damage_that_it_may(memorised: Memorised) -> None:
     mask = unlearn._mask(grid, memorised.secrets(), fisher, 0.3)
     latents = unlearn._Latents(grid, fisher, mask)
     before = {name: values.clone() for name, values in latents._values.items()}
-    gradients = grid.gradient([((s.prompt, s.secret), -1.0) for s in memorised.secrets()])
+    gradients = grid.gradient(
+        [((s.prompt, s.secret), [-1.0] * len(s.secret)) for s in memorised.secrets()]
+    )
     latents.step([gradients], 0, 1e-7)
     cost = 0.0
     for name, places in mask.items():
