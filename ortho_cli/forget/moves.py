@@ -136,9 +136,8 @@ def _candidates(
         damage = ((after - original) * spacing).square_().mul_(fisher[name]).add_(floor)
         serves = step * gradient / damage
         free = room[name] - int((codes != original).sum())
-        if (
-            free < CANDIDATES
-        ):  # ortho has no room for new positions; codes that moved may move again
+        # Ortho has no room for more new positions; codes that moved may move again.
+        if free < CANDIDATES:
             serves[codes == original] = _cut(serves[codes == original], max(0, free))
         top = serves.view(-1).topk(min(CANDIDATES, serves.numel()))
         places = top.indices[top.values > 0]
