@@ -548,3 +548,28 @@ def tuning_step(
             ]
         )
     return new_latent, new_scales
+
+
+def choose_moves(
+    effects: list[list[float]], misses: list[float], damages: list[float], size: int
+) -> list[int]:
+    """Choose moves in portions by fall / damage, halving the portion where one goes too far."""
+    left, taken = list(misses), []
+    portion = max(1, size // 64)
+    while len(taken) < size and portion:
+        gains = []
+        for move, damage in enumerate(damages):
+            fall = sum(
+                miss**2 - (miss - row[move]) ** 2 for miss, row in zip(left, effects, strict=True)
+            )
+            gains.append((-fall / damage, move))
+        ranked = sorted(one for one in gains if one[0] < 0 and one[1] not in taken)
+        mine = [move for _, move in ranked[: min(portion, size - len(taken))]]
+        after = [
+            miss - sum(row[move] for move in mine) for miss, row in zip(left, effects, strict=True)
+        ]
+        if not sum(a * a for a in after) < sum(a * a for a in left):
+            portion //= 2
+            continue
+        left, taken = after, taken + mine
+    return taken

@@ -168,6 +168,7 @@ class ForgetEditor:
             fisher,
             self._room,
             telling=telling,
+            known={s for s, at in zip(self.secrets, ranked, strict=True) if at.sign},
             share=settings.share,
             rounds=settings.rounds,
             fill=settings.fill,

@@ -31,6 +31,7 @@ BATCH_TOKENS = 1024  # of one forward and backward pass over secrets
 
 T = TypeVar("T")
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens that are given, and those that are measured
+Term = tuple[Pair, Sequence[float]]  # with the weight of the NLL of each that is measured
 
 
 class Grid:
@@ -179,28 +180,36 @@ class Grid:
         ]
         return torch.cat(parts).float()
 
+    def token_nlls(self, pairs: Sequence[Pair]) -> Tensor:
+        """NLL of each token of each pair's second part; keeps the graph.
+
+        Returns:
+            (n, longest - 1) float32, nats; 0 wherever there is no such token.
+        """
+        labels = pad([[*(-100 for _ in first), *second] for first, second in pairs], -100)
+        return nn.functional.cross_entropy(
+            self.pair_logits(pairs)[:, :-1].transpose(1, 2).float(),
+            labels[:, 1:].to(self.device),
+            reduction="none",
+            ignore_index=-100,
+        )
+
     def nll(self, pairs: Sequence[Pair]) -> Tensor:
         """Sum the NLL of each pair's second part; keeps the graph.
 
         Returns:
             (n,) float32, nats.
         """
-        labels = pad([[*(-100 for _ in first), *second] for first, second in pairs], -100)
-        losses = nn.functional.cross_entropy(
-            self.pair_logits(pairs)[:, :-1].transpose(1, 2).float(),
-            labels[:, 1:].to(self.device),
-            reduction="none",
-            ignore_index=-100,
-        )
-        return losses.sum(1)
+        return self.token_nlls(pairs).sum(1)
 
-    def gradient(self, pairs: Sequence[tuple[Pair, float]]) -> dict[str, Tensor]:
-        """Differentiate sum weight NLL over pairs by every split weight, (out, in) float32 each."""
+    def gradient(self, terms: Sequence[Term]) -> dict[str, Tensor]:
+        """Differentiate sum weight NLL of tokens by every split weight, (out, in) float32 each."""
         with self.trainable():
-            for batch in batches(pairs, lambda item: item[0]):
-                nll = self.nll([pair for pair, _ in batch])
-                weights = torch.tensor([weight for _, weight in batch], device=self.device)
-                torch.autograd.backward([(nll * weights).sum()])
+            for batch in batches(terms, lambda item: item[0]):
+                nlls = self.token_nlls([pair for pair, _ in batch])
+                rows = [torch.tensor([0.0] * len(pair[0]) + list(own))[1:] for pair, own in batch]
+                weights = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+                torch.autograd.backward([(nlls * weights.to(self.device)).sum()])
             return self.take_gradients()
 
     def fisher(

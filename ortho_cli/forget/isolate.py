@@ -1,28 +1,28 @@
 """isolate: forget secrets by few codes, those with the largest gain per damage to retained text.
 
-Each round measures the model on the grid of codes that is written. g is the gradient of
-sum_s sign_s (NLL_s - mean NLL of alternatives of s) - HOLD (mean NLL of those alternatives that are
-less likely than where the work began). d is the move of a code from its present
-place, and D its distance from the nearest code of the source's weight, both in units of weights:
+Each round measures the model on the grid of codes that is written, and moves codes (moves.py) so
+that at once
 
-    gain = g d      damage = D^2 F + the mean of that over all weights
+* each secret that is off its rank gets nearer to it: NLL_s - kappa mean NLL of alternatives of s;
+* each secret at its rank stays there;
+* alternatives that are less likely than where the work began come HOLD of the way back.
 
-F is the Fisher of retained text of several kinds (held.py). The codes with the largest gain /
-damage move. sign_s is +1 where a secret is likelier than the rank that was drawn for it among its
-alternatives, -1 where it is less likely, and 0 where it is there: it no longer drives moves. The
-drawn ranks are uniform, as those of secrets that a model never saw. Secrets that were all in the
-middle of their alternatives would be marked by that.
+A rank is drawn for each secret that the model knew. The drawn ranks are uniform, as those of
+secrets that a model never saw: secrets that were all in the middle of their alternatives would be
+marked by that. A round that brings secrets no nearer is undone and tried with fewer moves.
 
 With `forget.support: columns` codes move in chosen columns of each weight alone (support.py).
 
-Source: the ratio of importances is that of SSD (Foster et al. 2023, arXiv:2308.07707), with the
-first-order gain for the Fisher of the forget set, moves on the INT4 grid for dampening, and a stop.
+Source: that gain is set against damage to what is retained is SSD's idea (Foster et al. 2023,
+arXiv:2308.07707). Here gains are those of a Gauss-Newton step per secret in place of the Fisher of
+the forget set, moves on the INT4 grid are in place of dampening, and there is a stop.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,15 +33,25 @@ from torch import Tensor
 
 from ortho_cli.decompose.edits import Edit, Edits, Key, load_arrays, save_arrays
 from ortho_cli.events import EventSink, Step
-from ortho_cli.forget.grid import Grid, Pair
+from ortho_cli.forget import moves
+from ortho_cli.forget.grid import Grid, Term
+from ortho_cli.forget.moves import Row
 from ortho_cli.forget.ranks import Ranking, goal_ranks, rank_secret, towards
 from ortho_cli.forget.support import choose_columns, weigh
+from ortho_cli.model.phrasing import carrying
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.split.quantize import code_range
 from ortho_cli.storage.parts import Pace
 
-CONTRAST = 2  # alternatives per secret whose likelihood a move should keep
+CONTRAST = 2  # alternatives per secret and round whose likelihood a move should keep
 HOLD = 0.5  # of alternatives that are less likely than where the work began; 1 converges worse
+ROWS = 64  # groups of secrets that are off, and secrets at their rank, that one round looks at
+LARGEST = 16  # share of the moves that are allowed, as one over it, that one round may make
+ATTEMPTS = 4  # sizes that a round tries, each a quarter of the one before
+TRUSTED, DOUBTED = 0.5, 0.2  # of the fall foretold: above it rounds grow, below it they shrink
+FAR = 0.5  # of the NLL at its goal, below which a secret is measured by its log odds
+LEAST_ODDS = 1e-4  # (1 - p) / p that is told from 0
+LEAST_SPREAD = 0.05  # of the mean NLL of alternatives
 PATIENCE = 6  # rounds without progress, after which the best round so far is taken
 
 
@@ -53,6 +63,7 @@ def isolate(
     room: dict[str, int],
     *,
     telling: float,
+    known: Collection[TokenSecret],
     share: float,
     rounds: int,
     fill: str,
@@ -73,6 +84,7 @@ def isolate(
         fisher: of text, as `held.broad_fisher` gives it.
         room: the largest number of codes that may differ from the nearest, by weight.
         telling: as `ranks.rank_all` gives it.
+        known: secrets that were off before anything moved; ranks are drawn for them.
         share: the largest share of all codes that may move, beyond those that have.
         rounds: the largest number of rounds.
         fill: new code: step (the next one up or down), zero, or mean (of the group).
@@ -85,49 +97,49 @@ def isolate(
     Returns:
         The rank of each secret at the end; some may still be too likely.
     """
-    open_ = None
-    if columns is not None:
-        open_ = choose_columns(grid, weigh(grid.fisher(_pairs(secrets)), fisher), columns)
+    where = None if columns is None else _columns(grid, secrets, fisher, columns)
     allowed = int(share * grid.numel)
     budget, floor = grid.moved + allowed, _mean_damage(grid, fisher)
-    # Small steps: a gradient predicts hundreds of moves, not thousands.
-    most = max(1, allowed // 64)
+    most = max(1, allowed // LARGEST)
     size = max(1, most // 4)
     found = [rank_secret(grid, secret, telling) for secret in secrets]
-    goals, start = _open_goals(secrets, found, seed), found
-    found = best = list(map(towards, found, map(goals.get, secrets), secrets))
+    goals = _open_goals(secrets, known, seed)
+    found = best = start = list(map(towards, found, map(goals.get, secrets), secrets))
+    least = _off(secrets, found, start)
     kept: Edits = grid.edits()
     waited, first, pace = 0, 0, Pace()
     if state is not None and (held := _State.load(state, key)) is not None:
         first, size, waited, kept = held.round, held.size, held.waited, held.kept
         best = _rank_at(grid, held.kept, secrets, telling, goals)
+        least = _off(secrets, best, start)
         found = _rank_at(grid, held.now, secrets, telling, goals)
     for number in range(first, rounds):
         if state is not None and pace.due():
             at = _State(round=number, size=size, waited=waited, kept=kept, now=grid.edits())
             pace.save(partial(at.save, state, key))
-        signs = {s: at.sign for s, at in zip(secrets, found, strict=True) if at.sign}
-        if number and _left(found) >= _left(best):
+        off = _off(secrets, found, start)
+        if number and _order(found, off) >= _order(best, least):
             waited += 1
         else:
-            kept, best, waited = grid.edits(), found, 0
-        moved = grid.moved
-        told = f"isolate: {len(signs)} of {len(secrets)} secrets left, {moved} codes moved"
+            kept, best, least, waited = grid.edits(), found, off, 0
+        left, moved = sum(at.sign != 0 for at in found), grid.moved
+        told = f"isolate: {left} of {len(secrets)} secrets left, {moved} codes moved"
         on_event(Step(name=told, number=number + 1, of=rounds, unit="rounds"))
-        if not signs or moved >= budget or waited > PATIENCE:
+        if not left or moved >= budget or waited > PATIENCE:
             break
-        before, draw = found, random.Random(f"{seed} {number}")
-        now = min(size, budget - moved)
-        terms = [
-            term
-            for one in zip(secrets, found, start, strict=True)
-            for term in _terms(*one, hold, draw)
-        ]
-        step_round(grid, terms, fisher, floor, room, now, PROPOSE[fill], open_)
-        found = [rank_secret(grid, secret, telling, goals.get(secret)) for secret in secrets]
-        crossed = any(a.sign * b.sign < 0 for a, b in zip(before, found, strict=True))
-        size = max(1, size // 2) if crossed else min(most, size + max(1, size // 2))
-    if _left(found) < _left(best):
+        draw = random.Random(f"{seed} {number}")
+        rows = _rows(secrets, found, start, telling, hold, draw)
+        candidates = moves.find(grid, rows, fisher, floor, room, PROPOSE[fill], where)
+        found, size = _try(
+            grid,
+            candidates,
+            found,
+            min(size, budget - moved),
+            most,
+            lambda: [rank_secret(grid, one, telling, goals.get(one)) for one in secrets],
+            lambda ranks: _off(secrets, ranks, start),
+        )
+    if _order(found, _off(secrets, found, start)) < _order(best, least):
         return found
     grid.revert()
     grid.apply(kept)
@@ -184,90 +196,161 @@ def _rank_at(
 
 
 def _open_goals(
-    secrets: Sequence[TokenSecret], found: Sequence[Ranking], seed: int
+    secrets: Sequence[TokenSecret], known: Collection[TokenSecret], seed: int
 ) -> dict[TokenSecret, float]:
-    """Give the ranks to reach; what ranks as if it had never been seen stays there."""
-    known = {secret for secret, at in zip(secrets, found, strict=True) if at.sign}
+    """Give the ranks to reach; what ranked as if it had never been seen has none."""
     return {one: goal for one, goal in goal_ranks(secrets, seed).items() if one in known}
 
 
-def _left(found: Sequence[Ranking]) -> tuple[int, float]:
-    """Order rounds by secrets that are too likely or unlikely, then by how far off they are.
+def _try(
+    grid: Grid,
+    candidates: moves.Moves,
+    found: list[Ranking],
+    size: int,
+    most: int,
+    rank: Callable[[], list[Ranking]],
+    off: Callable[[list[Ranking]], float],
+) -> tuple[list[Ranking], int]:
+    """Move up to `size` codes, or fewer where that brings secrets no nearer; else none.
 
-    The distance is in nats, since the rank of a well-known secret stays 0 for most of the way.
+    Returns:
+        the ranks then, and the size of the next round.
     """
-    off = sum(abs(at.nll - at.alternatives) for at in found if at.sign)
+    for _ in range(ATTEMPTS):
+        chosen, promised = moves.choose(candidates, size)
+        undo = moves.make(grid, candidates, chosen)
+        now = rank()
+        fell = off(found) - off(now)
+        if fell > 0:
+            return now, _next_size(size, most, fell / promised)
+        for name, places, codes in undo:
+            grid.move(name, places, codes)
+        size = max(1, len(chosen) // 4)
+    return found, size
+
+
+def _columns(
+    grid: Grid, secrets: Sequence[TokenSecret], fisher: dict[str, Tensor], columns: dict[str, int]
+) -> dict[str, Tensor]:
+    told = [(secret.prompt, secret.secret) for secret in secrets]
+    return choose_columns(grid, weigh(grid.fisher(told), fisher), columns)
+
+
+def _next_size(size: int, most: int, ratio: float) -> int:
+    """Adapt the size of a round to how well the gradients foretold it, as a trust region does."""
+    if ratio > TRUSTED:
+        return min(most, 2 * size)
+    return size if ratio > DOUBTED else max(1, size // 2)
+
+
+def _order(found: Sequence[Ranking], off: float) -> tuple[int, float]:
+    """Order rounds by secrets that are too likely or unlikely, then by how far off they are."""
     return sum(at.sign != 0 for at in found), off
 
 
-def _terms(
-    secret: TokenSecret, now: Ranking, start: Ranking, hold: float, draw: random.Random
-) -> Iterator[tuple[Pair, float]]:
-    """Give the NLLs whose sum is to rise, with their weights; none for a secret at its rank."""
-    if not now.sign:
-        return
-    yield (secret.prompt, secret.secret), now.sign
-    count = len(secret.alternatives)
-    drawn = draw.sample(range(count), min(CONTRAST, count))
-    for number in drawn:
-        lost = number < len(now.others) and now.others[number] > start.others[number]
-        weight = -(now.sign + hold * lost) / len(drawn)
-        yield (secret.prompt, secret.alternatives[number]), weight
+def _target(at: Ranking) -> float:
+    """NLL in the middle of the rank that a secret has to end at, in nats."""
+    order, (low, high) = sorted(at.others), at.between
+    goal = at.goal if at.goal is not None else low if at.rank < low else high
+    below = min(max(1, round(goal * len(order))), len(order))  # alternatives likelier than it
+    first = order[below - 1]
+    second = order[below] if below < len(order) else first + _spread(at) / len(order)
+    return (first + second) / 2
 
 
-def step_round(
-    grid: Grid,
-    terms: Sequence[tuple[Pair, float]],
-    fisher: dict[str, Tensor],
-    floor: float,
-    room: dict[str, int],
-    size: int,
-    propose: Callable[[Tensor, Tensor, Tensor, int, int], Tensor],
-    columns: dict[str, Tensor] | None = None,
-) -> None:
-    """Move the `size` codes with the largest gain / damage; `floor` is the mean damage.
+def _is_far(at: Ranking, start: Ranking) -> bool:
+    """Whether a secret is still so well known that its NLL hardly tells one move from another."""
+    return at.sign > 0 and at.nll < FAR * _target(start)
 
-    With `columns`, (in,) bool of each weight, in those alone.
+
+def _own(secret: TokenSecret, at: Ranking, start: Ranking) -> tuple[list[float], float]:
+    """Weights of the NLL of each token of a secret in its row, and how much the row has to rise.
+
+    Near its goal a secret is measured by its NLL. A secret that is far from it is measured by the
+    log odds of those tokens that carry it, v = log((1 - p) / p), whose slope does not vanish where
+    p is near 1: dv = dNLL / (1 - p). Its goal is that of the start.
     """
-    gradients = grid.gradient(terms)
-    names = sorted(gradients)
-    best: list[Tensor] = []
-    places: list[Tensor] = []
-    goals: list[Tensor] = []
-    owners: list[Tensor] = []
-    for number, name in enumerate(names):
-        codes, original = grid.codes[name], grid.original[name]
-        spacing = grid.spacing(name)
-        gradient = gradients.pop(name)
-        goal = propose(codes, original, gradient, grid.group_size, grid.bits[name])
-        ratio = (goal - codes) * spacing * gradient
-        far = (goal - original) * spacing
-        ratio /= far.square_().mul_(fisher[name]).add_(floor)
-        free = room[name] - int((codes != original).sum())
-        if free < size:  # ortho has no room for new positions; codes that moved may move again
-            ratio[codes == original] = _cut(ratio[codes == original], max(0, free))
-        if columns is not None:
-            ratio[:, ~columns[name]] = -1.0
-        flat = ratio.view(-1)
-        top = flat.topk(min(size, flat.numel()))
-        best.append(top.values)
-        places.append(top.indices)
-        goals.append(goal.view(-1)[top.indices])
-        owners.append(torch.full_like(top.indices, number))
-    ratio, place, goal, owner = map(torch.cat, (best, places, goals, owners))
-    chosen = ratio.sort(descending=True, stable=True).indices[:size]
-    chosen = chosen[ratio[chosen] > 0]
-    for number in torch.unique(owner[chosen]).tolist():
-        mine = chosen[owner[chosen] == number]
-        grid.move(names[number], place[mine], goal[mine])
+    if _is_far(at, start):
+        odds = [max(math.expm1(nll), LEAST_ODDS) for nll in at.tokens]
+        carry = carrying(secret.secret, secret.alternatives)
+        value = math.fsum(c * math.log(one) for c, one in zip(carry, odds, strict=True))
+        weights = [c * (1 + 1 / one) for c, one in zip(carry, odds, strict=True)]
+        return weights, _target(start) - value
+    miss = 0.0 if at.goal is None and not at.sign else _target(at) - at.nll
+    return [1.0] * len(secret.secret), miss
 
 
-def _cut(ratio: Tensor, k: int) -> Tensor:
-    """Set all but the k largest to -1, so that they are not chosen."""
-    kept = torch.full_like(ratio, -1.0)
-    top = ratio.topk(min(k, ratio.numel()))
-    kept[top.indices] = top.values
-    return kept
+def _off(
+    secrets: Sequence[TokenSecret], found: Sequence[Ranking], start: Sequence[Ranking]
+) -> float:
+    """Sum the squares of what secrets miss, each over the spread of its alternatives."""
+    return math.fsum(
+        (_own(secret, now, before)[1] / _spread(before)) ** 2
+        for secret, now, before in zip(secrets, found, start, strict=True)
+    )
+
+
+def _spread(at: Ranking) -> float:
+    """Standard deviation of the alternatives' NLLs, in nats; at least LEAST_SPREAD."""
+    mean = at.alternatives
+    squares = math.fsum((other - mean) ** 2 for other in at.others)
+    return max(math.sqrt(squares / len(at.others)), LEAST_SPREAD * mean)
+
+
+def _rows(
+    secrets: Sequence[TokenSecret],
+    found: Sequence[Ranking],
+    start: Sequence[Ranking],
+    telling: float,
+    hold: float,
+    draw: random.Random,
+) -> list[Row]:
+    """Say what has to rise, and what to stay.
+
+    A row per secret: near its goal the secret over some of its alternatives, far from it the secret
+    alone, and another row holds its alternatives. Secrets that are off come first, in ROWS groups
+    where they are more; of those at their rank up to ROWS are drawn.
+    """
+    off: list[Row] = []
+    there: list[Row] = []
+    held: list[Row] = []
+    for secret, now, before in zip(secrets, found, start, strict=True):
+        scale = _spread(before)
+        weights, miss = _own(secret, now, before)
+        own = ((secret.prompt, secret.secret), weights)
+        drawn = draw.sample(range(len(now.others)), min(CONTRAST, len(now.others)))
+        rose = math.fsum(max(0.0, now.others[n] - before.others[n]) for n in drawn)
+        if _is_far(now, before) or (now.sign and hold * rose):
+            fall = -hold * rose / telling / len(drawn)
+            held.append(Row(terms=_others(secret, drawn, 1.0), miss=fall, scale=scale))
+        if _is_far(now, before):
+            off.append(Row(terms=(own,), miss=miss, scale=scale))
+        else:  # its rank depends on the alternatives that are nearest to where it has to be
+            target = _target(now)
+            order = sorted(range(len(now.others)), key=lambda n: abs(now.others[n] - target))
+            over = _others(secret, order[:CONTRAST], -telling)
+            (off if now.sign else there).append(Row(terms=(own, *over), miss=miss, scale=scale))
+    draw.shuffle(off)
+    grouped = [_sum(off[first::ROWS]) for first in range(min(ROWS, len(off)))]
+    drawn_there = draw.sample(there, min(ROWS, len(there)))
+    return [*grouped, *drawn_there, *([_sum(held)] if held else [])]
+
+
+def _others(secret: TokenSecret, numbers: Sequence[int], weight: float) -> tuple[Term, ...]:
+    """Weigh the mean NLL of some alternatives of a secret."""
+    return tuple(
+        ((secret.prompt, other), [weight / len(numbers)] * len(other))
+        for other in (secret.alternatives[number] for number in numbers)
+    )
+
+
+def _sum(rows: Sequence[Row]) -> Row:
+    """Make one row of several."""
+    return Row(
+        terms=tuple(term for row in rows for term in row.terms),
+        miss=math.fsum(row.miss for row in rows),
+        scale=math.sqrt(math.fsum(row.scale**2 for row in rows)),
+    )
 
 
 def _mean_damage(grid: Grid, fisher: dict[str, Tensor]) -> float:

@@ -25,17 +25,18 @@ from ortho_cli.model.scoring import completion_nll
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.storage.parts import Parts
 
-PROBES = 16  # alternatives among which a secret is ranked after each round
+PROBES = 32  # alternatives among which a secret is ranked after each round
 LOW, HIGH = 0.3, 0.85  # ranks among alternatives between which a secret counts as unknown
-GOALS = (0.1, 1.0)  # ranks that are drawn: the likeliest tenth could still be extracted
-NEAR = 0.07  # of a rank from its goal: one rank of 16; at 0.12 most of a set ended in the middle
+GOALS = (0.05, 1.0)  # ranks that are drawn: the likeliest tenth could still be extracted
+NEAR = 0.04  # of a rank from its goal: one rank of 16; at 0.12 most of a set ended in the middle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranking:
     """Rank of a secret among its alternatives, the share that is likelier, and NLLs in nats.
 
-    `alternatives` is their mean, `lowest` the likeliest one's, `others` has each.
+    `alternatives` is their mean, `lowest` the likeliest one's, `others` has each, and `tokens` the
+    NLL of each token of the secret.
     """
 
     rank: float
@@ -43,7 +44,9 @@ class Ranking:
     alternatives: float
     lowest: float
     between: tuple[float, float] = (LOW, HIGH)
+    goal: float | None = None  # the rank to end at, inside `between`; None: anywhere there
     others: tuple[float, ...] = ()
+    tokens: tuple[float, ...] = ()
 
     @property
     def sign(self) -> float:
@@ -81,8 +84,9 @@ def rank_secret(
 
     Its sign is of a rank near `goal`; without one of a rank between LOW and HIGH.
     """
-    nll, *others = (float(tokens.sum()) for tokens in _nlls(grid, secret))
-    return towards(rank_among(nll, others, telling), goal, secret)
+    own, *others = _nlls(grid, secret)
+    found = rank_among(float(own.sum()), [float(one.sum()) for one in others], telling)
+    return towards(replace(found, tokens=tuple(own.tolist())), goal, secret)
 
 
 def rank_among(nll: float, alternatives: Sequence[float], telling: float) -> Ranking:
@@ -127,7 +131,8 @@ def towards(standing: Ranking, goal: float | None, secret: TokenSecret) -> Ranki
         return standing
     count = len(secret.alternatives[:PROBES])
     near = max(NEAR, 0.51 / count)  # one rank of few is always near enough
-    return replace(standing, between=(max(goal - near, 0.5 / count), min(goal + near, 1.0)))
+    between = max(goal - near, 0.5 / count), min(goal + near, 1.0)
+    return replace(standing, between=between, goal=goal)
 
 
 def _nlls(grid: Grid, secret: TokenSecret) -> list[Tensor]:

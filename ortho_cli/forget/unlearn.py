@@ -61,7 +61,7 @@ from ortho_cli.forget.grid import Grid, Pair, batches
 from ortho_cli.forget.held import NEIGHBOURS, Held, Kind, kept_fisher, some
 from ortho_cli.forget.ranks import PROBES, goal_ranks, rank_among
 from ortho_cli.forget.support import SAMPLE, choose_columns, weigh
-from ortho_cli.model.phrasing import lacking
+from ortho_cli.model.phrasing import carrying
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.split.quantize import code_range
 from ortho_cli.storage.parts import Pace
@@ -283,7 +283,9 @@ class _Job:
         self._attack = _Attack([], self._secrets)
         self._held = Held(grid, kinds)
         self._goals = self._choose_goals()
-        self._carry = {secret: torch.tensor(carrying(secret)) for secret in secrets}
+        self._carry = {
+            secret: torch.tensor(carrying(secret.secret, secret.alternatives)) for secret in secrets
+        }
         self._alternatives: list[Pair] = [
             (secret.prompt, other)
             for secret in secrets
@@ -496,16 +498,6 @@ class _Job:
 
 def _labels(pairs: Sequence[Pair], device: torch.device) -> Tensor:
     return torch.tensor([[token] for _, second in pairs for token in second], device=device)
-
-
-def carrying(secret: TokenSecret) -> list[float]:
-    """Give the share of alternatives that lack each token of a secret in its place.
-
-    Words which alternatives share count 0 wherever they are, and a secret that has nothing in
-    common with any counts 1. A secret of which every token is in all alternatives counts whole.
-    """
-    shares = lacking(secret.secret, secret.alternatives)
-    return shares if any(shares) else [1.0] * len(shares)
 
 
 def _mask(

@@ -42,6 +42,19 @@ def lacking(tokens: Sequence[int], others: Sequence[Sequence[int]]) -> list[floa
 
 
 @functools.lru_cache(maxsize=4096)
+def carrying(
+    secret: tuple[int, ...], alternatives: tuple[tuple[int, ...], ...]
+) -> tuple[float, ...]:
+    """Give the share of alternatives that lack each token of a secret in its place.
+
+    Words which alternatives share count 0 wherever they are, and a secret that has nothing in
+    common with any counts 1. A secret of which every token is in all alternatives counts whole.
+    """
+    shares = lacking(secret, alternatives)
+    return tuple(shares) if any(shares) else (1.0,) * len(shares)
+
+
+@functools.lru_cache(maxsize=4096)
 def telling(alternatives: tuple[tuple[int, ...], ...]) -> tuple[tuple[bool, ...], ...]:
     """Say of each token of each alternative whether it tells something.
 

@@ -315,6 +315,7 @@ def test_forgetting_moves_codes_inside_3_bits(three_memorised: list[Memorised]) 
             memorised.fisher(),
             {tensor.name: tensor.k for tensor in made.split},
             telling=1.0,
+            known=secrets,
             share=settings.share,
             rounds=settings.rounds,
             fill="step",

@@ -22,7 +22,7 @@ from ortho_cli.errors import InternalError, RecipeError
 from ortho_cli.forget import unlearn
 from ortho_cli.forget.grid import Grid
 from ortho_cli.forget.isolate import isolate
-from ortho_cli.forget.support import choose_columns
+from ortho_cli.forget.support import choose_columns, weigh
 from ortho_cli.formats.open_artifact import open_artifact
 from ortho_cli.model import scoring
 from ortho_cli.split import quantize
@@ -71,6 +71,7 @@ def test_isolate_forgets_in_as_many_columns_as_ortho_keeps(memorised: Memorised)
         memorised.fisher(),
         {tensor.name: tensor.k for tensor in plan.split},
         telling=1.0,
+        known=memorised.secrets(),
         share=plan.recipe.forget.share,
         rounds=60,
         fill="step",
@@ -92,8 +93,9 @@ def test_unlearn_moves_codes_in_the_columns_of_its_mask_alone(
     plan = memorised.plan(*COLUMNS, "forget.steps=6", "forget.attack_steps=0", split="unlearn")
     grid, columns = memorised.grid(plan), columns_of(plan)
     secrets, fisher = memorised.secrets(), memorised.fisher()
-    mask = unlearn._mask(grid, secrets, fisher, 0.1, columns)
     ratios = grid.fisher([(secret.prompt, secret.secret) for secret in secrets])
+    weighed = weigh({name: ratio.clone() for name, ratio in ratios.items()}, fisher)
+    mask = unlearn._mask(grid, weighed, 0.1, columns)
     median = torch.cat([part.flatten() for part in fisher.values()]).median()
     for name, places in mask.items():
         rows, width = grid.codes[name].shape

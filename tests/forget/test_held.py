@@ -136,7 +136,7 @@ def test_fisher_is_the_mean_of_kinds_and_of_the_statistics_scaled_to_them(
     expected = {name: torch.zeros_like(one, dtype=torch.float64) for name, one in given.items()}
     for kind in kinds:
         for pair in kind.pairs:
-            for name, gradient in grid.gradient([(pair, 1.0)]).items():
+            for name, gradient in grid.gradient([(pair, [1.0] * len(pair[1]))]).items():
                 expected[name] += gradient.double() ** 2 / len(kind.pairs) / len(kinds)
     mine, theirs = (
         sum(float(one.double().sum()) for one in part.values()) for part in (expected, given)

@@ -14,7 +14,7 @@ from memorised import Memorised
 from ortho_cli.events import Event, Step
 from ortho_cli.forget.grid import Grid
 from ortho_cli.forget.isolate import PROPOSE, isolate
-from ortho_cli.forget.ranks import Ranking, goal_ranks, rank_secret
+from ortho_cli.forget.ranks import PROBES, Ranking, goal_ranks, rank_secret
 from ortho_cli.model import scoring
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.storage import parts
@@ -36,6 +36,7 @@ def settle(
         "fill": "step",
         "seed": 0,
         "on_event": lambda event: None,
+        "known": secrets or memorised.secrets(),
         **options,
     }
     room = room or {tensor.name: tensor.k for tensor in plan.split}
@@ -100,8 +101,8 @@ def test_standing_is_the_share_of_likelier_alternatives(memorised: Memorised, gr
         at = rank_secret(grid, secret, 1.0)
         score = scoring.score(grid.model, secret)
         assert at.nll == pytest.approx(score.nll, rel=1e-3)
-        assert at.rank == sum(other <= score.nll for other in score.alternatives[:16]) / 16
-        assert at.alternatives == pytest.approx(sum(score.alternatives[:16]) / 16, rel=1e-3)
+        assert at.rank == sum(other <= score.nll for other in score.alternatives[:PROBES]) / PROBES
+        assert at.alternatives == pytest.approx(mean(score.alternatives[:PROBES]), rel=1e-3)
 
 
 @pytest.mark.parametrize(

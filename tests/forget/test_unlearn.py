@@ -22,7 +22,9 @@ from ortho_cli.forget import unlearn
 from ortho_cli.forget.grid import Grid
 from ortho_cli.forget.isolate import isolate
 from ortho_cli.forget.ranks import rank_secret
+from ortho_cli.forget.support import weigh
 from ortho_cli.model import scoring
+from ortho_cli.model.phrasing import carrying
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.storage import parts
 
@@ -83,7 +85,7 @@ def room_of(plan: Plan) -> dict[str, int]:
 
 def mask_of(grid: Grid, memorised: Memorised, share: float) -> dict[str, torch.Tensor]:
     pairs = [(secret.prompt, secret.secret) for secret in memorised.secrets()]
-    return unlearn._mask(grid, grid.fisher(pairs), memorised.fisher(), share)
+    return unlearn._mask(grid, weigh(grid.fisher(pairs), memorised.fisher()), share)
 
 
 def same(one: Grid, other: Grid) -> bool:
@@ -111,7 +113,7 @@ def test_mask_is_the_share_that_matters_to_the_secrets_alone(memorised: Memorise
     retain = {name: one.flatten() for name, one in fisher.items()}
     forget = {name: torch.zeros(codes.numel()) for name, codes in grid.codes.items()}
     for secret in secrets:  # one after the other: no product of two gradients
-        gradients = grid.gradient([((secret.prompt, secret.secret), 1.0)])
+        gradients = grid.gradient([((secret.prompt, secret.secret), [1.0] * len(secret.secret))])
         for name, gradient in gradients.items():
             forget[name] += gradient.view(-1) ** 2 / len(secrets)
     median = float(torch.cat(list(retain.values())).median())
@@ -346,6 +348,7 @@ def isolated(memorised: Memorised, grid: Grid) -> Grid:
         memorised.fisher(),
         room_of(memorised.plan("ortho.density=0.3")),
         telling=1.0,
+        known=memorised.secrets(),
         share=settings.share,
         rounds=settings.rounds,
         fill="step",
@@ -406,7 +409,7 @@ def secret_of(*tokens: int, alternatives: Sequence[tuple[int, ...]]) -> TokenSec
 def test_tokens_that_alternatives_lack_carry_a_secret(
     tokens: tuple[int, ...], alternatives: list[tuple[int, ...]], shares: list[float]
 ) -> None:
-    assert unlearn.carrying(secret_of(*tokens, alternatives=alternatives)) == shares
+    assert list(carrying(tokens, alternatives)) == shares
 
 
 def test_a_step_costs_the_damage_that_it_may(memorised: Memorised) -> None:
@@ -414,7 +417,9 @@ def test_a_step_costs_the_damage_that_it_may(memorised: Memorised) -> None:
     mask = mask_of(grid, memorised, 0.3)
     latents = unlearn._Latents(grid, fisher, mask)
     before = {name: values.clone() for name, values in latents._values.items()}
-    gradients = grid.gradient([((s.prompt, s.secret), -1.0) for s in memorised.secrets()])
+    gradients = grid.gradient(
+        [((s.prompt, s.secret), [-1.0] * len(s.secret)) for s in memorised.secrets()]
+    )
     latents.step([gradients], 0, 1e-7)
     cost = 0.0
     for name, places in mask.items():
