@@ -17,7 +17,7 @@ from ortho_cli.decompose.plan import LOGITS_BYTES, Plan
 from ortho_cli.forget.damage import UNSEEN
 from ortho_cli.forget.grid import BATCH_TOKENS
 from ortho_cli.forget.held import FISHER_SEQUENCES
-from ortho_cli.forget.isolate import CONTRAST
+from ortho_cli.forget.isolate import ATTEMPTS, CONTRAST, ROWS
 from ortho_cli.forget.ranks import PROBES
 from ortho_cli.forget.unlearn import ALTERNATIVES, AT_ONCE, RETAIN_BATCH
 from ortho_cli.model import cost
@@ -28,9 +28,10 @@ from ortho_cli.storage.checkpoint import TensorInfo
 from ortho_cli.storage.speeds import Speeds
 
 # What forgetting usually takes of the rounds and steps that a recipe allows. Three facts of
-# SmolLM2-135M took isolate 6 to 11 rounds. unlearn took 20 to 60 steps: the middle is no more than
+# SmolLM2-135M took isolate 6 to 12 rounds. unlearn took 20 to 60 steps: the middle is no more than
 # twice off, either way.
 ROUNDS = 12
+TRIES = 1.2  # sizes that a round of isolate tries
 STEPS = 35
 # float32 that are read and written per split weight: when weights go to the grid, for the Fisher of
 # a sequence, in a round of isolate, in a step of unlearn. README has what was estimated with them,
@@ -38,6 +39,7 @@ STEPS = 35
 GRID = 40
 FISHER = 4
 ROUND = 40
+ROW = 4  # and for each row of it
 STEP = 40
 OPERATIONS = 4  # of Python for each weight in each of these, in Linears of a pass
 
@@ -48,6 +50,7 @@ def passes_of(
     *,
     rounds: float,
     steps: float,
+    attempts: float = ATTEMPTS,
     written: int = 2,
     given: int = 1,
 ) -> list[Passes]:
@@ -58,19 +61,23 @@ def passes_of(
         secrets: to be forgotten; those without alternatives get some of their own length.
         rounds: of isolate.
         steps: of unlearn; none count where the recipe has isolate alone.
+        attempts: of a round, each of which ranks all secrets.
         written: kinds of text that the model writes.
         given: kinds of text that the user gives.
     """
     settings, many = plan.recipe.forget, max(1, len(secrets))
     own = sum(len(one.prompt) + len(one.secret) for one in secrets)
     one_each = sum(len(one.prompt) + _mean_length(one) for one in secrets)
-    ranking = own + sum(PROBES * _mean_length(one) for one in secrets)
+    ranking = own + sum(
+        min(PROBES, len(one.alternatives) or PROBES) * _mean_length(one) for one in secrets
+    )
     writes: float = sum(
         BATCH * (len(one.prompt) + len(one.secret)) for one in secrets if not one.alternatives
     )
     kinds = written + given
     text = settings.samples * settings.length * kinds
-    ranks = Passes(len(secrets) * (2 + rounds), ranking / many)
+    rows = _rows_of(secrets)
+    ranks = Passes(len(secrets) * (2 + attempts * rounds), ranking / many)
     found = [
         # Written token by token; some of it is measured before and afterwards.
         *[
@@ -83,13 +90,21 @@ def passes_of(
         Passes(writes / BATCH, BATCH),
         Passes(FISHER_SEQUENCES * kinds, settings.length, True),
         ranks,
+        # All that has to move together, then each row, and the alternatives that are held.
         _in_batches(own + CONTRAST * one_each, rounds, backward=True),
+        Passes(rows * rounds, (own + CONTRAST * one_each) / rows, True),
+        _in_batches(CONTRAST * one_each, rounds, backward=True),
     ]
     if plan.recipe.ortho.split == "unlearn":
         found += _of_unlearn(plan, kinds, own=own, one_each=one_each, many=many, steps=steps)
         found += [_in_batches(text), _in_batches(own, backward=True)]  # before; the mask
         found.append(_in_batches(ranking + PROBES * one_each))  # the goals
     return found
+
+
+def _rows_of(secrets: Sequence[TokenSecret]) -> int:
+    """Rows of a round of isolate, one per secret or group of them."""
+    return max(1, min(len(secrets), 2 * ROWS))
 
 
 def _of_unlearn(
@@ -145,13 +160,19 @@ def estimate(
     written = 1 + bool(common_opening(secrets))  # of its own, and neighbours of the secrets
     fixed = cost.load_seconds(speeds, plan.weights, plan.bytes_read)
 
-    def seconds(rounds: float, steps: float) -> float:
+    def seconds(rounds: float, steps: float, attempts: float) -> float:
         unlearns = plan.recipe.ortho.split == "unlearn"
         per_weight = GRID + FISHER * FISHER_SEQUENCES * (written + given) + ROUND * rounds
-        per_weight += STEP * steps if unlearns else 0.0
+        per_weight += ROW * _rows_of(secrets) * rounds + (STEP * steps if unlearns else 0.0)
         work = Work(
             passes=passes_of(
-                plan, secrets, rounds=rounds, steps=steps, written=written, given=given
+                plan,
+                secrets,
+                rounds=rounds,
+                steps=steps,
+                attempts=attempts,
+                written=written,
+                given=given,
             ),
             draws=written * settings.samples * settings.length * max(s[0] for s in matrices),
             elements=per_weight * plan.split_weights,
@@ -159,8 +180,9 @@ def estimate(
         )
         return cost.seconds_of(work, matrices, speeds, half=half)
 
-    usual = min(settings.rounds, ROUNDS), min(settings.steps, STEPS)
-    return Part("forget", fixed + seconds(*usual), fixed + seconds(settings.rounds, settings.steps))
+    usual = seconds(min(settings.rounds, ROUNDS), min(settings.steps, STEPS), TRIES)
+    most = seconds(settings.rounds, settings.steps, ATTEMPTS)
+    return Part("forget", fixed + usual, fixed + most)
 
 
 def _mean_length(secret: TokenSecret) -> float:
