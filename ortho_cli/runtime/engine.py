@@ -278,6 +278,7 @@ class Engine:
             symmetrize(matrix.div_(samples))
         self.gram = matrices
 
+    # Longer than 60 lines: half of it says what each argument is.
     def decompose(
         self,
         *,

@@ -149,6 +149,7 @@ class OrthoLinear(nn.Module):
         """Entries of the ortho stream; None without one."""
         return None if self.values is None else self.values.numel()
 
+    # Longer than 60 lines: half of it says what each argument is.
     @classmethod
     def from_linear(
         cls,

@@ -402,11 +402,9 @@ def _add_sparse(y: Tensor, x: Tensor, ortho: Sparse, alpha: Alpha) -> None:
     """Add alpha x ortho^T to y (n, out), both float32."""
     if isinstance(ortho, Columns):
         if ortho.col_indices.numel():
-            x = x[:, ortho.col_indices].float()  # few numbers: alpha is cheapest here
-            y.addmm_(
-                x.mul_(alpha.unsqueeze(-1) if isinstance(alpha, Tensor) else alpha),
-                ortho.residual.t(),
-            )
+            share = alpha.unsqueeze(-1) if isinstance(alpha, Tensor) else alpha
+            # Few numbers: alpha is cheapest here.
+            y.addmm_(x[:, ortho.col_indices].float() * share, ortho.residual.t())
         return
     x = x.float()
     crow, columns = ortho.crow_indices, ortho.col_indices.to(ortho.crow_indices.dtype)

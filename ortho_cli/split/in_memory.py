@@ -32,6 +32,7 @@ from ortho_cli.split.torch_kernel import TorchKernel, tensor_of, words_of
 SCALES = ("absmax", "mse", "curvature")
 
 
+# Longer than 60 lines: half of it says what each argument is.
 def split_weight(
     weight: Tensor,
     *,

