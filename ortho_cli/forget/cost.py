@@ -18,7 +18,7 @@ from ortho_cli.forget.damage import UNSEEN
 from ortho_cli.forget.grid import BATCH_TOKENS
 from ortho_cli.forget.held import FISHER_SEQUENCES
 from ortho_cli.forget.isolate import ATTEMPTS, CONTRAST, ROWS
-from ortho_cli.forget.ranks import PROBES
+from ortho_cli.forget.ranks import PROBES, WRITTEN
 from ortho_cli.forget.unlearn import ALTERNATIVES, AT_ONCE, RETAIN_BATCH
 from ortho_cli.model import cost
 from ortho_cli.model.cost import BATCH, Part, Passes, Work
@@ -69,7 +69,7 @@ def passes_of(
     own = sum(len(one.prompt) + len(one.secret) for one in secrets)
     one_each = sum(len(one.prompt) + _mean_length(one) for one in secrets)
     ranking = own + sum(
-        min(PROBES, len(one.alternatives) or PROBES) * _mean_length(one) for one in secrets
+        min(PROBES, len(one.alternatives) or WRITTEN) * _mean_length(one) for one in secrets
     )
     writes: float = sum(
         BATCH * (len(one.prompt) + len(one.secret)) for one in secrets if not one.alternatives

@@ -25,7 +25,7 @@ from ortho_cli.forget.damage import UNSEEN
 from ortho_cli.forget.grid import Grid
 from ortho_cli.forget.held import Kind, broad_fisher, gather
 from ortho_cli.forget.isolate import HOLD, isolate
-from ortho_cli.forget.ranks import PROBES, Ranking, rank_all
+from ortho_cli.forget.ranks import WRITTEN, Ranking, rank_all
 from ortho_cli.forget.unlearn import ALTERNATIVES, unlearn
 from ortho_cli.formats.statistics import StatisticsReader
 from ortho_cli.model import load as models
@@ -133,7 +133,7 @@ class ForgetEditor:
                 grid.model,
                 self.tokenizer,
                 self.secrets,
-                count=PROBES,
+                count=WRITTEN,
                 seed=self.plan.recipe.forget.seed + APART,
                 parts=parts,
                 on_event=on_event,

@@ -27,6 +27,7 @@ from ortho_cli.storage.parts import Parts
 
 PROBES = 32  # alternatives among which a secret is ranked after each round
 LOW, HIGH = 0.3, 0.85  # ranks among alternatives between which a secret counts as unknown
+WRITTEN = 16  # alternatives that the model writes for a secret without any: half of what it tries
 GOALS = (0.05, 1.0)  # ranks that are drawn: the likeliest tenth could still be extracted
 NEAR = 0.04  # of a rank from its goal: one rank of 16; at 0.12 most of a set ended in the middle
 
@@ -84,9 +85,14 @@ def rank_secret(
 
     Its sign is of a rank near `goal`; without one of a rank between LOW and HIGH.
     """
-    own, *others = _nlls(grid, secret)
+    return towards(_rank(_nlls(grid, secret), telling), goal, secret)
+
+
+def _rank(nlls: Sequence[Tensor], telling: float) -> Ranking:
+    """Rank a secret by the NLL of each of its tokens and of each alternative's."""
+    own, *others = nlls
     found = rank_among(float(own.sum()), [float(one.sum()) for one in others], telling)
-    return towards(replace(found, tokens=tuple(own.tolist())), goal, secret)
+    return replace(found, tokens=tuple(own.tolist()))
 
 
 def rank_among(nll: float, alternatives: Sequence[float], telling: float) -> Ranking:
@@ -121,8 +127,7 @@ def rank_all(
         tells += told(secret.alternatives[:PROBES], listed)
         whole += sum(map(sum, listed))
     telling = share_of(tells, whole)
-    sums = [[float(tokens.sum()) for tokens in of_one] for of_one in nlls]
-    return telling, [rank_among(own, others, telling) for own, *others in sums]
+    return telling, [_rank(of_one, telling) for of_one in nlls]
 
 
 def towards(standing: Ranking, goal: float | None, secret: TokenSecret) -> Ranking:

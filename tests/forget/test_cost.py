@@ -32,7 +32,7 @@ def test_tokens_that_pass_are_no_more_than_was_told_and_not_much_less(
         lines = [json.dumps({key: row[key] for key in ("prompt", "secret")}) for row in rows]
         secrets = tmp_path / "bare.jsonl"
         secrets.write_text("\n".join(lines))
-    short = ("forget.rounds=6", "forget.share=0.0002", "forget.steps=10", "forget.attack_steps=5")
+    short = ("forget.rounds=6", "forget.share=0.0001", "forget.steps=10", "forget.attack_steps=5")
     plan = memorised.plan(*short, "forget.divergence=1e-9", split=split)
     editor = open_editor(
         plan, memorised.checkpoint, forget=[secrets], data=[memorised.retain], device="cpu"
@@ -49,7 +49,7 @@ def test_tokens_that_pass_are_no_more_than_was_told_and_not_much_less(
     editor.find(tmp_path, curvature=memorised.curvature())
     told = cost.tokens_passed(plan, editor.secrets)
     assert passed[0] <= told
-    assert told < 2 * passed[0]
+    assert told < 2.5 * passed[0], "rounds may try several sizes"
 
 
 def test_cost_is_that_of_each_secret_and_memory_that_of_the_longest(memorised: Memorised) -> None:
@@ -81,9 +81,11 @@ def test_each_round_step_and_secret_takes_its_time_up_to_what_usually_is_enough(
         a_round = one.at_most - none.at_most
         assert a_round > 0
         assert many.at_most - some.at_most == pytest.approx(100 * a_round)
-        assert one.seconds == one.at_most if split == "isolate" else one.seconds < one.at_most
+        assert one.seconds < one.at_most  # a round may have to try several sizes
         assert many.seconds == some.seconds
-        assert some.seconds - one.seconds == pytest.approx((usual - 2) * a_round)
+        usually = one.seconds - none.seconds
+        assert 0 < usually <= a_round
+        assert some.seconds - one.seconds == pytest.approx((usual - 2) * usually)
     assert estimated("isolate", listed=4).at_most > estimated("isolate", listed=1).at_most
     samples = [estimated("isolate", f"forget.samples={count}").seconds for count in (100, 200)]
     assert samples[1] > samples[0]

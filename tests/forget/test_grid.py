@@ -159,18 +159,18 @@ def test_nll_of_a_text_without_a_prompt_counts_all_but_its_first_token(
 
 
 def twin_gradient(
-    memorised: Memorised, grid: Grid, pairs: list[tuple[Any, float]]
+    memorised: Memorised, grid: Grid, terms: list[tuple[Any, list[float]]]
 ) -> dict[str, Tensor]:
     """Autograd's, of a plain model with the grid's weights, one pair at a time."""
     from transformers import AutoModelForCausalLM
 
     live = AutoModelForCausalLM.from_pretrained(memorised.model, dtype=torch.float32)
     live.load_state_dict(grid.model.state_dict())
-    for (first, second), weight in pairs:
+    for (first, second), weights in terms:
         tokens = torch.tensor([[*first, *second]])
         logits = live(input_ids=tokens).logits[0, len(first) - 1 : -1]
-        nll = torch.nn.functional.cross_entropy(logits, torch.tensor(second), reduction="sum")
-        (weight * nll).backward()  # type: ignore[no-untyped-call]
+        nll = torch.nn.functional.cross_entropy(logits, torch.tensor(second), reduction="none")
+        (torch.tensor(weights) * nll).sum().backward()  # type: ignore[no-untyped-call]
     return {name: p.grad for name, p in live.named_parameters() if name in grid.codes}
 
 
@@ -181,9 +181,13 @@ def test_gradient_is_autograds_whatever_the_batches(
     monkeypatch.setattr(grids, "BATCH_TOKENS", tokens)
     name = sorted(grid.codes)[0]
     grid.move(name, torch.arange(100), torch.zeros(100))  # at the moved codes, not the originals
-    pairs = [*zip(pairs_of(memorised), [1.0, -1.0, 0.5, 2.0, 0.0, -0.25], strict=True)]
-    found = grid.gradient(pairs)
-    expected = twin_gradient(memorised, grid, pairs)
+    pairs = pairs_of(memorised)
+    terms = [
+        (pair, [weight * (place + 1) for place in range(len(pair[1]))])
+        for pair, weight in zip(pairs, [1.0, -1.0, 0.5, 2.0, 0.0, -0.25], strict=True)
+    ]
+    found = grid.gradient(terms)
+    expected = twin_gradient(memorised, grid, terms)
     assert found.keys() == expected.keys() == grid.codes.keys()
     for name, gradient in expected.items():
         scale = float(gradient.abs().max())
@@ -194,7 +198,7 @@ def test_gradient_is_autograds_whatever_the_batches(
 
 
 def test_gradient_in_bfloat16_points_the_same_way(memorised: Memorised, grid: Grid) -> None:
-    pairs = [(pair, 1.0) for pair in pairs_of(memorised)]
+    pairs = [(pair, [1.0] * len(pair[1])) for pair in pairs_of(memorised)]
     exact = grid.gradient(pairs)
     rough = memorised.grid(autocast=True).gradient(pairs)
     one, other = (torch.cat([g.view(-1) for g in found.values()]) for found in (exact, rough))
@@ -224,5 +228,6 @@ def test_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
 
 def test_gradient_that_is_not_finite_is_named(memorised: Memorised, grid: Grid) -> None:
     grid.weights[sorted(grid.codes)[-1]].data.fill_(torch.inf)
+    pair = pairs_of(memorised)[0]
     with pytest.raises(NumericalError, match="a gradient of `model"):
-        grid.gradient([(pairs_of(memorised)[0], 1.0)])
+        grid.gradient([(pair, [1.0] * len(pair[1]))])

@@ -409,7 +409,7 @@ def secret_of(*tokens: int, alternatives: Sequence[tuple[int, ...]]) -> TokenSec
 def test_tokens_that_alternatives_lack_carry_a_secret(
     tokens: tuple[int, ...], alternatives: list[tuple[int, ...]], shares: list[float]
 ) -> None:
-    assert list(carrying(tokens, alternatives)) == shares
+    assert list(carrying(tokens, tuple(alternatives))) == shares
 
 
 def test_a_step_costs_the_damage_that_it_may(memorised: Memorised) -> None:

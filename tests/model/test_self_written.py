@@ -71,8 +71,7 @@ def test_text_that_was_begun_is_finished_to_the_same_tokens(
     monkeypatch: pytest.MonkeyPatch,
     opening: tuple[int, ...],
 ) -> None:
-    monkeypatch.setattr(self_written, "BATCH", 2)
-    monkeypatch.setattr(self_written, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(self_written, "at_once", lambda length: 2)
     whole, begun = write(memorised, model, opening=opening), list[int]()
 
     def stop(event: Event) -> None:
