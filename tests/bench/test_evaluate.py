@@ -276,7 +276,7 @@ def test_a_skill_counts_whole_completions() -> None:
     found = evaluate.skill(model, pairs)
     assert (found.value, found.hits, found.n) == (0.5, 2, 4)
     assert 0 < found.low < 0.5 < found.high < 1
-    with pytest.raises(CalibrationError, match="no prompts"):
+    with pytest.raises(CalibrationError, match="no rows of prompt and completion"):
         evaluate.skill(model, [])
 
 
