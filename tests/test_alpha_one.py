@@ -51,7 +51,7 @@ class Shift:
         self._names = names
 
     def tune(
-        self, start: Callable[[str], Rounded], tuned: Collection[str], *, on_event: Any
+        self, start: Callable[[str], Rounded], tuned: Collection[str], **options: Any
     ) -> Iterator[dict[str, Rounded]]:
         for name in self._names:
             codes, scales, kept = start(name)
