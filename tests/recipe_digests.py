@@ -230,6 +230,7 @@ def save_made_statistics(path: Path, source: Path, **options: Any) -> None:
 
 def save_inputs(folder: Path, *, llama: bool) -> None:
     """Write what the cases read: checkpoints, and what goes with them."""
+    (folder / "plain.yaml").write_text("version: 1\n")
     odd = folder / "odd"
     save_odd(odd)
     save_before(odd, folder / "odd-before")
@@ -268,14 +269,20 @@ def recipe(on: str, name: str, *more: str, portable: bool = False) -> Case:
     return Case(name=f"{on} {name}", arguments=arguments, recipe=name, portable=portable)
 
 
+def plain(more: tuple[str, ...]) -> tuple[str, ...]:
+    """Name a recipe that leaves all as it is: with statistics alone it would be `curvature`."""
+    return ("--recipe", "@plain.yaml") if "--stats" in more else ()
+
+
 def odd(name: str, *more: str, portable: bool = True) -> Case:
     """Split the odd checkpoint with settings of our own."""
-    return Case(name=f"odd {name}", arguments=("decompose", "@odd", *more), portable=portable)
+    arguments = ("decompose", "@odd", *plain(more), *more)
+    return Case(name=f"odd {name}", arguments=arguments, portable=portable)
 
 
 def llama(name: str, *more: str) -> Case:
     """Split the model with settings of our own."""
-    return Case(name=f"llama {name}", arguments=("decompose", "@model", *more))
+    return Case(name=f"llama {name}", arguments=("decompose", "@model", *plain(more), *more))
 
 
 def calibrate(name: str, *more: str) -> Case:

@@ -155,8 +155,8 @@ def _time_factor(columns: int) -> float:
         return time.perf_counter() - began
 
 
-def _factor(columns: int) -> object:
-    """Factorise a Gram matrix of random inputs."""
+def _factor(columns: int, without: object = None) -> object:
+    """Factorise a Gram matrix of random inputs; columns that are kept whole save little of it."""
     import torch
 
     inputs = torch.randn(columns + 64, columns, generator=torch.Generator().manual_seed(0))
