@@ -117,10 +117,12 @@ def test_scores_of_a_sentencepiece_vocabulary_give_the_tokens_of_its_merges(
 ) -> None:
     folder = save(tmp_path / "t", sentencepiece(metaspace=metaspace), unk_token="<unk>")
     keys, notes = tokenizer_keys(folder, vocabulary=VOCAB)
-    assert not notes
+    assert bool(notes) is metaspace
     assert keys["tokenizer.ggml.model"] == "llama"
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     for text in TEXTS:
+        if metaspace and text.startswith(" "):  # which the note is about
+            continue
         wanted = theirs(text, add_special_tokens=False).input_ids
         assert slow_spm(keys, text) == wanted, text
     types = keys["tokenizer.ggml.token_type"]
@@ -191,7 +193,7 @@ def test_tokenizer_that_llama_cpp_has_none_like_is_refused(tmp_path: Path) -> No
             (plain, VOCAB, "is neither byte-level nor falls back to bytes"),
             (lower, VOCAB, "normalizes text by ['Lowercase']"),
             (byte_level(level), 100, "and the embedding 100 rows"),
-            (sentencepiece(complete=False), VOCAB, "never merges ('▁', 'at')"),
+            (sentencepiece(complete=False), VOCAB, "never merges ('▁', 'see')"),
         )
     ):
         folder = save(tmp_path / str(number), backend)

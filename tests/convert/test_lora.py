@@ -33,7 +33,7 @@ def split(
     """Decompose a pico model of grouped heads."""
     if not folder.exists():
         checkpoints.save(folder, checkpoints.weights(**SHAPE, dtype=dtype))
-        config = checkpoints.config(**SHAPE, heads=4)
+        config = checkpoints.config(**SHAPE, heads=4) | {"dtype": str(dtype).split(".")[1]}
         (folder / "config.json").write_text(json.dumps(config))
     out = folder.with_name(f"{folder.name}-split")
     words = [word for one in sets for word in ("--set", one)]

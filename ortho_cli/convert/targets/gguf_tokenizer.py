@@ -74,7 +74,13 @@ def tokenizer_keys(folder: Path, *, vocabulary: int) -> tuple[dict[str, Value], 
         found = _sentencepiece(folder, told, vocabulary)
     else:
         found = _byte_level(folder, told, vocabulary)
-    return found | _special(tokenizer), []
+    # tokenizers' Metaspace adds no space to a text that begins with one; llama.cpp always does.
+    steps = _steps(told.get("pre_tokenizer"), "pretokenizers")
+    spaced = found.get("tokenizer.ggml.add_space_prefix") and any(
+        step["type"] == "Metaspace" for step in steps
+    )
+    note = f"llama.cpp begins a text that begins with a space with one more than `{folder}`'s own"
+    return found | _special(tokenizer), [note] if spaced else []
 
 
 def _refusal(folder: Path, what: str) -> CheckpointError:
