@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from ortho_cli.cli.shared import Output, located, place_output, run_facts
 from ortho_cli.errors import CheckpointError, UsageError
-from ortho_cli.events import Noted
 
 if TYPE_CHECKING:
     from ortho_cli.convert.targets.job import TargetPlan
@@ -66,6 +65,7 @@ def convert_to(
     """
     from ortho_cli.cli.show.convert_to import print_target, print_target_plan
     from ortho_cli.convert.targets import job
+    from ortho_cli.events import Noted
     from ortho_cli.formats.artifact import is_artifact
     from ortho_cli.storage.job import check_target
     from ortho_cli.storage.sealing import read_keys

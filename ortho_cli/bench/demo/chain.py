@@ -41,9 +41,9 @@ SETS = (
     "calibrate.length=64",
     "ortho.density=0.1",
     "forget.mask=0.3",
-    "forget.steps=200",
+    "forget.steps=100",
     "forget.attack_steps=0",
-    "forget.step_damage=0.001",
+    "forget.step_damage=0.0005",
     "forget.share=0.02",
     "forget.rounds=80",
 )
