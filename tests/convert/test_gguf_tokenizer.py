@@ -65,7 +65,15 @@ def sentencepiece(*, metaspace: bool = False, complete: bool = True) -> Any:
         ("▁", "cat"),
     ]
     merges += [("▁c", "at"), ("h", "at"), ("▁", "hat"), ("e", "e"), ("▁", "s"), ("s", "ee")]
-    merges += [("▁s", "ee"), ("▁", "a"), ("▁a", "t"), ("th", "at"), ("b", "at"), ("r", "at")]
+    merges += [
+        ("▁s", "ee"),
+        ("▁", "a"),
+        ("▁a", "t"),
+        ("th", "at"),
+        ("b", "at"),
+        ("r", "at"),
+        ("s", "a"),
+    ]
     vocab = {piece: number for number, piece in enumerate(pieces)}
     for merge in merges:
         vocab.setdefault("".join(merge), len(vocab))

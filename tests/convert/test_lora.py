@@ -187,6 +187,7 @@ def test_nearest_is_the_truncated_svd_of_any_matrix(
     delta = draw.normal(size=(rows, inner)) @ draw.normal(size=(inner, across))
     left, right = nearest(torch.from_numpy(delta).float(), rank=rank)
     assert left.shape[1] == right.shape[0] <= min(rank, rows, across)
+    assert torch.allclose(left.norm(dim=0), right.norm(dim=1), rtol=1e-3)  # neither is tiny in fp16
     values = np.linalg.svd(delta, compute_uv=False)
     lost = np.linalg.norm(delta - (left.double() @ right.double()).numpy())
     best = np.sqrt((values[rank:] ** 2).sum())
