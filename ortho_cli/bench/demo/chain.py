@@ -35,12 +35,14 @@ from ortho_cli.storage.job import resolve_output
 LEARNING_RATE = 1e-3
 RECIPE = "forget-unlearn"
 # Documents are short: 64 tokens hold the longest. The model is small and its secrets fill it, so
-# more of its codes have to move, in more steps, than those of a language model.
+# more of its codes have to move, in more steps, than those of a language model. In whole columns
+# they cost the rest of its text less than anywhere (forget/README.md), and ortho is an adapter.
 SETS = (
     "calibrate.samples=256",
     "calibrate.length=64",
     "ortho.density=0.1",
-    "forget.mask=0.3",
+    "ortho.structure=columns",
+    "forget.support=columns",
     "forget.steps=100",
     "forget.attack_steps=0",
     "forget.step_damage=0.0005",
