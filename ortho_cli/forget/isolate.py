@@ -258,24 +258,24 @@ def _target(at: Ranking) -> float:
     return (first + second) / 2
 
 
-def _is_far(at: Ranking, start: Ranking) -> bool:
+def _is_far(at: Ranking) -> bool:
     """Whether a secret is still so well known that its NLL hardly tells one move from another."""
-    return at.sign > 0 and at.nll < FAR * _target(start)
+    return at.sign > 0 and at.nll < FAR * _target(at)
 
 
-def _own(secret: TokenSecret, at: Ranking, start: Ranking) -> tuple[list[float], float]:
+def _own(secret: TokenSecret, at: Ranking) -> tuple[list[float], float]:
     """Weights of the NLL of each token of a secret in its row, and how much the row has to rise.
 
     Near its goal a secret is measured by its NLL. A secret that is far from it is measured by the
     log odds of those tokens that carry it, v = log((1 - p) / p), whose slope does not vanish where
-    p is near 1: dv = dNLL / (1 - p). Its goal is that of the start.
+    p is near 1: dv = dNLL / (1 - p).
     """
-    if _is_far(at, start):
+    if _is_far(at):
         odds = [max(math.expm1(nll), LEAST_ODDS) for nll in at.tokens]
         carry = carrying(secret.secret, secret.alternatives)
         value = math.fsum(c * math.log(one) for c, one in zip(carry, odds, strict=True))
         weights = [c * (1 + 1 / one) for c, one in zip(carry, odds, strict=True)]
-        return weights, _target(start) - value
+        return weights, _target(at) - value
     miss = 0.0 if at.goal is None and not at.sign else _target(at) - at.nll
     return [1.0] * len(secret.secret), miss
 
@@ -285,7 +285,7 @@ def _off(
 ) -> float:
     """Sum the squares of what secrets miss, each over the spread of its alternatives."""
     return math.fsum(
-        (_own(secret, now, before)[1] / _spread(before)) ** 2
+        (_own(secret, now)[1] / _spread(before)) ** 2
         for secret, now, before in zip(secrets, found, start, strict=True)
     )
 
@@ -307,29 +307,28 @@ def _rows(
 ) -> list[Row]:
     """Say what has to rise, and what to stay.
 
-    A row per secret: near its goal the secret over some of its alternatives, far from it the secret
-    alone, and another row holds its alternatives. Secrets that are off come first, in ROWS groups
-    where they are more; of those at their rank up to ROWS are drawn.
+    A row per secret, of the secret over some of its alternatives, and one of all alternatives that
+    were lost. Secrets that are off come first, in ROWS groups where they are more; of those at
+    their rank up to ROWS are drawn.
     """
     off: list[Row] = []
     there: list[Row] = []
     held: list[Row] = []
     for secret, now, before in zip(secrets, found, start, strict=True):
         scale = _spread(before)
-        weights, miss = _own(secret, now, before)
+        weights, miss = _own(secret, now)
         own = ((secret.prompt, secret.secret), weights)
-        drawn = draw.sample(range(len(now.others)), min(CONTRAST, len(now.others)))
+        numbers = range(len(now.others))
+        drawn = draw.sample(numbers, min(CONTRAST, len(numbers)))
         rose = math.fsum(max(0.0, now.others[n] - before.others[n]) for n in drawn)
-        if _is_far(now, before) or (now.sign and hold * rose):
+        if now.sign and hold * rose:
             fall = -hold * rose / telling / len(drawn)
             held.append(Row(terms=_others(secret, drawn, 1.0), miss=fall, scale=scale))
-        if _is_far(now, before):
-            off.append(Row(terms=(own,), miss=miss, scale=scale))
-        else:  # its rank depends on the alternatives that are nearest to where it has to be
+        if not _is_far(now):  # its rank depends on the alternatives that are nearest to its place
             target = _target(now)
-            order = sorted(range(len(now.others)), key=lambda n: abs(now.others[n] - target))
-            over = _others(secret, order[:CONTRAST], -telling)
-            (off if now.sign else there).append(Row(terms=(own, *over), miss=miss, scale=scale))
+            drawn = sorted(numbers, key=lambda n: abs(now.others[n] - target))[:CONTRAST]
+        over = _others(secret, drawn, -telling)
+        (off if now.sign else there).append(Row(terms=(own, *over), miss=miss, scale=scale))
     draw.shuffle(off)
     grouped = [_sum(off[first::ROWS]) for first in range(min(ROWS, len(off)))]
     drawn_there = draw.sample(there, min(ROWS, len(there)))
