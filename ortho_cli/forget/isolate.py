@@ -44,13 +44,14 @@ from ortho_cli.split.quantize import code_range
 from ortho_cli.storage.parts import Pace
 
 CONTRAST = 2  # alternatives per secret and round whose likelihood a move should keep
-HOLD = 0.5  # of alternatives that are less likely than where the work began; 1 converges worse
+HOLD = 1.0  # of what alternatives lack to take the place of the secret
 ROWS = 64  # groups of secrets that are off, and secrets at their rank, that one round looks at
 LARGEST = 16  # share of the moves that are allowed, as one over it, that one round may make
 ATTEMPTS = 3  # sizes that a round tries, each a quarter of the one before
 TRUSTED, DOUBTED = 0.5, 0.2  # of the fall foretold: above it rounds grow, below it they shrink
 FAR = 0.5  # of the NLL at its goal, below which a secret is measured by its log odds
 LEAST_ODDS = 1e-4  # (1 - p) / p that is told from 0
+LEAST_FREE = 1e-3  # probability that is left to alternatives of a secret that is known by heart
 LEAST_SPREAD = 0.05  # of the mean NLL of alternatives
 PATIENCE = 6  # rounds without progress, after which the best round so far is taken
 
@@ -320,7 +321,8 @@ def _rows(
         own = ((secret.prompt, secret.secret), weights)
         numbers = range(len(now.others))
         drawn = draw.sample(numbers, min(CONTRAST, len(numbers)))
-        rose = math.fsum(max(0.0, now.others[n] - before.others[n]) for n in drawn)
+        freed = telling * math.log(max(-math.expm1(-before.nll), LEAST_FREE))
+        rose = math.fsum(max(0.0, now.others[n] - before.others[n] - freed) for n in drawn)
         if now.sign and hold * rose:
             fall = -hold * rose / telling / len(drawn)
             held.append(Row(terms=_others(secret, drawn, 1.0), miss=fall, scale=scale))
@@ -330,9 +332,13 @@ def _rows(
         over = _others(secret, drawn, -telling)
         (off if now.sign else there).append(Row(terms=(own, *over), miss=miss, scale=scale))
     draw.shuffle(off)
-    grouped = [_sum(off[first::ROWS]) for first in range(min(ROWS, len(off)))]
     drawn_there = draw.sample(there, min(ROWS, len(there)))
-    return [*grouped, *drawn_there, *([_sum(held)] if held else [])]
+    return [*_grouped(off), *drawn_there, *_grouped(held)]
+
+
+def _grouped(rows: Sequence[Row]) -> list[Row]:
+    """Sum rows, so that they are ROWS at most."""
+    return [_sum(rows[first::ROWS]) for first in range(min(ROWS, len(rows)))]
 
 
 def _others(secret: TokenSecret, numbers: Sequence[int], weight: float) -> tuple[Term, ...]:
