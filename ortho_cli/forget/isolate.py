@@ -5,7 +5,8 @@ that at once
 
 * each secret that is off its rank gets nearer to it: NLL_s - kappa mean NLL of alternatives of s;
 * each secret at its rank stays there;
-* alternatives that are less likely than where the work began come HOLD of the way back.
+* alternatives of a secret that is off take its place: their NLL falls by -log(1 - p) from where the
+  work began, p being the secret's probability there.
 
 A rank is drawn for each secret that the model knew. The drawn ranks are uniform, as those of
 secrets that a model never saw: secrets that were all in the middle of their alternatives would be
@@ -91,7 +92,7 @@ def isolate(
         fill: new code: step (the next one up or down), zero, or mean (of the group).
         seed: draws ranks of secrets, and the alternatives of each round.
         on_event: gets each round.
-        hold: weight of alternatives that are less likely than where the work began.
+        hold: share of what alternatives lack to take the place of the secret that a round asks for.
         columns: the number of columns in which codes may move, by weight; None: any.
         state: file of unfinished work, for its owner alone.
         key: seals that file.
