@@ -40,7 +40,7 @@ JOBS ?= 4
 
 test: check ## all of check, then the tests, and their core once more under python -O
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
-	$(BIN)/python -O -m pytest -W 'ignore:assertions not in test modules' $(CORE)
+	OMP_NUM_THREADS=1 $(BIN)/python -O -m pytest -n $(JOBS) --dist worksteal -W 'ignore:assertions not in test modules' $(CORE)
 
 fuzz: install ## damage every kind of file that is read, for MINUTES=30; findings go to demo/fuzz
 	PYTHONPATH=.:tests $(BIN)/python tests/fuzz/long.py --minutes $(or $(MINUTES),30)
