@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +86,8 @@ def convert_to(
         log.info("plan %s to %s, %d weights", plan.sha256, to, len(plan.parts))
         suffix = SUFFIXES[to] + (".age" if plan.seal and plan.kind.is_file else "")
         place, notes = place_output(out, plan.source.folder, suffix)
-        if plan.seal and plan.kind.is_file and place.suffix != ".age":
-            raise UsageError(
-                f"`{place}` would be sealed, and does not say so", hint=f"-o {place}.age"
-            )
+        if plan.kind.is_file:
+            _check_name(place, sealed=plan.seal is not None)
         read = [plan.source.path, *(file.path for file in plan.source.files)]
         target = check_target(place, plan.kind, read, force=wish.force)
         job.check_target(plan, target)
@@ -104,6 +103,20 @@ def convert_to(
             done = job.write(plan, target, keys=keys, on_event=sink)
     document = plan.to_json(done) | {"run": run_facts(place, began)}
     output.show(document, print_target)
+
+
+def _check_name(place: Path, *, sealed: bool) -> None:
+    """Refuse a name that says another thing of the file than it is: sealed, or not."""
+    from ortho_cli.convert.targets.gguf_layout import SEALED_SUFFIX
+    from ortho_cli.storage.sealing import SEALED
+
+    plain = str(place).removesuffix(SEALED).removesuffix(".gguf")
+    if sealed and not place.name.endswith(SEALED_SUFFIX):
+        hint = f"-o {shlex.quote(plain + SEALED_SUFFIX)}"
+        raise UsageError(f"`{place}` would be sealed, and does not say so", hint=hint)
+    if not sealed and place.name.endswith(SEALED):
+        hint = f"-o {shlex.quote(plain + '.gguf')}"
+        raise UsageError(f"`{place}` would not be sealed, and says that it is", hint=hint)
 
 
 def _check(wish: Wish, unfit: list[str]) -> str:

@@ -368,6 +368,19 @@ def test_llama_cpp_adapter_holds_the_same_factors_in_the_order_of_base(
     assert ortho("convert", out, *words, "-o", tmp_path / "s.gguf.age").code == 0
     sealed = (tmp_path / "s.gguf.age").read_bytes()
     assert pyrage.decrypt(sealed, [key]) == (tmp_path / "a.gguf").read_bytes()
+    assert ortho("convert", out, *words, "-o", tmp_path / "s.gguf.age").code == 8
+    again = ortho("convert", out, *words, "-o", tmp_path / "s.gguf.age", "--force", "--max-rank", 1)
+    assert again.code == 0, again.err
+    smaller = pyrage.decrypt((tmp_path / "s.gguf.age").read_bytes(), [key])
+    assert smaller.startswith(b"GGUF")
+    assert len(smaller) < (tmp_path / "a.gguf").stat().st_size
+    (tmp_path / "notes.age").write_bytes(sealed)
+    for name in ("notes.age", "notes"):
+        ran = ortho("convert", out, *words, "-o", tmp_path / name, "--force")
+        assert (ran.code, "notes.gguf.age" in ran.err) == (2, True), ran.err
+    assert (tmp_path / "notes.age").read_bytes() == sealed
+    ran = ortho("convert", out, *words[:2], "-o", tmp_path / "s.gguf.age", "--force")
+    assert "would not be sealed, and says that it is" in ran.err
     assert make_seal([str(key.to_public())]) is not None
 
 

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ortho_cli.errors import InternalError, UsageError
+from ortho_cli.storage import sniff
 from ortho_cli.storage.data_file import Layout, Region
+from ortho_cli.storage.sealing import SEALED
 from ortho_cli.storage.untrusted import open_regular
 from ortho_cli.version import __version__
 
@@ -32,6 +34,7 @@ Value = bool | int | float | str | Sequence[int] | Sequence[float] | Sequence[st
 Keys = Mapping[str, Value]
 
 ALIGNMENT = 32  # bytes; GGUF's default, to which each tensor begins
+SEALED_SUFFIX = ".gguf" + SEALED  # of a sealed file's name
 MARK = "ortho.made"  # the key by which --force knows a file of ours
 HEAD = 1024  # bytes; the mark is the second key, so it is among the first
 
@@ -121,9 +124,14 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Value) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """Tell whether `ortho convert` wrote a GGUF file."""
+    """Tell whether `ortho convert` wrote a GGUF file.
+
+    A sealed one says nothing without its key: it is an age file whose name ends in `.gguf.age`.
+    """
     if not path.is_file():
         return False
     with open_regular(path) as file:
         head = file.read(HEAD)
+    if path.name.endswith(SEALED_SUFFIX):
+        return sniff.kind_of(head) == sniff.SEALED
     return head.startswith(b"GGUF") and MARK.encode() in head
