@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ortho_cli.bench.records import GateResult, Row, Verdict, to_json
 from ortho_cli.errors import GateError, OutputExistsError, UsageError
+from ortho_cli.storage.work_folder import check_place
 
 HEADLINE = "value"
 OPERATORS = {
@@ -27,6 +28,7 @@ OPERATORS = {
     "<": operator.lt,
     ">": operator.gt,
 }
+TABLE = b"alpha,"  # begins a table
 _GATE = re.compile(r"\s*([A-Za-z_][\w.]*)\s*(?:@([^<>=]*?))?\s*(<=|>=|==|<|>)(.*)")
 _HINT = "such as `exposure@0<=2`: a figure, the alpha, one of <= >= == < >, a number"
 
@@ -161,15 +163,22 @@ def check_csv(path: Path | None) -> None:
     Raises:
         OutputExistsError: a file that is no such table, or a folder.
         UsageError: there is no such folder.
+        ResourceError: the folder cannot be written.
     """
     if path is None:
         return
-    if not path.parent.is_dir():
-        raise UsageError(f"--csv `{path}` has no folder to be in", hint="make it first")
-    if path.exists() and not (path.is_file() and path.read_bytes()[:6] in (b"", b"alpha,")):
+    check_place(path, "--csv")
+    if path.exists() and not _is_table(path):
         raise OutputExistsError(
             f"--csv `{path}` exists and is no table of a bench", hint="choose another file"
         )
+
+
+def _is_table(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(TABLE)) in (b"", TABLE)
 
 
 def to_csv(rows: Sequence[Row]) -> str:

@@ -25,6 +25,19 @@ from ortho_cli.model import scoring
 TOKENS = 1024
 
 
+def by_layer(linears: Sequence[str]) -> dict[str, list[str]]:
+    """Group Linears by their layer, in the order of the model; outside of layers each is one."""
+    layers: dict[str, list[str]] = {}
+    for name in sorted(linears, key=natural):
+        layers.setdefault(place_of(name).layer or name, []).append(name)
+    return layers
+
+
+def windows_of(windows: Tensor) -> Tensor:
+    """Give the windows that are read for each layer: the first TOKENS tokens, one at least."""
+    return windows[: max(1, TOKENS // windows.shape[1])]
+
+
 @torch.no_grad()
 def cost_by_layer(
     model: nn.Module, original: nn.Module, linears: Sequence[str], windows: Tensor, *, seed: int = 0
@@ -45,12 +58,12 @@ def cost_by_layer(
     It takes one pass for each layer and one more over these tokens, and the original's logits of
     one window beside the model's.
     """
-    layers: dict[str, list[str]] = {}
-    for name in sorted(linears, key=natural):
-        _check(model, original, name)
-        layers.setdefault(place_of(name).layer or name, []).append(name)
+    layers = by_layer(linears)
+    for names in layers.values():
+        for name in names:
+            _check(model, original, name)
     found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-    for window in windows[: max(1, TOKENS // windows.shape[1])]:
+    for window in windows_of(windows):
         read = window[None]
         logits = scoring.logits_of(original(read.to(scoring.device_of(original))))
         for layer, names in layers.items():

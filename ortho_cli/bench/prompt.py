@@ -25,6 +25,7 @@ from ortho_cli.runtime.pretrained import load
 from ortho_cli.storage.sealing import read_keys
 
 TOKENS = 32  # that follow a prompt at most, unless the user says
+COLDEST = 1e-30  # a temperature at which any two logits that differ are as good as at 0
 INCOMPLETE = "\ufffd"  # ends a text whose last character lacks bytes, which the next token brings
 
 
@@ -204,7 +205,9 @@ def _read(model: nn.Module, voice: _Voice) -> Tensor:
 def _choose(logits: Tensor, temperature: float, draw: torch.Generator) -> int:
     if not temperature:
         return int(logits.argmax())
-    return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=draw))
+    # Less the largest, and by no less than COLDEST: no quotient leaves float32.
+    colder = (logits - logits.max()) / max(temperature, COLDEST)
+    return int(torch.multinomial(colder.softmax(-1), 1, generator=draw))
 
 
 def _say(voice: _Voice, token: int, probability: float, tokenizer: Tokenizer) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ortho_cli.bench import baselines, evaluate, figures, predictors, suite_scores, verdict
 from ortho_cli.bench.attacks import ATTACKS, Attack, Target
 from ortho_cli.bench.data import Material, context_of, gather, unfit
-from ortho_cli.bench.layer_cost import cost_by_layer
+from ortho_cli.bench.layer_cost import by_layer, cost_by_layer, windows_of
 from ortho_cli.bench.plan import CODE_FIGURES, Settings, check_gates, checked, not_measured
 from ortho_cli.bench.public import Public, count_differences, open_public, tell_positions
 from ortho_cli.bench.records import (
@@ -130,6 +130,7 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> Report:
     settings = checked(settings)
     keys = read_keys(settings.identity)
     opened = open_artifact(settings.artifact, keys)
+    settings = replace(settings, artifact=opened.folder)
     if opened.ortho is None and any(settings.alphas):
         raise no_ortho(opened, "alpha is not 0")
     for folder in (settings.model, settings.reference_model, settings.public):
@@ -218,24 +219,36 @@ def _measure_all(
         work = replace(work, material=_with_alternatives(work, source), original=original)
         public = settings.public and open_public(settings.public, model, layers)
         work = replace(work, kinds=_texts(work, source, writes=writes), public=public or None)
-        _tell_cost(work, speed[settings.alphas[0]], counts, on_event)
+        _tell_cost(work, speed[settings.alphas[0]], counts, on_event, linears=tuple(layers))
         rows = list(_measure_rows(work, model, layers, counts, speed))
     return tuple(_with_ratios(rows, settings.seed)), unsplit, moved, work.kinds
 
 
-def _tell_cost(work: _Work, speed: Latency, counts: Mapping[str, int], on_event: EventSink) -> None:
+def _tell_cost(
+    work: _Work,
+    speed: Latency,
+    counts: Mapping[str, int],
+    on_event: EventSink,
+    *,
+    linears: Sequence[str],
+) -> None:
     """Say how many tokens of text are read how often, and how long that takes here."""
     settings, tokens = work.settings, sum(windows.numel() for windows in work.kinds.values())
     others = [settings.model, settings.reference_model]
     rows = len(settings.alphas) + bool(counts) + sum(one is not None for one in others)
     rows += len(baselines.KINDS) * (settings.controls and any(counts.values()))
     beside = (work.original is not None) + any(counts.values())  # models that are read along
-    if tokens and speed.prefill.value > 0:
-        seconds = in_words(tokens * rows * (1 + beside) / speed.prefill.value)
-        message = (
-            f"{tokens:,} tokens of text are read for each of {rows} rows: about {seconds} here"
-        )
-        on_event(Noted(message=f"{message}; --tokens N reads less of files"))
+    if not tokens or speed.prefill.value <= 0:
+        return
+    read = tokens * rows * (1 + beside)
+    message = f"{tokens:,} tokens of text are read for each of {rows} rows"
+    windows = work.material.windows
+    if settings.by_layer and windows is not None:
+        layers, text = len(by_layer(linears)), windows_of(windows).numel()
+        read += text * (layers + 1) * len(settings.alphas)
+        message += f", and {text:,} for each of {layers} layers at each alpha"
+    message += f": about {in_words(read / speed.prefill.value)} here"
+    on_event(Noted(message=f"{message}; --tokens N reads less of files"))
 
 
 SETS = ("secrets", "nonmembers", "unlisted", "keep")  # of `Material`

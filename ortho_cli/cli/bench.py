@@ -151,7 +151,7 @@ def bench(
         typer.Option(metavar="T", help="With --prompt: 0, the default, takes the likeliest token."),
     ] = None,
     identity: options.Identity = None,
-    seed: Annotated[int, typer.Option(help="Of every draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of every draw.")] = 0,
     autocast: Annotated[
         bool,
         typer.Option(
@@ -180,6 +180,7 @@ def bench(
     from ortho_cli.bench.prompt import TOKENS, Speech
     from ortho_cli.bench.records import to_json
     from ortho_cli.cli.show.bench import print_bench
+    from ortho_cli.storage.work_folder import write_whole
 
     _refuse_idle(invocation)
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
@@ -249,11 +250,14 @@ def bench(
     if artifact is None:
         document["kept"] = None if keep_files is None else str(keep_files)
     document["run"] = {"seconds": round(time.perf_counter() - began, 3)}
-    if csv:
-        csv.write_text(to_csv(report.rows), encoding="utf-8", errors="backslashreplace")
-    if html:
-        output.write_page(html, _make_page(document, artifact, identity))
-    output.show(document, print_bench)
+    try:
+        if csv:
+            table = to_csv(report.rows).encode("utf-8", errors="backslashreplace")
+            write_whole(csv, lambda file: file.write(table))
+        if html:
+            output.write_page(html, _make_page(document, artifact, identity))
+    finally:  # figures of an hour are shown, whatever becomes of the files
+        output.show(document, print_bench)
     enforce(report.gates, report.verdict)
 
 

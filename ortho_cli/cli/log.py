@@ -71,7 +71,8 @@ def _handlers(verbose: object, wanted: str) -> dict[logging.Handler, int]:
         level = LEVELS.get(word.lower())
         if level is None:
             level, path = logging.DEBUG, wanted
-        handlers[_File(Path(path).expanduser()) if path else _Stderr()] = level
+        place = os.path.expanduser(path)  # noqa: PTH111 - that of pathlib raises without a home
+        handlers[_File(Path(place)) if path else _Stderr()] = level
     return handlers
 
 

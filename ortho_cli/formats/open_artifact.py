@@ -28,11 +28,13 @@ from ortho_cli.formats.artifact import (
 from ortho_cli.split.dtypes import SPLIT
 from ortho_cli.storage import checkpoint, strict_json
 from ortho_cli.storage.checkpoint import Shard, ShardReader
+from ortho_cli.storage.folders import SUFFIX
+from ortho_cli.storage.hints import said
 from ortho_cli.storage.sealing import SEALED_FILE, Keys, Opened, open_sealed
 
 
 def open_artifact(folder: Path, keys: Keys | None = None) -> Artifact:
-    """Read both headers and check that they describe one artifact.
+    """Read both headers and check that they describe one artifact; a file in it stands for it.
 
     A sealed ortho is opened in memory with `keys`; without them it counts as absent. Of other
     tensors only `weight_shape` is read: without it a row's words do not tell how many codes of
@@ -43,17 +45,10 @@ def open_artifact(folder: Path, keys: Keys | None = None) -> Artifact:
             files do not belong together as far as their headers and report.json tell. `verify`
             reads the bytes.
     """
+    folder = folder.parent if folder.is_file() else folder
     path, _ = find_base(folder) or (None, None)
     if path is None:
-        lone = next((n for n in (ORTHO_FILE, SEALED_FILE) if (folder / n).is_file()), None)
-        if lone is None:
-            raise ArtifactError(
-                f"`{folder}` has no base ({BASE_FILE})", hint="is this the right folder?"
-            )
-        raise ArtifactError(
-            f"`{folder}` has {lone} and no base ({BASE_FILE})",
-            hint="ortho means nothing without the base that it was cut from",
-        )
+        raise _no_base(folder)
     report, report_path = None, folder / REPORT_FILE
     with blamed(ArtifactError):
         base = checkpoint.read_shard(path)
@@ -81,6 +76,25 @@ def open_artifact(folder: Path, keys: Keys | None = None) -> Artifact:
     if ortho is not None:
         _check_pair(artifact, ortho)
     return artifact
+
+
+def _no_base(folder: Path) -> ArtifactError:
+    """Say what a folder without a base is."""
+    lone = next((n for n in (ORTHO_FILE, SEALED_FILE) if (folder / n).is_file()), None)
+    if lone is not None:
+        return ArtifactError(
+            f"`{folder}` has {lone} and no base ({BASE_FILE})",
+            hint="ortho means nothing without the base that it was cut from",
+        )
+    if not folder.is_dir():
+        what = "is no folder" if folder.exists() else "does not exist"
+        return ArtifactError(f"`{folder}` {what}", hint="give what `ortho decompose` made")
+    if any(path.suffix == SUFFIX for path in folder.iterdir()):
+        return ArtifactError(
+            f"`{folder}` is a checkpoint, and no artifact",
+            hint=f"`ortho decompose {said(folder)}` makes one of it",
+        )
+    return ArtifactError(f"`{folder}` has no base ({BASE_FILE})", hint="is this the right folder?")
 
 
 def _open_ortho(folder: Path, keys: Keys | None) -> tuple[Shard | None, Path | None, Opened | None]:

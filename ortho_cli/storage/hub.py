@@ -33,10 +33,9 @@ def parse(path: Path) -> re.Match[str] | None:
 def cache() -> Path:
     """Find the Hub's cache, by the variables that huggingface_hub reads."""
     hub = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    if hub:
-        return Path(hub).expanduser()
     other = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(os.environ.get("HF_HOME") or other).expanduser() / "hub"
+    found = hub or Path(os.environ.get("HF_HOME") or other) / "hub"
+    return Path(os.path.expanduser(found))  # noqa: PTH111 - that of pathlib raises without a home
 
 
 def locate(given: Path) -> tuple[Path, str | None]:

@@ -27,9 +27,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ortho_cli import errors
-from ortho_cli.errors import Interrupted, OutputExistsError, ResourceError, reason, remedy
+from ortho_cli.errors import (
+    Interrupted,
+    OutputExistsError,
+    ResourceError,
+    UsageError,
+    reason,
+    remedy,
+)
 from ortho_cli.events import EventSink, Noted, null_sink
 from ortho_cli.storage.disk import reserve, sync, sync_folder
+from ortho_cli.storage.hints import said
 from ortho_cli.storage.locks import Lock, remove
 from ortho_cli.storage.untrusted import open_regular
 
@@ -53,9 +61,15 @@ def work_folder(out: Path) -> Path:
 
 
 def user_cache() -> Path:
-    """Name our folder in the user's cache; a relative XDG_CACHE_HOME is ignored."""
+    """Name our folder in the user's cache; a relative XDG_CACHE_HOME is ignored.
+
+    In a container whose user has no home it is in `/`, where what cannot be written is not kept.
+    """
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (named if named.is_absolute() else Path.home() / ".cache") / "ortho"
+    if named.is_absolute():
+        return named / "ortho"
+    home = os.path.expanduser("~")  # noqa: PTH111 - Path.home() raises where there is none
+    return Path(os.sep, home.removeprefix("~"), ".cache", "ortho")
 
 
 def identity_left(out: Path) -> Entry | None:
@@ -403,12 +417,35 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], *, mode: int = 
     partial = path.with_name(path.name + PARTIAL)
     with writing(path):
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-        with os.fdopen(fd, "wb") as file:
-            write(file)
-            file.flush()
-            sync(file.fileno())
-        partial.rename(path)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                write(file)
+                file.flush()
+                sync(file.fileno())
+            partial.rename(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         sync_folder(path.parent)
+
+
+def check_place(path: Path, option: str) -> None:
+    """Refuse a file that could not be written, before the work whose result it is to hold.
+
+    Args:
+        path: of the file.
+        option: that named it, for the message.
+    Raises:
+        UsageError: there is no such folder.
+        ResourceError: the folder is closed to us.
+    """
+    if not path.parent.is_dir():
+        hint = f"`mkdir -p {said(path.parent)}`, then the same command"
+        raise UsageError(f"{option} `{path}` has no folder to be in", hint=hint)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ResourceError(
+            f"{option} `{path}`: `{path.parent}` cannot be written", hint="choose another file"
+        )
 
 
 def _sizes(files: object) -> dict[str, int]:

@@ -113,6 +113,7 @@ def test_temperature_draws_by_the_seed_and_greedy_does_not(made: Path) -> None:
 
     assert said(temperature=2.0, seed=1) == said(temperature=2.0, seed=1)
     assert said(temperature=2.0, seed=1) != said(temperature=2.0, seed=2)
+    assert said(temperature=5e-324) == said(temperature=1e-30)
     assert said(seed=1) == said(seed=2)
 
 
@@ -258,6 +259,8 @@ def test_the_command_prints_on_stdout_and_json_is_one_document(made: Path, ortho
         (["--prompt", "a", "--max-new-tokens", "600"], 2, "512 positions"),
         (["--prompt", ""], 2, "no tokens"),
         (["--temperature", "0"], 2, "--temperature does nothing without --prompt"),
+        (["--seed", "-1"], 2, "invalid value for '--seed'"),
+        (["--seed", str(2**63)], 2, "invalid value for '--seed'"),
         (["--suite-rows", "100"], 2, "--suite-rows does nothing without --suite"),
         (["--force"], 2, "--force does nothing without --html"),
     ],
@@ -277,7 +280,9 @@ def test_without_an_artifact_or_ortho_or_tokenizer_it_is_refused(
     shutil.copytree(made, base)
     (base / "ortho.safetensors").unlink()
     assert ortho("bench", base, "--prompt", "a").code == 6
-    assert ortho("bench", base, "--prompt", "a", "--alpha", "0", "--max-new-tokens", "2").code == 0
+    for place in (base, base / "model.safetensors"):
+        ran = ortho("bench", place, "--prompt", "a", "--alpha", "0", "--max-new-tokens", "2")
+        assert ran.code == 0, ran.err
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (base / name).unlink()
     assert ortho("bench", base, "--prompt", "a", "--alpha", "0").code == 4

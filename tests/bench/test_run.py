@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import shutil
@@ -28,6 +29,7 @@ from ortho_cli.errors import OutputExistsError, UsageError
 from ortho_cli.runtime.engine import Engine, densify
 from ortho_cli.runtime.ortho_linear import OrthoLinear
 from ortho_cli.split import quantize
+from ortho_cli.storage import work_folder
 from tests.bench.test_attacks import edit
 from tests.bench.test_suites import write_muse, write_tofu
 
@@ -178,6 +180,7 @@ def test_cost_by_layer_needs_text_and_the_original(run: Callable[..., Ran]) -> N
     shown = ran.out[ran.out.index("model.layers.") :]
     assert "sum of all 2 layers" in shown
     assert "KL to the original of a layer alone" in shown
+    assert ", and 96 for each of 2 layers at each alpha: about" in ran.err
 
 
 def test_rows_are_alphas_controls_and_other_models(attacked: dict[str, Any]) -> None:
@@ -296,6 +299,34 @@ def test_what_is_there_is_not_named_as_missing(made: Path, run: Callable[..., Ra
     assert "memory of secrets (--forget FILE)" in line
     assert "_" not in line
     assert "tokens of text are read for each of" in ran.err + ran.out
+
+
+def test_figures_are_shown_whatever_becomes_of_the_files(
+    run: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    monkeypatch.setattr("os.access", lambda place, *_, **__: not str(place).endswith("closed"))
+    for option in ("--csv", "--html"):
+        ran = run("--alpha", 0, option, tmp_path / "closed" / "file")
+        assert (ran.code, "closed` cannot be written" in ran.err) == (9, True), ran.err
+        ran = run("--alpha", 0, option, tmp_path / "none" / "file")
+        assert (ran.code, f"mkdir -p {tmp_path / 'none'}" in ran.err) == (2, True), ran.err
+
+    whole = work_folder.write_whole
+
+    def full(path: Path, write: Callable[..., object], **more: Any) -> None:
+        def fail(file: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        whole(path, fail if path.suffix == ".csv" else write, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ortho_cli.storage.work_folder.write_whole", full)
+        ran = run("--alpha", 0, "--tokens", 64, "--csv", tmp_path / "t.csv", "--json")
+    assert ran.code == 9
+    assert "cannot write" in ran.err
+    assert ran.json["rows"]
+    assert [path.name for path in tmp_path.iterdir()] == ["closed"]
 
 
 def test_attacks_that_no_row_suits_are_left_out_and_named(

@@ -10,6 +10,7 @@ from conftest import Ortho
 
 from ortho_cli.errors import CheckpointError
 from ortho_cli.storage import hub
+from ortho_cli.storage.work_folder import user_cache
 
 
 @pytest.fixture
@@ -126,3 +127,20 @@ def test_commands_name_of_no_cached_model_says_how_to_get_it(
 def test_parse_path_is_no_name(given: str) -> None:
     named = hub.parse(Path(given))
     assert named is None or given == "./a/b"  # a Path does not keep its dot
+
+
+def test_a_user_without_a_home_needs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers run as numbers that no passwd file lists."""
+
+    def unknown(user: object) -> None:
+        raise KeyError(user)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.chdir(tmp_path)
+    assert user_cache() == Path("/.cache/ortho")
+    assert not hub.cache().exists()
+    assert hub.locate(Path("org/name")) == (Path("org/name"), None)
+    monkeypatch.setenv("HF_HUB_CACHE", "~nobody-is-called-so/hub")
+    assert hub.locate(Path("org/name")) == (Path("org/name"), None)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ortho_cli.cli.show.console import visible
 from ortho_cli.cli.show.plots import STEPS, check_matplotlib
-from ortho_cli.errors import OutputExistsError, UsageError
-from ortho_cli.storage.work_folder import write_whole
+from ortho_cli.errors import OutputExistsError
+from ortho_cli.storage.work_folder import check_place, write_whole
 
 START = b"<!doctype html>\n<!-- a page of ortho -->\n"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
@@ -155,12 +155,12 @@ def check_page(path: Path | None, *, force: bool) -> None:
     Raises:
         OutputExistsError: something is there that is no page, or a page without --force.
         UsageError: there is no such folder, or nothing to draw plots with.
+        ResourceError: the folder cannot be written.
     """
     if path is None:
         return
     check_matplotlib()
-    if not path.parent.is_dir():
-        raise UsageError(f"--html `{path}` has no folder to be in", hint="make it first")
+    check_place(path, "--html")
     if not path.exists():
         return
     if not _is_page(path):
