@@ -26,6 +26,7 @@ from ortho_cli.errors import Interrupted, OrthoError, ResourceError, UsageError,
 # thousands of objects that all stay.
 GARBAGE = 200_000
 
+SETTING = ("calibrate", "decompose", "inspect")  # commands with --set
 TEXTS = ("--set", "--prompt", "--require")  # options whose value is text, not a path
 
 # Beside Ctrl-C: what `kill`, schedulers and containers send, and a terminal that is closed (which
@@ -143,8 +144,23 @@ def _as_usage_error(
         return UsageError(
             f"{message}: {option} took `{words[at]}`", hint=f"it comes first: `ortho {better}`"
         )
+    if settings := _settings_named(error, words):
+        message = message.partition(" (")[0]  # without options that are spelled a little like it
+        return UsageError(message, hint=f"it is a setting of recipes: {' or '.join(settings)}")
     says = f"`{context.command_path} --help` says more"
     return UsageError(message, hint=f"usage: {usage(context)}; {says}")
+
+
+def _settings_named(error: BaseException, words: Sequence[str]) -> list[str]:
+    """Find the settings of recipes that an option is named like, where the command takes --set."""
+    option = getattr(error, "option_name", "")
+    if type(error).__name__ != "NoSuchOption" or not words or words[0] not in SETTING:
+        return []
+    from ortho_cli.cli.options import complete_setting
+
+    wanted = option.lstrip("-").replace("-", "_")
+    keys = (key.rstrip("=") for key in complete_setting(""))
+    return [f"--set {key}=VALUE" for key in keys if key.rpartition(".")[2] == wanted]
 
 
 def _last_of_many(words: Sequence[str], many: Mapping[str, Sequence[str]]) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import shlex
 import time
@@ -122,7 +123,9 @@ def _check_name(place: Path, *, sealed: bool) -> None:
 def _check(wish: Wish, unfit: list[str]) -> str:
     """Refuse options that have no meaning together; give the form."""
     if wish.to is None or wish.to not in FORMS:
-        raise UsageError(f"--to {wish.to} is none of {', '.join(FORMS)}", hint="--to lora")
+        near = difflib.get_close_matches(str(wish.to), FORMS, n=1)
+        hint = f"did you mean `--to {near[0]}`?" if near else "--to lora"
+        raise UsageError(f"--to {wish.to} is none of {', '.join(FORMS)}", hint=hint)
     if "--alpha" in unfit:
         hint = "leave --alpha out: gguf is base, and a server dials an adapter"
         raise UsageError(f"--alpha and --to {wish.to} exclude each other", hint=hint)

@@ -6,6 +6,7 @@ and the nearest known key. A recipe is plain data: nothing in it is run.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import re
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from ortho_cli.decompose.settings import Override, Recipe
 from ortho_cli.errors import RecipeError, shown
+from ortho_cli.storage.hints import said
 from ortho_cli.storage.untrusted import read_regular
 
 MAX_BYTES = 100_000  # of a recipe: ours have 1,000
@@ -86,12 +88,14 @@ def _read(path: Path) -> str:
             f"`{path}` has {size} bytes; a recipe has at most {MAX_BYTES}",
             hint="is it the right file?",
         )
+    raw = read_regular(path)
     try:
-        return read_regular(path).decode()
+        return raw.decode()
     except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"`{path}` is not UTF-8 text: {error.reason}", hint="is it the right file?"
-        ) from None
+        hint = "is it the right file?"
+        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            hint = f"`iconv -f UTF-16 -t UTF-8 {said(path)} > utf8.yaml`, then that one"
+        raise RecipeError(f"`{path}` is not UTF-8 text: {error.reason}", hint=hint) from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -127,6 +127,8 @@ def test_inspect_checkpoint_shows_what_and_why(pico: Path, ortho: Ortho) -> None
     [
         (["decompose", "{tmp}/nothing"], 4, "does not exist"),
         (["decompose", "{pico}", "--nonsense"], 2, "no such option"),
+        (["bench", "{pico}"], 6, "is a checkpoint, and no artifact"),
+        (["bench", "{tmp}/nothing"], 6, "does not exist"),
         (["decompose"], 2, "missing argument"),
         (["nonsense"], 2, "no such command"),
         (["decompose", "{pico}", "--workers", "0"], 2, "invalid value"),
@@ -163,6 +165,27 @@ def test_refusals_have_their_exit_code_one_sentence_and_a_hint(
     assert lines[1].startswith("hint: ")
     assert len(lines) == 2
     assert sorted(pico.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ("decompose x --group-size 32", ["base.group_size"]),
+        ("inspect x --density=0.1", ["ortho.density"]),
+        ("calibrate x --curvature gram", ["calibrate.curvature"]),
+        ("decompose x --samples 3", ["calibrate.samples", "tune.samples", "forget.samples"]),
+        ("bench x --density 1", []),
+        ("decompose x --dense", []),
+    ],
+)
+def test_an_option_that_is_a_setting_is_told_how_it_is_set(
+    ortho: Ortho, words: str, settings: list[str]
+) -> None:
+    ran = ortho(*words.split())
+    assert ran.code == 2
+    assert ran.err.startswith("error: no such option: --")
+    assert all(f"--set {one}=VALUE" in ran.err for one in settings)
+    assert ("--set" in ran.err.partition("hint: ")[2]) == bool(settings)
 
 
 def test_nan_weight_exits_7_and_names_the_tensor(tmp_path: Path, ortho: Ortho) -> None:

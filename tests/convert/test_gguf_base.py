@@ -326,6 +326,7 @@ def test_interrupted_run_resumes_with_its_figures_and_the_same_bytes(
     ("words", "said"),
     [
         ("--to pt", "--to pt is none of gguf, lora, gguf-lora"),
+        ("--to gguff", "did you mean `--to gguf`?"),
         ("--to gguf --alpha 1", "--alpha and --to gguf exclude each other"),
         ("--to gguf --key ema", "--key has no meaning with --to gguf"),
         ("--to gguf --max-rank 8", "--max-rank is for adapters, and --to gguf writes base alone"),

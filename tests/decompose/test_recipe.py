@@ -104,6 +104,10 @@ def test_load_recipe_not_text_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"version: 1\n\xff\xfe")
     with pytest.raises(RecipeError, match="not UTF-8"):
         recipe.load_recipe(str(path))
+    path.write_text("version: 1\n", encoding="utf-16")
+    with pytest.raises(RecipeError) as caught:
+        recipe.load_recipe(str(path))
+    assert "iconv -f UTF-16 -t UTF-8" in str(caught.value.hint)
 
 
 def test_load_recipe_number_without_a_point_is_a_number(tmp_path: Path) -> None:
