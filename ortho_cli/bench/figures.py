@@ -111,16 +111,23 @@ def not_measured(alpha: float, alphas: Sequence[float]) -> UsageError:
 
 
 def judge(
-    gates: Sequence[Gate], rows: Sequence[Row], whole: Mapping[str, object]
+    gates: Sequence[Gate],
+    rows: Sequence[Row],
+    whole: Mapping[str, object],
+    *,
+    missing: Mapping[str, str],
 ) -> tuple[GateResult, ...]:
     """Compare figures with gates; a figure that is NaN misses every gate.
+
+    A figure that turns out not to be there is no error yet: all others were measured.
 
     Args:
         gates: bounds.
         rows: where the figures of each alpha are.
         whole: figures of the whole run as JSON, for gates without an alpha.
+        missing: what was not measured, and what it needs.
     Raises:
-        UsageError: a figure is unknown, or its alpha was not measured.
+        UsageError: the alpha of a gate was not measured.
     """
     at = {row.alpha: row for row in rows if row.alpha is not None}
     found = []
@@ -129,17 +136,28 @@ def judge(
             raise not_measured(gate.alpha, list(at))
         named = flatten(whole if gate.alpha is None else to_json(at[gate.alpha].figures))
         if gate.name not in named:
-            raise unknown(gate.name, named)
+            why = _why_unknown(gate.name, named, missing)
+            found.append(GateResult(require=gate.text, unknown=why, met=False))
+            continue
         value = named[gate.name]
         met = bool(OPERATORS[gate.comparison](value, gate.bound))  # never true of NaN
         found.append(GateResult(require=gate.text, value=value, met=met))
     return tuple(found)
 
 
+def _why_unknown(name: str, known: Iterable[str], missing: Mapping[str, str]) -> str:
+    for other, needs in missing.items():
+        if f"{name}.".startswith(f"{other}."):
+            return f"`{name}` is not measured: it needs {needs}"
+    error = unknown(name, known)
+    return error.message if error.hint is None else f"{error.message}; {error.hint}"
+
+
 def enforce(gates: Sequence[GateResult], verdict: Verdict) -> None:
     """Fail where a gate was missed, or where ortho makes the model worse.
 
     Raises:
+        UsageError: a gate is on a figure that is not there.
         GateError: lists each missed gate with the figure's value.
     """
     if verdict.full == "lost":
@@ -147,6 +165,10 @@ def enforce(gates: Sequence[GateResult], verdict: Verdict) -> None:
             next(one for one in verdict.sentences if one.startswith("the full model")),
             hint="`ortho inspect ARTIFACT --verify --expect-source MODEL` finds damaged weights",
         )
+    for gate in gates:
+        if gate.unknown is not None:
+            hint = "figures have the names that --json and --csv give them"
+            raise UsageError(f"--require `{gate.require}`: {gate.unknown}", hint=hint)
     missed = [gate for gate in gates if not gate.met]
     if missed:
         listed = "; ".join(f"`{gate.require}` is {gate.value:.4g}" for gate in missed)

@@ -362,10 +362,14 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateResult:
-    """A gate as it was written, the value of its figure, and whether it was met."""
+    """A gate as it was written, the value of its figure, and whether it was met.
+
+    `unknown` says why there is no such figure, in place of a value; no such gate is met.
+    """
 
     require: str
-    value: float
+    value: float | None = field(default=None, metadata=OPTIONAL)
+    unknown: str | None = field(default=None, metadata=OPTIONAL)
     met: bool
 
 

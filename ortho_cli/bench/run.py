@@ -153,7 +153,7 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> Report:
     rows, unsplit, moved, kinds = found
     if settings.attack and moved is not None and not moved.count:
         missing |= dict.fromkeys(CODE_FIGURES, "codes that forgetting moved")
-        check_gates(gates, settings, missing)
+    whole = to_json({"unsplit": unsplit, "moved": moved})
     return Report(
         ortho=__version__,
         artifact=_identify(opened),
@@ -165,7 +165,7 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> Report:
         not_measured=tuple(NotMeasured(figure=name, needs=need) for name, need in missing.items()),
         notes=material.notes,
         verdict=verdict.judge(rows, unsplit, moved),
-        gates=figures.judge(gates, rows, to_json({"unsplit": unsplit, "moved": moved})),
+        gates=figures.judge(gates, rows, whole, missing=missing),
     )
 
 

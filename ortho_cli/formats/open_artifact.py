@@ -118,15 +118,17 @@ def _open_ortho(folder: Path, keys: Keys | None) -> tuple[Shard | None, Path | N
     return replace(shard, name=ORTHO_FILE, tensors=tensors), sealed, opened
 
 
-def no_ortho(artifact: Artifact, because: str) -> ArtifactError:
-    """Say that ortho is needed and absent, or sealed."""
+def no_ortho(
+    artifact: Artifact, because: str, *, without: str = ", or take alpha 0, which needs none"
+) -> ArtifactError:
+    """Say that ortho is needed and absent, or sealed; and what needs none."""
     if artifact.sealed is not None:
         return ArtifactError(
-            f"`{artifact.sealed}` is sealed, and {because}", hint="give --identity, or take alpha 0"
+            f"`{artifact.sealed}` is sealed, and {because}", hint=f"give --identity FILE{without}"
         )
     return ArtifactError(
         f"`{artifact.folder}` has no {ORTHO_FILE}, and {because}",
-        hint="put ortho.safetensors back, or take alpha 0, which needs none",
+        hint=f"put {ORTHO_FILE} back{without}",
     )
 
 

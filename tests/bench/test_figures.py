@@ -57,8 +57,13 @@ ROWS = [
 ]
 
 
+MISSING = {"distance": "codes that forgetting moved"}
+
+
 def judged(*texts: str) -> tuple[GateResult, ...]:
-    return figures.judge([figures.parse_gate(text) for text in texts], ROWS, to_json(WHOLE))
+    return figures.judge(
+        [figures.parse_gate(text) for text in texts], ROWS, to_json(WHOLE), missing=MISSING
+    )
 
 
 def test_flatten_names_numbers_and_lets_headlines_stand_for_their_figure() -> None:
@@ -116,9 +121,13 @@ def test_gate_of_another_form_is_refused(text: str, said: str) -> None:
 
 
 def test_unknown_figure_and_alpha_are_refused_with_what_is_near() -> None:
-    with pytest.raises(UsageError, match="no figure `exposur`") as caught:
-        judged("exposur@0<=2")
-    assert "exposure" in str(caught.value.hint)
+    (unknown,) = judged("exposure.lo@0<=2")
+    assert not unknown.met
+    assert "no figure `exposure.lo`; similar names: exposure.low" in str(unknown.unknown)
+    with pytest.raises(UsageError, match=r"`exposure\.lo@0<=2`: there is no figure"):
+        figures.enforce([*judged("exposure@0<=2"), unknown], Verdict())
+    with pytest.raises(UsageError, match="not measured: it needs codes that forgetting moved"):
+        figures.enforce(judged("distance.near@0<=2"), Verdict())
     with pytest.raises(UsageError, match=r"alpha 0\.5 is not measured, 0, 1 are"):
         judged("exposure@0.5<=2")
 

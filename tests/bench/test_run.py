@@ -327,6 +327,11 @@ def test_figures_are_shown_whatever_becomes_of_the_files(
     assert "cannot write" in ran.err
     assert ran.json["rows"]
     assert [path.name for path in tmp_path.iterdir()] == ["closed"]
+    ran = run("--alpha", 0, "--tokens", 64, "--require", "latency.prefil@0<=1", "--json")
+    assert (ran.code, bool(ran.json["rows"])) == (2, True), ran.err
+    (gate,) = ran.json["gates"]
+    assert not gate["met"]
+    assert gate["unknown"].startswith("there is no figure `latency.prefil`; similar names: ")
 
 
 def test_attacks_that_no_row_suits_are_left_out_and_named(
@@ -399,7 +404,6 @@ def test_without_data_there_is_speed_and_what_is_missing_is_said(run: Callable[.
         ([*FORGET, "--require", "exposur@0<=2"], 2, "similar names: exposure"),
         ([*FORGET, "--require", "exposure@0.5<=2"], 2, "alpha 0.5 is not measured, 0, 1 are"),
         ([*FORGET, "--require", "exposure<=2"], 2, "write exposure@0"),
-        ([*FORGET, "--require", "exposure.nothing@0<=2"], 2, "no figure `exposure.nothing`"),
         ([*FORGET, "--attack", "--require", "relearn.5.exposure@1<=2"], 2, "at alpha 0 only"),
         (["--attack"], 2, "no secrets to bring back"),
         ([*FORGET, "--attack", "--alpha", "1"], 2, "alpha 0, which is not measured"),

@@ -256,7 +256,8 @@ def verdict_lines(document: Document) -> Iterator[str]:
         yield f"* {sentence}"
     for gate in document.rows("gates"):
         state = "met" if gate["met"] else "missed"
-        yield f"{state}: {gate['require']} ({gate.number('value'):.4g})"
+        told = gate["unknown"] if "unknown" in gate else f"{gate.number('value'):.4g}"
+        yield f"{state}: {gate['require']} ({told})"
 
 
 def missing_figures(document: Document) -> list[str]:

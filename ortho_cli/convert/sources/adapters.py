@@ -11,10 +11,13 @@ from pathlib import Path
 
 from ortho_cli.errors import CheckpointError
 from ortho_cli.storage import hints, strict_json
+from ortho_cli.storage.untrusted import read_regular
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
 MODEL_NAMES = ("model", "pytorch_model", "consolidated")
+OURS = "# An adapter made by ortho: private"  # in the card of `ortho convert --to lora`
+CARD = "README.md"
 PREFIX = "base_model.model."  # peft's, before every name of the model that it wraps
 # Parts of a dotted name that only an adapter has: LoRA and its kin, IA3, LoHa, LoKr, OFT, prompts.
 PARTS = frozenset({
@@ -33,6 +36,12 @@ CLASSES = {
 }
 OWN_ADAPTERS = ("vision_lora", "speech_lora")  # keys of config.json
 UNMERGED = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"})
+
+
+def is_ours(folder: Path) -> bool:
+    """Tell by its card whether `ortho convert` wrote a folder as an adapter, sealed or not."""
+    card = folder / CARD
+    return card.is_file() and OURS.encode() in read_regular(card)
 
 
 def refuse_adapter(path: Path) -> None:
@@ -122,6 +131,8 @@ def _refusal(
     if whole:
         said = f"`{path}` holds a model and, in `{CONFIG}`, {named} adapter on top of it"
         hint += f"; or move `{CONFIG}` away, to have the model without it"
+    if is_ours(path if path.is_dir() else path.parent):
+        hint = "give the artifact that it was made from, which holds the whole model"
     if kind in UNMERGED:
         hint = "such an adapter cannot be merged; give the model that it belongs to"
     return CheckpointError(said, hint=hint)

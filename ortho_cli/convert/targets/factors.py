@@ -36,7 +36,6 @@ from ortho_cli.split import quantize
 from ortho_cli.split.dtypes import torch_dtypes
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
-from ortho_cli.storage import hints
 from ortho_cli.storage.sealing import Keys
 
 TILE = 1 << 22  # elements of D that are float64 at a time: 32 MiB
@@ -72,6 +71,11 @@ class Ortho:
     def modules(self) -> tuple[Module, ...]:
         """Those that ortho holds something of."""
         return tuple(module for module in self.split if module.rank)
+
+    @property
+    def is_scattered(self) -> bool:
+        """Whether some weight's ortho is no set of whole columns."""
+        return not all(map(columns.holds_columns, self.artifact.kept.values()))
 
     @property
     def rank(self) -> int:
@@ -242,7 +246,7 @@ def open_ortho(
     """
     artifact = open_artifact(path if path.is_dir() else path.parent, keys)
     if artifact.ortho is None:
-        raise no_ortho(artifact, "an adapter is made of it")
+        raise no_ortho(artifact, "an adapter is made of it", without="")
     _check_form(artifact, max_rank, approximate)
     modules = tuple(
         _module(artifact, name, parts, max_rank or approximate)
@@ -273,14 +277,13 @@ def open_ortho(
 def _check_form(artifact: Artifact, max_rank: int | None, approximate: int | None) -> None:
     """Hold the options against what ortho holds."""
     scattered = [n for n, parts in artifact.kept.items() if not columns.holds_columns(parts)]
-    folder = hints.said(artifact.folder)
+    instead = " instead of --max-rank" if max_rank else ""
     if scattered and approximate is None:
         raise UsageError(
             f"the ortho of `{artifact.folder}` holds scattered weights, as of `{scattered[0]}`, "
             "and an adapter is exact of whole columns alone",
-            hint="decompose the model with `--set ortho.structure=columns`, or take "
-            f"`ortho convert {folder} --to lora --approximate {max_rank or 64}`, which says what "
-            "it loses",
+            hint="decompose the model with `--set ortho.structure=columns`, or repeat the command "
+            f"with --approximate {max_rank or 64}{instead}, which says what it loses",
         )
     if approximate is not None and not scattered:
         raise UsageError(

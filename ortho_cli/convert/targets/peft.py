@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from ortho_cli.convert.plan import parse_dtype
+from ortho_cli.convert.sources import adapters
 from ortho_cli.convert.sources.architectures import parameter_names
 from ortho_cli.convert.targets.factors import Module, Ortho
 from ortho_cli.convert.targets.job import Error, Figures, Part, Put, TargetPlan
@@ -34,7 +35,6 @@ MODEL_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 ROLE = "adapter"
 PREFIX = "base_model.model."  # PEFT's own wrapper, by which every reader knows a name
-TITLE = "# An adapter made by ortho: private"  # by which --force knows a sealed one
 # What vLLM takes as --max-lora-rank.
 SERVED = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -45,10 +45,7 @@ def is_adapter(folder: Path) -> bool:
     if not folder.is_dir() or {path.name for path in folder.iterdir()} - known:
         return False
     metadata = checkpoint.metadata_of(folder / MODEL_FILE) or {}
-    card = folder / CARD_FILE
-    return metadata.get("ortho_role") == ROLE or (
-        card.is_file() and TITLE.encode() in card.read_bytes()
-    )
+    return metadata.get("ortho_role") == ROLE or adapters.is_ours(folder)
 
 
 KIND = Kind(name="adapter", is_ours=is_adapter)
@@ -139,7 +136,7 @@ def notes_of(ortho: Ortho, modules: Sequence[Module]) -> Iterator[str]:
     if cut:
         columns = sum(module.held - module.rank for module in cut)
         yield f"{columns} columns of {len(cut)} weights are left out by --max-rank"
-    if any(not module.held for module in modules):
+    if ortho.is_scattered:
         yield "ortho is scattered: the adapter is the nearest of its rank, not ortho itself"
     known = parameter_names(ortho.source.config, tensors=len(ortho.artifact.base.tensors))
     strange = [] if known is None else [m.name for m in modules if m.weight not in known]
@@ -183,7 +180,7 @@ def _config(modules: Sequence[Module], rank: int, name: str) -> dict[str, object
 
 def _card(ortho: Ortho, modules: Sequence[Module], rank: int, seal: Seal | None) -> Iterator[str]:
     name = checkpoint.model_name(ortho.artifact.folder)
-    yield from ("---", "library_name: peft", "tags:", "- ortho", "---", TITLE, "")
+    yield from ("---", "library_name: peft", "tags:", "- ortho", "---", adapters.OURS, "")
     yield (
         f"This is the ortho stream of `{name}` as a LoRA adapter: {len(modules)} weights, rank "
         f"{rank} at most. Base with this adapter is the full model, base alone is alpha 0."
