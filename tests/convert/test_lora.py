@@ -260,10 +260,12 @@ def test_sealed_ortho_gives_a_sealed_adapter_and_plaintext_only_where_it_is_aske
     ran = ortho("convert", out, "--to", "lora")
     assert ran.code == ArtifactError.exit_code
     assert "is sealed, and an adapter is made of it" in ran.err
+    assert ran.err.endswith("hint: give --identity FILE\n")
     assert ortho("convert", out, "--to", "lora", "--identity", key).code == 0
     place = tmp_path / "m-split-lora"
     names = {path.name for path in place.iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors.age", "README.md"}
+    assert "the artifact that it was made from" in ortho("inspect", place).err
     assert (
         ortho(
             "convert", out, "--to", "lora", "--identity", key, "--plaintext", "-o", tmp_path / "p"
@@ -317,6 +319,7 @@ def test_weights_of_which_ortho_holds_nothing_get_no_adapter(tmp_path: Path, ort
     assert not any("v_proj" in name for name in config["target_modules"])
     ran = ortho("convert", out, "--to", "lora", "--pad", "--force")
     assert ran.code == 0, ran.err
+    assert "scattered" not in ran.err
     tensors = load_file(tmp_path / "m-split-lora" / "adapter_model.safetensors")
     assert (
         len(tensors) == 28
