@@ -135,7 +135,7 @@ def judge(
 
 
 def enforce(gates: Sequence[GateResult], verdict: Verdict) -> None:
-    """Fail where a gate was missed, or where ortho makes the model worse.
+    """Fail where a gate was missed, ortho makes the model worse, or a server answers otherwise.
 
     Raises:
         GateError: lists each missed gate with the figure's value.
@@ -144,6 +144,11 @@ def enforce(gates: Sequence[GateResult], verdict: Verdict) -> None:
         raise GateError(
             next(one for one in verdict.sentences if one.startswith("the full model")),
             hint="`ortho inspect ARTIFACT --verify --expect-source MODEL` finds damaged weights",
+        )
+    if verdict.served in ("mixed up", "not as made"):
+        raise GateError(
+            next(one for one in verdict.sentences if one.startswith("the server: ")),
+            hint="ortho_cli/runtime/README.md, `How to check a server`, has known faults",
         )
     missed = [gate for gate in gates if not gate.met]
     if missed:
