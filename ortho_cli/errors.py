@@ -9,7 +9,7 @@
     ├── ArtifactError          6   an artifact is damaged or its files do not belong together
     ├── NumericalError         7   NaN or infinity
     ├── OutputExistsError      8   something is already where the output should go
-    ├── ResourceError          9   disk, memory or permission
+    ├── ResourceError          9   disk, memory, permission, or a server that does not answer
     ├── GateError             10   a figure missed what was required of it
     └── Interrupted          130   Ctrl-C (143 SIGTERM, 129 SIGHUP: 128 + the signal)
 
@@ -161,7 +161,7 @@ class OutputExistsError(OrthoError):
 
 
 class ResourceError(OrthoError):
-    """Disk, memory or permission is missing."""
+    """Disk, memory or permission is missing, or a server does not answer."""
 
     exit_code = 9
 

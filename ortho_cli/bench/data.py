@@ -56,7 +56,7 @@ def gather(settings: Settings, opened: Artifact) -> Material:
     try:
         tokenizer = models.load_tokenizer(opened.folder)
     except CheckpointError:
-        if any((*texts, settings.kinds, settings.suites)):
+        if any((*texts, settings.kinds, settings.suites, settings.served)):
             raise
         return Material()  # `unfit` names what that leaves out
     events: list[Event] = []

@@ -154,7 +154,7 @@ def _why_unknown(name: str, known: Iterable[str], missing: Mapping[str, str]) ->
 
 
 def enforce(gates: Sequence[GateResult], verdict: Verdict) -> None:
-    """Fail where a gate was missed, or where ortho makes the model worse.
+    """Fail where a gate was missed, ortho makes the model worse, or a server answers otherwise.
 
     Raises:
         UsageError: a gate is on a figure that is not there.
@@ -169,6 +169,11 @@ def enforce(gates: Sequence[GateResult], verdict: Verdict) -> None:
         if gate.unknown is not None:
             hint = "figures have the names that --json and --csv give them"
             raise UsageError(f"--require `{gate.require}`: {gate.unknown}", hint=hint)
+    if verdict.served in ("mixed up", "not as made"):
+        raise GateError(
+            next(one for one in verdict.sentences if one.startswith("the server: ")),
+            hint="ortho_cli/runtime/README.md, `How to check a server`, has known faults",
+        )
     missed = [gate for gate in gates if not gate.met]
     if missed:
         listed = "; ".join(f"`{gate.require}` is {gate.value:.4g}" for gate in missed)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ortho_cli.bench import attacks, figures
 from ortho_cli.bench.attacks import ATTACKS, LEARNING_RATE
 from ortho_cli.bench.figures import Gate
+from ortho_cli.bench.server import TIMEOUT
 from ortho_cli.bench.verdict import KINDS_OF_TEXT
 from ortho_cli.errors import UsageError
 from ortho_cli.runtime import product
@@ -24,6 +25,9 @@ MEMORY = (
     "extraction", "token_accuracy", "rouge_l", "extraction_strength", "truth_ratio", "exposure",
     "telling_share", "forget_nll", "alternatives_nll", "nll_quantile", "inside_share", "rank_p",
 )  # fmt: skip
+
+
+SERVED = ("served_divergence", "served_difference", "served_agreement")
 
 
 class Need(NamedTuple):
@@ -71,6 +75,7 @@ NEEDS = {
         "ortho.safetensors, which tells INT4 without forgetting", {"ortho"}
     ),
     "kinds": Need("ortho.safetensors or --model DIR: the source writes text", {"source"}),
+    **dict.fromkeys(SERVED, Need("--served URL", {"served"})),
     "kl_by_layer": Need("--by-layer, --model DIR and --data FILE", {"by_layer", "data", "model"}),
     **{name: Need(f"--suite {name} DIR", {name}) for name in SUITES},
     "perplexity_ratio_alpha1": Need(
@@ -122,6 +127,9 @@ class Settings:
     learning_rate: float = LEARNING_RATE
     autocast: bool = False  # everything but speed is measured in bfloat16 arithmetic
     device: str = "auto"
+    served: str | None = None  # address of a server
+    served_models: tuple[tuple[float, str], ...] = ()  # what it is asked for, by alpha
+    served_timeout: float = TIMEOUT  # seconds without a byte
     show_secrets: bool = False
 
 
@@ -174,6 +182,38 @@ def parse_data(words: Sequence[Path]) -> tuple[tuple[Path, ...], tuple[tuple[str
     return tuple(files), tuple(kinds.items())
 
 
+def parse_models(words: Sequence[Path]) -> tuple[Path | None, tuple[tuple[float, str], ...]]:
+    """Part the original's folder from `A=NAME`, the model of a server that serves alpha A.
+
+    Returns:
+        The folder or None, and alphas with their names.
+    Raises:
+        UsageError: two folders, an alpha twice, or an alpha that is not in [0, 1].
+    A folder whose own name has such a form is `./0=NAME`.
+    """
+    folder: Path | None = None
+    names: dict[float, str] = {}
+    for word in words:
+        left, equals, name = str(word).partition("=")
+        try:
+            alpha = float(left)
+        except ValueError:
+            equals = ""
+        if not equals or not name:
+            if folder is not None:
+                raise UsageError(
+                    f"--model names two folders, `{folder}` and `{word}`",
+                    hint="the original is one; a server's models are --model 0=NAME --model 1=NAME",
+                )
+            folder = word
+            continue
+        (alpha,) = parse_alphas([left])
+        if alpha in names:
+            raise UsageError(f"--model names alpha {alpha:g} twice", hint="leave one of them out")
+        names[alpha] = name
+    return folder, tuple(names.items())
+
+
 def parse_suites(words: Sequence[str]) -> tuple[tuple[str, Path], ...]:
     """Read `NAME DIR` as often as it is typed.
 
@@ -208,6 +248,7 @@ def checked(settings: Settings) -> Settings:
         raise UsageError(f"--by-layer needs {lacking}", hint="it reads text beside the original")
     if settings.nonmember and not settings.forget:
         raise UsageError("--nonmember is compared with --forget", hint="--forget FILE")
+    _check_served(settings, list(alphas))
     samples = settings.samples
     if samples is None:
         samples = SAMPLES_UNDER_ATTACK if settings.attack else 0
@@ -222,6 +263,15 @@ def checked(settings: Settings) -> Settings:
     return replace(settings, alphas=tuple(alphas), samples=samples)
 
 
+def _check_served(settings: Settings, alphas: Sequence[float]) -> None:
+    if settings.served_models and settings.served is None:
+        alpha, name = settings.served_models[0]
+        raise UsageError(f"--model {alpha:g}={name} is of a server", hint="--served URL")
+    for alpha, _ in settings.served_models:
+        if alpha not in alphas:
+            raise figures.not_measured(alpha, alphas)
+
+
 def not_measured(settings: Settings, *, ortho: bool) -> dict[str, str]:
     """Name the figures that these settings leave out, and what each would need."""
     flags = (
@@ -234,6 +284,7 @@ def not_measured(settings: Settings, *, ortho: bool) -> dict[str, str]:
         "model",
         "attack",
         "by_layer",
+        "served",
     )
     given = {flag for flag in (*flags, "public") if getattr(settings, flag)}
     given |= {name for name, has in (("ortho", ortho), ("alpha 1", 1.0 in settings.alphas)) if has}

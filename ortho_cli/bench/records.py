@@ -291,6 +291,28 @@ class Muse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServedDivergence(Figure):
+    """Mean over `n` requests of a bound of KL(ours || served), in nats (`served.divergence`).
+
+    The interval is over prefixes. `worst`: of one request.
+    """
+
+    worst: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Differing:
+    """The largest absolute difference of log-probabilities, in nats, over `n` requests.
+
+    It is over all tokens that the server gives, down to the twentieth, where a small probability
+    differs more than a large one.
+    """
+
+    value: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
     """All figures of one row; None, and left out of JSON, where there was no data for one."""
 
@@ -315,6 +337,9 @@ class Figures:
     kl_by_layer: Mapping[str, TextFigure] | None = field(default=None, metadata=OPTIONAL)
     tofu: Tofu | None = field(default=None, metadata=OPTIONAL)
     muse: Muse | None = field(default=None, metadata=OPTIONAL)
+    served_divergence: ServedDivergence | None = field(default=None, metadata=OPTIONAL)
+    served_difference: Differing | None = field(default=None, metadata=OPTIONAL)
+    served_agreement: Share | None = field(default=None, metadata=OPTIONAL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -348,12 +373,13 @@ class Relearned:
 class Verdict:
     """The judgement of the figures; None where one was not measured.
 
-    `memory` and `utility` are of alpha 0, `full` of alpha 1.
+    `memory` and `utility` are of alpha 0, `full` of alpha 1, `served` of what a server answers.
     """
 
     memory: str | None = None
     utility: str | None = None
     full: str | None = None
+    served: str | None = field(default=None, metadata=OPTIONAL)
     better_than_controls: bool | None = None
     relearning: tuple[Relearned, ...] = ()
     thresholds: Mapping[str, float | tuple[float, float]] = field(default_factory=dict)
@@ -433,6 +459,49 @@ class DataSizes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Stray:
+    """A request whose answer is not of the alpha that was asked.
+
+    `got`: the alpha that answered, None where it is of none. `nearest`: the alpha whose own
+    arithmetic is nearest; divergences in nats, from `asked` and from `nearest`. Requests count from
+    1, prefixes from 0.
+    """
+
+    request: int
+    phase: str
+    prefix: int
+    asked: float
+    got: float | None
+    divergence: float
+    nearest: float
+    divergence_nearest: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """How a server was asked, and which requests strayed.
+
+    `models`: by alpha, the model's name, or the fields of a request. `top`: tokens that were asked
+    for. `shortest`, `longest`: tokens of a prefix. `together`: requests at once. `sure`: answers
+    that are of one alpha and clearly of no other. `stray_phases` counts all that strayed, `strays`
+    lists the first ones.
+    """
+
+    models: Mapping[str, str]
+    prompts: Literal["tokens", "text"]
+    top: int
+    prefixes: int
+    shortest: int
+    longest: int
+    together: int
+    requests: int
+    sure: int
+    stray: int
+    stray_phases: Mapping[str, int]
+    strays: tuple[Stray, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NotMeasured:
     """A figure that was left out, and the flags or files that it needs."""
 
@@ -451,6 +520,7 @@ class Report:
     data: DataSizes
     unsplit: Unsplit
     moved: Moved | None = field(default=None, metadata=OPTIONAL)
+    served: Served | None = field(default=None, metadata=OPTIONAL)
     rows: tuple[Row, ...] = ()
     not_measured: tuple[NotMeasured, ...] = ()
     notes: tuple[str, ...] = ()

@@ -39,8 +39,10 @@ from ortho_cli.version import __version__
 
 PARTS_FILE = "parts"
 KEEP_SECONDS = 30 * 86_400.0  # of a state that nobody came back for: a month
+# Figures of a server are measured again.
+SERVER = ("served", "served_models", "served_timeout")
 # Settings that decide no figure: where the artifact is, what opens it, what is asked of figures.
-NO_FIGURE = ("artifact", "identity", "require", "show_secrets")
+NO_FIGURE = ("artifact", "identity", "require", "show_secrets", *SERVER)
 
 
 @dataclass(slots=True, kw_only=True)

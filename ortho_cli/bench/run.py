@@ -22,11 +22,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ortho_cli.bench import baselines, evaluate, figures, predictors, suite_scores, verdict
+from ortho_cli.bench import baselines, evaluate, figures, predictors, served, suite_scores, verdict
 from ortho_cli.bench.attacks import ATTACKS, Attack, Target
 from ortho_cli.bench.data import Material, context_of, gather, unfit
+from ortho_cli.bench.figures import Gate
 from ortho_cli.bench.layer_cost import by_layer, cost_by_layer, windows_of
-from ortho_cli.bench.plan import CODE_FIGURES, Settings, check_gates, checked, not_measured
+from ortho_cli.bench.plan import (
+    CODE_FIGURES,
+    SERVED,
+    Settings,
+    check_gates,
+    checked,
+    not_measured,
+)
 from ortho_cli.bench.public import Public, count_differences, open_public, tell_positions
 from ortho_cli.bench.records import (
     ArtifactFacts,
@@ -41,6 +49,7 @@ from ortho_cli.bench.records import (
     Report,
     Row,
     RunFacts,
+    Served,
     TextFigure,
     Unsplit,
     to_json,
@@ -96,6 +105,9 @@ class _Work:
     original: nn.Module | None = None
     int4: nn.Module | None = None
     public: Mapping[str, Public] | None = None
+    link: served.Link | None = None  # to a server that is asked, too
+    pool: served.Pool | None = None  # of prefixes that it may be asked about
+    own: dict[float, Tensor] = field(default_factory=dict)  # what we say after them, by alpha
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,12 +157,13 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> Report:
         words = "a base rounded to nearest, and the source's own values in ortho"
         missing |= dict.fromkeys(CODE_FIGURES, words)
     check_gates(gates, settings, missing)
+    link = _connect(settings, material, opened, gates)
     for note in material.notes:
         on_event(Noted(message=note))
     attacks = [one for one in ATTACKS if settings.attack and one.name not in missing]
     with keep_parts(settings, opened, keys, on_event) as kept:
-        found = _measure_all(settings, opened, material, attacks, kept, on_event)
-    rows, unsplit, moved, kinds = found
+        found = _measure_all(settings, opened, material, attacks, link, kept, on_event)
+    rows, unsplit, moved, kinds, proof = found
     if settings.attack and moved is not None and not moved.count:
         missing |= dict.fromkeys(CODE_FIGURES, "codes that forgetting moved")
     whole = to_json({"unsplit": unsplit, "moved": moved})
@@ -161,10 +174,11 @@ def bench(settings: Settings, *, on_event: EventSink = null_sink) -> Report:
         data=_sizes(material, kinds),
         unsplit=unsplit,
         moved=moved,
+        served=proof,
         rows=rows,
         not_measured=tuple(NotMeasured(figure=name, needs=need) for name, need in missing.items()),
         notes=material.notes,
-        verdict=verdict.judge(rows, unsplit, moved),
+        verdict=verdict.judge(rows, unsplit, moved, proof),
         gates=figures.judge(gates, rows, whole, missing=missing),
     )
 
@@ -174,9 +188,10 @@ def _measure_all(
     opened: Artifact,
     material: Material,
     attacks: Sequence[Attack],
+    link: served.Link | None,
     kept: Kept,
     on_event: EventSink,
-) -> tuple[tuple[Row, ...], Unsplit, Moved | None, Mapping[str, Tensor]]:
+) -> tuple[tuple[Row, ...], Unsplit, Moved | None, Mapping[str, Tensor], Served | None]:
     """Measure the artifact, then the models beside it; also give the text that was read."""
     device = models.resolve_device(settings.device)
     log.info(
@@ -207,6 +222,7 @@ def _measure_all(
         texts=kept.texts,
         folder=kept.folder,
         attacks=attacks,
+        link=link,
     )
     # Without its cache: attacks change the weights that it would hold.
     with torch.autocast(
@@ -219,9 +235,48 @@ def _measure_all(
         work = replace(work, material=_with_alternatives(work, source), original=original)
         public = settings.public and open_public(settings.public, model, layers)
         work = replace(work, kinds=_texts(work, source, writes=writes), public=public or None)
+        if link is not None:
+            secrets = work.material.secrets
+            pool = served.draw_prefixes(link, work.kinds, secrets, seed=settings.seed)
+            work = replace(work, pool=pool)
         _tell_cost(work, speed[settings.alphas[0]], counts, on_event, linears=tuple(layers))
-        rows = list(_measure_rows(work, model, layers, counts, speed))
-    return tuple(_with_ratios(rows, settings.seed)), unsplit, moved, work.kinds
+        measured = list(_measure_rows(work, model, layers, counts, speed))
+    rows, proof = tuple(_with_ratios(measured, settings.seed)), None
+    if link is not None and work.pool is not None:
+        begin("what the server answers", again=True)
+        proof, answered = served.prove(
+            link, work.pool, work.own, seed=settings.seed, on_event=on_event
+        )
+        rows = served.add_figures(rows, answered)
+    return rows, unsplit, moved, work.kinds, proof
+
+
+def _connect(
+    settings: Settings, material: Material, opened: Artifact, gates: Sequence[Gate]
+) -> served.Link | None:
+    """Reach the server, before any work; refuse gates on alphas that it is not asked for."""
+    if settings.served is None or material.tokenizer is None:
+        return None
+    texts = (material.windows, *material.kinds.values(), *material.secrets)
+    if not (any(text is not None for text in texts) or opened.ortho or settings.model):
+        raise UsageError(
+            "--served has nothing to ask the server about: base alone writes no text",
+            hint="give --data FILE with running text",
+        )
+    link = served.connect(
+        settings.served,
+        settings.served_models,
+        settings.alphas,
+        material.tokenizer,
+        timeout=settings.served_timeout,
+    )
+    for gate in gates:
+        if gate.name.split(".")[0] in SERVED and gate.alpha not in link.fields:
+            raise UsageError(
+                f"`{gate.text}` is of an alpha that the server is not asked for",
+                hint=f"--model {gate.alpha:g}=NAME",
+            )
+    return link
 
 
 def _tell_cost(
@@ -320,6 +375,8 @@ def _measure_rows(
     for alpha in settings.alphas:
         work.begin(f"alpha {alpha:g}")
         write_dense(model, layers, alpha)
+        if work.pool is not None:
+            work.own[alpha] = served.read_prefixes(model, work.pool)
         row = _measure(work, model, name=f"alpha {alpha:g}")
         found = replace(row.figures, latency=speed[alpha])
         windows = work.material.windows
@@ -362,12 +419,13 @@ class _Steps:
         edited = settings.controls and any(counts.values())
         self._of = 2 * len(settings.alphas) + bool(counts) + len(baselines.KINDS) * edited + writes
         self._of += (settings.model is not None) + (settings.reference_model is not None)
-        self._of += len(settings.alphas) * settings.by_layer
+        self._of += len(settings.alphas) * settings.by_layer + (settings.served is not None)
         self._of += attacks * attacked + (settings.attack and any(counts.values()))
         self._done = 0
         self._last = ""  # that has begun, where it is kept
         self._kept, self._on_event = kept, on_event
-        kept.total = self._of - len(settings.alphas) - (0 if kept.texts.kept else writes)
+        again = len(settings.alphas) + (settings.served is not None)  # measured by each run
+        kept.total = self._of - again - (0 if kept.texts.kept else writes)
         if kept.earlier:
             message = f"{kept.earlier} of {kept.total} parts of an interrupted run are taken up"
             on_event(Noted(message=message))

@@ -15,6 +15,8 @@ from ortho_cli.bench.records import (
     Moved,
     Relearned,
     Row,
+    Served,
+    Stray,
     TextFigure,
     Unsplit,
     Verdict,
@@ -49,6 +51,15 @@ MOST_FULL_PERPLEXITY = 1.02
 the interval has to be above. Rounding can help a text by chance: on a small model that knows its
 text by heart the source itself had 1 % more perplexity than its INT4."""
 
+MOST_SERVED = 0.02
+"""Mean nats by which a server's answers may be off. Rounding to bfloat16 gives 3e-5, llama.cpp's
+activations of 8 bits give 4e-3, and another alpha 0.05 or more (runtime/README.md)."""
+
+LEAST_SURE = 0.5
+"""Share of answers that must be of one alpha and clearly of no other."""
+
+MOST_NAMED = 5  # requests in the sentence of the verdict
+
 THRESHOLDS: Mapping[str, float | tuple[float, float]] = {
     "extraction": MOST_EXTRACTION,
     "exposure": MOST_EXPOSURE,
@@ -58,6 +69,7 @@ THRESHOLDS: Mapping[str, float | tuple[float, float]] = {
     "rank_p": LEAST_RANK_P,
     "perplexity_ratio": MOST_PERPLEXITY,
     "full_perplexity_ratio": MOST_FULL_PERPLEXITY,
+    "served_divergence": MOST_SERVED,
 }
 
 
@@ -201,13 +213,54 @@ def relearned(mine: Figures, reference: Figures) -> tuple[Relearned, ...]:
     return tuple(found)
 
 
-def judge(listed: Sequence[Row], unsplit: Unsplit, moved: Moved | None) -> Verdict:
+def serving(served: Served, rows: Sequence[Row]) -> Judgement:
+    """Say whether a server answers as the artifact says.
+
+    Returns:
+        `served as made`; `mixed up` where a request was answered by another alpha; `not as made`
+        where a whole alpha is off; `not told apart` where the alphas are so alike, or rounding so
+        coarse, that most answers could be of several. And what decided, in words. NaN decides
+        against.
+    """
+    count = f"{served.requests} requests"
+    if served.stray:
+        first = "; ".join(map(_stray_words, served.strays[:MOST_NAMED]))
+        more = f"; and {served.stray - MOST_NAMED} more" if served.stray > MOST_NAMED else ""
+        phases = ", ".join(f"{n} {phase}" for phase, n in served.stray_phases.items())
+        return Judgement("mixed up", f"{served.stray} of {count} ({phases}): {first}{more}")
+    for row in rows:
+        found = row.figures.served_divergence
+        if found is not None and not found.value <= MOST_SERVED:
+            reason = f"its answers at {row.row} are {found.value:.2g} nats from what it was made of"
+            return Judgement("not as made", reason)
+    if not served.sure >= LEAST_SURE * served.requests:
+        reason = f"only {served.sure} of {count} were answered as one alpha alone would"
+        return Judgement("not told apart", reason)
+    share = 1.0 - 0.05 ** (1.0 / max(1, served.sure))
+    return Judgement(
+        "served as made",
+        f"{served.sure} of {count} can only be of the alpha that was asked; a fault of one in "
+        f"{1 / share:.0f} would have shown with 95 % chance",
+    )
+
+
+def _stray_words(one: Stray) -> str:
+    got = f"alpha {one.got:g}" if one.got is not None else f"none (nearest: {one.nearest:g})"
+    return f"request {one.request} ({one.phase}) asked for alpha {one.asked:g} and got {got}"
+
+
+def judge(
+    listed: Sequence[Row], unsplit: Unsplit, moved: Moved | None, served: Served | None = None
+) -> Verdict:
     """Judge the rows of a bench."""
     rows = {row.row: row.figures for row in listed}
     base = next((row.figures for row in listed if row.alpha == 0.0), None)
     remembers = works = better = None
     curve: tuple[Relearned, ...] = ()
     sentences: list[str] = []
+    answered = None if served is None else serving(served, listed)
+    if answered is not None:
+        sentences.append(f"the server: {answered.word}: {answered.reason}")
     if base is not None:
         remembers, works = memory(base), utility(base)
         controls = [rows[name] for name in (*KINDS, "int4") if name in rows]
@@ -238,6 +291,7 @@ def judge(listed: Sequence[Row], unsplit: Unsplit, moved: Moved | None) -> Verdi
         memory=remembers and remembers.word,
         utility=works and works.word,
         full=whole and whole.word,
+        served=answered and answered.word,
         better_than_controls=better,
         relearning=curve,
         thresholds=THRESHOLDS,

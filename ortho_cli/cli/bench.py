@@ -20,7 +20,7 @@ SHORT = "Measure quality, memory of secrets and speed per alpha."
 EXAMPLES = """
     ortho bench SmolLM2-ortho --data heldout.txt --model SmolLM2
     ortho bench SmolLM2-ortho --forget forget.jsonl --attack
-    ortho bench SmolLM2-ortho --prompt "The capital of France is"
+    ortho bench SmolLM2-ortho --served http://127.0.0.1:8000 --model 0=base --model 1=full
 """
 
 # Parameters that a bench with --prompt takes; all others are for figures.
@@ -85,7 +85,21 @@ def bench(
         int, typer.Option(help="Most rows of each part of a suite; all of TOFU's forget set.")
     ] = 100,
     model: Annotated[
-        Path | None, options.folder(help="The original, to measure the distance from.")
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR|A=NAME",
+            help="DIR: the original, to measure the distance from. A=NAME, with --served: the "
+            "server's model at alpha A, or a JSON object of the request's fields; repeatable.",
+        ),
+    ] = None,
+    served: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Also ask an OpenAI-compatible server, at each alpha, alone and in mixed batches: "
+            "does it answer as the artifact says? Its key is OPENAI_API_KEY. It is sent prompts of "
+            "--forget, and text of --data.",
+        ),
     ] = None,
     reference_model: Annotated[
         Path | None,
@@ -176,7 +190,13 @@ def bench(
     from ortho_cli.bench import run
     from ortho_cli.bench.demo import chain
     from ortho_cli.bench.figures import check_csv, enforce, to_csv
-    from ortho_cli.bench.plan import Settings, parse_alphas, parse_data, parse_suites
+    from ortho_cli.bench.plan import (
+        Settings,
+        parse_alphas,
+        parse_data,
+        parse_models,
+        parse_suites,
+    )
     from ortho_cli.bench.prompt import TOKENS, Speech
     from ortho_cli.bench.records import to_json
     from ortho_cli.cli.show.bench import print_bench
@@ -184,8 +204,9 @@ def bench(
 
     _refuse_idle(invocation)
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
-    artifact, model, reference_model, public = (
-        path and located(path, quiet=quiet) for path in (artifact, model, reference_model, public)
+    source, names = parse_models(model or ())
+    artifact, source, reference_model, public = (
+        path and located(path, quiet=quiet) for path in (artifact, source, reference_model, public)
     )
     if prompt:
         if artifact is None:
@@ -206,7 +227,7 @@ def bench(
     files, kinds = parse_data(data or ())
     settings = Settings(
         artifact=artifact or Path(),
-        alphas=parse_alphas(alpha or ["0", "1"]),
+        alphas=parse_alphas(alpha or [f"{one}" for one, _ in names] or ["0", "1"]),
         data=files,
         kinds=kinds,
         forget=tuple(forget or ()),
@@ -215,7 +236,9 @@ def bench(
         keep=tuple(keep or ()),
         suites=parse_suites(suite or ()),
         suite_rows=suite_rows,
-        model=model,
+        model=source,
+        served=served,
+        served_models=names,
         reference_model=reference_model,
         public=public,
         controls=controls,
@@ -231,6 +254,9 @@ def bench(
         device=device,
         show_secrets=show_secrets,
     )
+    if served is not None and artifact is None:
+        hint = "name it first: ortho bench ARTIFACT --served URL"
+        raise UsageError("--served needs the artifact that is served", hint=hint)
     if keep_files and artifact:
         raise UsageError(
             "--keep-files is for a bench without ARTIFACT", hint="leave one of them out"

@@ -28,7 +28,7 @@ GROUPS = {
     "Options": (),
     "Recipe": ("recipe", "sets", "stats", "target_bits", "schema"),
     "Data": ("data", "forget", "nonmember", "unlisted", "keep", "suite", "suite_rows", "key"),
-    "Other models": ("reference", "model", "reference_model", "public", "expect_source"),
+    "Other models": ("reference", "model", "reference_model", "public", "expect_source", "served"),
     "Measuring": (
         *("alpha", "gram", "samples", "length", "batch_size", "tokens", "context", "seed"),
         *("controls", "attack", "by_layer", "verify"),

@@ -26,11 +26,13 @@ from ortho_cli.bench.demo import chain, sandbox
 from ortho_cli.bench.plan import NEEDS, WHOLE, Settings, not_measured, parse_alphas, parse_data
 from ortho_cli.bench.records import to_json
 from ortho_cli.errors import OutputExistsError, UsageError
+from ortho_cli.model.load import load_tokenizer
 from ortho_cli.runtime.engine import Engine, densify
 from ortho_cli.runtime.ortho_linear import OrthoLinear
 from ortho_cli.split import quantize
 from ortho_cli.storage import work_folder
 from tests.bench.test_attacks import edit
+from tests.bench.test_served import BOTH, Fake, serving_at
 from tests.bench.test_suites import write_muse, write_tofu
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
@@ -148,8 +150,10 @@ def attacked(made: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("ANSWER", "VERBMEM", "KNOWMEM"):  # so many tokens of answers are enough
             patch.setattr(suites, name, 8)
-        more = {"suites": asked, "public": made / "pico", "by_layer": True}
-        return document(full(made, attack=True, learning_rate=1e-3, **more))
+        more = {"suites": asked, "public": made / "pico", "by_layer": True, "served_models": BOTH}
+        live = {alpha: ortho_cli.load(made / "edited", alpha=alpha).float() for alpha, _ in BOTH}
+        with serving_at(Fake(models=live, tokenizer=load_tokenizer(made / "edited"))) as url:
+            return document(full(made, attack=True, learning_rate=1e-3, served=url, **more))
 
 
 def test_every_figure_is_in_the_table_and_every_one_of_the_table_is_measured(

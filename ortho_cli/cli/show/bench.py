@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ortho_cli.bench.attacks import ATTACKS
-from ortho_cli.bench.plan import MEMORY
+from ortho_cli.bench.plan import MEMORY, SERVED
 from ortho_cli.cli.show.console import make_console, print_lines, size, visible
 from ortho_cli.cli.show.document import Document
 
@@ -67,6 +67,9 @@ FIGURES = (
     ("muse.knowmem_forget", "  KnowMem, forget", ".2f"),
     ("muse.knowmem_retain", "  KnowMem, retain", ".2f"),
     ("muse.privleak", "  PrivLeak, percent", ".0f"),
+    ("served_divergence", "served: KL from ours, nats", ".2g"),
+    ("served_difference", "  largest of logprobs", ".2g"),
+    ("served_agreement", "  same first token", "%"),
     ("latency.prefill", "prefill, tokens/s", ",.0f"),
     ("latency.decode", "decode, tokens/s", ",.1f"),
     ("latency.memory", "memory, whole process", "size"),
@@ -87,6 +90,7 @@ KINDS = {
     "perplexity_ratio_alpha1": "perplexity over alpha 1",
     "kl_by_layer": "KL by layer",
     "kinds": "perplexity of text that the model writes",
+    **dict.fromkeys(SERVED, "what a server answers"),
     "tofu": "TOFU",
     "muse": "MUSE",
 }

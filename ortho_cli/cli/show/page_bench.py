@@ -37,7 +37,7 @@ LEVELS = ("original", "int4")  # rows that are levels on the dial
 COLOURS = {"alpha 0": 0, "alpha 1": 1, "original": 1, "int4": 2, "reference": 3}
 OTHERS = (4, 5, 2, 3)  # colours of further rows
 MOST_SECRETS = 300  # that are drawn one by one
-GOOD = {"forgotten": "good", "kept": "good"}
+GOOD = {"forgotten": "good", "kept": "good", "served as made": "good"}
 
 
 def make_page(bench: Mapping[str, object], *, name: str, more: Sequence[Html] = ()) -> bytes:
@@ -60,6 +60,7 @@ def make_page(bench: Mapping[str, object], *, name: str, more: Sequence[Html] = 
             page.tiles(_tiles(document, rows), kind="tiles four"),
             page.sentences(lines),
         ),
+        *_served(document),
         *_dial(rows),
         *_layers(rows),
         *_secrets(document, rows),
@@ -94,6 +95,7 @@ def _tiles(document: Document, rows: Sequence[Document]) -> Iterator[tuple[str, 
         ("memory", "Secrets", "at alpha 0"),
         ("utility", "Everything else", "at alpha 0, beside INT4"),
         ("full", "The full model", "at alpha 1, beside INT4"),
+        ("served", "The server", "its answers, beside our arithmetic"),
     ):
         if (word := verdict.get(key)) is not None:
             yield label, str(word), meaning, GOOD.get(str(word), "bad")
@@ -110,6 +112,42 @@ def _tiles(document: Document, rows: Sequence[Document]) -> Iterator[tuple[str, 
     ):
         if (value := _value(base, path)) is not None:
             yield label, f"{format(value, form)}{unit}", "at alpha 0", ""
+
+
+def _served(document: Document) -> Iterator[Html]:
+    """Say how a server was asked, and list the requests that strayed, by their number.
+
+    Its address and the names of its models are in no page: a page is made to be passed on.
+    """
+    served = document.optional("served")
+    if served is None:
+        return
+    about = (
+        f"{served['requests']} requests at alpha {', '.join(served.part('models'))}: "
+        f"{served['prefixes']} prefixes of {served['shortest']} to {served['longest']} tokens, "
+        f"alone and {served['together']} at once. Divergences bound KL from below, in nats."
+    )
+    table = [
+        (
+            str(one["request"]),
+            one.text("phase"),
+            str(one["prefix"]),
+            f"{one.number('asked'):g}",
+            "none" if one["got"] is None else f"{one.number('got'):g}",
+            f"{one.number('divergence'):.3g}",
+            f"{one.number('divergence_nearest'):.3g} (alpha {one.number('nearest'):g})",
+        )
+        for one in served.rows("strays")
+    ]
+    columns = ("request", "phase", "prefix", "asked", "got", "divergence", "from the nearest")
+    listed = page.fold(f"{len(table)} requests that strayed", page.table(columns, table))
+    sure = f"{served['sure']} answers are of one alpha and clearly of no other."
+    yield page.section(
+        "What the server answers",
+        page.sentences([sure]),
+        *([listed] if table else []),
+        about=about,
+    )
 
 
 def _better(verdict: Document) -> Iterator[tuple[str, str, str, str]]:
