@@ -152,11 +152,11 @@ def decompose(
     """Split every Linear of MODEL and write OUT; needs no GPU.
 
     Without --recipe, --stats, --data and --forget the model first writes 2,048 tokens, on which it
-    is measured which weights matter: that takes seconds, and five bytes of memory per weight. Where
-    it cannot (a bare file, no causal language model, too little memory), a note says so, and the
-    recipe is int4, which needs about 70 MB beside the runtime for a model of any size. With --stats
-    and no recipe it is curvature. A killed or interrupted run resumes when the same command is
-    given again.
+    is measured which weights matter: that takes seconds, and five bytes of memory per weight. A
+    model that is larger than memory reads random tokens instead, block by block. Where it cannot (a
+    bare file, no causal language model), a note says so, and the recipe is int4, which needs about
+    70 MB beside the runtime for a model of any size. With --stats and no recipe it is curvature. A
+    killed or interrupted run resumes when the same command is given again.
     """
     from ortho_cli.cli.show.decompose import print_done
     from ortho_cli.decompose.job import check_target
