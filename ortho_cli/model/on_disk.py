@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,8 @@ def _weightless() -> Iterator[None]:
             return None
         return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
 
-    hook = register_module_parameter_registration_hook(blank)
+    # torch's annotation says None, and its code takes what the hook returns.
+    hook = register_module_parameter_registration_hook(blank)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -266,7 +268,7 @@ class Weights:
                 part.copy_(buffer)
 
 
-def _renamed(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+def _renamed(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     """Rename tensors as transformers does when it loads the model; by our table where it cannot."""
     names = [tensor.name for tensor in checkpoint.tensors]
     try:
@@ -281,7 +283,7 @@ def _renamed(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     return {name: apply_renamings(name, rules) for name in names}
 
 
-def _converted(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
+def _converted(model: Any, names: Iterable[str]) -> Iterator[str]:
     """Name the tensors that transformers does more to than to rename them."""
     with suppress(ImportError):  # a transformers that converts nothing, or elsewhere
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -72,7 +72,7 @@ class Walk:
         self._of_block = [[id(one) for one in block.parameters()] for block in self._blocks]
         of_blocks = {one for part in self._of_block for one in part}
         self._outside = [id(p) for p in self.model.parameters() if id(p) not in of_blocks]
-        self._embedding: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
+        self._embedding = models.embedding_of(self.model)
         self._blank_table = list(self._embedding.parameters())
         self._embedded: tuple[torch.Size, torch.dtype] | None = None  # of one token
         self._rows: Tensor | None = None  # of the embedding, that are read
