@@ -27,6 +27,7 @@ from ortho_cli.errors import (
     CheckpointError,
     NumericalError,
     RecipeError,
+    ResourceError,
     UsageError,
 )
 
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
     from ortho_cli.storage.sealing import Keys, Seal
 
 log = logging.getLogger(__name__)
+
+# What keeps the default recipe from measuring a model, which is then split without it. Resources:
+# activations of one batch may not fit beside a block that does.
+_UNMEASURED = (CalibrationError, CheckpointError, NumericalError, RecipeError, ResourceError)
 
 SHORT = "Split a checkpoint into base and ortho."
 EXAMPLES = """
@@ -317,7 +322,7 @@ def _measured(
     try:
         with output.progress("calibrate") as sink:
             statistics = measure(checkpoint, recipe, file, device=device, on_event=sink)
-    except (CalibrationError, CheckpointError, NumericalError, RecipeError) as error:
+    except _UNMEASURED as error:
         if otherwise is None:  # the recipe was asked for
             raise
         recipe, notes = otherwise, (*notes, without_curvature(error.message))

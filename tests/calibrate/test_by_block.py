@@ -239,3 +239,17 @@ def test_default_of_a_model_larger_than_memory_is_measured_on_random_tokens(
     assert ortho("calibrate", model, "--recipe", "default", "-o", stats).code == 0
     assert open_statistics(stats).digest == report["statistics"]["digest"]
     assert not list(model.parent.glob(".*"))
+
+
+def test_default_is_int4_where_activations_do_not_fit_beside_a_block(
+    ortho: Ortho, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = memory.least(open_checkpoint(model)) + 1000
+    monkeypatch.setattr(memory, "available_memory", lambda: there)
+    ran = ortho("decompose", model, "-o", model.parent / "a")
+    assert ran.code == 0, ran.err
+    said = " ".join((ran.out + ran.err).split())
+    assert "MB of memory block by block, and there are" in said
+    assert "they are split as by `--recipe int4`" in said
+    report = json.loads((model.parent / "a" / "report.json").read_text())
+    assert report["statistics"] is None
