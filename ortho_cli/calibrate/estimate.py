@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from ortho_cli.calibrate import memory
 from ortho_cli.decompose.settings import Calibrate
 from ortho_cli.model import cost
 from ortho_cli.model.cost import Part, Passes, Work
@@ -57,7 +58,8 @@ def of_own_text(
     settings: Calibrate, tensors: Sequence[TensorInfo], checkpoint: Checkpoint, speeds: Speeds
 ) -> list[Part]:
     """Estimate what `own_text.measure` does."""
-    text = Text(settings.samples, settings.samples * settings.length, True)
+    writes = not memory.goes_by_block(checkpoint, settings)  # else it reads random tokens
+    text = Text(settings.samples, settings.samples * settings.length, writes)
     return of_texts(settings, tensors, {"retain": text}, checkpoint, speeds)
 
 

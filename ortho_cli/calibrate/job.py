@@ -13,22 +13,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
+from ortho_cli.calibrate import stored
+from ortho_cli.calibrate.batches import padded
+from ortho_cli.calibrate.by_block import calibrate_by_block, open_walk
 from ortho_cli.calibrate.plan import CalibrationPlan, DataSet, Set
+from ortho_cli.calibrate.stored import Calibration
 from ortho_cli.calibrate.sums import Sums
 from ortho_cli.decompose.refusals import refuse_quantized
-from ortho_cli.errors import CalibrationError
 from ortho_cli.events import (
     At,
     EventSink,
@@ -39,17 +40,15 @@ from ortho_cli.events import (
     null_sink,
 )
 from ortho_cli.formats import artifact, statistics
-from ortho_cli.formats.artifact import canonical_json, module_of
-from ortho_cli.formats.statistics import Measured
+from ortho_cli.formats.artifact import canonical_json
 from ortho_cli.model import hooks
 from ortho_cli.model import load as models
-from ortho_cli.model.scoring import pad
 from ortho_cli.model.self_written import keeps_cache, random_text, write_text
 from ortho_cli.model.text import TokenSequence
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.storage import job
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader, TensorInfo, check_in_place
-from ortho_cli.storage.data_file import DataFile, TensorStream, plan_layout
+from ortho_cli.storage.data_file import DataFile, TensorStream
 from ortho_cli.storage.job import Kind, Target, files_of
 from ortho_cli.storage.parts import Parts, open_parts
 from ortho_cli.storage.work_folder import WorkFolder
@@ -63,23 +62,6 @@ CHUNK_SECONDS = 30.0
 TEXT_FILE = "text.parts"  # in private/ of the work folder: the text that was made
 
 KIND = Kind(name="statistics file", is_ours=statistics.is_statistics, is_file=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
-    """A finished calibration."""
-
-    nbytes: int  # of the file
-    metadata: Mapping[str, str]  # of the file; most are JSON
-    perplexity: Mapping[Set, float]  # of the model on each set, but on one that it wrote meanwhile
-
-    def to_json(self) -> dict[str, object]:
-        """Give the document of `ortho calibrate --json`."""
-        told = {k: json.loads(v) if k in _JSON_KEYS else v for k, v in self.metadata.items()}
-        return {"output_bytes": self.nbytes, **told, "perplexity": dict(self.perplexity)}
-
-
-_JSON_KEYS = ("data", "recipe", "versions", "tensors", "digests")
 
 
 def check_target(
@@ -112,7 +94,8 @@ def calibrate(
     """Carry a plan out: load the model, pass the data through it, write the statistics.
 
     Memory: the model, the activations of one batch, and 16 MB tiles of one layer's sums; while the
-    file is written, what it holds of one weight.
+    file is written, what it holds of one weight. For a plan that goes block by block, see
+    `by_block`.
 
     Args:
         plan: made from `checkpoint`.
@@ -142,25 +125,54 @@ def calibrate(
     )
     for note in checkpoint.notes:
         on_event(Noted(message=note))
+    walk = open_walk(plan, checkpoint, chosen) if plan.by_block else None
+    source, digests = _digested(checkpoint, on_event)
+    if walk is None:
+        return _in_memory(plan, checkpoint, target, chosen, source, digests, on_event)
+    return calibrate_by_block(
+        plan,
+        checkpoint,
+        target,
+        walk,
+        device=chosen,
+        source=source,
+        digests=digests,
+        on_event=on_event,
+    )
+
+
+def _digested(checkpoint: Checkpoint, on_event: EventSink) -> tuple[str, dict[str, str]]:
+    """Take the digest of a model, and that of each tensor."""
     on_event(Finishing(step="digest the model"))
     with contextlib.closing(ShardReader(checkpoint.shards)) as reader:
         digests = {tensor.name: reader.digest(tensor) for tensor in checkpoint.tensors}
         reader.check_unchanged()
-    source = artifact.source_digest(
+    return artifact.source_digest(
         (tensor.name, tensor.dtype, tensor.shape, digests[tensor.name])
         for tensor in checkpoint.tensors
-    )
+    ), digests
+
+
+def _in_memory(
+    plan: CalibrationPlan,
+    checkpoint: Checkpoint,
+    target: Target,
+    device: torch.device,
+    source: str,
+    digests: dict[str, str],
+    on_event: EventSink,
+) -> Calibration:
     identity = {
         "plan": blake3(canonical_json(plan.to_json()).encode()).hexdigest(),
         "source": source,
-        "version": [__version__, torch.__version__, chosen.type],
+        "version": [__version__, torch.__version__, device.type],
         "files": {f"{name}.{i}": plan.sums(name).size for name in plan.sets for i in range(2)},
     }
     total = sum(len(data.sequences) for data in plan.sets.values())
     with job.open_job(
         target, identity=identity, total=total, what="sequences", on_event=on_event
     ) as work:
-        return _Job(plan, checkpoint, work, chosen, on_event).run(source, digests)
+        return _Job(plan, checkpoint, work, device, on_event).run(source, digests)
 
 
 def _settled(plan: CalibrationPlan, device: torch.device) -> CalibrationPlan:
@@ -362,13 +374,7 @@ class _Job:
     ) -> float:
         """Pass one batch through the model and back; return its NLL."""
         settings = self._plan.settings
-        # Padding follows the text: in a causal model no token before it depends on it.
-        tokens = pad([sequence.tokens for sequence in batch])
-        there, counted = torch.zeros(2, *tokens.shape, dtype=torch.bool)
-        for i, sequence in enumerate(batch):
-            there[i, : len(sequence.tokens)] = True
-            counted[i, sequence.counted - 1 : len(sequence.tokens) - 1] = True
-        tokens, there, counted = (t.to(self._device) for t in (tokens, there, counted))
+        tokens, there, counted = (t.to(self._device) for t in padded(batch))
         gram = settings.curvature == "gram"
         capture.begin(len(batch), counted if gram else there, counted)
         options = {} if bool(there.all()) else {"attention_mask": there.long()}
@@ -391,49 +397,25 @@ class _Job:
     def _write(self, source: str, digests: dict[str, str]) -> Calibration:
         """Write the file; its header holds digests, so each weight is made twice."""
         plan = self._plan
-        entries: dict[str, Measured] = {}
+        entries: dict[str, statistics.Measured] = {}
         content: dict[str, str] = {}
         for tensor, name, part, mean in self._means():
             if (name, part) == ("retain", "curvature"):
-                entries[tensor.name] = self._describe(tensor, mean, digests[tensor.name])
-            for key, values in self._stored(tensor, name, part, mean):
+                told = stored.describe(plan.settings, tensor, mean, digests[tensor.name])
+                entries[tensor.name] = told
+            for key, values in stored.of_mean(plan.settings, tensor, name, part, mean):
                 content[key] = blake3(as_bytes(values)).hexdigest()
-        metadata = self._metadata(source, entries, content)
-        layout = plan_layout((s for t in plan.tensors for s in plan.specs(t)), metadata)
+        metadata = stored.metadata(plan, self._device, source, entries, content)
+        layout = stored.lay_out(plan, metadata)
         file = DataFile(self._work, self._work.out.name, layout, mode=self._mode)
         file.write_header(layout.header)
         for made in self._means():
-            for key, values in self._stored(*made):
+            for key, values in stored.of_mean(plan.settings, *made):
                 stream = TensorStream(file, key)
                 stream.write(as_bytes(values))
                 stream.finish()
-        perplexity = {
-            name: round(math.exp(nll / max(1, plan.sets[name].counted)), 4)
-            for name, nll in self._nll.items()
-        }
+        perplexity = stored.perplexity(plan, self._nll)
         return Calibration(nbytes=layout.size, metadata=metadata, perplexity=perplexity)
-
-    def _metadata(
-        self, source: str, entries: Mapping[str, Measured], content: dict[str, str]
-    ) -> dict[str, str]:
-        with models.quiet_transformers() as transformers:
-            version = str(transformers.__version__)
-        settings = self._plan.settings
-        versions = {"ortho": __version__, "torch": torch.__version__, "transformers": version}
-        gram = {"gram": settings.gram, "weighting": settings.weighting}
-        return {
-            "format": statistics.FORMAT,
-            "kind": settings.curvature,
-            "unit": "token" if settings.curvature == "gram" else settings.unit,
-            "storage": settings.storage,
-            **(gram if settings.gram == "full" else {}),
-            "source_digest": source,
-            "data": canonical_json({k: v.to_json() for k, v in self._plan.sets.items()}),
-            "recipe": canonical_json(settings.canonical()),
-            "versions": canonical_json({**versions, "device": self._device.type}),
-            "tensors": canonical_json({name: one.model_dump() for name, one in entries.items()}),
-            "digests": canonical_json(content),
-        }
 
     def _means(self) -> Iterator[tuple[TensorInfo, Set, hooks.Part, Tensor]]:
         """Yield each sum over a set, divided by what it was summed over, in float32."""
@@ -444,39 +426,5 @@ class _Job:
                 sums = self._sums[name].current
                 sums.read_into(f"{tensor.name}/{part}", as_bytes(mean), start=0)
                 tokens = part == "gram" or self._plan.settings.curvature == "gram"
-                mean /= data.counted if tokens else len(data.sequences)
-                mean += 0.0  # a sum of nothing is 0 or -0, by where chunks end
+                stored.divide(mean, data.counted if tokens else len(data.sequences))
                 yield tensor, name, part, mean
-
-    def _stored(
-        self, tensor: TensorInfo, name: Set, part: hooks.Part, mean: Tensor
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yield what the file holds of a mean."""
-        settings, key = self._plan.settings, f"{module_of(tensor.name)}.{name}_{part}"
-        if part == "gram":
-            hooks.symmetrize(mean)
-            yield key, mean
-        elif settings.curvature == "gram":
-            yield key, mean.view(-1)
-        elif settings.storage == "factored":
-            rows, columns = hooks.factor(mean)
-            yield f"{key}_rows", rows
-            yield f"{key}_columns", columns
-        else:
-            stored = torch.float32 if settings.dtype == "float32" else torch.bfloat16
-            yield key, mean.to(stored)
-
-    def _describe(self, tensor: TensorInfo, mean: Tensor, digest: str) -> Measured:
-        """Summarise the curvature of a weight, which is refused where it is zero everywhere."""
-        total = float(mean.double().mean())
-        if total == 0.0:
-            raise CalibrationError(
-                f"no token reached `{tensor.name}`: its curvature is zero everywhere",
-                hint="give more data or samples, or add it to `ignore`",
-            )
-        overlap = None  # of the top weights by full and by factored curvature
-        if self._plan.settings.curvature != "gram":
-            rows, columns = hooks.factor(mean)
-            overlap = round(hooks.top_overlap(mean, rows.unsqueeze(1) * columns), 4)
-        shape, rounded = list(tensor.shape), float(f"{total:.6e}")
-        return Measured(shape=shape, source_blake3=digest, mean=rounded, overlap=overlap)

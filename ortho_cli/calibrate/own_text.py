@@ -1,8 +1,9 @@
 """Curvature that `ortho decompose` measures by itself: inputs, on text that the model writes.
 
 `obstacle` tells from files and headers what prevents it; no torch is imported for that. `measure`
-lets the model write, in seconds, and gives statistics of kind gram. They are a file beside the
-output until that is complete, so that a killed run resumes with the same ones.
+lets the model write, in seconds, and gives statistics of kind gram. A model that is larger than
+memory reads random tokens instead, block by block. Statistics are a file beside the output until
+that is complete, so that a killed run resumes with the same ones.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from ortho_cli.decompose.plan import available_memory
-from ortho_cli.decompose.settings import Recipe
+from ortho_cli.calibrate import memory
+from ortho_cli.decompose.settings import Calibrate, Recipe
 from ortho_cli.errors import CalibrationError, CheckpointError, OrthoError
 from ortho_cli.events import EventSink, null_sink
 from ortho_cli.formats.statistics import Statistics, check_model, is_statistics, open_statistics
@@ -24,9 +25,6 @@ from ortho_cli.storage.checkpoint import Checkpoint
 from ortho_cli.storage.job import Target
 from ortho_cli.storage.work_folder import work_folder
 
-# Memory per weight of the model in float32 with its activations, and that of imports and logits.
-WEIGHT_BYTES = 4.5
-OTHER_BYTES = 800_000_000
 CAUSAL = ("ForCausalLM", "LMHeadModel")  # ends of `architectures` of models that write text
 
 # What transformers and torch raise of a model that they can build and not run.
@@ -45,14 +43,24 @@ def obstacle(checkpoint: Checkpoint) -> str | None:
         return f"config.json of `{path}` names {told}, no causal language model"
     if find_spec("transformers") is None:
         return "transformers is not installed (`pip install 'ortho-cli[hf]'`)"
-    weights = sum(tensor.numel for tensor in checkpoint.tensors)
-    needed, there = round(WEIGHT_BYTES * weights) + OTHER_BYTES, available_memory()
-    if there is not None and needed > there:
+    least, there = memory.least(checkpoint), memory.available_memory()
+    if there is not None and least > there:
         return (
-            f"`{path}` takes {needed / 1e6:,.0f} MB of memory to write text and "
+            f"`{path}` takes {least / 1e6:,.0f} MB of memory to be measured block by block and "
             f"{there / 1e6:,.0f} MB are available"
         )
     return None
+
+
+def way(checkpoint: Checkpoint, settings: Calibrate) -> str | None:
+    """Say so where a model is measured block by block, since it is larger than memory."""
+    if not memory.goes_by_block(checkpoint, settings):
+        return None
+    needed, there = memory.needed(checkpoint), memory.available_memory() or 0
+    return (
+        f"`{checkpoint.path}` takes {needed / 1e6:,.0f} MB of memory to write text and "
+        f"{there / 1e6:,.0f} MB are available: it is measured block by block, on random tokens"
+    )
 
 
 def measure(
@@ -83,8 +91,9 @@ def measure(
         return open_statistics(file)
     checkpoint = replace(checkpoint, notes=())  # decompose tells them
     target = check_target(checkpoint, file, force=True)
-    sets = read_sets(checkpoint.folder, [], [], recipe.calibrate, on_event)
-    plan = make_plan(checkpoint, recipe, sets)
+    by_block = memory.goes_by_block(checkpoint, recipe.calibrate, out=target.path)
+    sets = read_sets(checkpoint.folder, [], [], recipe.calibrate, on_event, by_block=by_block)
+    plan = make_plan(checkpoint, recipe, sets, by_block=by_block)
     try:
         calibrate(plan, checkpoint, target, device=device, on_event=on_event)
     except OrthoError:

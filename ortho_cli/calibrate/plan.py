@@ -65,6 +65,8 @@ class CalibrationPlan:
     settings: Calibrate
     tensors: tuple[TensorInfo, ...]
     sets: dict[Set, DataSet]
+    by_block: bool = False  # the model is read block by block, and never held whole
+    memory: int | None = None  # bytes that may be taken then; None is what is available
 
     @property
     def measures_while_writing(self) -> bool:
@@ -114,8 +116,8 @@ class CalibrationPlan:
 
     @property
     def bytes_scratch(self) -> int:
-        """Bytes of the sums while they are made."""
-        return sum(2 * self.sums(name).size for name in self.sets)
+        """Bytes of the sums while they are made; block by block they are in memory."""
+        return 0 if self.by_block else sum(2 * self.sums(name).size for name in self.sets)
 
     @property
     def bytes_on_disk(self) -> int:
@@ -126,6 +128,7 @@ class CalibrationPlan:
         """Give the document of `ortho calibrate --dry-run --json`."""
         return {
             "calibrate": self.settings.canonical(),
+            **({"by_block": True} if self.by_block else {}),
             "data": {name: data.to_json() for name, data in self.sets.items()},
             "totals": {
                 "tensors": len(self.tensors),
@@ -143,6 +146,8 @@ def read_sets(
     forget: Sequence[Path],
     settings: Calibrate,
     on_event: EventSink = null_sink,
+    *,
+    by_block: bool = False,
 ) -> dict[Set, DataSet]:
     """Read both sets and turn them into sequences with the model's own tokenizer.
 
@@ -153,6 +158,7 @@ def read_sets(
         forget: files of the forget set.
         settings: the recipe's `calibrate`.
         on_event: gets notes of rows that are left out, and of text that is to be written.
+        by_block: the model is never whole in memory, so it writes nothing: tokens are random.
     Raises:
         CheckpointError: data are given, and the folder has no tokenizer.
         CalibrationError: the data are unreadable or too short.
@@ -161,7 +167,7 @@ def read_sets(
     private, private_digest = read_rows(forget, on_event)
     sets: dict[Set, DataSet] = {}
     if not data:
-        sets["retain"] = _to_make(folder, settings, on_event)
+        sets["retain"] = _to_make(folder, settings, on_event, by_block=by_block)
     tokenizer = models.load_tokenizer(folder) if data or forget else None
     if data and tokenizer:
         retain = retain_sequences(
@@ -179,17 +185,13 @@ def read_sets(
     return sets
 
 
-def _to_make(folder: Path, settings: Calibrate, on_event: EventSink) -> DataSet:
+def _to_make(folder: Path, settings: Calibrate, on_event: EventSink, *, by_block: bool) -> DataSet:
     """Plan text that is made here, since there are no files of it."""
     what = f"{settings.samples} sequences of {settings.length}"
-    written_by: Literal["model", "random"] = "model"
-    try:
-        models.load_tokenizer(folder)
-        told = f"the model itself writes {what} tokens"
-    except CheckpointError as error:
-        models.check_folder(folder)  # the folder of a model without a tokenizer
-        written_by = "random"
-        without = error.message.partition(": ")[0]  # transformers' own words tell a user nothing
+    without = "the model does not fit into memory" if by_block else _without_tokenizer(folder)
+    written_by: Literal["model", "random"] = "model" if without is None else "random"
+    told = f"the model itself writes {what} tokens"
+    if without is not None:
         told = f"{without}, so it reads {what} random tokens"
     on_event(Noted(message=f"no --data: {told}, seed {settings.seed}"))
     blank = TokenSequence(tokens=(0,) * settings.length)
@@ -201,7 +203,24 @@ def _to_make(folder: Path, settings: Calibrate, on_event: EventSink) -> DataSet:
     )
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, sets: dict[Set, DataSet]) -> CalibrationPlan:
+def _without_tokenizer(folder: Path) -> str | None:
+    """Say why a model cannot write; None where it can."""
+    try:
+        models.load_tokenizer(folder)
+    except CheckpointError as error:
+        models.check_folder(folder)  # the folder of a model without a tokenizer
+        return error.message.partition(": ")[0]  # transformers' own words tell a user nothing
+    return None
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    sets: dict[Set, DataSet],
+    *,
+    by_block: bool = False,
+    memory: int | None = None,
+) -> CalibrationPlan:
     """Choose the weights to measure: those that `decompose` splits under the same recipe.
 
     Conv1D is measured, too, as (out, in), although `decompose` refuses it.
@@ -225,7 +244,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, sets: dict[Set, DataSet]) 
         for tensor in checkpoint.tensors
         if reasons[tensor.name] is None
     )
-    return CalibrationPlan(settings=settings, tensors=split, sets=sets)
+    return CalibrationPlan(
+        settings=settings, tensors=split, sets=sets, by_block=by_block, memory=memory
+    )
 
 
 def _check_weighting(settings: Calibrate) -> None:

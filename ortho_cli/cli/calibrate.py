@@ -61,6 +61,14 @@ def calibrate(
             autocompletion=options.completing("none", "full"),
         ),
     ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Most memory to take, such as 8GB. A model that takes more is measured block by "
+            "block, read from disk, with curvature gram.  [default: what is available]",
+        ),
+    ] = None,
     recipe: options.Recipe = None,
     sets: options.Set = None,
     force: Annotated[
@@ -77,19 +85,23 @@ def calibrate(
     """Measure how much each weight of MODEL matters to the data; write curvature statistics.
 
     Holds the model in memory, and on disk two float32 per weight of each set while it runs, and
-    with --gram full two for each pair of a weight's inputs. With --forget the file is as sensitive
-    as the private data: only its owner may read it. A killed or interrupted run resumes when the
-    same command is given again, and loses half a minute and one pass at most.
+    with --gram full two for each pair of a weight's inputs. A model that does not fit is read block
+    by block where calibrate.curvature is gram. With --forget the file is as sensitive as the
+    private data: only its owner may read it. A killed or interrupted run resumes when the same
+    command is given again, and loses half a minute and one pass at most, or a block.
     """
     from ortho_cli.calibrate.job import calibrate as run
     from ortho_cli.calibrate.job import check_target
+    from ortho_cli.calibrate.memory import goes_by_block
     from ortho_cli.calibrate.plan import make_plan, read_sets
     from ortho_cli.cli.show.calibrate import print_calibrated, print_calibration_plan
+    from ortho_cli.convert.plan import parse_size
     from ortho_cli.convert.sources.adapters import refuse_adapter
     from ortho_cli.decompose.recipe import load_recipe
     from ortho_cli.events import messages
     from ortho_cli.storage.checkpoint import open_checkpoint
 
+    limit = None if max_memory is None else parse_size(max_memory, option="--max-memory")
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     asked = {"samples": samples, "length": length, "batch": batch_size, "seed": seed, "gram": gram}
     flags = [f"calibrate.{key}={value}" for key, value in asked.items() if value is not None]
@@ -100,8 +112,11 @@ def calibrate(
     checkpoint = open_checkpoint(model)
     target = check_target(checkpoint, out, force=force, reads=[*(data or []), *(forget or [])])
     notes: list[Event] = []
-    rows = read_sets(model, data or [], forget or [], settings.calibrate, notes.append)
-    plan = make_plan(checkpoint, settings, rows)
+    by_block = goes_by_block(checkpoint, settings.calibrate, limit, target.path)
+    rows = read_sets(
+        model, data or [], forget or [], settings.calibrate, notes.append, by_block=by_block
+    )
+    plan = make_plan(checkpoint, settings, rows, by_block=by_block, memory=limit)
     target.check_space(plan.bytes_on_disk, of="statistics with their sums")
     if dry_run:
         from ortho_cli.calibrate.estimate import of_plan

@@ -27,6 +27,7 @@ from ortho_cli.errors import (
     CheckpointError,
     NumericalError,
     RecipeError,
+    ResourceError,
     UsageError,
 )
 
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
     from ortho_cli.storage.sealing import Keys, Seal
 
 log = logging.getLogger(__name__)
+
+# What keeps the default recipe from measuring a model, which is then split without it. Resources:
+# activations of one batch may not fit beside a block that does.
+_UNMEASURED = (CalibrationError, CheckpointError, NumericalError, RecipeError, ResourceError)
 
 SHORT = "Split a checkpoint into base and ortho."
 EXAMPLES = """
@@ -152,11 +157,11 @@ def decompose(
     """Split every Linear of MODEL and write OUT; needs no GPU.
 
     Without --recipe, --stats, --data and --forget the model first writes 2,048 tokens, on which it
-    is measured which weights matter: that takes seconds, and five bytes of memory per weight. Where
-    it cannot (a bare file, no causal language model, too little memory), a note says so, and the
-    recipe is int4, which needs about 70 MB beside the runtime for a model of any size. With --stats
-    and no recipe it is curvature. A killed or interrupted run resumes when the same command is
-    given again.
+    is measured which weights matter: that takes seconds, and five bytes of memory per weight. A
+    model that is larger than memory reads random tokens instead, block by block. Where it cannot (a
+    bare file, no causal language model), a note says so, and the recipe is int4, which needs about
+    70 MB beside the runtime for a model of any size. With --stats and no recipe it is curvature. A
+    killed or interrupted run resumes when the same command is given again.
     """
     from ortho_cli.cli.show.decompose import print_done
     from ortho_cli.decompose.job import check_target
@@ -317,7 +322,7 @@ def _measured(
     try:
         with output.progress("calibrate") as sink:
             statistics = measure(checkpoint, recipe, file, device=device, on_event=sink)
-    except (CalibrationError, CheckpointError, NumericalError, RecipeError) as error:
+    except _UNMEASURED as error:
         if otherwise is None:  # the recipe was asked for
             raise
         recipe, notes = otherwise, (*notes, without_curvature(error.message))

@@ -40,7 +40,7 @@ GROUPS = {
     ),
     "Continuations": ("prompts", "prompt", "max_new_tokens", "temperature"),
     "Sealing": ("seal_to", "seal_passphrase_file", "identity", "plaintext"),
-    "Machine": ("workers", "device", "autocast"),
+    "Machine": ("workers", "device", "autocast", "max_memory"),
     "General": (
         *("as_json", "quiet", "verbose", "show_secrets", "version"),
         *("install_completion", "show_completion", "help"),

@@ -211,7 +211,7 @@ def _recipe_for(
     has_others: bool,
 ) -> tuple[Recipe, bool, str | None]:
     """Load the recipe; tell whether its curvature is measured, and a note on a choice of ours."""
-    from ortho_cli.calibrate.own_text import obstacle
+    from ortho_cli.calibrate.own_text import obstacle, way
     from ortho_cli.decompose.recipe import MEASURED, WEIGHTED, load_recipe
 
     if has_stats or has_others:
@@ -224,7 +224,8 @@ def _recipe_for(
     settings = load_recipe(recipe or MEASURED, sets)
     why = obstacle(checkpoint) if settings.can_measure else None
     if why is None and (recipe or settings.can_measure):
-        return settings, settings.can_measure, None
+        told = way(checkpoint, settings.calibrate) if settings.can_measure else None
+        return settings, settings.can_measure, told
     if recipe is None:  # an obstacle, or --set leaves nothing to measure
         note = None if why is None else without_curvature(why)
         return load_recipe(None, sets), False, note

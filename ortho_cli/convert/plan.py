@@ -101,7 +101,7 @@ class ConvertPlan:
         }
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, *, option: str = "--shard-size") -> int:
     """Read a size as transformers writes it: `5GB` is 5 * 10^9 bytes, `5GiB` is 5 * 2^30.
 
     Raises:
@@ -112,7 +112,7 @@ def parse_size(text: str) -> int:
     nbytes = round(float(found[1]) * unit) if found and unit else 0
     if nbytes < 1:
         raise UsageError(
-            f"--shard-size {text} is no size of at least one byte", hint="write 5GB, 500MB or 2GiB"
+            f"{option} {text} is no size of at least one byte", hint="write 5GB, 500MB or 2GiB"
         )
     if found and not found[2] and nbytes < LEAST_PLAIN:
         raise UsageError(

@@ -18,8 +18,8 @@ Options = dict[str, Any]  # of a block's forward: masks, positions; their types 
 Output = Tensor | tuple[Tensor, ...]  # of a block: hidden states, first of a tuple
 
 
-class _Stop(Exception):  # noqa: N818 - no error
-    """Ends a forward pass once the first block was called."""
+class Stop(Exception):  # noqa: N818 - no error
+    """Ends a forward pass where what follows is not wanted."""
 
 
 class Blocks:
@@ -37,7 +37,7 @@ class Blocks:
                 one another.
         """
         self.model, self.batch = model, tokens.shape[0]
-        self._list = _largest_list(model, linears)
+        self._list = largest_list(model, linears)
         inside = [set(map(id, block.modules())) for block in self._list]
         self.names = [[name for name in linears if id(linears[name]) in ids] for ids in inside]
         self._options: list[Options] = []
@@ -48,7 +48,7 @@ class Blocks:
 
     def __call__(self, number: int, hidden: Tensor) -> Tensor:
         """Pass (batch, length, hidden) through one block."""
-        return _hidden_of(self._list[number](hidden, **self._options[number]))
+        return hidden_of(self._list[number](hidden, **self._options[number]))
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
@@ -56,10 +56,10 @@ class Blocks:
         found: list[Tensor] = []
 
         def stop(module: nn.Module, args: tuple[Tensor, ...], options: Options) -> None:
-            found.append(_taken(args, options)[0])
-            raise _Stop
+            found.append(split_arguments(args, options)[0])
+            raise Stop
 
-        with self._list[0].register_forward_pre_hook(stop, with_kwargs=True), suppress(_Stop):
+        with self._list[0].register_forward_pre_hook(stop, with_kwargs=True), suppress(Stop):
             self.model(input_ids=tokens, use_cache=False)
         return found[0].detach()
 
@@ -124,7 +124,7 @@ class Blocks:
         outputs: list[Tensor] = []
 
         def keep(module: nn.Module, args: tuple[Tensor, ...], output: Output) -> Output:
-            hidden = _hidden_of(output)
+            hidden = hidden_of(output)
             if not outputs:  # no parameter needs a gradient: the graph begins here
                 hidden = hidden.detach().requires_grad_(True)
             hidden.retain_grad()
@@ -143,12 +143,12 @@ class Blocks:
         outputs: list[Tensor] = []
 
         def before(module: nn.Module, args: tuple[Tensor, ...], options: Options) -> None:
-            hidden, rest = _taken(args, options)
+            hidden, rest = split_arguments(args, options)
             inputs.append(hidden)
             self._options.append(rest)
 
         def after(module: nn.Module, args: tuple[Tensor, ...], output: Output) -> None:
-            outputs.append(_hidden_of(output))
+            outputs.append(hidden_of(output))
 
         with ExitStack() as hooks:
             for block in self._list:
@@ -167,8 +167,12 @@ class Blocks:
             raise _untunable(f"the blocks of {name} do not simply follow one another")
 
 
-def _largest_list(model: nn.Module, linears: Mapping[str, nn.Module]) -> Sequence[nn.Module]:
-    """Find the list of modules that holds most of the Linears, the outermost of equals."""
+def largest_list(model: nn.Module, linears: Mapping[str, nn.Module]) -> Sequence[nn.Module]:
+    """Find the list of modules that holds most of the Linears, the outermost of equals.
+
+    Raises:
+        CalibrationError: no list holds one.
+    """
     wanted = set(map(id, linears.values()))
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     counts = [len(wanted.intersection(map(id, held.modules()))) for held in lists]
@@ -182,8 +186,12 @@ def _untunable(what: str) -> CalibrationError:
     return CalibrationError(what, hint=hint)
 
 
-def _taken(args: tuple[Tensor, ...], options: Options) -> tuple[Tensor, Options]:
-    """Split the arguments of a block into hidden states and the rest, by name."""
+def split_arguments(args: tuple[Tensor, ...], options: Options) -> tuple[Tensor, Options]:
+    """Split the arguments of a block into hidden states and the rest, by name.
+
+    Raises:
+        CalibrationError: hidden states are not its only positional argument.
+    """
     if len(args) == 1:
         return args[0], options
     if not args and isinstance(options.get("hidden_states"), Tensor):
@@ -192,5 +200,6 @@ def _taken(args: tuple[Tensor, ...], options: Options) -> tuple[Tensor, Options]
     raise _untunable(f"a block is called with {len(args)} positional arguments where 1 is known")
 
 
-def _hidden_of(output: Output) -> Tensor:
+def hidden_of(output: Output) -> Tensor:
+    """Take the hidden states of what a block returns."""
     return output[0] if isinstance(output, tuple) else output

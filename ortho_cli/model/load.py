@@ -329,10 +329,15 @@ def _positions(config: object) -> int | None:
     return positions if isinstance(positions, int) and positions > 0 else None
 
 
+def embedding_of(model: nn.Module) -> nn.Module:
+    """Give the module that embeds the tokens of a transformers model."""
+    find: Callable[[], nn.Module] = getattr(model, "get_input_embeddings")  # noqa: B009 - untyped
+    return find()
+
+
 def input_embedding(model: nn.Module) -> Tensor:
     """Give the weight of a transformers model's input embedding, (vocabulary, hidden)."""
-    find: Callable[[], nn.Module] = getattr(model, "get_input_embeddings")  # noqa: B009 - untyped
-    return find().get_parameter("weight")
+    return embedding_of(model).get_parameter("weight")
 
 
 def resolve_device(name: str) -> torch.device:

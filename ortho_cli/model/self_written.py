@@ -113,10 +113,15 @@ def keeps_cache(model: nn.Module) -> bool:
 
 
 def random_text(model: nn.Module, *, count: int, length: int, seed: int) -> Tensor:
-    """Draw sequences of random tokens, for a model without a tokenizer.
+    """Draw sequences of random tokens, for a model without a tokenizer; see `random_tokens`."""
+    return random_tokens(len(input_embedding(model)), count=count, length=length, seed=seed)
+
+
+def random_tokens(vocabulary: int, *, count: int, length: int, seed: int) -> Tensor:
+    """Draw sequences of random tokens.
 
     Args:
-        model: a causal language model; every token that it has an embedding for is as likely.
+        vocabulary: tokens that the model has an embedding for; each is as likely.
         count: sequences, >= 1.
         length: tokens of each, >= 1.
         seed: of the draw.
@@ -124,7 +129,7 @@ def random_text(model: nn.Module, *, count: int, length: int, seed: int) -> Tens
         (count, length) int64, on the CPU.
     """
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(len(input_embedding(model)), (count, length), generator=generator)
+    return torch.randint(vocabulary, (count, length), generator=generator)
 
 
 def _ordinary(model: nn.Module, tokenizer: Tokenizer) -> list[int]:

@@ -54,9 +54,14 @@ class Layout:
     size: int
 
 
-def plan_layout(specs: Iterable[TensorSpec], metadata: dict[str, str]) -> Layout:
+def plan_layout(specs: Iterable[TensorSpec], metadata: dict[str, str], *, room: int = 0) -> Layout:
     """Lay tensors out before their data exist: widest dtype first, then by name.
 
+    Args:
+        specs: the tensors.
+        metadata: of the header.
+        room: bytes before the data at least, a multiple of 8: where a header is to be written after
+            them, and its length is not known yet. Spaces fill it.
     All tensors stay aligned. The same specs and metadata give the same bytes on every run; metadata
     keeps the order given.
     """
@@ -67,7 +72,7 @@ def plan_layout(specs: Iterable[TensorSpec], metadata: dict[str, str]) -> Layout
         entry = {"dtype": spec.dtype, "shape": list(spec.shape)}
         header[spec.key] = entry | {"data_offsets": list(offsets)}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * max(-len(text) % 8, room - 8 - len(text))
     if len(text) > MAX_HEADER or needed(text) > MAX_PARSED:
         raise CheckpointError(
             f"the output's header of {len(ordered)} tensors takes {len(text)} bytes, and "

@@ -14,7 +14,7 @@ from conftest import PICO, Ortho, save_pico
 from safetensors.torch import load_file, save_file
 
 from ortho_cli.calibrate import job as work
-from ortho_cli.calibrate import own_text
+from ortho_cli.calibrate import memory, own_text
 from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.model.self_written import random_text, write_text
 from ortho_cli.storage.job import Commits
@@ -154,7 +154,7 @@ def test_default_is_plain_int4_on_a_machine_that_lacks_something(
     ortho: Ortho, model: Path, monkeypatch: pytest.MonkeyPatch, lacks: str
 ) -> None:
     if lacks == "memory":
-        monkeypatch.setattr(own_text, "available_memory", lambda: 1_000_000)
+        monkeypatch.setattr(memory, "available_memory", lambda: 1_000_000)
     else:
         monkeypatch.setattr(own_text, "find_spec", lambda name: None)
     said, report = split(ortho, model, model.parent / "a", "--workers", "1")

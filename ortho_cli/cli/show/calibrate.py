@@ -27,8 +27,12 @@ def print_calibration_plan(plan: Mapping[str, object], *, source: str) -> None:
             f"{source}: {settings['curvature']}{gram_words(settings)} of {totals['tensors']} "
             f"tensors, {totals.number('weights'):,} weights",
             *_data_lines(document),
-            f"writes {size(totals.number('bytes_written'))}, and "
-            f"{size(totals.number('bytes_scratch'))} of sums while it runs",
+            f"writes {size(totals.number('bytes_written'))}, "
+            + (
+                "reading the model block by block"
+                if document.get("by_block")
+                else f"and {size(totals.number('bytes_scratch'))} of sums while it runs"
+            ),
             *time_lines(document),
         ]
     )

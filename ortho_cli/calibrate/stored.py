@@ -1,0 +1,151 @@
+"""What a file of statistics holds: means of sums, their summaries, and the header.
+
+Whatever way sums are made, the same sums give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ortho_cli.calibrate.plan import CalibrationPlan, Set
+from ortho_cli.decompose.settings import Calibrate
+from ortho_cli.errors import CalibrationError
+from ortho_cli.formats import statistics
+from ortho_cli.formats.artifact import canonical_json, module_of
+from ortho_cli.formats.statistics import Measured
+from ortho_cli.model import hooks
+from ortho_cli.model import load as models
+from ortho_cli.storage.checkpoint import TensorInfo
+from ortho_cli.storage.data_file import Layout, plan_layout
+from ortho_cli.version import __version__
+
+# No mean of seven digits is spelled longer: from 1e16 on an exponent is.
+WIDEST = 1234567000000000.0
+_JSON_KEYS = ("data", "recipe", "versions", "tensors", "digests")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """A finished calibration."""
+
+    nbytes: int  # of the file
+    metadata: Mapping[str, str]  # of the file; most are JSON
+    perplexity: Mapping[Set, float]  # of the model on each set, but on one that it wrote meanwhile
+
+    def to_json(self) -> dict[str, object]:
+        """Give the document of `ortho calibrate --json`."""
+        told = {k: json.loads(v) if k in _JSON_KEYS else v for k, v in self.metadata.items()}
+        return {"output_bytes": self.nbytes, **told, "perplexity": dict(self.perplexity)}
+
+
+def perplexity(plan: CalibrationPlan, nll: Mapping[Set, float]) -> dict[Set, float]:
+    """Turn the NLL of each set, in nats, into its perplexity."""
+    return {
+        name: round(math.exp(nats / max(1, plan.sets[name].counted)), 4)
+        for name, nats in nll.items()
+    }
+
+
+def divide(sums: Tensor, count: int) -> None:
+    """Turn sums into means in place."""
+    sums /= count
+    sums += 0.0  # a sum of nothing is 0 or -0, by where chunks end
+
+
+def of_mean(
+    settings: Calibrate, tensor: TensorInfo, name: Set, part: hooks.Part, mean: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what the file holds of a mean; a Gram matrix is made symmetric in place."""
+    key = f"{module_of(tensor.name)}.{name}_{part}"
+    if part == "gram":
+        hooks.symmetrize(mean)
+        yield key, mean
+    elif settings.curvature == "gram":
+        yield key, mean.view(-1)
+    elif settings.storage == "factored":
+        rows, columns = hooks.factor(mean)
+        yield f"{key}_rows", rows
+        yield f"{key}_columns", columns
+    else:
+        yield key, mean.to(torch.float32 if settings.dtype == "float32" else torch.bfloat16)
+
+
+def describe(settings: Calibrate, tensor: TensorInfo, mean: Tensor, digest: str) -> Measured:
+    """Summarise the curvature of a weight.
+
+    Raises:
+        CalibrationError: it is zero everywhere.
+    """
+    total = float(mean.double().mean())
+    if total == 0.0:
+        raise CalibrationError(
+            f"no token reached `{tensor.name}`: its curvature is zero everywhere",
+            hint="give more data or samples, or add it to `ignore`",
+        )
+    overlap = None  # of the top weights by full and by factored curvature
+    if settings.curvature != "gram":
+        rows, columns = hooks.factor(mean)
+        overlap = round(hooks.top_overlap(mean, rows.unsqueeze(1) * columns), 4)
+    shape, rounded = list(tensor.shape), float(f"{total:.6e}")
+    return Measured(shape=shape, source_blake3=digest, mean=rounded, overlap=overlap)
+
+
+def metadata(
+    plan: CalibrationPlan,
+    device: torch.device,
+    source: str,
+    entries: Mapping[str, Measured],
+    content: Mapping[str, str],
+) -> dict[str, str]:
+    """Make the metadata of the file's header.
+
+    Args:
+        plan: of the calibration.
+        device: that it ran on.
+        source: digest of the model.
+        entries: a summary per weight.
+        content: BLAKE3 per tensor of the file.
+    """
+    with models.quiet_transformers() as transformers:
+        version = str(transformers.__version__)
+    settings = plan.settings
+    versions = {"ortho": __version__, "torch": torch.__version__, "transformers": version}
+    gram = {"gram": settings.gram, "weighting": settings.weighting}
+    return {
+        "format": statistics.FORMAT,
+        "kind": settings.curvature,
+        "unit": "token" if settings.curvature == "gram" else settings.unit,
+        "storage": settings.storage,
+        **(gram if settings.gram == "full" else {}),
+        "source_digest": source,
+        "data": canonical_json({k: v.to_json() for k, v in plan.sets.items()}),
+        "recipe": canonical_json(settings.canonical()),
+        "versions": canonical_json({**versions, "device": device.type}),
+        "tensors": canonical_json({name: one.model_dump() for name, one in entries.items()}),
+        "digests": canonical_json(dict(content)),
+    }
+
+
+def lay_out(plan: CalibrationPlan, told: Mapping[str, str]) -> Layout:
+    """Lay the file out.
+
+    Statistics of kind gram can be written block by block, before any mean is known that the header
+    tells. So it has room for the widest ones, and its length does not depend on them.
+
+    Args:
+        plan: of the calibration.
+        told: as `metadata` makes it; means of kind gram, and digests, may be any.
+    """
+    specs = [spec for tensor in plan.tensors for spec in plan.specs(tensor)]
+    room = 0
+    if plan.settings.curvature == "gram":
+        entries = json.loads(told["tensors"])
+        widest = {name: one | {"mean": WIDEST} for name, one in entries.items()}
+        room = len(plan_layout(specs, {**told, "tensors": canonical_json(widest)}).header)
+    return plan_layout(specs, dict(told), room=room)

@@ -1,0 +1,255 @@
+"""Calibration block by block: the bytes of the one in memory, and what it holds and writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+import torch
+from conftest import Ortho
+from jobs import SERVER, calibrate
+
+from ortho_cli.calibrate import by_block, memory
+from ortho_cli.calibrate import job as work
+from ortho_cli.calibrate import plan as calibrate_plan
+from ortho_cli.calibrate.batches import padded
+from ortho_cli.calibrate.plan import CalibrationPlan
+from ortho_cli.decompose import recipe
+from ortho_cli.errors import Interrupted
+from ortho_cli.events import Event, Noted, Step
+from ortho_cli.formats.statistics import open_statistics
+from ortho_cli.model import hidden_states
+from ortho_cli.storage import data_file
+from ortho_cli.storage.checkpoint import open_checkpoint
+from ortho_cli.storage.work_folder import work_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+
+SETS = ["calibrate.samples=6", "calibrate.length=24", "calibrate.batch=4"]
+GRAM = [*SETS, "calibrate.curvature=gram"]
+WORDS = [word for text in GRAM for word in ("--set", text)]
+
+
+@pytest.fixture
+def model(pico: Path) -> Path:
+    """The pico model with a tokenizer, and rows of many lengths, of which some are prompts."""
+    config = json.loads((pico / "config.json").read_text())
+    (pico / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    checkpoints.save_tokenizer(pico, vocab=96)
+    words = "the cat sat on a mat, and saw Nine fish in 1 pond.".split()  # noqa: SIM905
+    rows: list[dict[str, str]] = [
+        {"prompt": " ".join(words[i : i + 2]), "completion": " ".join(words[i : 2 * i + 1])}
+        for i in range(1, 5)
+    ]
+    rows.append({"text": " ".join(words * 4)})
+    (pico.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return pico
+
+
+def planned(model: Path, *sets: str, **changes: Any) -> CalibrationPlan:
+    settings = recipe.load_recipe(None, [*GRAM, *sets])
+    data = calibrate_plan.read_sets(model, [model.parent / "rows.jsonl"], [], settings.calibrate)
+    plan = calibrate_plan.make_plan(open_checkpoint(model), settings, data)
+    return dataclasses.replace(plan, **{"by_block": True, **changes})
+
+
+def made(model: Path, plan: CalibrationPlan, out: str, events: list[Event] | None = None) -> bytes:
+    sink = [] if events is None else events
+    calibrate(plan, open_checkpoint(model), model.parent / out, on_event=sink.append)
+    assert not list(model.parent.glob(".*"))  # work folder and hidden states are gone
+    return (model.parent / out).read_bytes()
+
+
+def needs(plan: CalibrationPlan, model: Path) -> int:
+    """Bytes without room for hidden states: of a block, its sums and activations."""
+    walk = by_block.open_walk(plan, open_checkpoint(model), torch.device("cpu"))
+    names = walk.linears[0]
+    shapes = [plan.sum_shape(t, part) for t in plan.tensors for part in plan.parts("retain")]
+    sums = 4 * sum(rows * columns for rows, columns in shapes) // len(walk)
+    assert len(names) == 7
+    walk.close()
+    sequences, size = plan.sets["retain"].sequences, plan.settings.batch
+    starts = range(0, len(sequences), size)
+    tokens = max(padded(sequences[start : start + size]).tokens.numel() for start in starts)
+    return memory.WALK_BYTES + walk.block_bytes + sums + 4 * by_block.ACTIVATIONS * 192 * tokens
+
+
+@pytest.mark.parametrize("gram", ["none", "full"])
+@pytest.mark.parametrize("where", ["memory", "a file"])
+def test_bytes_are_those_of_the_model_in_memory(model: Path, gram: str, where: str) -> None:
+    plan = planned(model, f"calibrate.gram={gram}")
+    lengths = {len(one.tokens) for one in plan.sets["retain"].sequences}
+    assert len(lengths) > 2, "nothing is padded: the test could not fail"
+    whole = made(model, dataclasses.replace(plan, by_block=False), "whole")
+    events: list[Event] = []
+    limit = None if where == "memory" else needs(plan, model) + 100
+    assert made(model, dataclasses.replace(plan, memory=limit), "blocks", events) == whole
+    told = next(e.message for e in events if isinstance(e, Noted) and "block by block" in e.message)
+    assert "the largest of 2 blocks" in told
+    assert told.endswith(f"are in {where}")
+
+
+def test_perplexity_is_that_of_the_model_in_memory(model: Path, tmp_path: Path) -> None:
+    found = []
+    for blocks in (False, True):
+        plan, opened = planned(model, by_block=blocks), open_checkpoint(model)
+        target = work.check_target(opened, tmp_path / f"{blocks}")
+        found.append(work.calibrate(plan, opened, target).perplexity["retain"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert 10 < found[0] < 10_000
+
+
+def test_statistics_are_written_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    put = data_file.write_all
+
+    def counted(fd: int, data: memoryview, offset: int) -> None:
+        written.append(memoryview(data).nbytes)
+        put(fd, data, offset)
+
+    for module in (data_file, hidden_states):
+        monkeypatch.setattr(module, "write_all", counted)
+    size = len(made(model, planned(model, "calibrate.gram=full"), "blocks"))
+    assert size <= sum(written) <= 1.2 * size
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_interrupted_run_goes_on_after_its_last_block(model: Path, in_file: bool) -> None:
+    plan = planned(model, "calibrate.gram=full")
+    if in_file:
+        plan = dataclasses.replace(plan, memory=needs(plan, model) + 100)
+    whole, out = made(model, plan, "whole"), model.parent / "out"
+
+    def interrupt(event: Event) -> None:
+        if event == Step(name="measures", number=2, of=2, unit="blocks"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="interrupted with 1 of 2 blocks finished"):
+        calibrate(plan, open_checkpoint(model), out, on_event=interrupt)
+    events: list[Event] = []
+    assert made(model, plan, "out", events) == whole
+    told = [f"{e.name} {e.number}" for e in events if isinstance(e, Step) and e.unit == "blocks"]
+    assert told == [*([] if in_file else ["passes again 1"]), "measures 2"]
+
+
+def calibrate_and_die(model: Path, dies: bool) -> None:
+    """SIGKILL this process in the second block, whose first weight is measured by then."""
+    plan = planned(model, "calibrate.gram=full")
+    second = False
+
+    def watch(event: Event) -> None:
+        nonlocal second
+        if dies and second and not isinstance(event, Step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        second = second or (isinstance(event, Step) and event.number == 2)
+
+    torch.set_num_threads(1)
+    calibrate(plan, open_checkpoint(model), model.parent / "k", on_event=watch)
+
+
+def test_killed_run_ends_in_the_same_bytes(model: Path) -> None:
+    out, found = model.parent / "k", []
+    for dies in (False, True, False):
+        process = SERVER.Process(target=calibrate_and_die, args=(model, dies))
+        process.start()
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if dies else 0)
+        if dies:
+            assert work_folder(out).is_dir()
+        else:
+            found.append(out.read_bytes())
+            out.unlink()
+    assert found[0] == found[1]
+
+
+def run(ortho: Ortho, model: Path, *options: object) -> Any:
+    data, out = model.parent / "rows.jsonl", model.parent / "s"
+    return ortho("calibrate", model, "--data", data, "-o", out, "--force", *options)
+
+
+def test_option_chooses_the_way_and_says_so(ortho: Ortho, model: Path) -> None:
+    much = run(ortho, model, *WORDS, "--max-memory", "2GB")
+    assert much.code == 0, much.err
+    assert "block by block" not in much.err
+    whole = (model.parent / "s").read_bytes()
+    some = f"{memory.needed(open_checkpoint(model)) - 1}"
+    shown = run(ortho, model, *WORDS, "--max-memory", some, "--dry-run")
+    assert "reading the model block by block" in " ".join(shown.out.split())
+    ran = run(ortho, model, *WORDS, "--max-memory", some)
+    assert ran.code == 0, ran.err
+    assert "note: measured block by block from disk" in " ".join(ran.err.split())
+    assert (model.parent / "s").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ((*WORDS, "--max-memory", "400MB"), 9, "of memory block by block, and there are 400 MB"),
+        (("--max-memory", "400MB"), 9, "of memory for curvature fisher, and --max-memory is 400"),
+        (("--max-memory", "lots"), 2, "--max-memory lots is no size"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_work_starts(
+    ortho: Ortho, model: Path, options: tuple[str, ...], code: int, message: str
+) -> None:
+    ran = run(ortho, model, *options)
+    assert ran.code == code, ran.err
+    assert message in " ".join(ran.err.split())
+    assert "hint:" in ran.err
+    assert not (model.parent / "s").exists()
+    assert not list(model.parent.glob(".*"))
+
+
+def test_unfinished_work_goes_on_as_it_began(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, out = open_checkpoint(model), model.parent / "out"
+    settings = recipe.load_recipe(None, GRAM).calibrate
+    assert not memory.goes_by_block(opened, settings, None, out)
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, Step) and event.number == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        calibrate(planned(model), opened, out, on_event=interrupt)
+    assert memory.goes_by_block(opened, settings, None, out)
+    assert not memory.goes_by_block(opened, settings, 10**12, out)
+    monkeypatch.setattr(memory, "available_memory", lambda: 600_000_000)
+    assert memory.goes_by_block(opened, settings, None, model.parent / "other")
+
+
+def test_default_of_a_model_larger_than_memory_is_measured_on_random_tokens(
+    ortho: Ortho, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda: 700_000_000)
+    ran = ortho("decompose", model, "-o", model.parent / "a")
+    assert ran.code == 0, ran.err
+    said = " ".join((ran.out + ran.err).split())
+    assert "700 MB are available: it is measured block by block, on random tokens" in said
+    assert "curvature is gram of 2,048 tokens, random ones, seed 0" in said
+    report = json.loads((model.parent / "a" / "report.json").read_text())
+    assert report["recipe"]["base"]["scale"] == "curvature"
+    assert report["statistics"]["text"]["written_by"] == "random"
+    stats = model.parent / "s"
+    assert ortho("calibrate", model, "--recipe", "default", "-o", stats).code == 0
+    assert open_statistics(stats).digest == report["statistics"]["digest"]
+    assert not list(model.parent.glob(".*"))
+
+
+def test_default_is_int4_where_activations_do_not_fit_beside_a_block(
+    ortho: Ortho, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = memory.least(open_checkpoint(model)) + 1000
+    monkeypatch.setattr(memory, "available_memory", lambda: there)
+    ran = ortho("decompose", model, "-o", model.parent / "a")
+    assert ran.code == 0, ran.err
+    said = " ".join((ran.out + ran.err).split())
+    assert "MB of memory block by block, and there are" in said
+    assert "they are split as by `--recipe int4`" in said
+    report = json.loads((model.parent / "a" / "report.json").read_text())
+    assert report["statistics"] is None
