@@ -17,7 +17,7 @@ from ortho_cli.decompose.plan import LOGITS_BYTES, Plan
 from ortho_cli.forget.damage import UNSEEN
 from ortho_cli.forget.grid import BATCH_TOKENS
 from ortho_cli.forget.held import FISHER_SEQUENCES
-from ortho_cli.forget.isolate import ATTEMPTS, CONTRAST, ROWS
+from ortho_cli.forget.isolate import ATTEMPTS, CONTRAST
 from ortho_cli.forget.ranks import PROBES, WRITTEN
 from ortho_cli.forget.unlearn import ALTERNATIVES, AT_ONCE, RETAIN_BATCH
 from ortho_cli.model import cost
@@ -39,7 +39,6 @@ STEPS = 35
 GRID = 40
 FISHER = 4
 ROUND = 40
-ROW = 4  # and for each row of it
 STEP = 40
 OPERATIONS = 4  # of Python for each weight in each of these, in Linears of a pass
 
@@ -76,7 +75,6 @@ def passes_of(
     )
     kinds = written + given
     text = settings.samples * settings.length * kinds
-    rows = _rows_of(secrets)
     ranks = Passes(len(secrets) * (2 + attempts * rounds), ranking / many)
     found = [
         # Written token by token; some of it is measured before and afterwards.
@@ -90,21 +88,14 @@ def passes_of(
         Passes(writes / BATCH, BATCH),
         Passes(FISHER_SEQUENCES * kinds, settings.length, True),
         ranks,
-        # All that has to move together, then each row, and the alternatives that are held.
-        _in_batches(own + CONTRAST * one_each, rounds, backward=True),
-        Passes(rows * rounds, (own + CONTRAST * one_each) / rows, True),
-        _in_batches(CONTRAST * one_each, rounds, backward=True),
+        # All that has to move together, then each secret and alternative by itself.
+        _in_batches(own + CONTRAST * one_each, 2 * rounds, backward=True),
     ]
     if plan.recipe.ortho.split == "unlearn":
         found += _of_unlearn(plan, kinds, own=own, one_each=one_each, many=many, steps=steps)
         found += [_in_batches(text), _in_batches(own, backward=True)]  # before; the mask
         found.append(_in_batches(ranking + PROBES * one_each))  # the goals
     return found
-
-
-def _rows_of(secrets: Sequence[TokenSecret]) -> int:
-    """Rows of a round of isolate, one per secret or group of them."""
-    return max(1, min(len(secrets), 2 * ROWS))
 
 
 def _of_unlearn(
@@ -163,7 +154,7 @@ def estimate(
     def seconds(rounds: float, steps: float, attempts: float) -> float:
         unlearns = plan.recipe.ortho.split == "unlearn"
         per_weight = GRID + FISHER * FISHER_SEQUENCES * (written + given) + ROUND * rounds
-        per_weight += ROW * _rows_of(secrets) * rounds + (STEP * steps if unlearns else 0.0)
+        per_weight += STEP * steps if unlearns else 0.0
         work = Work(
             passes=passes_of(
                 plan,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -27,11 +28,16 @@ from ortho_cli.split.task import Inputs
 from ortho_cli.split.torch_kernel import TorchKernel, tensor_of
 from ortho_cli.storage.checkpoint import Checkpoint, ShardReader
 
-BATCH_TOKENS = 1024  # of one forward and backward pass over secrets
+BATCH_TOKENS = 512  # of one forward and backward pass over secrets; 1024 take 1 GB more
+PRODUCTS = 1 << 24  # of inputs and slopes of outputs held at once: 64 MiB
 
 T = TypeVar("T")
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens that are given, and those that are measured
 Term = tuple[Pair, Sequence[float]]  # with the weight of the NLL of each that is measured
+
+
+class _MixedError(Exception):
+    """A Linear sees some of the tokens of a pass, as an expert does: whose they are is unknown."""
 
 
 class Grid:
@@ -66,6 +72,7 @@ class Grid:
         self._sources = {tensor.name: tensor.source for tensor in plan.split}
         self.model = models.load_model(checkpoint.folder, dtype=torch.float32, device=device)
         found = models.find_linears(self.model, [tensor.name for tensor in plan.split])
+        self.modules = {tensor.name: found[tensor.name] for tensor in plan.split}
         self.weights: dict[str, nn.Parameter] = {}
         self.original: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
@@ -206,11 +213,80 @@ class Grid:
         """Differentiate sum weight NLL of tokens by every split weight, (out, in) float32 each."""
         with self.trainable():
             for batch in batches(terms, lambda item: item[0]):
-                nlls = self.token_nlls([pair for pair, _ in batch])
-                rows = [torch.tensor([0.0] * len(pair[0]) + list(own))[1:] for pair, own in batch]
-                weights = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-                torch.autograd.backward([(nlls * weights.to(self.device)).sum()])
+                torch.autograd.backward([self._weighted(batch)])
             return self.take_gradients()
+
+    def slopes(self, terms: Sequence[Term], places: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """Differentiate each term by itself, by some weights alone.
+
+            slope = sum_t g_to x_ti   of weight (o, i), x the Linear's input, g its output's slope
+
+        No gradient of a whole weight is formed, so many terms pass at once.
+
+        Args:
+            terms: as in `gradient`.
+            places: flat positions in some of the weights.
+        Yields:
+            For some terms at a time, in their order: (terms, places of all weights) float32.
+        Raises:
+            NumericalError: one is NaN or infinite.
+        """
+        if not any(map(len, places.values())):
+            yield torch.zeros(len(terms), 0, device=self.device)
+            return
+        for batch in batches(terms, lambda item: item[0]):
+            try:
+                yield self._slopes(batch, places)
+            except _MixedError:
+                yield from (self._slopes([one], places) for one in batch)
+
+    def _slopes(self, terms: Sequence[Term], places: Mapping[str, Tensor]) -> Tensor:
+        """Give the slopes of terms that pass at once.
+
+        Raises:
+            _MixedError: a Linear sees other than all tokens of all terms.
+        """
+        length = max(len(first) + len(second) for (first, second), _ in terms)
+        found = {
+            name: torch.zeros(len(terms), len(at), device=self.device)
+            for name, at in places.items()
+        }
+
+        def add(name: str, x: Tensor, grad: Tensor) -> None:
+            x, grad = (one.reshape(len(terms), -1, one.shape[-1]).float() for one in (x, grad))
+            step = max(1, PRODUCTS // x[..., 0].numel())
+            for start in range(0, len(places[name]), step):
+                at = places[name][start : start + step]
+                ours = grad[..., at // x.shape[-1]] * x[..., at % x.shape[-1]]
+                found[name][:, start : start + step] += ours.sum(1)
+
+        def watch(
+            name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+        ) -> Tensor:
+            x = inputs[0].detach()
+            if len(terms) > 1 and x[..., 0].numel() != len(terms) * length:
+                raise _MixedError
+            if not output.requires_grad:  # the graph begins at the first Linear that is watched
+                output = output.detach().requires_grad_(True)
+            output.register_hook(partial(add, name, x))  # type: ignore[no-untyped-call]
+            return output
+
+        with contextlib.ExitStack() as hooks, torch.enable_grad():
+            for name, at in places.items():
+                if len(at):
+                    hook = self.modules[name].register_forward_hook(partial(watch, name))
+                    hooks.enter_context(hook)
+            torch.autograd.backward([self._weighted(terms)])
+        for name, slopes in found.items():
+            _check_finite(name, slopes)
+        return torch.cat(list(found.values()), dim=1)
+
+    def _weighted(self, terms: Sequence[Term]) -> Tensor:
+        """Sum weight NLL of all tokens of all terms; keeps the graph."""
+        nlls = self.token_nlls([pair for pair, _ in terms])
+        rows = [torch.tensor([0.0] * len(pair[0]) + list(own))[1:] for pair, own in terms]
+        weights = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return (nlls * weights.to(self.device)).sum()
 
     def fisher(
         self,
@@ -248,11 +324,7 @@ class Grid:
         for name, weight in self.weights.items():
             gradient, weight.grad = weight.grad, None
             found[name] = torch.zeros_like(weight) if gradient is None else gradient
-            if not bool(torch.isfinite(found[name].sum())):
-                raise NumericalError(
-                    f"a gradient of `{name}` is NaN or infinite",
-                    hint="look for NaN with `ortho inspect`, or --set forget.autocast=false",
-                )
+            _check_finite(name, found[name])
         return found
 
     @contextlib.contextmanager
@@ -266,6 +338,14 @@ class Grid:
             for weight in self.weights.values():
                 weight.requires_grad_(False)
                 weight.grad = None
+
+
+def _check_finite(name: str, gradient: Tensor) -> None:
+    if not bool(torch.isfinite(gradient.sum())):
+        raise NumericalError(
+            f"a gradient of `{name}` is NaN or infinite",
+            hint="look for NaN with `ortho inspect`, or --set forget.autocast=false",
+        )
 
 
 def batches(items: Sequence[T], pair: Callable[[T], Pair]) -> Iterator[list[T]]:

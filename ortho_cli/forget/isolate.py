@@ -5,8 +5,9 @@ that at once
 
 * each secret that is off its rank gets nearer to it: NLL_s - kappa mean NLL of alternatives of s;
 * each secret at its rank stays there;
-* alternatives of a secret that is off take its place: their NLL falls by -log(1 - p) from where the
-  work began, p being the secret's probability there.
+* alternatives of a secret that is off take its place where one of them has a chance of its own:
+  their NLL falls by -log(1 - p) from where the work began, p being the secret's probability there.
+  Other alternatives stay as they were.
 
 A rank is drawn for each secret that the model knew. The drawn ranks are uniform, as those of
 secrets that a model never saw: secrets that were all in the middle of their alternatives would be
@@ -46,6 +47,9 @@ from ortho_cli.storage.parts import Pace
 
 CONTRAST = 2  # alternatives per secret and round whose likelihood a move should keep
 HOLD = 1.0  # of what alternatives lack to take the place of the secret
+STAY = 0.5  # of that, where they have only to stay as they were
+CHANCE = 10.0  # nats: the likeliest alternative of a fact has less, a phrase of some words more
+PUSH = 4.0  # weight of alternatives that take its place, beside that of a secret that is far
 ROWS = 64  # groups of secrets that are off, and secrets at their rank, that one round looks at
 LARGEST = 16  # share of the moves that are allowed, as one over it, that one round may make
 ATTEMPTS = 3  # sizes that a round tries, each a quarter of the one before
@@ -309,12 +313,13 @@ def _rows(
 ) -> list[Row]:
     """Say what has to rise, and what to stay.
 
-    A row per secret, of the secret over some of its alternatives, and one of all alternatives that
-    were lost. Secrets that are off come first, in ROWS groups where they are more; of those at
-    their rank up to ROWS are drawn.
+    A row per secret, of the secret over some of its alternatives; one of its alternatives where
+    they are to take its place; and one of all others that were lost. Secrets that are off come
+    first, in ROWS groups where they are more; of those at their rank up to ROWS are drawn.
     """
     off: list[Row] = []
     there: list[Row] = []
+    takers: list[Row] = []
     held: list[Row] = []
     for secret, now, before in zip(secrets, found, start, strict=True):
         scale = _spread(before)
@@ -322,19 +327,36 @@ def _rows(
         own = ((secret.prompt, secret.secret), weights)
         numbers = range(len(now.others))
         drawn = draw.sample(numbers, min(CONTRAST, len(numbers)))
-        freed = telling * math.log(max(-math.expm1(-before.nll), LEAST_FREE))
+        freed = _freed(before, telling)
         rose = math.fsum(max(0.0, now.others[n] - before.others[n] - freed) for n in drawn)
         if now.sign and hold * rose:
-            fall = -hold * rose / telling / len(drawn)
-            held.append(Row(terms=_others(secret, drawn, 1.0), miss=fall, scale=scale))
+            (takers if freed else held).append(
+                Row(
+                    terms=_others(secret, drawn, 1.0),
+                    miss=-(1.0 if freed else STAY) * hold * rose / telling / len(drawn),
+                    scale=scale,
+                )
+            )
+        push = PUSH if freed else 1.0
         if not _is_far(now):  # its rank depends on the alternatives that are nearest to its place
-            target = _target(now)
+            target, push = _target(now), 1.0
             drawn = sorted(numbers, key=lambda n: abs(now.others[n] - target))[:CONTRAST]
-        over = _others(secret, drawn, -telling)
+        over = _others(secret, drawn, -push * telling)
         (off if now.sign else there).append(Row(terms=(own, *over), miss=miss, scale=scale))
     draw.shuffle(off)
     drawn_there = draw.sample(there, min(ROWS, len(there)))
-    return [*_grouped(off), *drawn_there, *_grouped(held)]
+    return [*_grouped(off), *drawn_there, *_grouped(takers), *([_sum(held)] if held else [])]
+
+
+def _freed(before: Ranking, telling: float) -> float:
+    """Say by how much the NLL of alternatives should fall as they take a secret's place, in nats.
+
+    -log(1 - p), p being the secret's probability before anything moved; 0 where no alternative has
+    a chance of its own.
+    """
+    if before.lowest > telling * CHANCE:
+        return 0.0
+    return telling * math.log(max(-math.expm1(-before.nll), LEAST_FREE))
 
 
 def _grouped(rows: Sequence[Row]) -> list[Row]:

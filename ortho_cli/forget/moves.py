@@ -86,15 +86,20 @@ def find(
     Raises:
         NumericalError: a gradient is NaN or infinite.
     """
-    pulls = [term for row in rows if row.miss for term in _times(row, row.miss / row.scale**2)]
+    terms, shares = _terms(rows)
+    shares = shares.to(grid.device)
+    weights = torch.tensor([row.miss / row.scale for row in rows], device=grid.device) @ shares
+    pulls = [_times(term, weight) for term, weight in zip(terms, weights.tolist(), strict=True)]
     found = _candidates(grid, grid.gradient(pulls), fisher, floor, room, propose, columns)
     owners = found.owners
-    mine = {name: (owners == number).nonzero().squeeze(1) for number, name in enumerate(grid.codes)}
+    mine = [(owners == number).nonzero().squeeze(1) for number in range(len(grid.codes))]
+    places = {name: found.places[at] for name, at in zip(grid.codes, mine, strict=True)}
     effects = torch.zeros(len(rows), len(owners), device=grid.device)
-    for row, effect in zip(rows, effects, strict=True):
-        gradients = grid.gradient(_times(row, 1 / row.scale))
-        for name, places in mine.items():
-            effect[places] = gradients.pop(name).view(-1)[found.places[places]]
+    done = 0
+    for slopes in grid.slopes(terms, places):
+        effects += shares[:, done : done + len(slopes)] @ slopes
+        done += len(slopes)
+    effects = effects[:, torch.cat(mine).argsort()]
     return Moves(
         owners=owners,
         places=found.places,
@@ -105,8 +110,28 @@ def find(
     )
 
 
-def _times(row: Row, factor: float) -> list[Term]:
-    return [(pair, [factor * weight for weight in weights]) for pair, weights in row.terms]
+def _terms(rows: Sequence[Row]) -> tuple[list[Term], Tensor]:
+    """Give the terms of all rows, each of them once, and how much each is of a row over its scale.
+
+    Returns:
+        the terms, whose first weight other than 0 is 1, and (rows, terms) float32.
+    """
+    terms: dict[Term, int] = {}
+    shares: list[tuple[int, int, float]] = []
+    for number, row in enumerate(rows):
+        for (first, second), weights in row.terms:
+            unit = next((weight for weight in weights if weight), 1.0)
+            alike = (tuple(first), tuple(second)), tuple(weight / unit for weight in weights)
+            shares.append((number, terms.setdefault(alike, len(terms)), unit / row.scale))
+    found = torch.zeros(len(rows), len(terms))
+    for number, term, share in shares:
+        found[number, term] += share
+    return list(terms), found
+
+
+def _times(term: Term, factor: float) -> Term:
+    pair, weights = term
+    return pair, [factor * weight for weight in weights]
 
 
 class _Candidates(NamedTuple):

@@ -19,7 +19,7 @@ from ortho_cli.decompose import recipe
 from ortho_cli.decompose.plan import Plan, make_plan
 from ortho_cli.errors import NumericalError
 from ortho_cli.forget import grid as grids
-from ortho_cli.forget.grid import BATCH_TOKENS, Grid, batches
+from ortho_cli.forget.grid import BATCH_TOKENS, Grid, Term, batches
 from ortho_cli.formats.statistics import StatisticsReader, open_statistics
 from ortho_cli.model import scoring
 from ortho_cli.split import quantize
@@ -231,3 +231,50 @@ def test_gradient_that_is_not_finite_is_named(memorised: Memorised, grid: Grid) 
     pair = pairs_of(memorised)[0]
     with pytest.raises(NumericalError, match="a gradient of `model"):
         grid.gradient([(pair, [1.0] * len(pair[1]))])
+
+
+def test_slopes_of_some_weights_are_those_of_the_gradient(memorised: Memorised) -> None:
+    grid, terms = memorised.grid(), terms_of(memorised)
+    places = {name: torch.arange(number, 40, 7) for number, name in enumerate(grid.codes)}
+    places[next(iter(places))] = torch.zeros(0, dtype=torch.long)
+    check_slopes(grid, terms, places, passes=1)
+
+
+def test_slopes_are_told_apart_where_a_linear_sees_some_tokens_alone(memorised: Memorised) -> None:
+    grid, terms = memorised.grid(), terms_of(memorised)
+    name = next(name for name in grid.codes if "down_proj" in name)
+
+    class Routed(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            chosen = x[..., 0] > x[..., 1]
+            found = torch.zeros(*x.shape[:-1], grid.codes[name].shape[0])
+            found[chosen] = grid.modules[name](x[chosen])
+            return found
+
+    grid.model.get_submodule(name.rsplit(".", 2)[0]).down_proj = Routed()
+    places = {one: torch.arange(20) for one in grid.codes}
+    check_slopes(grid, terms, places, passes=1 + len(terms))
+
+
+def terms_of(memorised: Memorised) -> list[Term]:
+    found: list[Term] = []
+    for number, one in enumerate(memorised.secrets()[:3]):
+        weights = [0.5 * number + place for place in range(len(one.secret))]
+        found.append(((one.prompt, one.secret), weights))
+        found.append(((one.prompt, one.alternatives[0]), [-1.0] * len(one.alternatives[0])))
+    return found
+
+
+def check_slopes(
+    grid: Grid, terms: list[Term], places: dict[str, torch.Tensor], passes: int
+) -> None:
+    calls = []
+    hook = grid.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    found = torch.cat(list(grid.slopes(terms, places)))
+    hook.remove()
+    assert len(calls) == passes
+    for term, slopes in zip(terms, found, strict=True):
+        gradients = grid.gradient([term])
+        expected = torch.cat([gradients[name].view(-1)[at] for name, at in places.items()])
+        torch.testing.assert_close(slopes, expected, rtol=1e-3, atol=1e-5)
+        assert slopes.abs().max() > 0

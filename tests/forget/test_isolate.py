@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -12,8 +14,9 @@ import torch
 from memorised import Memorised
 
 from ortho_cli.events import Event, Step
+from ortho_cli.forget import isolate as isolating
 from ortho_cli.forget.grid import Grid
-from ortho_cli.forget.isolate import PROPOSE, isolate
+from ortho_cli.forget.isolate import CONTRAST, PROPOSE, PUSH, STAY, isolate
 from ortho_cli.forget.ranks import PROBES, Ranking, goal_ranks, rank_secret
 from ortho_cli.model import scoring
 from ortho_cli.model.secrets import TokenSecret
@@ -244,3 +247,30 @@ def test_secrets_that_are_not_known_move_nothing(
     assert grid.codes[sorted(grid.codes)[0]].dtype == torch.int8
     settle(memorised, grid)
     assert torch.equal(flat(grid), flat(settled))
+
+
+@pytest.mark.parametrize(
+    ("lowest", "weight", "fall"), [(7.0, PUSH, 1.0 - math.log(1 - 0.7)), (30.0, 1.0, STAY)]
+)
+def test_alternatives_take_the_place_of_a_fact_and_stay_beside_a_phrase(
+    lowest: float, weight: float, fall: float
+) -> None:
+    """A secret of probability 0.7, of whose alternatives each became less likely by 1 nat."""
+    alternatives = ((3,), (4,), (5,))
+    secret = TokenSecret(prompt=(1,), secret=(2,), alternatives=alternatives, drawn="given", where="1")
+    before, now = (
+        Ranking(
+            rank=0.0,
+            nll=-math.log(0.7),
+            alternatives=lowest + rise + 1,
+            lowest=lowest + rise,
+            others=(lowest + rise, lowest + rise + 1, lowest + rise + 2),
+            tokens=(-math.log(0.7),),
+        )
+        for rise in (0.0, 1.0)
+    )
+    own, others = isolating._rows([secret], [now], [before], 1.0, 1.0, random.Random(0))
+    assert own.miss > 0
+    assert [weights for _, weights in own.terms[1:]] == [[-weight / CONTRAST]] * CONTRAST
+    assert {pair for pair, _ in others.terms} == {pair for pair, _ in own.terms[1:]}
+    assert others.miss == pytest.approx(-fall)
