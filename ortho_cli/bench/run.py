@@ -241,14 +241,21 @@ def _measure_all(
             work = replace(work, pool=pool)
         _tell_cost(work, speed[settings.alphas[0]], counts, on_event, linears=tuple(layers))
         measured = list(_measure_rows(work, model, layers, counts, speed))
-    rows, proof = tuple(_with_ratios(measured, settings.seed)), None
-    if link is not None and work.pool is not None:
-        begin("what the server answers", again=True)
-        proof, answered = served.prove(
-            link, work.pool, work.own, seed=settings.seed, on_event=on_event
-        )
-        rows = served.add_figures(rows, answered)
+    rows, proof = _ask_server(work, tuple(_with_ratios(measured, settings.seed)), on_event)
     return rows, unsplit, moved, work.kinds, proof
+
+
+def _ask_server(
+    work: _Work, rows: tuple[Row, ...], on_event: EventSink
+) -> tuple[tuple[Row, ...], Served | None]:
+    """Hold a server against the rows, where there is one, and add its figures."""
+    if work.link is None or work.pool is None:
+        return rows, None
+    work.begin("what the server answers", again=True)
+    proof, answered = served.prove(
+        work.link, work.pool, work.own, seed=work.settings.seed, on_event=on_event
+    )
+    return served.add_figures(rows, answered), proof
 
 
 def _connect(

@@ -290,7 +290,8 @@ class _Job:
                 stream = TensorStream(self._file, key)
                 stream.write(as_bytes(values))
                 content[key] = stream.finish()
-        line = {"name": f"block {number}", "entries": entries, "content": content}
+        line: dict[str, object] = {"name": f"block {number}"}
+        line |= {"entries": entries, "content": content}
         self._work.commit([line])
 
     def _nll(self, states: HiddenStates) -> float | None:

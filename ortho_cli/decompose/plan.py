@@ -27,6 +27,7 @@ from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.split.task import columns_of
 from ortho_cli.storage.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.storage.data_file import Layout, TensorSpec, plan_layout
+from ortho_cli.storage.free_memory import available_memory
 from ortho_cli.storage.job import SIDE_BYTES
 from ortho_cli.storage.sealing import IDENTITY_FILE, SEALED_FILE
 from ortho_cli.storage.side_files import SideFiles, choose, choose_none
@@ -663,10 +664,3 @@ def check_memory(plan: Plan) -> None:
             f"{available / 1e6:,.0f} MB are available",
             hint="use fewer --workers, or a lower density",
         )
-
-
-def available_memory() -> int | None:
-    """Bytes of memory that are free for us; None where the system does not say."""
-    told = Path("/proc/meminfo")
-    lines = told.read_text().splitlines() if told.exists() else []
-    return next((int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable")), None)

@@ -113,7 +113,7 @@ class Walk:
     def read_only(self, tokens: Tensor) -> None:
         """Say which tokens `enter` will be given: of the embedding, only their rows are read."""
         if isinstance(self._embedding, nn.Embedding):
-            self._rows = tokens.unique()
+            self._rows = torch.unique(tokens)
 
     @torch.no_grad()
     def enter(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Options]]:

@@ -257,7 +257,9 @@ def test_alternatives_take_the_place_of_a_fact_and_stay_beside_a_phrase(
 ) -> None:
     """A secret of probability 0.7, of whose alternatives each became less likely by 1 nat."""
     alternatives = ((3,), (4,), (5,))
-    secret = TokenSecret(prompt=(1,), secret=(2,), alternatives=alternatives, drawn="given", where="1")
+    secret = TokenSecret(
+        prompt=(1,), secret=(2,), alternatives=alternatives, drawn="given", where="1"
+    )
     before, now = (
         Ranking(
             rank=0.0,
