@@ -598,7 +598,6 @@ def test_suites_have_lines_in_the_table_and_gates(bench: Run) -> None:
         (["--suite", "muse", "{made}/nothing"], 2, "verbmem/forget.json"),
         (["--require", "tofu.model_utility@0>=0.5"], 2, "it needs --suite tofu DIR"),
         ([*TOFU, "--require", "tofu.forget_quality@0>=0.05"], 2, "needs --reference-model DIR"),
-        ([*TOFU, *REFERENCE, "--require", "tofu.nothing@0>=0.05"], 2, "no figure `tofu.nothing`"),
     ],
 )
 def test_what_does_not_fit_is_refused(bench: Run, given: list[Any], code: int, said: str) -> None:
@@ -606,6 +605,13 @@ def test_what_does_not_fit_is_refused(bench: Run, given: list[Any], code: int, s
     assert ran.code == code, ran.err
     assert said in " ".join(ran.err.split())
     assert ran.out == ""
+
+
+def test_gate_on_a_figure_that_a_suite_has_not_costs_no_figures(bench: Run) -> None:
+    ran = bench(*TOFU, *REFERENCE, "--require", "tofu.nothing@0>=0.05")
+    assert ran.code == 2
+    assert "no figure `tofu.nothing`" in " ".join(ran.err.split())
+    assert "TOFU: forget quality" in ran.out
 
 
 def test_without_a_reference_forget_quality_is_named_as_not_measured(bench: Run) -> None:

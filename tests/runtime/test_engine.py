@@ -516,7 +516,7 @@ def test_load_refuses_what_it_cannot_do(artifact_of_llama: Path, tmp_path: Path)
     for bad in (float("nan"), 7):
         with pytest.raises(UsageError, match="alpha"):
             ortho_cli.load(artifact_of_llama, alpha=bad)
-    with pytest.raises(ArtifactError, match="no base"):
+    with pytest.raises(ArtifactError, match="does not exist"):
         ortho_cli.load(tmp_path / "nowhere", alpha=0.0)
     lone = tmp_path / "lone"
     shutil.copytree(artifact_of_llama, lone)
