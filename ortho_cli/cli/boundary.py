@@ -221,7 +221,9 @@ class _Stream(io.TextIOBase):
             try:
                 data = data[os.write(self._fd, data) :]
             except BlockingIOError:  # another program made the pipe or terminal so
-                select.select([], [self._fd], [])
+                ready = select.poll()  # select() takes no descriptor above 1023
+                ready.register(self._fd, select.POLLOUT)
+                ready.poll()
             except OSError as error:
                 self._is_dead = True
                 self._failed(error)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import pty
+import resource
 import select
 import subprocess
 import sys
@@ -170,18 +172,28 @@ def test_names_that_the_locale_cannot_spell_are_read_and_shown_all_the_same(
     assert (tmp_path / "é" / "report.json").exists()
 
 
-def test_a_stream_that_is_busy_is_waited_for() -> None:
+@pytest.mark.parametrize("least", [3, 1500])  # select() takes no descriptor above 1023
+def test_a_stream_that_is_busy_is_waited_for(least: int) -> None:
     """Another program can make the pipe that we write to one that does not wait."""
-    read, write = os.pipe()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    read, low = os.pipe()
+    write = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, least)
+    os.close(low)
     os.set_blocking(write, False)
+    count = "import os\nn = 0\nwhile b := os.read(0, 999): n += len(b)\nprint(n)"
     with subprocess.Popen(
-        [sys.executable, "-c", "import os; b = b'x'\nwhile b: b = os.read(0, 999)"], stdin=read
+        [sys.executable, "-c", count], stdin=read, stdout=subprocess.PIPE
     ) as reader:
         os.close(read)
-        stream = boundary._Stream(write, "utf-8", lambda error: pytest.fail(str(error)))
-        assert stream.write("a" * (1 << 20)) == 1 << 20
-        os.close(write)
-    assert reader.returncode == 0
+        try:
+            stream = boundary._Stream(write, "utf-8", lambda error: pytest.fail(str(error)))
+            assert stream.write("a" * (1 << 20)) == 1 << 20
+        finally:
+            os.close(write)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert reader.stdout is not None
+        assert int(reader.stdout.read()) == 1 << 20
 
 
 def test_a_stream_that_fails_tells_once_and_takes_the_rest() -> None:
