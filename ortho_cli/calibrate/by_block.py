@@ -16,23 +16,21 @@ import logging
 from collections.abc import Mapping
 
 import torch
-from blake3 import blake3
 from torch import Tensor
 
 from ortho_cli.calibrate import memory, stored
 from ortho_cli.calibrate.batches import padded
 from ortho_cli.calibrate.plan import CalibrationPlan
 from ortho_cli.calibrate.stored import Calibration
+from ortho_cli.decompose.plan import NO_DIGEST
 from ortho_cli.errors import ResourceError
 from ortho_cli.events import At, EventSink, Finishing, Noted, Step
-from ortho_cli.formats.artifact import canonical_json
 from ortho_cli.formats.statistics import Measured
 from ortho_cli.model import hooks
 from ortho_cli.model import load as models
 from ortho_cli.model.blocks import Options
 from ortho_cli.model.hidden_states import HiddenStates
 from ortho_cli.model.self_written import random_tokens
-from ortho_cli.model.text import TokenSequence
 from ortho_cli.model.walk import Walk
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.storage import job
@@ -40,13 +38,11 @@ from ortho_cli.storage.checkpoint import Checkpoint, check_in_place
 from ortho_cli.storage.data_file import DataFile, Layout, TensorStream
 from ortho_cli.storage.job import Target
 from ortho_cli.storage.work_folder import WorkFolder
-from ortho_cli.version import __version__
 
 log = logging.getLogger(__name__)
 
 MODE = 0o644  # of the file: a forget set is never measured this way
 LOGITS = 1 << 23  # logits at once, of which there are three copies: 96 MiB in float32
-NO_DIGEST = "0" * 64  # as long as any
 ACTIVATIONS = 6  # tensors as wide as the widest Linear that a block holds at once, about
 
 
@@ -105,13 +101,8 @@ def calibrate_by_block(
     }
     content = {spec.key: NO_DIGEST for tensor in plan.tensors for spec in plan.specs(tensor)}
     layout = stored.lay_out(plan, stored.metadata(plan, device, source, shapes, content))
-    identity = {
-        "plan": blake3(canonical_json(plan.to_json()).encode()).hexdigest(),
-        "source": source,
-        "version": [__version__, torch.__version__, device.type],
-        memory.BY_BLOCK: True,
-        "files": {target.path.name: layout.size},
-    }
+    identity = stored.identity(plan, device, source, {target.path.name: layout.size})
+    identity[memory.BY_BLOCK] = True
     with (
         contextlib.closing(walk),
         job.open_job(
@@ -129,12 +120,7 @@ def _with_text(plan: CalibrationPlan, walk: Walk) -> CalibrationPlan:
         return plan
     count, length = len(retain.sequences), len(retain.sequences[0].tokens)
     tokens = random_tokens(walk.vocabulary, count=count, length=length, seed=retain.seed or 0)
-    made = dataclasses.replace(
-        retain,
-        sequences=tuple(TokenSequence(tokens=tuple(row)) for row in tokens.tolist()),
-        digest=blake3(tokens.numpy().astype("<i8").tobytes()).hexdigest(),
-    )
-    return dataclasses.replace(plan, sets={**plan.sets, "retain": made})
+    return dataclasses.replace(plan, sets={**plan.sets, "retain": retain.written(tokens)})
 
 
 class _Job:

@@ -40,7 +40,6 @@ from ortho_cli.events import (
     null_sink,
 )
 from ortho_cli.formats import artifact, statistics
-from ortho_cli.formats.artifact import canonical_json
 from ortho_cli.model import hooks
 from ortho_cli.model import load as models
 from ortho_cli.model.self_written import keeps_cache, random_text, write_text
@@ -52,7 +51,6 @@ from ortho_cli.storage.data_file import DataFile, TensorStream
 from ortho_cli.storage.job import Kind, Target, files_of
 from ortho_cli.storage.parts import Parts, open_parts
 from ortho_cli.storage.work_folder import WorkFolder
-from ortho_cli.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -162,12 +160,8 @@ def _in_memory(
     digests: dict[str, str],
     on_event: EventSink,
 ) -> Calibration:
-    identity = {
-        "plan": blake3(canonical_json(plan.to_json()).encode()).hexdigest(),
-        "source": source,
-        "version": [__version__, torch.__version__, device.type],
-        "files": {f"{name}.{i}": plan.sums(name).size for name in plan.sets for i in range(2)},
-    }
+    sizes = {f"{name}.{i}": plan.sums(name).size for name in plan.sets for i in range(2)}
+    identity = stored.identity(plan, device, source, sizes)
     total = sum(len(data.sequences) for data in plan.sets.values())
     with job.open_job(
         target, identity=identity, total=total, what="sequences", on_event=on_event
@@ -260,11 +254,7 @@ class _Job:
             parts.save()
         if measures:
             self._finish_chunk("retain", 0, len(tokens), None)
-        return dataclasses.replace(
-            blank,
-            sequences=tuple(TokenSequence(tokens=tuple(row)) for row in tokens.tolist()),
-            digest=blake3(tokens.numpy().astype("<i8").tobytes()).hexdigest(),
-        )
+        return blank.written(tokens)
 
     def _made(self, blank: DataSet, parts: Parts | None) -> Tensor:
         """Let the model write; without `parts` to keep, inputs are measured meanwhile.

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from blake3 import blake3
+from torch import Tensor
+
 from ortho_cli.decompose.selection import conv1d_names, select
 from ortho_cli.decompose.settings import Calibrate, Recipe
 from ortho_cli.errors import CheckpointError, RecipeError
@@ -41,6 +44,14 @@ class DataSet:
     def is_unwritten(self) -> bool:
         """Whether the text is still to be made."""
         return self.digest is None
+
+    def written(self, tokens: Tensor) -> DataSet:
+        """Give the set with text that was made here, (sequences, length) int64."""
+        return dataclasses.replace(
+            self,
+            sequences=tuple(TokenSequence(tokens=tuple(row)) for row in tokens.tolist()),
+            digest=blake3(tokens.numpy().astype("<i8").tobytes()).hexdigest(),
+        )
 
     @property
     def counted(self) -> int:

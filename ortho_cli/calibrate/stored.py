@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from ortho_cli.calibrate.plan import CalibrationPlan, Set
@@ -42,6 +43,18 @@ class Calibration:
         """Give the document of `ortho calibrate --json`."""
         told = {k: json.loads(v) if k in _JSON_KEYS else v for k, v in self.metadata.items()}
         return {"output_bytes": self.nbytes, **told, "perplexity": dict(self.perplexity)}
+
+
+def identity(
+    plan: CalibrationPlan, device: torch.device, source: str, files: Mapping[str, int]
+) -> dict[str, object]:
+    """Tell what unfinished work is known by: plan, model, versions, and the bytes of its files."""
+    return {
+        "plan": blake3(canonical_json(plan.to_json()).encode()).hexdigest(),
+        "source": source,
+        "version": [__version__, torch.__version__, device.type],
+        "files": dict(files),
+    }
 
 
 def perplexity(plan: CalibrationPlan, nll: Mapping[Set, float]) -> dict[Set, float]:

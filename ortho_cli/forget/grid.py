@@ -71,8 +71,7 @@ class Grid:
         self._checkpoint = checkpoint
         self._sources = {tensor.name: tensor.source for tensor in plan.split}
         self.model = models.load_model(checkpoint.folder, dtype=torch.float32, device=device)
-        found = models.find_linears(self.model, [tensor.name for tensor in plan.split])
-        self.modules = {tensor.name: found[tensor.name] for tensor in plan.split}
+        self.modules = models.find_linears(self.model, [tensor.name for tensor in plan.split])
         self.weights: dict[str, nn.Parameter] = {}
         self.original: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
@@ -87,7 +86,7 @@ class Grid:
                 inputs, base = Inputs(ShardRows(reader, tensor.source), near), Base(task)
                 split_weight(Work(task, inputs, kernel, base.write))
                 codes = quantize.unpack_codes(torch.from_numpy(base.packed), bits=tensor.bits)
-                self.weights[tensor.name] = found[tensor.name].get_parameter("weight")
+                self.weights[tensor.name] = self.modules[tensor.name].get_parameter("weight")
                 self.scales[tensor.name] = tensor_of(base.scales, task.dtype).to(device)
                 self.original[tensor.name] = codes[:, : task.shape[1]].to(device)
         self.codes = {name: codes.clone() for name, codes in self.original.items()}

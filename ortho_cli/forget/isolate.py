@@ -328,16 +328,11 @@ def _rows(
         numbers = range(len(now.others))
         drawn = draw.sample(numbers, min(CONTRAST, len(numbers)))
         freed = _freed(before, telling)
+        rows, share, push = (takers, 1.0, PUSH) if freed else (held, STAY, 1.0)
         rose = math.fsum(max(0.0, now.others[n] - before.others[n] - freed) for n in drawn)
         if now.sign and hold * rose:
-            (takers if freed else held).append(
-                Row(
-                    terms=_others(secret, drawn, 1.0),
-                    miss=-(1.0 if freed else STAY) * hold * rose / telling / len(drawn),
-                    scale=scale,
-                )
-            )
-        push = PUSH if freed else 1.0
+            fall = -share * hold * rose / telling / len(drawn)
+            rows.append(Row(terms=_others(secret, drawn, 1.0), miss=fall, scale=scale))
         if not _is_far(now):  # its rank depends on the alternatives that are nearest to its place
             target, push = _target(now), 1.0
             drawn = sorted(numbers, key=lambda n: abs(now.others[n] - target))[:CONTRAST]

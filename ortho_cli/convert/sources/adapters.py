@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from ortho_cli.errors import CheckpointError
+from ortho_cli.formats.card import CARD_FILE
 from ortho_cli.storage import hints, strict_json
 from ortho_cli.storage.untrusted import read_regular
 
@@ -17,7 +18,6 @@ CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
 MODEL_NAMES = ("model", "pytorch_model", "consolidated")
 OURS = "# An adapter made by ortho: private"  # in the card of `ortho convert --to lora`
-CARD = "README.md"
 PREFIX = "base_model.model."  # peft's, before every name of the model that it wraps
 # Parts of a dotted name that only an adapter has: LoRA and its kin, IA3, LoHa, LoKr, OFT, prompts.
 PARTS = frozenset({
@@ -40,7 +40,7 @@ UNMERGED = frozenset({"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "P
 
 def is_ours(folder: Path) -> bool:
     """Tell by its card whether `ortho convert` wrote a folder as an adapter, sealed or not."""
-    card = folder / CARD
+    card = folder / CARD_FILE
     return card.is_file() and OURS.encode() in read_regular(card)
 
 

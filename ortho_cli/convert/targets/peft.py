@@ -34,7 +34,6 @@ from ortho_cli.version import __version__
 MODEL_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 ROLE = "adapter"
-PREFIX = "base_model.model."  # PEFT's own wrapper, by which every reader knows a name
 # What vLLM takes as --max-lora-rank.
 SERVED = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -71,7 +70,7 @@ def plan_lora(
     parts, specs = [], []
     for module in modules:
         kind = BY_CONFIG[kept] if kept else module.dtype
-        a, b = (f"{PREFIX}{module.name}.lora_{letter}.weight" for letter in "AB")
+        a, b = (f"{adapters.PREFIX}{module.name}.lora_{letter}.weight" for letter in "AB")
         specs += [
             TensorSpec(key=a, dtype=kind, shape=(module.rank, module.shape[1])),
             TensorSpec(key=b, dtype=kind, shape=(module.shape[0], module.rank)),
