@@ -299,9 +299,10 @@ def test_what_is_there_is_not_named_as_missing(made: Path, run: Callable[..., Ra
     for figure, need in NEEDS.items():  # every input has words
         assert figure not in absent or absent[figure] or not need.inputs
     ran = run("--alpha", 0, "--tokens", 64)
-    (line,) = (one for one in (ran.err + ran.out).splitlines() if "not measured, and" in one)
-    assert "memory of secrets (--forget FILE)" in line
-    assert "_" not in line
+    _, _, lines = ran.out.partition("not measured, and what that needs")
+    assert "\n  --forget FILE: memory of secrets\n" in lines
+    assert "\n  --attack: nearness to INT4, relearning half," in lines
+    assert "_" not in lines
     assert "tokens of text are read for each of" in ran.err + ran.out
 
 
@@ -385,7 +386,8 @@ def test_without_data_there_is_speed_and_what_is_missing_is_said(run: Callable[.
     assert "1 of 6: speed at alpha 0" in ran.err
     assert "6 of 6: int4" in ran.err
     assert "decode, tokens/s" in ran.out
-    assert "not measured, and what that needs: memory of secrets (--forget FILE)" in ran.out
+    assert "not measured, and what that needs\n" in ran.out
+    assert "\n  --forget FILE: memory of secrets\n" in ran.out
     ran = run("--json", *DATA, "--alpha", 0.5)
     assert set(row(ran.json, "alpha 0.5")) == {
         *("latency", "perplexity", "perplexity_ratio", "skill", "worst_perplexity_ratio", "kinds"),

@@ -618,7 +618,7 @@ def test_without_a_reference_forget_quality_is_named_as_not_measured(bench: Run)
     ran = bench(*TOFU, "--suite-rows", 1)
     assert ran.code == 0, ran.err
     said = " ".join(ran.out.split())
-    assert "(--reference-model DIR, a twin that saw retain rows alone)" in said
+    assert "--reference-model DIR, a twin that saw retain rows alone: TOFU" in said
     assert "TOFU: model utility" in said
     assert "TOFU: forget quality" not in said.partition("not measured, and")[0]
 

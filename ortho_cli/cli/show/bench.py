@@ -80,7 +80,7 @@ KINDS = {
     **dict.fromkeys(("loss_auc", "min_k_auc", "centre_auc"), "secrets against unseen ones"),
     **dict.fromkeys(("distance", "connectivity"), "nearness to INT4"),
     **dict.fromkeys(("perplexity_ratio_original", "kl", "agreement"), "distance from the original"),
-    **dict.fromkeys((attack.name for attack in ATTACKS), "attacks"),
+    **{attack.name: attack.measures for attack in ATTACKS},
     "positions": "whether moved codes show",
     "unlisted": "secrets not listed",
     "keep": "rows to keep",
@@ -116,7 +116,9 @@ def print_bench(result: Mapping[str, object]) -> None:
     console.print()
     print_lines(verdict_lines(document))
     if missing := missing_figures(document):
-        print_lines([f"not measured, and what that needs: {'; '.join(missing)}"])
+        console.print()
+        lines = [f"  {needs}: {figures}" for needs, figures in missing]
+        print_lines(["not measured, and what that needs", *lines])
     print_lines(_secrets(document))
 
 
@@ -264,15 +266,15 @@ def verdict_lines(document: Document) -> Iterator[str]:
         yield f"{state}: {gate['require']} ({told})"
 
 
-def missing_figures(document: Document) -> list[str]:
-    """Say what else could be measured, and by which options."""
+def missing_figures(document: Document) -> list[tuple[str, str]]:
+    """Say what else could be measured, and by which options: (options, figures)."""
     labels = {path: label.strip() for path, label, _ in FIGURES}
     missing: dict[str, list[str]] = {}
     for absent in document.rows("not_measured"):
         figure = absent.text("figure")
         name = KINDS.get(figure) or labels.get(figure) or figure.replace("_", " ")
         missing.setdefault(absent.text("needs"), []).append(name)
-    return [f"{', '.join(dict.fromkeys(names))} ({needs})" for needs, names in missing.items()]
+    return [(needs, ", ".join(dict.fromkeys(names))) for needs, names in sorted(missing.items())]
 
 
 def _secrets(document: Document) -> Iterator[str]:
