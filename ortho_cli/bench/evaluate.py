@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,6 +64,7 @@ from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.self_written import answer_batches, answers
 from ortho_cli.model.text import TokenSequence
 from ortho_cli.model.tokenizer import Tokenizer
+from ortho_cli.storage.free_memory import resident_bytes
 from ortho_cli.storage.parts import Parts
 
 LEAST_SPREAD = 1e-9  # nats: of alternatives that are all equally likely, and of a single one
@@ -534,16 +534,6 @@ def _speed(tokens: int, seconds: Sequence[float]) -> Speed:
     return Speed(
         value=float(middle), low=float(low), high=float(high), n=len(seconds), tokens=tokens
     )
-
-
-def resident_bytes() -> int | None:
-    """Memory of this process that is resident now; None where there is no /proc."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    sizes = [line.split()[1] for line in lines if line.startswith("VmRSS:")]
-    return int(sizes[0]) * 1024 if sizes else None
 
 
 def _ratio(rows: Values) -> float:

@@ -5,6 +5,7 @@
     of text to write  as many passes as a sequence has tokens; where inputs alone are measured,
                       these are all
     at the end        sums are read and statistics are made twice, since a header holds digests
+    block by block    one pass more where there is a backward pass, and sums are in no file
 
 It needs no torch where the speeds are known. See `model/cost.py` for what each takes.
 """
@@ -50,7 +51,8 @@ def of_plan(plan: CalibrationPlan, checkpoint: Checkpoint, speeds: Speeds) -> li
         )
         for name, data in plan.sets.items()
     }
-    parts = of_texts(plan.settings, plan.tensors, texts, checkpoint, speeds)
+    blocks = plan.by_block
+    parts = of_texts(plan.settings, plan.tensors, texts, checkpoint, speeds, by_block=blocks)
     return [Part("start", start, start), *parts]
 
 
@@ -58,9 +60,10 @@ def of_own_text(
     settings: Calibrate, tensors: Sequence[TensorInfo], checkpoint: Checkpoint, speeds: Speeds
 ) -> list[Part]:
     """Estimate what `own_text.measure` does."""
-    writes = not memory.goes_by_block(checkpoint, settings)  # else it reads random tokens
-    text = Text(settings.samples, settings.samples * settings.length, writes)
-    return of_texts(settings, tensors, {"retain": text}, checkpoint, speeds)
+    by_block = memory.goes_by_block(checkpoint)  # it reads random tokens then
+    text = Text(settings.samples, settings.samples * settings.length, not by_block)
+    texts = {"retain": text}
+    return of_texts(settings, tensors, texts, checkpoint, speeds, by_block=by_block)
 
 
 def of_texts(
@@ -69,13 +72,16 @@ def of_texts(
     texts: Mapping[str, Text],
     checkpoint: Checkpoint,
     speeds: Speeds,
+    *,
+    by_block: bool,
 ) -> list[Part]:
     """Estimate what is done with text, from the model's digest to the written statistics."""
     everything, half = cost.matrices_of(checkpoint.tensors), _half(settings)
     nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors)
     weights = sum(tensor.numel for tensor in checkpoint.tensors)
+    reads_again = by_block and settings.curvature != "gram"
     seconds = {
-        "load": cost.load_seconds(speeds, weights, 2 * nbytes),
+        "load": cost.load_seconds(speeds, weights, (2 + reads_again) * nbytes),
         "write text": 0.0,
         "measure": 0.0,
         "write": _end(settings, tensors, len(texts), speeds),
@@ -95,6 +101,11 @@ def of_texts(
                 seconds["measure"] += cost.seconds_of(hooks, everything, speeds)
         if not while_writing:
             measured = _measuring(settings, tensors, text, gradient=name == "forget")
+            if by_block:
+                measured = replace(measured, file_bytes=0)
+            if reads_again:
+                first = measured.passes[0]._replace(backward=False)
+                measured = replace(measured, passes=[*measured.passes, first])
             if settings.curvature == "true-fisher":  # labels are drawn from the model
                 measured = replace(measured, draws=text.tokens * _vocabulary(checkpoint))
             seconds["measure"] += cost.seconds_of(measured, everything, speeds, half=half)

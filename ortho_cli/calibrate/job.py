@@ -24,7 +24,7 @@ from blake3 import blake3
 from torch import Tensor, nn
 
 from ortho_cli.calibrate import stored
-from ortho_cli.calibrate.batches import padded
+from ortho_cli.calibrate.batches import logit_gradients, padded
 from ortho_cli.calibrate.by_block import calibrate_by_block, open_walk
 from ortho_cli.calibrate.plan import CalibrationPlan, DataSet, Set
 from ortho_cli.calibrate.stored import Calibration
@@ -310,16 +310,8 @@ class _Job:
 
     def _capture(self, name: Set, model: nn.Module) -> hooks.Capture:
         """Make the hooks that add to the sums of a set."""
-        settings = self._plan.settings
-        return hooks.Capture(
-            models.find_linears(model, [tensor.name for tensor in self._plan.tensors]),
-            self._adder(name),
-            kind="gram" if settings.curvature == "gram" else "fisher",
-            unit=settings.unit,
-            gradient=name == "forget",
-            gram="none" if name == "forget" else settings.gram,
-            weighting="none" if name == "forget" else settings.weighting,
-        )
+        linears = models.find_linears(model, [tensor.name for tensor in self._plan.tensors])
+        return self._plan.capture(name, linears, self._adder(name))
 
     def _adder(self, name: Set) -> hooks.AddSum:
         """Add to the sums of a set, and tell which weight they are of."""
@@ -364,19 +356,15 @@ class _Job:
     ) -> float:
         """Pass one batch through the model and back; return its NLL."""
         settings = self._plan.settings
-        tokens, there, counted = (t.to(self._device) for t in padded(batch))
+        here = padded(batch).to(self._device)
         gram = settings.curvature == "gram"
-        capture.begin(len(batch), counted if gram else there, counted)
-        options = {} if bool(there.all()) else {"attention_mask": there.long()}
+        capture.begin(len(batch), here.counted if gram else here.there, here.counted)
+        options = {} if bool(here.there.all()) else {"attention_mask": here.there.long()}
         with torch.set_grad_enabled(not gram), self._arithmetic():
-            logits = model(input_ids=tokens, use_cache=False, **options).logits
+            logits = model(input_ids=here.tokens, use_cache=False, **options).logits
         nll = 0.0
         gradient = torch.zeros(0) if gram else torch.empty_like(logits)
-        for i, row in enumerate(logits.detach()):
-            drawn = None
-            if settings.curvature == "true-fisher":
-                drawn = torch.Generator().manual_seed(settings.seed + first + i)
-            found, lost = hooks.logit_gradient(row, tokens[i], counted[i], generator=drawn)
+        for i, (found, lost) in enumerate(logit_gradients(settings, logits, here, first)):
             nll += lost
             if not gram:
                 gradient[i] = found
@@ -410,11 +398,9 @@ class _Job:
     def _means(self) -> Iterator[tuple[TensorInfo, Set, hooks.Part, Tensor]]:
         """Yield each sum over a set, divided by what it was summed over, in float32."""
         for tensor, name in itertools.product(self._plan.tensors, self._sums):
-            data = self._plan.sets[name]
             for part in self._plan.parts(name):
                 mean = torch.empty(self._plan.sum_shape(tensor, part))
                 sums = self._sums[name].current
                 sums.read_into(f"{tensor.name}/{part}", as_bytes(mean), start=0)
-                tokens = part == "gram" or self._plan.settings.curvature == "gram"
-                stored.divide(mean, data.counted if tokens else len(data.sequences))
+                stored.divide(mean, self._plan.summed_over(name, part))
                 yield tensor, name, part, mean

@@ -9,8 +9,6 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from ortho_cli.decompose.settings import Calibrate
-from ortho_cli.errors import ResourceError
 from ortho_cli.storage.checkpoint import Checkpoint
 from ortho_cli.storage.free_memory import available_memory as available_memory
 from ortho_cli.storage.work_folder import identity_left
@@ -42,7 +40,7 @@ def least(checkpoint: Checkpoint) -> int:
 
 
 def goes_by_block(
-    checkpoint: Checkpoint, settings: Calibrate, limit: int | None = None, out: Path | None = None
+    checkpoint: Checkpoint, limit: int | None = None, out: Path | None = None
 ) -> bool:
     """Decide whether a model is read block by block.
 
@@ -50,24 +48,11 @@ def goes_by_block(
 
     Args:
         checkpoint: the model.
-        settings: of the calibration; kind gram alone can be measured block by block.
         limit: bytes of memory that may be taken; None is what is available.
         out: the file that is made.
-    Raises:
-        ResourceError: the limit is given, the model takes more, and the kind is another.
     """
     left = identity_left(out) if out is not None and limit is None else None
-    if left is not None and settings.curvature == "gram":
+    if left is not None:
         return left.get(BY_BLOCK) is True
     most = available_memory() if limit is None else limit
-    if most is None or needed(checkpoint) <= most:
-        return False
-    if settings.curvature == "gram":
-        return True
-    if limit is not None:
-        raise ResourceError(
-            f"`{checkpoint.path}` takes {needed(checkpoint) / 1e6:,.0f} MB of memory for curvature "
-            f"{settings.curvature}, and --max-memory is {limit / 1e6:,.0f} MB",
-            hint="--set calibrate.curvature=gram is measured block by block",
-        )
-    return False
+    return most is not None and needed(checkpoint) > most

@@ -54,7 +54,7 @@ def obstacle(checkpoint: Checkpoint) -> str | None:
 
 def way(checkpoint: Checkpoint, settings: Calibrate) -> str | None:
     """Say so where a model is measured block by block, since it is larger than memory."""
-    if not memory.goes_by_block(checkpoint, settings):
+    if not memory.goes_by_block(checkpoint):
         return None
     needed, there = memory.needed(checkpoint), memory.available_memory() or 0
     return (
@@ -91,7 +91,7 @@ def measure(
         return open_statistics(file)
     checkpoint = replace(checkpoint, notes=())  # decompose tells them
     target = check_target(checkpoint, file, force=True)
-    by_block = memory.goes_by_block(checkpoint, recipe.calibrate, out=target.path)
+    by_block = memory.goes_by_block(checkpoint, out=target.path)
     sets = read_sets(checkpoint.folder, [], [], recipe.calibrate, on_event, by_block=by_block)
     plan = make_plan(checkpoint, recipe, sets, by_block=by_block)
     try:

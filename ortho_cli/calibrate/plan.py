@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from blake3 import blake3
-from torch import Tensor
+from torch import Tensor, nn
 
 from ortho_cli.decompose.selection import conv1d_names, select
 from ortho_cli.decompose.settings import Calibrate, Recipe
@@ -17,7 +17,7 @@ from ortho_cli.errors import CheckpointError, RecipeError
 from ortho_cli.events import EventSink, Noted, null_sink
 from ortho_cli.formats import statistics
 from ortho_cli.model import load as models
-from ortho_cli.model.hooks import Part
+from ortho_cli.model.hooks import AddSum, Capture, Part
 from ortho_cli.model.text import TokenSequence, forget_sequences, read_rows, retain_sequences
 from ortho_cli.split.dtypes import BY_CONFIG
 from ortho_cli.storage.checkpoint import Checkpoint, TensorInfo
@@ -90,6 +90,24 @@ class CalibrationPlan:
         if name == "forget":
             return ("curvature", "gradient")
         return ("curvature", "gram") if self.settings.gram == "full" else ("curvature",)
+
+    def summed_over(self, name: Set, part: Part) -> int:
+        """Count what a sum over a set is divided by: tokens, or sequences."""
+        data, of_tokens = self.sets[name], part == "gram" or self.settings.curvature == "gram"
+        return data.counted if of_tokens else len(data.sequences)
+
+    def capture(self, name: Set, linears: Mapping[str, nn.Module], add: AddSum) -> Capture:
+        """Make the hooks that add to the sums of a set, by weight."""
+        settings, is_forget = self.settings, name == "forget"
+        return Capture(
+            linears,
+            add,
+            kind="gram" if settings.curvature == "gram" else "fisher",
+            unit=settings.unit,
+            gradient=is_forget,
+            gram="none" if is_forget else settings.gram,
+            weighting="none" if is_forget else settings.weighting,
+        )
 
     def sum_shape(self, tensor: TensorInfo, part: Part) -> tuple[int, int]:
         """Return the shape of the float32 sums of a weight."""

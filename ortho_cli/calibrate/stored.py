@@ -28,6 +28,8 @@ from ortho_cli.version import __version__
 
 # No mean of seven digits is spelled longer: from 1e16 on an exponent is.
 WIDEST = 1234567000000000.0
+COMPARED = 1 << 22  # weights that are summed at once, and whose top is compared: 32 MiB in float64
+WIDEST_SHARE = 0.1234  # of four digits
 _JSON_KEYS = ("data", "recipe", "versions", "tensors", "digests")
 
 
@@ -95,7 +97,9 @@ def describe(settings: Calibrate, tensor: TensorInfo, mean: Tensor, digest: str)
     Raises:
         CalibrationError: it is zero everywhere.
     """
-    total = float(mean.double().mean())
+    flat, starts = mean.view(-1), range(0, mean.numel(), COMPARED)
+    pieces = (flat[start : start + COMPARED] for start in starts)  # else torch copies it whole
+    total = math.fsum(float(piece.sum(dtype=torch.float64)) for piece in pieces) / mean.numel()
     if total == 0.0:
         raise CalibrationError(
             f"no token reached `{tensor.name}`: its curvature is zero everywhere",
@@ -104,7 +108,9 @@ def describe(settings: Calibrate, tensor: TensorInfo, mean: Tensor, digest: str)
     overlap = None  # of the top weights by full and by factored curvature
     if settings.curvature != "gram":
         rows, columns = hooks.factor(mean)
-        overlap = round(hooks.top_overlap(mean, rows.unsqueeze(1) * columns), 4)
+        step = max(1, mean.numel() // COMPARED)  # of more weights, rows at even distances
+        mine = rows[::step].unsqueeze(1) * columns
+        overlap = round(hooks.top_overlap(mean[::step], mine), 4)
     shape, rounded = list(tensor.shape), float(f"{total:.6e}")
     return Measured(shape=shape, source_blake3=digest, mean=rounded, overlap=overlap)
 
@@ -148,17 +154,16 @@ def metadata(
 def lay_out(plan: CalibrationPlan, told: Mapping[str, str]) -> Layout:
     """Lay the file out.
 
-    Statistics of kind gram can be written block by block, before any mean is known that the header
-    tells. So it has room for the widest ones, and its length does not depend on them.
+    Statistics can be written block by block, before any figure is known that the header tells. So
+    it has room for the widest ones, and its length does not depend on them.
 
     Args:
         plan: of the calibration.
-        told: as `metadata` makes it; means of kind gram, and digests, may be any.
+        told: as `metadata` makes it; figures of weights, and digests, may be any.
     """
     specs = [spec for tensor in plan.tensors for spec in plan.specs(tensor)]
-    room = 0
-    if plan.settings.curvature == "gram":
-        entries = json.loads(told["tensors"])
-        widest = {name: one | {"mean": WIDEST} for name, one in entries.items()}
-        room = len(plan_layout(specs, {**told, "tensors": canonical_json(widest)}).header)
+    overlap = None if plan.settings.curvature == "gram" else WIDEST_SHARE
+    figures = {"mean": WIDEST, "overlap": overlap}
+    widest = {name: one | figures for name, one in json.loads(told["tensors"]).items()}
+    room = len(plan_layout(specs, {**told, "tensors": canonical_json(widest)}).header)
     return plan_layout(specs, dict(told), room=room)

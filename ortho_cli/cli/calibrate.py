@@ -86,9 +86,9 @@ def calibrate(
 
     Holds the model in memory, and on disk two float32 per weight of each set while it runs, and
     with --gram full two for each pair of a weight's inputs. A model that does not fit is read block
-    by block where calibrate.curvature is gram. With --forget the file is as sensitive as the
-    private data: only its owner may read it. A killed or interrupted run resumes when the same
-    command is given again, and loses half a minute and one pass at most, or a block.
+    by block. With --forget the file is as sensitive as the private data: only its owner may read
+    it. A killed or interrupted run resumes when the same command is given again, and loses half a
+    minute and one pass at most, or a block.
     """
     from ortho_cli.calibrate.job import calibrate as run
     from ortho_cli.calibrate.job import check_target
@@ -112,7 +112,7 @@ def calibrate(
     checkpoint = open_checkpoint(model)
     target = check_target(checkpoint, out, force=force, reads=[*(data or []), *(forget or [])])
     notes: list[Event] = []
-    by_block = goes_by_block(checkpoint, settings.calibrate, limit, target.path)
+    by_block = goes_by_block(checkpoint, limit, target.path)
     rows = read_sets(
         model, data or [], forget or [], settings.calibrate, notes.append, by_block=by_block
     )

@@ -1,6 +1,6 @@
 """Hidden states of many batches between two blocks: in memory, or in a file where they are many.
 
-A file `hidden-K` holds what K blocks gave, batch after batch, for its owner alone: it tells what
+A file `NAME-K` holds what K blocks gave, batch after batch, for its owner alone: it tells what
 the text was. A resumed run begins with the newest one. States in memory are written from time to
 time (`Pace`), those in a file after each block.
 """
@@ -23,14 +23,18 @@ from ortho_cli.storage.disk import sync
 from ortho_cli.storage.parts import Pace
 from ortho_cli.storage.work_folder import PARTIAL, writing
 
-NAME = "hidden-"
-
 
 class HiddenStates:
     """A tensor per batch; `put` takes what the next block gives, and `finish` ends the block."""
 
     def __init__(
-        self, folder: Path, shapes: Sequence[torch.Size], dtype: torch.dtype, *, in_memory: bool
+        self,
+        folder: Path,
+        shapes: Sequence[torch.Size],
+        dtype: torch.dtype,
+        *,
+        in_memory: bool,
+        name: str = "hidden",
     ) -> None:
         """Begin without any.
 
@@ -39,8 +43,9 @@ class HiddenStates:
             shapes: of each batch.
             dtype: of all.
             in_memory: hold them there; else in a file.
+            name: of files, which begin with it; of no other states in the folder.
         """
-        self._folder, self._shapes, self._dtype = folder, shapes, dtype
+        self._folder, self._shapes, self._dtype, self._name = folder, shapes, dtype, f"{name}-"
         self._held: list[Tensor | None] | None = [None] * len(shapes) if in_memory else None
         sizes = (math.prod(shape) * dtype.itemsize for shape in shapes)
         self._starts = list(accumulate(sizes, initial=0))
@@ -67,7 +72,7 @@ class HiddenStates:
             0 where there are none.
         """
         for number in sorted(self._files(), reverse=True):
-            path = self._folder / f"{NAME}{number}"
+            path = self._folder / f"{self._name}{number}"
             if not 0 < number <= most or path.stat().st_size != self.nbytes:
                 path.unlink()
                 continue
@@ -101,7 +106,10 @@ class HiddenStates:
             if is_last or not number or not self._pace.due():
                 return
             self._pace.save(self._write_all)
-        partial, path = self._folder / (NAME + PARTIAL), self._folder / f"{NAME}{number}"
+        partial, path = (
+            self._folder / (self._name + PARTIAL),
+            self._folder / f"{self._name}{number}",
+        )
         with writing(path):
             sync(self._written)
             partial.rename(path)
@@ -110,7 +118,7 @@ class HiddenStates:
         self._read, self._written = self._written, -1
         for other in self._files():
             if other != number:
-                (self._folder / f"{NAME}{other}").unlink()
+                (self._folder / f"{self._name}{other}").unlink()
 
     def close(self) -> None:
         """Close the files; they are kept for another run, which the end of the work removes."""
@@ -120,7 +128,7 @@ class HiddenStates:
         self._read = self._written = -1
 
     def _files(self) -> list[int]:
-        names = (path.name.removeprefix(NAME) for path in self._folder.glob(f"{NAME}*"))
+        names = (path.name.removeprefix(self._name) for path in self._folder.glob(f"{self._name}*"))
         return [int(name) for name in names if name.isdecimal()]
 
     def _load(self, batch: int) -> Tensor:
@@ -134,7 +142,7 @@ class HiddenStates:
                 self._write(batch, states)
 
     def _write(self, batch: int, states: Tensor) -> None:
-        path = self._folder / (NAME + PARTIAL)
+        path = self._folder / (self._name + PARTIAL)
         with writing(path):
             if self._written < 0:
                 flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC

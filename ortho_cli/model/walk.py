@@ -191,9 +191,11 @@ class Walk:
         """Give back what is held outside of blocks."""
         self._weights.release(self._outside)
 
-    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Pass (n, length, hidden) outputs of the last block through what follows it."""
+        """Pass (n, length, hidden) outputs of the last block through what follows it.
+
+        It keeps the graph where gradients are enabled and `hidden` needs one.
+        """
         if not self._is_past:  # a head that is tied to the embedding needs all of its rows
             self.release()
             self._weights.drop_spares()

@@ -1,6 +1,9 @@
-"""Memory that is free for this process: what the system has, or what a container leaves of it.
+"""Memory that this process may have: what the system has, or what a container leaves of it.
 
-    free = min(MemAvailable, limit - used + inactive page cache   of each control group it is in)
+    available = min(MemAvailable, limit - used + page cache   of each control group it is in)
+                + what it holds already, beside files that it maps
+
+The page cache is given back before a group is at its limit, whichever of its lists it is on.
 
 A container sees the memory of its whole machine in /proc/meminfo, and is killed at the limit of its
 control group.
@@ -21,27 +24,38 @@ class _Files(NamedTuple):
     top: str
     limit: str
     used: str
-    cache: str  # key in memory.stat of the page cache that is given back first
+    cache: tuple[str, str]  # keys in memory.stat of the page cache
 
 
 V1 = _Files(
     "sys/fs/cgroup/memory",
     "memory.limit_in_bytes",
     "memory.usage_in_bytes",
-    "total_inactive_file",
+    ("total_inactive_file", "total_active_file"),
 )
-V2 = _Files("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
+V2 = _Files("sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file"))
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Give the bytes of memory that are free for us; None where the system does not say.
+    """Give the bytes of memory that we may have in all; None where the system does not say.
 
     Args:
         root: the folder that has proc and sys.
     """
     told = (line.split() for line in _lines(root / "proc/meminfo"))
     free = [int(words[1]) << 10 for words in told if words[0] == "MemAvailable:"]
-    return min([*free, *_left_by_groups(root)], default=None)
+    least = min([*free, *_left_by_groups(root)], default=None)
+    return None if least is None else least + (_own(root, "RssAnon") or 0)
+
+
+def resident_bytes() -> int | None:
+    """Give the bytes of this process that are in memory now; None where the system does not say."""
+    return _own(Path("/"), "VmRSS")
+
+
+def _own(root: Path, what: str) -> int | None:
+    told = (line.split() for line in _lines(root / "proc/self/status"))
+    return next((int(words[1]) << 10 for words in told if words[0] == f"{what}:"), None)
 
 
 def _left_by_groups(root: Path) -> Iterator[int]:
@@ -64,7 +78,7 @@ def _left(group: Path, files: _Files) -> Iterator[int]:
     if not limit or not used or limit[0] == "max":
         return
     told = (line.split() for line in _lines(group / "memory.stat"))
-    cache = sum(int(words[1]) for words in told if words[0] == files.cache)
+    cache = sum(int(words[1]) for words in told if words[0] in files.cache)
     yield max(0, int(limit[0]) - int(used[0]) + cache)
 
 

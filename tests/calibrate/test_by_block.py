@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +14,30 @@ import checkpoints
 import pytest
 import torch
 from conftest import Ortho
+from families import FAMILIES, saved
 from jobs import SERVER, calibrate
 
 from ortho_cli.calibrate import by_block, memory
 from ortho_cli.calibrate import job as work
 from ortho_cli.calibrate import plan as calibrate_plan
 from ortho_cli.calibrate.batches import padded
-from ortho_cli.calibrate.plan import CalibrationPlan
+from ortho_cli.calibrate.plan import CalibrationPlan, DataSet
 from ortho_cli.decompose import recipe
 from ortho_cli.errors import Interrupted
 from ortho_cli.events import Event, Noted, Step
 from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.model import hidden_states
+from ortho_cli.model.text import TokenSequence
 from ortho_cli.storage import data_file
 from ortho_cli.storage.checkpoint import open_checkpoint
 from ortho_cli.storage.work_folder import work_folder
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
 
 SETS = ["calibrate.samples=6", "calibrate.length=24", "calibrate.batch=4"]
 GRAM = [*SETS, "calibrate.curvature=gram"]
 WORDS = [word for text in GRAM for word in ("--set", text)]
+FISHER = [word for text in SETS for word in ("--set", text)]
 
 
 @pytest.fixture
@@ -52,9 +56,12 @@ def model(pico: Path) -> Path:
     return pico
 
 
-def planned(model: Path, *sets: str, **changes: Any) -> CalibrationPlan:
+def planned(
+    model: Path, *sets: str, forget: Sequence[Path] = (), **changes: Any
+) -> CalibrationPlan:
     settings = recipe.load_recipe(None, [*GRAM, *sets])
-    data = calibrate_plan.read_sets(model, [model.parent / "rows.jsonl"], [], settings.calibrate)
+    rows = [model.parent / "rows.jsonl"]
+    data = calibrate_plan.read_sets(model, rows, forget, settings.calibrate)
     plan = calibrate_plan.make_plan(open_checkpoint(model), settings, data)
     return dataclasses.replace(plan, **{"by_block": True, **changes})
 
@@ -71,12 +78,15 @@ def needs(plan: CalibrationPlan, model: Path) -> int:
     walk = by_block.open_walk(plan, open_checkpoint(model), torch.device("cpu"))
     names = walk.linears[0]
     shapes = [plan.sum_shape(t, part) for t in plan.tensors for part in plan.parts("retain")]
-    sums = 4 * sum(rows * columns for rows, columns in shapes) // len(walk)
+    sizes = [rows * columns for rows, columns in shapes]
+    sums = 4 * sum(sizes) // len(walk) + 2 * max(sizes)
     assert len(names) == 7
     walk.close()
     sequences, size = plan.sets["retain"].sequences, plan.settings.batch
     starts = range(0, len(sequences), size)
     tokens = max(padded(sequences[start : start + size]).tokens.numel() for start in starts)
+    if plan.settings.curvature != "gram":
+        return memory.WALK_BYTES + walk.tail_bytes + 12 * by_block.LOGITS
     return memory.WALK_BYTES + walk.block_bytes + sums + 4 * by_block.ACTIVATIONS * 192 * tokens
 
 
@@ -95,10 +105,61 @@ def test_bytes_are_those_of_the_model_in_memory(model: Path, gram: str, where: s
     assert told.endswith(f"are in {where}")
 
 
-def test_perplexity_is_that_of_the_model_in_memory(model: Path, tmp_path: Path) -> None:
+FISHERS = {
+    "fisher": ["calibrate.curvature=fisher"],
+    "true-fisher": ["calibrate.curvature=true-fisher"],
+    "token": ["calibrate.curvature=fisher", "calibrate.unit=token"],
+    "factored": ["calibrate.curvature=fisher", "calibrate.storage=factored"],
+    "gradients": [
+        "calibrate.curvature=fisher",
+        "calibrate.gram=full",
+        "calibrate.weighting=gradient",
+    ],
+    "forget": ["calibrate.curvature=fisher", "calibrate.length=32"],
+    "batch": ["calibrate.curvature=true-fisher", "calibrate.batch=1"],
+}
+
+
+@pytest.mark.parametrize("where", ["memory", "a file"])
+@pytest.mark.parametrize("kind", FISHERS)
+def test_bytes_of_gradients_are_those_of_the_model_in_memory(
+    model: Path, kind: str, where: str
+) -> None:
+    forget = [model.parent / "rows.jsonl"] if kind == "forget" else []
+    plan = planned(model, *FISHERS[kind], forget=forget)
+    whole = made(model, dataclasses.replace(plan, by_block=False), "whole")
+    events: list[Event] = []
+    limit = None if where == "memory" else needs(plan, model) + 100
+    assert made(model, dataclasses.replace(plan, memory=limit), "blocks", events) == whole
+    told = next(e.message for e in events if isinstance(e, Noted) and "block by block" in e.message)
+    assert told.endswith(f"are in {where}")
+    assert (model.parent / "blocks").stat().st_mode & 0o777 == (0o600 if forget else 0o644)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_gradients_of_every_family_are_those_of_the_model_in_memory(
+    tmp_path: Path, kind: str
+) -> None:
+    saved(tmp_path / "m", kind)
+    sets = [*SETS, "calibrate.curvature=true-fisher", "calibrate.dtype=float32"]
+    draw = torch.Generator().manual_seed(1)
+    rows = (torch.randint(1, 48, (length,), generator=draw) for length in (24, 20, 9, 24, 12, 24))
+    sequences = tuple(TokenSequence(tokens=tuple(row.tolist())) for row in rows)
+    text = DataSet(sequences=sequences, digest="of the draw")
+    opened = open_checkpoint(tmp_path / "m")
+    plan = calibrate_plan.make_plan(opened, recipe.load_recipe(None, sets), {"retain": text})
+    assert len(plan.tensors) >= 12
+    for way in (False, True):
+        calibrate(dataclasses.replace(plan, by_block=way), opened, tmp_path / f"{way}")
+    assert (tmp_path / "True").read_bytes() == (tmp_path / "False").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["gram", "true-fisher"])
+def test_perplexity_is_that_of_the_model_in_memory(model: Path, tmp_path: Path, kind: str) -> None:
     found = []
     for blocks in (False, True):
-        plan, opened = planned(model, by_block=blocks), open_checkpoint(model)
+        plan = planned(model, f"calibrate.curvature={kind}", by_block=blocks)
+        opened = open_checkpoint(model)
         target = work.check_target(opened, tmp_path / f"{blocks}")
         found.append(work.calibrate(plan, opened, target).perplexity["retain"])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
@@ -136,6 +197,31 @@ def test_interrupted_run_goes_on_after_its_last_block(model: Path, in_file: bool
     assert made(model, plan, "out", events) == whole
     told = [f"{e.name} {e.number}" for e in events if isinstance(e, Step) and e.unit == "blocks"]
     assert told == [*([] if in_file else ["passes again 1"]), "measures 2"]
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+@pytest.mark.parametrize("at", ["passes 1", "passes 2", "measures 1", "measures 2"])
+def test_interrupted_run_goes_back_from_its_last_block(model: Path, in_file: bool, at: str) -> None:
+    plan = planned(model, "calibrate.curvature=true-fisher")
+    if in_file:
+        plan = dataclasses.replace(plan, memory=needs(plan, model) + 100)
+    whole, out = made(model, plan, "whole"), model.parent / "out"
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, Step) and f"{event.name} {event.number}" == at:
+            raise KeyboardInterrupt
+
+    done = int(at == "measures 2")
+    with pytest.raises(Interrupted, match=f"interrupted with {done} of 2 blocks finished"):
+        calibrate(plan, open_checkpoint(model), out, on_event=interrupt)
+    events: list[Event] = []
+    assert made(model, plan, "out", events) == whole
+    told = [f"{e.name} {e.number}" for e in events if isinstance(e, Step) and e.unit == "blocks"]
+    forward = ["passes 1", "passes 2"]
+    if in_file:
+        forward = forward[forward.index(at) :] if at in forward else []
+    again = [] if in_file or not done else ["passes again 1"]
+    assert told == [*forward, *again, *["measures 1", "measures 2"][done:]]
 
 
 def calibrate_and_die(model: Path, dies: bool) -> None:
@@ -191,7 +277,7 @@ def test_option_chooses_the_way_and_says_so(ortho: Ortho, model: Path) -> None:
     ("options", "code", "message"),
     [
         ((*WORDS, "--max-memory", "400MB"), 9, "of memory block by block, and there are 400 MB"),
-        (("--max-memory", "400MB"), 9, "of memory for curvature fisher, and --max-memory is 400"),
+        ((*FISHER, "--max-memory", "400MB"), 9, "of memory block by block, and there are 400 MB"),
         (("--max-memory", "lots"), 2, "--max-memory lots is no size"),
     ],
 )
@@ -208,8 +294,7 @@ def test_what_does_not_fit_is_refused_before_work_starts(
 
 def test_unfinished_work_goes_on_as_it_began(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, out = open_checkpoint(model), model.parent / "out"
-    settings = recipe.load_recipe(None, GRAM).calibrate
-    assert not memory.goes_by_block(opened, settings, None, out)
+    assert not memory.goes_by_block(opened, None, out)
 
     def interrupt(event: Event) -> None:
         if isinstance(event, Step) and event.number == 2:
@@ -217,10 +302,10 @@ def test_unfinished_work_goes_on_as_it_began(model: Path, monkeypatch: pytest.Mo
 
     with pytest.raises(Interrupted):
         calibrate(planned(model), opened, out, on_event=interrupt)
-    assert memory.goes_by_block(opened, settings, None, out)
-    assert not memory.goes_by_block(opened, settings, 10**12, out)
+    assert memory.goes_by_block(opened, None, out)
+    assert not memory.goes_by_block(opened, 10**12, out)
     monkeypatch.setattr(memory, "available_memory", lambda: 600_000_000)
-    assert memory.goes_by_block(opened, settings, None, model.parent / "other")
+    assert memory.goes_by_block(opened, None, model.parent / "other")
 
 
 def test_default_of_a_model_larger_than_memory_is_measured_on_random_tokens(

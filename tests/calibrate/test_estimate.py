@@ -14,13 +14,18 @@ from ortho_cli.storage.speeds import open_speeds
 
 
 def parts(
-    model: Path, *, sequences: int = 8, length: int = 256, **settings: object
+    model: Path,
+    *,
+    sequences: int = 8,
+    length: int = 256,
+    by_block: bool = False,
+    **settings: object,
 ) -> dict[str, float]:
     checkpoint = open_checkpoint(model)
     split = [one for one in checkpoint.tensors if "proj" in one.name]
     wanted = Calibrate.model_validate({"batch": 4} | settings)
     texts = {"retain": Text(sequences, sequences * length)}
-    found = of_texts(wanted, split, texts, checkpoint, open_speeds())
+    found = of_texts(wanted, split, texts, checkpoint, open_speeds(), by_block=by_block)
     return {part.name: part.seconds for part in found}
 
 
@@ -35,6 +40,10 @@ def test_twice_the_sequences_or_batches_take_twice_the_time(pico: Path) -> None:
     assert parts(pico, gram="full")["measure"] > once["measure"]
     assert parts(pico, curvature="gram")["measure"] < once["measure"]
     assert parts(pico, curvature="true-fisher")["measure"] > once["measure"]
+    blocks = parts(pico, by_block=True)  # they are passed once more, and read again
+    assert blocks["load"] > once["load"]
+    alone = parts(pico, length=2048, by_block=True)["measure"]
+    assert alone > parts(pico, length=2048)["measure"]
 
 
 def test_text_that_the_model_writes_takes_time_by_its_tokens(pico: Path) -> None:

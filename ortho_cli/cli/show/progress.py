@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from rich.console import Console, ConsoleOptions
 from rich.live import Live
@@ -23,6 +22,7 @@ from rich.text import Text
 
 from ortho_cli import events
 from ortho_cli.cli.show.console import make_console, size, visible
+from ortho_cli.storage.free_memory import resident_bytes
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Stage:
     def parts(self) -> list[str]:
         """List what there is to say, the most important first."""
         seconds = time.monotonic() - self.began
-        found = [self._count(), *self._left(seconds), f"{size(resident_bytes())} memory"]
+        found = [self._count(), *self._left(seconds), f"{size(resident_bytes() or 0)} memory"]
         if self.detail:
             found.insert(2, visible(self.detail))
         if self.tokens and seconds > 0:
@@ -95,17 +95,6 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def resident_bytes() -> int:
-    """Tell how much memory the process holds now; 0 where the system does not say."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmRSS"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
 
 
 def fit(parts: list[str], width: int) -> str:
