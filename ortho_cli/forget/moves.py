@@ -51,8 +51,9 @@ class Moves:
     """Candidates, and what each does.
 
     `owners`: numbers of their weights in the grid; `places`: flat positions there; `codes`: codes
-    after the move; `damages`: float32; each (moves,). `effects`: rise of each row over its scale,
-    (rows, moves) float32. `misses`: what each row misses, over its scale, (rows,) float32.
+    after the move; `damages`: float32; `free`: bool, whether it is not made yet; each (moves,).
+    `effects`: rise of each row over its scale, (rows, moves) float32. `misses`: what each row
+    misses, over its scale, (rows,) float32.
     """
 
     owners: Tensor
@@ -61,6 +62,7 @@ class Moves:
     damages: Tensor
     effects: Tensor
     misses: Tensor
+    free: Tensor
 
 
 def find(
@@ -88,7 +90,7 @@ def find(
     """
     terms, shares = _terms(rows)
     shares = shares.to(grid.device)
-    weights = torch.tensor([row.miss / row.scale for row in rows], device=grid.device) @ shares
+    weights = misses_of(rows, grid.device) @ shares
     pulls = [_times(term, weight) for term, weight in zip(terms, weights.tolist(), strict=True)]
     found = _candidates(grid, grid.gradient(pulls), fisher, floor, room, propose, columns)
     owners = found.owners
@@ -106,8 +108,14 @@ def find(
         codes=found.codes,
         damages=found.damages,
         effects=effects.mul_(found.steps),
-        misses=torch.tensor([row.miss / row.scale for row in rows], device=grid.device),
+        misses=misses_of(rows, grid.device),
+        free=torch.ones_like(owners, dtype=torch.bool),
     )
+
+
+def misses_of(rows: Sequence[Row], device: torch.device) -> Tensor:
+    """Give what each row misses, over its scale, (rows,) float32."""
+    return torch.tensor([row.miss / row.scale for row in rows], device=device)
 
 
 def _terms(rows: Sequence[Row]) -> tuple[list[Term], Tensor]:
@@ -187,14 +195,14 @@ def _cut(values: Tensor, k: int) -> Tensor:
 
 
 def choose(moves: Moves, size: int) -> tuple[Tensor, float]:
-    """Choose up to `size` moves that bring all rows together nearest to where they should be.
+    """Choose up to `size` free moves that bring all rows together nearest to where they should be.
 
     Returns:
         their numbers, in the order in which they were taken, and by how much the sum of squares of
         what rows miss should fall.
     """
     squares = moves.effects.square().sum(0)
-    misses, free = moves.misses, torch.ones_like(squares, dtype=torch.bool)
+    misses, free = moves.misses, moves.free.clone()
     taken: list[Tensor] = []
     left, portion = size, max(1, size // PORTIONS)
     while left and portion:

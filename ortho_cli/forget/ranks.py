@@ -11,6 +11,7 @@ secret. A set whose secrets all end in the middle of their alternatives would be
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,8 @@ PROBES = 32  # alternatives among which a secret is ranked after each round
 LOW, HIGH = 0.3, 0.85  # ranks among alternatives between which a secret counts as unknown
 WRITTEN = 16  # alternatives that the model writes for a secret without any: half of what it tries
 GOALS = (0.05, 1.0)  # ranks that are drawn: the likeliest tenth could still be extracted
+CLOSE = 0.05  # spreads of the alternatives between a secret's NLL and its goal: no mark shows it
+LEAST_SPREAD = 0.05  # of the mean NLL of alternatives
 NEAR = 0.04  # of a rank from its goal: one rank of 16; at 0.12 most of a set ended in the middle
 
 
@@ -51,9 +54,32 @@ class Ranking:
 
     @property
     def sign(self) -> float:
-        """Direction in which its NLL has to move."""
+        """Direction in which its NLL has to move; 0 within CLOSE of its goal, whatever its rank."""
         low, high = self.between
-        return 1.0 if self.rank < low else -1.0 if self.rank > high else 0.0
+        if low <= self.rank <= high or self._is_close:
+            return 0.0
+        return 1.0 if self.rank < low else -1.0
+
+    @property
+    def _is_close(self) -> bool:
+        return self.goal is not None and abs(self.nll - self.target) <= CLOSE * self.spread
+
+    @property
+    def target(self) -> float:
+        """NLL in the middle of the rank that it has to end at, in nats."""
+        order, (low, high) = sorted(self.others), self.between
+        goal = self.goal if self.goal is not None else low if self.rank < low else high
+        below = min(max(1, round(goal * len(order))), len(order))  # alternatives likelier than it
+        first = order[below - 1]
+        second = order[below] if below < len(order) else first + self.spread / len(order)
+        return (first + second) / 2
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the alternatives' NLLs, in nats; at least LEAST_SPREAD."""
+        mean = self.alternatives
+        squares = math.fsum((other - mean) ** 2 for other in self.others)
+        return max(math.sqrt(squares / len(self.others)), LEAST_SPREAD * mean)
 
     @property
     def stands_out(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -113,6 +114,71 @@ def test_standing_is_the_share_of_likelier_alternatives(memorised: Memorised, gr
 )
 def test_sign_says_which_way_a_secret_has_to_go(rank: float, sign: int) -> None:
     assert Ranking(rank=rank, nll=1.0, alternatives=1.0, lowest=1.0).sign == sign
+
+
+@pytest.mark.parametrize(
+    ("nll", "sign"), [(4.9, 1), (6.7, 1), (6.85, 0), (7.0, 0), (7.15, 0), (7.3, -1)]
+)
+def test_a_secret_that_is_close_to_its_goal_is_there_whatever_its_rank(
+    nll: float, sign: int
+) -> None:
+    others = (1.0, 4.0, 6.95, 7.05, 10.0, 13.0)
+    rank = sum(other <= nll for other in others) / len(others)
+    at = Ranking(
+        rank=rank,
+        nll=nll,
+        alternatives=7.0,
+        lowest=1.0,
+        between=(0.45, 0.55),
+        goal=0.5,
+        others=others,
+    )
+    assert at.target == 7.0
+    assert at.spread == pytest.approx(math.sqrt(15), abs=1e-3)
+    assert at.sign == sign
+
+
+def test_moves_are_made_as_long_as_one_measurement_foretells_them(
+    memorised: Memorised, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[str, float]] = []
+    find, attempt = isolating.moves.find, isolating._try
+
+    def measured(*args: Any, **options: Any) -> Any:
+        found.append(("measured", 0.0))
+        return find(*args, **options)
+
+    def tried(*args: Any, **options: Any) -> Any:
+        result = attempt(*args, **options)
+        found.append(("moved" if result[0] else "undone", result[1]))
+        return result
+
+    monkeypatch.setattr(isolating.moves, "find", measured)
+    monkeypatch.setattr(isolating, "_try", tried)
+    assert not any(at.sign for at in settle(memorised, grid))
+    words = [word for word, _ in found]
+    assert words.count("moved") > words.count("measured"), "nothing was used twice"
+    for (word, ratio), (after, _) in itertools.pairwise(found):
+        if after == "moved" and word != "measured":
+            assert word == "moved"
+            assert ratio >= isolating.DOUBTED
+
+
+def test_rounds_end_where_no_single_move_helps(
+    memorised: Memorised, grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = 0
+
+    def off(*args: Any) -> float:
+        nonlocal tries
+        tries += 1
+        return float(tries)  # whatever moves, secrets are further off
+
+    monkeypatch.setattr(isolating, "_off", off)
+    events: list[Event] = []
+    settle(memorised, grid, on_event=events.append, share=1.0)
+    assert len([one for one in events if isinstance(one, Step)]) < 8
+    assert grid.moved == 0
 
 
 @pytest.mark.parametrize(("nll", "known"), [(5.9, True), (6.0, False), (8.0, False), (12.0, False)])
@@ -271,8 +337,11 @@ def test_alternatives_take_the_place_of_a_fact_and_stay_beside_a_phrase(
         )
         for rise in (0.0, 1.0)
     )
-    own, others = isolating._rows([secret], [now], [before], 1.0, 1.0, random.Random(0))
+    asked = isolating._asked([secret], [now], [before], 1.0, 1.0, random.Random(0))
+    own, others = (one.row([now]) for one in asked)
     assert own.miss > 0
+    assert asked[0].row([before]).miss < own.miss
+    assert others.miss < asked[1].row([before]).miss <= 0.0
     assert [weights for _, weights in own.terms[1:]] == [[-weight / CONTRAST]] * CONTRAST
     assert {pair for pair, _ in others.terms} == {pair for pair, _ in own.terms[1:]}
     assert others.miss == pytest.approx(-fall)

@@ -29,7 +29,15 @@ def moves_of(
         damages=torch.ones(count) if damages is None else damages,
         effects=effects,
         misses=torch.tensor(misses),
+        free=torch.ones(count, dtype=torch.bool),
     )
+
+
+def test_moves_that_are_made_are_not_chosen_again() -> None:
+    found = moves_of(torch.tensor([[4.0, 1.0, 1.0]]), [5.0])
+    assert moves.choose(found, 1)[0].tolist() == [0]
+    found.free[0] = False
+    assert moves.choose(found, 3)[0].tolist() == [1, 2]
 
 
 @settings(max_examples=60, deadline=None)
