@@ -38,6 +38,7 @@ from ortho_cli.formats.statistics import Measured
 from ortho_cli.model import hooks
 from ortho_cli.model import load as models
 from ortho_cli.model.blocks import Options
+from ortho_cli.model.experts import is_sibling
 from ortho_cli.model.hidden_states import HiddenStates
 from ortho_cli.model.self_written import random_tokens
 from ortho_cli.model.walk import Walk
@@ -171,6 +172,7 @@ class _Job:
             for start in range(0, len(data.sequences), size)
         ]
         self._arguments: list[list[Options]] = []
+        self._borrowers: set[str] = set()  # weights of experts that no token reached
         self._limit = memory.available_memory() if plan.memory is None else plan.memory
 
     def run(self, source: str) -> Calibration:
@@ -274,12 +276,19 @@ class _Job:
     ) -> None:
         """Write means of a block to their places, and count the block as finished."""
         check_in_place(self._checkpoint)
-        plan = self._plan
+        plan, linears = self._plan, self._walk.linears[number]
         entries: dict[str, object] = {}
         content: dict[str, str] = {}
-        for (name, of, part), mean in sums.items():
-            tensor = self._tensors[name]
-            stored.divide(mean, plan.summed_over(of, part))
+        for (_, of, part), total in sums.items():
+            stored.divide(total, plan.summed_over(of, part))
+        for (name, of, part), own in sums.items():
+            tensor, mean = self._tensors[name], own
+            if of == "retain" and not bool(own.any()):
+                others = (one for one in linears if is_sibling(one, name))
+                found = stored.lent(sums[one, of, part] for one in others)
+                if found is not None:
+                    mean = found
+                    self._borrowers.add(name)
             if (of, part) == ("retain", "curvature"):
                 told = stored.describe(plan.settings, tensor, mean, self._digests[name])
                 entries[name] = told.model_dump()
@@ -315,6 +324,7 @@ class _Job:
             if isinstance(told, dict) and isinstance(digests, dict):
                 entries |= {name: Measured.model_validate(one) for name, one in told.items()}
                 content |= digests
+        stored.note_lent(self._borrowers, self._on_event)
         metadata = stored.metadata(self._plan, self._device, source, entries, content)
         layout = stored.lay_out(self._plan, metadata)
         self._file.write_header(layout.header)

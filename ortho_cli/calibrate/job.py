@@ -42,6 +42,7 @@ from ortho_cli.events import (
 from ortho_cli.formats import artifact, statistics
 from ortho_cli.model import hooks
 from ortho_cli.model import load as models
+from ortho_cli.model.experts import is_sibling
 from ortho_cli.model.self_written import keeps_cache, random_text, write_text
 from ortho_cli.model.text import TokenSequence
 from ortho_cli.split.quantize import as_bytes
@@ -189,6 +190,7 @@ class _Job:
         self._model: nn.Module | None = None
         self._sums: dict[Set, Sums] = {}
         self._nll: dict[Set, float] = {}
+        self._borrowers: set[str] = set()  # weights of experts that no token reached
         # Statistics of private data are for their owner alone.
         self._mode = 0o600 if "forget" in plan.sets else 0o644
 
@@ -383,6 +385,7 @@ class _Job:
                 entries[tensor.name] = told
             for key, values in stored.of_mean(plan.settings, tensor, name, part, mean):
                 content[key] = blake3(as_bytes(values)).hexdigest()
+        stored.note_lent(self._borrowers, self._on_event)
         metadata = stored.metadata(plan, self._device, source, entries, content)
         layout = stored.lay_out(plan, metadata)
         file = DataFile(self._work, self._work.out.name, layout, mode=self._mode)
@@ -399,8 +402,23 @@ class _Job:
         """Yield each sum over a set, divided by what it was summed over, in float32."""
         for tensor, name in itertools.product(self._plan.tensors, self._sums):
             for part in self._plan.parts(name):
-                mean = torch.empty(self._plan.sum_shape(tensor, part))
-                sums = self._sums[name].current
-                sums.read_into(f"{tensor.name}/{part}", as_bytes(mean), start=0)
-                stored.divide(mean, self._plan.summed_over(name, part))
+                mean = self._mean(tensor, name, part)
+                if name == "retain" and not bool(mean.any()):
+                    found = self._lent(tensor, part)
+                    mean = mean if found is None else found
                 yield tensor, name, part, mean
+
+    def _mean(self, tensor: TensorInfo, name: Set, part: hooks.Part) -> Tensor:
+        mean = torch.empty(self._plan.sum_shape(tensor, part))
+        key = f"{tensor.name}/{part}"
+        self._sums[name].current.read_into(key, as_bytes(mean), start=0)
+        stored.divide(mean, self._plan.summed_over(name, part))
+        return mean
+
+    def _lent(self, tensor: TensorInfo, part: hooks.Part) -> Tensor | None:
+        """Give the mean of the layer's other experts, where no token reached one."""
+        others = [one for one in self._plan.tensors if is_sibling(one.name, tensor.name)]
+        mean = stored.lent(self._mean(one, "retain", part) for one in others)
+        if mean is not None:
+            self._borrowers.add(tensor.name)
+        return mean

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from ortho_cli.calibrate.plan import CalibrationPlan, Set
 from ortho_cli.decompose.settings import Calibrate
 from ortho_cli.errors import CalibrationError
+from ortho_cli.events import EventSink, Noted
 from ortho_cli.formats import statistics
 from ortho_cli.formats.artifact import canonical_json, module_of
 from ortho_cli.formats.statistics import Measured
@@ -71,6 +72,32 @@ def divide(sums: Tensor, count: int) -> None:
     """Turn sums into means in place."""
     sums /= count
     sums += 0.0  # a sum of nothing is 0 or -0, by where chunks end
+
+
+def lent(others: Iterable[Tensor]) -> Tensor | None:
+    """Give the mean of what tokens reached, for an expert that none did; None where none are.
+
+    Args:
+        others: means of the same weight of the layer's other experts.
+    """
+    total: Tensor | None = None
+    count = 0
+    for mean in others:
+        if bool(mean.any()):
+            total, count = mean.clone() if total is None else total.add_(mean), count + 1
+    return None if total is None else total.div_(count)
+
+
+def note_lent(names: Collection[str], on_event: EventSink) -> None:
+    """Say which experts' weights have the statistics of others."""
+    if names:
+        on_event(
+            Noted(
+                message=f"no token reached `{min(names)}`"
+                + (f" and {len(names) - 1} more weights of experts" if len(names) > 1 else "")
+                + ": each has the mean of its layer's other experts; more --samples reach more"
+            )
+        )
 
 
 def of_mean(

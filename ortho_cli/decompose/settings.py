@@ -152,7 +152,7 @@ class Calibrate(_Strict):
     )
     samples: Count = Field(128, description="Sequences of the retain set that are measured.")
     length: Count = Field(512, description="Tokens of a packed sequence, and most of any other.")
-    batch: Count = Field(4, description="Sequences of one forward pass; experts need 1.")
+    batch: Count = Field(4, description="Sequences of one forward pass.")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="Of the choice of sequences, and of text that the model writes."
     )

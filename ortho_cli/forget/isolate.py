@@ -56,7 +56,7 @@ LARGEST = 16  # share of the moves that are allowed, as one over it, that one ro
 ATTEMPTS = 3  # sizes that a round tries, each a quarter of the one before
 USES = 5  # times that a round moves codes by what it measured once
 TRUSTED, DOUBTED = 0.5, 0.2  # of the fall foretold: above it rounds grow, below it they shrink
-WORTH = 0.1  # of it, below which moves do less than they cost, and are undone
+WORTH = 0.1  # of it, below which a round ends that uses what it measured again
 FAR = 0.5  # of the NLL at its goal, below which a secret is measured by its log odds
 LEAST_ODDS = 1e-4  # (1 - p) / p that is told from 0
 LEAST_FREE = 1e-3  # probability that is left to alternatives of a secret that is known by heart
@@ -239,10 +239,18 @@ def _use(
         the ranks then, and the size to begin the next round with; 0 where no single move helps.
     """
     for use in range(USES):
-        attempts = 1 if use else ATTEMPTS
-        now, ratio, chosen = _try(grid, candidates, found, min(size, most), rank, off, attempts)
+        now, ratio, chosen = _try(
+            grid,
+            candidates,
+            found,
+            min(size, most),
+            rank,
+            off,
+            attempts=1 if use else ATTEMPTS,
+            worth=WORTH if use else 0.0,
+        )
         if now is None:
-            return found, size if use else len(chosen) // 4
+            return found, size if use else max(size > 1, len(chosen) // 4)
         found, most, size = now, most - len(chosen), _next_size(size, most, ratio)
         if ratio < DOUBTED or most <= 0 or not any(at.sign for at in found):
             break
@@ -259,9 +267,13 @@ def _try(
     size: int,
     rank: Callable[[], list[Ranking]],
     off: Callable[[list[Ranking]], float],
+    *,
     attempts: int,
+    worth: float,
 ) -> tuple[list[Ranking] | None, float, Tensor]:
-    """Move up to `size` codes, or fewer where that brings secrets hardly nearer; else none.
+    """Move up to `size` codes, or fewer where that brings secrets no nearer; else none.
+
+    Moves count that do more than `worth` times what they promise.
 
     Returns:
         the ranks then, or None; the fall over the one that was foretold; and the last moves chosen.
@@ -271,7 +283,7 @@ def _try(
         undo = moves.make(grid, candidates, chosen)
         now = rank()
         fell = off(found) - off(now)
-        if fell > WORTH * promised:
+        if fell > worth * promised:
             return now, fell / promised, chosen
         for name, places, codes in undo:
             grid.move(name, places, codes)

@@ -62,7 +62,9 @@ class Ranking:
 
     @property
     def _is_close(self) -> bool:
-        return self.goal is not None and abs(self.nll - self.target) <= CLOSE * self.spread
+        # Likelier than all alternatives a secret could be extracted, however close it is.
+        near = abs(self.nll - self.target) <= CLOSE * self.spread
+        return self.goal is not None and self.rank > 0 and near
 
     @property
     def target(self) -> float:
@@ -162,7 +164,8 @@ def towards(standing: Ranking, goal: float | None, secret: TokenSecret) -> Ranki
         return standing
     count = len(secret.alternatives[:PROBES])
     near = max(NEAR, 0.51 / count)  # one rank of few is always near enough
-    between = max(goal - near, 0.5 / count), min(goal + near, 1.0)
+    # At least one alternative is likelier; where there are few, no rank may be below the goal.
+    between = max(goal - near, 0.5 / count), max(min(goal + near, 1.0), 1 / count)
     return replace(standing, between=between, goal=goal)
 
 

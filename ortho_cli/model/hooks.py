@@ -127,11 +127,11 @@ class Capture:
     def _forward(
         self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
     ) -> Tensor | None:
-        x = inputs[0].detach()
+        x, routed = inputs[0].detach(), getattr(module, "routed", None)
         if self._full and self._weighting == "none":
-            self._add_full_gram(name, self._counted_rows(x), None)
+            self._add_full_gram(name, self._counted_rows(x, routed), None)
         if self.kind == "gram":
-            self._add_gram(name, self._counted_rows(x))
+            self._add_gram(name, self._counted_rows(x, routed))
             return None
         if name in self._measured:
             raise CalibrationError(
@@ -142,14 +142,16 @@ class Capture:
         # Weights need no gradient: the graph begins here, at the first Linear that is watched.
         if not output.requires_grad:
             output = output.detach().requires_grad_(True)
-        torch.Tensor.register_hook(output, partial(self._add_backward, name, x))  # type: ignore[no-untyped-call]
+        torch.Tensor.register_hook(output, partial(self._add_backward, name, x, routed))  # type: ignore[no-untyped-call]
         return output
 
-    def _counted_rows(self, x: Tensor) -> Tensor:
+    def _counted_rows(self, x: Tensor, routed: Tensor | None) -> Tensor:
+        """Take the rows that count; an expert's are of the tokens `routed` to it."""
         rows, mask = x.reshape(-1, x.shape[-1]), self._counted
-        if mask is None or mask.numel() != len(rows):
+        if mask is None or (routed is None and mask.numel() != len(rows)):
             return rows
-        return rows[mask.reshape(-1)]
+        counted = mask.reshape(-1)
+        return rows[counted if routed is None else counted[routed]]
 
     def _add_gram(self, name: str, rows: Tensor) -> None:
         total = torch.zeros(rows.shape[1], dtype=torch.float32, device=rows.device)
@@ -171,31 +173,34 @@ class Capture:
                 tile.addmm_(piece[:, row : row + step].T, right)
             self._put(name, "gram", row, tile)
 
-    def _by_sequence(self, name: str, values: Tensor) -> Tensor:
-        """View activations as (batch, positions, features)."""
+    def _by_sequence(self, name: str, values: Tensor, routed: Tensor | None) -> list[Tensor]:
+        """Part activations by sequence, (positions, features) each."""
+        if routed is not None and self._batch > 1 and self._mask is not None:
+            of = routed // self._mask.shape[1]
+            return [values[of == number] for number in torch.unique(of).tolist()]
         flat = values.dim() == 2 and self._mask is not None and len(values) == self._mask.numel()
         if self._batch == 1 or len(values) == self._batch or flat:
-            return values.reshape(self._batch, -1, values.shape[-1])
+            return list(values.reshape(self._batch, -1, values.shape[-1]))
         raise CalibrationError(
             f"`{name}` sees {list(values.shape)} of a batch of {self._batch}: which sequence a "
             "row belongs to is unknown",
             hint="--set calibrate.batch=1",
         )
 
-    def _add_backward(self, name: str, x: Tensor, grad: Tensor) -> None:
+    def _add_backward(self, name: str, x: Tensor, routed: Tensor | None, grad: Tensor) -> None:
         if self._full and self._weighting == "gradient":
             rows = x.reshape(-1, x.shape[-1])
             self._add_full_gram(name, rows, mean_squares(grad.reshape(-1, grad.shape[-1])))
-        x, grad = self._by_sequence(name, x), self._by_sequence(name, grad)
-        if x.dtype != grad.dtype:  # autocast hands Linears float32 inputs and takes bfloat16 out
-            x = x.to(grad.dtype)
+        xs, grads = self._by_sequence(name, x, routed), self._by_sequence(name, grad, routed)
+        # autocast hands Linears float32 inputs and takes bfloat16 out.
+        xs = [one if one.dtype == grad.dtype else one.to(grad.dtype) for one in xs]
         step = rows_of_tile(x.shape[-1])
         for row in range(0, grad.shape[-1], step):
-            part = grad[:, :, row : row + step]
-            shape = (part.shape[-1], x.shape[-1])
+            shape = (min(step, grad.shape[-1] - row), x.shape[-1])
             curvature = torch.zeros(shape, dtype=torch.float32, device=x.device)
             gradient = torch.zeros_like(curvature) if self._gradient else None
-            for g, a in zip(part, x, strict=True):
+            for whole, a in zip(grads, xs, strict=True):
+                g = whole[:, row : row + step]
                 if self._unit == "token":
                     curvature += (g.square().T @ a.square()).float()
                 if self._unit == "sequence" or gradient is not None:

@@ -24,6 +24,7 @@ from ortho_cli.errors import (
     way_out,
 )
 from ortho_cli.formats.artifact import module_of
+from ortho_cli.model.experts import separate
 from ortho_cli.model.linears import is_plain_linear
 from ortho_cli.model.tokenizer import Tokenizer
 from ortho_cli.storage import folders, hints, hub, sniff, strict_json
@@ -218,6 +219,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             folder, local_files_only=True, trust_remote_code=is_trusted()
         )
         found("a", verbose=False)  # some settings are read only here
+    # Of some models transformers makes a tokenizer without words where the folder has none.
+    if len(found) <= len(set(found.all_special_ids)):
+        raise CheckpointError(what, hint=hint)
     return found
 
 
@@ -261,15 +265,20 @@ def find_linears(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]
     """Find the Linear that each weight of the checkpoint became.
 
     Args:
-        model: as transformers built it.
+        model: as transformers built it; experts that it fused are taken apart, for good.
         names: tensors `<p>.weight`.
     Raises:
         CalibrationError: a weight is no Linear of the model: fused, renamed or unused.
     """
+    names = list(names)
+    found: dict[str, nn.Module] = {}
+    experts = separate(model, names)
     modules = dict(model.named_modules())
     prefix = str(getattr(model, "base_model_prefix", ""))
-    found: dict[str, nn.Module] = {}
     for name in names:
+        if name in experts:
+            found[name] = experts[name]
+            continue
         module = module_of(name)
         candidates = (module, f"{prefix}.{module}", module.removeprefix(f"{prefix}."))
         here = next((modules[c] for c in candidates if c in modules), None)

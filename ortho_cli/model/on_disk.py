@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ortho_cli.errors import CheckpointError
 from ortho_cli.model import load as models
+from ortho_cli.model.experts import Experts, separate
 from ortho_cli.model.renames import rename_modules
 from ortho_cli.split.dtypes import FLOATS, torch_dtypes
 from ortho_cli.split.quantize import as_bytes
@@ -61,6 +62,7 @@ def build(checkpoint: Checkpoint, *, dtype: torch.dtype | None) -> nn.Module:
                     "not known block by block",
                     hint="--set calibrate.autocast=false computes all of it in float32",
                 )
+    separate(model, _renamed(model, checkpoint).values())
     return model.train(False).requires_grad_(False)
 
 
@@ -166,7 +168,9 @@ class Weights:
                 "transformers makes it of others, which is not known block by block",
                 hint=f"restore the checkpoint; or {IN_MEMORY}",
             )
-        for name in _converted(model, [renamed[tensor.name] for tensor in sources.values()]):
+        apart = {id(p) for one in _experts(model) for p in one.parameters()}
+        whole = [renamed[one.name] for number, one in sources.items() if number not in apart]
+        for name in _converted(model, whole):
             raise CheckpointError(
                 f"transformers changes `{name}` when it loads {kind}, which is not known block by "
                 "block",
@@ -266,6 +270,10 @@ class Weights:
             self._reader.read_into(as_bytes(buffer), source, start=start * step)
             if not direct:
                 part.copy_(buffer)
+
+
+def _experts(model: nn.Module) -> Iterator[Experts]:
+    return (one for one in model.modules() if isinstance(one, Experts))
 
 
 def _renamed(model: Any, checkpoint: Checkpoint) -> dict[str, str]:

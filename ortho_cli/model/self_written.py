@@ -31,7 +31,14 @@ from ortho_cli.errors import CalibrationError, UsageError
 from ortho_cli.events import EventSink, Step, null_sink
 from ortho_cli.model.cost import BATCH, at_once
 from ortho_cli.model.load import input_embedding
-from ortho_cli.model.scoring import LOGITS, device_of, finite, logits_of, takes_cache
+from ortho_cli.model.scoring import (
+    LOGITS,
+    completion_nll,
+    device_of,
+    finite,
+    logits_of,
+    takes_cache,
+)
 from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.tokenizer import Tokenizer
 from ortho_cli.storage.parts import Parts
@@ -41,8 +48,11 @@ FEWEST = 8  # texts of a kind, below which they say nothing about it
 SHARED = 6  # tokens in a row that text has in common with a secret where it tells it
 FEW = 2  # secrets of which no form can be told: what both begin with may be the secret
 # Of each batch of answers in which alternatives are looked for: the model's own, then flatter for
-# one that is so sure of an answer that it hardly says another.
+# one that is so sure of an answer that it hardly says another. A flat one among all tokens would
+# write what no one says; secrets were driven to 110 nats by alternatives at 4 among all.
 TEMPERATURES = (1.0, 1.0, 2.0, 4.0)
+LIKELIEST = 16  # tokens among which a flat temperature draws
+ENOUGH = 0.75  # of a secret's length, that an answer in its place should have
 
 
 @torch.no_grad()
@@ -169,7 +179,7 @@ def _write(
         if text.shape[1] - first < greedy:
             token = last.argmax(-1, keepdim=True)
         else:
-            token = torch.multinomial((last / temperature).softmax(-1), 1, generator=generator)
+            token = _drawn(last, temperature, generator)
         for row, tokens in enumerate(given):
             if text.shape[1] < len(tokens):
                 token[row] = tokens[text.shape[1]]
@@ -181,6 +191,14 @@ def _write(
             fresh = text.to(device)
         else:
             options["past_key_values"], fresh = cache, token.to(device)
+
+
+def _drawn(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """Draw a token of each row; above temperature 1 among the likeliest."""
+    if temperature > 1 and logits.shape[-1] > LIKELIEST:
+        bar = logits.topk(LIKELIEST).values[:, -1:]
+        logits = logits.masked_fill(logits < bar, -torch.inf)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
 
 
 def _all_ended(text: Tensor, prompts: Sequence[int], end: int | None) -> bool:
@@ -248,10 +266,11 @@ def draw_alternatives(
     """Let a model write alternatives for the secrets that have neither some nor a pattern.
 
     An alternative is an answer to the secret's prompt, drawn with the model's own probabilities,
-    or, where those give too few, with flatter ones (TEMPERATURES). It begins as most secrets do,
-    and its next token is not the secret's own: a model that knows a secret by heart would say
-    nothing else. It ends before a special token, at the secret's length at most, and the longest
-    are taken: a shorter one is likelier for its length alone.
+    or, where those give too few, with flatter ones among the LIKELIEST tokens (TEMPERATURES). It
+    begins as most secrets do, and its next token is not the secret's own: a model that knows a
+    secret by heart would say nothing else. It ends before a special token, at the secret's length
+    at most. The longest of the model's own are taken, since a shorter one is likelier for its
+    length alone, and then the likeliest of the others.
 
     Args:
         model: the one that knows the secrets, or one like it.
@@ -310,7 +329,7 @@ def _alternatives(
     near = max(1, min(SHARED, (len(own) + 1) // 2))  # half of a short one tells it
     told = set(_runs(own, near))
     first_of = torch.tensor([token for token in ordinary if token != own[0]])
-    found: dict[tuple[int, ...], None] = {}
+    found: dict[tuple[int, ...], float] = {}  # with the temperature of each
     for temperature in TEMPERATURES if len(first_of) else ():
         written = _write(
             model, begun, size, 0, generator, first_of=first_of, temperature=temperature
@@ -321,7 +340,7 @@ def _alternatives(
             answer = (*secret.secret[:start], *said[:end])
             tells = answer in others or any(run in others for run in _runs(answer, SHARED))
             if end and not tells and not any(run in told for run in _runs(said[:end], near)):
-                found[answer] = None
+                found.setdefault(answer, temperature)
         if sum(len(answer) == length for answer in found) >= count:
             break
     if len(found) < min(FEWEST, count):
@@ -332,7 +351,30 @@ def _alternatives(
             hint='give the row "alternatives": ["...", "..."] of its secret\'s form, or a "pattern"'
             ': " {digit:6}" draws digits, and " {name}" from a list `name` of the row',
         )
-    return tuple(sorted(found, key=len, reverse=True)[:count])
+    return _best(model, secret, found, count)
+
+
+def _best(
+    model: nn.Module, secret: TokenSecret, found: Mapping[tuple[int, ...], float], count: int
+) -> tuple[tuple[int, ...], ...]:
+    """Choose answers: the model's own first, the longest of them, then the likeliest of others.
+
+    Args:
+        model: that wrote them.
+        secret: in whose place they are.
+        found: answers, with the temperature at which each was drawn.
+        count: how many to choose.
+    """
+    enough = ENOUGH * len(secret.secret)
+    own = [one for one, temperature in found.items() if temperature == 1 or len(one) < enough]
+    flat = [one for one in found if one not in set(own)]
+    own.sort(key=lambda one: (-len(one), found[one]))
+    long = [one for one in own if len(one) >= enough]
+    if len(long) < count and flat:
+        nlls = completion_nll(model, secret.prompt, flat)
+        means = {one: float(nll.mean()) for one, nll in zip(flat, nlls, strict=True)}
+        flat.sort(key=means.__getitem__)
+    return tuple([*long, *flat, *own[len(long) :]][:count])
 
 
 def _told(secrets: Sequence[tuple[int, ...]]) -> set[tuple[int, ...]]:

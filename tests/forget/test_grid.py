@@ -10,6 +10,7 @@ import memorised as tiny
 import pytest
 import reference
 import torch
+from families import saved
 from jobs import decompose
 from memorised import Memorised
 from safetensors.torch import load_file, save_file
@@ -254,6 +255,24 @@ def test_slopes_are_told_apart_where_a_linear_sees_some_tokens_alone(memorised: 
     grid.model.get_submodule(name.rsplit(".", 2)[0]).down_proj = Routed()
     places = {one: torch.arange(20) for one in grid.codes}
     check_slopes(grid, terms, places, passes=1 + len(terms))
+
+
+def test_experts_that_transformers_fuses_are_on_the_grid_one_by_one(tmp_path: Path) -> None:
+    saved(tmp_path / "model", "Mixtral")
+    checkpoints.save_statistics(tmp_path / "stats.safetensors", tmp_path / "model")
+    grid = grid_for(tmp_path / "model")
+    assert sum(".experts." in name for name in grid.codes) == 36
+    pair = ((1, 2, 3, 4), (5, 6, 7, 8, 9))
+    terms: list[Term] = [(pair, [1.0] * 5), (((4, 3), (2, 1, 7)), [1.0, -1.0, 2.0])]
+    places = {name: torch.arange(20) for name in grid.codes}
+    check_slopes(grid, terms, places, passes=1 + len(terms))
+    gradients, before = grid.gradient(terms[:1]), float(grid.nll([pair]))
+    experts = [name for name in grid.codes if ".experts." in name]
+    name = max(experts, key=lambda one: float(gradients[one].abs().max()))
+    up = gradients[name].sign().view(-1)
+    where = gradients[name].abs().view(-1).topk(50).indices
+    grid.move(name, where, (grid.codes[name].view(-1)[where] + up[where]).clamp(-7, 7))
+    assert float(grid.nll([pair])) > before
 
 
 def terms_of(memorised: Memorised) -> list[Term]:

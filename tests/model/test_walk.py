@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ortho_cli.errors import CalibrationError, CheckpointError
+from ortho_cli.model import on_disk
 from ortho_cli.model.walk import Walk
 from ortho_cli.storage.checkpoint import open_checkpoint
 
@@ -161,13 +162,13 @@ def test_weight_outside_of_blocks_is_named(tmp_path: Path) -> None:
     assert "--max-memory" in caught.value.hint
 
 
-def test_experts_that_transformers_fuses_are_named(tmp_path: Path) -> None:
-    import transformers
-
-    options = {**FAMILIES["Llama"], "num_local_experts": 2}
-    config = transformers.MixtralConfig(**options)
-    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+def test_experts_of_an_unknown_layout_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, "Mixtral")
     names = [name for name in names_of(tmp_path) if "self_attn" in name]
+    assert len(Walk(open_checkpoint(tmp_path), names, dtype=torch.float32, device=CPU)) == 3
+    monkeypatch.setattr(on_disk, "separate", lambda model, names: {})
     with pytest.raises(CheckpointError, match=r"of MixtralForCausalLM is no tensor .* of others"):
         Walk(open_checkpoint(tmp_path), names, dtype=torch.float32, device=CPU)
 

@@ -1,0 +1,151 @@
+"""Experts that transformers fuses in one parameter, taken apart: a Linear for each weight on disk.
+
+    y_t = sum over experts e of token t   p_te  D_e (act(G_e x_t) * U_e x_t)
+
+transformers 5 stacks the experts' matrices of a layer when it loads a checkpoint that has each of
+them, and calls them in one product. Here each is a Linear again, under its name on disk, so that
+hooks see its inputs and gradients. Weights are views of what was stacked: they take no memory.
+
+A Linear of an expert sees the tokens that were routed to it. `Experts.forward` says which, in the
+attribute `routed` of the Linear: their numbers in the batch, (tokens,) int64.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+# Names on disk of the matrix whose output is gated, of the one that gates it, and of the last.
+GATE, UP, DOWN = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
+_NAME = re.compile(r"(?P<layer>.*?\.\d+\.)(?P<rest>.*\bexperts)\.(?P<expert>\d+)\.(?P<leaf>\w+)")
+# How transformers' module lays its stacks out, where this module knows to take them apart.
+_LAYOUT = {
+    "has_gate": True,
+    "has_bias": False,
+    "is_transposed": False,
+    "is_concatenated": True,
+    "has_post_expert_norm": False,
+}
+
+
+def is_sibling(name: str, other: str) -> bool:
+    """Whether two tensors are the same weight of two experts of a layer."""
+    one, two = _NAME.match(name), _NAME.match(other)
+    if one is None or two is None or name == other:
+        return False
+    return all(one[part] == two[part] for part in ("layer", "rest", "leaf"))
+
+
+class Experts(nn.Module):
+    """The experts of a layer, called one by one."""
+
+    def __init__(self, fused: nn.Module, leaves: tuple[str, str, str]) -> None:
+        """Take a module of stacks apart, which loses its parameters.
+
+        Args:
+            fused: transformers' module: gate_up_proj (experts, 2 width, in), down_proj (experts,
+                in, width).
+            leaves: names on disk of an expert's three weights: gate, up, down.
+        """
+        super().__init__()
+        both, down = fused.get_parameter("gate_up_proj"), fused.get_parameter("down_proj")
+        width = both.shape[1] // 2
+        for number in range(len(both)):
+            expert = nn.Module()
+            parts = (both[number, :width], both[number, width:], down[number])
+            for leaf, part in zip(leaves, parts, strict=True):
+                expert.add_module(leaf, _linear(part))
+            self.add_module(str(number), expert)
+        self._leaves, self._count = leaves, len(both)
+        del fused.gate_up_proj, fused.down_proj
+        self._apply_gate: Callable[[Tensor], Tensor] = cast(Any, fused)._apply_gate
+
+    def forward(self, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """Pass tokens through the experts that each was routed to.
+
+        Args:
+            hidden: (tokens, in).
+            chosen: (tokens, k) int64, numbers of experts; `experts` where there is none.
+            shares: (tokens, k).
+        """
+        gate, up, down = self._leaves
+        total = torch.zeros_like(hidden)
+        for number in torch.unique(chosen).tolist():
+            if number >= self._count:
+                continue
+            expert = self.get_submodule(str(number))
+            tokens, place = torch.where(chosen == number)
+            for one in expert.children():
+                one.routed = tokens
+            given = hidden[tokens]
+            gated = torch.cat(
+                (expert.get_submodule(gate)(given), expert.get_submodule(up)(given)), -1
+            )
+            made = expert.get_submodule(down)(self._apply_gate(gated))
+            made = made * shares[tokens, place, None]
+            total = total.index_add(0, tokens, made.to(total.dtype))
+        return total
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """Make a Linear without bias whose weight is a view."""
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def separate(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Take apart the fused experts of a model that a checkpoint holds one by one.
+
+    Args:
+        model: as transformers built it; modules of stacks are replaced, once.
+        names: tensors of the checkpoint.
+    Returns:
+        the Linears of experts, by the name of their weight in the checkpoint. Experts of another
+        layout (biases, transposed or interleaved stacks) stay as they are, and are not among them.
+    """
+    wanted: dict[str, dict[tuple[int, str], str]] = {}  # by layer: names of expert and leaf
+    for name in names:
+        found = _NAME.fullmatch(name.removesuffix(".weight"))
+        if found:
+            wanted.setdefault(found["layer"], {})[int(found["expert"]), found["leaf"]] = name
+    linears: dict[str, nn.Module] = {}
+    for path, module in list(model.named_modules()) if wanted else ():
+        layer = next((one for one in wanted if f"{path}.".find(one) >= 0), None)
+        if layer is None:
+            continue
+        if not isinstance(module, Experts):
+            leaves = _leaves({leaf for _, leaf in wanted[layer]})
+            if leaves is None or not _is_known(module):
+                continue
+            module = Experts(module, leaves)
+            model.set_submodule(path, module)
+        linears |= _named(module, wanted[layer])
+    return linears
+
+
+def _named(experts: Experts, wanted: Mapping[tuple[int, str], str]) -> dict[str, nn.Module]:
+    here = dict(experts.named_modules())
+    keys = {name: f"{number}.{leaf}" for (number, leaf), name in wanted.items()}
+    return {name: here[key] for name, key in keys.items() if key in here}
+
+
+def _leaves(told: set[str]) -> tuple[str, str, str] | None:
+    """Give the names of gate, up and down that are among some; None where one is not known."""
+    gate, up, down = (next((n for n in names if n in told), None) for names in (GATE, UP, DOWN))
+    return (gate, up, down) if gate and up and down else None
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether a module is a stack of experts of the layout that `Experts` takes apart."""
+    told: Any = module
+    return (
+        all(getattr(told, key, None) is value for key, value in _LAYOUT.items())
+        and dict(module.named_parameters(recurse=False)).keys() == {"gate_up_proj", "down_proj"}
+        and hasattr(told, "_apply_gate")
+    )

@@ -1,0 +1,211 @@
+"""Experts taken apart: the same model, and hooks that see whose tokens and gradients they are."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Ortho
+from families import FAMILIES, MIXTURES, saved
+from torch import Tensor, nn
+
+from ortho_cli.errors import CalibrationError
+from ortho_cli.formats.statistics import open_statistics
+from ortho_cli.model import hooks
+from ortho_cli.model.experts import Experts, is_sibling, separate
+from ortho_cli.model.load import find_linears
+from ortho_cli.storage.checkpoint import open_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # other people's deprecations
+EXPERT = re.compile(r"\.experts\.\d+\.")
+TOKENS = torch.randint(1, 48, (3, 10), generator=torch.Generator().manual_seed(5))
+THERE = torch.ones_like(TOKENS, dtype=torch.bool)
+THERE[1, 7:] = False
+
+
+def experts_of(folder: Path) -> list[str]:
+    return [one.name for one in open_checkpoint(folder).tensors if EXPERT.search(one.name)]
+
+
+def logits(model: nn.Module) -> Tensor:
+    return model(input_ids=TOKENS, attention_mask=THERE.long(), use_cache=False).logits
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_one_by_one_are_the_model(tmp_path: Path, kind: str) -> None:
+    model = saved(tmp_path, kind)
+    names, before = experts_of(tmp_path), logits(model)
+    assert len(names) >= 24
+    linears = find_linears(model, names)
+    assert list(linears) == names
+    for tensor in open_checkpoint(tmp_path).tensors:
+        if tensor.name in linears:
+            assert tuple(linears[tensor.name].weight.shape) == tensor.shape
+    assert torch.equal(logits(model)[THERE], before[THERE])
+    first = linears[names[0]].weight
+    first.data.zero_()
+    assert not torch.equal(logits(model)[THERE], before[THERE])
+    assert find_linears(model, names) == linears, "they are taken apart once"
+
+
+def test_weights_of_experts_are_views(tmp_path: Path) -> None:
+    model = saved(tmp_path, "Mixtral")
+    stack = model.get_parameter("model.layers.0.mlp.experts.down_proj")
+    linears = separate(model, experts_of(tmp_path))
+    down = linears["model.layers.0.block_sparse_moe.experts.1.w2.weight"].weight
+    assert down.data_ptr() == stack[1].data_ptr()
+    assert not [name for name, _ in model.named_parameters() if name.endswith("experts.down_proj")]
+
+
+def test_stacks_of_another_layout_stay_and_are_named(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.GptOssConfig(
+        **{**FAMILIES["Qwen3"], "num_local_experts": 2, "num_experts_per_tok": 1}
+    )
+    model = transformers.GptOssForCausalLM(config)
+    name = "model.layers.0.mlp.experts.0.down_proj.weight"
+    assert separate(model, [name]) == {}
+    assert not any(isinstance(one, Experts) for one in model.modules())
+    with pytest.raises(CalibrationError, match="is no module in the model"):
+        find_linears(model, [name])
+
+
+def test_siblings_are_the_same_weight_of_other_experts_of_a_layer() -> None:
+    one = "model.layers.1.mlp.experts.3.up_proj.weight"
+    assert is_sibling(one, one.replace("3", "12"))
+    for other in (
+        one,
+        one.replace("layers.1", "layers.2"),
+        one.replace("up_proj", "gate_proj"),
+        "model.layers.1.mlp.up_proj.weight",
+    ):
+        assert not is_sibling(one, other)
+
+
+def routed(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inputs of each Linear, and the tokens of the batch that they are of."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            found[name] = args[0].detach(), module.routed
+
+        return hook
+
+    handles = [one.register_forward_hook(keep(name)) for name, one in linears.items()]
+    logits(model)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_inputs_of_tokens_that_count_are_measured(tmp_path: Path) -> None:
+    model = saved(tmp_path, "Qwen3Moe")
+    linears = find_linears(model, experts_of(tmp_path))
+    seen, sums = routed(model, linears), dict[tuple[str, str], Tensor]()
+    counted = THERE.clone()
+    counted[:, :4] = False
+
+    def add(name: str, part: str, row: int, tile: Tensor) -> None:
+        sums[name, part] = tile.clone()
+
+    with hooks.Capture(linears, add, kind="gram", gram="full") as capture:
+        capture.begin(3, counted, counted)
+        logits(model)
+    assert len(seen) > 20
+    for name, (x, tokens) in seen.items():
+        mine = x[counted.reshape(-1)[tokens]]
+        assert torch.allclose(sums[name, "curvature"][0], mine.square().sum(0), atol=1e-6)
+        assert torch.allclose(sums[name, "gram"], mine.T @ mine, atol=1e-6)
+    assert any(len(x) != len(x[counted.reshape(-1)[t]]) for x, t in seen.values())
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+def test_fisher_is_that_of_the_stacked_model_sequence_by_sequence(
+    tmp_path: Path, kind: str
+) -> None:
+    stacked, names = saved(tmp_path, kind), experts_of(tmp_path)
+    expected = dict.fromkeys(names, torch.zeros(()))
+    stacked.requires_grad_(True)
+    for row in range(3):
+        length = int(THERE[row].sum())
+        tokens = TOKENS[row : row + 1, :length]
+        out = stacked(input_ids=tokens, use_cache=False).logits[0, :-1]
+        stacked.zero_grad()
+        nn.functional.cross_entropy(out, tokens[0, 1:], reduction="sum").backward()
+        for name in names:
+            layer, number, leaf = re.match(r".*\.(\d+)\..*\.(\d+)\.(\w+)\.weight", name).groups()
+            experts = stacked.get_submodule(f"model.layers.{layer}.mlp.experts")
+            both = experts.gate_up_proj.grad[int(number)]
+            halves = dict(zip(("gate", "up"), both.chunk(2), strict=True))
+            place = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up"}.get(leaf)
+            own = halves[place] if place else experts.down_proj.grad[int(number)]
+            expected[name] = expected[name] + own.square()
+    model = saved(tmp_path, kind)
+    linears, sums = find_linears(model, names), dict[str, Tensor]()
+
+    def add(name: str, part: str, row: int, tile: Tensor) -> None:
+        sums[name] = tile.clone()
+
+    with hooks.Capture(linears, add, kind="fisher") as capture:
+        capture.begin(3, THERE)
+        out = logits(model)
+        kept = THERE[:, 1:] & THERE[:, :-1]
+        labels = TOKENS[:, 1:].masked_fill(~kept, -100)
+        nn.functional.cross_entropy(out[:, :-1].transpose(1, 2), labels, reduction="sum").backward()
+    for name in names:
+        found = sums.get(name, torch.zeros_like(expected[name]))
+        assert torch.allclose(found, expected[name], rtol=1e-3, atol=1e-9), name
+
+
+def test_an_expert_that_no_token_reaches_has_the_mean_of_the_others(
+    tmp_path: Path, ortho: Ortho
+) -> None:
+    saved(tmp_path / "m", "Olmoe")
+    few = ("--samples", 1, "--length", 3, "--batch-size", 1, "--set", "calibrate.dtype=float32")
+    found = {}
+    for way, limit in (("whole", "99GB"), ("blocks", "790MB")):
+        ran = ortho("calibrate", tmp_path / "m", *few, "-o", tmp_path / way, "--max-memory", limit)
+        assert ran.code == 0, ran.err
+        said = " ".join(ran.err.split())
+        name = re.search(r"no token reached `(.*?)` and \d+ more weights of experts", said)
+        assert name, said
+        assert ("block by block" in said) == (way == "blocks")
+        found[way] = (tmp_path / way).read_bytes()
+    assert found["whole"] == found["blocks"]
+    statistics = open_statistics(tmp_path / "whole")
+    mean = {one: statistics.tensors[one].mean for one in experts_of(tmp_path / "m")}
+    others = [value for one, value in mean.items() if is_sibling(one, name[1])]
+    reached = [value for value in others if value != mean[name[1]]]
+    assert mean[name[1]] == pytest.approx(sum(reached) / len(reached), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Glm4Moe"])
+def test_default_of_a_mixture_is_measured(tmp_path: Path, ortho: Ortho, kind: str) -> None:
+    saved(tmp_path / "m", kind)
+    ran = ortho("decompose", tmp_path / "m", "-o", tmp_path / "a")
+    assert ran.code == 0, ran.err
+    assert "curvature is gram of 2,048 tokens" in " ".join(ran.out.split())
+    stats, sets = tmp_path / "s", ("--set", "calibrate.curvature=true-fisher")
+    few = ("--samples", 6, "--length", 12, "--gram", "full")
+    for out, limit in (("s", "99GB"), ("b", "800MB")):
+        ran = ortho(
+            "calibrate", tmp_path / "m", *few, *sets, "-o", tmp_path / out, "--max-memory", limit
+        )
+        assert ran.code == 0, ran.err
+    assert (tmp_path / "b").read_bytes() == stats.read_bytes()
+    ran = ortho(
+        "decompose",
+        tmp_path / "m",
+        "-o",
+        tmp_path / "c",
+        "--recipe",
+        "capability",
+        "--stats",
+        stats,
+    )
+    assert ran.code == 0, ran.err
