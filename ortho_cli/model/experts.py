@@ -7,7 +7,8 @@ them, and calls them in one product. Here each is a Linear again, under its name
 hooks see its inputs and gradients. Weights are views of what was stacked: they take no memory.
 
 A Linear of an expert sees the tokens that were routed to it. `Experts.forward` says which, in the
-attribute `routed` of the Linear: their numbers in the batch, (tokens,) int64.
+attribute `routed` of the Linear: their numbers in the batch, (tokens,) int64. `batch_tokens` is the
+number of all.
 """
 
 from __future__ import annotations
@@ -79,8 +80,9 @@ class Experts(nn.Module):
                 continue
             expert = self.get_submodule(str(number))
             tokens, place = torch.where(chosen == number)
-            for one in expert.children():
-                one.routed = tokens
+            linears: Iterable[Any] = expert.children()
+            for one in linears:
+                one.routed, one.batch_tokens = tokens, len(hidden)
             given = hidden[tokens]
             gated = torch.cat(
                 (expert.get_submodule(gate)(given), expert.get_submodule(up)(given)), -1

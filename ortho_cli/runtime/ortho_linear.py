@@ -86,6 +86,9 @@ class OrthoLinear(nn.Module):
         check_bits(in_features, bits)
         self.in_features, self.out_features = in_features, out_features
         self._alpha: Alpha | None = None
+        # Of an expert, which of a batch's tokens it is given, and how many there are in all.
+        self.routed: Tensor | None = None
+        self.batch_tokens = 0
         self._cache: dict[tuple[str, ...], _Derived] = {}
         words, groups = in_features * bits // 32, in_features // group_size
 
@@ -216,6 +219,9 @@ class OrthoLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by W(alpha); alpha is read once."""
         alpha = self._need_alpha()
+        if self.routed is not None and isinstance(alpha, Tensor) and alpha.ndim:
+            rows = self.routed // (self.batch_tokens // alpha.numel())
+            alpha = alpha[rows.to(alpha.device)]
         base = self._base()
         if x.numel() <= product.PACKED_ROWS * self.in_features and (
             x.dtype == torch.bfloat16 or torch.is_autocast_enabled(x.device.type)

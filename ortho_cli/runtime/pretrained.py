@@ -19,6 +19,7 @@ from torch import nn
 from ortho_cli.errors import ArtifactError, blamed
 from ortho_cli.formats.artifact import CONFIG_FILE, Artifact
 from ortho_cli.formats.open_artifact import no_ortho, open_artifact
+from ortho_cli.model.experts import separate
 from ortho_cli.model.linears import is_conv1d, is_plain_linear
 from ortho_cli.model.load import check_claims, check_folder, explained, quiet_transformers
 from ortho_cli.runtime import product
@@ -170,14 +171,20 @@ def _quantizer(opened: Artifact, swapped: dict[str, OrthoLinear]) -> Iterator[di
 def swap(model: nn.Module, opened: Artifact) -> dict[str, OrthoLinear]:
     """Replace the Linears that were split, on meta; return the new layers by the artifact's names.
 
+    Experts that transformers stacks are taken apart before.
+
     Raises:
         ArtifactError: the model has no Linear of that name and size.
     """
+    layers = dict(empty_layers(opened))
+    experts = separate(model, (f"{name}.weight" for name in layers))
     modules = dict(model.named_modules())
+    places = {id(module): path for path, module in modules.items()}
     made: dict[str, OrthoLinear] = {}
     tails = _by_tail(modules)
-    for name, layer in empty_layers(opened):
-        path = _find(name, modules, tails)
+    for name, layer in layers.items():
+        expert = experts.get(f"{name}.weight")
+        path = _find(name, modules, tails) if expert is None else places[id(expert)]
         old = modules.get(path)
         weight = getattr(old, "weight", None)
         shape = [layer.out_features, layer.in_features]
