@@ -11,6 +11,7 @@ import checkpoints
 import pytest
 import torch
 from conftest import Ortho
+from families import saved
 from safetensors.torch import load_file, save_file
 
 import ortho_cli
@@ -119,3 +120,13 @@ def test_auto_computes_in_bfloat16_where_the_cpu_has_instructions_for_it(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
     assert models.uses_bfloat16(asked, torch.device("cpu")) is expected
+
+
+def test_a_tokenizer_that_transformers_makes_without_words_is_none(tmp_path: Path) -> None:
+    saved(tmp_path, "Qwen3Moe")
+    import transformers
+
+    made = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert len(made) <= len(set(made.all_special_ids))
+    with pytest.raises(CheckpointError, match="has no tokenizer that transformers can read"):
+        models.load_tokenizer(tmp_path)
