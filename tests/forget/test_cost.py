@@ -49,7 +49,7 @@ def test_tokens_that_pass_are_no_more_than_was_told_and_not_much_less(
     editor.find(tmp_path, curvature=memorised.curvature())
     told = cost.tokens_passed(plan, editor.secrets)
     assert passed[0] <= told
-    assert told < 2.5 * passed[0], "rounds may try several sizes"
+    assert told < 4 * passed[0], "rounds may try several sizes, and use a measurement several times"
 
 
 def test_cost_is_that_of_each_secret_and_memory_that_of_the_longest(memorised: Memorised) -> None:
