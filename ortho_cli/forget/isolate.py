@@ -54,6 +54,7 @@ PUSH = 4.0  # weight of alternatives that take its place, beside that of a secre
 ROWS = 64  # groups of secrets that are off, and secrets at their rank, that one round looks at
 LARGEST = 16  # share of the moves that are allowed, as one over it, that one round may make
 ATTEMPTS = 3  # sizes that a round tries, each a quarter of the one before
+FEW = 16  # moves that brought secrets no nearer, below which they and not their number are to blame
 USES = 5  # times that a round moves codes by what it measured once
 TRUSTED, DOUBTED = 0.5, 0.2  # of the fall foretold: above it rounds grow, below it they shrink
 WORTH = 0.1  # of it, below which a round ends that uses what it measured again
@@ -250,7 +251,8 @@ def _use(
             worth=WORTH if use else 0.0,
         )
         if now is None:
-            return found, size if use else max(size > 1, len(chosen) // 4)
+            least = 0 if size <= 1 else 1
+            return found, size if use else max(least, len(chosen) // 4)
         found, most, size = now, most - len(chosen), _next_size(size, most, ratio)
         if ratio < DOUBTED or most <= 0 or not any(at.sign for at in found):
             break
@@ -287,9 +289,9 @@ def _try(
             return now, fell / promised, chosen
         for name, places, codes in undo:
             grid.move(name, places, codes)
-        size = len(chosen) // 4
-        if not size:
-            break
+        if len(chosen) <= FEW:  # they are not what they seem; others are tried
+            candidates.free[chosen] = False
+        size = max(1, len(chosen) // 4)
     return None, 0.0, chosen
 
 

@@ -63,8 +63,9 @@ class Ranking:
     @property
     def _is_close(self) -> bool:
         # Likelier than all alternatives a secret could be extracted, however close it is.
-        near = abs(self.nll - self.target) <= CLOSE * self.spread
-        return self.goal is not None and self.rank > 0 and near
+        if self.goal is None or not self.rank:
+            return False
+        return abs(self.nll - self.target) <= CLOSE * self.spread
 
     @property
     def target(self) -> float:
