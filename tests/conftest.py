@@ -30,6 +30,7 @@ from ortho_cli.convert.targets import factors, gguf_base
 from ortho_cli.decompose import plan, recheck
 from ortho_cli.split import pipeline
 from ortho_cli.split.sizes import Part, Sizes
+from ortho_cli.storage import speeds
 from ortho_cli.storage.speeds import Speeds
 
 # A busy machine is no fault of the code; speed has a bench of its own.
@@ -82,6 +83,9 @@ def even_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
 def real_speeds(even_speeds: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Time what is asked for, and keep it in a cache of the test's own, which is returned."""
     monkeypatch.setattr(Speeds, "of", timed_by)
+    monkeypatch.setattr(
+        speeds, "_busy", lambda cores: 1
+    )  # else times are taken again as it changes
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "ortho"
 

@@ -118,12 +118,14 @@ def separate(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
             wanted.setdefault(found["layer"], {})[int(found["expert"]), found["leaf"]] = name
     linears: dict[str, nn.Module] = {}
     for path, module in list(model.named_modules()) if wanted else ():
-        layer = next((one for one in wanted if f"{path}.".find(one) >= 0), None)
+        if not (isinstance(module, Experts) or _is_known(module)):
+            continue
+        layer = next((one for one in wanted if one in f"{path}."), None)
         if layer is None:
             continue
         if not isinstance(module, Experts):
             leaves = _leaves({leaf for _, leaf in wanted[layer]})
-            if leaves is None or not _is_known(module):
+            if leaves is None:
                 continue
             module = Experts(module, leaves)
             model.set_submodule(path, module)
