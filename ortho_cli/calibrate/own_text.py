@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ortho_cli.calibrate import memory
-from ortho_cli.decompose.settings import Calibrate, Recipe
+from ortho_cli.decompose.settings import Recipe
 from ortho_cli.errors import CalibrationError, CheckpointError, OrthoError
 from ortho_cli.events import EventSink, null_sink
 from ortho_cli.formats.statistics import Statistics, check_model, is_statistics, open_statistics
@@ -52,7 +52,7 @@ def obstacle(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def way(checkpoint: Checkpoint, settings: Calibrate) -> str | None:
+def way(checkpoint: Checkpoint) -> str | None:
     """Say so where a model is measured block by block, since it is larger than memory."""
     if not memory.goes_by_block(checkpoint):
         return None

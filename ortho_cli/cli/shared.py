@@ -224,7 +224,7 @@ def _recipe_for(
     settings = load_recipe(recipe or MEASURED, sets)
     why = obstacle(checkpoint) if settings.can_measure else None
     if why is None and (recipe or settings.can_measure):
-        told = way(checkpoint, settings.calibrate) if settings.can_measure else None
+        told = way(checkpoint) if settings.can_measure else None
         return settings, settings.can_measure, told
     if recipe is None:  # an obstacle, or --set leaves nothing to measure
         note = None if why is None else without_curvature(why)

@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-# Names on disk of the matrix whose output is gated, of the one that gates it, and of the last.
+# Names on disk of the matrix that gates, of the one whose output it gates, and of the last.
 GATE, UP, DOWN = ("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")
 _NAME = re.compile(r"(?P<layer>.*?\.\d+\.)(?P<rest>.*\bexperts)\.(?P<expert>\d+)\.(?P<leaf>\w+)")
 # How transformers' module lays its stacks out, where this module knows to take them apart.

@@ -168,7 +168,8 @@ class Weights:
                 "transformers makes it of others, which is not known block by block",
                 hint=f"restore the checkpoint; or {IN_MEMORY}",
             )
-        apart = {id(p) for one in _experts(model) for p in one.parameters()}
+        experts = (one for one in model.modules() if isinstance(one, Experts))
+        apart = {id(p) for one in experts for p in one.parameters()}
         whole = [renamed[one.name] for number, one in sources.items() if number not in apart]
         for name in _converted(model, whole):
             raise CheckpointError(
@@ -270,10 +271,6 @@ class Weights:
             self._reader.read_into(as_bytes(buffer), source, start=start * step)
             if not direct:
                 part.copy_(buffer)
-
-
-def _experts(model: nn.Module) -> Iterator[Experts]:
-    return (one for one in model.modules() if isinstance(one, Experts))
 
 
 def _renamed(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
