@@ -38,7 +38,7 @@ from ortho_cli.formats.statistics import Measured
 from ortho_cli.model import hooks
 from ortho_cli.model import load as models
 from ortho_cli.model.blocks import Options
-from ortho_cli.model.experts import is_sibling
+from ortho_cli.model.experts import see_all
 from ortho_cli.model.hidden_states import HiddenStates
 from ortho_cli.model.self_written import random_tokens
 from ortho_cli.model.walk import Walk
@@ -69,6 +69,8 @@ def open_walk(plan: CalibrationPlan, checkpoint: Checkpoint, device: torch.devic
     walk = Walk(checkpoint, [one.name for one in plan.tensors], dtype=dtype, device=device)
     tokens = [one.tokens for data in plan.sets.values() for one in data.sequences]
     models.check_fits(walk.model, length=max(map(len, tokens)), largest_token=max(map(max, tokens)))
+    if plan.settings.experts == "all":
+        see_all(walk.model)
     return walk
 
 
@@ -172,7 +174,6 @@ class _Job:
             for start in range(0, len(data.sequences), size)
         ]
         self._arguments: list[list[Options]] = []
-        self._borrowers: set[str] = set()  # weights of experts that no token reached
         self._limit = memory.available_memory() if plan.memory is None else plan.memory
 
     def run(self, source: str) -> Calibration:
@@ -272,26 +273,38 @@ class _Job:
                 yield (name, of, part), self._plan.sum_shape(self._tensors[name], part)
 
     def _write(
-        self, number: int, sums: Mapping[tuple[str, Set, hooks.Part], Tensor], **more: object
+        self,
+        number: int,
+        sums: Mapping[tuple[str, Set, hooks.Part], Tensor],
+        routed: Mapping[str, int],
+        **more: object,
     ) -> None:
         """Write means of a block to their places, and count the block as finished."""
         check_in_place(self._checkpoint)
-        plan, linears = self._plan, self._walk.linears[number]
+        plan = self._plan
+        lender = stored.Lender(
+            self._walk.linears[number],
+            routed,
+            plan.least_tokens,
+            lambda name, part: sums[name, "retain", part],
+        )
         entries: dict[str, object] = {}
         content: dict[str, str] = {}
         for (_, of, part), total in sums.items():
             stored.divide(total, plan.summed_over(of, part))
         for (name, of, part), own in sums.items():
-            tensor, mean = self._tensors[name], own
-            if of == "retain" and not bool(own.any()):
-                others = (one for one in linears if is_sibling(one, name))
-                found = stored.lent(sums[one, of, part] for one in others)
-                if found is not None:
-                    mean = found
-                    self._borrowers.add(name)
+            tensor = self._tensors[name]
+            mean = lender.settle(name, part, own) if of == "retain" else own
             if (of, part) == ("retain", "curvature"):
-                told = stored.describe(plan.settings, tensor, mean, self._digests[name])
-                entries[name] = told.model_dump()
+                told = stored.describe(
+                    plan.settings,
+                    tensor,
+                    mean,
+                    self._digests[name],
+                    tokens=routed.get(name),
+                    lent=name in lender.borrowed,
+                )
+                entries[name] = told.to_json()
             for key, values in stored.of_mean(plan.settings, tensor, of, part, mean):
                 stream = TensorStream(self._file, key)
                 stream.write(as_bytes(values))
@@ -324,7 +337,7 @@ class _Job:
             if isinstance(told, dict) and isinstance(digests, dict):
                 entries |= {name: Measured.model_validate(one) for name, one in told.items()}
                 content |= digests
-        stored.note_lent(self._borrowers, self._on_event)
+        stored.note_lent(entries, self._plan.least_tokens, self._on_event)
         metadata = stored.metadata(self._plan, self._device, source, entries, content)
         layout = stored.lay_out(self._plan, metadata)
         self._file.write_header(layout.header)
@@ -370,7 +383,7 @@ class _Forward(_Job):
                 hidden = states.get(index).to(self._device)
                 states.put(index, self._call(number, index, hidden))
         if measures:
-            self._write(number, sums)
+            self._write(number, sums, capture.routed)
         states.finish(number + 1, is_last=number + 1 == len(walk))
 
     def _nll(self, states: HiddenStates) -> Mapping[Set, float]:
@@ -526,6 +539,6 @@ class _Backward(_Job):
                 if hidden.grad is not None:
                     gradients.put(index, hidden.grad)
         if measures:
-            self._write(number, sums, **more)
+            self._write(number, sums, captures["retain"].routed, **more)
         if number:
             gradients.finish(passed + 1, is_last=False)

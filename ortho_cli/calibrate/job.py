@@ -16,6 +16,7 @@ import itertools
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -42,7 +43,7 @@ from ortho_cli.events import (
 from ortho_cli.formats import artifact, statistics
 from ortho_cli.model import hooks
 from ortho_cli.model import load as models
-from ortho_cli.model.experts import is_sibling
+from ortho_cli.model.experts import see_all
 from ortho_cli.model.self_written import keeps_cache, random_text, write_text
 from ortho_cli.model.text import TokenSequence
 from ortho_cli.split.quantize import as_bytes
@@ -190,7 +191,7 @@ class _Job:
         self._model: nn.Module | None = None
         self._sums: dict[Set, Sums] = {}
         self._nll: dict[Set, float] = {}
-        self._borrowers: set[str] = set()  # weights of experts that no token reached
+        self._routed: Counter[str] = Counter()  # tokens to each expert, of the chunk that is made
         # Statistics of private data are for their owner alone.
         self._mode = 0o600 if "forget" in plan.sets else 0o644
 
@@ -297,6 +298,9 @@ class _Job:
                 length=max(len(sequence.tokens) for sequence in everything),
                 largest_token=max(max(sequence.tokens) for sequence in everything),
             )
+            if self._plan.settings.experts == "all":
+                models.find_linears(model, [tensor.name for tensor in self._plan.tensors])
+                see_all(model)
             self._model = model
         return self._model
 
@@ -313,7 +317,9 @@ class _Job:
     def _capture(self, name: Set, model: nn.Module) -> hooks.Capture:
         """Make the hooks that add to the sums of a set."""
         linears = models.find_linears(model, [tensor.name for tensor in self._plan.tensors])
-        return self._plan.capture(name, linears, self._adder(name))
+        capture = self._plan.capture(name, linears, self._adder(name))
+        self._routed = capture.routed
+        return capture
 
     def _adder(self, name: Set) -> hooks.AddSum:
         """Add to the sums of a set, and tell which weight they are of."""
@@ -351,7 +357,11 @@ class _Job:
         # other bytes may count.
         check_in_place(self._checkpoint)
         self._sums[name].finish_chunk()
-        self._work.commit([{"name": f"{name} {start}", "nll": nll, "sequences": sequences}])
+        line: dict[str, object] = {"name": f"{name} {start}", "nll": nll, "sequences": sequences}
+        if name == "retain" and self._routed:
+            line["routed"] = dict(self._routed)
+        self._routed.clear()
+        self._work.commit([line])
 
     def _pass(
         self, batch: Sequence[TokenSequence], first: int, model: nn.Module, capture: hooks.Capture
@@ -376,21 +386,34 @@ class _Job:
 
     def _write(self, source: str, digests: dict[str, str]) -> Calibration:
         """Write the file; its header holds digests, so each weight is made twice."""
-        plan = self._plan
+        plan, routed = self._plan, self._tokens_routed()
+        lender = stored.Lender(
+            (tensor.name for tensor in plan.tensors),
+            routed,
+            plan.least_tokens,
+            lambda name, part: self._mean(by_name[name], "retain", part),
+        )
+        by_name = {tensor.name: tensor for tensor in plan.tensors}
         entries: dict[str, statistics.Measured] = {}
         content: dict[str, str] = {}
-        for tensor, name, part, mean in self._means():
+        for tensor, name, part, mean in self._means(lender):
             if (name, part) == ("retain", "curvature"):
-                told = stored.describe(plan.settings, tensor, mean, digests[tensor.name])
-                entries[tensor.name] = told
+                entries[tensor.name] = stored.describe(
+                    plan.settings,
+                    tensor,
+                    mean,
+                    digests[tensor.name],
+                    tokens=routed.get(tensor.name),
+                    lent=tensor.name in lender.borrowed,
+                )
             for key, values in stored.of_mean(plan.settings, tensor, name, part, mean):
                 content[key] = blake3(as_bytes(values)).hexdigest()
-        stored.note_lent(self._borrowers, self._on_event)
+        stored.note_lent(entries, plan.least_tokens, self._on_event)
         metadata = stored.metadata(plan, self._device, source, entries, content)
         layout = stored.lay_out(plan, metadata)
         file = DataFile(self._work, self._work.out.name, layout, mode=self._mode)
         file.write_header(layout.header)
-        for made in self._means():
+        for made in self._means(lender):
             for key, values in stored.of_mean(plan.settings, *made):
                 stream = TensorStream(file, key)
                 stream.write(as_bytes(values))
@@ -398,14 +421,21 @@ class _Job:
         perplexity = stored.perplexity(plan, self._nll)
         return Calibration(nbytes=layout.size, metadata=metadata, perplexity=perplexity)
 
-    def _means(self) -> Iterator[tuple[TensorInfo, Set, hooks.Part, Tensor]]:
+    def _tokens_routed(self) -> Counter[str]:
+        """Sum the tokens that were routed to each expert's weight over all chunks."""
+        total: Counter[str] = Counter()
+        for line in self._work.done.values():
+            if isinstance(routed := line.get("routed"), dict):
+                total.update(routed)
+        return total
+
+    def _means(self, lender: stored.Lender) -> Iterator[tuple[TensorInfo, Set, hooks.Part, Tensor]]:
         """Yield each sum over a set, divided by what it was summed over, in float32."""
         for tensor, name in itertools.product(self._plan.tensors, self._sums):
             for part in self._plan.parts(name):
                 mean = self._mean(tensor, name, part)
-                if name == "retain" and not bool(mean.any()):
-                    found = self._lent(tensor, part)
-                    mean = mean if found is None else found
+                if name == "retain":
+                    mean = lender.settle(tensor.name, part, mean)
                 yield tensor, name, part, mean
 
     def _mean(self, tensor: TensorInfo, name: Set, part: hooks.Part) -> Tensor:
@@ -413,12 +443,4 @@ class _Job:
         key = f"{tensor.name}/{part}"
         self._sums[name].current.read_into(key, as_bytes(mean), start=0)
         stored.divide(mean, self._plan.summed_over(name, part))
-        return mean
-
-    def _lent(self, tensor: TensorInfo, part: hooks.Part) -> Tensor | None:
-        """Give the mean of the layer's other experts, where no token reached one."""
-        others = [one for one in self._plan.tensors if is_sibling(one.name, tensor.name)]
-        mean = stored.lent(self._mean(one, "retain", part) for one in others)
-        if mean is not None:
-            self._borrowers.add(tensor.name)
         return mean

@@ -85,6 +85,11 @@ class CalibrationPlan:
         retain = self.sets["retain"]
         return retain.written_by == "model" and self.settings.curvature == "gram"
 
+    @property
+    def least_tokens(self) -> int:
+        """Routed tokens below which an expert goes by others: none where it sees all tokens."""
+        return 0 if self.settings.experts == "all" else self.settings.min_tokens
+
     def parts(self, name: Set) -> tuple[Part, ...]:
         """List the sums over a set; the forget set never gets a Gram matrix."""
         if name == "forget":
@@ -266,6 +271,12 @@ def make_plan(
             hint="--set calibrate.curvature=fisher --set calibrate.storage=full",
         )
     _check_weighting(settings)
+    if settings.experts == "all" and settings.curvature != "gram":
+        raise RecipeError(
+            f"calibrate.experts is all, and calibrate.curvature is {settings.curvature}: no "
+            "gradient reaches an expert from a token that is routed elsewhere",
+            hint="--set calibrate.curvature=gram, or leave calibrate.experts out",
+        )
     reasons = select(checkpoint, recipe, conv1d=True)
     turned = conv1d_names(checkpoint)
     split = tuple(

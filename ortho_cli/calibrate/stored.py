@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from ortho_cli.formats.artifact import canonical_json, module_of
 from ortho_cli.formats.statistics import Measured
 from ortho_cli.model import hooks
 from ortho_cli.model import load as models
+from ortho_cli.model.experts import group_of
 from ortho_cli.storage.checkpoint import TensorInfo
 from ortho_cli.storage.data_file import Layout, plan_layout
 from ortho_cli.version import __version__
@@ -31,6 +32,7 @@ from ortho_cli.version import __version__
 WIDEST = 1234567000000000.0
 COMPARED = 1 << 22  # weights that are summed at once, and whose top is compared: 32 MiB in float64
 WIDEST_SHARE = 0.1234  # of four digits
+MOST_TOKENS = 10**12 - 1  # routed to an expert, of twelve digits
 _JSON_KEYS = ("data", "recipe", "versions", "tensors", "digests")
 
 
@@ -74,30 +76,89 @@ def divide(sums: Tensor, count: int) -> None:
     sums += 0.0  # a sum of nothing is 0 or -0, by where chunks end
 
 
-def lent(others: Iterable[Tensor]) -> Tensor | None:
-    """Give the mean of what tokens reached, for an expert that none did; None where none are.
+class Lender:
+    """Gives an expert that too few tokens reached the mean of its layer's other experts.
 
-    Args:
-        others: means of the same weight of the layer's other experts.
+    Memory: such a mean of each weight of one layer's experts.
     """
-    total: Tensor | None = None
-    count = 0
-    for mean in others:
-        if bool(mean.any()):
-            total, count = mean.clone() if total is None else total.add_(mean), count + 1
-    return None if total is None else total.div_(count)
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        tokens: Mapping[str, int],
+        least: int,
+        mean_of: Callable[[str, hooks.Part], Tensor],
+    ) -> None:
+        """Choose which experts lend.
+
+        Args:
+            names: weights of whole layers.
+            tokens: of the retain set that were routed to an expert's weight. Weights of experts
+                that are called in another way are not among them: then figures tell.
+            least: tokens of an expert that needs no other one.
+            mean_of: gives the retain set's mean of a weight; it may be changed in place.
+        """
+        self._tokens, self._least, self._mean_of = tokens, least, mean_of
+        self._groups: dict[tuple[str, str], list[str]] = {}
+        for name in names:
+            if group := group_of(name):
+                self._groups.setdefault(group, []).append(name)
+        self._layer = ""
+        self._held: dict[tuple[str, hooks.Part], Tensor | None] = {}
+        self.borrowed: set[str] = set()
+
+    def settle(self, name: str, part: hooks.Part, own: Tensor) -> Tensor:
+        """Give the mean that a weight goes by: its own, or that of others."""
+        group = group_of(name)
+        if group is None or self._is_enough(name, own):
+            return own
+        layer, leaf = group
+        if layer != self._layer:
+            self._layer, self._held = layer, {}
+        if (leaf, part) not in self._held:
+            self._held[leaf, part] = self._mean(group, part)
+        others = self._held[leaf, part]
+        if others is None:
+            return own
+        self.borrowed.add(name)
+        return others.clone()
+
+    def _is_enough(self, name: str, own: Tensor) -> bool:
+        routed = self._tokens.get(name)
+        return bool(own.any()) and (routed is None or routed >= self._least)
+
+    def _mean(self, group: tuple[str, str], part: hooks.Part) -> Tensor | None:
+        total: Tensor | None = None
+        count = 0
+        for name in self._groups[group]:
+            if self._tokens.get(name, self._least) < self._least:
+                continue  # without reading it
+            mean = self._mean_of(name, part)
+            if self._is_enough(name, mean):
+                total, count = mean.clone() if total is None else total.add_(mean), count + 1
+        return None if total is None else total.div_(count)
 
 
-def note_lent(names: Collection[str], on_event: EventSink) -> None:
-    """Say which experts' weights have the statistics of others."""
-    if names:
-        on_event(
-            Noted(
-                message=f"no token reached `{min(names)}`"
-                + (f" and {len(names) - 1} more weights of experts" if len(names) > 1 else "")
-                + ": each has the mean of its layer's other experts; more --samples reach more"
+def note_lent(entries: Mapping[str, Measured], least: int, on_event: EventSink) -> None:
+    """Say which experts' weights have the statistics of others, and which alone have too few."""
+    for lent, ending in (
+        (True, "each has the mean of its layer's other experts"),
+        (None, "no other expert of the layer has more, so each keeps its own"),
+    ):
+        names = [
+            name
+            for name, one in entries.items()
+            if one.lent is lent and (lent or (one.tokens is not None and one.tokens < least))
+        ]
+        if names:
+            reached = "no token" if least == 1 else f"fewer than {least} tokens"
+            more = f" and {len(names) - 1} more weights of experts" if len(names) > 1 else ""
+            on_event(
+                Noted(
+                    message=f"{reached} reached `{min(names)}`{more}: {ending}; more --samples "
+                    "reach more, and `calibrate.experts=all` all"
+                )
             )
-        )
 
 
 def of_mean(
@@ -118,9 +179,24 @@ def of_mean(
         yield key, mean.to(torch.float32 if settings.dtype == "float32" else torch.bfloat16)
 
 
-def describe(settings: Calibrate, tensor: TensorInfo, mean: Tensor, digest: str) -> Measured:
+def describe(
+    settings: Calibrate,
+    tensor: TensorInfo,
+    mean: Tensor,
+    digest: str,
+    *,
+    tokens: int | None,
+    lent: bool,
+) -> Measured:
     """Summarise the curvature of a weight.
 
+    Args:
+        settings: of the calibration.
+        tensor: the weight.
+        mean: its curvature, or that of others which it goes by.
+        digest: of the weight.
+        tokens: that were routed to it; None where it is no expert's.
+        lent: whether the mean is that of others.
     Raises:
         CalibrationError: it is zero everywhere.
     """
@@ -139,7 +215,14 @@ def describe(settings: Calibrate, tensor: TensorInfo, mean: Tensor, digest: str)
         mine = rows[::step].unsqueeze(1) * columns
         overlap = round(hooks.top_overlap(mean[::step], mine), 4)
     shape, rounded = list(tensor.shape), float(f"{total:.6e}")
-    return Measured(shape=shape, source_blake3=digest, mean=rounded, overlap=overlap)
+    return Measured(
+        shape=shape,
+        source_blake3=digest,
+        mean=rounded,
+        overlap=overlap,
+        tokens=tokens,
+        lent=lent or None,
+    )
 
 
 def metadata(
@@ -173,7 +256,7 @@ def metadata(
         "data": canonical_json({k: v.to_json() for k, v in plan.sets.items()}),
         "recipe": canonical_json(settings.canonical()),
         "versions": canonical_json({**versions, "device": device.type}),
-        "tensors": canonical_json({name: one.model_dump() for name, one in entries.items()}),
+        "tensors": canonical_json({name: one.to_json() for name, one in entries.items()}),
         "digests": canonical_json(dict(content)),
     }
 
@@ -191,6 +274,10 @@ def lay_out(plan: CalibrationPlan, told: Mapping[str, str]) -> Layout:
     specs = [spec for tensor in plan.tensors for spec in plan.specs(tensor)]
     overlap = None if plan.settings.curvature == "gram" else WIDEST_SHARE
     figures = {"mean": WIDEST, "overlap": overlap}
-    widest = {name: one | figures for name, one in json.loads(told["tensors"]).items()}
+    of_expert = {"tokens": MOST_TOKENS, "lent": True}
+    widest = {
+        name: one | figures | (of_expert if group_of(name) else {})
+        for name, one in json.loads(told["tensors"]).items()
+    }
     room = len(plan_layout(specs, {**told, "tensors": canonical_json(widest)}).header)
     return plan_layout(specs, dict(told), room=room)

@@ -177,14 +177,25 @@ class Calibrate(_Strict):
         description="Of positions in that matrix. gradient: each counts with the mean square of "
         "the output's gradient there; not with curvature gram, which has no backward pass.",
     )
+    experts: Literal["routed", "all"] = Field(
+        "routed",
+        description="Tokens that an expert is measured on. all: every one, also where the router "
+        "sends it elsewhere; for curvature gram, and as slow as a dense model of all weights.",
+    )
+    min_tokens: Count = Field(
+        1,
+        description="Routed tokens below which an expert takes the mean of its layer's others.",
+    )
 
     def canonical(self) -> dict[str, object]:
         """List the settings that statistics depend on.
 
-        Those of the Gram matrix are left out where there is none, so that such files have the same
-        bytes as before these keys existed.
+        Those of the Gram matrix are left out where there is none, and those of experts where they
+        are the defaults, so that such files have the same bytes as before these keys existed.
         """
         unused = {"gram", "weighting"} if self.gram == "none" else set()
+        unused |= {"experts"} if self.experts == "routed" else set()
+        unused |= {"min_tokens"} if self.min_tokens == 1 else set()
         return self.model_dump(mode="json", exclude=unused)
 
 

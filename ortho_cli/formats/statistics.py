@@ -31,7 +31,14 @@ class Measured(Validated):
     shape: Annotated[list[int], Field(min_length=2, max_length=2)]
     source_blake3: Digest
     mean: Figure | None = None  # of the curvature
-    overlap: Figure | None = None  # of the retain set's curvature and the forget set's
+    overlap: Figure | None = None  # of the largest by full curvature with those by factored
+    tokens: int | None = None  # of the retain set that were routed to it; None: no expert's
+    lent: bool | None = None  # whether it has the mean of its layer's other experts
+
+    def to_json(self) -> dict[str, object]:
+        """Give what the header holds; of experts alone, tokens and whether it is lent."""
+        unused = {key for key in ("tokens", "lent") if getattr(self, key) is None}
+        return self.model_dump(exclude=unused)
 
 
 class DataSet(Validated):

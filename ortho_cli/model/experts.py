@@ -6,9 +6,10 @@ transformers 5 stacks the experts' matrices of a layer when it loads a checkpoin
 them, and calls them in one product. Here each is a Linear again, under its name on disk, so that
 hooks see its inputs and gradients. Weights are views of what was stacked: they take no memory.
 
-A Linear of an expert sees the tokens that were routed to it. `Experts.forward` says which, in the
-attribute `routed` of the Linear: their numbers in the batch, (tokens,) int64. `batch_tokens` is the
-number of all.
+A Linear of an expert sees the tokens that were routed to it, or every token (`see_all`).
+`Experts.forward` says which, in attributes of the Linear: `routed`, numbers in the batch of the
+tokens that it sees, and `chosen`, of those that were routed to it, (tokens,) int64 each;
+`batch_tokens`, the number of all.
 """
 
 from __future__ import annotations
@@ -33,12 +34,10 @@ _LAYOUT = {
 }
 
 
-def is_sibling(name: str, other: str) -> bool:
-    """Whether two tensors are the same weight of two experts of a layer."""
-    one, two = _NAME.match(name), _NAME.match(other)
-    if one is None or two is None or name == other:
-        return False
-    return all(one[part] == two[part] for part in ("layer", "rest", "leaf"))
+def group_of(name: str) -> tuple[str, str] | None:
+    """Give the experts of a layer and which of their weights a tensor is; None for another one."""
+    found = _NAME.match(name)
+    return None if found is None else (found["layer"] + found["rest"], found["leaf"])
 
 
 class Experts(nn.Module):
@@ -62,6 +61,7 @@ class Experts(nn.Module):
                 expert.add_module(leaf, _linear(part))
             self.add_module(str(number), expert)
         self._leaves, self._count = leaves, len(both)
+        self.sees_all = False
         del fused.gate_up_proj, fused.down_proj
         self._apply_gate: Callable[[Tensor], Tensor] = cast(Any, fused)._apply_gate
 
@@ -75,22 +75,33 @@ class Experts(nn.Module):
         """
         gate, up, down = self._leaves
         total = torch.zeros_like(hidden)
-        for number in torch.unique(chosen).tolist():
+        every = torch.arange(len(hidden), device=hidden.device) if self.sees_all else None
+        called = range(self._count) if self.sees_all else torch.unique(chosen).tolist()
+        for number in called:
             if number >= self._count:
                 continue
             expert = self.get_submodule(str(number))
             tokens, place = torch.where(chosen == number)
+            seen = tokens if every is None else every
             linears: Iterable[Any] = expert.children()
             for one in linears:
-                one.routed, one.batch_tokens = tokens, len(hidden)
-            given = hidden[tokens]
+                one.routed, one.chosen, one.batch_tokens = seen, tokens, len(hidden)
+            given = hidden[seen]
             gated = torch.cat(
                 (expert.get_submodule(gate)(given), expert.get_submodule(up)(given)), -1
             )
             made = expert.get_submodule(down)(self._apply_gate(gated))
+            made = made if every is None else made[tokens]  # others are seen, and count for nothing
             made = made * shares[tokens, place, None]
             total = total.index_add(0, tokens, made.to(total.dtype))
         return total
+
+
+def see_all(model: nn.Module) -> None:
+    """Let each expert of a model see every token; what the model computes stays the same."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.sees_all = True
 
 
 def _linear(weight: Tensor) -> nn.Linear:
@@ -98,6 +109,9 @@ def _linear(weight: Tensor) -> nn.Linear:
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight = nn.Parameter(weight, requires_grad=False)
+    told: Any = linear
+    told.routed = told.chosen = torch.zeros(0, dtype=torch.int64)
+    told.batch_tokens = 0
     return linear
 
 

@@ -8,10 +8,11 @@ gradients on the way back, and one Linear at a time is turned into sums, tile by
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,10 +100,13 @@ class Capture:
         self._counted: Tensor | None = None
         self._measured: set[str] = set()
         self._hooks = ExitStack()
+        self.routed: Counter[str] = Counter()  # tokens that count and were routed to an expert
 
     def __enter__(self) -> Capture:
         """Put the hooks in place."""
         for name, module in self._modules.items():
+            if hasattr(module, "routed"):
+                self.routed[name] += 0  # known, if no token is ever routed to it
             hook = module.register_forward_hook(partial(self._forward, name))
             self._hooks.enter_context(hook)
         return self
@@ -128,6 +132,8 @@ class Capture:
         self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
     ) -> Tensor | None:
         x, routed = inputs[0].detach(), getattr(module, "routed", None)
+        if routed is not None:
+            self.routed[name] += self._count_routed(cast(Any, module).chosen)
         if self._full and self._weighting == "none":
             self._add_full_gram(name, self._counted_rows(x, routed), None)
         if self.kind == "gram":
@@ -152,6 +158,12 @@ class Capture:
             return rows
         counted = mask.reshape(-1)
         return rows[counted if routed is None else counted[routed]]
+
+    def _count_routed(self, chosen: Tensor) -> int:
+        """Count the tokens routed to an expert, but those that do not count."""
+        if self._counted is None:
+            return len(chosen)
+        return int(self._counted.reshape(-1)[chosen].sum())
 
     def _add_gram(self, name: str, rows: Tensor) -> None:
         total = torch.zeros(rows.shape[1], dtype=torch.float32, device=rows.device)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ortho_cli.errors import CalibrationError
 from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.model import hooks
-from ortho_cli.model.experts import Experts, is_sibling, separate
+from ortho_cli.model.experts import Experts, group_of, see_all, separate
 from ortho_cli.model.load import find_linears
 from ortho_cli.storage.checkpoint import open_checkpoint
 
@@ -74,16 +74,28 @@ def test_stacks_of_another_layout_stay_and_are_named(tmp_path: Path) -> None:
         find_linears(model, [name])
 
 
-def test_siblings_are_the_same_weight_of_other_experts_of_a_layer() -> None:
+def test_a_group_is_the_same_weight_of_all_experts_of_a_layer() -> None:
     one = "model.layers.1.mlp.experts.3.up_proj.weight"
-    assert is_sibling(one, one.replace("3", "12"))
-    for other in (
-        one,
-        one.replace("layers.1", "layers.2"),
-        one.replace("up_proj", "gate_proj"),
-        "model.layers.1.mlp.up_proj.weight",
-    ):
-        assert not is_sibling(one, other)
+    assert group_of(one) == group_of(one.replace("3", "12")) is not None
+    for other in (one.replace("layers.1", "layers.2"), one.replace("up_proj", "gate_proj")):
+        assert group_of(other) not in (group_of(one), None)
+    assert group_of("model.layers.1.mlp.up_proj.weight") is None
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+def test_experts_that_see_all_tokens_compute_the_same(tmp_path: Path, kind: str) -> None:
+    model = saved(tmp_path, kind)
+    linears, before = find_linears(model, experts_of(tmp_path)), logits(model)
+    own = routed(model, linears)
+    see_all(model)
+    seen = routed(model, linears)
+    assert torch.allclose(logits(model)[THERE], before[THERE], atol=1e-5)
+    assert {tuple(tokens.tolist()) for _, tokens in seen.values()} == {tuple(range(30))}
+    assert seen.keys() == linears.keys()
+    for name, (x, tokens) in own.items():
+        if not re.search("down_proj|w2", name):
+            assert torch.equal(seen[name][0][tokens], x)
+        assert torch.equal(linears[name].chosen, tokens), "routed, not seen"
 
 
 def routed(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -177,11 +189,82 @@ def test_an_expert_that_no_token_reaches_has_the_mean_of_the_others(
         assert ("block by block" in said) == (way == "blocks")
         found[way] = (tmp_path / way).read_bytes()
     assert found["whole"] == found["blocks"]
-    statistics = open_statistics(tmp_path / "whole")
-    mean = {one: statistics.tensors[one].mean for one in experts_of(tmp_path / "m")}
-    others = [value for one, value in mean.items() if is_sibling(one, name[1])]
-    reached = [value for value in others if value != mean[name[1]]]
-    assert mean[name[1]] == pytest.approx(sum(reached) / len(reached), rel=1e-4)
+    told = open_statistics(tmp_path / "whole").tensors
+    alike = [told[one] for one in told if group_of(one) == group_of(name[1])]
+    reached = [one.mean for one in alike if one.tokens]
+    assert told[name[1]].tokens == 0
+    assert told[name[1]].lent
+    assert not [one for one in alike if bool(one.tokens) == bool(one.lent)]
+    assert told[name[1]].mean == pytest.approx(sum(reached) / len(reached), rel=1e-4)
+
+
+@pytest.mark.parametrize("curvature", ["gram", "fisher"])
+def test_an_expert_of_few_tokens_has_the_mean_of_those_with_more(
+    tmp_path: Path, ortho: Ortho, curvature: str
+) -> None:
+    saved(tmp_path / "m", "Qwen3Moe")
+    sets = [f"--set=calibrate.{one}" for one in ("dtype=float32", f"curvature={curvature}")]
+    few = (tmp_path / "m", "--samples", 4, "--length", 16, "--gram", "full", *sets)
+    assert ortho("calibrate", *few, "-o", tmp_path / "own", "--max-memory", "99GB").code == 0
+    own = open_statistics(tmp_path / "own").tensors
+    tokens = sorted(one.tokens for one in own.values() if one.tokens is not None)
+    least = tokens[len(tokens) // 2]
+    assert tokens[0] < least
+    found = {}
+    for way, limit in (("whole", "99GB"), ("blocks", "800MB")):
+        more = ("--set", f"calibrate.min_tokens={least}", "--max-memory", limit)
+        ran = ortho("calibrate", *few, *more, "-o", tmp_path / way)
+        assert ran.code == 0, ran.err
+        assert f"fewer than {least} tokens reached" in " ".join(ran.err.split())
+        assert "weights have the mean of others" in " ".join(ran.out.split())
+        found[way] = (tmp_path / way).read_bytes()
+    assert found["whole"] == found["blocks"]
+    told = open_statistics(tmp_path / "whole").tensors
+    for name, one in told.items():
+        assert one.tokens == own[name].tokens
+        alike = [other for other in own if group_of(other) and group_of(other) == group_of(name)]
+        lenders = [own[other].mean for other in alike if (own[other].tokens or 0) >= least]
+        if one.lent:
+            assert one.tokens is not None
+            assert one.tokens < least
+            assert one.mean == pytest.approx(sum(lenders) / len(lenders), rel=1e-4)
+        else:
+            assert one.mean == own[name].mean
+            assert one.tokens is None or one.tokens >= least or not lenders
+
+
+def test_tokens_of_an_expert_add_up_to_what_the_router_chose(tmp_path: Path, ortho: Ortho) -> None:
+    model = saved(tmp_path / "m", "Qwen3Moe")
+    args = (tmp_path / "m", "--samples", 3, "--length", 20, "--set", "calibrate.curvature=gram")
+    every_token = ("--set", "calibrate.experts=all", "--set", "calibrate.min_tokens=1000")
+    for out, more in (("own", ()), ("all", every_token)):
+        ran = ortho("calibrate", *args, *more, "-o", tmp_path / out)
+        assert ran.code == 0, ran.err
+    own, every = (open_statistics(tmp_path / out) for out in ("own", "all"))
+    counted = 3 * 19  # of each sequence the last token predicts nothing
+    for layer in range(model.config.num_hidden_layers):
+        gates = [n for n in own.tensors if f"layers.{layer}.mlp.experts" in n and "gate" in n]
+        routed_to = sum(own.tensors[name].tokens or 0 for name in gates)
+        assert routed_to == counted * model.config.num_experts_per_tok
+        means = {every.tensors[name].mean for name in gates}
+        assert len(means) == 1, "all see the same"
+        assert not any(every.tensors[name].lent for name in gates)
+    assert "lent" not in ortho("inspect", tmp_path / "all").out.split("(mean")[0]
+    shown = ortho("inspect", tmp_path / "own")
+    assert shown.code == 0
+    assert "tokens" in shown.out
+
+
+def test_no_gradient_comes_of_tokens_that_are_routed_elsewhere(
+    tmp_path: Path, ortho: Ortho
+) -> None:
+    saved(tmp_path / "m", "Mixtral")
+    sets = ("--set", "calibrate.experts=all", "--set", "calibrate.curvature=fisher")
+    ran = ortho("calibrate", tmp_path / "m", *sets, "-o", tmp_path / "s")
+    assert ran.code == 3
+    assert "calibrate.experts is all, and calibrate.curvature is fisher" in " ".join(
+        ran.err.split()
+    )
 
 
 @pytest.mark.parametrize("kind", ["Mixtral", "Glm4Moe"])

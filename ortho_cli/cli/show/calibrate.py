@@ -48,6 +48,7 @@ def print_calibrated(statistics: Mapping[str, object], *, source: str) -> None:
         f"{document.part('run')['output']}: {document['kind']}{gram_words(document)} of "
         f"{len(document.part('tensors'))} tensors, {size(document.number('output_bytes'))}",
         *_data_lines(document),
+        *_expert_lines(document),
         *(["perplexity " + ", ".join(values)] if perplexity else []),
         run_line(document),
         f"next: `ortho decompose {said(Path(source))} --stats "
@@ -73,6 +74,19 @@ def made_words(data: Document) -> str:
         return ""
     wrote = "they are random" if data["written_by"] == "random" else "the model itself wrote them"
     return f"; {wrote}, seed {data['seed']}"
+
+
+def _expert_lines(document: Document) -> Iterator[str]:
+    """Say how many tokens reached the experts, where there are some."""
+    entries = document.parts("tensors").values()
+    tokens = sorted(entry.number("tokens") for entry in entries if "tokens" in entry)
+    if tokens:
+        lent = sum(bool(entry.get("lent")) for entry in entries)
+        median, others = tokens[len(tokens) // 2], f"; {lent} weights have the mean of others"
+        yield (
+            f"tokens per expert: {tokens[0]:,} to {tokens[-1]:,}, median {median:,}"
+            + others * bool(lent)
+        )
 
 
 def _data_lines(document: Document) -> Iterator[str]:

@@ -231,6 +231,7 @@ def print_statistics(described: Mapping[str, object], *, path: str, top: int | N
     document = Document(described)
     entries = document.parts("tensors")
     overlap = any("overlap" in entry for entry in entries.values())
+    routed = any("tokens" in entry for entry in entries.values())
     names = _measured_names(entries, top)
     rows = [
         (
@@ -238,17 +239,32 @@ def print_statistics(described: Mapping[str, object], *, path: str, top: int | N
             entry.shape(),
             number(entry.get("mean"), ".3g"),
             *((number(entry.get("overlap"), ".3f"),) if overlap else ()),
+            *((_tokens_words(entry),) if routed else ()),
         )
         for name, entry in ((name, entries[name]) for name in names)
     ]
-    columns = ("module", "shape", "mean", *(("overlap",) if overlap else ()))
+    columns = (
+        "module",
+        "shape",
+        "mean",
+        *(("overlap",) if overlap else ()),
+        *(("tokens",) if routed else ()),
+    )
     title, groups = "measured", [place_of(module_of(name)).layer for name in names]
     if top is not None:
         title, groups = f"the largest of {len(entries)} by mean", []
-    note = "(mean: of a weight's curvature"
-    note += "; overlap: share of the top 1 % that factored storage would find, too)" * overlap
-    print_table(title, columns, rows, note if overlap else f"{note})", groups=groups)
+    note = "mean: of a weight's curvature"
+    note += "; overlap: share of the top 1 % that factored storage would find, too" * overlap
+    note += "; tokens: routed to the expert, lent: it has the mean of its layer's others" * routed
+    print_table(title, columns, rows, f"({note})", groups=groups)
     print_lines(_statistics_lines(document, path, len(entries)))
+
+
+def _tokens_words(entry: Document) -> str:
+    """Say how many tokens reached an expert, and whether others lend it their mean."""
+    if "tokens" not in entry:
+        return ""
+    return f"{entry.number('tokens'):,}{', lent' * bool(entry.get('lent'))}"
 
 
 def _measured_names(entries: Mapping[str, Document], top: int | None) -> list[str]:
