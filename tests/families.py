@@ -43,6 +43,29 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "v_head_dim": 16,
     },
 }
+# Families whose checkpoints stack the experts of a layer.
+STACKED: dict[str, dict[str, Any]] = {
+    "GraniteMoe": {
+        **SIZES,
+        **MORE,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "pad_token_id": 0,
+    },
+    "Gemma4Text": {
+        **SIZES,
+        **MORE,
+        **KV,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 64,
+        "enable_moe_block": True,
+        "hidden_size_per_layer_input": 0,
+        "global_head_dim": 16,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+}
 
 
 def saved(folder: Path, kind: str, **changes: Any) -> Any:
@@ -50,7 +73,7 @@ def saved(folder: Path, kind: str, **changes: Any) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    options = {**FAMILIES, **MIXTURES}[kind] | changes
+    options = {**FAMILIES, **MIXTURES, **STACKED}[kind] | changes
     config = getattr(transformers, f"{kind}Config")(**options)
     kind = kind.removesuffix("Text")
     getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(folder)

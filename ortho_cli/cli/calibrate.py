@@ -98,6 +98,7 @@ def calibrate(
     from ortho_cli.convert.plan import parse_size
     from ortho_cli.convert.sources.adapters import refuse_adapter
     from ortho_cli.decompose.recipe import load_recipe
+    from ortho_cli.decompose.selection import apart
     from ortho_cli.events import messages
     from ortho_cli.storage.checkpoint import open_checkpoint
 
@@ -109,7 +110,7 @@ def calibrate(
     settings = load_recipe(recipe, [*unweighted, *(sets or ()), *flags])
     model = located(model, quiet=quiet)
     refuse_adapter(model)
-    checkpoint = open_checkpoint(model)
+    checkpoint = apart(open_checkpoint(model), settings)
     target = check_target(checkpoint, out, force=force, reads=[*(data or []), *(forget or [])])
     notes: list[Event] = []
     by_block = goes_by_block(checkpoint, limit, target.path)

@@ -187,11 +187,10 @@ def _show_artifact(
     document = reading.describe(artifact)
     source = None
     if expect_source:
-        from ortho_cli.formats.provenance import check_source, recipe_of
-        from ortho_cli.storage.checkpoint import open_checkpoint
+        from ortho_cli.formats.provenance import check_source, open_source, recipe_of
 
         with output.progress("source") as sink:
-            source = open_checkpoint(expect_source)
+            source = open_source(artifact, expect_source)
             tensors = check_source(artifact, source, on_event=sink)
         document["source_checked"] = {"source": str(expect_source), "tensors": tensors}
     if verify:
@@ -237,13 +236,18 @@ def _show_comparison(
     from ortho_cli.cli.show.compare import print_comparison, print_comparison_csv
     from ortho_cli.formats.artifact import Artifact
     from ortho_cli.formats.compare import compare
+    from ortho_cli.formats.provenance import open_source
 
-    first, second = (_open_either(one, identity) for one in (path, other))
-    if not isinstance(first, Artifact) and not isinstance(second, Artifact):
+    opened = [_open_either(one, identity) for one in (path, other)]
+    artifact = next((one for one in opened if isinstance(one, Artifact)), None)
+    if artifact is None:
         raise UsageError(
             f"`{path}` and `{other}` are checkpoints, and one of both has to be an artifact",
             hint=f"`ortho decompose {path}` makes one",
         )
+    first, second = (
+        one if isinstance(one, Artifact) else open_source(artifact, one.path) for one in opened
+    )
     with output.progress("compare") as sink:
         document = compare(first, second, on_event=sink)
     if output.as_csv:

@@ -166,16 +166,18 @@ def plan_of(
     from ortho_cli.convert.sources.adapters import refuse_adapter
     from ortho_cli.decompose.plan import choose_side_files, make_plan
     from ortho_cli.decompose.recipe import load_recipe
+    from ortho_cli.decompose.selection import apart
     from ortho_cli.formats.statistics import open_statistics
     from ortho_cli.storage.checkpoint import open_checkpoint
 
-    load_recipe(recipe, sets or ())  # what is wrong with it is told before the model is opened
+    # What is wrong with it is told before the model is opened.
+    given_recipe = load_recipe(recipe, sets or ())
     for path in (model, reference):
         if path is not None:
             refuse_adapter(path)
-    checkpoint = open_checkpoint(model)
+    checkpoint = apart(open_checkpoint(model), given_recipe)
     statistics = open_statistics(stats) if stats else None
-    before = open_checkpoint(reference) if reference else None
+    before = apart(open_checkpoint(reference), given_recipe) if reference else None
     settings, measures, note = _recipe_for(
         checkpoint,
         recipe,

@@ -541,6 +541,7 @@ class _Job:
             config=config,
             source_card=(folder / SOURCE_CARD).read_bytes() if SOURCE_CARD in copied else None,
             repository=None if plan.recipe.forgets else hub_id(self.checkpoint.path),
+            needs_stacks=plan.needs_stacks,
         )
         self.work.write_file(CARD_FILE, make_card(facts))
         names = sorted([*made, CARD_FILE, *copied])

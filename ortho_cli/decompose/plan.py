@@ -31,6 +31,7 @@ from ortho_cli.storage.free_memory import available_memory
 from ortho_cli.storage.job import SIDE_BYTES
 from ortho_cli.storage.sealing import IDENTITY_FILE, SEALED_FILE
 from ortho_cli.storage.side_files import SideFiles, choose, choose_none
+from ortho_cli.storage.stacked import needs_stacks, restacked
 from ortho_cli.version import __version__
 
 MODULES_BYTES = 24 << 20  # all imports but torch, measured
@@ -121,6 +122,7 @@ class Plan:
     surveys: tuple[Survey, ...] = ()  # that the density, `kept` or `shared` was chosen by
     measures: bool = False  # inputs, on text that the model writes, before anything is split
     notes: tuple[str, ...] = ()  # about unusual sources that are read all the same
+    needs_stacks: bool = False  # transformers would look for stacks of the experts that are split
 
     @property
     def split(self) -> tuple[SplitTensor, ...]:
@@ -327,6 +329,7 @@ def make_plan(
     sha256 = _sha256(tensors, recipe, group_size, statistics)
     base, ortho, stored = _layouts(checkpoint, tensors, recipe, sha256)
     theirs = reference.notes if reference else ()
+    alone = _needs_stacks(checkpoint, recipe)
     return Plan(
         recipe=recipe,
         group_size=group_size,
@@ -344,7 +347,20 @@ def make_plan(
         kept=kept,
         shared=shared,
         measures=measures,
-        notes=(*checkpoint.notes, *(f"of the reference: {note}" for note in theirs)),
+        notes=(*checkpoint.notes, *(f"of the reference: {note}" for note in theirs), *alone),
+        needs_stacks=bool(alone),
+    )
+
+
+def _needs_stacks(checkpoint: Checkpoint, recipe: Recipe) -> tuple[str, ...]:
+    """Note where transformers does not look for experts that are taken apart."""
+    if recipe.on_unsupported != "split" or not needs_stacks(checkpoint.config):
+        return ()
+    if not any(restacked(tensor.name for tensor in checkpoint.tensors)):
+        return ()
+    return (
+        "experts are split one by one, under the names that vLLM loads; transformers loads their "
+        "stacks alone, and would leave them random: `ortho_cli.load` and `ortho convert` take them",
     )
 
 

@@ -19,6 +19,7 @@ from ortho_cli.model.renames import CONV1D_MODEL_TYPES
 from ortho_cli.split.dtypes import SPLIT
 from ortho_cli.storage import hints, strict_json
 from ortho_cli.storage.checkpoint import Checkpoint, TensorInfo
+from ortho_cli.storage.stacked import needs_stacks, unstack
 from ortho_cli.storage.tied import tied_head
 
 MIN_IN_FEATURES = 64
@@ -62,6 +63,19 @@ class _Source:
     stored_in_out: frozenset[str]
 
 
+def apart(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """Give stacked experts as tensors of each, unless a recipe leaves the stack as it is.
+
+    A stack stays where `ignore` names it, and with `on_unsupported: keep`. Where
+    transformers loads the model from stacks alone, it stays but with `on_unsupported: split`.
+    """
+    way = recipe.on_unsupported
+    if way == "keep" or (way == "error" and needs_stacks(checkpoint.config)):
+        return checkpoint
+    ignore = Patterns(recipe.ignore)
+    return unstack(checkpoint, lambda stack: bool(ignore.numbers(stack)))
+
+
 def select(
     checkpoint: Checkpoint, recipe: Recipe, *, conv1d: bool = False
 ) -> dict[str, str | None]:
@@ -101,7 +115,7 @@ def select(
             unsupported.append((tensor, unfit))
         reasons[tensor.name] = reason
     _refuse_swapped_experts(checkpoint, reasons)
-    if unsupported and recipe.on_unsupported == "error":
+    if unsupported and recipe.on_unsupported != "keep":
         raise _unsupported_error(checkpoint, unsupported, left=None in reasons.values())
     _check_targets(checkpoint, recipe, hit, reasons)
     if None not in reasons.values():
@@ -237,7 +251,9 @@ def _unsupported_error(
     return CheckpointError(
         f"tensor `{first.name}` {list(first.shape)}{_and_more(unsupported)} cannot be split: "
         f"{reason}{readers}; that is {share:.1%} of all weights",
-        hint=hints.unsupported(checkpoint.path, reason, left=left),
+        hint=hints.unsupported(
+            checkpoint.path, reason, left=left, apart=unstack(checkpoint) is not checkpoint
+        ),
     )
 
 

@@ -318,10 +318,11 @@ class Recipe(_Strict):
         "in_features >= 64, except embeddings, output heads, norms and routers.",
     )
     ignore: list[Pattern] = Field([], description="Tensors never to split.")
-    on_unsupported: Literal["error", "keep"] = Field(
+    on_unsupported: Literal["error", "keep", "split"] = Field(
         "error",
         description="What to do about weights that should be split and cannot be (fused "
-        "experts, Conv1D, FP8).",
+        "experts, Conv1D, FP8). keep: carry them over. split: stop, too, but split stacked experts "
+        "one by one also where vLLM alone loads them so, and not transformers.",
     )
     base: Base = Base()
     ortho: Ortho = Ortho()

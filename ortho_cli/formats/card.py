@@ -57,6 +57,7 @@ class Facts:
     config: Mapping[str, object] | None  # config.json; None where there is none
     source_card: bytes | None = None  # SOURCE_README.md
     repository: str | None = None  # org/name of the source on the Hub, where it is known
+    needs_stacks: bool = False  # experts are split one by one, and transformers loads stacks alone
 
 
 def make_card(facts: Facts) -> bytes:
@@ -258,7 +259,13 @@ def _loading(facts: Facts) -> Iterator[str]:
         return
     causal = name is not None and name.endswith(("ForCausalLM", "LMHeadModel"))
     trust = ", trust_remote_code=True" if "auto_map" in config else ""  # code in the folder itself
-    if name is None or name.startswith((*_UNREAD, *_TRANSPOSED)):
+    if facts.needs_stacks:
+        yield (
+            "transformers looks for the experts of this architecture in stacks, and would leave "
+            "them random. `ortho_cli.load` loads base, and `ortho convert OUT --alpha 0` makes a "
+            "plain checkpoint of it. vLLM looks for each expert, as here: `vllm serve OUT`."
+        )
+    elif name is None or name.startswith((*_UNREAD, *_TRANSPOSED)):
         yield "transformers 5.23 loads no packed weights of this architecture by itself."
         if name is not None and name.startswith(_UNREAD):
             yield "`ortho convert OUT --alpha 0` makes a plain checkpoint of base."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 from ortho_cli.errors import ArtifactError, blamed
 from ortho_cli.events import EventSink, Started, null_sink
@@ -15,7 +16,8 @@ from ortho_cli.formats.artifact import (
 )
 from ortho_cli.formats.report import Report, read_report, rows_of
 from ortho_cli.storage import strict_json
-from ortho_cli.storage.checkpoint import Checkpoint, Shard, ShardReader
+from ortho_cli.storage.checkpoint import Checkpoint, Shard, ShardReader, open_checkpoint
+from ortho_cli.storage.stacked import unstack
 
 
 def provenance(artifact: Artifact, report: Report | None) -> dict[str, object]:
@@ -70,6 +72,12 @@ def _differs(key: str, file: str, value: object, other: str, told: object) -> Ar
         f"`{key}` is {str(value)[:64]} in {file} and {str(told)[:64]} in {other}",
         hint="put back the files that were written together",
     )
+
+
+def open_source(artifact: Artifact, path: Path) -> Checkpoint:
+    """Open a checkpoint; experts that it stacks are apart, unless the artifact has the stack."""
+    kept = {tensor.name for tensor in artifact.base.tensors}
+    return unstack(open_checkpoint(path), kept.__contains__)
 
 
 def check_source(artifact: Artifact, source: Checkpoint, *, on_event: EventSink = null_sink) -> int:

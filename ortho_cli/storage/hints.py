@@ -42,15 +42,21 @@ def fetch(path: Path) -> str:
     return f"fetch it again, as `hf download ORG/NAME {name} --local-dir {folder}` does"
 
 
-def unsupported(path: Path, reason: str, *, left: bool) -> str:
+def unsupported(path: Path, reason: str, *, left: bool, apart: bool = False) -> str:
     """Say what to do about weights that cannot be split.
 
     Args:
         path: the checkpoint.
         reason: why not, as selection words it.
         left: others are split, so that there is a point in keeping these as they are.
+        apart: they are stacks of experts whose parts can be split.
     """
     ways = []
+    if apart:
+        ways.append(
+            "`--set on_unsupported=split` splits each expert, for vLLM and `ortho_cli.load`: "
+            "transformers loads their stacks alone"
+        )
     if reason.startswith(("dtype F", "dtype B")):
         ways.append(_cast(path, reason.removeprefix("dtype ")))
     if left:

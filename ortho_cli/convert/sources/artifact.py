@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,10 +26,12 @@ from ortho_cli.formats.card import CARD_FILE
 from ortho_cli.formats.csr import ORTHO_PARTS
 from ortho_cli.formats.open_artifact import no_ortho, open_artifact
 from ortho_cli.formats.ortho_reader import KeptReader
+from ortho_cli.formats.provenance import recipe_of
 from ortho_cli.split import quantize
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.storage.checkpoint import ShardReader, TensorInfo
 from ortho_cli.storage.sealing import IDENTITY_FILE, SEALED_FILE, Keys
+from ortho_cli.storage.stacked import needs_stacks, restacked
 
 # Files of an artifact that are not copied to a dense model.
 OURS = (REPORT_FILE, SEALED_FILE, IDENTITY_FILE)
@@ -69,6 +72,8 @@ def open_dense(
         if kept:
             opened.callback(kept.close)
         tensors = _tensors(artifact, RowReader(reader), kept, alpha)
+        if recipe_of(artifact.base).get("on_unsupported") == "split" and needs_stacks(config):
+            tensors = _stacked(tensors)
         close = opened.pop_all().close
     return Source(
         kind="artifact",
@@ -103,6 +108,37 @@ def _tensors(
         found.append(SourceTensor(name=name, dtype=dtype, shape=split.shape, read=split.read))
     found += [rows.tensor(info, path=artifact.base.path) for info in base.values()]
     return tuple(sorted(found, key=lambda tensor: tensor.name))
+
+
+def _stacked(tensors: tuple[SourceTensor, ...]) -> tuple[SourceTensor, ...]:
+    """Stack experts again."""
+    found = {tensor.name: tensor for tensor in tensors}
+    for stack in list(restacked(found)):
+        parts = [found.pop(name) for name in stack.parts]
+        first, rows = parts[0], sum(part.rows for part in parts)
+        if stack.name in found or {(p.dtype, p.shape) for p in parts} != {
+            (first.dtype, first.shape)
+        }:
+            found |= {part.name: part for part in parts}
+            continue
+        found[stack.name] = SourceTensor(
+            name=stack.name,
+            dtype=first.dtype,
+            shape=(stack.experts, rows // stack.experts, first.columns),
+            read=partial(_read_parts, parts),
+        )
+    return tuple(sorted(found.values(), key=lambda tensor: tensor.name))
+
+
+def _read_parts(parts: list[SourceTensor], start: int, rows: int) -> Tensor:
+    """Read rows of matrices of one shape that follow one another."""
+    each, found = parts[0].rows, []
+    while rows:
+        number, first = divmod(start, each)
+        here = min(rows, each - first)
+        found.append(parts[number].read(first, here).clone())  # valid until the next read alone
+        start, rows = start + here, rows - here
+    return torch.cat(found)
 
 
 @dataclass(slots=True)
