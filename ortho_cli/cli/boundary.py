@@ -76,12 +76,27 @@ def expand_home(arguments: Sequence[str]) -> list[str]:
     return found
 
 
+def _refuse_empty(words: Sequence[str]) -> None:
+    """Refuse an empty argument, which would be taken for the current folder.
+
+    Raises:
+        UsageError: one is empty, but for a text.
+    """
+    for before, word in pairwise(["", *words]):
+        option = before if not word else word.removesuffix("=")
+        ends = not word or re.fullmatch(r"--[a-z-]+=", word) is not None
+        if ends and option not in TEXTS:
+            of = f"the value of {option}" if option.startswith("-") else "an argument"
+            raise UsageError(f"{of} is empty", hint="is a variable of the shell not set?")
+
+
 def run(
     app: Callable[..., object], arguments: Sequence[str], *, many: Mapping[str, Sequence[str]]
 ) -> int:
     """Run one command of an application and return its exit code."""
     words = expand_home(arguments)
     try:
+        _refuse_empty(words)
         code = app(args=spread(words, many), prog_name="ortho", standalone_mode=False)
         if code == Interrupted.exit_code:  # typer turns Ctrl-C outside of the work into this
             raise KeyboardInterrupt

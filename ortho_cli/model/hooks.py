@@ -196,7 +196,7 @@ class Capture:
         raise CalibrationError(
             f"`{name}` sees {list(values.shape)} of a batch of {self._batch}: which sequence a "
             "row belongs to is unknown",
-            hint="--set calibrate.batch=1",
+            hint="--batch-size 1",
         )
 
     def _add_backward(self, name: str, x: Tensor, routed: Tensor | None, grad: Tensor) -> None:

@@ -131,7 +131,8 @@ def retain_sequences(
         tokens = sum(len(sequence.tokens) for sequence in found) + len(stream)
         enough = len(found) // multiple * multiple
         left = f", and {longer} chats are longer" if longer else ""
-        fewer = f"--set {asked}.samples={enough}" if enough else f"a smaller {asked}.length"
+        flag = "--samples " if asked == "calibrate" else f"--set {asked}.samples="
+        fewer = f"{flag}{enough}" if enough else f"a smaller {asked}.length"
         raise CalibrationError(
             f"the data give {len(found)} sequences of {length} tokens ({tokens} tokens) where "
             f"{samples} are asked for{left}",
@@ -287,6 +288,6 @@ def _encode_pair(row: Pair | Chat, tokenizer: Tokenizer, length: int | None) -> 
     if length is not None and len(tokens) > length:
         raise CalibrationError(
             f"{row.where} has {len(tokens)} tokens and calibrate.length is {length}",
-            hint=f"--set calibrate.length={len(tokens)}, or shorten the row",
+            hint=f"--length {len(tokens)}, or shorten the row",
         )
     return TokenSequence(tokens=tuple(tokens), counted=max(1, len(prompt)))

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import Ortho
 
 from ortho_cli.cli import boundary
 
@@ -203,3 +204,24 @@ def test_a_stream_that_fails_tells_once_and_takes_the_rest() -> None:
         assert stream.write("é") == 1
         assert stream.write("more") == 4
     assert [error.errno for error in told] == [errno.ENOSPC]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["decompose", ""], "an argument"),
+        (["decompose", "m", "-o", ""], "the value of -o"),
+        (["bench", "a", "--data="], "the value of --data"),
+        (["bench", "a", "--data", "x", ""], "an argument"),
+    ],
+)
+def test_an_empty_word_is_not_the_current_folder(
+    ortho: Ortho, words: list[str], named: str
+) -> None:
+    ran = ortho(*words)
+    assert ran.code == 2
+    assert f"error: {named} is empty" in ran.err
+
+
+def test_an_empty_prompt_is_a_text(ortho: Ortho) -> None:
+    assert "is empty" not in ortho("bench", "a", "--prompt", "").err

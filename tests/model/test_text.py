@@ -104,7 +104,7 @@ def test_retain_short_data_is_refused_with_the_counts(tmp_path: Path) -> None:
     ) as caught:
         data.retain_sequences(rows, Characters(), samples=128, length=10, seed=0)
     assert caught.value.hint is not None
-    assert "calibrate.samples=2" in caught.value.hint
+    assert "--samples 2" in caught.value.hint
 
 
 def test_digest_is_of_the_bytes_and_their_order(tmp_path: Path) -> None:
