@@ -32,7 +32,7 @@ from ortho_cli.calibrate.batches import Batch, logit_gradients, padded
 from ortho_cli.calibrate.plan import CalibrationPlan, Set
 from ortho_cli.calibrate.stored import Calibration
 from ortho_cli.decompose.plan import NO_DIGEST
-from ortho_cli.errors import InternalError, ResourceError
+from ortho_cli.errors import CalibrationError, InternalError, ResourceError
 from ortho_cli.events import At, EventSink, Finishing, Noted, Step
 from ortho_cli.formats.statistics import Measured
 from ortho_cli.model import hooks
@@ -40,7 +40,9 @@ from ortho_cli.model import load as models
 from ortho_cli.model.blocks import Options
 from ortho_cli.model.experts import see_all
 from ortho_cli.model.hidden_states import HiddenStates
+from ortho_cli.model.on_disk import IN_MEMORY
 from ortho_cli.model.self_written import random_tokens
+from ortho_cli.model.sweep import Sweep
 from ortho_cli.model.walk import Walk
 from ortho_cli.split.quantize import as_bytes
 from ortho_cli.storage import job
@@ -67,6 +69,12 @@ def open_walk(plan: CalibrationPlan, checkpoint: Checkpoint, device: torch.devic
     """
     dtype = None if plan.settings.autocast else torch.float32  # as in memory
     walk = Walk(checkpoint, [one.name for one in plan.tensors], dtype=dtype, device=device)
+    if walk.left:
+        raise CalibrationError(
+            f"`{walk.left[0]}` is in no block of {type(walk.model).__name__}, and the model is "
+            "measured block by block",
+            hint=f"add it to `ignore`; or {IN_MEMORY}",
+        )
     tokens = [one.tokens for data in plan.sets.values() for one in data.sequences]
     models.check_fits(walk.model, length=max(map(len, tokens)), largest_token=max(map(max, tokens)))
     if plan.settings.experts == "all":
@@ -423,14 +431,22 @@ class _Backward(_Job):
         if finished < count:
             with contextlib.ExitStack() as files:
                 inputs, gradients, known = self._open(files)
+                sweep = Sweep(
+                    self._walk,
+                    inputs,
+                    gradients,
+                    self._call,
+                    batches=len(self._batches),
+                    device=self._device,
+                )
                 done = gradients.resume(finished)
-                self._go_forward(inputs, known, count - done if done else count + 1)
+                sweep.up(known, count - done if done else count + 1, self._on_event)
                 if not done:
                     lost = self._go_through_head(inputs[count], gradients)
                 for passed in range(done, count):
                     measures = passed >= finished
                     more = {} if passed else {"nll": lost}
-                    self._go_back(passed, inputs[count - 1 - passed], gradients, measures, more)
+                    self._go_back(passed, sweep, gradients, measures, more)
                 written = sum(one.bytes_written for one in (*inputs, gradients))
                 log.info("wrote %d bytes of hidden states and gradients", written)
         nll = self._work.done[f"block {count - 1}"].get("nll")
@@ -461,28 +477,6 @@ class _Backward(_Job):
         if not known:
             inputs[0].finish(1, is_last=True)
         return inputs[:-1], inputs[-1], max(known, 1)
-
-    def _go_forward(self, inputs: Sequence[HiddenStates], known: int, needed: int) -> None:
-        """Make the states before each block that are not known, up to `needed` of them."""
-        for number in range(known, needed):
-            self._on_event(Step(name="passes", number=number, of=len(self._walk), unit="blocks"))
-            with self._walk.held(number - 1):
-                for index in range(len(self._batches)):
-                    _, output = self._graph(number - 1, index, inputs[number - 1], needs=True)
-                    inputs[number].put(index, output)
-            inputs[number].finish(1, is_last=True)
-
-    def _graph(
-        self, number: int, index: int, inputs: HiddenStates, *, needs: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Pass a batch through a block; give its input, which may need a gradient, and its output.
-
-        Where a graph is kept, attention may be computed otherwise. So it is on both ways, and in
-        the model as a whole.
-        """
-        hidden = inputs.get(index).to(self._device).detach().requires_grad_(needs)
-        with torch.enable_grad():
-            return hidden, self._call(number, index, hidden)
 
     def _go_through_head(self, outputs: HiddenStates, gradients: HiddenStates) -> dict[Set, float]:
         """Give the gradient of the NLL by what the blocks give, and the NLL of each set."""
@@ -517,7 +511,7 @@ class _Backward(_Job):
     def _go_back(
         self,
         passed: int,
-        inputs: HiddenStates,
+        sweep: Sweep,
         gradients: HiddenStates,
         measures: bool,
         more: Mapping[str, object],
@@ -533,11 +527,7 @@ class _Backward(_Job):
                 with capture if measures else contextlib.nullcontext():
                     there, counted = (one.to(self._device) for one in batch[1:])
                     capture.begin(len(batch.tokens), there, counted)
-                    hidden, output = self._graph(number, index, inputs, needs=number > 0)
-                    if output.requires_grad:  # nothing of the first block may be measured
-                        torch.autograd.backward([output], [gradients.get(index).to(self._device)])
-                if hidden.grad is not None:
-                    gradients.put(index, hidden.grad)
+                    sweep.down(number, index)
         if measures:
             self._write(number, sums, captures["retain"].routed, **more)
         if number:

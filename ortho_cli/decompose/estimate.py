@@ -213,7 +213,7 @@ def _tune_seconds(plan: Plan, source: Sequence[TensorInfo], speeds: Speeds) -> t
     blocks: Counter[tuple[int, int]] = Counter(tensor.shape for tensor in plan.split)
     batches = settings.samples / settings.batch
     tokens = settings.batch * settings.length
-    weighs = Work(passes=[Passes(batches, tokens, True)])
+    weighs = Work(passes=[Passes(batches, tokens), Passes(batches, tokens, True)])
     learns = Work(
         passes=[Passes(settings.steps, tokens, True), Passes(batches, tokens)],
         elements=settings.steps * STEP_ELEMENTS * plan.split_weights,

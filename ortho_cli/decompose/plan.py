@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from ortho_cli.decompose.settings import GROUP_SIZES, Recipe, Saliency, Scale, f
 from ortho_cli.decompose.survey import Columns, Survey
 from ortho_cli.errors import CheckpointError, RecipeError, ResourceError
 from ortho_cli.formats import artifact
-from ortho_cli.formats.artifact import canonical_json
+from ortho_cli.formats.artifact import canonical_json, module_of
 from ortho_cli.formats.card import CARD_FILE
+from ortho_cli.formats.layers import place_of
 from ortho_cli.formats.statistics import Statistics, check_model, check_weights
 from ortho_cli.split.select import SUMMED_ROWS
 from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
@@ -41,6 +43,9 @@ NO_DIGEST = "0" * 64  # in a header whose digest is not known yet: of the same l
 # gradients, the Fisher of text, for unlearn also the attacker's steps. LOGITS_BYTES was measured.
 FORGET_BYTES = {"isolate": 16, "unlearn": 20}
 LOGITS_BYTES = 1_600_000_000
+# Tuning, per weight of a block: twice the source and a latent in float32, gradients, codes.
+TUNE_BYTES = 16
+TUNE_STATES = 1 << 30  # of hidden states in memory at most; where they are more, they are in files
 REPACK_BYTES = 80  # per entry of ortho in one tensor, while compact is encoded; measured
 
 
@@ -616,10 +621,17 @@ def _peak_bytes(
     if recipe.forgets:
         held = LOGITS_BYTES + FORGET_BYTES[recipe.ortho.split] * weights
     if recipe.base.rounding == "tuned":
-        # A backward pass in bfloat16: weights, 1.5 times the activations, and logits.
+        # A block with its latents, a backward pass through it in bfloat16 (1.5 times the
+        # activations), hidden states, and the head with its logits.
         tokens = recipe.tune.batch * recipe.tune.length
-        features = sum(sum(t.source.shape) for t in tensors if isinstance(t, SplitTensor))
-        held = 2 * weights + 3 * tokens * features + LOGITS_BYTES // 2
+        blocks: Counter[str] = Counter()
+        features: Counter[str] = Counter()
+        for tensor in (t for t in tensors if isinstance(t, SplitTensor)):
+            layer = place_of(module_of(tensor.name)).layer
+            blocks[layer] += tensor.source.numel
+            features[layer] += sum(tensor.source.shape)
+        held = TUNE_BYTES * max(blocks.values()) + 3 * tokens * max(features.values())
+        held += TUNE_STATES + LOGITS_BYTES // 2
     work = sum(needs[:workers])
     if recipe.ortho.layout == "compact" or recipe.ortho.values == "int8":
         # It is encoded after the workers have ended.

@@ -27,6 +27,11 @@ u_t v_c: the diagonal of BRECQ's Fisher (Li et al. 2021, arXiv:2102.05426, eq. 1
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import math
+import os
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,24 +42,32 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from ortho_cli.decompose import plan as plans
 from ortho_cli.decompose.edits import Arrays, Key, load_arrays, save_arrays
 from ortho_cli.decompose.plan import Plan
 from ortho_cli.decompose.settings import Tune
-from ortho_cli.errors import CalibrationError, RecipeError
-from ortho_cli.events import EventSink, Finishing, Noted, Step, null_sink
+from ortho_cli.errors import CalibrationError, InternalError, NumericalError, RecipeError
+from ortho_cli.events import EventSink, Noted, Step, null_sink
 from ortho_cli.model import load as models
-from ortho_cli.model.blocks import Blocks
+from ortho_cli.model.hidden_states import HiddenStates
+from ortho_cli.model.hooks import logit_gradient
 from ortho_cli.model.rows import Pair
+from ortho_cli.model.sweep import Sweep
 from ortho_cli.model.text import read_rows, retain_sequences, stamps
+from ortho_cli.model.walk import Walk
 from ortho_cli.split import quantize
 from ortho_cli.split.quantize import Rounded
 from ortho_cli.storage.checkpoint import Checkpoint
 from ortho_cli.storage.parts import Pace
+from ortho_cli.storage.work_folder import writing
 
 REACH = 0.48  # codes; how far from GPTQ's code a latent starts at most: short of the next at 0.5
 RATES = (1.0, 0.25)  # factors of the rates; the second where the first made a block worse
 WEIGHTS_FILE = "tune-weights.npz"  # in private/ of the work folder: u and v of outputs
 BLOCK_FILE = "tune-block.npz"  # there, too: the block that is tuned
+INPUTS, GRADIENTS = "tune-hidden", "tune-gradients"  # names of files of states, there, too
+MAPPED = 4  # states of all sequences that a block needs: both inputs, and both outputs
+WAY_OUT = "such a model cannot be tuned block by block; use base.rounding gptq"
 LIMIT = 0.499  # codes; how far beyond the last code a latent may go
 
 
@@ -154,61 +167,197 @@ class Tuner:
             NumericalError: a gradient is not finite.
         """
         settings, plan = self.plan.recipe.tune, self.plan
-        on_event(Finishing(step="load the model"))
-        model = models.load_model(self.checkpoint.folder, dtype=torch.bfloat16, device=self.device)
+        names = [tensor.name for tensor in plan.split]
+        walk = Walk(
+            self.checkpoint, names, dtype=torch.bfloat16, device=self.device, way_out=WAY_OUT
+        )
         models.check_fits(
-            model,
+            walk.model,
             length=settings.length,
             largest_token=max(map(max, self.sequences)),
             asked="tune.length",
         )
-        linears = models.find_linears(model, [tensor.name for tensor in plan.split])
-        tokens = torch.tensor(self.sequences, device=self.device)
-        blocks = Blocks(model, linears, tokens[: settings.batch])
-        left = set(linears).difference(*blocks.names)
-        if left:
-            on_event(Noted(message=f"{len(left)} split tensors are in no block, and not tuned"))
-
-        # u (n, length) and v (hidden,) of each block.
-        weighs = _Weighing(folder / WEIGHTS_FILE, key, len(tokens), on_event)
-        token, channel = blocks.gradients(
-            tokens, seed=settings.seed, begun=weighs.load(), on_batch=weighs.keep
-        )
-        bits = {tensor.name: tensor.bits for tensor in plan.split}
-        job = _Job(blocks, linears, bits, tokens, settings, folder / BLOCK_FILE, key)
-        for number, names in enumerate(blocks.names):
+        if walk.left:
             on_event(
-                Step(name=f"tune: {job.told}", number=number + 1, of=len(blocks), unit="blocks")
+                Noted(message=f"{len(walk.left)} split tensors are in no block, and not tuned")
             )
-            known = {name: _on(self.device, start(name)) for name in names}
-            done = all(name in tuned for name in names)
-            weights = _normalised(token[number]), _normalised(channel[number])
-            found = job.tune(number, known, None if done else weights)
-            if not done:
-                yield {name: _on(torch.device("cpu"), rounded) for name, rounded in found.items()}
+        with contextlib.closing(walk):
+            tokens = torch.tensor(self.sequences)
+            data = _Data(walk, tokens, settings.batch, self.device, folder)
+            # u (n, length) and v (hidden,) of each block.
+            token, channel = _Weighing(data, folder, settings.seed, key, on_event).run()
+            bits = {tensor.name: tensor.bits for tensor in plan.split}
+            job = _Job(data, bits, settings, folder / BLOCK_FILE, key)
+            for number, inside in enumerate(walk.linears):
+                of = len(walk)
+                on_event(Step(name=f"tune: {job.told}", number=number + 1, of=of, unit="blocks"))
+                known = {name: _on(self.device, start(name)) for name in inside}
+                done = all(name in tuned for name in inside)
+                weights = _normalised(token[number]), _normalised(channel[number])
+                found = job.tune(number, known, None if done else weights)
+                if not done:
+                    yield {n: _on(torch.device("cpu"), rounded) for n, rounded in found.items()}
 
 
-@dataclass
+class _Data:
+    """All sequences, as they reach the first block, and how a block is called.
+
+    `states`: (n, length, hidden) bfloat16.
+    """
+
+    def __init__(
+        self, walk: Walk, tokens: Tensor, batch: int, device: torch.device, folder: Path
+    ) -> None:
+        self.walk, self.tokens, self.device, self._folder = walk, tokens, device, folder
+        self.parts = [slice(first, first + batch) for first in range(0, len(tokens), batch)]
+        self._shape, self._dtype = (torch.Size(), torch.bfloat16)
+        walk.read_only(tokens)
+        for number, part in enumerate(self.parts):
+            hidden, options = walk.enter(tokens[part].to(device), None)
+            if not number:
+                self._options = options  # of each block; all batches are alike
+                self._shape, self._dtype = hidden.shape[1:], hidden.dtype
+                self.states = self.room()
+            self.states[part] = hidden
+        walk.release()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the states."""
+        return len(self.tokens) * self._shape.numel() * self._dtype.itemsize
+
+    def room(self) -> Tensor:
+        """Give room for states: in memory, or in a file where they are many.
+
+        A file is mapped, so that its pages are memory only as long as nothing else needs them.
+        """
+        shape = (len(self.tokens), *self._shape)
+        if MAPPED * self.nbytes <= plans.TUNE_STATES:
+            return torch.empty(shape, dtype=self._dtype, device=self.device)
+        with writing(self._folder), tempfile.NamedTemporaryFile(dir=self._folder) as file:
+            os.posix_fallocate(file.fileno(), 0, self.nbytes)  # a full disk would kill us later
+            numel = math.prod(shape)
+            mapped = torch.from_file(file.name, shared=True, size=numel, dtype=self._dtype)
+        return mapped.view(shape)
+
+    def call(self, number: int, hidden: Tensor) -> Tensor:
+        """Pass a batch through a block that is held."""
+        return self.walk.call(number, hidden.to(self.device), self._options[number])
+
+
 class _Weighing:
-    """What weighing of outputs has found so far, in a file: as time passes, and at the end."""
+    """How much the NLL depends on each position and feature of each block's output.
 
-    file: Path
-    key: Key | None
-    count: int  # sequences
-    on_event: EventSink
-    pace: Pace = field(default_factory=Pace)
+    With y the output of a block, and NLL that of labels drawn from the model, summed over a
+    sequence,
 
-    def keep(self, done: int, token: Tensor, channel: Tensor) -> None:
-        """Take what is known once so many sequences are measured."""
-        self.on_event(Step(name="weighs outputs", number=done, of=self.count, unit="sequences"))
-        if done == self.count or self.pace.due():
-            arrays = {"done": np.asarray(done)}
-            arrays |= {"token": token.cpu().numpy(), "channel": channel.cpu().numpy()}
-            self.pace.save(lambda: save_arrays(self.file, arrays, self.key))
+        u_t = mean_c (dNLL/dy_tc)^2,  v_c = mean_t (dNLL/dy_tc)^2
 
-    def load(self) -> tuple[int, Tensor, Tensor] | None:
+    What is known is kept in a file, block by block.
+    """
+
+    def __init__(
+        self, data: _Data, folder: Path, seed: int, key: Key | None, on_event: EventSink
+    ) -> None:
+        self._data, self._folder, self._seed = data, folder, seed
+        self._key, self._on_event = key, on_event
+        self._file = folder / WEIGHTS_FILE
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Weigh what an earlier run has not.
+
+        Returns:
+            u (blocks, n, length) and v (blocks, hidden) float32, >= 0, on the device.
+        Raises:
+            NumericalError: a gradient is NaN or infinite.
+        """
+        data, walk = self._data, self._data.walk
+        (count, length), width = data.tokens.shape, data.states.shape[-1]
+        known = self._load() or (0, torch.zeros(len(walk), count, length), torch.empty(0))
+        finished, token, channel = known
+        if not finished:
+            channel = torch.zeros(len(walk), width)
+        if finished < len(walk):
+            self._sweep(finished, token, channel)
+        if not all(bool(values.isfinite().all()) for values in (token, channel)):
+            what = "a gradient of a block's output is NaN or infinite"
+            raise NumericalError(what, hint="look for NaN weights with `ortho inspect`")
+        return token.to(data.device), channel.to(data.device)
+
+    def _sweep(self, finished: int, token: Tensor, channel: Tensor) -> None:
+        data, walk = self._data, self._data.walk
+        blocks, shapes = len(walk), [data.states[part].shape for part in data.parts]
+        in_memory = (blocks + 2) * data.nbytes <= plans.TUNE_STATES
+        with contextlib.ExitStack() as files:
+            states = [
+                HiddenStates(
+                    self._folder, shapes, data.states.dtype, name=name, in_memory=in_memory
+                )
+                for name in (*(f"{INPUTS}-{k}" for k in range(blocks + 1)), GRADIENTS)
+            ]
+            for one in states:
+                files.enter_context(contextlib.closing(one))
+            inputs, gradients = states[:-1], states[-1]
+            known = sum(itertools.takewhile(bool, (one.resume(1) for one in inputs)))
+            if not known:
+                for index, part in enumerate(data.parts):
+                    inputs[0].put(index, data.states[part])
+                inputs[0].finish(1)
+            sweep = Sweep(
+                walk,
+                inputs,
+                gradients,
+                lambda number, index, hidden: data.call(number, hidden),
+                batches=len(shapes),
+                device=data.device,
+            )
+            done = gradients.resume(finished)
+            sweep.up(max(known, 1), blocks - done if done else blocks + 1, self._on_event)
+            if not done:
+                self._head(inputs[blocks], gradients)
+            for passed in range(done, blocks):
+                number = blocks - 1 - passed
+                self._on_event(
+                    Step(name="weighs outputs", number=passed + 1, of=blocks, unit="blocks")
+                )
+                with walk.held(number):
+                    for index, part in enumerate(data.parts):
+                        if passed >= finished:
+                            squares = gradients.get(index).float().square()
+                            token[number, part] = squares.mean(-1)
+                            channel[number] += squares.sum((0, 1)) / data.tokens.numel()
+                        sweep.down(number, index)
+                if passed >= finished:
+                    self._save(passed + 1, token, channel)
+                if number:
+                    gradients.finish(passed + 1)
+
+    def _head(self, outputs: HiddenStates, gradients: HiddenStates) -> None:
+        """Differentiate the NLL of labels that the model draws by the last block's output."""
+        data = self._data
+        for index, part in enumerate(data.parts):
+            hidden = outputs.get(index).to(data.device).detach().requires_grad_(True)
+            with torch.enable_grad():
+                logits = data.walk.logits(hidden)
+            gradient = torch.empty_like(logits)
+            for i, row in enumerate(data.tokens[part].to(data.device)):
+                counted = torch.ones(len(row), dtype=torch.bool, device=data.device)
+                counted[-1] = False
+                drawn = torch.Generator().manual_seed(self._seed + part.start + i)
+                gradient[i] = logit_gradient(logits[i].detach(), row, counted, generator=drawn)[0]
+            torch.autograd.backward([logits], [gradient])
+            if hidden.grad is None:
+                raise InternalError("no gradient reaches the output of the blocks")
+            gradients.put(index, hidden.grad)
+        gradients.finish(0)
+
+    def _save(self, done: int, token: Tensor, channel: Tensor) -> None:
+        arrays = {"done": np.asarray(done), "token": token.numpy(), "channel": channel.numpy()}
+        save_arrays(self._file, arrays, self._key)
+
+    def _load(self) -> tuple[int, Tensor, Tensor] | None:
         """Read what an earlier run has kept; None where there is nothing whole."""
-        arrays = load_arrays(self.file, self.key)
+        arrays = load_arrays(self._file, self._key)
         if arrays is None:
             return None
         token, channel = (torch.from_numpy(arrays[name]) for name in ("token", "channel"))
@@ -229,10 +378,8 @@ def _normalised(values: Tensor) -> Tensor:
 class _Job:
     """Hidden states of the source and of the quantized model, between two blocks."""
 
-    blocks: Blocks
-    linears: dict[str, nn.Module]
+    data: _Data
     bits: dict[str, int]
-    tokens: Tensor
     settings: Tune
     state: Path
     key: Key | None
@@ -240,15 +387,24 @@ class _Job:
     pace: Pace = field(default_factory=Pace)
 
     def __post_init__(self) -> None:
-        self._count, batch = len(self.tokens), self.settings.batch
-        starts = range(0, self._count, batch)
-        self._ideal = torch.cat([self.blocks.embed(self.tokens[i : i + batch]) for i in starts])
-        self._inputs = self._ideal
+        self._count = len(self.data.tokens)
+        self._linears = {n: one for part in self.data.walk.linears for n, one in part.items()}
+        self._free: list[Tensor] = []  # states that no block needs any more
+        self._inputs = self._ideal = self.data.states
+
+    def _room(self) -> Tensor:
+        return self._free.pop() if self._free else self.data.room()
 
     def tune(
         self, number: int, start: dict[str, Rounded], weights: tuple[Tensor, Tensor] | None
     ) -> dict[str, Rounded]:
         """Tune a block, or keep it where there are no `weights`; advance both hidden states."""
+        with self.data.walk.held(number):
+            return self._tune(number, start, weights)
+
+    def _tune(
+        self, number: int, start: dict[str, Rounded], weights: tuple[Tensor, Tensor] | None
+    ) -> dict[str, Rounded]:
         parameters = {name: self._parameter(name) for name in start}
         source = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         wanted, _ = self._forward(number, self._ideal, None, None)
@@ -264,11 +420,15 @@ class _Job:
             self._learn(number, turn, latents, wanted, weights)
             learned, after = self._forward(number, self._inputs, wanted, weights)
             if after < before:
+                self._free.append(outputs)
                 outputs, error = learned, after
                 found = {name: latent.rounded() for name, latent in latents.items()}
                 break
+            self._free.append(learned)
         if weights is not None:
             self.told = f"error of block {number + 1} was {before:.3g}, is {error:.3g}"
+        passed = [self._ideal] if self._ideal is self._inputs else [self._ideal, self._inputs]
+        self._free += passed
         self._ideal, self._inputs = wanted, outputs
         return found
 
@@ -295,7 +455,7 @@ class _Job:
             if len(order) < settings.batch:
                 order = torch.randperm(self._count, generator=generator).tolist()
             chosen = [order.pop() for _ in range(settings.batch)]
-            error = _error(self.blocks(number, self._inputs[chosen]), wanted, weights, chosen)
+            error = _error(self._call(number, chosen), wanted, weights, chosen)
             torch.autograd.backward([error])
             falling = RATES[turn] * (1.0 - step / settings.steps)
             for name, latent in latents.items():
@@ -354,16 +514,20 @@ class _Job:
         weights: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, float]:
         """Pass all data through a block; return the outputs and their mean error."""
-        outputs, total = torch.empty_like(inputs), 0.0
+        outputs, total = self._room(), 0.0
         for first in range(0, self._count, self.settings.batch):
             chosen = list(range(first, first + self.settings.batch))
-            outputs[chosen] = found = self.blocks(number, inputs[chosen])
+            outputs[chosen] = found = self.data.call(number, inputs[chosen])
             if wanted is not None and weights is not None:
                 total += float(_error(found, wanted, weights, chosen)) * len(chosen) / self._count
         return outputs, total
 
+    def _call(self, number: int, chosen: list[int]) -> Tensor:
+        with torch.enable_grad():
+            return self.data.call(number, self._inputs[chosen])
+
     def _parameter(self, name: str) -> nn.Parameter:
-        return self.linears[name].get_parameter("weight")
+        return self._linears[name].get_parameter("weight")
 
     def _put(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():

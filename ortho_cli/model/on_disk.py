@@ -30,21 +30,23 @@ PIECE = 1 << 22  # elements that are read and cast at once: 16 MiB in float32
 IN_MEMORY = "`--max-memory 99TB` holds the model whole, in as much memory as it takes"
 
 
-def build(checkpoint: Checkpoint, *, dtype: torch.dtype | None) -> nn.Module:
+def build(
+    checkpoint: Checkpoint, *, dtype: torch.dtype | None, way_out: str = IN_MEMORY
+) -> nn.Module:
     """Build a causal language model without weights: parameters on meta, buffers as they are.
 
     Args:
         checkpoint: a transformers folder.
         dtype: of parameters; None is that of config.json, or of the first tensor.
+        way_out: what to do about a model that cannot be built so.
     Raises:
-        CheckpointError: transformers cannot build it, or would keep some of it in float32 whatever
-            the dtype.
+        CheckpointError: transformers cannot build it.
     """
     folder = checkpoint.folder
     models.check_folder(folder)
     models.check_claims(folder)
-    what, hint = f"transformers cannot build `{folder}` without its weights", IN_MEMORY
-    with models.quiet_transformers() as transformers, models.explained(folder, what, hint=hint):
+    what = f"transformers cannot build `{folder}` without its weights"
+    with models.quiet_transformers() as transformers, models.explained(folder, what, hint=way_out):
         own = is_trusted()
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=own
@@ -54,16 +56,29 @@ def build(checkpoint: Checkpoint, *, dtype: torch.dtype | None) -> nn.Module:
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=kind, trust_remote_code=own
             )
-    if kind != torch.float32:
-        for key in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
-            if getattr(model, key, None):
-                raise CheckpointError(
-                    f"{type(model).__name__} keeps some modules in float32 beside {kind}, which is "
-                    "not known block by block",
-                    hint="--set calibrate.autocast=false computes all of it in float32",
-                )
+    _keep_float32(model, kind)
     separate(model, _renamed(model, checkpoint).values())
     return model.train(False).requires_grad_(False)
+
+
+def _keep_float32(model: Any, kind: torch.dtype) -> None:
+    """Put those parameters and buffers into float32 that transformers keeps there.
+
+    It does so for whatever dtype is asked for: biases of routers, whose choice would change.
+    """
+    kept = tuple(model._get_dtype_plan(kind))
+    if not kept:
+        return
+    from transformers.core_model_loading import build_glob_alternation
+
+    is_kept = build_glob_alternation(list(kept))[0].search
+    for path, module in model.named_modules():
+        for leaf, one in module.named_parameters(recurse=False):
+            if is_kept(f"{path}.{leaf}"):
+                setattr(module, leaf, nn.Parameter(one.float(), requires_grad=False))
+        for leaf, one in module.named_buffers(recurse=False):
+            if is_kept(f"{path}.{leaf}"):
+                setattr(module, leaf, one.float())
 
 
 def _first_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -95,14 +110,21 @@ def _weightless() -> Iterator[None]:
 class Weights:
     """Parameters of a model on meta, and where each of them is in a checkpoint."""
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        *,
+        way_out: str = IN_MEMORY,
+    ) -> None:
         """Find each parameter's tensor, and read the buffers that a checkpoint holds.
 
         Raises:
             CheckpointError: a tensor that the model needs is not there, is of another shape, or is
                 one that transformers makes of others.
         """
-        self._device, self._folder = device, checkpoint.folder
+        self._device, self._folder, self._way_out = device, checkpoint.folder, way_out
         self._reader = ShardReader(checkpoint.shards)
         self._blank: dict[int, nn.Parameter] = {}
         self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -166,7 +188,7 @@ class Weights:
             raise CheckpointError(
                 f"`{lacking[0]}` of {kind} is no tensor of `{self._folder}`: it is missing, or "
                 "transformers makes it of others, which is not known block by block",
-                hint=f"restore the checkpoint; or {IN_MEMORY}",
+                hint=f"restore the checkpoint; or {self._way_out}",
             )
         experts = (one for one in model.modules() if isinstance(one, Experts))
         apart = {id(p) for one in experts for p in one.parameters()}
@@ -175,7 +197,7 @@ class Weights:
             raise CheckpointError(
                 f"transformers changes `{name}` when it loads {kind}, which is not known block by "
                 "block",
-                hint=IN_MEMORY,
+                hint=self._way_out,
             )
 
     def nbytes(self, parameters: Iterable[int]) -> int:

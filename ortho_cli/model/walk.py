@@ -40,34 +40,31 @@ class Walk:
         *,
         dtype: torch.dtype | None,
         device: torch.device,
+        way_out: str = IN_MEMORY,
     ) -> None:
         """Build the model without weights, and find its blocks; no weight is read.
 
         Args:
             checkpoint: a transformers folder.
-            names: weights that the caller asks for by block; each must be in one.
+            names: weights that the caller asks for by block; `left` are those that are in none.
             dtype: of the weights; None keeps the checkpoint's.
             device: where a block goes.
+            way_out: what to do about a model that cannot be walked.
         Raises:
             CheckpointError: transformers cannot build the model, or tensors do not fit it.
-            CalibrationError: it has no blocks, or a weight is in none of them.
+            CalibrationError: it has no blocks.
         """
-        self.model = build(checkpoint, dtype=dtype)
+        self._way_out = way_out
+        self.model = build(checkpoint, dtype=dtype, way_out=way_out)
         linears = models.find_linears(self.model, names)
-        with _of_walk():
+        with self._of_walk():
             self._blocks = largest_list(self.model, linears)
         self.linears: list[dict[str, nn.Module]] = []
         for block in self._blocks:
             inside = set(map(id, block.modules()))
             self.linears.append({name: one for name, one in linears.items() if id(one) in inside})
-        left = sorted(set(linears).difference(*self.linears))
-        if left:
-            raise CalibrationError(
-                f"`{left[0]}` is in no block of {type(self.model).__name__}, and the model is "
-                "measured block by block",
-                hint=f"add it to `ignore`; or {IN_MEMORY}",
-            )
-        self._weights = Weights(self.model, checkpoint, device)
+        self.left = sorted(set(linears).difference(*self.linears))
+        self._weights = Weights(self.model, checkpoint, device, way_out=way_out)
         self._device = device
         self._of_block = [[id(one) for one in block.parameters()] for block in self._blocks]
         of_blocks = {one for part in self._of_block for one in part}
@@ -248,14 +245,22 @@ class Walk:
 
     def _unlike(self, what: str) -> CalibrationError:
         name = type(self.model).__name__
-        return CalibrationError(f"the blocks of {name} {what}", hint=IN_MEMORY)
+        return CalibrationError(f"the blocks of {name} {what}", hint=self._way_out)
+
+    @contextmanager
+    def _of_walk(self) -> Iterator[None]:
+        """Give errors about blocks our way out."""
+        try:
+            yield
+        except CalibrationError as error:
+            raise CalibrationError(error.message, hint=self._way_out) from error
 
     @contextmanager
     def _replaced(self, stand_in: Forward) -> Iterator[None]:
         """Let something else compute what blocks return."""
 
         def forward(number: int, *args: Tensor, **options: Any) -> Output:
-            with _of_walk():
+            with self._of_walk():
                 hidden, rest = split_arguments(args, options)
             return stand_in(number, hidden, rest)
 
@@ -273,12 +278,3 @@ def _forward_of(module: nn.Module, forward: Callable[..., Output]) -> Iterator[N
         yield
     finally:
         del module.forward
-
-
-@contextmanager
-def _of_walk() -> Iterator[None]:
-    """Give errors about blocks a way out that is not tuning's."""
-    try:
-        yield
-    except CalibrationError as error:
-        raise CalibrationError(error.message, hint=IN_MEMORY) from error

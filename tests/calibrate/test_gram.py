@@ -247,7 +247,6 @@ def test_forget_set_never_gets_a_gram(ortho: Ortho, model: Path) -> None:
             "curvature is gram, which has no backward pass",
         ),
         (["--gram", "half"], "calibrate.gram"),
-        (["--gram", ""], "calibrate.gram"),
         (chosen("gram=yes"), "calibrate.gram"),
         (chosen("weighting=hessian"), "calibrate.weighting"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,21 +15,23 @@ from typing import Any
 import pytest
 import reference
 import torch
+from families import saved
 from hypothesis import given
 from hypothesis import strategies as st
 from jobs import SERVER, calibrate, decompose
 from memorised import Memorised
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ortho_cli.calibrate import plan as calibrate_plan
 from ortho_cli.decompose import plan, recipe, tune
 from ortho_cli.decompose.edits import load_arrays
 from ortho_cli.decompose.tune import REACH, Latent, value_of
-from ortho_cli.errors import CalibrationError, Interrupted, RecipeError
+from ortho_cli.errors import CalibrationError, Interrupted, NumericalError, RecipeError
 from ortho_cli.events import Event, Step
 from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.model import load as models
+from ortho_cli.model.walk import Walk
 from ortho_cli.split import quantize
 from ortho_cli.split.quantize import Rounded
 from ortho_cli.storage import parts
@@ -280,8 +283,80 @@ def test_half_of_a_block_that_a_kill_left_is_done_again(
         assert (out / name).read_bytes() == (done.tuned / name).read_bytes()
 
 
-def tune_and_die(memorised: Memorised, stats: Path, out: Path, batches: int, steps: int) -> None:
-    """SIGKILL this process after so many passes of weighing, or steps of a block."""
+def test_hidden_states_in_files_give_the_same_bytes(
+    memorised: Memorised, stats: Path, done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files: list[str] = []
+    original = torch.from_file
+
+    def mapped(name: str, **options: Any) -> Tensor:
+        files.append(name)
+        return original(name, **options)
+
+    monkeypatch.setattr(torch, "from_file", mapped)
+    monkeypatch.setattr(plan, "TUNE_STATES", 0)
+    run(memorised, stats, tmp_path / "out", *TUNED)
+    assert 4 <= len(files) <= tune.MAPPED + 1
+    assert not [name for name in files if Path(name).exists()]
+    for name in ("model.safetensors", "ortho.safetensors", "report.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (done.tuned / name).read_bytes(), name
+
+
+def test_outputs_are_weighed_by_gradients_of_labels_that_the_model_drew(tmp_path: Path) -> None:
+    model, folder = saved(tmp_path / "m", "Llama"), tmp_path / "work"
+    folder.mkdir()
+    tokens = torch.randint(1, 48, (4, 12), generator=torch.Generator().manual_seed(3))
+    checkpoint, cpu = open_checkpoint(tmp_path / "m"), torch.device("cpu")
+    names = [tensor.name for tensor in checkpoint.tensors if "_proj" in tensor.name]
+    with contextlib.closing(Walk(checkpoint, names, dtype=torch.float32, device=cpu)) as walk:
+        data = tune._Data(walk, tokens, 2, cpu, folder)
+        token, channel = tune._Weighing(data, folder, 5, None, lambda event: None).run()
+    assert token.shape == (3, 4, 12)
+    assert channel.shape == (3, 64)
+    for number in range(3):
+        squares = []
+        for i, row in enumerate(tokens):
+            at: list[Tensor] = []
+
+            def keep(module: Any, args: Any, output: Any, at: list[Tensor] = at) -> Any:
+                whole = isinstance(output, tuple)
+                at.append((output[0] if whole else output).detach().requires_grad_(True))
+                return (at[0], *output[1:]) if whole else at[0]
+
+            hook = model.model.layers[number].register_forward_hook(keep)
+            logits = model(input_ids=row[None], use_cache=False).logits[0, :-1]
+            hook.remove()
+            drawn = torch.Generator().manual_seed(5 + i)
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=drawn).squeeze(1)
+            nll = nn.functional.cross_entropy(logits, labels, reduction="sum")
+            (gradient,) = torch.autograd.grad(nll, at[0])
+            squares.append(gradient[0].square())
+        expected = torch.stack(squares)
+        assert torch.allclose(token[number], expected.mean(-1), rtol=1e-3, atol=1e-9)
+        assert torch.allclose(channel[number], expected.mean((0, 1)), rtol=1e-3, atol=1e-9)
+
+
+def test_outputs_that_cannot_be_weighed_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "m", "Llama")
+    checkpoint, cpu = open_checkpoint(tmp_path / "m"), torch.device("cpu")
+    names = [tensor.name for tensor in checkpoint.tensors if "_proj" in tensor.name]
+    tokens = torch.randint(1, 48, (4, 12), generator=torch.Generator().manual_seed(3))
+    (tmp_path / "work").mkdir()
+
+    def too_large(logits: Tensor, *_: Any, **__: Any) -> tuple[Tensor, float]:
+        return torch.full_like(logits, 1e22), 0.0  # its square is beyond float32
+
+    monkeypatch.setattr(tune, "logit_gradient", too_large)
+    with contextlib.closing(Walk(checkpoint, names, dtype=torch.float32, device=cpu)) as walk:
+        data = tune._Data(walk, tokens, 2, cpu, tmp_path / "work")
+        with pytest.raises(NumericalError, match="output is NaN or infinite"):
+            tune._Weighing(data, tmp_path / "work", 0, None, lambda event: None).run()
+
+
+def tune_and_die(memorised: Memorised, stats: Path, out: Path, blocks: int, steps: int) -> None:
+    """SIGKILL this process as it weighs the output of a block, or after steps of a block."""
     step, taken = tune._Job._put, 0
 
     def counted(self: Any, values: Any) -> None:
@@ -293,7 +368,7 @@ def tune_and_die(memorised: Memorised, stats: Path, out: Path, batches: int, ste
 
     class Killer(list[Event]):
         def append(self, event: Event) -> None:
-            if isinstance(event, Step) and event.number == batches * (event.unit == "sequences"):
+            if isinstance(event, Step) and event.number == blocks * event.name.startswith("weighs"):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     tune._Job._put = counted  # type: ignore[method-assign]
@@ -306,18 +381,18 @@ def test_a_kill_inside_a_block_costs_no_step_that_is_kept(
     memorised: Memorised, stats: Path, done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    # After 3 of 8 passes of weighing; then after 10 steps of a block, and after more of them.
-    for batches, steps in ((12, 99), (99, 12), (99, 25)):
-        process = SERVER.Process(target=tune_and_die, args=(memorised, stats, out, batches, steps))
+    # After one of two blocks is weighed; then after 10 steps of a block, and after more of them.
+    for blocks, steps in ((2, 99), (99, 12), (99, 25)):
+        process = SERVER.Process(target=tune_and_die, args=(memorised, stats, out, blocks, steps))
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
         weights = work_folder(out) / "private" / tune.WEIGHTS_FILE
         assert weights.stat().st_mode & 0o077 == 0
-        if batches == 12:
+        if blocks == 2:
             held = load_arrays(weights)
             assert held is not None
-            assert int(held["done"]) == 8
+            assert int(held["done"]) == 1
     block = load_arrays(work_folder(out) / "private" / tune.BLOCK_FILE)
     assert block is not None
     _, turn, step = map(int, block["at"])
@@ -333,7 +408,7 @@ def test_a_kill_inside_a_block_costs_no_step_that_is_kept(
     run(memorised, stats, out, *TUNED, events=events)
     settings = recipe.load_recipe(None, list(TUNED)).tune
     assert rates[0] == settings.rate * tune.RATES[turn] * (1.0 - step / settings.steps)
-    assert not [e for e in events if isinstance(e, Step) and e.unit == "sequences"]
+    assert not [e for e in events if isinstance(e, Step) and e.name.startswith("weighs")]
     for name in ("model.safetensors", "ortho.safetensors", "report.json"):
         assert (out / name).read_bytes() == (done.tuned / name).read_bytes(), name
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ortho_cli.errors import CalibrationError, CheckpointError
 from ortho_cli.model import on_disk
+from ortho_cli.model.load import find_linears
 from ortho_cli.model.walk import Walk
 from ortho_cli.storage.checkpoint import open_checkpoint
 
@@ -63,6 +64,28 @@ def test_walk_gives_the_logits_of_the_model_to_the_last_bit(tmp_path: Path, kind
         expected = model(input_ids=tokens, use_cache=False, **options).logits
         there = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
         assert torch.equal(walk.logits(found)[there], expected[there])
+    walk.close()
+
+
+@pytest.mark.parametrize("kind", ["DeepseekV3", "Glm4Moe", "Llama"])
+def test_what_transformers_keeps_in_float32_stays_so(tmp_path: Path, kind: str) -> None:
+    import transformers
+
+    saved(tmp_path, kind)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    tokens, walk = batches()[0][0], walk_of(tmp_path, dtype=torch.bfloat16)
+    kept = {name: one.dtype for name, one in model.named_buffers() if "bias" in name}
+    assert {n: one.dtype for n, one in walk.model.named_buffers() if "bias" in n} == kept
+    assert bool(kept) == (kind != "Llama")
+    names = [tensor.name for tensor in open_checkpoint(tmp_path).tensors]
+    find_linears(model, [name for name in names if ".experts." in name])  # called one by one
+    hidden, options = walk.enter(tokens, None)
+    with torch.no_grad():
+        for number in range(3):
+            with walk.held(number):
+                hidden = walk.call(number, hidden, options[number])
+        expected = model.eval()(input_ids=tokens, use_cache=False).logits
+    assert torch.equal(walk.logits(hidden), expected)
     walk.close()
 
 
@@ -157,9 +180,11 @@ def test_what_the_file_lacks_is_named_before_anything_is_read(
 def test_weight_outside_of_blocks_is_named(tmp_path: Path) -> None:
     saved(tmp_path, "Llama", tie_word_embeddings=False)
     names = [*names_of(tmp_path), "lm_head.weight"]
-    with pytest.raises(CalibrationError, match=r"`lm_head\.weight` is in no block") as caught:
-        Walk(open_checkpoint(tmp_path), names, dtype=torch.float32, device=CPU)
-    assert "--max-memory" in caught.value.hint
+    walk = Walk(open_checkpoint(tmp_path), names, dtype=torch.float32, device=CPU)
+    assert walk.left == ["lm_head.weight"]
+    with pytest.raises(CalibrationError, match="has no blocks with a Linear") as caught:
+        Walk(open_checkpoint(tmp_path), names[-1:], dtype=None, device=CPU, way_out="another way")
+    assert caught.value.hint == "another way"
 
 
 def test_experts_of_an_unknown_layout_are_named(
