@@ -617,7 +617,8 @@ def _peak_bytes(
         (_buffer_bytes(t, statistics, recipe.compensates, sizes) for t in tensors), reverse=True
     )
     entries = len(tensors) + (0 if statistics is None else len(statistics.digests))
-    held, weights = 0, sum(tensor.source.numel for tensor in tensors)
+    held = tuned = 0
+    weights = sum(tensor.source.numel for tensor in tensors)
     if recipe.forgets:
         held = LOGITS_BYTES + FORGET_BYTES[recipe.ortho.split] * weights
     if recipe.base.rounding == "tuned":
@@ -630,14 +631,15 @@ def _peak_bytes(
             layer = place_of(module_of(tensor.name)).layer
             blocks[layer] += tensor.source.numel
             features[layer] += sum(tensor.source.shape)
-        held = TUNE_BYTES * max(blocks.values()) + 3 * tokens * max(features.values())
-        held += TUNE_STATES + LOGITS_BYTES // 2
+        tuned = TUNE_BYTES * max(blocks.values()) + 3 * tokens * max(features.values())
+        tuned += TUNE_STATES + LOGITS_BYTES // 2
     work = sum(needs[:workers])
     if recipe.ortho.layout == "compact" or recipe.ortho.values == "int8":
         # It is encoded after the workers have ended.
         most = max(t.k for t in tensors if isinstance(t, SplitTensor))
         work = max(work, REPACK_BYTES * most + 24 * sizes.split)
-    return MODULES_BYTES + TENSOR_BYTES * entries + held + work
+    # Tuning begins when the workers have ended.
+    return MODULES_BYTES + TENSOR_BYTES * entries + held + max(work, tuned)
 
 
 def _buffer_bytes(

@@ -78,12 +78,12 @@ class Latent:
         """Start at a rounded weight.
 
         Args:
-            weight: (out, in), of the source.
+            weight: (out, in), of the source; it must stay as it is.
             start: its codes and scales by GPTQ.
             bits: per code.
         """
         self._start, self._range = start, quantize.code_range(bits)
-        self._source = weight.clone()
+        self._source = weight
         # A copy even of float32: steps multiply it in place, and `start` must stay what it was.
         self._scales = start.scales.to(torch.float32, copy=True)
         codes = start.codes.float()
