@@ -188,8 +188,8 @@ class Tuner:
             token, channel = _Weighing(data, folder, settings.seed, key, on_event).run()
             bits = {tensor.name: tensor.bits for tensor in plan.split}
             job = _Job(data, bits, settings, folder / BLOCK_FILE, key)
-            for number, inside in enumerate(walk.linears):
-                of = len(walk)
+            of = 1 + max(number for number, inside in enumerate(walk.linears) if inside)
+            for number, inside in enumerate(walk.linears[:of]):  # nothing is tuned after them
                 on_event(Step(name=f"tune: {job.told}", number=number + 1, of=of, unit="blocks"))
                 known = {name: _on(self.device, start(name)) for name in inside}
                 done = all(name in tuned for name in inside)
