@@ -186,3 +186,10 @@ def test_a_name_is_cut_from_the_left_to_the_cells_it_has() -> None:
     assert shorten("layers.0.up_proj", 11) == "..0.up_proj"
     assert shorten("漢" * 20, 9) == ".." + "漢" * 3
     assert shorten("short", 5) == "short"
+
+
+def test_what_is_exact_has_no_unit() -> None:
+    from ortho_cli.cli.show.console import in_decibels
+
+    assert in_decibels(None, exact=True) == "exact"
+    assert in_decibels(20.014, exact=True) == "20.01 dB"

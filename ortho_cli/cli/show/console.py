@@ -68,6 +68,12 @@ def decibels(value: object, *, exact: bool) -> str:
     return "exact" if value is None and exact else number(value)
 
 
+def in_decibels(value: object, *, exact: bool) -> str:
+    """Write a signal-to-noise with its unit, which what is exact has not."""
+    words = decibels(value, exact=exact)
+    return words if words == "exact" else f"{words} dB"
+
+
 def print_json(document: object) -> None:
     """Print one JSON document on stdout."""
     print_text(json.dumps(document, indent=2, ensure_ascii=True) + "\n")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ortho_cli.cli.show.console import decibels, print_lines, print_notes, print_table, size
+from ortho_cli.cli.show.console import in_decibels, print_lines, print_notes, print_table, size
 from ortho_cli.cli.show.document import Document
 from ortho_cli.model.cost import in_words
 from ortho_cli.storage.hints import said
@@ -139,8 +139,8 @@ def print_done(report: Mapping[str, object]) -> None:
             f"{totals.number('bits_per_weight'):.2f} per weight of the whole model",
             f"base {size(totals.number('base_bytes'))} + ortho "
             f"{size(totals.number('ortho_bytes'))} from {size(totals.number('source_bytes'))}; "
-            f"SQNR {decibels(totals['sqnr_db_alpha_0'], exact=exact)} dB at alpha 0, "
-            f"{decibels(totals['sqnr_db_alpha_1'], exact=exact)} dB at alpha 1",
+            f"SQNR {in_decibels(totals['sqnr_db_alpha_0'], exact=exact)} at alpha 0, "
+            f"{in_decibels(totals['sqnr_db_alpha_1'], exact=exact)} at alpha 1",
             *rounding_lines(document),
             *_text_lines(document),
             *_plain_lines(document),

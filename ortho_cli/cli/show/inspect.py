@@ -10,6 +10,7 @@ from ortho_cli.cli.show.calibrate import gram_words, made_words
 from ortho_cli.cli.show.console import (
     csv_text,
     decibels,
+    in_decibels,
     number,
     print_lines,
     print_table,
@@ -166,8 +167,8 @@ def _total_lines(document: Document) -> Iterator[str]:
         f"{totals.number('bits_per_weight'):.2f} per weight of the whole model"
     )
     yield (
-        f"SQNR {decibels(totals['sqnr_db_alpha_0'], exact=exact)} dB at alpha 0, "
-        f"{decibels(totals['sqnr_db_alpha_1'], exact=exact)} dB at alpha 1; "
+        f"SQNR {in_decibels(totals['sqnr_db_alpha_0'], exact=exact)} at alpha 0, "
+        f"{in_decibels(totals['sqnr_db_alpha_1'], exact=exact)} at alpha 1; "
         f"{totals.number('nnz'):,} weights kept hold {number(totals['residual_kept'], '.1%')} of "
         "the squared residual"
     )
