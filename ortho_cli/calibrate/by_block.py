@@ -299,7 +299,7 @@ class _Job:
         entries: dict[str, object] = {}
         content: dict[str, str] = {}
         for (_, of, part), total in sums.items():
-            stored.divide(total, plan.summed_over(of, part))
+            stored.to_mean(total, plan.summed_over(of, part), part)
         for (name, of, part), own in sums.items():
             tensor = self._tensors[name]
             mean = lender.settle(name, part, own) if of == "retain" else own
@@ -439,8 +439,7 @@ class _Backward(_Job):
                     batches=len(self._batches),
                     device=self._device,
                 )
-                done = gradients.resume(finished)
-                sweep.up(known, count - done if done else count + 1, self._on_event)
+                done = sweep.up(known, finished, self._on_event)
                 if not done:
                     lost = self._go_through_head(inputs[count], gradients)
                 for passed in range(done, count):

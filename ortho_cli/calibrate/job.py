@@ -442,5 +442,5 @@ class _Job:
         mean = torch.empty(self._plan.sum_shape(tensor, part))
         key = f"{tensor.name}/{part}"
         self._sums[name].current.read_into(key, as_bytes(mean), start=0)
-        stored.divide(mean, self._plan.summed_over(name, part))
+        stored.to_mean(mean, self._plan.summed_over(name, part), part)
         return mean

@@ -70,10 +70,15 @@ def perplexity(plan: CalibrationPlan, nll: Mapping[Set, float]) -> dict[Set, flo
     }
 
 
-def divide(sums: Tensor, count: int) -> None:
-    """Turn sums into means in place."""
+def to_mean(sums: Tensor, count: int, part: hooks.Part) -> None:
+    """Turn sums into means in place; a Gram matrix becomes exactly symmetric.
+
+    Experts then borrow from symmetric matrices in memory and block by block, and bytes are equal.
+    """
     sums /= count
     sums += 0.0  # a sum of nothing is 0 or -0, by where chunks end
+    if part == "gram":
+        hooks.symmetrize(sums)
 
 
 class Lender:
@@ -96,7 +101,7 @@ class Lender:
             tokens: of the retain set that were routed to an expert's weight. Weights of experts
                 that are called in another way are not among them: then figures tell.
             least: tokens of an expert that needs no other one.
-            mean_of: gives the retain set's mean of a weight; it may be changed in place.
+            mean_of: gives the retain set's mean of a weight.
         """
         self._tokens, self._least, self._mean_of = tokens, least, mean_of
         self._groups: dict[tuple[str, str], list[str]] = {}
@@ -141,15 +146,16 @@ class Lender:
 
 def note_lent(entries: Mapping[str, Measured], least: int, on_event: EventSink) -> None:
     """Say which experts' weights have the statistics of others, and which alone have too few."""
-    for lent, ending in (
-        (True, "each has the mean of its layer's other experts"),
-        (None, "no other expert of the layer has more, so each keeps its own"),
+    lent = [name for name, one in entries.items() if one.lent]
+    alone = [
+        name
+        for name, one in entries.items()
+        if not one.lent and one.tokens is not None and one.tokens < least
+    ]
+    for names, ending in (
+        (lent, "each has the mean of its layer's other experts"),
+        (alone, "no other expert of the layer has more, so each keeps its own"),
     ):
-        names = [
-            name
-            for name, one in entries.items()
-            if one.lent is lent and (lent or (one.tokens is not None and one.tokens < least))
-        ]
         if names:
             reached = "no token" if least == 1 else f"fewer than {least} tokens"
             more = f" and {len(names) - 1} more weights of experts" if len(names) > 1 else ""
@@ -164,10 +170,9 @@ def note_lent(entries: Mapping[str, Measured], least: int, on_event: EventSink) 
 def of_mean(
     settings: Calibrate, tensor: TensorInfo, name: Set, part: hooks.Part, mean: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield what the file holds of a mean; a Gram matrix is made symmetric in place."""
+    """Yield what the file holds of a mean."""
     key = f"{module_of(tensor.name)}.{name}_{part}"
     if part == "gram":
-        hooks.symmetrize(mean)
         yield key, mean
     elif settings.curvature == "gram":
         yield key, mean.view(-1)

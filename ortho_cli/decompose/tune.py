@@ -210,13 +210,12 @@ class _Data:
     ) -> None:
         self.walk, self.tokens, self.device, self._folder = walk, tokens, device, folder
         self.parts = [slice(first, first + batch) for first in range(0, len(tokens), batch)]
-        self._shape, self._dtype = (torch.Size(), torch.bfloat16)
         walk.read_only(tokens)
         for number, part in enumerate(self.parts):
             hidden, options = walk.enter(tokens[part].to(device), None)
             if not number:
                 self._options = options  # of each block; all batches are alike
-                self._shape, self._dtype = hidden.shape[1:], hidden.dtype
+                self._one = hidden[0]  # of a sequence, for its shape and dtype
                 self.states = self.room()
             self.states[part] = hidden
         walk.release()
@@ -224,20 +223,20 @@ class _Data:
     @property
     def nbytes(self) -> int:
         """Bytes of the states."""
-        return len(self.tokens) * self._shape.numel() * self._dtype.itemsize
+        return len(self.tokens) * self._one.nbytes
 
     def room(self) -> Tensor:
         """Give room for states: in memory, or in a file where they are many.
 
         A file is mapped, so that its pages are memory only as long as nothing else needs them.
         """
-        shape = (len(self.tokens), *self._shape)
+        shape = (len(self.tokens), *self._one.shape)
         if MAPPED * self.nbytes <= plans.TUNE_STATES:
-            return torch.empty(shape, dtype=self._dtype, device=self.device)
+            return torch.empty(shape, dtype=self._one.dtype, device=self.device)
         with writing(self._folder), tempfile.NamedTemporaryFile(dir=self._folder) as file:
             os.posix_fallocate(file.fileno(), 0, self.nbytes)  # a full disk would kill us later
             numel = math.prod(shape)
-            mapped = torch.from_file(file.name, shared=True, size=numel, dtype=self._dtype)
+            mapped = torch.from_file(file.name, shared=True, size=numel, dtype=self._one.dtype)
         return mapped.view(shape)
 
     def call(self, number: int, hidden: Tensor) -> Tensor:
@@ -311,8 +310,7 @@ class _Weighing:
                 batches=len(shapes),
                 device=data.device,
             )
-            done = gradients.resume(finished)
-            sweep.up(max(known, 1), blocks - done if done else blocks + 1, self._on_event)
+            done = sweep.up(max(known, 1), finished, self._on_event)
             if not done:
                 self._head(inputs[blocks], gradients)
             for passed in range(done, blocks):

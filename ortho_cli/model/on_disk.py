@@ -40,7 +40,8 @@ def build(
         dtype: of parameters; None is that of config.json, or of the first tensor.
         way_out: what to do about a model that cannot be built so.
     Raises:
-        CheckpointError: transformers cannot build it.
+        CheckpointError: transformers cannot build it, or keeps some of it in float32 in a way that
+            is not known.
     """
     folder = checkpoint.folder
     models.check_folder(folder)
@@ -56,22 +57,33 @@ def build(
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=kind, trust_remote_code=own
             )
-    _keep_float32(model, kind)
+    if kind != torch.float32:
+        _keep_float32(model, kind, way_out)
     separate(model, _renamed(model, checkpoint).values())
     return model.train(False).requires_grad_(False)
 
 
-def _keep_float32(model: Any, kind: torch.dtype) -> None:
+def _keep_float32(model: Any, kind: torch.dtype, way_out: str) -> None:
     """Put those parameters and buffers into float32 that transformers keeps there.
 
     It does so for whatever dtype is asked for: biases of routers, whose choice would change.
     """
-    kept = tuple(model._get_dtype_plan(kind))
+    try:
+        from transformers.core_model_loading import build_glob_alternation
+
+        kept = list(model._get_dtype_plan(kind))
+    except (AttributeError, ImportError):  # another transformers
+        keys = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+        if any(getattr(model, key, None) for key in keys):
+            raise CheckpointError(
+                f"{type(model).__name__} keeps some modules in float32 beside {kind}, which is not "
+                "known block by block with this transformers",
+                hint=way_out,
+            ) from None
+        return
     if not kept:
         return
-    from transformers.core_model_loading import build_glob_alternation
-
-    is_kept = build_glob_alternation(list(kept))[0].search
+    is_kept = build_glob_alternation(kept)[0].search
     for path, module in model.named_modules():
         for leaf, one in module.named_parameters(recurse=False):
             if is_kept(f"{path}.{leaf}"):

@@ -50,16 +50,25 @@ class Sweep:
         self._walk, self._inputs, self._gradients = walk, inputs, gradients
         self._call, self._batches, self._device = call, batches, device
 
-    def up(self, known: int, needed: int, on_event: EventSink) -> None:
-        """Make states that are not known, up to `needed` of them."""
-        for number in range(known, needed):
-            of = len(self._walk)
+    def up(self, known: int, finished: int, on_event: EventSink) -> int:
+        """Make the states that are not known, and that the way down needs.
+
+        Args:
+            known: states that an earlier run has kept, at least those before the first block.
+            finished: blocks that it finished on the way down.
+            on_event: told of each block.
+        Returns:
+            how many blocks the gradients have passed that it kept; 0 before the head.
+        """
+        of, done = len(self._walk), self._gradients.resume(finished)
+        for number in range(known, of - done if done else of + 1):
             on_event(Step(name="passes", number=number, of=of, unit="blocks"))
             with self._walk.held(number - 1):
                 for index in range(self._batches):
                     _, output = self._graph(number - 1, index, needs=True)
                     self._inputs[number].put(index, output)
             self._inputs[number].finish(1, is_last=True)
+        return done
 
     def down(self, number: int, index: int) -> None:
         """Pass the gradient of a batch back through a block that is held."""

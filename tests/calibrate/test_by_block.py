@@ -23,7 +23,7 @@ from ortho_cli.calibrate import plan as calibrate_plan
 from ortho_cli.calibrate.batches import padded
 from ortho_cli.calibrate.plan import CalibrationPlan, DataSet
 from ortho_cli.decompose import recipe
-from ortho_cli.errors import Interrupted
+from ortho_cli.errors import CalibrationError, Interrupted
 from ortho_cli.events import Event, Noted, Step
 from ortho_cli.formats.statistics import open_statistics
 from ortho_cli.model import hidden_states
@@ -162,6 +162,17 @@ def test_gradients_of_every_family_are_those_of_the_model_in_memory(
     for way in (False, True):
         calibrate(dataclasses.replace(plan, by_block=way), opened, tmp_path / f"{way}")
     assert (tmp_path / "True").read_bytes() == (tmp_path / "False").read_bytes()
+
+
+def test_a_weight_that_is_in_no_block_is_named_before_work_starts(tmp_path: Path) -> None:
+    saved(tmp_path / "m", "Llama", tie_word_embeddings=False)
+    text = DataSet(sequences=(TokenSequence(tokens=(1, 2, 3)),), digest="of the draw")
+    opened = open_checkpoint(tmp_path / "m")
+    settings = recipe.load_recipe(None, ['targets=["*_proj.weight", "lm_head.weight"]'])
+    plan = calibrate_plan.make_plan(opened, settings, {"retain": text}, by_block=True)
+    with pytest.raises(CalibrationError, match=r"`lm_head\.weight` is in no block") as caught:
+        by_block.open_walk(plan, opened, torch.device("cpu"))
+    assert "--max-memory" in caught.value.hint
 
 
 @pytest.mark.parametrize("kind", ["gram", "true-fisher"])

@@ -89,6 +89,19 @@ def test_what_transformers_keeps_in_float32_stays_so(tmp_path: Path, kind: str) 
     walk.close()
 
 
+def test_what_an_unknown_transformers_keeps_in_float32_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedModel
+
+    saved(tmp_path, "Glm4Moe")
+    monkeypatch.delattr(PreTrainedModel, "_get_dtype_plan")
+    walk_of(tmp_path).close()
+    with pytest.raises(CheckpointError, match="keeps some modules in float32") as caught:
+        walk_of(tmp_path, dtype=torch.bfloat16)
+    assert "--max-memory" in caught.value.hint
+
+
 def in_memory(walk: Walk) -> set[str]:
     return {name for name, one in walk.model.named_parameters() if not one.is_meta}
 

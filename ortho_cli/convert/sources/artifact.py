@@ -114,13 +114,12 @@ def _stacked(tensors: tuple[SourceTensor, ...]) -> tuple[SourceTensor, ...]:
     """Stack experts again."""
     found = {tensor.name: tensor for tensor in tensors}
     for stack in list(restacked(found)):
-        parts = [found.pop(name) for name in stack.parts]
-        first, rows = parts[0], sum(part.rows for part in parts)
-        if stack.name in found or {(p.dtype, p.shape) for p in parts} != {
-            (first.dtype, first.shape)
-        }:
-            found |= {part.name: part for part in parts}
+        parts = [found[name] for name in stack.parts]
+        if stack.name in found or len({(part.dtype, part.shape) for part in parts}) > 1:
             continue
+        first, rows = parts[0], sum(part.rows for part in parts)
+        for part in parts:
+            del found[part.name]
         found[stack.name] = SourceTensor(
             name=stack.name,
             dtype=first.dtype,
