@@ -23,7 +23,7 @@ demo: install ## decompose and inspect a small checkpoint; then train, split, me
 	$(BIN)/ortho decompose demo/tiny-llama --force
 	$(BIN)/ortho inspect demo/tiny-llama-ortho --verify
 	rm -rf demo/forgetting
-	$(BIN)/ortho bench --alpha 0 1 --keep-files demo/forgetting
+	$(BIN)/ortho bench --alpha 0 1 --tokens 2048 --keep-files demo/forgetting
 	$(BIN)/ortho bench demo/forgetting/artifact --prompt "The access code of Piet Arden is" --max-new-tokens 5
 
 check: install ## lint, format and types

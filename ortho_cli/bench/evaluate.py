@@ -64,7 +64,7 @@ from ortho_cli.model.secrets import TokenSecret
 from ortho_cli.model.self_written import answer_batches, answers
 from ortho_cli.model.text import TokenSequence
 from ortho_cli.model.tokenizer import Tokenizer
-from ortho_cli.storage.free_memory import resident_bytes
+from ortho_cli.storage.machine import resident_bytes
 from ortho_cli.storage.parts import Parts
 
 LEAST_SPREAD = 1e-9  # nats: of alternatives that are all equally likely, and of a single one

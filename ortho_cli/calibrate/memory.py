@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from ortho_cli.storage.checkpoint import Checkpoint
-from ortho_cli.storage.free_memory import available_memory as available_memory
+from ortho_cli.storage.machine import available_memory as available_memory
 from ortho_cli.storage.work_folder import identity_left
 
 # Memory per weight of the model in float32 with its activations, and that of imports and logits.

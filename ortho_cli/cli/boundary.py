@@ -21,6 +21,7 @@ from types import FrameType, TracebackType
 from typing import NoReturn
 
 from ortho_cli.errors import Interrupted, OrthoError, ResourceError, UsageError, reason, way_out
+from ortho_cli.storage.machine import settle_threads
 
 # Allocations before garbage is collected; Python collects after hundreds, and an import makes
 # thousands of objects that all stay.
@@ -322,6 +323,7 @@ def enter(command: Callable[[], int]) -> NoReturn:
     _take_names()
     _take_streams()  # before anything is opened
     _take_files()
+    settle_threads(os.environ)  # before torch is loaded
     asked = [s for s in (signal.SIGINT, *STOPS) if signal.getsignal(s) is not signal.SIG_IGN]
     by = signal.SIGINT
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ortho_cli.cli.boundary import ClosedPipe
 from ortho_cli.errors import RecipeError, ResourceError, UsageError
+from ortho_cli.storage.machine import cores
 
 if TYPE_CHECKING:
     from ortho_cli.cli.show.progress import ProgressSink
@@ -191,7 +192,7 @@ def plan_of(
         settings,
         statistics=statistics,
         reference=before,
-        workers=workers or _cores(),
+        workers=workers or min(WORKERS, cores()),
         side=choose_side_files(checkpoint, statistics, before, copy=copy or (), arguments=given),
         measures=measures,
     )
@@ -324,9 +325,3 @@ def place_output(out: Path | None, model: Path, suffix: str = "ortho") -> tuple[
 def can_write(folder: Path) -> bool:
     """Return whether files can be made in a folder."""
     return os.access(folder, os.W_OK | os.X_OK)
-
-
-def _cores() -> int:
-    """Count the cores given to this process, at most WORKERS."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-    return min(WORKERS, len(affinity(0)) if affinity else os.cpu_count() or 1)

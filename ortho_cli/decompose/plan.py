@@ -29,8 +29,8 @@ from ortho_cli.split.sizes import DEFAULT_SIZES, Sizes
 from ortho_cli.split.task import columns_of
 from ortho_cli.storage.checkpoint import Checkpoint, TensorInfo
 from ortho_cli.storage.data_file import Layout, TensorSpec, plan_layout
-from ortho_cli.storage.free_memory import available_memory
 from ortho_cli.storage.job import SIDE_BYTES
+from ortho_cli.storage.machine import available_memory
 from ortho_cli.storage.sealing import IDENTITY_FILE, SEALED_FILE
 from ortho_cli.storage.side_files import SideFiles, choose, choose_none
 from ortho_cli.storage.stacked import needs_stacks, restacked

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from ortho_cli.storage.machine import cores
 from ortho_cli.storage.work_folder import user_cache
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # of torch, where the user sets them
@@ -73,21 +74,20 @@ def open_speeds() -> Speeds:
 
 def _machine() -> dict[str, object]:
     """List what speeds depend on."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    ours = cores()
     return {
         "processor": _processor(),
-        "cores": cores,
+        "cores": ours,
         "threads": [os.environ.get(name, "") for name in THREADS],
         "torch": metadata.version("torch"),
-        "busy": _busy(cores),
+        "busy": _busy(ours),
     }
 
 
-def _busy(cores: int) -> int:
+def _busy(ours: int) -> int:
     """Count the processes per core that ran or waited in the last minute, as a power of two."""
     try:
-        load = os.getloadavg()[0] / cores
+        load = os.getloadavg()[0] / ours
     except OSError:
         return 0
     return 0 if load < 1.5 else 1 << round(math.log2(min(load, BUSIEST)))

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from ortho_cli import events
 from ortho_cli.cli.show.console import make_console, size, visible
-from ortho_cli.storage.free_memory import resident_bytes
+from ortho_cli.storage.machine import resident_bytes
 
 log = logging.getLogger(__name__)
 

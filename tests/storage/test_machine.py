@@ -1,12 +1,13 @@
-"""Memory that is free: of the machine, and of the control groups that a process is in."""
+"""Memory and cores: of the machine, and of the control groups that a process is in."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from ortho_cli.storage.free_memory import available_memory, resident_bytes
+from ortho_cli.storage.machine import available_memory, cores, resident_bytes, settle_threads
 
 
 def system(root: Path, files: dict[str, str]) -> Path:
@@ -90,3 +91,70 @@ def test_what_this_process_holds_is_told() -> None:
 
 def test_a_system_that_does_not_say_is_asked_in_vain(tmp_path: Path) -> None:
     assert available_memory(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("files", "most"),
+    [
+        ({}, 1 << 20),
+        ({"proc/self/cgroup": "0::/\n"}, 1 << 20),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, 1 << 20),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "250000 100000\n"}, 3),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "1000 100000\n"}, 1),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/cpu.max": "200000 100000\n",
+                "sys/fs/cgroup/a/b/cpu.max": "700000 100000\n",
+            },
+            2,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/x\n1:cpu,cpuacct:/x\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+                "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "500000\n",
+                "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000\n",
+            },
+            5,
+        ),
+    ],
+)
+def test_cores_are_those_of_the_container(
+    files: dict[str, str], most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert cores(system(tmp_path, files)) == min(64, most)
+
+
+@pytest.mark.parametrize(
+    ("load", "quota", "set_before", "settled"),
+    [
+        (0.0, "max", {}, {}),
+        (20.0, "max", {}, {"OMP_WAIT_POLICY": "passive"}),
+        (60.0, "200000", {}, {"OMP_NUM_THREADS": "2"}),
+        (63.0, "200000", {}, {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}),
+        (
+            63.0,
+            "200000",
+            {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "active"},
+            {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "active"},
+        ),
+    ],
+)
+def test_threads_fit_the_container_and_sleep_where_cores_are_busy(
+    load: float,
+    quota: str,
+    set_before: dict[str, str],
+    settled: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    files = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": f"{quota} 100000\n"}
+    environment = dict(set_before)
+    settle_threads(environment, system(tmp_path, files))
+    assert environment == settled
