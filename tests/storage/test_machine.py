@@ -129,14 +129,17 @@ def test_cores_are_those_of_the_container(
 
 
 @pytest.mark.parametrize(
-    ("load", "quota", "set_before", "settled"),
+    ("load", "running", "quota", "set_before", "settled"),
     [
-        (0.0, "max", {}, {}),
-        (20.0, "max", {}, {"OMP_WAIT_POLICY": "passive"}),
-        (60.0, "200000", {}, {"OMP_NUM_THREADS": "2"}),
-        (63.0, "200000", {}, {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}),
+        (0.0, 1, "max", {}, {}),
+        (20.0, 21, "max", {}, {"OMP_WAIT_POLICY": "passive"}),
+        (20.0, 1, "max", {}, {}),
+        (0.1, 21, "max", {}, {}),
+        (60.0, 61, "200000", {}, {"OMP_NUM_THREADS": "2"}),
+        (63.0, 64, "200000", {}, {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}),
         (
             63.0,
+            64,
             "200000",
             {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "active"},
             {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "active"},
@@ -145,6 +148,7 @@ def test_cores_are_those_of_the_container(
 )
 def test_threads_fit_the_container_and_sleep_where_cores_are_busy(
     load: float,
+    running: int,
     quota: str,
     set_before: dict[str, str],
     settled: dict[str, str],
@@ -153,8 +157,11 @@ def test_threads_fit_the_container_and_sleep_where_cores_are_busy(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
-    files = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": f"{quota} 100000\n"}
+    files = {
+        "proc/self/cgroup": "0::/\n",
+        "sys/fs/cgroup/cpu.max": f"{quota} 100000\n",
+        "proc/loadavg": f"{load} 0.30 0.25 {running}/341 9876\n",
+    }
     environment = dict(set_before)
     settle_threads(environment, system(tmp_path, files))
     assert environment == settled
