@@ -666,8 +666,8 @@ def _buffer_bytes(
     held = passes * (2 * tensor.base[1].nbytes + 8 * tensor.k)
     if compensates:
         columns = tensor.source.shape[1]
-        # The Gram matrix, its inverse and factor, two of them in float64; copies of a larger tile.
-        held += 28 * columns**2 + 88 * sizes.rows("gptq", tensor.source.shape) * columns
+        # The Gram matrix or its factor, and what it is factorised in; copies of a larger tile.
+        held += 12 * columns**2 + 88 * sizes.rows("gptq", tensor.source.shape) * columns
     return tile + candidates + held + ((20 if tensor.k < numel else 8) + 2 * more) * tensor.k
 
 

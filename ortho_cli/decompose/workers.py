@@ -85,8 +85,10 @@ def _factor(
 
     if curvature is None:
         raise InternalError("columns are to make up for one another, and no statistics are open")
-    gram = torch.from_numpy(gram_of(curvature, name))
-    return rounding_of(rounding).prepare(gram, name=name, without=columns)
+    # No name for the Gram matrix, which is let go as soon as it has been read.
+    return rounding_of(rounding).prepare(
+        torch.from_numpy(gram_of(curvature, name)), name=name, without=columns
+    )
 
 
 @dataclass
