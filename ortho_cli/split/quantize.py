@@ -85,7 +85,7 @@ class Scratch:
 
 def groups_of(weight: Tensor, count: int) -> Tensor:
     """Look at a weight as (out, count, group_size)."""
-    return weight.reshape(weight.shape[0], count, -1)
+    return weight.reshape(weight.shape[0], count, weight.shape[1] // count)
 
 
 def absmax(weight: Tensor, count: int, empty: Empty) -> Tensor:

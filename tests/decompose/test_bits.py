@@ -269,6 +269,13 @@ def test_engine_refuses_bits_that_do_not_fit() -> None:
         assert not any(isinstance(module, OrthoLinear) for module in net.modules())
 
 
+def test_a_weight_that_keeps_nothing_has_no_moved_codes() -> None:
+    layer = OrthoLinear.from_linear(nn.Linear(64, 8), group_size=32, density=1e-6)
+    assert layer.nnz == 0
+    assert torch.equal(baselines.int4_codes(layer), baselines.base_codes(layer))
+    assert baselines.count_moved(layer) == 0
+
+
 def test_state_of_another_width_does_not_load() -> None:
     one, other = (
         OrthoLinear.from_linear(nn.Linear(64, 8), group_size=32, density=0.1, bits=bits)
