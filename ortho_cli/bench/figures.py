@@ -12,9 +12,11 @@ import io
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from types import UnionType
+from typing import cast, get_args, get_origin, get_type_hints
 
 from ortho_cli.bench.records import GateResult, Row, Verdict, to_json
 from ortho_cli.errors import GateError, OutputExistsError, UsageError
@@ -56,7 +58,7 @@ def parse_gate(text: str) -> Gate:
     name, alpha, comparison, bound = found.groups()
     return Gate(
         text=text,
-        name=name,
+        name=name.removesuffix(f".{HEADLINE}"),
         alpha=None if alpha is None else _number(alpha, text),
         comparison=comparison,
         bound=_number(bound, text),
@@ -91,6 +93,45 @@ def flatten(figures: Mapping[str, object]) -> dict[str, float]:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             found[key] = float(value)
     return found
+
+
+def names_of(kind: type) -> Iterator[str]:
+    """Yield the names that `flatten` may give to numbers of a record.
+
+    Args:
+        kind: a dataclass of `records.py`.
+    Returns:
+        Dotted names; `*` in place of a key of a mapping, which may have dots of its own.
+    """
+    hints = get_type_hints(kind)
+    for one in fields(kind):
+        inline = one.metadata.get("json") == "inline"
+        for inner in _names_inside(hints[one.name]):
+            whole = inner if inline else f"{one.name}.{inner}".rstrip(".")
+            yield whole.removesuffix(f".{HEADLINE}")
+
+
+def _names_inside(kind: object) -> Iterator[str]:
+    """Yield the names below a field of this type; an empty one where it is a number itself."""
+    if is_dataclass(kind):
+        yield from names_of(cast("type", kind))
+    elif kind in (int, float):
+        yield ""
+    elif get_origin(kind) is Mapping:
+        yield from (f"*.{inner}".rstrip(".") for inner in _names_inside(get_args(kind)[1]))
+    else:  # A | None
+        for other in get_args(kind) if isinstance(kind, UnionType) else ():
+            yield from _names_inside(other)
+
+
+def may_be(name: str, names: Iterable[str]) -> bool:
+    """Return whether a figure can have this name, given those of `names_of`."""
+    listed = list(names)
+    root = name.split(".")[0]
+    mine = [one for one in listed if one.split(".")[0] == root]
+    # A mapping without a name of its own has attacks, whose names are no field's.
+    allowed = mine or [one for one in listed if one.startswith("*")]
+    return any(re.fullmatch(re.escape(one).replace(r"\*", ".+"), name) for one in allowed)
 
 
 def unknown(name: str, known: Iterable[str]) -> UsageError:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ortho_cli.bench import attacks, figures
 from ortho_cli.bench.attacks import ATTACKS, LEARNING_RATE
 from ortho_cli.bench.figures import Gate
+from ortho_cli.bench.records import Figures
 from ortho_cli.bench.server import TIMEOUT
 from ortho_cli.bench.verdict import KINDS_OF_TEXT
 from ortho_cli.errors import UsageError
@@ -313,6 +314,9 @@ def check_gates(gates: Sequence[Gate], settings: Settings, missing: Mapping[str,
             continue
         if root not in NEEDS:
             raise figures.unknown(gate.name, NEEDS)
+        names = list(figures.names_of(Figures))
+        if not figures.may_be(gate.name, names):
+            raise figures.unknown(gate.name, [one for one in names if one.startswith(root)])
         if gate.alpha not in settings.alphas:
             raise figures.not_measured(gate.alpha, settings.alphas)
         for name, needs in missing.items():

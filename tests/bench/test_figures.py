@@ -120,6 +120,34 @@ def test_gate_of_another_form_is_refused(text: str, said: str) -> None:
         figures.parse_gate(text)
 
 
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("exposure", True),
+        ("exposure.low", True),
+        ("exposure.lo", False),
+        ("exposure.low.low", False),
+        ("keep.rouge_l.high", True),
+        ("keep", False),
+        ("relearn.20.exposure", True),
+        ("relearn.exposure", False),
+        ("relearn.20.nothing", False),
+        ("kinds.my_text.kl", True),
+        ("kinds.my_text.nothing", False),
+        ("kl_by_layer.model.layers.0.low", True),
+        ("latency.memory", True),
+        ("tofu.retain.rouge_l", True),
+    ],
+)
+def test_names_of_figures_are_those_of_their_records(name: str, known: bool) -> None:
+    assert figures.may_be(name, figures.names_of(Figures)) is known
+
+
+def test_headline_may_be_named() -> None:
+    (gate,) = judged("exposure.value@0<=2")
+    assert (gate.value, gate.met) == (1.5, True)
+
+
 def test_unknown_figure_and_alpha_are_refused_with_what_is_near() -> None:
     (unknown,) = judged("exposure.lo@0<=2")
     assert not unknown.met

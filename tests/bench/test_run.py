@@ -24,7 +24,7 @@ from ortho_cli.bench import attacks, baselines, figures, suites
 from ortho_cli.bench import run as bench
 from ortho_cli.bench.demo import chain, sandbox
 from ortho_cli.bench.plan import NEEDS, WHOLE, Settings, not_measured, parse_alphas, parse_data
-from ortho_cli.bench.records import to_json
+from ortho_cli.bench.records import Figures, to_json
 from ortho_cli.errors import OutputExistsError, UsageError
 from ortho_cli.model.load import load_tokenizer
 from ortho_cli.runtime.engine import Engine, densify
@@ -229,6 +229,15 @@ def test_attacks_have_curves_beside_the_reference(attacked: dict[str, Any]) -> N
     assert curve[2]["exposure_over"] == pytest.approx(over)
 
 
+def test_every_number_that_is_measured_has_a_name_that_gates_take(
+    attacked: dict[str, Any],
+) -> None:
+    names = list(figures.names_of(Figures))
+    measured = {name for one in attacked["rows"] for name in figures.flatten(one["figures"])}
+    assert len(measured) > 100
+    assert [name for name in measured if not figures.may_be(name, names)] == []
+
+
 @pytest.fixture(scope="module")
 def unattacked(made: Path) -> dict[str, Any]:
     """The same without attacks; only read."""
@@ -332,11 +341,22 @@ def test_figures_are_shown_whatever_becomes_of_the_files(
     assert "cannot write" in ran.err
     assert ran.json["rows"]
     assert [path.name for path in tmp_path.iterdir()] == ["closed"]
-    ran = run("--alpha", 0, "--tokens", 64, "--require", "latency.prefil@0<=1", "--json")
+    other = "kinds.nothing.perplexity@0<=1"  # names of kinds are known when they are measured
+    ran = run("--alpha", 0, "--tokens", 64, "--require", other, "--json")
     assert (ran.code, bool(ran.json["rows"])) == (2, True), ran.err
     (gate,) = ran.json["gates"]
     assert not gate["met"]
-    assert gate["unknown"].startswith("there is no figure `latency.prefil`; similar names: ")
+    assert gate["unknown"].startswith("there is no figure `kinds.nothing.perplexity`; similar ")
+
+
+def test_gate_on_a_field_that_a_figure_has_not_is_refused_before_anything_is_measured(
+    made: Path, run: Callable[..., Ran]
+) -> None:
+    ran = run("--alpha", 0, "--tokens", 64, "--require", "latency.prefil@0<=1")
+    assert (ran.code, ran.out) == (2, ""), ran.err
+    assert "no figure `latency.prefil`" in ran.err
+    assert "similar names: latency.prefill" in ran.err
+    assert "bench:" not in ran.err
 
 
 def test_attacks_that_no_row_suits_are_left_out_and_named(

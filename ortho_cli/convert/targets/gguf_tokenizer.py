@@ -85,7 +85,7 @@ def tokenizer_keys(folder: Path, *, vocabulary: int) -> tuple[dict[str, Value], 
 
 def _refusal(folder: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        f"the tokenizer of `{folder}` {what}, which llama.cpp has none like",
+        f"the tokenizer of `{folder}` {what}, and llama.cpp has no such tokenizer",
         hint="move tokenizer* out of the folder to write the weights without one, or take "
         "llama.cpp's own converter to what `ortho convert OUT --alpha 0` writes",
     )
