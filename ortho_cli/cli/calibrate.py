@@ -95,14 +95,13 @@ def calibrate(
     from ortho_cli.calibrate.memory import goes_by_block
     from ortho_cli.calibrate.plan import make_plan, read_sets
     from ortho_cli.cli.show.calibrate import print_calibrated, print_calibration_plan
-    from ortho_cli.convert.plan import parse_size
     from ortho_cli.convert.sources.adapters import refuse_adapter
     from ortho_cli.decompose.recipe import load_recipe
     from ortho_cli.decompose.selection import apart
     from ortho_cli.events import messages
     from ortho_cli.storage.checkpoint import open_checkpoint
 
-    limit = None if max_memory is None else parse_size(max_memory, option="--max-memory")
+    limit = None if max_memory is None else options.parse_size(max_memory, option="--max-memory")
     output = Output(as_json=as_json, quiet=quiet, verbose=verbose)
     asked = {"samples": samples, "length": length, "batch": batch_size, "seed": seed, "gram": gram}
     flags = [f"calibrate.{key}={value}" for key, value in asked.items() if value is not None]

@@ -145,14 +145,14 @@ def convert(
         return
     from ortho_cli.cli.show.convert import print_convert_plan, print_converted
     from ortho_cli.convert import job
-    from ortho_cli.convert.plan import make_plan, parse_size
+    from ortho_cli.convert.plan import make_plan
     from ortho_cli.convert.sources.open_source import open_source
     from ortho_cli.events import Noted
     from ortho_cli.storage.sealing import read_keys
 
     for name in wish.of_adapters:
         raise UsageError(f"{name} is for adapters, and there is no --to", hint="add --to lora")
-    size, share = parse_size(shard_size), _share(alpha)
+    size, share = options.parse_size(shard_size, option="--shard-size"), _share(alpha)
     source = located(source, quiet=quiet)
     keys = read_keys(identity)
     with contextlib.closing(open_source(source, alpha=share, keys=keys, key=key)) as opened:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,12 @@ from typing import Annotated
 
 import typer
 
+from ortho_cli.errors import UsageError
 from ortho_cli.storage.untrusted import trusting
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+LEAST_PLAIN = 10**6  # bytes: a smaller number without a unit is one that lost it
 
 out = partial(typer.Option, "--out", "--output", "-o")
 folder = partial(typer.Option, metavar="DIR")
@@ -149,3 +155,24 @@ Verbose = Annotated[
         help="Name every tensor as it is finished, and log decisions; -vv logs more.",
     ),
 ]
+
+
+def parse_size(text: str, *, option: str) -> int:
+    """Read a size as transformers writes it: `5GB` is 5 * 10^9 bytes, `5GiB` is 5 * 2^30.
+
+    Raises:
+        UsageError: no size, or a small number without a unit.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = UNITS.get(found[2].upper()) if found else None
+    nbytes = round(float(found[1]) * unit) if found and unit else 0
+    if nbytes < 1:
+        raise UsageError(
+            f"{option} {text} is no size of at least one byte", hint="write 5GB, 500MB or 2GiB"
+        )
+    if found and not found[2] and nbytes < LEAST_PLAIN:
+        raise UsageError(
+            f"{option} {text} has no unit, and is {nbytes} bytes",
+            hint=f"{option} {text}GB; {text}B for bytes",
+        )
+    return nbytes

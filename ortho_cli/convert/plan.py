@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,6 @@ WEIGHTS_FILE = "model.safetensors"
 SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SHORT_DTYPES |= {"half": "float16", "float": "float32", "f16": "float16", "f32": "float32"}
 ROLE = "dense"
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-LEAST_PLAIN = 10**6  # bytes: a smaller number without a unit is one that lost it
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 Shard = list[tuple[SourceTensor, TensorSpec]]  # the tensors of a file, and how they are written
 
 
@@ -99,27 +95,6 @@ class ConvertPlan:
             "left_out": self.side.to_json(),
             "notes": list(self.notes),
         }
-
-
-def parse_size(text: str, *, option: str = "--shard-size") -> int:
-    """Read a size as transformers writes it: `5GB` is 5 * 10^9 bytes, `5GiB` is 5 * 2^30.
-
-    Raises:
-        UsageError: no size, or a small number without a unit.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    unit = UNITS.get(found[2].upper()) if found else None
-    nbytes = round(float(found[1]) * unit) if found and unit else 0
-    if nbytes < 1:
-        raise UsageError(
-            f"{option} {text} is no size of at least one byte", hint="write 5GB, 500MB or 2GiB"
-        )
-    if found and not found[2] and nbytes < LEAST_PLAIN:
-        raise UsageError(
-            f"--shard-size {text} has no unit, and is {nbytes} bytes",
-            hint=f"--shard-size {text}GB; {text}B for bytes",
-        )
-    return nbytes
 
 
 def parse_dtype(text: str | None) -> str | None:

@@ -20,8 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ortho_cli.cli.options import parse_size
 from ortho_cli.convert import job as work
-from ortho_cli.convert.plan import make_plan, parse_size
+from ortho_cli.convert.plan import make_plan
 from ortho_cli.convert.sources.open_source import open_source
 from ortho_cli.errors import (
     ArtifactError,
@@ -160,13 +161,14 @@ def test_tensor_above_the_shard_size_stands_alone(pico: Path, ortho: Ortho) -> N
     ],
 )
 def test_size_is_read_as_transformers_reads_it(text: str, size: int) -> None:
-    assert parse_size(text) == size
+    assert parse_size(text, option="--shard-size") == size
 
 
 @pytest.mark.parametrize("text", ["5", "0", "", "-5GB", "GB", "5XB", "nan", "0.1"])
 def test_size_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--shard-size"):
-        parse_size(text)
+    with pytest.raises(UsageError, match=r"^--max-memory") as caught:
+        parse_size(text, option="--max-memory")
+    assert "--shard-size" not in str(caught.value.hint)
 
 
 def test_dry_run_writes_nothing_and_its_sizes_come_true(pico: Path, ortho: Ortho) -> None:
