@@ -165,7 +165,7 @@ def convert(
         target = job.check_target(plan, opened, out, force=force)
         if dry_run:
             document = plan.to_json() | {"notes": [*plan.notes, *notes]}
-            output.show(document, print_convert_plan, source=str(source))
+            output.show(document, print_convert_plan, source=str(source), out=str(out))
             return
         began = time.perf_counter()
         with output.progress("convert") as sink:

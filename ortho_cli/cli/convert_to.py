@@ -95,7 +95,7 @@ def convert_to(
         if wish.dry_run:
             document = plan.to_json()
             document["notes"] = [*plan.notes, *notes]
-            output.show(document, print_target_plan, source=str(source))
+            output.show(document, print_target_plan, source=str(source), out=str(place))
             return
         began = time.perf_counter()
         with output.progress("convert") as sink:

@@ -201,7 +201,7 @@ def decompose(
         if dry_run:
             plan = settled(plan, checkpoint, out, output=output)
             parts = _estimate(plan, checkpoint, editor, device, measures=measures)
-            output.show_plan(plan, model, notes=messages(notes), estimate=parts)
+            output.show_plan(plan, model, notes=messages(notes), out=out, estimate=parts)
             return
         with output.progress("decompose") as sink:
             for note in notes:

@@ -77,14 +77,21 @@ class Output:
         *,
         notes: Iterable[str] = (),
         then: str = "",
+        out: Path | None = None,
         estimate: Sequence[Part] = (),
     ) -> None:
-        """Print a plan that is not carried out, its time, more notes, and what comes next."""
+        """Print a plan that is not carried out, its time, notes, its folder and what comes next."""
         from ortho_cli.cli.show.decompose import print_plan
 
         document = plan.to_json() | {"notes": [*plan.notes, *plan.side.notes, *notes]}
         document |= estimated(estimate)
-        self.show(document, print_plan, source=str(model), then=then)
+        self.show(
+            document,
+            print_plan,
+            source=str(model),
+            then=then,
+            out=str(out or ""),
+        )
 
     def write_page(self, path: Path, content: bytes) -> None:
         """Write a page of HTML, and say so."""

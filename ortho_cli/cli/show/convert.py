@@ -13,8 +13,8 @@ from ortho_cli.storage.hints import said
 FILES = 8  # files of a plan that are listed by name; a sharded model has hundreds
 
 
-def print_convert_plan(plan: Mapping[str, object], *, source: str) -> None:
-    """Print what would be written: tensors alike in one line, files, notes."""
+def print_convert_plan(plan: Mapping[str, object], *, source: str, out: str) -> None:
+    """Print what would be written, and where: tensors alike in one line, files, notes."""
     document = Document(plan)
     rows = [
         (
@@ -29,19 +29,20 @@ def print_convert_plan(plan: Mapping[str, object], *, source: str) -> None:
     ]
     columns = ("tensor", "count", "shape", "from", "to", "size each")
     print_table("tensors", columns, rows)
-    print_lines(_plan_lines(document, source))
+    print_lines(_plan_lines(document, source, out))
     print_notes(*document.items_of("notes"))
 
 
-def _plan_lines(document: Document, source: str) -> Iterator[str]:
+def _plan_lines(document: Document, source: str, out: str) -> Iterator[str]:
     totals, files = document.part("totals"), _weight_files(document)
     yield from (f"{file['name']}: {size(file.number('size'))}" for file in files[:FILES])
     if len(files) > FILES:
         yield f"and {len(files) - FILES} more files"
     yield (
         f"{source}: {totals['tensors']} tensors, {totals.number('weights'):,} weights, "
-        f"{totals['cast']} tensors cast; {size(totals.number('bytes_written'))} would be written"
+        f"{totals['cast']} tensors cast"
     )
+    yield f"{size(totals.number('bytes_written'))} would be written to `{out}`"
 
 
 def print_converted(result: Mapping[str, object]) -> None:

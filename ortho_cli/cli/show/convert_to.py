@@ -9,8 +9,8 @@ from ortho_cli.cli.show.decompose import group, run_line
 from ortho_cli.cli.show.document import Document
 
 
-def print_target_plan(plan: Mapping[str, object], *, source: str) -> None:
-    """Print what would be written: weights alike in one line."""
+def print_target_plan(plan: Mapping[str, object], *, source: str, out: str) -> None:
+    """Print what would be written, and where: weights alike in one line."""
     document = Document(plan)
     rows = [
         (name, str(len(alike)), alike[0].shape(), alike[0].text("type"))
@@ -20,8 +20,8 @@ def print_target_plan(plan: Mapping[str, object], *, source: str) -> None:
     totals = document.part("totals")
     print_lines(
         [
-            f"{source}: {totals['weights']} weights become {totals['tensors']} tensors; "
-            f"{size(totals.number('bytes_written'))} would be written"
+            f"{source}: {totals['weights']} weights become {totals['tensors']} tensors",
+            f"{size(totals.number('bytes_written'))} would be written to `{out}`",
         ]
     )
     print_notes(*document.items_of("notes"))

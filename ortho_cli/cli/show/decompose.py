@@ -21,7 +21,7 @@ PLAIN = {
 }
 
 
-def print_plan(plan: Mapping[str, object], *, source: str, then: str = "") -> None:
+def print_plan(plan: Mapping[str, object], *, source: str, then: str = "", out: str = "") -> None:
     """Print what would be split, what is copied and why, sizes, memory, and a guess of the time."""
     document = Document(plan)
     totals, tensors = document.part("totals"), document.rows("tensors")
@@ -55,6 +55,7 @@ def print_plan(plan: Mapping[str, object], *, source: str, then: str = "") -> No
         columns = ("tensor", "count", "shape", "dtype", "share", "because")
         print_table("copied unchanged", columns, rows)
     print_lines(_plan_lines(document, totals, source))
+    print_lines([f"would be written to `{out}`"] if out else [])
     print_lines([f"next: `{then}`"] if then else [])
     print_notes(*document.items_of("notes"))
 
