@@ -302,6 +302,7 @@ def _lacking(need: Need, given: AbstractSet[str]) -> str:
 
 def check_gates(gates: Sequence[Gate], settings: Settings, missing: Mapping[str, str]) -> None:
     """Refuse gates on what will not be measured."""
+    names = list(figures.names_of(Figures)) if gates else []
     for gate in gates:
         root = gate.name.split(".")[0]
         if gate.alpha is None:
@@ -314,7 +315,6 @@ def check_gates(gates: Sequence[Gate], settings: Settings, missing: Mapping[str,
             continue
         if root not in NEEDS:
             raise figures.unknown(gate.name, NEEDS)
-        names = list(figures.names_of(Figures))
         if not figures.may_be(gate.name, names):
             raise figures.unknown(gate.name, [one for one in names if one.startswith(root)])
         if gate.alpha not in settings.alphas:

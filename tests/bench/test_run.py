@@ -350,7 +350,7 @@ def test_figures_are_shown_whatever_becomes_of_the_files(
 
 
 def test_gate_on_a_field_that_a_figure_has_not_is_refused_before_anything_is_measured(
-    made: Path, run: Callable[..., Ran]
+    run: Callable[..., Ran],
 ) -> None:
     ran = run("--alpha", 0, "--tokens", 64, "--require", "latency.prefil@0<=1")
     assert (ran.code, ran.out) == (2, ""), ran.err
